@@ -1,0 +1,70 @@
+"""Errors a user can act on.
+
+Each message names the thing, the value, the rule it broke and the next step. The command layer prints the message without a
+traceback and exits with ``exit_code``; library callers catch :class:`QuantError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class QuantError(Exception):
+    """Something that the user can mend. Exit status 1."""
+
+    exit_code = 1
+
+
+class UsageError(QuantError):
+    """The request itself is wrong: an unknown name, a contradictory pair of options. Exit status 2."""
+
+    exit_code = 2
+
+
+class NothingFits(QuantError):
+    """No plan fits the GPU. Exit status 3."""
+
+    exit_code = 3
+
+
+class VerificationFailed(QuantError):
+    """The checkpoint, the endpoint or the quality is not what was promised. Exit status 4."""
+
+    exit_code = 4
+
+
+class CheckpointError(QuantError):
+    """A checkpoint directory that cannot be read as it claims to be."""
+
+
+class DiskFull(QuantError):
+    """The disk has no room for what is about to be written."""
+
+
+class Problems(QuantError):
+    """Everything that is wrong with a job, listed together before any work starts.
+
+    >>> print(Problems(["a is 3: must be even", "b is missing"]))
+    2 problems:
+      1. a is 3: must be even
+      2. b is missing
+    """
+
+    def __init__(self, problems: Sequence[str], exit_code: int = 1):
+        self.problems = tuple(problems)
+        self.exit_code = exit_code
+        lines = [f"{i}. {p}" for i, p in enumerate(self.problems, 1)]
+        super().__init__(self.problems[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems:", *lines]))
+
+
+def one_of(what: str, value: object, allowed: Sequence[str]) -> UsageError:
+    """The error for a name that is not in a list, with the nearest names first.
+
+    >>> str(one_of("--method", "gtpq", ["gptq", "minmax"]))
+    "--method is 'gtpq': did you mean 'gptq'? Known: gptq, minmax"
+    """
+    import difflib
+
+    near = difflib.get_close_matches(str(value), allowed, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
+    return UsageError(f"{what} is {str(value)!r}: {hint}Known: {', '.join(allowed)}")

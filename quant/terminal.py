@@ -1,0 +1,171 @@
+"""What all commands share: common options, error rendering, progress, JSON. Only click is imported until something is drawn."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from quant.errors import QuantError
+from quant.progress import Event
+from quant.units import format_seconds, parse_size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class Size(click.ParamType):
+    """A size such as ``48GiB``; the value is bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return parse_size(value, f"--{param.name.replace('_', '-')}" if param and param.name else "size")
+        except QuantError as error:
+            self.fail(str(error), param, ctx)
+
+
+@dataclass
+class Output:
+    """Where a command's words go: the result to stdout (JSON or text), everything else to stderr."""
+
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+
+    def result(self, value: dict[str, Any] | list[Any], text: Callable[[Console], None]) -> None:
+        """Prints ``value`` as one JSON object, or lets ``text`` draw it on a console."""
+        if self.json:
+            click.echo(json.dumps(value))
+        else:
+            text(console())
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            click.echo(text, err=True)
+
+    def detail(self, text: str) -> None:
+        if self.verbose:
+            click.echo(text, err=True)
+
+    def warn(self, text: str) -> None:
+        click.echo(click.style("warning: ", fg="yellow") + text, err=True, color=None if _colour(sys.stderr) else False)
+
+    @contextmanager
+    def progress(self) -> Iterator[Callable[[Event], None]]:
+        """A listener for the library's events: a live bar on a terminal, plain lines when piped, nothing when quiet."""
+        listener = _Progress(self)
+        try:
+            yield listener
+        finally:
+            listener.close()
+
+
+def _colour(stream: Any) -> bool:
+    return bool(stream.isatty()) and "NO_COLOR" not in os.environ
+
+
+def console(stderr: bool = False) -> Console:
+    """A rich console; without colour when piped or when NO_COLOR is set, and never narrower than a report needs."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, no_color=not _colour(stream), highlight=False, width=None if stream.isatty() else 140)
+
+
+class _Progress:
+    """One line a finished message; between them a bar with the time left, drawn over itself on a terminal."""
+
+    def __init__(self, output: Output):
+        self.output, self.phase, self.start = output, "", time.monotonic()
+        self.live = sys.stderr.isatty() and not output.quiet
+        self.last = 0.0
+
+    def __call__(self, event: Event) -> None:
+        if event.phase != self.phase:
+            self.phase, self.start = event.phase, time.monotonic()
+        if event.warning:
+            self._clear()
+            self.output.warn(event.message)
+        elif event.message:
+            self._clear()
+            self.output.note(event.message + self._left(event))
+        elif self.live and time.monotonic() - self.last > 0.1:
+            self.last = time.monotonic()
+            share = event.done / event.total if event.total else 0
+            bar = ("█" * round(24 * share)).ljust(24, "░")
+            click.echo(f"\r\033[2K{event.phase} {bar} {share:4.0%}{self._left(event)}", nl=False, err=True)
+
+    def _left(self, event: Event) -> str:
+        spent = time.monotonic() - self.start
+        if not event.total or not event.done or event.done >= event.total or spent < 1:
+            return ""
+        return f" · {format_seconds(spent * (event.total - event.done) / event.done)} left"
+
+    def _clear(self) -> None:
+        if self.live:
+            click.echo("\r\033[2K", nl=False, err=True)
+
+    def close(self) -> None:
+        self._clear()
+
+
+def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--json``, ``-q`` and ``-v``; the command receives them as one :class:`Output` in ``out``."""
+
+    @click.option("--json", "json_", is_flag=True, help="One JSON object on stdout, everything else on stderr.")
+    @click.option("-q", "--quiet", is_flag=True, help="No progress.")
+    @click.option("-v", "--verbose", is_flag=True, help="More detail on stderr.")
+    @functools.wraps(command)
+    def wrapped(*args: Any, json_: bool, quiet: bool, verbose: bool, **kwargs: Any) -> Any:
+        return command(*args, out=Output(json_, quiet, verbose), **kwargs)
+
+    return wrapped
+
+
+def run(group: click.Command, prog_name: str, argv: Sequence[str] | None = None) -> None:
+    """Runs a click program with the exit statuses of the contract: 0 done, 1 failed, 2 usage, 3 nothing fits, 4 verification failed,
+    130 interrupted. With ``--json`` a failure is also one JSON object on stdout."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = group.main(arguments, prog_name=prog_name, standalone_mode=False)
+        code = status if isinstance(status, int) else 0
+    except click.exceptions.Exit as stop:
+        code = stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = _failed(error.format_message(), error.exit_code, arguments)
+    except QuantError as error:
+        click.echo(click.style("error: ", fg="red") + str(error), err=True, color=None if _colour(sys.stderr) else False)
+        code = _failed(str(error), error.exit_code, arguments)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted: finished work is kept, the same command goes on from there", err=True)
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        message = f"{where}{error.strerror or error}: check the path, its permissions and the disk"
+        click.echo(f"error: {message}", err=True)
+        code = _failed(message, 1, arguments)
+    except MemoryError:
+        message = "out of memory: use fewer or shorter calibration rows (--samples, --sequence-length) or a machine with more memory"
+        click.echo(f"error: {message}", err=True)
+        code = _failed(message, 1, arguments)
+    sys.exit(code)
+
+
+def _failed(message: str, code: int, arguments: Sequence[str]) -> int:
+    if "--json" in arguments:
+        click.echo(json.dumps({"error": message, "exit_code": code}))
+    return code

@@ -1,0 +1,62 @@
+"""Sizes and durations as people write and read them."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from quant.errors import UsageError
+
+_UNITS = {
+    "": 1, "B": 1,
+    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+
+#: Larger than any memory or disk that will be met: a value beyond it is a typing error.
+LARGEST = 2**60
+
+
+def parse_size(text: str | int, what: str = "size") -> int:
+    """Bytes from ``"80GiB"``, ``"512 MB"`` or a plain number of bytes.
+
+    >>> parse_size("1.5 GiB")
+    1610612736
+
+    Raises:
+        UsageError: not a size, negative, or larger than 1 EiB.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
+    if not match or match[2].upper() not in _UNITS:
+        raise UsageError(f"{what} is {str(text)!r}: give bytes or a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 48GiB")
+    value = float(match[1]) * _UNITS[match[2].upper()]
+    if not math.isfinite(value) or value > LARGEST:
+        raise UsageError(f"{what} is {str(text)!r}: more than 1 EiB, no machine has that; check the unit")
+    return int(value)
+
+
+def format_size(count: float) -> str:
+    """Binary units, three significant digits.
+
+    >>> format_size(1610612736)
+    '1.50 GiB'
+    """
+    sign, size = ("-", -count) if count < 0 else ("", count)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            return f"{sign}{size:.0f} {unit}" if unit == "B" else f"{sign}{size:.{2 if size < 10 else 1 if size < 100 else 0}f} {unit}"
+        size /= 1024
+    raise AssertionError
+
+
+def format_seconds(seconds: float) -> str:
+    """
+    >>> format_seconds(7.25), format_seconds(75), format_seconds(3700)
+    ('7.2 s', '1 min 15 s', '1 h 2 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
