@@ -1,6 +1,10 @@
 """quant: from a Hugging Face checkpoint to a quantized model that vLLM serves.
 
 Every command's work is a function here that returns a value. Names are imported when first used, so ``import quant`` is free of torch.
+
+>>> import quant
+>>> recipe = quant.make_recipe({"model_path": "M", "output_path": "O", "method": "gptq"})
+>>> report = quant.quantize(recipe)  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -12,9 +16,25 @@ __version__ = "0.1.0"
 
 #: public name → module that defines it
 _EXPORTS: dict[str, str] = {
+    "GPTQQuantizer": "quant.quantizers",
+    "LlamaAdapter": "quant.models",
+    "MinMaxQuantizer": "quant.quantizers",
+    "ModelRegistry": "quant.models",
+    "OutlierSuppressionRegistry": "quant.outlier_suppression",
     "QuantError": "quant.errors",
+    "QuantizationManager": "quant.pipeline.manager",
+    "QuantizerRegistry": "quant.quantizers",
+    "QwenAdapter": "quant.models",
+    "Recipe": "quant.recipe",
     "Scheme": "quant.schemes",
     "WeightScheme": "quant.schemes",
+    "evaluate": "quant.evaluation.quality",
+    "export": "quant.pipeline.export",
+    "inspect": "quant.evaluation.inspect",
+    "make_recipe": "quant.recipe",
+    "plan_job": "quant.pipeline.plan",
+    "quantize": "quant.pipeline.manager",
+    "verify": "quant.evaluation.verify",
 }
 
 __all__ = ["__version__", *sorted(_EXPORTS)]

@@ -66,8 +66,10 @@ def _record(value: Any, where: str) -> str | Messages:
         if isinstance(value.get("text"), str):
             return value["text"]
         messages = value.get("messages")
-        if isinstance(messages, list) and messages and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+        if (
+            isinstance(messages, list)
+            and messages
+            and all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)
         ):
             return messages
     raise TextError(f'{where}: needs "text" (a string) or "messages" (a list of role and content)')

@@ -96,14 +96,18 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
             raise refuse(f"tensor {name!r} has shape {shape!r} and offsets {entry['data_offsets']!r}: whole numbers from 0 up are needed")
         if end - start != math.prod(shape) * DTYPE_BYTES[dtype]:
-            raise refuse(f"tensor {name!r} of {dtype} {shape} takes {math.prod(shape) * DTYPE_BYTES[dtype]} bytes, its offsets hold {end - start}")
+            raise refuse(
+                f"tensor {name!r} of {dtype} {shape} takes {math.prod(shape) * DTYPE_BYTES[dtype]} bytes, its offsets hold {end - start}"
+            )
         if data + end > size:
             raise refuse(f"tensor {name!r} ends at byte {data + end}, the file at {size}: it is truncated")
         tensors[name] = TensorInfo(name, dtype, tuple(shape), file, data + start, data + end)
     position = data
     for info in sorted(tensors.values(), key=lambda t: (t.start, t.end)):
         if info.start != position:
-            raise refuse(f"tensor {info.name!r} starts at byte {info.start}, the one before ends at {position}: tensors overlap or leave a hole")
+            raise refuse(
+                f"tensor {info.name!r} starts at byte {info.start}, the one before ends at {position}: tensors overlap or leave a hole"
+            )
         position = info.end
     if position != size:
         raise refuse(f"{size - position} bytes after the last tensor")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -41,12 +41,14 @@ class Checkpoint:
     """A model directory: ``config`` and where every tensor lies.
 
     Open one with :func:`open_checkpoint`. ``read`` gives a tensor in the stored dtype, ``read_bytes`` its raw bytes in pieces.
+    ``computed`` holds functions for tensors that no file stores as such: the weights of a quantized checkpoint, seen dequantized.
     """
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str] = field(default_factory=dict)
+    computed: Mapping[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
 
     def info(self, name: str) -> TensorInfo:
         try:
@@ -93,6 +95,8 @@ class Checkpoint:
 
         from quant.checkpoint.dtypes import TORCH
 
+        if name in self.computed:
+            return self.computed[name]()
         info = self.info(name)
         if info.numel == 0:
             return torch.empty(info.shape, dtype=TORCH[info.dtype])
@@ -225,9 +229,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             if weight_map and weight_map.get(tensor) != name:
                 if tensor in weight_map:
                     continue  # a copy in a second file: the index says which one counts
-                raise CheckpointError(f"{path / name}: holds tensor {tensor!r}, which {INDEX} does not name: the index belongs to other files")
+                raise CheckpointError(
+                    f"{path / name}: holds tensor {tensor!r}, which {INDEX} does not name: the index belongs to other files"
+                )
             if tensor in tensors:
-                raise CheckpointError(f"{path / name}: tensor {tensor!r} is also in {tensors[tensor].file.name}: an index must say which counts")
+                raise CheckpointError(
+                    f"{path / name}: tensor {tensor!r} is also in {tensors[tensor].file.name}: an index must say which counts"
+                )
             tensors[tensor] = info
     missing = sorted(set(weight_map) - set(tensors))
     if missing:

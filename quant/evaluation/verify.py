@@ -19,6 +19,7 @@ from quant.errors import QuantError
 from quant.formats import FormatRegistry, Found, find_format, quantization_config
 from quant.formats.base import shape_problems
 from quant.formats.compressed_tensors import matches
+from quant.formats.reading import dequantized
 from quant.models.adapter import fused_name
 
 _CHUNK = 1 << 24
@@ -93,19 +94,33 @@ def verify(path: str | Path, *, tensor_parallel: int = 1, source: str | Path | N
     if found is not None and quantization is not None:
         dtype = _model_dtype(checkpoint)
         linears = list(found.linears.values())
-        result.add("quantized layers", _layer_problems(checkpoint, found, dtype), f"{len(linears)} linears have the tensors, dtypes and shapes of {found.format}")
+        result.add(
+            "quantized layers",
+            _layer_problems(checkpoint, found, dtype),
+            f"{len(linears)} linears have the tensors, dtypes and shapes of {found.format}",
+        )
         if target == "vllm":
             form = FormatRegistry.get(found.format)
             refused = dict.fromkeys(r for x in linears if (r := form.refuse(x.scheme, "vllm")))
-            result.add("vLLM takes it", [*refused, *_gptq_refusals(quantization)], "bits, symmetry and group sizes are ones that vLLM loads")
-            result.add("fused layers", _fused_problems(checkpoint, found, quantization), "shards of each fused layer agree, by their own names and by the fused one")
+            result.add(
+                "vLLM takes it", [*refused, *_gptq_refusals(quantization)], "bits, symmetry and group sizes are ones that vLLM loads"
+            )
+            result.add(
+                "fused layers",
+                _fused_problems(checkpoint, found, quantization),
+                "shards of each fused layer agree, by their own names and by the fused one",
+            )
             result.add("tensor parallel", shape_problems(linears, tensor_parallel), f"shapes divide for {tensor_parallel} rank(s)")
         result.add("head and embeddings", _head_problems(checkpoint, found), "unquantized")
     values, result.content_hash = _scan(checkpoint, found)
     result.add("values", values, "every float is finite, every scale is non-zero, packed words agree with the config")
     if source is not None:
         origin = open_checkpoint(source)
-        result.add("tensors of the source", _source_problems(checkpoint, origin, found), f"all {len(origin.tensors)} are quantized or copied byte for byte")
+        result.add(
+            "tensors of the source",
+            _source_problems(checkpoint, origin, found),
+            f"all {len(origin.tensors)} are quantized or copied byte for byte",
+        )
         result.add("side files", _side_file_problems(checkpoint, origin), "all there, byte for byte")
     return result
 
@@ -261,13 +276,19 @@ def _judge(info: TensorInfo, found: Found | None) -> Callable[[bytes], str | Non
         middle = 2 ** (linear.scheme.bits - 1) - found.options["zero_offset"]
         if linear.scheme.bits in (2, 4, 8):
             word = sum(middle << s for s in range(0, 32, linear.scheme.bits))
-            return lambda b: None if bool((np.frombuffer(b, "<u4") == word).all()) else f"is not the constant {word:#010x} of symmetric weights"
+            return lambda b: (
+                None if bool((np.frombuffer(b, "<u4") == word).all()) else f"is not the constant {word:#010x} of symmetric weights"
+            )
     if linear is not None and last == "g_idx":
         g = linear.k // linear.scheme.groups(linear.k)
         natural = (np.arange(linear.k) // g).astype("<i4").tobytes()
         return lambda b: None if b == natural else "is reordered: vLLM drops it and reads wrong values"
     if linear is not None and last == "weight_shape":
-        return lambda b: None if tuple(np.frombuffer(b, "<i8")) == (linear.n, linear.k) else f"says {tuple(np.frombuffer(b, '<i8'))}, the tensors {(linear.n, linear.k)}"
+        return lambda b: (
+            None
+            if tuple(np.frombuffer(b, "<i8")) == (linear.n, linear.k)
+            else f"says {tuple(np.frombuffer(b, '<i8'))}, the tensors {(linear.n, linear.k)}"
+        )
     if info.dtype not in FLOATS or info.dtype.startswith("F8"):
         return None
     scale = linear is not None and last in ("weight_scale", "scales")
@@ -292,6 +313,7 @@ def _judge(info: TensorInfo, found: Found | None) -> Callable[[bytes], str | Non
 def _source_problems(checkpoint: Checkpoint, source: Checkpoint, found: Found | None) -> list[str]:
     problems = []
     linears = found.linears if found else {}
+    source = dequantized(source)
     own = {s.name for x in linears.values() for s in FormatRegistry.get(found.format).specs(x, "BF16")} if found else set()
     for name, info in source.tensors.items():
         module = name.removesuffix(".weight")
@@ -302,6 +324,9 @@ def _source_problems(checkpoint: Checkpoint, source: Checkpoint, found: Found | 
         copy = checkpoint.tensors.get(name)
         if copy is None:
             problems.append(f"{name} of the source is lost")
+        elif name in source.computed:
+            if copy.shape != info.shape:
+                problems.append(f"{name} was {info.shape}, is {copy.shape}")
         elif (copy.dtype, copy.shape) != (info.dtype, info.shape):
             problems.append(f"{name} was {info.dtype} {info.shape}, is {copy.dtype} {copy.shape}")
         elif found is not None and not _same_bytes(checkpoint, source, name):
@@ -325,4 +350,3 @@ def _side_file_problems(checkpoint: Checkpoint, source: Checkpoint) -> list[str]
         elif copy.read_bytes() != file.path.read_bytes():
             problems.append(f"{file.relative} differs")
     return problems
-

@@ -59,8 +59,8 @@ class Format(Protocol):
         """What in the shape the format cannot hold."""
         ...
 
-    def pack(self, linear: Linear, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
-        """The tensors of ``specs``."""
+    def pack(self, linear: Linear, tensor: QuantizedTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The tensors of ``specs``, those in the model's dtype as ``dtype``."""
         ...
 
     def unpack(self, linear: Linear, tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> QuantizedTensor:

@@ -92,7 +92,7 @@ class CompressedTensors:
         specs.append(TensorSpec(f"{linear.name}.weight_shape", "I64", (2,)))
         return specs
 
-    def pack(self, linear: Linear, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
+    def pack(self, linear: Linear, tensor: QuantizedTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         import torch
 
         from quant.formats.packing import pack
@@ -100,7 +100,7 @@ class CompressedTensors:
         bits, offset = tensor.scheme.bits, 2 ** (tensor.scheme.bits - 1)
         packed = {
             f"{linear.name}.weight_packed": pack(tensor.codes.to(torch.int16) + offset, bits),
-            f"{linear.name}.weight_scale": tensor.scales,
+            f"{linear.name}.weight_scale": tensor.scales.to(dtype),
             f"{linear.name}.weight_shape": torch.tensor(tensor.shape, dtype=torch.int64),
         }
         if tensor.zeros is not None:
@@ -168,7 +168,9 @@ class CompressedTensors:
             scheme = read_arguments(group["weights"], name)
             packed = tensors[f"{name}.weight_packed"]
             if packed.dtype != "I32" or len(packed.shape) != 2 or len(scale.shape) != 2:
-                raise CheckpointError(f"{name}: weight_packed is {packed.dtype} {packed.shape}, weight_scale {scale.shape}: [N, words] of I32 and [N, groups]")
+                raise CheckpointError(
+                    f"{name}: weight_packed is {packed.dtype} {packed.shape}, weight_scale {scale.shape}: [N, words] of I32 and [N, groups]"
+                )
             n, words = packed.shape
             # weight_shape is data, not header: K follows from the groups, or from the full words where there is one group a row
             k = scale.shape[1] * scheme.group_size if scheme.group_size != -1 else words * 32 // scheme.bits

@@ -72,7 +72,7 @@ class GPTQ:
             TensorSpec(f"{linear.name}.g_idx", "I32", (k,)),
         ]
 
-    def pack(self, linear: Linear, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
+    def pack(self, linear: Linear, tensor: QuantizedTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         import torch
 
         from quant.formats.packing import pack
@@ -80,14 +80,18 @@ class GPTQ:
         (n, k), bits, groups = tensor.shape, tensor.scheme.bits, tensor.scales.shape[1]
         offset = 2 ** (bits - 1)
         stored_less = 1 if tensor.zeros is None else 0
-        zeros = torch.zeros(groups, n, dtype=torch.int16, device=tensor.codes.device) if tensor.zeros is None else tensor.zeros.t().to(torch.int16)
+        zeros = (
+            torch.zeros(groups, n, dtype=torch.int16, device=tensor.codes.device)
+            if tensor.zeros is None
+            else tensor.zeros.t().to(torch.int16)
+        )
         index = tensor.group_index
         if index is None:
             index = torch.arange(k, dtype=torch.int32) // (k // groups)
         return {
             f"{linear.name}.qweight": pack(tensor.codes.to(torch.int16) + offset, bits).t().contiguous(),
             f"{linear.name}.qzeros": pack((zeros + offset - stored_less).contiguous(), bits),
-            f"{linear.name}.scales": tensor.scales.t().contiguous(),
+            f"{linear.name}.scales": tensor.scales.to(dtype).t().contiguous(),
             f"{linear.name}.g_idx": index.to(torch.int32),
         }
 
@@ -103,7 +107,9 @@ class GPTQ:
         stored = unpack(tensors[f"{linear.name}.qzeros"], bits, linear.n).to(torch.int16) + options["zero_offset"]
         zeros = (stored - offset).t().contiguous()
         if int(zeros.max()) > 127:
-            raise CheckpointError(f"{linear.name}.qzeros: a zero point of 2^{bits}: the word was damaged when it was packed, make the checkpoint again")
+            raise CheckpointError(
+                f"{linear.name}.qzeros: a zero point of 2^{bits}: the word was damaged when it was packed, make the checkpoint again"
+            )
         scales = tensors[f"{linear.name}.scales"].t().contiguous()
         index = tensors.get(f"{linear.name}.g_idx")
         if index is not None:
@@ -151,7 +157,9 @@ class GPTQ:
             scales, qweight = require(tensors, f"{name}.scales", name), tensors[f"{name}.qweight"]
             qzeros = require(tensors, f"{name}.qzeros", name)
             if qweight.dtype != "I32" or qzeros.dtype != "I32" or len(qweight.shape) != 2 or len(scales.shape) != 2:
-                raise CheckpointError(f"{name}: qweight is {qweight.dtype} {qweight.shape}, scales {scales.shape}: I32 [words, N] and [groups, N]")
+                raise CheckpointError(
+                    f"{name}: qweight is {qweight.dtype} {qweight.shape}, scales {scales.shape}: I32 [words, N] and [groups, N]"
+                )
             rows, n = qweight.shape
             index = tensors.get(f"{name}.g_idx")
             k = index.shape[0] if index is not None and index.shape else rows * 32 // declared

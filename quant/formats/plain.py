@@ -32,8 +32,8 @@ class Plain:
     def specs(self, linear: Linear, dtype: str) -> list[TensorSpec]:
         return [TensorSpec(f"{linear.name}.weight", dtype, (linear.n, linear.k))]
 
-    def pack(self, linear: Linear, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
-        return {f"{linear.name}.weight": tensor.dequantize().to(tensor.scales.dtype)}
+    def pack(self, linear: Linear, tensor: QuantizedTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        return {f"{linear.name}.weight": tensor.dequantize().to(dtype)}
 
     def unpack(self, linear: Linear, tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> QuantizedTensor:
         raise AssertionError("a plain checkpoint has no quantized linears to unpack")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.reader import Checkpoint
-from quant.formats.base import Format, Found
+from quant.formats import FormatRegistry
+from quant.formats.base import Format, Found, find_format
 
 if TYPE_CHECKING:
-    import torch
-
     from quant.tensors import QuantizedTensor
 
 _SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "qweight", "qzeros", "scales", "g_idx")
@@ -22,14 +22,20 @@ def read_linear(form: Format, found: Found, checkpoint: Checkpoint, name: str) -
     return form.unpack(found.linears[name], tensors, found.options)
 
 
-def weight_reader(checkpoint: Checkpoint, found: Found | None) -> Callable[[str], torch.Tensor]:
-    """A function from ``<module>.weight`` to its value: stored, or dequantized to fp32 where the module is quantized."""
-    from quant.formats import FormatRegistry
-
-    def read(name: str) -> torch.Tensor:
-        module = name.removesuffix(".weight")
-        if found is not None and module in found.linears:
-            return read_linear(FormatRegistry.get(found.format), found, checkpoint, module).dequantize()
-        return checkpoint.read(name)
-
-    return read
+def dequantized(checkpoint: Checkpoint) -> Checkpoint:
+    """A quantized checkpoint seen as an ordinary one: its linears have fp32 ``weight`` tensors, computed when read. Others are returned as they are."""
+    found = find_format(checkpoint.config, checkpoint.tensors)
+    if found is None:
+        return checkpoint
+    form = FormatRegistry.get(found.format)
+    config = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "compression_config")}
+    tensors, computed = {}, {}
+    for name, info in checkpoint.tensors.items():
+        module, _, last = name.rpartition(".")
+        if module not in found.linears or last not in _SUFFIXES:
+            tensors[name] = info
+        elif f"{module}.weight" not in tensors:
+            linear = found.linears[module]
+            tensors[f"{module}.weight"] = TensorInfo(f"{module}.weight", "F32", (linear.n, linear.k), info.file, 0, 4 * linear.n * linear.k)
+            computed[f"{module}.weight"] = lambda module=module: read_linear(form, found, checkpoint, module).dequantize()
+    return replace(checkpoint, config=config, tensors=tensors, computed=computed)

@@ -57,7 +57,9 @@ class ModelAdapter:
 ModelRegistry: Registry[ModelAdapter] = Registry("model family", "quant.models")
 
 
-def _gated(norm: str, qkv: InputGroup, mlp: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj"), value: str = "self_attn.v_proj") -> tuple[InputGroup, ...]:
+def _gated(
+    norm: str, qkv: InputGroup, mlp: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj"), value: str = "self_attn.v_proj"
+) -> tuple[InputGroup, ...]:
     """The usual block: q/k/v, o, gate/up, down."""
     return (
         qkv,
@@ -113,7 +115,9 @@ def fused_name(linear: str) -> str:
 
 
 #: Parts of a name that mean: not a linear of the text decoder's blocks.
-_TOWERS = re.compile(r"(^|\.)(visual|vision\w*|audio\w*|image\w*|speech\w*|multi_modal_projector|mm_projector|connector|mtp|embed\w*|lm_head|encoder)(\.|$)")
+_TOWERS = re.compile(
+    r"(^|\.)(visual|vision\w*|audio\w*|image\w*|speech\w*|multi_modal_projector|mm_projector|connector|mtp|embed\w*|lm_head|encoder)(\.|$)"
+)
 #: Small linears that choose experts or gate them: vLLM builds them unquantized.
 _ROUTERS = re.compile(r"\.(gate|router|shared_expert_gate|wg)(\.|$)")
 _BLOCK = re.compile(r"(^|\.)(layers|h|blocks|block|decoder)\.(\d+)\.")

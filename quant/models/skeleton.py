@@ -21,7 +21,9 @@ from quant.errors import CheckpointError
 from quant.models.adapter import InputGroup, ModelAdapter, adapter_for
 from quant.offline import load_config, transformers
 
-_HOW_TO_ADD = "add a row for it as docs/adapters.md shows, or use a method that needs no data (--method minmax), which takes any architecture"
+_HOW_TO_ADD = (
+    "add a row for it as docs/adapters.md shows, or use a method that needs no data (--method minmax), which takes any architecture"
+)
 
 
 @contextmanager
@@ -100,9 +102,13 @@ class Skeleton:
         kind = str(checkpoint.config.get("model_type"))
         row = adapter_for(checkpoint.config)
         config = load_config(checkpoint.path)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # weights come dequantized; transformers would build quantized modules
         try:
             with _parameters_on_meta(), torch.no_grad():
-                self.model: nn.Module = transformers().AutoModelForCausalLM.from_config(config, dtype=self.dtype, attn_implementation="sdpa")
+                self.model: nn.Module = transformers().AutoModelForCausalLM.from_config(
+                    config, dtype=self.dtype, attn_implementation="sdpa"
+                )
         except Exception as error:  # an unknown class is a ValueError; a contradictory config fails inside a constructor in any way
             raise CheckpointError(
                 f"{checkpoint.path}: model type {kind!r} cannot be built as a causal language model ({str(error).splitlines()[0][:200]}): {_HOW_TO_ADD}"
@@ -154,7 +160,9 @@ class Skeleton:
             buffers = {prefix + n for n, _ in self.blocks[index].named_buffers()}
             wrong += [f"{n} is missing in the file" for n in wanted if n not in present]
             wrong += [f"{n} is in the file only" for n in present if n not in wanted and n not in buffers]
-            wrong += [f"{n} is {present[n]} in the file, {wanted[n]} in the model" for n in wanted if present.get(n, wanted[n]) != wanted[n]]
+            wrong += [
+                f"{n} is {present[n]} in the file, {wanted[n]} in the model" for n in wanted if present.get(n, wanted[n]) != wanted[n]
+            ]
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise CheckpointError(
@@ -183,7 +191,9 @@ class Skeleton:
         except CheckpointError:
             raise
         except Exception as error:  # whatever a foreign model's code raises
-            raise CheckpointError(f"a block of model type {kind!r} cannot be run ({str(error).splitlines()[0][:160]}): {_HOW_TO_ADD}") from error
+            raise CheckpointError(
+                f"a block of model type {kind!r} cannot be run ({str(error).splitlines()[0][:160]}): {_HOW_TO_ADD}"
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()
@@ -210,7 +220,9 @@ class Skeleton:
                 for name in names:
                     self._set(name, kept[names[0]])
 
-    def _run_outside(self, module: nn.Module, tokens: torch.Tensor, result: torch.Tensor | None) -> tuple[Any, torch.Tensor, list[BlockCall]]:
+    def _run_outside(
+        self, module: nn.Module, tokens: torch.Tensor, result: torch.Tensor | None
+    ) -> tuple[Any, torch.Tensor, list[BlockCall]]:
         """Runs ``module`` (the whole model, or it without its head) on token ids [B, T] with recorders for blocks."""
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         parent_path, _, name = self.blocks_path.rpartition(".")
@@ -261,7 +273,9 @@ class Skeleton:
             full = prefix + name
             value = replaced[full] if replaced and full in replaced else self.checkpoint.read(full)
             if not bool(torch.isfinite(value.sum(dtype=torch.float32))) and not bool(torch.isfinite(value).all()):
-                raise CheckpointError(f"{self.checkpoint.info(full).file}: {full} holds NaN or infinity: the source is damaged, fetch it again")
+                raise CheckpointError(
+                    f"{self.checkpoint.info(full).file}: {full} holds NaN or infinity: the source is damaged, fetch it again"
+                )
             self._set(full, self._parameter(value))
         return self.blocks[index]
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,19 +15,20 @@ from torch import nn
 
 from quant.calibration.statistics import Accumulator
 from quant.calibration.text import Rows, bundled, calibration_rows
-from quant.checkpoint.journal import WorkFolder
 from quant.checkpoint.header import read_header
-from quant.checkpoint.reader import INDEX, Checkpoint
-from quant.checkpoint.writer import ShardWriter, write_text
+from quant.checkpoint.journal import WorkFolder
+from quant.checkpoint.reader import Checkpoint
+from quant.checkpoint.writer import write_text
 from quant.errors import CheckpointError, UsageError, VerificationFailed
 from quant.evaluation.verify import verify
 from quant.formats.reading import read_linear
 from quant.models.adapter import InputGroup
 from quant.models.skeleton import BlockCall, Skeleton
 from quant.offline import load_tokenizer
-from quant.pipeline.memory import keep_freed_memory, peak_rss
-from quant.pipeline.plan import JobPlan, OutputTensor, Unit, needs_index, plan_job, text_config, weight_map
+from quant.pipeline.memory import peak_rss
+from quant.pipeline.plan import JobPlan, Unit, plan_job, text_config
 from quant.pipeline.staged import ActivationStore, Batches, StagedForward, run_block
+from quant.pipeline.writing import REPORT, write_rest, write_unit
 from quant.progress import Event, Progress, silent
 from quant.quantizers import Quantized, Quantizer, QuantizerRegistry
 from quant.recipe import Recipe
@@ -37,12 +36,10 @@ from quant.serving.arguments import engine_arguments, vllm_config
 from quant.tensors import QuantizedTensor
 from quant.units import format_seconds
 
-REPORT = "quant_report.json"
-VLLM_CONFIG = "vllm_config.json"
 #: Tokens of one batch: large enough for full speed of the matrix products, small enough that a batch's activations are few.
-BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 #: Bytes of calibration activations that a CPU run keeps in memory. The rest goes to a scratch file, which the page cache holds where there is room.
-RESIDENT_CPU = 512 << 20
+RESIDENT_CPU = 256 << 20
 #: Tokens of the held-out row that a layer's error is measured on.
 ERROR_TOKENS = 512
 
@@ -89,9 +86,7 @@ class QuantizationManager:
             QuantError: with finished work kept for the next run of the same command.
         """
         start = time.perf_counter()
-        keep_freed_memory()
-        rows = self._rows() if self.quantizer.needs else None
-        skeleton = Skeleton(self.plan.checkpoint, self.device) if rows else None
+        rows, skeleton = self.prepare() if self.quantizer.needs else (None, None)
         work = WorkFolder(self.plan.recipe.output_path.absolute(), self._fingerprint(rows), self.plan.recipe.fresh)
         try:
             for entry in work.finished.values():
@@ -108,6 +103,14 @@ class QuantizationManager:
         finally:
             work.release()
         return report
+
+    def prepare(self) -> tuple[Rows, Skeleton]:
+        """Calibration rows and the model without weights.
+
+        Raises:
+            QuantError: too little text, a model that cannot be run block by block.
+        """
+        return self._rows(), Skeleton(self.plan.checkpoint, self.device)
 
     def _rows(self) -> Rows:
         recipe, checkpoint = self.plan.recipe, self.plan.checkpoint
@@ -131,7 +134,8 @@ class QuantizationManager:
     def _fingerprint(self, rows: Rows | None) -> dict[str, Any]:
         """What decides the output's bytes."""
         source = {
-            f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in [*self.plan.checkpoint.weight_files, self.plan.checkpoint.path / "config.json"]
+            f.name: [f.stat().st_size, f.stat().st_mtime_ns]
+            for f in [*self.plan.checkpoint.weight_files, self.plan.checkpoint.path / "config.json"]
         }
         return {
             "source": {"path": str(self.plan.checkpoint.path.absolute()), "files": source},
@@ -140,7 +144,9 @@ class QuantizationManager:
             "torch": torch.__version__,
             "device": str(self.device),
             "threads": torch.get_num_threads(),
-            "instructions": torch.backends.cpu.get_cpu_capability() if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
+            "instructions": torch.backends.cpu.get_cpu_capability()
+            if self.device.type == "cpu"
+            else torch.cuda.get_device_name(self.device),
         }
 
     # --- methods that need statistics -------------------------------------------------------------------------------------------------
@@ -262,7 +268,9 @@ class QuantizationManager:
         stored = self.plan.checkpoint.read(f"{name}.weight")
         weight = stored.to(self.device).float()
         if not bool(torch.isfinite(weight).all()):
-            raise CheckpointError(f"{self.plan.checkpoint.info(f'{name}.weight').file}: {name}.weight holds NaN or infinity: the source is damaged, fetch it again")
+            raise CheckpointError(
+                f"{self.plan.checkpoint.info(f'{name}.weight').file}: {name}.weight holds NaN or infinity: the source is damaged, fetch it again"
+            )
         with self.clock.phase("solve"):
             result = self.quantizer(weight, None, self.plan.scheme.weights, _torch_dtype(self.plan.dtype))
         value = result.tensor.dequantize().to(stored.dtype)
@@ -304,7 +312,9 @@ class QuantizationManager:
         error = None
         if sample is not None:
             wanted = (sample @ weight.to(sample.dtype).t()).float()
-            missed = (sample.float() @ difference.t()) if sample.dtype == torch.float32 else (sample @ difference.to(sample.dtype).t()).float()
+            missed = (
+                (sample.float() @ difference.t()) if sample.dtype == torch.float32 else (sample @ difference.to(sample.dtype).t()).float()
+            )
             error = float(missed.square().sum() / wanted.square().sum().clamp_min(1e-30))
         self.layers[name] = {
             "name": name,
@@ -320,50 +330,31 @@ class QuantizationManager:
             self.progress(Event("quantize", message=f"{name}: {fallback}", warning=True))
 
     def _write(self, unit: Unit, work: WorkFolder, done: dict[str, QuantizedTensor]) -> None:
-        """Writes a unit's shards; linears that are not in ``done`` are quantized now, everything else is copied byte for byte."""
-        files = []
-        for shard in unit.shards:
-            path = work.path / shard.file
-            with self.clock.phase("write"), ShardWriter(path, [t.spec for t in shard.tensors]) as writer:
-                packed: dict[str, torch.Tensor] = {}
-                for tensor in shard.tensors:
-                    self._write_tensor(writer, tensor, done, packed)
-            files.append(path)
-        names = {t.linear for s in unit.shards for t in s.tensors if t.linear}
-        for name in names:
-            self.layers[name]["unit"] = unit.name
-        with self.clock.phase("write"):
-            work.finish_unit(unit.name, files, {"layers": {n: self.layers[n] for n in sorted(names)}})
+        """Writes a unit; linears that are not in ``done`` are quantized now."""
 
-    def _write_tensor(self, writer: ShardWriter, tensor: OutputTensor, done: dict[str, QuantizedTensor], packed: dict[str, torch.Tensor]) -> None:
-        name = tensor.spec.name
-        if tensor.linear is None:
-            writer.write_pieces(name, self.plan.checkpoint.read_bytes(name))
-            return
-        if name not in packed:
-            quantized = done.pop(tensor.linear, None)
-            if quantized is None:
-                quantized = self._quantize_alone(tensor.linear)
-            packed.clear()
-            packed.update(self.plan.format.pack(self.plan.linears[tensor.linear], quantized))
-        writer.write(name, packed.pop(name))
+        def produce(name: str) -> QuantizedTensor:
+            return done.pop(name) if name in done else self._quantize_alone(name)
+
+        with self.clock.phase("write"):
+            files = write_unit(unit, work.path, self.plan.checkpoint, self.plan.format, self.plan.linears, self.plan.dtype, produce)
+            names = sorted({t.linear for s in unit.shards for t in s.tensors if t.linear})
+            for name in names:
+                self.layers[name]["unit"] = unit.name
+            work.finish_unit(unit.name, files, {"layers": {n: self.layers[n] for n in names}})
 
     def _finish(self, work: WorkFolder, rows: Rows | None, start: float) -> dict[str, Any]:
         """Side files, index, config, static verification, report."""
         plan, checkpoint = self.plan, self.plan.checkpoint
         with self.clock.phase("finish"):
-            dropped = copy_side_files(checkpoint, work.path)
-            if needs_index(plan):
-                total = sum(t.spec.nbytes for u in plan.units for s in u.shards for t in s.tensors)
-                write_text(work.path / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map(plan)}, indent=2) + "\n")
             config = output_config(plan, self._act_order())
             arguments = engine_arguments(config, tensor_parallel=plan.recipe.tensor_parallel)
-            write_text(work.path / VLLM_CONFIG, json.dumps(vllm_config(arguments), indent=2) + "\n")
-            write_text(work.path / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")  # last: without it the folder is no model
+            dropped = write_rest(work.path, checkpoint, plan.units, config, arguments)
         with self.clock.phase("verify"):
             verification = verify(work.path, tensor_parallel=plan.recipe.tensor_parallel, source=checkpoint.path)
             if verification.failed:
-                raise VerificationFailed(f"{work.path}: the output failed its own verification: {'; '.join(verification.failed[:5])}. It was not published")
+                raise VerificationFailed(
+                    f"{work.path}: the output failed its own verification: {'; '.join(verification.failed[:5])}. It was not published"
+                )
         layers = [self.layers[name] for name in plan.linears]
         copied = [n for n in checkpoint.tensors if n.removesuffix(".weight") not in plan.linears or not n.endswith(".weight")]
         report: dict[str, Any] = {
@@ -423,19 +414,6 @@ def bits_per_weight(plan: JobPlan) -> float:
     return round(8 * stored / sum(x.n * x.k for x in plan.linears.values()), 4)
 
 
-def copy_side_files(checkpoint: Checkpoint, target: Path) -> list[dict[str, str]]:
-    """Copies every side file byte for byte; returns those left out with the reason."""
-    dropped = []
-    for file in checkpoint.side_files():
-        if file.dropped or file.relative in (REPORT, VLLM_CONFIG):
-            dropped.append({"file": file.relative, "reason": file.dropped or "describes the source, is written anew"})
-            continue
-        path = target / file.relative
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file.path, path)
-    return dropped
-
-
 def output_config(plan: JobPlan, act_order: str) -> dict[str, Any]:
     """The source's config.json with the format's ``quantization_config``."""
     config = dict(plan.checkpoint.config)
@@ -454,4 +432,3 @@ def quantize(recipe: Recipe, progress: Progress = silent) -> dict[str, Any]:
         QuantError: see :func:`plan_job` and :meth:`QuantizationManager.run`.
     """
     return QuantizationManager(plan_job(recipe), progress).run()
-

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from quant.checkpoint.header import FLOATS
@@ -108,7 +109,7 @@ def plan_job(recipe: Recipe) -> JobPlan:
         Problems, QuantError: everything that is wrong, listed together.
     """
     checkpoint = open_checkpoint(recipe.model_path)
-    problems = _source_problems(checkpoint) + _target_problems(recipe)
+    problems = _source_problems(checkpoint) + target_problems(recipe.model_path, recipe.output_path)
     scheme, form = recipe.resolved_scheme(), FormatRegistry.get(recipe.format)
     if reason := form.refuse(scheme.weights, recipe.target):
         problems.append(f"scheme {scheme} in format {form.name}: {reason}")
@@ -117,7 +118,9 @@ def plan_job(recipe: Recipe) -> JobPlan:
         problems.append(f"{checkpoint.path}: most weights are stored as {dtype}: quantizing starts from BF16, F16 or F32")
     everything = decoder_linears(checkpoint.tensors, checkpoint.config)
     if not everything:
-        problems.append(f"{checkpoint.path}: no linear of a decoder block is found among its {len(checkpoint.tensors)} tensors (names such as model.layers.0.….weight)")
+        problems.append(
+            f"{checkpoint.path}: no linear of a decoder block is found among its {len(checkpoint.tensors)} tensors (names such as model.layers.0.….weight)"
+        )
         raise Problems(problems)
     try:
         chosen = select(everything, recipe.layers, recipe.ignore, block_count(checkpoint))
@@ -134,9 +137,9 @@ def plan_job(recipe: Recipe) -> JobPlan:
             problems += _fused_problems(linears, everything, form)
     if problems:
         raise Problems(list(dict.fromkeys(problems)))
-    unquantized = tuple(_unquantized(checkpoint, linears))
-    plan = JobPlan(recipe, checkpoint, scheme, form, linears, unquantized, _lay_out(checkpoint, linears, form, dtype), dtype)
-    _check_disk(plan)
+    unquantized = tuple(unquantized_linears(checkpoint, linears))
+    plan = JobPlan(recipe, checkpoint, scheme, form, linears, unquantized, lay_out(checkpoint, linears, form, dtype), dtype)
+    check_disk(recipe.output_path, plan.output_bytes + plan.copied_bytes)
     return plan
 
 
@@ -151,8 +154,9 @@ def _source_problems(checkpoint: Checkpoint) -> list[str]:
     return problems
 
 
-def _target_problems(recipe: Recipe) -> list[str]:
-    output, source = recipe.output_path.absolute(), recipe.model_path.absolute()
+def target_problems(model_path: Path, output_path: Path) -> list[str]:
+    """Why an output directory cannot be made where it is asked for."""
+    output, source = output_path.absolute(), model_path.absolute()
     if output.exists() and not output.is_dir():
         return [f"{output}: the output path is a file: choose another --output-path"]
     if output.exists() and any(output.iterdir()):
@@ -180,7 +184,7 @@ def _fused_problems(linears: Mapping[str, Linear], everything: Sequence[str], fo
     return []
 
 
-def _unquantized(checkpoint: Checkpoint, linears: Mapping[str, Linear]) -> list[str]:
+def unquantized_linears(checkpoint: Checkpoint, linears: Mapping[str, Linear]) -> list[str]:
     """Module names to list as ignored: linears of any part of the model that stay as they are; always the head, which may be tied."""
     names = {"lm_head"}
     for name, info in checkpoint.tensors.items():
@@ -191,7 +195,7 @@ def _unquantized(checkpoint: Checkpoint, linears: Mapping[str, Linear]) -> list[
     return sorted(names, key=lambda n: (block_of(n + ".") is None, block_of(n + ".") or 0, n))
 
 
-def _lay_out(checkpoint: Checkpoint, linears: Mapping[str, Linear], form: Format, dtype: str) -> tuple[Unit, ...]:
+def lay_out(checkpoint: Checkpoint, linears: Mapping[str, Linear], form: Format, dtype: str) -> tuple[Unit, ...]:
     """Units in file order: what lies outside the blocks first, then block by block, each in shards of at most :data:`SHARD_BYTES`."""
     members: dict[int | None, list[OutputTensor]] = {None: []}
     for name in sorted(checkpoint.tensors, key=lambda n: (block_of(n) is None, block_of(n) or 0, n)):
@@ -231,12 +235,16 @@ def _same_linear(a: OutputTensor, b: OutputTensor) -> bool:
     return a.linear is not None and a.linear == b.linear
 
 
-def _check_disk(plan: JobPlan) -> None:
-    folder = plan.recipe.output_path.absolute().parent
+def check_disk(output_path: Path, needed: int) -> None:
+    """
+    Raises:
+        QuantError: the disk under ``output_path`` has less than ``needed`` bytes free.
+    """
+    folder = output_path.absolute().parent
     while not folder.exists():
         folder = folder.parent
-    needed, free = plan.output_bytes + plan.copied_bytes, shutil.disk_usage(folder).free
-    work = plan.recipe.output_path.with_name(plan.recipe.output_path.name + ".work")
+    free = shutil.disk_usage(folder).free
+    work = output_path.with_name(output_path.name + ".work")
     if work.exists():
         needed -= sum(f.stat().st_size for f in work.rglob("*") if f.is_file())
     if needed > free:
@@ -245,10 +253,6 @@ def _check_disk(plan: JobPlan) -> None:
         )
 
 
-def weight_map(plan: JobPlan) -> dict[str, str]:
+def weight_map(units: Iterable[Unit]) -> dict[str, str]:
     """Tensor names to files, for the index."""
-    return {t.spec.name: s.file for u in plan.units for s in u.shards for t in s.tensors}
-
-
-def needs_index(plan: JobPlan) -> bool:
-    return sum(len(u.shards) for u in plan.units) > 1
+    return {t.spec.name: s.file for u in units for s in u.shards for t in s.tensors}

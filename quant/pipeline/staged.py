@@ -77,7 +77,9 @@ class ActivationStore:
             while view:
                 count = os.preadv(self._file, [view], position)
                 if not count:
-                    raise QuantError(f"{self.scratch}: the scratch file ended early: another process changed it; run the same command again")
+                    raise QuantError(
+                        f"{self.scratch}: the scratch file ended early: another process changed it; run the same command again"
+                    )
                 position, view = position + count, view[count:]
             self._free.setdefault(size, []).append(offset)
 
@@ -220,7 +222,9 @@ class StagedForward:
                 entry.coroutine.throw()  # ends it where it waits
         missing = [n for n, g in self._groups.items() if g not in self._finished]
         if missing:
-            raise QuantError(f"the block's forward pass never used {', '.join(missing[:4])}: the model's adapter names linears that do not run")
+            raise QuantError(
+                f"the block's forward pass never used {', '.join(missing[:4])}: the model's adapter names linears that do not run"
+            )
 
     def _start(self, index: int) -> _Waiting | None:
         hidden = self._batches.take(index)

@@ -13,7 +13,9 @@ from quant.schemes import WeightScheme
 SEARCH_STEPS = 32
 
 
-def _parameters(low: torch.Tensor, high: torch.Tensor, scheme: WeightScheme, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _parameters(
+    low: torch.Tensor, high: torch.Tensor, scheme: WeightScheme, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scale (fp32, representable in ``dtype``) and zero point (fp32 integer, or None) of ranges ``low`` ≤ 0 ≤ ``high`` of any shape."""
     levels = scheme.high - scheme.low
     scale = 2 * torch.maximum(-low, high) / levels if scheme.symmetric else (high - low) / levels

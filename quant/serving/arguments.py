@@ -44,7 +44,13 @@ def engine_arguments(config: Mapping[str, Any], *, tensor_parallel: int = 1, max
     arguments = [Argument("dtype", dtype, why)]
     length = max_model_len or context_length(config)
     if length:
-        arguments.append(Argument("max-model-len", length, "as asked" if max_model_len else "the longest context of config.json: lower it to fit more requests"))
+        arguments.append(
+            Argument(
+                "max-model-len",
+                length,
+                "as asked" if max_model_len else "the longest context of config.json: lower it to fit more requests",
+            )
+        )
     if tensor_parallel > 1:
         arguments.append(Argument("tensor-parallel-size", tensor_parallel, "as asked; shapes were checked for it"))
     return arguments
