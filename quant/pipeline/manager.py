@@ -401,7 +401,7 @@ def make_quantizer(recipe: Recipe) -> Quantizer:
     """
     kind = QuantizerRegistry.get(recipe.method)
     fields = getattr(kind, "__dataclass_fields__", {})
-    options = {k: getattr(recipe, k) for k in ("act_order", "damping", "clip_search") if getattr(recipe, k)}
+    options = {k: getattr(recipe, k) for k in ("act_order", "damping", "clip_search") if getattr(recipe, k) is not None}
     for option in options:
         if option not in fields:
             raise UsageError(f"--{option.replace('_', '-')} is not an option of --method {recipe.method}")
