@@ -217,7 +217,7 @@ class QuantizationManager:
         for group in staged.stages():
             start = time.perf_counter()
             modules = [block.get_submodule(name) for name in group.linears]
-            weights = [m.weight for m in modules]
+            weights = [block.get_parameter(f"{name}.weight") for name in group.linears]
             with self.clock.phase("solve"):
                 statistics = sums.pop(group).finish()
                 stacked = torch.cat([w.float() for w in weights])
