@@ -23,7 +23,16 @@ def test_a_recipe_runs_as_its_first_line_says(recipe: Path, tmp_path: Path) -> N
     launch = f"# quant quantize --config {recipe.relative_to(ROOT).as_posix()} --model-path MODEL --output-path OUT"
     assert first == launch
     output = tmp_path / "out"
-    arguments = ["quantize", "--config", str(recipe), "--model-path", str(ROOT / "examples/tinylm-4m"), "--output-path", str(output), "--json"]
+    arguments = [
+        "quantize",
+        "--config",
+        str(recipe),
+        "--model-path",
+        str(ROOT / "examples/tinylm-4m"),
+        "--output-path",
+        str(output),
+        "--json",
+    ]
     wanted = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     small = ["--samples", "4", "--sequence-length", "128"] if "samples" in wanted else []
     result = CliRunner().invoke(cli, [*arguments, *small])

@@ -55,5 +55,7 @@ def test_every_example_runs(checkout: Path) -> None:
 
 def test_the_python_example_runs(checkout: Path) -> None:
     for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)):
-        done = subprocess.run([sys.executable, "-c", block], cwd=checkout, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", block], cwd=checkout, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        )
         assert done.returncode == 0, f"python block {number}\n{done.stderr[-2000:]}"

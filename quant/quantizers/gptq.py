@@ -63,7 +63,7 @@ class GPTQQuantizer:
         factor, damping = factorize(statistics.hessian, self.damping, order)
         if factor is None:
             fallbacks.append(f"the Hessian is not positive definite with damping up to {damping:g}: rounded to nearest instead")
-            scales, zeros = weight_parameters(weight, scheme, dtype, diagonal, self.clip_search)
+            scales, zeros = weight_parameters(weight, scheme, dtype, None, self.clip_search)  # the diagonal may be what is wrong
             codes = round_weight(weight, scales, zeros, scheme)
         else:
             if damping > self.damping:

@@ -74,7 +74,7 @@ def _searched(
     buffer = torch.empty_like(groups)
     floor = SEARCH_FLOOR[scheme.bits]
     best = torch.full_like(low, torch.inf)
-    scale, zero = torch.empty_like(low), None if scheme.symmetric else torch.empty_like(low)
+    scale, zero = _parameters(low, high, scheme, dtype)  # stands where no error can be compared: weights whose squares overflow
     for step in range(SEARCH_STEPS):
         shrink = 1 - (1 - floor) * step / (SEARCH_STEPS - 1)
         s, z = _parameters(low * shrink, high * shrink, scheme, dtype)
