@@ -19,7 +19,7 @@ from quant.checkpoint.header import read_header
 from quant.checkpoint.journal import WorkFolder
 from quant.checkpoint.reader import Checkpoint
 from quant.checkpoint.writer import write_text
-from quant.errors import CheckpointError, UsageError, VerificationFailed
+from quant.errors import CheckpointError, QuantError, UsageError, VerificationFailed
 from quant.evaluation.verify import verify
 from quant.formats.reading import read_linear
 from quant.models.adapter import InputGroup
@@ -100,6 +100,11 @@ class QuantizationManager:
                     self._data_free(work)
             report = self._finish(work, rows, start)
             work.publish()
+        except torch.OutOfMemoryError as error:
+            raise QuantError(
+                f"{self.device}: out of memory ({str(error).splitlines()[0][:160]}): use fewer --samples, a shorter --sequence-length, or --device cpu; "
+                "finished blocks are kept, but other settings start over"
+            ) from error
         finally:
             work.release()
         return report
@@ -213,7 +218,8 @@ class QuantizationManager:
             run_block(block, batches, calls)
             return done
         staged = StagedForward(block, groups, batches, calls, store, observe, need_outputs)
-        clock = time.perf_counter()
+        clock = self.clock.seconds
+        before, other = time.perf_counter(), clock["statistics"] + clock["solve"]
         for group in staged.stages():
             start = time.perf_counter()
             modules = [block.get_submodule(name) for name in group.linears]
@@ -231,7 +237,7 @@ class QuantizationManager:
                 self._note(prefix + name, tensor, result, weight, value, samples.get(group), statistics.tokens, time.perf_counter() - start)
                 module.weight = nn.Parameter(value, requires_grad=False)
                 done[prefix + name] = tensor
-        self.clock.seconds["block total"] += time.perf_counter() - clock
+        clock["forward"] += time.perf_counter() - before - (clock["statistics"] + clock["solve"] - other)
         return done
 
     def _chosen_groups(self, groups: Sequence[InputGroup], prefix: str) -> list[InputGroup]:
