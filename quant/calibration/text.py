@@ -10,6 +10,8 @@ import gzip
 import hashlib
 import itertools
 import json
+import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -22,6 +24,8 @@ from quant.errors import QuantError
 
 #: Characters tokenized at a time: the start of a large file is enough for most jobs.
 _PIECE = 1 << 20
+
+_SURROGATE = re.compile("[\\ud800-\\udfff]")
 
 Messages = list[dict[str, str]]
 
@@ -61,16 +65,25 @@ def _txt(path: Path) -> Iterator[str]:
         yield stream.read()
 
 
+def _characters(text: str, where: str) -> str:
+    """The text, unless it cannot be encoded: JSON may spell half of a surrogate pair, and tokenizers fail on it."""
+    if not text.isascii() and _SURROGATE.search(text):
+        raise TextError(f"{where}: holds half of a surrogate pair, which is no character: mend or remove that record")
+    return text
+
+
 def _record(value: Any, where: str) -> str | Messages:
     if isinstance(value, dict):
         if isinstance(value.get("text"), str):
-            return value["text"]
+            return _characters(value["text"], where)
         messages = value.get("messages")
         if (
             isinstance(messages, list)
             and messages
             and all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)
         ):
+            for message in messages:
+                _characters(message["content"], where)
             return messages
     raise TextError(f'{where}: needs "text" (a string) or "messages" (a list of role and content)')
 
@@ -82,7 +95,7 @@ def _jsonl(path: Path) -> Iterator[str | Messages]:
                 continue
             try:
                 value = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise TextError(f"{path}, line {number}: not JSON ({error}): give one JSON object a line") from error
             yield _record(value, f"{path}, line {number}")
 
@@ -136,7 +149,7 @@ def documents(paths: Sequence[Path]) -> Iterator[str | Messages]:
                 yield from reader(file)
             except UnicodeDecodeError as error:
                 raise TextError(f"{file}: not UTF-8 text (byte {error.start}): convert it first") from error
-            except (OSError, EOFError) as error:
+            except (OSError, EOFError, zlib.error) as error:
                 raise TextError(f"{file}: cannot be read: {error}") from error
 
 
@@ -173,7 +186,12 @@ def token_runs(tokenizer: Any, sources: Iterator[str | Messages], chat_template:
             elif not getattr(tokenizer, "chat_template", None):
                 raise TextError("the calibration text holds messages and the tokenizer has no chat template: use --no-chat-template")
             else:
-                source = tokenizer.apply_chat_template(source, tokenize=False)
+                try:
+                    source = tokenizer.apply_chat_template(source, tokenize=False)
+                except Exception as error:  # templates are programs of their authors: jinja2's errors, or whatever they raise
+                    raise TextError(
+                        f"the chat template cannot take the calibration text's messages ({error}): mend them, or use --no-chat-template"
+                    ) from error
                 yield tokenizer(source, add_special_tokens=False)["input_ids"]  # the template has put them in
                 continue
         for number, piece in enumerate(_pieces(source)):

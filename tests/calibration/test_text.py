@@ -1,0 +1,246 @@
+"""Text to rows: every kind of file, in file order, and messages that say what is wrong or how much is missing."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quant.calibration.text import TextError, bundled, calibration_rows, documents, evaluation_rows, token_runs
+from quant.offline import load_tokenizer
+from tests.helpers import TINYLM
+
+MESSAGES = [{"role": "user", "content": "What is a\nshard?"}, {"role": "assistant", "content": "A part of a file."}]
+TEMPLATE = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return load_tokenizer(TINYLM)
+
+
+@pytest.fixture
+def chat(tokenizer: Any) -> Iterator[Any]:
+    """The tokenizer with a chat template."""
+    tokenizer.chat_template = TEMPLATE
+    yield tokenizer
+    tokenizer.chat_template = None
+
+
+def rows_of(tokenizer: Any, *paths: Path, samples: int = 2, length: int = 8, **options: Any) -> Any:
+    return calibration_rows(tokenizer, list(paths), samples, length, vocabulary=options.pop("vocabulary", 4096), **options)
+
+
+def words(seed: int, count: int) -> str:
+    generator = torch.Generator().manual_seed(seed)
+    names = ["river", "stone", "walks", "under", "green", "light", "seven", "often"]
+    return " ".join(names[i] for i in torch.randint(0, 8, (count,), generator=generator).tolist())
+
+
+def parquet(path: Path, **columns: list[Any]) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    write_table(pyarrow.table(columns), path)
+    return path
+
+
+def test_plain_text_is_one_document_cut_into_rows_in_order(tokenizer: Any, tmp_path: Path) -> None:
+    text = words(0, 200)
+    (tmp_path / "a.txt").write_text(text)
+    ids = tokenizer(text)["input_ids"]
+    rows = rows_of(tokenizer, tmp_path / "a.txt", samples=5, length=16)
+    assert rows.tokens.dtype == torch.int64 and rows.tokens.shape == (5, 16)
+    assert rows.tokens.flatten().tolist() == ids[:80]
+    assert rows.held_out is not None and rows.held_out.flatten().tolist() == ids[80:96]
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".jsonl", ".ndjson", ".parquet", ".txt.gz", ".jsonl.gz", ".TXT"])
+def test_every_kind_of_file_gives_the_same_rows(suffix: str, tokenizer: Any, tmp_path: Path) -> None:
+    text = words(1, 100)
+    file, lines = tmp_path / f"data{suffix}", json.dumps({"text": text, "id": 3}) + "\n\n"
+    if suffix == ".parquet":
+        parquet(file, text=[text], other=[1])
+    elif suffix.endswith(".gz"):
+        file.write_bytes(gzip.compress((lines if "json" in suffix else text).encode()))
+    else:
+        file.write_text(lines if "json" in suffix else text)
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "data.txt").write_text(text)
+    assert torch.equal(rows_of(tokenizer, file).tokens, rows_of(tokenizer, tmp_path / "plain").tokens)
+
+
+def test_files_of_a_directory_are_read_by_name_and_several_paths_as_given(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name, text in (("b.txt", "two"), ("a.jsonl", '{"text": "one"}'), ("sub/c.txt", "three"), ("picture.png", "x"), ("z.md", "four")):
+        (tmp_path / name).write_text(text)
+    assert list(documents([tmp_path])) == ["one", "two", "three", "four"]
+    assert list(documents([tmp_path / "b.txt", tmp_path / "a.jsonl", tmp_path / "b.txt"])) == ["two", "one", "two"]
+
+
+def test_conversations_go_through_the_chat_template_without_a_second_start_token(chat: Any, tmp_path: Path) -> None:
+    file = tmp_path / "chat.jsonl"
+    file.write_text(json.dumps({"messages": MESSAGES}) + "\n" + json.dumps({"text": "plain"}) + "\n")
+    (first, second) = token_runs(chat, documents([file]), None)
+    rendered = f"{chat.bos_token}<|user|>What is a\nshard?\n<|assistant|>A part of a file.\n"
+    assert first == chat(rendered, add_special_tokens=False)["input_ids"]
+    assert second == chat("plain")["input_ids"]
+    (wrapped,) = list(token_runs(chat, iter(["plain"]), True))
+    assert wrapped == chat(f"{chat.bos_token}<|user|>plain\n", add_special_tokens=False)["input_ids"]
+    (joined, _) = token_runs(chat, documents([file]), False)
+    assert joined == chat("What is a\nshard?\n\nA part of a file.")["input_ids"]
+
+
+def test_messages_from_parquet_equal_messages_from_json_lines(chat: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": MESSAGES}))
+    assert list(documents([tmp_path / "a.jsonl"])) == list(documents([parquet(tmp_path / "a.parquet", messages=[MESSAGES])]))
+
+
+def test_messages_without_a_template_are_an_error_with_the_way_out(tokenizer: Any) -> None:
+    for source, option in ((MESSAGES, None), ("text", True)):
+        with pytest.raises(TextError, match="has no chat template: use --no-chat-template"):
+            list(token_runs(tokenizer, iter([source]), option))
+
+
+def test_a_template_that_refuses_the_messages_is_an_error_in_words(tokenizer: Any, chat: Any) -> None:
+    chat.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(TextError, match="chat template .*roles must alternate.*--no-chat-template"):
+        list(token_runs(chat, iter([MESSAGES]), None))
+
+
+def test_shuffled_rows_are_the_seeds_and_the_global_generator_is_left_alone(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(words(2, 400))
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    in_order = rows_of(tokenizer, tmp_path / "a.txt", samples=4)
+    shuffled = [rows_of(tokenizer, tmp_path / "a.txt", samples=4, shuffle=True, seed=s) for s in (1, 1, 2)]
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(shuffled[0].tokens, shuffled[1].tokens) and shuffled[0].digest == shuffled[1].digest
+    assert not torch.equal(shuffled[0].tokens, shuffled[2].tokens) and not torch.equal(shuffled[0].tokens, in_order.tokens)
+    ids = tokenizer(words(2, 400))["input_ids"]
+    everything = [ids[i : i + 8] for i in range(0, len(ids) - 7, 8)]
+    assert all(row in everything for row in shuffled[0].tokens.tolist())
+
+
+def test_too_little_text_says_how_much_is_missing(tokenizer: Any, tmp_path: Path) -> None:
+    text = words(3, 50)
+    (tmp_path / "a.txt").write_text(text)
+    have = len(tokenizer(text)["input_ids"])
+    with pytest.raises(
+        TextError, match=rf"has {have} tokens, 30 rows of 8 take 240: {240 - have} tokens, about [\d,]+ characters are missing. Give more"
+    ):
+        rows_of(tokenizer, tmp_path / "a.txt", samples=30)
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(TextError, match=r"has \d tokens, 2 rows of 8 take 16: \d+ tokens.* are missing"):
+        rows_of(tokenizer, tmp_path / "empty.txt")
+
+
+def test_rows_that_use_up_the_text_leave_none_to_measure_errors_on(tokenizer: Any, tmp_path: Path) -> None:
+    text = words(4, 60)
+    (tmp_path / "a.txt").write_text(text)
+    count = len(tokenizer(text)["input_ids"]) // 8
+    assert rows_of(tokenizer, tmp_path / "a.txt", samples=count).held_out is None
+    assert rows_of(tokenizer, tmp_path / "a.txt", samples=count - 1).held_out is not None
+
+
+def test_tokens_that_the_model_does_not_have_are_an_error(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(words(5, 60))
+    largest = int(rows_of(tokenizer, tmp_path / "a.txt").tokens.max())
+    with pytest.raises(TextError, match=rf"the tokenizer gives token \d+, the model has {largest}: the tokenizer belongs to another model"):
+        rows_of(tokenizer, tmp_path / "a.txt", vocabulary=largest)
+
+
+def test_the_digest_tells_texts_apart(tokenizer: Any, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        (tmp_path / f"{name}.txt").write_text(words(seed, 60))
+    a, b, c = (rows_of(tokenizer, tmp_path / f"{n}.txt").digest for n in "abc")
+    assert a == b != c
+
+
+def test_a_long_text_is_tokenized_in_pieces_that_give_the_same_tokens(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from quant.calibration import text as module
+
+    content = "\n".join(words(i, 20) for i in range(40)) + "\n"
+    whole = [i for run in token_runs(tokenizer, iter([content]), None) for i in run]
+    monkeypatch.setattr(module, "_PIECE", 500)
+    runs = list(token_runs(tokenizer, iter([content]), None))
+    assert len(runs) > 5 and [i for run in runs for i in run] == whole
+
+
+BROKEN: list[tuple[str, bytes, str]] = [
+    ("a.jsonl", b'{"text": 3}', 'line 1: needs "text"'),
+    ("a.jsonl", b'{"text": "x"}\n[1]\n', 'line 2: needs "text"'),
+    ("a.jsonl", b'{"messages": []}', "line 1: needs"),
+    ("a.jsonl", b'{"messages": [{"role": "user"}]}', "line 1: needs"),
+    ("a.jsonl", b'{"text": "x"}\n{"text', "line 2: not JSON"),
+    ("a.jsonl", b"[" * 200_000, "line 1: not JSON"),
+    ("a.txt", b"abc\xff", r"not UTF-8 text \(byte 3\): convert it first"),
+    ("a.txt.gz", b"no gzip", "cannot be read: Not a gzipped file"),
+    ("a.txt.gz", gzip.compress(b"x" * 1000)[:-9], "cannot be read"),
+    ("a.txt.gz", gzip.compress(b"x")[:10] + b"\xff" * 40, "cannot be read"),
+    ("a.docx", b"", "unknown kind of text: known are .txt, .md"),
+    ("a.gz", b"", "unknown kind of text"),
+    ("a.parquet", b"PAR1 not really", "is not a readable parquet file"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BROKEN, ids=[f"{n} {m[:20]}" for n, _, m in BROKEN])
+def test_broken_text_is_an_error_that_names_the_file(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TextError, match=message) as refused:
+        list(documents([tmp_path / name]))
+    assert str(tmp_path / name) in str(refused.value)
+
+
+def test_a_half_of_a_surrogate_pair_is_text_that_the_tokenizer_takes_or_an_error_in_words(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "broken \\ud800 half"}')
+    with pytest.raises(TextError, match="a.jsonl, line 1: .*surrogate"):
+        rows_of(tokenizer, tmp_path / "a.jsonl")
+
+
+def test_a_table_without_a_known_column_names_those_it_has(tmp_path: Path) -> None:
+    with pytest.raises(TextError, match="has columns body, id: one named text or messages is needed"):
+        list(documents([parquet(tmp_path / "a.parquet", body=["x"], id=[1])]))
+    with pytest.raises(TextError, match='needs "text"'):
+        list(documents([parquet(tmp_path / "b.parquet", text=["x", None])]))
+
+
+def test_a_missing_path_and_a_directory_without_text_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(TextError, match="there is no such calibration text"):
+        list(documents([tmp_path / "none.txt"]))
+    with pytest.raises(TextError, match="no file of a known kind in it"):
+        list(documents([tmp_path]))
+
+
+@pytest.mark.parametrize("name", ["wikipedia", "wikitext-2-test"])
+def test_the_bundled_texts_are_there_and_fill_the_default_rows(name: str) -> None:
+    (text,) = documents([bundled(name)])
+    assert isinstance(text, str) and len(text) > 1_200_000
+
+
+def test_evaluation_rows_begin_with_the_start_token_and_follow_the_text(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = words(6, 100)
+    (tmp_path / "a.txt").write_text(text)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    rows = evaluation_rows(tokenizer, tmp_path / "a.txt", 16, 4)
+    assert rows.tolist() == [[tokenizer.bos_token_id, *ids[i * 15 : (i + 1) * 15]] for i in range(4)]
+    assert len(evaluation_rows(tokenizer, tmp_path / "a.txt", 16, 1000)) == len(ids) // 15
+    with pytest.raises(TextError, match=r"has \d+ tokens, one chunk of 4096 takes 4,095: give more text, or a smaller --length"):
+        evaluation_rows(tokenizer, tmp_path / "a.txt", 4096, 4)
+
+    class NoStart:
+        bos_token_id = None
+
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            return tokenizer(*args, **options)
+
+    assert evaluation_rows(NoStart(), tmp_path / "a.txt", 16, 2).flatten().tolist() == ids[:32]
