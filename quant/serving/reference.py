@@ -1,0 +1,254 @@
+"""Does vLLM compute with the values that we wrote? A checkpoint served by real vLLM, compared with the same checkpoint dequantized here.
+
+vLLM scores fixed prompts and continues them greedily; the same tokens then go through transformers' blocks with the weights that
+:mod:`quant.formats` reads from the files, once in fp32 and once in the dtype that vLLM computes in. The first is the truth; the distance of
+the second from it is what rounding to 16 bits costs on these very weights and tokens, whatever the model. vLLM may be ``MARGIN`` times as
+far away and no more: it rounds as we do, only in another order. A wrong order of nibbles, a shifted zero point or exchanged scales
+moves log-probabilities by far more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quant.calibration.text import bundled, evaluation_rows
+from quant.checkpoint.reader import Checkpoint, open_checkpoint
+from quant.errors import CheckpointError
+from quant.formats.reading import dequantized
+from quant.models.skeleton import Skeleton
+from quant.offline import load_tokenizer
+from quant.serving.arguments import context_length, model_dtype
+from quant.serving.deployment import Wish, plan
+from quant.serving.process import Log, Server, ServerError, cpu_environment, find_vllm, free_port, signals_to
+
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 12, 64, 32
+#: How many times farther from fp32 than our own 16-bit run vLLM may be, as root mean square over all tokens.
+MARGIN = 2.0
+#: The same for the single farthest token: the largest of a thousand values scatters more than their mean.
+MARGIN_WORST = 3.0
+#: A checkpoint in fp32 arithmetic leaves no noise to compare with; log-probabilities come as fp32 through softmax.
+_LEAST_NOISE = 1e-4
+#: Every parameter must have come from a file; no compilation, whose time a single test does not earn back; scores of whole prompts.
+FLAGS = ("--model-loader-extra-config", '{"enable_weights_track": true}', "--enforce-eager", "--no-enable-prefix-caching")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What vLLM said of some rows.
+
+    Attributes:
+        tokens: int64 [rows, T], each prompt with vLLM's greedy continuation.
+        logs: fp32 [rows, T - 1], vLLM's log-probability (natural) of every token but the first.
+        prompt: tokens of each row that were given.
+    """
+
+    tokens: torch.Tensor
+    logs: torch.Tensor
+    prompt: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """vLLM beside our own run; all in nats.
+
+    Attributes:
+        deviation, worst: root mean square and maximum of |vLLM - fp32| over all tokens.
+        noise, noise_worst: the same of our own 16-bit run.
+        ties: generated tokens that are not fp32's first choice.
+        gap: the most that fp32 prefers its own choice by, at one of them.
+    """
+
+    deviation: float
+    worst: float
+    noise: float
+    noise_worst: float
+    ties: int
+    gap: float
+    generated: int
+    tokens: int
+
+    @property
+    def limit(self) -> float:
+        return MARGIN * max(self.noise, _LEAST_NOISE)
+
+    @property
+    def limit_worst(self) -> float:
+        return MARGIN_WORST * max(self.noise_worst, _LEAST_NOISE)
+
+    @property
+    def passed(self) -> bool:
+        # a token is chosen over fp32's choice when the errors of both together exceed the gap between them
+        return self.deviation <= self.limit and self.worst <= self.limit_worst and self.gap <= 2 * self.limit_worst
+
+    def describe(self) -> str:
+        far = (
+            f"log-probabilities of {self.tokens} tokens are {self.deviation:.4f} nats from the dequantized values (worst {self.worst:.3f}), "
+            f"16-bit rounding alone gives {self.noise:.4f} (worst {self.noise_worst:.3f}), allowed are {self.limit:.4f} and {self.limit_worst:.3f}"
+        )
+        greedy = f"{self.generated - self.ties} of {self.generated} greedy tokens are the reference's own"
+        return f"{far}; {greedy}" + (f", the others lie within {self.gap:.3f} of it" if self.ties else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "passed": self.passed,
+            "detail": self.describe(),
+            "deviation": self.deviation,
+            "worst": self.worst,
+            "noise": self.noise,
+            "noise_worst": self.noise_worst,
+            "limit": self.limit,
+            "limit_worst": self.limit_worst,
+            "tokens": self.tokens,
+            "generated": self.generated,
+            "not_first_choice": self.ties,
+            "largest_gap": self.gap,
+        }
+
+
+def prompts(path: Path, *, longest: int | None = None) -> torch.Tensor:
+    """The fixed prompts as token ids [rows, T], from the bundled evaluation text.
+
+    Args:
+        longest: context of the model; shortens the prompts of very small ones.
+    """
+    length = min(PROMPT_TOKENS, (longest or PROMPT_TOKENS + NEW_TOKENS) - NEW_TOKENS)
+    if length < 8:
+        raise CheckpointError(f"{path}: its context is {longest} tokens: the comparison in vLLM takes at least {NEW_TOKENS + 8}")
+    return evaluation_rows(load_tokenizer(path), bundled("wikitext-2-test"), length, PROMPTS)
+
+
+def ask(server: Server, rows: torch.Tensor, new_tokens: int = NEW_TOKENS) -> Answers:
+    """Scores and continues rows of token ids through the server's completions endpoint.
+
+    Raises:
+        ServerError: an answer without the tokens and log-probabilities asked for, or with numbers that JSON has no word for (NaN).
+    """
+    body = {
+        "model": server.name,
+        "prompt": rows.tolist(),
+        "max_tokens": new_tokens,
+        "temperature": 0,
+        "ignore_eos": True,  # all continuations of one length
+        "prompt_logprobs": 0,  # of the prompt's own tokens alone
+        "logprobs": 0,
+        "return_token_ids": True,
+    }
+    answer = server.request("/v1/completions", body)
+    try:
+        choices = sorted(answer["choices"], key=lambda c: c["index"])
+        tokens = [row.tolist() + list(c["token_ids"]) for row, c in zip(rows, choices, strict=True)]
+        logs = []
+        for row, choice in zip(rows.tolist(), choices, strict=True):
+            scored = [float(said[str(token)]["logprob"]) for token, said in zip(row[1:], choice["prompt_logprobs"][1:], strict=True)]
+            logs.append(scored + [float(x) for x in choice["logprobs"]["token_logprobs"]])
+        return Answers(torch.tensor(tokens), torch.tensor(logs), rows.shape[1])
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ServerError(f"/v1/completions did not answer with tokens and log-probabilities ({type(error).__name__}: {error})") from error
+
+
+class Reference:
+    """A checkpoint, quantized or not, run block by block from the values in its files.
+
+    Raises:
+        CheckpointError: one that cannot be read, or whose model cannot be built here.
+    """
+
+    def __init__(self, path: str | Path):
+        self.checkpoint: Checkpoint = open_checkpoint(path)
+        self.dtype: torch.dtype = getattr(torch, model_dtype(self.checkpoint.config))
+        self._values = dequantized(self.checkpoint)
+        Skeleton(self._values, torch.device("cpu"), self.dtype)  # says at once what cannot be built
+
+    def logs(self, tokens: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities in fp32 of a run in ``dtype``: of each token but the first, and of the likeliest, both [rows, T - 1]."""
+        skeleton = Skeleton(self._values, torch.device("cpu"), dtype)
+        (hidden,), calls = skeleton.embed([tokens])
+        with torch.no_grad():
+            for index in range(skeleton.block_count):
+                call = calls[len(tokens)][index]
+                output = skeleton.load_block(index)(hidden, *call.args, **call.kwargs)
+                hidden = output[0] if isinstance(output, tuple) else output
+                skeleton.free_block(index)
+            said, most = [], []
+            with skeleton.outside():
+                for row, states in zip(tokens.split(1), hidden.split(1), strict=True):  # one row at a time: logits are wide
+                    logs = skeleton.logits(row, states)[:, :-1].float().log_softmax(-1)
+                    said.append(logs.gather(-1, row[:, 1:, None])[..., 0])
+                    most.append(logs.amax(-1))
+        return torch.cat(said), torch.cat(most)
+
+    def compare(self, answers: Answers) -> Comparison:
+        """Judges what vLLM said."""
+        exact, most = self.logs(answers.tokens, torch.float32)
+        rounded, _ = self.logs(answers.tokens, self.dtype)
+        # NaN must fail: it is replaced by infinity before any maximum
+        away = (answers.logs - exact).abs().nan_to_num(torch.inf)
+        noise = (rounded - exact).abs()
+        chosen = (most - exact)[:, answers.prompt - 1 :]
+        return Comparison(
+            deviation=_rms(away),
+            worst=float(away.max()),
+            noise=_rms(noise),
+            noise_worst=float(noise.max()),
+            ties=int((chosen > 0).sum()),
+            gap=float(chosen.max()),
+            generated=chosen.numel(),
+            tokens=away.numel(),
+        )
+
+
+def _rms(values: torch.Tensor) -> float:
+    return float(values.double().square().mean().sqrt())
+
+
+def open_server(path: Path, python: str | Path, log: Log = lambda line: None, flags: Sequence[str] = FLAGS) -> Server:
+    """A server for comparisons on a free port, not started yet: every weight tracked, activations of 4-bit layers left in 16 bits."""
+    installation = find_vllm(python)
+    longest = context_length(open_checkpoint(path).config)
+    length = min(PROMPT_TOKENS + NEW_TOKENS, longest or PROMPT_TOKENS + NEW_TOKENS)
+    deployment = plan(path, Wish(max_model_len=length, extra=tuple(flags)))
+    port = free_port(deployment.host)
+    return Server(
+        deployment.model_path,
+        deployment.flags(port=port),
+        python=installation.python,
+        host=deployment.host,
+        port=port,
+        name=deployment.name,
+        environment=cpu_environment(exact=True) if installation.cpu else {},
+        log=log,
+    )
+
+
+def check_in_vllm(path: str | Path, python: str | Path, *, log: Log = lambda line: None) -> dict[str, Any]:
+    """Loads a checkpoint in the vLLM of another environment and compares what it computes with the values in the files.
+
+    Args:
+        python: interpreter of the environment with vLLM.
+        log: receives the server's log lines.
+
+    Returns:
+        ``passed``, ``detail`` in words, and the numbers of :class:`Comparison`. A checkpoint that vLLM refuses has not passed.
+
+    Raises:
+        ServerError: vLLM did not start for a reason that lies not in the checkpoint.
+        CheckpointError: one that cannot be read, or whose model cannot be built here.
+    """
+    folder = Path(path).absolute()
+    reference = Reference(folder)
+    rows = prompts(folder, longest=context_length(reference.checkpoint.config))
+    server = open_server(folder, python, log)
+    with signals_to(server), server:
+        try:
+            server.start()
+        except ServerError as error:
+            if error.cause is None or not error.cause.checkpoint:
+                raise
+            return {"passed": False, "detail": f"vLLM does not load it: {error.cause.kind}: {error.cause.text}"}
+        answers = ask(server, rows)
+    return reference.compare(answers).to_dict() | {"load_seconds": round(server.load_seconds, 2)}
