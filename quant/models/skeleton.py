@@ -79,6 +79,17 @@ class BlockCall:
     kwargs: Mapping[str, Any]
 
 
+def _same(a: Any, b: Any) -> bool:
+    """Whether two arguments of a block are equal, tensors inside them by value."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    return type(a) is type(b)
+
+
 def compute_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     """The dtype that blocks run in: the stored one; fp16 on a CPU runs as fp32, which a CPU multiplies faster."""
     stored = TORCH[checkpoint.dtype]
@@ -106,9 +117,7 @@ class Skeleton:
             del config.quantization_config  # weights come dequantized; transformers would build quantized modules
         try:
             with _parameters_on_meta(), torch.no_grad():
-                self.model: nn.Module = transformers().AutoModelForCausalLM.from_config(
-                    config, dtype=self.dtype, attn_implementation="sdpa"
-                )
+                self.model: nn.Module = transformers().AutoModelForCausalLM.from_config(config, dtype=self.dtype)
         except Exception as error:  # an unknown class is a ValueError; a contradictory config fails inside a constructor in any way
             raise CheckpointError(
                 f"{checkpoint.path}: model type {kind!r} cannot be built as a causal language model ({str(error).splitlines()[0][:200]}): {_HOW_TO_ADD}"
@@ -177,6 +186,9 @@ class Skeleton:
         handles = []
         try:
             (hidden,), calls = self.embed([torch.zeros(1, 2, dtype=torch.int64)])
+            _, others = self.embed([torch.ones(1, 2, dtype=torch.int64)])
+            if not all(_same(a.args, b.args) and _same(a.kwargs, b.kwargs) for a, b in zip(calls[1], others[1], strict=True)):
+                raise CheckpointError(f"model type {kind!r} calls its blocks with values that depend on the tokens: {_HOW_TO_ADD}")
             block = self.load_block(0)
             for name, module in block.named_modules():
                 if isinstance(module, nn.Linear):

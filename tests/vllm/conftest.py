@@ -1,0 +1,61 @@
+"""The ring that starts real vLLM servers. Its interpreter is named by QUANT_VLLM_PYTHON; without it every test here is skipped by name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from quant.serving.process import PYTHON_VARIABLE
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).parent
+LARGER = ROOT.parent / "shared" / "data" / "models" / "tinylm-11m"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    skip = pytest.mark.skip(reason=f"{PYTHON_VARIABLE} names no Python with vLLM: make test builds one")
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.vllm)
+            if not os.environ.get(PYTHON_VARIABLE):
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> str:
+    return os.environ[PYTHON_VARIABLE]
+
+
+@pytest.fixture(scope="session")
+def source() -> Path:
+    """The model to quantize: every group size divides its inputs."""
+    return LARGER if LARGER.is_dir() else ROOT / "examples" / "tinylm-4m"
+
+
+@pytest.fixture(scope="session")
+def make(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Quantizes the source through the command, as a user does; the same options give the same directory."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def quantized(*options: str) -> Path:
+        if options not in made:
+            output = tmp_path_factory.mktemp("model") / "-".join(o.strip("-") for o in options)
+            command = [sys.executable, str(ROOT / "quantize.py"), "quantize", "-q", "-m", str(source), "-o", str(output), *options]
+            done = subprocess.run([*command, "--samples", "16", "--sequence-length", "256"], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            made[options] = output
+        return made[options]
+
+    return quantized
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Callable[[Path], Path]:
+    """A copy of a checkpoint to damage."""
+    return lambda path: Path(shutil.copytree(path, tmp_path / path.name))
