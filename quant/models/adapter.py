@@ -8,7 +8,7 @@ adding a row; see ``docs/adapters.md``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,8 +98,6 @@ _FUSED = {
     "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
     "q_a_proj": "fused_qkv_a_proj", "kv_a_proj_with_mqa": "fused_qkv_a_proj",
 }  # fmt: skip
-#: The shards of each fused layer in vLLM's order.
-SHARDS = {fused: tuple(s for s, f in _FUSED.items() if f == fused) for fused in dict.fromkeys(_FUSED.values())}
 
 
 def fused_name(linear: str) -> str:
@@ -165,14 +163,3 @@ def decoder_linears(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]
     blocks = count if isinstance(count, int) else None
     names = [n.removesuffix(".weight") for n, info in tensors.items() if not_quantizable(info, blocks) is None]
     return sorted(names, key=lambda n: (block_of(n + "."), n))
-
-
-def other_linears(tensors: Mapping[str, TensorInfo], quantized: Iterable[str]) -> list[str]:
-    """Names of modules that vLLM may build as linears and that stay unquantized: every other 2-D ``.weight`` but embeddings, and the head."""
-    done = set(quantized)
-    names = {
-        n.removesuffix(".weight")
-        for n, info in tensors.items()
-        if n.endswith(".weight") and len(info.shape) == 2 and not re.search(r"(^|\.)(embed\w*|wte|wpe|\w*_embedding\w*)\.weight$", n)
-    }
-    return sorted((names - done) | {"lm_head"})

@@ -77,7 +77,7 @@ class QuantizationManager:
             raise UsageError(f"--device is {recipe.device!r}: no CUDA device is visible to torch; use --device cpu")
         self.clock = Clock()
         self.layers: dict[str, dict[str, Any]] = {}
-        self.seconds_before = 0.0
+        self.scratch_bytes = 0
 
     def run(self) -> dict[str, Any]:
         """Quantizes, writes, verifies, publishes; returns the report.
@@ -185,6 +185,7 @@ class QuantizationManager:
                     self._write(unit, work, done)
                 skeleton.free_block(unit.block)
         finally:
+            self.scratch_bytes = store.spilled_bytes
             store.close()
 
     def _quantize_block(
@@ -377,6 +378,7 @@ class QuantizationManager:
             "seconds": {k: round(v, 3) for k, v in self.clock.seconds.items()} | {"total": round(time.perf_counter() - start, 3)},
             "peak_rss_bytes": peak_rss(),
             "peak_gpu_bytes": torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
+            "scratch_bytes": self.scratch_bytes,
             "calibration": None if rows is None else {"rows": len(rows.tokens), "length": rows.tokens.shape[1], "digest": rows.digest},
             "layers": layers,
             "fallbacks": [{"name": x["name"], "fallback": x["fallback"]} for x in layers if x["fallback"]],

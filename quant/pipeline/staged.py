@@ -44,7 +44,6 @@ class ActivationStore:
         self._file = -1
         self._free: dict[int, list[int]] = {}
         self._end = 0
-        self.spilled_peak = 0
 
     def put(self, tensor: torch.Tensor) -> Callable[[], None]:
         """Sets a tensor aside; the returned function brings it back."""
@@ -93,7 +92,6 @@ class ActivationStore:
             offset = slots.pop()
         else:
             offset, self._end = self._end, self._end + size
-            self.spilled_peak = self._end
         view, position = _bytes_of(storage), offset
         try:
             while view:
@@ -105,6 +103,11 @@ class ActivationStore:
                 "or use fewer --samples or a shorter --sequence-length"
             ) from error
         return offset
+
+    @property
+    def spilled_bytes(self) -> int:
+        """Largest size that the scratch file had."""
+        return self._end
 
     def close(self) -> None:
         if self._file >= 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -39,8 +38,3 @@ class Quantizer(Protocol):
 
 
 QuantizerRegistry: Registry[type[Quantizer]] = Registry("method", "quant.quantizers")
-
-
-def stack(weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Weights [Nᵢ, K] on top of one another as fp32."""
-    return torch.cat([w.float() for w in weights])
