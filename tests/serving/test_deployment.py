@@ -1,0 +1,204 @@
+"""Plans: the command, its reasons, and artefacts that other programs can read. Nothing here starts vLLM."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import deploy_vllm
+from quant.errors import CheckpointError, UsageError, VerificationFailed
+from quant.serving.deployment import Wish, artefact, plan
+from tests.helpers import ROOT
+
+
+@pytest.fixture
+def folder(quantized: Callable[..., Path], tmp_path: Path) -> Path:
+    """A checkpoint at a path and with a name that every artefact has to quote."""
+    return Path(shutil.copytree(quantized(), tmp_path / "a model's $HOME 100% (v1)"))
+
+
+@pytest.fixture
+def deploy(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def call(*arguments: Any) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            deploy_vllm.main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return call
+
+
+def _after(words: list[str], flag: str) -> str:
+    return words[words.index(flag) + 1]
+
+
+def test_the_command_has_a_reason_for_every_flag_and_no_quantization(folder: Path) -> None:
+    value = plan(folder, Wish(gpu_memory_utilization=0.8, extra=("--max-num-seqs", "8"))).to_dict()
+    command = value["command"]
+    assert command[:3] == ["vllm", "serve", str(folder)]
+    assert "--quantization" not in command  # read from config.json; naming it can only contradict
+    named = {a["name"]: a for a in value["arguments"]}
+    assert all(a["reason"] for a in named.values())
+    assert {w.removeprefix("--") for w in command if w.startswith("--")} == {*named, "max-num-seqs"}
+    assert named["dtype"]["value"] == "bfloat16" and named["gpu-memory-utilization"]["value"] == 0.8
+    assert _after(command, "--host") == "127.0.0.1" and command[-2:] == ["--max-num-seqs", "8"]
+
+
+def test_an_option_beats_vllm_config_beats_the_checkpoint(folder: Path) -> None:
+    file = folder / "vllm_config.json"
+    assert _after(plan(folder, Wish()).command, "--max-model-len") == "256"
+    file.write_text(json.dumps({"max-model-len": 128, "max-num-seqs": 4}))
+    stated = plan(folder, Wish())
+    assert _after(stated.command, "--max-model-len") == "128" and _after(stated.command, "--max-num-seqs") == "4"
+    assert {a.reason for a in stated.arguments if a.name == "max-num-seqs"} == {"vllm_config.json of the checkpoint says so"}
+    assert _after(plan(folder, Wish(max_model_len=64)).command, "--max-model-len") == "64"
+    assert plan(folder, Wish(extra=("--max-num-seqs=9",))).command.count("--max-num-seqs") == 0  # passed on in its stead
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[1]", "an object of engine arguments"),
+        ('{"max-model-len": true}', "an object of engine arguments"),
+        ('{"max-model-len": 0}', "max-model-len is 0"),
+        ('{"--x; rm -rf": 1}', "is no engine argument"),
+        ('{"api-key": "k"}', "api-key does not belong there"),
+    ],
+)
+def test_a_broken_vllm_config_is_named(folder: Path, content: str, message: str) -> None:
+    (folder / "vllm_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        plan(folder, Wish())
+
+
+def test_a_checkpoint_that_fails_verification_is_refused_with_status_4(folder: Path, deploy: Callable[..., tuple[int, str, str]]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(VerificationFailed, match="activation order"):
+        plan(folder, Wish())
+    for command in ("plan", "serve"):
+        code, out, err = deploy(command, "-m", folder)
+        assert code == 4 and not out and "activation order" in err
+
+
+def test_tensor_parallel_is_checked_against_the_shapes(folder: Path) -> None:
+    with pytest.raises(VerificationFailed, match="--tensor-parallel 7"):
+        plan(folder, Wish(tensor_parallel=7))
+
+
+@pytest.mark.parametrize("extra", [("--port", "1"), ("--api-key=k",), ("--served_model_name", "x"), ("stray",)])
+def test_extra_arguments_cannot_take_over_what_we_must_know(folder: Path, extra: tuple[str, ...]) -> None:
+    with pytest.raises(UsageError):
+        plan(folder, Wish(extra=extra))
+
+
+def test_binding_elsewhere_without_a_key_warns(folder: Path) -> None:
+    assert not plan(folder, Wish()).warnings and not plan(folder, Wish(host="::1")).warnings
+    assert "without an API key" in plan(folder, Wish(host="0.0.0.0")).warnings[0]
+    assert not plan(folder, Wish(host="0.0.0.0", api_key_env="KEY")).warnings
+    with pytest.raises(UsageError, match="never the key itself"):
+        plan(folder, Wish(api_key_env="sk-123"))
+
+
+def test_the_shell_script_runs_exactly_the_command(folder: Path, tmp_path: Path) -> None:
+    made = plan(folder, Wish(api_key_env="KEY", extra=("--hf-overrides", '{"a": "$b \'c\'"}', "--enforce-eager")))
+    fake = tmp_path / "bin" / "vllm"
+    fake.parent.mkdir()
+    fake.write_text(f'#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv[1:], os.environ["VLLM_API_KEY"]]))\n')
+    fake.chmod(0o755)
+    environment = {"PATH": f"{fake.parent}:/usr/bin:/bin", "KEY": "k e y"}
+    done = subprocess.run(["sh", "-c", artefact(made, "shell")], capture_output=True, text=True, env=environment, check=True)
+    assert json.loads(done.stdout) == [made.command[1:], "k e y"]
+    unset = subprocess.run(["sh", "-c", artefact(made, "shell")], capture_output=True, text=True, env={"PATH": environment["PATH"]})
+    assert unset.returncode != 0 and "set KEY to the API key first" in unset.stderr
+
+
+def test_the_compose_file_publishes_on_the_wished_address_only(quantized: Callable[..., Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(quantized(group_size=-1), tmp_path / "a $model"))
+    made = plan(folder, Wish(port=9000, api_key_env="KEY", tensor_parallel=2))
+    (service,) = yaml.safe_load(artefact(made, "compose"))["services"].values()
+    assert service["ports"] == ["127.0.0.1:9000:8000"]
+    assert service["volumes"][0]["source"] == str(folder).replace("$", "$$") and service["volumes"][0]["read_only"]
+    words = service["command"]
+    assert _after(words, "--model") == service["volumes"][0]["target"]
+    assert (_after(words, "--host"), _after(words, "--port"), _after(words, "--tensor-parallel-size")) == ("0.0.0.0", "8000", "2")
+    assert _after(words, "--served-model-name") == folder.name.replace("$", "$$")
+    assert all(isinstance(w, str) for w in words)
+    assert service["environment"]["VLLM_API_KEY"].startswith("${KEY:?")
+    assert service["deploy"]["resources"]["reservations"]["devices"][0]["count"] == 2
+
+
+def test_the_kubernetes_objects_fit_together(folder: Path) -> None:
+    made = plan(folder, Wish(port=80, api_key_env="KEY"))
+    workload, service = yaml.safe_load_all(artefact(made, "kubernetes"))
+    assert (workload["kind"], service["kind"]) == ("Deployment", "Service")
+    name = workload["metadata"]["name"]
+    assert name == "vllm-a-model-s-home-100-v1"
+    template = workload["spec"]["template"]
+    assert template["metadata"]["labels"] == workload["spec"]["selector"]["matchLabels"] == service["spec"]["selector"]
+    (container,) = template["spec"]["containers"]
+    assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in template["spec"]["volumes"]}
+    assert service["spec"]["ports"][0]["targetPort"] == container["ports"][0]["name"] == container["startupProbe"]["httpGet"]["port"]
+    assert _after(container["args"], "--port") == str(container["ports"][0]["containerPort"])
+    key = next(e for e in container["env"] if e["name"] == "VLLM_API_KEY")
+    assert key["valueFrom"]["secretKeyRef"]["name"] == f"{name}-key"
+    assert "&id" not in artefact(made, "kubernetes")
+
+
+def test_the_systemd_unit_quotes_for_systemd(folder: Path) -> None:
+    text = artefact(plan(folder, Wish(api_key_env="KEY")), "systemd")
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    start = next(line for line in lines if line.startswith("ExecStart="))
+    words = shlex.split(start.removeprefix("ExecStart=").replace("$$", "$").replace("%%", "%"), posix=True)
+    assert words[:4] == ["/usr/bin/env", "vllm", "serve", str(folder)]
+    assert [line for line in lines if line.startswith("[")] == ["[Unit]", "[Service]", "[Install]"]
+    assert "EnvironmentFile=/etc/vllm/vllm-a-model-s-home-100-v1.env" in lines
+    if shutil.which("systemd-analyze"):
+        unit = folder.parent / "vllm-test.service"
+        unit.write_text(text)
+        done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True)
+        assert "vllm-test.service" not in done.stderr.replace("EnvironmentFile", ""), done.stderr
+
+
+@pytest.mark.parametrize("kind", ["shell", "compose", "kubernetes", "systemd"])
+def test_a_line_break_in_a_name_does_not_end_a_comment(folder: Path, kind: str) -> None:
+    made = plan(folder, Wish(name="x\nrm -rf /"))
+    text = artefact(made, kind)
+    assert "# vLLM serving x rm -rf /. " in text
+    assert not any(line.startswith("rm -rf") for line in text.splitlines()) or kind == "shell"  # there it stands inside quotes
+    if kind == "shell":
+        assert shlex.quote("x\nrm -rf /") in text
+
+
+def test_plan_prints_the_artefact_alone_or_one_json_object(folder: Path, deploy: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = deploy("plan", "-m", folder, "--output", "compose", "--host", "0.0.0.0")
+    assert code == 0 and "services" in yaml.safe_load(out)
+    assert "warning: " in err
+    code, out, _ = deploy("plan", "-m", folder, "--json", "--", "--max-num-seqs", "3")
+    value = json.loads(out)
+    assert code == 0 and value["command"][-2:] == ["--max-num-seqs", "3"] and value["artefact"].startswith("#!/bin/sh")
+    assert deploy("plan", "-m", folder, "--port", "0")[0] == 2
+    assert deploy("plan", "-m", folder, "--gpu-memory-utilization", "1.5")[0] == 2
+    assert deploy("plan", "-m", folder / "nothing")[0] == 1
+
+
+def test_planning_imports_neither_torch_nor_transformers(folder: Path) -> None:
+    code = (
+        "import sys; import deploy_vllm\n"
+        f"try: deploy_vllm.main(['plan', '-m', {str(folder)!r}, '--output', 'kubernetes'])\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules), set(sys.modules) & {'torch', 'transformers', 'rich'}"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

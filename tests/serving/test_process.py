@@ -1,0 +1,166 @@
+"""The server's life against small stand-ins for vLLM's process; real vLLM runs in tests/vllm."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from quant.errors import UsageError
+from quant.serving.failures import diagnose, quote
+from quant.serving.process import Interrupted, Server, ServerError, find_vllm, free_port
+
+#: A process that ignores SIGTERM with a worker in a session of its own, which no signal to a group reaches.
+_STUBBORN = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if os.fork() == 0:
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("ready", os.getpid(), flush=True)
+time.sleep(600)
+"""
+
+
+def _server(code: str, monkeypatch: pytest.MonkeyPatch, grace: float = 0.5) -> Server:
+    monkeypatch.setattr("quant.serving.process._GRACE", grace)
+    server = Server(Path("m"), [], python=sys.executable, host="127.0.0.1", port=free_port("127.0.0.1"), name="m")
+    server.command = [sys.executable, "-c", code]
+    return server
+
+
+def test_an_early_end_quotes_the_log_and_names_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [
+        "(APIServer pid=1) INFO 01-01 00:00:00 [x.py:1] starting",
+        "(EngineCore pid=2) ERROR 01-01 00:00:00 [core.py:1] ValueError: No available memory for the cache blocks. Try",
+        "RuntimeError: Engine core initialization failed.",
+    ]
+    with _server(f"print({chr(10).join(lines)!r}); raise SystemExit(3)", monkeypatch) as server:
+        with pytest.raises(ServerError, match="ended with status 3 before it was ready: the weights leave no room") as error:
+            server.start(timeout=20)
+    assert error.value.cause is not None and error.value.cause.kind == "no memory for the KV cache"
+    assert "  | RuntimeError: Engine core initialization failed." in str(error.value)
+
+
+def test_a_timeout_leaves_no_process_even_of_those_that_ignore_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    with _server(_STUBBORN, monkeypatch) as server:
+        with pytest.raises(ServerError, match=r"not ready after 2 s: give it longer with --timeout"):
+            server.start(timeout=2)
+        members = [int(line.split()[1]) for line in server.lines]
+        assert len(members) == 2 and all(psutil.pid_exists(m) for m in members)
+    assert not any(psutil.pid_exists(m) and psutil.Process(m).status() != psutil.STATUS_ZOMBIE for m in members)
+
+
+def test_a_signal_while_starting_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with _server("import time; time.sleep(600)", monkeypatch) as server:
+        threading.Timer(1, lambda: server.interrupt(signal.SIGTERM)).start()
+        begun = time.monotonic()
+        with pytest.raises(Interrupted) as stop:
+            server.start(timeout=60)
+    assert stop.value.exit_code == 130 and time.monotonic() - begun < 10
+
+
+def test_no_key_stands_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PORT", "1")
+    server = Server(Path("m"), ["--x"], python="p", host="::", port=1, name="m", api_key="s3cret")
+    assert "s3cret" not in " ".join(server.command)
+    assert server.environment["VLLM_API_KEY"] == "s3cret" and "VLLM_PORT" not in server.environment
+    assert server.environment["HF_HUB_OFFLINE"] == "1"
+    assert server.url == "http://[::1]:1"
+
+
+def test_a_taken_port_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        server = Server(Path("m"), [], python=sys.executable, host="127.0.0.1", port=other.getsockname()[1], name="m")
+        with server, pytest.raises(ServerError, match="is in use by another program"):
+            server.start(timeout=1)
+    with pytest.raises(ServerError, match="use an address of this machine"):
+        free_port("192.0.2.1")
+
+
+def test_an_interpreter_without_vllm_and_one_that_does_not_run_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(ServerError, match="has no vLLM"):
+        find_vllm(sys.executable)
+    with pytest.raises(UsageError, match="does not run"):
+        find_vllm(tmp_path / "python")
+    script = tmp_path / "fails"
+    script.write_text("#!/bin/sh\nexit 3\n")
+    script.chmod(0o755)
+    with pytest.raises(UsageError, match="not a Python that runs"):
+        find_vllm(script)
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "says"),
+    [
+        ("ERROR: [Errno 98] Address already in use", "port in use", "--port"),
+        (
+            "ValueError: To serve at least one request with the model's max seq len (131072), (16.0 GiB KV cache is needed, which is larger than "
+            "the available KV cache memory (4.2 GiB). Based on the available memory, the estimated maximum model length is 34000. Try",
+            "no memory for the KV cache",
+            "--max-model-len 34000",
+        ),
+        ("ValueError: Unknown quantization method: hqq. Must be one of", "unsupported quantization", "export-vllm"),
+        (
+            "ValueError: User-specified max_model_len (4096) is greater than the derived max_model_len (max_position_embeddings=1024.0",
+            "context too long", "is 4096, the model's longest context is 1024",
+        ),
+        ("ModuleNotFoundError: No module named 'vllm'", "no vLLM", "pip install vllm"),
+        ("ValueError: Total number of attention heads (6) must be divisible by tensor parallel size (4).", "tensor parallel size", "6 attention heads"),
+        ("ValueError: World size (8) is larger than the number of available GPUs (2) in this node.", "too few GPUs", "asks for 8 GPUs, 2 are there"),
+        ("api_server.py: error: unrecognized arguments: --nope 3", "unknown argument", "--nope 3"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate", "GPU memory exhausted", "--tensor-parallel"),
+    ],
+)  # fmt: skip
+def test_known_failures_have_a_cause_and_a_next_step(line: str, kind: str, says: str) -> None:
+    for prefix in ("", "(EngineCore pid=7) ERROR 01-01 00:00:00 [core.py:1] "):
+        cause = diagnose(["noise", prefix + line, "RuntimeError: Engine core initialization failed."])
+        assert cause is not None and cause.kind == kind and says in cause.text
+
+
+def test_an_unknown_failure_has_no_cause_and_the_first_exception_is_quoted() -> None:
+    log = ["(EngineCore pid=7) ERROR 01-01 00:00:00 [core.py:1] KeyError: 'strange'", *["x"] * 30, "RuntimeError: failed"]
+    assert diagnose(log) is None
+    assert quote(log).splitlines()[0].endswith("KeyError: 'strange'")
+    assert quote(log).splitlines()[-1] == "  | RuntimeError: failed"
+
+
+def test_a_dead_parent_takes_the_server_along(tmp_path: Path) -> None:
+    """On Linux: whoever kills this tool leaves no server behind."""
+    if sys.platform != "linux":
+        pytest.skip("the kernel's parent-death signal is Linux's")
+    code = (
+        "import sys, time; from pathlib import Path; from quant.serving.process import Server, free_port\n"
+        "s = Server(Path('m'), [], python=sys.executable, host='127.0.0.1', port=free_port('127.0.0.1'), name='m', log=lambda x: print(x, flush=True))\n"
+        "s.command = [sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(600)']\n"
+        "s.start(60)"
+    )
+    import subprocess
+
+    from tests.helpers import ROOT
+
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        os.kill(parent.pid, signal.SIGKILL)
+        child.wait(timeout=20)
+
+
+def test_the_log_reaches_the_listener_line_by_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[str] = []
+    listener: Callable[[str], None] = heard.append
+    server = _server("print('one'); print('CPU KV cache size: 349,440 tokens, Maximum'); raise SystemExit(1)", monkeypatch)
+    server._log = listener
+    with server, pytest.raises(ServerError):
+        server.start(timeout=20)
+    assert heard[0] == "one" and server.kv_cache_tokens() == 349440

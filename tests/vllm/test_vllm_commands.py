@@ -1,0 +1,149 @@
+"""The commands that start vLLM, run as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+OPTIONS = ("--format", "compressed-tensors", "--symmetric", "--group-size", "128", "--method", "gptq")
+
+
+def _start(path: Path, *options: str, **settings: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "deploy_vllm.py"), "--model-path", str(path), "--port", "0", "--json", *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings)
+
+
+def test_serve_answers_until_a_signal_and_leaves_no_process(make: Callable[..., Path], vllm_python: str) -> None:
+    path = make(*OPTIONS)
+    environment = os.environ | {"KEY": "s3cret"}
+    process = _start(path, "--api-key-env", "KEY", "--name", "tiny", "--", "--enforce-eager", env=environment)
+    assert process.stdout is not None and process.stderr is not None
+    log: list[str] = []
+    stream = process.stderr
+    reader = threading.Thread(target=lambda: log.extend(stream), daemon=True)
+    reader.start()
+    try:
+        report = json.loads(process.stdout.readline())
+        assert report["model"] == "tiny"
+        assert report["url"].startswith("http://127.0.0.1:")
+        assert report["max_model_len"] == 1024
+        assert report["kv_cache_tokens"] > report["max_model_len"]
+        assert 1 < report["load_seconds"] < 300
+        completion = report["completion"]
+        assert completion["text"].strip() and completion["tokens"] > 0 and completion["tokens_per_second"] > 0
+        with urllib.request.urlopen(report["url"] + "/health", timeout=10) as answer:
+            assert answer.status == 200
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(report["url"] + "/v1/models", timeout=10)
+        members = psutil.Process(process.pid).children(recursive=True)
+        assert any("EngineCore" in " ".join(m.cmdline()) for m in members)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+    _, alive = psutil.wait_procs(members, timeout=1)
+    assert not alive
+    reader.join(10)
+    text = "".join(log)
+    assert "s3cret" not in text
+    assert "Loading weights took" in text  # vLLM's log is streamed
+    assert text.rstrip().endswith("stopped")
+    assert process.stdout.read() == ""  # one JSON object and nothing else
+    with socket.socket() as probe, pytest.raises(ConnectionRefusedError):
+        probe.connect(("127.0.0.1", int(report["url"].rpartition(":")[2])))
+
+
+def test_check_stops_by_itself_and_a_signal_while_loading_stops_too(make: Callable[..., Path], vllm_python: str) -> None:
+    path = make(*OPTIONS)
+    process = _start(path, "--check", "-q", "--", "--enforce-eager")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert json.loads(out)["completion"]["tokens"] > 0
+    assert err == ""  # quiet
+    process = _start(path)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "non-default args" in line:  # vLLM runs and is far from ready
+            break
+    members = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    _, alive = psutil.wait_procs(members, timeout=1)
+    assert not alive
+
+
+def test_a_killed_serve_takes_its_server_along(make: Callable[..., Path], vllm_python: str) -> None:
+    path = make(*OPTIONS)
+    process = _start(path)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "Initializing a V1 LLM engine" in line:
+            break
+    members = psutil.Process(process.pid).children(recursive=True)
+    assert len(members) > 1
+    process.kill()
+    process.communicate(timeout=60)
+    _, alive = psutil.wait_procs(members, timeout=60)
+    assert not alive
+
+
+def test_verify_compares_in_vllm_and_sees_what_only_values_tell(make: Callable[..., Path], vllm_python: str) -> None:
+    path = make(*OPTIONS)
+    command = [sys.executable, str(ROOT / "quantize.py"), "verify", str(path), "--vllm", vllm_python, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    value = json.loads(done.stdout)
+    assert value["passed"] and value["vllm"]["passed"]
+    assert 0 < value["vllm"]["deviation"] <= value["vllm"]["limit"]
+    assert value["vllm"]["generated"] == 384
+
+
+def test_a_start_that_fails_says_why_and_quotes_the_log(make: Callable[..., Path], vllm_python: str) -> None:
+    path = make(*OPTIONS)
+    process = _start(path, "-q", "--max-model-len", "4096")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "--max-model-len is 4096, the model's longest context is 1024: lower it" in err
+    assert "  | " in err and "Traceback" not in err.partition("  | ")[0]
+    assert json.loads(out)["exit_code"] == 1
+
+
+def test_a_port_in_use_is_named_before_anything_starts(make: Callable[..., Path], vllm_python: str) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        begun = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "deploy_vllm.py"), "serve", "-m", str(make(*OPTIONS)), "--port", str(port)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 1
+    assert re.search(rf"--port {port} of 127.0.0.1 is in use by another program", done.stderr)
+    assert time.monotonic() - begun < 10
+
+
+def test_a_python_without_vllm_is_named(make: Callable[..., Path], vllm_python: str) -> None:
+    process = _start(make(*OPTIONS), "--vllm-python", sys.executable)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "has no vLLM" in err and "--vllm-python" in err

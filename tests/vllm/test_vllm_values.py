@@ -1,0 +1,104 @@
+"""Every format, symmetry and group size that vLLM's CPU build loads, served by real vLLM and compared with the values in the files.
+
+One server a checkpoint. Two comparisons are made of the same answers: vLLM with our dequantized reference, which must agree as far as 16-bit
+arithmetic lets them, and vLLM with references of damaged copies, which must not: so the criterion is shown to see what it is for.
+Greedy text is compared under teacher forcing: vLLM's own continuation runs through the reference, and each of its tokens must be the
+reference's first choice, or nearer to it than 16-bit rounding can tell (free-running texts part for good at the first such tie).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import corrupt
+import pytest
+
+from quant.errors import QuantError
+from quant.evaluation.verify import verify
+from quant.serving.process import ServerError
+from quant.serving.reference import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, Comparison, Reference, ask, open_server, prompts
+
+CT, GPTQ = "compressed-tensors", "gptq"
+#: format, symmetry, group size, method
+CASES = [
+    *((CT, "symmetric", g, m) for g, m in ((-1, "minmax"), (32, "gptq"), (64, "minmax"), (128, "gptq"))),
+    *((CT, "asymmetric", g, m) for g, m in ((-1, "minmax"), (32, "minmax"), (64, "gptq"), (128, "minmax"))),
+    *((GPTQ, "symmetric", g, m) for g, m in ((-1, "gptq"), (32, "minmax"), (64, "gptq"), (128, "minmax"))),
+    ("plain", "symmetric", 128, "gptq"),
+]
+ONE_LAYER = "layers.1.mlp.down_proj"
+
+
+def _damages(form: str, symmetry: str, group: int) -> list[Callable[[Path, str], int]]:
+    """What can be wrong in such a file without changing a shape."""
+    if form == "plain":
+        return []
+    damages: list[Callable[[Path, str], int]] = [corrupt.nibble_order, corrupt.scales_of_the_wrong_output]
+    return (
+        damages + ([corrupt.zero_points] if symmetry == "asymmetric" else []) + ([corrupt.scales_of_the_wrong_group] if group != -1 else [])
+    )
+
+
+@pytest.mark.parametrize(("form", "symmetry", "group", "method"), CASES)
+def test_vllm_computes_with_the_values_that_are_in_the_files(
+    form: str,
+    symmetry: str,
+    group: int,
+    method: str,
+    make: Callable[..., Path],
+    copy: Callable[[Path], Path],
+    vllm_python: str,
+    record_property: Callable[[str, object], None],
+) -> None:
+    path = make("--format", form, f"--{symmetry}", "--group-size", str(group), "--method", method)
+    with open_server(path, vllm_python) as server:
+        server.start(timeout=300)
+        answers = ask(server, prompts(path))
+        log = "\n".join(server.lines)
+    assert answers.tokens.shape == (PROMPTS, PROMPT_TOKENS + NEW_TOKENS)
+    assert ("CPUWNA16LinearKernel" in log) == (form != "plain")  # the packed weights were used as such
+    found = Reference(path).compare(answers)
+    print(f"{path.name}: {found.describe()}")
+    record_property("comparison", found.to_dict())
+    assert found.passed, found.describe()
+    for damage in _damages(form, symmetry, group):
+        seen: dict[str, Comparison] = {}
+        for where in ("layers.", ONE_LAYER):
+            damaged = copy(path)
+            assert damage(damaged, where) == (1 if where == ONE_LAYER else 7 * _blocks(path))
+            seen[where] = Reference(damaged).compare(answers)
+            print(f"{path.name}, {damage.__name__} in {where}: {seen[where].describe()}")
+        assert seen["layers."].deviation > 10 * seen["layers."].limit, f"{damage.__name__}: {seen['layers.'].describe()}"
+        assert not seen[ONE_LAYER].passed, f"{damage.__name__} in {ONE_LAYER}: {seen[ONE_LAYER].describe()}"
+
+
+def _blocks(path: Path) -> int:
+    return int(Reference(path).checkpoint.config["num_hidden_layers"])
+
+
+@pytest.mark.parametrize("form", [CT, GPTQ])
+def test_eight_bits_pass_verify_but_find_no_kernel_on_a_cpu(form: str, make: Callable[..., Path], vllm_python: str) -> None:
+    path = make("--format", form, "--bits", "8", "--group-size", "128", "--method", "minmax")
+    assert verify(path).passed
+    if form == GPTQ:
+        return  # one start shows the refusal
+    with open_server(path, vllm_python) as server, pytest.raises(ServerError, match="no kernel for the checkpoint's scheme") as error:
+        server.start(timeout=300)
+    assert error.value.cause is not None and error.value.cause.checkpoint
+    assert "Failed to find a kernel" in str(error.value)  # vLLM's own words are quoted
+
+
+def test_weights_that_no_file_holds_stop_the_server(make: Callable[..., Path], copy: Callable[[Path], Path], vllm_python: str) -> None:
+    """With weight tracking on, a forgotten scale is an error instead of NaN; verify sees it without vLLM."""
+    from safetensors.torch import load_file, save_file
+
+    path = copy(make("--format", CT, "--symmetric", "--group-size", "128", "--method", "gptq"))
+    index = path / "model.safetensors.index.json"
+    for file in sorted(path.glob("*.safetensors")):
+        tensors = load_file(file)
+        if tensors.pop("model.layers.1.mlp.down_proj.weight_scale", None) is not None:
+            save_file(tensors, file, metadata={"format": "pt"})
+    index.write_text("\n".join(line for line in index.read_text().splitlines() if "layers.1.mlp.down_proj.weight_scale" not in line))
+    with pytest.raises(QuantError, match="layers.1.mlp.down_proj"):
+        open_server(path, vllm_python)
