@@ -7,7 +7,6 @@ whatever happens; on Linux the kernel ends it even when this process is killed.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import http.client
 import json
@@ -164,9 +163,13 @@ def _bind(host: str, port: int) -> int:
         raise ServerError(f"--host {host}, --port {port}: {error.strerror}: use an address of this machine and a port from 1024") from error
 
 
-def _end_with_parent() -> None:
-    """Runs in the child: the kernel sends it SIGTERM when the thread that started it is gone."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+#: Becomes the server after asking the kernel for SIGTERM when the parent ends: arguments are the parent's number and what to run.
+_TIED = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
 
 
 class Server:
@@ -237,7 +240,7 @@ class Server:
         _bind(self.host, self.port)
         begun = time.monotonic()
         self._process = subprocess.Popen(
-            self.command,
+            [self.command[0], "-c", _TIED, str(os.getpid()), *self.command[1:]] if sys.platform == "linux" else self.command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -245,7 +248,6 @@ class Server:
             errors="replace",
             env=self.environment,
             start_new_session=True,
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
         self._reader = threading.Thread(target=self._read, name="vllm-log", daemon=True)
         self._reader.start()
