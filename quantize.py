@@ -90,13 +90,16 @@ def _recipe(options: dict[str, Any]) -> Any:
     return make_recipe(values)
 
 
-def _quantize(out: Output, dry_run: bool, options: dict[str, Any]) -> None:
+def _quantize(out: Output, dry_run: bool, options: dict[str, Any], layer_wise: bool = False) -> None:
     from quant.pipeline.estimate import estimate
     from quant.pipeline.manager import QuantizationManager
     from quant.pipeline.plan import plan_job
     from quant.report import text
 
-    plan = plan_job(_recipe(options))
+    recipe = _recipe(options)
+    if layer_wise and recipe.layers is None:
+        raise UsageError("missing --layers: which ones to quantize, such as 0-3,7 or last:2; quant quantize takes all")
+    plan = plan_job(recipe)
     if dry_run:
         prediction = estimate(plan)
         out.result(prediction, lambda c: text.prediction(c, prediction))
@@ -127,9 +130,7 @@ def layer_wise(out: Output, dry_run: bool, **options: Any) -> None:
     \b
     quant layer-wise -m models/Llama-3.1-8B -o out/mixed --method gptq --layers first:4
     """
-    if options["layers"] is None and options["config"] is None:
-        raise UsageError("missing --layers: which ones to quantize, such as 0-3,7 or last:2; quant quantize takes all")
-    _quantize(out, dry_run, options)
+    _quantize(out, dry_run, options, layer_wise=True)
 
 
 @cli.command("export-vllm")

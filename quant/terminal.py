@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -35,17 +36,35 @@ class Size(click.ParamType):
 
 
 @dataclass
+class Outcome:
+    """Whether a run has printed its result: a failure after it must not add a second JSON object."""
+
+    printed: bool = False
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass
 class Output:
     """Where a command's words go: the result to stdout (JSON or text), everything else to stderr."""
 
     json: bool = False
     quiet: bool = False
     verbose: bool = False
+    outcome: Outcome = field(default_factory=Outcome)
 
     def result(self, value: dict[str, Any] | list[Any], text: Callable[[Console], None]) -> None:
         """Prints ``value`` as one JSON object, or lets ``text`` draw it on a console."""
+        self.outcome.printed = True
         if self.json:
-            click.echo(json.dumps(value))
+            click.echo(json.dumps(_finite(value), allow_nan=False))
         else:
             text(console())
 
@@ -127,7 +146,7 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("-v", "--verbose", is_flag=True, help="More detail on stderr.")
     @functools.wraps(command)
     def wrapped(*args: Any, json_: bool, quiet: bool, verbose: bool, **kwargs: Any) -> Any:
-        return command(*args, out=Output(json_, quiet, verbose), **kwargs)
+        return command(*args, out=Output(json_, quiet, verbose, click.get_current_context().obj or Outcome()), **kwargs)
 
     return wrapped
 
@@ -136,17 +155,24 @@ def run(group: click.Command, prog_name: str, argv: Sequence[str] | None = None)
     """Runs a click program with the exit statuses of the contract: 0 done, 1 failed, 2 usage, 3 nothing fits, 4 verification failed,
     130 interrupted. With ``--json`` a failure is also one JSON object on stdout."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    outcome = Outcome()
+
+    def failed(message: str, code: int) -> int:
+        if "--json" in arguments and not outcome.printed:
+            click.echo(json.dumps({"error": message, "exit_code": code}))
+        return code
+
     try:
-        status = group.main(arguments, prog_name=prog_name, standalone_mode=False)
+        status = group.main(arguments, prog_name=prog_name, standalone_mode=False, obj=outcome)
         code = status if isinstance(status, int) else 0
     except click.exceptions.Exit as stop:
         code = stop.exit_code
     except click.ClickException as error:
         error.show()
-        code = _failed(error.format_message(), error.exit_code, arguments)
+        code = failed(error.format_message(), error.exit_code)
     except QuantError as error:
         click.echo(click.style("error: ", fg="red") + str(error), err=True, color=None if _colour(sys.stderr) else False)
-        code = _failed(str(error), error.exit_code, arguments)
+        code = failed(str(error), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted: finished work is kept, the same command goes on from there", err=True)
         code = 130
@@ -157,15 +183,9 @@ def run(group: click.Command, prog_name: str, argv: Sequence[str] | None = None)
         where = f"{error.filename}: " if error.filename else ""
         message = f"{where}{error.strerror or error}: check the path, its permissions and the disk"
         click.echo(f"error: {message}", err=True)
-        code = _failed(message, 1, arguments)
+        code = failed(message, 1)
     except MemoryError:
         message = "out of memory: use fewer or shorter calibration rows (--samples, --sequence-length) or a machine with more memory"
         click.echo(f"error: {message}", err=True)
-        code = _failed(message, 1, arguments)
+        code = failed(message, 1)
     sys.exit(code)
-
-
-def _failed(message: str, code: int, arguments: Sequence[str]) -> int:
-    if "--json" in arguments:
-        click.echo(json.dumps({"error": message, "exit_code": code}))
-    return code

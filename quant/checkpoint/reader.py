@@ -23,6 +23,8 @@ INDEX = "model.safetensors.index.json"
 #: Endings of files that hold weights in another container. They are never copied: beside ours they would be a second, unquantized model.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".safetensors", ".tflite", ".npz")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+#: Files that describe an earlier quantization: their content is wrong for a new checkpoint, and they are not copied.
+STALE = {"quant_report.json", "vllm_config.json", "quantize_config.json", "quant_config.json", "recipe.yaml"}
 _SKIPPED_FOLDERS = {".git", ".cache", "__pycache__", ".huggingface"}
 CHUNK = 1 << 24
 

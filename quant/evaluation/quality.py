@@ -19,6 +19,7 @@ import torch
 from quant import defaults
 from quant.calibration.text import bundled, evaluation_rows
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
+from quant.devices import device_of
 from quant.errors import CheckpointError, QuantError, VerificationFailed
 from quant.formats.reading import dequantized
 from quant.models.skeleton import BlockCall, Skeleton
@@ -112,7 +113,7 @@ def evaluate(
     Raises:
         QuantError: a checkpoint that cannot be read or run, too little text, models whose tokenizers differ.
     """
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = device_of(device)
     checkpoint = open_checkpoint(path)
     source = open_checkpoint(against) if against is not None else None
     tokenizer = load_tokenizer((source or checkpoint).path)

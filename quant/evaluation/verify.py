@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from quant.checkpoint.header import FLOATS, TensorInfo
-from quant.checkpoint.reader import Checkpoint, open_checkpoint
+from quant.checkpoint.reader import STALE, Checkpoint, open_checkpoint
 from quant.errors import QuantError
 from quant.formats import FormatRegistry, Found, find_format, quantization_config
-from quant.formats.base import shape_problems
+from quant.formats.base import shape_problems, stated_dtype
 from quant.formats.compressed_tensors import matches
 from quant.formats.reading import dequantized
 from quant.models.adapter import fused_name
@@ -92,7 +92,7 @@ def verify(path: str | Path, *, tensor_parallel: int = 1, source: str | Path | N
     quantization = quantization_config(checkpoint.config)
     result.add("config", _config_problems(checkpoint.config), _describe(found))
     if found is not None and quantization is not None:
-        dtype = _model_dtype(checkpoint)
+        dtype = stated_dtype(checkpoint.config) or ""
         linears = list(found.linears.values())
         result.add(
             "quantized layers",
@@ -130,12 +130,6 @@ def _describe(found: Found | None) -> str:
         return "not quantized: an ordinary checkpoint"
     schemes = ", ".join(dict.fromkeys(str(x.scheme) for x in found.linears.values()))
     return f"{found.format}: {schemes}"
-
-
-def _model_dtype(checkpoint: Checkpoint) -> str:
-    names = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-    stated = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or ""
-    return names.get(str(stated).removeprefix("torch."), "")
 
 
 def _config_problems(config: Mapping[str, Any]) -> list[str]:
@@ -342,7 +336,7 @@ def _same_bytes(a: Checkpoint, b: Checkpoint, name: str) -> bool:
 def _side_file_problems(checkpoint: Checkpoint, source: Checkpoint) -> list[str]:
     problems = []
     for file in source.side_files():
-        if file.dropped or file.relative in ("quant_report.json", "vllm_config.json"):
+        if file.dropped or file.relative in STALE:
             continue
         copy = checkpoint.path / file.relative
         if not copy.is_file():

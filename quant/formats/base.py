@@ -121,6 +121,17 @@ def _an_object(found: object) -> dict[str, Any]:
     return found
 
 
+def stated_dtype(config: Mapping[str, Any]) -> str | None:
+    """Header name of the dtype that config.json states, in which vLLM keeps scales; None where it states none that weights are stored in."""
+    text = config.get("text_config")
+    names = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+    for place in (config, text if isinstance(text, dict) else {}):
+        for key in ("dtype", "torch_dtype"):
+            if place.get(key):
+                return names.get(str(place[key]).removeprefix("torch."))
+    return None
+
+
 def find_format(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Found | None:
     """The format of a checkpoint and its quantized linears, or None where it is not quantized.
 

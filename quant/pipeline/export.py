@@ -16,16 +16,14 @@ from quant.checkpoint.writer import write_text
 from quant.errors import Problems, UsageError, VerificationFailed
 from quant.evaluation.verify import verify
 from quant.formats import Format, FormatRegistry, Found, Linear, find_format
-from quant.formats.base import shape_problems
+from quant.formats.base import shape_problems, stated_dtype
 from quant.formats.reading import dequantized, read_linear
 from quant.pipeline.memory import peak_rss
 from quant.pipeline.plan import check_disk, lay_out, target_problems, unquantized_linears
 from quant.pipeline.writing import REPORT, write_rest, write_unit
 from quant.progress import Event, Progress, silent
-from quant.serving.arguments import engine_arguments, model_dtype, vllm_config
+from quant.serving.arguments import engine_arguments, vllm_config
 from quant.tensors import QuantizedTensor
-
-_HEADER_DTYPES = {"bfloat16": "BF16", "float16": "F16"}
 
 
 def export(
@@ -62,7 +60,7 @@ def export(
         problems += _problems(checkpoint, found, form, linears, target, tensor_parallel)
     if problems:
         raise Problems(problems)
-    dtype = _HEADER_DTYPES[model_dtype(checkpoint.config)]
+    dtype = stated_dtype(checkpoint.config) or "BF16"
     plain = dequantized(checkpoint)
     units = lay_out(plain, linears, form, dtype)
     check_disk(output, sum(s.nbytes for u in units for s in u.shards))

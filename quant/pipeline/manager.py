@@ -19,6 +19,7 @@ from quant.checkpoint.header import read_header
 from quant.checkpoint.journal import WorkFolder
 from quant.checkpoint.reader import Checkpoint
 from quant.checkpoint.writer import write_text
+from quant.devices import device_of
 from quant.errors import CheckpointError, QuantError, UsageError, VerificationFailed
 from quant.evaluation.verify import verify
 from quant.formats.reading import read_linear
@@ -72,9 +73,7 @@ class QuantizationManager:
         self.plan, self.progress = plan, progress
         recipe = plan.recipe
         self.quantizer = make_quantizer(recipe)
-        self.device = torch.device(recipe.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise UsageError(f"--device is {recipe.device!r}: no CUDA device is visible to torch; use --device cpu")
+        self.device = device_of(recipe.device)
         self.clock = Clock()
         self.layers: dict[str, dict[str, Any]] = {}
         self.scratch_bytes = 0
@@ -113,9 +112,17 @@ class QuantizationManager:
         """Calibration rows and the model without weights.
 
         Raises:
-            QuantError: too little text, a model that cannot be run block by block.
+            QuantError: too little text, a model that cannot be run block by block, or linears that no group of the model's adapter has.
         """
-        return self._rows(), Skeleton(self.plan.checkpoint, self.device)
+        rows, skeleton = self._rows(), Skeleton(self.plan.checkpoint, self.device)
+        known = {skeleton.block_prefix(b) + n for b in range(skeleton.block_count) for n in skeleton.adapter.linears()}
+        unknown = [n for n in self.plan.linears if n not in known]
+        if unknown:
+            raise QuantError(
+                f"{', '.join(unknown[:3])} {'is' if len(unknown) == 1 else 'are'} not among the linears that a block is seen to run, so there is no "
+                "calibration for it: leave it with --ignore, or use --method minmax"
+            )
+        return rows, skeleton
 
     def _rows(self) -> Rows:
         recipe, checkpoint = self.plan.recipe, self.plan.checkpoint
@@ -130,7 +137,7 @@ class QuantizationManager:
                 recipe.calibration_dataset or [bundled("wikipedia")],
                 recipe.samples,
                 length,
-                vocabulary=int(config.get("vocab_size") or 2**31),
+                vocabulary=size if isinstance(size := config.get("vocab_size"), int) else 2**31,
                 shuffle=recipe.shuffle,
                 seed=recipe.seed,
                 chat_template=recipe.chat_template,
@@ -234,7 +241,10 @@ class QuantizationManager:
             for name, module, weight in zip(group.linears, modules, weights, strict=True):
                 tensor = result.tensor.rows(row, row + len(weight))
                 row += len(weight)
-                value = tensor.dequantize().to(weight.dtype)
+                value = tensor.dequantize()
+                if self.plan.format.quant_method is None:
+                    value = value.to(_torch_dtype(self.plan.dtype))  # plain files hold values, rounded once: go on with those
+                value = value.to(weight.dtype)
                 self._note(prefix + name, tensor, result, weight, value, samples.get(group), statistics.tokens, time.perf_counter() - start)
                 module.weight = nn.Parameter(value, requires_grad=False)
                 done[prefix + name] = tensor

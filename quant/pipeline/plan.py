@@ -14,13 +14,15 @@ from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.checkpoint.writer import TensorSpec, file_bytes
 from quant.errors import Problems, QuantError, UsageError
 from quant.formats import Format, FormatRegistry, Linear, quantization_config
-from quant.formats.base import shape_problems
+from quant.formats.base import shape_problems, stated_dtype
 from quant.models.adapter import block_of, decoder_linears, fused_name
 from quant.pipeline.selection import select
 from quant.recipe import Recipe
 from quant.schemes import Scheme
 from quant.units import format_size
 
+#: Families whose linears are transformers' Conv1D: groups would run along the outputs.
+_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 #: A shard is closed at this size, as transformers does.
 SHARD_BYTES = 5 * 10**9
 
@@ -116,6 +118,8 @@ def plan_job(recipe: Recipe) -> JobPlan:
     dtype = checkpoint.dtype
     if dtype not in ("BF16", "F16", "F32"):
         problems.append(f"{checkpoint.path}: most weights are stored as {dtype}: quantizing starts from BF16, F16 or F32")
+    if form.quant_method is not None:
+        dtype = stated_dtype(checkpoint.config) or dtype  # of the scales; a config may state another dtype than the weights are stored in
     everything = decoder_linears(checkpoint.tensors, checkpoint.config)
     if not everything:
         problems.append(
@@ -145,6 +149,11 @@ def plan_job(recipe: Recipe) -> JobPlan:
 
 def _source_problems(checkpoint: Checkpoint) -> list[str]:
     problems = []
+    if checkpoint.config.get("model_type") in _TRANSPOSED:
+        problems.append(
+            f"{checkpoint.path}: model type {checkpoint.config['model_type']!r} stores its weights transposed, [inputs, outputs], which is not supported: "
+            "choose a model whose linears are stored as [outputs, inputs]"
+        )
     quantization = quantization_config(checkpoint.config)
     if quantization is not None:
         method = quantization.get("quant_method", "unknown")
@@ -156,7 +165,7 @@ def _source_problems(checkpoint: Checkpoint) -> list[str]:
 
 def target_problems(model_path: Path, output_path: Path) -> list[str]:
     """Why an output directory cannot be made where it is asked for."""
-    output, source = output_path.absolute(), model_path.absolute()
+    output, source = output_path.resolve(), model_path.resolve()
     if output.exists() and not output.is_dir():
         return [f"{output}: the output path is a file: choose another --output-path"]
     if output.exists() and any(output.iterdir()):
@@ -240,7 +249,8 @@ def check_disk(output_path: Path, needed: int) -> None:
     Raises:
         QuantError: the disk under ``output_path`` has less than ``needed`` bytes free.
     """
-    folder = output_path.absolute().parent
+    output_path = output_path.absolute()
+    folder = output_path.parent
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from quant.checkpoint.dtypes import TORCH
-from quant.checkpoint.reader import INDEX, Checkpoint
+from quant.checkpoint.reader import INDEX, STALE, Checkpoint
 from quant.checkpoint.writer import ShardWriter, write_text
 from quant.errors import DiskFull
 from quant.formats import Format, Linear
@@ -22,8 +22,6 @@ from quant.tensors import QuantizedTensor
 
 REPORT = "quant_report.json"
 VLLM_CONFIG = "vllm_config.json"
-#: Files that describe an earlier quantization: their content is wrong for the new checkpoint.
-_STALE = {REPORT, VLLM_CONFIG, "quantize_config.json", "quant_config.json", "recipe.yaml"}
 
 
 def write_unit(
@@ -73,7 +71,7 @@ def write_rest(
     if fallback is not None:
         for file in Checkpoint(fallback, {}, {}).side_files():
             target = folder / file.relative
-            if not file.dropped and file.relative not in _STALE and not target.exists():
+            if not file.dropped and file.relative not in STALE and not target.exists():
                 _copy(file.path, target)
     if sum(len(u.shards) for u in units) > 1:
         total = sum(t.spec.nbytes for u in units for s in u.shards for t in s.tensors)
@@ -87,7 +85,7 @@ def copy_side_files(source: Checkpoint, folder: Path) -> list[dict[str, str]]:
     """Copies every side file byte for byte; returns those left out with the reason."""
     dropped = []
     for file in source.side_files():
-        if file.dropped or file.relative in _STALE:
+        if file.dropped or file.relative in STALE:
             dropped.append({"file": file.relative, "reason": file.dropped or "describes an earlier quantization"})
             continue
         _copy(file.path, folder / file.relative)
