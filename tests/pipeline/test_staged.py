@@ -1,0 +1,260 @@
+"""The staged pass equals running the block afterwards with the new weights, whatever is set aside, and leaves nothing behind when it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from quant.checkpoint.reader import open_checkpoint
+from quant.errors import DiskFull, QuantError
+from quant.models.adapter import InputGroup
+from quant.models.skeleton import BlockCall, Skeleton
+from quant.pipeline.staged import ActivationStore, Batches, StagedForward, run_block
+from tests.helpers import FAMILIES
+
+CPU = torch.device("cpu")
+BATCHES = [torch.randint(2, 4096, (rows, 24), generator=torch.Generator().manual_seed(rows)) for rows in (3, 3, 2, 1)]
+TINY, PLENTY = 1000, 1 << 30
+
+
+def run_staged(
+    folder: Path, store: ActivationStore, need_outputs: bool = True
+) -> tuple[list[torch.Tensor], dict[str, list[torch.Tensor]], nn.Module]:
+    """Runs block 0 with every weight changed at its stage; returns outputs, what each group saw, and the block."""
+    skeleton = Skeleton(open_checkpoint(folder), CPU)
+    hidden, calls = skeleton.embed(BATCHES)
+    batches = Batches(store, hidden)
+    block, groups = skeleton.load_block(0), skeleton.adapter.groups
+    seen: dict[str, list[torch.Tensor]] = {}
+    staged = StagedForward(
+        block,
+        groups,
+        batches,
+        {b: c[0] for b, c in calls.items()},
+        store,
+        lambda g, i, x: seen.setdefault(g.linears[0], []).append(x.clone()),
+        need_outputs,
+    )
+    order = []
+    for group in staged.stages():
+        order.append(group)
+        for name in group.linears:
+            module = block.get_submodule(name)
+            module.weight = nn.Parameter((module.weight * 0.75).to(module.weight.dtype), requires_grad=False)  # type: ignore[operator,union-attr]
+    assert order == list(groups)
+    return ([batches.take(i) for i in range(len(BATCHES))] if need_outputs else []), seen, block
+
+
+def run_plainly(folder: Path, block: nn.Module) -> tuple[list[torch.Tensor], dict[str, list[torch.Tensor]]]:
+    """The same block, as the staged pass left its weights, run batch by batch with hooks on its linears."""
+    skeleton = Skeleton(open_checkpoint(folder), CPU)
+    hidden, calls = skeleton.embed(BATCHES)
+    seen: dict[str, list[torch.Tensor]] = {}
+    handles = [
+        block.get_submodule(g.linears[0]).register_forward_pre_hook(
+            lambda m, a, n=g.linears[0]: seen.setdefault(n, []).append(a[0].clone())
+        )
+        for g in skeleton.adapter.groups
+    ]
+    with torch.no_grad():
+        outputs = [block(h, *(c := calls[len(h)][0]).args, **c.kwargs) for h in hidden]
+    for handle in handles:
+        handle.remove()
+    return outputs, seen
+
+
+@pytest.mark.parametrize("kind", [*FAMILIES, "stablelm", "cohere"])
+@pytest.mark.parametrize("resident", [PLENTY, TINY], ids=["in memory", "spilled"])
+def test_outputs_and_inputs_equal_the_block_run_afterwards_with_its_new_weights(
+    kind: str, resident: int, checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    store = ActivationStore(resident, tmp_path / "scratch")
+    outputs, seen, block = run_staged(checkpoints(kind), store)
+    wanted, seen_plainly = run_plainly(checkpoints(kind), block)
+    assert all(torch.equal(a, b) for a, b in zip(outputs, wanted, strict=True))
+    assert seen.keys() == seen_plainly.keys()
+    for name in seen:  # a linear's input is what it will really see: earlier linears of the block are the new ones
+        assert all(torch.equal(a, b) for a, b in zip(seen[name], seen_plainly[name], strict=True))
+    assert (tmp_path / "scratch").exists() == (resident == TINY)
+    store.close()
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_the_last_block_stops_behind_its_last_linear(llama: Path, tmp_path: Path) -> None:
+    store = ActivationStore(TINY, tmp_path / "scratch")
+    _, seen, block = run_staged(llama, store, need_outputs=False)
+    assert len(seen) == 4 and all(len(batches) == len(BATCHES) for batches in seen.values())
+    assert unpatched(block)
+    store.close()
+
+
+def unpatched(block: nn.Module) -> bool:
+    return all(type(m.forward).__name__ == "method" for m in block.modules())
+
+
+class Block(nn.Module):
+    """Two linears in a row, with something between them that a test may change."""
+
+    def __init__(self, between: Callable[[torch.Tensor], torch.Tensor] = lambda x: x):
+        super().__init__()
+        self.first, self.second, self.unused = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.between = between
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.second(self.between(self.first(hidden))) + hidden
+
+
+def staged_over(
+    block: nn.Module, tmp_path: Path, linears: tuple[str, ...] = ("first", "second"), resident: int = TINY, count: int = 3
+) -> Any:
+    store = ActivationStore(resident, tmp_path / "scratch")
+    batches = Batches(store, [torch.full((1, 5, 4), float(i)) for i in range(count)])
+    groups = [InputGroup((name,), "") for name in linears]
+    return StagedForward(block, groups, batches, {1: BlockCall((), {})}, store, lambda *a: None), batches, store
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_an_error_inside_the_block_comes_out_and_leaves_no_forward_replaced(failing: int, tmp_path: Path) -> None:
+    calls = []
+
+    def between(x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == failing + 1:
+            raise RuntimeError("the block broke")
+        return x
+
+    block = Block(between)
+    staged, _, store = staged_over(block, tmp_path)
+    with pytest.raises(RuntimeError, match="the block broke"):
+        list(staged.stages())
+    assert unpatched(block)
+    store.close()
+    assert torch.equal(block(torch.ones(1, 2, 4)), Block.forward(block, torch.ones(1, 2, 4)))
+
+
+def test_stopping_between_stages_ends_all_batches_and_restores_the_block(tmp_path: Path) -> None:
+    """A batch that waits ends where it is, and what it holds is freed."""
+    ended = []
+
+    class Ending(Block):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            try:
+                return super().forward(hidden)
+            finally:
+                ended.append(1)
+
+    block = Ending()
+    staged, _, _ = staged_over(block, tmp_path, count=2)
+    stages = staged.stages()
+    next(stages)
+    stages.close()
+    assert unpatched(block) and ended == [1, 1]
+
+
+def test_an_error_of_the_caller_between_stages_restores_the_block(tmp_path: Path) -> None:
+    block = Block()
+    staged, _, _ = staged_over(block, tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        for _ in staged.stages():
+            raise ZeroDivisionError
+    del staged
+    import gc
+
+    gc.collect()
+    assert unpatched(block)
+
+
+def test_linears_that_never_run_are_an_error_that_names_them(tmp_path: Path) -> None:
+    staged, _, _ = staged_over(Block(), tmp_path, ("first", "second", "unused"))
+    with pytest.raises(QuantError, match="the block's forward pass never used unused: the model's adapter names linears that do not run"):
+        list(staged.stages())
+
+
+def test_batches_that_take_different_paths_are_an_error(tmp_path: Path) -> None:
+    class Choosing(Block):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return self.first(hidden) if float(hidden.mean()) > 0.5 else self.second(hidden)
+
+    block = Choosing()
+    staged, _, _ = staged_over(block, tmp_path)
+    with pytest.raises(QuantError, match="batches reach the block's linears in different orders"):
+        list(staged.stages())
+    assert unpatched(block)
+
+
+def test_a_block_that_returns_a_tuple_gives_its_first_value(tmp_path: Path) -> None:
+    class Tuple(Block):
+        def forward(self, hidden: torch.Tensor) -> Any:
+            return super().forward(hidden), "attention"
+
+    block = Tuple()
+    staged, batches, _ = staged_over(block, tmp_path, resident=PLENTY)
+    inputs = [torch.full((1, 5, 4), float(i)) for i in range(3)]
+    assert len(list(staged.stages())) == 2
+    with torch.no_grad():
+        assert all(torch.equal(batches.take(i), Block.forward(block, x)) for i, x in enumerate(inputs))
+
+
+def test_run_block_replaces_every_batch_by_the_blocks_output(tmp_path: Path) -> None:
+    block = Block()
+    store = ActivationStore(TINY, tmp_path / "scratch")
+    batches = Batches(store, [torch.full((1, 500, 4), float(i)) for i in range(3)])
+    run_block(block, batches, {1: BlockCall((), {})})
+    with torch.no_grad():
+        assert all(torch.equal(batches.take(i), block(torch.full((1, 500, 4), float(i)))) for i in range(3))
+    store.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_put_aside_comes_back_in_place_for_every_view(dtype: torch.dtype, tmp_path: Path) -> None:
+    store = ActivationStore(0, tmp_path / "scratch")
+    tensors = [torch.randn(3, 100 + 10 * (i % 2), generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(6)]
+    views, wanted = [t[1:, ::2] for t in tensors], [t.clone() for t in tensors]
+    for _ in range(3):
+        back = [store.put(t) for t in tensors]
+        assert all(t.untyped_storage().nbytes() == 0 for t in tensors)
+        for restore in reversed(back):
+            restore()
+        assert all(torch.equal(t, w) for t, w in zip(tensors, wanted, strict=True))
+        assert all(torch.equal(v, w[1:, ::2]) for v, w in zip(views, wanted, strict=True))
+    assert (tmp_path / "scratch").stat().st_size == sum(t.untyped_storage().nbytes() for t in tensors)  # places in the file are used again
+    store.close()
+
+
+def test_the_budget_bounds_what_stays_in_memory(tmp_path: Path) -> None:
+    store = ActivationStore(2000, tmp_path / "scratch")
+    tensors = [torch.ones(200) for _ in range(4)]
+    back = [store.put(t) for t in tensors]
+    assert [t.untyped_storage().nbytes() for t in tensors] == [800, 800, 0, 0]
+    back[0]()
+    extra = torch.ones(200)
+    store.put(extra)
+    assert extra.untyped_storage().nbytes() == 800
+    store.close()
+
+
+def test_a_scratch_file_without_room_is_an_error_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    store = ActivationStore(0, tmp_path / "scratch")
+    monkeypatch.setattr(os, "pwrite", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(
+        DiskFull, match=r"scratch: cannot hold 400 B of calibration activations \(No space left on device\).*fewer --samples"
+    ):
+        store.put(torch.ones(100))
+    store.close()
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_a_scratch_file_that_another_process_cuts_is_an_error(tmp_path: Path) -> None:
+    store = ActivationStore(0, tmp_path / "scratch")
+    restore = store.put(torch.ones(100))
+    (tmp_path / "scratch").write_bytes(b"")
+    with pytest.raises(QuantError, match="the scratch file ended early"):
+        restore()
+    store.close()
