@@ -4,12 +4,15 @@ The Hessian of the layer's squared error is H = Σ x xᵀ over all calibration t
 after the forward passes, so how it is summed is decided by the hardware:
 
 - CUDA: 16-bit products with fp32 results, from the tensor cores.
-- A CPU with bf16 instructions (AVX512-BF16, AMX): the product of one batch of tokens runs in bf16. Each element is summed in fp32 inside
-  the product, rounded once to bf16 when it leaves it (torch offers no other output), and added to the fp32 total. The rounding is unbiased
-  and independent from batch to batch; ``benchmarks/hessian_precision.py`` shows that it does not move KL.
+- A CPU with AMX: bf16 products with fp32 results (oneDNN's bf16 mode of fp32 products; inputs are bf16 numbers, so nothing is lost).
+- A CPU with AVX512-BF16 alone: there torch's only fast product of bf16 numbers rounds each result to bf16. Rounding H itself would be as large
+  as the damping: activations have a few directions a hundred times stronger than the rest, and every element carries a share of them. So
+  those directions are split off first, x = V z + y, their part is summed in fp32 (cheap: V has few columns), and only yᵀy, whose elements are
+  small, goes through bf16 products, in short runs of tokens whose independent roundings are added up in fp32.
 - Any other CPU: fp32.
 
-Only the lower triangle is computed, in panels, and mirrored at the end: about half of the work.
+``benchmarks/hessian_precision.py`` prints the error of each way beside the damping, and that it does not move KL. Only the lower triangle is
+computed, in panels, and mirrored at the end: about half of the work.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from typing import Any
 import torch
 
 _PANEL = 512
+#: Directions that are summed in fp32, and tokens of one bf16 product, of :class:`SplitGram`.
+_DIRECTIONS, _RUN = 32, 1024
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,6 @@ class Statistics:
     abs_max: torch.Tensor | None = None
 
 
-def bf16_products() -> bool:
-    """Whether this CPU multiplies bf16 faster than fp32."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
 class Accumulator:
     """Sums the statistics named in ``needs`` (``hessian``, ``abs_max``) batch by batch, on the device of the batches."""
 
@@ -51,7 +51,7 @@ class Accumulator:
         if unknown := needs - {"hessian", "abs_max"}:
             raise ValueError(f"no such statistic: {', '.join(sorted(unknown))}")
         self.tokens = 0
-        self._hessian = torch.zeros(features, features, device=device) if "hessian" in needs else None
+        self._gram = gram_for(features, device) if "hessian" in needs else None
         self._abs_max = torch.zeros(features, device=device) if "abs_max" in needs else None
 
     def add(self, inputs: torch.Tensor) -> None:
@@ -60,29 +60,106 @@ class Accumulator:
         self.tokens += len(x)
         if self._abs_max is not None:
             self._abs_max = torch.maximum(self._abs_max, torch.maximum(x.amax(0), -x.amin(0)).float())
-        if self._hessian is not None:
-            add_gram(self._hessian, x)
+        if self._gram is not None:
+            self._gram.add(x)
 
     def finish(self) -> Statistics:
         """The statistics; the sums are handed over, not copied."""
-        hessian, self._hessian = self._hessian, None
-        if hessian is not None:
-            hessian.mul_(1 / max(self.tokens, 1))
-            for start in range(0, len(hessian), _PANEL):  # mirror by panels: a whole transposed copy would double the peak
-                end = start + _PANEL
-                hessian[:start, start:end] = hessian[start:end, :start].t()
-                square = hessian[start:end, start:end]
-                square.copy_(square.tril() + square.tril(-1).t())
+        gram, self._gram = self._gram, None
+        hessian = None if gram is None else gram.finish().mul_(1 / max(self.tokens, 1))
         return Statistics(self.tokens, hessian, self._abs_max)
 
 
-def add_gram(total: torch.Tensor, x: torch.Tensor) -> None:
-    """Adds the lower triangle of xᵀx to fp32 ``total`` [K, K]; x is [T, K]. Blocks on the diagonal are computed whole."""
-    options: dict[str, Any] = {"out_dtype": torch.float32} if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) else {}
-    if not x.is_cuda and not (x.dtype == torch.bfloat16 and bf16_products()):
-        x = x.float()
-    for start, rows in _panels(total):
-        rows += torch.mm(x[:, start : start + len(rows)].t(), x[:, : rows.shape[1]], **options)
+class Gram:
+    """The sum of xᵀx over batches [T, K], products as the device makes them with fp32 results."""
+
+    def __init__(self, features: int, device: torch.device):
+        self.total = torch.zeros(features, features, device=device)
+
+    def add(self, x: torch.Tensor) -> None:
+        """Adds the lower triangle of xᵀx; blocks on the diagonal are computed whole."""
+        options: dict[str, Any] = {"out_dtype": torch.float32} if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) else {}
+        if not options:
+            x = x.float()
+        for start, rows in _panels(self.total):
+            rows += torch.mm(x[:, start : start + len(rows)].t(), x[:, : rows.shape[1]], **options)
+
+    def finish(self) -> torch.Tensor:
+        """fp32 [K, K], whole and symmetric; the sum is handed over."""
+        total = self.total
+        del self.total
+        for start in range(0, len(total), _PANEL):  # mirror by panels: a whole transposed copy would double the peak
+            end = start + _PANEL
+            total[:start, start:end] = total[start:end, :start].t()
+            square = total[start:end, start:end]
+            square.copy_(square.tril() + square.tril(-1).t())
+        return total
+
+
+class AmxGram(Gram):
+    """On AMX: the same, with oneDNN told that fp32 factors may be read as bf16, which bf16 inputs are already."""
+
+    def add(self, x: torch.Tensor) -> None:
+        if x.dtype != torch.bfloat16:
+            super().add(x)
+            return
+        setting = torch.backends.mkldnn.matmul
+        before = setting.fp32_precision
+        setting.fp32_precision = "bf16"
+        try:
+            super().add(x)
+        finally:
+            setting.fp32_precision = before
+
+
+class SplitGram(Gram):
+    """Where bf16 products come back rounded to bf16: strong directions in fp32, the rest in bf16 (see the head of this module)."""
+
+    def __init__(self, features: int, device: torch.device):
+        super().__init__(features, device)
+        self.directions: torch.Tensor | None = None
+
+    def add(self, x: torch.Tensor) -> None:
+        if x.dtype != torch.bfloat16:
+            super().add(x)
+            return
+        if self.directions is None:
+            self.directions = strong_directions(x, min(_DIRECTIONS, x.shape[1] // 4))
+            count = self.directions.shape[1]
+            self.strong, self.cross = torch.zeros(count, count), torch.zeros(count, x.shape[1])
+        for run in x.split(_RUN):
+            wide = run.float()
+            z = wide @ self.directions
+            weak = wide.addmm_(z, self.directions.t(), alpha=-1).bfloat16()
+            self.strong += z.t() @ z
+            self.cross += z.t() @ weak.float()
+            for start, rows in _panels(self.total):
+                rows += weak[:, start : start + len(rows)].t() @ weak[:, : rows.shape[1]]
+
+    def finish(self) -> torch.Tensor:
+        total = super().finish()
+        if self.directions is not None:
+            v, cross = self.directions, self.cross
+            total.addmm_(v, cross + self.strong @ (v.t() / 2)).addmm_((cross + self.strong @ (v.t() / 2)).t(), v.t())
+        return total
+
+
+def strong_directions(x: torch.Tensor, count: int) -> torch.Tensor:
+    """fp32 [K, count], orthonormal: the leading right singular directions of x [T, K], roughly (subspace iteration, own generator)."""
+    wide = x.float()
+    guess = torch.randn(x.shape[1], count, generator=torch.Generator().manual_seed(0))
+    for _ in range(3):
+        guess = torch.linalg.qr(wide.t() @ (wide @ guess)).Q
+    return guess
+
+
+def gram_for(features: int, device: torch.device) -> Gram:
+    """The way to sum xᵀx on a device."""
+    if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
+        return AmxGram(features, device)
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() and features >= 4 * _DIRECTIONS:
+        return SplitGram(features, device)
+    return Gram(features, device)
 
 
 def _panels(total: torch.Tensor) -> Iterable[tuple[int, torch.Tensor]]:
