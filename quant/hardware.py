@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.data import load_json
-from quant.errors import QuantError, UsageError, one_of
+from quant.errors import QuantError, UsageError
 from quant.units import LARGEST, format_size
 
 GIB = 2**30
@@ -192,17 +192,14 @@ def named_gpu(name: str, total_bytes: int | None = None) -> Gpu:
         return cpu_device(total_bytes)
     row = _row(name)
     if row is None:
-        near = {_plain(n): n for n in gpu_names()}
-        error = one_of("--gpu", _plain(name), list(near))
         import difflib
 
-        offered = [near[n] for n in difflib.get_close_matches(_plain(name), list(near), n=4, cutoff=0.4)]
-        if offered or not near:
-            raise UsageError(
-                f"--gpu is {name!r}: not in the table; nearest: {', '.join(offered)}. "
-                "Give one of them, or any name's nearest part with --gpu-memory; `quant detect --gpu list` shows all"
-            )
-        raise error
+        near = {_plain(n): n for n in gpu_names()}
+        offered = [near[n] for n in difflib.get_close_matches(_plain(name), list(near), n=4, cutoff=0.0)]
+        raise UsageError(
+            f"--gpu is {name!r}: not in the table; nearest: {', '.join(offered)}. "
+            "Give one of them, or the nearest part with --gpu-memory; `quant detect --gpu list` shows all"
+        )
     reported = row["reported_gib"] or row["memory_gib"] * 0.985
     total = total_bytes or int(reported * GIB)
     numbers = str(row["capability"])
