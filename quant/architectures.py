@@ -196,7 +196,7 @@ FAMILIES: dict[str, Family] = {
     "gemma4_text": Family(norms=4, tied=True, qk_norm="head", windowed=True),
     "phi": Family(mlp="plain", norm="layer", norms=1, qkv_bias=True, output_bias=True, mlp_bias=True, head_bias=True),
     "phi3": Family(windowed=True),
-    "phimoe": Family(norm="layer", qkv_bias=True, output_bias=True, head_bias=True, windowed=True),
+    "phimoe": Family(norm="layer", qkv_bias=True, output_bias=True, windowed=True),
     "granite": Family(),
     "olmo2": Family(qk_norm="width"),
     "olmo3": Family(qk_norm="width", window_pattern=4, windowed=True),
@@ -435,7 +435,7 @@ class _Builder:
             yield from self._norm("norm", h)
         if not self.tied:
             yield Weight("lm_head", "head", (v, width), "vocab")
-        if f.head_bias:
+        if self.config.get("lm_head_bias", f.head_bias):
             yield Weight("lm_head.bias", "head", (v,), "vocab")
         if per_layer := int(self.config.get("hidden_size_per_layer_input") or 0):
             rows = int(self.config.get("vocab_size_per_layer_input") or v)
@@ -707,13 +707,18 @@ class _Builder:
         return int(DTYPE_BYTES.get(str(named), 0))
 
     def rotary_bytes(self, dtype: str) -> int:
-        """vLLM keeps one table of cosines and sines for every position, in the model's dtype, shared by all layers of one kind."""
+        """vLLM keeps one table of cosines and sines for every position, in the model's dtype, shared by all layers of one kind. Linear
+        scaling stretches the table of the full-attention layers: eight times the positions in Gemma 3 from 4B up."""
         get = self.config.get
         if self.config.family in ("gpt2", "opt", "mpt", "nemotron_h"):
             return 0
         dim = self.latent.get("qk_rope_head_dim") or int(self.head_dim * float(get("partial_rotary_factor") or 1))
-        tables = 2 if self.config.family.startswith("gemma3") else 1
-        return self.config.count("max_position_embeddings", 2048) * dim * int(DTYPE_BYTES[dtype]) * tables
+        scaling = get("rope_scaling") or get("rope_parameters") or {}
+        scaling = scaling.get("full_attention", scaling) if isinstance(scaling, Mapping) else {}
+        kind = scaling.get("rope_type") or scaling.get("type")
+        stretch = float(scaling.get("factor") or 1) if kind == "linear" else 1.0
+        local = 1 if self.config.family.startswith("gemma3") else 0
+        return int(self.config.count("max_position_embeddings", 2048) * dim * int(DTYPE_BYTES[dtype]) * (stretch + local))
 
 
 def vision_weights(raw: Mapping[str, Any], hidden: int, notes: list[str]) -> Iterator[Weight]:
@@ -725,7 +730,10 @@ def vision_weights(raw: Mapping[str, Any], hidden: int, notes: list[str]) -> Ite
     depth = vision.get("num_hidden_layers") or vision.get("depth") or vision.get("vt_num_hidden_layers")
     inner = vision.get("intermediate_size") or vision.get("vt_intermediate_size")
     wrapper = str(raw.get("model_type"))
-    defaults = {"mistral3": (1024, 24, 4096), "llama4": (1408, 34, 5632), "kimi_k25": (1152, 27, 4304), "kimi_vl": (1152, 27, 4304)}
+    defaults = {
+        "mistral3": (1024, 24, 4096), "llama4": (1408, 34, 5632), "kimi_k25": (1152, 27, 4304), "kimi_vl": (1152, 27, 4304),
+        "qwen2_5_vl": (1280, 32, 3420),
+    }  # fmt: skip
     if wrapper in defaults:
         fallback = defaults[wrapper]
         width, depth, inner = width or fallback[0], depth or fallback[1], inner or fallback[2]
@@ -793,11 +801,25 @@ def vision_weights(raw: Mapping[str, Any], hidden: int, notes: list[str]) -> Ite
         yield tensor("projector", h, hidden)
         yield tensor("projector_norm", h)
         return
-    if wrapper == "llava":
+    if wrapper in ("llava", "llava_next"):
+        features = raw.get("vision_feature_layer")
+        siglip = "siglip" in str(vision.get("model_type"))
+        if not siglip:
+            yield tensor("class_embedding", h)
+            yield tensor("pre_norm", 2, h)
+        yield tensor("positions", positions + (0 if siglip else 1), h)
+        yield tensor("post_norm", 2, h)
+        yield tensor("projector", hidden, h * (len(features) if isinstance(features, list) else 1) + 1)
+        yield tensor("projector2", hidden, hidden + 1)
+        return
+    if wrapper == "internvl":
+        merge = int(round(1 / float(raw.get("downsample_ratio") or 0.5))) ** 2
         yield tensor("class_embedding", h)
+        yield tensor("patch_bias", h)
         yield tensor("positions", positions + 1, h)
-        yield tensor("pre_post_norm", 4, h)
-        yield tensor("projector", hidden, h + 1)
+        yield tensor("scales", 2, h, count=n)
+        yield tensor("projector_norm", 2, h * merge)
+        yield tensor("projector", hidden, h * merge + 1)
         yield tensor("projector2", hidden, hidden + 1)
         return
     notes.append(f"the vision tower of {wrapper} is counted as a plain vision transformer: its size is approximate")

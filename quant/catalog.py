@@ -231,22 +231,24 @@ def _by_size(
     active = re.search(r"[-_]A(\d+(?:\.\d+)?)B", plain)
     mixture = bool(times or active)
     family = re.match(r"[a-z]+", _key(plain))
-    best: tuple[float, ModelSpec] | None = None
-    for entry_name in known:
-        config = entries[entry_name]["config"]
-        try:
-            spec = spec_from_config(config, name, entry_name)
-        except UsageError:
-            continue
-        if spec.vision or (spec.moe is not None) != mixture or spec.quantization:
-            continue
-        import math
+    import math
 
-        distance = abs(math.log(spec.parameters / target)) + (0 if family and _key(entry_name).startswith(family[0]) else 0.3)
-        if best is None or distance < best[0]:
-            best = (distance, spec)
-    assert best is not None
-    spec = best[1]
+    def distance(entry_name: str) -> float:
+        """How far an entry is by the size in its own name; the family that the name begins with comes first."""
+        found = re.findall(r"(?:^|[-_. ])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?=$|[-_. ])", entry_name.split("/")[-1], re.IGNORECASE)
+        if not found:
+            return math.inf
+        size = float(found[0][1]) * (1e9 if found[0][2].lower() == "b" else 1e6) * int(found[0][0] or 1)
+        return abs(math.log(size / target)) + (0.0 if family and _key(entry_name).startswith(family[0]) else 0.3)
+
+    spec = None
+    for entry_name in sorted(known, key=distance):
+        candidate = spec_from_config(entries[entry_name]["config"], name, entry_name)
+        plain_cache = all(c.kind in ("full", "sliding") for c in candidate.cache)
+        if plain_cache and not candidate.vision and (candidate.moe is not None) == mixture and not candidate.quantization:
+            spec = candidate
+            break
+    assert spec is not None
     block = sum(w.parameters for w in spec.weights if w.layer == spec.layers - 1)
     outside = sum(w.parameters for w in spec.weights if w.layer < 0)
     layers = max(1, round((target - outside) / block)) if target > outside + block else 1
@@ -256,7 +258,7 @@ def _by_size(
     scale = target / sum(w.parameters for w in weights)
     cache = tuple(replace(spec.cache[i % len(spec.cache)], layer=i) for i in range(layers))
     notes = (
-        f"{name} is not in the catalogue: sized by the {number}{unit.upper()} in its name, with the shapes of {spec.source} "
+        f"{name} is not in the catalogue: sized by the {number}{unit.upper()} in its name, with the shapes of {entry_name} "
         f"({layers} layers); sizes may be off by 15 %, the KV cache by a factor of 4",
     )
     if not 0.8 < scale < 1.25:
