@@ -12,9 +12,19 @@ __version__ = "0.1.0"
 
 #: public name → module that defines it
 _EXPORTS: dict[str, str] = {
+    "EngineRequest": "quant.planning.memory",
+    "Gpu": "quant.hardware",
+    "MemoryPlan": "quant.planning.memory",
+    "ModelSpec": "quant.architectures",
     "QuantError": "quant.errors",
     "Scheme": "quant.schemes",
+    "Recommendation": "quant.planning.recommendation",
     "WeightScheme": "quant.schemes",
+    "detect": "quant.hardware",
+    "find_model": "quant.catalog",
+    "get_optimized_config": "quant.planning.recommendation",
+    "recommend": "quant.planning.recommendation",
+    "reload": "quant.planning.recommendation",
 }
 
 __all__ = ["__version__", *sorted(_EXPORTS)]

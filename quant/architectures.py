@@ -822,6 +822,13 @@ def vision_weights(raw: Mapping[str, Any], hidden: int, notes: list[str]) -> Ite
         yield tensor("projector", hidden, h * merge + 1)
         yield tensor("projector2", hidden, hidden + 1)
         return
+    if wrapper == "mllama":  # eight more layers with global attention, position tables for every tile and aspect ratio
+        more = int(vision.get("num_global_layers") or 8)
+        tiles, ratios = int(vision.get("max_num_tiles") or 4), 9
+        yield tensor("global_layers", 4 * h * h + 2 * h * i, count=more)
+        yield tensor("tile_positions", ratios, tiles * (positions + 1) * h)
+        yield tensor("projector", hidden, int(vision.get("vision_output_dim") or 7680) + 1)
+        return
     notes.append(f"the vision tower of {wrapper} is counted as a plain vision transformer: its size is approximate")
     yield tensor("positions", positions + 1, h)
     yield tensor("projector", hidden, h)

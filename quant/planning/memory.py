@@ -22,7 +22,7 @@ from quant.defaults import VLLM_VERSION
 from quant.errors import Problems, UsageError, one_of
 from quant.hardware import Gpu
 from quant.planning.kvcache import KV_DTYPES, CacheLayout, layout, longest_context
-from quant.planning.storage import SCHEME_STORAGE, loaded_bytes, source_storage, stage_layers, storage_of
+from quant.planning.storage import loaded_bytes, source_storage, stage_layers, storage_of
 from quant.planning.versions import Rules, rules_for
 from quant.units import format_size
 
@@ -110,9 +110,9 @@ def parallel_problems(spec: ModelSpec, ranks: int) -> list[str]:
     return found
 
 
-def group_problems(spec: ModelSpec, scheme: str, ranks: int) -> list[str]:
+def group_problems(spec: ModelSpec, scheme: str, ranks: int, group_size: int | None = None) -> list[str]:
     """Row-parallel linears whose quantization groups ``ranks`` would cut: vLLM refuses such a checkpoint."""
-    storage = source_storage(spec)[0] if scheme == "none" else SCHEME_STORAGE[scheme]
+    storage = source_storage(spec)[0] if scheme == "none" else storage_of(scheme, group_size)
     if storage.group <= 1 or ranks == 1 or storage.name in ("nf4",):
         return []
     seen: dict[int, str] = {}
@@ -274,12 +274,15 @@ def multimodal_peak(spec: ModelSpec, rules: Rules, tokens: int, width: int) -> i
     return tokens * spec.hidden * width if spec.vision and rules.engine == "v1" else 0
 
 
-def plan(spec: ModelSpec, gpus: Sequence[Gpu], scheme: str = "none", request: EngineRequest | None = None) -> MemoryPlan:
+def plan(
+    spec: ModelSpec, gpus: Sequence[Gpu], scheme: str = "none", request: EngineRequest | None = None, group_size: int | None = None
+) -> MemoryPlan:
     """What vLLM would do with this model, stored in this scheme, on these GPUs.
 
     Args:
         gpus: the GPUs at hand; the first ``tensor × pipeline`` are used, and the one with the least memory decides.
         scheme: ``none`` for the checkpoint as it is, or a scheme's name.
+        group_size: of a scheme with groups, instead of its own.
 
     Raises:
         Problems: the request is impossible for this model and these GPUs (exit status 2).
@@ -306,7 +309,7 @@ def plan(spec: ModelSpec, gpus: Sequence[Gpu], scheme: str = "none", request: En
     if request.kv_cache_dtype == "auto" and scheme == "none" and (spec.quantization or {}).get("kv_cache_scheme"):
         kv_width = 1  # a checkpoint with KV scales switches the cache to FP8 by itself
 
-    weights = loaded_bytes(spec, scheme, ranks, stages, rules, gpu.capability, width)
+    weights = loaded_bytes(spec, scheme, ranks, stages, rules, gpu.capability, width, group_size)
     other = other_memory(rules, gpu, world)
     parts = stage_layers(spec.layers, stages, rules)
     block = request.block_size or default_block(spec, gpu, rules)
@@ -345,7 +348,7 @@ def plan(spec: ModelSpec, gpus: Sequence[Gpu], scheme: str = "none", request: En
         concurrency = blocks / needed if needed else float(seqs)
     why, remedy = _verdict(
         spec, scheme, request, rules, gpu, utilization, requested, weights[stage], other, activation, graphs, kv, blocks, usable, needed, longest,
-        context, tokens, seqs, width, chosen, whole, in_flight,
+        context, tokens, seqs, chosen, whole, in_flight, group_size,
     )  # fmt: skip
     spare = gpu.total_bytes - requested - (0 if rules.graphs_subtracted else graphs)
     return MemoryPlan(
@@ -374,11 +377,11 @@ def _fit_sentence(tokens: int, context: int, concurrency: float) -> str:
 
 def _verdict(
     spec: ModelSpec, scheme: str, request: EngineRequest, rules: Rules, gpu: Gpu, utilization: float, requested: int, weights: int, other: int,
-    activation: int, graphs: int, kv: int, blocks: int, usable: int, needed: int, longest: int, context: int, tokens: int, seqs: int, width: int,
-    chosen: CacheLayout, whole: CacheLayout, in_flight: int,
+    activation: int, graphs: int, kv: int, blocks: int, usable: int, needed: int, longest: int, context: int, tokens: int, seqs: int,
+    chosen: CacheLayout, whole: CacheLayout, in_flight: int, group_size: int | None,
 ) -> tuple[str, str]:  # fmt: skip
     """Why vLLM would not start, and the smallest change that would make it; two empty strings when it starts."""
-    cuts = group_problems(spec, scheme, request.tensor_parallel)
+    cuts = group_problems(spec, scheme, request.tensor_parallel, group_size)
     if cuts:
         return cuts[0], "another tensor parallel degree, or a smaller group size when quantizing"
     if request.chunked_prefill is False and tokens < context and rules.engine == "v1":

@@ -77,6 +77,9 @@ SCHEME_STORAGE: dict[str, Storage] = {
     "nvfp4": NVFP4,
 }
 
+#: schemes whose group size is the user's to choose
+GROUPED = ("w4a16", "w4a16-asym", "w8a16", "w8a16-asym")
+
 #: roles whose linears a scheme quantizes
 QUANTIZED_ROLES = frozenset({"attention", "mlp", "experts", "shared_experts"})
 
@@ -142,8 +145,8 @@ def _covered(config: Mapping[str, Any]) -> Callable[[Weight], bool]:
     return covered
 
 
-def storage_of(scheme: str) -> Storage:
-    """The storage of a scheme's name.
+def storage_of(scheme: str, group_size: int | None = None) -> Storage:
+    """The storage of a scheme's name, with another group size where the scheme has groups that can be chosen.
 
     Raises:
         UsageError: unknown scheme.
@@ -152,7 +155,10 @@ def storage_of(scheme: str) -> Storage:
 
     if scheme not in SCHEME_STORAGE:
         raise one_of("--scheme", scheme, sorted(SCHEME_STORAGE))
-    return SCHEME_STORAGE[scheme]
+    storage = SCHEME_STORAGE[scheme]
+    if group_size is not None and scheme in GROUPED:
+        return packed(int(storage.bits), group_size, not scheme.endswith("-asym"))
+    return storage
 
 
 def checkpoint_bytes(spec: ModelSpec, scheme: str, group_size: int | None = None) -> int:
@@ -160,9 +166,7 @@ def checkpoint_bytes(spec: ModelSpec, scheme: str, group_size: int | None = None
 
     Linears whose inner size the groups do not divide stay as they are.
     """
-    storage = storage_of(scheme)
-    if group_size is not None and storage.name in ("int4", "int8") and storage.group:
-        storage = packed(int(storage.bits), group_size, not scheme.endswith("-asym"))
+    storage = storage_of(scheme, group_size)
     width = DTYPE_BYTES[spec.dtype]
     total = 0.0
     for weight in spec.weights:
@@ -202,8 +206,9 @@ def stage_layers(layers: int, stages: int, rules: Rules) -> list[range]:
 
 
 def loaded_bytes(
-    spec: ModelSpec, scheme: str, tensor_parallel: int, pipeline_parallel: int, rules: Rules, capability: tuple[int, int] | None, dtype_bytes: int
-) -> list[int]:
+    spec: ModelSpec, scheme: str, tensor_parallel: int, pipeline_parallel: int, rules: Rules, capability: tuple[int, int] | None, dtype_bytes: int,
+    group_size: int | None = None,
+) -> list[int]:  # fmt: skip
     """Bytes of weights on a GPU of each pipeline stage after loading.
 
     Beyond the file's bytes: vocabularies padded to 64 rows and cut by rank, KV heads repeated when there are fewer than ranks, the absorbed
@@ -213,7 +218,7 @@ def loaded_bytes(
     if scheme == "none":
         storage, covered = source_storage(spec)
     else:
-        storage = storage_of(scheme)
+        storage = storage_of(scheme, group_size)
 
         def covered(w: Weight) -> bool:
             return quantizable(w, storage)
