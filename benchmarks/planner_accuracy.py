@@ -127,7 +127,9 @@ def non_kv(sample: dict[str, Any]) -> float | None:
 
 def token_error(sample: dict[str, Any], found: MemoryPlan) -> float | None:
     """Relative error of the predicted bytes per token, 0 within the print's rounding; None where the start printed too little."""
-    tokens = sample.get("kv_tokens") or (sample["gpu_blocks"] * sample["block_size"] if sample.get("gpu_blocks") and "block_size" in sample else 0)
+    tokens = sample.get("kv_tokens") or (
+        sample["gpu_blocks"] * sample["block_size"] if sample.get("gpu_blocks") and "block_size" in sample else 0
+    )
     if not tokens or "kv_cache_gib" not in sample:
         return None
     measured = sample["kv_cache_gib"] * GIB
@@ -171,8 +173,21 @@ def judge(sample: dict[str, Any]) -> dict[str, Any]:
         predicted = [w / GIB for w in found.weights_by_stage]
         closest = min((w for w in predicted), key=lambda w: abs(w - measured))
         row["weights"] = (measured, closest, closest / measured - 1)
-        row["weights_params"] = spec.parameters * (source_storage(spec)[0].bits / 8) / GIB / (len(predicted) * found.tensor_parallel) / measured - 1
-        row["weights_fp32_rule"] = 2 * spec.parameters * DTYPE_BYTES[spec.dtype] / 2 / 2 * OVERHEADS["fp16"] / GIB / (len(predicted) * found.tensor_parallel) / measured - 1
+        row["weights_params"] = (
+            spec.parameters * (source_storage(spec)[0].bits / 8) / GIB / (len(predicted) * found.tensor_parallel) / measured - 1
+        )
+        row["weights_fp32_rule"] = (
+            2
+            * spec.parameters
+            * DTYPE_BYTES[spec.dtype]
+            / 2
+            / 2
+            * OVERHEADS["fp16"]
+            / GIB
+            / (len(predicted) * found.tensor_parallel)
+            / measured
+            - 1
+        )
         row["workers"] = others
     row["tokens"] = token_error(sample, found)
     used = non_kv(sample)
@@ -198,7 +213,13 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         limit = 0.02 if quantized else 0.01
         if not errors:
             return {"starts": 0}
-        return {"starts": len(errors), "within": sum(e <= limit for e in errors), "limit": limit, "median": statistics.median(errors), "worst": max(errors)}
+        return {
+            "starts": len(errors),
+            "within": sum(e <= limit for e in errors),
+            "limit": limit,
+            "median": statistics.median(errors),
+            "worst": max(errors),
+        }
 
     by_model: dict[str, list[float]] = {}
     for r in planned:
@@ -240,7 +261,8 @@ def show(rows: list[dict[str, Any]], figures: dict[str, Any], verbose: bool) -> 
         other = f"{r['non_kv'][0]:5.2f} → {r['non_kv'][1]:5.2f} {r['non_kv'][2]:+6.2f}" if "non_kv" in r else " " * 20
         verdict = ""
         if "ok" in r:
-            verdict = f"{r['status']}: {'right' if r['verdict'] is r['ok'] else 'WRONG'} ({'right' if r['verdict_naive'] is r['ok'] else 'wrong'})"
+            ours, simple = r["verdict"] is r["ok"], r["verdict_naive"] is r["ok"]
+            verdict = f"{r['status']}: {'right' if ours else 'WRONG'} ({'right' if simple else 'wrong'})"
         print(f"{r['id']:50} {weights} {token:>8} {other}  {verdict}")
         if verbose and r.get("why"):
             print(f"{'':12}{r['why']}")
@@ -250,12 +272,16 @@ def show(rows: list[dict[str, Any]], figures: dict[str, Any], verbose: bool) -> 
         ours, simple = f[f"weights_{name}"], f[f"weights_{name}_params"]
         if ours["starts"]:
             print(
-                f"weights, {name}: {ours['within']} of {ours['starts']} within {limit}, median {ours['median']:.2%}, worst {ours['worst']:.2%}"
+                f"weights, {name}: {ours['within']} of {ours['starts']} within {limit}, "
+                f"median {ours['median']:.2%}, worst {ours['worst']:.2%}"
                 f"   (params × bytes: {simple['within']} within, median {simple['median']:.2%}, worst {simple['worst']:.2%})"
             )
     thumb = f["weights_unquantized_rule_of_thumb"]
     if thumb["starts"]:
-        print(f"weights, rule of thumb (16 bits × {OVERHEADS['fp16']}): {thumb['within']} of {thumb['starts']} within 1 %, median {thumb['median']:.2%}")
+        print(
+            f"weights, rule of thumb (16 bits × {OVERHEADS['fp16']}): {thumb['within']} of {thumb['starts']} within 1 %, "
+            f"median {thumb['median']:.2%}"
+        )
     print(f"KV bytes per token: {f['kv_bytes_per_token']['exact']} of {f['kv_bytes_per_token']['starts']} exact")
     n = f["non_kv_gib"]
     if n["starts"]:

@@ -104,6 +104,8 @@ class ModelSpec:
     quantization: Mapping[str, Any] | None = None
     rotary_bytes: int = 0
     source: str = ""
+    #: the name on the hub, where the catalogue knows it
+    hub: str = ""
     notes: tuple[str, ...] = ()
     #: relative uncertainty of the sizes: 0 where they come from shapes or files
     uncertainty: float = 0.0
@@ -252,7 +254,10 @@ class Config:
         self.raw, self.where = raw, where
         text = raw
         while True:
-            inner = next((text[k] for k in ("text_config", "thinker_config", "llm_config", "language_config") if isinstance(text.get(k), Mapping)), None)
+            inner = next(
+                (text[k] for k in ("text_config", "thinker_config", "llm_config", "language_config") if isinstance(text.get(k), Mapping)),
+                None,
+            )
             if inner is None:
                 break
             text = inner
@@ -452,7 +457,9 @@ class _Builder:
 
     def _block(self, layer: int, kind: str) -> Iterator[Weight]:
         h = self.hidden
-        norms = 2 if self.config.get("new_decoder_architecture") and self.config.get("num_ln_in_parallel_attn", 2) == 2 else self.family.norms
+        norms = (
+            2 if self.config.get("new_decoder_architecture") and self.config.get("num_ln_in_parallel_attn", 2) == 2 else self.family.norms
+        )
         for i in range(norms):
             yield from self._norm(f"norm{i}", h)
         if kind == "mla":
@@ -838,7 +845,12 @@ def vision_weights(raw: Mapping[str, Any], hidden: int, notes: list[str]) -> Ite
 
 #: what a tensor's name says: pattern → (role, split, is a linear of a block). First match wins.
 TENSOR_ROLES: tuple[tuple[str, str, Split, bool], ...] = (
-    (r"(^|\.)(visual|vision_tower|vision_model|vision_embed_tokens|multi_modal_projector|mm_projector|audio_tower|embed_vision)", "vision", "none", False),
+    (
+        r"(^|\.)(visual|vision_tower|vision_model|vision_embed_tokens|multi_modal_projector|mm_projector|audio_tower|embed_vision)",
+        "vision",
+        "none",
+        False,
+    ),
     (r"(^|\.)mtp\.|\.eh_proj|nextn", "mtp", "none", False),
     (r"(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|model\.embeddings)\.", "embedding", "vocab", False),
     (r"(embed_positions|wpe|position_embedding)", "embedding", "none", False),
@@ -852,7 +864,12 @@ TENSOR_ROLES: tuple[tuple[str, str, Split, bool], ...] = (
     (r"(q_a_proj|kv_a_proj_with_mqa)\.", "attention", "none", True),
     (r"(k_proj|v_proj)\.", "attention", "kv", True),
     (r"(self_attn|attn|attention|linear_attn|mixer)\.(o_proj|out_proj|dense|c_proj|wo)\.", "attention", "row", True),
-    (r"(q_proj|q_b_proj|kv_b_proj|qkv_proj|query_key_value|Wqkv|wqkv|c_attn|in_proj\w*|[fgb]_b_proj|b_proj)\.", "attention", "column", True),
+    (
+        r"(q_proj|q_b_proj|kv_b_proj|qkv_proj|query_key_value|Wqkv|wqkv|c_attn|in_proj\w*|[fgb]_b_proj|b_proj)\.",
+        "attention",
+        "column",
+        True,
+    ),
     (r"([fg]_a_proj)\.", "attention", "none", True),
     (r"(down_proj|fc2|fc_out|dense_4h_to_h|feed_forward\.w2|mlp\.c_proj)\.", "mlp", "row", True),
     (r"(gate_proj|up_proj|gate_up_proj|fc1|fc_in|dense_h_to_4h|feed_forward\.w[13]|c_fc)\.", "mlp", "column", True),

@@ -28,7 +28,12 @@ _GPTQ4 = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "de
 def _compressed(bits: int, kind: str, group: int | None, activations: bool) -> dict[str, Any]:
     weights = {"num_bits": bits, "type": kind, "symmetric": True, "strategy": "group" if group else "channel", "group_size": group}
     inputs = {"num_bits": 8, "type": kind, "dynamic": True} if activations else None
-    form = {("int", False): "pack-quantized", ("int", True): "int-quantized", ("float", True): "float-quantized", ("float", False): "float-quantized"}
+    form = {
+        ("int", False): "pack-quantized",
+        ("int", True): "int-quantized",
+        ("float", True): "float-quantized",
+        ("float", False): "float-quantized",
+    }
     return {
         "quant_method": "compressed-tensors", "format": form[kind, activations], "ignore": ["lm_head"],
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
@@ -187,7 +192,14 @@ def find_model(name: str) -> ModelSpec:
     while True:
         found = candidate if candidate in entries else keys.get(_key(candidate))
         if found is None:
-            found = next((keys[_key(candidate + tail)] for tail in ("-hf", "-Instruct", "-chat-hf", "-Chat", "-it", "-v0.1") if _key(candidate + tail) in keys), None)
+            found = next(
+                (
+                    keys[_key(candidate + tail)]
+                    for tail in ("-hf", "-Instruct", "-chat-hf", "-Chat", "-it", "-v0.1")
+                    if _key(candidate + tail) in keys
+                ),
+                None,
+            )
         if found is not None:
             if _key(found) != _key(name):
                 notes.append(f"shapes of {found}")
@@ -199,14 +211,17 @@ def find_model(name: str) -> ModelSpec:
     return _by_size(name, plain, quantization, entries, list(keys.values()))
 
 
-def _entry(found: str, entries: Mapping[str, dict[str, Any]], name: str, quantization: dict[str, Any] | None, notes: list[str]) -> ModelSpec:
+def _entry(
+    found: str, entries: Mapping[str, dict[str, Any]], name: str, quantization: dict[str, Any] | None, notes: list[str]
+) -> ModelSpec:
     entry = entries[found]
     spec = spec_from_config(entry["config"], name, f"the catalogue's entry {found}", entry["source"])
     if note := entry.get("note"):
         notes = [*notes, f"catalogue: {note}"]
     if quantization and spec.quantization:
         quantization = None  # the entry knows its own scheme
-    return replace(spec, quantization=quantization or spec.quantization, notes=(*spec.notes, *notes))
+    hub = found if _key(found) == _key(name) else ""
+    return replace(spec, quantization=quantization or spec.quantization, notes=(*spec.notes, *notes), hub=hub)
 
 
 def _by_size(

@@ -153,7 +153,9 @@ def _plain(name: str) -> str:
     >>> _plain("NVIDIA GeForce RTX 3070 Ti Laptop GPU")
     'rtx3070tilaptop'
     """
-    text = re.sub(r"\b(nvidia|geforce|amd|instinct|radeon|tesla|gpu|graphics|generation|sxm\d?|hbm\d?e?|oam)\b", " ", name.lower().replace("-", " "))
+    text = re.sub(
+        r"\b(nvidia|geforce|amd|instinct|radeon|tesla|gpu|graphics|generation|sxm\d?|hbm\d?e?|oam)\b", " ", name.lower().replace("-", " ")
+    )
     return re.sub(r"[^a-z0-9]", "", text)
 
 

@@ -20,13 +20,14 @@ KV_DTYPES: dict[str, float] = {"auto": 0, "bfloat16": 2, "float16": 2, "fp8": 1,
 
 @dataclass(frozen=True)
 class Group:
-    """Layers with one block table: their kind, tokens a block, bytes of one layer's page."""
+    """Layers with one block table: their kind, tokens a block, bytes of one layer's page; ``held``: blocks of a recurrent state."""
 
     kind: str
     layers: int
     block: int
     page: int
     window: int = 0
+    held: int = 1
 
     def blocks(self, length: int, in_flight: int) -> int:
         """Blocks that one request of ``length`` tokens holds at most, with ``in_flight`` tokens not yet settled."""
@@ -35,13 +36,13 @@ class Group:
         if self.kind == "chunked":
             return ceil(min(self.window + in_flight, length) / self.block)
         if self.kind == "state":
-            return 1
+            return self.held
         return ceil(length / self.block)
 
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """All groups of a pipeline stage. ``bytes_per_block`` is what one block of the pool costs, ``block`` the tokens of an attention block."""
+    """All groups of a pipeline stage. ``bytes_per_block`` is what one block of the pool costs, ``block`` an attention block's tokens."""
 
     groups: tuple[Group, ...]
     bytes_per_block: int
@@ -76,9 +77,12 @@ def layer_bytes(layer: CacheLayer, tensor_parallel: int, width: float, rules: Ru
     return max(1, layer.kv_heads // tensor_parallel) * (layer.key_dim + layer.value_dim) * width
 
 
-def state_bytes(layer: CacheLayer, tensor_parallel: int, width: float) -> int:
-    """Bytes of a recurrent layer's state for one request on one rank."""
-    return int(sum(count / tensor_parallel * (each or width) for count, each in layer.state))
+def state_bytes(layer: CacheLayer, tensor_parallel: int, width: float, platform: str = "cuda") -> int:
+    """Bytes of a recurrent layer's state for one request on one rank. vLLM's CPU build keeps the state itself in 32 bits."""
+    convolution, *state = layer.state
+    least = 4 if platform == "cpu" else 0
+    total = convolution[0] * (convolution[1] or width) + sum(count * max(each or width, least) for count, each in state)
+    return int(total / tensor_parallel)
 
 
 def layout(
@@ -96,12 +100,12 @@ def layout(
     if not attention and not states:
         return CacheLayout((), 0, block)
     token = {id(c): layer_bytes(c, tensor_parallel, width, rules, spec) for c in attention}
-    state = max((state_bytes(c, tensor_parallel, width) for c in states), default=0)
+    state = max((state_bytes(c, tensor_parallel, width, platform) for c in states), default=0)
     if states and attention:  # the attention block grows until its page holds a state
-        align = 32 if platform == "cpu" else 16
-        smallest = min(token.values())
-        block = max(block, align * ceil(state / (align * smallest)))
+        align = max(block, 128) if any(c.kind == "mla" for c in attention) else block
+        block = align * ceil(state / (align * min(token.values())))
     kinds: dict[tuple[str, int, float], list[CacheLayer]] = {}
+    kind: str
     for entry in attention:
         kind, window = entry.kind, entry.window
         if kind == "mla" or not rules.hybrid:
@@ -120,7 +124,7 @@ def layout(
         own_block = block
         if each and page % int(each * block) == 0:
             own_block = block * (page // int(each * block))
-        buckets.append((Group(kind, len(members), own_block, page, window), members))
+        buckets.append((Group(kind, len(members), own_block, page, window, rules.state_blocks if kind == "state" else 1), members))
     sizes = [len(m) for _, m in buckets]
     size = max(sizes) if max(sizes) < 1.5 * min(sizes) else min(sizes)
     groups = [replace(g, layers=size) for g, members in buckets for _ in range(ceil(len(members) / size))]

@@ -69,7 +69,9 @@ class EngineRequest:
         whole("tensor-parallel", self.tensor_parallel, 1, 1024)
         whole("pipeline-parallel", self.pipeline_parallel, 1, 1024)
         if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
-            found.append(f"--gpu-memory-utilization is {self.gpu_memory_utilization}: a share of the GPU's whole memory, above 0 and at most 1")
+            found.append(
+                f"--gpu-memory-utilization is {self.gpu_memory_utilization}: a share of the GPU's whole memory, above 0 and at most 1"
+            )
         if self.kv_cache_dtype not in KV_DTYPES:
             found.append(str(one_of("--kv-cache-dtype", self.kv_cache_dtype, list(KV_DTYPES))))
         if self.context is not None and self.context > spec.max_context:
@@ -79,8 +81,8 @@ class EngineRequest:
             )
         if self.max_num_seqs and self.max_num_batched_tokens and self.max_num_batched_tokens < self.max_num_seqs:
             found.append(
-                f"--max-num-batched-tokens {self.max_num_batched_tokens} is below --max-num-seqs {self.max_num_seqs}: vLLM refuses to start; "
-                "every sequence needs at least one token"
+                f"--max-num-batched-tokens {self.max_num_batched_tokens} is below --max-num-seqs {self.max_num_seqs}: vLLM refuses to "
+                "start; every sequence needs at least one token"
             )
         if self.max_num_seqs and self.concurrency > self.max_num_seqs:
             found.append(f"--concurrency {self.concurrency} is above --max-num-seqs {self.max_num_seqs}: raise the latter or ask for less")
@@ -91,7 +93,9 @@ class EngineRequest:
             found.append(f"--pipeline-parallel is {self.pipeline_parallel}: {spec.name} has {spec.layers} layers, at most one stage each")
         if ranks * self.pipeline_parallel > len(gpus):
             needed = ranks * self.pipeline_parallel
-            found.append(f"tensor parallel {ranks} × pipeline parallel {self.pipeline_parallel} needs {needed} GPUs, {len(gpus)} given (--gpu-count)")
+            found.append(
+                f"tensor parallel {ranks} × pipeline parallel {self.pipeline_parallel} needs {needed} GPUs, {len(gpus)} given (--gpu-count)"
+            )
         if found:
             raise Problems(found, exit_code=2)
 
@@ -103,7 +107,9 @@ def parallel_problems(spec: ModelSpec, ranks: int) -> list[str]:
     if spec.heads % ranks:
         found.append(f"--tensor-parallel is {ranks}: does not divide the {spec.heads} attention heads of {spec.name}; it can be {fits}")
     elif spec.kv_heads % ranks and ranks % spec.kv_heads:
-        found.append(f"--tensor-parallel is {ranks}: neither divides the {spec.kv_heads} KV heads of {spec.name} nor is a multiple; it can be {fits}")
+        found.append(
+            f"--tensor-parallel is {ranks}: neither divides the {spec.kv_heads} KV heads of {spec.name} nor is a multiple; it can be {fits}"
+        )
     inner = spec.moe.intermediate if spec.moe else spec.intermediate
     if inner % ranks and not found:
         found.append(f"--tensor-parallel is {ranks}: does not divide the inner size {inner} of {spec.name}")
@@ -184,7 +190,9 @@ def batch_defaults(gpu: Gpu, rules: Rules, context: int, request: EngineRequest,
     if gpu.platform == "cpu":
         tokens, seqs = 2048 * world, 128 * world
     elif rules.engine == "v0":
-        chunked = request.chunked_prefill if request.chunked_prefill is not None else context > 32768 and not spec.latent and not spec.vision
+        chunked = (
+            request.chunked_prefill if request.chunked_prefill is not None else context > 32768 and not spec.latent and not spec.vision
+        )
         tokens = (2048 if rules.version >= (0, 6, 4) else 512) if chunked else max(context, 2048)
         seqs = 256
     else:
@@ -319,7 +327,11 @@ def plan(
 
     best: tuple[int, int, int, int, int, CacheLayout] | None = None
     for stage in range(stages):
-        stage_layout = layout(spec, [c for c in spec.cache if c.layer in parts[stage]], ranks, kv_width, rules, block, gpu.platform) if stages > 1 else whole
+        stage_layout = (
+            layout(spec, [c for c in spec.cache if c.layer in parts[stage]], ranks, kv_width, rules, block, gpu.platform)
+            if stages > 1
+            else whole
+        )
         activation = activation_peak(spec, rules, tokens, seqs, ranks, width, stage == stages - 1)
         if rules.reserved_profile and ranks > 1:
             activation += 2 * len(parts[stage]) * tokens * spec.hidden * width
@@ -346,18 +358,20 @@ def plan(
     else:
         printed = blocks // max(len(chosen.groups), 1) * chosen.block
         concurrency = blocks / needed if needed else float(seqs)
-    why, remedy = _verdict(
-        spec, scheme, request, rules, gpu, utilization, requested, weights[stage], other, activation, graphs, kv, blocks, usable, needed, longest,
-        context, tokens, seqs, chosen, whole, in_flight, group_size,
-    )  # fmt: skip
+    why, remedy = _Start(
+        spec=spec, scheme=scheme, request=request, rules=rules, gpu=gpu, utilization=utilization, requested=requested,
+        weights=weights[stage], other=other, activation=activation, graphs=graphs, kv=kv, blocks=blocks, usable=usable, needed=needed,
+        longest=longest, context=context, tokens=tokens, seqs=seqs, layout=chosen, whole=whole, in_flight=in_flight, group_size=group_size,
+    ).verdict()  # fmt: skip
     spare = gpu.total_bytes - requested - (0 if rules.graphs_subtracted else graphs)
     return MemoryPlan(
         scheme=scheme, fits=not why, why=why or _fit_sentence(printed, context, concurrency), remedy=remedy, weights_bytes=weights[stage],
         activation_bytes=activation, cuda_graph_bytes=graphs, other_bytes=other, requested_bytes=requested, total_bytes=gpu.total_bytes,
-        kv_cache_bytes=max(kv, 0), kv_bytes_per_token=whole.bytes_per_token() if stages == 1 else chosen.bytes_per_token(), kv_tokens=printed,
+        kv_cache_bytes=max(kv, 0), kv_bytes_per_token=(whole if stages == 1 else chosen).bytes_per_token(), kv_tokens=printed,
         kv_blocks=max(blocks, 0), block_tokens=chosen.block, max_context=longest, context=context,
-        max_concurrency=round(concurrency, 4) if kv > 0 else 0.0, max_num_seqs=seqs, max_num_batched_tokens=tokens, gpu_memory_utilization=utilization,
-        tensor_parallel=ranks, pipeline_parallel=stages, kv_cache_dtype=request.kv_cache_dtype, vllm_version=request.vllm_version,
+        max_concurrency=round(concurrency, 4) if kv > 0 else 0.0, max_num_seqs=seqs, max_num_batched_tokens=tokens,
+        gpu_memory_utilization=utilization, tensor_parallel=ranks, pipeline_parallel=stages, kv_cache_dtype=request.kv_cache_dtype,
+        vllm_version=request.vllm_version,
         weights_by_stage=tuple(weights), spare_bytes=spare, layout=chosen,
     )  # fmt: skip
 
@@ -375,70 +389,125 @@ def _fit_sentence(tokens: int, context: int, concurrency: float) -> str:
     return f"{tokens:,} tokens of KV cache: {concurrency:.1f} requests of {context:,} tokens"
 
 
-def _verdict(
-    spec: ModelSpec, scheme: str, request: EngineRequest, rules: Rules, gpu: Gpu, utilization: float, requested: int, weights: int, other: int,
-    activation: int, graphs: int, kv: int, blocks: int, usable: int, needed: int, longest: int, context: int, tokens: int, seqs: int,
-    chosen: CacheLayout, whole: CacheLayout, in_flight: int, group_size: int | None,
-) -> tuple[str, str]:  # fmt: skip
-    """Why vLLM would not start, and the smallest change that would make it; two empty strings when it starts."""
-    cuts = group_problems(spec, scheme, request.tensor_parallel, group_size)
-    if cuts:
-        return cuts[0], "another tensor parallel degree, or a smaller group size when quantizing"
-    if request.chunked_prefill is False and tokens < context and rules.engine == "v1":
-        return f"max_num_batched_tokens {tokens} is below the context {context} without chunked prefill", f"--max-num-batched-tokens {context}"
-    given = request.kv_cache_memory_bytes is not None
-    if gpu.platform != "cpu" and not given and requested > gpu.free_bytes:
-        share = int(gpu.free_bytes / gpu.total_bytes * 100) / 100
-        held = gpu.total_bytes - gpu.free_bytes
+@dataclass(frozen=True)
+class _Start:
+    """One start with everything that decides whether it succeeds; bytes of one GPU, blocks of the pool, lengths in tokens."""
+
+    spec: ModelSpec
+    scheme: str
+    request: EngineRequest
+    rules: Rules
+    gpu: Gpu
+    utilization: float
+    requested: int
+    weights: int
+    other: int
+    activation: int
+    graphs: int
+    kv: int
+    blocks: int
+    usable: int
+    needed: int
+    longest: int
+    context: int
+    tokens: int
+    seqs: int
+    layout: CacheLayout
+    whole: CacheLayout
+    in_flight: int
+    group_size: int | None
+
+    def verdict(self) -> tuple[str, str]:
+        """Why vLLM would not start, and the smallest change that would make it; two empty strings when it starts.
+
+        The checks run in the order in which vLLM meets them: the cuts at load time, the free memory, the profile, the context, the graphs.
+        """
+        for check in (self._cuts, self._free, self._room, self._context, self._states, self._graphs):
+            found = check()
+            if found:
+                return found
+        return "", ""
+
+    @property
+    def _given(self) -> bool:
+        return self.request.kv_cache_memory_bytes is not None
+
+    def _cuts(self) -> tuple[str, str] | None:
+        cuts = group_problems(self.spec, self.scheme, self.request.tensor_parallel, self.group_size)
+        if cuts:
+            return cuts[0], "another tensor parallel degree, or a smaller group size when quantizing"
+        if self.request.chunked_prefill is False and self.tokens < self.context and self.rules.engine == "v1":
+            why = f"max_num_batched_tokens {self.tokens} is below the context {self.context} without chunked prefill"
+            return why, f"--max-num-batched-tokens {self.context}"
+        return None
+
+    def _free(self) -> tuple[str, str] | None:
+        if self.gpu.platform == "cpu" or self._given or self.requested <= self.gpu.free_bytes:
+            return None
+        held = self.gpu.total_bytes - self.gpu.free_bytes
         return (
-            f"{format_size(gpu.free_bytes)} free at start, {format_size(requested)} asked for (utilization {utilization:g} of "
-            f"{format_size(gpu.total_bytes)}); {format_size(held)} is held by others",
-            f"--gpu-memory-utilization {share:.2f}, or free the GPU",
+            f"{format_size(self.gpu.free_bytes)} free at start, {format_size(self.requested)} asked for (utilization {self.utilization:g} "
+            f"of {format_size(self.gpu.total_bytes)}); {format_size(held)} is held by others",
+            f"--gpu-memory-utilization {largest_utilization(self.gpu):.2f}, or free the GPU",
         )
-    used = weights + other + activation + (graphs if rules.graphs_subtracted else 0)
-    if kv <= 0 or (whole.bytes_per_block and usable <= 0):
-        missing = used - requested
-        remedies = []
-        if weights + other < requested and seqs > 16 and activation > missing:
-            remedies.append(f"--max-num-seqs {max(16, _smaller(seqs))} --max-num-batched-tokens {max(512, _smaller(tokens))}")
-        if graphs > missing and rules.graphs_subtracted:
-            remedies.append("--enforce-eager")
-        if not remedies:
-            ranks = next((t for t in (2, 4, 8, 16) if t > request.tensor_parallel and not parallel_problems(spec, t)), None)
-            remedies.append(f"a smaller scheme, a larger GPU{f', or --tensor-parallel {ranks}' if ranks else ''}")
+
+    def _room(self) -> tuple[str, str] | None:
+        if self.kv > 0 and not (self.whole.bytes_per_block and self.usable <= 0):
+            return None
+        graphs = self.graphs if self.rules.graphs_subtracted else 0
+        used = self.weights + self.other + self.activation + graphs
+        missing = used - self.requested
+        if graphs > missing:
+            remedy = "--enforce-eager"
+        elif self.weights + self.other < self.requested and self.seqs > 16 and self.activation > missing:
+            remedy = f"--max-num-seqs {max(16, _smaller(self.seqs))} --max-num-batched-tokens {max(512, _smaller(self.tokens))}"
+        else:
+            ranks = next((t for t in (2, 4, 8, 16) if t > self.request.tensor_parallel and not parallel_problems(self.spec, t)), None)
+            remedy = f"a smaller scheme, a larger GPU{f', or --tensor-parallel {ranks}' if ranks else ''}"
         return (
-            f"no room for a KV cache: weights {format_size(weights)} + activations {format_size(activation)} + CUDA graphs "
-            f"{format_size(graphs if rules.graphs_subtracted else 0)} + other {format_size(other)} = {format_size(used)}, of "
-            f"{format_size(requested)} requested",
-            remedies[0],
+            f"no room for a KV cache: weights {format_size(self.weights)} + activations {format_size(self.activation)} + CUDA graphs "
+            f"{format_size(graphs)} + other {format_size(self.other)} = {format_size(used)}, of {format_size(self.requested)} requested",
+            remedy,
         )
-    if not rules.graphs_subtracted and graphs and not given:
-        room = gpu.free_bytes - requested
-        if graphs > room + 0.25 * GIB and requested < gpu.free_bytes:
+
+    def _context(self) -> tuple[str, str] | None:
+        if self.rules.whole_model_check and self.request.pipeline_parallel > 1:
+            needed = self.whole.blocks_for(self.context, self.in_flight) * self.whole.bytes_per_block
+            if needed > self.kv:
+                release = ".".join(map(str, self.rules.version[:2]))
+                return (
+                    f"vLLM {release} compares the KV cache of all stages ({format_size(needed)}) with one stage's {format_size(self.kv)}",
+                    f"--context {self.longest // self.request.pipeline_parallel}",
+                )
+        if self.needed > self.usable:
             return (
-                f"out of memory while capturing CUDA graphs: {format_size(graphs)} needed, {format_size(room)} left outside "
-                f"utilization {utilization:g}",
-                "--enforce-eager, or a lower --gpu-memory-utilization",
+                f"one request of {self.context:,} tokens needs {format_size(self.needed * self.layout.bytes_per_block)} of KV cache, "
+                f"{format_size(self.kv)} is there; the longest that fits is {self.longest:,}",
+                f"--context {self.longest} (vLLM: --max-model-len {self.longest})" if self.longest else "a larger GPU or fewer bits",
             )
-    if rules.state_check and graphs and any(g.kind == "state" for g in chosen.groups) and blocks < seqs:
+        return None
+
+    def _states(self) -> tuple[str, str] | None:
+        recurrent = any(g.kind == "state" for g in self.layout.groups)
+        if not (self.rules.state_check and self.graphs and recurrent and self.blocks < self.seqs):
+            return None
         return (
-            f"{blocks} cache blocks for recurrent states, but max_num_seqs is {seqs}: every decoding sequence needs one when CUDA graphs are captured",
-            f"--max-num-seqs {max(1, blocks)}, or --enforce-eager",
+            f"{self.blocks} cache blocks for recurrent states, but max_num_seqs is {self.seqs}: every decoding sequence needs one when "
+            "CUDA graphs are captured",
+            f"--max-num-seqs {max(1, self.blocks)}, or --enforce-eager",
         )
-    if rules.whole_model_check and request.pipeline_parallel > 1:
-        if whole.blocks_for(context, in_flight) * whole.bytes_per_block > kv:
-            return (
-                f"vLLM {'.'.join(map(str, rules.version[:2]))} compares the KV cache of all stages "
-                f"({format_size(whole.blocks_for(context, in_flight) * whole.bytes_per_block)}) with one stage's {format_size(kv)}",
-                f"--context {longest // request.pipeline_parallel}",
-            )
-    if needed > usable:
+
+    def _graphs(self) -> tuple[str, str] | None:
+        if self.rules.graphs_subtracted or not self.graphs or self._given:
+            return None
+        room = self.gpu.free_bytes - self.requested
+        if self.graphs <= room + 0.25 * GIB:
+            return None
         return (
-            f"one request of {context:,} tokens needs {format_size(needed * chosen.bytes_per_block)} of KV cache, "
-            f"{format_size(kv)} is there; the longest that fits is {longest:,}",
-            f"--context {longest} (vLLM: --max-model-len {longest})" if longest else "a larger GPU or fewer bits",
+            f"out of memory while capturing CUDA graphs: {format_size(self.graphs)} needed, {format_size(room)} left outside "
+            f"utilization {self.utilization:g}",
+            "--enforce-eager, or a lower --gpu-memory-utilization",
         )
-    return "", ""
 
 
 def _smaller(value: int) -> int:

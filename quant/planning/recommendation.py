@@ -1,8 +1,8 @@
-"""Which scheme to take: every candidate gets a plan, an expected loss and bounds of speed; then one is chosen, with its reason in a sentence.
+"""Which scheme to take: every candidate gets a plan, an expected loss and bounds of speed; then one is chosen, with its reason.
 
 The choice: the highest quality that fits with the asked context and concurrency and keeps a safety margin of the free memory; ties by
-speed. A scenario may ask for the fastest scheme within an accepted loss instead. What fits is vLLM's business (:mod:`quant.planning.memory`);
-the margin affects only what is chosen.
+speed. A scenario may ask for the fastest scheme within an accepted loss instead. What fits is vLLM's business
+(:mod:`quant.planning.memory`); the margin affects only what is chosen.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ class Engine:
 class Recommendation:
     """The choice and everything it was made from.
 
-    ``recommended`` is None when nothing fits; then ``reason`` says what would. ``method`` is how `quant quantize` makes the scheme (None for
-    ``none`` and for schemes that this build does not make), ``commands`` what to run, in order.
+    ``recommended`` is None when nothing fits; then ``reason`` says what would. ``method`` is how `quant quantize` makes the scheme (None
+    for ``none`` and for schemes that this build does not make), ``commands`` what to run, in order.
     """
 
     model: ModelSpec
@@ -240,7 +240,9 @@ def recommend(
         if gpu.total_bytes * default > gpu.free_bytes:
             share = largest_utilization(gpu)
             request = replace(request, gpu_memory_utilization=share)
-            notes.append(f"{format_size(gpu.total_bytes - gpu.free_bytes)} is held by others: utilization {share:.2f} instead of {default:.2f}")
+            notes.append(
+                f"{format_size(gpu.total_bytes - gpu.free_bytes)} is held by others: utilization {share:.2f} instead of {default:.2f}"
+            )
     request.check(spec, found)
     makes = MAKEABLE if makeable is None else makeable
     names = [c.scheme for c in CANDIDATES]
@@ -260,10 +262,12 @@ def recommend(
         if chosen.makeable:
             commands = _commands(spec, model, chosen, method, request, output_path, gpu)
         else:
-            notes.append(f"this build does not make {chosen.scheme}: take a published {chosen.scheme} checkpoint, or one of {', '.join(makes)}")
+            notes.append(
+                f"this build does not make {chosen.scheme}: take a published {chosen.scheme} checkpoint, or one of {', '.join(makes)}"
+            )
     return Recommendation(
-        model=spec, gpus=tuple(found), request=request, plans=plans, recommended=chosen.scheme if chosen else None, method=method, reason=reason,
-        commands=commands, engines=_engines(spec, gpu, plans, request, profile), scenario=profile.name if profile else None,
+        model=spec, gpus=tuple(found), request=request, plans=plans, recommended=chosen.scheme if chosen else None, method=method,
+        reason=reason, commands=commands, engines=_engines(spec, gpu, plans, request, profile), scenario=profile.name if profile else None,
         notes=tuple(notes), group_size=chosen.group_size if chosen else None,
     )  # fmt: skip
 
@@ -279,7 +283,13 @@ def _gpus(gpus: str | Gpu | Sequence[Gpu] | None, count: int | None, memory: int
 
 
 def _plan_one(
-    spec: ModelSpec, gpus: Sequence[Gpu], gpu: Gpu, candidate: Candidate, request: EngineRequest, makes: Mapping[str, Sequence[str]], margin: float
+    spec: ModelSpec,
+    gpus: Sequence[Gpu],
+    gpu: Gpu,
+    candidate: Candidate,
+    request: EngineRequest,
+    makes: Mapping[str, Sequence[str]],
+    margin: float,
 ) -> SchemePlan:
     quality = load_json("quality.json")["schemes"].get(candidate.scheme, {"loss_percent": [0, 100], "source": "not known"})
     loss = (float(quality["loss_percent"][0]), float(quality["loss_percent"][1]))
@@ -314,8 +324,8 @@ def _plan_one(
         why = f"{found.why}; leaves less than {margin:.0%} of the free memory"
     size = stored_bytes(spec) if candidate.scheme == "none" else checkpoint_bytes(spec, candidate.scheme, group)
     return SchemePlan(
-        candidate, found, found.fits, meets, safe, why, loss, quality["source"], speed_bounds(spec, gpu, found, request.concurrency), makeable, size,
-        group if group != 128 else None,
+        candidate, found, found.fits, meets, safe, why, loss, quality["source"], speed_bounds(spec, gpu, found, request.concurrency),
+        makeable, size, group if group != 128 else None,
     )  # fmt: skip
 
 
@@ -339,7 +349,11 @@ def _reason(
     spec: ModelSpec, gpu: Gpu, plans: Sequence[SchemePlan], chosen: SchemePlan | None, request: EngineRequest, profile: Scenario | None
 ) -> str:
     asked = f"{request.concurrency} × {request.context:,} tokens"
-    where = f"{request.tensor_parallel * request.pipeline_parallel} × {gpu.name}" if request.tensor_parallel * request.pipeline_parallel > 1 else gpu.name
+    where = (
+        f"{request.tensor_parallel * request.pipeline_parallel} × {gpu.name}"
+        if request.tensor_parallel * request.pipeline_parallel > 1
+        else gpu.name
+    )
     if chosen is not None and chosen.plan is not None:
         margin = "" if chosen.safe else ", though without the safety margin"
         if profile and profile.objective != "quality":
@@ -347,7 +361,8 @@ def _reason(
         else:
             goal = "the most precise that holds what was asked"
         return (
-            f"{chosen.scheme} is {goal}: {format_size(chosen.plan.weights_bytes)} of weights leave {format_size(chosen.plan.kv_cache_bytes)} for "
+            f"{chosen.scheme} is {goal}: {format_size(chosen.plan.weights_bytes)} of weights leave "
+            f"{format_size(chosen.plan.kv_cache_bytes)} for "
             f"{chosen.plan.kv_tokens:,} tokens on {where} ({asked} asked{margin})"
         )
     running = [p for p in plans if p.fits and p.plan]
@@ -355,23 +370,56 @@ def _reason(
         best = max(running, key=lambda p: p.plan.max_concurrency if p.plan else 0.0)
         assert best.plan is not None
         if profile and any(p.meets for p in plans):
-            return f"nothing fits {asked} on {where} within {profile.max_loss_percent:g} % of expected loss: without the scenario, {next(p.scheme for p in plans if p.meets)} would"
+            looser = next(p.scheme for p in plans if p.meets)
+            return (
+                f"nothing fits {asked} on {where} within {profile.max_loss_percent:g} % of expected loss; without that limit {looser} would"
+            )
         return (
-            f"nothing holds {asked} on {where}: {best.scheme} starts and holds {best.plan.max_concurrency:.1f} requests of {request.context:,} tokens; "
+            f"nothing holds {asked} on {where}: {best.scheme} starts and holds {best.plan.max_concurrency:.1f} requests of "
+            f"{request.context:,} tokens; "
             f"ask for --concurrency {max(1, int(best.plan.max_concurrency))}, or add GPUs"
         )
     planned = [p for p in plans if p.plan]
     if not planned:
         return f"no scheme can run on {gpu.name}: {'; '.join(f'{p.scheme}: {p.why}' for p in plans)}"
+    longest = max(planned, key=lambda p: p.plan.max_context if p.plan else 0)
+    assert longest.plan is not None
+    if longest.plan.max_context:
+        return f"nothing fits {asked} on {where}; {longest.scheme} would with --context {longest.plan.max_context} --concurrency 1"
     best = min(planned, key=lambda p: p.plan.weights_bytes if p.plan else 0)
     assert best.plan is not None
-    if best.plan.max_context:
-        return f"nothing fits {asked} on {where}; {best.scheme} would with --context {best.plan.max_context}"
     needed = best.plan.weights_bytes + best.plan.activation_bytes + best.plan.other_bytes + best.plan.cuda_graph_bytes
     return (
-        f"nothing fits on {where}: the smallest, {best.scheme}, needs {format_size(needed)} before any KV cache; would fit with {best.plan.remedy}, "
-        "a smaller model, or llama.cpp with a 4-bit GGUF partly in host memory"
+        f"nothing fits on {where}: the smallest, {best.scheme}, needs {format_size(needed)} before any KV cache; "
+        f"{_what_would(spec, gpu, best, request)}"
     )
+
+
+def _what_would(spec: ModelSpec, gpu: Gpu, best: SchemePlan, request: EngineRequest) -> str:
+    """The smallest change that makes the smallest scheme start, found by planning it: no graphs, fewer sequences, more GPUs."""
+    assert best.plan is not None
+    world = request.tensor_parallel * request.pipeline_parallel
+    tries: list[tuple[str, int, EngineRequest]] = []
+    if not request.enforce_eager:
+        tries.append(("--enforce-eager", world, replace(request, enforce_eager=True)))
+    small = max(request.concurrency, 8)
+    if request.max_num_seqs is None and request.max_num_batched_tokens is None:
+        words = f"--max-num-seqs {small} --max-num-batched-tokens 512"
+        tries.append((words, world, replace(request, max_num_seqs=small, max_num_batched_tokens=max(512, small))))
+    for ranks in (2, 4, 8, 16):
+        if ranks > request.tensor_parallel and not parallel_problems(spec, ranks):
+            changed = replace(request, tensor_parallel=ranks)
+            tries.append(
+                (
+                    f"{ranks * request.pipeline_parallel} of these GPUs (--gpu-count {ranks * request.pipeline_parallel})",
+                    ranks * request.pipeline_parallel,
+                    changed,
+                )
+            )
+    for words, count, changed in tries:
+        if plan(spec, [gpu] * count, best.scheme, changed, best.group_size).fits:
+            return f"it would start with {words}"
+    return "not even 16 of these GPUs would do: take a smaller model, or llama.cpp with a 4-bit GGUF in host memory"
 
 
 def _commands(
@@ -379,7 +427,7 @@ def _commands(
 ) -> tuple[str, ...]:
     """The exact commands: make the checkpoint (unless it is served as it is), then serve it."""
     assert chosen.plan is not None
-    source = str(model) if isinstance(model, (str, Path)) else spec.name
+    source = spec.hub or (str(model) if isinstance(model, (str, Path)) else spec.name)
     if chosen.scheme == "none":
         return (serve_command(source, chosen.plan, request),)
     target = output_path or f"{Path(source).name}-{chosen.scheme}"
@@ -418,23 +466,25 @@ def serve_command(checkpoint: str, found: MemoryPlan, request: EngineRequest) ->
     return shlex.join(parts)
 
 
-def _engines(spec: ModelSpec, gpu: Gpu, plans: Sequence[SchemePlan], request: EngineRequest, profile: Scenario | None) -> tuple[Engine, ...]:
+def _engines(
+    spec: ModelSpec, gpu: Gpu, plans: Sequence[SchemePlan], request: EngineRequest, profile: Scenario | None
+) -> tuple[Engine, ...]:
     """The engines in order of preference for this need; the first that suits is taken."""
     fits = any(p.meets for p in plans)
     cpu = gpu.platform == "cpu"
-    small = gpu.kind in ("laptop",) and request.concurrency == 1
+    laptop = gpu.kind == "laptop" and request.concurrency == 1
     latency = bool(profile and profile.objective == "latency")
     modern = gpu.platform == "cuda" and (gpu.capability or (0, 0)) >= (8, 9)
-    vllm = Engine("vLLM", fits and not cpu, "the plan above is vLLM's" if fits and not cpu else "no plan fits" if not cpu else "its CPU build serves, slower than llama.cpp for one user")
-    trt = Engine(
-        "TensorRT-LLM", modern and latency and fits,
-        "compiled kernels for one fixed model on Ada, Hopper or Blackwell; worth its build where latency is all" if modern else "for NVIDIA GPUs from compute capability 8.9",
-    )  # fmt: skip
+    if cpu:
+        vllm = Engine("vLLM", False, "its CPU build serves, slower than llama.cpp for one user")
+        llama = Engine("llama.cpp / Ollama", True, "runs a 4-bit GGUF on the CPU")
+    else:
+        vllm = Engine("vLLM", fits, "the plan above is vLLM's" if fits else "no plan holds what was asked")
+        why = "one user on a laptop" if laptop else "for one user" if fits else "a 4-bit GGUF, with the layers that fit on the GPU"
+        llama = Engine("llama.cpp / Ollama", laptop or not fits, why)
+    why = "compiled kernels for one fixed model; worth its build where latency is all" if modern else "needs compute capability 8.9"
+    trt = Engine("TensorRT-LLM", modern and latency and fits, why)
     tgi = Engine("TGI", False, "for deployments that already run it; its development has ended, and vLLM serves the same models")
-    llama = Engine(
-        "llama.cpp / Ollama", cpu or not fits or small,
-        "runs a 4-bit GGUF on the CPU, or with the layers that fit on the GPU" if cpu or not fits else "one user on a laptop" if small else "for one user, or where nothing fits",
-    )  # fmt: skip
     return (vllm, trt, llama, tgi) if vllm.suits else (llama, vllm, trt, tgi)
 
 
@@ -457,7 +507,9 @@ def _thumb(spec: ModelSpec, gpus: Sequence[Gpu], request: EngineRequest) -> Reco
 # -- for programs that load models themselves ----------------------------------------------------------------------------------------------
 
 
-def get_optimized_config(model: str | Path | ModelSpec | Mapping[str, Any], scenario: str, gpus: str | Sequence[Gpu] | None = None) -> dict[str, Any]:
+def get_optimized_config(
+    model: str | Path | ModelSpec | Mapping[str, Any], scenario: str, gpus: str | Sequence[Gpu] | None = None
+) -> dict[str, Any]:
     """vLLM's engine arguments for a model in a scenario, with the scheme to serve it in.
 
     The keys are those of ``vllm.LLM`` plus ``scheme``; ``gpus`` as in :func:`recommend`.
@@ -474,7 +526,8 @@ def get_optimized_config(model: str | Path | ModelSpec | Mapping[str, Any], scen
     return {
         "scheme": found.recommended, "max_model_len": chosen.context, "tensor_parallel_size": chosen.tensor_parallel,
         "pipeline_parallel_size": chosen.pipeline_parallel, "gpu_memory_utilization": chosen.gpu_memory_utilization,
-        "kv_cache_dtype": chosen.kv_cache_dtype, "max_num_seqs": chosen.max_num_seqs, "max_num_batched_tokens": chosen.max_num_batched_tokens,
+        "kv_cache_dtype": chosen.kv_cache_dtype, "max_num_seqs": chosen.max_num_seqs,
+        "max_num_batched_tokens": chosen.max_num_batched_tokens,
         "enforce_eager": found.request.enforce_eager,
     }  # fmt: skip
 
@@ -497,5 +550,3 @@ def reload(model: str | Path | ModelSpec | Mapping[str, Any], release: Callable[
         cuda.empty_cache()
     load_json.cache_clear()
     return recommend(model, **options)
-
-

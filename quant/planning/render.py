@@ -30,7 +30,14 @@ def show_gpus(gpus: tuple[Gpu, ...] | list[Gpu], console: Console) -> None:
         band = f"{gpu.bandwidth / 1e9:,.0f} GB/s" if gpu.bandwidth else "?"
         name = f"{gpu.name} ({gpu.mig})" if gpu.mig else gpu.name
         table.add_row(
-            str(gpu.index), name, format_size(gpu.total_bytes), format_size(gpu.used_bytes), format_size(gpu.free_bytes), level, band, gpu.driver or "-"
+            str(gpu.index),
+            name,
+            format_size(gpu.total_bytes),
+            format_size(gpu.used_bytes),
+            format_size(gpu.free_bytes),
+            level,
+            band,
+            gpu.driver or "-",
         )
     console.print(table)
     for gpu in gpus:
@@ -42,7 +49,9 @@ def show_gpus(gpus: tuple[Gpu, ...] | list[Gpu], console: Console) -> None:
         for process in gpu.processes:
             console.print(f"  {format_size(process.used_bytes)} held by {process.name or 'a process'} (pid {process.pid})")
         if gpu.torch_reserved_bytes is not None and gpu.torch_allocated_bytes is not None:
-            console.print(f"  torch here: {format_size(gpu.torch_allocated_bytes)} allocated, {format_size(gpu.torch_reserved_bytes)} reserved")
+            console.print(
+                f"  torch here: {format_size(gpu.torch_allocated_bytes)} allocated, {format_size(gpu.torch_reserved_bytes)} reserved"
+            )
 
 
 def show_detection(found: Detection, console: Console) -> None:
@@ -51,7 +60,9 @@ def show_detection(found: Detection, console: Console) -> None:
     if found.note:
         console.print(found.note)
     if not found.gpus:
-        console.print("Plan for a part that is not here with --gpu NAME (`quant detect --gpu list` shows all), or for the CPU with --gpu cpu.")
+        console.print(
+            "Plan for a part that is not here with --gpu NAME (`quant detect --gpu list` shows all), or for the CPU with --gpu cpu."
+        )
     host = found.host
     console.print(
         f"host: {format_size(host.ram_available_bytes)} of {format_size(host.ram_total_bytes)} RAM free, {host.cpus} CPUs, "
@@ -66,7 +77,10 @@ def show_recommendation(found: Recommendation, console: Console) -> None:
     gpu, request, model = found.gpus[0], found.request, found.model
     count = f"{len(found.gpus)} × " if len(found.gpus) > 1 else ""
     about = f" (± {model.uncertainty:.0%})" if model.uncertainty else ""
-    console.print(f"[bold]{model.name}[/]: {model.parameters / 1e9:.2f} B parameters{about}, {model.dtype}; {count}{gpu.name}, {format_size(gpu.total_bytes)}")
+    console.print(
+        f"[bold]{model.name}[/]: {model.parameters / 1e9:.2f} B parameters{about}, {model.dtype}; "
+        f"{count}{gpu.name}, {format_size(gpu.total_bytes)}"
+    )
     if found.thumb:
         table = Table(box=None, pad_edge=False)
         for heading in ("", "scheme", "needed", "why"):
@@ -91,7 +105,8 @@ def show_recommendation(found: Recommendation, console: Console) -> None:
                 continue
             speed = one.speed
             table.add_row(
-                _YES if one.meets else _NO, name, format_size(one.plan.weights_bytes), format_size(one.plan.kv_cache_bytes), f"{one.plan.kv_tokens:,}",
+                _YES if one.meets else _NO, name, format_size(one.plan.weights_bytes), format_size(one.plan.kv_cache_bytes),
+                f"{one.plan.kv_tokens:,}",
                 f"{one.plan.max_context:,}", loss, _rate(speed.decode_bound if speed else None, "t/s"),
                 _rate(speed.batch_decode_bound if speed else None, "t/s"), _rate(speed.prefill_bound if speed else None, "t/s"), one.why,
             )  # fmt: skip

@@ -1,7 +1,7 @@
 """The original design's rule of thumb, kept as the policy ``rule-of-thumb``: simple, and wrong where the docs say.
 
-Every checkpoint is taken as 32-bit, so that a size follows from the file's alone: ``file / (32 / bits) × overhead``; a scheme fits when that
-is within 90 % of the free memory and the GPU's total reaches the scheme's minimum. No KV cache, no activations, no context. A bf16
+Every checkpoint is taken as 32-bit, so that a size follows from the file's alone: ``file / (32 / bits) × overhead``; a scheme fits when
+that is within 90 % of the free memory and the GPU's total reaches the scheme's minimum. No KV cache, no activations, no context. A bf16
 checkpoint, as most are today, is thereby halved once too often.
 """
 

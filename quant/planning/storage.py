@@ -98,7 +98,9 @@ def source_storage(spec: ModelSpec) -> tuple[Storage, Callable[[Weight], bool]]:
     if method in ("gptq", "auto-gptq", "gptq-marlin"):
         return _gptq(int(config.get("bits", 4)), int(config.get("group_size", 128))), covered
     if method in ("awq", "auto-awq", "awq-marlin"):
-        return _gptq(int(config.get("bits", config.get("w_bit", 4))), int(config.get("group_size", config.get("q_group_size", 128)))), covered
+        return _gptq(
+            int(config.get("bits", config.get("w_bit", 4))), int(config.get("group_size", config.get("q_group_size", 128)))
+        ), covered
     if method == "fp8":
         return (FP8_BLOCK if config.get("weight_block_size") else FP8), covered
     if method == "bitsandbytes":
@@ -128,7 +130,13 @@ def _covered(config: Mapping[str, Any]) -> Callable[[Weight], bool]:
     """Which weights a source's ignore list leaves quantized. The list's short names are compared with the planner's names."""
     import re
 
-    ignored = config.get("ignore") or config.get("ignored_layers") or config.get("modules_to_not_convert") or config.get("llm_int8_skip_modules") or []
+    ignored = (
+        config.get("ignore")
+        or config.get("ignored_layers")
+        or config.get("modules_to_not_convert")
+        or config.get("llm_int8_skip_modules")
+        or []
+    )
     patterns = []
     for entry in ignored:
         text = str(entry)
@@ -139,7 +147,9 @@ def _covered(config: Mapping[str, Any]) -> Callable[[Weight], bool]:
             return False
         module = "mlp" if weight.role in ("mlp", "experts", "shared_experts") else "self_attn"
         name = weight.name.removesuffix(".weight")
-        full = name if name.startswith("model.") else f"model.layers.{weight.layer}.{name if name.startswith(module) else f'{module}.{name}'}"
+        full = (
+            name if name.startswith("model.") else f"model.layers.{weight.layer}.{name if name.startswith(module) else f'{module}.{name}'}"
+        )
         return not any(p.match(full) or p.match(name) for p in patterns)
 
     return covered
@@ -206,8 +216,8 @@ def stage_layers(layers: int, stages: int, rules: Rules) -> list[range]:
 
 
 def loaded_bytes(
-    spec: ModelSpec, scheme: str, tensor_parallel: int, pipeline_parallel: int, rules: Rules, capability: tuple[int, int] | None, dtype_bytes: int,
-    group_size: int | None = None,
+    spec: ModelSpec, scheme: str, tensor_parallel: int, pipeline_parallel: int, rules: Rules, capability: tuple[int, int] | None,
+    dtype_bytes: int, group_size: int | None = None,
 ) -> list[int]:  # fmt: skip
     """Bytes of weights on a GPU of each pipeline stage after loading.
 
@@ -230,7 +240,16 @@ def loaded_bytes(
     for weight in spec.weights:
         if weight.role == "mtp":
             continue
-        size = _rank_bytes(spec, weight, storage if covered(weight) and not from_file else None, tensor_parallel, dtype_bytes, capability, rules, bool(from_file))
+        size = _rank_bytes(
+            spec,
+            weight,
+            storage if covered(weight) and not from_file else None,
+            tensor_parallel,
+            dtype_bytes,
+            capability,
+            rules,
+            bool(from_file),
+        )
         if weight.layer >= 0:
             stage = next(i for i, r in enumerate(stages) if weight.layer in r)
             totals[stage] += size
@@ -244,7 +263,14 @@ def loaded_bytes(
 
 
 def _rank_bytes(
-    spec: ModelSpec, weight: Weight, storage: Storage | None, ranks: int, width: int, capability: tuple[int, int] | None, rules: Rules, from_file: bool
+    spec: ModelSpec,
+    weight: Weight,
+    storage: Storage | None,
+    ranks: int,
+    width: int,
+    capability: tuple[int, int] | None,
+    rules: Rules,
+    from_file: bool,
 ) -> float:
     shape = list(weight.shape)
     share = 1.0

@@ -36,6 +36,8 @@ class Rules:
     graph_modes: int
     #: the pool's null block is reserved before the check of the longest context
     null_block: bool
+    #: blocks that one request holds in a group of recurrent layers: two when prefix caching keeps a state at a block's end
+    state_blocks: int
     #: recurrent states: a block for every sequence that a captured decode graph may hold
     state_check: bool
     #: the profile counted what torch had reserved, in which the outputs of every all-reduce of the pass were still held
@@ -77,6 +79,7 @@ _HISTORY: dict[str, tuple[tuple[tuple[int, int, int], Any], ...]] = {
     "null_block": (((0, 0, 0), False), ((0, 29, 0), True)),
     "printed_tokens": (((0, 0, 0), "blocks"), ((0, 22, 0), "requests")),
     "batches_in_flight": (((0, 0, 0), 1), ((0, 29, 0), 2)),
+    "state_blocks": (((0, 0, 0), 1), ((0, 22, 0), 2)),
     "state_check": (((0, 0, 0), False), ((0, 17, 0), True)),
     "reserved_profile": (((0, 0, 0), False), ((0, 2, 5), True), ((0, 4, 0), False)),
     "mla": (((0, 0, 0), False), ((0, 7, 1), True)),
