@@ -104,6 +104,8 @@ class ModelSpec:
     quantization: Mapping[str, Any] | None = None
     rotary_bytes: int = 0
     source: str = ""
+    #: the vision tower's shape: hidden, inner, projections (3 gated, 2 plain), patches per token, tokens of the largest image
+    vision_shape: Mapping[str, int] = field(default_factory=dict)
     #: the name on the hub, where the catalogue knows it
     hub: str = ""
     notes: tuple[str, ...] = ()
@@ -314,7 +316,7 @@ def spec_from_config(raw: Mapping[str, Any], name: str = "model", where: str = "
         kv_heads=builder.kv_heads, head_dim=builder.head_dim, intermediate=builder.intermediate, vocabulary=builder.vocabulary,
         max_context=config.count("max_position_embeddings", 2048), tied=builder.tied, layers=builder.layers, weights=weights,
         cache=tuple(builder.cache()), moe=experts, vision=any(w.role == "vision" for w in weights), quantization=quantization,
-        rotary_bytes=builder.rotary_bytes(dtype), source=source or where, notes=tuple([*notes, *builder.notes]),
+        rotary_bytes=builder.rotary_bytes(dtype), vision_shape=_vision_shape(raw), source=source or where, notes=tuple([*notes, *builder.notes]),
         uncertainty=0.0 if known else 0.1, latent=builder.latent,
     )  # fmt: skip
 
@@ -839,6 +841,27 @@ def vision_weights(raw: Mapping[str, Any], hidden: int, notes: list[str]) -> Ite
     notes.append(f"the vision tower of {wrapper} is counted as a plain vision transformer: its size is approximate")
     yield tensor("positions", positions + 1, h)
     yield tensor("projector", hidden, h)
+
+
+#: wrapper → projections of the tower's MLP, patches that make one token, tokens of the largest image that its processor lets through
+_VISION_SHAPES = {
+    "qwen2_vl": (2, 4, 16384), "qwen2_5_vl": (3, 4, 16384), "qwen3_vl": (2, 4, 16384), "qwen3_vl_moe": (2, 4, 16384),
+    "qwen3_5": (2, 4, 16384), "qwen3_5_moe": (2, 4, 16384), "gemma3": (2, 16, 256), "gemma4": (2, 9, 280), "mistral3": (3, 4, 3025),
+    "llava": (2, 1, 576), "llava_next": (2, 1, 2928), "internvl": (2, 4, 3328), "llama4": (2, 4, 2584), "mllama": (2, 1, 6404),
+    "kimi_k25": (2, 4, 4096), "kimi_vl": (2, 4, 1024),
+}  # fmt: skip
+
+
+def _vision_shape(raw: Mapping[str, Any]) -> dict[str, int]:
+    weights = [w for w in vision_weights(raw, 1, []) if w.role == "vision"]
+    wrapper = str(raw.get("model_type"))
+    if not weights or wrapper not in _VISION_SHAPES:
+        return {}
+    vision = raw["vision_config"]
+    inner = vision.get("intermediate_size") or next((w.shape[0] for w in weights if w.name.endswith(".up")), 0)
+    projections, patches, tokens = _VISION_SHAPES[wrapper]
+    hidden = weights[0].shape[0]
+    return {"hidden": hidden, "inner": int(inner or 4 * hidden), "projections": projections, "patches": patches, "tokens": tokens}
 
 
 # -- from the tensors of a checkpoint ------------------------------------------------------------------------------------------------------

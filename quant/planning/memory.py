@@ -278,8 +278,16 @@ def other_memory(rules: Rules, gpu: Gpu, world: int) -> int:
 
 
 def multimodal_peak(spec: ModelSpec, rules: Rules, tokens: int, width: int) -> int:
-    """Bytes of the encoder's outputs that stay cached while the language model is profiled (V1: as many tokens as the batch holds)."""
-    return tokens * spec.hidden * width if spec.vision and rules.engine == "v1" else 0
+    """Bytes at the peak of the vision tower's part of the profile run: images worth the batch's tokens, one at least.
+
+    Every patch holds the MLP's inner projections and four vectors of the tower's width; the outputs stay until the end.
+    """
+    shape = spec.vision_shape
+    if not shape or rules.engine != "v1":
+        return 0
+    images = max(tokens // shape["tokens"], 1) * shape["tokens"]
+    patch = shape["projections"] * shape["inner"] + 4 * shape["hidden"]
+    return images * shape["patches"] * patch * width + images * spec.hidden * width
 
 
 def plan(
@@ -303,7 +311,7 @@ def plan(
     world = request.tensor_parallel * request.pipeline_parallel
     used = list(gpus[:world])
     gpu = min(used, key=lambda g: (g.total_bytes, g.free_bytes))
-    rules = rules_for(request.vllm_version, gpu.capability, gpu.platform)
+    rules = rules_for(request.vllm_version, gpu.capability, gpu.platform, spec.moe is not None)
     ranks, stages = request.tensor_parallel, request.pipeline_parallel
     dtype = request.dtype or ("bfloat16" if spec.dtype in ("float32", "float64") else spec.dtype)
     if dtype not in DTYPE_BYTES:

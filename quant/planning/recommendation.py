@@ -432,7 +432,7 @@ def _commands(
         return (serve_command(source, chosen.plan, request),)
     target = output_path or f"{Path(source).name}-{chosen.scheme}"
     fetch: tuple[str, ...] = ()
-    if spec.source != source and not Path(source).is_dir():  # known by name only: quantizing needs its tensors
+    if isinstance(model, str) and not Path(model).is_dir():  # known by name only: quantizing needs its tensors
         fetch = (shlex.join(["hf", "download", source, "--local-dir", Path(source).name]),)
         source = Path(source).name
     parts = ["quant", "quantize", "--model-path", source, "--output-path", target, "--method", str(method), "--scheme", chosen.scheme]

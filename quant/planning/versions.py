@@ -1,8 +1,8 @@
 """How each vLLM release accounts for memory. A release is a row of numbers that the planner reads; no code elsewhere asks for a version.
 
 Where each number is from: the 0.32 sources (``v1/worker/gpu_worker.py``, ``v1/core/kv_cache_utils.py``, ``v1/worker/gpu/sample``), and for
-older releases what vLLM printed at start in public threads (vllm-project/vllm #13507: V1 did not profile the sampler before 0.7.4; #49224
-and #50159: the second model runner and graph memory; #54309 …). The sampler's peak is bytes for every (sequence, vocabulary entry) pair:
+older releases what vLLM printed at start in public threads (vllm-project/vllm #49224 and
+#50159: the second model runner and its graphs). The sampler's peak is bytes for every (sequence, vocabulary entry) pair:
 
 * 39 while top-k and top-p were done by sorting: logits in 16 and 32 bits (2 + 4), sorted values and indices (4 + 8), probabilities, their
   running sum, the log-probabilities and the noise (4 each), the scattered result (4) and a mask (1);
@@ -105,14 +105,18 @@ def parse_version(text: str) -> tuple[int, int, int]:
     return version
 
 
-def rules_for(version: str = VLLM_VERSION, capability: tuple[int, int] | None = None, platform: str = "cuda") -> Rules:
-    """The accounting of a release on a device. 0.8 and 0.9 still ran the V0 engine on GPUs below compute capability 8.0.
+def rules_for(
+    version: str = VLLM_VERSION, capability: tuple[int, int] | None = None, platform: str = "cuda", mixture: bool = True
+) -> Rules:
+    """The accounting of a release on a device, for a mixture of experts or a dense model. 0.8 and 0.9 still ran the V0 engine on GPUs below compute capability 8.0.
 
     >>> rules_for("0.19").sampler_bytes, rules_for("0.8.5", (7, 0)).engine
     (16, 'v0')
     """
     release = parse_version(version)
     values = {name: [v for first, v in rows if release >= first][-1] for name, rows in _HISTORY.items()}
+    if not mixture and (0, 25, 0) <= release < (0, 29, 0):  # the second runner served dense models first, and did not profile graphs
+        values.update(sampler_bytes=2, graphs_subtracted=False)
     old_part = capability is not None and capability < (8, 0)
     v1 = release >= (0, 10, 0) or (release >= (0, 8, 0) and not old_part)
     if not v1:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from architectures import TINY
+from tiny_models import TINY
 
 from quant.catalog import model_from_config
 from quant.hardware import cpu_device
