@@ -45,7 +45,10 @@ NOT_MEMORY = {"failed_other"}
 
 #: a sample's words for its quantization → the mark that a name would carry
 MARKS = {
-    "bitsandbytes-4bit": "-bnb-4bit", "w8a8-int8": ".w8a8", "awq": "-AWQ", "gptq": "-GPTQ", "fp8": "-FP8-dynamic", "w4a16": ".w4a16",
+    "bitsandbytes-4bit": "-bnb-4bit", "bitsandbytes": "-bnb-4bit", "w8a8-int8": ".w8a8", "w8a8": ".w8a8", "int8": ".w8a8",
+    "w8a16": ".w8a16",
+    "awq": "-AWQ", "awq_marlin": "-AWQ", "awq-int4": "-AWQ", "gptq": "-GPTQ", "gptq_marlin": "-GPTQ", "gptq-int4": "-GPTQ-Int4",
+    "gptq-int8": "-GPTQ-Int8", "fp8": "-FP8-dynamic", "w4a16": ".w4a16", "nvfp4": "-NVFP4", "modelopt_fp4": "-NVFP4",
 }  # fmt: skip
 
 
@@ -101,7 +104,7 @@ def gpu_of(sample: dict[str, Any]) -> Gpu | None:
 def predict(sample: dict[str, Any]) -> tuple[ModelSpec, Gpu | None, MemoryPlan]:
     spec, gpu = model_of(sample), gpu_of(sample)
     ranks, stages = sample.get("tensor_parallel_size", 1), sample.get("pipeline_parallel_size", 1)
-    context = sample.get("max_model_len")
+    context = sample.get("max_model_len") if isinstance(sample.get("max_model_len"), int) else None
     if context and context > spec.max_context:
         spec = replace(spec, max_context=context)  # extended by rope scaling on the command line
     chunked = True if "--enable-chunked-prefill" in str(sample.get("other_flags", "")) else None
@@ -109,7 +112,8 @@ def predict(sample: dict[str, Any]) -> tuple[ModelSpec, Gpu | None, MemoryPlan]:
         context=context, tensor_parallel=ranks, pipeline_parallel=stages, gpu_memory_utilization=sample.get("gpu_memory_utilization"),
         max_num_seqs=sample.get("max_num_seqs"), max_num_batched_tokens=sample.get("max_num_batched_tokens"),
         enforce_eager=bool(sample.get("enforce_eager")), vllm_version=release_of(sample), block_size=sample.get("block_size"),
-        kv_cache_dtype=sample.get("kv_cache_dtype", "auto"), dtype=sample.get("dtype"), chunked_prefill=chunked,
+        kv_cache_dtype=sample.get("kv_cache_dtype", "auto"), chunked_prefill=chunked,
+        dtype={"half": "float16"}.get(sample.get("dtype"), sample.get("dtype") if sample.get("dtype") in DTYPE_BYTES else None),
     )  # fmt: skip
     anywhere = gpu or replace(named_gpu("H100"), total_bytes=2**42, free_bytes=2**42)
     return spec, gpu, plan(spec, [anywhere] * (ranks * stages), "none", request)
@@ -169,26 +173,13 @@ def judge(sample: dict[str, Any]) -> dict[str, Any]:
     simple, simple_fits = naive(sample, spec, gpu)
     if "weights_gib" in sample:
         measured = sample["weights_gib"]
-        others = sample.get("weights_gib_other_workers") or []
         predicted = [w / GIB for w in found.weights_by_stage]
         closest = min((w for w in predicted), key=lambda w: abs(w - measured))
         row["weights"] = (measured, closest, closest / measured - 1)
-        row["weights_params"] = (
-            spec.parameters * (source_storage(spec)[0].bits / 8) / GIB / (len(predicted) * found.tensor_parallel) / measured - 1
-        )
-        row["weights_fp32_rule"] = (
-            2
-            * spec.parameters
-            * DTYPE_BYTES[spec.dtype]
-            / 2
-            / 2
-            * OVERHEADS["fp16"]
-            / GIB
-            / (len(predicted) * found.tensor_parallel)
-            / measured
-            - 1
-        )
-        row["workers"] = others
+        bits, world = source_storage(spec)[0].bits, len(predicted) * found.tensor_parallel
+        row["weights_params"] = spec.parameters * bits / 8 / GIB / world / measured - 1
+        rule = {16: "fp16", 8: "int8", 4: "int4"}[int(bits)]  # the rule halves the 16-bit file's "32" bits once for each step
+        row["weights_rule"] = 2 * spec.parameters * bits / 32 * OVERHEADS[rule] / GIB / world / measured - 1
     row["tokens"] = token_error(sample, found)
     used = non_kv(sample)
     if used is not None:
@@ -237,7 +228,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "samples": len(rows), "planned": len(planned),
         "weights_unquantized": weights(False, "weights"), "weights_unquantized_params": weights(False, "weights_params"),
         "weights_quantized": weights(True, "weights"), "weights_quantized_params": weights(True, "weights_params"),
-        "weights_unquantized_rule_of_thumb": weights(False, "weights_fp32_rule"),
+        "weights_unquantized_rule_of_thumb": weights(False, "weights_rule"), "weights_quantized_rule_of_thumb": weights(True, "weights_rule"),
         "kv_bytes_per_token": {"starts": len(tokens), "exact": sum(t == 0 for t in tokens)},
         "non_kv_gib": {
             "starts": len(errors), "models": len(by_model), "median": statistics.median(errors) if errors else None,
@@ -269,19 +260,14 @@ def show(rows: list[dict[str, Any]], figures: dict[str, Any], verbose: bool) -> 
     print()
     f = figures
     for name, limit in (("unquantized", "1 %"), ("quantized", "2 %")):
-        ours, simple = f[f"weights_{name}"], f[f"weights_{name}_params"]
+        ours, simple, thumb = (f[f"weights_{name}{tail}"] for tail in ("", "_params", "_rule_of_thumb"))
         if ours["starts"]:
             print(
                 f"weights, {name}: {ours['within']} of {ours['starts']} within {limit}, "
                 f"median {ours['median']:.2%}, worst {ours['worst']:.2%}"
-                f"   (params × bytes: {simple['within']} within, median {simple['median']:.2%}, worst {simple['worst']:.2%})"
+                f"   (params × bytes: {simple['within']}, {simple['median']:.2%}, {simple['worst']:.2%}; "
+                f"rule of thumb: {thumb['within']}, {thumb['median']:.2%}, {thumb['worst']:.2%})"
             )
-    thumb = f["weights_unquantized_rule_of_thumb"]
-    if thumb["starts"]:
-        print(
-            f"weights, rule of thumb (16 bits × {OVERHEADS['fp16']}): {thumb['within']} of {thumb['starts']} within 1 %, "
-            f"median {thumb['median']:.2%}"
-        )
     print(f"KV bytes per token: {f['kv_bytes_per_token']['exact']} of {f['kv_bytes_per_token']['starts']} exact")
     n = f["non_kv_gib"]
     if n["starts"]:
@@ -295,10 +281,32 @@ def show(rows: list[dict[str, Any]], figures: dict[str, Any], verbose: bool) -> 
             print(f"verdicts on starts that {name}: {ours['right']} of {ours['of']} right   (naive: {simple['right']})")
 
 
+def markdown(rows: list[dict[str, Any]]) -> None:
+    """The table of docs/planning.md: every start's error under the three rules."""
+    print("| start | weights GiB | ours | params × bytes | rule of thumb | non-KV GiB | ours | 2 GiB | started | ours | naive |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for r in rows:
+        if "skipped" in r:
+            continue
+        cells = [r["id"]]
+        if "weights" in r:
+            cells += [f"{r['weights'][0]:.2f}", f"{r['weights'][2]:+.1%}", f"{r['weights_params']:+.1%}", f"{r['weights_rule']:+.1%}"]
+        else:
+            cells += [""] * 4
+        cells += [f"{r['non_kv'][0]:.2f}", f"{r['non_kv'][2]:+.2f}", f"{r['non_kv_naive']:+.2f}"] if "non_kv" in r else [""] * 3
+        cells += (
+            ["yes" if r["ok"] else "no", *("✓" if r[k] is r["ok"] else "✗" for k in ("verdict", "verdict_naive"))]
+            if "ok" in r
+            else [""] * 3
+        )
+        print("| " + " | ".join(cells) + " |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=Path, default=ROOT.parent / "shared" / "data" / "vllm_memory_samples.yaml")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--markdown", action="store_true", help="the table of the docs")
     parser.add_argument("--verbose", action="store_true", help="the reason of every verdict")
     options = parser.parse_args()
     if not options.samples.is_file():
@@ -307,6 +315,8 @@ def main() -> None:
     figures = summary(rows)
     if options.json:
         print(json.dumps({"summary": figures, "rows": rows}))
+    elif options.markdown:
+        markdown(rows)
     else:
         show(rows, figures, options.verbose)
 

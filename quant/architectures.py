@@ -104,6 +104,8 @@ class ModelSpec:
     quantization: Mapping[str, Any] | None = None
     rotary_bytes: int = 0
     source: str = ""
+    #: where ``weights`` are a quantized file's tensors: the shapes that its linears have unpacked
+    unpacked: tuple[Weight, ...] = ()
     #: the vision tower's shape: hidden, inner, projections (3 gated, 2 plain), patches per token, tokens of the largest image
     vision_shape: Mapping[str, int] = field(default_factory=dict)
     #: the name on the hub, where the catalogue knows it
@@ -316,7 +318,8 @@ def spec_from_config(raw: Mapping[str, Any], name: str = "model", where: str = "
         kv_heads=builder.kv_heads, head_dim=builder.head_dim, intermediate=builder.intermediate, vocabulary=builder.vocabulary,
         max_context=config.count("max_position_embeddings", 2048), tied=builder.tied, layers=builder.layers, weights=weights,
         cache=tuple(builder.cache()), moe=experts, vision=any(w.role == "vision" for w in weights), quantization=quantization,
-        rotary_bytes=builder.rotary_bytes(dtype), vision_shape=_vision_shape(raw), source=source or where, notes=tuple([*notes, *builder.notes]),
+        rotary_bytes=builder.rotary_bytes(dtype),
+        vision_shape=_vision_shape(raw), source=source or where, notes=tuple([*notes, *builder.notes]),
         uncertainty=0.0 if known else 0.1, latent=builder.latent,
     )  # fmt: skip
 

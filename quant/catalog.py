@@ -95,7 +95,9 @@ def model_from_directory(path: str | Path) -> ModelSpec:
     tied = spec.tied or (embedded and not any(w.role == "head" for w in weights))
     if tied:  # a head stored beside the embeddings that it repeats is not loaded
         weights = tuple(w for w in weights if w.role != "head")
-    return replace(spec, weights=weights, tied=tied, vision=any(w.role == "vision" for w in weights), source=str(directory))
+    unpacked = spec.weights if spec.quantization else ()
+    vision = any(w.role == "vision" for w in weights)
+    return replace(spec, weights=weights, tied=tied, vision=vision, unpacked=unpacked, source=str(directory))
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -207,16 +207,17 @@ def named_gpu(name: str, total_bytes: int | None = None) -> Gpu:
     numbers = str(row["capability"])
     capability = tuple(map(int, numbers.split("."))) if not numbers.startswith("gfx") else None
     return Gpu(
-        name=row["name"], total_bytes=total, free_bytes=total - _DRIVER_RESERVE, used_bytes=_DRIVER_RESERVE, capability=capability,  # type: ignore[arg-type]
+        name=row["name"], total_bytes=total, free_bytes=total - _idle_bytes(total), used_bytes=_idle_bytes(total), capability=capability,  # type: ignore[arg-type]
         architecture=numbers if capability is None else "", platform="rocm" if capability is None else "cuda",
         bandwidth=row["bandwidth_gb_s"] * 1e9, rates={k: v * 1e12 for k, v in row["tflops"].items()}, link=row["link"], kind=row["kind"],
         sources={"memory": "user" if total_bytes else "table", "other": load_json("gpus.json")["sources"][row["source"]]},
     )  # fmt: skip
 
 
-#: what a CUDA context of the process itself and the driver hold before vLLM takes its first snapshot: 79.19 total and 78.68 free on an idle
-#: H100 at one GPU in vLLM 0.19's logs
-_DRIVER_RESERVE = int(0.5 * GIB)
+def _idle_bytes(total_bytes: int) -> int:
+    """What the driver and the process's own CUDA context hold before vLLM's first look: 0.51 GiB of an idle H100's 79.19 in its logs, a
+    third of a GiB on small cards."""
+    return int(0.3 * GIB + 0.0027 * total_bytes)
 
 
 def check_memory(total_bytes: int | None, what: str) -> None:

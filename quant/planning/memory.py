@@ -122,7 +122,7 @@ def group_problems(spec: ModelSpec, scheme: str, ranks: int, group_size: int | N
     if storage.group <= 1 or ranks == 1 or storage.name in ("nf4",):
         return []
     seen: dict[int, str] = {}
-    for weight in spec.weights:
+    for weight in spec.unpacked or spec.weights:
         if weight.linear and weight.split == "row" and len(weight.shape) == 2 and weight.shape[1] % (ranks * storage.group):
             if weight.shape[1] % storage.group == 0:
                 seen.setdefault(weight.shape[1], weight.name)
@@ -311,7 +311,7 @@ def plan(
     world = request.tensor_parallel * request.pipeline_parallel
     used = list(gpus[:world])
     gpu = min(used, key=lambda g: (g.total_bytes, g.free_bytes))
-    rules = rules_for(request.vllm_version, gpu.capability, gpu.platform, spec.moe is not None)
+    rules = rules_for(request.vllm_version, gpu.capability, spec.moe is not None)
     ranks, stages = request.tensor_parallel, request.pipeline_parallel
     dtype = request.dtype or ("bfloat16" if spec.dtype in ("float32", "float64") else spec.dtype)
     if dtype not in DTYPE_BYTES:

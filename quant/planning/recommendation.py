@@ -236,7 +236,7 @@ def recommend(
         notes.append("the GPUs differ: every one gets the same share, so the smallest decides")
     gpu = min(found, key=lambda g: (g.total_bytes, g.free_bytes))
     if request.gpu_memory_utilization is None and gpu.platform != "cpu":
-        default = rules_for(request.vllm_version, gpu.capability, gpu.platform).utilization
+        default = rules_for(request.vllm_version, gpu.capability).utilization
         if gpu.total_bytes * default > gpu.free_bytes:
             share = largest_utilization(gpu)
             request = replace(request, gpu_memory_utilization=share)

@@ -120,6 +120,8 @@ def source_storage(spec: ModelSpec) -> tuple[Storage, Callable[[Weight], bool]]:
                 return INT8, covered
             return packed(bits, int(size) if size else -1, bool(weights.get("symmetric", True))), covered
         return PLAIN, lambda w: False
+    if any(w.stored_bytes for w in spec.weights):  # its tensors were counted: no formula is needed
+        return PLAIN, lambda w: False
     raise UsageError(
         f"the checkpoint's quant_method is {method!r}: its sizes are not known; give the checkpoint's directory (--model-path), whose "
         "tensors can be counted"

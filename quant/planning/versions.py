@@ -1,8 +1,8 @@
 """How each vLLM release accounts for memory. A release is a row of numbers that the planner reads; no code elsewhere asks for a version.
 
 Where each number is from: the 0.32 sources (``v1/worker/gpu_worker.py``, ``v1/core/kv_cache_utils.py``, ``v1/worker/gpu/sample``), and for
-older releases what vLLM printed at start in public threads (vllm-project/vllm #49224 and
-#50159: the second model runner and its graphs). The sampler's peak is bytes for every (sequence, vocabulary entry) pair:
+older releases what vLLM printed at start in public threads; vllm-project/vllm #49224 and #50159 tell of the second model runner and its
+graphs. The sampler's peak is bytes for every pair of a sequence and a vocabulary entry:
 
 * 39 while top-k and top-p were done by sorting: logits in 16 and 32 bits (2 + 4), sorted values and indices (4 + 8), probabilities, their
   running sum, the log-probabilities and the noise (4 each), the scattered result (4) and a mask (1);
@@ -105,10 +105,9 @@ def parse_version(text: str) -> tuple[int, int, int]:
     return version
 
 
-def rules_for(
-    version: str = VLLM_VERSION, capability: tuple[int, int] | None = None, platform: str = "cuda", mixture: bool = True
-) -> Rules:
-    """The accounting of a release on a device, for a mixture of experts or a dense model. 0.8 and 0.9 still ran the V0 engine on GPUs below compute capability 8.0.
+def rules_for(version: str = VLLM_VERSION, capability: tuple[int, int] | None = None, mixture: bool = True) -> Rules:
+    """The accounting of a release, for a mixture of experts or a dense model. 0.8 and 0.9 still ran the V0 engine on GPUs below
+    compute capability 8.0.
 
     >>> rules_for("0.19").sampler_bytes, rules_for("0.8.5", (7, 0)).engine
     (16, 'v0')
