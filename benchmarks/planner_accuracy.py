@@ -228,7 +228,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "samples": len(rows), "planned": len(planned),
         "weights_unquantized": weights(False, "weights"), "weights_unquantized_params": weights(False, "weights_params"),
         "weights_quantized": weights(True, "weights"), "weights_quantized_params": weights(True, "weights_params"),
-        "weights_unquantized_rule_of_thumb": weights(False, "weights_rule"), "weights_quantized_rule_of_thumb": weights(True, "weights_rule"),
+        "weights_unquantized_rule_of_thumb": weights(False, "weights_rule"),
+        "weights_quantized_rule_of_thumb": weights(True, "weights_rule"),
         "kv_bytes_per_token": {"starts": len(tokens), "exact": sum(t == 0 for t in tokens)},
         "non_kv_gib": {
             "starts": len(errors), "models": len(by_model), "median": statistics.median(errors) if errors else None,

@@ -201,7 +201,7 @@ def batch_defaults(gpu: Gpu, rules: Rules, context: int, request: EngineRequest,
         if large and gpu.total_bytes >= 160 * GIB and rules.version >= (0, 17, 0):
             tokens, seqs = 16384, 1024
         else:
-            tokens, seqs = (8192, 1024) if large else (2048, 256)
+            tokens, seqs = (8192, 1024) if large else (2048, rules.small_gpu_seqs)
         if request.chunked_prefill is False:
             tokens = max(tokens, context)
     seqs_given = request.max_num_seqs

@@ -1,8 +1,8 @@
 """How each vLLM release accounts for memory. A release is a row of numbers that the planner reads; no code elsewhere asks for a version.
 
 Where each number is from: the 0.32 sources (``v1/worker/gpu_worker.py``, ``v1/core/kv_cache_utils.py``, ``v1/worker/gpu/sample``), and for
-older releases what vLLM printed at start in public threads; vllm-project/vllm #49224 and #50159 tell of the second model runner and its
-graphs. The sampler's peak is bytes for every pair of a sequence and a vocabulary entry:
+older releases what vLLM printed at start in public threads; vllm-project/vllm #33538 brought the sampler's kernel, #30515 and #45178 tell of
+the graphs' estimate, #49224 and #50159 of the second model runner. The sampler's peak is bytes for every pair of a sequence and a vocabulary entry:
 
 * 39 while top-k and top-p were done by sorting: logits in 16 and 32 bits (2 + 4), sorted values and indices (4 + 8), probabilities, their
   running sum, the log-probabilities and the noise (4 each), the scattered result (4) and a mask (1);
@@ -61,6 +61,8 @@ class Rules:
     #: smallest memory at which the larger batch defaults hold, and whether an A100 has it too
     large_gpu_bytes: int
     large_includes_a100: bool
+    #: default max_num_seqs below that memory (V1: raised to 1024 in 0.8.0, taken back in 0.8.4, vllm-project/vllm #16158)
+    small_gpu_seqs: int
     #: bytes outside torch with one GPU, and with several (on NVLink, on PCIe)
     other_bytes: int
     other_bytes_nvlink: int
@@ -85,6 +87,7 @@ _HISTORY: dict[str, tuple[tuple[tuple[int, int, int], Any], ...]] = {
     "mla": (((0, 0, 0), False), ((0, 7, 1), True)),
     "last_stage_takes_rest": (((0, 0, 0), True), ((0, 7, 0), False)),
     "whole_model_check": (((0, 0, 0), False), ((0, 10, 0), True), ((0, 15, 0), False)),
+    "small_gpu_seqs": (((0, 0, 0), 256), ((0, 8, 0), 1024), ((0, 8, 4), 256)),
     "large_includes_a100": (((0, 0, 0), True), ((0, 9, 1), False)),
 }
 _GIB = 2**30
@@ -119,7 +122,7 @@ def rules_for(version: str = VLLM_VERSION, capability: tuple[int, int] | None = 
     old_part = capability is not None and capability < (8, 0)
     v1 = release >= (0, 10, 0) or (release >= (0, 8, 0) and not old_part)
     if not v1:
-        values["whole_model_check"] = False
+        values.update(whole_model_check=False, small_gpu_seqs=256)
     return Rules(
         version=release, engine="v1" if v1 else "v0", hybrid=v1 and release >= (0, 9, 2), chunked=v1,
         mla_alignment=256 if not v1 and values["mla"] else 1, large_gpu_bytes=70 * _GIB,
