@@ -1,8 +1,9 @@
 """How each vLLM release accounts for memory. A release is a row of numbers that the planner reads; no code elsewhere asks for a version.
 
 Where each number is from: the 0.32 sources (``v1/worker/gpu_worker.py``, ``v1/core/kv_cache_utils.py``, ``v1/worker/gpu/sample``), and for
-older releases what vLLM printed at start in public threads; vllm-project/vllm #33538 brought the sampler's kernel, #30515 and #45178 tell of
-the graphs' estimate, #49224 and #50159 of the second model runner. The sampler's peak is bytes for every pair of a sequence and a vocabulary entry:
+older releases what vLLM printed at start in public threads. Of vllm-project/vllm: #33538 brought the sampler's kernel, #30515 and #45178
+tell of the graphs' estimate, #49224 and #50159 of the second model runner. The sampler's peak is bytes for every pair of a sequence and a
+vocabulary entry:
 
 * 39 while top-k and top-p were done by sorting: logits in 16 and 32 bits (2 + 4), sorted values and indices (4 + 8), probabilities, their
   running sum, the log-probabilities and the noise (4 each), the scattered result (4) and a mask (1);
