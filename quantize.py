@@ -6,12 +6,14 @@ Every subcommand parses, makes one library call and renders what it returns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from quant.errors import UsageError
+from quant import defaults
+from quant.errors import UsageError, VerificationFailed
 from quant.planning.options import engine_options, gpu_options
 from quant.terminal import Output, common_options, run
 
@@ -78,8 +80,6 @@ def recommend(
     quant recommend --model-path ./Llama-3.1-8B-Instruct
     quant recommend --model Qwen2.5-32B-Instruct --gpu L40S-48GB --context 16384 --concurrency 4
     """
-    from pathlib import Path
-
     from quant.planning.recommendation import recommend as choose
     from quant.planning.render import show_recommendation
 
@@ -93,6 +93,261 @@ def recommend(
     out.result(found.to_dict(), lambda console: show_recommendation(found, console))
     if found.recommended is None:
         raise click.exceptions.Exit(3)
+
+
+def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("-m", "--model-path", type=click.Path(path_type=Path), required=True, help="Checkpoint directory.")(command)
+
+
+def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of a quantization; each is a field of the recipe of the same name. Unset ones are left to the recipe file, then to its defaults."""
+    for option in reversed(
+        [
+            click.option("-m", "--model-path", type=click.Path(path_type=Path), help="Source checkpoint directory."),
+            click.option("-o", "--output-path", type=click.Path(path_type=Path), help="Output directory; it must not exist or be empty."),
+            click.option("--method", help="Rounding method: gptq or minmax."),
+            click.option("--scheme", help="w4a16 (default), w4a16-asym, w8a16, w8a16-asym, w3a16, w2a16."),
+            click.option("--bits", type=int, help="2, 3, 4 or 8."),
+            click.option("--group-size", type=int, help="Inputs per scale; -1 for one scale per output channel.  [default: 128]"),
+            click.option("--symmetric/--asymmetric", default=None, help="Without or with zero points.  [default: symmetric]"),
+            click.option("--act-order", type=click.Choice(["none", "static"]), help="gptq: the order of columns.  [default: static]"),
+            click.option("--damping", type=float, help="gptq: share of the Hessian's mean diagonal that is added to it.  [default: 0.01]"),
+            click.option("--clip-search", is_flag=True, default=None, help="Search each group's range for the least error."),
+            click.option("--format", "format_", help="compressed-tensors (default), gptq or plain (dequantized values in the source's dtype)."),
+            click.option("--target", type=click.Choice(["vllm", "other"]), help="Who must load it; other allows what vLLM refuses.  [default: vllm]"),
+            click.option(
+                "--calibration-dataset", type=click.Path(path_type=Path), multiple=True,
+                help="txt, jsonl, parquet or a directory; repeatable.  [default: the bundled text]",
+            ),
+            click.option("--samples", type=int, help=f"Calibration rows.  [default: {defaults.SAMPLES}]"),
+            click.option("--sequence-length", type=int, help=f"Tokens a row.  [default: the smaller of {defaults.SEQUENCE_LENGTH} and the model's]"),
+            click.option("--shuffle", is_flag=True, default=None, help="Draw rows from the whole text instead of taking the first."),
+            click.option("--chat-template/--no-chat-template", default=None, help="Send plain text through the chat template; or join messages as text."),
+            click.option("--layers", help="Only these: 0,1,2 · 0-3,7 · first:2 · last:2 · globs over module names."),
+            click.option("--ignore", multiple=True, help="Leave these unquantized: a glob, or re: and a regular expression; repeatable."),
+            click.option("--config", type=click.Path(path_type=Path), help="Recipe (YAML); options on the command line win."),
+            click.option("--seed", type=int, help=f"Of --shuffle.  [default: {defaults.SEED}]"),
+            click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]"),
+            click.option("--tensor-parallel", type=int, help="Degree it will be served with: shapes are checked for it.  [default: 1]"),
+            click.option("--dry-run", is_flag=True, help="Check everything, predict bytes, memory and time, write nothing."),
+            click.option("--fresh", is_flag=True, default=None, help="Start over instead of going on with unfinished work."),
+        ]
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _recipe(options: dict[str, Any]) -> Any:
+    """The recipe that a file and the options given make together."""
+    from quant.recipe import make_recipe, read_recipe
+
+    config = options.pop("config")
+    values = read_recipe(config) if config else {}
+    options["format"] = options.pop("format_")
+    values.update({k: list(v) if isinstance(v, tuple) else v for k, v in options.items() if v not in (None, ())})
+    missing = [f"--{k.replace('_', '-')}" for k in ("model_path", "output_path", "method") if k not in values]
+    if missing:
+        raise UsageError(
+            f"missing {', '.join(missing)}: give {'it' if len(missing) == 1 else 'them'} as options or in the recipe of --config"
+        )
+    return make_recipe(values)
+
+
+def _quantize(out: Output, dry_run: bool, options: dict[str, Any]) -> None:
+    from quant.pipeline.estimate import estimate
+    from quant.pipeline.manager import QuantizationManager
+    from quant.pipeline.plan import plan_job
+    from quant.report import text
+
+    plan = plan_job(_recipe(options))
+    if dry_run:
+        prediction = estimate(plan)
+        out.result(prediction, lambda c: text.prediction(c, prediction))
+        return
+    with out.progress() as progress:
+        report = QuantizationManager(plan, progress).run()
+    out.result(report, lambda c: text.quantization(c, report))
+
+
+@cli.command()
+@job_options
+@common_options
+def quantize(out: Output, dry_run: bool, **options: Any) -> None:
+    """Make a quantized checkpoint.
+
+    \b
+    quant quantize -m models/Llama-3.1-8B -o out/Llama-3.1-8B-W4A16 --method gptq
+    """
+    _quantize(out, dry_run, options)
+
+
+@cli.command("layer-wise")
+@job_options
+@common_options
+def layer_wise(out: Output, dry_run: bool, **options: Any) -> None:
+    """Quantize only the named layers; the others keep their precision.
+
+    \b
+    quant layer-wise -m models/Llama-3.1-8B -o out/mixed --method gptq --layers first:4
+    """
+    if options["layers"] is None and options["config"] is None:
+        raise UsageError("missing --layers: which ones to quantize, such as 0-3,7 or last:2; quant quantize takes all")
+    _quantize(out, dry_run, options)
+
+
+@cli.command("export-vllm")
+@model_option
+@click.option(
+    "-o", "--output-path", type=click.Path(path_type=Path), required=True, help="Output directory; it must not exist or be empty."
+)
+@click.option("--format", "format_", help="Format to write: compressed-tensors, gptq or plain.  [default: the checkpoint's own]")
+@click.option("--source", type=click.Path(path_type=Path), help="Where to take missing side files (tokenizer, generation config) from.")
+@click.option("--tensor-parallel", type=click.IntRange(1, 1024), default=1, show_default=True, help="Degree it will be served with.")
+@click.option("--max-model-len", type=click.IntRange(1), help="Context to serve.  [default: the model's]")
+@click.option("--target", type=click.Choice(["vllm", "other"]), default="vllm", show_default=True, help="Who must load it.")
+@common_options
+def export_vllm(
+    out: Output,
+    model_path: Path,
+    output_path: Path,
+    format_: str | None,
+    source: Path | None,
+    tensor_parallel: int,
+    max_model_len: int | None,
+    target: str,
+) -> None:
+    """Turn a checkpoint that can be read into one that vLLM serves.
+
+    \b
+    quant export-vllm -m old-gptq-model -o out --format compressed-tensors
+    """
+    from quant.pipeline.export import export
+    from quant.report import text
+
+    with out.progress() as progress:
+        report = export(
+            model_path,
+            output_path,
+            format_,
+            source=source,
+            tensor_parallel=tensor_parallel,
+            max_model_len=max_model_len,
+            target=target,
+            progress=progress,
+        )
+    out.result(report, lambda c: text.export(c, report))
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path), required=False)
+@click.option("-m", "--model-path", type=click.Path(path_type=Path), help="Checkpoint directory (or give it as the argument).")
+@click.option("--tensor-parallel", type=click.IntRange(1, 1024), default=1, show_default=True, help="Degree it will be served with.")
+@click.option("--source", type=click.Path(path_type=Path), help="Account for every tensor and side file of this checkpoint.")
+@click.option("--against", type=click.Path(path_type=Path), help="Compare every dequantized tensor with this checkpoint (takes torch).")
+@click.option(
+    "--vllm",
+    "vllm_python",
+    type=click.Path(path_type=Path),
+    help="Python of an environment with vLLM: load it there, compare log-probabilities.",
+)
+@click.option("--target", type=click.Choice(["vllm", "other"]), default="vllm", show_default=True, help="Whose rules to check.")
+@common_options
+def verify(
+    out: Output,
+    path: Path | None,
+    model_path: Path | None,
+    tensor_parallel: int,
+    source: Path | None,
+    against: Path | None,
+    vllm_python: Path | None,
+    target: str,
+) -> None:
+    """Check that vLLM will load a checkpoint, without vLLM. Exit status 4 when it will not.
+
+    \b
+    quant verify out/Llama-3.1-8B-W4A16 --tensor-parallel 2
+    """
+    from quant.evaluation.verify import verify as check
+    from quant.report import text
+
+    chosen = _one_path(path, model_path)
+    result = check(chosen, tensor_parallel=tensor_parallel, source=source or against, target=target)
+    value = result.to_dict()
+    if against is not None and result.passed:
+        from quant.evaluation.compare import compare
+
+        value["tensors"] = compare(chosen, against).to_dict()
+    if vllm_python is not None and result.passed:
+        from quant.serving.reference import check_in_vllm
+
+        value["vllm"] = check_in_vllm(chosen, vllm_python)
+        value["passed"] = value["passed"] and value["vllm"]["passed"]
+    out.result(value, lambda c: text.verification(c, value))
+    if not value["passed"]:
+        failed = result.failed or [value["vllm"]["detail"]]
+        raise VerificationFailed(f"{chosen}: {failed[0]}")
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path), required=False)
+@click.option("-m", "--model-path", type=click.Path(path_type=Path), help="Checkpoint directory (or give it as the argument).")
+@click.option("--against", type=click.Path(path_type=Path), help="Source checkpoint: KL divergence and top-1 agreement with it.")
+@click.option("--text", "text_file", type=click.Path(path_type=Path), help="Text to evaluate on.  [default: the bundled wikitext-2 test]")
+@click.option("--length", type=click.IntRange(8), default=defaults.EVALUATION_LENGTH, show_default=True, help="Tokens a chunk.")
+@click.option("--chunks", type=click.IntRange(2), default=defaults.EVALUATION_CHUNKS, show_default=True, help="Chunks.")
+@click.option("--max-perplexity-increase", type=float, help="Exit status 4 when perplexity rises by more than this share (0.05 is 5 %).")
+@click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
+@common_options
+def evaluate(
+    out: Output,
+    path: Path | None,
+    model_path: Path | None,
+    against: Path | None,
+    text_file: Path | None,
+    length: int,
+    chunks: int,
+    max_perplexity_increase: float | None,
+    device: str | None,
+) -> None:
+    """Perplexity with its standard error; against a source, KL divergence and top-1 agreement.
+
+    \b
+    quant evaluate out/Llama-3.1-8B-W4A16 --against models/Llama-3.1-8B
+    """
+    from quant.evaluation.quality import evaluate as measure
+    from quant.report import text
+
+    if max_perplexity_increase is not None and against is None:
+        raise UsageError("--max-perplexity-increase needs --against: the checkpoint whose perplexity it is compared with")
+    chosen = _one_path(path, model_path)
+    with out.progress() as progress:
+        result = measure(chosen, against=against, text=text_file, length=length, chunks=chunks, device=device, progress=progress)
+    value = result.to_dict()
+    out.result(value, lambda c: text.evaluation(c, value))
+    result.demand(max_perplexity_increase)
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path), required=False)
+@click.option("-m", "--model-path", type=click.Path(path_type=Path), help="Checkpoint directory (or give it as the argument).")
+@common_options
+def inspect(out: Output, path: Path | None, model_path: Path | None) -> None:
+    """What is in a checkpoint: parameters by role, bytes by dtype, scheme, format.
+
+    \b
+    quant inspect out/Llama-3.1-8B-W4A16
+    """
+    from quant.evaluation.inspect import inspect as look
+    from quant.report import text
+
+    value = look(_one_path(path, model_path))
+    out.result(value, lambda c: text.inspection(c, value))
+
+
+def _one_path(path: Path | None, model_path: Path | None) -> Path:
+    if (path is None) == (model_path is None):
+        raise UsageError("give one checkpoint directory: as the argument, or as --model-path")
+    return path or model_path  # type: ignore[return-value]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,6 +1,10 @@
 """quant: from a Hugging Face checkpoint to a quantized model that vLLM serves.
 
 Every command's work is a function here that returns a value. Names are imported when first used, so ``import quant`` is free of torch.
+
+>>> import quant
+>>> recipe = quant.make_recipe({"model_path": "M", "output_path": "O", "method": "gptq"})
+>>> report = quant.quantize(recipe)  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -13,18 +17,34 @@ __version__ = "0.1.0"
 #: public name → module that defines it
 _EXPORTS: dict[str, str] = {
     "EngineRequest": "quant.planning.memory",
+    "GPTQQuantizer": "quant.quantizers",
     "Gpu": "quant.hardware",
+    "LlamaAdapter": "quant.models",
     "MemoryPlan": "quant.planning.memory",
+    "MinMaxQuantizer": "quant.quantizers",
+    "ModelRegistry": "quant.models",
     "ModelSpec": "quant.architectures",
+    "OutlierSuppressionRegistry": "quant.outlier_suppression",
     "QuantError": "quant.errors",
-    "Scheme": "quant.schemes",
+    "QuantizationManager": "quant.pipeline.manager",
+    "QuantizerRegistry": "quant.quantizers",
+    "QwenAdapter": "quant.models",
+    "Recipe": "quant.recipe",
     "Recommendation": "quant.planning.recommendation",
+    "Scheme": "quant.schemes",
     "WeightScheme": "quant.schemes",
     "detect": "quant.hardware",
+    "evaluate": "quant.evaluation.quality",
+    "export": "quant.pipeline.export",
     "find_model": "quant.catalog",
     "get_optimized_config": "quant.planning.recommendation",
+    "inspect": "quant.evaluation.inspect",
+    "make_recipe": "quant.recipe",
+    "plan_job": "quant.pipeline.plan",
+    "quantize": "quant.pipeline.manager",
     "recommend": "quant.planning.recommendation",
     "reload": "quant.planning.recommendation",
+    "verify": "quant.evaluation.verify",
 }
 
 __all__ = ["__version__", *sorted(_EXPORTS)]

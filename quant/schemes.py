@@ -115,7 +115,5 @@ def resolve_scheme(
         raise UsageError(f"scheme {name} has {base.weights.bits} bits, --bits says {bits}: give one of the two")
     if name and name.endswith("-asym") and symmetric:
         raise UsageError(f"scheme {name} is asymmetric, --symmetric contradicts it: use {name.removesuffix('-asym')}")
-    changes: dict[str, Any] = {
-        k: v for k, v in dict(bits=bits, group_size=group_size, symmetric=symmetric).items() if v is not None
-    }
+    changes: dict[str, Any] = {k: v for k, v in dict(bits=bits, group_size=group_size, symmetric=symmetric).items() if v is not None}
     return scheme_of(replace(base.weights, **changes))

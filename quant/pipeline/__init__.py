@@ -1,0 +1,1 @@
+"""The one loop over blocks, and everything known before it starts."""

@@ -1,0 +1,119 @@
+"""What is finished of a job, so that the same command goes on where it stopped.
+
+The work folder stands beside the output directory. Its ``journal.jsonl`` starts with the job's fingerprint; each further line is one finished
+unit (a decoder block, or what lies outside the blocks) with the files that hold it, appended and synced after those files were. A lock on the
+folder keeps a second run out. The folder is renamed to the output directory when everything in it has been verified.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quant.checkpoint.header import read_header
+from quant.checkpoint.writer import sync_folder, write_text
+from quant.errors import CheckpointError, QuantError
+
+_JOURNAL, _LOCK = "journal.jsonl", "lock"
+
+
+class WorkFolder:
+    """``<output>.work``: claimed, resumed or started afresh.
+
+    Raises:
+        QuantError: another run holds it; or it belongs to a job with other settings and ``fresh`` is not asked.
+    """
+
+    def __init__(self, output: Path, fingerprint: Mapping[str, Any], fresh: bool):
+        self.output = output
+        self.path = output.with_name(output.name + ".work")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise QuantError(f"{self.path}: another run is working on this output: wait for it, or choose another --output-path") from error
+        self.finished: dict[str, dict[str, Any]] = {}
+        if fresh:
+            self._clear()
+        elif (self.path / _JOURNAL).exists():
+            self._resume(fingerprint)
+        if not (self.path / _JOURNAL).exists():
+            self._clear()
+            self._append({"fingerprint": dict(fingerprint)})
+
+    def _clear(self) -> None:
+        for entry in self.path.iterdir():
+            if entry.name != _LOCK:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+    def _resume(self, fingerprint: Mapping[str, Any]) -> None:
+        lines, kept = [], ""
+        text = (self.path / _JOURNAL).read_text(encoding="utf-8", errors="replace")
+        for line in text.splitlines(keepends=True):
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break  # the last line of a run that was killed while writing it
+            kept += line
+        if kept != text:
+            write_text(self.path / _JOURNAL, kept)
+        if not lines or "fingerprint" not in lines[0]:
+            (self.path / _JOURNAL).unlink()
+            return
+        before = lines[0]["fingerprint"]
+        changed = sorted(k for k in {*before, *fingerprint} if before.get(k) != json.loads(json.dumps(fingerprint.get(k))))
+        if changed:
+            what = ", ".join(f"{k} was {before.get(k)!r}, is {fingerprint.get(k)!r}" for k in changed[:3])
+            raise QuantError(
+                f"{self.path}: holds unfinished work of another job ({what}): run that job again to finish it, or use --fresh to start over"
+            )
+        for entry in lines[1:]:
+            if all(self._intact(f) for f in entry["files"]):
+                self.finished[entry["unit"]] = entry
+
+    def _intact(self, file: Mapping[str, Any]) -> bool:
+        path = self.path / file["name"]
+        try:
+            read_header(path)
+        except CheckpointError:
+            return False
+        return path.stat().st_size == file["bytes"]
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        with (self.path / _JOURNAL).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def finish_unit(self, unit: str, files: list[Path], facts: Mapping[str, Any]) -> None:
+        """Records a unit whose files are written and synced."""
+        sync_folder(self.path)
+        entry = {"unit": unit, "files": [{"name": f.name, "bytes": f.stat().st_size} for f in files], **facts}
+        self._append(entry)
+        self.finished[unit] = entry
+
+    def publish(self) -> None:
+        """Renames the folder to the output directory; the journal and the lock go."""
+        (self.path / _JOURNAL).unlink()
+        (self.path / _LOCK).unlink()
+        sync_folder(self.path)
+        if self.output.exists():
+            self.output.rmdir()  # it was empty when the job was planned; a file that appeared since makes this fail, and nothing is lost
+        os.rename(self.path, self.output)
+        sync_folder(self.output.parent)
+        self.release()
+
+    def release(self) -> None:
+        """Lets go of the lock. Finished work stays; a folder in which nothing was finished goes."""
+        if self._lock >= 0:
+            if self.path.exists() and not self.finished:
+                shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = -1

@@ -1,0 +1,243 @@
+"""A checkpoint directory, read lazily: headers at once, tensors one at a time into buffers we own.
+
+Nothing is memory-mapped: a mapped page counts as memory in use, and the depth of the model would show in the peak.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quant.checkpoint.header import TensorInfo, read_header
+from quant.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+#: Endings of files that hold weights in another container. They are never copied: beside ours they would be a second, unquantized model.
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".safetensors", ".tflite", ".npz")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_SKIPPED_FOLDERS = {".git", ".cache", "__pycache__", ".huggingface"}
+CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class SideFile:
+    """A file of the source that is not a tensor of it: copied byte for byte, or left out for the ``dropped`` reason."""
+
+    relative: str
+    path: Path
+    dropped: str = ""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory: ``config`` and where every tensor lies.
+
+    Open one with :func:`open_checkpoint`. ``read`` gives a tensor in the stored dtype, ``read_bytes`` its raw bytes in pieces.
+    ``computed`` holds functions for tensors that no file stores as such: the weights of a quantized checkpoint, seen dequantized.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str] = field(default_factory=dict)
+    computed: Mapping[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
+
+    def info(self, name: str) -> TensorInfo:
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise CheckpointError(f"{self.path}: has no tensor {name!r}") from None
+
+    def read_bytes(self, name: str, chunk: int = CHUNK) -> Iterator[bytes]:
+        """The tensor's bytes in pieces of at most ``chunk``."""
+        info = self.info(name)
+        try:
+            with info.file.open("rb", buffering=0) as stream:
+                stream.seek(info.start)
+                left = info.nbytes
+                while left:
+                    piece = stream.read(min(chunk, left))
+                    if not piece:
+                        raise CheckpointError(f"{info.file}: ends inside tensor {name!r}: the file was truncated while it was read")
+                    left -= len(piece)
+                    yield piece
+        except OSError as error:
+            raise CheckpointError(f"{info.file}: cannot be read at tensor {name!r}: {error.strerror or error}") from error
+
+    def buffer(self, name: str) -> bytearray:
+        """The tensor's bytes in one owned buffer."""
+        info = self.info(name)
+        data = bytearray(info.nbytes)
+        view, filled = memoryview(data), 0
+        try:
+            with info.file.open("rb", buffering=0) as stream:
+                stream.seek(info.start)
+                while filled < len(data):
+                    count = stream.readinto(view[filled:])
+                    if not count:
+                        raise CheckpointError(f"{info.file}: ends inside tensor {name!r}: the file was truncated while it was read")
+                    filled += count
+        except OSError as error:
+            raise CheckpointError(f"{info.file}: cannot be read at tensor {name!r}: {error.strerror or error}") from error
+        return data
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor, on the CPU, in its stored dtype and shape, in memory of its own."""
+        import torch
+
+        from quant.checkpoint.dtypes import TORCH
+
+        if name in self.computed:
+            return self.computed[name]()
+        info = self.info(name)
+        if info.numel == 0:
+            return torch.empty(info.shape, dtype=TORCH[info.dtype])
+        return torch.frombuffer(self.buffer(name), dtype=TORCH[info.dtype]).view(info.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
+
+    @cached_property
+    def dtype(self) -> str:
+        """The dtype that most floating-point elements are stored in, as the header names it."""
+        from quant.checkpoint.header import FLOATS
+
+        counts: dict[str, int] = {}
+        for t in self.tensors.values():
+            if t.dtype in FLOATS:
+                counts[t.dtype] = counts.get(t.dtype, 0) + t.numel
+        return max(counts, key=lambda d: counts[d]) if counts else "F32"
+
+    @property
+    def weight_files(self) -> list[Path]:
+        return sorted({t.file for t in self.tensors.values()})
+
+    def side_files(self) -> list[SideFile]:
+        """Every other file of the directory, sorted: tokenizer, templates, custom code. ``config.json`` and the index are not among them."""
+        used = {f.name for f in self.weight_files} | {INDEX, "config.json"}
+        found = []
+        for folder, folders, files in os.walk(self.path, followlinks=False):
+            folders[:] = sorted(f for f in folders if f not in _SKIPPED_FOLDERS)
+            for name in sorted(files):
+                path = Path(folder) / name
+                relative = path.relative_to(self.path).as_posix()
+                if relative in used:
+                    continue
+                if name.endswith(_OTHER_WEIGHTS):
+                    dropped = "weights in another file or container: not part of this model's index"
+                elif name.endswith(".index.json"):
+                    dropped = "index of weights in another container"
+                elif not path.is_file():
+                    dropped = "not a regular file"
+                else:
+                    dropped = ""
+                found.append(SideFile(relative, path, dropped))
+        return found
+
+
+def _resolve_hub_cache(path: Path) -> Path:
+    """``models--org--name`` of a hub cache means the snapshot that its ``refs/main`` names."""
+    reference = path / "refs" / "main"
+    if not (path / "config.json").exists() and reference.is_file():
+        snapshot = path / "snapshots" / reference.read_text().strip()
+        if (snapshot / "config.json").exists():
+            return snapshot
+    return path
+
+
+def read_json(file: Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: unreadable, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: {what} is not JSON: {str(error)[:120]}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: {what} is not a JSON object")
+    return value
+
+
+def _plain_name(name: Any) -> bool:
+    """Whether an index's file name stays in its folder, judged from the text alone: shards of a hub cache are symbolic links out of it."""
+    return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\\" not in name and "\0" not in name
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    index = path / INDEX
+    weight_map = read_json(index, "the index").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: has no weight_map of tensor names to files")
+    for tensor, name in weight_map.items():
+        if not _plain_name(name):
+            raise CheckpointError(f"{index}: tensor {tensor!r} is said to be in {name!r}: a file name inside the model's folder is needed")
+    for name in sorted(set(weight_map.values())):
+        if not (path / name).exists():
+            raise CheckpointError(f"{index}: names {name!r}, which is not in {path}: the download is incomplete, fetch that file")
+    return weight_map
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Reads config and headers of a model directory (single file, sharded, or a hub cache with symbolic links).
+
+    Raises:
+        CheckpointError: no directory, no config.json, no safetensors, an invalid header, an index that names a missing or outside file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such directory: give the folder with config.json and the safetensors files")
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: is a file: give the folder with config.json and the safetensors files")
+    path = _resolve_hub_cache(path)
+    if not (path / "config.json").exists():
+        raise CheckpointError(f"{path}: has no config.json: give the folder of a Hugging Face checkpoint")
+    config = read_json(path / "config.json", "the config")
+    weight_map: dict[str, str] = {}
+    if (path / INDEX).exists():
+        weight_map = _weight_map(path)
+        names = sorted(set(weight_map.values()))
+    elif (path / "model.safetensors").exists():
+        names = ["model.safetensors"]
+    else:
+        names = sorted(f.name for f in path.glob("*.safetensors") if not f.name.startswith("consolidated"))
+    if not names:
+        pickled = sorted(f.name for f in path.iterdir() if f.suffix in _PICKLES)
+        if pickled:
+            raise CheckpointError(
+                f"{path}: holds only pickled weights ({pickled[0]}), which can run code when loaded: save the model as safetensors first"
+            )
+        raise CheckpointError(f"{path}: has no .safetensors file: the download is incomplete or this is not a model")
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    for name in names:
+        found, meta = read_header(path / name)
+        metadata.update(meta)
+        for tensor, info in found.items():
+            if weight_map and weight_map.get(tensor) != name:
+                if tensor in weight_map:
+                    continue  # a copy in a second file: the index says which one counts
+                raise CheckpointError(
+                    f"{path / name}: holds tensor {tensor!r}, which {INDEX} does not name: the index belongs to other files"
+                )
+            if tensor in tensors:
+                raise CheckpointError(
+                    f"{path / name}: tensor {tensor!r} is also in {tensors[tensor].file.name}: an index must say which counts"
+                )
+            tensors[tensor] = info
+    missing = sorted(set(weight_map) - set(tensors))
+    if missing:
+        raise CheckpointError(f"{path / INDEX}: says tensor {missing[0]!r} is in {weight_map[missing[0]]}, which does not hold it")
+    return Checkpoint(path, config, tensors, metadata)

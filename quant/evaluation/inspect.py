@@ -1,0 +1,72 @@
+"""What is in a checkpoint, from headers alone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from quant.checkpoint.reader import open_checkpoint
+from quant.formats import find_format
+from quant.models.adapter import adapter_for, block_of
+
+#: First match wins.
+_ROLES = (
+    ("head", re.compile(r"(^|\.)lm_head\.")),
+    ("embedding", re.compile(r"(^|\.)(embed\w*|wte|wpe|\w*_embeddings?)\.")),
+    ("norm", re.compile(r"norm\w*\.(weight|bias)$|(^|\.)ln_\w+\.")),
+    ("attention", re.compile(r"attn|attention")),
+    ("experts", re.compile(r"\.experts\b")),
+    ("router", re.compile(r"\.(gate|router)\.")),
+    ("mlp", re.compile(r"\.(mlp|feed_forward|ffn|block_sparse_moe)\.")),
+)
+
+
+def role_of(name: str) -> str:
+    """Part of the model that a tensor belongs to, by its name."""
+    return next((role for role, pattern in _ROLES if pattern.search(name)), "other")
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """Facts of a checkpoint directory: architecture, parameters by role (quantized ones counted as the weights they stand for), bytes by dtype,
+    format and schemes.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    checkpoint = open_checkpoint(path)
+    found = find_format(checkpoint.config, checkpoint.tensors)
+    parameters: dict[str, int] = {}
+    dtypes: dict[str, int] = {}
+    for name, info in checkpoint.tensors.items():
+        dtypes[info.dtype] = dtypes.get(info.dtype, 0) + info.nbytes
+        module = name.rpartition(".")[0]
+        if found is not None and module in found.linears and not name.endswith(".bias"):
+            continue
+        parameters[role_of(name)] = parameters.get(role_of(name), 0) + info.numel
+    linears = found.linears.values() if found else []
+    for linear in linears:
+        role = role_of(f"{linear.name}.weight")
+        parameters[role] = parameters.get(role, 0) + linear.n * linear.k
+    schemes: dict[str, int] = {}
+    for linear in linears:
+        schemes[str(linear.scheme)] = schemes.get(str(linear.scheme), 0) + 1
+    adapter = adapter_for(checkpoint.config)
+    blocks = {b for n in checkpoint.tensors if (b := block_of(n)) is not None}
+    return {
+        "path": str(checkpoint.path),
+        "model_type": checkpoint.config.get("model_type"),
+        "architectures": checkpoint.config.get("architectures"),
+        "adapter": adapter.name if adapter else None,
+        "blocks": len(blocks),
+        "parameters": sum(parameters.values()),
+        "parameters_by_role": dict(sorted(parameters.items(), key=lambda x: -x[1])),
+        "tensors": len(checkpoint.tensors),
+        "total_bytes": checkpoint.nbytes,
+        "bytes_by_dtype": dict(sorted(dtypes.items(), key=lambda x: -x[1])),
+        "files": [{"name": f.name, "file_bytes": f.stat().st_size} for f in checkpoint.weight_files],
+        "tied_head": bool(checkpoint.config.get("tie_word_embeddings")),
+        "format": found.format if found else "plain",
+        "schemes": schemes,
+        "quantized_linears": len(schemes) and sum(schemes.values()),
+    }

@@ -1,0 +1,171 @@
+"""How good a checkpoint is: perplexity, and KL divergence and top-1 agreement with its source.
+
+Both models run in fp32 block by block, so that only the weights differ and neither is ever in memory whole. Values are means over chunks of
+text; standard errors are over chunks. Perplexity is the exponential of the mean negative log-likelihood per token (natural logarithm);
+KL(source ‖ candidate) is in nats per token.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quant import defaults
+from quant.calibration.text import bundled, evaluation_rows
+from quant.checkpoint.reader import Checkpoint, open_checkpoint
+from quant.errors import CheckpointError, QuantError, VerificationFailed
+from quant.formats.reading import dequantized
+from quant.models.skeleton import BlockCall, Skeleton
+from quant.offline import load_tokenizer
+from quant.progress import Event, Progress, silent
+
+_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A mean over chunks with its standard error."""
+
+    mean: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured. Without a source only perplexity."""
+
+    path: str
+    against: str | None
+    text: str
+    tokens: int
+    chunks: int
+    perplexity: Measured
+    source_perplexity: Measured | None = None
+    kl: Measured | None = None
+    top1: Measured | None = None
+    perplexity_increase: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def demand(self, limit: float | None) -> None:
+        """
+        Raises:
+            VerificationFailed: perplexity rose by more than ``limit`` (0.05 is 5 %), or is not a number.
+        """
+        if not math.isfinite(self.perplexity.mean):
+            raise VerificationFailed(f"{self.path}: perplexity is {self.perplexity.mean}: the checkpoint is broken, run quant verify on it")
+        if limit is not None and self.perplexity_increase is not None and not self.perplexity_increase <= limit:
+            raise VerificationFailed(f"{self.path}: perplexity rose by {self.perplexity_increase:.2%}, the limit is {limit:.2%}")
+
+
+class _Runner:
+    """A checkpoint, quantized or not, as a model that runs block by block in fp32."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device):
+        self.skeleton = Skeleton(dequantized(checkpoint), device, torch.float32)
+
+    def hidden(self, batches: list[torch.Tensor], progress: Progress, phase: str) -> list[torch.Tensor]:
+        hidden, calls = self.skeleton.embed(batches)
+        with torch.no_grad():
+            for index in range(self.skeleton.block_count):
+                block = self.skeleton.load_block(index)
+                for b, states in enumerate(hidden):
+                    call: BlockCall = calls[len(states)][index]
+                    output = block(states, *call.args, **call.kwargs)
+                    hidden[b] = output[0] if isinstance(output, tuple) else output
+                self.skeleton.free_block(index)
+                progress(Event(phase, index + 1, self.skeleton.block_count))
+        return hidden
+
+    def log_probabilities(self, batch: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        return self.skeleton.logits(batch, hidden)[:, :-1].float().log_softmax(-1)
+
+
+def _measured(values: list[float]) -> Measured:
+    return Measured(statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan)
+
+
+def evaluate(
+    path: str | Path,
+    *,
+    against: str | Path | None = None,
+    text: str | Path | None = None,
+    length: int = defaults.EVALUATION_LENGTH,
+    chunks: int = defaults.EVALUATION_CHUNKS,
+    device: str | None = None,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Measures a checkpoint on a text.
+
+    Args:
+        against: the checkpoint it was made from; adds KL, top-1 agreement and the rise of perplexity.
+        text: any text that calibration reads; the bundled wikitext-2 test by default.
+        length: tokens a chunk, the start token included.
+
+    Raises:
+        QuantError: a checkpoint that cannot be read or run, too little text, models whose tokenizers differ.
+    """
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    checkpoint = open_checkpoint(path)
+    source = open_checkpoint(against) if against is not None else None
+    tokenizer = load_tokenizer((source or checkpoint).path)
+    file = Path(text) if text is not None else bundled("wikitext-2-test")
+    longest = checkpoint.config.get("max_position_embeddings")
+    if isinstance(longest, int) and length > longest:
+        raise QuantError(f"--length is {length}: the model's longest context is {longest}")
+    rows = evaluation_rows(tokenizer, file, length, chunks)
+    runners = [_Runner(c, target) for c in ([checkpoint] if source is None else [checkpoint, source])]
+    if int(rows.max()) >= min(r.skeleton.vocabulary for r in runners):
+        raise CheckpointError(
+            f"{path}: the text has token {int(rows.max())}, the model {runners[0].skeleton.vocabulary}: the tokenizer belongs to another model"
+        )
+    batches = list(rows.split(max(1, _BATCH_TOKENS // length)))
+    hidden = [r.hidden(batches, progress, name) for r, name in zip(runners, ("candidate", "source"), strict=False)]
+    nll: list[float] = []
+    source_nll: list[float] = []
+    kl: list[float] = []
+    agree: list[float] = []
+    with ExitStack() as stack:
+        for runner in runners:
+            stack.enter_context(runner.skeleton.outside())
+        for index, batch in enumerate(batches):
+            wanted = batch[:, 1:, None].to(target)
+            logs = [r.log_probabilities(batch, states[index]) for r, states in zip(runners, hidden, strict=True)]
+            nll += (-logs[0].gather(-1, wanted)).mean((1, 2)).tolist()
+            if source is not None:
+                source_nll += (-logs[1].gather(-1, wanted)).mean((1, 2)).tolist()
+                kl += (logs[1].exp() * (logs[1] - logs[0])).sum(-1).mean(-1).tolist()
+                agree += (logs[0].argmax(-1) == logs[1].argmax(-1)).float().mean(-1).tolist()
+            progress(Event("compare", index + 1, len(batches)))
+    own = _perplexity(nll)
+    if source is None:
+        return Evaluation(str(path), None, str(file), rows[:, 1:].numel(), len(rows), own)
+    other = _perplexity(source_nll)
+    return Evaluation(
+        str(path),
+        str(against),
+        str(file),
+        rows[:, 1:].numel(),
+        len(rows),
+        own,
+        other,
+        _measured(kl),
+        _measured(agree),
+        own.mean / other.mean - 1,
+    )
+
+
+def _perplexity(nll: list[float]) -> Measured:
+    mean = _measured(nll)
+    try:
+        value = math.exp(mean.mean)
+    except OverflowError:
+        value = math.inf
+    return Measured(value, value * mean.standard_error)

@@ -1,0 +1,352 @@
+"""Will vLLM load it, and is it whole? Judged from the files alone: no torch, no vLLM.
+
+The checks are those of the formats' contracts (:mod:`quant.formats`), of vLLM's fused layers and tensor parallelism, and of the promise that
+every tensor and side file of the source is accounted for. Each finding says what, which value, which rule.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quant.checkpoint.header import FLOATS, TensorInfo
+from quant.checkpoint.reader import Checkpoint, open_checkpoint
+from quant.errors import QuantError
+from quant.formats import FormatRegistry, Found, find_format, quantization_config
+from quant.formats.base import shape_problems
+from quant.formats.compressed_tensors import matches
+from quant.formats.reading import dequantized
+from quant.models.adapter import fused_name
+
+_CHUNK = 1 << 24
+_MOST = 5
+#: Keys that vLLM accepts inside ``weights`` and ``input_activations`` of a compressed-tensors group; any other is refused when it loads.
+_ARGUMENT_KEYS = {
+    "num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder", "scale_dtype", "zp_dtype",
+    "observer", "observer_kwargs",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question with its answer; ``detail`` says what was found."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass
+class Verification:
+    """All checks of one checkpoint."""
+
+    path: str
+    checks: list[Check] = field(default_factory=list)
+    content_hash: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return all(c.passed for c in self.checks)
+
+    @property
+    def failed(self) -> list[str]:
+        return [f"{c.name}: {c.detail}" for c in self.checks if not c.passed]
+
+    def add(self, name: str, problems: Iterable[str], good: str) -> None:
+        found = list(problems)
+        more = f" (and {len(found) - _MOST} more)" if len(found) > _MOST else ""
+        self.checks.append(Check(name, not found, "; ".join(found[:_MOST]) + more if found else good))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "path": self.path,
+            "passed": self.passed,
+            "checks": [{"name": c.name, "passed": c.passed, "detail": c.detail} for c in self.checks],
+            "content_hash": self.content_hash,
+        }
+
+
+def verify(path: str | Path, *, tensor_parallel: int = 1, source: str | Path | None = None, target: str = "vllm") -> Verification:
+    """Checks a checkpoint directory statically.
+
+    Args:
+        tensor_parallel: the degree it will be served with.
+        source: the checkpoint it was made from, to account for every tensor and side file.
+        target: ``vllm``, or ``other`` to leave out what only vLLM demands.
+
+    Raises:
+        CheckpointError: the directory cannot be read at all. Everything else is a failed check.
+    """
+    result = Verification(str(path))
+    checkpoint = open_checkpoint(path)
+    result.add("files", [], f"{len(checkpoint.tensors)} tensors in {len(checkpoint.weight_files)} files, headers valid")
+    try:
+        found = find_format(checkpoint.config, checkpoint.tensors)
+    except QuantError as error:
+        result.add("format", [str(error)], "")
+        return result
+    quantization = quantization_config(checkpoint.config)
+    result.add("config", _config_problems(checkpoint.config), _describe(found))
+    if found is not None and quantization is not None:
+        dtype = _model_dtype(checkpoint)
+        linears = list(found.linears.values())
+        result.add(
+            "quantized layers",
+            _layer_problems(checkpoint, found, dtype),
+            f"{len(linears)} linears have the tensors, dtypes and shapes of {found.format}",
+        )
+        if target == "vllm":
+            form = FormatRegistry.get(found.format)
+            refused = dict.fromkeys(r for x in linears if (r := form.refuse(x.scheme, "vllm")))
+            result.add(
+                "vLLM takes it", [*refused, *_gptq_refusals(quantization)], "bits, symmetry and group sizes are ones that vLLM loads"
+            )
+            result.add(
+                "fused layers",
+                _fused_problems(checkpoint, found, quantization),
+                "shards of each fused layer agree, by their own names and by the fused one",
+            )
+            result.add("tensor parallel", shape_problems(linears, tensor_parallel), f"shapes divide for {tensor_parallel} rank(s)")
+        result.add("head and embeddings", _head_problems(checkpoint, found), "unquantized")
+    values, result.content_hash = _scan(checkpoint, found)
+    result.add("values", values, "every float is finite, every scale is non-zero, packed words agree with the config")
+    if source is not None:
+        origin = open_checkpoint(source)
+        result.add(
+            "tensors of the source",
+            _source_problems(checkpoint, origin, found),
+            f"all {len(origin.tensors)} are quantized or copied byte for byte",
+        )
+        result.add("side files", _side_file_problems(checkpoint, origin), "all there, byte for byte")
+    return result
+
+
+def _describe(found: Found | None) -> str:
+    if found is None:
+        return "not quantized: an ordinary checkpoint"
+    schemes = ", ".join(dict.fromkeys(str(x.scheme) for x in found.linears.values()))
+    return f"{found.format}: {schemes}"
+
+
+def _model_dtype(checkpoint: Checkpoint) -> str:
+    names = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+    stated = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or ""
+    return names.get(str(stated).removeprefix("torch."), "")
+
+
+def _config_problems(config: Mapping[str, Any]) -> list[str]:
+    problems = []
+    text = config.get("text_config")
+    if "quantization_config" in config and isinstance(text, dict) and "quantization_config" in text:
+        problems.append("quantization_config stands both at the top and in text_config: keep the one at the top")
+    quantization = quantization_config(config)
+    if not isinstance(config.get("architectures"), list) or not config["architectures"]:
+        problems.append("architectures is missing: vLLM chooses the model class by it")
+    if quantization and str(quantization.get("quant_method")) == "compressed-tensors":
+        for name, group in quantization.get("config_groups", {}).items():
+            for part in ("weights", "input_activations"):
+                unknown = sorted(set(group.get(part) or {}) - _ARGUMENT_KEYS)
+                if unknown:
+                    problems.append(f"config_groups.{name}.{part} has the keys {', '.join(unknown)}, which vLLM refuses")
+            if (group.get("weights") or {}).get("actorder") in ("group", "dynamic", True):
+                problems.append(f"config_groups.{name} has activation order {group['weights']['actorder']!r}, which vLLM refuses")
+        if quantization.get("sparsity_config"):
+            problems.append("sparsity_config is not empty: vLLM 0.32 has no sparse kernels left")
+    return problems
+
+
+def _gptq_refusals(quantization: Mapping[str, Any]) -> list[str]:
+    problems = []
+    if quantization.get("quant_method") == "gptq":
+        if quantization.get("desc_act") and quantization.get("group_size") != -1:
+            problems.append("desc_act is true with groups: vLLM refuses it")
+        if not quantization.get("sym", True):
+            problems.append("sym is false: vLLM refuses it")
+        if quantization.get("checkpoint_format", "gptq") != "gptq":
+            problems.append(f"checkpoint_format is {quantization['checkpoint_format']!r}: vLLM reads zero points as v1")
+    return problems
+
+
+def _layer_problems(checkpoint: Checkpoint, found: Found, dtype: str) -> list[str]:
+    form, problems = FormatRegistry.get(found.format), []
+    if not found.linears:
+        problems.append("the config says quantized, but no tensor is")
+    for linear in found.linears.values():
+        try:
+            specs = form.specs(linear, dtype or checkpoint.tensors[next(iter(checkpoint.tensors))].dtype)
+        except QuantError as error:
+            problems.append(f"{linear.name}: {error}")
+            continue
+        for spec in specs:
+            info = checkpoint.tensors.get(spec.name)
+            if info is None:
+                if spec.name.endswith(".g_idx"):
+                    continue  # natural order needs none
+                problems.append(f"{spec.name} is missing")
+            elif info.shape != spec.shape:
+                problems.append(f"{spec.name} has shape {info.shape}, the contract is {spec.shape}")
+            elif info.dtype != spec.dtype and (dtype or spec.dtype == "I32"):
+                problems.append(f"{spec.name} is {info.dtype}, the contract is {spec.dtype}: vLLM would cast it in silence")
+        if f"{linear.name}.weight" in checkpoint.tensors:
+            problems.append(f"{linear.name}.weight is left beside its quantized form")
+        problems += form.problems(linear)
+    return problems
+
+
+def _fused_problems(checkpoint: Checkpoint, found: Found, quantization: Mapping[str, Any]) -> list[str]:
+    problems = []
+    present = {n.removesuffix(".weight") for n in checkpoint.tensors if n.endswith(".weight") and len(checkpoint.tensors[n].shape) == 2}
+    members: dict[str, list[str]] = {}
+    for name in sorted(present | set(found.linears)):
+        members.setdefault(fused_name(name), []).append(name)
+    for fused, names in members.items():
+        if len(names) < 2:
+            continue
+        schemes = {str(found.linears[n].scheme) if n in found.linears else "unquantized" for n in names}
+        if len(schemes) > 1:
+            problems.append(f"{fused}: its shards are {', '.join(sorted(schemes))}: vLLM builds them as one layer")
+    if quantization.get("quant_method") == "compressed-tensors":
+        problems += _name_problems(members, found, quantization)
+    return problems
+
+
+def _name_problems(members: Mapping[str, list[str]], found: Found, quantization: Mapping[str, Any]) -> list[str]:
+    """The config's names and regexes, judged as vLLM does: the fused name first, then every shard."""
+    problems = []
+    ignore = [str(i) for i in quantization.get("ignore", [])]
+    for fused, names in members.items():
+        ignored = {n: any(matches(i, n) for i in ignore) for n in names}
+        by_fused = len(names) > 1 and any(matches(i, fused) for i in ignore)
+        for name in names:
+            quantized = name in found.linears
+            if quantized and (ignored[name] or by_fused):
+                problems.append(f"{name} is quantized, but the ignore list hits {'it' if ignored[name] else f'its fused name {fused}'}")
+            elif not quantized and not ignored[name] and not by_fused and _would_be_linear(name, quantization):
+                problems.append(f"{name} is not quantized, but neither ignored: vLLM would look for packed weights")
+    return problems
+
+
+def _would_be_linear(name: str, quantization: Mapping[str, Any]) -> bool:
+    """Whether the config's targets claim a module: by class they claim every linear but heads and embeddings."""
+    if re.search(r"(^|\.)(lm_head|embed\w*|wte|wpe|\w*norm\w*|\w*_embeddings?)$", name):
+        return False
+    targets = [str(t) for g in quantization.get("config_groups", {}).values() for t in g.get("targets", [])]
+    return any(t == "Linear" or matches(t, name) for t in targets)
+
+
+def _head_problems(checkpoint: Checkpoint, found: Found) -> list[str]:
+    problems = [f"{n} is quantized: vLLM keeps embeddings in full precision" for n in found.linears if re.search(r"(^|\.)embed\w*$", n)]
+    if checkpoint.config.get("tie_word_embeddings") and "lm_head" in found.linears:
+        problems.append("lm_head is quantized although the config ties it to the embedding")
+    return problems
+
+
+def _scan(checkpoint: Checkpoint, found: Found | None) -> tuple[list[str], str]:
+    """Reads every byte once: values that no engine can use, and a hash over all files."""
+    problems: list[str] = []
+    digests = []
+    for file in checkpoint.weight_files:
+        digest = hashlib.sha256()
+        tensors = sorted((t for t in checkpoint.tensors.values() if t.file == file), key=lambda t: t.start)
+        with file.open("rb", buffering=0) as stream:
+            digest.update(stream.read(tensors[0].start) if tensors else b"")
+        for info in tensors:
+            judge = _judge(info, found)
+            said = False
+            for piece in checkpoint.read_bytes(info.name, _CHUNK):
+                digest.update(piece)
+                if judge is not None and not said and (wrong := judge(piece)):
+                    problems.append(f"{info.name} {wrong}")
+                    said = True
+        digests.append(f"{file.name} {digest.hexdigest()}")
+    return problems, hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
+
+
+def _judge(info: TensorInfo, found: Found | None) -> Callable[[bytes], str | None] | None:
+    """What a tensor's bytes are tested for."""
+    import numpy as np
+
+    module, _, last = info.name.rpartition(".")
+    linear = found.linears.get(module) if found else None
+    if linear is not None and last == "qzeros" and linear.scheme.symmetric and found is not None:
+        middle = 2 ** (linear.scheme.bits - 1) - found.options["zero_offset"]
+        if linear.scheme.bits in (2, 4, 8):
+            word = sum(middle << s for s in range(0, 32, linear.scheme.bits))
+            return lambda b: (
+                None if bool((np.frombuffer(b, "<u4") == word).all()) else f"is not the constant {word:#010x} of symmetric weights"
+            )
+    if linear is not None and last == "g_idx":
+        g = linear.k // linear.scheme.groups(linear.k)
+        natural = (np.arange(linear.k) // g).astype("<i4").tobytes()
+        return lambda b: None if b == natural else "is reordered: vLLM drops it and reads wrong values"
+    if linear is not None and last == "weight_shape":
+        return lambda b: (
+            None
+            if tuple(np.frombuffer(b, "<i8")) == (linear.n, linear.k)
+            else f"says {tuple(np.frombuffer(b, '<i8'))}, the tensors {(linear.n, linear.k)}"
+        )
+    if info.dtype not in FLOATS or info.dtype.startswith("F8"):
+        return None
+    scale = linear is not None and last in ("weight_scale", "scales")
+
+    def finite(piece: bytes) -> str | None:
+        if info.dtype == "BF16":
+            words = np.frombuffer(piece, "<u2")
+            broken, zero = (words & 0x7F80) == 0x7F80, (words & 0x7FFF) == 0
+        elif info.dtype == "F16":
+            words = np.frombuffer(piece, "<u2")
+            broken, zero = (words & 0x7C00) == 0x7C00, (words & 0x7FFF) == 0
+        else:
+            numbers = np.frombuffer(piece, "<f4" if info.dtype == "F32" else "<f8")
+            broken, zero = ~np.isfinite(numbers), numbers == 0
+        if bool(broken.any()):
+            return f"holds {int(broken.sum())} NaN or infinite values"
+        return f"holds {int(zero.sum())} zero scales" if scale and bool(zero.any()) else None
+
+    return finite
+
+
+def _source_problems(checkpoint: Checkpoint, source: Checkpoint, found: Found | None) -> list[str]:
+    problems = []
+    linears = found.linears if found else {}
+    source = dequantized(source)
+    own = {s.name for x in linears.values() for s in FormatRegistry.get(found.format).specs(x, "BF16")} if found else set()
+    for name, info in source.tensors.items():
+        module = name.removesuffix(".weight")
+        if module in linears and name.endswith(".weight"):
+            if info.shape != (linears[module].n, linears[module].k):
+                problems.append(f"{name} is {info.shape} in the source, {(linears[module].n, linears[module].k)} here")
+            continue
+        copy = checkpoint.tensors.get(name)
+        if copy is None:
+            problems.append(f"{name} of the source is lost")
+        elif name in source.computed:
+            if copy.shape != info.shape:
+                problems.append(f"{name} was {info.shape}, is {copy.shape}")
+        elif (copy.dtype, copy.shape) != (info.dtype, info.shape):
+            problems.append(f"{name} was {info.dtype} {info.shape}, is {copy.dtype} {copy.shape}")
+        elif found is not None and not _same_bytes(checkpoint, source, name):
+            problems.append(f"{name} differs from the source although it is not quantized")
+    problems += [f"{n} is not in the source" for n in checkpoint.tensors if n not in source.tensors and n not in own]
+    return problems
+
+
+def _same_bytes(a: Checkpoint, b: Checkpoint, name: str) -> bool:
+    return all(x == y for x, y in zip(a.read_bytes(name, _CHUNK), b.read_bytes(name, _CHUNK), strict=True))
+
+
+def _side_file_problems(checkpoint: Checkpoint, source: Checkpoint) -> list[str]:
+    problems = []
+    for file in source.side_files():
+        if file.dropped or file.relative in ("quant_report.json", "vllm_config.json"):
+            continue
+        copy = checkpoint.path / file.relative
+        if not copy.is_file():
+            problems.append(f"{file.relative} is missing")
+        elif copy.read_bytes() != file.path.read_bytes():
+            problems.append(f"{file.relative} differs")
+    return problems

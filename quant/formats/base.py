@@ -1,0 +1,151 @@
+"""What a format is: names, dtypes and shapes on disk, the words of ``quantization_config``, and the way back. No torch at import."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from quant.checkpoint.header import TensorInfo
+from quant.checkpoint.writer import TensorSpec
+from quant.errors import CheckpointError
+from quant.registry import Registry
+from quant.schemes import WeightScheme
+
+if TYPE_CHECKING:
+    import torch
+
+    from quant.tensors import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A quantized linear as a format sees it: ``name`` without ``.weight``, N outputs, K inputs, its scheme."""
+
+    name: str
+    n: int
+    k: int
+    scheme: WeightScheme
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a checkpoint says of itself: its quantized linears by name, and the format that wrote them.
+
+    ``options`` holds what the format needs to read tensors back (GPTQ's zero-point convention, for one).
+    """
+
+    format: str
+    linears: Mapping[str, Linear]
+    options: Mapping[str, Any]
+
+
+class Format(Protocol):
+    """One on-disk format. ``quant_method`` is vLLM's word for it, or None where the result is an ordinary checkpoint."""
+
+    name: str
+    quant_method: str | None
+
+    def refuse(self, scheme: WeightScheme, target: str) -> str | None:
+        """Why ``target`` ("vllm" or "other") cannot take this scheme in this format, or None."""
+        ...
+
+    def specs(self, linear: Linear, dtype: str) -> list[TensorSpec]:
+        """The tensors that replace ``<name>.weight``, in file order; ``dtype`` is the model's."""
+        ...
+
+    def problems(self, linear: Linear) -> list[str]:
+        """What in the shape the format cannot hold."""
+        ...
+
+    def pack(self, linear: Linear, tensor: QuantizedTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The tensors of ``specs``, those in the model's dtype as ``dtype``."""
+        ...
+
+    def unpack(self, linear: Linear, tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> QuantizedTensor:
+        """Inverse of ``pack``; ``tensors`` has the names of the checkpoint."""
+        ...
+
+    def config(self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str) -> dict[str, Any] | None:
+        """The ``quantization_config``; ``unquantized`` names the linears left alone."""
+        ...
+
+    def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Found:
+        """Reads ``quantization_config`` and headers of a checkpoint of this format."""
+        ...
+
+
+#: Linears whose input is split over ranks under tensor parallelism; all others split their output.
+_ROW_PARALLEL = re.compile(r"\.(o_proj|down_proj|out_proj|dense|dense_4h_to_h|fc2|c_proj|wo|w2)$")
+
+FormatRegistry: Registry[Format] = Registry("format", "quant.formats")
+
+
+def require(tensors: Mapping[str, TensorInfo], name: str, linear: str) -> TensorInfo:
+    """A tensor's header entry.
+
+    Raises:
+        CheckpointError: it is missing, which vLLM would turn into NaN without a word.
+    """
+    if name not in tensors:
+        raise CheckpointError(f"{linear} is quantized but has no tensor {name!r}: the checkpoint is incomplete, make it again")
+    return tensors[name]
+
+
+def suffixed(names: Iterable[str], suffix: str) -> list[str]:
+    """Module names of the tensors that end in ``suffix``, in order."""
+    return sorted(n.removesuffix(suffix) for n in names if n.endswith(suffix))
+
+
+def quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Where vLLM looks for it: ``quantization_config``, the one inside ``text_config``, ``compression_config``."""
+    text = config.get("text_config")
+    for place in (config, text if isinstance(text, dict) else {}):
+        found = place.get("quantization_config")
+        if found:
+            return found if isinstance(found, dict) else None
+    found = config.get("compression_config")
+    return found if isinstance(found, dict) and found else None
+
+
+def find_format(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Found | None:
+    """The format of a checkpoint and its quantized linears, or None where it is not quantized.
+
+    Raises:
+        CheckpointError: quantized in a way this build does not read.
+    """
+    quantization = quantization_config(config)
+    if quantization is None:
+        return None
+    method = str(quantization.get("quant_method", "")).lower().replace("_", "-")
+    for entry in FormatRegistry:
+        if entry.quant_method is not None and entry.quant_method == method:
+            return entry.find(quantization, tensors)
+    readable = ", ".join(sorted(f.quant_method for f in FormatRegistry if f.quant_method))
+    raise CheckpointError(f"the checkpoint is quantized as quant_method {method!r}, which is not read here; read are {readable}")
+
+
+def shape_problems(linears: Iterable[Linear], tensor_parallel: int) -> list[str]:
+    """Group sizes that do not divide, whole and per rank; one line for each kind of layer."""
+    seen: dict[str, str] = {}
+    for linear in linears:
+        kind = re.sub(r"\.\d+\.", ".*.", linear.name)
+        g = linear.scheme.group_size
+        if kind in seen:
+            continue
+        if g != -1 and linear.k % g:
+            fits = [x for x in (128, 64, 32, 16, 8) if linear.k % x == 0 and x < g]
+            use = f"--group-size {fits[0]} or -1" if fits else "--group-size -1"
+            seen[kind] = f"{kind}: {linear.k} inputs do not divide into groups of {g}: use {use}, or --ignore '{kind.rsplit('.', 1)[-1]}'"
+        elif tensor_parallel > 1:
+            row = _ROW_PARALLEL.search(linear.name)
+            size, what = (linear.k, "inputs") if row else (linear.n, "outputs")
+            unit = (g if g != -1 else 1) if row else 8
+            if size % tensor_parallel or (size // tensor_parallel) % unit:
+                allowed = [t for t in (1, 2, 4, 8, 16, 32) if size % t == 0 and (size // t) % unit == 0]
+                seen[kind] = (
+                    f"{kind}: {size} {what} over --tensor-parallel {tensor_parallel} do not divide into {'groups of ' + str(g) if row else 'words of 8'}: "
+                    f"tensor parallel sizes that do: {', '.join(map(str, allowed)) or 'none'}; or a smaller --group-size"
+                )
+    return list(seen.values())

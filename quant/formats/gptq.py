@@ -1,0 +1,173 @@
+"""The GPTQ layout of AutoGPTQ and GPTQModel, for consumers that want it.
+
+For a linear ``P`` of [N, K], with pf = 32/b values a word (AutoGPTQ `nn_modules/qlinear/qlinear_cuda.py::QuantLinear.pack`, vLLM 0.32
+`quantization/auto_gptq.py`):
+
+==============  ======  ==============  ==========================================================
+``P.qweight``   int32   [K/pf, N]       code + 2^(b-1), packed along K, lowest bits first
+``P.scales``    16 bit  [G, N]
+``P.qzeros``    int32   [G, N/pf]       zero + 2^(b-1), less one in v1, packed along N
+``P.g_idx``     int32   [K]             group of each input
+==============  ======  ==============  ==========================================================
+
+vLLM loads 4 and 8 bits, symmetric, groups of -1, 32, 64 or 128 in natural order, and nothing else. v1 is what it wants; asymmetric files
+are written as v2, because v1 has no code for a zero point of 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from quant.checkpoint.header import TensorInfo
+from quant.checkpoint.writer import TensorSpec
+from quant.errors import CheckpointError
+from quant.formats.base import FormatRegistry, Found, Linear, require, suffixed
+from quant.schemes import BITS, WeightScheme
+
+if TYPE_CHECKING:
+    import torch
+
+    from quant.tensors import QuantizedTensor
+
+VLLM_GROUPS = (-1, 32, 64, 128)
+_VERSIONS = {"gptq": 1, "gptq_v2": 0}
+
+
+def _fields_multiple(bits: int) -> int:
+    """How many values fill whole words."""
+    return 32 if bits == 3 else 32 // bits
+
+
+class GPTQ:
+    name = "gptq"
+    quant_method: str | None = "gptq"
+
+    def refuse(self, scheme: WeightScheme, target: str) -> str | None:
+        if target != "vllm":
+            return None
+        if not scheme.symmetric:
+            return "vLLM refuses asymmetric GPTQ files: use --symmetric, --format compressed-tensors, or --target other"
+        if scheme.bits not in (4, 8):
+            return f"vLLM loads GPTQ files of 4 and 8 bits, not {scheme.bits}: use --format plain, or --target other"
+        if scheme.group_size not in VLLM_GROUPS:
+            return f"vLLM loads GPTQ groups of {', '.join(map(str, VLLM_GROUPS))}, not {scheme.group_size}: change --group-size, or --target other"
+        return None
+
+    def problems(self, linear: Linear) -> list[str]:
+        per = _fields_multiple(linear.scheme.bits)
+        return [
+            f"{linear.name}: {count} {what} do not fill whole 32-bit words at {linear.scheme.bits} bits (a multiple of {per} is needed): "
+            "use --format compressed-tensors, or --ignore the layer"
+            for count, what in ((linear.k, "inputs"), (linear.n, "outputs"))
+            if count % per
+        ]
+
+    def specs(self, linear: Linear, dtype: str) -> list[TensorSpec]:
+        n, k, bits, groups = linear.n, linear.k, linear.scheme.bits, linear.scheme.groups(linear.k)
+        return [
+            TensorSpec(f"{linear.name}.qweight", "I32", (k * bits // 32, n)),
+            TensorSpec(f"{linear.name}.qzeros", "I32", (groups, n * bits // 32)),
+            TensorSpec(f"{linear.name}.scales", dtype, (groups, n)),
+            TensorSpec(f"{linear.name}.g_idx", "I32", (k,)),
+        ]
+
+    def pack(self, linear: Linear, tensor: QuantizedTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        import torch
+
+        from quant.formats.packing import pack
+
+        (n, k), bits, groups = tensor.shape, tensor.scheme.bits, tensor.scales.shape[1]
+        offset = 2 ** (bits - 1)
+        stored_less = 1 if tensor.zeros is None else 0
+        zeros = (
+            torch.zeros(groups, n, dtype=torch.int16, device=tensor.codes.device)
+            if tensor.zeros is None
+            else tensor.zeros.t().to(torch.int16)
+        )
+        index = tensor.group_index
+        if index is None:
+            index = torch.arange(k, dtype=torch.int32) // (k // groups)
+        return {
+            f"{linear.name}.qweight": pack(tensor.codes.to(torch.int16) + offset, bits).t().contiguous(),
+            f"{linear.name}.qzeros": pack((zeros + offset - stored_less).contiguous(), bits),
+            f"{linear.name}.scales": tensor.scales.to(dtype).t().contiguous(),
+            f"{linear.name}.g_idx": index.to(torch.int32),
+        }
+
+    def unpack(self, linear: Linear, tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> QuantizedTensor:
+        import torch
+
+        from quant.formats.packing import unpack
+        from quant.tensors import QuantizedTensor
+
+        bits, offset = linear.scheme.bits, 2 ** (linear.scheme.bits - 1)
+        words = tensors[f"{linear.name}.qweight"].t().contiguous()
+        codes = (unpack(words, bits, linear.k).to(torch.int16) - offset).to(torch.int8)
+        stored = unpack(tensors[f"{linear.name}.qzeros"], bits, linear.n).to(torch.int16) + options["zero_offset"]
+        zeros = (stored - offset).t().contiguous()
+        if int(zeros.max()) > 127:
+            raise CheckpointError(
+                f"{linear.name}.qzeros: a zero point of 2^{bits}: the word was damaged when it was packed, make the checkpoint again"
+            )
+        scales = tensors[f"{linear.name}.scales"].t().contiguous()
+        index = tensors.get(f"{linear.name}.g_idx")
+        if index is not None:
+            if int(index.min()) < 0 or int(index.max()) >= scales.shape[1]:
+                raise CheckpointError(f"{linear.name}.g_idx: names group {int(index.max())}, scales has {scales.shape[1]}")
+            natural = torch.arange(linear.k, dtype=index.dtype) // (linear.k // scales.shape[1])
+            index = None if torch.equal(index, natural) else index
+        symmetric = not bool(zeros.any())
+        scheme = WeightScheme(bits, linear.scheme.group_size, symmetric)
+        return QuantizedTensor(codes, scales, None if symmetric else zeros.to(torch.int8), scheme, index)
+
+    def config(self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str) -> dict[str, Any]:
+        from quant import __version__
+
+        schemes = list(dict.fromkeys(linear.scheme for linear in linears))
+        if len(schemes) > 1:
+            raise AssertionError("one scheme a GPTQ file")
+        scheme = schemes[0]
+        return {
+            "quant_method": "gptq",
+            "bits": scheme.bits,
+            "group_size": scheme.group_size,
+            "sym": scheme.symmetric,
+            "desc_act": False,
+            "static_groups": act_order == "static",
+            "true_sequential": True,
+            "lm_head": False,
+            "checkpoint_format": "gptq" if scheme.symmetric else "gptq_v2",
+            "modules_in_block_to_quantize": None,
+            "meta": {"quantizer": [f"quant:{__version__}"]},
+        }
+
+    def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Found:
+        version = str(config.get("checkpoint_format") or config.get("format") or "gptq")
+        if version not in _VERSIONS or config.get("is_marlin_format"):
+            raise CheckpointError(f"GPTQ checkpoint_format {version!r} is not read here; read are {', '.join(_VERSIONS)}")
+        if str(config.get("pack_dtype", "int32")) != "int32":
+            raise CheckpointError(f"GPTQ pack_dtype {config['pack_dtype']!r} is not read here; read is int32")
+        try:
+            declared, symmetric = int(config["bits"]), bool(config.get("sym", True))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError("the GPTQ quantization_config lacks a whole number of bits") from error
+        linears = {}
+        for name in suffixed(tensors, ".qweight"):
+            scales, qweight = require(tensors, f"{name}.scales", name), tensors[f"{name}.qweight"]
+            qzeros = require(tensors, f"{name}.qzeros", name)
+            if qweight.dtype != "I32" or qzeros.dtype != "I32" or len(qweight.shape) != 2 or len(scales.shape) != 2:
+                raise CheckpointError(
+                    f"{name}: qweight is {qweight.dtype} {qweight.shape}, scales {scales.shape}: I32 [words, N] and [groups, N]"
+                )
+            rows, n = qweight.shape
+            index = tensors.get(f"{name}.g_idx")
+            k = index.shape[0] if index is not None and index.shape else rows * 32 // declared
+            bits, groups = (rows * 32 // k if k else 0), scales.shape[0]
+            if bits not in BITS or rows * 32 != k * bits or not groups or k % groups or scales.shape[1] != n:
+                raise CheckpointError(f"{name}: qweight {qweight.shape}, scales {scales.shape} and {k} inputs do not fit together")
+            linears[name] = Linear(name, n, k, WeightScheme(bits, -1 if groups == 1 else k // groups, symmetric))
+        return Found(self.name, linears, {"zero_offset": _VERSIONS[version]})
+
+
+FormatRegistry.add(GPTQ.name, GPTQ())

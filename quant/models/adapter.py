@@ -1,0 +1,178 @@
+"""How a family lays out its decoder blocks, as rows of data. No torch: planning and verification read them too.
+
+A row says where the blocks are, which linears read the same input (their statistics are gathered once, and they are solved as one matrix),
+what that input comes from (a norm or a linear into which scaling can be folded), and under which name vLLM fuses the group. Adding a family is
+adding a row; see ``docs/adapters.md``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quant.checkpoint.header import FLOATS, TensorInfo
+from quant.registry import Registry
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Linears of a block that read one and the same input.
+
+    Attributes:
+        linears: module paths inside the block, in vLLM's order.
+        source: the module whose output the input is, up to element-wise steps: a norm, or a linear (v_proj before o_proj, up_proj before
+            down_proj). Scaling of the input can be folded there.
+        fused: vLLM's name of the layer made of these linears; empty where each stays alone.
+    """
+
+    linears: tuple[str, ...]
+    source: str
+    fused: str = ""
+
+
+@dataclass(frozen=True)
+class ModelAdapter:
+    """One family.
+
+    Attributes:
+        name: the family's.
+        model_types: values of ``model_type`` in config.json.
+        groups: every linear of a block, in the order of the forward pass.
+        norm_offset: added to a norm's stored weight to get its gain (Gemma stores w and multiplies by 1 + w).
+        blocks: module path of the list of blocks in the causal language model.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    groups: tuple[InputGroup, ...]
+    norm_offset: float = 0.0
+    blocks: str = "model.layers"
+
+    def linears(self) -> list[str]:
+        return [linear for group in self.groups for linear in group.linears]
+
+
+ModelRegistry: Registry[ModelAdapter] = Registry("model family", "quant.models")
+
+
+def _gated(
+    norm: str, qkv: InputGroup, mlp: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj"), value: str = "self_attn.v_proj"
+) -> tuple[InputGroup, ...]:
+    """The usual block: q/k/v, o, gate/up, down."""
+    return (
+        qkv,
+        InputGroup(("self_attn.o_proj",), value),
+        InputGroup(mlp, norm, "mlp.gate_up_proj"),
+        InputGroup(("mlp.down_proj",), mlp[-1]),
+    )
+
+
+_QKV = InputGroup(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", "self_attn.qkv_proj")
+_LLAMA = _gated("post_attention_layernorm", _QKV)
+_GEMMA = _gated("pre_feedforward_layernorm", _QKV)
+_PHI3 = _gated(
+    "post_attention_layernorm",
+    InputGroup(("self_attn.qkv_proj",), "input_layernorm", "self_attn.qkv_proj"),
+    ("mlp.gate_up_proj",),
+    "self_attn.qkv_proj",
+)
+
+LlamaAdapter = ModelRegistry.add("llama", ModelAdapter("llama", ("llama",), _LLAMA))
+QwenAdapter = ModelRegistry.add("qwen", ModelAdapter("qwen", ("qwen2", "qwen3"), _LLAMA))
+MistralAdapter = ModelRegistry.add("mistral", ModelAdapter("mistral", ("mistral",), _LLAMA))
+GemmaAdapter = ModelRegistry.add("gemma", ModelAdapter("gemma", ("gemma2", "gemma3_text"), _GEMMA, norm_offset=1.0))
+Phi3Adapter = ModelRegistry.add("phi3", ModelAdapter("phi3", ("phi3",), _PHI3))
+
+
+def adapter_for(config: Mapping[str, Any]) -> ModelAdapter | None:
+    """The row of a config's ``model_type``, or None for a family that has none."""
+    model_type = config.get("model_type")
+    return next((a for a in ModelRegistry if model_type in a.model_types), None)
+
+
+#: Layers that vLLM builds as one from several of the file's, for any family: last path component → name of the fused layer.
+_FUSED = {
+    "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
+    "q_a_proj": "fused_qkv_a_proj", "kv_a_proj_with_mqa": "fused_qkv_a_proj",
+}  # fmt: skip
+#: The shards of each fused layer in vLLM's order.
+SHARDS = {fused: tuple(s for s, f in _FUSED.items() if f == fused) for fused in dict.fromkeys(_FUSED.values())}
+
+
+def fused_name(linear: str) -> str:
+    """The name of the vLLM layer that a linear becomes a part of; its own where it stays alone.
+
+    >>> fused_name("model.layers.0.self_attn.k_proj")
+    'model.layers.0.self_attn.qkv_proj'
+    """
+    head, _, last = linear.rpartition(".")
+    if ".experts." in linear:  # all routed experts of a layer become one fused layer
+        return linear.split(".experts.")[0] + ".experts"
+    return f"{head}.{_FUSED[last]}" if last in _FUSED and head else linear
+
+
+#: Parts of a name that mean: not a linear of the text decoder's blocks.
+_TOWERS = re.compile(
+    r"(^|\.)(visual|vision\w*|audio\w*|image\w*|speech\w*|multi_modal_projector|mm_projector|connector|mtp|embed\w*|lm_head|encoder)(\.|$)"
+)
+#: Small linears that choose experts or gate them: vLLM builds them unquantized.
+_ROUTERS = re.compile(r"\.(gate|router|shared_expert_gate|wg)(\.|$)")
+_BLOCK = re.compile(r"(^|\.)(layers|h|blocks|block|decoder)\.(\d+)\.")
+
+
+def block_of(name: str) -> int | None:
+    """Index of the decoder block that a tensor belongs to, or None."""
+    found = _BLOCK.search(name)
+    return int(found[3]) if found else None
+
+
+def not_quantizable(info: TensorInfo, blocks: int | None) -> str | None:
+    """Why a tensor is no linear of a text decoder block, or None when it is one.
+
+    Judged by name, shape and dtype alone, so that data-free methods take any architecture.
+
+    Args:
+        blocks: number of decoder blocks that config.json states: tensors of a later index belong to prediction heads (MTP).
+    """
+    if not info.name.endswith(".weight"):
+        return "not a linear's weight"
+    if len(info.shape) != 2:
+        return f"{len(info.shape)}-dimensional"
+    if info.dtype not in FLOATS:
+        return f"stored as {info.dtype}"
+    module = info.name.removesuffix(".weight")
+    if found := _TOWERS.search(module):
+        return f"part of {found[2]}"
+    index = block_of(info.name)
+    if index is None:
+        return "outside the decoder blocks"
+    if blocks is not None and index >= blocks:
+        return f"in block {index}, beyond the {blocks} decoder blocks: a prediction head"
+    if _ROUTERS.search(module):
+        return "a router"
+    if "norm" in module.rsplit(".", 1)[-1]:
+        return "a norm"
+    return None
+
+
+def decoder_linears(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> list[str]:
+    """Module names of all linears of the text decoder's blocks, sorted by block and name."""
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    count = text.get("num_hidden_layers") if isinstance(text, Mapping) else None
+    blocks = count if isinstance(count, int) else None
+    names = [n.removesuffix(".weight") for n, info in tensors.items() if not_quantizable(info, blocks) is None]
+    return sorted(names, key=lambda n: (block_of(n + "."), n))
+
+
+def other_linears(tensors: Mapping[str, TensorInfo], quantized: Iterable[str]) -> list[str]:
+    """Names of modules that vLLM may build as linears and that stay unquantized: every other 2-D ``.weight`` but embeddings, and the head."""
+    done = set(quantized)
+    names = {
+        n.removesuffix(".weight")
+        for n, info in tensors.items()
+        if n.endswith(".weight") and len(info.shape) == 2 and not re.search(r"(^|\.)(embed\w*|wte|wpe|\w*_embedding\w*)\.weight$", n)
+    }
+    return sorted((names - done) | {"lm_head"})

@@ -1,0 +1,111 @@
+"""What a job will make and take, before it starts: bytes exactly, memory and time as estimates."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from quant.calibration.statistics import Accumulator
+from quant.errors import QuantError
+from quant.models.adapter import block_of
+from quant.models.skeleton import Skeleton
+from quant.pipeline.manager import RESIDENT_CPU, QuantizationManager
+from quant.pipeline.memory import peak_rss
+from quant.pipeline.plan import JobPlan, text_config
+from quant.units import format_size
+
+#: A matrix product large enough to run at full speed, small enough to time in a moment: [tokens, features] by [features, features].
+_PROBE = (1024, 2048)
+#: Tensor operations of GPTQ's column loop, each over one column of all stacked outputs, and what one costs at the least.
+_COLUMN_OPERATIONS, _OPERATION_SECONDS = 7, 4e-6
+
+
+def estimate(plan: JobPlan) -> dict[str, Any]:
+    """The plan as a dict with ``output_bytes`` (exact), ``scratch_bytes``, ``peak_rss_bytes`` and ``seconds`` (estimates, from matrix products
+    timed on this machine now).
+
+    Everything that :meth:`QuantizationManager.run` checks is checked here: the model is built without weights and the text is read.
+
+    Raises:
+        QuantError: what would stop the job.
+    """
+    import psutil
+
+    manager = QuantizationManager(plan)
+    value = plan.to_dict()
+    available = psutil.virtual_memory().available
+    calibrated = bool(manager.quantizer.needs)
+    tokens, hidden_bytes, scratch = 0, 0, 0
+    largest = max((8 * x.n * x.k for x in plan.linears.values()), default=0)  # fp32 beside its rounding
+    seconds = 0.0
+    if calibrated:
+        rows, skeleton = manager.prepare()
+        length = rows.tokens.shape[1]
+        tokens = rows.tokens.numel()
+        config = text_config(plan.checkpoint.config)
+        width = int(config.get("hidden_size") or 0)
+        item = skeleton.dtype.itemsize
+        hidden_bytes = (tokens + length) * width * item
+        groups = _groups(plan, skeleton)
+        block_bytes = max(sum(p.numel() for p in block.parameters()) for block in skeleton.blocks) * item
+        widest = max(k for _, k in groups)
+        # while a group is solved: its weights as fp32, their errors and codes; the Hessian and its factor
+        largest = max(10 * n * k + 8 * k * k for n, k in groups) + block_bytes
+        resident = min(RESIDENT_CPU, 4 * hidden_bytes) if manager.device.type == "cpu" else 0
+        scratch = max(0, tokens * (2 * width + widest) * item - resident)
+        largest += resident + 2 * hidden_bytes
+        seconds = _seconds(plan, groups, tokens, manager.device, skeleton.dtype)
+    else:
+        seconds = sum(x.n * x.k for x in plan.linears.values()) * 40 / 2e9 * (32 if plan.recipe.clip_search else 1)
+    seconds += (plan.checkpoint.nbytes + 2 * plan.output_bytes) / 1e9
+    peak = peak_rss() + largest
+    if peak > psutil.virtual_memory().total:
+        raise QuantError(
+            f"the job needs about {format_size(peak)} of memory, the machine has {format_size(psutil.virtual_memory().total)}: "
+            "use fewer --samples or a shorter --sequence-length"
+        )
+    value.update(
+        scratch_bytes=scratch, peak_rss_bytes=peak, available_bytes=available, seconds=round(seconds, 1), calibration_tokens=tokens
+    )
+    return value
+
+
+def _groups(plan: JobPlan, skeleton: Skeleton) -> list[tuple[int, int]]:
+    """Stacked outputs and inputs (N, K) of every group of linears that is solved as one."""
+    found = []
+    for block in range(skeleton.block_count):
+        for group in skeleton.adapter.groups:
+            members = [x for n in group.linears if (x := plan.linears.get(skeleton.block_prefix(block) + n))]
+            if members:
+                found.append((sum(x.n for x in members), members[0].k))
+    return found
+
+
+def _seconds(plan: JobPlan, groups: list[tuple[int, int]], tokens: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Forward pass, statistics and solves at the speed that matrix products have here now."""
+    forward = 2 * tokens * sum(i.numel for n, i in plan.checkpoint.tensors.items() if block_of(n) is not None)
+    gram = sum(2 * tokens * k * k for _, k in groups)
+    solve = sum(k**3 / 3 + n * k * k for n, k in groups)
+    columns = sum(k * max(_OPERATION_SECONDS, n * 4e-10) for n, k in groups) * _COLUMN_OPERATIONS
+    t, k = _PROBE
+    x = torch.randn(t, k, device=device).to(dtype)
+    w = torch.randn(k, k, device=device).to(dtype)
+    y = torch.randn(k, k, device=device)
+    accumulator = Accumulator(k, device, {"hessian"})
+    rate = {
+        "forward": 2 * t * k * k / _timed(lambda: x @ w),
+        "gram": 2 * t * k * k / _timed(lambda: accumulator.add(x)),
+        "solve": 2 * k**3 / _timed(lambda: y @ y),
+    }
+    return forward / rate["forward"] * 1.25 + gram / rate["gram"] + solve / rate["solve"] + columns
+
+
+def _timed(run: Any) -> float:
+    run()
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

@@ -1,0 +1,147 @@
+"""A checkpoint that can be read, turned into one that vLLM serves: another format, repaired side files, engine arguments."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from quant.checkpoint.dtypes import TORCH
+from quant.checkpoint.journal import WorkFolder
+from quant.checkpoint.reader import Checkpoint, open_checkpoint
+from quant.checkpoint.writer import write_text
+from quant.errors import Problems, UsageError, VerificationFailed
+from quant.evaluation.verify import verify
+from quant.formats import Format, FormatRegistry, Found, Linear, find_format
+from quant.formats.base import shape_problems
+from quant.formats.reading import dequantized, read_linear
+from quant.pipeline.memory import peak_rss
+from quant.pipeline.plan import check_disk, lay_out, target_problems, unquantized_linears
+from quant.pipeline.writing import REPORT, write_rest, write_unit
+from quant.progress import Event, Progress, silent
+from quant.serving.arguments import engine_arguments, model_dtype, vllm_config
+from quant.tensors import QuantizedTensor
+
+_HEADER_DTYPES = {"bfloat16": "BF16", "float16": "F16"}
+
+
+def export(
+    model_path: str | Path,
+    output_path: str | Path,
+    format_name: str | None = None,
+    *,
+    source: str | Path | None = None,
+    tensor_parallel: int = 1,
+    max_model_len: int | None = None,
+    target: str = "vllm",
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Reads ``model_path`` in whatever format it is and writes ``output_path`` in ``format_name`` (its own by default).
+
+    Codes, scales and zero points are carried over, not rounded anew; scales are stored in the model's dtype, as vLLM would cast them, and the
+    report says how many that changed.
+
+    Raises:
+        Problems, QuantError: what stands against it, all together, before anything is written.
+    """
+    start = time.perf_counter()
+    output = Path(output_path)
+    checkpoint = open_checkpoint(model_path)
+    found = find_format(checkpoint.config, checkpoint.tensors)
+    form = FormatRegistry.get(format_name or (found.format if found else "plain"))
+    if found is None and form.quant_method is not None:
+        raise UsageError(f"{model_path}: is not quantized: quant quantize makes a {form.name} checkpoint of it")
+    linears = dict(found.linears) if found else {}
+    problems = target_problems(Path(model_path), output)
+    if source is not None and not Path(source).is_dir():
+        problems.append(f"--source is {str(source)!r}: there is no such directory")
+    if form.quant_method is not None and found is not None:
+        problems += _problems(checkpoint, found, form, linears, target, tensor_parallel)
+    if problems:
+        raise Problems(problems)
+    dtype = _HEADER_DTYPES[model_dtype(checkpoint.config)]
+    plain = dequantized(checkpoint)
+    units = lay_out(plain, linears, form, dtype)
+    check_disk(output, sum(s.nbytes for u in units for s in u.shards))
+    config = {k: v for k, v in plain.config.items() if k != "text_config"} | _text_config(plain.config)
+    quantization = form.config(list(linears.values()), unquantized_linears(plain, linears), "static") if linears else None
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    arguments = engine_arguments(config, tensor_parallel=tensor_parallel, max_model_len=max_model_len)
+    changed: list[str] = []
+
+    def produce(name: str) -> QuantizedTensor:
+        assert found is not None
+        tensor = read_linear(FormatRegistry.get(found.format), found, checkpoint, name)
+        if form.quant_method is not None:
+            scales = tensor.scales.to(TORCH[dtype])
+            if not bool((scales.float() == tensor.scales.float()).all()):
+                changed.append(name)
+            tensor = replace(tensor, scales=scales)
+        return tensor
+
+    work = WorkFolder(output.absolute(), {"export": str(checkpoint.path), "format": form.name}, fresh=True)
+    try:
+        for number, unit in enumerate(units):
+            files = write_unit(unit, work.path, plain, form, linears, dtype, produce)
+            work.finish_unit(unit.name, files, {})
+            progress(Event("export", number + 1, len(units)))
+        dropped = write_rest(work.path, checkpoint, units, config, arguments, Path(source) if source is not None else None)
+        result = verify(work.path, tensor_parallel=tensor_parallel, target=target)
+        if result.failed:
+            raise VerificationFailed(
+                f"{work.path}: the output failed its own verification: {'; '.join(result.failed[:5])}. It was not published"
+            )
+        report = {
+            "output_path": str(output),
+            "source_path": str(checkpoint.path),
+            "source_format": found.format if found else "plain",
+            "format": form.name,
+            "source_bytes": checkpoint.nbytes,
+            "output_bytes": sum(f.stat().st_size for f in work.path.glob("*.safetensors")),
+            "linears": len(linears),
+            "scales_rounded": changed,
+            "side_files_dropped": dropped,
+            "seconds": {"total": round(time.perf_counter() - start, 3)},
+            "peak_rss_bytes": peak_rss(),
+            "vllm": vllm_config(arguments),
+            "verify": result.to_dict(),
+            "output_hash": result.content_hash,
+        }
+        write_text(work.path / REPORT, json.dumps(report, indent=2) + "\n")
+        work.publish()
+    finally:
+        work.finished.clear()  # an export is a copy: it starts over rather than resuming
+        work.release()
+    return report
+
+
+def _problems(
+    checkpoint: Checkpoint, found: Found, form: Format, linears: dict[str, Linear], target: str, tensor_parallel: int
+) -> list[str]:
+    """Checks every linear against the wanted format; fills in what only the tensors tell (symmetry, order)."""
+    problems: dict[str, None] = {}
+    for name, linear in linears.items():
+        tensor = read_linear(FormatRegistry.get(found.format), found, checkpoint, name)
+        linears[name] = linear = replace(linear, scheme=tensor.scheme)
+        if tensor.group_index is not None and (form.name != "gptq" or target == "vllm"):
+            problems[
+                "the groups are in activation order (g_idx is not k // group_size), which vLLM has no path for: export with --format plain, "
+                "or quantize the original again with --act-order static"
+            ] = None
+        if reason := form.refuse(linear.scheme, target):
+            problems[f"{linear.scheme} in format {form.name}: {reason}"] = None
+        problems.update(dict.fromkeys(form.problems(linear)))
+    problems.update(dict.fromkeys(shape_problems(linears.values(), tensor_parallel)))
+    if len({x.scheme for x in linears.values()}) > 1 and form.name == "gptq":
+        problems["the linears have several schemes; a gptq file of ours holds one: use --format compressed-tensors"] = None
+    return list(problems)
+
+
+def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``text_config`` without a second copy of the quantization."""
+    text = config.get("text_config")
+    return {"text_config": {k: v for k, v in text.items() if k != "quantization_config"}} if isinstance(text, dict) else {}

@@ -1,0 +1,95 @@
+"""From quantized linears to a finished directory: shards as they are made, then side files, index, config.json last."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quant.checkpoint.dtypes import TORCH
+from quant.checkpoint.reader import INDEX, Checkpoint
+from quant.checkpoint.writer import ShardWriter, write_text
+from quant.formats import Format, Linear
+from quant.pipeline.plan import Unit, weight_map
+from quant.serving.arguments import Argument, vllm_config
+from quant.tensors import QuantizedTensor
+
+REPORT = "quant_report.json"
+VLLM_CONFIG = "vllm_config.json"
+#: Files that describe an earlier quantization: their content is wrong for the new checkpoint.
+_STALE = {REPORT, VLLM_CONFIG, "quantize_config.json", "quant_config.json", "recipe.yaml"}
+
+
+def write_unit(
+    unit: Unit,
+    folder: Path,
+    source: Checkpoint,
+    form: Format,
+    linears: Mapping[str, Linear],
+    dtype: str,
+    produce: Callable[[str], QuantizedTensor],
+) -> list[Path]:
+    """Writes and syncs a unit's shards. Linears come from ``produce``, one at a time; every other tensor is copied byte for byte."""
+    files = []
+    for shard in unit.shards:
+        path = folder / shard.file
+        with ShardWriter(path, [t.spec for t in shard.tensors]) as writer:
+            packed: dict[str, torch.Tensor] = {}
+            for tensor in shard.tensors:
+                name = tensor.spec.name
+                if tensor.linear is None:
+                    writer.write_pieces(name, source.read_bytes(name))
+                    continue
+                if name not in packed:
+                    packed = form.pack(linears[tensor.linear], produce(tensor.linear), TORCH[dtype])
+                writer.write(name, packed.pop(name))
+        files.append(path)
+    return files
+
+
+def write_rest(
+    folder: Path,
+    source: Checkpoint,
+    units: tuple[Unit, ...],
+    config: Mapping[str, Any],
+    arguments: list[Argument],
+    fallback: Path | None = None,
+) -> list[dict[str, str]]:
+    """Everything behind the shards: side files, index, engine arguments, and config.json last, because without it the folder is no model.
+
+    Args:
+        fallback: directory to take side files from that the source lacks.
+
+    Returns:
+        side files left out, each with its reason.
+    """
+    dropped = copy_side_files(source, folder)
+    if fallback is not None:
+        for file in Checkpoint(fallback, {}, {}).side_files():
+            target = folder / file.relative
+            if not file.dropped and file.relative not in _STALE and not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file.path, target)
+    if sum(len(u.shards) for u in units) > 1:
+        total = sum(t.spec.nbytes for u in units for s in u.shards for t in s.tensors)
+        write_text(folder / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map(units)}, indent=2) + "\n")
+    write_text(folder / VLLM_CONFIG, json.dumps(vllm_config(arguments), indent=2) + "\n")
+    write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    return dropped
+
+
+def copy_side_files(source: Checkpoint, folder: Path) -> list[dict[str, str]]:
+    """Copies every side file byte for byte; returns those left out with the reason."""
+    dropped = []
+    for file in source.side_files():
+        if file.dropped or file.relative in _STALE:
+            dropped.append({"file": file.relative, "reason": file.dropped or "describes an earlier quantization"})
+            continue
+        path = folder / file.relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file.path, path)
+    return dropped

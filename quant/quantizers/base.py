@@ -1,0 +1,46 @@
+"""What a rounding method is: a pure function of (weight, statistics of its input, scheme)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+
+from quant.calibration.statistics import Statistics
+from quant.registry import Registry
+from quant.schemes import WeightScheme
+from quant.tensors import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized weight and what the reader of a report must know: ``fallbacks`` are departures from what was asked, ``notes`` facts."""
+
+    tensor: QuantizedTensor
+    fallbacks: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class Quantizer(Protocol):
+    """A method with its settings (a frozen dataclass).
+
+    ``needs`` names the statistics it wants (see :mod:`quant.calibration.statistics`); empty means that no calibration text is needed.
+    Rows of a weight are independent, so linears that share an input are handed over stacked along N and the result is cut apart.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]]
+
+    def __call__(self, weight: torch.Tensor, statistics: Statistics | None, scheme: WeightScheme, dtype: torch.dtype) -> Quantized:
+        """Quantizes fp32 ``weight`` [N, K]; scales are stored in ``dtype``. ``weight`` may be overwritten."""
+        ...
+
+
+QuantizerRegistry: Registry[type[Quantizer]] = Registry("method", "quant.quantizers")
+
+
+def stack(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Weights [Nᵢ, K] on top of one another as fp32."""
+    return torch.cat([w.float() for w in weights])

@@ -1,0 +1,219 @@
+"""GPTQ (Frantar et al. 2022, arXiv:2210.17323), in the feedback form.
+
+GPTQ rounds one input column of W after another and moves each column's error onto the columns not yet rounded. With the Hessian factored as
+H = R·Rᵀ (R upper triangular), the value that column k is rounded from can be written without the inverse of H: it is
+
+    W_k + Σ_{j<k} (W_j - Ŵ_j) · R_jk / R_kk
+
+where Ŵ is what has been rounded already. That this is the same method is Theorem 6 of Chee et al. 2023 (QuIP, arXiv:2307.13304), there with
+the LDLᵀ factors. One Cholesky factorization replaces the usual factor-invert-factor, nothing is written to columns ahead, and the loss is
+Σ_k R_kk² · |rounding error of column k|².
+
+Everything is kept transposed, [K, N], so that a column of W is one contiguous run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from quant.calibration.statistics import Statistics
+from quant.errors import QuantError
+from quant.quantizers.base import Quantized, QuantizerRegistry
+from quant.quantizers.rounding import group_parameters, round_weight, weight_parameters
+from quant.schemes import WeightScheme
+from quant.tensors import QuantizedTensor
+
+#: Columns whose feedback is applied by one matrix product, and within them by smaller ones.
+_BLOCK, _PANEL = 128, 32
+#: Each rung multiplies the damping by ten; a Hessian that is not positive definite at the last one is not usable.
+_RUNGS = 4
+
+
+@dataclass(frozen=True)
+class GPTQQuantizer:
+    """Settings of GPTQ.
+
+    Attributes:
+        damping: added to the Hessian's diagonal, as a share of its mean.
+        act_order: ``static`` visits columns by falling importance (diagonal of H) with the groups of natural order, so the file needs no
+            group index; ``none`` visits them in file order and takes each group's scale when it is reached, from the updated weights.
+        clip_search: choose each scale by least error weighted with the diagonal of H, instead of the group's full range.
+    """
+
+    damping: float = 0.01
+    act_order: Literal["none", "static"] = "static"
+    clip_search: bool = False
+
+    name: ClassVar[str] = "gptq"
+    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
+
+    def __call__(self, weight: torch.Tensor, statistics: Statistics | None, scheme: WeightScheme, dtype: torch.dtype) -> Quantized:
+        if statistics is None or statistics.hessian is None:
+            raise QuantError("gptq needs calibration text: give --calibration-dataset, or use --method minmax")
+        diagonal = statistics.hessian.diagonal().clone()
+        fallbacks, notes = [], []
+        dead = diagonal == 0
+        if count := int(dead.sum()):
+            # an input that is always zero has no say in the error: its column is rounded to nearest, undisturbed by the others
+            notes.append(f"{count} of {len(dead)} inputs are zero on all calibration tokens: their columns are rounded to nearest")
+        order = None if self.act_order == "none" else torch.argsort(diagonal, descending=True, stable=True)
+        factor, damping = factorize(statistics.hessian, self.damping, order)
+        if factor is None:
+            fallbacks.append(f"the Hessian is not positive definite with damping up to {damping:g}: rounded to nearest instead")
+            scales, zeros = weight_parameters(weight, scheme, dtype, diagonal, self.clip_search)
+            codes = round_weight(weight, scales, zeros, scheme)
+        else:
+            if damping > self.damping:
+                fallbacks.append(f"the Hessian needed damping {damping:g} instead of {self.damping:g}")
+            if order is None:
+                codes, scales, zeros = _solve(weight, factor, scheme, dtype, None, diagonal if self.clip_search else None, self.clip_search)
+            else:
+                fixed = weight_parameters(weight, scheme, dtype, diagonal, self.clip_search)
+                codes, scales, zeros = _solve(weight, factor, scheme, dtype, (fixed, order), None, False)
+        tensor = QuantizedTensor(codes, scales.to(dtype), None if zeros is None else zeros.to(torch.int8), scheme)
+        return Quantized(tensor, tuple(fallbacks), tuple(notes))
+
+
+def factorize(hessian: torch.Tensor, damping: float, order: torch.Tensor | None) -> tuple[Factor | None, float]:
+    """R with R·Rᵀ = H + damping · mean(diag H) · I, rows and columns taken in ``order``. ``hessian`` is overwritten.
+
+    Factored in fp32; where that fails, in fp64 with the same damping, and then with ten times more until the last rung.
+
+    Returns:
+        R and the damping that was needed, or None and the last damping tried.
+    """
+    k = len(hessian)
+    reverse = torch.arange(k, device=hessian.device) if order is None else order
+    reverse = reverse.flip(0)
+    flipped = torch.empty_like(hessian)
+    for start in range(0, k, _BLOCK):  # by rows: indexing the whole matrix twice would hold a third copy
+        flipped[start : start + _BLOCK] = hessian[reverse[start : start + _BLOCK]][:, reverse]
+    diagonal = flipped.diagonal()
+    diagonal[diagonal == 0] = 1.0  # dead inputs: their off-diagonal elements are zero too
+    mean = diagonal.mean()
+    applied = 0.0
+    for rung in range(_RUNGS):
+        wanted = damping * 10**rung
+        diagonal += (wanted - applied) * mean
+        applied = wanted
+        # the result goes where the Hessian was, seen as LAPACK's column-major matrix
+        lower, failed = torch.linalg.cholesky_ex(flipped, out=(hessian.t(), torch.empty((), dtype=torch.int32, device=hessian.device)))
+        if not failed and bool(lower.diagonal().isfinite().all()):
+            return Factor(lower), applied
+        precise, failed = torch.linalg.cholesky_ex(flipped.double())
+        if not failed and bool(precise.diagonal().isfinite().all()):
+            return Factor(precise.float()), applied
+    return None, applied
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The upper triangular R of the H in question, kept as the lower Cholesky factor of H with rows and columns reversed: the one is the other
+    read backwards."""
+
+    reversed_lower: torch.Tensor
+
+    def block(self, rows: slice, columns: slice) -> torch.Tensor:
+        """R[rows, columns], copied; both slices have a start and a stop."""
+        k = len(self.reversed_lower)
+        return self.reversed_lower[k - rows.stop : k - rows.start, k - columns.stop : k - columns.start].flip(0, 1)
+
+    def diagonal(self) -> torch.Tensor:
+        return self.reversed_lower.diagonal().flip(0)
+
+
+def _solve(
+    weight: torch.Tensor,
+    factor: Factor,
+    scheme: WeightScheme,
+    dtype: torch.dtype,
+    fixed: tuple[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor] | None,
+    importance: torch.Tensor | None,
+    search: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The column loop.
+
+    Args:
+        weight: fp32 [N, K].
+        factor: R of the columns in the order they are visited.
+        fixed: scales and zeros [N, G] and the order of columns; None: file order, scales taken as groups are reached.
+
+    Returns:
+        int8 codes [N, K], fp32 scales [N, G], fp32 zeros [N, G] or None.
+    """
+    n, k = weight.shape
+    groups = scheme.groups(k)
+    g = k // groups
+    if fixed is not None:
+        (scales, zeros), order = fixed
+        errors = weight.t()[order]  # [K, N]: starts as W, column k becomes W_k - Ŵ_k once it is rounded
+        group_of = (order // g).tolist()
+    else:
+        errors = weight.t().contiguous()
+        scales = torch.empty(n, groups, device=weight.device)
+        zeros = None if scheme.symmetric else torch.empty(n, groups, device=weight.device)
+        group_of = [c // g for c in range(k)]
+    scales_t = scales.t().contiguous()
+    zeros_t = None if zeros is None else zeros.t().contiguous()
+    codes = torch.empty(k, n, dtype=torch.int8, device=weight.device)
+    inverse = (1.0 / factor.diagonal()).tolist()
+    for start in range(0, k, _BLOCK):
+        end = min(start + _BLOCK, k)
+        triangle = factor.block(slice(start, end), slice(start, end))
+        feedback = factor.block(slice(0, start), slice(start, end)).t() @ errors[:start]  # [block, N]
+        for panel in range(start, end, _PANEL):
+            stop = min(panel + _PANEL, end)
+            if panel > start:
+                done = slice(panel - _PANEL, panel)
+                feedback[panel - start :].addmm_(triangle[done.start - start : done.stop - start, panel - start :].t(), errors[done])
+            inner = feedback[panel - start : stop - start]
+            for c in range(panel, stop):
+                group = group_of[c]
+                if fixed is None and c % g == 0:
+                    s, z = _group_now(errors, factor, slice(c, c + g), scheme, dtype, importance, search)
+                    scales_t[group] = s
+                    if zeros_t is not None and z is not None:
+                        zeros_t[group] = z
+                target = torch.add(errors[c], inner[c - panel], alpha=inverse[c])
+                scale = scales_t[group]
+                if zeros_t is None:
+                    code = target.div_(scale).round_().clamp_(scheme.low, scheme.high)
+                    codes[c] = code
+                    errors[c].addcmul_(code, scale, value=-1)
+                else:
+                    zero = zeros_t[group]
+                    code = target.div_(scale).add_(zero).round_().clamp_(scheme.low, scheme.high)
+                    codes[c] = code
+                    errors[c].addcmul_(code.sub_(zero), scale, value=-1)
+                if c + 1 < stop:
+                    inner[c + 1 - panel :].addr_(triangle[c - start, c + 1 - start : stop - start], errors[c])
+    if fixed is not None:
+        natural = torch.empty_like(codes)
+        natural[fixed[1]] = codes
+        codes = natural
+    return codes.t().contiguous(), scales_t.t().contiguous(), None if zeros_t is None else zeros_t.t().contiguous()
+
+
+def _group_now(
+    errors: torch.Tensor,
+    factor: Factor,
+    group: slice,
+    scheme: WeightScheme,
+    dtype: torch.dtype,
+    importance: torch.Tensor | None,
+    search: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales and zeros [N] of a group of columns, from its weights as GPTQ has updated them by the time it is reached.
+
+    Given the errors E of all columns before, the update of group G is E·R_PG·R_GG⁻¹: the block of R above the group's own triangle, times
+    the inverse of that triangle.
+    """
+    pushed = factor.block(slice(0, group.start), group).t() @ errors[: group.start]  # [g, N]
+    update = torch.linalg.solve_triangular(factor.block(group, group).t(), pushed, upper=False)
+    return group_parameters((errors[group] + update).t(), scheme, dtype, None if importance is None else importance[group], search)
+
+
+QuantizerRegistry.add(GPTQQuantizer.name, GPTQQuantizer)

@@ -1,0 +1,167 @@
+"""Results as people read them. The same values that ``--json`` prints, drawn with rich."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from quant.units import format_seconds, format_size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_WORST = 5
+
+
+def _table(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _checks(checks: list[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    return [(("✓ " if c["passed"] else "✗ ") + c["name"], c["detail"]) for c in checks]
+
+
+def quantization(console: Console, report: Mapping[str, Any]) -> None:
+    """The last lines of ``quant quantize``: what was made, how well, what went otherwise."""
+    seconds = report["seconds"]
+    weights = report["scheme"]["weights"]
+    group = "channel" if weights["group_size"] == -1 else weights["group_size"]
+    rows = [
+        ("output", report["output_path"]),
+        (
+            "scheme",
+            f"{report['scheme']['name']}, group {group}, {report['method']}, {report['format']}, {report['bits_per_weight']} bits per weight",
+        ),
+        ("size", f"{format_size(report['source_bytes'])} → {format_size(report['output_bytes'])}"),
+        (
+            "time",
+            f"{format_seconds(seconds['total'])} ("
+            + ", ".join(f"{k} {format_seconds(v)}" for k, v in seconds.items() if k != "total" and v >= 0.05)
+            + ")",
+        ),
+        (
+            "peak memory",
+            format_size(report["peak_rss_bytes"]) + (f", GPU {format_size(report['peak_gpu_bytes'])}" if report["peak_gpu_bytes"] else ""),
+        ),
+        (
+            "tensors",
+            f"{len(report['tensors']['quantized'])} quantized, {len(report['tensors']['copied'])} copied, {len(report['tensors']['dropped'])} dropped",
+        ),
+    ]
+    measured = sorted((x for x in report["layers"] if x["error"] is not None), key=lambda x: -x["error"])
+    if measured:
+        rows.append(
+            ("worst layers", "\n".join(f"{x['name']}: relative output error {x['error']:.2%}, {x['snr_db']} dB" for x in measured[:_WORST]))
+        )
+    rows.append(("fallbacks", "\n".join(f"{x['name']}: {x['fallback']}" for x in report["fallbacks"]) or "none"))
+    notes = list(dict.fromkeys(f"{x['name']}: {n}" for x in report["layers"] for n in x["notes"]))
+    if notes:
+        rows.append(
+            ("notes", "\n".join(notes[:_WORST]) + (f"\nand {len(notes) - _WORST} more in quant_report.json" if len(notes) > _WORST else ""))
+        )
+    if report["side_files_dropped"]:
+        rows.append(("left out", "\n".join(f"{d['file']}: {d['reason']}" for d in report["side_files_dropped"])))
+    rows += _checks(report["verify"]["checks"])
+    rows.append(("serve", f"python deploy_vllm.py serve --model-path {report['output_path']}"))
+    _table(console, "Quantized", rows)
+
+
+def prediction(console: Console, value: Mapping[str, Any]) -> None:
+    """``--dry-run``: what the job would make and take."""
+    _table(
+        console,
+        "Dry run: nothing was written",
+        [
+            ("scheme", f"{value['scheme']['name']}, {value['method']}, {value['format']}"),
+            ("linears", f"{value['linears']} to quantize"),
+            (
+                "output",
+                f"{format_size(value['output_bytes'])} of tensors (source {format_size(value['source_bytes'])}), {format_size(value['side_files_bytes'])} of side files",
+            ),
+            ("scratch", format_size(value["scratch_bytes"])),
+            ("peak memory", f"about {format_size(value['peak_rss_bytes'])}, {format_size(value['available_bytes'])} are available"),
+            ("time", f"about {format_seconds(value['seconds'])}"),
+        ],
+    )
+
+
+def export(console: Console, report: Mapping[str, Any]) -> None:
+    rows = [
+        ("output", report["output_path"]),
+        ("format", f"{report['source_format']} → {report['format']}, {report['linears']} quantized linears"),
+        ("size", f"{format_size(report['source_bytes'])} → {format_size(report['output_bytes'])}"),
+        (
+            "scales",
+            f"rounded to the model's dtype in {len(report['scales_rounded'])} linears"
+            if report["scales_rounded"]
+            else "carried over exactly",
+        ),
+    ]
+    if report["side_files_dropped"]:
+        rows.append(("left out", "\n".join(f"{d['file']}: {d['reason']}" for d in report["side_files_dropped"])))
+    _table(console, "Exported", rows + _checks(report["verify"]["checks"]))
+
+
+def verification(console: Console, value: Mapping[str, Any]) -> None:
+    rows = _checks(value["checks"])
+    if "tensors" in value:
+        different = value["tensors"]["different"]
+        snr = [t["snr_db"] for t in different if t["snr_db"] is not None]
+        rows.append(
+            (
+                "against source",
+                f"{value['tensors']['equal']} tensors equal, {len(different)} differ"
+                + (f" ({min(snr):.1f} to {max(snr):.1f} dB)" if snr else ""),
+            )
+        )
+    if "vllm" in value:
+        rows.append((("✓ " if value["vllm"]["passed"] else "✗ ") + "in vLLM", value["vllm"]["detail"]))
+    _table(console, f"{value['path']}: {'passed' if value['passed'] else 'FAILED'}", rows)
+
+
+def evaluation(console: Console, value: Mapping[str, Any]) -> None:
+    def shown(m: Mapping[str, float], form: str) -> str:
+        return f"{m['mean']:{form}} ± {m['standard_error']:{form}}"
+
+    rows = [
+        ("text", f"{value['text']}, {value['chunks']} chunks, {value['tokens']:,} tokens"),
+        ("perplexity", shown(value["perplexity"], ".4f")),
+    ]
+    if value["against"]:
+        rows += [
+            ("source's", shown(value["source_perplexity"], ".4f")),
+            ("rise", f"{value['perplexity_increase']:+.2%}"),
+            ("KL to source", f"{shown(value['kl'], '.5f')} nats per token"),
+            ("top-1 agreement", shown(value["top1"], ".2%")),
+        ]
+    _table(console, value["path"], rows)
+
+
+def inspection(console: Console, value: Mapping[str, Any]) -> None:
+    schemes = ", ".join(f"{n} × {s}" for s, n in value["schemes"].items()) or "none"
+    _table(
+        console,
+        value["path"],
+        [
+            (
+                "model",
+                f"{value['model_type']} ({', '.join(value['architectures'] or ['no architecture named'])}), {value['blocks']} blocks, adapter: {value['adapter'] or 'none, generic'}",
+            ),
+            ("parameters", f"{value['parameters']:,}: " + ", ".join(f"{r} {n:,}" for r, n in value["parameters_by_role"].items())),
+            (
+                "bytes",
+                f"{format_size(value['total_bytes'])}: " + ", ".join(f"{d} {format_size(n)}" for d, n in value["bytes_by_dtype"].items()),
+            ),
+            ("files", f"{len(value['files'])}, {value['tensors']} tensors"),
+            ("head", "tied to the embedding" if value["tied_head"] else "its own"),
+            ("format", value["format"]),
+            ("schemes", schemes),
+        ],
+    )
