@@ -22,7 +22,7 @@ from quant.planning.memory import EngineRequest, MemoryPlan, group_problems, lar
 from quant.planning.rule_of_thumb import rule_of_thumb
 from quant.planning.scenarios import Scenario, load_scenario
 from quant.planning.speed import Speed, speed_bounds
-from quant.planning.storage import GROUPED, checkpoint_bytes
+from quant.planning.storage import GROUPED, file_bytes
 from quant.planning.versions import rules_for
 from quant.schemes import PRESETS
 from quant.units import format_size
@@ -322,7 +322,7 @@ def _plan_one(
         why = f"holds {found.max_concurrency:.1f} requests of {found.context:,} tokens, {request.concurrency} asked for"
     elif meets and not safe:
         why = f"{found.why}; leaves less than {margin:.0%} of the free memory"
-    size = stored_bytes(spec) if candidate.scheme == "none" else checkpoint_bytes(spec, candidate.scheme, group)
+    size = stored_bytes(spec) if candidate.scheme == "none" else file_bytes(spec, candidate.scheme, group)
     return SchemePlan(
         candidate, found, found.fits, meets, safe, why, loss, quality["source"], speed_bounds(spec, gpu, found, request.concurrency),
         makeable, size, group if group != 128 else None,

@@ -189,6 +189,29 @@ def checkpoint_bytes(spec: ModelSpec, scheme: str, group_size: int | None = None
     return int(total)
 
 
+def file_bytes(spec: ModelSpec, scheme: str, group_size: int | None = None) -> int:
+    """Bytes of the safetensors files: :func:`checkpoint_bytes` and the headers, which matter for small models.
+
+    A header has an entry a tensor: its name, dtype, shape and two offsets. Names that only a config gave are taken as long as the usual ones.
+    """
+    tensors = checkpoint_bytes(spec, scheme, group_size)
+    storage = storage_of(scheme, group_size)
+    digits = len(str(tensors))
+    parts = ["weight_packed", "weight_scale", "weight_shape", *(["weight_zero_point"] if scheme.endswith("-asym") else [])]
+    if scheme == "none":
+        parts = []
+    elif storage.name in ("int8", "fp8", "fp8-block") and scheme not in GROUPED:
+        parts = ["weight", "weight_scale"]
+    header = 16
+    for weight in spec.weights:
+        name = weight.name if weight.stored_bytes else f"model.layers.{weight.layer}.self_attn.{weight.name}.weight"
+        base = name.removesuffix(".weight")
+        names = [f"{base}.{p}" for p in parts] if parts and quantizable(weight, storage) else [name]
+        shape = len(str(list(weight.shape)).replace(" ", ""))
+        header += weight.count * sum(len(n) + len('"":{"dtype":"I32","shape":,"data_offsets":[,]},') + shape + 2 * digits for n in names)
+    return tensors + header
+
+
 def quantizable(weight: Weight, storage: Storage) -> bool:
     """Whether a scheme with this storage quantizes this weight."""
     if storage is PLAIN or not weight.linear or len(weight.shape) != 2 or weight.role not in QUANTIZED_ROLES:
