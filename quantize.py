@@ -72,7 +72,7 @@ def detect(gpu: str | None, out: Output) -> None:
 @common_options
 def recommend(
     model_path: str | None, model: str | None, gpu: str | None, gpu_count: int | None, gpu_memory: int | None, engine: EngineRequest,
-    tensor_parallel_given: bool, scheme: str | None, policy: str, scenario: str | None, out: Output,
+    scheme: str | None, policy: str, scenario: str | None, out: Output,
 ) -> None:  # fmt: skip
     """Which scheme fits this model on this or a named GPU, and why. Exit status 3 when nothing fits.
 
@@ -87,9 +87,8 @@ def recommend(
         raise UsageError("give the model once: --model-path DIRECTORY, or --model NAME")
     subject: str | Path = Path(model_path) if model_path is not None else str(model)
     found = choose(
-        subject, gpu, engine, scenario=scenario, policy=policy, scheme=scheme, gpu_count=gpu_count, gpu_memory=gpu_memory,
-        tensor_parallel_given=tensor_parallel_given,
-    )  # fmt: skip
+        subject, gpu, engine, scenario=scenario, policy=policy, scheme=scheme, gpu_count=gpu_count, gpu_memory=gpu_memory
+    )
     out.result(found.to_dict(), lambda console: show_recommendation(found, console))
     if found.recommended is None:
         raise click.exceptions.Exit(3)

@@ -37,7 +37,8 @@ class EngineRequest:
     context: int | None = None
     concurrency: int = 1
     kv_cache_dtype: str = "auto"
-    tensor_parallel: int = 1
+    #: None: one GPU, or for a recommendation as many as there are
+    tensor_parallel: int | None = None
     pipeline_parallel: int = 1
     gpu_memory_utilization: float | None = None
     max_num_seqs: int | None = None
@@ -49,6 +50,11 @@ class EngineRequest:
     #: bytes of KV cache given outright: no profiling, utilization ignored
     kv_cache_memory_bytes: int | None = None
     dtype: str | None = None
+
+    @property
+    def ranks(self) -> int:
+        """The degree of tensor parallelism, 1 where it is left open."""
+        return 1 if self.tensor_parallel is None else self.tensor_parallel
 
     def check(self, spec: ModelSpec, gpus: Sequence[Gpu]) -> None:
         """Everything wrong with the request, listed together.
@@ -86,7 +92,7 @@ class EngineRequest:
             )
         if self.max_num_seqs and self.concurrency > self.max_num_seqs:
             found.append(f"--concurrency {self.concurrency} is above --max-num-seqs {self.max_num_seqs}: raise the latter or ask for less")
-        ranks = self.tensor_parallel
+        ranks = self.ranks
         if 1 <= ranks <= 1024:
             found += parallel_problems(spec, ranks)
         if self.pipeline_parallel > spec.layers:
@@ -186,7 +192,7 @@ class MemoryPlan:
 
 def batch_defaults(gpu: Gpu, rules: Rules, context: int, request: EngineRequest, spec: ModelSpec) -> tuple[int, int]:
     """``max_num_batched_tokens`` and ``max_num_seqs`` as the server of that release would set them."""
-    world = request.tensor_parallel * request.pipeline_parallel
+    world = request.ranks * request.pipeline_parallel
     if gpu.platform == "cpu":
         tokens, seqs = 2048 * world, 128 * world
     elif rules.engine == "v0":
@@ -308,11 +314,11 @@ def plan(
     request.check(spec, gpus)
     if scheme != "none":
         storage_of(scheme)
-    world = request.tensor_parallel * request.pipeline_parallel
+    world = request.ranks * request.pipeline_parallel
     used = list(gpus[:world])
     gpu = min(used, key=lambda g: (g.total_bytes, g.free_bytes))
     rules = rules_for(request.vllm_version, gpu.capability, spec.moe is not None)
-    ranks, stages = request.tensor_parallel, request.pipeline_parallel
+    ranks, stages = request.ranks, request.pipeline_parallel
     dtype = request.dtype or ("bfloat16" if spec.dtype in ("float32", "float64") else spec.dtype)
     if dtype not in DTYPE_BYTES:
         raise one_of("dtype", dtype, ["bfloat16", "float16", "float32"])
@@ -441,7 +447,7 @@ class _Start:
         return self.request.kv_cache_memory_bytes is not None
 
     def _cuts(self) -> tuple[str, str] | None:
-        cuts = group_problems(self.spec, self.scheme, self.request.tensor_parallel, self.group_size)
+        cuts = group_problems(self.spec, self.scheme, self.request.ranks, self.group_size)
         if cuts:
             return cuts[0], "another tensor parallel degree, or a smaller group size when quantizing"
         if self.request.chunked_prefill is False and self.tokens < self.context and self.rules.engine == "v1":
@@ -470,7 +476,7 @@ class _Start:
         elif self.weights + self.other < self.requested and self.seqs > 16 and self.activation > missing:
             remedy = f"--max-num-seqs {max(16, _smaller(self.seqs))} --max-num-batched-tokens {max(512, _smaller(self.tokens))}"
         else:
-            ranks = next((t for t in (2, 4, 8, 16) if t > self.request.tensor_parallel and not parallel_problems(self.spec, t)), None)
+            ranks = next((t for t in (2, 4, 8, 16) if t > self.request.ranks and not parallel_problems(self.spec, t)), None)
             remedy = f"a smaller scheme, a larger GPU{f', or --tensor-parallel {ranks}' if ranks else ''}"
         return (
             f"no room for a KV cache: weights {format_size(self.weights)} + activations {format_size(self.activation)} + CUDA graphs "

@@ -46,8 +46,6 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         given = {name: kwargs.pop(name) for name in _FIELDS}
-        chosen = given["tensor_parallel"] is not None
-        given["tensor_parallel"] = given["tensor_parallel"] if chosen else 1
-        return command(*args, engine=EngineRequest(**given), tensor_parallel_given=chosen, **kwargs)
+        return command(*args, engine=EngineRequest(**given), **kwargs)
 
     return wrapped

@@ -184,14 +184,13 @@ def recommend(
     margin: float = MARGIN,
     output_path: str | None = None,
     makeable: Mapping[str, Sequence[str]] | None = None,
-    tensor_parallel_given: bool = True,
 ) -> Recommendation:
     """Which scheme this model should be served in.
 
     Args:
         model: a checkpoint directory, a config.json, a config mapping, a name, or a spec.
         gpus: a GPU's name, GPUs, or None for those here.
-        request: vLLM's arguments; context and concurrency in tokens and sequences.
+        request: vLLM's arguments; context and concurrency in tokens and sequences. All GPUs share the layers where it does not say.
         scenario: a profile whose arguments fill what ``request`` leaves open, and whose objective decides.
         policy: ``vllm``, or ``rule-of-thumb`` for the original design's rule.
         scheme: plan just this one.
@@ -199,7 +198,6 @@ def recommend(
         margin: share of the free memory to leave unused by the chosen plan.
         output_path: where the commands write and serve from.
         makeable: scheme → methods, instead of :data:`MAKEABLE`.
-        tensor_parallel_given: False lets several GPUs set the degree of tensor parallelism.
 
     Raises:
         UsageError, Problems: the request is wrong or contradicts itself (exit status 2).
@@ -229,7 +227,7 @@ def recommend(
     if request.context is None:
         request = replace(request, context=min(DEFAULT_CONTEXT, spec.max_context))
         notes.append(f"planned for a context of {request.context:,} tokens; --context asks for another")
-    if len(found) > 1 and not tensor_parallel_given and request.tensor_parallel == 1 and request.pipeline_parallel <= len(found):
+    if len(found) > 1 and request.tensor_parallel is None and 1 <= request.pipeline_parallel <= len(found):
         ranks = len(found) // request.pipeline_parallel
         request = replace(request, tensor_parallel=next(t for t in range(ranks, 0, -1) if not parallel_problems(spec, t)))
     if len({g.name for g in found}) > 1:
@@ -308,7 +306,7 @@ def _plan_one(
             return refused(f"{gpu.name} ({level}) computes {candidate.needs} {how}")
     group = None
     if candidate.scheme in GROUPED:  # the largest group that every rank can hold whole
-        group = next((g for g in (128, 64, 32) if not group_problems(spec, candidate.scheme, request.tensor_parallel, g)), 128)
+        group = next((g for g in (128, 64, 32) if not group_problems(spec, candidate.scheme, request.ranks, g)), 128)
     found = plan(spec, gpus, candidate.scheme, request, group)
     meets = found.fits and found.max_concurrency >= request.concurrency
     free = gpu.free_bytes
@@ -349,11 +347,7 @@ def _reason(
     spec: ModelSpec, gpu: Gpu, plans: Sequence[SchemePlan], chosen: SchemePlan | None, request: EngineRequest, profile: Scenario | None
 ) -> str:
     asked = f"{request.concurrency} × {request.context:,} tokens"
-    where = (
-        f"{request.tensor_parallel * request.pipeline_parallel} × {gpu.name}"
-        if request.tensor_parallel * request.pipeline_parallel > 1
-        else gpu.name
-    )
+    where = f"{request.ranks * request.pipeline_parallel} × {gpu.name}" if request.ranks * request.pipeline_parallel > 1 else gpu.name
     if chosen is not None and chosen.plan is not None:
         margin = "" if chosen.safe else ", though without the safety margin"
         if profile and profile.objective != "quality":
@@ -398,7 +392,7 @@ def _reason(
 def _what_would(spec: ModelSpec, gpu: Gpu, best: SchemePlan, request: EngineRequest) -> str:
     """The smallest change that makes the smallest scheme start, found by planning it: no graphs, fewer sequences, more GPUs."""
     assert best.plan is not None
-    world = request.tensor_parallel * request.pipeline_parallel
+    world = request.ranks * request.pipeline_parallel
     tries: list[tuple[str, int, EngineRequest]] = []
     if not request.enforce_eager:
         tries.append(("--enforce-eager", world, replace(request, enforce_eager=True)))
@@ -407,7 +401,7 @@ def _what_would(spec: ModelSpec, gpu: Gpu, best: SchemePlan, request: EngineRequ
         words = f"--max-num-seqs {small} --max-num-batched-tokens 512"
         tries.append((words, world, replace(request, max_num_seqs=small, max_num_batched_tokens=max(512, small))))
     for ranks in (2, 4, 8, 16):
-        if ranks > request.tensor_parallel and not parallel_problems(spec, ranks):
+        if ranks > request.ranks and not parallel_problems(spec, ranks):
             changed = replace(request, tensor_parallel=ranks)
             tries.append(
                 (
@@ -438,8 +432,8 @@ def _commands(
     parts = ["quant", "quantize", "--model-path", source, "--output-path", target, "--method", str(method), "--scheme", chosen.scheme]
     if chosen.group_size:
         parts += ["--group-size", str(chosen.group_size)]
-    if request.tensor_parallel > 1:
-        parts += ["--tensor-parallel", str(request.tensor_parallel)]
+    if request.ranks > 1:
+        parts += ["--tensor-parallel", str(request.ranks)]
     return (*fetch, shlex.join(parts), serve_command(target, chosen.plan, request))
 
 
@@ -520,7 +514,7 @@ def get_optimized_config(
     >>> get_optimized_config("meta-llama/Llama-3.1-8B-Instruct", "chat", "L40S-48GB")["max_model_len"]
     8192
     """
-    found = recommend(model, gpus, scenario=scenario, tensor_parallel_given=False).check()
+    found = recommend(model, gpus, scenario=scenario).check()
     chosen = found.plan
     assert chosen is not None
     return {

@@ -90,7 +90,7 @@ def show_recommendation(found: Recommendation, console: Console) -> None:
         console.print(table)
     else:
         parts = [f"context {request.context:,}", f"concurrency {request.concurrency}", f"vLLM {request.vllm_version}"]
-        parts += [f"tensor parallel {request.tensor_parallel}"] if request.tensor_parallel > 1 else []
+        parts += [f"tensor parallel {request.ranks}"] if request.ranks > 1 else []
         parts += [f"pipeline parallel {request.pipeline_parallel}"] if request.pipeline_parallel > 1 else []
         console.print(", ".join(parts))
         table = Table(box=None, pad_edge=False)

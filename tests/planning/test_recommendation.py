@@ -44,7 +44,7 @@ def by_scheme(found: Recommendation) -> dict[str, Any]:
     ],
 )
 def test_the_most_precise_scheme_that_fits_is_taken(model: str, gpu: str, count: int, scheme: str, method: str | None) -> None:
-    found = recommend(model, gpu, gpu_count=count, tensor_parallel_given=False)
+    found = recommend(model, gpu, gpu_count=count)
     assert (found.recommended, found.method) == (scheme, method), found.reason
     chosen = by_scheme(found)[scheme]
     assert chosen.fits and chosen.meets
@@ -132,7 +132,7 @@ def test_nothing_fits_says_what_would_and_it_does() -> None:
     assert found.recommended is None and found.commands == () and len(found.plans) >= 5
     with pytest.raises(NothingFits, match="--gpu-count 4"):
         found.check()
-    assert by_scheme(recommend("meta-llama/Llama-3.1-70B", "RTX 4090", gpu_count=4, tensor_parallel_given=False))["w4a16"].fits
+    assert by_scheme(recommend("meta-llama/Llama-3.1-70B", "RTX 4090", gpu_count=4))["w4a16"].fits
 
 
 def test_an_already_quantized_checkpoint_is_not_quantized_again() -> None:
@@ -205,7 +205,7 @@ def test_every_profile_fits_what_it_was_written_for(name: str) -> None:
 @pytest.mark.parametrize("name", scenario_names())
 @pytest.mark.parametrize("model", ["Qwen/Qwen2.5-3B-Instruct", "Qwen/Qwen2.5-14B-Instruct", "meta-llama/Llama-3.1-70B-Instruct"])
 def test_every_scenario_serves_small_medium_and_large_models_on_large_gpus(name: str, model: str) -> None:
-    found = recommend(model, "H200", gpu_count=2, scenario=name, tensor_parallel_given=False)
+    found = recommend(model, "H200", gpu_count=2, scenario=name)
     assert found.recommended is not None, found.reason
 
 
