@@ -205,7 +205,7 @@ def recommend(
 
     >>> recommend("meta-llama/Llama-3.1-8B-Instruct", "L40S-48GB").recommended
     'none'
-    >>> recommend("meta-llama/Llama-3.1-70B-Instruct", "L40S-48GB", gpu_count=2).recommended
+    >>> recommend("meta-llama/Llama-3.1-70B-Instruct", "H100").recommended
     'w4a16'
     """
     if policy not in POLICIES:
@@ -216,6 +216,9 @@ def recommend(
     found = _gpus(gpus, gpu_count, gpu_memory)
     request = request or EngineRequest()
     if policy == "rule-of-thumb":
+        if scheme is not None or scenario is not None:
+            given = "--scheme" if scheme is not None else "--scenario"
+            raise UsageError(f"--policy rule-of-thumb contradicts {given}: the rule knows only its own four schemes; leave one of them out")
         return _thumb(spec, found, request)
     profile = load_scenario(scenario) if isinstance(scenario, str) else scenario
     notes = [*spec.notes]
@@ -485,7 +488,8 @@ def _engines(
 def _thumb(spec: ModelSpec, gpus: Sequence[Gpu], request: EngineRequest) -> Recommendation:
     """The original design's rule, for one GPU."""
     gpu = gpus[0]
-    scheme, plans = rule_of_thumb(stored_bytes(spec), gpu.total_bytes, gpu.free_bytes)
+    here = gpu.sources.get("memory") == "nvml"  # of a part that is not here, all memory counts as free
+    scheme, plans = rule_of_thumb(stored_bytes(spec), gpu.total_bytes, gpu.free_bytes if here else None)
     rows = []
     for p in plans:
         rows.append({**p.to_dict(), **{key: None for key in _PLAN_KEYS}, "weights_bytes": p.needed_bytes})

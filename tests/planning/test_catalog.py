@@ -12,6 +12,8 @@ from tiny_models import TINY
 from quant.architectures import spec_from_config
 from quant.catalog import catalogue, find_model, load_model, model_from_config, model_from_directory, stored_bytes
 from quant.errors import CheckpointError, UsageError
+from quant.hardware import named_gpu
+from quant.planning import EngineRequest, plan
 
 #: published counts that include what is no parameter: block scales (MiniMax), or were read from another revision (Llama 3.2 Vision)
 LOOSE = {"MiniMaxAI/MiniMax-M2.7": 1e-4, "meta-llama/Llama-3.2-11B-Vision-Instruct": 0.005}
@@ -156,7 +158,16 @@ def test_a_directory_gives_the_exact_bytes_by_role_from_its_headers(tmp_path: Pa
 
 def test_a_32_bit_file_is_known_to_be_one(tmp_path: Path) -> None:
     count = write_checkpoint(tmp_path, "F32", 4)
-    assert stored_bytes(model_from_directory(tmp_path)) == 4 * count
+    spec = model_from_directory(tmp_path)
+    assert stored_bytes(spec) == 4 * count
+    found = plan(spec, [named_gpu("L40S")], "none", EngineRequest(context=1024))
+    assert found.weights_bytes == 2 * count + spec.rotary_bytes  # served in 16 bits: half of the file
+
+
+def test_a_bf16_file_is_served_at_its_size(tmp_path: Path) -> None:
+    count = write_checkpoint(tmp_path)
+    spec = model_from_directory(tmp_path)
+    assert plan(spec, [named_gpu("L40S")], "none", EngineRequest(context=1024)).weights_bytes == 2 * count + spec.rotary_bytes
 
 
 def test_a_directory_without_weights_is_computed_and_one_without_config_refused(tmp_path: Path) -> None:

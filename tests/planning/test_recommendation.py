@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import importlib.util
 import shlex
 from dataclasses import replace
@@ -171,6 +173,8 @@ def test_the_json_has_the_contracts_keys_also_when_nothing_fits() -> None:
     ("options", "error", "words"),
     [
         ({"policy": "astrology"}, UsageError, "--policy"),
+        ({"policy": "rule-of-thumb", "scheme": "w4a16"}, UsageError, "contradicts --scheme"),
+        ({"policy": "rule-of-thumb", "scenario": "chat"}, UsageError, "contradicts --scenario"),
         ({"scenario": "chatt"}, UsageError, "chat"),
         ({"scheme": "w4a61"}, UsageError, "w4a16"),
         ({"gpus": "L40X"}, UsageError, "L40"),
@@ -289,6 +293,12 @@ def test_the_policy_is_reachable_and_needs_no_plan() -> None:
     assert len(found.to_dict()["plans"]) == 4
 
 
+def test_the_worked_example_through_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quant.planning.recommendation.stored_bytes", lambda spec: int(5.75 * GB))
+    found = recommend("microsoft/phi-2", "RTX 3070", gpu_memory=8 * GB, policy="rule-of-thumb")
+    assert found.recommended == "fp16" and "7.20" in found.to_dict()["plans"][0]["why"]
+
+
 @pytest.mark.parametrize("size", [0, -5, 10**30])
 def test_the_rule_refuses_sizes_that_are_none(size: int) -> None:
     with pytest.raises(UsageError):
@@ -319,6 +329,21 @@ def test_measured_starts_are_reproduced_within_the_limits() -> None:
         ours, simple = figures[f"verdicts_{kind}"], figures[f"verdicts_{kind}_naive"]
         assert ours["right"] >= 0.9 * ours["of"] and ours["right"] >= simple["right"]
     assert figures["verdicts_failed"]["right"] > 2 * figures["verdicts_failed_naive"]["right"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "architectures",
+        "catalog",
+        "data",
+        "hardware",
+        *(f"planning.{m}" for m in ("recommendation", "rule_of_thumb", "storage", "versions")),
+    ],
+)
+def test_the_examples_in_the_docstrings_run(name: str) -> None:
+    module = importlib.import_module(f"quant.{name}")
+    assert doctest.testmod(module).failed == 0
 
 
 def test_the_scenarios_folder_is_found_where_the_data_is() -> None:
