@@ -27,6 +27,8 @@ from quant.planning.versions import Rules, rules_for
 from quant.units import format_size
 
 GIB = 2**30
+#: resident memory of a worker of vLLM's CPU build (0.32) that serves an 11 MB model: the interpreter and its libraries
+CPU_PROCESS_BYTES = int(0.63 * GIB)
 MIB = 2**20
 
 
@@ -274,9 +276,10 @@ def graph_bytes(spec: ModelSpec, rules: Rules, sizes: int, ranks: int, layers: i
 
 
 def other_memory(rules: Rules, gpu: Gpu, world: int) -> int:
-    """Bytes outside torch's allocator: the CUDA context's growth and libraries, NCCL and all-reduce buffers with several GPUs."""
+    """Bytes outside torch's allocator: the CUDA context's growth and libraries, NCCL and all-reduce buffers with several GPUs; on the CPU
+    the process itself."""
     if gpu.platform == "cpu":
-        return 0
+        return CPU_PROCESS_BYTES
     if world == 1:
         return rules.other_bytes
     fast = gpu.link == "nvlink" and (gpu.capability is None or gpu.capability >= (9, 0))

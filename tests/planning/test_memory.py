@@ -260,4 +260,5 @@ def test_old_gpus_kept_the_old_engine_until_0_10() -> None:
 
 def test_the_cpu_needs_no_graphs_and_no_profile() -> None:
     p = plan(LLAMA8, [cpu_device(64 * GIB)], "none", EngineRequest(context=4096))
-    assert p.cuda_graph_bytes == p.activation_bytes == p.other_bytes == 0 and p.block_tokens == 128
+    assert p.cuda_graph_bytes == p.activation_bytes == 0 and p.block_tokens == 128
+    assert p.kv_cache_bytes == p.requested_bytes - p.weights_bytes - p.other_bytes
