@@ -111,7 +111,7 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--symmetric/--asymmetric", default=None, help="Without or with zero points.  [default: symmetric]"),
             click.option("--act-order", type=click.Choice(["none", "static"]), help="gptq: the order of columns.  [default: static]"),
             click.option("--damping", type=float, help="gptq: share of the Hessian's mean diagonal that is added to it.  [default: 0.01]"),
-            click.option("--clip-search", is_flag=True, default=None, help="Search each group's range for the least error."),
+            click.option("--clip-search/--no-clip-search", default=None, help="Search each group's range for the least error.  [default: on for gptq]"),
             click.option("--format", "format_", help="compressed-tensors (default), gptq or plain (dequantized values in the source's dtype)."),
             click.option("--target", type=click.Choice(["vllm", "other"]), help="Who must load it; other allows what vLLM refuses.  [default: vllm]"),
             click.option(

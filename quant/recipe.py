@@ -28,7 +28,7 @@ class Recipe(BaseModel):
     symmetric: bool | None = None
     act_order: Literal["none", "static"] | None = None
     damping: float | None = Field(None, gt=0, le=1)
-    clip_search: bool = False
+    clip_search: bool | None = None
     format: str = "compressed-tensors"
     target: Literal["vllm", "other"] = "vllm"
     calibration_dataset: list[Path] = []

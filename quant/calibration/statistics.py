@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -77,7 +78,7 @@ class Accumulator:
 
 def add_gram(total: torch.Tensor, x: torch.Tensor) -> None:
     """Adds the lower triangle of xᵀx to fp32 ``total`` [K, K]; x is [T, K]. Blocks on the diagonal are computed whole."""
-    options = {"out_dtype": torch.float32} if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) else {}
+    options: dict[str, Any] = {"out_dtype": torch.float32} if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) else {}
     if not x.is_cuda and not (x.dtype == torch.bfloat16 and bf16_products()):
         x = x.float()
     for start, rows in _panels(total):

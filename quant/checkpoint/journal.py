@@ -7,11 +7,12 @@ folder keeps a second run out. The folder is renamed to the output directory whe
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +41,20 @@ class WorkFolder:
             os.close(self._lock)
             raise QuantError(f"{self.path}: another run is working on this output: wait for it, or choose another --output-path") from error
         self.finished: dict[str, dict[str, Any]] = {}
-        if fresh:
-            self._clear()
-        elif (self.path / _JOURNAL).exists():
-            self._resume(fingerprint)
-        if not (self.path / _JOURNAL).exists():
-            self._clear()
-            self._append({"fingerprint": dict(fingerprint)})
+        try:
+            if not fresh and (self.path / _JOURNAL).exists():
+                self._resume(fingerprint)
+            if not self.finished:
+                self._clear()
+                self._append({"fingerprint": dict(fingerprint)})
+        except BaseException:
+            os.close(self._lock)
+            raise
 
-    def _clear(self) -> None:
+    def _clear(self, kept: Collection[str] = ()) -> None:
+        """Removes everything that a finished unit does not claim: half a shard, activations of a killed run, side files."""
         for entry in self.path.iterdir():
-            if entry.name != _LOCK:
+            if entry.name != _LOCK and entry.name not in kept:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def _resume(self, fingerprint: Mapping[str, Any]) -> None:
@@ -64,8 +68,7 @@ class WorkFolder:
             kept += line
         if kept != text:
             write_text(self.path / _JOURNAL, kept)
-        if not lines or "fingerprint" not in lines[0]:
-            (self.path / _JOURNAL).unlink()
+        if not lines or not isinstance(lines[0], dict) or "fingerprint" not in lines[0]:
             return
         before = lines[0]["fingerprint"]
         changed = sorted(k for k in {*before, *fingerprint} if before.get(k) != json.loads(json.dumps(fingerprint.get(k))))
@@ -77,6 +80,7 @@ class WorkFolder:
         for entry in lines[1:]:
             if all(self._intact(f) for f in entry["files"]):
                 self.finished[entry["unit"]] = entry
+        self._clear({_JOURNAL, *(f["name"] for entry in self.finished.values() for f in entry["files"])})
 
     def _intact(self, file: Mapping[str, Any]) -> bool:
         path = self.path / file["name"]
@@ -100,13 +104,23 @@ class WorkFolder:
         self.finished[unit] = entry
 
     def publish(self) -> None:
-        """Renames the folder to the output directory; the journal and the lock go."""
-        (self.path / _JOURNAL).unlink()
-        (self.path / _LOCK).unlink()
+        """Renames the folder to the output directory; the journal and the lock go.
+
+        Raises:
+            QuantError: the output directory has filled up since the job was planned.
+        """
         sync_folder(self.path)
-        if self.output.exists():
-            self.output.rmdir()  # it was empty when the job was planned; a file that appeared since makes this fail, and nothing is lost
-        os.rename(self.path, self.output)
+        try:
+            os.rename(self.path, self.output)  # takes the place of an empty directory, fails on any other
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise QuantError(
+                f"{self.output}: is not empty any more: something was put there while the job ran. Move it away and run the same command again"
+            ) from error
+        (self.output / _JOURNAL).unlink()
+        (self.output / _LOCK).unlink()
+        sync_folder(self.output)
         sync_folder(self.output.parent)
         self.release()
 

@@ -127,7 +127,7 @@ class Checkpoint:
         found = []
         for folder, folders, files in os.walk(self.path, followlinks=False):
             folders[:] = sorted(f for f in folders if f not in _SKIPPED_FOLDERS)
-            for name in sorted(files):
+            for name in sorted([*files, *(f for f in folders if (Path(folder) / f).is_symlink())]):
                 path = Path(folder) / name
                 relative = path.relative_to(self.path).as_posix()
                 if relative in used:
@@ -148,9 +148,9 @@ def _resolve_hub_cache(path: Path) -> Path:
     """``models--org--name`` of a hub cache means the snapshot that its ``refs/main`` names."""
     reference = path / "refs" / "main"
     if not (path / "config.json").exists() and reference.is_file():
-        snapshot = path / "snapshots" / reference.read_text().strip()
-        if (snapshot / "config.json").exists():
-            return snapshot
+        name = reference.read_text(errors="replace").strip()
+        if _plain_name(name) and (path / "snapshots" / name / "config.json").exists():
+            return path / "snapshots" / name
     return path
 
 

@@ -122,7 +122,7 @@ class ShardWriter:
         if (HEADER[tensor.dtype], tuple(tensor.shape)) != (spec.dtype, spec.shape):
             raise AssertionError(f"{name}: made as {tensor.dtype} {tuple(tensor.shape)}, planned as {spec.dtype} {spec.shape}")
         flat = tensor.detach().cpu().contiguous().view(-1)
-        self.write_pieces(name, [memoryview(flat.view(torch.uint8).numpy())] if spec.nbytes else [])
+        self.write_pieces(name, [memoryview(flat.view(torch.uint8).numpy().data)] if spec.nbytes else [])
 
     def close(self) -> None:
         """Syncs and closes the file; every planned tensor must have been written."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
-from quant.errors import CheckpointError
+from quant.errors import CheckpointError, QuantError
 from quant.registry import Registry
 from quant.schemes import WeightScheme
 
@@ -99,14 +99,26 @@ def suffixed(names: Iterable[str], suffix: str) -> list[str]:
 
 
 def quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Where vLLM looks for it: ``quantization_config``, the one inside ``text_config``, ``compression_config``."""
+    """Where vLLM looks for it: ``quantization_config``, the one inside ``text_config``, ``compression_config``.
+
+    Raises:
+        CheckpointError: it is not an object.
+    """
     text = config.get("text_config")
     for place in (config, text if isinstance(text, dict) else {}):
         found = place.get("quantization_config")
         if found:
-            return found if isinstance(found, dict) else None
+            return _an_object(found)
     found = config.get("compression_config")
-    return found if isinstance(found, dict) and found else None
+    return _an_object(found) if found else None
+
+
+def _an_object(found: object) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise CheckpointError(
+            f"config.json: quantization_config is not an object but {str(found)[:60]!r}: repair it, or fetch the checkpoint again"
+        )
+    return found
 
 
 def find_format(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Found | None:
@@ -121,9 +133,26 @@ def find_format(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) ->
     method = str(quantization.get("quant_method", "")).lower().replace("_", "-")
     for entry in FormatRegistry:
         if entry.quant_method is not None and entry.quant_method == method:
-            return entry.find(quantization, tensors)
+            try:
+                return entry.find(quantization, tensors)
+            except CheckpointError:
+                raise
+            except (QuantError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, re.error) as error:
+                raise CheckpointError(
+                    f"config.json: its quantization_config ({method}) cannot be understood: {str(error)[:200]}: repair it, or fetch the checkpoint again"
+                ) from error
     readable = ", ".join(sorted(f.quant_method for f in FormatRegistry if f.quant_method))
     raise CheckpointError(f"the checkpoint is quantized as quant_method {method!r}, which is not read here; read are {readable}")
+
+
+def word_problems(linear: Linear, inputs: bool = True, outputs: bool = True) -> list[str]:
+    """Sides that do not fill whole 32-bit words."""
+    per = 32 if linear.scheme.bits == 3 else 32 // linear.scheme.bits
+    return [
+        f"{linear.name}: {count} {what} do not fill whole 32-bit words at {linear.scheme.bits} bits (a multiple of {per} is needed): --ignore the layer"
+        for count, what, asked in ((linear.k, "inputs", inputs), (linear.n, "outputs", outputs))
+        if asked and count % per
+    ]
 
 
 def shape_problems(linears: Iterable[Linear], tensor_parallel: int) -> list[str]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
 from quant.errors import CheckpointError
-from quant.formats.base import FormatRegistry, Found, Linear, require, suffixed
+from quant.formats.base import FormatRegistry, Found, Linear, require, suffixed, word_problems
 from quant.schemes import WeightScheme
 
 if TYPE_CHECKING:
@@ -79,7 +79,8 @@ class CompressedTensors:
         return None
 
     def problems(self, linear: Linear) -> list[str]:
-        return []
+        # vLLM allocates K·b/32 words a row, and N·b/32 of zero points: it has no place for a padded one
+        return word_problems(linear, outputs=not linear.scheme.symmetric)
 
     def specs(self, linear: Linear, dtype: str) -> list[TensorSpec]:
         n, k, bits, groups = linear.n, linear.k, linear.scheme.bits, linear.scheme.groups(linear.k)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
 from quant.errors import CheckpointError
-from quant.formats.base import FormatRegistry, Found, Linear, require, suffixed
+from quant.formats.base import FormatRegistry, Found, Linear, require, suffixed, word_problems
 from quant.schemes import BITS, WeightScheme
 
 if TYPE_CHECKING:
@@ -32,11 +32,6 @@ if TYPE_CHECKING:
 
 VLLM_GROUPS = (-1, 32, 64, 128)
 _VERSIONS = {"gptq": 1, "gptq_v2": 0}
-
-
-def _fields_multiple(bits: int) -> int:
-    """How many values fill whole words."""
-    return 32 if bits == 3 else 32 // bits
 
 
 class GPTQ:
@@ -55,13 +50,7 @@ class GPTQ:
         return None
 
     def problems(self, linear: Linear) -> list[str]:
-        per = _fields_multiple(linear.scheme.bits)
-        return [
-            f"{linear.name}: {count} {what} do not fill whole 32-bit words at {linear.scheme.bits} bits (a multiple of {per} is needed): "
-            "use --format compressed-tensors, or --ignore the layer"
-            for count, what in ((linear.k, "inputs"), (linear.n, "outputs"))
-            if count % per
-        ]
+        return word_problems(linear)
 
     def specs(self, linear: Linear, dtype: str) -> list[TensorSpec]:
         n, k, bits, groups = linear.n, linear.k, linear.scheme.bits, linear.scheme.groups(linear.k)
@@ -106,7 +95,7 @@ class GPTQ:
         codes = (unpack(words, bits, linear.k).to(torch.int16) - offset).to(torch.int8)
         stored = unpack(tensors[f"{linear.name}.qzeros"], bits, linear.n).to(torch.int16) + options["zero_offset"]
         zeros = (stored - offset).t().contiguous()
-        if int(zeros.max()) > 127:
+        if int(zeros.max()) >= offset:
             raise CheckpointError(
                 f"{linear.name}.qzeros: a zero point of 2^{bits}: the word was damaged when it was packed, make the checkpoint again"
             )
@@ -117,7 +106,8 @@ class GPTQ:
                 raise CheckpointError(f"{linear.name}.g_idx: names group {int(index.max())}, scales has {scales.shape[1]}")
             natural = torch.arange(linear.k, dtype=index.dtype) // (linear.k // scales.shape[1])
             index = None if torch.equal(index, natural) else index
-        symmetric = not bool(zeros.any())
+        # a file that says so may lie; one that does not keeps its zero points, so that fused neighbours stay alike
+        symmetric = linear.scheme.symmetric and not bool(zeros.any())
         scheme = WeightScheme(bits, linear.scheme.group_size, symmetric)
         return QuantizedTensor(codes, scales, None if symmetric else zeros.to(torch.int8), scheme, index)
 
@@ -149,7 +139,7 @@ class GPTQ:
         if str(config.get("pack_dtype", "int32")) != "int32":
             raise CheckpointError(f"GPTQ pack_dtype {config['pack_dtype']!r} is not read here; read is int32")
         try:
-            declared, symmetric = int(config["bits"]), bool(config.get("sym", True))
+            declared, stated, symmetric = int(config["bits"]), config.get("group_size"), bool(config.get("sym", True))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError("the GPTQ quantization_config lacks a whole number of bits") from error
         linears = {}
@@ -164,9 +154,13 @@ class GPTQ:
             index = tensors.get(f"{name}.g_idx")
             k = index.shape[0] if index is not None and index.shape else rows * 32 // declared
             bits, groups = (rows * 32 // k if k else 0), scales.shape[0]
-            if bits not in BITS or rows * 32 != k * bits or not groups or k % groups or scales.shape[1] != n:
-                raise CheckpointError(f"{name}: qweight {qweight.shape}, scales {scales.shape} and {k} inputs do not fit together")
-            linears[name] = Linear(name, n, k, WeightScheme(bits, -1 if groups == 1 else k // groups, symmetric))
+            fitting = bits in BITS and rows * 32 == k * bits and groups and k % groups == 0
+            if not fitting or scales.shape[1] != n or qzeros.shape != (groups, n * bits // 32):
+                raise CheckpointError(
+                    f"{name}: qweight {qweight.shape}, qzeros {qzeros.shape}, scales {scales.shape} and {k} inputs do not fit together"
+                )
+            group = k // groups
+            linears[name] = Linear(name, n, k, WeightScheme(bits, -1 if groups == 1 and stated != group else group, symmetric))
         return Found(self.name, linears, {"zero_offset": _VERSIONS[version]})
 
 

@@ -41,9 +41,9 @@ def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 4:
         # two nibbles to a byte, then bytes read as words: the same little-endian order, without 64-bit intermediates
         pairs = values.to(torch.uint8).reshape(*lead, padded // 2, 2)
-        return (pairs[..., 0] | (pairs[..., 1] << 4)).contiguous().view(torch.int32)
+        return _words(pairs[..., 0] | (pairs[..., 1] << 4))
     if bits == 8:
-        return values.to(torch.uint8).contiguous().view(torch.int32)
+        return _words(values.to(torch.uint8))
     fields = values.to(torch.int64).reshape(*lead, padded // per_word, per_word)
     shifts = torch.arange(0, 32, bits, device=values.device)
     return _to_int32((fields << shifts).sum(-1))
@@ -53,10 +53,10 @@ def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """Inverse of :func:`pack`: uint8 [..., count] from int32 [..., W]."""
     *lead, w = words.shape
     if bits in (4, 8):
-        flat = words.contiguous().view(torch.uint8)
+        flat = words.reshape(-1).view(torch.uint8)
         if bits == 4:
-            flat = torch.stack([flat & 0xF, flat >> 4], -1).reshape(*lead, w * 8)
-        return flat[..., :count].contiguous()
+            flat = torch.stack([flat & 0xF, flat >> 4], -1)
+        return flat.reshape(*lead, w * (32 // bits))[..., :count].contiguous()
     wide = words.to(torch.int64) & 0xFFFFFFFF
     if bits == 3:
         triples = wide.reshape(*lead, w // 3, 3)
@@ -70,6 +70,11 @@ def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
         return torch.stack(values, -1).reshape(*lead, (w // 3) * 32)[..., :count].to(torch.uint8)
     shifts = torch.arange(0, 32, bits, device=words.device)
     return ((wide.unsqueeze(-1) >> shifts) & (2**bits - 1)).reshape(*lead, w * (32 // bits))[..., :count].to(torch.uint8)
+
+
+def _words(data: torch.Tensor) -> torch.Tensor:
+    """uint8 [..., 4·W] read as int32 [..., W]. Flattened first: a side of length one may have a stride that a view as words refuses."""
+    return data.reshape(-1).view(torch.int32).reshape(*data.shape[:-1], data.shape[-1] // 4)
 
 
 def _to_int32(words: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
@@ -116,7 +116,7 @@ class Skeleton:
         self.model.eval()
         self.config = config
         self.blocks_path = row.blocks if row else self._find_blocks(kind)
-        self.blocks: nn.ModuleList = self.model.get_submodule(self.blocks_path)  # type: ignore[assignment]
+        self.blocks: nn.ModuleList = self.model.get_submodule(self.blocks_path)
         self._check_names(kind)
         self._aliases: dict[int, list[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
@@ -248,8 +248,9 @@ class Skeleton:
         Returns:
             hidden states [B, T, H] of each batch, and by batch size the call of every block.
         """
-        hidden, calls = [], {}
-        base = getattr(self.model, self.model.base_model_prefix, self.model)
+        hidden: list[torch.Tensor] = []
+        calls: dict[int, list[BlockCall]] = {}
+        base = getattr(self.model, str(self.model.base_model_prefix), self.model)
         with self.outside():
             for batch in batches:
                 _, states, recorded = self._run_outside(base, batch, None)

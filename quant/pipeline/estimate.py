@@ -14,6 +14,7 @@ from quant.models.skeleton import Skeleton
 from quant.pipeline.manager import RESIDENT_CPU, QuantizationManager
 from quant.pipeline.memory import peak_rss
 from quant.pipeline.plan import JobPlan, text_config
+from quant.quantizers.rounding import SEARCH_STEPS
 from quant.units import format_size
 
 #: A matrix product large enough to run at full speed, small enough to time in a moment: [tokens, features] by [features, features].
@@ -58,7 +59,7 @@ def estimate(plan: JobPlan) -> dict[str, Any]:
         largest += resident + 2 * hidden_bytes
         seconds = _seconds(plan, groups, tokens, manager.device, skeleton.dtype)
     else:
-        seconds = sum(x.n * x.k for x in plan.linears.values()) * 40 / 2e9 * (32 if plan.recipe.clip_search else 1)
+        seconds = sum(x.n * x.k for x in plan.linears.values()) * 40 / 2e9 * (SEARCH_STEPS if plan.recipe.clip_search else 1)
     seconds += (plan.checkpoint.nbytes + 2 * plan.output_bytes) / 1e9
     peak = peak_rss() + largest
     if peak > psutil.virtual_memory().total:

@@ -217,7 +217,7 @@ class QuantizationManager:
         for group in staged.stages():
             start = time.perf_counter()
             modules = [block.get_submodule(name) for name in group.linears]
-            weights = [m.weight for m in modules]
+            weights = [block.get_parameter(f"{name}.weight") for name in group.linears]
             with self.clock.phase("solve"):
                 statistics = sums.pop(group).finish()
                 stacked = torch.cat([w.float() for w in weights])
@@ -401,7 +401,7 @@ def make_quantizer(recipe: Recipe) -> Quantizer:
     """
     kind = QuantizerRegistry.get(recipe.method)
     fields = getattr(kind, "__dataclass_fields__", {})
-    options = {k: getattr(recipe, k) for k in ("act_order", "damping", "clip_search") if getattr(recipe, k)}
+    options = {k: getattr(recipe, k) for k in ("act_order", "damping", "clip_search") if getattr(recipe, k) is not None}
     for option in options:
         if option not in fields:
             raise UsageError(f"--{option.replace('_', '-')} is not an option of --method {recipe.method}")

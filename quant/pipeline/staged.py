@@ -59,13 +59,13 @@ class ActivationStore:
             return release
         if tensor.is_cuda:
             copy = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-            device_view = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)  # type: ignore[call-overload]
+            device_view = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
             copy.copy_(device_view)
             storage.resize_(0)
 
             def restore() -> None:
                 storage.resize_(size)
-                torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage).copy_(copy)  # type: ignore[call-overload]
+                torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage).copy_(copy)
 
             return restore
         offset = self._write(storage, size)
@@ -200,7 +200,7 @@ class StagedForward:
         for name in self._groups:
             module = self._block.get_submodule(name)
             originals[name] = module.forward
-            module.forward = _Stop(self, name, module.forward)  # type: ignore[method-assign]
+            module.forward = _Stop(self, name, module.forward)
         waiting: list[_Waiting] = []
         try:
             with torch.no_grad():
@@ -217,7 +217,7 @@ class StagedForward:
                     waiting = [r for i, w in enumerate(waiting) if (r := self._resume(i, w))]
         finally:
             for name, forward in originals.items():
-                self._block.get_submodule(name).forward = forward  # type: ignore[method-assign]
+                self._block.get_submodule(name).forward = forward
             for entry in waiting:
                 entry.coroutine.throw()  # ends it where it waits
         missing = [n for n, g in self._groups.items() if g not in self._finished]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ import torch
 from quant.checkpoint.dtypes import TORCH
 from quant.checkpoint.reader import INDEX, Checkpoint
 from quant.checkpoint.writer import ShardWriter, write_text
+from quant.errors import DiskFull
 from quant.formats import Format, Linear
 from quant.pipeline.plan import Unit, weight_map
 from quant.serving.arguments import Argument, vllm_config
@@ -72,8 +74,7 @@ def write_rest(
         for file in Checkpoint(fallback, {}, {}).side_files():
             target = folder / file.relative
             if not file.dropped and file.relative not in _STALE and not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file.path, target)
+                _copy(file.path, target)
     if sum(len(u.shards) for u in units) > 1:
         total = sum(t.spec.nbytes for u in units for s in u.shards for t in s.tensors)
         write_text(folder / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map(units)}, indent=2) + "\n")
@@ -89,7 +90,15 @@ def copy_side_files(source: Checkpoint, folder: Path) -> list[dict[str, str]]:
         if file.dropped or file.relative in _STALE:
             dropped.append({"file": file.relative, "reason": file.dropped or "describes an earlier quantization"})
             continue
-        path = folder / file.relative
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file.path, path)
+        _copy(file.path, folder / file.relative)
     return dropped
+
+
+def _copy(file: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        shutil.copyfile(file, target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # the error itself names the source
+            raise DiskFull(f"{target}: the disk is full. Free some room and run the same command again: finished work is kept") from error
+        raise

@@ -40,12 +40,12 @@ class GPTQQuantizer:
         damping: added to the Hessian's diagonal, as a share of its mean.
         act_order: ``static`` visits columns by falling importance (diagonal of H) with the groups of natural order, so the file needs no
             group index; ``none`` visits them in file order and takes each group's scale when it is reached, from the updated weights.
-        clip_search: choose each scale by least error weighted with the diagonal of H, instead of the group's full range.
+        clip_search: choose each group's range by least squared error weighted with the diagonal of H, instead of the whole range.
     """
 
     damping: float = 0.01
     act_order: Literal["none", "static"] = "static"
-    clip_search: bool = False
+    clip_search: bool = True
 
     name: ClassVar[str] = "gptq"
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
@@ -63,7 +63,7 @@ class GPTQQuantizer:
         factor, damping = factorize(statistics.hessian, self.damping, order)
         if factor is None:
             fallbacks.append(f"the Hessian is not positive definite with damping up to {damping:g}: rounded to nearest instead")
-            scales, zeros = weight_parameters(weight, scheme, dtype, diagonal, self.clip_search)
+            scales, zeros = weight_parameters(weight, scheme, dtype, None, self.clip_search)  # the diagonal may be what is wrong
             codes = round_weight(weight, scales, zeros, scheme)
         else:
             if damping > self.damping:
@@ -213,7 +213,10 @@ def _group_now(
     """
     pushed = factor.block(slice(0, group.start), group).t() @ errors[: group.start]  # [g, N]
     update = torch.linalg.solve_triangular(factor.block(group, group).t(), pushed, upper=False)
-    return group_parameters((errors[group] + update).t(), scheme, dtype, None if importance is None else importance[group], search)
+    scales, zeros = group_parameters(
+        (errors[group] + update).t().unsqueeze(1), scheme, dtype, None if importance is None else importance[None, group], search
+    )
+    return scales.squeeze(1), None if zeros is None else zeros.squeeze(1)
 
 
 QuantizerRegistry.add(GPTQQuantizer.name, GPTQQuantizer)

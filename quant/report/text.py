@@ -146,14 +146,12 @@ def evaluation(console: Console, value: Mapping[str, Any]) -> None:
 
 def inspection(console: Console, value: Mapping[str, Any]) -> None:
     schemes = ", ".join(f"{n} × {s}" for s, n in value["schemes"].items()) or "none"
+    architectures = ", ".join(value["architectures"] or ["no architecture named"])
     _table(
         console,
         value["path"],
         [
-            (
-                "model",
-                f"{value['model_type']} ({', '.join(value['architectures'] or ['no architecture named'])}), {value['blocks']} blocks, adapter: {value['adapter'] or 'none, generic'}",
-            ),
+            ("model", f"{value['model_type']} ({architectures}), {value['blocks']} blocks, adapter: {value['adapter'] or 'none, generic'}"),
             ("parameters", f"{value['parameters']:,}: " + ", ".join(f"{r} {n:,}" for r, n in value["parameters_by_role"].items())),
             (
                 "bytes",

@@ -1,0 +1,47 @@
+# `make demo` and `make test` set up everything they need. PYTHON chooses the interpreter the environments are made with.
+PYTHON ?= python3
+VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
+BIN := $(VENV)/bin
+DEMO := .demo
+
+.PHONY: demo test unit vllm lint docs clean
+
+$(VENV)/.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --group dev --editable ".[parquet]"
+	touch $@
+
+$(VLLM_VENV)/.stamp: tests/vllm/make_environment.sh
+	PYTHON=$(PYTHON) sh tests/vllm/make_environment.sh $(VLLM_VENV)
+	touch $@
+
+demo: $(VENV)/.stamp
+	rm -rf $(DEMO)
+	$(BIN)/quant quantize --model-path examples/tinylm-4m --output-path $(DEMO)/tinylm-4m-w4a16 --method gptq --samples 64 --sequence-length 512
+	$(BIN)/quant verify $(DEMO)/tinylm-4m-w4a16 --source examples/tinylm-4m
+	$(BIN)/quant evaluate $(DEMO)/tinylm-4m-w4a16 --against examples/tinylm-4m --chunks 40
+	$(BIN)/quant inspect $(DEMO)/tinylm-4m-w4a16
+
+test: $(VENV)/.stamp $(VLLM_VENV)/.stamp
+	QUANT_VLLM_PYTHON=$(abspath $(VLLM_VENV)/bin/python) $(BIN)/python -m pytest
+
+unit: $(VENV)/.stamp
+	$(BIN)/python -m pytest -m "not vllm"
+
+vllm: $(VENV)/.stamp $(VLLM_VENV)/.stamp
+	QUANT_VLLM_PYTHON=$(abspath $(VLLM_VENV)/bin/python) $(BIN)/python -m pytest tests/vllm
+
+lint: $(VENV)/.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python docs/make_reference.py --check
+
+docs: $(VENV)/.stamp
+	$(BIN)/python docs/make_reference.py
+
+clean:
+	rm -rf $(VENV) $(VLLM_VENV) $(DEMO) build dist *.egg-info

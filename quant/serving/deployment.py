@@ -1,0 +1,383 @@
+"""From a checkpoint to the exact ``vllm serve`` command, with the reason for each flag, and to the files that run it elsewhere. No torch.
+
+What the checkpoint decides comes from :mod:`quant.serving.arguments`; ``vllm_config.json`` beside the weights wins over that, and an option of
+the user over both. The API key never stands on a command line: vLLM reads it from ``VLLM_API_KEY``.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from quant import defaults
+from quant.checkpoint.reader import open_checkpoint
+from quant.errors import CheckpointError, UsageError, VerificationFailed, one_of
+from quant.evaluation.verify import verify
+from quant.serving.arguments import Argument, engine_arguments
+
+LOOPBACK = "127.0.0.1"
+PORT = 8000
+IMAGE = f"vllm/vllm-openai:v{defaults.VLLM_VERSION}.0"
+#: vLLM asks no hub for a local checkpoint and reports no usage; nothing leaves the machine unasked.
+OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+#: Flags that this tool must know to find, name and guard the server, with the option that sets each.
+_OWN_FLAGS = {
+    "--model": "--model-path",
+    "--host": "--host",
+    "--port": "--port",
+    "--api-key": "--api-key-env",
+    "--served-model-name": "--name",
+    "--config": "vllm_config.json beside the weights",
+    "--uds": "--host and --port",
+    "--root-path": "a proxy in front",
+    "--ssl-keyfile": "a proxy in front",
+    "--ssl-certfile": "a proxy in front",
+}
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user asks of a deployment. None leaves a value to ``vllm_config.json``, then to the checkpoint.
+
+    Attributes:
+        port: TCP port; 0 takes a free one when the server is started here.
+        api_key_env: name of the environment variable that holds the key.
+        extra: further vLLM arguments, passed on as they are.
+    """
+
+    tensor_parallel: int | None = None
+    max_model_len: int | None = None
+    gpu_memory_utilization: float | None = None
+    host: str = LOOPBACK
+    port: int = PORT
+    name: str | None = None
+    api_key_env: str | None = None
+    extra: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A checkpoint with everything that its server is told."""
+
+    model_path: Path
+    name: str
+    host: str
+    port: int
+    tensor_parallel: int
+    arguments: tuple[Argument, ...]
+    extra: tuple[str, ...]
+    api_key_env: str | None
+    warnings: tuple[str, ...]
+
+    def flags(self, *, host: str | None = None, port: int | None = None) -> list[str]:
+        """Everything behind the model, as words of a command."""
+        planned = [*self.arguments, Argument("host", host or self.host, ""), Argument("port", self.port if port is None else port, "")]
+        return [word for a in planned for word in (f"--{a.name}", str(a.value))] + list(self.extra)
+
+    @property
+    def command(self) -> list[str]:
+        return ["vllm", "serve", str(self.model_path), *self.flags()]
+
+    def reasons(self) -> list[Argument]:
+        """Every flag with its reason, those of the address included."""
+        where = "reachable from this machine only" if is_loopback(self.host) else "as asked: reachable from other machines"
+        return [*self.arguments, Argument("host", self.host, where), Argument("port", self.port, "where clients connect")]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "model_path": str(self.model_path),
+            "name": self.name,
+            "command": self.command,
+            "environment": OFFLINE | ({"VLLM_API_KEY": f"${self.api_key_env}"} if self.api_key_env else {}),
+            "arguments": [{"name": a.name, "value": a.value, "reason": a.reason} for a in self.reasons()],
+            "extra": list(self.extra),
+            "warnings": list(self.warnings),
+        }
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def plan(path: str | Path, wish: Wish) -> Deployment:
+    """The deployment of a checkpoint.
+
+    Raises:
+        CheckpointError: the directory or its ``vllm_config.json`` cannot be read.
+        VerificationFailed: vLLM would not load it, or would read wrong values.
+        UsageError: an extra argument that one of our own options sets.
+    """
+    _check_extra(wish.extra)
+    if wish.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", wish.api_key_env):
+        raise UsageError("--api-key-env takes the name of an environment variable, such as API_KEY, never the key itself")
+    folder = Path(path).absolute()
+    checkpoint = open_checkpoint(folder)
+    stated = _vllm_config(folder)
+    parallel = wish.tensor_parallel or int(stated.get("tensor-parallel-size", 1))
+    checked = verify(folder, tensor_parallel=parallel)
+    if not checked.passed:
+        more = f" (and {len(checked.failed) - 3} more)" if len(checked.failed) > 3 else ""
+        raise VerificationFailed(f"{path}: vLLM cannot serve it: {'; '.join(checked.failed[:3])}{more}. quant verify {path} lists every check")
+    derived = engine_arguments(checkpoint.config, tensor_parallel=parallel)
+    chosen = {a.name: a for a in derived}
+    chosen |= {k: Argument(k, v, "vllm_config.json of the checkpoint says so") for k, v in stated.items() if k not in chosen}
+    for key, value in stated.items():
+        if chosen[key].value != value:
+            chosen[key] = Argument(key, value, "vllm_config.json of the checkpoint says so")
+    asked = {
+        "tensor-parallel-size": wish.tensor_parallel,
+        "max-model-len": wish.max_model_len,
+        "gpu-memory-utilization": wish.gpu_memory_utilization,
+    }
+    for key, wanted in asked.items():
+        if wanted is not None and not (key == "tensor-parallel-size" and wanted == 1):
+            why = "as asked; shapes were checked for it" if key == "tensor-parallel-size" else "as asked"
+            chosen[key] = Argument(key, wanted, why)
+        elif wanted == 1:
+            chosen.pop(key, None)
+    name = wish.name or folder.name
+    chosen["served-model-name"] = Argument("served-model-name", name, "what clients call the model, wherever it lies")
+    passed_on = {word.split("=", 1)[0].replace("_", "-") for word in wish.extra if word.startswith("--")}
+    arguments = tuple(a for a in chosen.values() if f"--{a.name}" not in passed_on)
+    warnings = []
+    if not is_loopback(wish.host) and wish.api_key_env is None:
+        warnings.append(
+            f"--host is {wish.host} without an API key: whoever reaches port {wish.port} can use the model. Name a variable with --api-key-env, "
+            f"or bind to {LOOPBACK}"
+        )
+    return Deployment(folder, name, wish.host, wish.port, parallel, arguments, wish.extra, wish.api_key_env, tuple(warnings))
+
+
+def _check_extra(extra: Sequence[str]) -> None:
+    if extra and not extra[0].startswith("-"):
+        raise UsageError(f"unexpected argument {extra[0]!r}: the checkpoint is given with --model-path; arguments for vLLM follow --")
+    for word in extra:
+        flag = word.split("=", 1)[0].replace("_", "-")
+        if flag in _OWN_FLAGS:
+            raise UsageError(f"{flag} cannot be passed on to vLLM: use {_OWN_FLAGS[flag]} instead")
+
+
+def _vllm_config(folder: Path) -> dict[str, str | int | float]:
+    """The engine arguments that were written beside the weights; none where there is no such file."""
+    file = folder / "vllm_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON ({error}): write it anew with quant export-vllm, or delete it") from error
+    if not isinstance(values, dict) or not all(isinstance(v, (str, int, float)) and not isinstance(v, bool) for v in values.values()):
+        raise CheckpointError(f"{file}: an object of engine arguments with plain values is needed: write it anew with quant export-vllm")
+    for key, value in values.items():
+        if not re.fullmatch(r"[a-z][a-z0-9-]*", key):
+            raise CheckpointError(f"{file}: {key!r} is no engine argument: names are like max-model-len")
+        if f"--{key}" in _OWN_FLAGS:
+            raise CheckpointError(f"{file}: {key} does not belong there: it is given when the server is started")
+        if key in ("max-model-len", "tensor-parallel-size") and (not isinstance(value, int) or value < 1):
+            raise CheckpointError(f"{file}: {key} is {value!r}: a whole number from 1 is needed")
+    return values
+
+
+# --- the artefacts --------------------------------------------------------------------------------------------------------------
+
+
+def _head(deployment: Deployment, launch: str, *more: str) -> str:
+    lines = [f"vLLM serving {deployment.name}. {launch}", "", "Why each flag has its value:"]
+    lines += [f"  --{a.name} {a.value}: {a.reason}" for a in deployment.reasons()]
+    lines += [f"  {' '.join(deployment.extra)}: as asked"] if deployment.extra else []
+    lines += ["", *more] if more else []
+    lines += [line for w in deployment.warnings for line in ("", f"WARNING: {w}")]
+    # a name with a line break must not end the comment
+    return "".join(f"# {_one_line(line)}".rstrip() + "\n" for line in lines)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.splitlines())
+
+
+def _kube_name(name: str) -> str:
+    """A DNS label: small letters, digits and dashes, starting with a letter, at most 50 characters."""
+    label = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:50].strip("-")
+    return f"vllm-{label}"[:58].strip("-") if label else "vllm"
+
+
+def _yaml(value: Any) -> str:
+    import yaml
+
+    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=160))
+
+
+def shell(deployment: Deployment) -> str:
+    """A POSIX shell script."""
+    lines = [f"export {k}={v}" for k, v in OFFLINE.items()]
+    if deployment.api_key_env:
+        key = deployment.api_key_env
+        lines.append(f'export VLLM_API_KEY="${{{key}:?set {key} to the API key first}}"')
+    flags, words = [], deployment.flags()
+    while words:
+        taken = 2 if words[0].startswith("-") and len(words) > 1 and not words[1].startswith("-") else 1
+        flags.append(shlex.join(words[:taken]))
+        words = words[taken:]
+    command = " \\\n  ".join([f"exec vllm serve {shlex.quote(str(deployment.model_path))}", *flags])
+    return "#!/bin/sh\n" + _head(deployment, "Run it in an environment with vLLM.") + "set -eu\n" + "\n".join(lines) + "\n" + command + "\n"
+
+
+def compose(deployment: Deployment) -> str:
+    """A Docker Compose file. The container listens on all of its own addresses; the published one is the wished host."""
+    mounted = "/models/checkpoint"
+    host = f"[{deployment.host}]" if ":" in deployment.host else deployment.host
+    environment = dict(OFFLINE)
+    if deployment.api_key_env:
+        environment["VLLM_API_KEY"] = f"${{{deployment.api_key_env}:?set it to the API key first}}"
+    service = {
+        "image": IMAGE,
+        "command": [w.replace("$", "$$") for w in ["--model", mounted, *deployment.flags(host="0.0.0.0", port=PORT)]],
+        "environment": environment,
+        "volumes": [{"type": "bind", "source": str(deployment.model_path).replace("$", "$$"), "target": mounted, "read_only": True}],
+        "ports": [f"{host}:{deployment.port}:{PORT}"],
+        "ipc": "host",
+        "restart": "unless-stopped",
+        "healthcheck": {
+            "test": ["CMD", "python3", "-c", f"import urllib.request; urllib.request.urlopen('http://127.0.0.1:{PORT}/health', timeout=5)"],
+            "interval": "10s",
+            "timeout": "6s",
+            "retries": 3,
+            "start_period": "15m",
+        },
+        "deploy": {
+            "resources": {"reservations": {"devices": [{"driver": "nvidia", "count": deployment.tensor_parallel, "capabilities": ["gpu"]}]}}
+        },
+    }
+    head = _head(
+        deployment,
+        "Start it with: docker compose -f FILE up -d",
+        f"Inside the container vLLM listens on every address; Compose publishes it on {deployment.host} port {deployment.port} only.",
+    )
+    return head + _yaml({"services": {_kube_name(deployment.name): service}})
+
+
+def kubernetes(deployment: Deployment) -> str:
+    """A Deployment and a Service. The checkpoint is taken from the same path of the node."""
+    name, mounted = _kube_name(deployment.name), "/models/checkpoint"
+    labels = {"app.kubernetes.io/name": name}
+    environment: list[dict[str, Any]] = [{"name": k, "value": v} for k, v in OFFLINE.items()]
+    more = [
+        "Each node that may run it needs the checkpoint at the path of the volume; replace hostPath by a claim where storage is shared.",
+        "The Service is reachable inside the cluster only.",
+    ]
+    if deployment.api_key_env:
+        environment.append({"name": "VLLM_API_KEY", "valueFrom": {"secretKeyRef": {"name": f"{name}-key", "key": "api-key"}}})
+        more.append(f'The API key: kubectl create secret generic {name}-key --from-literal=api-key="${deployment.api_key_env}"')
+
+    def probe(**numbers: int) -> dict[str, Any]:
+        return {"httpGet": {"path": "/health", "port": "http"}, **numbers}
+
+    container = {
+        "name": "vllm",
+        "image": IMAGE,
+        # the kubelet would expand $(NAME) in arguments
+        "args": [w.replace("$(", "$$(") for w in ["--model", mounted, *deployment.flags(host="0.0.0.0", port=PORT)]],
+        "env": environment,
+        "ports": [{"name": "http", "containerPort": PORT}],
+        "startupProbe": probe(periodSeconds=10, failureThreshold=180),
+        "readinessProbe": probe(periodSeconds=5, failureThreshold=2),
+        "livenessProbe": probe(periodSeconds=10, failureThreshold=6),
+        "resources": {"limits": {"nvidia.com/gpu": deployment.tensor_parallel}},
+        "volumeMounts": [{"name": "model", "mountPath": mounted, "readOnly": True}, {"name": "shm", "mountPath": "/dev/shm"}],
+    }
+    workload = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": name, "labels": labels},
+        "spec": {
+            "replicas": 1,
+            "strategy": {"type": "Recreate"},  # a rolling update would need a second set of GPUs
+            "selector": {"matchLabels": labels},
+            "template": {
+                "metadata": {"labels": labels},
+                "spec": {
+                    "containers": [container],
+                    "enableServiceLinks": False,  # a service named vllm would set VLLM_PORT, which vLLM reads
+                    "terminationGracePeriodSeconds": 60,
+                    "volumes": [
+                        {"name": "model", "hostPath": {"path": str(deployment.model_path), "type": "Directory"}},
+                        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}},
+                    ],
+                },
+            },
+        },
+    }
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": name, "labels": labels},
+        "spec": {"type": "ClusterIP", "selector": labels, "ports": [{"name": "http", "port": deployment.port, "targetPort": "http"}]},
+    }
+    inside = replace(deployment, warnings=())  # neither the wished host nor its warning has a meaning inside a cluster
+    return _head(inside, "Apply it with: kubectl apply -f FILE", *more) + _yaml(workload) + "---\n" + _yaml(service)
+
+
+def systemd(deployment: Deployment) -> str:
+    """A service unit."""
+
+    def quoted(word: str) -> str:
+        for char, escaped in (("\\", "\\\\"), ('"', '\\"'), ("%", "%%"), ("$", "$$"), ("\n", "\\n")):
+            word = word.replace(char, escaped)
+        return f'"{word}"' if not re.fullmatch(r"[\w@%+=:,./$-]+", word) else word
+
+    name = _kube_name(deployment.name)
+    key = [f"EnvironmentFile=/etc/vllm/{name}.env"] if deployment.api_key_env else []
+    more = [f"Put VLLM_API_KEY=<the key> into /etc/vllm/{name}.env (mode 0600, owner root)."] if deployment.api_key_env else []
+    command = ["/usr/bin/env", "vllm", "serve", str(deployment.model_path), *deployment.flags()]
+    lines = [
+        "[Unit]",
+        f"Description=vLLM serving {_one_line(deployment.name).replace('%', '%%')}",
+        "After=network-online.target",
+        "Wants=network-online.target",
+        "",
+        "[Service]",
+        "Type=exec",
+        "# the environment that vLLM is installed in: put its bin folder first",
+        "Environment=PATH=/opt/vllm/bin:/usr/local/bin:/usr/bin:/bin",
+        *(f"Environment={k}={v}" for k, v in OFFLINE.items()),
+        *key,
+        "ExecStart=" + " ".join(quoted(w) for w in command),
+        "Restart=on-failure",
+        "RestartSec=10",
+        "TimeoutStopSec=60",
+        "KillMode=mixed",
+        "DynamicUser=yes",
+        "StateDirectory=" + name,
+        "Environment=HOME=/var/lib/" + name,
+        "NoNewPrivileges=yes",
+        "ProtectSystem=strict",
+        "PrivateTmp=yes",
+        "",
+        "[Install]",
+        "WantedBy=multi-user.target",
+    ]
+    head = _head(deployment, f"Save it as /etc/systemd/system/{name}.service, then: systemctl enable --now {name}", *more)
+    return head + "\n".join(lines) + "\n"
+
+
+ARTEFACTS: Mapping[str, Callable[[Deployment], str]] = {"shell": shell, "compose": compose, "kubernetes": kubernetes, "systemd": systemd}
+
+
+def artefact(deployment: Deployment, kind: str) -> str:
+    """The text of one artefact; ``kind`` is a key of :data:`ARTEFACTS`.
+
+    Raises:
+        UsageError: an unknown kind.
+    """
+    if kind not in ARTEFACTS:
+        raise one_of("--output", kind, list(ARTEFACTS))
+    return ARTEFACTS[kind](deployment)

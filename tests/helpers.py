@@ -1,0 +1,149 @@
+"""What several test files share: tiny checkpoints of many families, made on the spot, and plain ways to read files back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TINYLM = ROOT / "examples" / "tinylm-4m"
+SHARED = ROOT.parent / "shared"
+
+#: The shape of every tiny model: small, with grouped heads, and with sides that no power of two above 32 divides.
+SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 4096,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+#: Model type → what it needs beyond the shape.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+    "mistral": {"sliding_window": 16, "head_dim": 16},
+    "gemma2": {"head_dim": 32, "sliding_window": 16, "query_pre_attn_scalar": 32, "num_hidden_layers": 3},
+    "gemma3_text": {"head_dim": 32, "sliding_window": 16, "query_pre_attn_scalar": 32, "num_hidden_layers": 3, "sliding_window_pattern": 3},
+    "phi3": {"pad_token_id": 1},
+}
+#: Families without a row whose blocks have the usual shape.
+GENERIC = {"stablelm": {}, "olmo2": {}, "granite": {}, "cohere": {}, "starcoder2": {}, "glm": {"head_dim": 16, "pad_token_id": 1}}
+
+
+def tiny_config(kind: str, **changes: Any) -> Any:
+    from transformers import AutoConfig
+
+    values = {**SHAPE, **FAMILIES.get(kind, GENERIC.get(kind, {})), **changes}
+    return AutoConfig.for_model(kind, **values)
+
+
+def randomize(model: torch.nn.Module, seed: int = 0) -> None:
+    """Values at which every parameter matters: norms near one (or near zero where one is added), biases away from zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                parameter.copy_(parameter.float() + 0.2 * noise)
+            else:
+                parameter.copy_(noise * (0.05 if "embed" in name else parameter.shape[-1] ** -0.5))
+
+
+def add_tokenizer(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TINYLM / name, folder / name)
+
+
+def save_model(model: Any, folder: Path, **options: Any) -> Path:
+    model.save_pretrained(folder, **options)
+    add_tokenizer(folder)
+    return folder
+
+
+def make_checkpoint(
+    folder: Path,
+    kind: str = "llama",
+    dtype: torch.dtype = torch.bfloat16,
+    tie: bool = False,
+    seed: int = 0,
+    shard: str = "5GB",
+    **changes: Any,
+) -> Path:
+    """A checkpoint of random weights that transformers itself wrote."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(tiny_config(kind, tie_word_embeddings=tie, **changes), dtype=dtype)
+    randomize(model, seed)
+    return save_model(model, folder, max_shard_size=shard)
+
+
+def copy_model(source: Path, target: Path) -> Path:
+    shutil.copytree(source, target)
+    return target
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+def load_all(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a directory, read by the official safetensors package."""
+    from safetensors.torch import load_file
+
+    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def save_all(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def raw_safetensors(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:
+    """A safetensors file with any header, valid or not."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+def recipe(model: Path, output: Path, **options: Any) -> Any:
+    import quant
+
+    values: dict[str, Any] = {"model_path": model, "output_path": output, "method": "minmax"}
+    if options.get("method") == "gptq":
+        values |= {"samples": 8, "sequence_length": 64}
+    return quant.make_recipe(values | options)
+
+
+def quantize(model: Path, output: Path, **options: Any) -> dict[str, Any]:
+    """Runs a whole job in this process; returns its report."""
+    import quant
+
+    return quant.quantize(recipe(model, output, **options))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file of a directory by its relative path."""
+    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def weight_files(folder: Path) -> dict[str, bytes]:
+    return {n: b for n, b in files_of(folder).items() if n.endswith((".safetensors", ".index.json")) or n == "config.json"}

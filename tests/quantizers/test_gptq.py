@@ -1,0 +1,216 @@
+"""GPTQ against the textbook: columns left to right, the error pushed to the right through the Cholesky factor of the inverse, in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quant.calibration.statistics import Statistics
+from quant.errors import QuantError
+from quant.quantizers import GPTQQuantizer, MinMaxQuantizer
+from quant.quantizers.rounding import group_parameters, weight_parameters
+from quant.schemes import WeightScheme
+from quant.tensors import QuantizedTensor
+
+#: Inputs, outputs, group, symmetric, bits, order of columns.
+CASES = [
+    (256, 64, 128, True, 4, "static"),
+    (256, 64, 32, False, 3, "none"),
+    (384, 40, -1, True, 4, "none"),
+    (320, 33, 64, False, 4, "static"),
+    (200, 33, 40, True, 4, "none"),
+    (136, 5, 8, False, 2, "static"),
+    (72, 17, -1, False, 8, "none"),
+]
+
+
+def hessian_of(k: int, tokens: int = 2000, seed: int = 0) -> torch.Tensor:
+    """Mean of x xᵀ of inputs that are correlated and of very different size."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(k, k, generator=generator) * 0.2 + torch.eye(k)
+    x = torch.randn(tokens, k, generator=generator) @ mix * torch.rand(k, generator=generator).add(0.05)
+    return x.t() @ x / tokens
+
+
+def weight_of(n: int, k: int) -> torch.Tensor:
+    return torch.randn(n, k, generator=torch.Generator().manual_seed(n * k))
+
+
+def statistics(hessian: torch.Tensor) -> Statistics:
+    return Statistics(2000, hessian.clone())  # the solver may overwrite it
+
+
+def textbook(
+    weight: torch.Tensor, hessian: torch.Tensor, scheme: WeightScheme, dtype: torch.dtype, order: str, search: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [N, K] and how far each quotient was from the nearest tie. Frantar et al. 2022, algorithm 1 without blocks."""
+    w, h = weight.double().clone(), hessian.double().clone()
+    n, k = w.shape
+    g = k if scheme.group_size == -1 else scheme.group_size
+    diagonal = hessian.diagonal().clone()
+    dead = h.diagonal() == 0
+    h[dead, dead] = 1
+    h += 0.01 * h.diagonal().mean() * torch.eye(k)
+    visit = torch.argsort(diagonal, descending=True, stable=True) if order == "static" else torch.arange(k)
+    upper = torch.linalg.cholesky(torch.linalg.inv(h[visit][:, visit]), upper=True)
+    fixed = weight_parameters(weight.clone(), scheme, dtype, diagonal, search) if order == "static" else None
+    codes, margin = torch.empty(n, k, dtype=torch.int8), torch.empty(n, k)
+    scale, zero = torch.empty(0), None
+    for i, c in enumerate(visit.tolist()):
+        group = c // g
+        if fixed is not None:
+            scale, zero = fixed[0][:, group].double(), None if fixed[1] is None else fixed[1][:, group].double()
+        elif c % g == 0:
+            now = w[:, c : c + g].float().unsqueeze(1)
+            s, z = group_parameters(now, scheme, dtype, diagonal[None, c : c + g], search)
+            scale, zero = s[:, 0].double(), None if z is None else z[:, 0].double()
+        quotient = w[:, c] / scale + (0 if zero is None else zero)
+        code = quotient.round().clamp(scheme.low, scheme.high)
+        codes[:, c] = code.to(torch.int8)
+        margin[:, c] = (quotient - quotient.floor() - 0.5).abs()
+        error = (w[:, c] - (code - (0 if zero is None else zero)) * scale) / upper[i, i]
+        w[:, visit[i + 1 :]] -= error[:, None] * upper[i, i + 1 :]
+    return codes, margin
+
+
+def loss(weight: torch.Tensor, tensor: QuantizedTensor, hessian: torch.Tensor) -> float:
+    difference = (weight - tensor.dequantize()).double()
+    return float(torch.einsum("nk,kj,nj->", difference, hessian.double(), difference))
+
+
+@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_codes_equal_the_textbooks_until_a_quotient_falls_on_a_tie(case: tuple[int, int, int, bool, int, str], search: bool) -> None:
+    """fp32 and fp64 may round a tie differently; from there on that one output row goes its own way."""
+    k, n, g, symmetric, bits, order = case
+    scheme, weight, hessian = WeightScheme(bits, g, symmetric), weight_of(n, k), hessian_of(k)
+    quantizer = GPTQQuantizer(act_order=order, clip_search=search)  # type: ignore[arg-type]
+    result = quantizer(weight.clone(), statistics(hessian), scheme, torch.bfloat16)
+    wanted, margin = textbook(weight, hessian, scheme, torch.bfloat16, order, search)
+    differing = (result.tensor.codes != wanted).any(1)
+    assert int(differing.sum()) <= n * (0.1 if bits == 8 else 0.05) + 1
+    assert bool((margin[differing].amin(1) < 1e-3).all())
+    assert not result.fallbacks and not result.notes
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_loss_is_below_that_of_rounding_on_the_same_hessian(case: tuple[int, int, int, bool, int, str]) -> None:
+    k, n, g, symmetric, bits, order = case
+    scheme, weight, hessian = WeightScheme(bits, g, symmetric), weight_of(n, k), hessian_of(k)
+    rounded = MinMaxQuantizer()(weight.clone(), None, scheme, torch.bfloat16).tensor
+    for search in (False, True):
+        solved = GPTQQuantizer(act_order=order, clip_search=search)(weight.clone(), statistics(hessian), scheme, torch.bfloat16).tensor  # type: ignore[arg-type]
+        assert loss(weight, solved, hessian) < 0.9 * loss(weight, rounded, hessian)
+        assert torch.equal(solved.scales, solved.scales.to(torch.bfloat16)) and solved.group_index is None
+
+
+def test_with_an_identity_for_a_hessian_gptq_is_rounding() -> None:
+    weight, scheme = weight_of(33, 96), WeightScheme(4, 32, False)
+    rounded = MinMaxQuantizer()(weight.clone(), None, scheme, torch.float16).tensor
+    for order in ("none", "static"):
+        solved = GPTQQuantizer(act_order=order, clip_search=False)(
+            weight.clone(), Statistics(1, torch.eye(96)), scheme, torch.float16
+        ).tensor  # type: ignore[arg-type]
+        assert torch.equal(solved.codes, rounded.codes) and torch.equal(solved.scales, rounded.scales)
+
+
+def test_outputs_are_independent_so_stacked_linears_equal_single_ones() -> None:
+    weight, hessian, scheme = weight_of(48, 128), hessian_of(128), WeightScheme(4, 32)
+    whole = GPTQQuantizer()(weight.clone(), statistics(hessian), scheme, torch.bfloat16).tensor
+    for start, end in ((0, 16), (16, 48)):
+        part = GPTQQuantizer()(weight[start:end].clone(), statistics(hessian), scheme, torch.bfloat16).tensor
+        assert float((part.codes != whole.codes[start:end]).float().mean()) < 0.002  # other shapes, other order of sums
+        assert torch.equal(part.scales, whole.scales[start:end])
+
+
+@pytest.mark.parametrize("order", ["none", "static"])
+def test_dead_inputs_are_rounded_to_nearest_and_noted_and_do_not_disturb_the_others(order: str) -> None:
+    weight, hessian, scheme = weight_of(16, 96), hessian_of(96), WeightScheme(4, 32)
+    dead = [0, 5, 40, 41, 95]
+    hessian[dead] = 0
+    hessian[:, dead] = 0
+    result = GPTQQuantizer(act_order=order, clip_search=False)(weight.clone(), statistics(hessian), scheme, torch.float32)  # type: ignore[arg-type]
+    assert result.notes == ("5 of 96 inputs are zero on all calibration tokens: their columns are rounded to nearest",)
+    scales = result.tensor.scales.float().repeat_interleave(32, 1)
+    nearest = (weight / scales).round().clamp(-8, 7)
+    assert torch.equal(result.tensor.codes[:, dead].float(), nearest[:, dead])
+    wanted, _ = textbook(weight, hessian, scheme, torch.float32, order, False)
+    assert float((result.tensor.codes != wanted).float().mean()) < 0.01
+
+
+def test_an_input_that_was_zero_throughout_is_all_rounding() -> None:
+    weight, scheme = weight_of(8, 64), WeightScheme(4, 32)
+    result = GPTQQuantizer(clip_search=False)(weight.clone(), Statistics(5, torch.zeros(64, 64)), scheme, torch.float16)
+    assert torch.equal(result.tensor.codes, MinMaxQuantizer()(weight, None, scheme, torch.float16).tensor.codes)
+    assert "64 of 64 inputs are zero" in result.notes[0]
+
+
+def test_fewer_tokens_than_inputs_need_no_more_than_the_usual_damping() -> None:
+    hessian = hessian_of(96, tokens=7)
+    assert not GPTQQuantizer()(weight_of(8, 96), statistics(hessian), WeightScheme(4, 32), torch.float16).fallbacks
+
+
+def test_an_indefinite_hessian_climbs_the_damping_ladder_and_says_so() -> None:
+    hessian = torch.eye(64)
+    hessian[0, 1] = hessian[1, 0] = 1.05  # smallest eigenvalue -0.05
+    weight = weight_of(8, 64)
+    result = GPTQQuantizer()(weight.clone(), statistics(hessian), WeightScheme(4, 32), torch.float16)
+    assert result.fallbacks == ("the Hessian needed damping 0.1 instead of 0.01",)
+    hessian[0, 1] = hessian[1, 0] = 3.0
+    result = GPTQQuantizer()(weight.clone(), statistics(hessian), WeightScheme(4, 32), torch.float16)
+    assert result.fallbacks == ("the Hessian needed damping 10 instead of 0.01",)
+    assert bool(result.tensor.dequantize().isfinite().all())
+
+
+@pytest.mark.parametrize("broken", ["indefinite", "NaN", "one NaN", "infinite"])
+@pytest.mark.parametrize("order", ["none", "static"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_hessian_that_is_of_no_use_falls_back_to_rounding_by_name(broken: str, order: str, symmetric: bool) -> None:
+    hessian = hessian_of(64)
+    if broken == "indefinite":
+        hessian[0, 1] = hessian[1, 0] = 1000 * hessian.diagonal().max()
+    elif broken == "NaN":
+        hessian.fill_(torch.nan)
+    elif broken == "one NaN":
+        hessian[3, 7] = hessian[7, 3] = torch.nan
+    else:
+        hessian[3, 3] = torch.inf
+    weight, scheme = weight_of(8, 64), WeightScheme(4, 32, symmetric)
+    for search in (False, True):
+        result = GPTQQuantizer(act_order=order, clip_search=search)(weight.clone(), statistics(hessian), scheme, torch.float16)  # type: ignore[arg-type]
+        assert result.fallbacks == ("the Hessian is not positive definite with damping up to 10: rounded to nearest instead",)
+        nearest = MinMaxQuantizer(clip_search=False)(weight.clone(), None, scheme, torch.float16).tensor
+        assert bool(result.tensor.scales.isfinite().all()) and bool((result.tensor.scales > 0).all())
+        error, wanted = ((weight - t.dequantize()).square().sum() for t in (result.tensor, nearest))
+        assert float(error) <= float(wanted) * 1.5
+        if not search:
+            assert torch.equal(result.tensor.codes, nearest.codes)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_group_of_zero_weights_gives_no_nan(symmetric: bool) -> None:
+    weight = weight_of(8, 64)
+    weight[:, :32] = 0
+    weight[3] = 0
+    for order in ("none", "static"):
+        tensor = GPTQQuantizer(act_order=order)(
+            weight.clone(), statistics(hessian_of(64)), WeightScheme(4, 32, symmetric), torch.bfloat16
+        ).tensor  # type: ignore[arg-type]
+        assert bool(tensor.dequantize().isfinite().all())
+        assert torch.equal(tensor.dequantize()[3], torch.zeros(64))
+
+
+def test_more_damping_moves_the_result_towards_rounding() -> None:
+    weight, hessian, scheme = weight_of(32, 128), hessian_of(128), WeightScheme(3, 32)
+    rounded = GPTQQuantizer(clip_search=False, damping=1.0)
+    little, much = (
+        loss(weight, q(weight.clone(), statistics(hessian), scheme, torch.float16).tensor, hessian)
+        for q in (GPTQQuantizer(clip_search=False), rounded)
+    )
+    assert little < much
+
+
+def test_without_statistics_gptq_says_what_it_needs() -> None:
+    for missing in (None, Statistics(3)):
+        with pytest.raises(QuantError, match="gptq needs calibration text: give --calibration-dataset, or use --method minmax"):
+            GPTQQuantizer()(torch.ones(2, 8), missing, WeightScheme(4, 8), torch.float16)

@@ -1,0 +1,42 @@
+"""Every recipe in configs/ says how to launch it, and does what it says on the bundled model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from quantize import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "method" in (yaml.safe_load(p.read_text(encoding="utf-8")) or {}))
+
+
+def test_the_original_names_are_there() -> None:
+    assert {"gptq_config.yaml", "minmax_config.yaml"} <= {p.name for p in RECIPES}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.name)
+def test_a_recipe_runs_as_its_first_line_says(recipe: Path, tmp_path: Path) -> None:
+    first = recipe.read_text(encoding="utf-8").splitlines()[0]
+    launch = f"# quant quantize --config {recipe.relative_to(ROOT).as_posix()} --model-path MODEL --output-path OUT"
+    assert first == launch
+    output = tmp_path / "out"
+    arguments = [
+        "quantize",
+        "--config",
+        str(recipe),
+        "--model-path",
+        str(ROOT / "examples/tinylm-4m"),
+        "--output-path",
+        str(output),
+        "--json",
+    ]
+    wanted = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    small = ["--samples", "4", "--sequence-length", "128"] if "samples" in wanted else []
+    result = CliRunner().invoke(cli, [*arguments, *small])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["method"] == wanted["method"] and report["verify"]["passed"]
+    assert (output / "config.json").is_file()
