@@ -7,13 +7,13 @@ import struct
 from pathlib import Path
 
 import pytest
-from tiny_models import TINY
 
 from quant.architectures import spec_from_config
 from quant.catalog import catalogue, find_model, load_model, model_from_config, model_from_directory, stored_bytes
 from quant.errors import CheckpointError, UsageError
 from quant.hardware import named_gpu
 from quant.planning import EngineRequest, plan
+from tests.planning.tiny_models import TINY
 
 #: published counts that include what is no parameter: block scales (MiniMax), or were read from another revision (Llama 3.2 Vision)
 LOOSE = {"MiniMaxAI/MiniMax-M2.7": 1e-4, "meta-llama/Llama-3.2-11B-Vision-Instruct": 0.005}

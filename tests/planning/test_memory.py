@@ -6,7 +6,6 @@ from dataclasses import replace
 from math import ceil
 
 import pytest
-from tiny_models import TINY
 
 from quant.catalog import find_model, model_from_config
 from quant.errors import Problems, UsageError
@@ -15,6 +14,7 @@ from quant.planning import EngineRequest, plan
 from quant.planning.memory import graph_sizes
 from quant.planning.storage import stage_layers
 from quant.planning.versions import parse_version, rules_for
+from tests.planning.tiny_models import TINY
 
 GIB = 2**30
 H100 = named_gpu("H100")

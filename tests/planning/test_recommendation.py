@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_models import TINY
 
 import quant
 from quant.data import config_path
@@ -23,6 +22,7 @@ from quant.planning import EngineRequest, Recommendation, get_optimized_config, 
 from quant.planning.rule_of_thumb import rule_of_thumb
 from quant.planning.scenarios import load_scenario, scenario_names
 from quant.planning.speed import speed_bounds
+from tests.planning.tiny_models import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = ROOT.parent / "shared" / "data" / "vllm_memory_samples.yaml"

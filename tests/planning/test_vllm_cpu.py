@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import TINY
 
 from quant.catalog import model_from_config
 from quant.hardware import cpu_device
 from quant.planning import EngineRequest, plan
+from tests.planning.tiny_models import TINY
 
 MIB = 2**20
 CONTEXT, CACHE, TOKENS = 2048, 64 * MIB, 1024
