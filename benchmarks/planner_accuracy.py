@@ -178,7 +178,7 @@ def judge(sample: dict[str, Any]) -> dict[str, Any]:
         row["weights"] = (measured, closest, closest / measured - 1)
         bits, world = source_storage(spec)[0].bits, len(predicted) * found.tensor_parallel
         row["weights_params"] = spec.parameters * bits / 8 / GIB / world / measured - 1
-        rule = {16: "fp16", 8: "int8", 4: "int4"}[int(bits)]  # the rule halves the 16-bit file's "32" bits once for each step
+        rule = {16: "fp16", 8: "int8"}.get(int(bits), "int4")  # the rule halves the 16-bit file's "32" bits once for each step
         row["weights_rule"] = 2 * spec.parameters * bits / 32 * OVERHEADS[rule] / GIB / world / measured - 1
     row["tokens"] = token_error(sample, found)
     used = non_kv(sample)
