@@ -104,7 +104,8 @@ def gpu_of(sample: dict[str, Any]) -> Gpu | None:
 def predict(sample: dict[str, Any]) -> tuple[ModelSpec, Gpu | None, MemoryPlan]:
     spec, gpu = model_of(sample), gpu_of(sample)
     ranks, stages = sample.get("tensor_parallel_size", 1), sample.get("pipeline_parallel_size", 1)
-    context = sample.get("max_model_len") if isinstance(sample.get("max_model_len"), int) else None
+    asked = sample.get("max_model_len")
+    context = asked if isinstance(asked, int) and asked > 0 else None
     if context and context > spec.max_context:
         spec = replace(spec, max_context=context)  # extended by rope scaling on the command line
     chunked = True if "--enable-chunked-prefill" in str(sample.get("other_flags", "")) else None
@@ -116,7 +117,10 @@ def predict(sample: dict[str, Any]) -> tuple[ModelSpec, Gpu | None, MemoryPlan]:
         dtype={"half": "float16"}.get(sample.get("dtype"), sample.get("dtype") if sample.get("dtype") in DTYPE_BYTES else None),
     )  # fmt: skip
     anywhere = gpu or replace(named_gpu("H100"), total_bytes=2**42, free_bytes=2**42)
-    return spec, gpu, plan(spec, [anywhere] * (ranks * stages), "none", request)
+    found = plan(spec, [anywhere] * (ranks * stages), "none", request)
+    if asked in (-1, "auto") and found.max_context:  # vLLM takes the longest context that fits
+        found = plan(spec, [anywhere] * (ranks * stages), "none", replace(request, context=found.max_context))
+    return spec, gpu, found
 
 
 def non_kv(sample: dict[str, Any]) -> float | None:
