@@ -1,0 +1,312 @@
+"""What a model's name, config.json or directory says of it, before anything is downloaded or loaded.
+
+``configs/models.json`` holds the config facts of public models, each with its source. A name that is not there is tried without the marks
+that quantizers add (``-AWQ``, ``-GPTQ-Int4``, ``.w4a16``), then without the marks of a fine-tune, and at last by the size that it names;
+what was assumed is in :attr:`ModelSpec.notes` and :attr:`ModelSpec.uncertainty`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from quant.architectures import DTYPE_BYTES, ModelSpec, spec_from_config, weights_from_tensors
+from quant.data import load_json
+from quant.errors import CheckpointError, UsageError
+
+#: A safetensors header beyond this is not one; the format's own limit.
+LARGEST_HEADER = 100_000_000
+
+_GPTQ4 = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+
+
+def _compressed(bits: int, kind: str, group: int | None, activations: bool) -> dict[str, Any]:
+    weights = {"num_bits": bits, "type": kind, "symmetric": True, "strategy": "group" if group else "channel", "group_size": group}
+    inputs = {"num_bits": 8, "type": kind, "dynamic": True} if activations else None
+    form = {
+        ("int", False): "pack-quantized",
+        ("int", True): "int-quantized",
+        ("float", True): "float-quantized",
+        ("float", False): "float-quantized",
+    }
+    return {
+        "quant_method": "compressed-tensors", "format": form[kind, activations], "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
+    }  # fmt: skip
+
+
+#: endings of a name that say how the weights are stored → the quantization_config that such checkpoints carry. First match wins.
+NAME_MARKS: tuple[tuple[str, dict[str, Any]], ...] = (
+    (r"[-.]AWQ([-.]INT4)?$", {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}),
+    (r"[-.]GPTQ[-.]Int8$", {**_GPTQ4, "bits": 8}),
+    (r"[-.]GPTQ([-.]Int4)?$", _GPTQ4),
+    (r"[-.](unsloth-)?bnb-4bit$", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+    (r"[-.](quantized\.)?w4a16(-g\d+)?$", _compressed(4, "int", 128, False)),
+    (r"[-.](quantized\.)?w8a16$", _compressed(8, "int", None, False)),
+    (r"[-. ](quantized\.)?w8a8([-.]int8)?$", _compressed(8, "int", None, True)),
+    (r"[-.]int8$", _compressed(8, "int", None, True)),
+    (r"[-.]FP8[-.](dynamic|KV)$", _compressed(8, "float", None, True)),
+    (r"[-.]FP8([-.]block)?$", {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}),
+    (r"[-.]NVFP4(A16)?$", {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
+    (r"[-.](fp16|bf16|float16|HF)$", {}),
+)
+
+#: marks of a fine-tune: the shapes are the base model's
+TUNE_MARKS = re.compile(r"-(instruct|chat|it|hf|base|thinking|reasoning|\d{4}|v\d+(\.\d+)?|pt|preview|finetune|sft|dpo)$", re.IGNORECASE)
+
+
+def model_from_config(config: Mapping[str, Any] | str | Path, name: str = "") -> ModelSpec:
+    """The model that a config.json describes: a mapping, or the path of the file.
+
+    Raises:
+        UsageError: a key that planning needs is missing or absurd.
+        CheckpointError: the file cannot be read.
+    """
+    if isinstance(config, Mapping):
+        return spec_from_config(config, name or "model")
+    return spec_from_config(_read_json(Path(config)), name or Path(config).parent.name, str(config))
+
+
+def model_from_directory(path: str | Path) -> ModelSpec:
+    """The model of a checkpoint directory: shapes and dtypes of every tensor from the safetensors headers, nothing else is read.
+
+    Raises:
+        CheckpointError: no config.json, no safetensors files, or a damaged header.
+        UsageError: config.json lacks what planning needs.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory: give a checkpoint directory, or a model's name with --model")
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(f"{directory} has no config.json: give the directory of a Hugging Face checkpoint")
+    spec = spec_from_config(_read_json(directory / "config.json"), directory.resolve().name, str(directory / "config.json"))
+    files = _weight_files(directory)
+    if not files:
+        notes = (*spec.notes, "no safetensors files: sizes are computed from config.json")
+        return replace(spec, notes=notes)
+    tensors = [t for file in files for t in read_header(file)]
+    weights = tuple(weights_from_tensors(tensors, spec.layers))
+    embedded = any(w.role == "embedding" for w in weights)
+    tied = spec.tied or (embedded and not any(w.role == "head" for w in weights))
+    if tied:  # a head stored beside the embeddings that it repeats is not loaded
+        weights = tuple(w for w in weights if w.role != "head")
+    unpacked = spec.weights if spec.quantization else ()
+    vision = any(w.role == "vision" for w in weights)
+    return replace(spec, weights=weights, tied=tied, vision=vision, unpacked=unpacked, source=str(directory))
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The files that the index names, else all safetensors files except a second copy of the same weights (``consolidated``)."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        for name in names:
+            if ".." in Path(name).parts or Path(name).is_absolute():
+                raise CheckpointError(f"{index} names {name!r}: a path may not leave the checkpoint's folder")
+            if not (directory / name).is_file():
+                raise CheckpointError(f"{index} names {name}, which is not there: download it again")
+        return [directory / n for n in names]
+    files = sorted(directory.glob("*.safetensors"))
+    return [f for f in files if not f.name.startswith("consolidated")] or files
+
+
+def read_header(file: Path) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Name, dtype and shape of every tensor of a safetensors file.
+
+    Raises:
+        CheckpointError: not a safetensors file, or one whose header is cut short.
+    """
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 0 < size <= LARGEST_HEADER:
+            raise CheckpointError(f"{file} is not a safetensors file: its header length reads {size}; download it again")
+        try:
+            header = json.loads(stream.read(size))
+        except ValueError as error:
+            raise CheckpointError(f"{file}: damaged safetensors header ({error}); download it again") from error
+    found = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            shape = tuple(int(n) for n in entry["shape"])
+            found.append((name, str(entry["dtype"]), shape))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{file}: tensor {name} has no dtype and shape in the header; download it again") from error
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object: it is not a config.json")
+    return value
+
+
+# -- by name -----------------------------------------------------------------------------------------------------------------------------
+
+
+def catalogue() -> dict[str, dict[str, Any]]:
+    """All models of ``configs/models.json`` by hub name; each has ``config`` and ``source``."""
+    found: dict[str, dict[str, Any]] = load_json("models.json")
+    return found
+
+
+def _key(name: str) -> str:
+    """A model name for comparing: case, organisation and separators do not count, nor does the ``Meta-`` before Llama."""
+    return re.sub(r"[^a-z0-9]", "", re.sub(r"^meta-", "", name.split("/")[-1].lower()))
+
+
+def find_model(name: str) -> ModelSpec:
+    """A model by its hub name, without the organisation if need be.
+
+    >>> find_model("Qwen2.5-7B-Instruct-AWQ").quantization["quant_method"]
+    'awq'
+
+    Raises:
+        UsageError: neither a known name nor a size in it; the nearest known names are offered.
+    """
+    name = name.strip().rstrip("/")
+    entries = catalogue()
+    keys: dict[str, str] = {}
+    for known in entries:
+        keys.setdefault(_key(known), known)
+    plain, quantization, notes = name.split(" (")[0], None, []
+    if plain in entries or _key(plain) in keys:
+        return _entry(plain if plain in entries else keys[_key(plain)], entries, name, None, [])
+    for pattern, config in NAME_MARKS:
+        match = re.search(pattern, plain, re.IGNORECASE)
+        if match:
+            plain, quantization = plain[: match.start()], config or None
+            if config:
+                notes.append(f"stored as {config['quant_method']}, by its name")
+            break
+    candidate = plain
+    while True:
+        found = candidate if candidate in entries else keys.get(_key(candidate))
+        if found is None:
+            found = next(
+                (
+                    keys[_key(candidate + tail)]
+                    for tail in ("-hf", "-Instruct", "-chat-hf", "-Chat", "-it", "-v0.1")
+                    if _key(candidate + tail) in keys
+                ),
+                None,
+            )
+        if found is not None:
+            if _key(found) != _key(name):
+                notes.append(f"shapes of {found}")
+            return _entry(found, entries, name, quantization, notes)
+        shorter = TUNE_MARKS.sub("", candidate)
+        if shorter == candidate:
+            break
+        candidate = shorter
+    return _by_size(name, plain, quantization, entries, list(keys.values()))
+
+
+def _entry(
+    found: str, entries: Mapping[str, dict[str, Any]], name: str, quantization: dict[str, Any] | None, notes: list[str]
+) -> ModelSpec:
+    entry = entries[found]
+    spec = spec_from_config(entry["config"], name, f"the catalogue's entry {found}", entry["source"])
+    if note := entry.get("note"):
+        notes = [*notes, f"catalogue: {note}"]
+    if quantization and spec.quantization:
+        quantization = None  # the entry knows its own scheme
+    hub = found if _key(found) == _key(name) else ""
+    return replace(spec, quantization=quantization or spec.quantization, notes=(*spec.notes, *notes), hub=hub)
+
+
+def _by_size(
+    name: str, plain: str, quantization: dict[str, Any] | None, entries: Mapping[str, dict[str, Any]], known: list[str]
+) -> ModelSpec:
+    """A model whose name tells only its size: the shapes of the nearest known model, with as many layers as give that size."""
+    sizes = re.findall(r"(?:^|[-_. ])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?=$|[-_. ])", plain, re.IGNORECASE)
+    if not sizes:
+        import difflib
+
+        by_tail = {k.split("/")[-1].lower(): k for k in known}
+        near = difflib.get_close_matches(plain.split("/")[-1].lower(), list(by_tail), n=4, cutoff=0.3)
+        hint = f"; nearest: {', '.join(by_tail[n] for n in near)}" if near else ""
+        raise UsageError(
+            f"--model is {name!r}: not in the catalogue, and no size (such as 7B) in its name{hint}. "
+            "Give one of them, or the checkpoint's directory with --model-path"
+        )
+    times, number, unit = sizes[0]
+    target = float(number) * (1e9 if unit.lower() == "b" else 1e6) * (int(times) if times else 1)
+    if not 1e6 <= target <= 1e14:
+        raise UsageError(f"--model is {name!r}: a size of {number}{unit} is no model; sizes from 1M to 100000B can be planned")
+    active = re.search(r"[-_]A(\d+(?:\.\d+)?)B", plain)
+    mixture = bool(times or active)
+    family = re.match(r"[a-z]+", _key(plain))
+    import math
+
+    def distance(entry_name: str) -> float:
+        """How far an entry is by the size in its own name; the family that the name begins with comes first."""
+        found = re.findall(r"(?:^|[-_. ])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?=$|[-_. ])", entry_name.split("/")[-1], re.IGNORECASE)
+        if not found:
+            return math.inf
+        size = float(found[0][1]) * (1e9 if found[0][2].lower() == "b" else 1e6) * int(found[0][0] or 1)
+        return abs(math.log(size / target)) + (0.0 if family and _key(entry_name).startswith(family[0]) else 0.3)
+
+    spec = None
+    for entry_name in sorted(known, key=distance):
+        candidate = spec_from_config(entries[entry_name]["config"], name, entry_name)
+        plain_cache = all(c.kind in ("full", "sliding") for c in candidate.cache)
+        if plain_cache and not candidate.vision and (candidate.moe is not None) == mixture and not candidate.quantization:
+            spec = candidate
+            break
+    assert spec is not None
+    block = sum(w.parameters for w in spec.weights if w.layer == spec.layers - 1)
+    outside = sum(w.parameters for w in spec.weights if w.layer < 0)
+    layers = max(1, round((target - outside) / block)) if target > outside + block else 1
+    weights = [w for w in spec.weights if w.layer < 0]
+    last = [w for w in spec.weights if w.layer == spec.layers - 1]
+    weights += [replace(w, layer=i) for i in range(layers) for w in last]
+    scale = target / sum(w.parameters for w in weights)
+    cache = tuple(replace(spec.cache[i % len(spec.cache)], layer=i) for i in range(layers))
+    notes = (
+        f"{name} is not in the catalogue: sized by the {number}{unit.upper()} in its name, with the shapes of {entry_name} "
+        f"({layers} layers); sizes may be off by 15 %, the KV cache by a factor of 4",
+    )
+    if not 0.8 < scale < 1.25:
+        weights = [replace(w, shape=(max(1, round(w.shape[0] * scale)), *w.shape[1:])) for w in weights]
+    return replace(
+        spec, name=name, layers=layers, weights=tuple(weights), cache=cache, quantization=quantization, uncertainty=0.15, source="name",
+        notes=notes,
+    )  # fmt: skip
+
+
+def load_model(model: str | Path | ModelSpec | Mapping[str, Any]) -> ModelSpec:
+    """A model given in any way: a spec, a config mapping, a directory, a config.json, or a name.
+
+    Raises:
+        UsageError, CheckpointError: as the function for that way does.
+    """
+    if isinstance(model, ModelSpec):
+        return model
+    if isinstance(model, Mapping):
+        return model_from_config(model)
+    path = Path(model)
+    if path.is_dir():
+        return model_from_directory(path)
+    if path.suffix == ".json" and path.is_file():
+        return model_from_config(path)
+    if isinstance(model, Path):
+        return model_from_directory(path)
+    return find_model(model)
+
+
+def stored_bytes(spec: ModelSpec) -> int:
+    """Bytes of the checkpoint's tensors: those of the files where they were read, else shapes times the config's dtype."""
+    width = DTYPE_BYTES[spec.dtype]
+    return int(sum(w.stored_bytes or w.parameters * width for w in spec.weights))

@@ -1,0 +1,428 @@
+"""Which GPUs are here, through NVML, and what a GPU that is not here would be, from ``configs/gpus.json``.
+
+Neither torch nor CUDA is initialised: asking costs no GPU memory, and works while another process holds all of it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from quant.data import load_json
+from quant.errors import QuantError, UsageError
+from quant.units import LARGEST, format_size
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class GpuProcess:
+    """A process that holds memory of a GPU. ``name`` is empty where the driver does not tell it (other users, containers)."""
+
+    pid: int
+    name: str
+    used_bytes: int
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU, one MIG slice, or the CPU when there is none.
+
+    Sizes are bytes, ``bandwidth`` bytes a second, ``rates`` dense operations a second by number format (0: not native). ``sources`` says
+    where each fact came from: ``nvml``, ``table`` or ``user``.
+    """
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+    used_bytes: int = 0
+    capability: tuple[int, int] | None = None
+    architecture: str = ""
+    platform: str = "cuda"
+    bandwidth: float = 0.0
+    rates: Mapping[str, float] = field(default_factory=dict)
+    link: str = "pcie"
+    kind: str = ""
+    index: int = 0
+    uuid: str = ""
+    driver: str = ""
+    mig: str = ""
+    processes: tuple[GpuProcess, ...] = ()
+    torch_allocated_bytes: int | None = None
+    torch_reserved_bytes: int | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """Number formats → how this GPU computes with them in vLLM: ``native``, ``weight-only`` (unpacked on the way), ``no``."""
+        return number_formats(self.platform, self.capability, self.architecture)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "index": self.index, "name": self.name, "uuid": self.uuid, "platform": self.platform, "kind": self.kind,
+            "total_bytes": self.total_bytes, "used_bytes": self.used_bytes, "free_bytes": self.free_bytes,
+            "capability": ".".join(map(str, self.capability)) if self.capability else self.architecture or None,
+            "bandwidth_bytes_per_second": self.bandwidth or None, "operations_per_second": dict(self.rates), "link": self.link,
+            "driver": self.driver or None, "mig": self.mig or None, "formats": self.formats,
+            "processes": [{"pid": p.pid, "name": p.name, "used_bytes": p.used_bytes} for p in self.processes],
+            "torch_allocated_bytes": self.torch_allocated_bytes, "torch_reserved_bytes": self.torch_reserved_bytes,
+            "sources": dict(self.sources),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Host:
+    """The machine around the GPUs: bytes of RAM and of the disk that holds the current directory."""
+
+    ram_total_bytes: int
+    ram_available_bytes: int
+    disk_total_bytes: int
+    disk_free_bytes: int
+    cpus: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What :func:`detect` found. ``note`` says why there is no GPU, or what was left out."""
+
+    gpus: tuple[Gpu, ...]
+    host: Host
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"gpus": [g.to_dict() for g in self.gpus], "host": self.host.to_dict(), "note": self.note or None}
+
+
+#: lowest compute capability (CUDA) at which vLLM 0.32 computes a scheme: (natively, by unpacking weights on the way). vLLM's sources, the
+#: ``get_min_capability`` of each scheme; None = never. A third number is the first capability at which the native kernel is missing again.
+FORMAT_CAPABILITIES: dict[str, tuple[int | None, int | None, int | None]] = {
+    "fp16": (70, None, None),
+    "bf16": (80, None, None),
+    "int8": (75, None, 100),  # no int8 kernel for Blackwell in 0.32 (vLLM issue #54311)
+    "fp8": (89, 75, None),
+    "int4-weights": (None, 75, None),
+    "int8-weights": (None, 75, None),
+    "nvfp4": (100, 75, None),
+    "mxfp4": (100, 80, None),
+    "mxfp8": (100, 75, None),
+}
+
+
+def number_formats(platform: str, capability: tuple[int, int] | None, architecture: str = "") -> dict[str, str]:
+    """How a GPU handles every number format.
+
+    >>> number_formats("cuda", (8, 6))["fp8"], number_formats("cuda", (9, 0))["fp8"]
+    ('weight-only', 'native')
+    """
+    if platform == "rocm":
+        fp8 = architecture >= "gfx942" and not architecture.startswith("gfx9") or architecture in ("gfx942", "gfx950")
+        native = {"fp16", "bf16", "int8"} | ({"fp8"} if fp8 else set()) | ({"mxfp4", "mxfp8"} if architecture == "gfx950" else set())
+        return {
+            f: "native" if f in native else "weight-only" if f in ("int4-weights", "int8-weights") else "no" for f in FORMAT_CAPABILITIES
+        }
+    if platform == "cpu":  # vLLM's x86 build with AVX512
+        can = {"fp16": "native", "bf16": "native", "int8": "native", "fp8": "weight-only", "int4-weights": "weight-only"}
+        return {f: can.get(f, "no") for f in FORMAT_CAPABILITIES}
+    level = capability[0] * 10 + capability[1] if capability else 0
+    found = {}
+    for name, (native_from, unpacked_from, native_until) in FORMAT_CAPABILITIES.items():
+        if native_from is not None and level >= native_from and (native_until is None or level < native_until):
+            found[name] = "native"
+        elif unpacked_from is not None and level >= unpacked_from:
+            found[name] = "weight-only"
+        else:
+            found[name] = "no"
+    return found
+
+
+# -- named GPUs --------------------------------------------------------------------------------------------------------------------------
+
+
+def _plain(name: str) -> str:
+    """A GPU name for comparing: ``NVIDIA GeForce RTX 4090`` and ``rtx-4090`` become the same.
+
+    >>> _plain("NVIDIA GeForce RTX 3070 Ti Laptop GPU")
+    'rtx3070tilaptop'
+    """
+    text = re.sub(
+        r"\b(nvidia|geforce|amd|instinct|radeon|tesla|gpu|graphics|generation|sxm\d?|hbm\d?e?|oam)\b", " ", name.lower().replace("-", " ")
+    )
+    return re.sub(r"[^a-z0-9]", "", text)
+
+
+def gpu_names() -> list[str]:
+    """The names of all parts in the table, in its order."""
+    return [row["name"] for row in load_json("gpus.json")["gpus"]]
+
+
+def _row(name: str) -> dict[str, Any] | None:
+    """The table row of a name as a person or a driver writes it; the memory size may be left out or added."""
+    rows: list[dict[str, Any]] = load_json("gpus.json")["gpus"]
+    wanted = _plain(name)
+    for row in rows:
+        if wanted in {_plain(n) for n in (row["name"], *row["aliases"])}:
+            return row
+    bare = re.sub(r"\d+gi?b$", "", wanted)
+    for row in rows:
+        size = row["memory_gib"]
+        names = {re.sub(r"\d+gi?b$", "", _plain(n)) for n in (row["name"], *row["aliases"])}
+        if bare in names and (bare == wanted or wanted.removeprefix(bare).rstrip("bi").rstrip("g") == str(size)):
+            return row
+    return None
+
+
+def named_gpu(name: str, total_bytes: int | None = None) -> Gpu:
+    """A GPU that need not be here: ``L40S-48GB``, ``h100``, ``RTX 3070 Ti Laptop``.
+
+    Args:
+        total_bytes: the memory that the driver reports, where it is not the table's (a modified card, a slice).
+
+    Raises:
+        UsageError: no such part (the nearest names are offered), or a memory size that no machine has.
+    """
+    check_memory(total_bytes, "--gpu-memory")
+    if _plain(name) == "cpu":
+        return cpu_device(total_bytes)
+    row = _row(name)
+    if row is None:
+        import difflib
+
+        near = {_plain(n): n for n in gpu_names()}
+        offered = [near[n] for n in difflib.get_close_matches(_plain(name), list(near), n=4, cutoff=0.0)]
+        raise UsageError(
+            f"--gpu is {name!r}: not in the table; nearest: {', '.join(offered)}. "
+            "Give one of them, or the nearest part with --gpu-memory; `quant detect --gpu list` shows all"
+        )
+    reported = row["reported_gib"] or row["memory_gib"] * 0.985
+    total = total_bytes or int(reported * GIB)
+    numbers = str(row["capability"])
+    capability = tuple(map(int, numbers.split("."))) if not numbers.startswith("gfx") else None
+    return Gpu(
+        name=row["name"], total_bytes=total, free_bytes=total - _idle_bytes(total), used_bytes=_idle_bytes(total), capability=capability,  # type: ignore[arg-type]
+        architecture=numbers if capability is None else "", platform="rocm" if capability is None else "cuda",
+        bandwidth=row["bandwidth_gb_s"] * 1e9, rates={k: v * 1e12 for k, v in row["tflops"].items()}, link=row["link"], kind=row["kind"],
+        sources={"memory": "user" if total_bytes else "table", "other": load_json("gpus.json")["sources"][row["source"]]},
+    )  # fmt: skip
+
+
+def _idle_bytes(total_bytes: int) -> int:
+    """What the driver and the process's own CUDA context hold before vLLM's first look: 0.51 GiB of an idle H100's 79.19 in its logs, a
+    third of a GiB on small cards."""
+    return int(0.3 * GIB + 0.0027 * total_bytes)
+
+
+def check_memory(total_bytes: int | None, what: str) -> None:
+    """Refuses a memory size that no GPU has.
+
+    Raises:
+        UsageError: below 1 GiB or above 64 TiB.
+    """
+    if total_bytes is not None and not GIB <= total_bytes <= min(2**46, LARGEST):
+        raise UsageError(f"{what} is {total_bytes} bytes ({format_size(total_bytes)}): a GPU has from 1 GiB to 64 TiB; check the unit")
+
+
+def cpu_device(total_bytes: int | None = None) -> Gpu:
+    """The host's CPU as the device: what vLLM's CPU build would have. Needs psutil unless the memory is given."""
+    if total_bytes is None:
+        import psutil
+
+        memory = psutil.virtual_memory()
+        total, free = memory.total, memory.available
+    else:
+        total = free = total_bytes
+    return Gpu(
+        name="CPU", total_bytes=total, free_bytes=free, used_bytes=total - free, platform="cpu", link="none", kind="cpu",
+        sources={"memory": "user" if total_bytes else "psutil"},
+    )  # fmt: skip
+
+
+# -- the GPUs here -----------------------------------------------------------------------------------------------------------------------
+
+
+def detect(nvml: Any = None, environment: Mapping[str, str] | None = None, path: str | Path = ".") -> Detection:
+    """The GPUs that a process started now would see, and the host.
+
+    Args:
+        nvml: the NVML module, ``pynvml`` unless a test brings its own.
+        environment: for ``CUDA_VISIBLE_DEVICES``, ``os.environ`` unless given.
+        path: the directory whose disk is measured.
+
+    Raises:
+        UsageError: ``CUDA_VISIBLE_DEVICES`` names a device that is not here.
+    """
+    environment = os.environ if environment is None else environment
+    host = _host(path)
+    if nvml is None:
+        try:
+            import pynvml
+
+            nvml = pynvml
+        except ImportError:
+            return Detection((), host, "no NVIDIA GPU: the nvidia-ml-py package is missing")
+    try:
+        nvml.nvmlInit()
+    except Exception as error:
+        if type(error).__name__.startswith("NVMLError"):
+            return Detection((), host, f"no NVIDIA GPU: {error}")
+        raise
+    try:
+        gpus = _read_all(nvml)
+    finally:
+        nvml.nvmlShutdown()
+    visible, note = _visible(gpus, environment.get("CUDA_VISIBLE_DEVICES"))
+    return Detection(tuple(_with_torch(g, i) for i, g in enumerate(visible)), host, note)
+
+
+def _host(path: str | Path) -> Host:
+    import psutil
+
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(path)
+    return Host(memory.total, memory.available, disk.total, disk.free, os.cpu_count() or 1)
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _ask(nvml: Any, function: str, *arguments: Any, default: Any = None) -> Any:
+    """One NVML question; parts and drivers that do not answer it give the default."""
+    ask = getattr(nvml, function, None)
+    if ask is None:
+        return default
+    try:
+        return ask(*arguments)
+    except Exception as error:
+        if type(error).__name__.startswith("NVMLError"):
+            return default
+        raise
+
+
+def _read_all(nvml: Any) -> list[Gpu]:
+    driver = _text(_ask(nvml, "nvmlSystemGetDriverVersion", default=""))
+    gpus: list[Gpu] = []
+    for index in range(nvml.nvmlDeviceGetCount()):
+        handle = _ask(nvml, "nvmlDeviceGetHandleByIndex", index)
+        if handle is None:  # fallen off the bus, or no permission
+            continue
+        whole = _read_one(nvml, handle, index, driver)
+        mode = _ask(nvml, "nvmlDeviceGetMigMode", handle, default=(0, 0))
+        slices = []
+        if mode and mode[0]:
+            for number in range(_ask(nvml, "nvmlDeviceGetMaxMigDeviceCount", handle, default=0)):
+                part = _ask(nvml, "nvmlDeviceGetMigDeviceHandleByIndex", handle, number)
+                if part is not None:
+                    slices.append(_read_slice(nvml, part, whole, number))
+        gpus.extend(slices or [whole])
+    return gpus
+
+
+def _read_one(nvml: Any, handle: Any, index: int, driver: str) -> Gpu:
+    name = _text(nvml.nvmlDeviceGetName(handle))
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    capability = _ask(nvml, "nvmlDeviceGetCudaComputeCapability", handle)
+    row = _row(name)
+    bandwidth = 0.0
+    sources = {"memory": "nvml", "capability": "nvml"}
+    if row:
+        bandwidth, sources["bandwidth"] = row["bandwidth_gb_s"] * 1e9, load_json("gpus.json")["sources"][row["source"]]
+    else:
+        width = _ask(nvml, "nvmlDeviceGetMemoryBusWidth", handle, default=0)
+        clock = _ask(nvml, "nvmlDeviceGetMaxClockInfo", handle, getattr(nvml, "NVML_CLOCK_MEM", 2), default=0)
+        if width and clock:  # double data rate: two transfers a clock
+            bandwidth, sources["bandwidth"] = 2 * clock * 1e6 * width / 8, "nvml (bus width and memory clock)"
+    return Gpu(
+        name=name, total_bytes=int(memory.total), free_bytes=int(memory.free), used_bytes=int(memory.total) - int(memory.free),
+        capability=tuple(capability) if capability else None, bandwidth=bandwidth,
+        rates={k: v * 1e12 for k, v in row["tflops"].items()} if row else {}, link=row["link"] if row else "pcie",
+        kind=row["kind"] if row else "", index=index, uuid=_text(_ask(nvml, "nvmlDeviceGetUUID", handle, default="")), driver=driver,
+        processes=_processes(nvml, handle), sources=sources,
+    )  # fmt: skip
+
+
+def _read_slice(nvml: Any, handle: Any, whole: Gpu, number: int) -> Gpu:
+    """A MIG slice: its own memory; bandwidth and rates in proportion to it."""
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    share = memory.total / whole.total_bytes
+    return replace(
+        whole, total_bytes=int(memory.total), free_bytes=int(memory.free), used_bytes=int(memory.total) - int(memory.free),
+        bandwidth=whole.bandwidth * share, rates={k: v * share for k, v in whole.rates.items()}, link="pcie",
+        uuid=_text(_ask(nvml, "nvmlDeviceGetUUID", handle, default="")), processes=_processes(nvml, handle),
+        mig=f"slice {number} of GPU {whole.index}", sources={**whole.sources, "bandwidth": "share of the whole GPU's, by memory"},
+    )  # fmt: skip
+
+
+def _processes(nvml: Any, handle: Any) -> tuple[GpuProcess, ...]:
+    found = {}
+    for question in ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses"):
+        for process in _ask(nvml, question, handle, default=None) or ():
+            name = _ask(nvml, "nvmlSystemGetProcessName", process.pid, default="")
+            found[process.pid] = GpuProcess(process.pid, _text(name), int(process.usedGpuMemory or 0))
+    return tuple(sorted(found.values(), key=lambda p: -p.used_bytes))
+
+
+def _visible(gpus: Sequence[Gpu], variable: str | None) -> tuple[list[Gpu], str]:
+    """The GPUs that ``CUDA_VISIBLE_DEVICES`` leaves, in its order. As in CUDA, the list ends at the first entry that names nothing; unlike
+    in CUDA that is an error here, because a silent end costs an afternoon."""
+    if variable is None:
+        return list(gpus), "" if gpus else "the driver is here, but no GPU"
+    entries = [e.strip() for e in variable.split(",") if e.strip()]
+    if not entries or entries[0] in ("-1", "NoDevFiles"):
+        return [], f"CUDA_VISIBLE_DEVICES is {variable!r}: all GPUs are hidden"
+    chosen = []
+    for entry in entries:
+        if entry == "-1":
+            break
+        by_number = [g for g in gpus if entry.isdigit() and g.index == int(entry)]
+        by_uuid = [g for g in gpus if not entry.isdigit() and g.uuid and g.uuid.startswith(entry)]
+        match = by_number[:1] or by_uuid
+        if len(match) != 1:
+            known = ", ".join(f"{g.index} ({g.uuid or g.name})" for g in gpus) or "none"
+            rule = "matches several GPUs" if match else "matches no GPU"
+            raise UsageError(f"CUDA_VISIBLE_DEVICES is {variable!r}: {entry!r} {rule}. Here: {known}")
+        if match[0] not in chosen:
+            chosen.append(match[0])
+    hidden = len(gpus) - len(chosen)
+    return chosen, f"{hidden} more hidden by CUDA_VISIBLE_DEVICES" if hidden else ""
+
+
+def _with_torch(gpu: Gpu, ordinal: int) -> Gpu:
+    """Adds what this process's torch holds, if this process already uses torch on a GPU; never imports it."""
+    torch = sys.modules.get("torch")
+    cuda = getattr(torch, "cuda", None)
+    if cuda is None or not cuda.is_initialized() or ordinal >= cuda.device_count():
+        return gpu
+    return replace(gpu, torch_allocated_bytes=int(cuda.memory_allocated(ordinal)), torch_reserved_bytes=int(cuda.memory_reserved(ordinal)))
+
+
+def resolve_gpus(name: str | None = None, count: int | None = None, total_bytes: int | None = None, nvml: Any = None) -> list[Gpu]:
+    """The GPUs to plan for: ``count`` of the named part, or those here.
+
+    Raises:
+        UsageError: unknown name; a memory size without a name; a count beyond what is here.
+        QuantError: no name was given and there is no GPU.
+    """
+    if count is not None and not 1 <= count <= 1024:
+        raise UsageError(f"--gpu-count is {count}: must be from 1 to 1024")
+    if name:
+        gpu = named_gpu(name, total_bytes)
+        return [replace(gpu, index=i) for i in range(count or 1)]
+    here = detect(nvml)
+    if total_bytes is not None:
+        check_memory(total_bytes, "--gpu-memory")
+        if not here.gpus:
+            raise UsageError("--gpu-memory needs --gpu NAME where there is no GPU: memory alone says nothing of speed and number formats")
+        return [replace(g, total_bytes=total_bytes, free_bytes=min(g.free_bytes, total_bytes)) for g in here.gpus[: count or None]]
+    if not here.gpus:
+        raise QuantError(f"{here.note}. Name one to plan for (--gpu L40S-48GB; `quant detect --gpu list` shows all), or --gpu cpu")
+    if count and count > len(here.gpus):
+        raise UsageError(f"--gpu-count is {count}, but {len(here.gpus)} here: name the part with --gpu to plan for more")
+    return list(here.gpus[: count or None])

@@ -1,0 +1,550 @@
+"""Which scheme to take: every candidate gets a plan, an expected loss and bounds of speed; then one is chosen, with its reason.
+
+The choice: the highest quality that fits with the asked context and concurrency and keeps a safety margin of the free memory; ties by
+speed. A scenario may ask for the fastest scheme within an accepted loss instead. What fits is vLLM's business
+(:mod:`quant.planning.memory`); the margin affects only what is chosen.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from quant.architectures import ModelSpec, source_method
+from quant.catalog import load_model, stored_bytes
+from quant.data import load_json
+from quant.errors import NothingFits, UsageError, one_of
+from quant.hardware import Gpu, cpu_device, resolve_gpus
+from quant.planning.memory import EngineRequest, MemoryPlan, group_problems, largest_utilization, parallel_problems, plan
+from quant.planning.rule_of_thumb import rule_of_thumb
+from quant.planning.scenarios import Scenario, load_scenario
+from quant.planning.speed import Speed, speed_bounds
+from quant.planning.storage import GROUPED, file_bytes
+from quant.planning.versions import rules_for
+from quant.schemes import PRESETS
+from quant.units import format_size
+
+#: share of the free memory that the chosen plan leaves unused
+MARGIN = 0.10
+#: context planned for when none is asked, capped at the model's own
+DEFAULT_CONTEXT = 8192
+POLICIES = ("vllm", "rule-of-thumb")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A scheme that may be recommended, most precise first. ``needs``: the number format of :data:`quant.hardware.FORMAT_CAPABILITIES`;
+    ``native`` demands that the GPU computes in it, where unpacking would give no gain over a simpler scheme."""
+
+    scheme: str
+    title: str
+    needs: str = ""
+    native: bool = False
+
+
+CANDIDATES = (
+    Candidate("none", "16 bits, as it is"),
+    Candidate("w8a8-fp8", "FP8 weights and activations", "fp8", native=True),
+    Candidate("w8a16", "8-bit weights", "int8-weights"),
+    Candidate("w8a8-int8", "INT8 weights and activations", "int8", native=True),
+    Candidate("w4a16", "4-bit weights (GPTQ, AWQ)", "int4-weights"),
+    Candidate("nvfp4", "NVFP4 weights and activations", "nvfp4", native=True),
+)
+
+#: schemes that `quant quantize` makes today → its methods, the preferred one first. A row here switches a scheme's commands on.
+#: Eight bits are within noise when simply rounded, so the method that needs no data comes first there.
+MAKEABLE: dict[str, tuple[str, ...]] = {
+    name: ("minmax", "gptq") if s.weights.bits == 8 else ("gptq", "minmax") for name, s in PRESETS.items() if s.weights.bits in (4, 8)
+}
+
+
+@dataclass(frozen=True)
+class SchemePlan:
+    """A candidate with its plan. ``fits``: vLLM starts; ``meets``: it also holds the asked concurrency; ``safe``: with the margin left."""
+
+    candidate: Candidate
+    plan: MemoryPlan | None
+    fits: bool
+    meets: bool
+    safe: bool
+    why: str
+    loss: tuple[float, float]
+    loss_source: str
+    speed: Speed | None
+    makeable: bool
+    checkpoint_bytes: int
+    group_size: int | None = None
+
+    @property
+    def scheme(self) -> str:
+        return self.candidate.scheme
+
+    def to_dict(self) -> dict[str, Any]:
+        value: dict[str, Any] = self.plan.to_dict() if self.plan else {}
+        value.update(
+            scheme=self.scheme, title=self.candidate.title, fits=self.fits, meets_request=self.meets, keeps_margin=self.safe, why=self.why,
+            remedy=self.plan.remedy if self.plan else "", expected_loss_percent=list(self.loss), expected_loss_source=self.loss_source,
+            speed=self.speed.to_dict() if self.speed else None, makeable=self.makeable, checkpoint_bytes=self.checkpoint_bytes,
+            group_size=self.group_size,
+        )  # fmt: skip
+        for key in _PLAN_KEYS:
+            value.setdefault(key, None)
+        return value
+
+
+_PLAN_KEYS = (
+    "weights_bytes", "kv_bytes_per_token", "kv_cache_bytes", "kv_tokens", "max_context", "max_concurrency", "activation_bytes",
+    "cuda_graph_bytes", "other_bytes",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A serving engine and whether it suits the need."""
+
+    name: str
+    suits: bool
+    why: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The choice and everything it was made from.
+
+    ``recommended`` is None when nothing fits; then ``reason`` says what would. ``method`` is how `quant quantize` makes the scheme (None
+    for ``none`` and for schemes that this build does not make), ``commands`` what to run, in order.
+    """
+
+    model: ModelSpec
+    gpus: tuple[Gpu, ...]
+    request: EngineRequest
+    plans: tuple[SchemePlan, ...]
+    recommended: str | None
+    method: str | None
+    reason: str
+    commands: tuple[str, ...]
+    engines: tuple[Engine, ...]
+    scenario: str | None = None
+    policy: str = "vllm"
+    notes: tuple[str, ...] = ()
+    group_size: int | None = None
+    thumb: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def plan(self) -> MemoryPlan | None:
+        """The plan of the chosen scheme."""
+        return next((p.plan for p in self.plans if p.scheme == self.recommended), None)
+
+    @property
+    def engine(self) -> str:
+        """The engine to serve with."""
+        return next(e.name for e in self.engines if e.suits)
+
+    def check(self) -> Recommendation:
+        """Itself.
+
+        Raises:
+            NothingFits: no scheme was recommended; the message says what would fit.
+        """
+        if self.recommended is None:
+            raise NothingFits(self.reason)
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        chosen = None
+        if self.recommended is not None:
+            chosen = {
+                "scheme": self.recommended, "method": self.method, "group_size": self.group_size, "reason": self.reason,
+                "commands": list(self.commands), "engine": self.engine,
+            }  # fmt: skip
+        return {
+            "gpu": {**self.gpus[0].to_dict(), "count": len(self.gpus)}, "model": self.model.to_dict(), "recommended": chosen,
+            "reason": self.reason, "plans": [dict(t) for t in self.thumb] or [p.to_dict() for p in self.plans],
+            "engines": [e.to_dict() for e in self.engines], "scenario": self.scenario, "policy": self.policy, "notes": list(self.notes),
+        }  # fmt: skip
+
+
+def recommend(
+    model: str | Path | ModelSpec | Mapping[str, Any],
+    gpus: str | Gpu | Sequence[Gpu] | None = None,
+    request: EngineRequest | None = None,
+    *,
+    scenario: str | Scenario | None = None,
+    policy: str = "vllm",
+    scheme: str | None = None,
+    schemes: Sequence[str] | None = None,
+    gpu_count: int | None = None,
+    gpu_memory: int | None = None,
+    margin: float = MARGIN,
+    output_path: str | None = None,
+    makeable: Mapping[str, Sequence[str]] | None = None,
+) -> Recommendation:
+    """Which scheme this model should be served in.
+
+    Args:
+        model: a checkpoint directory, a config.json, a config mapping, a name, or a spec.
+        gpus: a GPU's name, GPUs, or None for those here.
+        request: vLLM's arguments; context and concurrency in tokens and sequences. All GPUs share the layers where it does not say.
+        scenario: a profile whose arguments fill what ``request`` leaves open, and whose objective decides.
+        policy: ``vllm``, or ``rule-of-thumb`` for the original design's rule.
+        scheme: plan just this one.
+        schemes: choose among these only (a caller that must quantize leaves out ``none``).
+        margin: share of the free memory to leave unused by the chosen plan.
+        output_path: where the commands write and serve from.
+        makeable: scheme → methods, instead of :data:`MAKEABLE`.
+
+    Raises:
+        UsageError, Problems: the request is wrong or contradicts itself (exit status 2).
+        QuantError: no GPU here and none named; the checkpoint cannot be read.
+
+    >>> recommend("meta-llama/Llama-3.1-8B-Instruct", "L40S-48GB").recommended
+    'none'
+    >>> recommend("meta-llama/Llama-3.1-70B-Instruct", "H100").recommended
+    'w4a16'
+    """
+    if policy not in POLICIES:
+        raise one_of("--policy", policy, POLICIES)
+    if not 0 <= margin < 1:
+        raise UsageError(f"margin is {margin}: a share of the free memory, from 0 up to but not including 1")
+    spec = load_model(model)
+    found = _gpus(gpus, gpu_count, gpu_memory)
+    request = request or EngineRequest()
+    if policy == "rule-of-thumb":
+        if scheme is not None or scenario is not None:
+            given = "--scheme" if scheme is not None else "--scenario"
+            raise UsageError(f"--policy rule-of-thumb contradicts {given}: the rule knows only its own four schemes; leave one of them out")
+        return _thumb(spec, found, request)
+    profile = load_scenario(scenario) if isinstance(scenario, str) else scenario
+    notes = [*spec.notes]
+    if profile:
+        request = profile.request(spec, request)
+        if request.kv_cache_dtype == "fp8" and found[0].platform == "cuda" and (found[0].capability or (0, 0)) < (8, 9):
+            request = replace(request, kv_cache_dtype="auto")
+            notes.append(f"{found[0].name} has no FP8: the scenario's FP8 cache is planned in 16 bits")
+    if request.context is None:
+        request = replace(request, context=min(DEFAULT_CONTEXT, spec.max_context))
+        notes.append(f"planned for a context of {request.context:,} tokens; --context asks for another")
+    if len(found) > 1 and request.tensor_parallel is None and 1 <= request.pipeline_parallel <= len(found):
+        ranks = len(found) // request.pipeline_parallel
+        request = replace(request, tensor_parallel=next(t for t in range(ranks, 0, -1) if not parallel_problems(spec, t)))
+    if len({g.name for g in found}) > 1:
+        notes.append("the GPUs differ: every one gets the same share, so the smallest decides")
+    gpu = min(found, key=lambda g: (g.total_bytes, g.free_bytes))
+    if request.gpu_memory_utilization is None and gpu.platform != "cpu":
+        default = rules_for(request.vllm_version, gpu.capability).utilization
+        if gpu.total_bytes * default > gpu.free_bytes:
+            share = largest_utilization(gpu)
+            request = replace(request, gpu_memory_utilization=share)
+            notes.append(
+                f"{format_size(gpu.total_bytes - gpu.free_bytes)} is held by others: utilization {share:.2f} instead of {default:.2f}"
+            )
+    request.check(spec, found)
+    makes = MAKEABLE if makeable is None else makeable
+    names = [c.scheme for c in CANDIDATES]
+    if scheme is not None:
+        candidates = [next((c for c in CANDIDATES if c.scheme == scheme), Candidate(scheme, scheme))]
+        if scheme not in names and scheme not in makes:
+            raise one_of("--scheme", scheme, sorted({*names, *makes}))
+    else:
+        candidates = [c for c in CANDIDATES if schemes is None or c.scheme in schemes]
+    plans = tuple(_plan_one(spec, found, gpu, c, request, makes, margin) for c in candidates)
+    chosen = _choose(plans, profile)
+    reason = _reason(spec, gpu, plans, chosen, request, profile)
+    method = None
+    commands: tuple[str, ...] = ()
+    if chosen is not None:
+        method = makes[chosen.scheme][0] if chosen.scheme in makes else None
+        if chosen.makeable:
+            commands = _commands(spec, model, chosen, method, request, output_path, gpu)
+        else:
+            notes.append(
+                f"this build does not make {chosen.scheme}: take a published {chosen.scheme} checkpoint, or one of {', '.join(makes)}"
+            )
+    return Recommendation(
+        model=spec, gpus=tuple(found), request=request, plans=plans, recommended=chosen.scheme if chosen else None, method=method,
+        reason=reason, commands=commands, engines=_engines(spec, gpu, plans, request, profile), scenario=profile.name if profile else None,
+        notes=tuple(notes), group_size=chosen.group_size if chosen else None,
+    )  # fmt: skip
+
+
+def _gpus(gpus: str | Gpu | Sequence[Gpu] | None, count: int | None, memory: int | None) -> list[Gpu]:
+    if isinstance(gpus, Gpu):
+        return [replace(gpus, index=i) for i in range(count or 1)]
+    if gpus is None or isinstance(gpus, str):
+        return resolve_gpus(gpus, count, memory)
+    if not gpus:
+        return [cpu_device()]
+    return list(gpus)
+
+
+def _plan_one(
+    spec: ModelSpec,
+    gpus: Sequence[Gpu],
+    gpu: Gpu,
+    candidate: Candidate,
+    request: EngineRequest,
+    makes: Mapping[str, Sequence[str]],
+    margin: float,
+) -> SchemePlan:
+    quality = load_json("quality.json")["schemes"].get(candidate.scheme, {"loss_percent": [0, 100], "source": "not known"})
+    loss = (float(quality["loss_percent"][0]), float(quality["loss_percent"][1]))
+    makeable = candidate.scheme in makes or candidate.scheme == "none"
+
+    def refused(why: str) -> SchemePlan:
+        return SchemePlan(candidate, None, False, False, False, why, loss, quality["source"], None, makeable, 0)
+
+    if spec.quantization and candidate.scheme != "none":
+        return refused(f"the checkpoint is already quantized ({source_method(spec.quantization)}): quantize its 16-bit source instead")
+    if candidate.needs:
+        state = gpu.formats.get(candidate.needs, "no")
+        if state == "no" or (candidate.native and state != "native"):
+            level = ".".join(map(str, gpu.capability)) if gpu.capability else gpu.architecture or gpu.platform
+            how = "no kernel" if state == "no" else "only as packed weights"
+            return refused(f"{gpu.name} ({level}) computes {candidate.needs} {how}")
+    group = None
+    if candidate.scheme in GROUPED:  # the largest group that every rank can hold whole
+        group = next((g for g in (128, 64, 32) if not group_problems(spec, candidate.scheme, request.ranks, g)), 128)
+    found = plan(spec, gpus, candidate.scheme, request, group)
+    meets = found.fits and found.max_concurrency >= request.concurrency
+    free = gpu.free_bytes
+    needed = found.requested_bytes - found.kv_cache_bytes
+    if found.layout and found.context:
+        in_flight = found.max_num_batched_tokens
+        needed += found.layout.blocks_for(found.context, in_flight) * request.concurrency * found.layout.bytes_per_block
+    safe = meets and needed <= free * (1 - margin)
+    why = found.why
+    if found.fits and not meets:
+        why = f"holds {found.max_concurrency:.1f} requests of {found.context:,} tokens, {request.concurrency} asked for"
+    elif meets and not safe:
+        why = f"{found.why}; leaves less than {margin:.0%} of the free memory"
+    size = stored_bytes(spec) if candidate.scheme == "none" else file_bytes(spec, candidate.scheme, group)
+    return SchemePlan(
+        candidate, found, found.fits, meets, safe, why, loss, quality["source"], speed_bounds(spec, gpu, found, request.concurrency),
+        makeable, size, group if group != 128 else None,
+    )  # fmt: skip
+
+
+def _choose(plans: Sequence[SchemePlan], profile: Scenario | None) -> SchemePlan | None:
+    """The plan to take, among those that keep the margin, else among those that hold what was asked."""
+    limit = profile.max_loss_percent if profile else 100.0
+    for pool in ([p for p in plans if p.safe], [p for p in plans if p.meets]):
+        pool = [p for p in pool if p.loss[1] <= limit]
+        if not pool:
+            continue
+        if profile and profile.objective in ("throughput", "latency"):
+            field_name = "batch_decode_bound" if profile.objective == "throughput" else "decode_bound"
+            return max(pool, key=lambda p: (getattr(p.speed, field_name) or 0.0 if p.speed else 0.0, -p.loss[1]))
+        best = min(sum(p.loss) for p in pool)
+        equal = [p for p in pool if sum(p.loss) == best]
+        return max(equal, key=lambda p: (p.makeable, (p.speed.decode_bound or 0.0) if p.speed else 0.0))
+    return None
+
+
+def _reason(
+    spec: ModelSpec, gpu: Gpu, plans: Sequence[SchemePlan], chosen: SchemePlan | None, request: EngineRequest, profile: Scenario | None
+) -> str:
+    asked = f"{request.concurrency} × {request.context:,} tokens"
+    where = f"{request.ranks * request.pipeline_parallel} × {gpu.name}" if request.ranks * request.pipeline_parallel > 1 else gpu.name
+    if chosen is not None and chosen.plan is not None:
+        margin = "" if chosen.safe else ", though without the safety margin"
+        if profile and profile.objective != "quality":
+            goal = f"the fastest by its bound for {profile.title} among those within {profile.max_loss_percent:g} % of expected loss"
+        else:
+            goal = "the most precise that holds what was asked"
+        return (
+            f"{chosen.scheme} is {goal}: {format_size(chosen.plan.weights_bytes)} of weights leave "
+            f"{format_size(chosen.plan.kv_cache_bytes)} for "
+            f"{chosen.plan.kv_tokens:,} tokens on {where} ({asked} asked{margin})"
+        )
+    running = [p for p in plans if p.fits and p.plan]
+    if running:
+        best = max(running, key=lambda p: p.plan.max_concurrency if p.plan else 0.0)
+        assert best.plan is not None
+        if profile and any(p.meets for p in plans):
+            looser = next(p.scheme for p in plans if p.meets)
+            return (
+                f"nothing fits {asked} on {where} within {profile.max_loss_percent:g} % of expected loss; without that limit {looser} would"
+            )
+        return (
+            f"nothing holds {asked} on {where}: {best.scheme} starts and holds {best.plan.max_concurrency:.1f} requests of "
+            f"{request.context:,} tokens; "
+            f"ask for --concurrency {max(1, int(best.plan.max_concurrency))}, or add GPUs"
+        )
+    planned = [p for p in plans if p.plan]
+    if not planned:
+        return f"no scheme can run on {gpu.name}: {'; '.join(f'{p.scheme}: {p.why}' for p in plans)}"
+    longest = max(planned, key=lambda p: p.plan.max_context if p.plan else 0)
+    assert longest.plan is not None
+    if longest.plan.max_context:
+        return f"nothing fits {asked} on {where}; {longest.scheme} would with --context {longest.plan.max_context} --concurrency 1"
+    best = min(planned, key=lambda p: p.plan.weights_bytes if p.plan else 0)
+    assert best.plan is not None
+    needed = best.plan.weights_bytes + best.plan.activation_bytes + best.plan.other_bytes + best.plan.cuda_graph_bytes
+    return (
+        f"nothing fits on {where}: the smallest, {best.scheme}, needs {format_size(needed)} before any KV cache; "
+        f"{_what_would(spec, gpu, best, request)}"
+    )
+
+
+def _what_would(spec: ModelSpec, gpu: Gpu, best: SchemePlan, request: EngineRequest) -> str:
+    """The smallest change that makes the smallest scheme start, found by planning it: no graphs, fewer sequences, more GPUs."""
+    assert best.plan is not None
+    world = request.ranks * request.pipeline_parallel
+    tries: list[tuple[str, int, EngineRequest]] = []
+    if not request.enforce_eager:
+        tries.append(("--enforce-eager", world, replace(request, enforce_eager=True)))
+    small = max(request.concurrency, 8)
+    if request.max_num_seqs is None and request.max_num_batched_tokens is None:
+        words = f"--max-num-seqs {small} --max-num-batched-tokens 512"
+        tries.append((words, world, replace(request, max_num_seqs=small, max_num_batched_tokens=max(512, small))))
+    for ranks in (2, 4, 8, 16):
+        if ranks > request.ranks and not parallel_problems(spec, ranks):
+            changed = replace(request, tensor_parallel=ranks)
+            tries.append(
+                (
+                    f"{ranks * request.pipeline_parallel} of these GPUs (--gpu-count {ranks * request.pipeline_parallel})",
+                    ranks * request.pipeline_parallel,
+                    changed,
+                )
+            )
+    for words, count, changed in tries:
+        if plan(spec, [gpu] * count, best.scheme, changed, best.group_size).fits:
+            return f"it would start with {words}"
+    return "not even 16 of these GPUs would do: take a smaller model, or llama.cpp with a 4-bit GGUF in host memory"
+
+
+def _commands(
+    spec: ModelSpec, model: object, chosen: SchemePlan, method: str | None, request: EngineRequest, output_path: str | None, gpu: Gpu
+) -> tuple[str, ...]:
+    """The exact commands: make the checkpoint (unless it is served as it is), then serve it."""
+    assert chosen.plan is not None
+    source = spec.hub or (str(model) if isinstance(model, (str, Path)) else spec.name)
+    if chosen.scheme == "none":
+        return (serve_command(source, chosen.plan, request),)
+    target = output_path or f"{Path(source).name}-{chosen.scheme}"
+    fetch: tuple[str, ...] = ()
+    if isinstance(model, str) and not Path(model).is_dir():  # known by name only: quantizing needs its tensors
+        fetch = (shlex.join(["hf", "download", source, "--local-dir", Path(source).name]),)
+        source = Path(source).name
+    parts = ["quant", "quantize", "--model-path", source, "--output-path", target, "--method", str(method), "--scheme", chosen.scheme]
+    if chosen.group_size:
+        parts += ["--group-size", str(chosen.group_size)]
+    if request.ranks > 1:
+        parts += ["--tensor-parallel", str(request.ranks)]
+    return (*fetch, shlex.join(parts), serve_command(target, chosen.plan, request))
+
+
+def serve_command(checkpoint: str, found: MemoryPlan, request: EngineRequest) -> str:
+    """``vllm serve`` with the arguments that the plan was made with; defaults are left out.
+
+    The context is always given: a default that depends on the model would make another plan than this one.
+    """
+    parts = ["vllm", "serve", checkpoint, "--max-model-len", str(found.context)]
+    if found.tensor_parallel > 1:
+        parts += ["--tensor-parallel-size", str(found.tensor_parallel)]
+    if found.pipeline_parallel > 1:
+        parts += ["--pipeline-parallel-size", str(found.pipeline_parallel)]
+    if request.gpu_memory_utilization is not None:
+        parts += ["--gpu-memory-utilization", f"{request.gpu_memory_utilization:g}"]
+    if request.kv_cache_dtype != "auto":
+        parts += ["--kv-cache-dtype", request.kv_cache_dtype]
+    if request.max_num_seqs is not None:
+        parts += ["--max-num-seqs", str(request.max_num_seqs)]
+    if request.max_num_batched_tokens is not None:
+        parts += ["--max-num-batched-tokens", str(request.max_num_batched_tokens)]
+    if request.enforce_eager:
+        parts.append("--enforce-eager")
+    return shlex.join(parts)
+
+
+def _engines(
+    spec: ModelSpec, gpu: Gpu, plans: Sequence[SchemePlan], request: EngineRequest, profile: Scenario | None
+) -> tuple[Engine, ...]:
+    """The engines in order of preference for this need; the first that suits is taken."""
+    fits = any(p.meets for p in plans)
+    cpu = gpu.platform == "cpu"
+    laptop = gpu.kind == "laptop" and request.concurrency == 1
+    latency = bool(profile and profile.objective == "latency")
+    modern = gpu.platform == "cuda" and (gpu.capability or (0, 0)) >= (8, 9)
+    if cpu:
+        vllm = Engine("vLLM", False, "its CPU build serves, slower than llama.cpp for one user")
+        llama = Engine("llama.cpp / Ollama", True, "runs a 4-bit GGUF on the CPU")
+    else:
+        vllm = Engine("vLLM", fits, "the plan above is vLLM's" if fits else "no plan holds what was asked")
+        why = "one user on a laptop" if laptop else "for one user" if fits else "a 4-bit GGUF, with the layers that fit on the GPU"
+        llama = Engine("llama.cpp / Ollama", laptop or not fits, why)
+    why = "compiled kernels for one fixed model; worth its build where latency is all" if modern else "needs compute capability 8.9"
+    trt = Engine("TensorRT-LLM", modern and latency and fits, why)
+    tgi = Engine("TGI", False, "for deployments that already run it; its development has ended, and vLLM serves the same models")
+    return (vllm, trt, llama, tgi) if vllm.suits else (llama, vllm, trt, tgi)
+
+
+def _thumb(spec: ModelSpec, gpus: Sequence[Gpu], request: EngineRequest) -> Recommendation:
+    """The original design's rule, for one GPU."""
+    gpu = gpus[0]
+    here = gpu.sources.get("memory") == "nvml"  # of a part that is not here, all memory counts as free
+    scheme, plans = rule_of_thumb(stored_bytes(spec), gpu.total_bytes, gpu.free_bytes if here else None)
+    rows = []
+    for p in plans:
+        rows.append({**p.to_dict(), **{key: None for key in _PLAN_KEYS}, "weights_bytes": p.needed_bytes})
+    chosen = next((p for p in plans if p.scheme == scheme), None)
+    reason = f"rule of thumb: {chosen.scheme}, {chosen.why}" if chosen else f"rule of thumb: nothing fits; the smallest {plans[-1].why}"
+    notes = ("the rule takes every checkpoint as 32-bit and counts no KV cache: see docs/planning.md for where it is wrong",)
+    return Recommendation(
+        model=spec, gpus=tuple(gpus), request=request, plans=(), recommended=scheme, method=None, reason=reason, commands=(),
+        engines=(Engine("vLLM", True, "not judged by this rule"),), policy="rule-of-thumb", notes=notes, thumb=tuple(rows),
+    )  # fmt: skip
+
+
+# -- for programs that load models themselves ----------------------------------------------------------------------------------------------
+
+
+def get_optimized_config(
+    model: str | Path | ModelSpec | Mapping[str, Any], scenario: str, gpus: str | Sequence[Gpu] | None = None
+) -> dict[str, Any]:
+    """vLLM's engine arguments for a model in a scenario, with the scheme to serve it in.
+
+    The keys are those of ``vllm.LLM`` plus ``scheme``; ``gpus`` as in :func:`recommend`.
+
+    Raises:
+        NothingFits: no scheme holds what the scenario asks.
+
+    >>> get_optimized_config("meta-llama/Llama-3.1-8B-Instruct", "chat", "L40S-48GB")["max_model_len"]
+    8192
+    """
+    found = recommend(model, gpus, scenario=scenario).check()
+    chosen = found.plan
+    assert chosen is not None
+    return {
+        "scheme": found.recommended, "max_model_len": chosen.context, "tensor_parallel_size": chosen.tensor_parallel,
+        "pipeline_parallel_size": chosen.pipeline_parallel, "gpu_memory_utilization": chosen.gpu_memory_utilization,
+        "kv_cache_dtype": chosen.kv_cache_dtype, "max_num_seqs": chosen.max_num_seqs,
+        "max_num_batched_tokens": chosen.max_num_batched_tokens,
+        "enforce_eager": found.request.enforce_eager,
+    }  # fmt: skip
+
+
+def reload(model: str | Path | ModelSpec | Mapping[str, Any], release: Callable[[], None] | None = None, **options: Any) -> Recommendation:
+    """Frees what this process caches, looks at the GPUs again and recommends again: for a program that has just dropped a model.
+
+    Args:
+        release: what frees the program's own memory; called first. torch's cache is emptied if torch is loaded here.
+        options: as for :func:`recommend`.
+    """
+    import gc
+    import sys
+
+    if release is not None:
+        release()
+    gc.collect()
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)
+    if cuda is not None and cuda.is_initialized():
+        cuda.empty_cache()
+    load_json.cache_clear()
+    return recommend(model, **options)

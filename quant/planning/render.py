@@ -1,0 +1,122 @@
+"""How a detection and a recommendation look to people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quant.hardware import Detection, Gpu
+from quant.planning.recommendation import Recommendation
+from quant.units import format_size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_YES, _NO = "[green]✓[/]", "[red]✗[/]"
+
+
+def _rate(value: float | None, unit: str) -> str:
+    return "?" if not value else f"{value:,.0f} {unit}"
+
+
+def show_gpus(gpus: tuple[Gpu, ...] | list[Gpu], console: Console) -> None:
+    """One table of GPUs, then what each computes natively."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("GPU", "name", "total", "used", "free", "compute", "bandwidth", "driver"):
+        table.add_column(heading, no_wrap=heading != "name")
+    for gpu in gpus:
+        level = ".".join(map(str, gpu.capability)) if gpu.capability else gpu.architecture or "-"
+        band = f"{gpu.bandwidth / 1e9:,.0f} GB/s" if gpu.bandwidth else "?"
+        name = f"{gpu.name} ({gpu.mig})" if gpu.mig else gpu.name
+        table.add_row(
+            str(gpu.index),
+            name,
+            format_size(gpu.total_bytes),
+            format_size(gpu.used_bytes),
+            format_size(gpu.free_bytes),
+            level,
+            band,
+            gpu.driver or "-",
+        )
+    console.print(table)
+    for gpu in gpus:
+        by_state: dict[str, list[str]] = {}
+        for number, state in gpu.formats.items():
+            by_state.setdefault(state, []).append(number)
+        native, packed = ", ".join(by_state.get("native", [])) or "nothing", ", ".join(by_state.get("weight-only", [])) or "nothing"
+        console.print(f"GPU {gpu.index}: computes natively {native}; as packed weights {packed}")
+        for process in gpu.processes:
+            console.print(f"  {format_size(process.used_bytes)} held by {process.name or 'a process'} (pid {process.pid})")
+        if gpu.torch_reserved_bytes is not None and gpu.torch_allocated_bytes is not None:
+            console.print(
+                f"  torch here: {format_size(gpu.torch_allocated_bytes)} allocated, {format_size(gpu.torch_reserved_bytes)} reserved"
+            )
+
+
+def show_detection(found: Detection, console: Console) -> None:
+    if found.gpus:
+        show_gpus(found.gpus, console)
+    if found.note:
+        console.print(found.note)
+    if not found.gpus:
+        console.print(
+            "Plan for a part that is not here with --gpu NAME (`quant detect --gpu list` shows all), or for the CPU with --gpu cpu."
+        )
+    host = found.host
+    console.print(
+        f"host: {format_size(host.ram_available_bytes)} of {format_size(host.ram_total_bytes)} RAM free, {host.cpus} CPUs, "
+        f"{format_size(host.disk_free_bytes)} of disk free"
+    )
+
+
+def show_recommendation(found: Recommendation, console: Console) -> None:
+    """Every scheme with ✓ or ✗ and why, the choice in a sentence, then the commands."""
+    from rich.table import Table
+
+    gpu, request, model = found.gpus[0], found.request, found.model
+    count = f"{len(found.gpus)} × " if len(found.gpus) > 1 else ""
+    about = f" (± {model.uncertainty:.0%})" if model.uncertainty else ""
+    console.print(
+        f"[bold]{model.name}[/]: {model.parameters / 1e9:.2f} B parameters{about}, {model.dtype}; "
+        f"{count}{gpu.name}, {format_size(gpu.total_bytes)}"
+    )
+    if found.thumb:
+        table = Table(box=None, pad_edge=False)
+        for heading in ("", "scheme", "needed", "why"):
+            table.add_column(heading)
+        for row in found.thumb:
+            table.add_row(_YES if row["fits"] else _NO, row["scheme"], f"{row['needed_bytes'] / 1e9:.2f} GB", row["why"])
+        console.print(table)
+    else:
+        parts = [f"context {request.context:,}", f"concurrency {request.concurrency}", f"vLLM {request.vllm_version}"]
+        parts += [f"tensor parallel {request.ranks}"] if request.ranks > 1 else []
+        parts += [f"pipeline parallel {request.pipeline_parallel}"] if request.pipeline_parallel > 1 else []
+        console.print(", ".join(parts))
+        table = Table(box=None, pad_edge=False)
+        for heading in ("", "scheme", "weights", "KV cache", "KV tokens", "longest", "loss", "decode ≤", "batch ≤", "prefill ≤", "why"):
+            table.add_column(heading, no_wrap=heading != "why")
+        for one in found.plans:
+            chosen = one.scheme == found.recommended
+            name = f"[bold]{one.scheme}[/]" if chosen else one.scheme
+            loss = "0 %" if one.loss[1] == 0 else f"{one.loss[0]:g}–{one.loss[1]:g} %"
+            if one.plan is None:
+                table.add_row(_NO, name, "-", "-", "-", "-", loss, "-", "-", "-", one.why)
+                continue
+            speed = one.speed
+            table.add_row(
+                _YES if one.meets else _NO, name, format_size(one.plan.weights_bytes), format_size(one.plan.kv_cache_bytes),
+                f"{one.plan.kv_tokens:,}",
+                f"{one.plan.max_context:,}", loss, _rate(speed.decode_bound if speed else None, "t/s"),
+                _rate(speed.batch_decode_bound if speed else None, "t/s"), _rate(speed.prefill_bound if speed else None, "t/s"), one.why,
+            )  # fmt: skip
+        console.print(table)
+    console.print()
+    console.print(found.reason, soft_wrap=True)
+    if found.recommended is not None and not found.thumb:
+        engine = next(e for e in found.engines if e.suits)
+        console.print(f"serve with {engine.name}: {engine.why}")
+    for line in found.notes:
+        console.print(f"[dim]note: {line}[/]", soft_wrap=True)
+    for command in found.commands:
+        console.print(f"  {command}", soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,133 @@
+"""How each vLLM release accounts for memory. A release is a row of numbers that the planner reads; no code elsewhere asks for a version.
+
+Where each number is from: the 0.32 sources (``v1/worker/gpu_worker.py``, ``v1/core/kv_cache_utils.py``, ``v1/worker/gpu/sample``), and for
+older releases what vLLM printed at start in public threads. Of vllm-project/vllm: #33538 brought the sampler's kernel, #30515 and #45178
+tell of the graphs' estimate, #49224 and #50159 of the second model runner. The sampler's peak is bytes for every pair of a sequence and a
+vocabulary entry:
+
+* 39 while top-k and top-p were done by sorting: logits in 16 and 32 bits (2 + 4), sorted values and indices (4 + 8), probabilities, their
+  running sum, the log-probabilities and the noise (4 each), the scattered result (4) and a mask (1);
+* 16 with the Triton kernel that needs no sorting: 32-bit logits, probabilities, noise and one copy;
+* 2 in the second model runner, whose profile run samples greedily from the 16-bit logits.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from quant.defaults import VLLM_VERSION
+from quant.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The accounting of one release on one kind of device. Bytes, tokens and shares."""
+
+    version: tuple[int, int, int]
+    #: ``v0`` or ``v1``: the engine
+    engine: str
+    #: default of gpu_memory_utilization
+    utilization: float
+    sampler_bytes: int
+    #: CUDA-graph memory is taken from the KV cache, or comes on top of the requested memory
+    graphs_subtracted: bool
+    #: graphs are captured for mixed batches and again for decoding (0.11 on)
+    graph_modes: int
+    #: the pool's null block is reserved before the check of the longest context
+    null_block: bool
+    #: blocks that one request holds in a group of recurrent layers: two when prefix caching keeps a state at a block's end
+    state_blocks: int
+    #: recurrent states: a block for every sequence that a captured decode graph may hold
+    state_check: bool
+    #: the profile counted what torch had reserved, in which the outputs of every all-reduce of the pass were still held
+    reserved_profile: bool
+    #: KV tokens printed: ``blocks`` (a share of all groups) or ``requests`` (concurrency × context)
+    printed_tokens: str
+    #: sliding-window layers give back blocks outside their window
+    hybrid: bool
+    #: batches whose tokens are not yet settled, for the window's bound
+    batches_in_flight: int
+    #: latent attention is cached as one latent; before, full keys and values padded to 256
+    mla: bool
+    #: bytes that an entry of the latent cache is padded to
+    mla_alignment: int
+    #: prompts are cut into chunks of max_num_batched_tokens; False: only beyond 32768 tokens of context
+    chunked: bool
+    #: the last pipeline stage takes all remaining layers; False: they are spread over the middle stages
+    last_stage_takes_rest: bool
+    #: the context check compares the need of all stages with one stage's memory
+    whole_model_check: bool
+    #: smallest memory at which the larger batch defaults hold, and whether an A100 has it too
+    large_gpu_bytes: int
+    large_includes_a100: bool
+    #: default max_num_seqs below that memory (V1: raised to 1024 in 0.8.0, taken back in 0.8.4, vllm-project/vllm #16158)
+    small_gpu_seqs: int
+    #: bytes outside torch with one GPU, and with several (on NVLink, on PCIe)
+    other_bytes: int
+    other_bytes_nvlink: int
+    other_bytes_pcie: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"version": ".".join(map(str, self.version)), "engine": self.engine, "utilization": self.utilization}
+
+
+#: field → (first release with that value, value), newest last. Reads downwards: the last row not newer than the release holds.
+_HISTORY: dict[str, tuple[tuple[tuple[int, int, int], Any], ...]] = {
+    "utilization": (((0, 0, 0), 0.9), ((0, 21, 0), 0.92)),
+    "sampler_bytes": (((0, 0, 0), 39), ((0, 17, 0), 16), ((0, 29, 0), 2)),
+    "graphs_subtracted": (((0, 0, 0), False), ((0, 21, 0), True)),
+    "graph_modes": (((0, 0, 0), 1), ((0, 11, 0), 2)),
+    "null_block": (((0, 0, 0), False), ((0, 29, 0), True)),
+    "printed_tokens": (((0, 0, 0), "blocks"), ((0, 22, 0), "requests")),
+    "batches_in_flight": (((0, 0, 0), 1), ((0, 29, 0), 2)),
+    "state_blocks": (((0, 0, 0), 1), ((0, 22, 0), 2)),
+    "state_check": (((0, 0, 0), False), ((0, 17, 0), True)),
+    "reserved_profile": (((0, 0, 0), False), ((0, 2, 5), True), ((0, 4, 0), False)),
+    "mla": (((0, 0, 0), False), ((0, 7, 1), True)),
+    "last_stage_takes_rest": (((0, 0, 0), True), ((0, 7, 0), False)),
+    "whole_model_check": (((0, 0, 0), False), ((0, 10, 0), True), ((0, 15, 0), False)),
+    "small_gpu_seqs": (((0, 0, 0), 256), ((0, 8, 0), 1024), ((0, 8, 4), 256)),
+    "large_includes_a100": (((0, 0, 0), True), ((0, 9, 1), False)),
+}
+_GIB = 2**30
+
+
+def parse_version(text: str) -> tuple[int, int, int]:
+    """``0.19``, ``v0.7.3.dev233+g…`` → three numbers.
+
+    Raises:
+        UsageError: not a version, or one outside 0.2 to 0.99.
+    """
+    match = re.match(r"v?(\d+)\.(\d+)(?:\.(\d+))?", str(text).strip())
+    if not match:
+        raise UsageError(f"--vllm-version is {text!r}: give a release such as {VLLM_VERSION} or 0.19.0")
+    version = (int(match[1]), int(match[2]), int(match[3] or 0))
+    if not (0, 2, 0) <= version < (1, 0, 0):
+        raise UsageError(f"--vllm-version is {text!r}: releases from 0.6 to {VLLM_VERSION} are known")
+    return version
+
+
+def rules_for(version: str = VLLM_VERSION, capability: tuple[int, int] | None = None, mixture: bool = True) -> Rules:
+    """The accounting of a release, for a mixture of experts or a dense model. 0.8 and 0.9 still ran the V0 engine on GPUs below
+    compute capability 8.0.
+
+    >>> rules_for("0.19").sampler_bytes, rules_for("0.8.5", (7, 0)).engine
+    (16, 'v0')
+    """
+    release = parse_version(version)
+    values = {name: [v for first, v in rows if release >= first][-1] for name, rows in _HISTORY.items()}
+    if not mixture and (0, 25, 0) <= release < (0, 29, 0):  # the second runner served dense models first, and did not profile graphs
+        values.update(sampler_bytes=2, graphs_subtracted=False)
+    old_part = capability is not None and capability < (8, 0)
+    v1 = release >= (0, 10, 0) or (release >= (0, 8, 0) and not old_part)
+    if not v1:
+        values.update(whole_model_check=False, small_gpu_seqs=256)
+    return Rules(
+        version=release, engine="v1" if v1 else "v0", hybrid=v1 and release >= (0, 9, 2), chunked=v1,
+        mla_alignment=256 if not v1 and values["mla"] else 1, large_gpu_bytes=70 * _GIB,
+        other_bytes=int(0.25 * _GIB) if v1 else int(0.06 * _GIB),
+        other_bytes_nvlink=int((2.1 if release >= (0, 15, 0) else 0.6) * _GIB),
+        other_bytes_pcie=int((0.45 if v1 else 0.25) * _GIB), **values,
+    )  # fmt: skip

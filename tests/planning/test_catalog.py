@@ -1,0 +1,192 @@
+"""Names, configs and directories → what a model is. Parameter counts are checked against transformers and published figures."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+
+from quant.architectures import spec_from_config
+from quant.catalog import catalogue, find_model, load_model, model_from_config, model_from_directory, stored_bytes
+from quant.errors import CheckpointError, UsageError
+from quant.hardware import named_gpu
+from quant.planning import EngineRequest, plan
+from tests.planning.tiny_models import TINY
+
+#: published counts that include what is no parameter: block scales (MiniMax), or were read from another revision (Llama 3.2 Vision)
+LOOSE = {"MiniMaxAI/MiniMax-M2.7": 1e-4, "meta-llama/Llama-3.2-11B-Vision-Instruct": 0.005}
+
+
+def test_every_catalogue_entry_can_be_planned_and_names_its_source() -> None:
+    for name, entry in catalogue().items():
+        assert entry["source"], name
+        spec = find_model(name)
+        assert spec.parameters > 1e7 and spec.cache, name
+
+
+@pytest.mark.parametrize("name", [n for n, e in catalogue().items() if e.get("parameters")])
+def test_parameter_counts_are_those_published(name: str) -> None:
+    assert find_model(name).parameters == pytest.approx(catalogue()[name]["parameters"], rel=LOOSE.get(name, 1e-9))
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_parameter_counts_are_those_of_the_model_that_transformers_builds(name: str) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = TINY[name]
+    family = dict(config)
+    hf = AutoConfig.for_model(family.pop("model_type"), **family)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf)
+    assert spec_from_config(config).parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("meta-llama/Llama-3.1-8B", {"full": 32}),
+        ("deepseek-ai/DeepSeek-V3", {"mla": 61}),
+        ("google/gemma-3-27b-it", {"sliding": 52, "full": 10}),
+        ("openai/gpt-oss-20b", {"sliding": 12, "full": 12}),
+        ("Qwen/Qwen3-Next-80B-A3B-Instruct", {"state": 36, "full": 12}),
+        ("Qwen/Qwen2.5-7B", {"full": 28}),  # sliding_window is set there, but switched off
+        ("nvidia/NVIDIA-Nemotron-Nano-9B-v2", {"state": 27, "full": 4}),
+        ("meta-llama/Llama-4-Scout-17B-16E-Instruct", {"chunked": 36, "full": 12}),
+        ("google/gemma-4-E4B-it", {"sliding": 20, "full": 4}),  # the last 18 layers read other layers' caches
+    ],
+)
+def test_layer_kinds_are_read_from_the_config(name: str, kinds: dict[str, int]) -> None:
+    found: dict[str, int] = {}
+    for layer in find_model(name).cache:
+        found[layer.kind] = found.get(layer.kind, 0) + 1
+    assert found == kinds
+
+
+def test_active_parameters_of_a_mixture_are_those_of_its_name() -> None:
+    assert find_model("Qwen/Qwen3-30B-A3B").active_parameters == pytest.approx(3.0e9, rel=0.1)
+    assert find_model("deepseek-ai/DeepSeek-V3").active_parameters == pytest.approx(37e9, rel=0.05)
+
+
+def test_drafting_layers_are_in_the_file_but_not_among_the_parameters() -> None:
+    spec = find_model("deepseek-ai/DeepSeek-V3")
+    assert spec.parameters == pytest.approx(671e9, rel=0.001)
+    assert spec.by_role["mtp"] == pytest.approx(14e9, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "parameters"),
+    [
+        ("Qwen2.5-7B-Instruct-AWQ", "awq", 7.6e9),
+        ("meta-llama/Llama-3.1-70B", None, 70.6e9),
+        ("TheBloke/Llama-2-13B-chat-GPTQ", "gptq", 13.0e9),
+        ("unsloth/meta-llama-3.1-8b-instruct-bnb-4bit", "bitsandbytes", 8.0e9),
+        ("RedHatAI/Llama-3.3-70B-Instruct-FP8-dynamic", "compressed-tensors", 70.6e9),
+        ("openai/gpt-oss-120b", "mxfp4", 116.8e9),
+        ("QWEN/qwen2.5_0.5b", None, 0.49e9),
+    ],
+)
+def test_names_are_found_with_their_own_quantization(name: str, method: str | None, parameters: float) -> None:
+    spec = find_model(name)
+    assert (spec.quantization or {}).get("quant_method") == method
+    assert spec.parameters == pytest.approx(parameters, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("someone/mystery-13b-v2", 13e9), ("acme-8x7B-moe", 56e9), ("tiny-350M", 0.35e9), ("new-100B-A5B", 100e9)]
+)
+def test_an_unknown_name_is_sized_by_the_number_in_it_and_says_so(name: str, size: float) -> None:
+    spec = find_model(name)
+    assert spec.parameters == pytest.approx(size, rel=0.1)
+    assert spec.uncertainty > 0 and "not in the catalogue" in spec.notes[0]
+
+
+def test_a_name_without_a_size_offers_the_nearest_names() -> None:
+    with pytest.raises(UsageError, match="Llama-2-7b-hf"):
+        find_model("lama-2-hf")
+
+
+@pytest.mark.parametrize("missing", ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size"])
+def test_a_config_without_a_needed_key_says_which(missing: str) -> None:
+    config = {k: v for k, v in TINY["gqa"].items() if k != missing}
+    with pytest.raises(UsageError, match=missing):
+        model_from_config(config)
+
+
+@pytest.mark.parametrize("value", [-1, 0, 10**30, "many", 1.5, True])
+def test_absurd_sizes_in_a_config_are_refused(value: object) -> None:
+    with pytest.raises(UsageError, match="hidden_size"):
+        model_from_config({**TINY["gqa"], "hidden_size": value})
+
+
+def test_heads_that_kv_heads_do_not_divide_are_refused() -> None:
+    with pytest.raises(UsageError, match="KV heads"):
+        model_from_config({**TINY["gqa"], "num_key_value_heads": 3})
+
+
+def write_checkpoint(folder: Path, dtype: str = "BF16", width: int = 2) -> int:
+    """A safetensors file with a header alone (the data is not read) for the tiny Llama; its parameters."""
+    config = TINY["gqa"]
+    (folder / "config.json").write_text(json.dumps(config))
+    h, i, v, d = 256, 512, 1024, 64
+    shapes: dict[str, list[int]] = {"model.embed_tokens.weight": [v, h], "lm_head.weight": [v, h], "model.norm.weight": [h]}
+    for n in range(4):
+        p = f"model.layers.{n}."
+        shapes |= {p + "input_layernorm.weight": [h], p + "post_attention_layernorm.weight": [h]}
+        shapes |= {p + "self_attn.q_proj.weight": [4 * d, h], p + "self_attn.o_proj.weight": [h, 4 * d]}
+        shapes |= {p + f"self_attn.{x}_proj.weight": [2 * d, h] for x in "kv"}
+        shapes |= {p + "mlp.gate_proj.weight": [i, h], p + "mlp.up_proj.weight": [i, h], p + "mlp.down_proj.weight": [h, i]}
+    header, offset = {}, 0
+    for name, shape in shapes.items():
+        size = shape[0] * (shape[1] if len(shape) > 1 else 1) * width
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    raw = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw)
+    return offset // width
+
+
+def test_a_directory_gives_the_exact_bytes_by_role_from_its_headers(tmp_path: Path) -> None:
+    count = write_checkpoint(tmp_path)
+    spec = model_from_directory(tmp_path)
+    assert spec.parameters == count == spec_from_config(TINY["gqa"]).parameters
+    assert stored_bytes(spec) == 2 * count
+    assert spec.by_role == {k: v for k, v in spec_from_config(TINY["gqa"]).by_role.items() if v}
+
+
+def test_a_32_bit_file_is_known_to_be_one(tmp_path: Path) -> None:
+    count = write_checkpoint(tmp_path, "F32", 4)
+    spec = model_from_directory(tmp_path)
+    assert stored_bytes(spec) == 4 * count
+    found = plan(spec, [named_gpu("L40S")], "none", EngineRequest(context=1024))
+    assert found.weights_bytes == 2 * count + spec.rotary_bytes  # served in 16 bits: half of the file
+
+
+def test_a_bf16_file_is_served_at_its_size(tmp_path: Path) -> None:
+    count = write_checkpoint(tmp_path)
+    spec = model_from_directory(tmp_path)
+    assert plan(spec, [named_gpu("L40S")], "none", EngineRequest(context=1024)).weights_bytes == 2 * count + spec.rotary_bytes
+
+
+def test_a_directory_without_weights_is_computed_and_one_without_config_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no config.json"):
+        model_from_directory(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(TINY["gqa"]))
+    assert "computed from config.json" in " ".join(load_model(tmp_path).notes)
+
+
+@pytest.mark.parametrize("content", [b"", b"short", struct.pack("<Q", 2**60) + b"{}", struct.pack("<Q", 5) + b"{bad}"])
+def test_damaged_safetensors_headers_are_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY["gqa"]))
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="model.safetensors"):
+        model_from_directory(tmp_path)
+
+
+def test_an_index_may_not_leave_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY["gqa"]))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../other.safetensors"}}))
+    with pytest.raises(CheckpointError, match="may not leave"):
+        model_from_directory(tmp_path)

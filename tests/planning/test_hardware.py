@@ -1,0 +1,257 @@
+"""GPUs through a fake NVML, named GPUs through the table."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from quant.data import load_json
+from quant.errors import QuantError, UsageError
+from quant.hardware import cpu_device, detect, gpu_names, named_gpu, number_formats, resolve_gpus
+
+GIB = 2**30
+
+
+class NVMLError(Exception):
+    """Named as the real module's: what matters is the name."""
+
+
+class NVMLError_NotSupported(NVMLError):
+    pass
+
+
+class FakeNvml:
+    """A machine with the given boards. A board: name, total and used GiB, capability, optional MIG slices in GiB, processes."""
+
+    NVML_CLOCK_MEM = 2
+
+    def __init__(self, *boards: dict[str, Any], broken: bool = False):
+        self.boards, self.broken, self.open = boards, broken, False
+
+    def nvmlInit(self) -> None:
+        if self.broken:
+            raise NVMLError("Driver Not Loaded")
+        self.open = True
+
+    def nvmlShutdown(self) -> None:
+        self.open = False
+
+    def nvmlSystemGetDriverVersion(self) -> bytes:
+        return b"580.65"
+
+    def nvmlDeviceGetCount(self) -> int:
+        return len(self.boards)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> dict[str, Any]:
+        if self.boards[index].get("lost"):
+            raise NVMLError("GPU is lost")
+        return self.boards[index]
+
+    def nvmlDeviceGetName(self, board: dict[str, Any]) -> str:
+        return board["name"]
+
+    def nvmlDeviceGetMemoryInfo(self, board: dict[str, Any]) -> SimpleNamespace:
+        total, used = int(board["total"] * GIB), int(board.get("used", 0) * GIB)
+        return SimpleNamespace(total=total, used=used, free=total - used)
+
+    def nvmlDeviceGetCudaComputeCapability(self, board: dict[str, Any]) -> tuple[int, int]:
+        return board.get("capability", (8, 0))
+
+    def nvmlDeviceGetUUID(self, board: dict[str, Any]) -> str:
+        return board.get("uuid", "")
+
+    def nvmlDeviceGetMemoryBusWidth(self, board: dict[str, Any]) -> int:
+        return 384
+
+    def nvmlDeviceGetMaxClockInfo(self, board: dict[str, Any], kind: int) -> int:
+        return 10000
+
+    def nvmlDeviceGetMigMode(self, board: dict[str, Any]) -> tuple[int, int]:
+        if "slices" not in board:
+            raise NVMLError_NotSupported("Not Supported")
+        return (1, 1)
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, board: dict[str, Any]) -> int:
+        return 7
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, board: dict[str, Any], number: int) -> dict[str, Any]:
+        if number >= len(board["slices"]):
+            raise NVMLError("Not Found")
+        return {"name": board["name"], "total": board["slices"][number], "uuid": f"MIG-{number}"}
+
+    def nvmlDeviceGetComputeRunningProcesses(self, board: dict[str, Any]) -> list[SimpleNamespace]:
+        return [SimpleNamespace(pid=p, usedGpuMemory=int(g * GIB)) for p, g in board.get("processes", ())]
+
+    def nvmlSystemGetProcessName(self, pid: int) -> str:
+        if pid == 13:
+            raise NVMLError("No Permission")
+        return f"/usr/bin/p{pid}"
+
+
+H100 = {"name": "NVIDIA H100 80GB HBM3", "total": 79.6, "used": 3, "capability": (9, 0), "uuid": "GPU-aa11"}
+L40S = {"name": "NVIDIA L40S", "total": 44.9, "capability": (8, 9), "uuid": "GPU-bb22"}
+UNKNOWN = {"name": "NVIDIA Prototype", "total": 24, "capability": (8, 6), "uuid": "GPU-cc33"}
+
+
+def test_every_gpu_is_listed_with_memory_capability_bandwidth_and_driver() -> None:
+    found = detect(FakeNvml(H100, L40S), environment={})
+    first, second = found.gpus
+    assert (first.name, first.capability, first.driver) == (H100["name"], (9, 0), "580.65")
+    assert first.used_bytes == 3 * GIB and first.free_bytes == first.total_bytes - 3 * GIB
+    assert first.bandwidth == 3350e9 and second.bandwidth == 864e9
+    assert first.formats["fp8"] == "native" and first.formats["nvfp4"] == "weight-only"
+    assert found.host.ram_total_bytes > 0 and found.host.disk_free_bytes > 0 and not found.note
+
+
+def test_a_part_that_the_table_lacks_gets_its_bandwidth_from_bus_and_clock() -> None:
+    (gpu,) = detect(FakeNvml(UNKNOWN), environment={}).gpus
+    assert gpu.bandwidth == 2 * 10000e6 * 384 / 8
+    assert "nvml" in gpu.sources["bandwidth"]
+
+
+def test_processes_are_listed_largest_first_even_where_their_names_are_hidden() -> None:
+    (gpu,) = detect(FakeNvml({**H100, "processes": [(7, 1), (13, 2)]}), environment={}).gpus
+    assert [(p.pid, p.name) for p in gpu.processes] == [(13, ""), (7, "/usr/bin/p7")]
+
+
+def test_mig_slices_take_the_place_of_their_gpu_with_their_share_of_bandwidth() -> None:
+    found = detect(FakeNvml({**H100, "slices": [19.9, 39.8]}), environment={}).gpus
+    assert [round(g.total_bytes / GIB, 1) for g in found] == [19.9, 39.8]
+    assert found[1].bandwidth == pytest.approx(3350e9 / 2)
+    assert found[0].mig == "slice 0 of GPU 0"
+
+
+@pytest.mark.parametrize(
+    ("variable", "names"),
+    [
+        ("1", ["NVIDIA L40S"]),
+        ("1,0", ["NVIDIA L40S", "NVIDIA H100 80GB HBM3"]),
+        ("GPU-bb", ["NVIDIA L40S"]),
+        ("-1", []),
+        ("", []),
+        ("0,-1,1", [H100["name"]]),
+    ],
+)
+def test_cuda_visible_devices_is_honoured(variable: str, names: list[str]) -> None:
+    found = detect(FakeNvml(H100, L40S), environment={"CUDA_VISIBLE_DEVICES": variable})
+    assert [g.name for g in found.gpus] == names
+    assert bool(found.note) is (len(names) < 2)
+
+
+@pytest.mark.parametrize("variable", ["7", "GPU-zz", "GPU-"])
+def test_a_visible_device_that_is_not_here_is_refused(variable: str) -> None:
+    with pytest.raises(UsageError, match="CUDA_VISIBLE_DEVICES"):
+        detect(FakeNvml(H100, L40S), environment={"CUDA_VISIBLE_DEVICES": variable})
+
+
+def test_without_a_driver_the_reason_is_told_and_a_lost_gpu_is_left_out() -> None:
+    assert detect(FakeNvml(broken=True), environment={}).note == "no NVIDIA GPU: Driver Not Loaded"
+    assert [g.name for g in detect(FakeNvml({**H100, "lost": True}, L40S), environment={}).gpus] == ["NVIDIA L40S"]
+
+
+def test_nvml_is_shut_down_after_the_look() -> None:
+    nvml = FakeNvml(L40S)
+    detect(nvml, environment={})
+    assert not nvml.open
+
+
+def test_torch_figures_are_added_only_where_this_process_already_uses_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = SimpleNamespace(is_initialized=lambda: True, device_count=lambda: 1, memory_allocated=lambda i: 5, memory_reserved=lambda i: 8)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    first, second = detect(FakeNvml(H100, L40S), environment={}).gpus
+    assert (first.torch_allocated_bytes, first.torch_reserved_bytes) == (5, 8)
+    assert second.torch_allocated_bytes is None
+
+
+def test_the_table_has_the_parts_people_own_and_every_row_is_sourced() -> None:
+    table = load_json("gpus.json")
+    assert len(table["gpus"]) >= 40
+    for row in table["gpus"]:
+        assert row["source"] in table["sources"], row["name"]
+        assert 4 <= row["memory_gib"] <= 512 and 100 <= row["bandwidth_gb_s"] <= 10000, row["name"]
+        assert row["reported_gib"] <= row["memory_gib"], row["name"]
+    names = set(gpu_names())
+    for wanted in (
+        "T4",
+        "B200-192GB",
+        "L4",
+        "L40S-48GB",
+        "A10",
+        "A100-80GB",
+        "H20-96GB",
+        "H100-80GB",
+        "H200-141GB",
+        "MI300X",
+        "RTX-2080",
+        "RTX-5090",
+    ):
+        assert wanted in names
+    assert named_gpu("RTX 3070 Ti Laptop 8 GB").kind == "laptop"
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("l40s", "L40S-48GB"), ("NVIDIA GeForce RTX 4090", "RTX-4090"), ("A100-SXM4-40GB", "A100-40GB"), ("H100", "H100-80GB"),
+        ("rtx 4060 ti 16gb", "RTX-4060-Ti-16GB"), ("NVIDIA H20", "H20-96GB"), ("Tesla T4", "T4"), ("amd instinct mi300x", "MI300X"),
+    ],
+)  # fmt: skip
+def test_names_are_found_however_they_are_written(written: str, meant: str) -> None:
+    assert named_gpu(written).name == meant
+
+
+def test_every_name_and_alias_of_the_table_leads_to_its_own_row() -> None:
+    for row in load_json("gpus.json")["gpus"]:
+        for name in (row["name"], *row["aliases"]):
+            assert named_gpu(name).name == row["name"], name
+
+
+def test_an_unknown_gpu_offers_the_nearest_names() -> None:
+    with pytest.raises(UsageError, match=r"'RTX 4099'.*RTX-4090"):
+        named_gpu("RTX 4099")
+
+
+@pytest.mark.parametrize("size", [-1, 0, 10**30, 2**20])
+def test_absurd_memory_sizes_are_refused(size: int) -> None:
+    with pytest.raises(UsageError, match="--gpu-memory"):
+        named_gpu("L40S", size)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        ((7, 0), {"fp16": "native", "bf16": "no", "fp8": "no", "int4-weights": "no"}),
+        ((7, 5), {"int8": "native", "fp8": "weight-only", "int4-weights": "weight-only"}),
+        ((8, 9), {"fp8": "native", "nvfp4": "weight-only"}),
+        ((10, 0), {"nvfp4": "native", "mxfp4": "native", "int8": "no"}),
+        ((12, 0), {"nvfp4": "native", "int8": "no"}),
+    ],
+)
+def test_number_formats_follow_the_compute_capability(capability: tuple[int, int], expected: dict[str, str]) -> None:
+    formats = number_formats("cuda", capability)
+    assert {k: formats[k] for k in expected} == expected
+
+
+def test_rocm_and_cpu_have_their_own_formats() -> None:
+    assert named_gpu("MI300X").formats["fp8"] == "native" and named_gpu("MI210").formats["fp8"] == "no"
+    assert cpu_device(64 * GIB).formats["int8-weights"] == "no"
+
+
+def test_planning_without_a_gpu_asks_for_a_name() -> None:
+    with pytest.raises(QuantError, match="--gpu L40S-48GB"):
+        resolve_gpus(nvml=FakeNvml(broken=True))
+    with pytest.raises(UsageError, match="--gpu-count is 3"):
+        resolve_gpus(count=3, nvml=FakeNvml(H100, H100))
+    assert len(resolve_gpus("L40S", 4)) == 4
+
+
+def test_neither_torch_nor_transformers_is_imported() -> None:
+    heavy = ("torch", "transformers", "rich", "yaml", "pydantic")
+    program = f"import json, sys, quant.hardware as h; h.detect(); print(json.dumps([m for m in {heavy} if m in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []

@@ -1,0 +1,350 @@
+"""The choice: what fits, what is precise, what a scenario wants, and what the commands say."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import importlib.util
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+import quant
+from quant.data import config_path
+from quant.errors import NothingFits, Problems, UsageError
+from quant.hardware import named_gpu
+from quant.planning import EngineRequest, Recommendation, get_optimized_config, recommend, reload
+from quant.planning.rule_of_thumb import rule_of_thumb
+from quant.planning.scenarios import load_scenario, scenario_names
+from quant.planning.speed import speed_bounds
+from tests.planning.tiny_models import TINY
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLES = ROOT.parent / "shared" / "data" / "vllm_memory_samples.yaml"
+GB = 10**9
+
+
+def by_scheme(found: Recommendation) -> dict[str, Any]:
+    return {p.scheme: p for p in found.plans}
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "count", "scheme", "method"),
+    [
+        ("meta-llama/Llama-3.1-8B-Instruct", "L40S-48GB", 1, "none", None),
+        ("Qwen/Qwen2.5-32B-Instruct", "L40S-48GB", 1, "w8a16", "minmax"),
+        ("meta-llama/Llama-3.1-70B-Instruct", "H100", 1, "w4a16", "gptq"),
+        ("meta-llama/Llama-3.1-70B-Instruct", "L40S-48GB", 4, "none", None),
+        ("meta-llama/Llama-3.1-70B-Instruct", "L40S-48GB", 2, "w8a16", "minmax"),
+        ("Qwen2.5-7B-Instruct-AWQ", "RTX 3060", 1, "none", None),
+        ("Qwen/Qwen2.5-7B-Instruct", "RTX 3070 Ti Laptop", 1, "w4a16", "gptq"),
+    ],
+)
+def test_the_most_precise_scheme_that_fits_is_taken(model: str, gpu: str, count: int, scheme: str, method: str | None) -> None:
+    found = recommend(model, gpu, gpu_count=count)
+    assert (found.recommended, found.method) == (scheme, method), found.reason
+    chosen = by_scheme(found)[scheme]
+    assert chosen.fits and chosen.meets
+    better = [p for p in found.plans if sum(p.loss) < sum(chosen.loss)]
+    assert not any(p.safe for p in better)
+
+
+def test_schemes_that_the_gpu_does_not_compute_natively_are_refused_with_the_reason() -> None:
+    plans = by_scheme(recommend("meta-llama/Llama-3.1-8B", "A100"))
+    assert plans["w8a8-fp8"].plan is None and "8.0" in plans["w8a8-fp8"].why
+    assert plans["w8a8-int8"].fits
+    blackwell = by_scheme(recommend("meta-llama/Llama-3.1-8B", "B200"))
+    assert blackwell["nvfp4"].fits and not blackwell["w8a8-int8"].fits
+    volta = by_scheme(recommend("meta-llama/Llama-3.1-8B", "V100"))
+    assert not volta["w4a16"].fits and volta["none"].fits
+
+
+def test_concurrency_and_context_decide() -> None:
+    one = recommend("meta-llama/Llama-3.1-8B", "RTX 4090", EngineRequest(context=8192, concurrency=1))
+    many = recommend("meta-llama/Llama-3.1-8B", "RTX 4090", EngineRequest(context=8192, concurrency=8))
+    assert one.recommended == "none" and many.recommended == "w8a16"
+    assert by_scheme(many)["none"].fits and not by_scheme(many)["none"].meets
+
+
+def test_the_margin_affects_only_the_choice() -> None:
+    tight = recommend("Qwen/Qwen2.5-32B", "RTX 4090", EngineRequest(context=8192))
+    assert tight.recommended == "w4a16" and not by_scheme(tight)["w4a16"].safe and "margin" in tight.reason
+    wide, narrow = (recommend("meta-llama/Llama-3.1-8B", "RTX 4090", EngineRequest(context=16384), margin=m) for m in (0.0, 0.3))
+    assert [p.fits for p in wide.plans] == [p.fits for p in narrow.plans]
+    assert wide.recommended == "none" and narrow.recommended == "w8a16"
+
+
+def test_commands_are_given_only_for_what_this_build_makes() -> None:
+    request = EngineRequest(context=8192)
+    found = recommend("meta-llama/Llama-3.1-70B", "H100", request, scheme="w8a8-fp8")
+    assert found.recommended in ("w8a8-fp8", None)
+    two = recommend("meta-llama/Llama-3.1-70B", "H100", replace(request, tensor_parallel=2), gpu_count=2, scheme="w8a8-fp8")
+    assert two.recommended == "w8a8-fp8" and two.commands == () and two.method is None and "does not make" in two.notes[-1]
+    switched = recommend(
+        "meta-llama/Llama-3.1-70B",
+        "H100",
+        replace(request, tensor_parallel=2),
+        gpu_count=2,
+        scheme="w8a8-fp8",
+        makeable={"w8a8-fp8": ("minmax",)},
+    )
+    assert switched.method == "minmax" and any("--scheme w8a8-fp8" in c for c in switched.commands)
+
+
+def test_the_commands_say_exactly_what_was_planned(tmp_path: Path) -> None:
+    import json
+
+    (tmp_path / "config.json").write_text(json.dumps(quant.find_model("Llama-3.1-70B") and _config("meta-llama/Llama-3.1-70B-Instruct")))
+    request = EngineRequest(context=8192, concurrency=2, tensor_parallel=2, max_num_seqs=64, kv_cache_dtype="fp8")
+    found = recommend(tmp_path, "L40S-48GB", request, gpu_count=2, scheme="w4a16", output_path="out dir")
+    make, serve = found.commands
+    assert shlex.split(make)[:2] == ["quant", "quantize"] and str(tmp_path) in make
+    words = shlex.split(serve)
+    assert words[:3] == ["vllm", "serve", "out dir"]
+    for flag, value in (
+        ("--max-model-len", "8192"),
+        ("--tensor-parallel-size", "2"),
+        ("--max-num-seqs", "64"),
+        ("--kv-cache-dtype", "fp8"),
+    ):
+        assert words[words.index(flag) + 1] == value
+    assert "--enforce-eager" not in words
+
+
+def _config(name: str) -> dict[str, Any]:
+    from quant.catalog import catalogue
+
+    found: dict[str, Any] = catalogue()[name]["config"]
+    return found
+
+
+def test_a_smaller_group_is_chosen_where_ranks_would_cut_larger_ones() -> None:
+    config = {**TINY["gqa"], "intermediate_size": 11008, "num_attention_heads": 8, "num_key_value_heads": 8}
+    found = recommend(config, "L40S", EngineRequest(context=1024, tensor_parallel=4), gpu_count=4, scheme="w4a16")
+    assert found.group_size == 64 and "--group-size 64" in found.commands[0]
+
+
+def test_nothing_fits_says_what_would_and_it_does() -> None:
+    found = recommend("meta-llama/Llama-3.1-70B", "RTX 4090")
+    assert found.recommended is None and found.commands == () and len(found.plans) >= 5
+    with pytest.raises(NothingFits, match="--gpu-count 4"):
+        found.check()
+    assert by_scheme(recommend("meta-llama/Llama-3.1-70B", "RTX 4090", gpu_count=4))["w4a16"].fits
+
+
+def test_an_already_quantized_checkpoint_is_not_quantized_again() -> None:
+    plans = by_scheme(recommend("Qwen2.5-7B-Instruct-AWQ", "L40S"))
+    assert plans["none"].fits and "already quantized (awq)" in plans["w4a16"].why
+
+
+def test_mixed_gpus_are_planned_by_the_smallest() -> None:
+    found = recommend("meta-llama/Llama-3.1-8B", [named_gpu("H100"), named_gpu("RTX 4090")], EngineRequest(tensor_parallel=2))
+    assert found.plan is not None and found.plan.total_bytes == named_gpu("RTX 4090").total_bytes
+    assert any("differ" in n for n in found.notes)
+
+
+def test_held_memory_lowers_the_share_that_is_asked_for() -> None:
+    busy = replace(named_gpu("L40S"), free_bytes=20 * 2**30)
+    found = recommend("Qwen/Qwen2.5-7B", busy)
+    assert found.plan is not None and found.plan.requested_bytes <= busy.free_bytes
+    assert "--gpu-memory-utilization 0.45" in found.commands[-1]
+
+
+def test_the_json_has_the_contracts_keys_also_when_nothing_fits() -> None:
+    needed = {
+        "scheme", "fits", "why", "weights_bytes", "kv_bytes_per_token", "kv_cache_bytes", "kv_tokens", "max_context", "max_concurrency",
+        "activation_bytes", "cuda_graph_bytes", "other_bytes",
+    }  # fmt: skip
+    for gpu in ("L40S", "RTX 3060"):
+        value = recommend("meta-llama/Llama-3.1-70B", gpu).to_dict()
+        assert {"gpu", "model", "recommended", "plans"} <= set(value)
+        assert value["plans"] and all(needed <= set(p) for p in value["plans"])
+    assert value["recommended"] is None
+    kept = recommend("meta-llama/Llama-3.1-8B", "L40S").to_dict()["recommended"]
+    assert {"scheme", "method", "reason", "commands"} <= set(kept)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"policy": "astrology"}, UsageError, "--policy"),
+        ({"policy": "rule-of-thumb", "scheme": "w4a16"}, UsageError, "contradicts --scheme"),
+        ({"policy": "rule-of-thumb", "scenario": "chat"}, UsageError, "contradicts --scenario"),
+        ({"scenario": "chatt"}, UsageError, "chat"),
+        ({"scheme": "w4a61"}, UsageError, "w4a16"),
+        ({"gpus": "L40X"}, UsageError, "L40"),
+        ({"gpu_memory": 10**30}, UsageError, "--gpu-memory"),
+        ({"gpu_count": 0}, UsageError, "--gpu-count"),
+        ({"margin": 1.0}, UsageError, "margin"),
+        ({"request": EngineRequest(tensor_parallel=2)}, Problems, "needs 2 GPUs"),
+    ],
+)
+def test_bad_requests_are_refused_by_name(options: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        recommend("meta-llama/Llama-3.1-8B", **{"gpus": "L40S", **options})
+
+
+# -- scenarios -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_five_scenarios_and_seven_profiles_are_there() -> None:
+    assert scenario_names() == ["chat", "code", "high-throughput", "low-latency", "multi-model"]
+    assert len(scenario_names(profiles=True)) == 12
+
+
+@pytest.mark.parametrize("name", [n for n in scenario_names(profiles=True) if n.startswith("l40s-")])
+def test_every_profile_fits_what_it_was_written_for(name: str) -> None:
+    profile = load_scenario(name)
+    example = profile.example
+    found = recommend(example["model"], example["gpu"], gpu_count=example["gpu_count"], scenario=name, scheme=example["scheme"])
+    assert found.recommended == example["scheme"], found.reason
+    assert by_scheme(found)[example["scheme"]].safe
+
+
+@pytest.mark.parametrize("name", scenario_names())
+@pytest.mark.parametrize("model", ["Qwen/Qwen2.5-3B-Instruct", "Qwen/Qwen2.5-14B-Instruct", "meta-llama/Llama-3.1-70B-Instruct"])
+def test_every_scenario_serves_small_medium_and_large_models_on_large_gpus(name: str, model: str) -> None:
+    found = recommend(model, "H200", gpu_count=2, scenario=name)
+    assert found.recommended is not None, found.reason
+
+
+def test_a_latency_scenario_takes_the_fewest_bytes_and_throughput_the_batch() -> None:
+    latency = recommend("meta-llama/Llama-3.1-8B", "L40S", scenario="low-latency")
+    bounds = {p.scheme: p.speed.decode_bound for p in latency.plans if p.safe and p.speed and p.speed.decode_bound}
+    assert latency.recommended == max(bounds, key=lambda s: bounds[s]) == "w4a16"
+    assert recommend("meta-llama/Llama-3.1-8B", "L40S", scenario="chat").recommended == "none"
+
+
+def test_what_the_user_asks_wins_over_the_scenario() -> None:
+    found = recommend("meta-llama/Llama-3.1-8B", "L40S", EngineRequest(context=2048), scenario="code")
+    assert found.request.context == 2048 and found.request.concurrency == 4
+
+
+def test_an_fp8_cache_is_not_asked_of_a_gpu_without_fp8() -> None:
+    assert recommend("meta-llama/Llama-3.1-8B", "A100", scenario="high-throughput").request.kv_cache_dtype == "auto"
+    assert recommend("meta-llama/Llama-3.1-8B", "L40S", scenario="high-throughput").request.kv_cache_dtype == "fp8"
+
+
+def test_a_key_that_nothing_reads_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "scenarios"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text("title: mine\ndefaults: {contxt: 5}\n")
+    monkeypatch.setattr("quant.planning.scenarios.config_path", lambda name: tmp_path / name)
+    with pytest.raises(UsageError, match="contxt"):
+        load_scenario("mine")
+
+
+def test_engines_follow_the_need() -> None:
+    assert recommend("Qwen/Qwen2.5-7B", "L40S").engine == "vLLM"
+    assert recommend("Qwen/Qwen2.5-7B", "cpu", gpu_memory=64 * 2**30).engine == "llama.cpp / Ollama"
+    assert recommend("meta-llama/Llama-3.1-70B", "RTX 3060").engine == "llama.cpp / Ollama"
+    trt = {e.name: e.suits for e in recommend("Qwen/Qwen2.5-7B", "H100", scenario="low-latency").engines}
+    assert trt["TensorRT-LLM"]
+
+
+def test_programs_get_engine_arguments_and_a_reload_that_looks_again() -> None:
+    config = get_optimized_config("meta-llama/Llama-3.1-8B-Instruct", "chat", "L40S-48GB")
+    assert config["max_model_len"] == 8192 and config["tensor_parallel_size"] == 1 and config["scheme"] == "none"
+    with pytest.raises(NothingFits):
+        get_optimized_config("meta-llama/Llama-3.1-70B-Instruct", "chat", "RTX 3060")
+    released = []
+    found = reload("meta-llama/Llama-3.1-8B", lambda: released.append(True), gpus="L40S")
+    assert released == [True] and found.recommended == "none"
+    assert quant.recommend is recommend and quant.get_optimized_config is get_optimized_config
+
+
+def test_speed_bounds_are_bytes_over_bandwidth() -> None:
+    spec, gpu = quant.find_model("meta-llama/Llama-3.1-8B"), named_gpu("H100")
+    p = quant.planning.plan(spec, [gpu], "none", EngineRequest(context=1024))
+    bound = speed_bounds(spec, gpu, p, 1)
+    read = 2 * (spec.parameters - spec.by_role["embedding"]) + 131072 * 512
+    assert bound.decode_bound == pytest.approx(3350e9 / read)
+    assert bound.prefill_bound == pytest.approx(989e12 / (2 * spec.active_parameters))
+    moe = quant.find_model("Qwen/Qwen3-30B-A3B")
+    sparse = speed_bounds(moe, gpu, quant.planning.plan(moe, [gpu], "none", EngineRequest(context=1024)), 1)
+    assert sparse.decode_bound is not None and bound.decode_bound is not None and sparse.decode_bound > 1.5 * bound.decode_bound
+
+
+# -- the rule of thumb ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_worked_example_of_the_original_design() -> None:
+    chosen, plans = rule_of_thumb(int(5.75 * GB), 8 * GB)
+    needed = {p.scheme: p.needed_bytes / GB for p in plans}
+    for scheme, value in (("none", 7.47), ("fp16", 3.45), ("int8", 1.66), ("int4", 0.79)):
+        assert needed[scheme] == pytest.approx(value, abs=0.02), scheme
+    assert {p.scheme: p.fits for p in plans} == {"none": False, "fp16": True, "int8": True, "int4": True}
+    assert chosen == "fp16" and "7.20" in plans[0].why
+
+
+@pytest.mark.parametrize(("total", "allowed"), [(16, "none"), (15.9, "fp16"), (7.9, "int8"), (5.9, "int4"), (2.9, None)])
+def test_the_minimum_memory_table_applies_to_the_total(total: float, allowed: str | None) -> None:
+    assert rule_of_thumb(10**6, int(total * GB), 2 * GB)[0] == allowed
+
+
+def test_the_policy_is_reachable_and_needs_no_plan() -> None:
+    found = recommend("meta-llama/Llama-3.1-8B", "RTX 4090", policy="rule-of-thumb")
+    assert found.policy == "rule-of-thumb" and found.recommended == "none" and "16-bit" not in found.reason
+    assert len(found.to_dict()["plans"]) == 4
+
+
+def test_the_worked_example_through_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quant.planning.recommendation.stored_bytes", lambda spec: int(5.75 * GB))
+    found = recommend("microsoft/phi-2", "RTX 3070", gpu_memory=8 * GB, policy="rule-of-thumb")
+    assert found.recommended == "fp16" and "7.20" in found.to_dict()["plans"][0]["why"]
+
+
+@pytest.mark.parametrize("size", [0, -5, 10**30])
+def test_the_rule_refuses_sizes_that_are_none(size: int) -> None:
+    with pytest.raises(UsageError):
+        rule_of_thumb(size, 8 * GB)
+
+
+# -- measured starts -----------------------------------------------------------------------------------------------------------------------
+
+
+def benchmark() -> ModuleType:
+    described = importlib.util.spec_from_file_location("planner_accuracy", ROOT / "benchmarks" / "planner_accuracy.py")
+    assert described and described.loader
+    module = importlib.util.module_from_spec(described)
+    described.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(not SAMPLES.is_file(), reason="../shared is not there")
+def test_measured_starts_are_reproduced_within_the_limits() -> None:
+    program = benchmark()
+    figures = program.summary([program.judge(s) for s in yaml.safe_load(SAMPLES.read_text(encoding="utf-8"))])
+    assert figures["planned"] == figures["samples"]
+    assert figures["weights_unquantized"]["within"] == figures["weights_unquantized"]["starts"]
+    assert figures["weights_quantized"]["within"] >= 0.9 * figures["weights_quantized"]["starts"]
+    assert figures["kv_bytes_per_token"]["exact"] == figures["kv_bytes_per_token"]["starts"]
+    assert figures["non_kv_gib"]["worst_model_median"] <= 0.5 and figures["non_kv_gib"]["p90"] <= 1.5
+    for kind in ("started", "failed"):
+        ours, simple = figures[f"verdicts_{kind}"], figures[f"verdicts_{kind}_naive"]
+        assert ours["right"] >= 0.9 * ours["of"] and ours["right"] >= simple["right"]
+    assert figures["verdicts_failed"]["right"] > 2 * figures["verdicts_failed_naive"]["right"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "architectures",
+        "catalog",
+        "data",
+        "hardware",
+        *(f"planning.{m}" for m in ("recommendation", "rule_of_thumb", "storage", "versions")),
+    ],
+)
+def test_the_examples_in_the_docstrings_run(name: str) -> None:
+    module = importlib.import_module(f"quant.{name}")
+    assert doctest.testmod(module).failed == 0
+
+
+def test_the_scenarios_folder_is_found_where_the_data_is() -> None:
+    assert config_path("scenarios/chat.yaml").is_file()
