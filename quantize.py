@@ -86,9 +86,7 @@ def recommend(
     if (model_path is None) == (model is None):
         raise UsageError("give the model once: --model-path DIRECTORY, or --model NAME")
     subject: str | Path = Path(model_path) if model_path is not None else str(model)
-    found = choose(
-        subject, gpu, engine, scenario=scenario, policy=policy, scheme=scheme, gpu_count=gpu_count, gpu_memory=gpu_memory
-    )
+    found = choose(subject, gpu, engine, scenario=scenario, policy=policy, scheme=scheme, gpu_count=gpu_count, gpu_memory=gpu_memory)
     out.result(found.to_dict(), lambda console: show_recommendation(found, console))
     if found.recommended is None:
         raise click.exceptions.Exit(3)
@@ -128,6 +126,8 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--seed", type=int, help=f"Of --shuffle.  [default: {defaults.SEED}]"),
             click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]"),
             click.option("--tensor-parallel", type=int, help="Degree it will be served with: shapes are checked for it.  [default: 1]"),
+            click.option("--gpu", metavar="NAME", help="GPU that will serve it: checked first, and without --method it decides the scheme."),
+            click.option("--vllm-version", help=f"Release that will load it: checked first.  [default: {defaults.VLLM_VERSION}]"),
             click.option("--dry-run", is_flag=True, help="Check everything, predict bytes, memory and time, write nothing."),
             click.option("--fresh", is_flag=True, default=None, help="Start over instead of going on with unfinished work."),
         ]
@@ -136,31 +136,63 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def _recipe(options: dict[str, Any]) -> Any:
-    """The recipe that a file and the options given make together."""
-    from quant.recipe import make_recipe, read_recipe
+def _values(options: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's values that a file and the options given make together."""
+    from quant.recipe import read_recipe
 
     config = options.pop("config")
     values = read_recipe(config) if config else {}
     options["format"] = options.pop("format_")
     values.update({k: list(v) if isinstance(v, tuple) else v for k, v in options.items() if v not in (None, ())})
-    missing = [f"--{k.replace('_', '-')}" for k in ("model_path", "output_path", "method") if k not in values]
+    missing = [f"--{k.replace('_', '-')}" for k in ("model_path", "output_path") if k not in values]
     if missing:
         raise UsageError(
             f"missing {', '.join(missing)}: give {'it' if len(missing) == 1 else 'them'} as options or in the recipe of --config"
         )
-    return make_recipe(values)
+    return values
+
+
+def _choose(out: Output, values: dict[str, Any]) -> dict[str, Any] | None:
+    """Method and scheme of a job that names no method; None where the checkpoint fits as it is and nothing needs quantizing."""
+    from quant.planning.target import choose, method_for, settings
+    from quant.recipe import make_recipe
+
+    if "scheme" in values or "bits" in values:
+        recipe = make_recipe({**values, "method": "gptq"})
+        return {"method": method_for(recipe.resolved_scheme().name)}
+    found = choose(
+        values["model_path"],
+        values["output_path"],
+        gpu=values.get("gpu"),
+        tensor_parallel=values.get("tensor_parallel"),
+        vllm_version=str(values.get("vllm_version", defaults.VLLM_VERSION)),
+    )
+    if found.recommended == "none":
+        lines = [f"Nothing to quantize: {found.reason}", "Nothing was written. To serve it as it is:", *found.commands]
+        out.result({**found.to_dict(), "output_path": None}, lambda c: c.print("\n".join(lines), soft_wrap=True, markup=False))
+        return None
+    out.note(f"{found.recommended} by {found.method}: {found.reason}")
+    return settings(found)
 
 
 def _quantize(out: Output, dry_run: bool, options: dict[str, Any], layer_wise: bool = False) -> None:
+    from quant.recipe import make_recipe
+
+    values = _values(options)
+    if layer_wise and "layers" not in values:
+        raise UsageError("missing --layers: which ones to quantize, such as 0-3,7 or last:2; quant quantize takes all")
+    if "method" not in values:
+        chosen = _choose(out, values)
+        if chosen is None:
+            return
+        values.update(chosen)
+    recipe = make_recipe(values)
+
     from quant.pipeline.estimate import estimate
     from quant.pipeline.manager import QuantizationManager
     from quant.pipeline.plan import plan_job
     from quant.report import text
 
-    recipe = _recipe(options)
-    if layer_wise and recipe.layers is None:
-        raise UsageError("missing --layers: which ones to quantize, such as 0-3,7 or last:2; quant quantize takes all")
     plan = plan_job(recipe)
     if dry_run:
         prediction = estimate(plan)
@@ -175,7 +207,7 @@ def _quantize(out: Output, dry_run: bool, options: dict[str, Any], layer_wise: b
 @job_options
 @common_options
 def quantize(out: Output, dry_run: bool, **options: Any) -> None:
-    """Make a quantized checkpoint.
+    """Make a quantized checkpoint. Without a method, the recommendation for the GPU here (or of --gpu) decides.
 
     \b
     quant quantize -m models/Llama-3.1-8B -o out/Llama-3.1-8B-W4A16 --method gptq

@@ -40,6 +40,7 @@ class Recipe(BaseModel):
     ignore: list[str] = []
     seed: int = defaults.SEED
     device: str | None = None
+    gpu: str | None = None
     tensor_parallel: int = Field(1, ge=1, le=1024)
     vllm_version: str = defaults.VLLM_VERSION
     fresh: bool = False

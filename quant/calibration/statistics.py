@@ -103,7 +103,7 @@ class AmxGram(Gram):
         if x.dtype != torch.bfloat16:
             super().add(x)
             return
-        setting = torch.backends.mkldnn.matmul
+        setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
         before = setting.fp32_precision
         setting.fp32_precision = "bf16"
         try:

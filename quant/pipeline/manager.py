@@ -367,7 +367,7 @@ class QuantizationManager:
             arguments = engine_arguments(config, tensor_parallel=plan.recipe.tensor_parallel)
             dropped = write_rest(work.path, checkpoint, plan.units, config, arguments)
         with self.clock.phase("verify"):
-            verification = verify(work.path, tensor_parallel=plan.recipe.tensor_parallel, source=checkpoint.path)
+            verification = verify(work.path, tensor_parallel=plan.recipe.tensor_parallel, source=checkpoint.path, target=plan.recipe.target)
             if verification.failed:
                 raise VerificationFailed(
                     f"{work.path}: the output failed its own verification: {'; '.join(verification.failed[:5])}. It was not published"

@@ -17,6 +17,7 @@ from quant.formats import Format, FormatRegistry, Linear, quantization_config
 from quant.formats.base import shape_problems, stated_dtype
 from quant.models.adapter import block_of, decoder_linears, fused_name
 from quant.pipeline.selection import select
+from quant.planning.target import target_problems as gpu_problems
 from quant.recipe import Recipe
 from quant.schemes import Scheme
 from quant.units import format_size
@@ -115,6 +116,8 @@ def plan_job(recipe: Recipe) -> JobPlan:
     scheme, form = recipe.resolved_scheme(), FormatRegistry.get(recipe.format)
     if reason := form.refuse(scheme.weights, recipe.target):
         problems.append(f"scheme {scheme} in format {form.name}: {reason}")
+    if recipe.target == "vllm":
+        problems += gpu_problems(scheme.weights.bits, form.name, recipe.gpu, recipe.vllm_version)
     dtype = checkpoint.dtype
     if dtype not in ("BF16", "F16", "F32"):
         problems.append(f"{checkpoint.path}: most weights are stored as {dtype}: quantizing starts from BF16, F16 or F32")
