@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import struct
@@ -124,12 +125,26 @@ def raw_safetensors(path: Path, header: Any, data: bytes = b"", length: int | No
     return path
 
 
+@functools.cache
+def short_text() -> Path:
+    """The beginning of the bundled text: enough for small jobs, and tokenized at once."""
+    import atexit
+    import gzip
+    import tempfile
+
+    folder = tempfile.mkdtemp(prefix="quant-tests-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with gzip.open(ROOT / "quant" / "calibration" / "data" / "wikipedia.txt.gz", "rt", encoding="utf-8") as stream:
+        (Path(folder) / "short.txt").write_text(stream.read(60_000))
+    return Path(folder) / "short.txt"
+
+
 def recipe(model: Path, output: Path, **options: Any) -> Any:
     import quant
 
     values: dict[str, Any] = {"model_path": model, "output_path": output, "method": "minmax"}
     if options.get("method") == "gptq":
-        values |= {"samples": 8, "sequence_length": 64}
+        values |= {"samples": 8, "sequence_length": 64, "calibration_dataset": [short_text()]}
     return quant.make_recipe(values | options)
 
 
