@@ -27,8 +27,9 @@ from quant.serving.deployment import Wish, plan
 from quant.serving.process import Log, Server, ServerError, cpu_environment, find_vllm, free_port, signals_to
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 12, 64, 32
-#: How many times farther from fp32 than our own 16-bit run vLLM may be, as root mean square over all tokens.
-MARGIN = 2.0
+#: How many times farther from fp32 than our own 16-bit run vLLM may be, as root mean square over all tokens. Measured on vLLM 0.32 with a
+#: model of 11M parameters: 0.9 to 1.0 times, packed or plain; with exchanged scales in a single linear 1.5 times and more, in all linears over 20.
+MARGIN = 1.4
 #: The same for the single farthest token: the largest of a thousand values scatters more than their mean.
 MARGIN_WORST = 3.0
 #: A checkpoint in fp32 arithmetic leaves no noise to compare with; log-probabilities come as fp32 through softmax.

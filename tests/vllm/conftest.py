@@ -57,5 +57,10 @@ def make(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Callable[[Path], Path]:
-    """A copy of a checkpoint to damage."""
-    return lambda path: Path(shutil.copytree(path, tmp_path / path.name))
+    """A copy of a checkpoint to damage; the next copy of the same one replaces it."""
+
+    def copied(path: Path) -> Path:
+        shutil.rmtree(tmp_path / path.name, ignore_errors=True)
+        return Path(shutil.copytree(path, tmp_path / path.name))
+
+    return copied
