@@ -90,7 +90,10 @@ class _Runner:
 
 
 def _measured(values: list[float]) -> Measured:
-    return Measured(statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan)
+    mean = statistics.fmean(values)
+    if len(values) < 2 or not math.isfinite(mean):
+        return Measured(mean, math.nan)
+    return Measured(mean, statistics.stdev(values) / math.sqrt(len(values)))
 
 
 def evaluate(

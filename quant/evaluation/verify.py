@@ -281,7 +281,7 @@ def _judge(info: TensorInfo, found: Found | None) -> Callable[[bytes], str | Non
         return lambda b: (
             None
             if tuple(np.frombuffer(b, "<i8")) == (linear.n, linear.k)
-            else f"says {tuple(np.frombuffer(b, '<i8'))}, the tensors {(linear.n, linear.k)}"
+            else f"says {tuple(np.frombuffer(b, '<i8').tolist())}, the tensors {(linear.n, linear.k)}"
         )
     if info.dtype not in FLOATS or info.dtype.startswith("F8"):
         return None

@@ -18,6 +18,7 @@ from quant.formats.base import shape_problems, stated_dtype
 from quant.models.adapter import block_of, decoder_linears, fused_name
 from quant.pipeline.selection import select
 from quant.planning.target import target_problems as gpu_problems
+from quant.quantizers import QuantizerRegistry
 from quant.recipe import Recipe
 from quant.schemes import Scheme
 from quant.units import format_size
@@ -111,6 +112,7 @@ def plan_job(recipe: Recipe) -> JobPlan:
     Raises:
         Problems, QuantError: everything that is wrong, listed together.
     """
+    QuantizerRegistry.get(recipe.method)  # an unknown name is a mistake of the request, whatever else is wrong
     checkpoint = open_checkpoint(recipe.model_path)
     problems = _source_problems(checkpoint) + target_problems(recipe.model_path, recipe.output_path)
     scheme, form = recipe.resolved_scheme(), FormatRegistry.get(recipe.format)

@@ -150,7 +150,7 @@ def test_every_tensor_of_the_source_is_quantized_or_copied_and_the_report_says_w
 def test_side_files_are_byte_for_byte_and_config_is_written_last(llama: Path, tmp_path: Path) -> None:
     source = copy_model(llama, tmp_path / "source")
     extra = {
-        "chat_template.jinja": "{{ x }}\r\n".encode(), "modeling_x.py": b"import os\n", "sub/dir/notes.bin.txt": bytes(range(256)), "LICENSE": b"",
+        "chat_template.jinja": b"{{ x }}\r\n", "modeling_x.py": b"import os\n", "sub/dir/notes.bin.txt": bytes(range(256)), "LICENSE": b"",
         "recipe.yaml": b"old: yes", "quantize_config.json": b"{}", "original/consolidated.pth": b"pickle",
     }  # fmt: skip
     for name, content in extra.items():

@@ -1,0 +1,145 @@
+"""Everything that stands against a job is found before it starts, and said at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quant.errors import Problems, QuantError
+from quant.pipeline.estimate import estimate
+from quant.pipeline.plan import check_disk, plan_job
+from tests.helpers import change_config, copy_model, files_of, quantize, recipe
+
+
+def problems_of(model: Path, output: Path, **options: Any) -> tuple[str, ...]:
+    with pytest.raises(Problems) as refused:
+        plan_job(recipe(model, output, **options))
+    return refused.value.problems
+
+
+def test_all_problems_are_listed_together(quantized: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x").write_text("x")
+    source = copy_model(quantized(layers="0"), tmp_path / "source")
+    problems = problems_of(source, tmp_path / "out", group_size=256, bits=3, layers="1")
+    for part in ("is already quantized", "the output directory is not empty", "3: use --format plain", "do not divide into groups of 256"):
+        assert any(part in p for p in problems), part
+    assert len(problems) >= 4
+
+
+def test_a_group_size_that_does_not_divide_names_the_layers_and_one_that_does(llama: Path, tmp_path: Path) -> None:
+    (problem,) = problems_of(llama, tmp_path / "out", group_size=64)
+    assert problem.startswith("model.layers.*.mlp.down_proj: 96 inputs do not divide into groups of 64: use --group-size 32 or -1")
+    (problem,) = problems_of(llama, tmp_path / "out", group_size=64, layers="down_proj")
+    assert "or --ignore 'down_proj'" in problem
+    assert len(plan_job(recipe(llama, tmp_path / "out", group_size=64, ignore=["down_proj"])).linears) == 12
+
+
+@pytest.mark.parametrize(
+    ("degree", "group", "named"),
+    [
+        (3, 32, "q_proj: 64 outputs over --tensor-parallel 3"),
+        (2, 32, "down_proj: 96 inputs over --tensor-parallel 2 do not divide into groups of 32"),
+        (2, 16, None),
+        (64, -1, "q_proj"),
+    ],
+)
+def test_shapes_are_checked_for_the_ranks_that_will_serve_them(
+    degree: int, group: int, named: str | None, llama: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"tensor_parallel": degree, "group_size": group, "target": "other"}
+    if named is None:
+        plan_job(recipe(llama, tmp_path / "out", **options))
+    else:
+        assert any(named in p for p in problems_of(llama, tmp_path / "out", **options))
+
+
+@pytest.mark.parametrize(("ignored", "left"), [("k_proj", "k_proj"), ("gate_proj", "gate_proj")])
+def test_a_fused_layer_is_quantized_as_a_whole_or_not_at_all(ignored: str, left: str, llama: Path, tmp_path: Path) -> None:
+    (problem,) = problems_of(llama, tmp_path / "out", group_size=32, ignore=[ignored])
+    assert f"but {left} would stay unquantized: select all of them or none, or use --target other" in problem
+    plan_job(recipe(llama, tmp_path / "out", group_size=32, ignore=[ignored], target="other"))
+    plan_job(recipe(llama, tmp_path / "out", group_size=32, ignore=[ignored], format="plain"))
+
+
+def test_the_output_may_not_lie_in_the_source_by_any_name(llama: Path, tmp_path: Path) -> None:
+    source = copy_model(llama, tmp_path / "source")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(source)
+    for output in (source / "out", source, tmp_path / "elsewhere" / ".." / "source" / "out", tmp_path / "link" / "out"):
+        (problem,) = problems_of(source, output, group_size=32)
+        assert "the output lies in the source directory" in problem or "is not empty" in problem
+
+
+def test_an_output_path_that_is_a_file_or_has_files_is_refused_and_an_empty_one_is_taken(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "the output path is a file" in problems_of(llama, tmp_path / "file", group_size=32)[0]
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / ".hidden").write_text("")
+    assert "is not empty" in problems_of(llama, tmp_path / "full", group_size=32)[0]
+    (tmp_path / "empty").mkdir()
+    assert quantize(llama, tmp_path / "empty", group_size=32)["verify"]["passed"]
+
+
+def test_the_current_directory_is_an_output_path(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    plan = plan_job(recipe(llama, Path("."), group_size=32))
+    assert plan.output_bytes > 0
+
+
+def test_a_quantized_source_is_refused_with_the_way_back(quantized: Callable[..., Path], tmp_path: Path) -> None:
+    problem = problems_of(quantized(layers="0"), tmp_path / "out", group_size=32, layers="1")[0]
+    assert (
+        "is already quantized (compressed-tensors): quantize the original, or turn it into plain weights first with quant export-vllm --format plain"
+        in problem
+    )
+
+
+def test_a_disk_without_room_is_noticed(tmp_path: Path) -> None:
+    with pytest.raises(QuantError, match=rf"{tmp_path}: 1.00 EiB|are needed for the output, .* are free: free some room"):
+        check_disk(tmp_path / "not" / "there", 2**60)
+
+
+def test_a_dry_run_says_what_the_job_will_write_and_writes_nothing(llama: Path, tmp_path: Path) -> None:
+    for method in ("minmax", "gptq"):
+        plan = plan_job(recipe(llama, tmp_path / "out", method=method, group_size=32))
+        prediction = estimate(plan)
+        assert list(tmp_path.iterdir()) == []
+        report = quantize(llama, tmp_path / "out" / method, method=method, group_size=32)
+        assert prediction["output_bytes"] == report["output_bytes"]
+        side = {"generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+        assert prediction["side_files_bytes"] == sum(len(b) for n, b in files_of(llama).items() if n in side)
+        assert prediction["peak_rss_bytes"] > 0 and prediction["seconds"] >= 0
+        import shutil
+
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_units_are_what_lies_outside_then_the_blocks_in_order(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    plan = plan_job(recipe(checkpoints("llama", num_hidden_layers=12), tmp_path / "out", group_size=32))
+    assert [u.block for u in plan.units] == [None, *range(12)]
+    assert [s.file for u in plan.units for s in u.shards] == [f"model-{i:05d}-of-00013.safetensors" for i in range(1, 14)]
+
+
+def test_an_fp8_source_is_refused(llama: Path, tmp_path: Path) -> None:
+    import torch
+
+    from tests.helpers import load_all, save_all
+
+    source = copy_model(llama, tmp_path / "source")
+    save_all(source, {n: t.to(torch.float8_e4m3fn) for n, t in load_all(source).items()})
+    assert any(
+        "most weights are stored as F8_E4M3: quantizing starts from BF16, F16 or F32" in p
+        for p in problems_of(source, tmp_path / "out", group_size=32)
+    )
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": "two"}, {"num_hidden_layers": None}, {"text_config": 3}, {"vocab_size": "many"}])
+def test_odd_values_in_config_do_not_break_a_data_free_job(changes: dict[str, Any], llama: Path, tmp_path: Path) -> None:
+    source = copy_model(llama, tmp_path / "source")
+    change_config(source, **changes)
+    assert len(quantize(source, tmp_path / "out", group_size=32)["layers"]) == 14
