@@ -49,8 +49,9 @@ def test_serve_answers_until_a_signal_and_leaves_no_process(make: Callable[..., 
         assert completion["text"].strip() and completion["tokens"] > 0 and completion["tokens_per_second"] > 0
         with urllib.request.urlopen(report["url"] + "/health", timeout=10) as answer:
             assert answer.status == 200
-        with pytest.raises(urllib.error.HTTPError, match="401"):
+        with pytest.raises(urllib.error.HTTPError, match="401") as refused:
             urllib.request.urlopen(report["url"] + "/v1/models", timeout=10)
+        refused.value.close()
         members = psutil.Process(process.pid).children(recursive=True)
         assert any("EngineCore" in " ".join(m.cmdline()) for m in members)
         process.send_signal(signal.SIGINT)
@@ -65,6 +66,8 @@ def test_serve_answers_until_a_signal_and_leaves_no_process(make: Callable[..., 
     assert "Loading weights took" in text  # vLLM's log is streamed
     assert text.rstrip().endswith("stopped")
     assert process.stdout.read() == ""  # one JSON object and nothing else
+    process.stdout.close()
+    process.stderr.close()
     with socket.socket() as probe, pytest.raises(ConnectionRefusedError):
         probe.connect(("127.0.0.1", int(report["url"].rpartition(":")[2])))
 
