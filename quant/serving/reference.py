@@ -183,19 +183,26 @@ class Reference:
                     most.append(logs.amax(-1))
         return torch.cat(said), torch.cat(most)
 
-    def compare(self, answers: Answers) -> Comparison:
-        """Judges what vLLM said."""
+    def compare(self, answers: Answers, like: Comparison | None = None) -> Comparison:
+        """Judges what vLLM said.
+
+        Args:
+            like: take the noise of this comparison of the same answers, instead of another run.
+        """
         exact, most = self.logs(answers.tokens, torch.float32)
-        rounded, _ = self.logs(answers.tokens, self.dtype)
         # NaN must fail: it is replaced by infinity before any maximum
         away = (answers.logs - exact).abs().nan_to_num(torch.inf)
-        noise = (rounded - exact).abs()
+        if like is None:
+            noise = (self.logs(answers.tokens, self.dtype)[0] - exact).abs()
+            noise_rms, noise_worst = _rms(noise), float(noise.max())
+        else:
+            noise_rms, noise_worst = like.noise, like.noise_worst
         chosen = (most - exact)[:, answers.prompt - 1 :]
         return Comparison(
             deviation=_rms(away),
             worst=float(away.max()),
-            noise=_rms(noise),
-            noise_worst=float(noise.max()),
+            noise=noise_rms,
+            noise_worst=noise_worst,
             ties=int((chosen > 0).sum()),
             gap=float(chosen.max()),
             generated=chosen.numel(),
