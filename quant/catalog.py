@@ -7,20 +7,16 @@ what was assumed is in :attr:`ModelSpec.notes` and :attr:`ModelSpec.uncertainty`
 
 from __future__ import annotations
 
-import json
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from quant.architectures import DTYPE_BYTES, ModelSpec, spec_from_config, weights_from_tensors
+from quant.checkpoint.reader import open_checkpoint, read_json
 from quant.data import load_json
-from quant.errors import CheckpointError, UsageError
-
-#: A safetensors header beyond this is not one; the format's own limit.
-LARGEST_HEADER = 100_000_000
+from quant.errors import UsageError
 
 _GPTQ4 = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
 
@@ -69,7 +65,7 @@ def model_from_config(config: Mapping[str, Any] | str | Path, name: str = "") ->
     """
     if isinstance(config, Mapping):
         return spec_from_config(config, name or "model")
-    return spec_from_config(_read_json(Path(config)), name or Path(config).parent.name, str(config))
+    return spec_from_config(read_json(Path(config), "the config"), name or Path(config).parent.name, str(config))
 
 
 def model_from_directory(path: str | Path) -> ModelSpec:
@@ -80,16 +76,12 @@ def model_from_directory(path: str | Path) -> ModelSpec:
         UsageError: config.json lacks what planning needs.
     """
     directory = Path(path)
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory: give a checkpoint directory, or a model's name with --model")
-    if not (directory / "config.json").is_file():
-        raise CheckpointError(f"{directory} has no config.json: give the directory of a Hugging Face checkpoint")
-    spec = spec_from_config(_read_json(directory / "config.json"), directory.resolve().name, str(directory / "config.json"))
-    files = _weight_files(directory)
-    if not files:
-        notes = (*spec.notes, "no safetensors files: sizes are computed from config.json")
-        return replace(spec, notes=notes)
-    tensors = [t for file in files for t in read_header(file)]
+    if (directory / "config.json").is_file() and not any(directory.glob("*.safetensors*")):
+        spec = spec_from_config(read_json(directory / "config.json", "the config"), directory.resolve().name, str(directory / "config.json"))
+        return replace(spec, notes=(*spec.notes, "no safetensors files: sizes are computed from config.json"))
+    checkpoint = open_checkpoint(directory)
+    spec = spec_from_config(checkpoint.config, directory.resolve().name, str(checkpoint.path / "config.json"))
+    tensors = [(t.name, t.dtype, t.shape) for t in checkpoint.tensors.values()]
     weights = tuple(weights_from_tensors(tensors, spec.layers))
     embedded = any(w.role == "embedding" for w in weights)
     tied = spec.tied or (embedded and not any(w.role == "head" for w in weights))
@@ -98,58 +90,6 @@ def model_from_directory(path: str | Path) -> ModelSpec:
     unpacked = spec.weights if spec.quantization else ()
     vision = any(w.role == "vision" for w in weights)
     return replace(spec, weights=weights, tied=tied, vision=vision, unpacked=unpacked, source=str(directory))
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    """The files that the index names, else all safetensors files except a second copy of the same weights (``consolidated``)."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        for name in names:
-            if ".." in Path(name).parts or Path(name).is_absolute():
-                raise CheckpointError(f"{index} names {name!r}: a path may not leave the checkpoint's folder")
-            if not (directory / name).is_file():
-                raise CheckpointError(f"{index} names {name}, which is not there: download it again")
-        return [directory / n for n in names]
-    files = sorted(directory.glob("*.safetensors"))
-    return [f for f in files if not f.name.startswith("consolidated")] or files
-
-
-def read_header(file: Path) -> list[tuple[str, str, tuple[int, ...]]]:
-    """Name, dtype and shape of every tensor of a safetensors file.
-
-    Raises:
-        CheckpointError: not a safetensors file, or one whose header is cut short.
-    """
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 0 < size <= LARGEST_HEADER:
-            raise CheckpointError(f"{file} is not a safetensors file: its header length reads {size}; download it again")
-        try:
-            header = json.loads(stream.read(size))
-        except ValueError as error:
-            raise CheckpointError(f"{file}: damaged safetensors header ({error}); download it again") from error
-    found = []
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            shape = tuple(int(n) for n in entry["shape"])
-            found.append((name, str(entry["dtype"]), shape))
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{file}: tensor {name} has no dtype and shape in the header; download it again") from error
-    return found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object: it is not a config.json")
-    return value
 
 
 # -- by name -----------------------------------------------------------------------------------------------------------------------------

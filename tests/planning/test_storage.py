@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quant.catalog import find_model, model_from_directory, read_header, stored_bytes
+from quant.catalog import find_model, model_from_directory, stored_bytes
+from quant.checkpoint.header import read_header
 from quant.errors import UsageError
 from quant.planning.storage import checkpoint_bytes, file_bytes, packed, source_storage, storage_of
 
@@ -124,7 +125,7 @@ def test_predicted_bytes_are_what_quantize_writes(tmp_path: Path, model: str, sc
 def test_a_directory_as_it_is_costs_its_file() -> None:
     spec = model_from_directory(MODEL)
     sizes = 0
-    for name, dtype, shape in read_header(MODEL / "model.safetensors"):
-        assert dtype == "BF16", name
-        sizes += 2 * int(np.prod(shape))
+    for name, info in read_header(MODEL / "model.safetensors")[0].items():
+        assert info.dtype == "BF16", name
+        sizes += 2 * info.numel
     assert checkpoint_bytes(spec, "none") == sizes
