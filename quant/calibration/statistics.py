@@ -137,11 +137,10 @@ class SplitGram(Gram):
                 rows += weak[:, start : start + len(rows)].t() @ weak[:, : rows.shape[1]]
 
     def finish(self) -> torch.Tensor:
-        total = super().finish()
-        if self.directions is not None:
+        if self.directions is not None:  # before the mirroring, so that the sum is symmetric to the bit
             v, cross = self.directions, self.cross
-            total.addmm_(v, cross + self.strong @ (v.t() / 2)).addmm_((cross + self.strong @ (v.t() / 2)).t(), v.t())
-        return total
+            self.total.addmm_(v, cross + self.strong @ (v.t() / 2)).addmm_((cross + self.strong @ (v.t() / 2)).t(), v.t())
+        return super().finish()
 
 
 def strong_directions(x: torch.Tensor, count: int) -> torch.Tensor:
