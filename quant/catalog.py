@@ -77,7 +77,9 @@ def model_from_directory(path: str | Path) -> ModelSpec:
     """
     directory = Path(path)
     if (directory / "config.json").is_file() and not any(directory.glob("*.safetensors*")):
-        spec = spec_from_config(read_json(directory / "config.json", "the config"), directory.resolve().name, str(directory / "config.json"))
+        spec = spec_from_config(
+            read_json(directory / "config.json", "the config"), directory.resolve().name, str(directory / "config.json")
+        )
         return replace(spec, notes=(*spec.notes, "no safetensors files: sizes are computed from config.json"))
     checkpoint = open_checkpoint(directory)
     spec = spec_from_config(checkpoint.config, directory.resolve().name, str(checkpoint.path / "config.json"))
