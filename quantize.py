@@ -325,7 +325,9 @@ def verify(
 @click.option("-m", "--model-path", type=click.Path(path_type=Path), help="Checkpoint directory (or give it as the argument).")
 @click.option("--against", type=click.Path(path_type=Path), help="Source checkpoint: KL divergence and top-1 agreement with it.")
 @click.option("--text", "text_file", type=click.Path(path_type=Path), help="Text to evaluate on.  [default: the bundled wikitext-2 test]")
-@click.option("--length", type=click.IntRange(8), default=defaults.EVALUATION_LENGTH, show_default=True, help="Tokens a chunk.")
+@click.option(
+    "--length", type=click.IntRange(8), help=f"Tokens a chunk.  [default: the smaller of {defaults.EVALUATION_LENGTH} and the model's]"
+)
 @click.option("--chunks", type=click.IntRange(2), default=defaults.EVALUATION_CHUNKS, show_default=True, help="Chunks.")
 @click.option("--max-perplexity-increase", type=float, help="Exit status 4 when perplexity rises by more than this share (0.05 is 5 %).")
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
@@ -336,7 +338,7 @@ def evaluate(
     model_path: Path | None,
     against: Path | None,
     text_file: Path | None,
-    length: int,
+    length: int | None,
     chunks: int,
     max_perplexity_increase: float | None,
     device: str | None,

@@ -101,7 +101,7 @@ def evaluate(
     *,
     against: str | Path | None = None,
     text: str | Path | None = None,
-    length: int = defaults.EVALUATION_LENGTH,
+    length: int | None = None,
     chunks: int = defaults.EVALUATION_CHUNKS,
     device: str | None = None,
     progress: Progress = silent,
@@ -111,7 +111,7 @@ def evaluate(
     Args:
         against: the checkpoint it was made from; adds KL, top-1 agreement and the rise of perplexity.
         text: any text that calibration reads; the bundled wikitext-2 test by default.
-        length: tokens a chunk, the start token included.
+        length: tokens a chunk, the start token included; None for the smaller of 512 and the model's context.
 
     Raises:
         QuantError: a checkpoint that cannot be read or run, too little text, models whose tokenizers differ.
@@ -122,7 +122,9 @@ def evaluate(
     tokenizer = load_tokenizer((source or checkpoint).path)
     file = Path(text) if text is not None else bundled("wikitext-2-test")
     longest = checkpoint.config.get("max_position_embeddings")
-    if isinstance(longest, int) and length > longest:
+    if length is None:
+        length = min(defaults.EVALUATION_LENGTH, longest) if isinstance(longest, int) else defaults.EVALUATION_LENGTH
+    elif isinstance(longest, int) and length > longest:
         raise QuantError(f"--length is {length}: the model's longest context is {longest}")
     rows = evaluation_rows(tokenizer, file, length, chunks)
     runners = [_Runner(c, target) for c in ([checkpoint] if source is None else [checkpoint, source])]
