@@ -46,6 +46,8 @@ class Format(Protocol):
 
     name: str
     quant_method: str | None
+    #: a second place for ``quantization_config`` that older readers of the format look in
+    config_file: str | None
 
     def refuse(self, scheme: WeightScheme, target: str) -> str | None:
         """Why ``target`` ("vllm" or "other") cannot take this scheme in this format, or None."""

@@ -70,6 +70,7 @@ def matches(target: str, name: str) -> bool:
 class CompressedTensors:
     name = "compressed-tensors"
     quant_method: str | None = "compressed-tensors"
+    config_file: str | None = None
 
     def refuse(self, scheme: WeightScheme, target: str) -> str | None:
         if scheme.bits not in (4, 8):

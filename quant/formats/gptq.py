@@ -37,6 +37,7 @@ _VERSIONS = {"gptq": 1, "gptq_v2": 0}
 class GPTQ:
     name = "gptq"
     quant_method: str | None = "gptq"
+    config_file: str | None = "quantize_config.json"
 
     def refuse(self, scheme: WeightScheme, target: str) -> str | None:
         if target != "vllm":

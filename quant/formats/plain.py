@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 class Plain:
     name = "plain"
     quant_method: str | None = None
+    config_file: str | None = None
 
     def refuse(self, scheme: WeightScheme, target: str) -> str | None:
         return None

@@ -87,7 +87,7 @@ def export(
             files = write_unit(unit, work.path, plain, form, linears, dtype, produce)
             work.finish_unit(unit.name, files, {})
             progress(Event("export", number + 1, len(units)))
-        dropped = write_rest(work.path, checkpoint, units, config, arguments, Path(source) if source is not None else None)
+        dropped = write_rest(work.path, checkpoint, units, form, config, arguments, Path(source) if source is not None else None)
         result = verify(work.path, tensor_parallel=tensor_parallel, target=target)
         if result.failed:
             raise VerificationFailed(

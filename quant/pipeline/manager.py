@@ -365,7 +365,7 @@ class QuantizationManager:
         with self.clock.phase("finish"):
             config = output_config(plan, self._act_order())
             arguments = engine_arguments(config, tensor_parallel=plan.recipe.tensor_parallel)
-            dropped = write_rest(work.path, checkpoint, plan.units, config, arguments)
+            dropped = write_rest(work.path, checkpoint, plan.units, plan.format, config, arguments)
         with self.clock.phase("verify"):
             verification = verify(work.path, tensor_parallel=plan.recipe.tensor_parallel, source=checkpoint.path, target=plan.recipe.target)
             if verification.failed:

@@ -55,6 +55,7 @@ def write_rest(
     folder: Path,
     source: Checkpoint,
     units: tuple[Unit, ...],
+    form: Format,
     config: Mapping[str, Any],
     arguments: list[Argument],
     fallback: Path | None = None,
@@ -76,6 +77,8 @@ def write_rest(
     if sum(len(u.shards) for u in units) > 1:
         total = sum(t.spec.nbytes for u in units for s in u.shards for t in s.tensors)
         write_text(folder / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map(units)}, indent=2) + "\n")
+    if form.config_file and "quantization_config" in config:
+        write_text(folder / form.config_file, json.dumps(config["quantization_config"], indent=2) + "\n")
     write_text(folder / VLLM_CONFIG, json.dumps(vllm_config(arguments), indent=2) + "\n")
     write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     return dropped

@@ -279,3 +279,10 @@ def test_an_fp16_model_goes_on_with_the_values_that_its_plain_file_holds(checkpo
     (mixed / "quant_report.json").unlink()
     again = quantize(mixed, tmp_path / "second", method="gptq", group_size=32, format="plain", bits=2, layers="1")
     assert again["output_hash"] == report["output_hash"]
+
+
+def test_a_gptq_checkpoint_carries_the_side_file_that_autogptq_reads(quantized: Callable[..., Path]) -> None:
+    folder = quantized(method="minmax", format="gptq")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert json.loads((folder / "quantize_config.json").read_text(encoding="utf-8")) == config["quantization_config"]
+    assert not (quantized(method="minmax") / "quantize_config.json").exists()
