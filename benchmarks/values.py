@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from quant.checkpoint.reader import open_checkpoint
 from quant.evaluation.verify import verify
 from quant.formats.reading import dequantized
+from quant.pipeline.export import export
 
 SHARED = ROOT.parent / "shared"
 
@@ -59,7 +60,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.quantization_config import CompressedTensorsConfig
 from safetensors.torch import save_file
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=CompressedTensorsConfig(run_compressed=False))
-save_file({n.removesuffix(".weight"): p.float().contiguous() for n, p in model.named_parameters() if ".layers." in n and p.dim() == 2}, sys.argv[2])
+save_file({n.removesuffix(".weight"): p.float().contiguous() for n, p in model.named_parameters() if n.endswith("_proj.weight")}, sys.argv[2])
 """
 
 
@@ -88,11 +89,11 @@ def main() -> None:
         run(quantize_command(a.model, work / "ct", "--method", "gptq", *few))
         run(quantize_command(a.model, work / "ct-asym", "--method", "minmax", "--asymmetric"))
 
-        def ask(who: str, python: str | None, program: str, checkpoint: Path, stored: torch.dtype) -> None:
+        def ask(who: str, python: str | None, program: str, checkpoint: Path, stored: torch.dtype, ours: Path | None = None) -> None:
             if python:
                 dump = work / "dump.safetensors"
                 run([python, "-c", program, checkpoint, dump])
-                print(f"{who}: {compare(checkpoint, dump, stored)}", flush=True)
+                print(f"{who}: {compare(ours or checkpoint, dump, stored)}", flush=True)
 
         ask("our gptq read by AutoGPTQ", a.autogptq_python, AUTOGPTQ, work / "gptq", torch.float32)
         ask("our gptq read by GPTQModel", a.gptqmodel_python, GPTQMODEL, work / "gptq", torch.bfloat16)
@@ -101,7 +102,16 @@ def main() -> None:
         common = ["--text", a.text, "--samples", "16", "--length", "256"]
         if a.gptqmodel_python:
             run([a.gptqmodel_python, a.bench / "peer_gptqmodel.py", a.model, work / "theirs-gptq", *common])
-            ask("GPTQModel's checkpoint read by us", a.gptqmodel_python, GPTQMODEL, work / "theirs-gptq", torch.bfloat16)
+            # it stores fp16 scales for a bf16 model and rounds them to bf16 when it loads, as vLLM does and as our export does
+            export(work / "theirs-gptq", work / "exported", "compressed-tensors")
+            ask(
+                "GPTQModel's checkpoint, exported by us, against its own reading",
+                a.gptqmodel_python,
+                GPTQMODEL,
+                work / "theirs-gptq",
+                torch.bfloat16,
+                work / "exported",
+            )
             print("  verify:", "passed" if verify(work / "theirs-gptq").passed else verify(work / "theirs-gptq").failed)
         if a.llmcompressor_python:
             run([a.llmcompressor_python, a.bench / "peer_llmcompressor.py", a.model, work / "theirs-ct", *common])

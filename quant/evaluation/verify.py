@@ -97,7 +97,7 @@ def verify(path: str | Path, *, tensor_parallel: int = 1, source: str | Path | N
         result.add(
             "quantized layers",
             _layer_problems(checkpoint, found, dtype),
-            f"{len(linears)} linears have the tensors, dtypes and shapes of {found.format}",
+            f"{len(linears)} linears have the tensors, dtypes and shapes of {found.format}{_rounded_scales(checkpoint, found, dtype)}",
         )
         if target == "vllm":
             form = FormatRegistry.get(found.format)
@@ -183,12 +183,24 @@ def _layer_problems(checkpoint: Checkpoint, found: Found, dtype: str) -> list[st
                 problems.append(f"{spec.name} is missing")
             elif info.shape != spec.shape:
                 problems.append(f"{spec.name} has shape {info.shape}, the contract is {spec.shape}")
-            elif info.dtype != spec.dtype and (dtype or spec.dtype == "I32"):
-                problems.append(f"{spec.name} is {info.dtype}, the contract is {spec.dtype}: vLLM would cast it in silence")
+            elif info.dtype != spec.dtype and not (info.dtype in FLOATS and spec.dtype in FLOATS):
+                problems.append(f"{spec.name} is {info.dtype}, the contract is {spec.dtype}")
         if f"{linear.name}.weight" in checkpoint.tensors:
             problems.append(f"{linear.name}.weight is left beside its quantized form")
         problems += form.problems(linear)
     return problems
+
+
+def _rounded_scales(checkpoint: Checkpoint, found: Found, dtype: str) -> str:
+    """What to say of scales that are stored in another float type than the model's: vLLM loads them, rounded once more."""
+    form = FormatRegistry.get(found.format)
+    stored = {
+        checkpoint.tensors[s.name].dtype
+        for linear in found.linears.values()
+        for s in form.specs(linear, dtype)
+        if dtype and s.dtype == dtype and s.name in checkpoint.tensors
+    } - {dtype}
+    return f"; scales are {', '.join(sorted(stored))}, which vLLM rounds to the model's {dtype} as it loads" if stored else ""
 
 
 def _fused_problems(checkpoint: Checkpoint, found: Found, quantization: Mapping[str, Any]) -> list[str]:

@@ -109,7 +109,7 @@ DAMAGES: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any], str]] = 
     "NaN in a scale": ("compressed-tensors", setting(f"{Q}.weight_scale", poked(torch.nan)), "holds 1 NaN or infinite values"),
     "a zero scale": ("compressed-tensors", setting(f"{Q}.weight_scale", poked(0.0)), "holds 1 zero scales"),
     "an infinite norm": ("compressed-tensors", setting("model.norm.weight", poked(torch.inf)), "model.norm.weight holds 1 NaN or infinite"),
-    "fp32 scales in a bf16 model": ("compressed-tensors", setting(f"{Q}.weight_scale", lambda t: t.float()), "is F32, the contract is BF16"),
+    "whole numbers for scales": ("compressed-tensors", setting(f"{Q}.weight_scale", lambda t: t.int() + 1), "is I32, the contract is BF16"),
     "a weight left beside": ("compressed-tensors", lambda t: t.update({f"{Q}.weight": torch.ones(64, 64)}), "is left beside its quantized form"),
     "too few scales": ("compressed-tensors", setting(f"{Q}.weight_scale", lambda t: t[:, :1]), "weight_packed has shape|says"),
     "a shard unquantized": (
@@ -188,3 +188,12 @@ def test_the_content_hash_is_of_every_byte(quantized: Callable[..., Path], tmp_p
 @pytest.mark.parametrize(("degree", "passes"), [(1, True), (2, False), (4, False)])
 def test_tensor_parallel_degrees_are_checked(degree: int, passes: bool, quantized: Callable[..., Path]) -> None:
     assert verify(quantized(), tensor_parallel=degree).passed == passes
+
+
+def test_scales_of_another_float_type_load_and_are_mentioned(quantized: Callable[..., Path], tmp_path: Path) -> None:
+    folder = gathered(quantized(format="compressed-tensors"), tmp_path / "m")
+    tensors = load_all(folder)
+    save_all(folder, {n: t.half() if n.endswith("weight_scale") else t for n, t in tensors.items()})
+    result = verify(folder)
+    assert result.passed
+    assert any("scales are F16, which vLLM rounds to the model's BF16" in c.detail for c in result.checks)
