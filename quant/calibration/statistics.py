@@ -11,7 +11,7 @@ after the forward passes, so how it is summed is decided by the hardware:
   small, goes through bf16 products, in short runs of tokens whose independent roundings are added up in fp32.
 - Any other CPU: fp32.
 
-``benchmarks/hessian_precision.py`` prints the error of each way beside the damping, and that it does not move KL. Only the lower triangle is
+``benchmarks/hessian_precision.py`` compares each way's error with the damping, and their KL. Only the lower triangle is
 computed, in panels, and mirrored at the end: about half of the work.
 """
 
