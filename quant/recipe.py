@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,22 +14,98 @@ from quant import defaults
 from quant.errors import Problems, QuantError, UsageError, one_of
 from quant.schemes import Scheme, resolve_scheme
 
+#: `--method fp8` is rounding to the nearest FP8 number: this method, and this scheme unless another FP8 one is named.
+FP8_METHOD, FP8_SCHEME = "minmax", "w8a8-fp8"
 
-class Recipe(BaseModel):
-    """One quantization. Field names are the option names of ``quant quantize`` with underscores."""
+
+@dataclass(frozen=True)
+class Assignment:
+    """What is done to a linear: the method with its settings, and the scheme."""
+
+    method: str
+    scheme: Scheme
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"method": self.method, "scheme": self.scheme.to_dict(), "options": dict(self.options)}
+
+
+class Numbers(BaseModel):
+    """The keys that say how a linear is quantized: of the whole job, or of one of its rules."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
-    model_path: Path
-    output_path: Path
-    method: str
     scheme: str | None = None
     bits: int | None = None
     group_size: int | None = None
     symmetric: bool | None = None
+    activations: Literal["dynamic", "static"] | None = None
+    symmetric_activations: bool | None = None
     act_order: Literal["none", "static"] | None = None
     damping: float | None = Field(None, gt=0, le=1)
     clip_search: bool | None = None
+    options: dict[str, Any] = {}
+
+    def resolved_scheme(self, method: str | None = None) -> Scheme:
+        """
+        Raises:
+            UsageError: see :func:`quant.schemes.resolve_scheme`; or `fp8` with a scheme of integers.
+        """
+        name = self.scheme
+        if method == "fp8":
+            name = name or FP8_SCHEME
+        scheme = resolve_scheme(
+            name,
+            bits=self.bits,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            activations=self.activations,
+            symmetric_activations=self.symmetric_activations,
+        )
+        if method == "fp8" and (scheme.weights.number, scheme.weights.bits) != ("float", 8):
+            raise UsageError(f"--method fp8 rounds to FP8, scheme {scheme} is not one: leave --scheme out, or use --method minmax")
+        return scheme
+
+    def assignment(self, method: str) -> Assignment:
+        """What these keys make of a linear with a method."""
+        named = {k: getattr(self, k) for k in ("act_order", "damping", "clip_search") if getattr(self, k) is not None}
+        options = tuple(sorted({**self.options, **named}.items()))
+        return Assignment(FP8_METHOD if method == "fp8" else method, self.resolved_scheme(method), options)
+
+
+#: Keys that a scheme, and a method, decide: a rule that names another one takes none of these from the job.
+_OF_SCHEME = ("scheme", "bits", "group_size", "symmetric", "activations", "symmetric_activations")
+_OF_METHOD = ("act_order", "damping", "clip_search", "options")
+
+
+class Rule(Numbers):
+    """Other numbers for some layers; the first rule that names a linear counts. What a rule leaves out is as the job has it, but a rule with
+    a scheme or a method of its own takes none of the job's keys that belong to one."""
+
+    layers: str
+    method: str | None = None
+    skip: bool = False
+
+    def assigned(self, job: Recipe) -> Assignment:
+        """What is done to the rule's linears."""
+        values = {k: getattr(self if k in self.model_fields_set else job, k) for k in Numbers.model_fields}
+        if self.model_fields_set & {"scheme", "bits"}:
+            values |= {k: getattr(self, k) for k in _OF_SCHEME}
+        if self.method is not None:
+            values |= {k: getattr(self, k) for k in _OF_METHOD}
+        return Numbers(**values).assignment(self.method or job.method)
+
+
+class Recipe(Numbers):
+    """One quantization. Field names are the option names of ``quant quantize`` with underscores."""
+
+    model_path: Path
+    output_path: Path
+    method: str
+    rules: list[Rule] = []
+    outlier_suppression: str | None = None
+    alpha: float | Literal["auto"] | None = None
+    kv_cache_scheme: Literal["fp8"] | None = None
     format: str = "compressed-tensors"
     target: Literal["vllm", "other"] = "vllm"
     calibration_dataset: list[Path] = []
@@ -45,13 +122,15 @@ class Recipe(BaseModel):
     vllm_version: str = defaults.VLLM_VERSION
     fresh: bool = False
 
-    def resolved_scheme(self) -> Scheme:
-        return resolve_scheme(self.scheme, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
+    @property
+    def exact_folds(self) -> bool:
+        """Whether factors are powers of two everywhere: where nothing is rounded afterwards, nothing shall change."""
+        return self.method == "none"
 
     def settings(self) -> dict[str, Any]:
         """What decides the output's bytes, for the fingerprint: everything but where it goes and whether it resumes."""
         skipped = {"output_path", "fresh", "model_path"}
-        return {k: (v if not isinstance(v, (Path, list)) else str(v)) for k, v in self.model_dump().items() if k not in skipped}
+        return {k: (v if not isinstance(v, (Path, list, dict)) else str(v)) for k, v in self.model_dump().items() if k not in skipped}
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:

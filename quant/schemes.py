@@ -1,7 +1,8 @@
-"""What numbers a weight becomes, in vLLM's words. No torch here: planning and verification read schemes too.
+"""What numbers a weight and an activation become, in vLLM's words. No torch here: planning and verification read schemes too.
 
 The letters used everywhere: a linear computes ``y = x·Wᵀ`` with W of shape [N, K] (N outputs, K inputs); ``g`` is the group size along
-K, ``b`` the bits, and a weight is stored as ``W = (q - z)·s`` with integer codes q, scales s and zero points z.
+K, ``b`` the bits. An integer weight is stored as ``W = (q - z)·s`` with integer codes q, scales s and zero points z; a float weight as
+``W = f·s``, where f is an FP8 (E4M3) or FP4 (E2M1) number.
 """
 
 from __future__ import annotations
@@ -12,46 +13,75 @@ from typing import Any, Literal
 from quant.errors import UsageError, one_of
 
 BITS = (2, 3, 4, 8)
+#: Rows and columns of one scale of the ``block`` strategy.
+BLOCK = 128
 
 
 @dataclass(frozen=True)
 class WeightScheme:
-    """Integer weights with one scale per group of ``group_size`` inputs, or per output channel when ``group_size`` is -1."""
+    """The numbers of a weight.
+
+    Attributes:
+        bits: of one code.
+        group_size: inputs that share a scale; -1: all of them (and see ``strategy``).
+        symmetric: no zero points; floats always are.
+        number: ``int``, or ``float`` (E4M3 at 8 bits, E2M1 at 4).
+        strategy: which weights share a scale, in compressed-tensors' words: ``group``, ``channel`` (an output's), ``tensor`` (all), ``block``
+            (128 × 128), ``tensor_group`` (groups whose scales are scaled by one number for the tensor). Empty: by the group size.
+        scales: how scales are stored: ``model`` (the model's own dtype), or a dtype of a safetensors header: F32, F8_E4M3, or U8, which
+            stands for powers of two (E8M0).
+    """
 
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
+    number: Literal["int", "float"] = "int"
+    strategy: str = ""
+    scales: str = "model"
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise UsageError(f"bits is {self.bits}: must be one of {', '.join(map(str, BITS))}")
         if self.group_size != -1 and (self.group_size < 8 or self.group_size % 8):
             raise UsageError(f"group size is {self.group_size}: must be -1 (one group per output channel) or a multiple of 8 from 8 up")
-
-    @property
-    def strategy(self) -> Literal["channel", "group"]:
-        return "channel" if self.group_size == -1 else "group"
+        if not self.strategy:
+            object.__setattr__(self, "strategy", "channel" if self.group_size == -1 else "group")
+        if self.number == "float" and (self.bits not in (4, 8) or not self.symmetric):
+            raise UsageError(f"float weights have 4 or 8 bits and no zero points, not {self.bits} bits, symmetric {self.symmetric}")
 
     @property
     def low(self) -> int:
-        """Smallest code; codes are signed, -2^(b-1) … 2^(b-1)-1."""
+        """Smallest code of integers; codes are signed, -2^(b-1) … 2^(b-1)-1."""
         return -(2 ** (self.bits - 1))
 
     @property
     def high(self) -> int:
         return 2 ** (self.bits - 1) - 1
 
+    @property
+    def largest(self) -> float:
+        """Largest magnitude of a code as a number: of E4M3 448, of E2M1 6, of integers ``high``."""
+        return {4: 6.0, 8: 448.0}[self.bits] if self.number == "float" else float(self.high)
+
     def groups(self, k: int) -> int:
         """Number of groups over K inputs.
 
         Raises:
-            UsageError: K is not a multiple of the group size (vLLM has no ragged last group).
+            UsageError: K is not a multiple of the group size (vLLM has no ragged last group; blocks may be ragged).
         """
         if self.group_size == -1:
             return 1
+        if self.strategy == "block":
+            return -(-k // self.group_size)
         if k % self.group_size:
             raise UsageError(f"{k} inputs do not divide into groups of {self.group_size}: use a group size that divides {k}, or -1")
         return k // self.group_size
+
+    def scale_shape(self, n: int, k: int) -> tuple[int, int]:
+        """Shape of the scales of a weight [N, K]."""
+        if self.strategy == "tensor":
+            return 1, 1
+        return (-(-n // BLOCK) if self.strategy == "block" else n), self.groups(k)
 
     def bits_per_weight(self, k: int, scale_bits: int = 16) -> float:
         """Storage per weight with scales and zero points counted."""
@@ -61,59 +91,170 @@ class WeightScheme:
         return asdict(self)
 
     def __str__(self) -> str:
-        group = "channel" if self.group_size == -1 else f"g{self.group_size}"
+        group = f"g{self.group_size}" if self.strategy in ("group", "tensor_group") else self.strategy
+        if self.number == "float":
+            family = {"U8": "MXFP", "F8_E4M3": "NVFP"}.get(self.scales, "FP")
+            return f"{family}{self.bits} {group}"
         return f"W{self.bits} {group} {'symmetric' if self.symmetric else 'asymmetric'}"
 
 
 @dataclass(frozen=True)
+class ActivationScheme:
+    """The numbers of a linear's input, in compressed-tensors' words.
+
+    ``dynamic``: scales are taken from each token's (or group's) values as they come; otherwise one calibrated scale is in the file.
+    ``tensor_group`` (NVFP4) is dynamic under one calibrated number for the tensor.
+    """
+
+    bits: int = 8
+    number: Literal["int", "float"] = "int"
+    strategy: Literal["token", "tensor", "group", "tensor_group"] = "token"
+    symmetric: bool = True
+    dynamic: bool = True
+    group_size: int | None = None
+    scales: str = "F32"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the file holds a number that only calibration gives."""
+        return not self.dynamic or self.strategy == "tensor_group"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        family = "INT" if self.number == "int" else {"U8": "MXFP", "F8_E4M3": "NVFP"}.get(self.scales, "FP")
+        group = f"g{self.group_size}" if self.group_size else self.strategy
+        return f"{family}{self.bits} {'dynamic' if self.dynamic else 'static'} {group}{'' if self.symmetric else ' asymmetric'}"
+
+
+@dataclass(frozen=True)
 class Scheme:
-    """A named scheme: the number format of the weights; activations stay in the model's own dtype (weight-only)."""
+    """A named scheme. Without ``activations`` they stay in the model's own dtype (weight-only)."""
 
     name: str
     weights: WeightScheme
+    activations: ActivationScheme | None = None
+
+    @property
+    def kernel(self) -> str:
+        """The number format that a GPU must handle, by its name in :data:`quant.hardware.FORMAT_CAPABILITIES`."""
+        if self.weights.number == "int":
+            return f"int{self.weights.bits}-weights" if self.activations is None else "int8"
+        return {"U8": f"mxfp{self.weights.bits}", "F8_E4M3": "nvfp4"}.get(self.weights.scales, "fp8")
 
     def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "weights": self.weights.to_dict()}
+        return {
+            "name": self.name,
+            "weights": self.weights.to_dict(),
+            "activations": None if self.activations is None else self.activations.to_dict(),
+        }
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.weights})"
+        return f"{self.name} ({self.weights}{f', activations {self.activations}' if self.activations else ''})"
+
+
+_FP8_TOKEN = ActivationScheme(8, "float", "token")
+_FP8_GROUP = ActivationScheme(8, "float", "group", group_size=BLOCK)
+_NVFP4_INPUTS = ActivationScheme(4, "float", "tensor_group", group_size=16, scales="F8_E4M3")
+_MX_INPUTS = {bits: ActivationScheme(bits, "float", "group", group_size=32, scales="U8") for bits in (4, 8)}
+_NVFP4 = WeightScheme(4, 16, True, "float", "tensor_group", "F8_E4M3")
+
+
+def _fp8(strategy: str) -> WeightScheme:
+    return WeightScheme(8, BLOCK if strategy == "block" else -1, True, "float", strategy, "F32")
 
 
 #: Name → scheme. The names are those vLLM's and llm-compressor's users know; w2a16 and w3a16 have no vLLM kernel and leave only as `plain`
 #: or for other engines.
 PRESETS = {
-    "w4a16": Scheme("w4a16", WeightScheme(4, 128, True)),
-    "w4a16-asym": Scheme("w4a16-asym", WeightScheme(4, 128, False)),
-    "w8a16": Scheme("w8a16", WeightScheme(8, 128, True)),
-    "w8a16-asym": Scheme("w8a16-asym", WeightScheme(8, 128, False)),
-    "w3a16": Scheme("w3a16", WeightScheme(3, 128, True)),
-    "w2a16": Scheme("w2a16", WeightScheme(2, 128, True)),
+    s.name: s
+    for s in (
+        Scheme("w4a16", WeightScheme(4, 128, True)),
+        Scheme("w4a16-asym", WeightScheme(4, 128, False)),
+        Scheme("w8a16", WeightScheme(8, 128, True)),
+        Scheme("w8a16-asym", WeightScheme(8, 128, False)),
+        Scheme("w3a16", WeightScheme(3, 128, True)),
+        Scheme("w2a16", WeightScheme(2, 128, True)),
+        Scheme("w8a8-int8", WeightScheme(8, -1, True, scales="F32"), ActivationScheme()),
+        Scheme("w8a8-fp8", _fp8("channel"), _FP8_TOKEN),
+        Scheme("w8a8-fp8-tensor", _fp8("tensor"), _FP8_TOKEN),
+        Scheme("fp8-block", _fp8("block"), _FP8_GROUP),
+        Scheme("w8a16-fp8", _fp8("channel")),
+        Scheme("nvfp4", _NVFP4, _NVFP4_INPUTS),
+        Scheme("nvfp4a16", _NVFP4),
+        Scheme("mxfp4", WeightScheme(4, 32, True, "float", "group", "U8"), _MX_INPUTS[4]),
+        Scheme("mxfp4a16", WeightScheme(4, 32, True, "float", "group", "U8")),
+        Scheme("mxfp8", WeightScheme(8, 32, True, "float", "group", "U8"), _MX_INPUTS[8]),
+    )
 }
 
 
-def scheme_of(weights: WeightScheme) -> Scheme:
-    """The scheme that these weights make, under the name a preset of the same bits and symmetry has."""
-    suffix = "" if weights.symmetric else "-asym"
-    return Scheme(f"w{weights.bits}a16{suffix}", weights)
+def scheme_of(weights: WeightScheme, activations: ActivationScheme | None = None) -> Scheme:
+    """The scheme that these numbers make, under the name of the preset they are, or of the nearest one."""
+    for preset in PRESETS.values():
+        if (preset.weights, preset.activations) == (weights, activations):
+            return preset
+    if weights.number == "int" and activations is None:
+        return Scheme(f"w{weights.bits}a16{'' if weights.symmetric else '-asym'}", weights)
+    for preset in PRESETS.values():
+        if preset.weights == weights and (preset.activations is None) == (activations is None):
+            return Scheme(preset.name, weights, activations)
+    kind = {"int": "int", "float": "fp"}[weights.number]
+    inputs = "16" if activations is None else f"{activations.bits}"
+    return Scheme(f"w{weights.bits}a{inputs}-{kind}{weights.bits}", weights, activations)
 
 
 def resolve_scheme(
-    name: str | None = None, *, bits: int | None = None, group_size: int | None = None, symmetric: bool | None = None
+    name: str | None = None,
+    *,
+    bits: int | None = None,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    activations: str | None = None,
+    symmetric_activations: bool | None = None,
 ) -> Scheme:
     """A preset with single fields overridden.
+
+    Args:
+        activations: ``dynamic`` or ``static``.
+        symmetric_activations: False: integer activations with a zero point.
 
     >>> str(resolve_scheme("w4a16", group_size=64))
     'w4a16 (W4 g64 symmetric)'
 
     Raises:
-        UsageError: unknown name; or a field that contradicts the name (``w4a16`` with 8 bits).
+        UsageError: unknown name; or a field that contradicts the name (``w4a16`` with 8 bits), all of them at once.
     """
     if name is not None and name not in PRESETS:
         raise one_of("scheme", name, sorted(PRESETS))
-    base = PRESETS[name] if name else PRESETS["w4a16"]
-    if name and bits is not None and bits != base.weights.bits:
-        raise UsageError(f"scheme {name} has {base.weights.bits} bits, --bits says {bits}: give one of the two")
+    base = PRESETS[name or "w4a16"]
+    weights, inputs = base.weights, base.activations
+    wrong = []
+    if name and bits is not None and bits != weights.bits:
+        wrong.append(f"scheme {name} has {weights.bits} bits, --bits says {bits}: give one of the two")
     if name and name.endswith("-asym") and symmetric:
-        raise UsageError(f"scheme {name} is asymmetric, --symmetric contradicts it: use {name.removesuffix('-asym')}")
+        wrong.append(f"scheme {name} is asymmetric, --symmetric contradicts it: use {name.removesuffix('-asym')}")
+    if symmetric is False and (weights.number == "float" or inputs is not None):
+        wrong.append(f"scheme {base.name} has no zero points for weights, --asymmetric contradicts it: use w4a16-asym or w8a16-asym")
+    if group_size is not None and (weights.number == "float" or inputs is not None) and group_size != weights.group_size:
+        wrong.append(f"scheme {base.name} shares scales by {weights.strategy}, which is fixed: leave --group-size {group_size} out")
+    if inputs is None and (activations is not None or symmetric_activations is not None):
+        wrong.append(f"scheme {base.name} leaves activations as they are: --activations needs a scheme such as w8a8-int8 or w8a8-fp8")
+    elif inputs is not None:
+        if activations == "static" and (inputs.group_size is not None):
+            wrong.append(
+                f"scheme {base.name} scales activations in groups of {inputs.group_size}, which is always dynamic: leave --activations out"
+            )
+        if symmetric_activations is False and inputs.number == "float":
+            wrong.append(f"scheme {base.name} has float activations, which have no zero point: only w8a8-int8 has --activations-asymmetric")
+    if wrong:
+        raise UsageError("; ".join(wrong))
     changes: dict[str, Any] = {k: v for k, v in dict(bits=bits, group_size=group_size, symmetric=symmetric).items() if v is not None}
-    return scheme_of(replace(base.weights, **changes))
+    if changes:
+        weights = replace(weights, **changes, strategy=weights.strategy if weights.number == "float" or inputs else "")
+    if inputs is not None and activations == "static":
+        inputs = replace(inputs, dynamic=False, strategy="tensor")
+    if inputs is not None and symmetric_activations is False:
+        inputs = replace(inputs, symmetric=False)
+    return scheme_of(weights, inputs)

@@ -1,4 +1,4 @@
-"""The value that quantizers make and formats store: integer codes with their scales and zero points."""
+"""The value that quantizers make and formats store: codes with their scales and zero points."""
 
 from __future__ import annotations
 
@@ -6,18 +6,40 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from quant.schemes import WeightScheme
+from quant.schemes import BLOCK, WeightScheme
+
+#: Magnitudes of the E2M1 codes 0 … 7; a code is sign · 8 + index (OCP Microscaling Formats 1.0, table 5).
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@dataclass(frozen=True)
+class InputParameters:
+    """Calibrated numbers of a linear's input. Which ones are there is the activation scheme's business.
+
+    Attributes:
+        scale: fp32 [1]; x ≈ (code - zero) · scale.
+        zero: int8 [1], of asymmetric integers; or None.
+        global_scale: fp32 [1], the divisor of NVFP4 (448 · 6 / max |x|); or None.
+    """
+
+    scale: torch.Tensor | None = None
+    zero: torch.Tensor | None = None
+    global_scale: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A weight [N, K] as ``(codes - zeros) · scales``.
+    """A weight [N, K]: integers as ``(codes - zeros) · scales``, floats as ``codes · scales``.
 
     Attributes:
-        codes: int8 [N, K], signed, from ``scheme.low`` to ``scheme.high``.
-        scales: the stored dtype (bf16, fp16 or fp32) [N, G], one column a group.
+        codes: integers int8 [N, K], signed, from ``scheme.low`` to ``scheme.high``; FP8 float8_e4m3fn [N, K]; FP4 uint8 [N, K], one E2M1
+            code (0 … 15) each.
+        scales: as stored, [N, G], one column a group ([1, 1] of a tensor, [⌈N/128⌉, ⌈K/128⌉] of blocks): bf16, fp16 or fp32; of NVFP4
+            float8_e4m3fn; of MX formats uint8, the exponent plus 127 of a power of two.
         zeros: int8 [N, G] in the same range as codes, or None when the scheme is symmetric (all zero).
         group_index: int32 [K], the group of each input, or None for ``k // group_size``.
+        global_scale: fp32 [1], by which all scales are divided (NVFP4); or None.
+        inputs: calibrated numbers of the input; or None.
     """
 
     codes: torch.Tensor
@@ -25,6 +47,8 @@ class QuantizedTensor:
     zeros: torch.Tensor | None
     scheme: WeightScheme
     group_index: torch.Tensor | None = None
+    global_scale: torch.Tensor | None = None
+    inputs: InputParameters | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -32,12 +56,41 @@ class QuantizedTensor:
 
     def dequantize(self) -> torch.Tensor:
         """fp32 [N, K], exactly ``(codes - zeros) · scales`` with the product in fp32: the value every reader of the file must get."""
-        return dequantize(self.codes, self.scales, self.zeros, self.group_index)
+        if self.scheme.number == "int":
+            return dequantize(self.codes, self.scales, self.zeros, self.group_index)
+        n, k = self.shape
+        scales = scale_values(self.scales, self.global_scale)
+        values = code_values(self.codes)
+        if self.scheme.strategy == "block":
+            return values.mul_(scales.repeat_interleave(BLOCK, 0)[:n].repeat_interleave(BLOCK, 1)[:, :k])
+        return values.view(n, scales.shape[1], -1).mul_(scales.unsqueeze(-1)).view(n, k)
 
     def rows(self, start: int, end: int) -> QuantizedTensor:
-        """The same for outputs ``start`` to ``end``."""
+        """The same for outputs ``start`` to ``end``; of blocks both must be multiples of 128, or the last end."""
         zeros = None if self.zeros is None else self.zeros[start:end]
-        return replace(self, codes=self.codes[start:end], scales=self.scales[start:end], zeros=zeros)
+        scales = self.scales
+        if self.scheme.strategy == "block":
+            if start % BLOCK or (end % BLOCK and end != len(self.codes)):
+                raise ValueError(f"rows {start} to {end} cut blocks of {BLOCK}")
+            scales = scales[start // BLOCK : -(-end // BLOCK)]
+        elif self.scheme.strategy != "tensor":
+            scales = scales[start:end]
+        return replace(self, codes=self.codes[start:end], scales=scales, zeros=zeros)
+
+
+def code_values(codes: torch.Tensor) -> torch.Tensor:
+    """fp32 numbers that float codes stand for: float8 as they are, E2M1 codes (uint8) from the table."""
+    if codes.dtype != torch.uint8:
+        return codes.float()
+    table = torch.tensor([*E2M1, *(-x for x in E2M1)], device=codes.device)
+    return table[codes.int()]
+
+
+def scale_values(scales: torch.Tensor, global_scale: torch.Tensor | None = None) -> torch.Tensor:
+    """fp32 multipliers that stored scales stand for: uint8 is a power of two, others are numbers, divided by ``global_scale``."""
+    if scales.dtype == torch.uint8:
+        return torch.ldexp(torch.ones_like(scales, dtype=torch.float32), scales.int() - 127)
+    return scales.float() if global_scale is None else scales.float() / global_scale.float()
 
 
 def dequantize(

@@ -18,7 +18,7 @@ computed, in panels, and mirrored at the end: about half of the work.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,31 +35,53 @@ class Statistics:
     Attributes:
         tokens: rows of x.
         hessian: fp32 [K, K], mean of x xᵀ; or None.
-        abs_max: fp32 [K], largest |x|; or None.
+        minimum, maximum: fp32 [K], the range of each feature; or None.
     """
 
     tokens: int
     hessian: torch.Tensor | None = None
-    abs_max: torch.Tensor | None = None
+    minimum: torch.Tensor | None = None
+    maximum: torch.Tensor | None = None
+
+    @property
+    def abs_max(self) -> torch.Tensor:
+        """fp32 [K], largest |x|; the range must have been asked for."""
+        assert self.minimum is not None and self.maximum is not None
+        return torch.maximum(-self.minimum, self.maximum)
+
+    def copy(self) -> Statistics:
+        """With a Hessian of its own: methods overwrite theirs."""
+        return replace(self, hessian=None if self.hessian is None else self.hessian.clone())
+
+    def divided(self, factors: torch.Tensor) -> Statistics:
+        """The statistics that x / factors has: what a method must see after scaling was moved into the weights.
+
+        ``factors``: fp32 [K], positive. The Hessian is divided in place.
+        """
+        if self.hessian is not None:
+            self.hessian.div_(factors).div_(factors.unsqueeze(-1))
+        low, high = self.minimum, self.maximum
+        return replace(self, minimum=None if low is None else low / factors, maximum=None if high is None else high / factors)
 
 
 class Accumulator:
-    """Sums the statistics named in ``needs`` (``hessian``, ``abs_max``) batch by batch, on the device of the batches."""
+    """Sums the statistics named in ``needs`` (``hessian``, ``range``) batch by batch, on the device of the batches."""
 
     def __init__(self, features: int, device: torch.device, needs: Iterable[str]):
         needs = set(needs)
-        if unknown := needs - {"hessian", "abs_max"}:
+        if unknown := needs - {"hessian", "range"}:
             raise ValueError(f"no such statistic: {', '.join(sorted(unknown))}")
         self.tokens = 0
         self._gram = gram_for(features, device) if "hessian" in needs else None
-        self._abs_max = torch.zeros(features, device=device) if "abs_max" in needs else None
+        self._range = (torch.zeros(features, device=device), torch.zeros(features, device=device)) if "range" in needs else None
 
     def add(self, inputs: torch.Tensor) -> None:
         """Adds a batch [..., K] of any floating dtype."""
         x = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += len(x)
-        if self._abs_max is not None:
-            self._abs_max = torch.maximum(self._abs_max, torch.maximum(x.amax(0), -x.amin(0)).float())
+        if self._range is not None:
+            low, high = self._range
+            self._range = (torch.minimum(low, x.amin(0).float()), torch.maximum(high, x.amax(0).float()))
         if self._gram is not None:
             self._gram.add(x)
 
@@ -67,7 +89,7 @@ class Accumulator:
         """The statistics; the sums are handed over, not copied."""
         gram, self._gram = self._gram, None
         hessian = None if gram is None else gram.finish().mul_(1 / max(self.tokens, 1))
-        return Statistics(self.tokens, hessian, self._abs_max)
+        return Statistics(self.tokens, hessian, *(self._range or ()))
 
 
 class Gram:

@@ -7,8 +7,9 @@ every tensor and side file of the source is accounted for. Each finding says wha
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,13 +71,23 @@ class Verification:
         }
 
 
-def verify(path: str | Path, *, tensor_parallel: int = 1, source: str | Path | None = None, target: str = "vllm") -> Verification:
+def verify(
+    path: str | Path,
+    *,
+    tensor_parallel: int = 1,
+    source: str | Path | None = None,
+    target: str = "vllm",
+    changed: Sequence[str] | None = None,
+    made: Sequence[str] | None = None,
+) -> Verification:
     """Checks a checkpoint directory statically.
 
     Args:
         tensor_parallel: the degree it will be served with.
         source: the checkpoint it was made from, to account for every tensor and side file.
         target: ``vllm``, or ``other`` to leave out what only vLLM demands.
+        changed: tensors of the source into which scaling was folded; None: those that the report in the directory names.
+        made: tensors that calibration added; None: likewise.
 
     Raises:
         CheckpointError: the directory cannot be read at all. Everything else is a failed check.
@@ -101,7 +112,7 @@ def verify(path: str | Path, *, tensor_parallel: int = 1, source: str | Path | N
         )
         if target == "vllm":
             form = FormatRegistry.get(found.format)
-            refused = dict.fromkeys(r for x in linears if (r := form.refuse(x.scheme, "vllm")))
+            refused = dict.fromkeys(r for x in linears if (r := form.refuse(x.numbers, "vllm")))
             result.add(
                 "vLLM takes it", [*refused, *_gptq_refusals(quantization)], "bits, symmetry and group sizes are ones that vLLM loads"
             )
@@ -116,10 +127,12 @@ def verify(path: str | Path, *, tensor_parallel: int = 1, source: str | Path | N
     result.add("values", values, "every float is finite, every scale is non-zero, packed words agree with the config")
     if source is not None:
         origin = open_checkpoint(source)
+        noted = _noted(checkpoint.path)
+        changed, made = noted["folded"] if changed is None else changed, noted["added"] if made is None else made
         result.add(
             "tensors of the source",
-            _source_problems(checkpoint, origin, found),
-            f"all {len(origin.tensors)} are quantized or copied byte for byte",
+            _source_problems(checkpoint, origin, found, changed, made),
+            f"all {len(origin.tensors)} are quantized or copied byte for byte{f', {len(changed)} with scaling folded in' if changed else ''}",
         )
         result.add("side files", _side_file_problems(checkpoint, origin), "all there, byte for byte")
     return result
@@ -128,7 +141,7 @@ def verify(path: str | Path, *, tensor_parallel: int = 1, source: str | Path | N
 def _describe(found: Found | None) -> str:
     if found is None:
         return "not quantized: an ordinary checkpoint"
-    schemes = ", ".join(dict.fromkeys(str(x.scheme) for x in found.linears.values()))
+    schemes = ", ".join(dict.fromkeys(str(x.numbers) for x in found.linears.values()))
     return f"{found.format}: {schemes}"
 
 
@@ -212,7 +225,7 @@ def _fused_problems(checkpoint: Checkpoint, found: Found, quantization: Mapping[
     for fused, names in members.items():
         if len(names) < 2:
             continue
-        schemes = {str(found.linears[n].scheme) if n in found.linears else "unquantized" for n in names}
+        schemes = {str(found.linears[n].numbers) if n in found.linears else "unquantized" for n in names}
         if len(schemes) > 1:
             problems.append(f"{fused}: its shards are {', '.join(sorted(schemes))}: vLLM builds them as one layer")
     if quantization.get("quant_method") == "compressed-tensors":
@@ -316,7 +329,18 @@ def _judge(info: TensorInfo, found: Found | None) -> Callable[[bytes], str | Non
     return finite
 
 
-def _source_problems(checkpoint: Checkpoint, source: Checkpoint, found: Found | None) -> list[str]:
+def _noted(path: Path) -> dict[str, list[str]]:
+    """What the report in an output directory says of tensors: those with scaling folded in, and those added."""
+    try:
+        tensors = json.loads((path / "quant_report.json").read_text(encoding="utf-8"))["tensors"]
+        return {k: [str(n) for n in tensors.get(k, [])] for k in ("folded", "added")}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {"folded": [], "added": []}
+
+
+def _source_problems(
+    checkpoint: Checkpoint, source: Checkpoint, found: Found | None, changed: Sequence[str], made: Sequence[str]
+) -> list[str]:
     problems = []
     linears = found.linears if found else {}
     source = dequantized(source)
@@ -335,9 +359,9 @@ def _source_problems(checkpoint: Checkpoint, source: Checkpoint, found: Found | 
                 problems.append(f"{name} was {info.shape}, is {copy.shape}")
         elif (copy.dtype, copy.shape) != (info.dtype, info.shape):
             problems.append(f"{name} was {info.dtype} {info.shape}, is {copy.dtype} {copy.shape}")
-        elif found is not None and not _same_bytes(checkpoint, source, name):
+        elif found is not None and name not in changed and not _same_bytes(checkpoint, source, name):
             problems.append(f"{name} differs from the source although it is not quantized")
-    problems += [f"{n} is not in the source" for n in checkpoint.tensors if n not in source.tensors and n not in own]
+    problems += [f"{n} is not in the source" for n in checkpoint.tensors if n not in source.tensors and n not in own and n not in made]
     return problems
 
 

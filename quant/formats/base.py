@@ -11,7 +11,7 @@ from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
 from quant.errors import CheckpointError, QuantError
 from quant.registry import Registry
-from quant.schemes import WeightScheme
+from quant.schemes import ActivationScheme, Scheme, WeightScheme, scheme_of
 
 if TYPE_CHECKING:
     import torch
@@ -21,12 +21,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Linear:
-    """A quantized linear as a format sees it: ``name`` without ``.weight``, N outputs, K inputs, its scheme."""
+    """A quantized linear as a format sees it: ``name`` without ``.weight``, N outputs, K inputs, the numbers of weights and activations."""
 
     name: str
     n: int
     k: int
     scheme: WeightScheme
+    activations: ActivationScheme | None = None
+
+    @property
+    def numbers(self) -> Scheme:
+        """Weights and activations together, under their name."""
+        return scheme_of(self.scheme, self.activations)
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,10 @@ class Format(Protocol):
     quant_method: str | None
     #: a second place for ``quantization_config`` that older readers of the format look in
     config_file: str | None
+    #: whether calibrated scales of an FP8 KV cache have a place in it
+    kv_cache: bool
 
-    def refuse(self, scheme: WeightScheme, target: str) -> str | None:
+    def refuse(self, scheme: Scheme, target: str) -> str | None:
         """Why ``target`` ("vllm" or "other") cannot take this scheme in this format, or None."""
         ...
 
@@ -69,8 +77,10 @@ class Format(Protocol):
         """Inverse of ``pack``; ``tensors`` has the names of the checkpoint."""
         ...
 
-    def config(self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str) -> dict[str, Any] | None:
-        """The ``quantization_config``; ``unquantized`` names the linears left alone."""
+    def config(
+        self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str, kv_cache: bool = False
+    ) -> dict[str, Any] | None:
+        """The ``quantization_config``; ``unquantized`` names the linears left alone, ``kv_cache`` says that scales of an FP8 cache are there."""
         ...
 
     def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Found:

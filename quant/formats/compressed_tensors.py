@@ -21,7 +21,7 @@ from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
 from quant.errors import CheckpointError
 from quant.formats.base import FormatRegistry, Found, Linear, require, suffixed, word_problems
-from quant.schemes import WeightScheme
+from quant.schemes import Scheme, WeightScheme
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 #: Group sizes that every vLLM kernel from compute capability 7.5 up takes; others run on single kernels only.
 VLLM_GROUPS = (-1, 32, 64, 128)
+#: Of a cache whose K and V have one calibrated scale a layer; with it vLLM's `--kv-cache-dtype auto` means FP8.
+KV_CACHE = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
 
 
 def arguments(scheme: WeightScheme) -> dict[str, Any]:
@@ -71,12 +73,16 @@ class CompressedTensors:
     name = "compressed-tensors"
     quant_method: str | None = "compressed-tensors"
     config_file: str | None = None
+    kv_cache = True
 
-    def refuse(self, scheme: WeightScheme, target: str) -> str | None:
-        if scheme.bits not in (4, 8):
-            return f"pack-quantized holds 4 or 8 bits in a way that vLLM and compressed-tensors agree on, not {scheme.bits}: use --format plain"
-        if target == "vllm" and scheme.group_size not in VLLM_GROUPS:
-            return f"group size {scheme.group_size} runs on single vLLM kernels only: use {', '.join(map(str, VLLM_GROUPS))}, or --target other"
+    def refuse(self, scheme: Scheme, target: str) -> str | None:
+        weights = scheme.weights
+        if weights.number != "int" or scheme.activations is not None:
+            return f"{scheme} is not written in this format"
+        if weights.bits not in (4, 8):
+            return f"pack-quantized holds 4 or 8 bits in a way that vLLM and compressed-tensors agree on, not {weights.bits}: use --format plain"
+        if target == "vllm" and weights.group_size not in VLLM_GROUPS:
+            return f"group size {weights.group_size} runs on single vLLM kernels only: use {', '.join(map(str, VLLM_GROUPS))}, or --target other"
         return None
 
     def problems(self, linear: Linear) -> list[str]:
@@ -127,7 +133,7 @@ class CompressedTensors:
         group_index = tensors.get(f"{linear.name}.weight_g_idx")
         return QuantizedTensor(codes.to(torch.int8), tensors[f"{linear.name}.weight_scale"], zeros, linear.scheme, group_index)
 
-    def config(self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str) -> dict[str, Any]:
+    def config(self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str, kv_cache: bool = False) -> dict[str, Any]:
         schemes = list(dict.fromkeys(linear.scheme for linear in linears))
         groups = {}
         for i, scheme in enumerate(schemes):
@@ -145,7 +151,7 @@ class CompressedTensors:
             "format": "pack-quantized",
             "config_groups": groups,
             "ignore": list(unquantized),
-            "kv_cache_scheme": None,
+            "kv_cache_scheme": dict(KV_CACHE) if kv_cache else None,
             "quantization_status": "compressed",
             "sparsity_config": {},
             "transform_config": {},

@@ -23,7 +23,7 @@ from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
 from quant.errors import CheckpointError
 from quant.formats.base import FormatRegistry, Found, Linear, require, suffixed, word_problems
-from quant.schemes import BITS, WeightScheme
+from quant.schemes import BITS, Scheme, WeightScheme
 
 if TYPE_CHECKING:
     import torch
@@ -38,16 +38,20 @@ class GPTQ:
     name = "gptq"
     quant_method: str | None = "gptq"
     config_file: str | None = "quantize_config.json"
+    kv_cache = False
 
-    def refuse(self, scheme: WeightScheme, target: str) -> str | None:
+    def refuse(self, scheme: Scheme, target: str) -> str | None:
+        weights = scheme.weights
+        if weights.number != "int" or scheme.activations is not None:
+            return f"a GPTQ file holds integer weights and leaves activations alone, not {scheme}: use --format compressed-tensors"
         if target != "vllm":
             return None
-        if not scheme.symmetric:
+        if not weights.symmetric:
             return "vLLM refuses asymmetric GPTQ files: use --symmetric, --format compressed-tensors, or --target other"
-        if scheme.bits not in (4, 8):
-            return f"vLLM loads GPTQ files of 4 and 8 bits, not {scheme.bits}: use --format plain, or --target other"
-        if scheme.group_size not in VLLM_GROUPS:
-            return f"vLLM loads GPTQ groups of {', '.join(map(str, VLLM_GROUPS))}, not {scheme.group_size}: change --group-size, or --target other"
+        if weights.bits not in (4, 8):
+            return f"vLLM loads GPTQ files of 4 and 8 bits, not {weights.bits}: use --format plain, or --target other"
+        if weights.group_size not in VLLM_GROUPS:
+            return f"vLLM loads GPTQ groups of {', '.join(map(str, VLLM_GROUPS))}, not {weights.group_size}: change --group-size, or --target other"
         return None
 
     def problems(self, linear: Linear) -> list[str]:
@@ -112,7 +116,7 @@ class GPTQ:
         scheme = WeightScheme(bits, linear.scheme.group_size, symmetric)
         return QuantizedTensor(codes, scales, None if symmetric else zeros.to(torch.int8), scheme, index)
 
-    def config(self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str) -> dict[str, Any]:
+    def config(self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str, kv_cache: bool = False) -> dict[str, Any]:
         from quant import __version__
 
         schemes = list(dict.fromkeys(linear.scheme for linear in linears))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
 from quant.formats.base import FormatRegistry, Found, Linear
-from quant.schemes import WeightScheme
+from quant.schemes import Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +23,9 @@ class Plain:
     name = "plain"
     quant_method: str | None = None
     config_file: str | None = None
+    kv_cache = False
 
-    def refuse(self, scheme: WeightScheme, target: str) -> str | None:
+    def refuse(self, scheme: Scheme, target: str) -> str | None:
         return None
 
     def problems(self, linear: Linear) -> list[str]:
@@ -39,7 +40,7 @@ class Plain:
     def unpack(self, linear: Linear, tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> QuantizedTensor:
         raise AssertionError("a plain checkpoint has no quantized linears to unpack")
 
-    def config(self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str) -> None:
+    def config(self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str, kv_cache: bool = False) -> None:
         return None
 
     def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Found:

@@ -38,7 +38,7 @@ def estimate(plan: JobPlan) -> dict[str, Any]:
     manager = QuantizationManager(plan)
     value = plan.to_dict()
     available = psutil.virtual_memory().available
-    calibrated = bool(manager.quantizer.needs)
+    calibrated = bool(manager.needs)
     tokens, hidden_bytes, scratch = 0, 0, 0
     largest = max((8 * x.n * x.k for x in plan.linears.values()), default=0)  # fp32 beside its rounding
     seconds = 0.0

@@ -130,7 +130,7 @@ def _problems(
                 "the groups are in activation order (g_idx is not k // group_size), which vLLM has no path for: export with --format plain, "
                 "or quantize the original again with --act-order static"
             ] = None
-        if reason := form.refuse(linear.scheme, target):
+        if reason := form.refuse(linear.numbers, target):
             problems[f"{linear.scheme} in format {form.name}: {reason}"] = None
         problems.update(dict.fromkeys(form.problems(linear)))
     problems.update(dict.fromkeys(shape_problems(linears.values(), tensor_parallel)))

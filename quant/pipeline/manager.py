@@ -6,14 +6,17 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import nn
 
-from quant.calibration.statistics import Accumulator
+from quant.activations import input_parameters
+from quant.calibration.statistics import Accumulator, Statistics
 from quant.calibration.text import Rows, bundled, calibration_rows
 from quant.checkpoint.header import read_header
 from quant.checkpoint.journal import WorkFolder
@@ -23,16 +26,20 @@ from quant.devices import device_of
 from quant.errors import CheckpointError, QuantError, UsageError, VerificationFailed
 from quant.evaluation.verify import verify
 from quant.formats.reading import read_linear
-from quant.models.adapter import InputGroup
+from quant.models.adapter import InputGroup, fused_name
+from quant.models.attention import observed_attention
 from quant.models.skeleton import BlockCall, Skeleton
 from quant.offline import load_tokenizer
+from quant.outlier_suppression import Suppressor
+from quant.pipeline.folding import can_take_rows, find_fold, fold_linear, fold_norm, unfolded
 from quant.pipeline.memory import peak_rss
-from quant.pipeline.plan import JobPlan, Unit, plan_job, text_config
+from quant.pipeline.plan import JobPlan, Unit, make_quantizer, make_suppressor, plan_job, text_config
 from quant.pipeline.staged import ActivationStore, Batches, StagedForward, run_block
 from quant.pipeline.writing import REPORT, write_rest, write_unit
 from quant.progress import Event, Progress, silent
-from quant.quantizers import Quantized, Quantizer, QuantizerRegistry
-from quant.recipe import Recipe
+from quant.quantizers import Quantized, Quantizer
+from quant.recipe import Assignment, Recipe
+from quant.schemes import BLOCK, Scheme
 from quant.serving.arguments import engine_arguments, vllm_config
 from quant.tensors import QuantizedTensor
 from quant.units import format_seconds
@@ -43,6 +50,35 @@ BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 RESIDENT_CPU = 256 << 20
 #: Tokens of the held-out row that a layer's error is measured on.
 ERROR_TOKENS = 512
+
+
+@dataclass
+class Made:
+    """What a block's quantization makes: linears by file name, source tensors with new values, scales of the KV cache."""
+
+    linears: dict[str, QuantizedTensor] = field(default_factory=dict)
+    changed: dict[str, torch.Tensor] = field(default_factory=dict)
+    _cache: torch.Tensor | None = None
+
+    def observe_cache(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Notes the largest magnitudes of K and V, as they go into the cache."""
+        largest = torch.stack([key.abs().amax(), value.abs().amax()]).float()
+        self._cache = largest if self._cache is None else torch.maximum(self._cache, largest)
+        return key, value
+
+    def finish_cache(self, names: Sequence[str]) -> None:
+        """Makes the block's cache scales, fp32 [1] each: what maps the largest magnitude seen to the largest E4M3 number.
+
+        Raises:
+            QuantError: the block has names for them, but no attention that could be observed.
+        """
+        for name in names:
+            if self._cache is None:
+                raise QuantError(
+                    f"{name}: the block's attention does not go through transformers' attention functions: leave --kv-cache-scheme out"
+                )
+            largest = self._cache[0 if name.endswith("k_scale") else 1]
+            self.changed[name] = (torch.where(largest == 0, 1.0, largest) / 448.0).reshape(1).cpu()
 
 
 @dataclass
@@ -72,11 +108,32 @@ class QuantizationManager:
     def __init__(self, plan: JobPlan, progress: Progress = silent):
         self.plan, self.progress = plan, progress
         recipe = plan.recipe
-        self.quantizer = make_quantizer(recipe)
+        self.quantizers = {a: make_quantizer(a) for a in dict.fromkeys(plan.assignments.values())}
+        self.suppressors = {a: self._suppressor(q) for a, q in self.quantizers.items()}
         self.device = device_of(recipe.device)
         self.clock = Clock()
         self.layers: dict[str, dict[str, Any]] = {}
+        self.folds: dict[str, dict[str, Any]] = {}
+        self._amax: dict[str, torch.Tensor] = {}
         self.scratch_bytes = 0
+
+    def _suppressor(self, quantizer: Quantizer) -> Suppressor | None:
+        """The one that the job names, or else the one that is part of the method."""
+        recipe = self.plan.recipe
+        name = recipe.outlier_suppression or quantizer.suppressor
+        return make_suppressor(name, recipe.alpha) if name and name != "none" else None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics that anything in the job asks for; empty where no calibration is needed."""
+        return frozenset().union(*(self._needs(a) for a in self.quantizers)) | (
+            {"range"} if self.plan.recipe.kv_cache_scheme else frozenset()
+        )
+
+    def _needs(self, assignment: Assignment) -> frozenset[str]:
+        suppressor, activations = self.suppressors[assignment], assignment.scheme.activations
+        wanted = self.quantizers[assignment].needs | (suppressor.needs if suppressor else frozenset())
+        return wanted | {"range"} if activations is not None and activations.calibrated else wanted
 
     def run(self) -> dict[str, Any]:
         """Quantizes, writes, verifies, publishes; returns the report.
@@ -85,11 +142,12 @@ class QuantizationManager:
             QuantError: with finished work kept for the next run of the same command.
         """
         start = time.perf_counter()
-        rows, skeleton = self.prepare() if self.quantizer.needs else (None, None)
+        rows, skeleton = self.prepare() if self.needs else (None, None)
         work = WorkFolder(self.plan.recipe.output_path.absolute(), self._fingerprint(rows), self.plan.recipe.fresh)
         try:
             for entry in work.finished.values():
                 self.layers.update(entry["layers"])
+                self.folds.update(entry["folds"])
             if work.finished:
                 self.progress(Event("quantize", message=f"resuming: {len(work.finished)} of {len(self.plan.units)} units are finished"))
             with self.clock.phase("quantize"):
@@ -177,7 +235,7 @@ class QuantizationManager:
             for unit in self._units(work):
                 if unit.block is None or unit.block >= skeleton.block_count:
                     if unit.name not in work.finished:
-                        self._write(unit, work, {})
+                        self._write(unit, work, Made())
                     continue
                 last = unit.block == skeleton.block_count - 1
                 block_calls = {b: c[unit.block] for b, c in calls.items()}
@@ -188,8 +246,8 @@ class QuantizationManager:
                 else:
                     with self.clock.phase("load"):
                         block = skeleton.load_block(unit.block)
-                    done = self._quantize_block(skeleton, unit.block, block, batches, block_calls, store, held_out, need_outputs=not last)
-                    self._write(unit, work, done)
+                    made = self._quantize_block(skeleton, unit.block, block, batches, block_calls, store, held_out, need_outputs=not last)
+                    self._write(unit, work, made)
                 skeleton.free_block(unit.block)
         finally:
             self.scratch_bytes = store.spilled_bytes
@@ -205,10 +263,11 @@ class QuantizationManager:
         store: ActivationStore,
         held_out: int | None,
         need_outputs: bool,
-    ) -> dict[str, QuantizedTensor]:
+    ) -> Made:
         """Quantizes the chosen linears of one block and leaves its outputs in ``batches``."""
         prefix = skeleton.block_prefix(index)
-        groups = [g for g in self._chosen_groups(skeleton.adapter.groups, prefix)]
+        chosen = self._chosen_groups(skeleton.adapter.groups, prefix)
+        groups = list(chosen)
         sums: dict[InputGroup, Accumulator] = {}
         samples: dict[InputGroup, torch.Tensor] = {}
 
@@ -218,45 +277,134 @@ class QuantizationManager:
                     samples[group] = inputs.reshape(-1, inputs.shape[-1])[-ERROR_TOKENS:].clone()
                     return
                 if group not in sums:
-                    sums[group] = Accumulator(inputs.shape[-1], inputs.device, self.quantizer.needs)
+                    sums[group] = Accumulator(inputs.shape[-1], inputs.device, self._needs(self._assignment(prefix, group)))
                 sums[group].add(inputs)
 
-        done: dict[str, QuantizedTensor] = {}
+        made = Made()
+        cache = [spec.name for unit in self.plan.units if unit.block == index for spec in unit.made]
+        observed = observed_attention(block, made.observe_cache) if cache else nullcontext()
         if not groups:
-            run_block(block, batches, calls)
-            return done
+            with observed:
+                run_block(block, batches, calls)
+            made.finish_cache(cache)
+            return made
         staged = StagedForward(block, groups, batches, calls, store, observe, need_outputs)
         clock = self.clock.seconds
         before, other = time.perf_counter(), clock["statistics"] + clock["solve"]
-        for group in staged.stages():
-            start = time.perf_counter()
-            modules = [block.get_submodule(name) for name in group.linears]
-            weights = [block.get_parameter(f"{name}.weight") for name in group.linears]
-            with self.clock.phase("solve"):
-                statistics = sums.pop(group).finish()
-                stacked = torch.cat([w.float() for w in weights])
-                result = self.quantizer(stacked, statistics, self.plan.scheme.weights, _torch_dtype(self.plan.dtype))
-                del stacked
-            row = 0
-            for name, module, weight in zip(group.linears, modules, weights, strict=True):
-                tensor = result.tensor.rows(row, row + len(weight))
-                row += len(weight)
-                value = tensor.dequantize()
-                if self.plan.format.quant_method is None:
-                    value = value.to(_torch_dtype(self.plan.dtype))  # plain files hold values, rounded once: go on with those
-                value = value.to(weight.dtype)
-                self._note(prefix + name, tensor, result, weight, value, samples.get(group), statistics.tokens, time.perf_counter() - start)
-                module.weight = nn.Parameter(value, requires_grad=False)
-                done[prefix + name] = tensor
+        with observed:
+            for group in staged.stages():
+                start = time.perf_counter()
+                modules = [block.get_submodule(name) for name in group.linears]
+                weights = [block.get_parameter(f"{name}.weight") for name in group.linears]
+                with self.clock.phase("solve"):
+                    statistics = sums.pop(group).finish()
+                    results, factors = self._solve_group(
+                        group, chosen[group], prefix, weights, statistics, skeleton.adapter.norm_offset, made
+                    )
+                for name, module, weight, result in zip(group.linears, modules, weights, results, strict=True):
+                    value = result.tensor.dequantize()
+                    if self.plan.format.quant_method is None:
+                        value = value.to(_torch_dtype(self.plan.dtype)).float()  # plain files hold values, rounded once: go on with those
+                    if factors is not None:
+                        value /= factors  # the batches under way carry the input as it was before the fold
+                    value = value.to(weight.dtype)
+                    self._note(prefix + name, result, weight, value, samples.get(group), statistics.tokens, time.perf_counter() - start)
+                    module.weight = nn.Parameter(value, requires_grad=False)
+        made.finish_cache(cache)
         clock["forward"] += time.perf_counter() - before - (clock["statistics"] + clock["solve"] - other)
-        return done
+        return made
 
-    def _chosen_groups(self, groups: Sequence[InputGroup], prefix: str) -> list[InputGroup]:
-        chosen = []
+    def _solve_group(
+        self,
+        group: InputGroup,
+        whole: InputGroup,
+        prefix: str,
+        weights: Sequence[torch.Tensor],
+        statistics: Statistics,
+        norm_offset: float,
+        made: Made,
+    ) -> tuple[list[Quantized], torch.Tensor | None]:
+        """Suppresses and quantizes linears that share an input; what they become goes into ``made``.
+
+        Returns:
+            each linear's result, and the factors fp32 [K] that its input will have been divided by, or None.
+        """
+        assignment = self._assignment(prefix, group)
+        scheme, dtype = assignment.scheme, _torch_dtype(self.plan.dtype)
+        quantizer, suppressor = self.quantizers[assignment], self.suppressors[assignment]
+        stacked = torch.cat([w.float() for w in weights])
+        notes: tuple[str, ...] = ()
+        factors = None
+        if suppressor is not None:
+            factors, notes = self._suppress(suppressor, group, whole, prefix, stacked, statistics, scheme, norm_offset, made)
+        if factors is not None:
+            stacked *= factors
+            statistics = statistics.divided(factors)
+        inputs = input_parameters(statistics, scheme.activations)
+        sizes = [len(w) for w in weights]
+        if scheme.weights.strategy == "block" and any(n % BLOCK for n in sizes[:-1]):  # blocks do not straddle linears
+            copies = [statistics if i == len(sizes) - 1 else statistics.copy() for i in range(len(sizes))]
+            results = [quantizer(w.clone(), s, scheme.weights, dtype) for w, s in zip(stacked.split(sizes), copies, strict=True)]
+        else:
+            result = quantizer(stacked, statistics, scheme.weights, dtype)
+            ends = list(accumulate(sizes))
+            results = [replace(result, tensor=result.tensor.rows(end - n, end)) for n, end in zip(sizes, ends, strict=True)]
+        results = [replace(r, tensor=replace(r.tensor, inputs=inputs), notes=(*notes, *r.notes)) for r in results]
+        made.linears.update({prefix + n: r.tensor for n, r in zip(group.linears, results, strict=True)})
+        return results, factors
+
+    def _suppress(
+        self,
+        suppressor: Suppressor,
+        group: InputGroup,
+        whole: InputGroup,
+        prefix: str,
+        stacked: torch.Tensor,
+        statistics: Statistics,
+        scheme: Scheme,
+        norm_offset: float,
+        made: Made,
+    ) -> tuple[torch.Tensor | None, tuple[str, ...]]:
+        """The factors that a suppressor proposes, folded; or None and why not."""
+        config = text_config(self.plan.checkpoint.config)
+        head_size = int(
+            config.get("head_dim") or int(config.get("hidden_size") or 0) // max(int(config.get("num_attention_heads") or 1), 1) or 1
+        )
+        fold = find_fold(group, whole, prefix, self.plan.checkpoint, norm_offset, head_size, self.plan.recipe.exact_folds, stacked.device)
+        if isinstance(fold, str):
+            return None, (f"not scaled by {suppressor.name}: {fold}",)
+        if fold.place.source not in suppressor.sources:
+            return None, ()
+        if fold.place.source == "linear" and not can_take_rows(made.linears.get(fold.source)):
+            return None, (f"not scaled by {suppressor.name}: {group.source} has no scale for each output",)
+        proposed = suppressor(stacked, statistics, scheme, _torch_dtype(self.plan.dtype), fold.place)
+        make = fold_norm if fold.place.source == "norm" else partial(fold_linear, done=made.linears)
+        factors, changed = make(fold, proposed.factors, self.plan.checkpoint)
+        made.changed.update(changed)
+        self.folds[prefix + "+".join(group.linears)] = {
+            "suppressor": suppressor.name,
+            "kind": fold.place.source,
+            "source": fold.source,
+            "linears": [prefix + n for n in group.linears],
+            "norm_offset": fold.norm_offset,
+            "changed": sorted(changed),
+            "factors": [float(factors.min()), float(factors.max())],
+            "notes": list(proposed.notes),
+        }
+        return factors, proposed.notes
+
+    def _assignment(self, prefix: str, group: InputGroup) -> Assignment:
+        return self.plan.assignments[prefix + group.linears[0]]
+
+    def _chosen_groups(self, groups: Sequence[InputGroup], prefix: str) -> dict[InputGroup, InputGroup]:
+        """The linears to quantize that share an input and are quantized alike → all that share the input."""
+        chosen: dict[InputGroup, InputGroup] = {}
         for group in groups:
-            linears = tuple(n for n in group.linears if prefix + n in self.plan.linears)
-            if linears:
-                chosen.append(InputGroup(linears, group.source, group.fused))
+            alike: dict[Assignment, list[str]] = {}
+            for name in group.linears:
+                if prefix + name in self.plan.linears:
+                    alike.setdefault(self.plan.assignments[prefix + name], []).append(name)
+            chosen |= {InputGroup(tuple(names), group.source, group.fused): group for names in alike.values()}
         return chosen
 
     def _finished_weights(self, unit: Unit, work: WorkFolder) -> dict[str, torch.Tensor]:
@@ -265,9 +413,13 @@ class QuantizationManager:
         written = Checkpoint(work.path, {}, headers)
         config = output_config(self.plan, self._act_order()).get("quantization_config")
         if config is None:
-            return {t.spec.name: written.read(t.spec.name) for s in unit.shards for t in s.tensors if t.linear is not None}
-        found = self.plan.format.find(config, headers)
-        return {f"{name}.weight": read_linear(self.plan.format, found, written, name).dequantize() for name in found.linears}
+            weights = {t.spec.name: written.read(t.spec.name) for s in unit.shards for t in s.tensors if t.linear is not None}
+        else:
+            found = self.plan.format.find(config, headers)
+            weights = {f"{name}.weight": read_linear(self.plan.format, found, written, name).dequantize() for name in found.linears}
+        names = {t.linear for s in unit.shards for t in s.tensors}
+        unfolded(weights, {k: f for k, f in self.folds.items() if f["linears"][0] in names}, self.plan.checkpoint, written)
+        return weights
 
     def _resident_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else RESIDENT_CPU
@@ -278,9 +430,11 @@ class QuantizationManager:
         """Tensor by tensor through the files; no module is built, so any architecture goes through."""
         for unit in self._units(work):
             if unit.name not in work.finished:
-                self._write(unit, work, {})
+                self._write(unit, work, Made())
 
     def _quantize_alone(self, name: str) -> QuantizedTensor:
+        assignment = self.plan.assignments[name]
+        weights = assignment.scheme.weights
         start = time.perf_counter()
         stored = self.plan.checkpoint.read(f"{name}.weight")
         weight = stored.to(self.device).float()
@@ -289,10 +443,21 @@ class QuantizationManager:
                 f"{self.plan.checkpoint.info(f'{name}.weight').file}: {name}.weight holds NaN or infinity: the source is damaged, fetch it again"
             )
         with self.clock.phase("solve"):
-            result = self.quantizer(weight, None, self.plan.scheme.weights, _torch_dtype(self.plan.dtype))
+            amax = self._fused_amax(name, weight) if weights.strategy in ("tensor", "tensor_group") else None
+            shared = {} if amax is None else {"amax": amax}
+            result = self.quantizers[assignment](weight, None, weights, _torch_dtype(self.plan.dtype), **shared)
         value = result.tensor.dequantize().to(stored.dtype)
-        self._note(name, result.tensor, result, stored.to(self.device), value, None, 0, time.perf_counter() - start)
+        self._note(name, result, stored.to(self.device), value, None, 0, time.perf_counter() - start)
         return result.tensor
+
+    def _fused_amax(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """Largest magnitude in the layer that vLLM fuses a linear into: its shards get one number for the whole tensor."""
+        fused = fused_name(name)
+        if fused not in self._amax:
+            others = [n for n in self.plan.linears if n != name and fused_name(n) == fused]
+            largest = [self.plan.checkpoint.read(f"{n}.weight").to(self.device).abs().amax().float() for n in others]
+            self._amax[fused] = torch.stack([weight.abs().amax(), *largest]).amax()
+        return self._amax[fused]
 
     # --- shared -----------------------------------------------------------------------------------------------------------------------
 
@@ -315,7 +480,6 @@ class QuantizationManager:
     def _note(
         self,
         name: str,
-        tensor: QuantizedTensor,
         result: Quantized,
         weight: torch.Tensor,
         value: torch.Tensor,
@@ -335,7 +499,8 @@ class QuantizationManager:
             error = float(missed.square().sum() / wanted.square().sum().clamp_min(1e-30))
         self.layers[name] = {
             "name": name,
-            "scheme": str(tensor.scheme),
+            "method": self.plan.assignments[name].method,
+            "scheme": str(self.plan.linears[name].numbers),
             "error": error,
             "snr_db": round(10 * float(torch.log10(torch.tensor(signal / max(noise, 1e-30)))), 2) if signal else None,
             "tokens": tokens,
@@ -346,18 +511,21 @@ class QuantizationManager:
         for fallback in result.fallbacks:
             self.progress(Event("quantize", message=f"{name}: {fallback}", warning=True))
 
-    def _write(self, unit: Unit, work: WorkFolder, done: dict[str, QuantizedTensor]) -> None:
-        """Writes a unit; linears that are not in ``done`` are quantized now."""
+    def _write(self, unit: Unit, work: WorkFolder, made: Made) -> None:
+        """Writes a unit; linears that are not in ``made`` are quantized now."""
 
         def produce(name: str) -> QuantizedTensor:
-            return done.pop(name) if name in done else self._quantize_alone(name)
+            return made.linears.pop(name) if name in made.linears else self._quantize_alone(name)
 
         with self.clock.phase("write"):
-            files = write_unit(unit, work.path, self.plan.checkpoint, self.plan.format, self.plan.linears, self.plan.dtype, produce)
+            files = write_unit(
+                unit, work.path, self.plan.checkpoint, self.plan.format, self.plan.linears, self.plan.dtype, produce, made.changed
+            )
             names = sorted({t.linear for s in unit.shards for t in s.tensors if t.linear})
             for name in names:
                 self.layers[name]["unit"] = unit.name
-            work.finish_unit(unit.name, files, {"layers": {n: self.layers[n] for n in names}})
+            folds = {k: f for k, f in self.folds.items() if set(f["linears"]) & set(names)}
+            work.finish_unit(unit.name, files, {"layers": {n: self.layers[n] for n in names}, "folds": folds})
 
     def _finish(self, work: WorkFolder, rows: Rows | None, start: float) -> dict[str, Any]:
         """Side files, index, config, static verification, report."""
@@ -367,18 +535,31 @@ class QuantizationManager:
             arguments = engine_arguments(config, tensor_parallel=plan.recipe.tensor_parallel)
             dropped = write_rest(work.path, checkpoint, plan.units, plan.format, config, arguments)
         with self.clock.phase("verify"):
-            verification = verify(work.path, tensor_parallel=plan.recipe.tensor_parallel, source=checkpoint.path, target=plan.recipe.target)
+            changed = sorted({n for f in self.folds.values() for n in f["changed"]})
+            made = sorted({t.name for u in plan.units for t in u.made})
+            verification = verify(
+                work.path,
+                tensor_parallel=plan.recipe.tensor_parallel,
+                source=checkpoint.path,
+                target=plan.recipe.target,
+                changed=changed,
+                made=made,
+            )
             if verification.failed:
                 raise VerificationFailed(
                     f"{work.path}: the output failed its own verification: {'; '.join(verification.failed[:5])}. It was not published"
                 )
         layers = [self.layers[name] for name in plan.linears]
-        copied = [n for n in checkpoint.tensors if n.removesuffix(".weight") not in plan.linears or not n.endswith(".weight")]
+        copied = [
+            n
+            for n in checkpoint.tensors
+            if n not in set(changed) and (n.removesuffix(".weight") not in plan.linears or not n.endswith(".weight"))
+        ]
         report: dict[str, Any] = {
             "output_path": str(plan.recipe.output_path),
             "source_path": str(checkpoint.path),
-            "method": plan.recipe.method,
-            "scheme": plan.scheme.to_dict(),
+            "method": "+".join(plan.methods) if plan.recipe.rules else plan.recipe.method,
+            "scheme": plan.scheme_dict(),
             "format": plan.format.name,
             "target": plan.recipe.target,
             "settings": plan.recipe.settings(),
@@ -392,7 +573,15 @@ class QuantizationManager:
             "calibration": None if rows is None else {"rows": len(rows.tokens), "length": rows.tokens.shape[1], "digest": rows.digest},
             "layers": layers,
             "fallbacks": [{"name": x["name"], "fallback": x["fallback"]} for x in layers if x["fallback"]],
-            "tensors": {"quantized": [f"{n}.weight" for n in plan.linears], "copied": copied, "dropped": []},
+            "tensors": {
+                "quantized": [f"{n}.weight" for n in plan.linears],
+                "copied": copied,
+                "folded": changed,
+                "added": made,
+                "dropped": [],
+            },
+            "folds": self.folds,
+            "unquantized_linears": list(plan.unquantized),
             "side_files_dropped": dropped,
             "vllm": vllm_config(arguments),
             "verify": verification.to_dict(),
@@ -402,28 +591,13 @@ class QuantizationManager:
         return report
 
     def _act_order(self) -> str:
-        return str(getattr(self.quantizer, "act_order", "none"))
+        return next((o for q in self.quantizers.values() if (o := str(getattr(q, "act_order", "none"))) != "none"), "none")
 
 
 def _torch_dtype(name: str) -> torch.dtype:
     from quant.checkpoint.dtypes import TORCH
 
     return TORCH[name]
-
-
-def make_quantizer(recipe: Recipe) -> Quantizer:
-    """The method of a recipe with the settings it has.
-
-    Raises:
-        UsageError: unknown method, or an option that this method does not have.
-    """
-    kind = QuantizerRegistry.get(recipe.method)
-    fields = getattr(kind, "__dataclass_fields__", {})
-    options = {k: getattr(recipe, k) for k in ("act_order", "damping", "clip_search") if getattr(recipe, k) is not None}
-    for option in options:
-        if option not in fields:
-            raise UsageError(f"--{option.replace('_', '-')} is not an option of --method {recipe.method}")
-    return kind(**options)
 
 
 def bits_per_weight(plan: JobPlan) -> float:
@@ -435,9 +609,9 @@ def bits_per_weight(plan: JobPlan) -> float:
 def output_config(plan: JobPlan, act_order: str) -> dict[str, Any]:
     """The source's config.json with the format's ``quantization_config``."""
     config = dict(plan.checkpoint.config)
-    quantization = plan.format.config(list(plan.linears.values()), plan.unquantized, act_order)
+    quantization = plan.format.config(list(plan.linears.values()), plan.unquantized, act_order, bool(plan.recipe.kv_cache_scheme))
     if quantization is not None:
-        if plan.recipe.target == "other" and plan.format.refuse(plan.scheme.weights, "vllm"):
+        if plan.recipe.target == "other" and any(plan.format.refuse(s, "vllm") for s in plan.schemes):
             quantization["meta"] = {**quantization.get("meta", {}), "target": "other engines: vLLM refuses this file"}
         config["quantization_config"] = quantization
     return config

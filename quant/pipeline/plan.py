@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from quant.errors import Problems, QuantError, UsageError
 from quant.formats import Format, FormatRegistry, Linear, quantization_config
 from quant.formats.base import shape_problems, stated_dtype
 from quant.models.adapter import block_of, decoder_linears, fused_name
+from quant.outlier_suppression import OutlierSuppressionRegistry, Suppressor
 from quant.pipeline.selection import select
 from quant.planning.target import target_problems as gpu_problems
-from quant.quantizers import QuantizerRegistry
-from quant.recipe import Recipe
+from quant.quantizers import Quantizer, QuantizerRegistry
+from quant.recipe import Assignment, Recipe
 from quant.schemes import Scheme
 from quant.units import format_size
 
@@ -31,10 +32,11 @@ SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor of the output: a copy of the source's, or a part of a quantized linear."""
+    """A tensor of the output: a copy of the source's, a part of a quantized linear, or ``made`` by calibration (a scale of the KV cache)."""
 
     spec: TensorSpec
     linear: str | None
+    made: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class Unit:
     block: int | None
     shards: tuple[Shard, ...]
 
+    @property
+    def made(self) -> list[TensorSpec]:
+        """Tensors that calibration makes."""
+        return [t.spec for s in self.shards for t in s.tensors if t.made]
+
 
 @dataclass(frozen=True)
 class JobPlan:
@@ -62,12 +69,27 @@ class JobPlan:
 
     recipe: Recipe
     checkpoint: Checkpoint
-    scheme: Scheme
     format: Format
     linears: Mapping[str, Linear]
+    assignments: Mapping[str, Assignment]
     unquantized: tuple[str, ...]
     units: tuple[Unit, ...]
     dtype: str
+
+    @property
+    def schemes(self) -> list[Scheme]:
+        """The distinct schemes, in the order of the layers."""
+        return list(dict.fromkeys(a.scheme for a in self.assignments.values()))
+
+    @property
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(a.method for a in self.assignments.values()))
+
+    def scheme_dict(self) -> dict[str, Any]:
+        """The scheme as a dict; of several, ``mixed`` with its parts."""
+        if len(self.schemes) == 1:
+            return self.schemes[0].to_dict()
+        return {"name": "mixed", "parts": [s.to_dict() for s in self.schemes]}
 
     @property
     def output_bytes(self) -> int:
@@ -82,7 +104,7 @@ class JobPlan:
             "source": str(self.checkpoint.path),
             "output_path": str(self.recipe.output_path),
             "method": self.recipe.method,
-            "scheme": self.scheme.to_dict(),
+            "scheme": self.scheme_dict(),
             "format": self.format.name,
             "linears": len(self.linears),
             "unquantized_linears": list(self.unquantized),
@@ -112,14 +134,10 @@ def plan_job(recipe: Recipe) -> JobPlan:
     Raises:
         Problems, QuantError: everything that is wrong, listed together.
     """
-    QuantizerRegistry.get(recipe.method)  # an unknown name is a mistake of the request, whatever else is wrong
+    make_quantizer(recipe.assignment(recipe.method))  # a wrong name or option is a mistake of the request, whatever else is wrong
     checkpoint = open_checkpoint(recipe.model_path)
     problems = _source_problems(checkpoint) + target_problems(recipe.model_path, recipe.output_path)
-    scheme, form = recipe.resolved_scheme(), FormatRegistry.get(recipe.format)
-    if reason := form.refuse(scheme.weights, recipe.target):
-        problems.append(f"scheme {scheme} in format {form.name}: {reason}")
-    if recipe.target == "vllm":
-        problems += gpu_problems(scheme.weights.bits, form.name, recipe.gpu, recipe.vllm_version)
+    form = FormatRegistry.get(recipe.format)
     dtype = checkpoint.dtype
     if dtype not in ("BF16", "F16", "F32"):
         problems.append(f"{checkpoint.path}: most weights are stored as {dtype}: quantizing starts from BF16, F16 or F32")
@@ -132,24 +150,121 @@ def plan_job(recipe: Recipe) -> JobPlan:
         )
         raise Problems(problems)
     try:
-        chosen = select(everything, recipe.layers, recipe.ignore, block_count(checkpoint))
+        assignments = assign(recipe, everything, block_count(checkpoint))
     except UsageError as error:
-        raise Problems([*problems, str(error)], exit_code=2) from error
+        raise Problems([*problems, *(error.problems if isinstance(error, Problems) else [str(error)])], exit_code=2) from error
     linears = {}
-    for name in chosen:
+    for name, assignment in assignments.items():
         n, k = checkpoint.info(f"{name}.weight").shape
-        linears[name] = Linear(name, n, k, scheme.weights)
+        linears[name] = Linear(name, n, k, assignment.scheme.weights, assignment.scheme.activations)
+    problems += _assignment_problems(recipe, list(dict.fromkeys(assignments.values())), form)
     problems += shape_problems(linears.values(), recipe.tensor_parallel)
     if not any("do not divide" in p for p in problems):
         problems += [p for linear in linears.values() for p in form.problems(linear)][:8]
         if recipe.target == "vllm":
             problems += _fused_problems(linears, everything, form)
+    caches = kv_scales(checkpoint, everything) if recipe.kv_cache_scheme else {}
     if problems:
         raise Problems(list(dict.fromkeys(problems)))
     unquantized = tuple(unquantized_linears(checkpoint, linears))
-    plan = JobPlan(recipe, checkpoint, scheme, form, linears, unquantized, lay_out(checkpoint, linears, form, dtype), dtype)
+    units = lay_out(checkpoint, linears, form, dtype, caches)
+    plan = JobPlan(recipe, checkpoint, form, linears, assignments, unquantized, units, dtype)
     check_disk(recipe.output_path, plan.output_bytes + plan.copied_bytes)
     return plan
+
+
+def assign(recipe: Recipe, everything: Sequence[str], blocks: int) -> dict[str, Assignment]:
+    """What is done to each linear that is quantized, in file order.
+
+    Raises:
+        UsageError, Problems: a selection that names nothing, a rule with a mistake; all rules at once.
+    """
+    chosen = select(everything, recipe.layers, recipe.ignore, blocks)
+    assignments: dict[str, Assignment | None] = dict.fromkeys(chosen, recipe.assignment(recipe.method))
+    ruled: set[str] = set()
+    problems = []
+    for number, rule in enumerate(recipe.rules, 1):
+        try:
+            hit = [n for n in select(everything, rule.layers, [], blocks) if n in assignments]
+            assignment = None if rule.skip else rule.assigned(recipe)
+            if assignment is not None:
+                make_quantizer(assignment)
+            if not hit:
+                raise UsageError(f"layers {rule.layers!r} names no linear that is quantized: change it, or --layers and --ignore")
+        except UsageError as error:
+            problems.append(f"rule {number}: {error}")
+            continue
+        assignments |= {n: assignment for n in hit if n not in ruled}
+        ruled |= set(hit)
+    if problems:
+        raise Problems(problems, exit_code=2)
+    left = {n: a for n, a in assignments.items() if a is not None}
+    if not left:
+        raise UsageError("no linear is left to quantize: every one is skipped by a rule")
+    return left
+
+
+def _assignment_problems(recipe: Recipe, assignments: Sequence[Assignment], form: Format) -> list[str]:
+    """What methods, schemes, format and target have against each other."""
+    problems = []
+    for scheme in dict.fromkeys(a.scheme for a in assignments):
+        if reason := form.refuse(scheme, recipe.target):
+            problems.append(f"scheme {scheme} in format {form.name}: {reason}")
+        if recipe.target == "vllm":
+            problems += gpu_problems(scheme, form.name, recipe.gpu, recipe.vllm_version)
+    for assignment in assignments:
+        if reason := QuantizerRegistry.get(assignment.method).refuse(assignment.scheme.weights):
+            problems.append(f"--method {assignment.method}: {reason}")
+    if recipe.kv_cache_scheme and not form.kv_cache:
+        holders = ", ".join(f.name for f in FormatRegistry if f.kv_cache)
+        problems.append(f"--kv-cache-scheme: a {form.name} checkpoint has no place for the cache's scales: use --format {holders}")
+    if recipe.outlier_suppression:
+        make_suppressor(recipe.outlier_suppression, recipe.alpha)
+    elif recipe.alpha is not None:
+        problems.append("--alpha belongs to --outlier-suppression smooth_quant: name it too")
+    return problems
+
+
+def make_quantizer(assignment: Assignment) -> Quantizer:
+    """The method of an assignment with the settings it has.
+
+    Raises:
+        UsageError: unknown method, or an option that this method does not have.
+    """
+    return _configured(QuantizerRegistry.get(assignment.method), f"--method {assignment.method}", dict(assignment.options))
+
+
+def make_suppressor(name: str, alpha: float | str | None) -> Suppressor:
+    """
+    Raises:
+        UsageError: unknown name, or one that has no alpha.
+    """
+    kind = OutlierSuppressionRegistry.get(name)
+    return _configured(kind, f"--outlier-suppression {name}", {} if alpha is None else {"alpha": alpha})
+
+
+def _configured(kind: Callable[..., Any], what: str, options: Mapping[str, Any]) -> Any:
+    known = list(getattr(kind, "__dataclass_fields__", {}))
+    for option in options:
+        if option not in known:
+            raise UsageError(
+                f"--{option.replace('_', '-')} is not an option of {what}: {'it has ' + ', '.join(known) if known else 'it has none'}"
+            )
+    try:
+        return kind(**options)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{what}: {error}") from error
+
+
+def kv_scales(checkpoint: Checkpoint, everything: Sequence[str]) -> dict[int, list[TensorSpec]]:
+    """By block, the scales of an FP8 KV cache: one number each for K and V, beside the projections they come from."""
+    found: dict[int, list[TensorSpec]] = {}
+    for name in everything:
+        attention, _, last = name.rpartition(".")
+        block = block_of(name + ".")
+        if block is not None and last in ("k_proj", "qkv_proj", "kv_a_proj_with_mqa"):
+            found[block] = [TensorSpec(f"{attention}.{x}_scale", "F32", (1,)) for x in "kv"]
+    return found
 
 
 def _source_problems(checkpoint: Checkpoint) -> list[str]:
@@ -189,6 +304,12 @@ def _fused_problems(linears: Mapping[str, Linear], everything: Sequence[str], fo
         members.setdefault(fused_name(name), []).append(name)
     for fused, names in members.items():
         inside = [n for n in names if n in linears]
+        schemes = dict.fromkeys(str(linears[n].numbers) for n in inside)
+        if len(schemes) > 1:
+            return [
+                f"{fused}: vLLM fuses {', '.join(n.rsplit('.', 1)[-1] for n in names)} into one layer, but they would become {' and '.join(schemes)}: "
+                "give them one scheme"
+            ]
         if inside and len(inside) < len(names):
             out = [n.rsplit(".", 1)[-1] for n in names if n not in linears]
             return [
@@ -209,8 +330,17 @@ def unquantized_linears(checkpoint: Checkpoint, linears: Mapping[str, Linear]) -
     return sorted(names, key=lambda n: (block_of(n + ".") is None, block_of(n + ".") or 0, n))
 
 
-def lay_out(checkpoint: Checkpoint, linears: Mapping[str, Linear], form: Format, dtype: str) -> tuple[Unit, ...]:
-    """Units in file order: what lies outside the blocks first, then block by block, each in shards of at most :data:`SHARD_BYTES`."""
+def lay_out(
+    checkpoint: Checkpoint,
+    linears: Mapping[str, Linear],
+    form: Format,
+    dtype: str,
+    made: Mapping[int, Sequence[TensorSpec]] | None = None,
+) -> tuple[Unit, ...]:
+    """Units in file order: what lies outside the blocks first, then block by block, each in shards of at most :data:`SHARD_BYTES`.
+
+    ``made``: by block, tensors that the source does not have.
+    """
     members: dict[int | None, list[OutputTensor]] = {None: []}
     for name in sorted(checkpoint.tensors, key=lambda n: (block_of(n) is None, block_of(n) or 0, n)):
         info = checkpoint.tensors[name]
@@ -221,6 +351,8 @@ def lay_out(checkpoint: Checkpoint, linears: Mapping[str, Linear], form: Format,
             entry += [OutputTensor(spec, module) for spec in form.specs(linear, dtype)]
         else:
             entry.append(OutputTensor(TensorSpec(name, info.dtype, info.shape), None))
+    for index, specs in (made or {}).items():
+        members.setdefault(index, []).extend(OutputTensor(spec, None, made=True) for spec in specs)
     pieces: list[tuple[int | None, list[list[OutputTensor]]]] = []
     for block in sorted(members, key=lambda b: -1 if b is None else b):
         shards: list[list[OutputTensor]] = [[]]

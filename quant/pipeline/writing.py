@@ -32,8 +32,10 @@ def write_unit(
     linears: Mapping[str, Linear],
     dtype: str,
     produce: Callable[[str], QuantizedTensor],
+    changed: Mapping[str, torch.Tensor] | None = None,
 ) -> list[Path]:
-    """Writes and syncs a unit's shards. Linears come from ``produce``, one at a time; every other tensor is copied byte for byte."""
+    """Writes and syncs a unit's shards. Linears come from ``produce``, one at a time; every other tensor is copied byte for byte, unless
+    ``changed`` has new values for it."""
     files = []
     for shard in unit.shards:
         path = folder / shard.file
@@ -41,6 +43,9 @@ def write_unit(
             packed: dict[str, torch.Tensor] = {}
             for tensor in shard.tensors:
                 name = tensor.spec.name
+                if changed and name in changed:
+                    writer.write(name, changed[name])
+                    continue
                 if tensor.linear is None:
                     writer.write_pieces(name, source.read_bytes(name))
                     continue

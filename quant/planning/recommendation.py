@@ -57,7 +57,9 @@ CANDIDATES = (
 #: schemes that `quant quantize` makes today → its methods, the preferred one first. A row here switches a scheme's commands on.
 #: Eight bits are within noise when simply rounded, so the method that needs no data comes first there.
 MAKEABLE: dict[str, tuple[str, ...]] = {
-    name: ("minmax", "gptq") if s.weights.bits == 8 else ("gptq", "minmax") for name, s in PRESETS.items() if s.weights.bits in (4, 8)
+    name: ("minmax", "gptq") if s.weights.bits == 8 else ("gptq", "minmax")
+    for name, s in PRESETS.items()
+    if s.weights.bits in (4, 8) and s.kernel.endswith("-weights")
 }
 
 

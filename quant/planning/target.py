@@ -11,6 +11,7 @@ from quant.hardware import detect, named_gpu
 from quant.planning.memory import EngineRequest
 from quant.planning.recommendation import MAKEABLE, Recommendation, recommend
 from quant.planning.versions import parse_version
+from quant.schemes import Scheme
 
 #: First release that loads a format, as far as the formats' contract is known: before it compressed-tensors had no per-group format key.
 _FIRST_RELEASE = {"compressed-tensors": (0, 6, 2), "gptq": (0, 2, 6)}
@@ -52,8 +53,8 @@ def settings(found: Recommendation) -> dict[str, Any]:
     return chosen if found.group_size is None else {**chosen, "group_size": found.group_size}
 
 
-def target_problems(bits: int, form: str, gpu: str | None, vllm_version: str) -> list[str]:
-    """Why a GPU or a vLLM release will not load weight-only integers of ``bits`` bits in a format.
+def target_problems(scheme: Scheme, form: str, gpu: str | None, vllm_version: str) -> list[str]:
+    """Why a GPU or a vLLM release will not load a scheme in a format.
 
     Raises:
         UsageError: unknown GPU, not a version.
@@ -66,9 +67,10 @@ def target_problems(bits: int, form: str, gpu: str | None, vllm_version: str) ->
     if gpu is not None and form != "plain":
         part = named_gpu(gpu)
         formats: Mapping[str, str] = part.formats
-        if formats.get(f"int{bits}-weights", "no") == "no":
+        if formats.get(scheme.kernel, "no") == "no":
             level = ".".join(map(str, part.capability)) if part.capability else part.architecture or part.platform
+            known = [k for k, how in formats.items() if how != "no"]
             problems.append(
-                f"--gpu is {part.name} ({level}): vLLM has no kernel for {bits}-bit weights there; compute capability 7.5 is needed"
+                f"--gpu is {part.name} ({level}): vLLM has no kernel for {scheme} there ({scheme.kernel}); it takes {', '.join(known)}"
             )
     return problems

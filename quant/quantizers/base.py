@@ -31,9 +31,27 @@ class Quantizer(Protocol):
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]]
+    #: the suppressor that is part of the method (AWQ: its scaling); one named by the job takes its place. Empty: none.
+    suppressor: ClassVar[str] = ""
 
-    def __call__(self, weight: torch.Tensor, statistics: Statistics | None, scheme: WeightScheme, dtype: torch.dtype) -> Quantized:
-        """Quantizes fp32 ``weight`` [N, K]; scales are stored in ``dtype``. ``weight`` may be overwritten."""
+    @staticmethod
+    def refuse(scheme: WeightScheme) -> str | None:
+        """Why the method cannot make this scheme, or None."""
+        return None
+
+    def __call__(
+        self,
+        weight: torch.Tensor,
+        statistics: Statistics | None,
+        scheme: WeightScheme,
+        dtype: torch.dtype,
+        amax: torch.Tensor | None = None,
+    ) -> Quantized:
+        """Quantizes fp32 ``weight`` [N, K]; scales of kind ``model`` are stored in ``dtype``. ``weight`` may be overwritten.
+
+        ``amax`` is given only with schemes that have a number for the whole tensor: the largest magnitude in the fused layer that the weight is a part of, so
+        that all of its shards get one number; None: the weight's own.
+        """
         ...
 
 

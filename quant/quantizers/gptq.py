@@ -48,9 +48,21 @@ class GPTQQuantizer:
     clip_search: bool = True
 
     name: ClassVar[str] = "gptq"
+    suppressor: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
-    def __call__(self, weight: torch.Tensor, statistics: Statistics | None, scheme: WeightScheme, dtype: torch.dtype) -> Quantized:
+    @staticmethod
+    def refuse(scheme: WeightScheme) -> str | None:
+        return f"does not make {scheme}" if scheme.number == "float" else None
+
+    def __call__(
+        self,
+        weight: torch.Tensor,
+        statistics: Statistics | None,
+        scheme: WeightScheme,
+        dtype: torch.dtype,
+        amax: torch.Tensor | None = None,
+    ) -> Quantized:
         if statistics is None or statistics.hessian is None:
             raise QuantError("gptq needs calibration text: give --calibration-dataset, or use --method minmax")
         diagonal = statistics.hessian.diagonal().clone()

@@ -21,9 +21,21 @@ class MinMaxQuantizer:
     clip_search: bool = False
 
     name: ClassVar[str] = "minmax"
+    suppressor: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
 
-    def __call__(self, weight: torch.Tensor, statistics: Statistics | None, scheme: WeightScheme, dtype: torch.dtype) -> Quantized:
+    @staticmethod
+    def refuse(scheme: WeightScheme) -> str | None:
+        return f"does not make {scheme}" if scheme.number == "float" else None
+
+    def __call__(
+        self,
+        weight: torch.Tensor,
+        statistics: Statistics | None,
+        scheme: WeightScheme,
+        dtype: torch.dtype,
+        amax: torch.Tensor | None = None,
+    ) -> Quantized:
         scales, zeros = weight_parameters(weight, scheme, dtype, search=self.clip_search)
         codes = round_weight(weight, scales, zeros, scheme)
         return Quantized(QuantizedTensor(codes, scales.to(dtype), None if zeros is None else zeros.to(torch.int8), scheme))

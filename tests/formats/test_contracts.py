@@ -14,7 +14,7 @@ from quant.checkpoint.header import TensorInfo
 from quant.errors import CheckpointError
 from quant.formats import Format, FormatRegistry, Linear, find_format
 from quant.quantizers import MinMaxQuantizer
-from quant.schemes import WeightScheme
+from quant.schemes import WeightScheme, scheme_of
 from quant.tensors import QuantizedTensor
 from tests.formats.test_packing import slow_pack
 
@@ -233,7 +233,7 @@ def test_what_vllm_refuses_is_refused_by_name_unless_the_target_is_another_engin
         (form.name, str(scheme))
         for form in (CT, GPTQ, PLAIN)
         for scheme in (WeightScheme(b, g, s) for b in (2, 3, 4, 8) for g in (-1, 16, 32, 128, 256) for s in (True, False))
-        if form.refuse(scheme, target)
+        if form.refuse(scheme_of(scheme), target)
     }
     everything = {str(WeightScheme(b, g, s)) for b in (2, 3, 4, 8) for g in (-1, 16, 32, 128, 256) for s in (True, False)}
     few = {s for s in everything if s.startswith(("W2", "W3"))}
@@ -246,9 +246,11 @@ def test_what_vllm_refuses_is_refused_by_name_unless_the_target_is_another_engin
 
 
 def test_refusals_say_what_to_do_instead() -> None:
-    assert "use --symmetric, --format compressed-tensors, or --target other" in str(GPTQ.refuse(WeightScheme(4, 128, False), "vllm"))
-    assert "use --format plain" in str(CT.refuse(WeightScheme(3, 128, True), "vllm"))
-    assert "not 256" in str(GPTQ.refuse(WeightScheme(4, 256, True), "vllm"))
+    assert "use --symmetric, --format compressed-tensors, or --target other" in str(
+        GPTQ.refuse(scheme_of(WeightScheme(4, 128, False)), "vllm")
+    )
+    assert "use --format plain" in str(CT.refuse(scheme_of(WeightScheme(3, 128, True)), "vllm"))
+    assert "not 256" in str(GPTQ.refuse(scheme_of(WeightScheme(4, 256, True)), "vllm"))
 
 
 @pytest.mark.parametrize(
