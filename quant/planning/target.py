@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from quant.errors import UsageError
-from quant.hardware import detect, named_gpu
+from quant.hardware import FORMAT_CAPABILITIES, detect, named_gpu
 from quant.planning.memory import EngineRequest
 from quant.planning.recommendation import MAKEABLE, Recommendation, recommend
 from quant.planning.versions import parse_version
-from quant.schemes import Scheme
+from quant.schemes import PRESETS, Scheme
 
 #: First release that loads a format, as far as the formats' contract is known: before it compressed-tensors had no per-group format key.
 _FIRST_RELEASE = {"compressed-tensors": (0, 6, 2), "gptq": (0, 2, 6)}
@@ -69,8 +69,11 @@ def target_problems(scheme: Scheme, form: str, gpu: str | None, vllm_version: st
         formats: Mapping[str, str] = part.formats
         if formats.get(scheme.kernel, "no") == "no":
             level = ".".join(map(str, part.capability)) if part.capability else part.architecture or part.platform
-            known = [k for k, how in formats.items() if how != "no"]
+            lowest = min(level for level in FORMAT_CAPABILITIES[scheme.kernel][:2] if level is not None) / 10
+            until = f" and below {(FORMAT_CAPABILITIES[scheme.kernel][2] or 0) / 10}" if scheme.kernel == "int8" else ""
+            loaded = ", ".join(n for n, s in PRESETS.items() if formats.get(s.kernel, "no") != "no")
             problems.append(
-                f"--gpu is {part.name} ({level}): vLLM has no kernel for {scheme} there ({scheme.kernel}); it takes {', '.join(known)}"
+                f"--gpu is {part.name} ({level}): vLLM has no kernel for {scheme} there; compute capability {lowest}{until} is needed. "
+                f"It loads {loaded or 'unquantized weights only'}"
             )
     return problems

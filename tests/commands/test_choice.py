@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from quant.errors import NothingFits, UsageError
 from quant.hardware import Detection, Host
 from quant.planning.target import choose, method_for, settings, target_problems
+from quant.schemes import PRESETS
 from quantize import cli
 
 MODEL = Path(__file__).resolve().parents[2] / "examples/tinylm-4m"
@@ -60,7 +61,7 @@ def test_a_scheme_brings_its_method(scheme: str, method: str, tmp_path: Path) ->
 
 
 def test_a_gpu_without_kernels_and_a_release_without_the_format_are_refused_together() -> None:
-    problems = target_problems(4, "compressed-tensors", "V100-32GB", "0.6.0")
+    problems = target_problems(PRESETS["w4a16"], "compressed-tensors", "V100-32GB", "0.6.0")
     assert len(problems) == 2
     assert "0.6.2" in problems[0] and "7.0" in problems[1] and "7.5" in problems[1]
-    assert target_problems(4, "plain", "V100-32GB", "0.32") == []
+    assert target_problems(PRESETS["w4a16"], "plain", "V100-32GB", "0.32") == []

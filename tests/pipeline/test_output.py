@@ -16,6 +16,7 @@ from quant.checkpoint.reader import INDEX, open_checkpoint
 from quant.formats.reading import dequantized
 from quant.pipeline import manager as module
 from quant.pipeline.plan import plan_job
+from quant.quantizers import Quantized
 from quant.tensors import QuantizedTensor
 from tests.helpers import TINYLM, change_config, copy_model, files_of, load_all, quantize, read_config, recipe, save_all
 
@@ -38,9 +39,9 @@ def caught(monkeypatch: pytest.MonkeyPatch) -> dict[str, QuantizedTensor]:
     tensors: dict[str, QuantizedTensor] = {}
     note = module.QuantizationManager._note
 
-    def noting(self: Any, name: str, tensor: QuantizedTensor, *args: Any) -> None:
-        tensors[name] = tensor
-        note(self, name, tensor, *args)
+    def noting(self: Any, name: str, result: Quantized, *args: Any) -> None:
+        tensors[name] = result.tensor
+        note(self, name, result, *args)
 
     monkeypatch.setattr(module.QuantizationManager, "_note", noting)
     return tensors
@@ -265,7 +266,7 @@ def test_the_report_has_the_keys_of_the_contract_and_is_the_file(tmp_path: Path)
     contract = "output_path method scheme format source_bytes output_bytes seconds peak_rss_bytes peak_gpu_bytes layers fallbacks tensors verify output_hash"
     assert set(contract.split()) <= set(report)
     assert {"name", "scheme", "error", "seconds", "fallback"} <= set(report["layers"][0])
-    assert set(report["tensors"]) == {"quantized", "copied", "dropped"}
+    assert set(report["tensors"]) == {"quantized", "copied", "folded", "added", "dropped"}
     assert json.loads((tmp_path / "out" / "quant_report.json").read_text()) == json.loads(json.dumps(report))
     assert report["bits_per_weight"] == pytest.approx(4 + 16 / 128 + 8 * 28 * 16 / (4 * (256 * 512 + 256 * 256 + 768 * 768)), abs=1e-3)
 
