@@ -15,6 +15,7 @@ import click
 from quant import defaults
 from quant.errors import UsageError, VerificationFailed
 from quant.planning.options import engine_options, gpu_options
+from quant.schemes import PRESETS
 from quant.terminal import Output, common_options, run
 
 if TYPE_CHECKING:
@@ -96,20 +97,54 @@ def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("-m", "--model-path", type=click.Path(path_type=Path), required=True, help="Checkpoint directory.")(command)
 
 
+class Alpha(click.ParamType):
+    """A number, or ``auto``."""
+
+    name = "float|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        return "auto" if value == "auto" else float(click.FLOAT.convert(value, param, ctx))
+
+
+ALPHA = Alpha()
+
+
+def _pairs(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> dict[str, Any] | None:
+    """Settings of a method from KEY=VALUE; values are read as YAML reads them."""
+    import yaml
+
+    found = {}
+    for pair in given:
+        key, separator, value = pair.partition("=")
+        if not key or not separator:
+            raise UsageError(f"--option is {pair!r}: KEY=VALUE is needed, such as iterations=20")
+        try:
+            found[key.replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UsageError(f"--option {pair!r}: the value is not YAML: {' '.join(str(error).split())}") from error
+    return found or None
+
+
 def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of a quantization; each is a field of the recipe of the same name. Unset ones are left to the recipe file, then to its defaults."""
     for option in reversed(
         [
             click.option("-m", "--model-path", type=click.Path(path_type=Path), help="Source checkpoint directory."),
             click.option("-o", "--output-path", type=click.Path(path_type=Path), help="Output directory; it must not exist or be empty."),
-            click.option("--method", help="Rounding method: gptq or minmax."),
-            click.option("--scheme", help="w4a16 (default), w4a16-asym, w8a16, w8a16-asym, w3a16, w2a16."),
+            click.option("--method", help="Rounding method: minmax, gptq, awq, hqq; or fp8, which is minmax with an FP8 scheme."),
+            click.option("--scheme", help=f"{', '.join(PRESETS)}.  [default: w4a16]"),
             click.option("--bits", type=int, help="2, 3, 4 or 8."),
             click.option("--group-size", type=int, help="Inputs per scale; -1 for one scale per output channel.  [default: 128]"),
             click.option("--symmetric/--asymmetric", default=None, help="Without or with zero points.  [default: symmetric]"),
+            click.option("--activations", type=click.Choice(["dynamic", "static"]), help="Scales by token as they come, or calibrated.  [default: dynamic]"),
+            click.option("--symmetric-activations/--asymmetric-activations", default=None, help="w8a8-int8: without or with zero points.  [default: symmetric]"),
+            click.option("--kv-cache-scheme", type=click.Choice(["fp8"]), help="Calibrate and write scales of an FP8 KV cache."),
+            click.option("--outlier-suppression", metavar="NAME", help="Scale inputs before rounding: smooth_quant, awq; none.  [default: awq for awq]"),
+            click.option("--alpha", type=ALPHA, help="smooth_quant: share of the inputs' range that goes into the weights, 0 to 1, or auto.  [default: 0.5]"),
             click.option("--act-order", type=click.Choice(["none", "static"]), help="gptq: the order of columns.  [default: static]"),
             click.option("--damping", type=float, help="gptq: share of the Hessian's mean diagonal that is added to it.  [default: 0.01]"),
             click.option("--clip-search/--no-clip-search", default=None, help="Search each group's range for the least error.  [default: on for gptq]"),
+            click.option("--option", "options", metavar="KEY=VALUE", multiple=True, callback=_pairs, help="Any other setting of the method; repeatable."),
             click.option("--format", "format_", help="compressed-tensors (default), gptq or plain (dequantized values in the source's dtype)."),
             click.option("--target", type=click.Choice(["vllm", "other"]), help="Who must load it; other allows what vLLM refuses.  [default: vllm]"),
             click.option(

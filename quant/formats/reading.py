@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 _SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "qweight", "qzeros", "scales", "g_idx")
 
+#: Last parts of the names of an FP8 KV cache's scales.
+CACHE_SCALES = ("k_scale", "v_scale", "q_scale")
+
 
 def read_linear(form: Format, found: Found, checkpoint: Checkpoint, name: str) -> QuantizedTensor:
     """One quantized linear of a checkpoint."""
@@ -32,6 +35,8 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     tensors, computed = {}, {}
     for name, info in checkpoint.tensors.items():
         module, _, last = name.rpartition(".")
+        if last in CACHE_SCALES:
+            continue  # numbers of the engine's KV cache: no part of the model
         if module not in found.linears or last not in _SUFFIXES:
             tensors[name] = info
         elif f"{module}.weight" not in tensors:

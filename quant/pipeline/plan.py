@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -244,11 +244,11 @@ def make_suppressor(name: str, alpha: float | str | None) -> Suppressor:
 
 
 def _configured(kind: Callable[..., Any], what: str, options: Mapping[str, Any]) -> Any:
-    known = list(getattr(kind, "__dataclass_fields__", {}))
+    known = [f.name for f in fields(kind)] if is_dataclass(kind) else []
     for option in options:
         if option not in known:
             raise UsageError(
-                f"--{option.replace('_', '-')} is not an option of {what}: {'it has ' + ', '.join(known) if known else 'it has none'}"
+                f"--{str(option).replace('_', '-')} is not an option of {what}: {'it has ' + ', '.join(known) if known else 'it has none'}"
             )
     try:
         return kind(**options)
