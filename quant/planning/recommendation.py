@@ -55,12 +55,14 @@ CANDIDATES = (
 )
 
 #: schemes that `quant quantize` makes today → its methods, the preferred one first. A row here switches a scheme's commands on.
-#: Eight bits are within noise when simply rounded, so the method that needs no data comes first there.
+#: Eight bits of weights are within noise when simply rounded, so the method that needs no data comes first there.
 MAKEABLE: dict[str, tuple[str, ...]] = {
-    name: ("minmax", "gptq") if s.weights.bits == 8 else ("gptq", "minmax")
+    name: ("fp8",) if s.kernel == "fp8" else ("minmax", "gptq") if s.weights.bits == 8 else ("gptq", "minmax")
     for name, s in PRESETS.items()
-    if s.weights.bits in (4, 8) and s.kernel.endswith("-weights")
+    if s.weights.bits in (4, 8)
 }
+#: Recipe keys that a scheme needs to be good: eight-bit integer activations lose their outliers without smoothing.
+NEEDED: dict[str, dict[str, str]] = {"w8a8-int8": {"outlier_suppression": "smooth_quant"}}
 
 
 @dataclass(frozen=True)
@@ -437,6 +439,8 @@ def _commands(
     parts = ["quant", "quantize", "--model-path", source, "--output-path", target, "--method", str(method), "--scheme", chosen.scheme]
     if chosen.group_size:
         parts += ["--group-size", str(chosen.group_size)]
+    for key, value in NEEDED.get(chosen.scheme, {}).items():
+        parts += [f"--{key.replace('_', '-')}", value]
     if request.ranks > 1:
         parts += ["--tensor-parallel", str(request.ranks)]
     return (*fetch, shlex.join(parts), serve_command(target, chosen.plan, request))

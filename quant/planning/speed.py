@@ -14,7 +14,9 @@ from quant.planning.memory import MemoryPlan
 from quant.planning.storage import QUANTIZED_ROLES, source_storage, storage_of
 
 #: scheme → the number format in which the GPU multiplies; others unpack weights and multiply in 16 bits
-COMPUTE = {"w8a8-fp8": "fp8", "fp8": "fp8", "fp8-block": "fp8", "w8a8-int8": "int8", "nvfp4": "fp4"}
+COMPUTE = {
+    "w8a8-fp8": "fp8", "w8a8-fp8-tensor": "fp8", "fp8": "fp8", "fp8-block": "fp8", "w8a8-int8": "int8", "nvfp4": "fp4", "mxfp8": "fp8",
+}  # fmt: skip
 NEEDS = {"fp8": "fp8", "int8": "int8", "fp4": "nvfp4"}
 
 

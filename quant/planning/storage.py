@@ -68,6 +68,8 @@ SCHEME_STORAGE: dict[str, Storage] = {
     "none": PLAIN,
     "fp8": FP8,
     "w8a8-fp8": FP8,
+    "w8a8-fp8-tensor": Storage("fp8", 8, lambda n, k, width: float(n * k + 4)),
+    "w8a16-fp8": FP8,
     "fp8-block": FP8_BLOCK,
     "w8a8-int8": INT8,
     "w8a16": packed(8),
@@ -75,6 +77,10 @@ SCHEME_STORAGE: dict[str, Storage] = {
     "w4a16": packed(4),
     "w4a16-asym": packed(4, symmetric=False),
     "nvfp4": NVFP4,
+    "nvfp4a16": NVFP4,
+    "mxfp4": MXFP4,
+    "mxfp4a16": MXFP4,
+    "mxfp8": Storage("mxfp8", 8, lambda n, k, width: n * k + n * k / 32, 32),
 }
 
 #: schemes whose group size is the user's to choose
@@ -200,8 +206,12 @@ def file_bytes(spec: ModelSpec, scheme: str, group_size: int | None = None) -> i
     parts = ["weight_packed", "weight_scale", "weight_shape", *(["weight_zero_point"] if scheme.endswith("-asym") else [])]
     if scheme == "none":
         parts = []
-    elif storage.name in ("int8", "fp8", "fp8-block") and scheme not in GROUPED:
+    elif storage.name in ("int8", "fp8", "fp8-block", "mxfp8") and scheme not in GROUPED:
         parts = ["weight", "weight_scale"]
+    elif storage is MXFP4:
+        parts = ["weight_packed", "weight_scale"]
+    elif storage is NVFP4:
+        parts = ["weight_packed", "weight_scale", "weight_global_scale", *(["input_global_scale"] if scheme == "nvfp4" else [])]
     header = 16
     for weight in spec.weights:
         name = weight.name if weight.stored_bytes else f"model.layers.{weight.layer}.self_attn.{weight.name}.weight"

@@ -9,7 +9,7 @@ from typing import Any
 from quant.errors import UsageError
 from quant.hardware import FORMAT_CAPABILITIES, detect, named_gpu
 from quant.planning.memory import EngineRequest
-from quant.planning.recommendation import MAKEABLE, Recommendation, recommend
+from quant.planning.recommendation import MAKEABLE, NEEDED, Recommendation, recommend
 from quant.planning.versions import parse_version
 from quant.schemes import PRESETS, Scheme
 
@@ -49,7 +49,7 @@ def choose(
 
 def settings(found: Recommendation) -> dict[str, Any]:
     """Recipe keys of a recommended scheme."""
-    chosen: dict[str, Any] = {"method": found.method, "scheme": found.recommended}
+    chosen: dict[str, Any] = {"method": found.method, "scheme": found.recommended, **NEEDED.get(str(found.recommended), {})}
     return chosen if found.group_size is None else {**chosen, "group_size": found.group_size}
 
 

@@ -37,10 +37,11 @@ def by_scheme(found: Recommendation) -> dict[str, Any]:
     ("model", "gpu", "count", "scheme", "method"),
     [
         ("meta-llama/Llama-3.1-8B-Instruct", "L40S-48GB", 1, "none", None),
-        ("Qwen/Qwen2.5-32B-Instruct", "L40S-48GB", 1, "w8a16", "minmax"),
+        ("Qwen/Qwen2.5-32B-Instruct", "L40S-48GB", 1, "w8a8-fp8", "fp8"),
+        ("Qwen/Qwen2.5-32B-Instruct", "A6000", 1, "w8a16", "minmax"),
         ("meta-llama/Llama-3.1-70B-Instruct", "H100", 1, "w4a16", "gptq"),
         ("meta-llama/Llama-3.1-70B-Instruct", "L40S-48GB", 4, "none", None),
-        ("meta-llama/Llama-3.1-70B-Instruct", "L40S-48GB", 2, "w8a16", "minmax"),
+        ("meta-llama/Llama-3.1-70B-Instruct", "L40S-48GB", 2, "w8a8-fp8", "fp8"),
         ("Qwen2.5-7B-Instruct-AWQ", "RTX 3060", 1, "none", None),
         ("Qwen/Qwen2.5-7B-Instruct", "RTX 3070 Ti Laptop", 1, "w4a16", "gptq"),
     ],
@@ -67,7 +68,7 @@ def test_schemes_that_the_gpu_does_not_compute_natively_are_refused_with_the_rea
 def test_concurrency_and_context_decide() -> None:
     one = recommend("meta-llama/Llama-3.1-8B", "RTX 4090", EngineRequest(context=8192, concurrency=1))
     many = recommend("meta-llama/Llama-3.1-8B", "RTX 4090", EngineRequest(context=8192, concurrency=8))
-    assert one.recommended == "none" and many.recommended == "w8a16"
+    assert one.recommended == "none" and many.recommended == "w8a8-fp8"
     assert by_scheme(many)["none"].fits and not by_scheme(many)["none"].meets
 
 
@@ -76,14 +77,14 @@ def test_the_margin_affects_only_the_choice() -> None:
     assert tight.recommended == "w4a16" and not by_scheme(tight)["w4a16"].safe and "margin" in tight.reason
     wide, narrow = (recommend("meta-llama/Llama-3.1-8B", "RTX 4090", EngineRequest(context=16384), margin=m) for m in (0.0, 0.3))
     assert [p.fits for p in wide.plans] == [p.fits for p in narrow.plans]
-    assert wide.recommended == "none" and narrow.recommended == "w8a16"
+    assert wide.recommended == "none" and narrow.recommended == "w8a8-fp8"
 
 
 def test_commands_are_given_only_for_what_this_build_makes() -> None:
     request = EngineRequest(context=8192)
     found = recommend("meta-llama/Llama-3.1-70B", "H100", request, scheme="w8a8-fp8")
     assert found.recommended in ("w8a8-fp8", None)
-    two = recommend("meta-llama/Llama-3.1-70B", "H100", replace(request, tensor_parallel=2), gpu_count=2, scheme="w8a8-fp8")
+    two = recommend("meta-llama/Llama-3.1-70B", "H100", replace(request, tensor_parallel=2), gpu_count=2, scheme="w8a8-fp8", makeable={})
     assert two.recommended == "w8a8-fp8" and two.commands == () and two.method is None and "does not make" in two.notes[-1]
     switched = recommend(
         "meta-llama/Llama-3.1-70B",
@@ -91,9 +92,10 @@ def test_commands_are_given_only_for_what_this_build_makes() -> None:
         replace(request, tensor_parallel=2),
         gpu_count=2,
         scheme="w8a8-fp8",
-        makeable={"w8a8-fp8": ("minmax",)},
     )
-    assert switched.method == "minmax" and any("--scheme w8a8-fp8" in c for c in switched.commands)
+    assert switched.method == "fp8" and any("--method fp8 --scheme w8a8-fp8" in c for c in switched.commands)
+    smooth = recommend("meta-llama/Llama-3.1-8B", "A100", request, scheme="w8a8-int8")
+    assert any("--outlier-suppression smooth_quant" in c for c in smooth.commands)
 
 
 def test_the_commands_say_exactly_what_was_planned(tmp_path: Path) -> None:
