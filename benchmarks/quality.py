@@ -19,9 +19,9 @@ from common import ROOT, last_json, machine, quantize_command, run
 SHARED = ROOT.parent / "shared"
 
 
-def rotated(text: str, share: float) -> str:
-    """The text from the first article after ``share`` of it, then the rest."""
-    cut = text.find("<doc ", int(len(text) * share)) if share else 0
+def rotated(text: str, share: float, mark: str = "<doc ") -> str:
+    """The text from the first article (it starts with ``mark``) after ``share`` of it, then the rest."""
+    cut = text.find(mark, int(len(text) * share)) if share else 0
     return text[cut:] + text[:cut]
 
 

@@ -565,7 +565,7 @@ class QuantizationManager:
             "settings": plan.recipe.settings(),
             "source_bytes": checkpoint.nbytes,
             "output_bytes": sum(f.stat().st_size for f in work.path.glob("*.safetensors")),
-            "bits_per_weight": bits_per_weight(plan),
+            "bits_per_weight": plan.bits_per_weight,
             "seconds": {k: round(v, 3) for k, v in self.clock.seconds.items()} | {"total": round(time.perf_counter() - start, 3)},
             "peak_rss_bytes": peak_rss(),
             "peak_gpu_bytes": torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
@@ -598,12 +598,6 @@ def _torch_dtype(name: str) -> torch.dtype:
     from quant.checkpoint.dtypes import TORCH
 
     return TORCH[name]
-
-
-def bits_per_weight(plan: JobPlan) -> float:
-    """Stored bits per weight of the quantized linears, everything counted."""
-    stored = sum(t.spec.nbytes for u in plan.units for s in u.shards for t in s.tensors if t.linear is not None)
-    return round(8 * stored / sum(x.n * x.k for x in plan.linears.values()), 4)
 
 
 def output_config(plan: JobPlan, act_order: str) -> dict[str, Any]:

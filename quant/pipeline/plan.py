@@ -96,6 +96,12 @@ class JobPlan:
         return sum(s.nbytes for u in self.units for s in u.shards)
 
     @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight of the quantized linears, everything counted."""
+        stored = sum(t.spec.nbytes for u in self.units for s in u.shards for t in s.tensors if t.linear is not None)
+        return round(8 * stored / sum(x.n * x.k for x in self.linears.values()), 4)
+
+    @property
     def copied_bytes(self) -> int:
         return sum(f.path.stat().st_size for f in self.checkpoint.side_files() if not f.dropped)
 
@@ -108,6 +114,7 @@ class JobPlan:
             "format": self.format.name,
             "linears": len(self.linears),
             "unquantized_linears": list(self.unquantized),
+            "bits_per_weight": self.bits_per_weight,
             "source_bytes": self.checkpoint.nbytes,
             "output_bytes": self.output_bytes,
             "side_files_bytes": self.copied_bytes,

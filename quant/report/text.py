@@ -31,13 +31,12 @@ def _checks(checks: list[Mapping[str, Any]]) -> list[tuple[str, str]]:
 def quantization(console: Console, report: Mapping[str, Any]) -> None:
     """The last lines of ``quant quantize``: what was made, how well, what went otherwise."""
     seconds = report["seconds"]
-    weights = report["scheme"]["weights"]
-    group = "channel" if weights["group_size"] == -1 else weights["group_size"]
+    schemes = dict.fromkeys(x["scheme"] for x in report["layers"])
     rows = [
         ("output", report["output_path"]),
         (
             "scheme",
-            f"{report['scheme']['name']}, group {group}, {report['method']}, {report['format']}, {report['bits_per_weight']} bits per weight",
+            f"{', '.join(schemes)}; {report['method']}, {report['format']}, {report['bits_per_weight']} bits per weight",
         ),
         ("size", f"{format_size(report['source_bytes'])} → {format_size(report['output_bytes'])}"),
         (
