@@ -20,6 +20,12 @@ from quant.units import LARGEST, format_size
 
 GIB = 2**30
 
+#: what stands for a document where the table names none: the figure was entered from memory
+UNCHECKED = "unchecked"
+
+#: of the nominal memory of a part whose driver's total is not known; the known ones that keep no ECC in it have 0.95 to 1
+USABLE_SHARE = 0.985
+
 
 @dataclass(frozen=True)
 class GpuProcess:
@@ -35,7 +41,8 @@ class Gpu:
     """One GPU, one MIG slice, or the CPU when there is none.
 
     Sizes are bytes, ``bandwidth`` bytes a second, ``rates`` dense operations a second by number format (0: not native). ``sources`` says
-    where each fact came from: ``nvml``, ``table`` or ``user``.
+    where each fact came from (``memory``, ``bandwidth``, ``capability``, each rate): ``nvml``, ``user``, or the document that the table
+    names, ``unchecked`` where it names none.
     """
 
     name: str
@@ -180,6 +187,27 @@ def _row(name: str) -> dict[str, Any] | None:
     return None
 
 
+def _cited(row: Mapping[str, Any], fact: str) -> str:
+    """The documents that a fact of a table row was read in, as a person would look them up."""
+    known = load_json("gpus.json")["sources"]
+    found = [known[i] for i in row["sources"][fact]]
+    return "; ".join(f"{s['what']}, {s['address']} ({s['version']})" for s in found) or UNCHECKED
+
+
+def _rate_sources(row: Mapping[str, Any]) -> dict[str, str]:
+    return {number: _cited(row, number) for number in row["tflops"]}
+
+
+def _memory_of(row: Mapping[str, Any]) -> tuple[int, dict[str, str]]:
+    """The bytes that a program gets of a part, and where that is from."""
+    if row["reported_gib"]:
+        return int(row["reported_gib"] * GIB), {"memory": _cited(row, "reported"), "nominal_memory": _cited(row, "memory")}
+    return int(row["memory_gib"] * USABLE_SHARE * GIB), {
+        "memory": f"estimated: {USABLE_SHARE:.1%} of the nominal size",
+        "nominal_memory": _cited(row, "memory"),
+    }
+
+
 def named_gpu(name: str, total_bytes: int | None = None) -> Gpu:
     """A GPU that need not be here: ``L40S-48GB``, ``h100``, ``RTX 3070 Ti Laptop``.
 
@@ -202,15 +230,18 @@ def named_gpu(name: str, total_bytes: int | None = None) -> Gpu:
             f"--gpu is {name!r}: not in the table; nearest: {', '.join(offered)}. "
             "Give one of them, or the nearest part with --gpu-memory; `quant detect --gpu list` shows all"
         )
-    reported = row["reported_gib"] or row["memory_gib"] * 0.985
-    total = total_bytes or int(reported * GIB)
+    reported, memory_sources = _memory_of(row)
+    total = total_bytes or reported
     numbers = str(row["capability"])
     capability = tuple(map(int, numbers.split("."))) if not numbers.startswith("gfx") else None
     return Gpu(
         name=row["name"], total_bytes=total, free_bytes=total - _idle_bytes(total), used_bytes=_idle_bytes(total), capability=capability,  # type: ignore[arg-type]
         architecture=numbers if capability is None else "", platform="rocm" if capability is None else "cuda",
         bandwidth=row["bandwidth_gb_s"] * 1e9, rates={k: v * 1e12 for k, v in row["tflops"].items()}, link=row["link"], kind=row["kind"],
-        sources={"memory": "user" if total_bytes else "table", "other": load_json("gpus.json")["sources"][row["source"]]},
+        sources={
+            **({"memory": "user"} if total_bytes else memory_sources), "bandwidth": _cited(row, "bandwidth"),
+            "capability": _cited(row, "capability"), **_rate_sources(row),
+        },
     )  # fmt: skip
 
 
@@ -333,7 +364,8 @@ def _read_one(nvml: Any, handle: Any, index: int, driver: str) -> Gpu:
     bandwidth = 0.0
     sources = {"memory": "nvml", "capability": "nvml"}
     if row:
-        bandwidth, sources["bandwidth"] = row["bandwidth_gb_s"] * 1e9, load_json("gpus.json")["sources"][row["source"]]
+        bandwidth = row["bandwidth_gb_s"] * 1e9
+        sources |= {"bandwidth": _cited(row, "bandwidth"), **_rate_sources(row)}
     else:
         width = _ask(nvml, "nvmlDeviceGetMemoryBusWidth", handle, default=0)
         clock = _ask(nvml, "nvmlDeviceGetMaxClockInfo", handle, getattr(nvml, "NVML_CLOCK_MEM", 2), default=0)

@@ -40,18 +40,31 @@ def show_gpus(gpus: tuple[Gpu, ...] | list[Gpu], console: Console) -> None:
             gpu.driver or "-",
         )
     console.print(table)
+    cited: set[str] = set()  # a machine's GPUs are mostly of one part
     for gpu in gpus:
         by_state: dict[str, list[str]] = {}
         for number, state in gpu.formats.items():
             by_state.setdefault(state, []).append(number)
         native, packed = ", ".join(by_state.get("native", [])) or "nothing", ", ".join(by_state.get("weight-only", [])) or "nothing"
         console.print(f"GPU {gpu.index}: computes natively {native}; as packed weights {packed}")
+        for source, facts in _by_source(gpu).items() if gpu.name not in cited else ():
+            console.print(f"  {', '.join(facts)}: {source}", soft_wrap=True, markup=False, highlight=False)
+        cited.add(gpu.name)
         for process in gpu.processes:
             console.print(f"  {format_size(process.used_bytes)} held by {process.name or 'a process'} (pid {process.pid})")
         if gpu.torch_reserved_bytes is not None and gpu.torch_allocated_bytes is not None:
             console.print(
                 f"  torch here: {format_size(gpu.torch_allocated_bytes)} allocated, {format_size(gpu.torch_reserved_bytes)} reserved"
             )
+
+
+def _by_source(gpu: Gpu) -> dict[str, list[str]]:
+    """The facts of a GPU that the driver did not tell, by the document that they are from."""
+    found: dict[str, list[str]] = {}
+    for fact, source in gpu.sources.items():
+        if not source.startswith("nvml"):
+            found.setdefault(source, []).append(fact.replace("_", " "))
+    return found
 
 
 def show_detection(found: Detection, console: Console) -> None:

@@ -104,6 +104,7 @@ def test_every_gpu_is_listed_with_memory_capability_bandwidth_and_driver() -> No
     assert (first.name, first.capability, first.driver) == (H100["name"], (9, 0), "580.65")
     assert first.used_bytes == 3 * GIB and first.free_bytes == first.total_bytes - 3 * GIB
     assert first.bandwidth == 3350e9 and second.bandwidth == 864e9
+    assert first.sources["memory"] == first.sources["capability"] == "nvml" and "https://" in first.sources["bandwidth"]
     assert first.formats["fp8"] == "native" and first.formats["nvfp4"] == "weight-only"
     assert found.host.ram_total_bytes > 0 and found.host.disk_free_bytes > 0 and not found.note
 
@@ -168,30 +169,69 @@ def test_torch_figures_are_added_only_where_this_process_already_uses_torch(monk
     assert second.torch_allocated_bytes is None
 
 
-def test_the_table_has_the_parts_people_own_and_every_row_is_sourced() -> None:
-    table = load_json("gpus.json")
-    assert len(table["gpus"]) >= 40
-    for row in table["gpus"]:
-        assert row["source"] in table["sources"], row["name"]
-        assert 4 <= row["memory_gib"] <= 512 and 100 <= row["bandwidth_gb_s"] <= 10000, row["name"]
-        assert row["reported_gib"] <= row["memory_gib"], row["name"]
-    names = set(gpu_names())
-    for wanted in (
-        "T4",
-        "B200-192GB",
-        "L4",
-        "L40S-48GB",
-        "A10",
-        "A100-80GB",
-        "H20-96GB",
-        "H100-80GB",
-        "H200-141GB",
-        "MI300X",
-        "RTX-2080",
-        "RTX-5090",
-    ):
-        assert wanted in names
+FORMATS = ("fp16", "int8", "fp8", "fp4")
+FACTS = {"memory", "reported", "bandwidth", "capability", *FORMATS}
+TABLE = load_json("gpus.json")
+each_part = pytest.mark.parametrize("row", TABLE["gpus"], ids=lambda row: row["name"])
+
+
+def test_the_table_has_the_parts_people_own() -> None:
+    wanted = {
+        "T4", "V100-32GB", "A10", "A100-40GB", "A100-80GB", "L4", "L40S-48GB", "H20-96GB", "H100-80GB", "H200-141GB", "B200-180GB", "MI300X",
+        "RTX-2080", "RTX-3090", "RTX-4090", "RTX-5090", "RTX-A6000", "RTX-6000-Ada", "RTX-3070-Ti-Laptop-8GB",
+    }  # fmt: skip
+    assert wanted <= set(gpu_names()) and len(gpu_names()) >= 60
+    assert {row["kind"] for row in TABLE["gpus"]} == {"datacenter", "workstation", "laptop", "consumer"}
     assert named_gpu("RTX 3070 Ti Laptop 8 GB").kind == "laptop"
+
+
+def test_every_source_says_what_it_is_and_is_used() -> None:
+    for name, source in TABLE["sources"].items():
+        assert set(source) == {"address", "what", "version"} and all(source.values()), name
+        assert source["address"].startswith(("https://", "public repository file, search index id ")), name
+    assert {i for row in TABLE["gpus"] for ids in row["sources"].values() for i in ids} == set(TABLE["sources"])
+
+
+@each_part
+def test_every_fact_of_a_part_names_its_documents(row: dict[str, Any]) -> None:
+    assert set(row["sources"]) == FACTS and set(row["tflops"]) == set(FORMATS)
+    assert all(row["sources"][fact] for fact in ("memory", "bandwidth", "capability")), "a part without these is not worth a row"
+    assert row["reported_gib"] or not row["sources"]["reported"]
+
+
+def test_what_is_unchecked_is_little() -> None:
+    unchecked = [(row["name"], fact) for row in TABLE["gpus"] for fact, ids in row["sources"].items() if not ids]
+    rates = sorted({name for name, fact in unchecked if fact != "reported"})
+    assert rates == ["A10G", "DGX-Spark-GB10", "GTX-1660-Super", "RX-7900-XTX"]
+    totals = {row["name"]: row["reported_gib"] for row in TABLE["gpus"]}
+    assert sum(fact == "reported" and totals[name] is not None for name, fact in unchecked) <= 24
+
+
+@each_part
+def test_the_facts_of_a_part_fit_together(row: dict[str, Any]) -> None:
+    rates, number = row["tflops"], row["capability"]
+    assert 4 <= row["memory_gib"] <= 512 and 150 <= row["bandwidth_gb_s"] <= 8000
+    if row["reported_gib"]:  # ECC within GDDR takes a sixteenth, the driver the rest
+        assert 0.91 <= row["reported_gib"] / row["memory_gib"] <= 1
+    assert 0 < rates["fp16"] and rates["int8"] < 5 * rates["fp16"] and rates["fp4"] <= 8.1 * rates["fp16"]
+    assert 10 <= rates["fp16"] * 1000 / row["bandwidth_gb_s"] <= 500, "operations a byte"
+    if number.startswith("gfx"):
+        assert bool(rates["fp8"]) is (number in ("gfx942", "gfx950")) and bool(rates["fp4"]) is (number == "gfx950")
+        return
+    level = tuple(map(int, number.split(".")))
+    assert bool(rates["fp8"]) is (level >= (8, 9)) and bool(rates["fp4"]) is (level >= (10, 0))
+    assert bool(rates["int8"]) is (level >= (7, 5))
+    assert rates["fp8"] in (0, pytest.approx(2 * rates["fp16"], rel=0.02)), "8 bits run at twice the rate of 16 on every part"
+
+
+def test_a_named_part_says_where_each_fact_came_from() -> None:
+    found = named_gpu("L40S").to_dict()["sources"]
+    assert set(found) == {"memory", "nominal_memory", "bandwidth", "capability", *FORMATS}
+    assert all("https://" in text for text in found.values())
+    assert named_gpu("A10G").sources["int8"] == "unchecked" and "http" in named_gpu("A10G").sources["bandwidth"]
+    assert named_gpu("GH200-144GB").sources["memory"].startswith("estimated")
+    given = named_gpu("L40S", 20 * GIB).sources
+    assert given["memory"] == "user" and "nominal_memory" not in given
 
 
 @pytest.mark.parametrize(
@@ -199,6 +239,7 @@ def test_the_table_has_the_parts_people_own_and_every_row_is_sourced() -> None:
     [
         ("l40s", "L40S-48GB"), ("NVIDIA GeForce RTX 4090", "RTX-4090"), ("A100-SXM4-40GB", "A100-40GB"), ("H100", "H100-80GB"),
         ("rtx 4060 ti 16gb", "RTX-4060-Ti-16GB"), ("NVIDIA H20", "H20-96GB"), ("Tesla T4", "T4"), ("amd instinct mi300x", "MI300X"),
+        ("B200-192GB", "B200-180GB"), ("NVIDIA GB200", "GB200-186GB"), ("NVIDIA GH200 144G HBM3e", "GH200-141GB"),
     ],
 )  # fmt: skip
 def test_names_are_found_however_they_are_written(written: str, meant: str) -> None:

@@ -30,7 +30,9 @@ def test_detect_tells_what_is_here_and_in_json_only_json() -> None:
 def test_detect_of_a_named_gpu_needs_no_hardware() -> None:
     (gpu,) = json.loads(quant("detect", "--gpu", "L40S-48GB", "--json").stdout)["gpus"]
     assert gpu["capability"] == "8.9" and gpu["bandwidth_bytes_per_second"] == 864e9 and gpu["formats"]["fp8"] == "native"
-    assert "864 GB/s" in quant("detect", "--gpu", "l40s").stdout
+    assert all("https://" in source for source in gpu["sources"].values())
+    shown = quant("detect", "--gpu", "l40s").stdout
+    assert "864 GB/s" in shown and f"capability: {gpu['sources']['capability']}" in shown
     assert "L40S-48GB" in quant("detect", "--gpu", "list").stdout.splitlines()
 
 

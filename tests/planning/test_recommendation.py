@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import importlib.util
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import yaml
 
 import quant
-from quant.data import config_path
+from quant.data import config_path, load_json
 from quant.errors import NothingFits, Problems, UsageError
 from quant.hardware import named_gpu
 from quant.planning import EngineRequest, Recommendation, get_optimized_config, recommend, reload
@@ -287,6 +288,17 @@ def test_the_worked_example_of_the_original_design() -> None:
 @pytest.mark.parametrize(("total", "allowed"), [(16, "none"), (15.9, "fp16"), (7.9, "int8"), (5.9, "int4"), (2.9, None)])
 def test_the_minimum_memory_table_applies_to_the_total(total: float, allowed: str | None) -> None:
     assert rule_of_thumb(10**6, int(total * GB), 2 * GB)[0] == allowed
+
+
+def test_every_expected_loss_names_where_it_was_read_or_says_that_it_was_not() -> None:
+    schemes = load_json("quality.json")["schemes"]
+    for name, row in schemes.items():
+        low, high = row["loss_percent"]
+        assert 0 <= low <= high <= 10, name
+        assert name == "none" or re.search("https://|model cards? |^unchecked", row["source"]), name
+    assert [name for name, row in schemes.items() if row["source"].startswith("unchecked")] == ["w4a16-asym"]
+    told = {p["scheme"]: p["expected_loss_source"] for p in recommend("meta-llama/Llama-3.1-8B", "L40S").to_dict()["plans"]}
+    assert told["w8a8-fp8"] == schemes["w8a8-fp8"]["source"]
 
 
 def test_the_policy_is_reachable_and_needs_no_plan() -> None:
