@@ -22,7 +22,8 @@ import torch
 from quant.calibration.statistics import Statistics
 from quant.errors import QuantError
 from quant.quantizers.base import Quantized, QuantizerRegistry
-from quant.quantizers.rounding import group_parameters, round_weight, weight_parameters
+from quant.quantizers.floats import encode, float_scales, round_floats, snap
+from quant.quantizers.rounding import group_parameters, round_weight, scale_dtype, weight_parameters
 from quant.schemes import WeightScheme
 from quant.tensors import QuantizedTensor
 
@@ -53,7 +54,7 @@ class GPTQQuantizer:
 
     @staticmethod
     def refuse(scheme: WeightScheme) -> str | None:
-        return f"does not make {scheme}" if scheme.number == "float" else None
+        return None
 
     def __call__(
         self,
@@ -65,6 +66,7 @@ class GPTQQuantizer:
     ) -> Quantized:
         if statistics is None or statistics.hessian is None:
             raise QuantError("gptq needs calibration text: give --calibration-dataset, or use --method minmax")
+        dtype = scale_dtype(scheme, dtype)
         diagonal = statistics.hessian.diagonal().clone()
         fallbacks, notes = [], []
         dead = diagonal == 0
@@ -75,11 +77,20 @@ class GPTQQuantizer:
         factor, damping = factorize(statistics.hessian, self.damping, order)
         if factor is None:
             fallbacks.append(f"the Hessian is not positive definite with damping up to {damping:g}: rounded to nearest instead")
+            if scheme.number == "float":
+                return Quantized(round_floats(weight, scheme, float_scales(weight, scheme, amax)), tuple(fallbacks), tuple(notes))
             scales, zeros = weight_parameters(weight, scheme, dtype, None, self.clip_search)  # the diagonal may be what is wrong
             codes = round_weight(weight, scales, zeros, scheme)
         else:
             if damping > self.damping:
                 fallbacks.append(f"the Hessian needed damping {damping:g} instead of {self.damping:g}")
+            if scheme.number == "float":
+                # scales come first whatever the order: those of a group that is reached later are of no other kind
+                found = float_scales(weight, scheme, amax, diagonal, self.clip_search)
+                visits = torch.arange(len(diagonal), device=weight.device) if order is None else order
+                values, _, _ = _solve(weight, factor, scheme, dtype, ((found.wide.contiguous(), None), visits), None, False)
+                tensor = QuantizedTensor(encode(values, scheme.bits), found.stored, None, scheme, global_scale=found.global_scale)
+                return Quantized(tensor, tuple(fallbacks), tuple(notes))
             if order is None:
                 codes, scales, zeros = _solve(weight, factor, scheme, dtype, None, diagonal if self.clip_search else None, self.clip_search)
             else:
@@ -154,11 +165,11 @@ def _solve(
         fixed: scales and zeros [N, G] and the order of columns; None: file order, scales taken as groups are reached.
 
     Returns:
-        int8 codes [N, K], fp32 scales [N, G], fp32 zeros [N, G] or None.
+        int8 codes [N, K] (of floats their fp32 values), fp32 scales [N, G], fp32 zeros [N, G] or None.
     """
     n, k = weight.shape
     groups = scheme.groups(k)
-    g = k // groups
+    g = scheme.group_size if scheme.group_size != -1 else k
     if fixed is not None:
         (scales, zeros), order = fixed
         errors = weight.t()[order]  # [K, N]: starts as W, column k becomes W_k - Ŵ_k once it is rounded
@@ -170,7 +181,8 @@ def _solve(
         group_of = [c // g for c in range(k)]
     scales_t = scales.t().contiguous()
     zeros_t = None if zeros is None else zeros.t().contiguous()
-    codes = torch.empty(k, n, dtype=torch.int8, device=weight.device)
+    floats = scheme.number == "float"
+    codes = torch.empty(k, n, dtype=torch.float32 if floats else torch.int8, device=weight.device)
     inverse = (1.0 / factor.diagonal()).tolist()
     for start in range(0, k, _BLOCK):
         end = min(start + _BLOCK, k)
@@ -191,7 +203,11 @@ def _solve(
                         zeros_t[group] = z
                 target = torch.add(errors[c], inner[c - panel], alpha=inverse[c])
                 scale = scales_t[group]
-                if zeros_t is None:
+                if floats:
+                    code = snap(target.div_(scale), scheme.bits)
+                    codes[c] = code
+                    errors[c].addcmul_(code, scale, value=-1)
+                elif zeros_t is None:
                     code = target.div_(scale).round_().clamp_(scheme.low, scheme.high)
                     codes[c] = code
                     errors[c].addcmul_(code, scale, value=-1)

@@ -9,7 +9,8 @@ import torch
 
 from quant.calibration.statistics import Statistics
 from quant.quantizers.base import Quantized, QuantizerRegistry
-from quant.quantizers.rounding import round_weight, weight_parameters
+from quant.quantizers.floats import float_scales, round_floats
+from quant.quantizers.rounding import round_weight, scale_dtype, weight_parameters
 from quant.schemes import WeightScheme
 from quant.tensors import QuantizedTensor
 
@@ -26,7 +27,7 @@ class MinMaxQuantizer:
 
     @staticmethod
     def refuse(scheme: WeightScheme) -> str | None:
-        return f"does not make {scheme}" if scheme.number == "float" else None
+        return None
 
     def __call__(
         self,
@@ -36,6 +37,9 @@ class MinMaxQuantizer:
         dtype: torch.dtype,
         amax: torch.Tensor | None = None,
     ) -> Quantized:
+        if scheme.number == "float":
+            return Quantized(round_floats(weight, scheme, float_scales(weight, scheme, amax, search=self.clip_search)))
+        dtype = scale_dtype(scheme, dtype)
         scales, zeros = weight_parameters(weight, scheme, dtype, search=self.clip_search)
         codes = round_weight(weight, scales, zeros, scheme)
         return Quantized(QuantizedTensor(codes, scales.to(dtype), None if zeros is None else zeros.to(torch.int8), scheme))

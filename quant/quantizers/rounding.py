@@ -94,6 +94,11 @@ def _searched(
     return scale, zero
 
 
+def scale_dtype(scheme: WeightScheme, model: torch.dtype) -> torch.dtype:
+    """What scales of integers are stored in: the model's dtype, or fp32 where vLLM keeps them so (W8A8)."""
+    return torch.float32 if scheme.scales == "F32" else model
+
+
 def weight_parameters(
     weight: torch.Tensor,
     scheme: WeightScheme,

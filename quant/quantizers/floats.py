@@ -1,0 +1,150 @@
+"""Rounding to FP8 and FP4 with the scales of each scheme. Pure functions on any device; fp32 arithmetic.
+
+As with integers, a scale is rounded to the dtype that the file holds before any code is chosen. E4M3 and E2M1 codes are rounded to nearest,
+ties to even, and saturate. Formats: FP8 of Micikevicius et al. 2022 (arXiv:2209.05433); MX of the OCP Microscaling Formats specification 1.0; NVFP4 as vLLM and
+compressed-tensors store it: groups of 16 with E4M3 scales, all divided by one fp32 number of the tensor.
+
+An MX scale is a power of two. The specification's own choice (the exponent of the largest magnitude less that of the largest element) clips up
+to a quarter of that magnitude; here the next power up is tried as well, and each group takes what gives the smaller squared error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from quant.quantizers.rounding import SEARCH_STEPS
+from quant.schemes import BLOCK, WeightScheme
+from quant.tensors import QuantizedTensor, scale_values
+
+#: A scale of NVFP4 is at most this, the largest E4M3 number; of group and tensor together 448 · 6 is reached.
+_E4M3 = 448.0
+#: Exponent of the largest element: of E2M1 6 = 1.5 · 2², of E4M3 448 = 1.75 · 2⁸.
+_LARGEST_EXPONENT = {4: 2, 8: 8}
+#: How far the search shrinks a group's range: 4-bit floats have few codes, so cutting deep can pay.
+_FLOOR = 0.7
+
+
+@dataclass(frozen=True)
+class FloatScales:
+    """Scales of a weight [N, K]: ``stored`` as :class:`quant.tensors.QuantizedTensor` holds them, ``wide`` the fp32 multipliers [N, G], one a
+    row and group whatever the strategy, and the number of the whole tensor."""
+
+    stored: torch.Tensor
+    wide: torch.Tensor
+    global_scale: torch.Tensor | None = None
+
+
+def snap(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """The nearest E4M3 (8 bits) or E2M1 (4 bits) numbers, fp32."""
+    if bits == 8:
+        return values.clamp(-_E4M3, _E4M3).to(torch.float8_e4m3fn).float()
+    values = values.clamp(-6.0, 6.0)
+    size = values.abs()
+    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    return (values / step).round_().mul_(step)
+
+
+def encode(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes of numbers that :func:`snap` gave: float8_e4m3fn, or uint8 with the sign in bit 3."""
+    if bits == 8:
+        return values.to(torch.float8_e4m3fn)
+    size = values.abs()
+    index = torch.where(size <= 2, 2 * size, torch.where(size <= 4, size + 2, 7.0))
+    return (index + 8 * (values < 0)).to(torch.uint8)
+
+
+def float_scales(
+    weight: torch.Tensor,
+    scheme: WeightScheme,
+    amax: torch.Tensor | None = None,
+    importance: torch.Tensor | None = None,
+    search: bool = False,
+) -> FloatScales:
+    """The scales of a float scheme.
+
+    Args:
+        weight: fp32 [N, K].
+        amax: largest magnitude of the fused layer, for schemes with a number for the whole tensor; None: the weight's.
+        importance: fp32 [K], weight of each squared error where scales are searched (groups of 16 and 32).
+        search: try smaller ranges per group of NVFP4 and keep that of least error.
+    """
+    n, k = weight.shape
+    if scheme.strategy == "tensor":
+        largest = weight.abs().amax() if amax is None else amax
+        stored = _positive(largest / scheme.largest).reshape(1, 1)
+        return FloatScales(stored, stored.expand(n, 1))
+    if scheme.strategy == "block":
+        rows, columns = -(-n // BLOCK), -(-k // BLOCK)
+        padded = torch.zeros(rows * BLOCK, columns * BLOCK, device=weight.device)
+        padded[:n, :k] = weight.abs()
+        stored = _positive(padded.view(rows, BLOCK, columns, BLOCK).amax((1, 3)) / scheme.largest)
+        return FloatScales(stored, stored.repeat_interleave(BLOCK, 0)[:n])
+    groups = weight.view(n, scheme.groups(k), -1)
+    if scheme.scales == "F32":
+        stored = _positive(groups.abs().amax(-1) / scheme.largest)
+        return FloatScales(stored, stored)
+    weights = None if importance is None else importance.view(groups.shape[1], -1)
+    largest = groups.abs().amax(-1)
+    if scheme.scales == "U8":
+        exponent = torch.floor(torch.log2(largest)) - _LARGEST_EXPONENT[scheme.bits]
+        exponent = torch.where(largest == 0, 0.0, exponent).clamp(-127, 126).to(torch.int16)
+        stored = _best(groups, [(exponent + 127 + up).to(torch.uint8) for up in (0, 1)], None, scheme, weights)
+        return FloatScales(stored, scale_values(stored))
+    whole = weight.abs().amax() if amax is None else amax
+    divisor = torch.where(whole == 0, 1.0, _E4M3 * 6.0 / whole).reshape(1)
+    steps = SEARCH_STEPS if search else 1
+    shrinks = [1 - (1 - _FLOOR) * i / max(steps - 1, 1) for i in range(steps)]
+    stored = _best(groups, [_e4m3(largest * s / 6.0 * divisor) for s in shrinks], divisor, scheme, weights)
+    return FloatScales(stored, scale_values(stored, divisor), divisor)
+
+
+def _positive(scale: torch.Tensor) -> torch.Tensor:
+    """Scales of groups of zeros are 1; none is too small to divide by."""
+    return torch.where(scale == 0, 1.0, scale.clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _e4m3(scale: torch.Tensor) -> torch.Tensor:
+    """Scales as E4M3, never 0: the smallest is 2⁻⁹; groups of zeros get 1."""
+    return torch.where(scale == 0, 1.0, scale.clamp(2.0**-9, _E4M3)).to(torch.float8_e4m3fn)
+
+
+def _best(
+    groups: torch.Tensor,
+    candidates: list[torch.Tensor],
+    divisor: torch.Tensor | None,
+    scheme: WeightScheme,
+    importance: torch.Tensor | None,
+) -> torch.Tensor:
+    """Of several stored scales [N, G], each group's of least squared error."""
+    if len(candidates) == 1:
+        return candidates[0]
+    chosen = candidates[0].view(torch.uint8).clone()
+    least = torch.full(chosen.shape, torch.inf, device=groups.device)
+    for candidate in candidates:
+        wide = scale_values(candidate, divisor).unsqueeze(-1)
+        error = snap(groups / wide, scheme.bits).mul_(wide).sub_(groups).square_()
+        total = (error if importance is None else error.mul_(importance)).sum(-1)
+        better = total < least
+        least = torch.where(better, total, least)
+        chosen = torch.where(better, candidate.view(torch.uint8), chosen)
+    return chosen.view(candidates[0].dtype)
+
+
+def wide_scales(scales: FloatScales, k: int, g: int) -> torch.Tensor:
+    """fp32 [N, K]: the multiplier of each weight, groups of ``g`` inputs (the last of blocks may be short)."""
+    return scales.wide.repeat_interleave(g, 1)[:, :k] if scales.wide.shape[1] > 1 else scales.wide
+
+
+def round_floats(weight: torch.Tensor, scheme: WeightScheme, scales: FloatScales) -> QuantizedTensor:
+    """The nearest numbers of a weight fp32 [N, K], by pieces of rows: whole temporaries would be larger than the weight."""
+    n, k = weight.shape
+    g = k if scheme.group_size == -1 else scheme.group_size
+    rows = n if weight.is_cuda else max(1, (1 << 18) // k)
+    parts = []
+    for start in range(0, n, rows):
+        piece = FloatScales(scales.stored, scales.wide[start : start + rows])
+        part = weight[start : start + rows] / wide_scales(piece, k, g)
+        parts.append(part.clamp_(-_E4M3, _E4M3).to(torch.float8_e4m3fn) if scheme.bits == 8 else encode(snap(part, 4), 4))
+    return QuantizedTensor(torch.cat(parts), scales.stored, None, scheme, global_scale=scales.global_scale)
