@@ -14,8 +14,10 @@ from quant import defaults
 from quant.errors import Problems, QuantError, UsageError, one_of
 from quant.schemes import Scheme, resolve_scheme
 
-#: `--method fp8` is rounding to the nearest FP8 number: this method, and this scheme unless another FP8 one is named.
-FP8_METHOD, FP8_SCHEME = "minmax", "w8a8-fp8"
+#: `--method fp8` is rounding to the nearest FP8 number, by this method.
+FP8_METHOD = "minmax"
+#: Schemes of methods that have one of their own where none is named; AWQ is asymmetric, as its paper and its users have it.
+DEFAULT_SCHEMES = {"fp8": "w8a8-fp8", "awq": "w4a16-asym"}
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class Numbers(BaseModel):
             UsageError: see :func:`quant.schemes.resolve_scheme`; or `fp8` with a scheme of integers.
         """
         name = self.scheme
-        if method == "fp8":
-            name = name or FP8_SCHEME
+        if name is None and self.bits is None and self.symmetric is None:
+            name = DEFAULT_SCHEMES.get(method or "")
         scheme = resolve_scheme(
             name,
             bits=self.bits,

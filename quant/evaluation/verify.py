@@ -198,7 +198,7 @@ def _layer_problems(checkpoint: Checkpoint, found: Found, dtype: str) -> list[st
                 problems.append(f"{spec.name} has shape {info.shape}, the contract is {spec.shape}")
             elif info.dtype != spec.dtype and not (info.dtype in FLOATS and spec.dtype in FLOATS):
                 problems.append(f"{spec.name} is {info.dtype}, the contract is {spec.dtype}")
-        if f"{linear.name}.weight" in checkpoint.tensors:
+        if f"{linear.name}.weight" in checkpoint.tensors and f"{linear.name}.weight" not in {s.name for s in specs}:
             problems.append(f"{linear.name}.weight is left beside its quantized form")
         problems += form.problems(linear)
     return problems

@@ -1,14 +1,29 @@
-"""compressed-tensors, format ``pack-quantized``: the road vLLM is built around, and the default.
+"""compressed-tensors: the road vLLM is built around, and the default. One sub-format for each kind of numbers.
 
-Contract read from vLLM 0.32 (`schemes/compressed_tensors_wNa16.py`) and compressed-tensors 0.17 (`compressors/pack_quantized/`): for a linear
-``P`` of [N, K] with groups of g,
+Contract read from vLLM 0.32 (`compressed_tensors/schemes/`) and compressed-tensors 0.17 (`compressors/`). For a linear ``P`` of [N, K] with
+groups of g, ``scale`` standing for the shape of the scheme's scales ([N, K/g], [N, 1], [1] of a tensor, [⌈N/128⌉, ⌈K/128⌉] of blocks):
 
-==========================  =======  ========================  ==============================================
-``P.weight_packed``         int32    [N, ceil(K·b/32)]         code + 2^(b-1), packed along K, lowest bits first
-``P.weight_scale``          model's  [N, K/g]
-``P.weight_zero_point``     int32    [ceil(N·b/32), K/g]       zero + 2^(b-1), packed along N; asymmetric only
-``P.weight_shape``          int64    [2]                       N, K
-==========================  =======  ========================  ==============================================
+======================== ============================ ==========================================================================
+pack-quantized           ``P.weight_packed``          int32 [N, K·b/32]: code + 2^(b-1), packed along K, lowest bits first
+(weight-only integers)   ``P.weight_scale``           model's dtype, scale
+                         ``P.weight_zero_point``      int32 [N·b/32, K/g]: zero + 2^(b-1), packed along N; asymmetric only
+                         ``P.weight_shape``           int64 [2]: N, K
+int-quantized            ``P.weight``                 int8 [N, K]
+(8-bit activations)      ``P.weight_scale``           fp32, scale
+float-quantized          ``P.weight``                 float8_e4m3fn [N, K]
+                         ``P.weight_scale``           fp32, scale
+nvfp4-pack-quantized     ``P.weight_packed``          uint8 [N, K/2]: E2M1 codes, the even input in the low half
+                         ``P.weight_scale``           float8_e4m3fn [N, K/16]
+                         ``P.weight_global_scale``    fp32 [1], a divisor
+mxfp4-pack-quantized     ``P.weight_packed``          as above
+                         ``P.weight_scale``           uint8 [N, K/32]: exponent + 127
+mxfp8-quantized          ``P.weight``, ``weight_scale``  float8_e4m3fn [N, K]; uint8 [N, K/32]
+any, calibrated inputs   ``P.input_scale``            fp32 [1], static activations
+                         ``P.input_zero_point``       int8 [1], static and asymmetric
+                         ``P.input_global_scale``     fp32 [1], NVFP4 activations, a divisor
+======================== ============================ ==========================================================================
+
+A checkpoint of several kinds is ``mixed-precision``: each group then has a format of its own and full names for targets.
 """
 
 from __future__ import annotations
@@ -21,7 +36,7 @@ from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
 from quant.errors import CheckpointError
 from quant.formats.base import FormatRegistry, Found, Linear, require, suffixed, word_problems
-from quant.schemes import Scheme, WeightScheme
+from quant.schemes import BLOCK, PRESETS, ActivationScheme, Scheme, WeightScheme
 
 if TYPE_CHECKING:
     import torch
@@ -30,38 +45,106 @@ if TYPE_CHECKING:
 
 #: Group sizes that every vLLM kernel from compute capability 7.5 up takes; others run on single kernels only.
 VLLM_GROUPS = (-1, 32, 64, 128)
+#: Sub-format → where its codes are, their dtype, and codes an element holds (0: as many as its bits leave room for).
+LAYOUTS: dict[str, tuple[str, str, int]] = {
+    "pack-quantized": ("weight_packed", "I32", 0),
+    "int-quantized": ("weight", "I8", 1),
+    "float-quantized": ("weight", "F8_E4M3", 1),
+    "nvfp4-pack-quantized": ("weight_packed", "U8", 2),
+    "mxfp4-pack-quantized": ("weight_packed", "U8", 2),
+    "mxfp8-quantized": ("weight", "F8_E4M3", 1),
+}
 #: Of a cache whose K and V have one calibrated scale a layer; with it vLLM's `--kv-cache-dtype auto` means FP8.
 KV_CACHE = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
 
 
+def layout_of(linear: Linear) -> str:
+    """The sub-format that holds a linear's numbers."""
+    weights = linear.scheme
+    if weights.number == "int":
+        return "pack-quantized" if linear.activations is None else "int-quantized"
+    if weights.scales == "F8_E4M3":
+        return "nvfp4-pack-quantized"
+    if weights.scales == "U8":
+        return f"mxfp{weights.bits}{'-pack' if weights.bits == 4 else ''}-quantized"
+    return "float-quantized"
+
+
+_SCALE_DTYPES = {"U8": "torch.uint8", "F8_E4M3": "torch.float8_e4m3fn"}
+
+
 def arguments(scheme: WeightScheme) -> dict[str, Any]:
     """The ``weights`` object of a config group. vLLM forbids unknown keys in it, so only keys that every version knows are written."""
-    return {
+    value: dict[str, Any] = {
         "num_bits": scheme.bits,
-        "type": "int",
+        "type": scheme.number,
         "symmetric": scheme.symmetric,
         "strategy": scheme.strategy,
-        "group_size": None if scheme.group_size == -1 else scheme.group_size,
+        "group_size": None if scheme.group_size == -1 or scheme.strategy == "block" else scheme.group_size,
         "dynamic": False,
         "actorder": None,
-        "block_structure": None,
+        "block_structure": [BLOCK, BLOCK] if scheme.strategy == "block" else None,
         "observer": "minmax",
         "observer_kwargs": {},
     }
+    return value | ({"scale_dtype": _SCALE_DTYPES[scheme.scales]} if scheme.scales in _SCALE_DTYPES else {})
 
 
-def read_arguments(weights: Mapping[str, Any], where: str) -> WeightScheme:
+def activation_arguments(scheme: ActivationScheme) -> dict[str, Any]:
+    """The ``input_activations`` object of a config group."""
+    value: dict[str, Any] = {
+        "num_bits": scheme.bits,
+        "type": scheme.number,
+        "symmetric": scheme.symmetric,
+        "strategy": scheme.strategy,
+        "group_size": scheme.group_size,
+        "dynamic": "local" if scheme.strategy == "tensor_group" else scheme.dynamic,
+        "actorder": None,
+        "block_structure": None,
+        "observer": None if scheme.dynamic and scheme.strategy != "tensor_group" else "minmax",
+        "observer_kwargs": {},
+    }
+    return value | ({"scale_dtype": _SCALE_DTYPES[scheme.scales]} if scheme.scales in _SCALE_DTYPES else {})
+
+
+def read_arguments(weights: Mapping[str, Any], layout: str, where: str) -> WeightScheme:
     """Inverse of :func:`arguments`.
 
     Raises:
         CheckpointError: a type, strategy or activation order that is not read here.
     """
-    if weights.get("type", "int") != "int" or weights.get("strategy") not in ("group", "channel"):
+    number, strategy = str(weights.get("type", "int")), weights.get("strategy")
+    known = {"int": ("group", "channel"), "float": ("group", "channel", "tensor", "block", "tensor_group")}
+    if strategy not in known.get(number, ()):
         raise CheckpointError(
-            f"{where}: weights of type {weights.get('type')!r}, strategy {weights.get('strategy')!r}: read are int with group or channel"
+            f"{where}: weights of type {number!r}, strategy {strategy!r}: read are int with group or channel, and float with {', '.join(known['float'])}"
         )
-    group = -1 if weights["strategy"] == "channel" else int(weights.get("group_size") or 0)
-    return WeightScheme(int(weights.get("num_bits", 8)), group, bool(weights.get("symmetric", True)))
+    if strategy == "block" and list(weights.get("block_structure") or []) != [BLOCK, BLOCK]:
+        raise CheckpointError(f"{where}: blocks of {weights.get('block_structure')}: read are blocks of {BLOCK} × {BLOCK}")
+    group = BLOCK if strategy == "block" else int(weights.get("group_size") or 0) if strategy in ("group", "tensor_group") else -1
+    scales = {"pack-quantized": "model", "nvfp4-pack-quantized": "F8_E4M3", "mxfp4-pack-quantized": "U8", "mxfp8-quantized": "U8"}
+    return WeightScheme(
+        int(weights.get("num_bits", 8)),
+        group,
+        bool(weights.get("symmetric", True)),
+        "float" if number == "float" else "int",
+        strategy,
+        scales.get(layout, "F32"),
+    )
+
+
+def read_activations(inputs: Mapping[str, Any] | None, where: str) -> ActivationScheme | None:
+    """Inverse of :func:`activation_arguments`."""
+    if not inputs:
+        return None
+    strategy, dynamic = inputs.get("strategy"), inputs.get("dynamic", False)
+    if strategy not in ("token", "tensor", "group", "tensor_group") or inputs.get("type", "int") not in ("int", "float"):
+        raise CheckpointError(f"{where}: activations of type {inputs.get('type')!r}, strategy {strategy!r} are not read here")
+    bits, number, group = int(inputs.get("num_bits", 8)), inputs.get("type", "int"), inputs.get("group_size")
+    scales = "F8_E4M3" if strategy == "tensor_group" else "U8" if (strategy, group) == ("group", 32) else "F32"
+    return ActivationScheme(
+        bits, number, strategy, bool(inputs.get("symmetric", True)), bool(dynamic), None if group is None else int(group), scales
+    )
 
 
 def matches(target: str, name: str) -> bool:
@@ -77,78 +160,138 @@ class CompressedTensors:
 
     def refuse(self, scheme: Scheme, target: str) -> str | None:
         weights = scheme.weights
-        if weights.number != "int" or scheme.activations is not None:
-            return f"{scheme} is not written in this format"
+        if weights.number == "float":
+            known = any(p.weights == weights for p in PRESETS.values())
+            return None if known else f"{weights} has no sub-format: use --format plain"
+        if scheme.activations is not None:
+            good = (weights.bits, weights.strategy, weights.symmetric) == (8, "channel", True)
+            return (
+                None
+                if good
+                else "with 8-bit activations vLLM takes symmetric 8-bit weights with one scale an output: use --scheme w8a8-int8"
+            )
         if weights.bits not in (4, 8):
             return f"pack-quantized holds 4 or 8 bits in a way that vLLM and compressed-tensors agree on, not {weights.bits}: use --format plain"
+        if weights.scales != "model":
+            return "weight-only integers have scales in the model's dtype: use --scheme w8a16"
         if target == "vllm" and weights.group_size not in VLLM_GROUPS:
             return f"group size {weights.group_size} runs on single vLLM kernels only: use {', '.join(map(str, VLLM_GROUPS))}, or --target other"
         return None
 
     def problems(self, linear: Linear) -> list[str]:
-        # vLLM allocates K·b/32 words a row, and N·b/32 of zero points: it has no place for a padded one
-        return word_problems(linear, outputs=not linear.scheme.symmetric)
+        if layout_of(linear) == "pack-quantized":
+            # vLLM allocates K·b/32 words a row, and N·b/32 of zero points: it has no place for a padded one
+            return word_problems(linear, outputs=not linear.scheme.symmetric)
+        return []
 
     def specs(self, linear: Linear, dtype: str) -> list[TensorSpec]:
-        n, k, bits, groups = linear.n, linear.k, linear.scheme.bits, linear.scheme.groups(linear.k)
-        specs = [
-            TensorSpec(f"{linear.name}.weight_packed", "I32", (n, -(-k * bits // 32))),
-            TensorSpec(f"{linear.name}.weight_scale", dtype, (n, groups)),
-        ]
-        if not linear.scheme.symmetric:
-            specs.append(TensorSpec(f"{linear.name}.weight_zero_point", "I32", (-(-n * bits // 32), groups)))
-        specs.append(TensorSpec(f"{linear.name}.weight_shape", "I64", (2,)))
+        n, k, scheme, name = linear.n, linear.k, linear.scheme, linear.name
+        layout = layout_of(linear)
+        scale: tuple[int, ...] = (1,) if scheme.strategy == "tensor" else scheme.scale_shape(n, k)
+        scale_spec = TensorSpec(f"{name}.weight_scale", dtype if scheme.scales == "model" else scheme.scales, scale)
+        if layout == "pack-quantized":
+            specs = [TensorSpec(f"{name}.weight_packed", "I32", (n, -(-k * scheme.bits // 32))), scale_spec]
+            if not scheme.symmetric:
+                specs.append(TensorSpec(f"{name}.weight_zero_point", "I32", (-(-n * scheme.bits // 32), scale[1])))
+            specs.append(TensorSpec(f"{name}.weight_shape", "I64", (2,)))
+        elif scheme.number == "float" and scheme.bits == 4:
+            specs = [TensorSpec(f"{name}.weight_packed", "U8", (n, k // 2)), scale_spec]
+        else:
+            specs = [TensorSpec(f"{name}.weight", "I8" if scheme.number == "int" else "F8_E4M3", (n, k)), scale_spec]
+        if scheme.strategy == "tensor_group":
+            specs.append(TensorSpec(f"{name}.weight_global_scale", "F32", (1,)))
+        inputs = linear.activations
+        if inputs is not None and inputs.strategy == "tensor_group":
+            specs.append(TensorSpec(f"{name}.input_global_scale", "F32", (1,)))
+        elif inputs is not None and not inputs.dynamic:
+            specs.append(TensorSpec(f"{name}.input_scale", "F32", (1,)))
+            if not inputs.symmetric:
+                specs.append(TensorSpec(f"{name}.input_zero_point", "I8", (1,)))
         return specs
 
     def pack(self, linear: Linear, tensor: QuantizedTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         import torch
 
-        from quant.formats.packing import pack
+        from quant.formats.packing import pack, pack_halves
 
-        bits, offset = tensor.scheme.bits, 2 ** (tensor.scheme.bits - 1)
-        packed = {
-            f"{linear.name}.weight_packed": pack(tensor.codes.to(torch.int16) + offset, bits),
-            f"{linear.name}.weight_scale": tensor.scales.to(dtype),
-            f"{linear.name}.weight_shape": torch.tensor(tensor.shape, dtype=torch.int64),
-        }
-        if tensor.zeros is not None:
-            words = pack((tensor.zeros.to(torch.int16) + offset).t().contiguous(), bits)
-            packed[f"{linear.name}.weight_zero_point"] = words.t().contiguous()
-        return packed
+        name, scheme = linear.name, tensor.scheme
+        layout = layout_of(linear)
+        scales = tensor.scales.reshape(1) if scheme.strategy == "tensor" else tensor.scales
+        packed: dict[str, torch.Tensor] = {}
+        if layout == "pack-quantized":
+            bits, offset = scheme.bits, 2 ** (scheme.bits - 1)
+            packed["weight_packed"] = pack(tensor.codes.to(torch.int16) + offset, bits)
+            packed["weight_shape"] = torch.tensor(tensor.shape, dtype=torch.int64)
+            scales = scales.to(dtype)
+            if tensor.zeros is not None:
+                words = pack((tensor.zeros.to(torch.int16) + offset).t().contiguous(), bits)
+                packed["weight_zero_point"] = words.t().contiguous()
+        elif tensor.codes.dtype == torch.uint8:
+            packed["weight_packed"] = pack_halves(tensor.codes)
+        else:
+            packed["weight"] = tensor.codes
+        packed["weight_scale"] = scales.float() if scheme.scales == "F32" else scales
+        if tensor.global_scale is not None:
+            packed["weight_global_scale"] = tensor.global_scale.float()
+        if tensor.inputs is not None:
+            made = {
+                "input_scale": tensor.inputs.scale,
+                "input_zero_point": tensor.inputs.zero,
+                "input_global_scale": tensor.inputs.global_scale,
+            }
+            packed |= {k: v for k, v in made.items() if v is not None}
+        return {f"{name}.{k}": v for k, v in packed.items()}
 
     def unpack(self, linear: Linear, tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> QuantizedTensor:
         import torch
 
-        from quant.formats.packing import unpack
-        from quant.tensors import QuantizedTensor
+        from quant.formats.packing import unpack, unpack_halves
+        from quant.tensors import InputParameters, QuantizedTensor
 
-        bits, offset = linear.scheme.bits, 2 ** (linear.scheme.bits - 1)
-        shape = tensors.get(f"{linear.name}.weight_shape")
-        k = int(shape[1]) if shape is not None else linear.k
-        codes = unpack(tensors[f"{linear.name}.weight_packed"], bits, k).to(torch.int16) - offset
-        zeros = None
-        if not linear.scheme.symmetric:
-            words = tensors[f"{linear.name}.weight_zero_point"].t().contiguous()
-            zeros = (unpack(words, bits, linear.n).to(torch.int16) - offset).to(torch.int8).t().contiguous()
-        group_index = tensors.get(f"{linear.name}.weight_g_idx")
-        return QuantizedTensor(codes.to(torch.int8), tensors[f"{linear.name}.weight_scale"], zeros, linear.scheme, group_index)
+        name, scheme = linear.name, linear.scheme
+        layout = layout_of(linear)
+        scales = tensors[f"{name}.weight_scale"]
+        given = [tensors.get(f"{name}.{s}") for s in ("input_scale", "input_zero_point", "input_global_scale")]
+        inputs = InputParameters(*(None if x is None else x.reshape(1) for x in given)) if any(x is not None for x in given) else None
+        zeros = group_index = None
+        if layout == "pack-quantized":
+            bits, offset = scheme.bits, 2 ** (scheme.bits - 1)
+            shape = tensors.get(f"{name}.weight_shape")
+            k = int(shape[1]) if shape is not None else linear.k
+            codes = (unpack(tensors[f"{name}.weight_packed"], bits, k).to(torch.int16) - offset).to(torch.int8)
+            if not scheme.symmetric:
+                words = tensors[f"{name}.weight_zero_point"].t().contiguous()
+                zeros = (unpack(words, bits, linear.n).to(torch.int16) - offset).to(torch.int8).t().contiguous()
+            group_index = tensors.get(f"{name}.weight_g_idx")
+        elif scheme.number == "float" and scheme.bits == 4:
+            codes = unpack_halves(tensors[f"{name}.weight_packed"])
+        else:
+            codes = tensors[f"{name}.weight"]
+        if scheme.strategy == "tensor":
+            scales = scales.reshape(1, 1)
+        elif scales.ndim == 1:
+            scales = scales.unsqueeze(1)
+        divisor = tensors.get(f"{name}.weight_global_scale")
+        return QuantizedTensor(codes, scales, zeros, scheme, group_index, None if divisor is None else divisor.reshape(1), inputs)
 
     def config(self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str, kv_cache: bool = False) -> dict[str, Any]:
-        schemes = list(dict.fromkeys(linear.scheme for linear in linears))
+        kinds = list(dict.fromkeys((x.scheme, x.activations) for x in linears))
+        layouts: list[str] = []
         groups = {}
-        for i, scheme in enumerate(schemes):
-            # with one scheme the class name and a complete ignore list; with several, names alone: a class would catch what a name missed
-            targets = ["Linear"] if len(schemes) == 1 else [x.name for x in linears if x.scheme == scheme]
+        for i, kind in enumerate(kinds):
+            members = [x for x in linears if (x.scheme, x.activations) == kind]
+            layouts.append(layout_of(members[0]))
             groups[f"group_{i}"] = {
-                "targets": targets,
-                "format": "pack-quantized",
-                "weights": arguments(scheme),
-                "input_activations": None,
+                # with one scheme the class name and a complete ignore list; with several, names alone: a class would catch what a name missed
+                "targets": ["Linear"] if len(kinds) == 1 else [x.name for x in members],
+                "format": layouts[-1],
+                "weights": arguments(kind[0]),
+                "input_activations": None if kind[1] is None else activation_arguments(kind[1]),
                 "output_activations": None,
             }
         return {
             "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
+            "format": layouts[0] if len(set(layouts)) == 1 else "mixed-precision",
             "config_groups": groups,
             "ignore": list(unquantized),
             "kv_cache_scheme": dict(KV_CACHE) if kv_cache else None,
@@ -164,28 +307,48 @@ class CompressedTensors:
         if not isinstance(groups, dict) or not groups:
             raise CheckpointError("quantization_config has no config_groups: compressed-tensors needs at least one")
         formats = {str(g.get("format") or config.get("format")) for g in groups.values()}
-        if formats != {"pack-quantized"}:
-            raise CheckpointError(f"compressed-tensors format {', '.join(sorted(formats))} is not read here; read is pack-quantized")
+        if formats - set(LAYOUTS):
+            raise CheckpointError(
+                f"compressed-tensors format {', '.join(sorted(formats - set(LAYOUTS)))} is not read here; read are {', '.join(LAYOUTS)}"
+            )
+        coded = suffixed(tensors, ".weight_packed")
+        coded += [n for n in suffixed(tensors, ".weight") if tensors[f"{n}.weight"].dtype in ("I8", "F8_E4M3")]
         linears = {}
-        for name in suffixed(tensors, ".weight_packed"):
-            scale = require(tensors, f"{name}.weight_scale", name)
+        for name in sorted(coded):
             group = next((g for g in groups.values() if any(matches(t, name) for t in g.get("targets", []))), None)
             group = group or next((g for g in groups.values() if "Linear" in g.get("targets", [])), None)
             if group is None:
-                raise CheckpointError(f"{name} has packed weights, but no config group targets it")
-            scheme = read_arguments(group["weights"], name)
-            packed = tensors[f"{name}.weight_packed"]
-            if packed.dtype != "I32" or len(packed.shape) != 2 or len(scale.shape) != 2:
-                raise CheckpointError(
-                    f"{name}: weight_packed is {packed.dtype} {packed.shape}, weight_scale {scale.shape}: [N, words] of I32 and [N, groups]"
-                )
-            n, words = packed.shape
+                raise CheckpointError(f"{name} has quantized weights, but no config group targets it")
+            linears[name] = self._linear(name, group, str(group.get("format") or config.get("format")), tensors)
+        return Found(self.name, linears, {})
+
+    def _linear(self, name: str, group: Mapping[str, Any], layout: str, tensors: Mapping[str, TensorInfo]) -> Linear:
+        """One linear as its config group and headers say.
+
+        Raises:
+            CheckpointError: they contradict each other.
+        """
+        scale = require(tensors, f"{name}.weight_scale", name)
+        scheme = read_arguments(group["weights"], layout, name)
+        activations = read_activations(group.get("input_activations"), name)
+        last, dtype, per_word = LAYOUTS[layout]
+        codes = require(tensors, f"{name}.{last}", name)
+        if codes.dtype != dtype or len(codes.shape) != 2 or len(scale.shape) > 2:
+            raise CheckpointError(
+                f"{name}: {last} is {codes.dtype} {codes.shape}, weight_scale {scale.shape}: [N, …] of {dtype} and a scale each group"
+            )
+        n, columns = codes.shape
+        k = columns * (per_word or 32 // scheme.bits)
+        if layout == "pack-quantized":
             # weight_shape is data, not header: K follows from the groups, or from the full words where there is one group a row
-            k = scale.shape[1] * scheme.group_size if scheme.group_size != -1 else words * 32 // scheme.bits
+            if scheme.group_size != -1 and len(scale.shape) == 2:
+                k = scale.shape[1] * scheme.group_size
             if not scheme.symmetric:
                 require(tensors, f"{name}.weight_zero_point", name)
-            linears[name] = Linear(name, n, k, scheme)
-        return Found(self.name, linears, {})
+        linear = Linear(name, n, k, scheme, activations)
+        if layout_of(linear) != layout:
+            raise CheckpointError(f"{name}: format {layout} with {linear.numbers}: these numbers belong into {layout_of(linear)}")
+        return linear
 
 
 FormatRegistry.add(CompressedTensors.name, CompressedTensors())

@@ -80,3 +80,13 @@ def _words(data: torch.Tensor) -> torch.Tensor:
 def _to_int32(words: torch.Tensor) -> torch.Tensor:
     """The same 32 bits read as a signed word."""
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def pack_halves(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 [N, K/2] from 4-bit codes uint8 [N, K]: the even column in the low half of a byte."""
+    return codes[:, ::2] | codes[:, 1::2] << 4
+
+
+def unpack_halves(packed: torch.Tensor) -> torch.Tensor:
+    """Inverse of :func:`pack_halves`."""
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(1)

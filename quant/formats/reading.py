@@ -13,7 +13,10 @@ from quant.formats.base import Format, Found, find_format
 if TYPE_CHECKING:
     from quant.tensors import QuantizedTensor
 
-_SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "qweight", "qzeros", "scales", "g_idx")
+_SUFFIXES = (
+    "weight_packed", "weight", "weight_scale", "weight_scale_inv", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale",
+    "input_scale", "input_zero_point", "input_global_scale", "qweight", "qzeros", "scales", "g_idx",
+)  # fmt: skip
 
 #: Last parts of the names of an FP8 KV cache's scales.
 CACHE_SCALES = ("k_scale", "v_scale", "q_scale")
@@ -39,7 +42,7 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
             continue  # numbers of the engine's KV cache: no part of the model
         if module not in found.linears or last not in _SUFFIXES:
             tensors[name] = info
-        elif f"{module}.weight" not in tensors:
+        elif f"{module}.weight" not in computed:
             linear = found.linears[module]
             tensors[f"{module}.weight"] = TensorInfo(f"{module}.weight", "F32", (linear.n, linear.k), info.file, 0, 4 * linear.n * linear.k)
             computed[f"{module}.weight"] = lambda module=module: read_linear(form, found, checkpoint, module).dequantize()

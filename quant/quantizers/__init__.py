@@ -1,7 +1,8 @@
 """Rounding methods: pure functions of a weight, the statistics of its input and a scheme."""
 
+from quant.quantizers.awq import AWQQuantizer
 from quant.quantizers.base import Quantized, Quantizer, QuantizerRegistry
 from quant.quantizers.gptq import GPTQQuantizer
 from quant.quantizers.minmax import MinMaxQuantizer
 
-__all__ = ["GPTQQuantizer", "MinMaxQuantizer", "Quantized", "Quantizer", "QuantizerRegistry"]
+__all__ = ["AWQQuantizer", "GPTQQuantizer", "MinMaxQuantizer", "Quantized", "Quantizer", "QuantizerRegistry"]

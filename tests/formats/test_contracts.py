@@ -276,7 +276,7 @@ HOSTILE: list[tuple[str, Any, str]] = [
     ("no method", {"bits": 4}, "quantized as quant_method"),
     ("no groups", {"quant_method": "compressed-tensors"}, "no config_groups"),
     ("groups that are numbers", {"quant_method": "compressed-tensors", "config_groups": {"a": 3}}, "cannot be understood"),
-    ("another format", {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"a": {}}}, "format float-quantized is not read"),
+    ("another format", {"quant_method": "compressed-tensors", "format": "marlin-24", "config_groups": {"a": {}}}, "format marlin-24 is not read"),
     ("no weights", {"quant_method": "compressed_tensors", "format": "pack-quantized", "config_groups": {"a": {"targets": ["Linear"]}}}, "cannot be understood"),
     ("bits that are text", {"quant_method": "compressed-tensors", "format": "pack-quantized",
      "config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": "x", "strategy": "channel"}}}}, "cannot be understood"),
