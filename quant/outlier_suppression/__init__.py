@@ -1,5 +1,6 @@
 """Outlier suppressors: methods that move the range of an input into the weights that read it, before rounding."""
 
 from quant.outlier_suppression.base import OutlierSuppressionRegistry, Suppression, Suppressor
+from quant.outlier_suppression.smooth_quant import SmoothQuant
 
-__all__ = ["OutlierSuppressionRegistry", "Suppression", "Suppressor"]
+__all__ = ["OutlierSuppressionRegistry", "SmoothQuant", "Suppression", "Suppressor"]
