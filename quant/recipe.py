@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from quant import defaults
 from quant.errors import Problems, QuantError, UsageError, one_of
-from quant.schemes import Scheme, resolve_scheme
+from quant.schemes import UNQUANTIZED, Scheme, resolve_scheme
 
 #: `--method fp8` is rounding to the nearest FP8 number: this method, and this scheme unless another FP8 one is named.
 FP8_METHOD, FP8_SCHEME = "minmax", "w8a8-fp8"
@@ -52,6 +52,10 @@ class Numbers(BaseModel):
             UsageError: see :func:`quant.schemes.resolve_scheme`; or `fp8` with a scheme of integers.
         """
         name = self.scheme
+        if method == "none":
+            if given := [k for k in _OF_SCHEME if getattr(self, k) is not None]:
+                raise UsageError(f"--method none leaves weights as they are: leave --{given[0].replace('_', '-')} out")
+            return UNQUANTIZED
         if method == "fp8":
             name = name or FP8_SCHEME
         scheme = resolve_scheme(

@@ -16,7 +16,7 @@ from quant.activations import fake_quantize, input_parameters
 from quant.calibration.statistics import Statistics
 from quant.outlier_suppression.base import OutlierSuppressionRegistry, Place, Suppression
 from quant.quantizers.minmax import MinMaxQuantizer
-from quant.schemes import Scheme
+from quant.schemes import PRESETS, UNQUANTIZED, Scheme
 
 #: What ``auto`` tries, beside leaving the inputs as they are.
 ALPHAS = tuple(i / 20 for i in range(1, 20))
@@ -25,7 +25,8 @@ ALPHAS = tuple(i / 20 for i in range(1, 20))
 @dataclass(frozen=True)
 class SmoothQuant:
     """``alpha``: the share of an input's range that goes into the weights, from 0 to 1; or ``auto``: for each group of linears the one of least
-    squared error of their outputs, weights rounded to nearest and inputs quantized as the scheme says, over a sample of tokens."""
+    squared error of their outputs, weights rounded to nearest and inputs quantized as the scheme says, over a sample of tokens. Where nothing is
+    quantized, that is the error of ``w8a8-int8``, which the result is then made for."""
 
     alpha: float | Literal["auto"] = 0.5
 
@@ -46,12 +47,14 @@ class SmoothQuant:
         notes = (f"{dead} of {len(largest)} inputs are zero on all calibration tokens: they are not scaled",) if dead else ()
         if self.alpha != "auto":
             return Suppression(place.fit(smoothing_factors(largest, columns, self.alpha)), notes)
+        scheme = PRESETS["w8a8-int8"] if scheme == UNQUANTIZED else scheme
         best, factors, chosen = torch.inf, torch.ones_like(largest), "none"
         for alpha in (None, *ALPHAS):
             tried = torch.ones_like(largest) if alpha is None else place.fit(smoothing_factors(largest, columns, alpha))
             error = _error(weight, statistics, scheme, dtype, tried)
             if error < best:
-                best, factors, chosen = error, tried, "none" if alpha is None else f"{alpha:g}"
+                scheme = PRESETS["w8a8-int8"] if scheme == UNQUANTIZED else scheme
+        best, factors, chosen = error, tried, "none" if alpha is None else f"{alpha:g}"
         return Suppression(factors, (f"alpha {chosen}", *notes))
 
 

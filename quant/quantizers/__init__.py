@@ -2,6 +2,7 @@
 
 from quant.quantizers.base import Quantized, Quantizer, QuantizerRegistry
 from quant.quantizers.gptq import GPTQQuantizer
+from quant.quantizers.identity import IdentityQuantizer
 from quant.quantizers.minmax import MinMaxQuantizer
 
-__all__ = ["GPTQQuantizer", "MinMaxQuantizer", "Quantized", "Quantizer", "QuantizerRegistry"]
+__all__ = ["GPTQQuantizer", "IdentityQuantizer", "MinMaxQuantizer", "Quantized", "Quantizer", "QuantizerRegistry"]
