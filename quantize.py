@@ -125,28 +125,10 @@ def _pairs(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -
     return found or None
 
 
-def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of a quantization; each is a field of the recipe of the same name. Unset ones are left to the recipe file, then to its defaults."""
+def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Which text a method is calibrated with; fields of the recipe, like those of :func:`job_options`."""
     for option in reversed(
         [
-            click.option("-m", "--model-path", type=click.Path(path_type=Path), help="Source checkpoint directory."),
-            click.option("-o", "--output-path", type=click.Path(path_type=Path), help="Output directory; it must not exist or be empty."),
-            click.option("--method", help="Rounding method: minmax, gptq, awq, hqq; or fp8, which is minmax with an FP8 scheme."),
-            click.option("--scheme", help=f"{', '.join(PRESETS)}.  [default: w4a16]"),
-            click.option("--bits", type=int, help="2, 3, 4 or 8."),
-            click.option("--group-size", type=int, help="Inputs per scale; -1 for one scale per output channel.  [default: 128]"),
-            click.option("--symmetric/--asymmetric", default=None, help="Without or with zero points.  [default: symmetric]"),
-            click.option("--activations", type=click.Choice(["dynamic", "static"]), help="Scales by token as they come, or calibrated.  [default: dynamic]"),
-            click.option("--symmetric-activations/--asymmetric-activations", default=None, help="w8a8-int8: without or with zero points.  [default: symmetric]"),
-            click.option("--kv-cache-scheme", type=click.Choice(["fp8"]), help="Calibrate and write scales of an FP8 KV cache."),
-            click.option("--outlier-suppression", metavar="NAME", help="Scale inputs before rounding: smooth_quant, awq; none.  [default: awq for awq]"),
-            click.option("--alpha", type=ALPHA, help="smooth_quant: share of the inputs' range that goes into the weights, 0 to 1, or auto.  [default: 0.5]"),
-            click.option("--act-order", type=click.Choice(["none", "static"]), help="gptq: the order of columns.  [default: static]"),
-            click.option("--damping", type=float, help="gptq: share of the Hessian's mean diagonal that is added to it.  [default: 0.01]"),
-            click.option("--clip-search/--no-clip-search", default=None, help="Search each group's range for the least error.  [default: on for gptq]"),
-            click.option("--option", "options", metavar="KEY=VALUE", multiple=True, callback=_pairs, help="Any other setting of the method; repeatable."),
-            click.option("--format", "format_", help="compressed-tensors (default), gptq or plain (dequantized values in the source's dtype)."),
-            click.option("--target", type=click.Choice(["vllm", "other"]), help="Who must load it; other allows what vLLM refuses.  [default: vllm]"),
             click.option(
                 "--calibration-dataset", type=click.Path(path_type=Path), multiple=True,
                 help="txt, jsonl, parquet or a directory; repeatable.  [default: the bundled text]",
@@ -155,18 +137,46 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--sequence-length", type=int, help=f"Tokens a row.  [default: the smaller of {defaults.SEQUENCE_LENGTH} and the model's]"),
             click.option("--shuffle", is_flag=True, default=None, help="Draw rows from the whole text instead of taking the first."),
             click.option("--chat-template/--no-chat-template", default=None, help="Send plain text through the chat template; or join messages as text."),
-            click.option("--layers", help="Only these: 0,1,2 · 0-3,7 · first:2 · last:2 · globs over module names."),
-            click.option("--ignore", multiple=True, help="Leave these unquantized: a glob, or re: and a regular expression; repeatable."),
-            click.option("--config", type=click.Path(path_type=Path), help="Recipe (YAML); options on the command line win."),
             click.option("--seed", type=int, help=f"Of --shuffle.  [default: {defaults.SEED}]"),
-            click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]"),
-            click.option("--tensor-parallel", type=int, help="Degree it will be served with: shapes are checked for it.  [default: 1]"),
-            click.option("--gpu", metavar="NAME", help="GPU that will serve it: checked first, and without --method it decides the scheme."),
-            click.option("--vllm-version", help=f"Release that will load it: checked first.  [default: {defaults.VLLM_VERSION}]"),
-            click.option("--dry-run", is_flag=True, help="Check everything, predict bytes, memory and time, write nothing."),
-            click.option("--fresh", is_flag=True, default=None, help="Start over instead of going on with unfinished work."),
         ]
     ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of a quantization; each is a field of the recipe of the same name. Unset ones are left to the recipe file, then to its defaults."""
+    options: list[Callable[..., Any]] = [
+        click.option("-m", "--model-path", type=click.Path(path_type=Path), help="Source checkpoint directory."),
+        click.option("-o", "--output-path", type=click.Path(path_type=Path), help="Output directory; it must not exist or be empty."),
+        click.option("--method", help="Rounding method: minmax, gptq, awq, hqq; or fp8, which is minmax with an FP8 scheme."),
+        click.option("--scheme", help=f"{', '.join(PRESETS)}.  [default: w4a16]"),
+        click.option("--bits", type=int, help="2, 3, 4 or 8."),
+        click.option("--group-size", type=int, help="Inputs per scale; -1 for one scale per output channel.  [default: 128]"),
+        click.option("--symmetric/--asymmetric", default=None, help="Without or with zero points.  [default: symmetric]"),
+        click.option("--activations", type=click.Choice(["dynamic", "static"]), help="Scales by token as they come, or calibrated.  [default: dynamic]"),
+        click.option("--symmetric-activations/--asymmetric-activations", default=None, help="w8a8-int8: without or with zero points.  [default: symmetric]"),
+        click.option("--kv-cache-scheme", type=click.Choice(["fp8"]), help="Calibrate and write scales of an FP8 KV cache."),
+        click.option("--outlier-suppression", metavar="NAME", help="Scale inputs before rounding: smooth_quant, awq; none.  [default: awq for awq]"),
+        click.option("--alpha", type=ALPHA, help="smooth_quant: share of the inputs' range that goes into the weights, 0 to 1, or auto.  [default: 0.5]"),
+        click.option("--act-order", type=click.Choice(["none", "static"]), help="gptq: the order of columns.  [default: static]"),
+        click.option("--damping", type=float, help="gptq: share of the Hessian's mean diagonal that is added to it.  [default: 0.01]"),
+        click.option("--clip-search/--no-clip-search", default=None, help="Search each group's range for the least error.  [default: on for gptq]"),
+        click.option("--option", "options", metavar="KEY=VALUE", multiple=True, callback=_pairs, help="Any other setting of the method; repeatable."),
+        click.option("--format", "format_", help="compressed-tensors (default), gptq or plain (dequantized values in the source's dtype)."),
+        click.option("--target", type=click.Choice(["vllm", "other"]), help="Who must load it; other allows what vLLM refuses.  [default: vllm]"),
+        calibration_options,
+        click.option("--layers", help="Only these: 0,1,2 · 0-3,7 · first:2 · last:2 · globs over module names."),
+        click.option("--ignore", multiple=True, help="Leave these unquantized: a glob, or re: and a regular expression; repeatable."),
+        click.option("--config", type=click.Path(path_type=Path), help="Recipe (YAML); options on the command line win."),
+        click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]"),
+        click.option("--tensor-parallel", type=int, help="Degree it will be served with: shapes are checked for it.  [default: 1]"),
+        click.option("--gpu", metavar="NAME", help="GPU that will serve it: checked first, and without --method it decides the scheme."),
+        click.option("--vllm-version", help=f"Release that will load it: checked first.  [default: {defaults.VLLM_VERSION}]"),
+        click.option("--dry-run", is_flag=True, help="Check everything, predict bytes, memory and time, write nothing."),
+        click.option("--fresh", is_flag=True, default=None, help="Start over instead of going on with unfinished work."),
+    ]  # fmt: skip
+    for option in reversed(options):
         command = option(command)
     return command
 
@@ -260,6 +270,35 @@ def layer_wise(out: Output, dry_run: bool, **options: Any) -> None:
     quant layer-wise -m models/Llama-3.1-8B -o out/mixed --method gptq --layers first:4
     """
     _quantize(out, dry_run, options, layer_wise=True)
+
+
+@cli.command()
+@click.option("-m", "--model-path", type=click.Path(path_type=Path), required=True, help="Source checkpoint directory.")
+@click.option(
+    "-o", "--output-path", type=click.Path(path_type=Path), required=True, help="Output directory; it must not exist or be empty."
+)
+@click.option("--method", type=click.Choice(["smooth_quant"]), default="smooth_quant", show_default=True, help="How factors are chosen.")
+@click.option("--alpha", type=ALPHA, help="Share of the inputs' range that goes into the weights, 0 to 1, or auto.  [default: 0.5]")
+@calibration_options
+@click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
+@click.option("--fresh", is_flag=True, default=None, help="Start over instead of going on with unfinished work.")
+@common_options
+def smooth(out: Output, method: str, **options: Any) -> None:
+    """Scale inputs into the weights that read them, and quantize nothing: a checkpoint in the source's dtype that computes the same.
+
+    \b
+    quant smooth -m models/Llama-3.1-8B -o out/Llama-3.1-8B-smooth
+    """
+    from quant.pipeline.manager import QuantizationManager
+    from quant.pipeline.plan import plan_job
+    from quant.recipe import make_recipe
+    from quant.report import text
+
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items() if v not in (None, ())}
+    plan = plan_job(make_recipe({**values, "method": "none", "format": "plain", "outlier_suppression": method}))
+    with out.progress() as progress:
+        report = QuantizationManager(plan, progress).run()
+    out.result(report, lambda c: text.quantization(c, report))
 
 
 @cli.command("export-vllm")

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from quant import defaults
 from quant.errors import Problems, QuantError, UsageError, one_of
-from quant.schemes import Scheme, resolve_scheme
+from quant.schemes import UNQUANTIZED, Scheme, resolve_scheme
 
 #: `--method fp8` is rounding to the nearest FP8 number, by this method.
 FP8_METHOD = "minmax"
@@ -56,6 +56,10 @@ class Numbers(BaseModel):
         name = self.scheme
         if name is None and self.bits is None and self.symmetric is None:
             name = DEFAULT_SCHEMES.get(method or "")
+        if method == "none":
+            if given := [k for k in _OF_SCHEME if getattr(self, k) is not None]:
+                raise UsageError(f"--method none leaves weights as they are: leave --{given[0].replace('_', '-')} out")
+            return UNQUANTIZED
         scheme = resolve_scheme(
             name,
             bits=self.bits,

@@ -25,7 +25,7 @@ class WeightScheme:
         bits: of one code.
         group_size: inputs that share a scale; -1: all of them (and see ``strategy``).
         symmetric: no zero points; floats always are.
-        number: ``int``, or ``float`` (E4M3 at 8 bits, E2M1 at 4).
+        number: ``int``, or ``float`` (E4M3 at 8 bits, E2M1 at 4, the model's own dtype at 16).
         strategy: which weights share a scale, in compressed-tensors' words: ``group``, ``channel`` (an output's), ``tensor`` (all), ``block``
             (128 × 128), ``tensor_group`` (groups whose scales are scaled by one number for the tensor). Empty: by the group size.
         scales: how scales are stored: ``model`` (the model's own dtype), or a dtype of a safetensors header: F32, F8_E4M3, or U8, which
@@ -40,14 +40,14 @@ class WeightScheme:
     scales: str = "model"
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
+        if self.bits not in BITS and not (self.bits == 16 and self.number == "float"):
             raise UsageError(f"bits is {self.bits}: must be one of {', '.join(map(str, BITS))}")
         if self.group_size != -1 and (self.group_size < 8 or self.group_size % 8):
             raise UsageError(f"group size is {self.group_size}: must be -1 (one group per output channel) or a multiple of 8 from 8 up")
         if not self.strategy:
             object.__setattr__(self, "strategy", "channel" if self.group_size == -1 else "group")
-        if self.number == "float" and (self.bits not in (4, 8) or not self.symmetric):
-            raise UsageError(f"float weights have 4 or 8 bits and no zero points, not {self.bits} bits, symmetric {self.symmetric}")
+        if self.number == "float" and (self.bits not in (4, 8, 16) or not self.symmetric):
+            raise UsageError(f"float weights have 4, 8 or 16 bits and no zero points, not {self.bits} bits, symmetric {self.symmetric}")
 
     @property
     def low(self) -> int:
@@ -91,6 +91,8 @@ class WeightScheme:
         return asdict(self)
 
     def __str__(self) -> str:
+        if self.bits == 16:
+            return "weights as they are"
         group = f"g{self.group_size}" if self.strategy in ("group", "tensor_group") else self.strategy
         if self.number == "float":
             family = {"U8": "MXFP", "F8_E4M3": "NVFP"}.get(self.scales, "FP")
@@ -124,6 +126,8 @@ class ActivationScheme:
 
     def __str__(self) -> str:
         family = "INT" if self.number == "int" else {"U8": "MXFP", "F8_E4M3": "NVFP"}.get(self.scales, "FP")
+        if self.bits == 16:
+            return "weights as they are"
         group = f"g{self.group_size}" if self.group_size else self.strategy
         return f"{family}{self.bits} {'dynamic' if self.dynamic else 'static'} {group}{'' if self.symmetric else ' asymmetric'}"
 
@@ -190,9 +194,13 @@ PRESETS = {
 }
 
 
+#: What method ``none`` makes: weights in the model's own dtype. No preset, because nothing is quantized.
+UNQUANTIZED = Scheme("none", WeightScheme(16, -1, True, "float", "channel"))
+
+
 def scheme_of(weights: WeightScheme, activations: ActivationScheme | None = None) -> Scheme:
     """The scheme that these numbers make, under the name of the preset they are, or of the nearest one."""
-    for preset in PRESETS.values():
+    for preset in (UNQUANTIZED, *PRESETS.values()):
         if (preset.weights, preset.activations) == (weights, activations):
             return preset
     if weights.number == "int" and activations is None:

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 
 _PANEL = 512
+#: Most tokens of a sample.
+_SAMPLE = 512
 #: Directions that are summed in fp32, and tokens of one bf16 product, of :class:`SplitGram`.
 _DIRECTIONS, _RUN = 32, 1024
 
@@ -36,12 +38,14 @@ class Statistics:
         tokens: rows of x.
         hessian: fp32 [K, K], mean of x xᵀ; or None.
         minimum, maximum: fp32 [K], the range of each feature; or None.
+        sample: fp32 [≤ 512, K], inputs of tokens at even distances; or None.
     """
 
     tokens: int
     hessian: torch.Tensor | None = None
     minimum: torch.Tensor | None = None
     maximum: torch.Tensor | None = None
+    sample: torch.Tensor | None = None
 
     @property
     def abs_max(self) -> torch.Tensor:
@@ -60,24 +64,30 @@ class Statistics:
         """
         if self.hessian is not None:
             self.hessian.div_(factors).div_(factors.unsqueeze(-1))
-        low, high = self.minimum, self.maximum
-        return replace(self, minimum=None if low is None else low / factors, maximum=None if high is None else high / factors)
+        low, high, sample = (None if x is None else x / factors for x in (self.minimum, self.maximum, self.sample))
+        return replace(self, minimum=low, maximum=high, sample=sample)
 
 
 class Accumulator:
-    """Sums the statistics named in ``needs`` (``hessian``, ``range``) batch by batch, on the device of the batches."""
+    """Sums the statistics named in ``needs`` (``hessian``, ``range``, ``sample``) batch by batch, on the device of the batches."""
 
     def __init__(self, features: int, device: torch.device, needs: Iterable[str]):
         needs = set(needs)
-        if unknown := needs - {"hessian", "range"}:
+        if unknown := needs - {"hessian", "range", "sample"}:
             raise ValueError(f"no such statistic: {', '.join(sorted(unknown))}")
         self.tokens = 0
         self._gram = gram_for(features, device) if "hessian" in needs else None
         self._range = (torch.zeros(features, device=device), torch.zeros(features, device=device)) if "range" in needs else None
+        self._sample = torch.zeros(0, features, device=device) if "sample" in needs else None
+        self._stride = 1
 
     def add(self, inputs: torch.Tensor) -> None:
         """Adds a batch [..., K] of any floating dtype."""
         x = inputs.reshape(-1, inputs.shape[-1])
+        if self._sample is not None:
+            self._sample = torch.cat([self._sample, x[-self.tokens % self._stride :: self._stride].float()])
+            while len(self._sample) > _SAMPLE:  # rows are stride tokens apart, from the first on: every other one stays
+                self._sample, self._stride = self._sample[::2].clone(), self._stride * 2
         self.tokens += len(x)
         if self._range is not None:
             low, high = self._range
@@ -89,7 +99,8 @@ class Accumulator:
         """The statistics; the sums are handed over, not copied."""
         gram, self._gram = self._gram, None
         hessian = None if gram is None else gram.finish().mul_(1 / max(self.tokens, 1))
-        return Statistics(self.tokens, hessian, *(self._range or ()))
+        low, high = self._range or (None, None)
+        return Statistics(self.tokens, hessian, low, high, self._sample)
 
 
 class Gram:

@@ -1,6 +1,7 @@
 """How good a checkpoint is: perplexity, and KL divergence and top-1 agreement with its source.
 
-Both models run in fp32 block by block, so that only the weights differ and neither is ever in memory whole. Values are means over chunks of
+Both models run in fp32 block by block, so that only the weights differ and neither is ever in memory whole. Where the candidate's scheme
+quantizes activations, or has scales of an FP8 KV cache, its run rounds them as vLLM does (see :mod:`quant.evaluation.simulation`). Values are means over chunks of
 text; standard errors are over chunks. Perplexity is the exponential of the mean negative log-likelihood per token (natural logarithm);
 KL(source ‖ candidate) is in nats per token.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from quant.calibration.text import bundled, evaluation_rows
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.devices import device_of
 from quant.errors import CheckpointError, QuantError, VerificationFailed
+from quant.evaluation.simulation import Simulation
 from quant.formats.reading import dequantized
 from quant.models.skeleton import BlockCall, Skeleton
 from quant.offline import load_tokenizer
@@ -39,7 +41,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured. Without a source only perplexity."""
+    """What was measured. Without a source only perplexity. ``activations`` says what else than weights was rounded in the candidate's run."""
 
     path: str
     against: str | None
@@ -51,6 +53,7 @@ class Evaluation:
     kl: Measured | None = None
     top1: Measured | None = None
     perplexity_increase: float | None = None
+    activations: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -66,21 +69,24 @@ class Evaluation:
             raise VerificationFailed(f"{self.path}: perplexity rose by {self.perplexity_increase:.2%}, the limit is {limit:.2%}")
 
 
-class _Runner:
+class Runner:
     """A checkpoint, quantized or not, as a model that runs block by block in fp32."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device):
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, simulation: Simulation | None = None):
         self.skeleton = Skeleton(dequantized(checkpoint), device, torch.float32)
+        self.simulation = simulation
 
     def hidden(self, batches: list[torch.Tensor], progress: Progress, phase: str) -> list[torch.Tensor]:
         hidden, calls = self.skeleton.embed(batches)
         with torch.no_grad():
             for index in range(self.skeleton.block_count):
                 block = self.skeleton.load_block(index)
-                for b, states in enumerate(hidden):
-                    call: BlockCall = calls[len(states)][index]
-                    output = block(states, *call.args, **call.kwargs)
-                    hidden[b] = output[0] if isinstance(output, tuple) else output
+                rounded = self.simulation.inside(block, self.skeleton.block_prefix(index)) if self.simulation else nullcontext()
+                with rounded:
+                    for b, states in enumerate(hidden):
+                        call: BlockCall = calls[len(states)][index]
+                        output = block(states, *call.args, **call.kwargs)
+                        hidden[b] = output[0] if isinstance(output, tuple) else output
                 self.skeleton.free_block(index)
                 progress(Event(phase, index + 1, self.skeleton.block_count))
         return hidden
@@ -127,7 +133,8 @@ def evaluate(
     elif isinstance(longest, int) and length > longest:
         raise QuantError(f"--length is {length}: the model's longest context is {longest}")
     rows = evaluation_rows(tokenizer, file, length, chunks)
-    runners = [_Runner(c, target) for c in ([checkpoint] if source is None else [checkpoint, source])]
+    simulation = Simulation(checkpoint)
+    runners = [Runner(checkpoint, target, simulation), *([] if source is None else [Runner(source, target)])]
     if int(rows.max()) >= min(r.skeleton.vocabulary for r in runners):
         raise CheckpointError(
             f"{path}: the text has token {int(rows.max())}, the model {runners[0].skeleton.vocabulary}: the tokenizer belongs to another model"
@@ -152,7 +159,7 @@ def evaluate(
             progress(Event("compare", index + 1, len(batches)))
     own = _perplexity(nll)
     if source is None:
-        return Evaluation(str(path), None, str(file), rows[:, 1:].numel(), len(rows), own)
+        return Evaluation(str(path), None, str(file), rows[:, 1:].numel(), len(rows), own, activations=simulation.description)
     other = _perplexity(source_nll)
     return Evaluation(
         str(path),
@@ -165,6 +172,7 @@ def evaluate(
         _measured(kl),
         _measured(agree),
         own.mean / other.mean - 1,
+        simulation.description,
     )
 
 

@@ -2,5 +2,6 @@
 
 from quant.outlier_suppression.awq import AWQScaling
 from quant.outlier_suppression.base import OutlierSuppressionRegistry, Suppression, Suppressor
+from quant.outlier_suppression.smooth_quant import SmoothQuant
 
-__all__ = ["AWQScaling", "OutlierSuppressionRegistry", "Suppression", "Suppressor"]
+__all__ = ["AWQScaling", "OutlierSuppressionRegistry", "SmoothQuant", "Suppression", "Suppressor"]

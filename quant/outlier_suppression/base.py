@@ -54,9 +54,13 @@ class Suppressor(Protocol):
     """A suppressor with its settings (a frozen dataclass)."""
 
     name: ClassVar[str]
-    needs: ClassVar[frozenset[str]]
     #: kinds of source it folds into
     sources: ClassVar[frozenset[str]]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics that these settings want."""
+        ...
 
     def __call__(self, weight: torch.Tensor, statistics: Statistics, scheme: Scheme, dtype: torch.dtype, place: Place) -> Suppression:
         """Factors for the stacked fp32 weights [N, K] (not to be changed) of linears that share an input; ``scheme`` is what they will become,

@@ -24,6 +24,7 @@ from quant.checkpoint.reader import Checkpoint
 from quant.checkpoint.writer import write_text
 from quant.devices import device_of
 from quant.errors import CheckpointError, QuantError, UsageError, VerificationFailed
+from quant.evaluation.preservation import preservation
 from quant.evaluation.verify import verify
 from quant.formats.reading import read_linear
 from quant.models.adapter import InputGroup, fused_name
@@ -549,6 +550,12 @@ class QuantizationManager:
                 raise VerificationFailed(
                     f"{work.path}: the output failed its own verification: {'; '.join(verification.failed[:5])}. It was not published"
                 )
+            preserved = preservation(checkpoint.path, work.path, self.device) if plan.methods == ["none"] else None
+            if preserved is not None and not preserved.preserved:
+                raise VerificationFailed(
+                    f"{work.path}: the output is another function than the source: KL {preserved.kl:.2g} nats per token, logits differ by "
+                    f"{preserved.difference:.2%} at most. It was not published"
+                )
         layers = [self.layers[name] for name in plan.linears]
         copied = [
             n
@@ -584,6 +591,7 @@ class QuantizationManager:
             "unquantized_linears": list(plan.unquantized),
             "side_files_dropped": dropped,
             "vllm": vllm_config(arguments),
+            "function": None if preserved is None else preserved.to_dict(),
             "verify": verification.to_dict(),
             "output_hash": verification.content_hash,
         }

@@ -21,7 +21,7 @@ from quant.pipeline.selection import select
 from quant.planning.target import target_problems as gpu_problems
 from quant.quantizers import Quantizer, QuantizerRegistry
 from quant.recipe import Assignment, Recipe
-from quant.schemes import Scheme
+from quant.schemes import UNQUANTIZED, Scheme
 from quant.units import format_size
 
 #: Families whose linears are transformers' Conv1D: groups would run along the outputs.
@@ -215,7 +215,9 @@ def _assignment_problems(recipe: Recipe, assignments: Sequence[Assignment], form
     """What methods, schemes, format and target have against each other."""
     problems = []
     for scheme in dict.fromkeys(a.scheme for a in assignments):
-        if reason := form.refuse(scheme, recipe.target):
+        if scheme == UNQUANTIZED and form.quant_method is not None:
+            problems.append(f"--method none makes an ordinary checkpoint, format {form.name} holds quantized weights: use --format plain")
+        elif reason := form.refuse(scheme, recipe.target):
             problems.append(f"scheme {scheme} in format {form.name}: {reason}")
         if recipe.target == "vllm":
             problems += gpu_problems(scheme, form.name, recipe.gpu, recipe.vllm_version)

@@ -67,6 +67,11 @@ def quantization(console: Console, report: Mapping[str, Any]) -> None:
         )
     if report["side_files_dropped"]:
         rows.append(("left out", "\n".join(f"{d['file']}: {d['reason']}" for d in report["side_files_dropped"])))
+    if report["function"]:
+        same = report["function"]
+        rows.append(
+            ("function", f"KL to source {same['kl']:.2g} nats per token, logits differ by {same['difference']:.2g} of the largest at most")
+        )
     rows += _checks(report["verify"]["checks"])
     rows.append(("serve", f"python deploy_vllm.py serve --model-path {report['output_path']}"))
     _table(console, "Quantized", rows)
@@ -132,6 +137,7 @@ def evaluation(console: Console, value: Mapping[str, Any]) -> None:
     rows = [
         ("text", f"{value['text']}, {value['chunks']} chunks, {value['tokens']:,} tokens"),
         ("perplexity", shown(value["perplexity"], ".4f")),
+        *([("activations", value["activations"])] if value["activations"] else []),
     ]
     if value["against"]:
         rows += [

@@ -19,6 +19,7 @@ import torch
 from quant.calibration.text import bundled, evaluation_rows
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.errors import CheckpointError
+from quant.evaluation.simulation import Simulation
 from quant.formats.reading import dequantized
 from quant.models.skeleton import Skeleton
 from quant.offline import load_tokenizer
@@ -153,7 +154,7 @@ def ask(server: Server, rows: torch.Tensor, new_tokens: int = NEW_TOKENS) -> Ans
 
 
 class Reference:
-    """A checkpoint, quantized or not, run block by block from the values in its files.
+    """A checkpoint, quantized or not, run block by block from the values in its files, with activations rounded as its scheme says.
 
     Raises:
         CheckpointError: one that cannot be read, or whose model cannot be built here.
@@ -162,7 +163,7 @@ class Reference:
     def __init__(self, path: str | Path):
         self.checkpoint: Checkpoint = open_checkpoint(path)
         self.dtype: torch.dtype = getattr(torch, model_dtype(self.checkpoint.config))
-        self._values = dequantized(self.checkpoint)
+        self._values, self._simulation = dequantized(self.checkpoint), Simulation(self.checkpoint)
         Skeleton(self._values, torch.device("cpu"), self.dtype)  # says at once what cannot be built
 
     def logs(self, tokens: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,7 +173,9 @@ class Reference:
         with torch.no_grad():
             for index in range(skeleton.block_count):
                 call = calls[len(tokens)][index]
-                output = skeleton.load_block(index)(hidden, *call.args, **call.kwargs)
+                block = skeleton.load_block(index)
+                with self._simulation.inside(block, skeleton.block_prefix(index)):
+                    output = block(hidden, *call.args, **call.kwargs)
                 hidden = output[0] if isinstance(output, tuple) else output
                 skeleton.free_block(index)
             said, most = [], []

@@ -1,0 +1,71 @@
+"""What a served checkpoint computes with besides its weights: quantized activations, and an FP8 KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from quant.activations import fake_quantize
+from quant.checkpoint.reader import Checkpoint
+from quant.formats import Found, Linear
+from quant.formats.base import FormatRegistry, find_format
+from quant.formats.reading import read_linear
+from quant.models.attention import observed_attention
+from quant.quantizers.floats import snap
+from quant.tensors import InputParameters
+
+
+class Simulation:
+    """The inputs of a checkpoint's linears, and K and V, as vLLM rounds them; nothing where the checkpoint leaves them alone.
+
+    Raises:
+        CheckpointError: quantized in a way that is not read here.
+    """
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint = checkpoint
+        self._found: Found | None = find_format(checkpoint.config, checkpoint.tensors)
+        linears = self._found.linears if self._found else {}
+        self._linears: dict[str, Linear] = {n: x for n, x in linears.items() if x.activations is not None}
+        self._caches = [n.removesuffix("k_scale") for n in checkpoint.tensors if n.endswith(".k_scale")]
+
+    @property
+    def description(self) -> str | None:
+        """What is simulated, in words; None where nothing is."""
+        kinds = [str(a) for a in dict.fromkeys(x.activations for x in self._linears.values())]
+        kinds += ["FP8 KV cache"] if self._caches else []
+        return f"simulated {', '.join(kinds)}" if kinds else None
+
+    @contextmanager
+    def inside(self, block: nn.Module, prefix: str) -> Iterator[None]:
+        """While it lasts, the block runs with rounded inputs; ``prefix`` starts the names of its tensors in the file."""
+        with ExitStack() as stack:
+            for name, linear in self._linears.items():
+                if name.startswith(prefix):
+                    module = block.get_submodule(name.removeprefix(prefix))
+                    stack.callback(module.register_forward_pre_hook(self._hook(linear)).remove)
+            for cache in self._caches:
+                if cache.startswith(prefix):
+                    stack.enter_context(observed_attention(block, self._cached(cache)))
+            yield
+
+    def _hook(self, linear: Linear) -> Any:
+        scheme = linear.activations
+        assert scheme is not None and self._found is not None
+        numbers: InputParameters | None = None
+        if scheme.calibrated:
+            numbers = read_linear(FormatRegistry.get(self._found.format), self._found, self._checkpoint, linear.name).inputs
+        return lambda module, inputs: (fake_quantize(inputs[0], scheme, numbers), *inputs[1:])
+
+    def _cached(self, attention: str) -> Any:
+        scales = [self._checkpoint.read(f"{attention}{x}_scale").float() for x in "kv"]
+
+        def rounded(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            pairs = [(v, s.to(v.device)) for v, s in zip(values, scales, strict=True)]
+            return tuple((snap(v.float() / s, 8) * s).to(v.dtype) for v, s in pairs)
+
+        return rounded
