@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+#: What may be asked for.
+STATISTICS = frozenset({"hessian", "range"})
 _PANEL = 512
 #: Directions that are summed in fp32, and tokens of one bf16 product, of :class:`SplitGram`.
 _DIRECTIONS, _RUN = 32, 1024
@@ -69,7 +71,7 @@ class Accumulator:
 
     def __init__(self, features: int, device: torch.device, needs: Iterable[str]):
         needs = set(needs)
-        if unknown := needs - {"hessian", "range"}:
+        if unknown := needs - STATISTICS:
             raise ValueError(f"no such statistic: {', '.join(sorted(unknown))}")
         self.tokens = 0
         self._gram = gram_for(features, device) if "hessian" in needs else None
