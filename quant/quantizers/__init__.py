@@ -2,6 +2,7 @@
 
 from quant.quantizers.base import Quantized, Quantizer, QuantizerRegistry
 from quant.quantizers.gptq import GPTQQuantizer
+from quant.quantizers.hqq import HQQQuantizer
 from quant.quantizers.minmax import MinMaxQuantizer
 
-__all__ = ["GPTQQuantizer", "MinMaxQuantizer", "Quantized", "Quantizer", "QuantizerRegistry"]
+__all__ = ["GPTQQuantizer", "HQQQuantizer", "MinMaxQuantizer", "Quantized", "Quantizer", "QuantizerRegistry"]
