@@ -19,6 +19,7 @@ _EXPORTS: dict[str, str] = {
     "EngineRequest": "quant.planning.memory",
     "GPTQQuantizer": "quant.quantizers",
     "Gpu": "quant.hardware",
+    "HQQQuantizer": "quant.quantizers",
     "LlamaAdapter": "quant.models",
     "MemoryPlan": "quant.planning.memory",
     "MinMaxQuantizer": "quant.quantizers",

@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+#: What may be asked for.
+STATISTICS = frozenset({"hessian", "range", "sample"})
 _PANEL = 512
 #: Most tokens of a sample.
 _SAMPLE = 512
@@ -73,7 +75,7 @@ class Accumulator:
 
     def __init__(self, features: int, device: torch.device, needs: Iterable[str]):
         needs = set(needs)
-        if unknown := needs - {"hessian", "range", "sample"}:
+        if unknown := needs - STATISTICS:
             raise ValueError(f"no such statistic: {', '.join(sorted(unknown))}")
         self.tokens = 0
         self._gram = gram_for(features, device) if "hessian" in needs else None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
 from quant.errors import CheckpointError, QuantError
-from quant.registry import Registry
+from quant.registry import Registry, lacks
 from quant.schemes import ActivationScheme, Scheme, WeightScheme, scheme_of
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ class Format(Protocol):
 #: Linears whose input is split over ranks under tensor parallelism; all others split their output.
 _ROW_PARALLEL = re.compile(r"\.(o_proj|down_proj|out_proj|dense|dense_4h_to_h|fc2|c_proj|wo|w2)$")
 
-FormatRegistry: Registry[Format] = Registry("format", "quant.formats")
+_PARTS = ("name", "quant_method", "config_file", "kv_cache", "refuse", "specs", "problems", "pack", "unpack", "config", "find")
+FormatRegistry: Registry[Format] = Registry("format", "quant.formats", lambda entry: lacks(entry, *_PARTS))
 
 
 def require(tensors: Mapping[str, TensorInfo], name: str, linear: str) -> TensorInfo:

@@ -54,7 +54,11 @@ class ModelAdapter:
         return [linear for group in self.groups for linear in group.linears]
 
 
-ModelRegistry: Registry[ModelAdapter] = Registry("model family", "quant.models")
+def _wrong(entry: Any) -> str | None:
+    return None if isinstance(entry, ModelAdapter) else f"it is not a ModelAdapter but {type(entry).__name__}"
+
+
+ModelRegistry: Registry[ModelAdapter] = Registry("model family", "quant.models", _wrong)
 
 
 def _gated(

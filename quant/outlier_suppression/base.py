@@ -11,9 +11,12 @@ from typing import ClassVar, Protocol
 
 import torch
 
-from quant.calibration.statistics import Statistics
-from quant.registry import Registry
+from quant.calibration.statistics import STATISTICS, Statistics
+from quant.registry import Registry, no_class
 from quant.schemes import Scheme
+
+#: Kinds of modules that factors are folded into.
+SOURCES = frozenset({"norm", "linear"})
 
 
 @dataclass(frozen=True)
@@ -68,4 +71,6 @@ class Suppressor(Protocol):
         ...
 
 
-OutlierSuppressionRegistry: Registry[type[Suppressor]] = Registry("outlier suppressor", "quant.outlier_suppression")
+OutlierSuppressionRegistry: Registry[type[Suppressor]] = Registry(
+    "outlier suppressor", "quant.outlier_suppression", lambda entry: no_class(entry, needs=STATISTICS, sources=SOURCES)
+)

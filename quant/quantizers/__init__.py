@@ -3,7 +3,10 @@
 from quant.quantizers.awq import AWQQuantizer
 from quant.quantizers.base import Quantized, Quantizer, QuantizerRegistry
 from quant.quantizers.gptq import GPTQQuantizer
+from quant.quantizers.hqq import HQQQuantizer
 from quant.quantizers.identity import IdentityQuantizer
 from quant.quantizers.minmax import MinMaxQuantizer
 
-__all__ = ["AWQQuantizer", "GPTQQuantizer", "IdentityQuantizer", "MinMaxQuantizer", "Quantized", "Quantizer", "QuantizerRegistry"]
+__all__ = [
+    "AWQQuantizer", "GPTQQuantizer", "HQQQuantizer", "IdentityQuantizer", "MinMaxQuantizer", "Quantized", "Quantizer", "QuantizerRegistry",
+]  # fmt: skip

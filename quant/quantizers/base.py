@@ -7,8 +7,8 @@ from typing import ClassVar, Protocol
 
 import torch
 
-from quant.calibration.statistics import Statistics
-from quant.registry import Registry
+from quant.calibration.statistics import STATISTICS, Statistics
+from quant.registry import Registry, no_class
 from quant.schemes import WeightScheme
 from quant.tensors import QuantizedTensor
 
@@ -55,4 +55,9 @@ class Quantizer(Protocol):
         ...
 
 
-QuantizerRegistry: Registry[type[Quantizer]] = Registry("method", "quant.quantizers")
+QuantizerRegistry: Registry[type[Quantizer]] = Registry(
+    "method",
+    "quant.quantizers",
+    lambda entry: no_class(entry, needs=STATISTICS),
+    {"suppressor": Quantizer.suppressor, "refuse": staticmethod(Quantizer.refuse)},
+)

@@ -58,13 +58,18 @@ def group_parameters(
     low, high = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
     if not search:
         return _parameters(low, high, scheme, dtype)
-    rows = len(groups) if groups.is_cuda else max(1, _CACHED // groups[0].numel())
+    rows = rows_at_a_time(groups)
     parts = [
         _searched(groups[i : i + rows], low[i : i + rows], high[i : i + rows], scheme, dtype, importance)
         for i in range(0, len(groups), rows)
     ]
     zeros = [z for _, z in parts if z is not None]
     return torch.cat([s for s, _ in parts]), torch.cat(zeros) if zeros else None
+
+
+def rows_at_a_time(groups: torch.Tensor) -> int:
+    """How many rows of [N, G, g] to search at once: all on a GPU, as many as stay in the cache on a CPU."""
+    return len(groups) if groups.is_cuda else max(1, _CACHED // groups[0].numel())
 
 
 def _searched(

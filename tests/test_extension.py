@@ -1,0 +1,137 @@
+"""The extension guide: its code is the code that runs, its package installs, and its commands do what they say."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT, short_text
+
+GUIDE = (ROOT / "docs" / "extension_guide.md").read_text(encoding="utf-8")
+#: Commands that the guide shows for installing; the test installs into a folder instead.
+INSTALL = "pip install ./examples/extension"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example package, built and installed by pip into a folder of its own."""
+    folder = tmp_path_factory.mktemp("extension")
+    shutil.copytree(ROOT / "examples" / "extension", folder / "source", ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
+    options = ["--no-deps", "--no-index", "--no-build-isolation", "--quiet", "--target", str(folder / "site")]
+    install = [sys.executable, "-m", "pip", "install", *options, str(folder / "source")]
+    done = subprocess.run(install, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(folder / "source")
+    return folder / "site"
+
+
+@pytest.fixture
+def run(site: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs ``quant`` where the package is installed, in a folder that has what a checkout has."""
+    for name in ("examples", "configs"):
+        os.symlink(ROOT / name, tmp_path / name)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{site}", "OMP_NUM_THREADS": "1"}
+
+    def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "quantize.py"), *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    return call
+
+
+def test_every_block_of_the_guide_is_a_part_of_the_file_it_names() -> None:
+    blocks = re.findall(r"(?:^`([^`\n]+)`:\n\n)?^```(python|toml)\n(.*?)^```", GUIDE, re.S | re.M)
+    assert len(blocks) >= 14
+    for file, _, code in blocks:
+        assert file, f"a block names no file:\n{code}"
+        assert code.strip("\n") in (ROOT / file).read_text(encoding="utf-8"), f"{file} no longer has\n{code}"
+    shown = "\n".join(code for file, _, code in blocks if file.startswith("examples/"))
+    package = (ROOT / "examples" / "extension" / "pyproject.toml").read_text(encoding="utf-8")
+    for line in re.search(r"^\[project\.entry-points.*?(?=^\[tool)", package, re.S | re.M)[0].splitlines():  # type: ignore[index]
+        assert line in shown, f"the guide does not show {line!r}"
+
+
+def test_the_commands_of_the_guide_run(run: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    lines = [line for block in re.findall(r"^```sh\n(.*?)^```", GUIDE, re.S | re.M) for line in block.splitlines()]
+    assert lines.count(INSTALL) == 1 and len(lines) == 6
+    for line in lines:
+        words = shlex.split(line)
+        if line == INSTALL:
+            continue
+        assert words[0] == "quant"
+        done = run(*words[1:], "--json")
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        result = json.loads(done.stdout)
+        if words[1] == "quantize":
+            assert result["verify"]["passed"] and result["method"] == words[words.index("--method") + 1]
+            assert {x["method"] for x in result["layers"]} == {result["method"]}
+    folds = json.loads((tmp_path / "out" / "root" / "quant_report.json").read_text())["folds"]
+    assert {f["suppressor"] for f in folds.values()} == {"root"}
+    assert json.loads((tmp_path / "out" / "codes" / "config.json").read_text())["quantization_config"]["quant_method"] == "codes"
+
+
+def test_the_foreign_method_does_what_its_name_says(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    kl = {}
+    for method in ("minmax", "my-hqq"):
+        options = ["--scheme", "w4a16-asym", "--group-size", "64", "--json"]
+        assert run("quantize", "-m", "examples/tinylm-4m", "-o", method, "--method", method, *options).returncode == 0
+        measured = run("evaluate", method, "--against", "examples/tinylm-4m", "--chunks", "24", "--length", "128", "--json")
+        kl[method] = json.loads(measured.stdout)["kl"]["mean"]
+    assert kl["my-hqq"] < 0.95 * kl["minmax"], kl
+
+
+def test_a_foreign_method_has_settings_and_refusals_like_any_other(
+    run: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    job = ["quantize", "-m", "examples/tinylm-4m", "-o", "out", "--method", "my-hqq", "--group-size", "64"]
+    refused = run(*job, "--scheme", "w4a16")
+    assert refused.returncode == 1 and "--method my-hqq: moves zero points, which W4 g64 symmetric has none of" in refused.stderr
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("scheme: w4a16-asym\noptions: {norm: 0.5, iterations: 2}\n")
+    assert run(*job, "--config", recipe).returncode == 0
+    recipe.write_text("scheme: w4a16-asym\noptions: {nrom: 0.5}\n")
+    shutil.rmtree(tmp_path / "out")
+    refused = run(*job, "--config", recipe)
+    assert refused.returncode == 2 and "--nrom is not an option of --method my-hqq: it has norm, penalty, iterations" in refused.stderr
+
+
+def test_the_foreign_family_is_the_one_that_its_checkpoints_get(
+    run: Callable[..., subprocess.CompletedProcess[str]], checkpoints: Callable[..., Path]
+) -> None:
+    model = checkpoints("granite")
+    assert json.loads(run("inspect", model, "--json").stdout)["adapter"] == "my-granite"
+    options = ["--group-size", "32", "--samples", "4", "--sequence-length", "32", "--calibration-dataset", short_text(), "--json"]
+    done = run("quantize", "-m", model, "-o", "out", "--method", "gptq", *options)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_broken_package_stops_only_the_job_that_asks_for_it(
+    run: Callable[..., subprocess.CompletedProcess[str]], site: Path, tmp_path: Path
+) -> None:
+    (site / "quant_broken.py").write_text("import a_module_that_is_not_there\n")
+    info = site / "quant_broken-3.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: quant-broken\nVersion: 3\n")
+    groups = ("quantizers", "outlier_suppression", "formats", "models")
+    (info / "entry_points.txt").write_text("".join(f"[quant.{g}]\nbroken = quant_broken:X\n" for g in groups))
+    try:
+        job = ["quantize", "-m", "examples/tinylm-4m", "--group-size", "64", "--scheme", "w4a16-asym"]
+        done = run(*job, "-o", "out", "--method", "my-hqq")
+        assert done.returncode == 0 and "quant_broken" not in done.stderr
+        for option in ("--method", "--format", "--outlier-suppression"):
+            others = [] if option == "--method" else ["--method", "gptq"]
+            refused = run(*job, "-o", "no", option, "broken", *others)
+            assert refused.returncode == 2 and "Traceback" not in refused.stderr, refused.stderr
+            assert "quant_broken:X of the package quant-broken 3 cannot be loaded (ModuleNotFoundError" in refused.stderr
+    finally:
+        shutil.rmtree(info)
+        (site / "quant_broken.py").unlink()
