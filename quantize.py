@@ -163,7 +163,7 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--damping", type=float, help="gptq: share of the Hessian's mean diagonal that is added to it.  [default: 0.01]"),
         click.option("--clip-search/--no-clip-search", default=None, help="Search each group's range for the least error.  [default: on for gptq]"),
         click.option("--option", "options", metavar="KEY=VALUE", multiple=True, callback=_pairs, help="Any other setting of the method; repeatable."),
-        click.option("--format", "format_", help="compressed-tensors (default), gptq or plain (dequantized values in the source's dtype)."),
+        click.option("--format", "format_", help="compressed-tensors (default), awq, gptq or plain (dequantized values in the source's dtype)."),
         click.option("--target", type=click.Choice(["vllm", "other"]), help="Who must load it; other allows what vLLM refuses.  [default: vllm]"),
         calibration_options,
         click.option("--layers", help="Only these: 0,1,2 · 0-3,7 · first:2 · last:2 · globs over module names."),
@@ -306,8 +306,11 @@ def smooth(out: Output, method: str, **options: Any) -> None:
 @click.option(
     "-o", "--output-path", type=click.Path(path_type=Path), required=True, help="Output directory; it must not exist or be empty."
 )
-@click.option("--format", "format_", help="Format to write: compressed-tensors, gptq or plain.  [default: the checkpoint's own]")
+@click.option("--format", "format_", help="Format to write: compressed-tensors, awq, gptq or plain.  [default: the checkpoint's own]")
 @click.option("--source", type=click.Path(path_type=Path), help="Where to take missing side files (tokenizer, generation config) from.")
+@click.option(
+    "--requantize", is_flag=True, help="Round anew the linears whose groups are in activation order (g_idx), which vLLM has no path for."
+)
 @click.option("--tensor-parallel", type=click.IntRange(1, 1024), default=1, show_default=True, help="Degree it will be served with.")
 @click.option("--max-model-len", type=click.IntRange(1), help="Context to serve.  [default: the model's]")
 @click.option("--target", type=click.Choice(["vllm", "other"]), default="vllm", show_default=True, help="Who must load it.")
@@ -318,6 +321,7 @@ def export_vllm(
     output_path: Path,
     format_: str | None,
     source: Path | None,
+    requantize: bool,
     tensor_parallel: int,
     max_model_len: int | None,
     target: str,
@@ -336,6 +340,7 @@ def export_vllm(
             output_path,
             format_,
             source=source,
+            requantize=requantize,
             tensor_parallel=tensor_parallel,
             max_model_len=max_model_len,
             target=target,

@@ -114,7 +114,9 @@ def verify(
             form = FormatRegistry.get(found.format)
             refused = dict.fromkeys(r for x in linears if (r := form.refuse(x.numbers, "vllm")))
             result.add(
-                "vLLM takes it", [*refused, *_gptq_refusals(quantization)], "bits, symmetry and group sizes are ones that vLLM loads"
+                "vLLM takes it",
+                [*refused, *_gptq_refusals(quantization), *_awq_refusals(found)],
+                "bits, symmetry and group sizes are ones that vLLM loads",
             )
             result.add(
                 "fused layers",
@@ -176,6 +178,11 @@ def _gptq_refusals(quantization: Mapping[str, Any]) -> list[str]:
         if quantization.get("checkpoint_format", "gptq") != "gptq":
             problems.append(f"checkpoint_format is {quantization['checkpoint_format']!r}: vLLM reads zero points as v1")
     return problems
+
+
+def _awq_refusals(found: Found) -> list[str]:
+    others = sorted(set(found.options["packing"].values()) - {"gemm"}) if found.format == "awq" else []
+    return [f"the words are packed as AutoAWQ's {x}: vLLM reads every AWQ file as gemm; quant export-vllm converts it" for x in others]
 
 
 def _layer_problems(checkpoint: Checkpoint, found: Found, dtype: str) -> list[str]:

@@ -139,7 +139,11 @@ class GPTQ:
 
     def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Found:
         version = str(config.get("checkpoint_format") or config.get("format") or "gptq")
-        if version not in _VERSIONS or config.get("is_marlin_format"):
+        if config.get("is_marlin_format"):
+            raise CheckpointError(
+                "is_marlin_format is true: AutoGPTQ's Marlin packing of GPTQ is not read here nor by vLLM 0.32, quantize the original"
+            )
+        if version not in _VERSIONS:
             raise CheckpointError(f"GPTQ checkpoint_format {version!r} is not read here; read are {', '.join(_VERSIONS)}")
         if str(config.get("pack_dtype", "int32")) != "int32":
             raise CheckpointError(f"GPTQ pack_dtype {config['pack_dtype']!r} is not read here; read is int32")

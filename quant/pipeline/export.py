@@ -13,15 +13,17 @@ from quant.checkpoint.dtypes import TORCH
 from quant.checkpoint.journal import WorkFolder
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.checkpoint.writer import write_text
-from quant.errors import Problems, UsageError, VerificationFailed
+from quant.errors import CheckpointError, Problems, UsageError, VerificationFailed
 from quant.evaluation.verify import verify
 from quant.formats import Format, FormatRegistry, Found, Linear, find_format
 from quant.formats.base import shape_problems, stated_dtype
+from quant.formats.legacy import incomplete, repaired
 from quant.formats.reading import dequantized, read_linear
 from quant.pipeline.memory import peak_rss
 from quant.pipeline.plan import check_disk, lay_out, target_problems, unquantized_linears
 from quant.pipeline.writing import REPORT, write_rest, write_unit
 from quant.progress import Event, Progress, silent
+from quant.quantizers import MinMaxQuantizer
 from quant.serving.arguments import engine_arguments, vllm_config
 from quant.tensors import QuantizedTensor
 
@@ -32,6 +34,7 @@ def export(
     format_name: str | None = None,
     *,
     source: str | Path | None = None,
+    requantize: bool = False,
     tensor_parallel: int = 1,
     max_model_len: int | None = None,
     target: str = "vllm",
@@ -40,14 +43,17 @@ def export(
     """Reads ``model_path`` in whatever format it is and writes ``output_path`` in ``format_name`` (its own by default).
 
     Codes, scales and zero points are carried over, not rounded anew; scales are stored in the model's dtype, as vLLM would cast them, and the
-    report says how many that changed.
+    report says how many that changed. Only linears whose groups are in activation order have no other way: ``requantize`` dequantizes them and
+    rounds them again in natural groups, and the report gives each one's signal-to-noise ratio against what the checkpoint held.
 
     Raises:
         Problems, QuantError: what stands against it, all together, before anything is written.
     """
     start = time.perf_counter()
     output = Path(output_path)
-    checkpoint = open_checkpoint(model_path)
+    checkpoint, repairs = repaired(open_checkpoint(model_path))
+    if lost := incomplete(checkpoint):
+        raise Problems([*target_problems(Path(model_path), output), *lost])
     found = find_format(checkpoint.config, checkpoint.tensors)
     form = FormatRegistry.get(format_name or (found.format if found else "plain"))
     if found is None and form.quant_method is not None:
@@ -57,7 +63,7 @@ def export(
     if source is not None and not Path(source).is_dir():
         problems.append(f"--source is {str(source)!r}: there is no such directory")
     if form.quant_method is not None and found is not None:
-        problems += _problems(checkpoint, found, form, linears, target, tensor_parallel)
+        problems += _problems(checkpoint, found, form, linears, target, tensor_parallel, requantize)
     if problems:
         raise Problems(problems)
     dtype = stated_dtype(checkpoint.config) or "BF16"
@@ -70,15 +76,23 @@ def export(
         config["quantization_config"] = quantization
     arguments = engine_arguments(config, tensor_parallel=tensor_parallel, max_model_len=max_model_len)
     changed: list[str] = []
+    requantized: dict[str, dict[str, float]] = {}
 
     def produce(name: str) -> QuantizedTensor:
         assert found is not None
         tensor = read_linear(FormatRegistry.get(found.format), found, checkpoint, name)
-        if form.quant_method is not None:
+        if form.quant_method is not None and tensor.group_index is not None and (form.name != "gptq" or target == "vllm"):
+            value = tensor.dequantize()
+            tensor = MinMaxQuantizer(clip_search=True)(value.clone(), None, linears[name].scheme, TORCH[dtype]).tensor
+            noise = (tensor.dequantize() - value).square().sum()
+            requantized[name] = {"snr_db": round(float(10 * (value.square().sum() / noise).log10()), 2)}
+        elif form.quant_method is not None:
             scales = tensor.scales.to(TORCH[dtype])
             if not bool((scales.float() == tensor.scales.float()).all()):
                 changed.append(name)
             tensor = replace(tensor, scales=scales)
+            if linears[name].scheme.symmetric:
+                tensor = replace(tensor, zeros=None, scheme=linears[name].scheme)
         return tensor
 
     work = WorkFolder(output.absolute(), {"export": str(checkpoint.path), "format": form.name}, fresh=True)
@@ -102,6 +116,8 @@ def export(
             "output_bytes": sum(f.stat().st_size for f in work.path.glob("*.safetensors")),
             "linears": len(linears),
             "scales_rounded": changed,
+            "requantized": requantized,
+            "repairs": repairs,
             "side_files_dropped": dropped,
             "seconds": {"total": round(time.perf_counter() - start, 3)},
             "peak_rss_bytes": peak_rss(),
@@ -118,24 +134,41 @@ def export(
 
 
 def _problems(
-    checkpoint: Checkpoint, found: Found, form: Format, linears: dict[str, Linear], target: str, tensor_parallel: int
+    checkpoint: Checkpoint,
+    found: Found,
+    form: Format,
+    linears: dict[str, Linear],
+    target: str,
+    tensor_parallel: int,
+    requantize: bool,
 ) -> list[str]:
     """Checks every linear against the wanted format; fills in what only the tensors tell (symmetry, order)."""
     problems: dict[str, None] = {}
+    shifted = False
     for name, linear in linears.items():
-        tensor = read_linear(FormatRegistry.get(found.format), found, checkpoint, name)
-        linears[name] = linear = replace(linear, scheme=tensor.scheme)
-        if tensor.group_index is not None and (form.name != "gptq" or target == "vllm"):
+        try:
+            tensor = read_linear(FormatRegistry.get(found.format), found, checkpoint, name)
+        except CheckpointError as error:
+            problems[str(error)] = None
+            continue
+        linears[name] = replace(linear, scheme=tensor.scheme)
+        shifted = shifted or (tensor.zeros is not None and bool(tensor.zeros.any()))
+        if tensor.group_index is not None and (form.name != "gptq" or target == "vllm") and not requantize:
             problems[
-                "the groups are in activation order (g_idx is not k // group_size), which vLLM has no path for: export with --format plain, "
-                "or quantize the original again with --act-order static"
+                "the groups are in activation order (g_idx is not k // group_size), which vLLM has no path for: --requantize rounds those linears anew "
+                "(the report says what that costs), --format plain keeps their values; best is to quantize the original again with --act-order static"
             ] = None
+    if not shifted:  # AWQ files always have zero points: those of symmetric weights are all in the middle
+        linears.update({n: replace(x, scheme=replace(x.scheme, symmetric=True)) for n, x in linears.items() if not x.scheme.symmetric})
+    for linear in linears.values():
         if reason := form.refuse(linear.numbers, target):
             problems[f"{linear.scheme} in format {form.name}: {reason}"] = None
         problems.update(dict.fromkeys(form.problems(linear)))
     problems.update(dict.fromkeys(shape_problems(linears.values(), tensor_parallel)))
     if len({x.scheme for x in linears.values()}) > 1 and form.name == "gptq":
         problems["the linears have several schemes; a gptq file of ours holds one: use --format compressed-tensors"] = None
+    if len({x.scheme.group_size for x in linears.values()}) > 1 and form.name == "awq":
+        problems["the linears have several group sizes; an awq file holds one: use --format compressed-tensors"] = None
     return list(problems)
 
 

@@ -14,7 +14,7 @@ from quant.planning.versions import parse_version
 from quant.schemes import PRESETS, Scheme
 
 #: First release that loads a format, as far as the formats' contract is known: before it compressed-tensors had no per-group format key.
-_FIRST_RELEASE = {"compressed-tensors": (0, 6, 2), "gptq": (0, 2, 6)}
+_FIRST_RELEASE = {"awq": (0, 2, 0), "compressed-tensors": (0, 6, 2), "gptq": (0, 2, 6)}
 
 
 def method_for(scheme: str) -> str:

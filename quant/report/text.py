@@ -108,6 +108,11 @@ def export(console: Console, report: Mapping[str, Any]) -> None:
             else "carried over exactly",
         ),
     ]
+    if report["requantized"]:
+        snr = [x["snr_db"] for x in report["requantized"].values()]
+        rows.append(("rounded anew", f"{len(snr)} linears in activation order, {min(snr):.1f} to {max(snr):.1f} dB against the checkpoint"))
+    if report["repairs"]:
+        rows.append(("repaired", "\n".join(report["repairs"])))
     if report["side_files_dropped"]:
         rows.append(("left out", "\n".join(f"{d['file']}: {d['reason']}" for d in report["side_files_dropped"])))
     _table(console, "Exported", rows + _checks(report["verify"]["checks"]))
