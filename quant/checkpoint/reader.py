@@ -5,6 +5,7 @@ Nothing is memory-mapped: a mapped page counts as memory in use, and the depth o
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +27,8 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 #: Files that describe an earlier quantization: their content is wrong for a new checkpoint, and they are not copied.
 STALE = {"quant_report.json", "vllm_config.json", "quantize_config.json", "quant_config.json", "recipe.yaml"}
 _SKIPPED_FOLDERS = {".git", ".cache", "__pycache__", ".huggingface"}
-CHUNK = 1 << 24
+#: Bytes copied at a time: a piece stays in the processor's cache between reading and writing, and its buffer is never given back to the system.
+CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -78,15 +80,10 @@ class Checkpoint:
         """The tensor's bytes in one owned buffer."""
         info = self.info(name)
         data = bytearray(info.nbytes)
-        view, filled = memoryview(data), 0
         try:
             with info.file.open("rb", buffering=0) as stream:
                 stream.seek(info.start)
-                while filled < len(data):
-                    count = stream.readinto(view[filled:])
-                    if not count:
-                        raise CheckpointError(f"{info.file}: ends inside tensor {name!r}: the file was truncated while it was read")
-                    filled += count
+                self._fill(stream, memoryview(data), info)
         except OSError as error:
             raise CheckpointError(f"{info.file}: cannot be read at tensor {name!r}: {error.strerror or error}") from error
         return data
@@ -103,6 +100,44 @@ class Checkpoint:
         if info.numel == 0:
             return torch.empty(info.shape, dtype=TORCH[info.dtype])
         return torch.frombuffer(self.buffer(name), dtype=TORCH[info.dtype]).view(info.shape)
+
+    def read_rows(self, name: str, rows: int) -> Iterator[torch.Tensor]:
+        """The tensor [N, …] in pieces of at most ``rows`` of its first dimension, as :meth:`read` gives them.
+
+        All pieces share one buffer: each is overwritten when the next one is asked for.
+        """
+        import torch
+
+        from quant.checkpoint.dtypes import TORCH
+
+        if name in self.computed:
+            yield from self.computed[name]().split(rows)
+            return
+        info = self.info(name)
+        if info.numel == 0:
+            yield torch.empty(info.shape, dtype=TORCH[info.dtype])
+            return
+        count, row = info.shape[0], info.nbytes // info.shape[0]
+        data = bytearray(min(rows, count) * row)
+        buffer = torch.frombuffer(data, dtype=TORCH[info.dtype]).view(-1, *info.shape[1:])
+        try:
+            with info.file.open("rb", buffering=0) as stream:
+                stream.seek(info.start)
+                for first in range(0, count, rows):
+                    wanted = min(rows, count - first)
+                    self._fill(stream, memoryview(data)[: wanted * row], info)
+                    yield buffer[:wanted]
+        except OSError as error:
+            raise CheckpointError(f"{info.file}: cannot be read at tensor {name!r}: {error.strerror or error}") from error
+
+    @staticmethod
+    def _fill(stream: io.FileIO, view: memoryview, info: TensorInfo) -> None:
+        """Reads until ``view`` is full."""
+        while view:
+            count = stream.readinto(view)
+            if not count:
+                raise CheckpointError(f"{info.file}: ends inside tensor {info.name!r}: the file was truncated while it was read")
+            view = view[count:]
 
     @property
     def nbytes(self) -> int:

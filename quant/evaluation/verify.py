@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,10 @@ from quant.formats.compressed_tensors import matches
 from quant.formats.reading import dequantized
 from quant.models.adapter import fused_name
 
-_CHUNK = 1 << 24
+#: Bytes judged, hashed and compared at a time: few enough to stay in the processor's cache.
+_CHUNK = 1 << 20
+#: Files scanned at once.
+_SCANS = 4
 _MOST = 5
 #: Keys that vLLM accepts inside ``weights`` and ``input_activations`` of a compressed-tensors group; any other is refused when it loads.
 _ARGUMENT_KEYS = {
@@ -125,15 +130,16 @@ def verify(
             )
             result.add("tensor parallel", shape_problems(linears, tensor_parallel), f"shapes divide for {tensor_parallel} rank(s)")
         result.add("head and embeddings", _head_problems(checkpoint, found), "unquantized")
-    values, result.content_hash = _scan(checkpoint, found)
+    origin = None if source is None else open_checkpoint(source)
+    noted = _noted(checkpoint.path)
+    changed, made = noted["folded"] if changed is None else changed, noted["added"] if made is None else made
+    copies = set() if origin is None or found is None else _copies(checkpoint, origin, found, changed)
+    values, differing, result.content_hash = _scan(checkpoint, found, origin, copies)
     result.add("values", values, "every float is finite, every scale is non-zero, packed words agree with the config")
-    if source is not None:
-        origin = open_checkpoint(source)
-        noted = _noted(checkpoint.path)
-        changed, made = noted["folded"] if changed is None else changed, noted["added"] if made is None else made
+    if origin is not None:
         result.add(
             "tensors of the source",
-            _source_problems(checkpoint, origin, found, changed, made),
+            _source_problems(checkpoint, origin, found, differing, made),
             f"all {len(origin.tensors)} are quantized or copied byte for byte{f', {len(changed)} with scaling folded in' if changed else ''}",
         )
         result.add("side files", _side_file_problems(checkpoint, origin), "all there, byte for byte")
@@ -271,25 +277,57 @@ def _head_problems(checkpoint: Checkpoint, found: Found) -> list[str]:
     return problems
 
 
-def _scan(checkpoint: Checkpoint, found: Found | None) -> tuple[list[str], str]:
-    """Reads every byte once: values that no engine can use, and a hash over all files."""
-    problems: list[str] = []
-    digests = []
-    for file in checkpoint.weight_files:
-        digest = hashlib.sha256()
-        tensors = sorted((t for t in checkpoint.tensors.values() if t.file == file), key=lambda t: t.start)
-        with file.open("rb", buffering=0) as stream:
-            digest.update(stream.read(tensors[0].start) if tensors else b"")
-        for info in tensors:
-            judge = _judge(info, found)
-            said = False
-            for piece in checkpoint.read_bytes(info.name, _CHUNK):
-                digest.update(piece)
-                if judge is not None and not said and (wrong := judge(piece)):
-                    problems.append(f"{info.name} {wrong}")
-                    said = True
-        digests.append(f"{file.name} {digest.hexdigest()}")
-    return problems, hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
+def _copies(checkpoint: Checkpoint, source: Checkpoint, found: Found, changed: Collection[str]) -> set[str]:
+    """Tensors that must have the source's bytes."""
+    source = dequantized(source)
+    return {
+        name
+        for name, info in source.tensors.items()
+        if name not in changed
+        and name not in source.computed
+        and not (name.endswith(".weight") and name.removesuffix(".weight") in found.linears)
+        and (copy := checkpoint.tensors.get(name)) is not None
+        and (copy.dtype, copy.shape) == (info.dtype, info.shape)
+    }
+
+
+def _scan(
+    checkpoint: Checkpoint, found: Found | None, source: Checkpoint | None, copies: Collection[str]
+) -> tuple[list[str], set[str], str]:
+    """Reads every byte once, several files at a time.
+
+    Returns:
+        values that no engine can use; those of ``copies`` whose bytes differ from the source's; a hash over all files.
+    """
+    files = checkpoint.weight_files
+    with ThreadPoolExecutor(max(1, min(_SCANS, len(files), os.cpu_count() or 1))) as pool:
+        scans = list(pool.map(lambda file: _scan_file(file, checkpoint, found, source, copies), files))
+    problems = [p for scan in scans for p in scan[0]]
+    digests = sorted(f"{file.name} {scan[2]}" for file, scan in zip(files, scans, strict=True))
+    return problems, {n for scan in scans for n in scan[1]}, hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def _scan_file(
+    file: Path, checkpoint: Checkpoint, found: Found | None, source: Checkpoint | None, copies: Collection[str]
+) -> tuple[list[str], list[str], str]:
+    """:func:`_scan` of one file."""
+    problems, differing, digest = [], [], hashlib.sha256()
+    tensors = sorted((t for t in checkpoint.tensors.values() if t.file == file), key=lambda t: t.start)
+    with file.open("rb", buffering=0) as stream:
+        digest.update(stream.read(tensors[0].start) if tensors else b"")
+    for info in tensors:
+        judge = _judge(info, found)
+        chunk = max(1, info.nbytes) if info.name.endswith(".g_idx") else _CHUNK  # an order is judged as a whole
+        original = source.read_bytes(info.name, chunk) if source is not None and info.name in copies else None
+        for piece in checkpoint.read_bytes(info.name, chunk):
+            digest.update(piece)
+            if judge is not None and (wrong := judge(piece)):
+                problems.append(f"{info.name} {wrong}")
+                judge = None
+            if original is not None and next(original) != piece:
+                differing.append(info.name)
+                original = None
+    return problems, differing, digest.hexdigest()
 
 
 def _judge(info: TensorInfo, found: Found | None) -> Callable[[bytes], str | None] | None:
@@ -315,23 +353,21 @@ def _judge(info: TensorInfo, found: Found | None) -> Callable[[bytes], str | Non
             if tuple(np.frombuffer(b, "<i8")) == (linear.n, linear.k)
             else f"says {tuple(np.frombuffer(b, '<i8').tolist())}, the tensors {(linear.n, linear.k)}"
         )
+    if info.dtype == "F8_E4M3":  # it has no infinity, and one NaN of each sign
+        return lambda b: f"holds {count} NaN" if (count := int(((np.frombuffer(b, "u1") & 0x7F) == 0x7F).sum())) else None
     if info.dtype not in FLOATS or info.dtype.startswith("F8"):
         return None
     scale = linear is not None and last in ("weight_scale", "scales")
 
+    # infinity and NaN are the numbers whose bits without the sign are at least infinity's
+    word, infinity = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}[info.dtype]
+
     def finite(piece: bytes) -> str | None:
-        if info.dtype == "BF16":
-            words = np.frombuffer(piece, "<u2")
-            broken, zero = (words & 0x7F80) == 0x7F80, (words & 0x7FFF) == 0
-        elif info.dtype == "F16":
-            words = np.frombuffer(piece, "<u2")
-            broken, zero = (words & 0x7C00) == 0x7C00, (words & 0x7FFF) == 0
-        else:
-            numbers = np.frombuffer(piece, "<f4" if info.dtype == "F32" else "<f8")
-            broken, zero = ~np.isfinite(numbers), numbers == 0
-        if bool(broken.any()):
-            return f"holds {int(broken.sum())} NaN or infinite values"
-        return f"holds {int(zero.sum())} zero scales" if scale and bool(zero.any()) else None
+        words = np.frombuffer(piece, word)
+        magnitudes = words & words.dtype.type(np.iinfo(words.dtype).max >> 1)
+        if magnitudes.size and int(magnitudes.max()) >= infinity:
+            return f"holds {int((magnitudes >= words.dtype.type(infinity)).sum())} NaN or infinite values"
+        return f"holds {int((magnitudes == 0).sum())} zero scales" if scale and not magnitudes.all() else None
 
     return finite
 
@@ -346,7 +382,7 @@ def _noted(path: Path) -> dict[str, list[str]]:
 
 
 def _source_problems(
-    checkpoint: Checkpoint, source: Checkpoint, found: Found | None, changed: Sequence[str], made: Sequence[str]
+    checkpoint: Checkpoint, source: Checkpoint, found: Found | None, differing: Collection[str], made: Sequence[str]
 ) -> list[str]:
     problems = []
     linears = found.linears if found else {}
@@ -366,14 +402,10 @@ def _source_problems(
                 problems.append(f"{name} was {info.shape}, is {copy.shape}")
         elif (copy.dtype, copy.shape) != (info.dtype, info.shape):
             problems.append(f"{name} was {info.dtype} {info.shape}, is {copy.dtype} {copy.shape}")
-        elif found is not None and name not in changed and not _same_bytes(checkpoint, source, name):
+        elif name in differing:
             problems.append(f"{name} differs from the source although it is not quantized")
     problems += [f"{n} is not in the source" for n in checkpoint.tensors if n not in source.tensors and n not in own and n not in made]
     return problems
-
-
-def _same_bytes(a: Checkpoint, b: Checkpoint, name: str) -> bool:
-    return all(x == y for x, y in zip(a.read_bytes(name, _CHUNK), b.read_bytes(name, _CHUNK), strict=True))
 
 
 def _side_file_problems(checkpoint: Checkpoint, source: Checkpoint) -> list[str]:

@@ -49,6 +49,8 @@ from quant.units import format_seconds
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 #: Bytes of calibration activations that a CPU run keeps in memory. The rest goes to a scratch file, which the page cache holds where there is room.
 RESIDENT_CPU = 256 << 20
+#: Elements of a weight that a method without data works on at a time: a CPU's temporaries stay in its cache, a GPU's still fill it.
+PIECE = {"cpu": 1 << 18, "cuda": 1 << 24}
 #: Tokens of the held-out row that a layer's error is measured on.
 ERROR_TOKENS = 512
 
@@ -80,6 +82,39 @@ class Made:
                 )
             largest = self._cache[0 if name.endswith("k_scale") else 1]
             self.changed[name] = (torch.where(largest == 0, 1.0, largest) / 448.0).reshape(1).cpu()
+
+
+class Assembled:
+    """A quantized weight of ``count`` rows put together from pieces of them, in order."""
+
+    def __init__(self, count: int):
+        self._count, self._filled = count, 0
+        self._codes: torch.Tensor | None = None
+        self._scales: list[torch.Tensor] = []
+        self._zeros: list[torch.Tensor] = []
+        self._fallbacks: dict[str, None] = {}
+        self._notes: dict[str, None] = {}
+        self._last: Quantized | None = None
+
+    def add(self, piece: Quantized) -> None:
+        tensor = piece.tensor
+        if self._codes is None:
+            self._codes = torch.empty(self._count, *tensor.codes.shape[1:], dtype=tensor.codes.dtype, device=tensor.codes.device)
+        self._codes[self._filled : self._filled + len(tensor.codes)] = tensor.codes
+        self._filled += len(tensor.codes)
+        self._scales.append(tensor.scales)
+        if tensor.zeros is not None:
+            self._zeros.append(tensor.zeros)
+        self._fallbacks |= dict.fromkeys(piece.fallbacks)
+        self._notes |= dict.fromkeys(piece.notes)
+        self._last = piece
+
+    def finish(self) -> Quantized:
+        assert self._last is not None and self._codes is not None and self._filled == self._count
+        tensor = self._last.tensor
+        scales = tensor.scales if tensor.scheme.strategy == "tensor" else torch.cat(self._scales)
+        tensor = replace(tensor, codes=self._codes, scales=scales, zeros=torch.cat(self._zeros) if self._zeros else None)
+        return Quantized(tensor, tuple(self._fallbacks), tuple(self._notes))
 
 
 @dataclass
@@ -434,30 +469,48 @@ class QuantizationManager:
                 self._write(unit, work, Made())
 
     def _quantize_alone(self, name: str) -> QuantizedTensor:
+        """Quantizes one linear by pieces of its rows, which are independent; of the source no more than a piece is in memory."""
         assignment = self.plan.assignments[name]
         weights = assignment.scheme.weights
         start = time.perf_counter()
-        stored = self.plan.checkpoint.read(f"{name}.weight")
-        weight = stored.to(self.device).float()
-        if not bool(torch.isfinite(weight).all()):
-            raise CheckpointError(
-                f"{self.plan.checkpoint.info(f'{name}.weight').file}: {name}.weight holds NaN or infinity: the source is damaged, fetch it again"
-            )
-        with self.clock.phase("solve"):
-            amax = self._fused_amax(name, weight) if weights.strategy in ("tensor", "tensor_group") else None
-            shared = {} if amax is None else {"amax": amax}
+        amax = self._fused_amax(name) if weights.strategy in ("tensor", "tensor_group") else None
+        shared = {} if amax is None else {"amax": amax}
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        whole = Assembled(self.plan.linears[name].n)
+        for stored, weight in self._pieces(name):
             result = self.quantizers[assignment](weight, None, weights, _torch_dtype(self.plan.dtype), **shared)
-        value = result.tensor.dequantize().to(stored.dtype)
-        self._note(name, result, stored.to(self.device), value, None, 0, time.perf_counter() - start)
-        return result.tensor
+            value = result.tensor.dequantize().to(stored.dtype).float()
+            exact = stored.float()
+            sums += torch.stack([value.sub_(exact).square_().sum(), exact.square().sum()])
+            whole.add(result)
+        quantized = whole.finish()
+        noise, signal = sums.tolist()
+        self._record(name, quantized, noise, signal, None, 0, time.perf_counter() - start)
+        return quantized.tensor
 
-    def _fused_amax(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+    def _pieces(self, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """A linear's weight by pieces of whole blocks of rows: as stored, and as fp32 of its own; both on the device.
+
+        Raises:
+            CheckpointError: it holds NaN or infinity.
+        """
+        size = PIECE.get(self.device.type, PIECE["cuda"])
+        rows = max(BLOCK, size // self.plan.linears[name].k // BLOCK * BLOCK)
+        for piece in self.plan.checkpoint.read_rows(f"{name}.weight", rows):
+            stored = piece.to(self.device)
+            weight = stored.to(torch.float32, copy=True)
+            if weight.numel() and not bool(torch.isfinite(weight.abs().amax())):
+                raise CheckpointError(
+                    f"{self.plan.checkpoint.info(f'{name}.weight').file}: {name}.weight holds NaN or infinity: the source is damaged, fetch it again"
+                )
+            yield stored, weight
+
+    def _fused_amax(self, name: str) -> torch.Tensor:
         """Largest magnitude in the layer that vLLM fuses a linear into: its shards get one number for the whole tensor."""
         fused = fused_name(name)
         if fused not in self._amax:
-            others = [n for n in self.plan.linears if n != name and fused_name(n) == fused]
-            largest = [self.plan.checkpoint.read(f"{n}.weight").to(self.device).abs().amax().float() for n in others]
-            self._amax[fused] = torch.stack([weight.abs().amax(), *largest]).amax()
+            shards = [n for n in self.plan.linears if fused_name(n) == fused]
+            self._amax[fused] = torch.stack([w.abs().amax() for n in shards for _, w in self._pieces(n)]).amax()
         return self._amax[fused]
 
     # --- shared -----------------------------------------------------------------------------------------------------------------------
@@ -498,6 +551,9 @@ class QuantizationManager:
                 (sample.float() @ difference.t()) if sample.dtype == torch.float32 else (sample @ difference.to(sample.dtype).t()).float()
             )
             error = float(missed.square().sum() / wanted.square().sum().clamp_min(1e-30))
+        self._record(name, result, noise, signal, error, tokens, seconds)
+
+    def _record(self, name: str, result: Quantized, noise: float, signal: float, error: float | None, tokens: int, seconds: float) -> None:
         self.layers[name] = {
             "name": name,
             "method": self.plan.assignments[name].method,

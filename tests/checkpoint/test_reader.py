@@ -45,6 +45,7 @@ def test_every_tensor_reads_as_the_official_package_reads_it(shard: str, checkpo
         assert checkpoint.read(name).dtype == tensor.dtype
         assert torch.equal(checkpoint.read(name), tensor)
         assert b"".join(checkpoint.read_bytes(name, 1000)) == bytes(checkpoint.buffer(name))
+        assert torch.equal(torch.cat([piece.clone() for piece in checkpoint.read_rows(name, 7)]), tensor)
     assert checkpoint.nbytes == sum(t.numel() * t.element_size() for t in wanted.values())
     assert checkpoint.dtype == "BF16"
 
@@ -174,6 +175,8 @@ def test_a_file_truncated_after_it_was_opened_is_an_error_not_zeros(sharded: Pat
         checkpoint.read("a.weight")
     with pytest.raises(CheckpointError, match="ends inside tensor 'a.weight'"):
         list(checkpoint.read_bytes("a.weight"))
+    with pytest.raises(CheckpointError, match="ends inside tensor 'a.weight'"):
+        list(checkpoint.read_rows("a.weight", 1))
     (sharded / "one.safetensors").unlink()
     with pytest.raises(CheckpointError, match="cannot be read at tensor 'a.weight': No such file"):
         checkpoint.read("a.weight")

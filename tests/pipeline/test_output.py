@@ -37,13 +37,13 @@ def name_of(job: dict[str, Any]) -> str:
 def caught(monkeypatch: pytest.MonkeyPatch) -> dict[str, QuantizedTensor]:
     """Every linear that the pipeline quantizes from now on, by name."""
     tensors: dict[str, QuantizedTensor] = {}
-    note = module.QuantizationManager._note
+    record = module.QuantizationManager._record
 
     def noting(self: Any, name: str, result: Quantized, *args: Any) -> None:
         tensors[name] = result.tensor
-        note(self, name, result, *args)
+        record(self, name, result, *args)
 
-    monkeypatch.setattr(module.QuantizationManager, "_note", noting)
+    monkeypatch.setattr(module.QuantizationManager, "_record", noting)
     return tensors
 
 
