@@ -169,7 +169,7 @@ _SHAPE = {
 def _padded_groups(k: int, group: int) -> int:
     """Groups that AutoAWQ's GEMV packings have room for: words of 8, whose number is even at 64 and a multiple of 4 at 32."""
     multiple = 1 if group >= 128 else 2 if group == 64 else 4
-    return 8 * multiple * -(-(-(-(k // group) // 8)) // multiple)
+    return 8 * multiple * -(-(k // group) // (8 * multiple))
 
 
 def _interleave(values: torch.Tensor) -> torch.Tensor:

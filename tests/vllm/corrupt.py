@@ -42,7 +42,7 @@ def nibble_order(path: Path, only: str) -> int:
 
 
 def zero_points(path: Path, only: str) -> int:
-    return _edit(path, lambda n: only in n and n.endswith("weight_zero_point"), _add_one_to_zeros)
+    return _edit(path, lambda n: only in n and n.endswith(("weight_zero_point", "qzeros")), _add_one_to_zeros)
 
 
 def scales_of_the_wrong_output(path: Path, only: str) -> int:

@@ -19,12 +19,14 @@ from quant.serving.process import ServerError
 from quant.serving.reference import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, Reference, ask, open_server, prompts
 from tests.vllm import corrupt
 
-CT, GPTQ = "compressed-tensors", "gptq"
+CT, GPTQ, AWQ = "compressed-tensors", "gptq", "awq"
 #: format, symmetry, group size, method
 CASES = [
     *((CT, "symmetric", g, m) for g, m in ((-1, "minmax"), (32, "gptq"), (64, "minmax"), (128, "gptq"))),
     *((CT, "asymmetric", g, m) for g, m in ((-1, "minmax"), (32, "minmax"), (64, "gptq"), (128, "minmax"))),
     *((GPTQ, "symmetric", g, m) for g, m in ((-1, "gptq"), (32, "minmax"), (64, "gptq"), (128, "minmax"))),
+    *((AWQ, "symmetric", g, m) for g, m in ((-1, "minmax"), (128, "gptq"))),
+    *((AWQ, "asymmetric", g, m) for g, m in ((-1, "minmax"), (32, "gptq"), (128, "minmax"))),
     ("plain", "symmetric", 128, "gptq"),
 ]
 ONE_LAYER = "layers.1.mlp.down_proj"
