@@ -44,6 +44,7 @@ class AWQ:
     quant_method: str | None = "awq"
     config_file: str | None = None  # AutoAWQ 0.2 and all others read config.json
     kv_cache = False
+    mixed = False
 
     def refuse(self, scheme: Scheme, target: str) -> str | None:
         weights = scheme.weights

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
 from quant.errors import CheckpointError, QuantError
+from quant.models.adapter import fused_name
 from quant.registry import Registry, lacks
-from quant.schemes import ActivationScheme, Scheme, WeightScheme, scheme_of
+from quant.schemes import BLOCK, ActivationScheme, Scheme, WeightScheme, scheme_of
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,8 @@ class Format(Protocol):
     config_file: str | None
     #: whether calibrated scales of an FP8 KV cache have a place in it
     kv_cache: bool
+    #: whether one file may hold several schemes
+    mixed: bool
 
     def refuse(self, scheme: Scheme, target: str) -> str | None:
         """Why ``target`` ("vllm" or "other") cannot take this scheme in this format, or None."""
@@ -92,6 +95,9 @@ class Format(Protocol):
 _ROW_PARALLEL = re.compile(r"\.(o_proj|down_proj|out_proj|dense|dense_4h_to_h|fc2|c_proj|wo|w2)$")
 
 _PARTS = ("name", "quant_method", "config_file", "kv_cache", "refuse", "specs", "problems", "pack", "unpack", "config", "find")
+#: Shards of a fused layer that another one follows.
+_NOT_LAST = (".q_proj", ".k_proj", ".gate_proj")
+
 FormatRegistry: Registry[Format] = Registry("format", "quant.formats", lambda entry: lacks(entry, *_PARTS))
 
 
@@ -181,24 +187,39 @@ def word_problems(linear: Linear, inputs: bool = True, outputs: bool = True) -> 
 
 def shape_problems(linears: Iterable[Linear], tensor_parallel: int) -> list[str]:
     """Group sizes that do not divide, whole and per rank; one line for each kind of layer."""
+    linears = list(linears)
+    members: dict[str, int] = {}
+    for linear in linears:
+        members[fused_name(linear.name)] = members.get(fused_name(linear.name), 0) + 1
     seen: dict[str, str] = {}
     for linear in linears:
         kind = re.sub(r"\.\d+\.", ".*.", linear.name)
-        g = linear.scheme.group_size
+        g, block = linear.scheme.group_size, linear.scheme.strategy == "block"
         if kind in seen:
             continue
+        ignore = f"--ignore '{kind.rsplit('.', 1)[-1]}'"
         if g != -1 and linear.k % g:
-            fits = [x for x in (128, 64, 32, 16, 8) if linear.k % x == 0 and x < g]
-            use = f"--group-size {fits[0]} or -1" if fits else "--group-size -1"
-            seen[kind] = f"{kind}: {linear.k} inputs do not divide into groups of {g}: use {use}, or --ignore '{kind.rsplit('.', 1)[-1]}'"
+            # of blocks too: the file may have a ragged last one, but vLLM's kernels quantize activations in whole groups of 128
+            if linear.scheme.number == "float":
+                use = "--scheme w8a8-fp8"
+            else:
+                fits = [x for x in (128, 64, 32, 16, 8) if linear.k % x == 0 and x < g]
+                use = f"--group-size {fits[0]} or -1" if fits else "--group-size -1"
+            seen[kind] = f"{kind}: {linear.k} inputs do not divide into groups of {g}: use {use}, or {ignore}"
+        elif block and linear.n % BLOCK and members[fused_name(linear.name)] > 1 and linear.name.endswith(_NOT_LAST):
+            seen[kind] = (
+                f"{kind}: {linear.n} outputs do not divide into blocks of {BLOCK}, which vLLM demands of all shards of a fused layer but the last: "
+                f"use --scheme w8a8-fp8, or {ignore}"
+            )
         elif tensor_parallel > 1:
             row = _ROW_PARALLEL.search(linear.name)
             size, what = (linear.k, "inputs") if row else (linear.n, "outputs")
-            unit = (g if g != -1 else 1) if row else 8
+            unit = (g if g != -1 else 1) if row else BLOCK if block else 8
             if size % tensor_parallel or (size // tensor_parallel) % unit:
                 allowed = [t for t in (1, 2, 4, 8, 16, 32) if size % t == 0 and (size // t) % unit == 0]
+                pieces = f"groups of {g}" if row else f"blocks of {BLOCK}" if block else "words of 8"
                 seen[kind] = (
-                    f"{kind}: {size} {what} over --tensor-parallel {tensor_parallel} do not divide into {'groups of ' + str(g) if row else 'words of 8'}: "
-                    f"tensor parallel sizes that do: {', '.join(map(str, allowed)) or 'none'}; or a smaller --group-size"
+                    f"{kind}: {size} {what} over --tensor-parallel {tensor_parallel} do not divide into {pieces}: "
+                    f"tensor parallel sizes that do: {', '.join(map(str, allowed)) or 'none'}{'' if linear.scheme.number == 'float' else '; or a smaller --group-size'}"
                 )
     return list(seen.values())

@@ -157,6 +157,7 @@ class CompressedTensors:
     quant_method: str | None = "compressed-tensors"
     config_file: str | None = None
     kv_cache = True
+    mixed = True
 
     def refuse(self, scheme: Scheme, target: str) -> str | None:
         weights = scheme.weights

@@ -39,6 +39,7 @@ class GPTQ:
     quant_method: str | None = "gptq"
     config_file: str | None = "quantize_config.json"
     kv_cache = False
+    mixed = False
 
     def refuse(self, scheme: Scheme, target: str) -> str | None:
         weights = scheme.weights

@@ -24,6 +24,7 @@ class Plain:
     quant_method: str | None = None
     config_file: str | None = None
     kv_cache = False
+    mixed = True
 
     def refuse(self, scheme: Scheme, target: str) -> str | None:
         return None

@@ -165,8 +165,8 @@ def _problems(
             problems[f"{linear.scheme} in format {form.name}: {reason}"] = None
         problems.update(dict.fromkeys(form.problems(linear)))
     problems.update(dict.fromkeys(shape_problems(linears.values(), tensor_parallel)))
-    if len({x.scheme for x in linears.values()}) > 1 and form.name == "gptq":
-        problems["the linears have several schemes; a gptq file of ours holds one: use --format compressed-tensors"] = None
+    if len({x.numbers for x in linears.values()}) > 1 and not form.mixed and form.name != "awq":
+        problems[f"the linears have several schemes; a {form.name} file of ours holds one: use --format compressed-tensors"] = None
     if len({x.scheme.group_size for x in linears.values()}) > 1 and form.name == "awq":
         problems["the linears have several group sizes; an awq file holds one: use --format compressed-tensors"] = None
     return list(problems)

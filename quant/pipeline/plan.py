@@ -224,6 +224,8 @@ def _assignment_problems(recipe: Recipe, assignments: Sequence[Assignment], form
     for assignment in assignments:
         if reason := QuantizerRegistry.get(assignment.method).refuse(assignment.scheme.weights):
             problems.append(f"--method {assignment.method}: {reason}")
+    if not form.mixed and len({a.scheme for a in assignments}) > 1:
+        problems.append(f"the rules give several schemes; a {form.name} file holds one: use --format compressed-tensors")
     if recipe.kv_cache_scheme and not form.kv_cache:
         holders = ", ".join(f.name for f in FormatRegistry if f.kv_cache)
         problems.append(f"--kv-cache-scheme: a {form.name} checkpoint has no place for the cache's scales: use --format {holders}")

@@ -272,7 +272,7 @@ def test_compressed_tensors_says_which_side_does_not_fill_words(bits: int, n: in
 
 HOSTILE: list[tuple[str, Any, str]] = [
     ("not an object", "gptq", "quantization_config is not an object"),
-    ("an unknown method", {"quant_method": "exl2"}, r"quantized as quant_method 'exl2', which is not read here; read are awq, compressed-tensors, gptq"),
+    ("an unknown method", {"quant_method": "exl2"}, r"quantized as quant_method 'exl2', which is not read here; read are awq, compressed-tensors, fp8, gptq"),
     ("no method", {"bits": 4}, "quantized as quant_method"),
     ("no groups", {"quant_method": "compressed-tensors"}, "no config_groups"),
     ("groups that are numbers", {"quant_method": "compressed-tensors", "config_groups": {"a": 3}}, "cannot be understood"),
