@@ -1,8 +1,9 @@
 """What is finished of a job, so that the same command goes on where it stopped.
 
 The work folder stands beside the output directory. Its ``journal.jsonl`` starts with the job's fingerprint; each further line is one finished
-unit (a decoder block, or what lies outside the blocks) with the files that hold it, appended and synced after those files were. A lock on the
-folder keeps a second run out. The folder is renamed to the output directory when everything in it has been verified.
+unit (a decoder block, or what lies outside the blocks) with the files that hold it and their hashes, appended and synced after those files were.
+On resume each file is read and compared with its hash: a unit of which a byte has changed is done again. A lock on the folder keeps a second run
+out. The folder is renamed to the output directory when everything in it has been verified.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from quant.checkpoint.header import read_header
-from quant.checkpoint.writer import sync_folder, write_text
+from quant.checkpoint.writer import file_digest, sync_folder, write_text
 from quant.errors import CheckpointError, QuantError
 
 _JOURNAL, _LOCK = "journal.jsonl", "lock"
@@ -85,10 +85,9 @@ class WorkFolder:
     def _intact(self, file: Mapping[str, Any]) -> bool:
         path = self.path / file["name"]
         try:
-            read_header(path)
-        except CheckpointError:
+            return path.stat().st_size == file["bytes"] and file_digest(path) == file.get("digest")
+        except (CheckpointError, OSError):
             return False
-        return path.stat().st_size == file["bytes"]
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         with (self.path / _JOURNAL).open("a", encoding="utf-8") as stream:
@@ -96,10 +95,10 @@ class WorkFolder:
             stream.flush()
             os.fsync(stream.fileno())
 
-    def finish_unit(self, unit: str, files: list[Path], facts: Mapping[str, Any]) -> None:
-        """Records a unit whose files are written and synced."""
+    def finish_unit(self, unit: str, files: Mapping[Path, str], facts: Mapping[str, Any]) -> None:
+        """Records a unit whose files are written and synced; ``files`` has each one's digest."""
         sync_folder(self.path)
-        entry = {"unit": unit, "files": [{"name": f.name, "bytes": f.stat().st_size} for f in files], **facts}
+        entry = {"unit": unit, "files": [{"name": f.name, "bytes": f.stat().st_size, "digest": d} for f, d in files.items()], **facts}
         self._append(entry)
         self.finished[unit] = entry
 

@@ -33,10 +33,10 @@ def write_unit(
     dtype: str,
     produce: Callable[[str], QuantizedTensor],
     changed: Mapping[str, torch.Tensor] | None = None,
-) -> list[Path]:
-    """Writes and syncs a unit's shards. Linears come from ``produce``, one at a time; every other tensor is copied byte for byte, unless
+) -> dict[Path, str]:
+    """Writes and syncs a unit's shards; returns the digest of each file. Linears come from ``produce``, one at a time; every other tensor is copied byte for byte, unless
     ``changed`` has new values for it."""
-    files = []
+    files = {}
     for shard in unit.shards:
         path = folder / shard.file
         with ShardWriter(path, [t.spec for t in shard.tensors]) as writer:
@@ -52,7 +52,7 @@ def write_unit(
                 if name not in packed:
                     packed = form.pack(linears[tensor.linear], produce(tensor.linear), TORCH[dtype])
                 writer.write(name, packed.pop(name))
-        files.append(path)
+        files[path] = writer.digest
     return files
 
 

@@ -20,7 +20,7 @@ def finish(work: WorkFolder, unit: str, size: int = 4) -> Path:
     path = work.path / f"{unit}.safetensors"
     with ShardWriter(path, [TensorSpec("x", "F32", (size,))]) as writer:
         writer.write("x", torch.ones(size))
-    work.finish_unit(unit, [path], {"layers": {}})
+    work.finish_unit(unit, {path: writer.digest}, {"layers": {}})
     return path
 
 
@@ -90,15 +90,32 @@ def test_a_journal_without_its_first_line_starts_over(content: str, tmp_path: Pa
     assert resumed(tmp_path / "out") == []
 
 
-@pytest.mark.parametrize("damage", ["truncated", "emptied", "removed", "grown", "header"])
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "removed", "grown", "header", "one bit of data", "one letter of the header"])
 def test_a_unit_whose_file_is_damaged_is_done_again(damage: str, tmp_path: Path) -> None:
     stopped(tmp_path / "out", "a", "b")
     file = tmp_path / "out.work" / "a.safetensors"
     raw = file.read_bytes()
-    file.write_bytes({"truncated": raw[:-1], "emptied": b"", "grown": raw + b"x", "header": b"\0" * len(raw)}.get(damage, b""))
+    damaged = {
+        "truncated": raw[:-1],
+        "grown": raw + b"x",
+        "header": b"\0" * len(raw),
+        "one bit of data": raw[:-1] + bytes([raw[-1] ^ 1]),
+        "one letter of the header": raw.replace(b'"format":"pt"', b'"format":"px"'),
+    }
+    file.write_bytes(damaged.get(damage, b""))
+    assert file.read_bytes() != raw
     if damage == "removed":
         file.unlink()
     assert resumed(tmp_path / "out") == ["b"]
+
+
+def test_a_journal_of_before_files_had_hashes_starts_over(tmp_path: Path) -> None:
+    stopped(tmp_path / "out", "a")
+    journal = tmp_path / "out.work" / "journal.jsonl"
+    first, entry = map(json.loads, journal.read_text().splitlines())
+    assert len(entry["files"][0].pop("digest")) == 64
+    journal.write_text(f"{json.dumps(first)}\n{json.dumps(entry)}\n")
+    assert resumed(tmp_path / "out") == []
 
 
 def test_files_that_no_finished_unit_claims_are_removed_on_resume(tmp_path: Path) -> None:

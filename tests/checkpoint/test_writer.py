@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from quant.checkpoint.dtypes import HEADER, TORCH
 from quant.checkpoint.header import read_header
-from quant.checkpoint.writer import ShardWriter, TensorSpec, file_bytes, write_text
+from quant.checkpoint.writer import ShardWriter, TensorSpec, file_bytes, file_digest, write_text
 from quant.errors import DiskFull
 
 
@@ -37,6 +37,35 @@ def test_the_official_package_loads_what_was_written_in_any_order(dtype: torch.d
         assert torch.equal(loaded[name].view(torch.uint8), tensor.view(torch.uint8))
     assert (tmp_path / "m.safetensors").stat().st_size == file_bytes(specs)
     assert read_header(tmp_path / "m.safetensors")[1] == {"format": "pt"}
+
+
+def test_the_digest_is_that_of_the_file_whatever_order_and_pieces_it_was_written_in(tmp_path: Path) -> None:
+    data = torch.randint(0, 256, (3 << 20,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    specs = [TensorSpec("large", "U8", (3 << 20,)), TensorSpec("none", "F32", (0, 2)), TensorSpec("small", "U8", (5,))]
+    raw, digests = data.numpy().tobytes(), set()
+    for size, order in ((1 << 20, 1), (7, -1), (3 << 20, 1), (300_001, -1)):
+        reused = bytearray(size)
+
+        def pieces(size: int = size, reused: bytearray = reused) -> Iterator[memoryview]:
+            for start in range(0, len(raw), size):  # one buffer for all pieces, as a reader has it
+                part = raw[start : start + size]
+                reused[: len(part)] = part
+                yield memoryview(reused)[: len(part)]
+
+        with ShardWriter(tmp_path / "m.safetensors", specs) as writer:
+            for name in ["large", "none", "small"][::order]:
+                writer.write_pieces(name, {"large": pieces(), "none": [], "small": [b"abcde"]}[name])
+        digests |= {writer.digest, file_digest(tmp_path / "m.safetensors")}
+    assert len(digests) == 1 and len(digests.pop()) == 64
+    before = file_digest(tmp_path / "m.safetensors")
+    for position in (10, -1, -6, -(1 << 20)):
+        changed = bytearray((tmp_path / "m.safetensors").read_bytes())
+        if position > 0:  # in the header, where it stays valid: another name of the same length
+            changed = bytearray(bytes(changed).replace(b'"small"', b'"smell"'))
+        else:
+            changed[position] ^= 1
+        (tmp_path / "x.safetensors").write_bytes(changed)
+        assert file_digest(tmp_path / "x.safetensors") != before
 
 
 def test_transposed_and_strided_tensors_are_written_by_value(tmp_path: Path) -> None:

@@ -141,15 +141,24 @@ def test_a_source_that_changed_meanwhile_is_refused(unfinished: Path, tmp_path: 
         quantize(unfinished, tmp_path / "out", **JOBS["gptq"])
 
 
-@pytest.mark.parametrize("damage", ["truncated", "removed", "header"])
-def test_a_finished_shard_that_was_damaged_is_made_again(damage: str, unfinished: Path, tmp_path: Path) -> None:
-    shard = sorted((tmp_path / "out.work").glob("*.safetensors"))[1]
+@pytest.mark.parametrize("damage", ["truncated", "removed", "header", "one byte"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_finished_shard_that_was_damaged_is_made_again(
+    which: int, damage: str, unfinished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = sorted((tmp_path / "out.work").glob("*.safetensors"))[which]
     raw = shard.read_bytes()
-    shard.write_bytes(raw[:-3] if damage == "truncated" else b"\xff" * 16 + raw[16:])
+    middle = len(raw) // 2
+    cut = {"truncated": raw[:-3], "one byte": raw[:middle] + bytes([raw[middle] ^ 4]) + raw[middle + 1 :]}
+    shard.write_bytes(cut.get(damage, b"\xff" * 16 + raw[16:]))
     if damage == "removed":
         shard.unlink()
+    write, written = module.write_unit, []
+    monkeypatch.setattr(module, "write_unit", lambda unit, *a: written.append(unit.name) or write(unit, *a))
     found = quantize(unfinished, tmp_path / "out", **JOBS["gptq"])
+    assert written == [["outside", "block 0"][which], "block 1"]
     assert found["output_hash"] == quantize(unfinished, tmp_path / "undisturbed", **JOBS["gptq"])["output_hash"]
+    assert weight_files(tmp_path / "out") == weight_files(tmp_path / "undisturbed")
 
 
 def test_a_journal_whose_last_line_was_cut_off_goes_on(unfinished: Path, tmp_path: Path) -> None:
