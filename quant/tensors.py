@@ -33,7 +33,7 @@ class QuantizedTensor:
 
     Attributes:
         codes: integers int8 [N, K], signed, from ``scheme.low`` to ``scheme.high``; FP8 float8_e4m3fn [N, K]; FP4 uint8 [N, K], one E2M1
-            code (0 … 15) each.
+            code (0 … 15) each; of weights left as they are fp32 [N, K], the values.
         scales: as stored, [N, G], one column a group ([1, 1] of a tensor, [⌈N/128⌉, ⌈K/128⌉] of blocks): bf16, fp16 or fp32; of NVFP4
             float8_e4m3fn; of MX formats uint8, the exponent plus 127 of a power of two.
         zeros: int8 [N, G] in the same range as codes, or None when the scheme is symmetric (all zero).
@@ -79,11 +79,11 @@ class QuantizedTensor:
 
 
 def code_values(codes: torch.Tensor) -> torch.Tensor:
-    """fp32 numbers that float codes stand for: float8 as they are, E2M1 codes (uint8) from the table."""
+    """fp32 numbers that float codes stand for: float8 as they are, E2M1 codes (uint8) from the table; a tensor of its own."""
     if codes.dtype == torch.float8_e4m3fn and codes.device.type == "cpu":
         return _e4m3_values(codes)
     if codes.dtype != torch.uint8:
-        return codes.float()
+        return codes.to(torch.float32, copy=True)
     table = torch.tensor([*E2M1, *(-x for x in E2M1)], device=codes.device)
     return table[codes.int()]
 

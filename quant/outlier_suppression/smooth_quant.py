@@ -53,8 +53,7 @@ class SmoothQuant:
             tried = torch.ones_like(largest) if alpha is None else place.fit(smoothing_factors(largest, columns, alpha))
             error = _error(weight, statistics, scheme, dtype, tried)
             if error < best:
-                scheme = PRESETS["w8a8-int8"] if scheme == UNQUANTIZED else scheme
-        best, factors, chosen = error, tried, "none" if alpha is None else f"{alpha:g}"
+                best, factors, chosen = error, tried, "none" if alpha is None else f"{alpha:g}"
         return Suppression(factors, (f"alpha {chosen}", *notes))
 
 

@@ -229,7 +229,7 @@ def _assignment_problems(recipe: Recipe, assignments: Sequence[Assignment], form
     if recipe.kv_cache_scheme and not form.kv_cache:
         holders = ", ".join(f.name for f in FormatRegistry if f.kv_cache)
         problems.append(f"--kv-cache-scheme: a {form.name} checkpoint has no place for the cache's scales: use --format {holders}")
-    if recipe.outlier_suppression:
+    if recipe.outlier_suppression not in (None, "none"):
         make_suppressor(recipe.outlier_suppression, recipe.alpha)
     elif recipe.alpha is not None:
         problems.append("--alpha belongs to --outlier-suppression smooth_quant: name it too")

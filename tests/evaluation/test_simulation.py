@@ -1,0 +1,152 @@
+"""Activations as vLLM rounds them: each scheme against its definition, and the runs that use them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quant.activations import fake_quantize, input_parameters
+from quant.calibration.statistics import Statistics
+from quant.checkpoint.reader import open_checkpoint
+from quant.evaluation import quality, simulation
+from quant.formats import Found, Linear
+from quant.schemes import PRESETS, ActivationScheme
+from quant.serving.reference import Reference
+from quant.tensors import E2M1, InputParameters
+from tests.helpers import quantize, short_text
+
+E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+E4M3 = E4M3[torch.isfinite(E4M3)].unique()
+FP4 = torch.tensor([*E2M1, *(-x for x in E2M1)]).unique()
+
+
+def tokens(t: int = 7, k: int = 256) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(t, k, generator=generator) + 0.5
+    x[:, 3] *= 40
+    x[2] = 0
+    return x
+
+
+def nearest(x: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Distance of each value from the nearest of some numbers."""
+    return (x.unsqueeze(-1).double() - numbers.double()).abs().amin(-1)
+
+
+def test_int8_by_token_is_within_half_a_step_of_each_token_s_own() -> None:
+    x = tokens()
+    symmetric, asymmetric = fake_quantize(x, ActivationScheme()), fake_quantize(x, ActivationScheme(symmetric=False))
+    step = x.abs().amax(-1, keepdim=True) / 127
+    assert bool(((symmetric - x).abs() <= step / 2 * 1.0001).all())
+    codes = symmetric / step.where(step > 0, 1.0)
+    assert torch.allclose(codes, codes.round(), atol=1e-4) and float(codes.abs().max()) == pytest.approx(127)
+    width = (x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True)) / 255
+    assert bool(((asymmetric - x).abs() <= width * 1.0001).all())  # code and zero point are rounded apart
+    assert float((asymmetric - x).square().mean()) < float((symmetric - x).square().mean())
+    assert not symmetric[2].any() and bool(torch.isfinite(asymmetric).all())
+
+
+def test_a_token_far_from_zero_keeps_its_precision_with_a_zero_point() -> None:
+    x = 1000 + torch.linspace(0, 1, 64)[None]  # vLLM's range is the token's own, its zero point an int32
+    assert float((fake_quantize(x, ActivationScheme(symmetric=False)) - x).abs().max()) < 1 / 255 + 1e-3
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_static_int8_clips_what_calibration_did_not_see(symmetric: bool) -> None:
+    scheme = ActivationScheme(strategy="tensor", dynamic=False, symmetric=symmetric)
+    numbers = input_parameters(Statistics(1, minimum=torch.tensor([-1.0, 0.0]), maximum=torch.tensor([0.0, 3.0])), scheme)
+    assert numbers is not None and numbers.scale is not None and (numbers.zero is None) == symmetric
+    x = torch.tensor([[-1.0, 3.0, 0.0, 50.0, 1.234]])
+    found = fake_quantize(x, scheme, numbers)
+    step = float(numbers.scale)
+    assert step == pytest.approx((6 if symmetric else 4) / 255)
+    assert float((found - x)[0, [0, 1, 2, 4]].abs().max()) <= 1.01 * step and float(found[0, 3]) == pytest.approx(3, abs=1.01 * step)
+    assert float(found[0, 2]) == 0
+
+
+def test_fp8_gives_e4m3_numbers_times_one_scale() -> None:
+    x = tokens()
+    by_token = fake_quantize(x, PRESETS["w8a8-fp8"].activations)  # type: ignore[arg-type]
+    scale = (x.abs().amax(-1, keepdim=True) / 448).clamp_min(1 / (448 * 512))
+    assert float(nearest(by_token / scale, E4M3).max()) < 1e-4 * 448
+    assert bool(((by_token - x).abs() <= x.abs() * 2**-4 + scale * 2**-10).all())
+    static = fake_quantize(x, ActivationScheme(8, "float", "tensor", dynamic=False), InputParameters(scale=torch.tensor([0.01])))
+    assert float(nearest(static / 0.01, E4M3).max()) < 1e-3 and float(static.abs().max()) <= 4.4801
+    groups = fake_quantize(x[:, :200], PRESETS["fp8-block"].activations)  # type: ignore[arg-type]
+    assert groups.shape == (7, 200)
+    assert float((groups - x[:, :200])[:, 128:].abs().max()) <= float(x[:, 128:200].abs().max()) * 2**-4
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "mxfp8"])
+def test_small_groups_give_numbers_of_their_format_times_a_scale_of_their_own(name: str) -> None:
+    x, scheme = tokens(), PRESETS[name].activations
+    assert scheme is not None and scheme.group_size is not None
+    numbers = InputParameters(global_scale=(448 * 6 / x.abs().max()).reshape(1)) if name == "nvfp4" else None
+    found = fake_quantize(x, scheme, numbers)
+    values = FP4 if scheme.bits == 4 else E4M3
+    for group, exact in zip(found.view(-1, scheme.group_size), x.view(-1, scheme.group_size), strict=True):
+        largest = float(exact.abs().max())
+        if largest == 0:
+            assert not group.any()
+            continue
+        if numbers is not None and numbers.global_scale is not None:
+            scale = float((numbers.global_scale * largest / 6).to(torch.float8_e4m3fn).float() / numbers.global_scale)
+        else:
+            scale = 2.0 ** math.ceil(math.log2(largest / (6 if scheme.bits == 4 else 448)))
+        assert float((nearest(group / scale, values)).max()) < 1e-3
+        assert float((group - exact).abs().max()) <= (1.2 if scheme.bits == 4 else 32) * scale
+
+
+def test_the_dtype_stays_and_the_argument_is_not_changed() -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x = tokens().to(dtype)
+        before = x.clone()
+        assert fake_quantize(x, ActivationScheme()).dtype == dtype and torch.equal(x, before)
+
+
+@pytest.fixture
+def with_int8(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Makes a plain checkpoint pass for one whose linears have int8 activations."""
+
+    def mark(path: Path) -> None:
+        tensors = open_checkpoint(path).tensors
+        names = [n.removesuffix(".weight") for n in tensors if "_proj" in n]
+        scheme = PRESETS["w8a8-int8"]
+        linears = {n: Linear(n, *tensors[f"{n}.weight"].shape, scheme.weights, scheme.activations) for n in names}
+        monkeypatch.setattr(simulation, "find_format", lambda config, found: Found("plain", linears, {}))
+
+    return mark
+
+
+def test_evaluate_rounds_the_candidate_s_activations_alone_and_says_so(llama: Path, with_int8: Callable[[Path], None]) -> None:
+    options: dict[str, Any] = {"against": llama, "text": short_text(), "length": 32, "chunks": 3}
+    plain = quality.evaluate(llama, **options)
+    assert plain.activations is None and plain.kl is not None and plain.kl.mean == 0
+    with_int8(llama)
+    found = quality.evaluate(llama, **options)
+    assert found.activations == "simulated INT8 dynamic token"
+    assert found.kl is not None and 1e-7 < found.kl.mean < 1e-2
+    assert found.source_perplexity == plain.source_perplexity and found.perplexity != plain.perplexity
+
+
+def test_the_reference_for_vllm_rounds_them_too(llama: Path, with_int8: Callable[[Path], None]) -> None:
+    rows = torch.arange(2, 34).reshape(2, 16)
+    plain, _ = Reference(llama).logs(rows, torch.float32)
+    with_int8(llama)
+    rounded, _ = Reference(llama).logs(rows, torch.float32)
+    assert 1e-5 < float((plain - rounded).abs().max()) < 0.5
+
+
+def test_an_fp8_cache_is_rounded_where_the_checkpoint_has_its_scales(llama: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"text": short_text(), "length": 32, "chunks": 3, "against": llama}
+    kinds = {"samples": 4, "sequence_length": 64, "calibration_dataset": [short_text()], "group_size": 32}
+    quantize(llama, tmp_path / "plain", bits=8, **kinds)
+    quantize(llama, tmp_path / "cached", bits=8, kv_cache_scheme="fp8", **kinds)
+    without, cached = (quality.evaluate(tmp_path / n, **options) for n in ("plain", "cached"))
+    assert (without.activations, cached.activations) == (None, "simulated FP8 KV cache")
+    assert without.kl is not None and cached.kl is not None and without.kl.mean < cached.kl.mean < 0.05
