@@ -2,7 +2,8 @@
 
 The factors are a power of each input's magnitude, s = m^alpha. The best alpha of a grid is the one whose rounded weights lose least of the layer's output. With
 the Hessian H = E[x xᵀ] that loss is tr(E·H·Eᵀ), where E is what rounding W·diag(s) and dividing by s again changed: exact over all
-calibration tokens, without running any of them again. Losses of rows add up, so a sample of rows decides. The magnitude is the root mean square of the input,
+calibration tokens, without running any of them again. Losses of rows add up, so a sample of rows decides; each candidate is rounded with the
+clipping search that the method itself ends with, so that what clipping gains anyway is not credited to scaling. The magnitude is the root mean square of the input,
 sqrt(diag H), where the paper takes the mean of |x|. No scaling (alpha = 0) is among the candidates: the choice is never worse than rounding
 by this measure.
 """
@@ -17,11 +18,11 @@ import torch
 from quant.calibration.statistics import Statistics
 from quant.errors import QuantError
 from quant.outlier_suppression.base import OutlierSuppressionRegistry, Place, Suppression
-from quant.quantizers.minmax import MinMaxQuantizer
+from quant.quantizers.awq import round_searched
 from quant.schemes import Scheme
 
-#: Rows whose loss is measured: enough that the choice does not depend on which ones they are.
-_ROWS = 256
+#: Rows whose loss is measured, spread evenly over all. With the clipping search, this many of them choose better than 256 without it.
+_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,8 @@ class AWQScaling:
         ones = torch.ones_like(magnitude)
         if not bool(alive.any()):
             return Suppression(ones, ("not scaled: no calibration token reaches the layer",))
-        step = max(1, len(weight) // _ROWS)
-        rows = weight[::step][:_ROWS]
-        quantizer = MinMaxQuantizer()
+        rows = weight[torch.linspace(0, len(weight) - 1, min(_ROWS, len(weight)), device=weight.device).round().long()]
+        importance = hessian.diagonal()
         best, best_loss, unscaled, chosen = ones, torch.inf, 0.0, 0.0
         tried: list[torch.Tensor] = []
         for index in range(self.grid + 1):
@@ -54,7 +54,7 @@ class AWQScaling:
             if any(torch.equal(factors, t) for t in tried):
                 continue  # powers of two leave few different ones
             tried.append(factors)
-            rounded = quantizer(rows * factors, None, scheme.weights, dtype).tensor.dequantize()
+            rounded = round_searched(rows * factors, importance / factors.square(), scheme.weights, dtype).dequantize()
             error = rounded.div_(factors).sub_(rows)
             loss = float(((error @ hessian) * error).sum())
             if index == 0:
@@ -62,7 +62,7 @@ class AWQScaling:
             if loss < best_loss:
                 best, best_loss, chosen = factors, loss, alpha
         saved = 1 - best_loss / unscaled if unscaled else 0.0
-        return Suppression(best, (f"scaled with alpha {chosen:g}: {saved:.0%} less output error of rounding",))
+        return Suppression(best, (f"scaled with alpha {chosen:g}: {max(saved, 0.0):.0%} less output error of rounding",))
 
 
 def _factors(magnitude: torch.Tensor, alive: torch.Tensor, alpha: float) -> torch.Tensor:

@@ -43,13 +43,24 @@ class AWQQuantizer:
     ) -> Quantized:
         if statistics is None or statistics.hessian is None:
             raise QuantError("awq needs calibration text: give --calibration-dataset, or use --method minmax")
-        importance = statistics.hessian.diagonal()
-        if scheme.number == "float":
-            return Quantized(round_floats(weight, scheme, float_scales(weight, scheme, amax, importance, self.clip_search)))
-        dtype = scale_dtype(scheme, dtype)
-        scales, zeros = weight_parameters(weight, scheme, dtype, importance, self.clip_search)
-        codes = round_weight(weight, scales, zeros, scheme)
-        return Quantized(QuantizedTensor(codes, scales.to(dtype), None if zeros is None else zeros.to(torch.int8), scheme))
+        return Quantized(round_searched(weight, statistics.hessian.diagonal(), scheme, dtype, amax, self.clip_search))
+
+
+def round_searched(
+    weight: torch.Tensor,
+    importance: torch.Tensor,
+    scheme: WeightScheme,
+    dtype: torch.dtype,
+    amax: torch.Tensor | None = None,
+    search: bool = True,
+) -> QuantizedTensor:
+    """A weight [N, K] rounded to nearest, ranges searched for least error weighted by ``importance`` fp32 [K], the mean square of inputs."""
+    if scheme.number == "float":
+        return round_floats(weight, scheme, float_scales(weight, scheme, amax, importance, search))
+    dtype = scale_dtype(scheme, dtype)
+    scales, zeros = weight_parameters(weight, scheme, dtype, importance, search)
+    codes = round_weight(weight, scales, zeros, scheme)
+    return QuantizedTensor(codes, scales.to(dtype), None if zeros is None else zeros.to(torch.int8), scheme)
 
 
 QuantizerRegistry.add(AWQQuantizer.name, AWQQuantizer)

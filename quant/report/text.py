@@ -65,6 +65,13 @@ def quantization(console: Console, report: Mapping[str, Any]) -> None:
         rows.append(
             ("notes", "\n".join(notes[:_WORST]) + (f"\nand {len(notes) - _WORST} more in quant_report.json" if len(notes) > _WORST else ""))
         )
+    if report["folds"]:
+        names = ", ".join(sorted({f["suppressor"] for f in report["folds"].values()}))
+        low = min(f["factors"][0] for f in report["folds"].values())
+        high = max(f["factors"][1] for f in report["folds"].values())
+        rows.append(
+            ("scaling", f"{names}: inputs of {len(report['folds'])} groups of linears, divided by factors from {low:.3g} to {high:.3g}")
+        )
     if report["side_files_dropped"]:
         rows.append(("left out", "\n".join(f"{d['file']}: {d['reason']}" for d in report["side_files_dropped"])))
     if report["function"]:
