@@ -14,7 +14,8 @@ RECIPES = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "method" in (y
 
 
 def test_the_original_names_are_there() -> None:
-    assert {"gptq_config.yaml", "minmax_config.yaml"} <= {p.name for p in RECIPES}
+    originals = {f"{n}_config.yaml" for n in ("gptq", "awq", "minmax", "smooth_quant", "hqq")}
+    assert originals | {"fp8.yaml", "w8a8.yaml", "nvfp4.yaml", "mixed.yaml"} <= {p.name for p in RECIPES}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.name)

@@ -621,7 +621,8 @@ class QuantizationManager:
         report: dict[str, Any] = {
             "output_path": str(plan.recipe.output_path),
             "source_path": str(checkpoint.path),
-            "method": "+".join(plan.methods) if plan.recipe.rules else plan.recipe.method,
+            "method": plan.recipe.method,
+            "methods": plan.methods,
             "scheme": plan.scheme_dict(),
             "format": plan.format.name,
             "target": plan.recipe.target,

@@ -36,7 +36,7 @@ def quantization(console: Console, report: Mapping[str, Any]) -> None:
         ("output", report["output_path"]),
         (
             "scheme",
-            f"{', '.join(schemes)}; {report['method']}, {report['format']}, {report['bits_per_weight']} bits per weight",
+            f"{', '.join(schemes)}; {' and '.join(report['methods'])}, {report['format']}, {report['bits_per_weight']} bits per weight",
         ),
         ("size", f"{format_size(report['source_bytes'])} → {format_size(report['output_bytes'])}"),
         (
