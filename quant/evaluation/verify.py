@@ -22,13 +22,19 @@ from quant.errors import QuantError
 from quant.formats import FormatRegistry, Found, find_format, quantization_config
 from quant.formats.base import shape_problems, stated_dtype
 from quant.formats.compressed_tensors import matches
-from quant.formats.reading import dequantized
+from quant.formats.reading import CACHE_SCALES, dequantized
 from quant.models.adapter import fused_name
 
 #: Bytes judged, hashed and compared at a time: few enough to stay in the processor's cache.
 _CHUNK = 1 << 20
 #: Files scanned at once.
 _SCANS = 4
+#: Floats that vLLM turns into one another as it loads.
+_WIDE = ("BF16", "F16", "F32", "F64")
+#: Numbers of a linear that vLLM keeps once for a fused layer.
+_ONCE = ("input_scale", "input_zero_point", "input_global_scale", "weight_global_scale")
+#: Last parts of names whose values are multipliers or divisors.
+_SCALES = ("weight_scale", "weight_scale_inv", "scales", "input_scale", "input_global_scale", "weight_global_scale", *CACHE_SCALES)
 _MOST = 5
 #: Keys that vLLM accepts inside ``weights`` and ``input_activations`` of a compressed-tensors group; any other is refused when it loads.
 _ARGUMENT_KEYS = {
@@ -128,7 +134,14 @@ def verify(
                 _fused_problems(checkpoint, found, quantization),
                 "shards of each fused layer agree, by their own names and by the fused one",
             )
+            result.add(
+                "shared numbers",
+                (f"{p}, of which vLLM keeps one" for p in _differing(checkpoint, found, _ONCE)),
+                f"one for all shards of a fused layer{_rounded_anew(checkpoint, found)}",
+            )
             result.add("tensor parallel", shape_problems(linears, tensor_parallel), f"shapes divide for {tensor_parallel} rank(s)")
+        if cache := quantization.get("kv_cache_scheme"):
+            result.add("KV cache", _cache_problems(checkpoint, cache), "every attention layer has the scales of its FP8 cache")
         result.add("head and embeddings", _head_problems(checkpoint, found), "unquantized")
     origin = None if source is None else open_checkpoint(source)
     noted = _noted(checkpoint.path)
@@ -209,7 +222,7 @@ def _layer_problems(checkpoint: Checkpoint, found: Found, dtype: str) -> list[st
                 problems.append(f"{spec.name} is missing")
             elif info.shape != spec.shape:
                 problems.append(f"{spec.name} has shape {info.shape}, the contract is {spec.shape}")
-            elif info.dtype != spec.dtype and not (info.dtype in FLOATS and spec.dtype in FLOATS):
+            elif info.dtype != spec.dtype and not (info.dtype in _WIDE and spec.dtype in _WIDE):
                 problems.append(f"{spec.name} is {info.dtype}, the contract is {spec.dtype}")
         if f"{linear.name}.weight" in checkpoint.tensors and f"{linear.name}.weight" not in {s.name for s in specs}:
             problems.append(f"{linear.name}.weight is left beside its quantized form")
@@ -243,6 +256,8 @@ def _fused_problems(checkpoint: Checkpoint, found: Found, quantization: Mapping[
             problems.append(f"{fused}: its shards are {', '.join(sorted(schemes))}: vLLM builds them as one layer")
     if quantization.get("quant_method") == "compressed-tensors":
         problems += _name_problems(members, found, quantization)
+    if quantization.get("quant_method") == "fp8":
+        problems += _native_problems(members, found, quantization)
     return problems
 
 
@@ -268,6 +283,67 @@ def _would_be_linear(name: str, quantization: Mapping[str, Any]) -> bool:
         return False
     targets = [str(t) for g in quantization.get("config_groups", {}).values() for t in g.get("targets", [])]
     return any(t == "Linear" or matches(t, name) for t in targets)
+
+
+def _native_problems(members: Mapping[str, list[str]], found: Found, quantization: Mapping[str, Any]) -> list[str]:
+    """The names of a native fp8 config, which vLLM compares exactly."""
+    ignored = {str(n) for n in quantization.get("ignored_layers") or quantization.get("modules_to_not_convert") or []}
+    problems = []
+    for fused, names in members.items():
+        for name in names:
+            if name in found.linears and (name in ignored or fused in ignored):
+                problems.append(f"{name} is quantized, but ignored_layers names it")
+            elif name not in found.linears and len(names) > 1 and name not in ignored and fused not in ignored:
+                problems.append(f"{name} is not quantized, but ignored_layers does not name it: vLLM would look for its scale")
+    return problems
+
+
+def _differing(checkpoint: Checkpoint, found: Found, numbers: Sequence[str]) -> list[str]:
+    """Shards of a fused layer that have several of a number of which vLLM keeps one."""
+    members: dict[str, list[str]] = {}
+    for name in found.linears:
+        # of routed experts, gate and up of one expert are a layer
+        members.setdefault(fused_name(name.replace(".experts.", ".expert_")), []).append(name)
+    problems = []
+    for names in members.values():
+        for last in numbers:
+            tensors = [f"{n}.{last}" for n in names if f"{n}.{last}" in checkpoint.tensors]
+            if len({b"".join(checkpoint.read_bytes(t)) for t in tensors}) > 1:
+                shards = ", ".join(n.rpartition(".")[2] for n in names)
+                problems.append(f"{names[0].rpartition('.')[0]}: {shards} differ in {last}")
+    return problems
+
+
+def _rounded_anew(checkpoint: Checkpoint, found: Found) -> str:
+    """What to say of FP8 shards with a scale each: vLLM serves them, a little farther from the source than the file is."""
+    if any(x.scheme.strategy != "tensor" for x in found.linears.values()):
+        return ""
+    layers = _differing(checkpoint, found, ["weight_scale"])
+    return (
+        f"; {layers[0]}{f' (and {len(layers) - 1} more)' if len(layers) > 1 else ''}: vLLM rounds their codes anew to the largest"
+        if layers
+        else ""
+    )
+
+
+def _cache_problems(checkpoint: Checkpoint, scheme: object) -> list[str]:
+    """Scales that ``kv_cache_scheme`` promises. vLLM takes 1.0 for a missing one without a word."""
+    if not isinstance(scheme, dict):
+        return [f"kv_cache_scheme is not an object but {str(scheme)[:60]!r}"]
+    wanted = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
+    problems = [f"kv_cache_scheme has {k} {scheme.get(k, v)!r}: vLLM takes {v!r}" for k, v in wanted.items() if scheme.get(k, v) != v]
+    if scheme.get("strategy", "tensor") not in ("tensor", "attn_head"):
+        problems.append(f"kv_cache_scheme has strategy {scheme['strategy']!r}: vLLM takes tensor or attn_head")
+    modules = [n.rpartition(".")[0] for n in checkpoint.tensors]
+    for layer in dict.fromkeys(m.rpartition(".")[0] for m in modules if m.endswith((".k_proj", ".qkv_proj", ".kv_a_proj_with_mqa"))):
+        for last in CACHE_SCALES[:2]:
+            places = (f"{layer}.{last}", f"{layer}.attn.{last}", f"{layer}.{last[0]}_proj.{last}", f"{layer}.{last[0]}_proj.output_scale")
+            held = next((checkpoint.tensors[p] for p in places if p in checkpoint.tensors), None)
+            if held is None:
+                problems.append(f"{layer}.{last} is missing: vLLM would take 1.0")
+            elif held.dtype not in _WIDE or (scheme.get("strategy", "tensor") == "tensor" and held.shape not in ((), (1,))):
+                problems.append(f"{held.name} is {held.dtype} {held.shape}, the contract is F32 (1,)")
+    return problems
 
 
 def _head_problems(checkpoint: Checkpoint, found: Found) -> list[str]:
@@ -353,12 +429,23 @@ def _judge(info: TensorInfo, found: Found | None) -> Callable[[bytes], str | Non
             if tuple(np.frombuffer(b, "<i8")) == (linear.n, linear.k)
             else f"says {tuple(np.frombuffer(b, '<i8').tolist())}, the tensors {(linear.n, linear.k)}"
         )
+    scale = last in _SCALES and (linear is not None or last in CACHE_SCALES)
+    if scale and info.dtype == "U8":  # E8M0: a power of two, all ones is NaN
+        return lambda b: f"holds {count} NaN" if (count := int((np.frombuffer(b, "u1") == 0xFF).sum())) else None
     if info.dtype == "F8_E4M3":  # it has no infinity, and one NaN of each sign
-        return lambda b: f"holds {count} NaN" if (count := int(((np.frombuffer(b, "u1") & 0x7F) == 0x7F).sum())) else None
+
+        def eight_bits(piece: bytes) -> str | None:
+            codes = np.frombuffer(piece, "u1")
+            if count := int(((codes & 0x7F) == 0x7F).sum()):
+                return f"holds {count} NaN"
+            return (
+                f"holds {count} scales that are not positive" if scale and (count := int(((codes == 0) | (codes > 0x7F)).sum())) else None
+            )
+
+        return eight_bits
     if info.dtype not in FLOATS or info.dtype.startswith("F8"):
         return None
-    scale = linear is not None and last in ("weight_scale", "scales")
-
+    positive = scale and last not in ("weight_scale", "weight_scale_inv", "scales")
     # infinity and NaN are the numbers whose bits without the sign are at least infinity's
     word, infinity = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}[info.dtype]
 
@@ -367,7 +454,9 @@ def _judge(info: TensorInfo, found: Found | None) -> Callable[[bytes], str | Non
         magnitudes = words & words.dtype.type(np.iinfo(words.dtype).max >> 1)
         if magnitudes.size and int(magnitudes.max()) >= infinity:
             return f"holds {int((magnitudes >= words.dtype.type(infinity)).sum())} NaN or infinite values"
-        return f"holds {int((magnitudes == 0).sum())} zero scales" if scale and not magnitudes.all() else None
+        if scale and not magnitudes.all():
+            return f"holds {int((magnitudes == 0).sum())} zero scales"
+        return "is negative" if positive and bool((words != magnitudes).any()) else None
 
     return finite
 
