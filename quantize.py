@@ -400,7 +400,7 @@ def verify(
 
 
 @cli.command()
-@click.argument("path", type=click.Path(path_type=Path), required=False)
+@click.argument("paths", metavar="[PATH]...", type=click.Path(path_type=Path), nargs=-1)
 @click.option("-m", "--model-path", type=click.Path(path_type=Path), help="Checkpoint directory (or give it as the argument).")
 @click.option("--against", type=click.Path(path_type=Path), help="Source checkpoint: KL divergence and top-1 agreement with it.")
 @click.option("--text", "text_file", type=click.Path(path_type=Path), help="Text to evaluate on.  [default: the bundled wikitext-2 test]")
@@ -409,35 +409,64 @@ def verify(
 )
 @click.option("--chunks", type=click.IntRange(2), default=defaults.EVALUATION_CHUNKS, show_default=True, help="Chunks.")
 @click.option("--max-perplexity-increase", type=float, help="Exit status 4 when perplexity rises by more than this share (0.05 is 5 %).")
+@click.option(
+    "--plot", type=click.Path(path_type=Path), help="Picture of bits per weight against KL: a .html file, or a .png (takes matplotlib)."
+)
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
 @common_options
 def evaluate(
     out: Output,
-    path: Path | None,
+    paths: tuple[Path, ...],
     model_path: Path | None,
     against: Path | None,
     text_file: Path | None,
     length: int | None,
     chunks: int,
     max_perplexity_increase: float | None,
+    plot: Path | None,
     device: str | None,
 ) -> None:
-    """Perplexity with its standard error; against a source, KL divergence and top-1 agreement.
+    """Perplexity with its standard error; against a source, KL divergence and top-1 agreement. Several checkpoints make one table.
 
     \b
     quant evaluate out/Llama-3.1-8B-W4A16 --against models/Llama-3.1-8B
+    quant evaluate out/a out/b out/c --against models/Llama-3.1-8B --plot quality.html
     """
+    from quant.evaluation.comparison import check_plot, compare_outputs, demand
+    from quant.evaluation.comparison import plot as draw
     from quant.evaluation.quality import evaluate as measure
     from quant.report import text
 
     if max_perplexity_increase is not None and against is None:
         raise UsageError("--max-perplexity-increase needs --against: the checkpoint whose perplexity it is compared with")
-    chosen = _one_path(path, model_path)
+    if plot is not None:
+        if against is None:
+            raise UsageError("--plot needs --against: it draws the KL divergence from that checkpoint")
+        check_plot(plot)
+    if len(paths) < 2 and plot is None:
+        chosen = _one_path(paths[0] if paths else None, model_path)
+        with out.progress() as progress:
+            result = measure(chosen, against=against, text=text_file, length=length, chunks=chunks, device=device, progress=progress)
+        value = result.to_dict()
+        out.result(value, lambda c: text.evaluation(c, value))
+        result.demand(max_perplexity_increase)
+        return
+    chosen_paths = [*paths, *([model_path] if model_path else [])] or [_one_path(None, None)]
+    done = []
     with out.progress() as progress:
-        result = measure(chosen, against=against, text=text_file, length=length, chunks=chunks, device=device, progress=progress)
-    value = result.to_dict()
-    out.result(value, lambda c: text.evaluation(c, value))
-    result.demand(max_perplexity_increase)
+        for one in compare_outputs(
+            chosen_paths, against=against, text=text_file, length=length, chunks=chunks, device=device, progress=progress
+        ):
+            done.append(one)
+            if out.json:
+                out.result(one.to_dict(), lambda c: None)
+    if plot is not None:
+        draw(plot, done)
+        out.note(f"{plot}: bits per weight against KL divergence of {len(done)} checkpoints")
+    if not out.json:
+        values = [one.to_dict() for one in done]
+        out.result(values, lambda c: text.comparison(c, values))
+    demand(done, max_perplexity_increase)
 
 
 @cli.command()

@@ -95,6 +95,43 @@ class Runner:
         return self.skeleton.logits(batch, hidden)[:, :-1].float().log_softmax(-1)
 
 
+class Source:
+    """A checkpoint that others are compared with. It is run once, when the first of them is.
+
+    Args:
+        length: tokens a chunk; None for the smaller of 512 and this model's context.
+    """
+
+    def __init__(
+        self, path: str | Path, text: str | Path | None = None, length: int | None = None, chunks: int = 0, device: str | None = None
+    ):
+        self.path = str(path)
+        checkpoint = open_checkpoint(path)
+        self.file = Path(text) if text is not None else bundled("wikitext-2-test")
+        length = chunk_length(length, checkpoint)
+        self.rows = evaluation_rows(load_tokenizer(checkpoint.path), self.file, length, chunks or defaults.EVALUATION_CHUNKS)
+        self.runner = Runner(checkpoint, device_of(device))
+        self._hidden: list[torch.Tensor] | None = None
+
+    def hidden(self, batches: list[torch.Tensor], progress: Progress) -> list[torch.Tensor]:
+        """The states before the head; the batches are always those of ``rows``."""
+        if self._hidden is None:
+            self._hidden = self.runner.hidden(batches, progress, "source")
+        return self._hidden
+
+
+def chunk_length(asked: int | None, *checkpoints: Checkpoint) -> int:
+    """Tokens a chunk: those asked for, or the smaller of 512 and the shortest context.
+
+    Raises:
+        QuantError: more are asked for than a model's context has.
+    """
+    contexts = [x for c in checkpoints if isinstance(x := c.config.get("max_position_embeddings"), int)]
+    if asked is not None and contexts and asked > min(contexts):
+        raise QuantError(f"--length is {asked}: the model's longest context is {min(contexts)}")
+    return asked or min([defaults.EVALUATION_LENGTH, *contexts])
+
+
 def _measured(values: list[float]) -> Measured:
     mean = statistics.fmean(values)
     if len(values) < 2 or not math.isfinite(mean):
@@ -105,7 +142,7 @@ def _measured(values: list[float]) -> Measured:
 def evaluate(
     path: str | Path,
     *,
-    against: str | Path | None = None,
+    against: str | Path | Source | None = None,
     text: str | Path | None = None,
     length: int | None = None,
     chunks: int = defaults.EVALUATION_CHUNKS,
@@ -115,7 +152,8 @@ def evaluate(
     """Measures a checkpoint on a text.
 
     Args:
-        against: the checkpoint it was made from; adds KL, top-1 agreement and the rise of perplexity.
+        against: the checkpoint it was made from; adds KL, top-1 agreement and the rise of perplexity. A :class:`Source` has text, length and chunks
+            of its own, and is not run again.
         text: any text that calibration reads; the bundled wikitext-2 test by default.
         length: tokens a chunk, the start token included; None for the smaller of 512 and the model's context.
 
@@ -124,23 +162,21 @@ def evaluate(
     """
     target = device_of(device)
     checkpoint = open_checkpoint(path)
-    source = open_checkpoint(against) if against is not None else None
-    tokenizer = load_tokenizer((source or checkpoint).path)
-    file = Path(text) if text is not None else bundled("wikitext-2-test")
-    longest = checkpoint.config.get("max_position_embeddings")
-    if length is None:
-        length = min(defaults.EVALUATION_LENGTH, longest) if isinstance(longest, int) else defaults.EVALUATION_LENGTH
-    elif isinstance(longest, int) and length > longest:
-        raise QuantError(f"--length is {length}: the model's longest context is {longest}")
-    rows = evaluation_rows(tokenizer, file, length, chunks)
+    if against is not None and not isinstance(against, Source):
+        against = Source(against, text, chunk_length(length, checkpoint), chunks, device)
+    if against is None:
+        file = Path(text) if text is not None else bundled("wikitext-2-test")
+        rows = evaluation_rows(load_tokenizer(checkpoint.path), file, chunk_length(length, checkpoint), chunks)
+    else:
+        file, rows = against.file, against.rows
     simulation = Simulation(checkpoint)
-    runners = [Runner(checkpoint, target, simulation), *([] if source is None else [Runner(source, target)])]
+    runners = [Runner(checkpoint, target, simulation), *([] if against is None else [against.runner])]
     if int(rows.max()) >= min(r.skeleton.vocabulary for r in runners):
         raise CheckpointError(
             f"{path}: the text has token {int(rows.max())}, the model {runners[0].skeleton.vocabulary}: the tokenizer belongs to another model"
         )
-    batches = list(rows.split(max(1, _BATCH_TOKENS // length)))
-    hidden = [r.hidden(batches, progress, name) for r, name in zip(runners, ("candidate", "source"), strict=False)]
+    batches = list(rows.split(max(1, _BATCH_TOKENS // rows.shape[1])))
+    hidden = [runners[0].hidden(batches, progress, "candidate"), *([] if against is None else [against.hidden(batches, progress)])]
     nll: list[float] = []
     source_nll: list[float] = []
     kl: list[float] = []
@@ -152,18 +188,18 @@ def evaluate(
             wanted = batch[:, 1:, None].to(target)
             logs = [r.log_probabilities(batch, states[index]) for r, states in zip(runners, hidden, strict=True)]
             nll += (-logs[0].gather(-1, wanted)).mean((1, 2)).tolist()
-            if source is not None:
+            if against is not None:
                 source_nll += (-logs[1].gather(-1, wanted)).mean((1, 2)).tolist()
                 kl += (logs[1].exp() * (logs[1] - logs[0])).sum(-1).mean(-1).tolist()
                 agree += (logs[0].argmax(-1) == logs[1].argmax(-1)).float().mean(-1).tolist()
             progress(Event("compare", index + 1, len(batches)))
     own = _perplexity(nll)
-    if source is None:
+    if against is None:
         return Evaluation(str(path), None, str(file), rows[:, 1:].numel(), len(rows), own, activations=simulation.description)
     other = _perplexity(source_nll)
     return Evaluation(
         str(path),
-        str(against),
+        against.path,
         str(file),
         rows[:, 1:].numel(),
         len(rows),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quant.units import format_seconds, format_size
@@ -159,6 +159,33 @@ def evaluation(console: Console, value: Mapping[str, Any]) -> None:
             ("top-1 agreement", shown(value["top1"], ".2%")),
         ]
     _table(console, value["path"], rows)
+
+
+def comparison(console: Console, values: Sequence[Mapping[str, Any]]) -> None:
+    """Several evaluations against one source: a row each."""
+    from rich.table import Table
+
+    first = values[0]
+    against = f" against {first['against']}" if first["against"] else ""
+    table = Table(
+        title=f"{first['text']}, {first['chunks']} chunks, {first['tokens']:,} tokens{against}",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    for heading in ("path", "scheme", "bits/weight", "size", "perplexity", "KL, nats per token", "top-1"):
+        table.add_column(heading, overflow="fold", justify="left" if heading in ("path", "scheme") else "right")
+
+    def shown(m: Mapping[str, float] | None, form: str) -> str:
+        return "" if m is None else f"{m['mean']:{form}} ± {m['standard_error']:{form}}"
+
+    if first["source_perplexity"]:
+        table.add_row(str(first["against"]), "source", "", "", shown(first["source_perplexity"], ".4f"), "", "")
+    for v in values:
+        bits = "" if v["bits_per_weight"] is None else f"{v['bits_per_weight']:.3f}"
+        size = format_size(v["total_bytes"])
+        table.add_row(v["path"], v["scheme"], bits, size, shown(v["perplexity"], ".4f"), shown(v["kl"], ".5f"), shown(v["top1"], ".2%"))
+    console.print(table)
 
 
 def inspection(console: Console, value: Mapping[str, Any]) -> None:
