@@ -464,9 +464,17 @@ class QuantizationManager:
 
     def _data_free(self, work: WorkFolder) -> None:
         """Tensor by tensor through the files; no module is built, so any architecture goes through."""
-        for unit in self._units(work):
-            if unit.name not in work.finished:
-                self._write(unit, work, Made())
+        threads = torch.get_num_threads()
+        if self.device.type == "cpu":
+            torch.set_num_threads(
+                1
+            )  # pieces are too small to share: threads would wait for each other, for long where others use the cores too
+        try:
+            for unit in self._units(work):
+                if unit.name not in work.finished:
+                    self._write(unit, work, Made())
+        finally:
+            torch.set_num_threads(threads)
 
     def _quantize_alone(self, name: str) -> QuantizedTensor:
         """Quantizes one linear by pieces of its rows, which are independent; of the source no more than a piece is in memory."""
