@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from quant import defaults
 from quant.errors import Problems, QuantError, UsageError, one_of
@@ -86,17 +86,31 @@ _OF_METHOD = ("act_order", "damping", "clip_search", "options")
 
 class Rule(Numbers):
     """Other numbers for some layers; the first rule that names a linear counts. What a rule leaves out is as the job has it, but a rule with
-    a scheme or a method of its own takes none of the job's keys that belong to one."""
+    a scheme or a method of its own takes none of the job's keys that belong to one. ``skip`` leaves the layers unquantized."""
 
     layers: str
     method: str | None = None
     skip: bool = False
 
+    @model_validator(mode="after")
+    def _skips_or_changes(self) -> Rule:
+        if self.skip and (others := sorted(self.model_fields_set - {"layers", "skip"})):
+            raise ValueError(f"skip leaves the layers as they are, and {', '.join(others)} would change them: give one of the two")
+        return self
+
     def assigned(self, job: Recipe) -> Assignment:
-        """What is done to the rule's linears."""
+        """What is done to the rule's linears.
+
+        Raises:
+            UsageError: see :meth:`resolved_scheme`.
+        """
         values = {k: getattr(self if k in self.model_fields_set else job, k) for k in Numbers.model_fields}
         if self.model_fields_set & {"scheme", "bits"}:
             values |= {k: getattr(self, k) for k in _OF_SCHEME}
+        elif self.method == "fp8" and job.resolved_scheme(job.method).weights.number != "float":
+            values |= {k: getattr(self, k) for k in _OF_SCHEME}  # the method names a scheme too
+        elif self.method is not None and job.method != "none" and values["scheme"] is values["bits"] is values["symmetric"] is None:
+            values["scheme"] = DEFAULT_SCHEMES.get(job.method, "w4a16")  # the job's own, which it leaves to its method
         if self.method is not None:
             values |= {k: getattr(self, k) for k in _OF_METHOD}
         return Numbers(**values).assignment(self.method or job.method)
@@ -155,6 +169,9 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         problems = []
         for e in error.errors():
             name = ".".join(str(p) for p in e["loc"])
+            if e["type"] == "extra_forbidden":
+                problems.append(str(one_of(f"{name.rpartition('.')[0]} key", e["loc"][-1], list(Rule.model_fields))))
+                continue
             given = "" if e["type"] == "missing" else f" is {e['input']!r}"
             problems.append(f"{name}{given}: {e['msg'][0].lower()}{e['msg'][1:]}")
         raise Problems(problems, exit_code=2) from error

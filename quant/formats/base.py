@@ -94,7 +94,7 @@ class Format(Protocol):
 #: Linears whose input is split over ranks under tensor parallelism; all others split their output.
 _ROW_PARALLEL = re.compile(r"\.(o_proj|down_proj|out_proj|dense|dense_4h_to_h|fc2|c_proj|wo|w2)$")
 
-_PARTS = ("name", "quant_method", "config_file", "kv_cache", "refuse", "specs", "problems", "pack", "unpack", "config", "find")
+_PARTS = ("name", "quant_method", "config_file", "kv_cache", "mixed", "refuse", "specs", "problems", "pack", "unpack", "config", "find")
 #: Shards of a fused layer that another one follows.
 _NOT_LAST = (".q_proj", ".k_proj", ".gate_proj")
 

@@ -156,10 +156,8 @@ def plan_job(recipe: Recipe) -> JobPlan:
             f"{checkpoint.path}: no linear of a decoder block is found among its {len(checkpoint.tensors)} tensors (names such as model.layers.0.….weight)"
         )
         raise Problems(problems)
-    try:
-        assignments = assign(recipe, everything, block_count(checkpoint))
-    except UsageError as error:
-        raise Problems([*problems, *(error.problems if isinstance(error, Problems) else [str(error)])], exit_code=2) from error
+    assignments, mistakes = assign(recipe, everything, block_count(checkpoint))
+    problems += mistakes
     linears = {}
     for name, assignment in assignments.items():
         n, k = checkpoint.info(f"{name}.weight").shape
@@ -168,11 +166,11 @@ def plan_job(recipe: Recipe) -> JobPlan:
     problems += shape_problems(linears.values(), recipe.tensor_parallel)
     if not any("do not divide" in p for p in problems):
         problems += [p for linear in linears.values() for p in form.problems(linear)][:8]
-        if recipe.target == "vllm":
-            problems += _fused_problems(linears, everything, form)
+        if recipe.target == "vllm" and not mistakes:  # linears of a rule with a mistake are missing
+            problems += _fused_problems(linears, assignments, everything, form)
     caches = kv_scales(checkpoint, everything) if recipe.kv_cache_scheme else {}
     if problems:
-        raise Problems(list(dict.fromkeys(problems)))
+        raise Problems(list(dict.fromkeys(problems)), exit_code=2 if mistakes else 1)
     unquantized = tuple(unquantized_linears(checkpoint, linears))
     units = lay_out(checkpoint, linears, form, dtype, caches)
     plan = JobPlan(recipe, checkpoint, form, linears, assignments, unquantized, units, dtype)
@@ -180,35 +178,40 @@ def plan_job(recipe: Recipe) -> JobPlan:
     return plan
 
 
-def assign(recipe: Recipe, everything: Sequence[str], blocks: int) -> dict[str, Assignment]:
-    """What is done to each linear that is quantized, in file order.
-
-    Raises:
-        UsageError, Problems: a selection that names nothing, a rule with a mistake; all rules at once.
-    """
-    chosen = select(everything, recipe.layers, recipe.ignore, blocks)
+def assign(recipe: Recipe, everything: Sequence[str], blocks: int) -> tuple[dict[str, Assignment], list[str]]:
+    """What is done to each linear that is quantized, in file order; and every mistake in the selection and the rules: one that names nothing, or
+    nothing that a rule before it has not named; a method, scheme or setting that is not. Linears that only such a rule names are left out."""
+    try:
+        chosen = select(everything, recipe.layers, recipe.ignore, blocks)
+    except UsageError as error:
+        return {}, [str(error)]
     assignments: dict[str, Assignment | None] = dict.fromkeys(chosen, recipe.assignment(recipe.method))
     ruled: set[str] = set()
     problems = []
     for number, rule in enumerate(recipe.rules, 1):
+        hit: list[str] = []
+        assignment = None
         try:
-            hit = [n for n in select(everything, rule.layers, [], blocks) if n in assignments]
-            assignment = None if rule.skip else rule.assigned(recipe)
-            if assignment is not None:
-                make_quantizer(assignment)
+            try:
+                hit = [n for n in select(everything, rule.layers, [], blocks) if n in assignments]
+            except UsageError as error:
+                raise UsageError(str(error).replace("--layers", "layers")) from error
             if not hit:
                 raise UsageError(f"layers {rule.layers!r} names no linear that is quantized: change it, or --layers and --ignore")
+            if ruled.issuperset(hit):
+                raise UsageError(f"layers {rule.layers!r} names only linears that rules before it name: put it first, or leave it out")
+            if not rule.skip:
+                assignment = rule.assigned(recipe)
+                make_quantizer(assignment)
         except UsageError as error:
             problems.append(f"rule {number}: {error}")
-            continue
+            assignment = None
         assignments |= {n: assignment for n in hit if n not in ruled}
         ruled |= set(hit)
-    if problems:
-        raise Problems(problems, exit_code=2)
     left = {n: a for n, a in assignments.items() if a is not None}
-    if not left:
-        raise UsageError("no linear is left to quantize: every one is skipped by a rule")
-    return left
+    if not left and not problems:
+        problems.append("no linear is left to quantize: every one is skipped by a rule")
+    return left, problems
 
 
 def _assignment_problems(recipe: Recipe, assignments: Sequence[Assignment], form: Format) -> list[str]:
@@ -306,7 +309,9 @@ def target_problems(model_path: Path, output_path: Path) -> list[str]:
     return []
 
 
-def _fused_problems(linears: Mapping[str, Linear], everything: Sequence[str], form: Format) -> list[str]:
+def _fused_problems(
+    linears: Mapping[str, Linear], assignments: Mapping[str, Assignment], everything: Sequence[str], form: Format
+) -> list[str]:
     """vLLM builds q/k/v and gate/up as one layer: all of its shards are quantized alike, or none."""
     if form.quant_method is None:
         return []
@@ -320,6 +325,12 @@ def _fused_problems(linears: Mapping[str, Linear], everything: Sequence[str], fo
             return [
                 f"{fused}: vLLM fuses {', '.join(n.rsplit('.', 1)[-1] for n in names)} into one layer, but they would become {' and '.join(schemes)}: "
                 "give them one scheme"
+            ]
+        methods = dict.fromkeys(assignments[n].method for n in inside)
+        if len(dict.fromkeys(assignments[n] for n in inside)) > 1 and linears[inside[0]].scheme.strategy in ("tensor", "tensor_group"):
+            return [
+                f"{fused}: {', '.join(n.rsplit('.', 1)[-1] for n in inside)} share one number in scheme {next(iter(schemes))}, "
+                f"but are made by {' and '.join(methods)}{'' if len(methods) > 1 else ' with different settings'}: give them one method with one setting"
             ]
         if inside and len(inside) < len(names):
             out = [n.rsplit(".", 1)[-1] for n in names if n not in linears]

@@ -65,6 +65,10 @@ def quantization(console: Console, report: Mapping[str, Any]) -> None:
         rows.append(
             ("notes", "\n".join(notes[:_WORST]) + (f"\nand {len(notes) - _WORST} more in quant_report.json" if len(notes) > _WORST else ""))
         )
+    left = [n for n in report["unquantized_linears"] if n != "lm_head"]
+    if left:
+        more = f" and {len(left) - _WORST} more in quant_report.json" if len(left) > _WORST else ""
+        rows.append(("unquantized", f"{len(left)} linears: {', '.join(left[:_WORST])}{more}"))
     if report["folds"]:
         names = ", ".join(sorted({f["suppressor"] for f in report["folds"].values()}))
         low = min(f["factors"][0] for f in report["folds"].values())

@@ -21,6 +21,7 @@ class Codes:
     quant_method = "codes"
     config_file = None
     kv_cache = False
+    mixed = False
 
     def refuse(self, scheme: Scheme, target: str) -> str | None:
         if scheme.weights.number != "int" or not scheme.weights.symmetric or scheme.activations is not None:
