@@ -22,15 +22,18 @@ from quant.tensors import InputParameters
 class Simulation:
     """The inputs of a checkpoint's linears, and K and V, as vLLM rounds them; nothing where the checkpoint leaves them alone.
 
+    Args:
+        activations: False: the inputs stay as they are, as in kernels that take 8- and 4-bit weights alone.
+
     Raises:
         CheckpointError: quantized in a way that is not read here.
     """
 
-    def __init__(self, checkpoint: Checkpoint):
+    def __init__(self, checkpoint: Checkpoint, activations: bool = True):
         self._checkpoint = checkpoint
         self._found: Found | None = find_format(checkpoint.config, checkpoint.tensors)
         linears = self._found.linears if self._found else {}
-        self._linears: dict[str, Linear] = {n: x for n, x in linears.items() if x.activations is not None}
+        self._linears: dict[str, Linear] = {n: x for n, x in linears.items() if x.activations is not None and activations}
         self._caches = [n.removesuffix("k_scale") for n in checkpoint.tensors if n.endswith(".k_scale")]
 
     @property

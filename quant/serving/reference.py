@@ -9,7 +9,8 @@ moves log-probabilities by far more.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,10 @@ MARGIN_WORST = 3.0
 _LEAST_NOISE = 1e-4
 #: Every parameter must have come from a file; no compilation, whose time a single test does not earn back; scores of whole prompts.
 FLAGS = ("--model-loader-extra-config", '{"enable_weights_track": true}', "--enforce-eager", "--no-enable-prefix-caching")
+
+
+#: vLLM's line about a kernel that computes with FP8, NVFP4 or MX weights and leaves activations in 16 bits, on hardware without such numbers.
+_WEIGHT_ONLY = re.compile(r"(Selected|Using) (Marlin(FP8|NvFp4|MxFp4|Mxfp8)\w*|\w*NvFp4W4A16\w*|CPUFp8(Block|PerTensor)Scaled\w*) for ")
 
 
 @dataclass(frozen=True)
@@ -156,14 +161,17 @@ def ask(server: Server, rows: torch.Tensor, new_tokens: int = NEW_TOKENS) -> Ans
 class Reference:
     """A checkpoint, quantized or not, run block by block from the values in its files, with activations rounded as its scheme says.
 
+    Args:
+        activations: False: they are left alone (see :func:`rounds_activations`).
+
     Raises:
         CheckpointError: one that cannot be read, or whose model cannot be built here.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, activations: bool = True):
         self.checkpoint: Checkpoint = open_checkpoint(path)
         self.dtype: torch.dtype = getattr(torch, model_dtype(self.checkpoint.config))
-        self._values, self._simulation = dequantized(self.checkpoint), Simulation(self.checkpoint)
+        self._values, self._simulation = dequantized(self.checkpoint), Simulation(self.checkpoint, activations)
         Skeleton(self._values, torch.device("cpu"), self.dtype)  # says at once what cannot be built
 
     def logs(self, tokens: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,6 +219,15 @@ class Reference:
             generated=chosen.numel(),
             tokens=away.numel(),
         )
+
+
+def rounds_activations(log: Iterable[str]) -> bool:
+    """Whether the kernels that vLLM's log names round activations as the checkpoint's scheme says; weight-only ones stand in for them.
+
+    >>> rounds_activations(["INFO Selected MarlinFP8ScaledMMLinearKernel for CompressedTensorsW8A8Fp8"])
+    False
+    """
+    return not any(_WEIGHT_ONLY.search(line) for line in log)
 
 
 def _rms(values: torch.Tensor) -> float:
@@ -262,4 +279,6 @@ def check_in_vllm(path: str | Path, python: str | Path, *, log: Log = lambda lin
                 raise
             return {"passed": False, "detail": f"vLLM does not load it: {error.cause.kind}: {error.cause.text}"}
         answers = ask(server, rows)
+    if not rounds_activations(server.lines):
+        reference = Reference(folder, activations=False)
     return reference.compare(answers).to_dict() | {"load_seconds": round(server.load_seconds, 2)}

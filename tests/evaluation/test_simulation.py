@@ -16,7 +16,7 @@ from quant.checkpoint.reader import open_checkpoint
 from quant.evaluation import quality, simulation
 from quant.formats import Found, Linear
 from quant.schemes import PRESETS, ActivationScheme
-from quant.serving.reference import Reference
+from quant.serving.reference import Reference, rounds_activations
 from quant.tensors import E2M1, InputParameters
 from tests.helpers import quantize, short_text
 
@@ -150,3 +150,30 @@ def test_an_fp8_cache_is_rounded_where_the_checkpoint_has_its_scales(llama: Path
     without, cached = (quality.evaluate(tmp_path / n, **options) for n in ("plain", "cached"))
     assert (without.activations, cached.activations) == (None, "simulated FP8 KV cache")
     assert without.kl is not None and cached.kl is not None and without.kl.mean < cached.kl.mean < 0.05
+
+
+def test_kernels_that_take_weights_alone_are_told_from_the_log() -> None:
+    """Lines as vLLM 0.32 prints them."""
+    line = "(EngineCore pid=7) INFO 11-25 09:00:01 [__init__.py:757] Selected {} for {}"
+    alone = [
+        line.format("MarlinFP8ScaledMMLinearKernel", "CompressedTensorsW8A8Fp8"),
+        line.format("CPUFp8BlockScaledMMKernel", "Fp8LinearMethod"),
+        "INFO Using MarlinNvFp4LinearKernel for NVFP4 GEMM",
+        "INFO Using MarlinMxFp4LinearKernel for MXFP4 GEMM",
+        "INFO Using MarlinMxfp8LinearKernel for MXFP8 GEMM",
+    ]
+    assert not any(rounds_activations(["INFO starting", x]) for x in alone)
+    rounding = [
+        line.format("ChannelWiseTorchFP8ScaledMMLinearKernel", "CompressedTensorsW8A8Fp8"),
+        line.format("CutlassFP8ScaledMMLinearKernel", "CompressedTensorsW8A8Fp8"),
+        line.format("CPUFp8W8A8BlockScaledMMKernel", "Fp8LinearMethod"),
+        "INFO Using MarlinLinearKernel for CompressedTensorsWNA16",  # of a mixed file's 4-bit layers
+    ]
+    assert rounds_activations(rounding)
+
+
+def test_a_run_without_rounded_activations_is_another_one(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    quantize(checkpoints("llama"), tmp_path / "o", method="minmax", scheme="w8a8-int8")
+    rows = torch.arange(24).view(2, 12)
+    rounded, alone = (Reference(tmp_path / "o", a).logs(rows, torch.float32)[0] for a in (True, False))
+    assert 0 < float((rounded - alone).abs().max()) < 1

@@ -45,7 +45,7 @@ def make(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...
 
     def quantized(*options: str) -> Path:
         if options not in made:
-            output = tmp_path_factory.mktemp("model") / "-".join(o.strip("-") for o in options)
+            output = tmp_path_factory.mktemp("model") / "-".join(Path(o).name.strip("-") for o in options)
             command = [sys.executable, str(ROOT / "quantize.py"), "quantize", "-q", "-m", str(source), "-o", str(output), *options]
             done = subprocess.run([*command, "--samples", "16", "--sequence-length", "256"], capture_output=True, text=True)
             assert done.returncode == 0, done.stderr

@@ -16,10 +16,13 @@ import pytest
 from quant.errors import QuantError
 from quant.evaluation.verify import verify
 from quant.serving.process import ServerError
-from quant.serving.reference import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, Reference, ask, open_server, prompts
+from quant.serving.reference import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, Reference, ask, open_server, prompts, rounds_activations
 from tests.vllm import corrupt
 
 CT, GPTQ, AWQ = "compressed-tensors", "gptq", "awq"
+#: Whether this machine has the tile instructions that vLLM's FP8 block kernels are made of.
+AMX = Path("/proc/cpuinfo").exists() and "amx_tile" in Path("/proc/cpuinfo").read_text()
+Damage = Callable[[Path, str], int]
 #: format, symmetry, group size, method
 CASES = [
     *((CT, "symmetric", g, m) for g, m in ((-1, "minmax"), (32, "gptq"), (64, "minmax"), (128, "gptq"))),
@@ -30,6 +33,34 @@ CASES = [
     ("plain", "symmetric", 128, "gptq"),
 ]
 ONE_LAYER = "layers.1.mlp.down_proj"
+MIXED = Path(__file__).with_name("mixed.yaml")
+INT8, FP8 = ("--scheme", "w8a8-int8", "--method", "minmax"), ("--scheme", "w8a8-fp8", "--method", "minmax")
+BLOCKS = ("--scheme", "fp8-block", "--method", "minmax")
+STATIC, ASYMMETRIC = ("--activations", "static"), ("--asymmetric-activations",)
+SCALES, INPUTS = corrupt.scales_of_the_wrong_output, corrupt.input_scales_of_half_the_range
+#: Options, the kernel that vLLM must name, and what can be wrong. Activations, and K and V, are rounded in the reference too. A number on the
+#: edge between two codes falls to either side in 16 bits, which is the larger part of the noise: one layer's damage can hide in it, so
+#: here all down projections (or caches) are damaged.
+NUMBERS: dict[str, tuple[tuple[str, ...], str, tuple[Damage, ...]]] = {
+    "int8 dynamic": (INT8, "CPUInt8ScaledMMLinearKernel", (SCALES,)),
+    "int8 dynamic asymmetric": ((*INT8, *ASYMMETRIC), "CPUInt8ScaledMMLinearKernel", (SCALES,)),
+    # vLLM's AMX path takes scales of tokens whatever the file says: there a wrong static scale is not seen
+    "int8 static": ((*INT8, *STATIC), "CPUInt8ScaledMMLinearKernel", (SCALES,) if AMX else (SCALES, INPUTS)),
+    "int8 static asymmetric": (
+        (*INT8, *STATIC, *ASYMMETRIC),
+        "CPUInt8ScaledMMLinearKernel",
+        (SCALES, INPUTS, corrupt.input_zero_points_of_unsigned_codes),
+    ),
+    "fp8 channel": (FP8, "ChannelWiseTorchFP8ScaledMMLinearKernel", (SCALES,)),
+    "fp8 cache": (
+        ("--scheme", "w4a16", "--method", "minmax", "--kv-cache-scheme", "fp8"),
+        "CPUWNA16LinearKernel",
+        (corrupt.cache_scales_not_divided,),
+    ),
+    "mixed": (("--config", str(MIXED)), "CPUInt8ScaledMMLinearKernel", (SCALES,)),
+    "fp8 blocks": (BLOCKS, "CPUFp8", (corrupt.scales_of_the_wrong_group,)),
+    "native fp8 blocks": ((*BLOCKS, "--format", "fp8"), "CPUFp8", (corrupt.scales_of_the_wrong_group,)),
+}
 
 
 def _damages(form: str, symmetry: str, group: int) -> list[Callable[[Path, str], int]]:
@@ -71,6 +102,46 @@ def test_vllm_computes_with_the_values_that_are_in_the_files(
         seen = Reference(damaged).compare(answers, like=found)
         print(f"{path.name}, {damage.__name__} in one layer: {seen.describe()}")
         assert not seen.passed, f"{damage.__name__} in {ONE_LAYER}: {seen.describe()}"
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+def test_vllm_computes_with_quantized_activations_and_caches_as_the_reference_does(
+    case: str,
+    make: Callable[..., Path],
+    copy: Callable[[Path], Path],
+    vllm_python: str,
+    record_property: Callable[[str, object], None],
+) -> None:
+    options, kernel, damages = NUMBERS[case]
+    if kernel == "CPUFp8" and not AMX:
+        pytest.skip("this machine has no AMX (amx_tile in /proc/cpuinfo), of which vLLM's FP8 block kernels are made")
+    path = make(*options)
+    with open_server(path, vllm_python) as server:
+        server.start(timeout=300)
+        answers = ask(server, prompts(path))
+        log = "\n".join(server.lines)
+    assert kernel in log
+    assert case != "mixed" or "CPUWNA16LinearKernel" in log
+    rounded = rounds_activations(log.splitlines())
+    assert rounded or case.endswith("blocks")
+    found = Reference(path, rounded).compare(answers)
+    print(f"{case}: {found.describe()}")
+    record_property("comparison", found.to_dict())
+    assert found.passed, found.describe()
+    for damage in damages:
+        damaged = copy(path)
+        assert damage(damaged, "self_attn" if case == "fp8 cache" else "mlp.down_proj") > 0
+        seen = Reference(damaged, rounded).compare(answers, like=found)
+        print(f"{case}, {damage.__name__}: {seen.describe()}")
+        assert not seen.passed, f"{damage.__name__}: {seen.describe()}"
+
+
+@pytest.mark.parametrize("scheme", ["w8a8-fp8-tensor", "nvfp4", "mxfp4"])
+def test_numbers_without_a_cpu_kernel_pass_verify_and_are_refused_by_name(scheme: str, make: Callable[..., Path], vllm_python: str) -> None:
+    path = make("--scheme", scheme, "--method", "minmax")
+    assert verify(path).passed
+    with open_server(path, vllm_python) as server, pytest.raises(ServerError):
+        server.start(timeout=300)
 
 
 @pytest.mark.parametrize("form", [CT, GPTQ])
