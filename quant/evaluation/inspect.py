@@ -9,6 +9,7 @@ from typing import Any
 from quant.checkpoint.reader import open_checkpoint
 from quant.formats import find_format
 from quant.models.adapter import adapter_for, block_of
+from quant.report.evidence import evidence_of
 
 #: First match wins.
 _ROLES = (
@@ -29,7 +30,7 @@ def role_of(name: str) -> str:
 
 def inspect(path: str | Path) -> dict[str, Any]:
     """Facts of a checkpoint directory: architecture, parameters by role (quantized ones counted as the weights they stand for), bytes by dtype,
-    format and schemes.
+    format and schemes; of an output of ``quant quantize``, the layers that lost most, from its report.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -69,4 +70,5 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "format": found.format if found else "plain",
         "schemes": schemes,
         "quantized_linears": len(schemes) and sum(schemes.values()),
+        "worst_layers": evidence_of(checkpoint.path),
     }

@@ -21,9 +21,10 @@ from quant.formats.legacy import incomplete, repaired
 from quant.formats.reading import dequantized, read_linear
 from quant.pipeline.memory import peak_rss
 from quant.pipeline.plan import check_disk, lay_out, target_problems, unquantized_linears
-from quant.pipeline.writing import REPORT, write_rest, write_unit
+from quant.pipeline.writing import write_rest, write_unit
 from quant.progress import Event, Progress, silent
 from quant.quantizers import MinMaxQuantizer
+from quant.report.evidence import REPORT
 from quant.serving.arguments import engine_arguments, vllm_config
 from quant.tensors import QuantizedTensor
 

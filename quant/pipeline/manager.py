@@ -36,10 +36,11 @@ from quant.pipeline.folding import can_take_rows, find_fold, fold_linear, fold_n
 from quant.pipeline.memory import peak_rss
 from quant.pipeline.plan import JobPlan, Unit, make_quantizer, make_suppressor, plan_job, text_config
 from quant.pipeline.staged import ActivationStore, Batches, StagedForward, run_block
-from quant.pipeline.writing import REPORT, write_rest, write_unit
+from quant.pipeline.writing import write_rest, write_unit
 from quant.progress import Event, Progress, silent
 from quant.quantizers import Quantized, Quantizer
 from quant.recipe import Assignment, Recipe
+from quant.report.evidence import NOT_CALIBRATED, NOT_HELD_OUT, REPORT
 from quant.schemes import BLOCK, Scheme
 from quant.serving.arguments import engine_arguments, vllm_config
 from quant.tensors import QuantizedTensor
@@ -567,6 +568,7 @@ class QuantizationManager:
             "method": self.plan.assignments[name].method,
             "scheme": str(self.plan.linears[name].numbers),
             "error": error,
+            "error_missing": None if error is not None else NOT_HELD_OUT if tokens else NOT_CALIBRATED,
             "snr_db": round(10 * float(torch.log10(torch.tensor(signal / max(noise, 1e-30)))), 2) if signal else None,
             "tokens": tokens,
             "seconds": round(seconds, 3),

@@ -20,7 +20,6 @@ from quant.pipeline.plan import Unit, weight_map
 from quant.serving.arguments import Argument, vllm_config
 from quant.tensors import QuantizedTensor
 
-REPORT = "quant_report.json"
 VLLM_CONFIG = "vllm_config.json"
 
 

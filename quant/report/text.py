@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from quant.report.evidence import worst
 from quant.units import format_seconds, format_size
 
 if TYPE_CHECKING:
@@ -26,6 +27,20 @@ def _table(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
 
 def _checks(checks: list[Mapping[str, Any]]) -> list[tuple[str, str]]:
     return [(("✓ " if c["passed"] else "✗ ") + c["name"], c["detail"]) for c in checks]
+
+
+def _worst(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The worst layers by both measures, and why one of them is not there."""
+    rows = []
+    if found["by_error"]:
+        lines = [f"{x['name']}: {x['error']:.2%}, {x['snr_db']} dB" for x in found["by_error"]]
+        rows.append(("largest errors", "relative output error on held-out calibration rows\n" + "\n".join(lines)))
+    elif found["error_missing"]:
+        rows.append(("largest errors", f"not measured: {found['error_missing']}"))
+    if found["by_snr"]:
+        lines = [f"{x['name']}: {x['snr_db']:.2f} dB, {x['scheme']}" for x in found["by_snr"]]
+        rows.append(("lowest SNR", "signal-to-noise ratio of the weight\n" + "\n".join(lines)))
+    return rows
 
 
 def quantization(console: Console, report: Mapping[str, Any]) -> None:
@@ -54,11 +69,7 @@ def quantization(console: Console, report: Mapping[str, Any]) -> None:
             f"{len(report['tensors']['quantized'])} quantized, {len(report['tensors']['copied'])} copied, {len(report['tensors']['dropped'])} dropped",
         ),
     ]
-    measured = sorted((x for x in report["layers"] if x["error"] is not None), key=lambda x: -x["error"])
-    if measured:
-        rows.append(
-            ("worst layers", "\n".join(f"{x['name']}: relative output error {x['error']:.2%}, {x['snr_db']} dB" for x in measured[:_WORST]))
-        )
+    rows += _worst(worst(report["layers"], _WORST))
     rows.append(("fallbacks", "\n".join(f"{x['name']}: {x['fallback']}" for x in report["fallbacks"]) or "none"))
     notes = list(dict.fromkeys(f"{x['name']}: {n}" for x in report["layers"] for n in x["notes"]))
     if notes:
@@ -209,5 +220,6 @@ def inspection(console: Console, value: Mapping[str, Any]) -> None:
             ("head", "tied to the embedding" if value["tied_head"] else "its own"),
             ("format", value["format"]),
             ("schemes", schemes),
+            *(_worst(value["worst_layers"]) if value["worst_layers"] else []),
         ],
     )
