@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,21 +20,32 @@ from quant.quantizers.floats import snap
 from quant.tensors import InputParameters
 
 
+@dataclass(frozen=True)
+class Kernels:
+    """How an engine's kernels depart from the checkpoint's scheme on its hardware.
+
+    Attributes:
+        activations: whether inputs are rounded; False of kernels that take 8- and 4-bit weights alone.
+        nearest_cache: whether K and V become the nearest FP8 numbers. vLLM 0.32's CPU kernel (`cpu_attn_reshape_and_cache`) takes the next one
+            towards zero instead.
+    """
+
+    activations: bool = True
+    nearest_cache: bool = True
+
+
 class Simulation:
     """The inputs of a checkpoint's linears, and K and V, as vLLM rounds them; nothing where the checkpoint leaves them alone.
-
-    Args:
-        activations: False: the inputs stay as they are, as in kernels that take 8- and 4-bit weights alone.
 
     Raises:
         CheckpointError: quantized in a way that is not read here.
     """
 
-    def __init__(self, checkpoint: Checkpoint, activations: bool = True):
-        self._checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, kernels: Kernels | None = None):
+        self._checkpoint, self._kernels = checkpoint, kernels or Kernels()
         self._found: Found | None = find_format(checkpoint.config, checkpoint.tensors)
         linears = self._found.linears if self._found else {}
-        self._linears: dict[str, Linear] = {n: x for n, x in linears.items() if x.activations is not None and activations}
+        self._linears: dict[str, Linear] = {n: x for n, x in linears.items() if x.activations is not None and self._kernels.activations}
         self._caches = [n.removesuffix("k_scale") for n in checkpoint.tensors if n.endswith(".k_scale")]
 
     @property
@@ -69,6 +81,14 @@ class Simulation:
 
         def rounded(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
             pairs = [(v, s.to(v.device)) for v, s in zip(values, scales, strict=True)]
-            return tuple((snap(v.float() / s, 8) * s).to(v.dtype) for v, s in pairs)
+            rounding = (lambda x: snap(x, 8)) if self._kernels.nearest_cache else cut
+            return tuple((rounding(v.float() / s) * s).to(v.dtype) for v, s in pairs)
 
         return rounded
+
+
+def cut(values: torch.Tensor) -> torch.Tensor:
+    """The next E4M3 numbers towards zero, fp32; beyond 448, 448."""
+    codes = values.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+    above = codes.float().abs() > values.abs()  # the magnitude is the code without its sign: one less is the next number down
+    return (codes.view(torch.uint8) - above.to(torch.uint8)).view(torch.float8_e4m3fn).float()

@@ -20,7 +20,7 @@ import torch
 from quant.calibration.text import bundled, evaluation_rows
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.errors import CheckpointError
-from quant.evaluation.simulation import Simulation
+from quant.evaluation.simulation import Kernels, Simulation
 from quant.formats.reading import dequantized
 from quant.models.skeleton import Skeleton
 from quant.offline import load_tokenizer
@@ -162,16 +162,16 @@ class Reference:
     """A checkpoint, quantized or not, run block by block from the values in its files, with activations rounded as its scheme says.
 
     Args:
-        activations: False: they are left alone (see :func:`rounds_activations`).
+        kernels: how the engine departs from the scheme (see :func:`kernels`).
 
     Raises:
         CheckpointError: one that cannot be read, or whose model cannot be built here.
     """
 
-    def __init__(self, path: str | Path, activations: bool = True):
+    def __init__(self, path: str | Path, kernels: Kernels | None = None):
         self.checkpoint: Checkpoint = open_checkpoint(path)
         self.dtype: torch.dtype = getattr(torch, model_dtype(self.checkpoint.config))
-        self._values, self._simulation = dequantized(self.checkpoint), Simulation(self.checkpoint, activations)
+        self._values, self._simulation = dequantized(self.checkpoint), Simulation(self.checkpoint, kernels)
         Skeleton(self._values, torch.device("cpu"), self.dtype)  # says at once what cannot be built
 
     def logs(self, tokens: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -221,13 +221,14 @@ class Reference:
         )
 
 
-def rounds_activations(log: Iterable[str]) -> bool:
-    """Whether the kernels that vLLM's log names round activations as the checkpoint's scheme says; weight-only ones stand in for them.
+def kernels(log: Iterable[str]) -> Kernels:
+    """What vLLM's log says of the kernels that it chose.
 
-    >>> rounds_activations(["INFO Selected MarlinFP8ScaledMMLinearKernel for CompressedTensorsW8A8Fp8"])
-    False
+    >>> kernels(["INFO Selected MarlinFP8ScaledMMLinearKernel for CompressedTensorsW8A8Fp8"])
+    Kernels(activations=False, nearest_cache=True)
     """
-    return not any(_WEIGHT_ONLY.search(line) for line in log)
+    lines = list(log)
+    return Kernels(not any(_WEIGHT_ONLY.search(x) for x in lines), not any("device_config=cpu" in x for x in lines))
 
 
 def _rms(values: torch.Tensor) -> float:
@@ -279,6 +280,5 @@ def check_in_vllm(path: str | Path, python: str | Path, *, log: Log = lambda lin
                 raise
             return {"passed": False, "detail": f"vLLM does not load it: {error.cause.kind}: {error.cause.text}"}
         answers = ask(server, rows)
-    if not rounds_activations(server.lines):
-        reference = Reference(folder, activations=False)
+    reference = Reference(folder, kernels(server.lines))
     return reference.compare(answers).to_dict() | {"load_seconds": round(server.load_seconds, 2)}

@@ -14,9 +14,10 @@ from quant.activations import fake_quantize, input_parameters
 from quant.calibration.statistics import Statistics
 from quant.checkpoint.reader import open_checkpoint
 from quant.evaluation import quality, simulation
+from quant.evaluation.simulation import Kernels, cut
 from quant.formats import Found, Linear
 from quant.schemes import PRESETS, ActivationScheme
-from quant.serving.reference import Reference, rounds_activations
+from quant.serving.reference import Reference, kernels
 from quant.tensors import E2M1, InputParameters
 from tests.helpers import quantize, short_text
 
@@ -162,18 +163,31 @@ def test_kernels_that_take_weights_alone_are_told_from_the_log() -> None:
         "INFO Using MarlinMxFp4LinearKernel for MXFP4 GEMM",
         "INFO Using MarlinMxfp8LinearKernel for MXFP8 GEMM",
     ]
-    assert not any(rounds_activations(["INFO starting", x]) for x in alone)
+    assert not any(kernels(["INFO starting", x]).activations for x in alone)
     rounding = [
         line.format("ChannelWiseTorchFP8ScaledMMLinearKernel", "CompressedTensorsW8A8Fp8"),
         line.format("CutlassFP8ScaledMMLinearKernel", "CompressedTensorsW8A8Fp8"),
         line.format("CPUFp8W8A8BlockScaledMMKernel", "Fp8LinearMethod"),
         "INFO Using MarlinLinearKernel for CompressedTensorsWNA16",  # of a mixed file's 4-bit layers
     ]
-    assert rounds_activations(rounding)
+    assert kernels(rounding) == Kernels()
+    assert kernels(["INFO [core.py:109] Initializing a V1 LLM engine (v0.32.0) with config: device_config=cpu, seed=0"]) == Kernels(
+        nearest_cache=False
+    )
 
 
 def test_a_run_without_rounded_activations_is_another_one(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
     quantize(checkpoints("llama"), tmp_path / "o", method="minmax", scheme="w8a8-int8")
     rows = torch.arange(24).view(2, 12)
-    rounded, alone = (Reference(tmp_path / "o", a).logs(rows, torch.float32)[0] for a in (True, False))
+    rounded, alone = (Reference(tmp_path / "o", Kernels(activations=a)).logs(rows, torch.float32)[0] for a in (True, False))
     assert 0 < float((rounded - alone).abs().max()) < 1
+
+
+def test_cutting_takes_the_next_number_towards_zero() -> None:
+    """Vectors are what vLLM 0.32's cpu_attn_reshape_and_cache made of the quotients."""
+    given = [50.99, -70.4, -35.2, -108.37, 110.08, 19.41, 448.0, 1000.0, 0.0, 2.0**-10, -(2.0**-9)]
+    assert cut(torch.tensor(given)).tolist() == [48.0, -64.0, -32.0, -104.0, 104.0, 18.0, 448.0, 448.0, 0.0, 0.0, -(2.0**-9)]
+    values = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * 100
+    below = torch.stack([n.where(n.abs() <= values.abs(), 0.0) for n in E4M3])
+    below = below.where(below.sign() == values.sign(), 0.0)
+    assert torch.equal(cut(values).abs(), below.abs().amax(0))

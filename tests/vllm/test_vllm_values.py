@@ -16,7 +16,7 @@ import pytest
 from quant.errors import QuantError
 from quant.evaluation.verify import verify
 from quant.serving.process import ServerError
-from quant.serving.reference import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, Reference, ask, open_server, prompts, rounds_activations
+from quant.serving.reference import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, Reference, ask, kernels, open_server, prompts
 from tests.vllm import corrupt
 
 CT, GPTQ, AWQ = "compressed-tensors", "gptq", "awq"
@@ -122,16 +122,17 @@ def test_vllm_computes_with_quantized_activations_and_caches_as_the_reference_do
         log = "\n".join(server.lines)
     assert kernel in log
     assert case != "mixed" or "CPUWNA16LinearKernel" in log
-    rounded = rounds_activations(log.splitlines())
-    assert rounded or case.endswith("blocks")
-    found = Reference(path, rounded).compare(answers)
+    used = kernels(log.splitlines())
+    assert used.activations or case.endswith("blocks")
+    assert not used.nearest_cache  # that of the CPU build
+    found = Reference(path, used).compare(answers)
     print(f"{case}: {found.describe()}")
     record_property("comparison", found.to_dict())
     assert found.passed, found.describe()
     for damage in damages:
         damaged = copy(path)
         assert damage(damaged, "self_attn" if case == "fp8 cache" else "mlp.down_proj") > 0
-        seen = Reference(damaged, rounded).compare(answers, like=found)
+        seen = Reference(damaged, used).compare(answers, like=found)
         print(f"{case}, {damage.__name__}: {seen.describe()}")
         assert not seen.passed, f"{damage.__name__}: {seen.describe()}"
 
