@@ -75,6 +75,12 @@ _ROWS = (
         True,
     ),
     _Row(
+        r"_C::static_scaled_fp8_quant\(\) expected at most 0 argument",
+        "no kernel for the scheme",
+        "vLLM's CPU build has no kernel for FP8 with one scale a tensor: serve it on a GPU, or quantize with --scheme w8a8-fp8",
+        True,
+    ),
+    _Row(
         r"Unknown quantization method:? ?'?([\w-]*)|quantization method '?([\w-]+)'? is not supported|"
         r"([\w-]+) quantization is currently not supported",
         "unsupported quantization",

@@ -119,6 +119,10 @@ def test_an_interpreter_without_vllm_and_one_that_does_not_run_are_told_apart(tm
         ("ValueError: Total number of attention heads (6) must be divisible by tensor parallel size (4).", "tensor parallel size", "6 attention heads"),
         ("ValueError: World size (8) is larger than the number of available GPUs (2) in this node.", "too few GPUs", "asks for 8 GPUs, 2 are there"),
         ("api_server.py: error: unrecognized arguments: --nope 3", "unknown argument", "--nope 3"),
+        (
+            "RuntimeError: _C::static_scaled_fp8_quant() expected at most 0 argument(s) but received 4 argument(s). Declaration: _C::static_scaled_fp8_quant() -> ()",
+            "no kernel for the scheme", "--scheme w8a8-fp8",
+        ),
         ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate", "GPU memory exhausted", "--tensor-parallel"),
     ],
 )  # fmt: skip
