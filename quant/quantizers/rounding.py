@@ -14,6 +14,8 @@ SEARCH_STEPS = 10
 SEARCH_FLOOR = {2: 0.4, 3: 0.6, 4: 0.7, 8: 0.9}
 #: Elements searched at a time on a CPU: temporaries stay in its cache, which is worth a factor of five.
 _CACHED = 1 << 17
+#: Elements searched at a time on a GPU: enough to fill it, with temporaries of 256 MiB.
+_ON_GPU = 1 << 26
 
 
 def _parameters(
@@ -68,8 +70,8 @@ def group_parameters(
 
 
 def rows_at_a_time(groups: torch.Tensor) -> int:
-    """How many rows of [N, G, g] to search at once: all on a GPU, as many as stay in the cache on a CPU."""
-    return len(groups) if groups.is_cuda else max(1, _CACHED // groups[0].numel())
+    """How many rows of [N, G, g] to search at once: as many as stay in the cache of a CPU, or as fill a GPU."""
+    return max(1, (_ON_GPU if groups.is_cuda else _CACHED) // groups[0].numel())
 
 
 def _searched(
