@@ -32,6 +32,7 @@ def main() -> None:
         p.add_argument("--threads", type=int, default=2),
     )
     p.add_argument("--deeper", type=int, default=0, help="also run ours on a model of this many blocks, for memory against depth")
+    p.add_argument("--also", nargs="*", default=[], metavar="METHOD", help="also run these methods of ours, as a ratio to our gptq's seconds")
     a = p.parse_args()
     peers = {"llm-compressor": (a.llmcompressor_python, "peer_llmcompressor.py"), "GPTQModel": (a.gptqmodel_python, "peer_gptqmodel.py")}
     print(machine(), f"{a.threads} threads", flush=True)
@@ -44,9 +45,9 @@ def main() -> None:
             run([sys.executable, a.bench / "make_bench_model.py", model, "--layers", str(layers)])
             return model
 
-        def ours(model: Path, turn: int) -> tuple[float, float, float]:
-            options = ["--method", "gptq", "--calibration-dataset", str(a.text), "--samples", "128", "--sequence-length", "512"]
-            done = run(quantize_command(model, work / f"ours-{model.name}-{turn}", *options), a.threads)
+        def ours(model: Path, turn: int, method: str = "gptq") -> tuple[float, float, float]:
+            options = ["--method", method, "--calibration-dataset", str(a.text), "--samples", "128", "--sequence-length", "512"]
+            done = run(quantize_command(model, work / f"{method}-{model.name}-{turn}", *options), a.threads)
             report = last_json(done.output)
             print("    phases:", ", ".join(f"{k} {v:.1f} s" for k, v in report["seconds"].items() if v >= 0.05), flush=True)
             return report["seconds"]["quantize"], done.seconds, done.peak_rss_bytes / GIB
@@ -71,6 +72,10 @@ def main() -> None:
                 continue
             ratios = [statistics.median(v[i] / o[i] for v, o in zip(values, rows["quant"], strict=True)) for i in range(3)]
             print(f"  {name} / quant: quantize {ratios[0]:.2f}x, whole command {ratios[1]:.2f}x, peak memory {ratios[2]:.2f}x")
+        for method in a.also:
+            row, gptq = ours(model, 0, method), rows["quant"][0]
+            print(f"  {method:<15} quantize {row[0]:7.1f} s   whole {row[1]:7.1f} s   peak {row[2]:.2f} GiB", end="")
+            print(f"   quantize {row[0] / gptq[0]:.2f}x of gptq's", flush=True)
         if a.deeper:
             shallow = rows["quant"][0][2]
             deep = ours(make(a.deeper), 0)
