@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quant import defaults
+from quant.backends import BACKENDS, NATIVE
 from quant.errors import UsageError, VerificationFailed
 from quant.planning.options import engine_options, gpu_options
 from quant.schemes import PRESETS
@@ -20,6 +21,7 @@ from quant.terminal import Output, common_options, run
 
 if TYPE_CHECKING:
     from quant.planning.memory import EngineRequest
+    from quant.recipe import Recipe
 
 
 class QuantGroup(click.Group):
@@ -175,6 +177,8 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--vllm-version", help=f"Release that will load it: checked first.  [default: {defaults.VLLM_VERSION}]"),
         click.option("--dry-run", is_flag=True, help="Check everything, predict bytes, memory and time, write nothing."),
         click.option("--fresh", is_flag=True, default=None, help="Start over instead of going on with unfinished work."),
+        click.option("--backend", type=click.Choice(["native", *BACKENDS]), help="Who quantizes; the others are archived libraries in a process of their own.  [default: native]"),
+        click.option("--backend-python", type=click.Path(path_type=Path), help="Python of the environment that holds the backend's library."),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)
@@ -226,12 +230,15 @@ def _quantize(out: Output, dry_run: bool, options: dict[str, Any], layer_wise: b
     values = _values(options)
     if layer_wise and "layers" not in values:
         raise UsageError("missing --layers: which ones to quantize, such as 0-3,7 or last:2; quant quantize takes all")
-    if "method" not in values:
+    if "method" not in values and values.get("backend", NATIVE) == NATIVE:
         chosen = _choose(out, values)
         if chosen is None:
             return
         values.update(chosen)
     recipe = make_recipe(values)
+    if recipe.backend != NATIVE:
+        _by_backend(out, dry_run, recipe)
+        return
 
     from quant.pipeline.estimate import estimate
     from quant.pipeline.manager import QuantizationManager
@@ -245,6 +252,20 @@ def _quantize(out: Output, dry_run: bool, options: dict[str, Any], layer_wise: b
         return
     with out.progress() as progress:
         report = QuantizationManager(plan, progress).run()
+    out.result(report, lambda c: text.quantization(c, report))
+
+
+def _by_backend(out: Output, dry_run: bool, recipe: Recipe) -> None:
+    from quant.backends.run import plan_backend, quantize_with
+    from quant.report import text
+
+    plan = plan_backend(recipe)
+    if dry_run:
+        prediction = plan.to_dict() | {"backend": recipe.backend}
+        out.result(prediction, lambda c: text.prediction(c, prediction))
+        return
+    with out.progress() as progress:
+        report = quantize_with(recipe, plan, progress)
     out.result(report, lambda c: text.quantization(c, report))
 
 

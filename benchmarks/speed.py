@@ -32,7 +32,9 @@ def main() -> None:
         p.add_argument("--threads", type=int, default=2),
     )
     p.add_argument("--deeper", type=int, default=0, help="also run ours on a model of this many blocks, for memory against depth")
-    p.add_argument("--also", nargs="*", default=[], metavar="METHOD", help="also run these methods of ours, as a ratio to our gptq's seconds")
+    p.add_argument(
+        "--also", nargs="*", default=[], metavar="METHOD", help="also run these methods of ours, as a ratio to our gptq's seconds"
+    )
     a = p.parse_args()
     peers = {"llm-compressor": (a.llmcompressor_python, "peer_llmcompressor.py"), "GPTQModel": (a.gptqmodel_python, "peer_gptqmodel.py")}
     print(machine(), f"{a.threads} threads", flush=True)

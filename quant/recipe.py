@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from quant import defaults
+from quant.backends import BACKENDS
 from quant.errors import Problems, QuantError, UsageError, one_of
 from quant.schemes import UNQUANTIZED, Scheme, resolve_scheme
 
@@ -141,6 +142,8 @@ class Recipe(Numbers):
     tensor_parallel: int = Field(1, ge=1, le=1024)
     vllm_version: str = defaults.VLLM_VERSION
     fresh: bool = False
+    backend: Literal["native", "auto-gptq", "autoawq"] = "native"
+    backend_python: Path | None = None
 
     @property
     def exact_folds(self) -> bool:
@@ -149,7 +152,7 @@ class Recipe(Numbers):
 
     def settings(self) -> dict[str, Any]:
         """What decides the output's bytes, for the fingerprint: everything but where it goes and whether it resumes."""
-        skipped = {"output_path", "fresh", "model_path"}
+        skipped = {"output_path", "fresh", "model_path", "backend_python"}
         return {k: (v if not isinstance(v, (Path, list, dict)) else str(v)) for k, v in self.model_dump().items() if k not in skipped}
 
 
@@ -163,6 +166,10 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     for key in values:
         if key not in known:
             raise one_of("recipe key", key, known)
+    if (backend := BACKENDS.get(str(values.get("backend")))) is not None:
+        values = {"method": backend.method, "format": backend.format, **values}
+    elif values.get("backend_python") is not None:
+        raise UsageError("--backend-python belongs to --backend auto-gptq or autoawq: name one, or leave it out")
     try:
         return Recipe(**values)
     except ValidationError as error:

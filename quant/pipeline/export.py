@@ -40,12 +40,17 @@ def export(
     max_model_len: int | None = None,
     target: str = "vllm",
     progress: Progress = silent,
+    described: Mapping[str, Any] | None = None,
+    seconds: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Reads ``model_path`` in whatever format it is and writes ``output_path`` in ``format_name`` (its own by default).
 
     Codes, scales and zero points are carried over, not rounded anew; scales are stored in the model's dtype, as vLLM would cast them, and the
     report says how many that changed. Only linears whose groups are in activation order have no other way: ``requantize`` dequantizes them and
     rounds them again in natural groups, and the report gives each one's signal-to-noise ratio against what the checkpoint held.
+
+    Args:
+        described, seconds: further keys of the report, and of its seconds, of a checkpoint that was only just made.
 
     Raises:
         Problems, QuantError: what stands against it, all together, before anything is written.
@@ -120,12 +125,12 @@ def export(
             "requantized": requantized,
             "repairs": repairs,
             "side_files_dropped": dropped,
-            "seconds": {"total": round(time.perf_counter() - start, 3)},
+            "seconds": {**(seconds or {}), "total": round(time.perf_counter() - start + (seconds or {}).get("quantize", 0.0), 3)},
             "peak_rss_bytes": peak_rss(),
             "vllm": vllm_config(arguments),
             "verify": result.to_dict(),
             "output_hash": result.content_hash,
-        }
+        } | dict(described or {})
         write_text(work.path / REPORT, json.dumps(report, indent=2) + "\n")
         work.publish()
     finally:

@@ -17,24 +17,24 @@ from torch import nn
 
 from quant.activations import input_parameters
 from quant.calibration.statistics import Accumulator, Statistics
-from quant.calibration.text import Rows, bundled, calibration_rows
+from quant.calibration.text import Rows
 from quant.checkpoint.header import read_header
 from quant.checkpoint.journal import WorkFolder
 from quant.checkpoint.reader import Checkpoint
 from quant.checkpoint.writer import write_text
 from quant.devices import device_of
-from quant.errors import CheckpointError, QuantError, UsageError, VerificationFailed
+from quant.errors import CheckpointError, QuantError, VerificationFailed
 from quant.evaluation.preservation import preservation
 from quant.evaluation.verify import verify
 from quant.formats.reading import read_linear
 from quant.models.adapter import InputGroup, fused_name
 from quant.models.attention import observed_attention
 from quant.models.skeleton import BlockCall, Skeleton
-from quant.offline import load_tokenizer
 from quant.outlier_suppression import Suppressor
 from quant.pipeline.folding import can_take_rows, find_fold, fold_linear, fold_norm, unfolded
 from quant.pipeline.memory import peak_rss
 from quant.pipeline.plan import JobPlan, Unit, make_quantizer, make_suppressor, plan_job, text_config
+from quant.pipeline.rows import job_rows
 from quant.pipeline.staged import ActivationStore, Batches, StagedForward, run_block
 from quant.pipeline.writing import write_rest, write_unit
 from quant.progress import Event, Progress, silent
@@ -209,7 +209,9 @@ class QuantizationManager:
         Raises:
             QuantError: too little text, a model that cannot be run block by block, or linears that no group of the model's adapter has.
         """
-        rows, skeleton = self._rows(), Skeleton(self.plan.checkpoint, self.device)
+        with self.clock.phase("text"):
+            rows = job_rows(self.plan)
+        skeleton = Skeleton(self.plan.checkpoint, self.device)
         known = {skeleton.block_prefix(b) + n for b in range(skeleton.block_count) for n in skeleton.adapter.linears()}
         unknown = [n for n in self.plan.linears if n not in known]
         if unknown:
@@ -218,25 +220,6 @@ class QuantizationManager:
                 "calibration for it: leave it with --ignore, or use --method minmax"
             )
         return rows, skeleton
-
-    def _rows(self) -> Rows:
-        recipe, checkpoint = self.plan.recipe, self.plan.checkpoint
-        with self.clock.phase("text"):
-            config = text_config(checkpoint.config)
-            longest = config.get("max_position_embeddings")
-            length = recipe.sequence_length or min(2048, longest if isinstance(longest, int) else 2048)
-            if isinstance(longest, int) and length > longest:
-                raise UsageError(f"--sequence-length is {length}: the model's longest context is {longest}")
-            return calibration_rows(
-                load_tokenizer(checkpoint.path),
-                recipe.calibration_dataset or [bundled("wikipedia")],
-                recipe.samples,
-                length,
-                vocabulary=size if isinstance(size := config.get("vocab_size"), int) else 2**31,
-                shuffle=recipe.shuffle,
-                seed=recipe.seed,
-                chat_template=recipe.chat_template,
-            )
 
     def _fingerprint(self, rows: Rows | None) -> dict[str, Any]:
         """What decides the output's bytes."""

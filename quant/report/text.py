@@ -69,6 +69,13 @@ def quantization(console: Console, report: Mapping[str, Any]) -> None:
             f"{len(report['tensors']['quantized'])} quantized, {len(report['tensors']['copied'])} copied, {len(report['tensors']['dropped'])} dropped",
         ),
     ]
+    if backend := report.get("backend"):
+        rows.append(
+            (
+                "backend",
+                "\n".join([f"{backend['name']} {backend[backend['name']]}, archived upstream {backend['archived']}", *backend["notes"]]),
+            )
+        )
     rows += _worst(worst(report["layers"], _WORST))
     rows.append(("fallbacks", "\n".join(f"{x['name']}: {x['fallback']}" for x in report["fallbacks"]) or "none"))
     notes = list(dict.fromkeys(f"{x['name']}: {n}" for x in report["layers"] for n in x["notes"]))
@@ -111,11 +118,20 @@ def prediction(console: Console, value: Mapping[str, Any]) -> None:
                 "output",
                 f"{format_size(value['output_bytes'])} of tensors (source {format_size(value['source_bytes'])}), {format_size(value['side_files_bytes'])} of side files",
             ),
-            ("scratch", format_size(value["scratch_bytes"])),
-            ("peak memory", f"about {format_size(value['peak_rss_bytes'])}, {format_size(value['available_bytes'])} are available"),
-            ("time", f"about {format_seconds(value['seconds'])}"),
+            *_cost(value),
         ],
     )
+
+
+def _cost(value: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a job takes, where it is known: nothing is predicted for another program."""
+    if "seconds" not in value:
+        return [("memory, time", f"not predicted: {value['backend']} does the work")]
+    return [
+        ("scratch", format_size(value["scratch_bytes"])),
+        ("peak memory", f"about {format_size(value['peak_rss_bytes'])}, {format_size(value['available_bytes'])} are available"),
+        ("time", f"about {format_seconds(value['seconds'])}"),
+    ]
 
 
 def export(console: Console, report: Mapping[str, Any]) -> None:

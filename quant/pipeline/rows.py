@@ -1,0 +1,31 @@
+"""The calibration rows of a job: the text that its recipe names, as the model's tokenizer reads it."""
+
+from __future__ import annotations
+
+from quant.calibration.text import Rows, bundled, calibration_rows
+from quant.errors import UsageError
+from quant.offline import load_tokenizer
+from quant.pipeline.plan import JobPlan, text_config
+
+
+def job_rows(plan: JobPlan) -> Rows:
+    """
+    Raises:
+        QuantError, UsageError: too little text, or rows longer than the model's context.
+    """
+    recipe, checkpoint = plan.recipe, plan.checkpoint
+    config = text_config(checkpoint.config)
+    longest = config.get("max_position_embeddings")
+    length = recipe.sequence_length or min(2048, longest if isinstance(longest, int) else 2048)
+    if isinstance(longest, int) and length > longest:
+        raise UsageError(f"--sequence-length is {length}: the model's longest context is {longest}")
+    return calibration_rows(
+        load_tokenizer(checkpoint.path),
+        recipe.calibration_dataset or [bundled("wikipedia")],
+        recipe.samples,
+        length,
+        vocabulary=size if isinstance(size := config.get("vocab_size"), int) else 2**31,
+        shuffle=recipe.shuffle,
+        seed=recipe.seed,
+        chat_template=recipe.chat_template,
+    )
