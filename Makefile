@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+LEGACY_VENV ?= .venv-legacy
 BIN := $(VENV)/bin
 DEMO := .demo
 
@@ -18,6 +19,10 @@ $(VLLM_VENV)/.stamp: tests/vllm/make_environment.sh
 	PYTHON=$(PYTHON) sh tests/vllm/make_environment.sh $(VLLM_VENV)
 	touch $@
 
+$(LEGACY_VENV)/.stamp: quant/backends/environment.py | $(VENV)/.stamp
+	$(BIN)/python -m quant.backends.environment auto-gptq autoawq $(LEGACY_VENV)
+	touch $@
+
 demo: $(VENV)/.stamp
 	rm -rf $(DEMO)
 	$(BIN)/quant quantize --model-path examples/tinylm-4m --output-path $(DEMO)/tinylm-4m-w4a16 --method gptq --samples 64 --sequence-length 512
@@ -25,8 +30,8 @@ demo: $(VENV)/.stamp
 	$(BIN)/quant evaluate $(DEMO)/tinylm-4m-w4a16 --against examples/tinylm-4m --chunks 40
 	$(BIN)/quant inspect $(DEMO)/tinylm-4m-w4a16
 
-test: $(VENV)/.stamp $(VLLM_VENV)/.stamp
-	QUANT_VLLM_PYTHON=$(abspath $(VLLM_VENV)/bin/python) $(BIN)/python -m pytest
+test: $(VENV)/.stamp $(VLLM_VENV)/.stamp $(LEGACY_VENV)/.stamp
+	QUANT_VLLM_PYTHON=$(abspath $(VLLM_VENV)/bin/python) QUANT_LEGACY_PYTHON=$(abspath $(LEGACY_VENV)/bin/python) $(BIN)/python -m pytest
 
 unit: $(VENV)/.stamp
 	$(BIN)/python -m pytest -m "not vllm"
@@ -44,4 +49,4 @@ docs: $(VENV)/.stamp
 	$(BIN)/python docs/make_reference.py
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(DEMO) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(LEGACY_VENV) $(DEMO) build dist *.egg-info

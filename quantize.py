@@ -265,7 +265,7 @@ def _by_backend(out: Output, dry_run: bool, recipe: Recipe) -> None:
         out.result(prediction, lambda c: text.prediction(c, prediction))
         return
     with out.progress() as progress:
-        report = quantize_with(recipe, plan, progress)
+        report = quantize_with(plan, progress)
     out.result(report, lambda c: text.quantization(c, report))
 
 

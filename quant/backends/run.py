@@ -113,7 +113,7 @@ def plan_backend(recipe: Recipe) -> JobPlan:
     return plan
 
 
-def quantize_with(recipe: Recipe, plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
+def quantize_with(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
     """Runs a planned job with its backend; returns the report that is also written as ``quant_report.json``.
 
     The library's own checkpoint is made in a folder beside the target that is removed again; what is published has the source's side files and
@@ -123,6 +123,7 @@ def quantize_with(recipe: Recipe, plan: JobPlan, progress: Progress = silent) ->
     Raises:
         QuantError: the library failed, with its last words; or what it wrote cannot be read or loaded.
     """
+    recipe = plan.recipe
     backend, start = BACKENDS[recipe.backend], time.perf_counter()
     python = recipe.backend_python or Path(sys.executable)
     rows = job_rows(plan)
