@@ -7,8 +7,9 @@ after the forward passes, so how it is summed is decided by the hardware:
 - A CPU with AMX: bf16 products with fp32 results (oneDNN's bf16 mode of fp32 products; inputs are bf16 numbers, so nothing is lost).
 - A CPU with AVX512-BF16 alone: there torch's only fast product of bf16 numbers rounds each result to bf16. Rounding H itself would be as large
   as the damping: activations have a few directions a hundred times stronger than the rest, and every element carries a share of them. So
-  those directions are split off first, x = V z + y, their part is summed in fp32 (cheap: V has few columns), and only yᵀy, whose elements are
-  small, goes through bf16 products, in short runs of tokens whose independent roundings are added up in fp32.
+  those directions are split off first, x = V z + y with V and z of bf16 numbers too: whatever z is, y takes the rest. zᵀz is summed in fp32
+  (cheap: V has few columns), and only zᵀy and yᵀy, whose elements are small, go through bf16 products, in short runs of tokens whose independent
+  roundings are added up in fp32.
 - Any other CPU: fp32.
 
 ``benchmarks/hessian_precision.py`` compares each way's error with the damping, and their KL. Only the lower triangle is
@@ -28,8 +29,8 @@ STATISTICS = frozenset({"hessian", "range", "sample"})
 _PANEL = 512
 #: Most tokens of a sample.
 _SAMPLE = 512
-#: Directions that are summed in fp32, and tokens of one bf16 product, of :class:`SplitGram`.
-_DIRECTIONS, _RUN = 32, 1024
+#: Directions that :class:`SplitGram` splits off, and tokens of one bf16 product of the rest with itself and with them.
+_DIRECTIONS, _RUN, _CROSS_RUN = 32, 1024, 256
 
 
 @dataclass(frozen=True)
@@ -159,21 +160,21 @@ class SplitGram(Gram):
             super().add(x)
             return
         if self.directions is None:
-            self.directions = strong_directions(x, min(_DIRECTIONS, x.shape[1] // 4))
+            self.directions = strong_directions(x, min(_DIRECTIONS, x.shape[1] // 4)).bfloat16()
             count = self.directions.shape[1]
             self.strong, self.cross = torch.zeros(count, count), torch.zeros(count, x.shape[1])
         for run in x.split(_RUN):
-            wide = run.float()
-            z = wide @ self.directions
-            weak = wide.addmm_(z, self.directions.t(), alpha=-1).bfloat16()
-            self.strong += z.t() @ z
-            self.cross += z.t() @ weak.float()
+            z = run @ self.directions
+            weak = torch.addmm(run, z, self.directions.t(), alpha=-1)  # summed in fp32, rounded once
+            self.strong += z.float().t() @ z.float()
+            for part, rest in zip(z.split(_CROSS_RUN), weak.split(_CROSS_RUN), strict=True):
+                self.cross += part.t() @ rest
             for start, rows in _panels(self.total):
                 rows += weak[:, start : start + len(rows)].t() @ weak[:, : rows.shape[1]]
 
     def finish(self) -> torch.Tensor:
         if self.directions is not None:  # before the mirroring, so that the sum is symmetric to the bit
-            v, cross = self.directions, self.cross
+            v, cross = self.directions.float(), self.cross
             self.total.addmm_(v, cross + self.strong @ (v.t() / 2)).addmm_((cross + self.strong @ (v.t() / 2)).t(), v.t())
         return super().finish()
 

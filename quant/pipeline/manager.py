@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from quant.activations import input_parameters
+from quant.backends import NATIVE
 from quant.calibration.statistics import Accumulator, Statistics
 from quant.calibration.text import Rows
 from quant.checkpoint.header import read_header
@@ -23,12 +24,12 @@ from quant.checkpoint.journal import WorkFolder
 from quant.checkpoint.reader import Checkpoint
 from quant.checkpoint.writer import write_text
 from quant.devices import device_of
-from quant.errors import CheckpointError, QuantError, VerificationFailed
+from quant.errors import CheckpointError, QuantError, UsageError, VerificationFailed
 from quant.evaluation.preservation import preservation
 from quant.evaluation.verify import verify
 from quant.formats.reading import read_linear
 from quant.models.adapter import InputGroup, fused_name
-from quant.models.attention import observed_attention
+from quant.models.attention import observed_attention, staircase_attention
 from quant.models.skeleton import BlockCall, Skeleton
 from quant.outlier_suppression import Suppressor
 from quant.pipeline.folding import can_take_rows, find_fold, fold_linear, fold_norm, unfolded
@@ -145,6 +146,8 @@ class QuantizationManager:
     def __init__(self, plan: JobPlan, progress: Progress = silent):
         self.plan, self.progress = plan, progress
         recipe = plan.recipe
+        if recipe.backend != NATIVE:
+            raise UsageError(f"--backend is {recipe.backend!r}: this is the native one, quant.quantize runs the others")
         self.quantizers = {a: make_quantizer(a) for a in dict.fromkeys(plan.assignments.values())}
         self.suppressors = {a: self._suppressor(q) for a, q in self.quantizers.items()}
         self.device = device_of(recipe.device)
@@ -262,7 +265,9 @@ class QuantizationManager:
                 if unit.name in work.finished:
                     if not last:
                         with self.clock.phase("replay"):
-                            run_block(skeleton.load_block(unit.block, self._finished_weights(unit, work)), batches, block_calls)
+                            block = skeleton.load_block(unit.block, self._finished_weights(unit, work))
+                            with staircase_attention(block):
+                                run_block(block, batches, block_calls)
                 else:
                     with self.clock.phase("load"):
                         block = skeleton.load_block(unit.block)
@@ -304,14 +309,14 @@ class QuantizationManager:
         cache = [spec.name for unit in self.plan.units if unit.block == index for spec in unit.made]
         observed = observed_attention(block, made.observe_cache) if cache else nullcontext()
         if not groups:
-            with observed:
+            with staircase_attention(block), observed:
                 run_block(block, batches, calls)
             made.finish_cache(cache)
             return made
         staged = StagedForward(block, groups, batches, calls, store, observe, need_outputs)
         clock = self.clock.seconds
         before, other = time.perf_counter(), clock["statistics"] + clock["solve"]
-        with observed:
+        with staircase_attention(block), observed:
             for group in staged.stages():
                 start = time.perf_counter()
                 modules = [block.get_submodule(name) for name in group.linears]
@@ -670,9 +675,13 @@ def output_config(plan: JobPlan, act_order: str) -> dict[str, Any]:
 
 
 def quantize(recipe: Recipe, progress: Progress = silent) -> dict[str, Any]:
-    """Plans and runs a job; returns the report that is also written as ``quant_report.json``.
+    """Plans and runs a job, with whichever backend it names; returns the report that is also written as ``quant_report.json``.
 
     Raises:
-        QuantError: see :func:`plan_job` and :meth:`QuantizationManager.run`.
+        QuantError: see :func:`plan_job`, :meth:`QuantizationManager.run` and :mod:`quant.backends.run`.
     """
+    if recipe.backend != NATIVE:
+        from quant.backends.run import plan_backend, quantize_with
+
+        return quantize_with(plan_backend(recipe), progress)
     return QuantizationManager(plan_job(recipe), progress).run()

@@ -1,0 +1,49 @@
+"""The attention of calibration on a CPU: the model's own numbers, by fewer products; and only where attention is plain causal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from quant.checkpoint.reader import open_checkpoint
+from quant.models import attention
+from quant.models.skeleton import Skeleton
+
+
+@pytest.mark.parametrize(("heads", "groups", "tokens"), [(4, 2, 128), (4, 4, 65), (6, 1, 200), (3, 3, 64)])
+def test_causal_attention_is_that_of_torch(heads: int, groups: int, tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, tokens, n, 32, generator=generator).transpose(1, 2) for n in (heads, groups, groups))
+    wanted = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True, scale=0.3)
+    torch.testing.assert_close(attention.causal(query, key, value, 0.3), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "taken"), [("llama", True), ("qwen3", True), ("phi3", True), ("mistral", False), ("gemma2", False), ("gemma3_text", False)]
+)
+def test_a_block_computes_the_same_and_other_attention_is_left_alone(
+    checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, kind: str, taken: bool
+) -> None:
+    calls = []
+    causal = attention.causal
+    monkeypatch.setattr(attention, "causal", lambda *a: calls.append(1) or causal(*a))
+    skeleton = Skeleton(open_checkpoint(checkpoints(kind)), torch.device("cpu"), torch.float32)
+    tokens = torch.randint(0, 4000, (2, 96), generator=torch.Generator().manual_seed(0))
+    (hidden,), calls_by_size = skeleton.embed([tokens])
+    call, block = calls_by_size[2][0], skeleton.load_block(0)
+
+    def run() -> torch.Tensor:
+        with torch.no_grad():
+            output = block(hidden, *call.args, **call.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    wanted = run()
+    with attention.staircase_attention(block):
+        found = run()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert bool(calls) == taken  # the others have sliding windows (masks) or soft caps at this length
+    assert torch.equal(run(), wanted)
