@@ -240,18 +240,16 @@ def _run(python: Path, backend: Backend, job: Path) -> dict[str, Any]:
     log = job.with_suffix(".log")
     with log.open("w+", encoding="utf-8", errors="replace") as errors:
         command = [str(python), "-W", "ignore", str(backend.worker), str(job)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=_environment(), cwd=job.parent)
-        assert process.stdout is not None
         result: dict[str, Any] | None = None
-        try:
-            for line in process.stdout:
-                if line.startswith('{"versions"'):
-                    result = json.loads(line)
-            process.wait()
-        finally:
-            if process.poll() is None:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=_environment(), cwd=job.parent) as process:
+            assert process.stdout is not None
+            try:
+                for line in process.stdout:
+                    if line.startswith('{"versions"'):
+                        result = json.loads(line)
+            except BaseException:
                 process.kill()
-                process.wait()
+                raise
         if process.returncode or result is None:
             errors.seek(0)
             last = [x.strip() for x in errors.read().replace("\r", "\n").splitlines() if x.strip()]
