@@ -1,6 +1,7 @@
 """AWQ (Lin et al. 2023, arXiv:2306.00978): scaling of inputs (:mod:`quant.outlier_suppression.awq`), then rounding with a clipping search.
 
-The clipping search weights each squared error with the mean square of the input that it multiplies, the diagonal of the scaled Hessian.
+The clipping search takes the range of each group whose rounding changes the group's share of the output least, by the scaled Hessian of the
+group's inputs; where there are no groups, or the numbers are floating, by its diagonal.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from quant.calibration.statistics import Statistics
 from quant.errors import QuantError
 from quant.quantizers.base import Quantized, QuantizerRegistry
 from quant.quantizers.floats import float_scales, round_floats
-from quant.quantizers.rounding import round_weight, scale_dtype, weight_parameters
+from quant.quantizers.rounding import importance_of, round_weight, scale_dtype, weight_parameters
 from quant.schemes import WeightScheme
 from quant.tensors import QuantizedTensor
 
@@ -43,18 +44,19 @@ class AWQQuantizer:
     ) -> Quantized:
         if statistics is None or statistics.hessian is None:
             raise QuantError("awq needs calibration text: give --calibration-dataset, or use --method minmax")
-        return Quantized(round_searched(weight, statistics.hessian.diagonal(), scheme, dtype, amax, self.clip_search))
+        importance = importance_of(statistics.hessian, scheme) if self.clip_search else None
+        return Quantized(round_searched(weight, importance, scheme, dtype, amax))
 
 
 def round_searched(
     weight: torch.Tensor,
-    importance: torch.Tensor,
+    importance: torch.Tensor | None,
     scheme: WeightScheme,
     dtype: torch.dtype,
     amax: torch.Tensor | None = None,
-    search: bool = True,
 ) -> QuantizedTensor:
-    """A weight [N, K] rounded to nearest, ranges searched for least error weighted by ``importance`` fp32 [K], the mean square of inputs."""
+    """A weight [N, K] rounded to nearest, the range of each group searched for least error by :func:`importance_of`; None: ranges are kept whole."""
+    search = importance is not None
     if scheme.number == "float":
         return round_floats(weight, scheme, float_scales(weight, scheme, amax, importance, search))
     dtype = scale_dtype(scheme, dtype)

@@ -14,6 +14,8 @@ SEARCH_STEPS = 10
 SEARCH_FLOOR = {2: 0.4, 3: 0.6, 4: 0.7, 8: 0.9}
 #: Elements searched at a time on a CPU: temporaries stay in its cache, which is worth a factor of five.
 _CACHED = 1 << 17
+#: Inputs of the widest group whose errors are weighted with its whole Hessian.
+_WIDEST = 256
 #: Elements searched at a time on a GPU: enough to fill it, with temporaries of 256 MiB.
 _ON_GPU = 1 << 26
 
@@ -51,7 +53,8 @@ def group_parameters(
     Args:
         groups: fp32 [N, G, g], one group in the last dimension.
         dtype: what scales are stored in.
-        importance: fp32 [G, g]: weight of each squared error in the search (mean square of the input it multiplies).
+        importance: what the search weights errors with: fp32 [G, g], the mean square of the input that each one multiplies; or [G, g, g], the
+            Hessian of each group's inputs, by which the error is that of the group's share of the output.
         search: try smaller ranges per group and keep the one of least error, instead of the whole range.
 
     Returns:
@@ -91,14 +94,23 @@ def _searched(
             buffer.round_().clamp_(scheme.low, scheme.high)
         else:
             buffer.add_(shift).round_().clamp_(scheme.low, scheme.high).sub_(shift)
-        buffer.mul_(wide).sub_(groups).square_()
-        error = (buffer if importance is None else buffer.mul_(importance)).sum(-1)
+        error = _error(buffer.mul_(wide).sub_(groups), importance)
         better = error < best
         best = torch.where(better, error, best)
         scale = torch.where(better, s, scale)
         if zero is not None and z is not None:
             zero = torch.where(better, z, zero)
     return scale, zero
+
+
+def _error(difference: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
+    """Error [N, G] of each group from what rounding changed [N, G, g], which is overwritten; ``importance`` as in :func:`group_parameters`."""
+    if importance is None:
+        return difference.square_().sum(-1)
+    if importance.ndim == 2:
+        return difference.square_().mul_(importance).sum(-1)
+    groups = difference.transpose(0, 1)
+    return (torch.bmm(groups, importance) * groups).sum(-1).t()
 
 
 def scale_dtype(scheme: WeightScheme, model: torch.dtype) -> torch.dtype:
@@ -113,10 +125,32 @@ def weight_parameters(
     importance: torch.Tensor | None = None,
     search: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """:func:`group_parameters` of a whole weight [N, K] (importance [K]): scales and zeros [N, G]."""
+    """:func:`group_parameters` of a whole weight [N, K] (importance [K], or by groups): scales and zeros [N, G]."""
     n, k = weight.shape
     g = k // scheme.groups(k)
-    return group_parameters(weight.view(n, -1, g), scheme, dtype, None if importance is None else importance.view(-1, g), search)
+    if importance is not None and importance.ndim == 1:
+        importance = importance.view(-1, g)
+    return group_parameters(weight.view(n, -1, g), scheme, dtype, importance, search)
+
+
+def importance_of(hessian: torch.Tensor, scheme: WeightScheme) -> torch.Tensor:
+    """The importance that a Hessian fp32 [K, K] gives to errors in the groups of a scheme: the block of each group, [G, g, g]; for groups too wide
+    for that to be cheap, and for floating numbers, the diagonal, [G, g] or [K]."""
+    k = len(hessian)
+    if scheme.number == "float":
+        return hessian.diagonal().clone()
+    g = k // scheme.groups(k)
+    if g > _WIDEST:
+        return hessian.diagonal().reshape(-1, g)
+    return torch.stack([hessian[i : i + g, i : i + g] for i in range(0, k, g)])
+
+
+def scaled_importance(importance: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """The importance of errors when inputs are divided by ``factors`` fp32 [K]."""
+    if importance.ndim < 3:
+        return importance / factors.square().view(importance.shape)
+    grouped = factors.view(importance.shape[:2])
+    return importance / grouped.unsqueeze(1) / grouped.unsqueeze(2)
 
 
 def round_weight(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, scheme: WeightScheme) -> torch.Tensor:
