@@ -5,7 +5,7 @@ the Hessian H = E[x xᵀ] that loss is tr(E·H·Eᵀ), where E is what rounding 
 calibration tokens, without running any of them again. Losses of rows add up, so a sample of rows decides; each candidate is rounded with the
 clipping search that the method itself ends with, so that what clipping gains anyway is not credited to scaling. The magnitude is the root mean square of the input,
 sqrt(diag H), where the paper takes the mean of |x|. No scaling (alpha = 0) is among the candidates: the choice is never worse than rounding
-by this measure.
+by this measure. Where nothing is quantized afterwards, that is the loss of 4 bits in groups of 128 with zero points, which the result is then made for.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from quant.calibration.statistics import Statistics
 from quant.errors import QuantError
 from quant.outlier_suppression.base import OutlierSuppressionRegistry, Place, Suppression
 from quant.quantizers.awq import round_searched
-from quant.schemes import Scheme
+from quant.schemes import UNQUANTIZED, Scheme, WeightScheme
 
 #: Rows whose loss is measured, spread evenly over all. With the clipping search, this many of them choose better than 256 without it.
 _ROWS = 128
@@ -46,6 +46,7 @@ class AWQScaling:
             return Suppression(ones, ("not scaled: no calibration token reaches the layer",))
         rows = weight[torch.linspace(0, len(weight) - 1, min(_ROWS, len(weight)), device=weight.device).round().long()]
         importance = hessian.diagonal()
+        made_for = scheme.weights if scheme != UNQUANTIZED else WeightScheme(4, 128 if weight.shape[1] % 128 == 0 else -1, False)
         best, best_loss, unscaled, chosen = ones, torch.inf, 0.0, 0.0
         tried: list[torch.Tensor] = []
         for index in range(self.grid + 1):
@@ -54,7 +55,7 @@ class AWQScaling:
             if any(torch.equal(factors, t) for t in tried):
                 continue  # powers of two leave few different ones
             tried.append(factors)
-            rounded = round_searched(rows * factors, importance / factors.square(), scheme.weights, dtype).dequantize()
+            rounded = round_searched(rows * factors, importance / factors.square(), made_for, dtype).dequantize()
             error = rounded.div_(factors).sub_(rows)
             loss = float(((error @ hessian) * error).sum())
             if index == 0:
