@@ -327,7 +327,7 @@ def smooth(out: Output, method: str, **options: Any) -> None:
 @click.option(
     "-o", "--output-path", type=click.Path(path_type=Path), required=True, help="Output directory; it must not exist or be empty."
 )
-@click.option("--format", "format_", help="Format to write: compressed-tensors, awq, gptq or plain.  [default: the checkpoint's own]")
+@click.option("--format", "format_", help="Format to write: compressed-tensors, fp8, awq, gptq or plain.  [default: the checkpoint's own]")
 @click.option("--source", type=click.Path(path_type=Path), help="Where to take missing side files (tokenizer, generation config) from.")
 @click.option(
     "--requantize", is_flag=True, help="Round anew the linears whose groups are in activation order (g_idx), which vLLM has no path for."
