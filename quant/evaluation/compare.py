@@ -12,7 +12,6 @@ import torch
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.formats.reading import dequantized
 
-
 #: How far the projection of a column on the source's may be from 1: upwards, and downwards at 8 and at 2 bits.
 _MOST, _LEAST_SHARE, _LARGEST_SHARE = 1.4, 0.3, 0.7
 #: How many times the mean squared difference of a norm's confirmed columns another one may have.
