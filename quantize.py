@@ -165,7 +165,7 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--damping", type=float, help="gptq: share of the Hessian's mean diagonal that is added to it.  [default: 0.01]"),
         click.option("--clip-search/--no-clip-search", default=None, help="Search each group's range for the least error.  [default: on for gptq]"),
         click.option("--option", "options", metavar="KEY=VALUE", multiple=True, callback=_pairs, help="Any other setting of the method; repeatable."),
-        click.option("--format", "format_", help="compressed-tensors (default), awq, gptq or plain (dequantized values in the source's dtype)."),
+        click.option("--format", "format_", help="compressed-tensors (default), fp8, awq, gptq or plain (dequantized values in the source's dtype)."),
         click.option("--target", type=click.Choice(["vllm", "other"]), help="Who must load it; other allows what vLLM refuses.  [default: vllm]"),
         calibration_options,
         click.option("--layers", help="Only these: 0,1,2 · 0-3,7 · first:2 · last:2 · globs over module names."),

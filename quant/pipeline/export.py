@@ -183,7 +183,9 @@ def _problems(
     has them all."""
     problems: dict[str, None] = {}
     shifted = False
-    for name, linear in linears.items() if checkpoint is not None else ():
+    for name, linear in linears.items():
+        if checkpoint is None:
+            break
         try:
             tensor = read_linear(FormatRegistry.get(found.format), found, checkpoint, name)
         except CheckpointError as error:

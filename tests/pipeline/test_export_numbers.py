@@ -17,7 +17,7 @@ from quant.evaluation.verify import verify
 from quant.formats import find_format
 from quant.formats.reading import cache_scale, dequantized
 from quant.pipeline.export import export
-from tests.helpers import ROOT, change_config, copy_model, load_all, quantize, read_config, save_all, short_text
+from tests.helpers import ROOT, TINYLM, change_config, copy_model, load_all, quantize, read_config, save_all, short_text
 
 PEERS = ROOT / "tests" / "fixtures" / "peers"
 ATTENTION = "model.layers.0.self_attn"
@@ -165,6 +165,20 @@ def test_files_of_llm_compressor_keep_every_number_and_get_the_dtypes_of_the_con
         assert torch.equal(tensor.float(), before[name].float()), name
         if name.endswith(("weight_scale", "input_scale")) and preset in ("fp8_dynamic", "fp8", "w8a8"):
             assert tensor.dtype == torch.float32, name
+
+
+@pytest.mark.parametrize("place", ["compression_config", "text_config"])
+def test_an_fp8_file_is_repaired_like_any_other(place: str, tmp_path: Path) -> None:
+    """Its config where older programs put it, its recipe beside it, its tokenizer lost."""
+    source = copy_model(PEERS / "llmc-fp8_dynamic", tmp_path / "source")
+    stated = read_config(source)["quantization_config"]
+    change_config(source, quantization_config=..., **{place: stated if place == "compression_config" else {"quantization_config": stated}})
+    (source / "recipe.yaml").write_text("x")
+    report = export(source, tmp_path / "out", source=TINYLM)
+    assert any(f"moved from {place}" in r for r in report["repairs"])
+    assert [d["file"] for d in report["side_files_dropped"]] == ["recipe.yaml"] and (tmp_path / "out" / "tokenizer.json").is_file()
+    assert read_config(tmp_path / "out")["quantization_config"]["format"] == "float-quantized" and verify(tmp_path / "out").passed
+    assert all(t.equal for t in compare(tmp_path / "out", PEERS / "llmc-fp8_dynamic").tensors)
 
 
 @pytest.mark.parametrize("preset", [*PRESETS, "fp8_block"])
