@@ -256,6 +256,17 @@ def test_an_integer_format_without_a_place_for_a_cache_says_so(checkpoint: Calla
     assert not [n for n in load_all(tmp_path / "out") if n.endswith(("k_scale", "v_scale"))]
 
 
+def test_the_command_tells_what_was_left_out_and_what_was_carried_over(
+    checkpoint: Callable[[str], Path], tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    kept = cli("export-vllm", "-m", checkpoint("mixed"), "-o", tmp_path / "kept")
+    assert kept.code == 0 and "4 scales carried over" in kept.out and "has no place" not in kept.out
+    plain = cli("export-vllm", "-m", checkpoint("mixed"), "-o", tmp_path / "plain", "--format", "plain")
+    said = " ".join(plain.out.split())
+    assert plain.code == 0 and "4 tensors: a plain checkpoint has no place for the scales of an FP8 KV cache" in said
+    assert "10 tensors: a plain checkpoint leaves activations as they are" in said, said
+
+
 def test_a_cache_of_a_native_file_stays_and_gets_its_word_in_compressed_tensors(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     source = tmp_path / "source"
     tensors = renamed(checkpoint("native static"), source, str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,17 @@ def test_compare_and_verify_know_folds(kind: str, bits: int, checkpoints: Callab
     (tmp_path / "out" / "quant_report.json").write_text(json.dumps({}))
     bare = [t for t in compare(tmp_path / "out", source).tensors if not t.equal]
     assert {t.name for t in bare} >= {*different, *report["tensors"]["folded"]} and min(t.snr_db or 0 for t in bare) < 10
+
+
+def test_the_command_says_how_many_tensors_were_compared_without_their_folds(
+    llama: Path, tmp_path: Path, strong: None, cli: Callable[..., Any]
+) -> None:
+    quantize(llama, tmp_path / "out", **JOB, bits=8)
+    result = cli("verify", tmp_path / "out", "--against", llama)
+    assert result.code == 0, result.err
+    assert re.search(
+        r"7 tensors equal, 14 differ \([\d.]+ to [\d.]+ dB\), the scaling folded into 18 taken out", " ".join(result.out.split())
+    )
 
 
 @pytest.mark.parametrize("damage", [4.0, -1.0, 0.0, float("nan")])
