@@ -165,7 +165,7 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--damping", type=float, help="gptq: share of the Hessian's mean diagonal that is added to it.  [default: 0.01]"),
         click.option("--clip-search/--no-clip-search", default=None, help="Search each group's range for the least error.  [default: on for gptq]"),
         click.option("--option", "options", metavar="KEY=VALUE", multiple=True, callback=_pairs, help="Any other setting of the method; repeatable."),
-        click.option("--format", "format_", help="compressed-tensors (default), awq, gptq or plain (dequantized values in the source's dtype)."),
+        click.option("--format", "format_", help="compressed-tensors (default), fp8, awq, gptq or plain (dequantized values in the source's dtype)."),
         click.option("--target", type=click.Choice(["vllm", "other"]), help="Who must load it; other allows what vLLM refuses.  [default: vllm]"),
         calibration_options,
         click.option("--layers", help="Only these: 0,1,2 · 0-3,7 · first:2 · last:2 · globs over module names."),
@@ -327,7 +327,7 @@ def smooth(out: Output, method: str, **options: Any) -> None:
 @click.option(
     "-o", "--output-path", type=click.Path(path_type=Path), required=True, help="Output directory; it must not exist or be empty."
 )
-@click.option("--format", "format_", help="Format to write: compressed-tensors, awq, gptq or plain.  [default: the checkpoint's own]")
+@click.option("--format", "format_", help="Format to write: compressed-tensors, fp8, awq, gptq or plain.  [default: the checkpoint's own]")
 @click.option("--source", type=click.Path(path_type=Path), help="Where to take missing side files (tokenizer, generation config) from.")
 @click.option(
     "--requantize", is_flag=True, help="Round anew the linears whose groups are in activation order (g_idx), which vLLM has no path for."

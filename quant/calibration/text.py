@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -126,8 +126,16 @@ def _suffix(path: Path) -> str:
     return Path(path.stem).suffix.lower() if path.suffix == ".gz" else path.suffix.lower()
 
 
-def documents(paths: Sequence[Path]) -> Iterator[str | Messages]:
-    """Texts and conversations of files and directories (sorted by name), in order.
+def _beginning(path: Path) -> Iterator[str]:
+    """The text in pieces of 64 KiB."""
+    with _open(path) as stream:
+        yield from iter(lambda: stream.read(1 << 16), "")
+
+
+def documents(
+    paths: Sequence[Path], readers: Mapping[str, Callable[[Path], Iterator[str | Messages]]] = _READERS
+) -> Iterator[str | Messages]:
+    """Texts and conversations of files and directories (sorted by name), in order; ``readers`` by the kind of file.
 
     Raises:
         TextError: a path that does not exist, an unknown kind of file, a directory without known files, invalid content.
@@ -142,7 +150,7 @@ def documents(paths: Sequence[Path]) -> Iterator[str | Messages]:
         else:
             raise TextError(f"{path}: there is no such calibration text")
         for file in files:
-            reader = _READERS.get(_suffix(file))
+            reader = readers.get(_suffix(file))
             if reader is None:
                 raise TextError(f"{file}: unknown kind of text: known are {', '.join(_READERS)}, each also as .gz")
             try:
@@ -151,6 +159,24 @@ def documents(paths: Sequence[Path]) -> Iterator[str | Messages]:
                 raise TextError(f"{file}: not UTF-8 text (byte {error.start}): convert it first") from error
             except (OSError, EOFError, zlib.error) as error:
                 raise TextError(f"{file}: cannot be read: {error}") from error
+
+
+def empty_texts(paths: Sequence[Path]) -> list[str]:
+    """What is wrong with texts before any of it is tokenized: each that is not there, of no known kind or not readable; or that all of them
+    together hold nothing. Each is read until it says something."""
+    readers = {kind: _beginning if reader is _txt else reader for kind, reader in _READERS.items()}
+    problems, empty = [], True
+    for path in paths:
+        try:
+            empty = not any(d.strip() if isinstance(d, str) else d for d in documents([path], readers)) and empty
+        except TextError as error:
+            problems.append(str(error))
+            empty = False
+    if empty:
+        problems.append(
+            f"{', '.join(map(str, paths))}: the calibration text is empty: give some, or leave --calibration-dataset out for the bundled one"
+        )
+    return problems
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from quant.activations import fake_quantize
 from quant.checkpoint.reader import Checkpoint
+from quant.errors import CheckpointError
 from quant.formats import Found, Linear
 from quant.formats.base import FormatRegistry, find_format
 from quant.formats.reading import read_linear
@@ -74,6 +75,11 @@ class Simulation:
         numbers: InputParameters | None = None
         if scheme.calibrated:
             numbers = read_linear(FormatRegistry.get(self._found.format), self._found, self._checkpoint, linear.name).inputs
+            wanted = ("global_scale",) if scheme.strategy == "tensor_group" else ("scale",) if scheme.symmetric else ("scale", "zero")
+            if numbers is None or any(getattr(numbers, x) is None for x in wanted):
+                raise CheckpointError(
+                    f"{linear.name}: its activations are {scheme}, whose numbers no file holds: the checkpoint is incomplete"
+                )
         return lambda module, inputs: (fake_quantize(inputs[0], scheme, numbers), *inputs[1:])
 
     def _cached(self, attention: str) -> Any:

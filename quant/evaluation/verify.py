@@ -22,6 +22,7 @@ from quant.errors import QuantError
 from quant.formats import FormatRegistry, Found, find_format, quantization_config
 from quant.formats.base import shape_problems, stated_dtype
 from quant.formats.compressed_tensors import matches
+from quant.formats.gptq import dynamic_rule
 from quant.formats.reading import CACHE_SCALES, dequantized
 from quant.models.adapter import fused_name
 
@@ -141,7 +142,7 @@ def verify(
             )
             result.add("tensor parallel", shape_problems(linears, tensor_parallel), f"shapes divide for {tensor_parallel} rank(s)")
         if cache := quantization.get("kv_cache_scheme"):
-            result.add("KV cache", _cache_problems(checkpoint, cache), "every attention layer has the scales of its FP8 cache")
+            result.add("KV cache", cache_problems(checkpoint, cache), "every attention layer has the scales of its FP8 cache")
         result.add("head and embeddings", _head_problems(checkpoint, found), "unquantized")
     origin = None if source is None else open_checkpoint(source)
     noted = _noted(checkpoint.path)
@@ -194,6 +195,9 @@ def _gptq_refusals(quantization: Mapping[str, Any]) -> list[str]:
             problems.append("desc_act is true with groups: vLLM refuses it")
         if not quantization.get("sym", True):
             problems.append("sym is false: vLLM refuses it")
+        for pattern, rule in (quantization.get("dynamic") or {}).items():
+            if not pattern.startswith("-:") and rule.get("desc_act") and rule.get("group_size", quantization.get("group_size")) != -1:
+                problems.append(f"dynamic rule {pattern!r} has desc_act with groups: vLLM refuses it")
         if quantization.get("checkpoint_format", "gptq") != "gptq":
             problems.append(f"checkpoint_format is {quantization['checkpoint_format']!r}: vLLM reads zero points as v1")
     return problems
@@ -258,6 +262,8 @@ def _fused_problems(checkpoint: Checkpoint, found: Found, quantization: Mapping[
         problems += _name_problems(members, found, quantization)
     if quantization.get("quant_method") == "fp8":
         problems += _native_problems(members, found, quantization)
+    if found.format == "gptq":
+        problems += _dynamic_problems(members, found, quantization)
     return problems
 
 
@@ -326,7 +332,26 @@ def _rounded_anew(checkpoint: Checkpoint, found: Found) -> str:
     )
 
 
-def _cache_problems(checkpoint: Checkpoint, scheme: object) -> list[str]:
+def _dynamic_problems(members: Mapping[str, list[str]], found: Found, quantization: Mapping[str, Any]) -> list[str]:
+    """The numbers that a GPTQ config gives each layer, with its ``dynamic`` rules asked as vLLM does: by the fused name, never by a shard's."""
+    problems = []
+    for fused, names in members.items():
+        linear = next((found.linears[n] for n in names if n in found.linears), None)
+        if linear is None:
+            continue  # vLLM sees from the tensors which layers are not quantized
+        rule = dynamic_rule(quantization, fused)
+        if rule is None:
+            problems.append(f"{fused} is quantized, but a rule of dynamic leaves it out")
+            continue
+        for key, held in (("bits", linear.scheme.bits), ("group_size", linear.scheme.group_size)):
+            stated = rule.get(key, quantization.get(key))
+            whole = linear.k if held == -1 else held  # one group of all inputs has two names
+            if stated != held and (linear.k if stated == -1 else stated) != whole:
+                problems.append(f"{fused} has {key} {held}, the config gives it {stated} under that name, by which vLLM asks")
+    return problems
+
+
+def cache_problems(checkpoint: Checkpoint, scheme: object) -> list[str]:
     """Scales that ``kv_cache_scheme`` promises. vLLM takes 1.0 for a missing one without a word."""
     if not isinstance(scheme, dict):
         return [f"kv_cache_scheme is not an object but {str(scheme)[:60]!r}"]

@@ -152,6 +152,17 @@ def matches(target: str, name: str) -> bool:
     return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
 
 
+def _held(tensors: Mapping[str, torch.Tensor], name: str, last: str) -> torch.Tensor:
+    """A tensor of a linear.
+
+    Raises:
+        CheckpointError: it is missing.
+    """
+    if f"{name}.{last}" not in tensors:
+        raise CheckpointError(f"{name} is quantized but has no tensor '{name}.{last}': the checkpoint is incomplete, make it again")
+    return tensors[f"{name}.{last}"]
+
+
 class CompressedTensors:
     name = "compressed-tensors"
     quant_method: str | None = "compressed-tensors"
@@ -240,7 +251,7 @@ class CompressedTensors:
                 "input_zero_point": tensor.inputs.zero,
                 "input_global_scale": tensor.inputs.global_scale,
             }
-            packed |= {k: v for k, v in made.items() if v is not None}
+            packed |= {k: v if k == "input_zero_point" else v.float() for k, v in made.items() if v is not None}
         return {f"{name}.{k}": v for k, v in packed.items()}
 
     def unpack(self, linear: Linear, tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> QuantizedTensor:
@@ -261,7 +272,7 @@ class CompressedTensors:
             k = int(shape[1]) if shape is not None else linear.k
             codes = (unpack(tensors[f"{name}.weight_packed"], bits, k).to(torch.int16) - offset).to(torch.int8)
             if not scheme.symmetric:
-                words = tensors[f"{name}.weight_zero_point"].t().contiguous()
+                words = _held(tensors, name, "weight_zero_point").t().contiguous()
                 zeros = (unpack(words, bits, linear.n).to(torch.int16) - offset).to(torch.int8).t().contiguous()
             group_index = tensors.get(f"{name}.weight_g_idx")
         elif scheme.number == "float" and scheme.bits == 4:
@@ -272,8 +283,8 @@ class CompressedTensors:
             scales = scales.reshape(1, 1)
         elif scales.ndim == 1:
             scales = scales.unsqueeze(1)
-        divisor = tensors.get(f"{name}.weight_global_scale")
-        return QuantizedTensor(codes, scales, zeros, scheme, group_index, None if divisor is None else divisor.reshape(1), inputs)
+        divisor = _held(tensors, name, "weight_global_scale").reshape(1) if scheme.strategy == "tensor_group" else None
+        return QuantizedTensor(codes, scales, zeros, scheme, group_index, divisor, inputs)
 
     def config(self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str, kv_cache: bool = False) -> dict[str, Any]:
         kinds = list(dict.fromkeys((x.scheme, x.activations) for x in linears))
@@ -344,8 +355,6 @@ class CompressedTensors:
             # weight_shape is data, not header: K follows from the groups, or from the full words where there is one group a row
             if scheme.group_size != -1 and len(scale.shape) == 2:
                 k = scale.shape[1] * scheme.group_size
-            if not scheme.symmetric:
-                require(tensors, f"{name}.weight_zero_point", name)
         linear = Linear(name, n, k, scheme, activations)
         if layout_of(linear) != layout:
             raise CheckpointError(f"{name}: format {layout} with {linear.numbers}: these numbers belong into {layout_of(linear)}")

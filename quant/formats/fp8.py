@@ -118,8 +118,6 @@ class Fp8:
             if weight.dtype != "F8_E4M3":
                 continue
             scale = require(tensors, f"{name}.{_scale_name(scheme)}", name)
-            if inputs == _STATIC:
-                require(tensors, f"{name}.input_scale", name)
             if len(weight.shape) != 2:
                 raise CheckpointError(f"{name}: weight is {weight.shape}: read are [N, K]")
             n, k = weight.shape

@@ -12,10 +12,14 @@ For a linear ``P`` of [N, K], with pf = 32/b values a word (AutoGPTQ `nn_modules
 
 vLLM loads 4 and 8 bits, symmetric, groups of -1, 32, 64 or 128 in natural order, and nothing else. v1 is what it wants; asymmetric files
 are written as v2, because v1 has no code for a zero point of 0.
+
+GPTQModel's ``dynamic`` gives single layers other numbers, or none; see :func:`dynamic_rule`. It is read, not written: a file of ours has one
+scheme.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +36,20 @@ if TYPE_CHECKING:
 
 VLLM_GROUPS = (-1, 32, 64, 128)
 _VERSIONS = {"gptq": 1, "gptq_v2": 0}
+
+
+def dynamic_rule(config: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """What the ``dynamic`` of a quantization_config says of a module: keys that replace the config's own ({} where no rule names it), or None
+    where it is left unquantized.
+
+    Keys are regular expressions that must match from the start of the name, as they are or after ``+:``; after ``-:`` they leave a module
+    unquantized. The first that matches counts (GPTQModel `quantization/config.py::dynamic_get`, vLLM 0.32
+    `utils/gptq_utils.py::get_dynamic_override`). vLLM asks with the names of its fused layers, GPTQModel with those of the file.
+    """
+    for pattern, values in (config.get("dynamic") or {}).items():
+        if re.match(pattern[2:] if pattern.startswith(("+:", "-:")) else pattern, name):
+            return None if pattern.startswith("-:") else dict(values)
+    return {}
 
 
 class GPTQ:
@@ -152,8 +170,20 @@ class GPTQ:
             declared, stated, symmetric = int(config["bits"]), config.get("group_size"), bool(config.get("sym", True))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError("the GPTQ quantization_config lacks a whole number of bits") from error
+        rules = config.get("dynamic") or {}
+        if not isinstance(rules, dict) or not all(isinstance(v, dict) or k.startswith("-:") for k, v in rules.items()):
+            raise CheckpointError(f"GPTQ dynamic is {str(rules)[:60]!r}: an object of patterns, each with the keys that it replaces")
         linears = {}
+        base = declared, stated, symmetric
         for name in suffixed(tensors, ".qweight"):
+            # words are there: a rule that leaves the module out contradicts them, which is the engine's business and not that of its values
+            rule = dynamic_rule(config, name) or {}
+            for key in ("method", "quant_method", "format", "checkpoint_format"):
+                if key in rule and rule[key] != (config.get(key) or version):
+                    raise CheckpointError(
+                        f"{name}: a rule of GPTQ's dynamic gives it {key} {rule[key]!r}: read is one layout for all layers"
+                    )
+            declared, stated, symmetric = (rule.get(k, x) for k, x in zip(("bits", "group_size", "sym"), base, strict=True))
             scales, qweight = require(tensors, f"{name}.scales", name), tensors[f"{name}.qweight"]
             qzeros = require(tensors, f"{name}.qzeros", name)
             if qweight.dtype != "I32" or qzeros.dtype != "I32" or len(qweight.shape) != 2 or len(scales.shape) != 2:
@@ -170,7 +200,7 @@ class GPTQ:
                     f"{name}: qweight {qweight.shape}, qzeros {qzeros.shape}, scales {scales.shape} and {k} inputs do not fit together"
                 )
             group = k // groups
-            linears[name] = Linear(name, n, k, WeightScheme(bits, -1 if groups == 1 and stated != group else group, symmetric))
+            linears[name] = Linear(name, n, k, WeightScheme(bits, -1 if groups == 1 and stated != group else group, bool(symmetric)))
         return Found(self.name, linears, {"zero_offset": _VERSIONS[version]})
 
 

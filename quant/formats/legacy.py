@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from quant.checkpoint.reader import Checkpoint, read_json
 from quant.errors import CheckpointError
-from quant.formats.base import quantization_config
+from quant.formats.base import FormatRegistry, Found, quantization_config
 
 #: Side files that quantizers wrote before transformers had ``quantization_config``: AutoGPTQ's and AutoAWQ's.
 SIDE_FILES = ("quantize_config.json", "quant_config.json")
@@ -59,17 +59,35 @@ def repaired(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
 
 
 def incomplete(checkpoint: Checkpoint) -> list[str]:
-    """Quantized linears whose scales or zero points no file holds, one line for each kind of tensor."""
-    missing: dict[str, list[str]] = {}
-    for name in sorted(checkpoint.tensors):
+    """Quantized linears whose scales or zero points no file holds, one line for each kind of tensor; as far as names and dtypes tell."""
+    missing = []
+    for name, info in checkpoint.tensors.items():
         module, _, last = name.rpartition(".")
-        for beside in _BESIDE.get(last, ()):
-            if f"{module}.{beside}" not in checkpoint.tensors:
-                missing.setdefault(beside, []).append(module)
+        if last == "weight" and info.dtype in ("F8_E4M3", "I8"):
+            if not {f"{module}.weight_scale", f"{module}.weight_scale_inv"} & set(checkpoint.tensors):
+                missing.append(f"{module}.weight_scale")
+        else:
+            missing += [f"{module}.{beside}" for beside in _BESIDE.get(last, ())]
+    return _incomplete(n for n in missing if n not in checkpoint.tensors)
+
+
+def lacking(checkpoint: Checkpoint, found: Found, inputs: bool = True) -> list[str]:
+    """The same of every tensor that the scheme of a linear asks for; ``inputs``: calibrated numbers of its input too."""
+    form = FormatRegistry.get(found.format)
+    wanted = [s.name for x in found.linears.values() for s in form.specs(x, "BF16")]
+    optional = (".g_idx", ".weight_shape", *(() if inputs else (".input_scale", ".input_zero_point", ".input_global_scale")))
+    return _incomplete(n for n in wanted if n not in checkpoint.tensors and not n.endswith(optional))
+
+
+def _incomplete(names: Iterable[str]) -> list[str]:
+    missing: dict[str, list[str]] = {}
+    for name in sorted(names):
+        module, _, last = name.rpartition(".")
+        missing.setdefault(last, []).append(module)
     return [
-        f"{len(modules)} quantized linears have no {beside} ({', '.join(modules[:_NAMED])}{', …' if len(modules) > _NAMED else ''}): "
+        f"{len(modules)} quantized linears have no {last} ({', '.join(modules[:_NAMED])}{', …' if len(modules) > _NAMED else ''}): "
         "the checkpoint is incomplete, fetch its files again"
-        for beside, modules in missing.items()
+        for last, modules in missing.items()
     ]
 
 

@@ -22,6 +22,23 @@ _SUFFIXES = (
 CACHE_SCALES = ("k_scale", "v_scale", "q_scale")
 
 
+def cache_scale(name: str) -> str | None:
+    """The name that a number of an engine's FP8 KV cache has in our files, from any of the names that vLLM knows
+    (`weight_utils.py::maybe_remap_kv_scale_name`); None of other tensors.
+
+    >>> cache_scale("model.layers.0.self_attn.k_proj.output_scale")
+    'model.layers.0.self_attn.k_scale'
+    """
+    module, _, last = name.rpartition(".")
+    layer, _, part = module.rpartition(".")
+    if last == "output_scale" and part in ("k_proj", "v_proj"):
+        return f"{layer}.{part[0]}_scale"
+    if last not in CACHE_SCALES:
+        return None
+    inner = part in ("q_proj", "k_proj", "v_proj") or (part == "attn" and layer.endswith(("attn", "attention")))
+    return ".".join(filter(None, (layer if inner else module, last)))
+
+
 def read_linear(form: Format, found: Found, checkpoint: Checkpoint, name: str) -> QuantizedTensor:
     """One quantized linear of a checkpoint."""
     tensors = {f"{name}.{s}": checkpoint.read(f"{name}.{s}") for s in _SUFFIXES if f"{name}.{s}" in checkpoint.tensors}
@@ -38,7 +55,7 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     tensors, computed = {}, {}
     for name, info in checkpoint.tensors.items():
         module, _, last = name.rpartition(".")
-        if last in CACHE_SCALES:
+        if cache_scale(name) is not None:
             continue  # numbers of the engine's KV cache: no part of the model
         if module not in found.linears or last not in _SUFFIXES:
             tensors[name] = info

@@ -6,7 +6,7 @@ the Hessian H = E[x xᵀ] that loss is tr(E·H·Eᵀ), where E is what rounding 
 calibration tokens, without running any of them again. Losses of rows add up, so a sample of rows decides; each candidate is rounded with the
 clipping search that the method itself ends with, so that what clipping gains anyway is not credited to scaling. The magnitude is the root mean square of the input,
 sqrt(diag H), where the paper takes the mean of |x|. No scaling (alpha = 0) is among the candidates: the choice is never worse than rounding
-by this measure.
+by this measure. Where nothing is quantized afterwards, that is the loss of 4 bits in groups of 128 with zero points, which the result is then made for.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from quant.errors import QuantError
 from quant.outlier_suppression.base import OutlierSuppressionRegistry, Place, Suppression
 from quant.quantizers.awq import round_searched
 from quant.quantizers.rounding import importance_of, scaled_importance
-from quant.schemes import Scheme, WeightScheme
+from quant.schemes import UNQUANTIZED, Scheme, WeightScheme
 
 #: Most and fewest rows whose loss is measured, spread evenly over all, and the elements that they are cut down to in between. All candidates are
 #: tried on the same rows, so few are enough to tell which is better.
@@ -46,13 +46,14 @@ class AWQScaling:
         hessian = statistics.hessian
         magnitude = hessian.diagonal().clamp_min(0).sqrt()
         alive = magnitude > 0
-        share = _shares(weight, scheme.weights)
+        made_for = scheme.weights if scheme != UNQUANTIZED else WeightScheme(4, 128 if weight.shape[1] % 128 == 0 else -1, False)
+        share = _shares(weight, made_for)
         ones = torch.ones_like(magnitude)
         if not bool(alive.any()):
             return Suppression(ones, ("not scaled: no calibration token reaches the layer",))
         count = min(max(_FEWEST, min(_ROWS, _ELEMENTS // len(magnitude))), len(weight))
         rows = weight[torch.linspace(0, len(weight) - 1, count, device=weight.device).round().long()]
-        importance = importance_of(hessian, scheme.weights)
+        importance = importance_of(hessian, made_for)
         tried: list[tuple[float, str, torch.Tensor]] = []
         for step in range(0, self.grid + 1, _COARSE if place.exact else 1):
             alpha = step / self.grid
@@ -61,7 +62,7 @@ class AWQScaling:
                 factors = place.fit(_centred(power, alive))
                 if any(torch.equal(factors, other) for _, _, other in tried):
                     continue  # powers of two are few
-                rounded = round_searched(rows * factors, scaled_importance(importance, factors), scheme.weights, dtype).dequantize()
+                rounded = round_searched(rows * factors, scaled_importance(importance, factors), made_for, dtype).dequantize()
                 error = rounded.div_(factors).sub_(rows)
                 how = f"alpha {alpha:g}{', weights evened out' if even else ''}"
                 tried.append((float(((error @ hessian) * error).sum()), how, factors))

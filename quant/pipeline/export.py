@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,15 @@ from typing import Any
 from quant.checkpoint.dtypes import TORCH
 from quant.checkpoint.journal import WorkFolder
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
-from quant.checkpoint.writer import write_text
+from quant.checkpoint.writer import TensorSpec, write_text
 from quant.errors import CheckpointError, Problems, UsageError, VerificationFailed
-from quant.evaluation.verify import verify
-from quant.formats import Format, FormatRegistry, Found, Linear, find_format
+from quant.evaluation.verify import cache_problems, verify
+from quant.formats import Format, FormatRegistry, Found, Linear, find_format, quantization_config
 from quant.formats.base import shape_problems, stated_dtype
-from quant.formats.legacy import incomplete, repaired
-from quant.formats.reading import dequantized, read_linear
+from quant.formats.compressed_tensors import KV_CACHE
+from quant.formats.legacy import incomplete, lacking, repaired
+from quant.formats.reading import cache_scale, dequantized, read_linear
+from quant.models.adapter import block_of
 from quant.pipeline.memory import peak_rss
 from quant.pipeline.plan import check_disk, lay_out, target_problems, unquantized_linears
 from quant.pipeline.writing import write_rest, write_unit
@@ -45,8 +47,9 @@ def export(
 ) -> dict[str, Any]:
     """Reads ``model_path`` in whatever format it is and writes ``output_path`` in ``format_name`` (its own by default).
 
-    Codes, scales and zero points are carried over, not rounded anew; scales are stored in the model's dtype, as vLLM would cast them, and the
-    report says how many that changed. Only linears whose groups are in activation order have no other way: ``requantize`` dequantizes them and
+    Codes, scales and zero points are carried over, not rounded anew, and so are calibrated numbers of activations and of an FP8 KV cache where the
+    format has a place for them; the report names those that are left out. Scales of weight-only integers are stored in the model's dtype, as
+    vLLM would cast them, and the report says how many that changed. Only linears whose groups are in activation order have no other way: ``requantize`` dequantizes them and
     rounds them again in natural groups, and the report gives each one's signal-to-noise ratio against what the checkpoint held.
 
     Args:
@@ -58,27 +61,51 @@ def export(
     start = time.perf_counter()
     output = Path(output_path)
     checkpoint, repairs = repaired(open_checkpoint(model_path))
+    problems = target_problems(Path(model_path), output)
+    if source is not None and not Path(source).is_dir():
+        problems.append(f"--source is {str(source)!r}: there is no such directory")
     if lost := incomplete(checkpoint):
-        raise Problems([*target_problems(Path(model_path), output), *lost])
-    found = find_format(checkpoint.config, checkpoint.tensors)
+        raise Problems([*problems, *lost])
+    try:
+        found = find_format(checkpoint.config, checkpoint.tensors)
+    except CheckpointError as error:
+        if problems:
+            raise Problems([*problems, str(error)]) from error
+        raise
     form = FormatRegistry.get(format_name or (found.format if found else "plain"))
     if found is None and form.quant_method is not None:
         raise UsageError(f"{model_path}: is not quantized: quant quantize makes a {form.name} checkpoint of it")
     linears = dict(found.linears) if found else {}
-    problems = target_problems(Path(model_path), output)
-    if source is not None and not Path(source).is_dir():
-        problems.append(f"--source is {str(source)!r}: there is no such directory")
-    if form.quant_method is not None and found is not None:
-        problems += _problems(checkpoint, found, form, linears, target, tensor_parallel, requantize)
+    if found is not None:
+        lost = lacking(checkpoint, found, inputs=form.quant_method is not None)
+        problems += lost
+        if form.quant_method is not None:
+            problems += _problems(None if lost else checkpoint, found, form, linears, target, tensor_parallel, requantize)
+    scheme = (quantization_config(checkpoint.config) or {}).get("kv_cache_scheme")
+    caches = {c: n for n in checkpoint.tensors if (c := cache_scale(n)) is not None} if found is not None else {}
+    kept = form.kv_cache or (found is not None and found.format == form.name == "fp8")
+    if caches and form.kv_cache:
+        scheme = scheme or KV_CACHE
+        problems += cache_problems(checkpoint, scheme)
     if problems:
         raise Problems(problems)
+    left = _left_out(checkpoint, linears, form, [] if kept else list(caches.values()))
+    if scheme and not caches:
+        repairs.append("kv_cache_scheme removed: the checkpoint has no scales for it, and vLLM would take 1.0")
     dtype = stated_dtype(checkpoint.config) or "BF16"
     plain = dequantized(checkpoint)
-    units = lay_out(plain, linears, form, dtype)
+    made: dict[int, list[TensorSpec]] = {}
+    for name, original in caches.items() if kept else ():
+        info = checkpoint.info(original)
+        made.setdefault(block_of(name) or 0, []).append(TensorSpec(name, info.dtype, info.shape))
+    units = lay_out(plain, linears, form, dtype, made)
     check_disk(output, sum(s.nbytes for u in units for s in u.shards))
     config = {k: v for k, v in plain.config.items() if k != "text_config"} | _text_config(plain.config)
-    quantization = form.config(list(linears.values()), unquantized_linears(plain, linears), "static") if linears else None
+    with_cache = bool(caches) and form.kv_cache
+    quantization = form.config(list(linears.values()), unquantized_linears(plain, linears), "static", with_cache) if linears else None
     if quantization is not None:
+        if with_cache:
+            quantization["kv_cache_scheme"] = scheme
         config["quantization_config"] = quantization
     arguments = engine_arguments(config, tensor_parallel=tensor_parallel, max_model_len=max_model_len)
     changed: list[str] = []
@@ -93,10 +120,11 @@ def export(
             noise = (tensor.dequantize() - value).square().sum()
             requantized[name] = {"snr_db": round(float(10 * (value.square().sum() / noise).log10()), 2)}
         elif form.quant_method is not None:
-            scales = tensor.scales.to(TORCH[dtype])
-            if not bool((scales.float() == tensor.scales.float()).all()):
-                changed.append(name)
-            tensor = replace(tensor, scales=scales)
+            if linears[name].scheme.scales == "model":
+                scales = tensor.scales.to(TORCH[dtype])
+                if not bool((scales.float() == tensor.scales.float()).all()):
+                    changed.append(name)
+                tensor = replace(tensor, scales=scales)
             if linears[name].scheme.symmetric:
                 tensor = replace(tensor, zeros=None, scheme=linears[name].scheme)
         return tensor
@@ -104,7 +132,8 @@ def export(
     work = WorkFolder(output.absolute(), {"export": str(checkpoint.path), "format": form.name}, fresh=True)
     try:
         for number, unit in enumerate(units):
-            files = write_unit(unit, work.path, plain, form, linears, dtype, produce)
+            carried = {s.name: checkpoint.read(caches[s.name]) for s in unit.made}
+            files = write_unit(unit, work.path, plain, form, linears, dtype, produce, carried)
             work.finish_unit(unit.name, files, {})
             progress(Event("export", number + 1, len(units)))
         dropped = write_rest(work.path, checkpoint, units, form, config, arguments, Path(source) if source is not None else None)
@@ -124,6 +153,8 @@ def export(
             "scales_rounded": changed,
             "requantized": requantized,
             "repairs": repairs,
+            "kv_cache_scales": len(caches) if kept else 0,
+            "tensors_dropped": left,
             "side_files_dropped": dropped,
             "seconds": {**(seconds or {}), "total": round(time.perf_counter() - start + (seconds or {}).get("quantize", 0.0), 3)},
             "peak_rss_bytes": peak_rss(),
@@ -140,7 +171,7 @@ def export(
 
 
 def _problems(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | None,
     found: Found,
     form: Format,
     linears: dict[str, Linear],
@@ -148,10 +179,13 @@ def _problems(
     tensor_parallel: int,
     requantize: bool,
 ) -> list[str]:
-    """Checks every linear against the wanted format; fills in what only the tensors tell (symmetry, order)."""
+    """Checks every linear against the wanted format; fills in what only the tensors tell (symmetry, order), where there is a checkpoint that
+    has them all."""
     problems: dict[str, None] = {}
     shifted = False
     for name, linear in linears.items():
+        if checkpoint is None:
+            break
         try:
             tensor = read_linear(FormatRegistry.get(found.format), found, checkpoint, name)
         except CheckpointError as error:
@@ -164,18 +198,31 @@ def _problems(
                 "the groups are in activation order (g_idx is not k // group_size), which vLLM has no path for: --requantize rounds those linears anew "
                 "(the report says what that costs), --format plain keeps their values; best is to quantize the original again with --act-order static"
             ] = None
-    if not shifted:  # AWQ files always have zero points: those of symmetric weights are all in the middle
+    if checkpoint is not None and not shifted:  # AWQ files always have zero points: those of symmetric weights are all in the middle
         linears.update({n: replace(x, scheme=replace(x.scheme, symmetric=True)) for n, x in linears.items() if not x.scheme.symmetric})
     for linear in linears.values():
         if reason := form.refuse(linear.numbers, target):
             problems[f"{linear.scheme} in format {form.name}: {reason}"] = None
         problems.update(dict.fromkeys(form.problems(linear)))
-    problems.update(dict.fromkeys(shape_problems(linears.values(), tensor_parallel)))
+    for problem in shape_problems(linears.values(), tensor_parallel):
+        problems[f"{problem}. That takes the original; --format plain keeps this checkpoint's values"] = None
     if len({x.numbers for x in linears.values()}) > 1 and not form.mixed and form.name != "awq":
         problems[f"the linears have several schemes; a {form.name} file of ours holds one: use --format compressed-tensors"] = None
     if len({x.scheme.group_size for x in linears.values()}) > 1 and form.name == "awq":
         problems["the linears have several group sizes; an awq file holds one: use --format compressed-tensors"] = None
     return list(problems)
+
+
+def _left_out(checkpoint: Checkpoint, linears: Mapping[str, Linear], form: Format, caches: Sequence[str]) -> list[dict[str, str]]:
+    """Tensors of the checkpoint that the format has no place for, each with the reason."""
+    left = [{"tensor": n, "reason": f"a {form.name} checkpoint has no place for the scales of an FP8 KV cache"} for n in sorted(caches)]
+    if form.quant_method is None:
+        numbers = ("input_scale", "input_zero_point", "input_global_scale")
+        names = (f"{n}.{x}" for n in linears for x in numbers)
+        left += [
+            {"tensor": n, "reason": f"a {form.name} checkpoint leaves activations as they are"} for n in names if n in checkpoint.tensors
+        ]
+    return left
 
 
 def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from quant.calibration.text import empty_texts
 from quant.checkpoint.header import FLOATS
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.checkpoint.writer import TensorSpec, file_bytes
@@ -17,7 +18,7 @@ from quant.formats import Format, FormatRegistry, Linear, quantization_config
 from quant.formats.base import shape_problems, stated_dtype
 from quant.models.adapter import block_of, decoder_linears, fused_name
 from quant.outlier_suppression import OutlierSuppressionRegistry, Suppressor
-from quant.pipeline.selection import select
+from quant.pipeline.selection import select, selected
 from quant.planning.target import target_problems as gpu_problems
 from quant.quantizers import Quantizer, QuantizerRegistry
 from quant.recipe import Assignment, Recipe
@@ -162,12 +163,15 @@ def plan_job(recipe: Recipe) -> JobPlan:
     for name, assignment in assignments.items():
         n, k = checkpoint.info(f"{name}.weight").shape
         linears[name] = Linear(name, n, k, assignment.scheme.weights, assignment.scheme.activations)
-    problems += _assignment_problems(recipe, list(dict.fromkeys(assignments.values())), form)
+    different = list(dict.fromkeys(assignments.values())) or [recipe.assignment(recipe.method)]
+    problems += _assignment_problems(recipe, different, form)
     problems += shape_problems(linears.values(), recipe.tensor_parallel)
     if not any("do not divide" in p for p in problems):
         problems += [p for linear in linears.values() for p in form.problems(linear)][:8]
-        if recipe.target == "vllm" and not mistakes:  # linears of a rule with a mistake are missing
-            problems += _fused_problems(linears, assignments, everything, form)
+    if recipe.target == "vllm" and not mistakes:  # linears of a rule with a mistake are missing
+        problems += _fused_problems(linears, assignments, everything, form)
+    if recipe.calibration_dataset and any(calibrated(recipe, a) for a in different):
+        problems += empty_texts(recipe.calibration_dataset)
     caches = kv_scales(checkpoint, everything) if recipe.kv_cache_scheme else {}
     if problems:
         raise Problems(list(dict.fromkeys(problems)), exit_code=2 if mistakes else 1)
@@ -181,13 +185,9 @@ def plan_job(recipe: Recipe) -> JobPlan:
 def assign(recipe: Recipe, everything: Sequence[str], blocks: int) -> tuple[dict[str, Assignment], list[str]]:
     """What is done to each linear that is quantized, in file order; and every mistake in the selection and the rules: one that names nothing, or
     nothing that a rule before it has not named; a method, scheme or setting that is not. Linears that only such a rule names are left out."""
-    try:
-        chosen = select(everything, recipe.layers, recipe.ignore, blocks)
-    except UsageError as error:
-        return {}, [str(error)]
+    chosen, problems = selected(everything, recipe.layers, recipe.ignore, blocks)
     assignments: dict[str, Assignment | None] = dict.fromkeys(chosen, recipe.assignment(recipe.method))
     ruled: set[str] = set()
-    problems = []
     for number, rule in enumerate(recipe.rules, 1):
         hit: list[str] = []
         assignment = None
@@ -196,9 +196,9 @@ def assign(recipe: Recipe, everything: Sequence[str], blocks: int) -> tuple[dict
                 hit = [n for n in select(everything, rule.layers, [], blocks) if n in assignments]
             except UsageError as error:
                 raise UsageError(str(error).replace("--layers", "layers")) from error
-            if not hit:
+            if not hit and chosen:
                 raise UsageError(f"layers {rule.layers!r} names no linear that is quantized: change it, or --layers and --ignore")
-            if ruled.issuperset(hit):
+            if hit and ruled.issuperset(hit):
                 raise UsageError(f"layers {rule.layers!r} names only linears that rules before it name: put it first, or leave it out")
             if not rule.skip:
                 assignment = rule.assigned(recipe)
@@ -255,6 +255,15 @@ def make_suppressor(name: str, alpha: float | str | None) -> Suppressor:
     """
     kind = OutlierSuppressionRegistry.get(name)
     return _configured(kind, f"--outlier-suppression {name}", {} if alpha is None else {"alpha": alpha})
+
+
+def calibrated(recipe: Recipe, assignment: Assignment) -> bool:
+    """Whether calibration text is run for an assignment: its method, its suppressor, its activations or the job's KV cache ask for some."""
+    quantizer, activations = make_quantizer(assignment), assignment.scheme.activations
+    name = recipe.outlier_suppression or quantizer.suppressor
+    suppressed = bool(name) and name != "none" and bool(make_suppressor(name, recipe.alpha if recipe.outlier_suppression else None).needs)
+    stored = activations is not None and activations.calibrated
+    return bool(quantizer.needs) or suppressed or stored or recipe.kv_cache_scheme is not None
 
 
 def _configured(kind: Callable[..., Any], what: str, options: Mapping[str, Any]) -> Any:
@@ -318,27 +327,33 @@ def _fused_problems(
     members: dict[str, list[str]] = {}
     for name in everything:
         members.setdefault(fused_name(name), []).append(name)
+    problems: dict[str, str] = {}  # one for each kind of fused layer
     for fused, names in members.items():
+        kind = fused.rpartition(".")[2]
+        if kind in problems:
+            continue
         inside = [n for n in names if n in linears]
         schemes = dict.fromkeys(str(linears[n].numbers) for n in inside)
         if len(schemes) > 1:
-            return [
+            problems[kind] = (
                 f"{fused}: vLLM fuses {', '.join(n.rsplit('.', 1)[-1] for n in names)} into one layer, but they would become {' and '.join(schemes)}: "
                 "give them one scheme"
-            ]
+            )
+            continue
         methods = dict.fromkeys(assignments[n].method for n in inside)
         if len(dict.fromkeys(assignments[n] for n in inside)) > 1 and linears[inside[0]].scheme.strategy in ("tensor", "tensor_group"):
-            return [
+            problems[kind] = (
                 f"{fused}: {', '.join(n.rsplit('.', 1)[-1] for n in inside)} share one number in scheme {next(iter(schemes))}, "
                 f"but are made by {' and '.join(methods)}{'' if len(methods) > 1 else ' with different settings'}: give them one method with one setting"
-            ]
+            )
+            continue
         if inside and len(inside) < len(names):
             out = [n.rsplit(".", 1)[-1] for n in names if n not in linears]
-            return [
+            problems[kind] = (
                 f"{fused}: vLLM fuses {', '.join(n.rsplit('.', 1)[-1] for n in names)} into one layer, but {', '.join(out)} would stay unquantized: "
                 "select all of them or none, or use --target other"
-            ]
-    return []
+            )
+    return list(problems.values())
 
 
 def unquantized_linears(checkpoint: Checkpoint, linears: Mapping[str, Linear]) -> list[str]:

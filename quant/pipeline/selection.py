@@ -49,11 +49,22 @@ def select(linears: Sequence[str], layers: str | None, ignore: Sequence[str], bl
         blocks: number of decoder blocks.
 
     Raises:
-        UsageError: a spec or pattern that selects nothing, an invalid regular expression.
+        UsageError: a spec or pattern that selects nothing, an invalid regular expression; all of them.
     """
-    chosen = list(linears)
+    chosen, problems = selected(linears, layers, ignore, blocks)
+    if problems:
+        raise UsageError("; ".join(problems))
+    return chosen
+
+
+def selected(linears: Sequence[str], layers: str | None, ignore: Sequence[str], blocks: int) -> tuple[list[str], list[str]]:
+    """:func:`select` that goes on after a mistake: what is left to quantize, and every mistake."""
+    chosen, problems = list(linears), []
     if layers is not None:
-        wanted = blocks_of(layers, blocks)
+        try:
+            wanted = blocks_of(layers, blocks)
+        except UsageError as error:
+            return [], [str(error), *_ignored(linears, ignore)[1]]
         if wanted is not None:
             chosen = [n for n in chosen if block_of(n + ".") in wanted]
         else:
@@ -61,24 +72,35 @@ def select(linears: Sequence[str], layers: str | None, ignore: Sequence[str], bl
             for glob in (g.strip() for g in layers.split(",")):
                 found = [n for n in linears if _glob(n, glob)]
                 if not found:
-                    raise UsageError(f"--layers {glob!r} matches no linear of the model: names look like {linears[0]!r}")
+                    problems.append(f"--layers {glob!r} matches no linear of the model: names look like {linears[0]!r}")
                 chosen += [n for n in found if n not in chosen]
             chosen.sort(key=linears.index)
+    dropped, wrong = _ignored(linears, ignore)
+    problems += wrong
+    chosen = [n for n in chosen if n not in dropped]
+    if not chosen and not problems:
+        problems.append("no linear is left to quantize: change --layers or --ignore")
+    return chosen, problems
+
+
+def _ignored(linears: Sequence[str], ignore: Sequence[str]) -> tuple[set[str], list[str]]:
+    """The linears that the patterns name, and the patterns that name none."""
+    dropped: set[str] = set()
+    problems = []
     for pattern in ignore:
         if pattern.startswith("re:"):
             try:
                 expression = re.compile(pattern[3:])
             except re.error as error:
-                raise UsageError(f"--ignore {pattern!r}: not a regular expression: {error}") from error
-            dropped = [n for n in linears if expression.match(n)]
+                problems.append(f"--ignore {pattern!r}: not a regular expression: {error}")
+                continue
+            found = [n for n in linears if expression.match(n)]
         else:
-            dropped = [n for n in linears if _glob(n, pattern)]
-        if not dropped and pattern != "lm_head":
-            raise UsageError(f"--ignore {pattern!r} matches no linear of the model: names look like {linears[0]!r}, such as '*.down_proj'")
-        chosen = [n for n in chosen if n not in set(dropped)]
-    if not chosen:
-        raise UsageError("no linear is left to quantize: change --layers or --ignore")
-    return chosen
+            found = [n for n in linears if _glob(n, pattern)]
+        if not found and pattern != "lm_head":
+            problems.append(f"--ignore {pattern!r} matches no linear of the model: names look like {linears[0]!r}, such as '*.down_proj'")
+        dropped |= set(found)
+    return dropped, problems
 
 
 def _glob(name: str, pattern: str) -> bool:

@@ -58,7 +58,8 @@ PLAIN = Storage("plain", 16, lambda n, k, width: float(n * k * width))
 INT8 = Storage("int8", 8, lambda n, k, width: float(n * k + 4 * n))
 FP8 = Storage("fp8", 8, lambda n, k, width: float(n * k + 4 * n))
 FP8_BLOCK = Storage("fp8-block", 8, lambda n, k, width: float(n * k + 4 * ceil(n / 128) * ceil(k / 128)), 128)
-NVFP4 = Storage("nvfp4", 4, lambda n, k, width: n * k / 2 + n * k / 16 + 8, 16)
+NVFP4 = Storage("nvfp4", 4, lambda n, k, width: n * k / 2 + n * k / 16 + 8, 16)  # one number of the weight, one of the input
+NVFP4A16 = Storage("nvfp4", 4, lambda n, k, width: n * k / 2 + n * k / 16 + 4, 16)
 MXFP4 = Storage("mxfp4", 4, lambda n, k, width: n * k / 2 + n * k / 32, 32)
 #: NF4 with double quantization: half a byte, a byte of scale for 64 values, 4 bytes for 256 such scales
 NF4 = Storage("nf4", 4, lambda n, k, width: n * k * (0.5 + 1 / 64 + 4 / (64 * 256)), 64)
@@ -77,7 +78,7 @@ SCHEME_STORAGE: dict[str, Storage] = {
     "w4a16": packed(4),
     "w4a16-asym": packed(4, symmetric=False),
     "nvfp4": NVFP4,
-    "nvfp4a16": NVFP4,
+    "nvfp4a16": NVFP4A16,
     "mxfp4": MXFP4,
     "mxfp4a16": MXFP4,
     "mxfp8": Storage("mxfp8", 8, lambda n, k, width: n * k + n * k / 32, 32),
@@ -210,7 +211,7 @@ def file_bytes(spec: ModelSpec, scheme: str, group_size: int | None = None) -> i
         parts = ["weight", "weight_scale"]
     elif storage is MXFP4:
         parts = ["weight_packed", "weight_scale"]
-    elif storage is NVFP4:
+    elif storage.name == "nvfp4":
         parts = ["weight_packed", "weight_scale", "weight_global_scale", *(["input_global_scale"] if scheme == "nvfp4" else [])]
     header = 16
     for weight in spec.weights:

@@ -151,8 +151,13 @@ def export(console: Console, report: Mapping[str, Any]) -> None:
         rows.append(("rounded anew", f"{len(snr)} linears in activation order, {min(snr):.1f} to {max(snr):.1f} dB against the checkpoint"))
     if report["repairs"]:
         rows.append(("repaired", "\n".join(report["repairs"])))
-    if report["side_files_dropped"]:
-        rows.append(("left out", "\n".join(f"{d['file']}: {d['reason']}" for d in report["side_files_dropped"])))
+    if report["kv_cache_scales"]:
+        rows.append(("KV cache", f"{report['kv_cache_scales']} scales carried over"))
+    left = [f"{d['file']}: {d['reason']}" for d in report["side_files_dropped"]]
+    reasons = [d["reason"] for d in report["tensors_dropped"]]
+    left += [f"{reasons.count(r)} tensors: {r}" for r in dict.fromkeys(reasons)]
+    if left:
+        rows.append(("left out", "\n".join(left)))
     _table(console, "Exported", rows + _checks(report["verify"]["checks"]))
 
 
@@ -165,7 +170,8 @@ def verification(console: Console, value: Mapping[str, Any]) -> None:
             (
                 "against source",
                 f"{value['tensors']['equal']} tensors equal, {len(different)} differ"
-                + (f" ({min(snr):.1f} to {max(snr):.1f} dB)" if snr else ""),
+                + (f" ({min(snr):.1f} to {max(snr):.1f} dB)" if snr else "")
+                + (f", the scaling folded into {len(value['tensors']['scaled'])} taken out" if value["tensors"]["scaled"] else ""),
             )
         )
     if "vllm" in value:

@@ -81,7 +81,7 @@ DAMAGES: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any], str]] = 
     "a lost zero point": ("int8 static asymmetric", without(f"{Q}.input_zero_point"), "q_proj.input_zero_point is missing"),
     "a lost global scale": ("nvfp4", without(f"{Q}.weight_global_scale"), "q_proj.weight_global_scale is missing"),
     "a lost input global scale": ("nvfp4", without(f"{Q}.input_global_scale"), "q_proj.input_global_scale is missing"),
-    "a native input scale lost": ("native tensor", without(f"{Q}.input_scale"), "has no tensor"),
+    "a native input scale lost": ("native tensor", without(f"{Q}.input_scale"), "q_proj.input_scale is missing"),
     "scales in place of exponents": ("mxfp4", setting(f"{Q}.weight_scale", lambda t: t.to(torch.float8_e4m3fn)), "is F8_E4M3, the contract is U8"),
     "scales of NVFP4 as fp32": ("nvfp4", setting(f"{Q}.weight_scale", lambda t: t.float()), "is F32, the contract is F8_E4M3"),
     "an input scale of its own": ("int8 static", setting(f"{Q}.input_scale", lambda t: t * 2), "q_proj, v_proj differ in input_scale, of which vLLM keeps one"),

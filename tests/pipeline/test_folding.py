@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from quant.calibration.statistics import Statistics
 from quant.evaluation.compare import compare
@@ -16,7 +18,7 @@ from quant.evaluation.verify import verify
 from quant.outlier_suppression.base import Place, Suppression
 from quant.pipeline import manager as module
 from quant.schemes import Scheme
-from tests.helpers import load_all, quantize, short_text, weight_files
+from tests.helpers import load_all, quantize, save_all, short_text, weight_files
 
 JOB: dict[str, Any] = {
     "method": "awq", "group_size": 32, "samples": 8, "sequence_length": 64, "calibration_dataset": [short_text()],
@@ -70,15 +72,99 @@ def test_strong_factors_leave_the_function_as_it_is(kind: str, checkpoints: Call
         assert any("qkv_proj makes 128 outputs for 64 inputs in a way that is not known" in n for n in notes)
 
 
-def test_compare_and_verify_know_folds(llama: Path, tmp_path: Path, strong: None) -> None:
-    report = quantize(llama, tmp_path / "out", **JOB, bits=8)
-    assert verify(tmp_path / "out", source=llama).passed
-    different = {t.name: t for t in compare(tmp_path / "out", llama).tensors if not t.equal}
-    for name in report["tensors"]["quantized"]:
-        assert (different[name].snr_db or 0) > 30, name
-    assert {n for n in different if n not in report["tensors"]["quantized"]} == set(report["tensors"]["folded"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("bits", [3, 8])
+def test_compare_and_verify_know_folds(kind: str, bits: int, checkpoints: Callable[..., Path], tmp_path: Path, strong: None) -> None:
+    """What took factors alone, norms and biases, is the source's; what was rounded too is as far from it as rounding is."""
+    source = checkpoints(kind)
+    form = {"target": "other", "format": "gptq"} if bits == 3 else {}
+    report = quantize(source, tmp_path / "out", **JOB, bits=bits, symmetric=False, **form)
+    assert verify(tmp_path / "out", source=source, target="other").passed
+    found = compare(tmp_path / "out", source)
+    different = {t.name: t for t in found.tensors if not t.equal}
+    assert set(different) == set(report["tensors"]["quantized"])
+    for t in different.values():
+        assert (t.snr_db or 0) > (30 if bits == 8 else 0), t
+    scaled = {t.name for t in found.tensors if t.scaled}
+    assert scaled >= {*report["tensors"]["folded"], *(f"{n}.weight" for f in report["folds"].values() for n in f["linears"])}
+    assert found.to_dict()["scaled"] == sorted(scaled) and found.to_dict()["equal"] == len(found.tensors) - len(different)
+    assert all(not t.scaled for t in compare(source, source).tensors)
     (tmp_path / "out" / "quant_report.json").write_text(json.dumps({}))
-    assert min(t.snr_db or 0 for t in compare(tmp_path / "out", llama).tensors if not t.equal) < 10
+    bare = [t for t in compare(tmp_path / "out", source).tensors if not t.equal]
+    assert {t.name for t in bare} >= {*different, *report["tensors"]["folded"]} and min(t.snr_db or 0 for t in bare) < 10
+
+
+def test_the_command_says_how_many_tensors_were_compared_without_their_folds(
+    llama: Path, tmp_path: Path, strong: None, cli: Callable[..., Any]
+) -> None:
+    quantize(llama, tmp_path / "out", **JOB, bits=8)
+    result = cli("verify", tmp_path / "out", "--against", llama)
+    assert result.code == 0, result.err
+    assert re.search(
+        r"7 tensors equal, 14 differ \([\d.]+ to [\d.]+ dB\), the scaling folded into 18 taken out", " ".join(result.out.split())
+    )
+
+
+@pytest.mark.parametrize("damage", [4.0, -1.0, 0.0, float("nan")])
+@pytest.mark.parametrize("norm", ["input_layernorm", "post_attention_layernorm"])
+def test_a_damaged_norm_is_not_taken_for_a_scaled_one(norm: str, damage: float, llama: Path, tmp_path: Path, strong: None) -> None:
+    """Its own values say by what it was divided; that its readers were multiplied by the same is what makes it right."""
+    quantize(llama, tmp_path / "out", **JOB, bits=8)
+    name = f"model.layers.1.{norm}.weight"
+    (file,) = [f for f in (tmp_path / "out").glob("*.safetensors") if name in load_file(f)]
+    tensors = load_file(file)
+    tensors[name][5] *= damage
+    save_file(tensors, file, metadata={"format": "pt"})
+    source = load_all(llama)[name].float()
+    found = {t.name: t for t in compare(tmp_path / "out", llama).tensors}
+    assert not found[name].equal and found[name].scaled
+    if damage == 4:
+        assert found[name].largest == pytest.approx(3 * abs(float(source[5])), rel=0.1)
+    others = [t for n, t in found.items() if "norm" in n and n != name]
+    assert len(others) == 4 and all(t.equal for t in others)
+
+
+def test_a_linear_that_was_only_scaled_is_the_source_s_with_its_bias(
+    checkpoints: Callable[..., Path], tmp_path: Path, strong: None
+) -> None:
+    """o_proj alone is quantized: v_proj keeps its dtype and gives its rows, and their biases, to it."""
+    source = checkpoints("qwen2")
+    report = quantize(source, tmp_path / "out", **JOB, bits=8, layers="*.o_proj", target="other")
+    assert {n.rpartition("v_proj.")[2] for n in report["tensors"]["folded"]} == {"weight", "bias"}
+    found = compare(tmp_path / "out", source)
+    assert {t.name for t in found.tensors if not t.equal} == set(report["tensors"]["quantized"])
+    assert {t.name for t in found.tensors if t.scaled} >= set(report["tensors"]["folded"])
+    name = "model.layers.0.self_attn.v_proj.bias"
+    (file,) = [f for f in (tmp_path / "out").glob("*.safetensors") if name in load_file(f)]
+    tensors = load_file(file)
+    tensors[name][3] *= 2
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert name in {t.name for t in compare(tmp_path / "out", source).tensors if not t.equal}
+
+
+def test_the_bias_of_a_norm_is_compared_as_it_was_rounded(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, gain, bias = (torch.randn(*s, generator=generator).to(torch.bfloat16) for s in ((24, 16), (16,), (16,)))
+    factors = torch.rand(16, generator=generator) * 3 + 0.2
+    new = (gain.float() / factors).to(torch.bfloat16)
+    exact = gain.float() / new.float()
+    fold = {"kind": "norm", "source": "m.norm", "linears": ["m.proj"], "norm_offset": 0.0}
+    for name, tensors in {
+        "source": {"m.norm.weight": gain, "m.norm.bias": bias, "m.proj.weight": weight},
+        "out": {"m.norm.weight": new, "m.norm.bias": (bias.float() / exact).to(torch.bfloat16), "m.proj.weight": weight.float() * exact},
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        save_all(tmp_path / name, tensors)
+    (tmp_path / "out" / "quant_report.json").write_text(json.dumps({"folds": {"m.proj": fold}}))
+    found = {t.name: t for t in compare(tmp_path / "out", tmp_path / "source").tensors}
+    assert found["m.norm.weight"].equal and found["m.norm.bias"].equal and all(t.scaled for t in found.values())
+    assert (found["m.proj.weight"].snr_db or 200) > 100
+    tensors = load_all(tmp_path / "out")
+    tensors["m.norm.bias"][2] = 7
+    save_all(tmp_path / "out", tensors)
+    (damaged,) = [t for t in compare(tmp_path / "out", tmp_path / "source").tensors if t.name == "m.norm.bias"]
+    assert not damaged.equal and damaged.largest == pytest.approx(abs(7 * float(exact[2]) - float(bias[2])), rel=1e-4)
 
 
 def test_a_selection_that_leaves_a_consumer_out_is_not_scaled(llama: Path, tmp_path: Path, strong: None) -> None:

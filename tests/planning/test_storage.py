@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ import pytest
 from quant.catalog import find_model, model_from_directory, stored_bytes
 from quant.checkpoint.header import read_header
 from quant.errors import UsageError
+from quant.planning.recommendation import MAKEABLE
 from quant.planning.storage import checkpoint_bytes, file_bytes, packed, source_storage, storage_of
+from tests.helpers import load_all, quantize, short_text
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT.parent / "shared" / "data" / "models"
@@ -119,6 +122,23 @@ def test_predicted_bytes_are_what_quantize_writes(tmp_path: Path, model: str, sc
     assert checkpoint_bytes(source, scheme, group) == stored_bytes(model_from_directory(out))
     files = sum(f.stat().st_size for f in out.glob("*.safetensors"))
     assert file_bytes(source, scheme, group) == pytest.approx(files, rel=0.005)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("scheme", sorted({*MAKEABLE} - {"none"}))
+def test_every_scheme_that_is_made_takes_what_was_predicted(
+    scheme: str, kind: str, checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Small models, of which headers and numbers of whole tensors are a large part: what is left out of the count shows."""
+    sides = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4096}
+    model, output = checkpoints(kind, **sides), tmp_path / "out"
+    source = model_from_directory(model)
+    text = {"samples": 4, "sequence_length": 32, "calibration_dataset": [short_text()]}
+    report = quantize(model, output, method="minmax", scheme=scheme, **text)
+    assert report["scheme"]["name"] == scheme and len(report["layers"]) == 14
+    tensors = sum(t.nbytes for t in load_all(output).values())
+    assert checkpoint_bytes(source, scheme) == tensors == stored_bytes(model_from_directory(output))
+    assert file_bytes(source, scheme) == pytest.approx(sum(f.stat().st_size for f in output.glob("*.safetensors")), rel=0.005)
 
 
 @pytest.mark.skipif(not MODEL.is_dir(), reason="../shared is not there")
