@@ -248,13 +248,16 @@ def recommend(
             notes.append(
                 f"{format_size(gpu.total_bytes - gpu.free_bytes)} is held by others: utilization {share:.2f} instead of {default:.2f}"
             )
+    if scheme in PRESETS and PRESETS[scheme].weights.scales == "U8" and spec.dtype == "float16" and request.dtype is None:
+        request = replace(request, dtype="bfloat16")
+        notes.append(f"vLLM's weight-only kernels of {PRESETS[scheme].weights} take bf16 alone: planned with --dtype bfloat16")
     request.check(spec, found)
     makes = MAKEABLE if makeable is None else makeable
     names = [c.scheme for c in CANDIDATES]
     if scheme is not None:
-        candidates = [next((c for c in CANDIDATES if c.scheme == scheme), Candidate(scheme, scheme))]
         if scheme not in names and scheme not in makes:
             raise one_of("--scheme", scheme, sorted({*names, *makes}))
+        candidates = [next((c for c in CANDIDATES if c.scheme == scheme), None) or _candidate(scheme)]
     else:
         candidates = [c for c in CANDIDATES if schemes is None or c.scheme in schemes]
     plans = tuple(_plan_one(spec, found, gpu, c, request, makes, margin) for c in candidates)
@@ -285,6 +288,12 @@ def _gpus(gpus: str | Gpu | Sequence[Gpu] | None, count: int | None, memory: int
     if not gpus:
         return [cpu_device()]
     return list(gpus)
+
+
+def _candidate(scheme: str) -> Candidate:
+    """A scheme that is only planned when it is asked for by name."""
+    preset = PRESETS.get(scheme)
+    return Candidate(scheme, scheme) if preset is None else Candidate(scheme, str(preset), preset.kernel)
 
 
 def _plan_one(
@@ -456,6 +465,8 @@ def serve_command(checkpoint: str, found: MemoryPlan, request: EngineRequest) ->
         parts += ["--tensor-parallel-size", str(found.tensor_parallel)]
     if found.pipeline_parallel > 1:
         parts += ["--pipeline-parallel-size", str(found.pipeline_parallel)]
+    if request.dtype is not None:
+        parts += ["--dtype", request.dtype]
     if request.gpu_memory_utilization is not None:
         parts += ["--gpu-memory-utilization", f"{request.gpu_memory_utilization:g}"]
     if request.kv_cache_dtype != "auto":

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 import quant
+from quant.catalog import model_from_config
 from quant.data import config_path, load_json
 from quant.errors import NothingFits, Problems, UsageError
 from quant.hardware import named_gpu
@@ -28,6 +29,7 @@ from tests.planning.tiny_models import TINY
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = ROOT.parent / "shared" / "data" / "vllm_memory_samples.yaml"
 GB = 10**9
+SMALL = model_from_config(TINY["gqa"], "small")
 
 
 def by_scheme(found: Recommendation) -> dict[str, Any]:
@@ -97,6 +99,38 @@ def test_commands_are_given_only_for_what_this_build_makes() -> None:
     assert switched.method == "fp8" and any("--method fp8 --scheme w8a8-fp8" in c for c in switched.commands)
     smooth = recommend("meta-llama/Llama-3.1-8B", "A100", request, scheme="w8a8-int8")
     assert any("--outlier-suppression smooth_quant" in c for c in smooth.commands)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "gpu", "options"),
+    [
+        ("w8a8-fp8", "H100", "--method fp8 --scheme w8a8-fp8"),
+        ("w8a8-fp8-tensor", "H100", "--method fp8 --scheme w8a8-fp8-tensor"),
+        ("fp8-block", "H100", "--method fp8 --scheme fp8-block"),
+        ("w8a16-fp8", "A100", "--method fp8 --scheme w8a16-fp8"),
+        ("w8a8-int8", "A100", "--method minmax --scheme w8a8-int8 --outlier-suppression smooth_quant"),
+        ("nvfp4", "B200", "--method gptq --scheme nvfp4"),
+        ("mxfp4", "B200", "--method gptq --scheme mxfp4"),
+        ("mxfp8", "H100", "--method minmax --scheme mxfp8"),
+    ],
+)
+def test_every_scheme_has_its_two_commands(scheme: str, gpu: str, options: str) -> None:
+    found = recommend(SMALL, gpu, EngineRequest(context=4096), scheme=scheme, output_path="out")
+    assert found.recommended == scheme, found.reason
+    assert found.commands == (f"quant quantize --model-path small --output-path out {options}", "vllm serve out --max-model-len 4096")
+
+
+@pytest.mark.parametrize(("scheme", "gpu"), [("fp8-block", "V100"), ("w8a16-fp8", "V100"), ("mxfp4", "T4"), ("mxfp8", "V100")])
+def test_a_scheme_asked_for_by_name_is_refused_where_no_kernel_is(scheme: str, gpu: str) -> None:
+    found = recommend(SMALL, gpu, EngineRequest(context=4096), scheme=scheme)
+    assert found.recommended is None and "no kernel" in found.plans[0].why
+
+
+def test_microscaling_numbers_of_an_fp16_model_are_planned_and_served_in_bf16() -> None:
+    half = replace(SMALL, dtype="float16")
+    found = recommend(half, "B200", EngineRequest(context=4096), scheme="mxfp4", output_path="out")
+    assert found.commands[-1] == "vllm serve out --max-model-len 4096 --dtype bfloat16" and "bf16 alone" in found.notes[-1]
+    assert recommend(half, "B200", EngineRequest(context=4096), scheme="nvfp4", output_path="out").commands[-1].endswith("4096")
 
 
 def test_the_commands_say_exactly_what_was_planned(tmp_path: Path) -> None:
