@@ -255,7 +255,7 @@ def resolve_scheme(
                 f"scheme {base.name} scales activations in groups of {inputs.group_size}, which is always dynamic: leave --activations out"
             )
         if symmetric_activations is False and inputs.number == "float":
-            wrong.append(f"scheme {base.name} has float activations, which have no zero point: only w8a8-int8 has --activations-asymmetric")
+            wrong.append(f"scheme {base.name} has float activations, which have no zero point: only w8a8-int8 has --asymmetric-activations")
     if wrong:
         raise UsageError("; ".join(wrong))
     changes: dict[str, Any] = {k: v for k, v in dict(bits=bits, group_size=group_size, symmetric=symmetric).items() if v is not None}
