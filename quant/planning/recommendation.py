@@ -32,6 +32,8 @@ MARGIN = 0.10
 #: context planned for when none is asked, capped at the model's own
 DEFAULT_CONTEXT = 8192
 POLICIES = ("vllm", "rule-of-thumb")
+#: what stands for a document where none tells a scheme's loss
+UNKNOWN = "not known"
 
 
 @dataclass(frozen=True)
@@ -257,7 +259,11 @@ def recommend(
     if scheme is not None:
         if scheme not in names and scheme not in makes:
             raise one_of("--scheme", scheme, sorted({*names, *makes}))
-        candidates = [next((c for c in CANDIDATES if c.scheme == scheme), None) or _candidate(scheme)]
+        candidates = [_asked(scheme)]
+        if gpu.formats.get(candidates[0].needs) == "weight-only" and PRESETS[scheme].activations is not None:
+            notes.append(
+                f"{gpu.name} computes {candidates[0].needs} only as packed weights: activations stay in 16 bits, prompts gain no speed"
+            )
     else:
         candidates = [c for c in CANDIDATES if schemes is None or c.scheme in schemes]
     plans = tuple(_plan_one(spec, found, gpu, c, request, makes, margin) for c in candidates)
@@ -290,8 +296,11 @@ def _gpus(gpus: str | Gpu | Sequence[Gpu] | None, count: int | None, memory: int
     return list(gpus)
 
 
-def _candidate(scheme: str) -> Candidate:
-    """A scheme that is only planned when it is asked for by name."""
+def _asked(scheme: str) -> Candidate:
+    """A scheme that is asked for by name: it may run as packed weights, too."""
+    found = next((c for c in CANDIDATES if c.scheme == scheme), None)
+    if found is not None:
+        return replace(found, native=False)
     preset = PRESETS.get(scheme)
     return Candidate(scheme, scheme) if preset is None else Candidate(scheme, str(preset), preset.kernel)
 
@@ -305,7 +314,7 @@ def _plan_one(
     makes: Mapping[str, Sequence[str]],
     margin: float,
 ) -> SchemePlan:
-    quality = load_json("quality.json")["schemes"].get(candidate.scheme, {"loss_percent": [0, 100], "source": "not known"})
+    quality = load_json("quality.json")["schemes"].get(candidate.scheme, {"loss_percent": [0, 100], "source": UNKNOWN})
     loss = (float(quality["loss_percent"][0]), float(quality["loss_percent"][1]))
     makeable = candidate.scheme in makes or candidate.scheme == "none"
 
@@ -318,8 +327,8 @@ def _plan_one(
         state = gpu.formats.get(candidate.needs, "no")
         if state == "no" or (candidate.native and state != "native"):
             level = ".".join(map(str, gpu.capability)) if gpu.capability else gpu.architecture or gpu.platform
-            how = "no kernel" if state == "no" else "only as packed weights"
-            return refused(f"{gpu.name} ({level}) computes {candidate.needs} {how}")
+            how = f"has no kernel for {candidate.needs}" if state == "no" else f"computes {candidate.needs} only as packed weights"
+            return refused(f"{gpu.name} ({level}) {how}")
     group = None
     if candidate.scheme in GROUPED:  # the largest group that every rank can hold whole
         group = next((g for g in (128, 64, 32) if not group_problems(spec, candidate.scheme, request.ranks, g)), 128)
@@ -370,8 +379,9 @@ def _reason(
             goal = f"the fastest by its bound for {profile.title} among those within {profile.max_loss_percent:g} % of expected loss"
         else:
             goal = "the most precise that holds what was asked"
+        opening = f"{chosen.scheme} holds what was asked" if len(plans) == 1 else f"{chosen.scheme} is {goal}"
         return (
-            f"{chosen.scheme} is {goal}: {format_size(chosen.plan.weights_bytes)} of weights leave "
+            f"{opening}: {format_size(chosen.plan.weights_bytes)} of weights leave "
             f"{format_size(chosen.plan.kv_cache_bytes)} for "
             f"{chosen.plan.kv_tokens:,} tokens on {where} ({asked} asked{margin})"
         )

@@ -126,6 +126,42 @@ def test_a_scheme_asked_for_by_name_is_refused_where_no_kernel_is(scheme: str, g
     assert found.recommended is None and "no kernel" in found.plans[0].why
 
 
+def test_ranks_that_would_cut_blocks_are_refused() -> None:
+    for intermediate, why in ((11008, "groups of 128"), (14336, "")):
+        config = {
+            **TINY["gqa"],
+            "hidden_size": 4096,
+            "intermediate_size": intermediate,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        }
+        spec = model_from_config({**config, "head_dim": 128}, "m")
+        (found,) = recommend(spec, "H100", EngineRequest(context=4096), scheme="fp8-block", gpu_count=4).plans
+        assert found.fits == (not why) and why in found.why
+        (found,) = recommend(
+            model_from_config({**config, "head_dim": 64}, "m"),
+            "H100",
+            EngineRequest(context=4096, tensor_parallel=8),
+            scheme="fp8-block",
+            gpu_count=8,
+        ).plans  # k_proj has 512 outputs: 64 for each rank
+        assert not found.fits and (why or "512 outputs, which 8 ranks cannot share in blocks of 128") in found.why
+
+
+def test_a_scheme_asked_for_by_name_may_run_as_packed_weights() -> None:
+    request = EngineRequest(context=4096)
+    for scheme, gpu in (("w8a8-fp8", "A100"), ("fp8-block", "T4"), ("nvfp4", "H100"), ("mxfp8", "L40S-48GB")):
+        found = recommend(SMALL, gpu, request, scheme=scheme)
+        assert found.recommended == scheme and "only as packed weights" in found.notes[-1]
+        assert found.reason.startswith(f"{scheme} holds what was asked: ")
+        speed, plain = found.plans[0].speed, recommend(SMALL, gpu, request, scheme="none").plans[0].speed
+        assert speed and plain and speed.prefill_bound == plain.prefill_bound
+    native, nvidia = (recommend(SMALL, "B200", request, scheme=s) for s in ("mxfp4", "nvfp4"))
+    assert native.notes == () and native.plans[0].speed and nvidia.plans[0].speed
+    assert native.plans[0].speed.prefill_bound == nvidia.plans[0].speed.prefill_bound
+    assert "packed weights" not in " ".join(recommend(SMALL, "A100", request, scheme="w8a16-fp8").notes)
+
+
 def test_microscaling_numbers_of_an_fp16_model_are_planned_and_served_in_bf16() -> None:
     half = replace(SMALL, dtype="float16")
     found = recommend(half, "B200", EngineRequest(context=4096), scheme="mxfp4", output_path="out")
