@@ -22,7 +22,7 @@ from quant.planning.memory import EngineRequest, MemoryPlan, group_problems, lar
 from quant.planning.rule_of_thumb import rule_of_thumb
 from quant.planning.scenarios import Scenario, load_scenario
 from quant.planning.speed import Speed, speed_bounds
-from quant.planning.storage import GROUPED, file_bytes
+from quant.planning.storage import GROUPED, file_bytes, source_kernels
 from quant.planning.versions import rules_for
 from quant.schemes import PRESETS
 from quant.units import format_size
@@ -250,9 +250,10 @@ def recommend(
             notes.append(
                 f"{format_size(gpu.total_bytes - gpu.free_bytes)} is held by others: utilization {share:.2f} instead of {default:.2f}"
             )
-    if scheme in PRESETS and PRESETS[scheme].weights.scales == "U8" and spec.dtype == "float16" and request.dtype is None:
+    wanted = source_kernels(spec) | ({PRESETS[scheme].kernel} if scheme in PRESETS else set())
+    if (alone := wanted & {"mxfp4", "mxfp8"}) and spec.dtype == "float16" and request.dtype is None:
         request = replace(request, dtype="bfloat16")
-        notes.append(f"vLLM's weight-only kernels of {PRESETS[scheme].weights} take bf16 alone: planned with --dtype bfloat16")
+        notes.append(f"vLLM's weight-only kernels of {', '.join(sorted(alone))} take bf16 alone: planned with --dtype bfloat16")
     request.check(spec, found)
     makes = MAKEABLE if makeable is None else makeable
     names = [c.scheme for c in CANDIDATES]
@@ -323,12 +324,17 @@ def _plan_one(
 
     if spec.quantization and candidate.scheme != "none":
         return refused(f"the checkpoint is already quantized ({source_method(spec.quantization)}): quantize its 16-bit source instead")
+    part = f"{gpu.name} ({'.'.join(map(str, gpu.capability)) if gpu.capability else gpu.architecture or gpu.platform})"
     if candidate.needs:
         state = gpu.formats.get(candidate.needs, "no")
-        if state == "no" or (candidate.native and state != "native"):
-            level = ".".join(map(str, gpu.capability)) if gpu.capability else gpu.architecture or gpu.platform
-            how = f"has no kernel for {candidate.needs}" if state == "no" else f"computes {candidate.needs} only as packed weights"
-            return refused(f"{gpu.name} ({level}) {how}")
+        if state == "no":
+            return refused(f"{part} has no kernel for {candidate.needs}")
+        if candidate.native and state != "native":
+            return refused(f"{part} computes {candidate.needs} only as packed weights")
+    if candidate.scheme == "none" and gpu.platform != "rocm":  # whose kernels of quantized checkpoints are not tabled
+        missing = sorted(k for k in source_kernels(spec) if gpu.formats.get(k) == "no")
+        if missing:
+            return refused(f"{part} has no kernel for {', '.join(missing)}, which the checkpoint is quantized to")
     group = None
     if candidate.scheme in GROUPED:  # the largest group that every rank can hold whole
         group = next((g for g in (128, 64, 32) if not group_problems(spec, candidate.scheme, request.ranks, g)), 128)

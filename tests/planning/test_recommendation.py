@@ -126,6 +126,34 @@ def test_a_scheme_asked_for_by_name_is_refused_where_no_kernel_is(scheme: str, g
     assert found.recommended is None and "no kernel" in found.plans[0].why
 
 
+def test_a_quantized_checkpoint_is_served_only_where_its_kernels_are() -> None:
+    from quant.formats import FormatRegistry, Linear
+    from quant.schemes import PRESETS
+
+    linear = ("model.layers.0.mlp.down_proj", 256, 512)
+    form = FormatRegistry.get("compressed-tensors")
+    for scheme, refused, served in (
+        ("w4a16", "V100", "T4"),
+        ("w8a8-int8", "B200", "T4"),
+        ("w8a8-fp8", "V100", "T4"),
+        ("fp8-block", "V100", "H100"),
+        ("nvfp4", "V100", "H100"),
+        ("mxfp4", "T4", "A100"),
+        ("mxfp8", "V100", "A100"),
+    ):
+        preset = PRESETS[scheme]
+        config = form.config([Linear(*linear, preset.weights, preset.activations)], ["lm_head"], "static")
+        spec = model_from_config({**TINY["gqa"], "quantization_config": config}, "made")
+        no, yes = (recommend(spec, gpu, EngineRequest(context=4096), scheme="none") for gpu in (refused, served))
+        assert no.recommended is None and f"no kernel for {preset.kernel}, which the checkpoint" in no.reason
+        assert yes.commands == ("vllm serve made --max-model-len 4096",)
+        half = recommend(replace(spec, dtype="float16"), served, EngineRequest(context=4096), scheme="none")
+        assert ("--dtype bfloat16" in half.commands[0]) == scheme.startswith("mx")
+    native = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    spec = model_from_config({**TINY["gqa"], "quantization_config": native}, "made")
+    assert recommend(spec, "V100", scheme="none").recommended is None and recommend(spec, "T4", scheme="none").recommended == "none"
+
+
 def test_ranks_that_would_cut_blocks_are_refused() -> None:
     for intermediate, why in ((11008, "groups of 128"), (14336, "")):
         config = {
