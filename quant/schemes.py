@@ -144,7 +144,8 @@ class Scheme:
     def kernel(self) -> str:
         """The number format that a GPU must handle, by its name in :data:`quant.hardware.FORMAT_CAPABILITIES`."""
         if self.weights.number == "int":
-            return f"int{self.weights.bits}-weights" if self.activations is None else "int8"
+            zeros = "-asym" if self.weights.bits == 8 and not self.weights.symmetric else ""
+            return f"int{self.weights.bits}-weights{zeros}" if self.activations is None else "int8"
         return {"U8": f"mxfp{self.weights.bits}", "F8_E4M3": "nvfp4"}.get(self.weights.scales, "fp8")
 
     def to_dict(self) -> dict[str, Any]:

@@ -158,8 +158,10 @@ def source_kernels(spec: ModelSpec) -> frozenset[str]:
         bits, inputs = int(weights.get("num_bits", 8)), (group or {}).get("input_activations")
         if weights.get("type") == "float":
             found.add(_float_kernel(bits, weights.get("group_size")))
-        elif inputs is None or bits == 8:
-            found.add(f"int{bits}-weights" if inputs is None else "int8")
+        elif inputs is None:
+            found.add(f"int{bits}-weights{'-asym' if bits == 8 and not weights.get('symmetric', True) else ''}")
+        elif bits == 8:
+            found.add("int8")
     return frozenset(found)
 
 

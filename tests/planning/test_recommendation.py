@@ -120,7 +120,9 @@ def test_every_scheme_has_its_two_commands(scheme: str, gpu: str, options: str) 
     assert found.commands == (f"quant quantize --model-path small --output-path out {options}", "vllm serve out --max-model-len 4096")
 
 
-@pytest.mark.parametrize(("scheme", "gpu"), [("fp8-block", "V100"), ("w8a16-fp8", "V100"), ("mxfp4", "T4"), ("mxfp8", "V100")])
+@pytest.mark.parametrize(
+    ("scheme", "gpu"), [("fp8-block", "V100"), ("w8a16-fp8", "V100"), ("mxfp4", "T4"), ("mxfp8", "V100"), ("w8a16-asym", "A100")]
+)
 def test_a_scheme_asked_for_by_name_is_refused_where_no_kernel_is(scheme: str, gpu: str) -> None:
     found = recommend(SMALL, gpu, EngineRequest(context=4096), scheme=scheme)
     assert found.recommended is None and "no kernel" in found.plans[0].why
@@ -134,6 +136,8 @@ def test_a_quantized_checkpoint_is_served_only_where_its_kernels_are() -> None:
     form = FormatRegistry.get("compressed-tensors")
     for scheme, refused, served in (
         ("w4a16", "V100", "T4"),
+        ("w8a16-asym", "A100", "H100"),
+        ("w8a16-asym", "B200", "H100"),
         ("w8a8-int8", "B200", "T4"),
         ("w8a8-fp8", "V100", "T4"),
         ("fp8-block", "V100", "H100"),
