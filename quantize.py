@@ -151,7 +151,7 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options: list[Callable[..., Any]] = [
         click.option("-m", "--model-path", type=click.Path(path_type=Path), help="Source checkpoint directory."),
         click.option("-o", "--output-path", type=click.Path(path_type=Path), help="Output directory; it must not exist or be empty."),
-        click.option("--method", help="Rounding method: minmax, gptq, awq, hqq; or fp8, which is minmax with an FP8 scheme."),
+        click.option("--method", help="Rounding method: minmax, gptq, awq, hqq; fp8, which is minmax with an FP8 scheme; none, for smoothing alone."),
         click.option("--scheme", help=f"{', '.join(PRESETS)}.  [default: w4a16]"),
         click.option("--bits", type=int, help="2, 3, 4 or 8."),
         click.option("--group-size", type=int, help="Inputs per scale; -1 for one scale per output channel.  [default: 128]"),
@@ -163,9 +163,9 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--alpha", type=ALPHA, help="smooth_quant: share of the inputs' range that goes into the weights, 0 to 1, or auto.  [default: 0.5]"),
         click.option("--act-order", type=click.Choice(["none", "static"]), help="gptq: the order of columns.  [default: static]"),
         click.option("--damping", type=float, help="gptq: share of the Hessian's mean diagonal that is added to it.  [default: 0.01]"),
-        click.option("--clip-search/--no-clip-search", default=None, help="Search each group's range for the least error.  [default: on for gptq]"),
+        click.option("--clip-search/--no-clip-search", default=None, help="Search each group's range for the least error.  [default: on for gptq and awq]"),
         click.option("--option", "options", metavar="KEY=VALUE", multiple=True, callback=_pairs, help="Any other setting of the method; repeatable."),
-        click.option("--format", "format_", help="compressed-tensors (default), fp8, awq, gptq or plain (dequantized values in the source's dtype)."),
+        click.option("--format", "format_", help="compressed-tensors (default), fp8, awq, gptq, or plain (dequantized values in the source's dtype)."),
         click.option("--target", type=click.Choice(["vllm", "other"]), help="Who must load it; other allows what vLLM refuses.  [default: vllm]"),
         calibration_options,
         click.option("--layers", help="Only these: 0,1,2 · 0-3,7 · first:2 · last:2 · globs over module names."),
@@ -178,7 +178,7 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--dry-run", is_flag=True, help="Check everything, predict bytes, memory and time, write nothing."),
         click.option("--fresh", is_flag=True, default=None, help="Start over instead of going on with unfinished work."),
         click.option("--backend", type=click.Choice(["native", *BACKENDS]), help="Who quantizes; the others are archived libraries in a process of their own.  [default: native]"),
-        click.option("--backend-python", type=click.Path(path_type=Path), help="Python of the environment that holds the backend's library."),
+        click.option("--backend-python", type=click.Path(path_type=Path), help="Python of the environment that holds the backend's library.  [default: this one]"),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)

@@ -110,7 +110,7 @@ class Detection:
 
 
 #: lowest compute capability (CUDA) at which vLLM 0.32 computes a scheme: (natively, by unpacking weights on the way). vLLM's sources, the
-#: ``get_min_capability`` of each scheme; None = never. A third number is the first capability at which the native kernel is missing again.
+#: ``get_min_capability`` of each scheme; None = never. A third number is the first capability at which the kernels are missing again.
 FORMAT_CAPABILITIES: dict[str, tuple[int | None, int | None, int | None]] = {
     "fp16": (70, None, None),
     "bf16": (80, None, None),
@@ -118,6 +118,7 @@ FORMAT_CAPABILITIES: dict[str, tuple[int | None, int | None, int | None]] = {
     "fp8": (89, 75, None),
     "int4-weights": (None, 75, None),
     "int8-weights": (None, 75, None),
+    "int8-weights-asym": (None, 90, 100),  # with zero points Machete alone, which is for 9.0
     "nvfp4": (100, 75, None),
     "mxfp4": (100, 80, None),
     "mxfp8": (100, 75, None),
@@ -141,8 +142,10 @@ def number_formats(platform: str, capability: tuple[int, int] | None, architectu
         return {f: can.get(f, "no") for f in FORMAT_CAPABILITIES}
     level = capability[0] * 10 + capability[1] if capability else 0
     found = {}
-    for name, (native_from, unpacked_from, native_until) in FORMAT_CAPABILITIES.items():
-        if native_from is not None and level >= native_from and (native_until is None or level < native_until):
+    for name, (native_from, unpacked_from, until) in FORMAT_CAPABILITIES.items():
+        if until is not None and level >= until:
+            found[name] = "no"
+        elif native_from is not None and level >= native_from:
             found[name] = "native"
         elif unpacked_from is not None and level >= unpacked_from:
             found[name] = "weight-only"

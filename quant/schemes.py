@@ -144,7 +144,8 @@ class Scheme:
     def kernel(self) -> str:
         """The number format that a GPU must handle, by its name in :data:`quant.hardware.FORMAT_CAPABILITIES`."""
         if self.weights.number == "int":
-            return f"int{self.weights.bits}-weights" if self.activations is None else "int8"
+            zeros = "-asym" if self.weights.bits == 8 and not self.weights.symmetric else ""
+            return f"int{self.weights.bits}-weights{zeros}" if self.activations is None else "int8"
         return {"U8": f"mxfp{self.weights.bits}", "F8_E4M3": "nvfp4"}.get(self.weights.scales, "fp8")
 
     def to_dict(self) -> dict[str, Any]:
@@ -255,7 +256,7 @@ def resolve_scheme(
                 f"scheme {base.name} scales activations in groups of {inputs.group_size}, which is always dynamic: leave --activations out"
             )
         if symmetric_activations is False and inputs.number == "float":
-            wrong.append(f"scheme {base.name} has float activations, which have no zero point: only w8a8-int8 has --activations-asymmetric")
+            wrong.append(f"scheme {base.name} has float activations, which have no zero point: only w8a8-int8 has --asymmetric-activations")
     if wrong:
         raise UsageError("; ".join(wrong))
     changes: dict[str, Any] = {k: v for k, v in dict(bits=bits, group_size=group_size, symmetric=symmetric).items() if v is not None}

@@ -1,6 +1,7 @@
 """Every recipe in configs/ says how to launch it, and does what it says on the bundled model."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,15 @@ RECIPES = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "method" in (y
 def test_the_original_names_are_there() -> None:
     originals = {f"{n}_config.yaml" for n in ("gptq", "awq", "minmax", "smooth_quant", "hqq")}
     assert originals | {"fp8.yaml", "w8a8.yaml", "nvfp4.yaml", "mixed.yaml"} <= {p.name for p in RECIPES}
+
+
+def test_every_file_is_a_recipe_a_scenario_or_a_table() -> None:
+    every = {p.relative_to(ROOT / "configs") for p in (ROOT / "configs").rglob("*") if p.is_file()}
+    scenarios = set((ROOT / "configs/scenarios").glob("*.yaml"))  # planned one by one in tests/planning/test_recommendation.py
+    tables = {Path(n) for n in ("gpus.json", "models.json", "quality.json")}
+    assert every == tables | {p.relative_to(ROOT / "configs") for p in {*RECIPES, *scenarios}}
+    for path in scenarios:
+        assert re.match(r"# .*(quant recommend|vllm serve) ", path.read_text(encoding="utf-8")), path
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.name)
@@ -40,4 +50,7 @@ def test_a_recipe_runs_as_its_first_line_says(recipe: Path, tmp_path: Path) -> N
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["method"] == wanted["method"] and report["verify"]["passed"]
+    schemes = {wanted["scheme"], *(r["scheme"] for r in wanted.get("rules", []) if "scheme" in r)}
+    made = report["scheme"]
+    assert {s["name"] for s in made.get("parts", [made])} == schemes
     assert (output / "config.json").is_file()

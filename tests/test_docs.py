@@ -1,5 +1,6 @@
 """The command reference is what --help says, and every command has help with an example."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,9 +29,29 @@ def test_every_command_has_help_with_an_example(group: click.Group, name: str) -
             assert option.help, f"{name} {option.opts[0]} has no help"
 
 
+def _help(command: str, option: str) -> str:
+    return next(str(p.help) for p in quant.commands[command].params if isinstance(p, click.Option) and option in p.opts)
+
+
+def test_help_lists_what_the_registries_have() -> None:
+    from quant.backends import BACKENDS
+    from quant.formats import FormatRegistry
+    from quant.outlier_suppression import OutlierSuppressionRegistry
+    from quant.quantizers import QuantizerRegistry
+
+    own = [(r, n) for r in (FormatRegistry, OutlierSuppressionRegistry, QuantizerRegistry) for n in r._entries]
+    assert len(own) >= 12
+    options = {id(FormatRegistry): "--format", id(OutlierSuppressionRegistry): "--outlier-suppression", id(QuantizerRegistry): "--method"}
+    for registry, name in own:
+        for command in ("quantize", "layer-wise"):
+            assert re.search(rf"\b{re.escape(name)}\b", _help(command, options[id(registry)])), (name, command)
+    for name in FormatRegistry._entries:
+        assert re.search(rf"\b{re.escape(name)}\b", _help("export-vllm", "--format")), name
+    for backend in BACKENDS:
+        assert f"`--backend {backend}`" in (ROOT / "docs/backends.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name)
 def test_files_that_the_docs_name_exist(page: Path) -> None:
-    import re
-
     for name in re.findall(r"`((?:quant|configs|docs|benchmarks|tests|examples)/[\w/.-]+)`", page.read_text(encoding="utf-8")):
         assert (ROOT / name).exists(), f"{page.name} names {name}"

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import deploy_vllm
+import quantize
+
 ROOT = Path(__file__).resolve().parent.parent
 #: Served for real in tests/vllm; set-up commands are what CI itself runs.
 ELSEWHERE = ("make ", "python deploy_vllm.py serve", "pip install")
@@ -35,9 +38,12 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_readme_has_examples_of_every_command() -> None:
-    shown = " ".join(lines())
-    for command in ("quantize", "layer-wise", "export-vllm", "verify", "evaluate", "inspect", "deploy_vllm.py plan"):
-        assert command in shown, command
+    shown = lines()
+    served = [line for block in blocks((ROOT / "README.md").read_text(encoding="utf-8")) for line in block.splitlines()]
+    for command in quantize.cli.commands:
+        assert any(line.startswith(f"quant {command} ") or line == f"quant {command}" for line in shown), command
+    for command in deploy_vllm.cli.commands:
+        assert any(line.startswith(f"python deploy_vllm.py {command} ") for line in served), command
 
 
 def test_every_example_runs(checkout: Path) -> None:

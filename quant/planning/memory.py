@@ -22,8 +22,9 @@ from quant.defaults import VLLM_VERSION
 from quant.errors import Problems, UsageError, one_of
 from quant.hardware import Gpu
 from quant.planning.kvcache import KV_DTYPES, CacheLayout, layout, longest_context
-from quant.planning.storage import loaded_bytes, source_storage, stage_layers, storage_of
+from quant.planning.storage import FP8_BLOCK, QUANTIZED_ROLES, loaded_bytes, source_storage, stage_layers, storage_of
 from quant.planning.versions import Rules, rules_for
+from quant.schemes import BLOCK
 from quant.units import format_size
 
 GIB = 2**30
@@ -125,7 +126,7 @@ def parallel_problems(spec: ModelSpec, ranks: int) -> list[str]:
 
 
 def group_problems(spec: ModelSpec, scheme: str, ranks: int, group_size: int | None = None) -> list[str]:
-    """Row-parallel linears whose quantization groups ``ranks`` would cut: vLLM refuses such a checkpoint."""
+    """Linears whose quantization groups (or blocks) ``ranks`` would cut: vLLM refuses such a checkpoint."""
     storage = source_storage(spec)[0] if scheme == "none" else storage_of(scheme, group_size)
     if storage.group <= 1 or ranks == 1 or storage.name in ("nf4",):
         return []
@@ -134,11 +135,25 @@ def group_problems(spec: ModelSpec, scheme: str, ranks: int, group_size: int | N
         if weight.linear and weight.split == "row" and len(weight.shape) == 2 and weight.shape[1] % (ranks * storage.group):
             if weight.shape[1] % storage.group == 0:
                 seen.setdefault(weight.shape[1], weight.name)
-    return [
+    found = [
         f"{name} has {k} inputs = {k // storage.group} groups of {storage.group}, which {ranks} ranks cannot share: use another "
         "tensor parallel degree or a smaller group size"
         for k, name in seen.items()
     ]  # fmt: skip
+    return found + (_block_problems(spec, ranks) if storage is FP8_BLOCK else [])
+
+
+def _block_problems(spec: ModelSpec, ranks: int) -> list[str]:
+    """Linears whose outputs ``ranks`` would cut inside a block."""
+    seen: dict[int, str] = {}
+    for weight in spec.unpacked or spec.weights:
+        pieces = {"column": ranks, "kv": min(ranks, spec.kv_heads)}.get(weight.split, 1)
+        if weight.linear and weight.role in QUANTIZED_ROLES and pieces > 1 and weight.shape[0] % (pieces * BLOCK):
+            seen.setdefault(weight.shape[0], weight.name)
+    return [
+        f"{name} has {n} outputs, which {ranks} ranks cannot share in blocks of {BLOCK}: use another tensor parallel degree, or w8a8-fp8"
+        for n, name in seen.items()
+    ]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from quant.planning.memory import EngineRequest, MemoryPlan, group_problems, lar
 from quant.planning.rule_of_thumb import rule_of_thumb
 from quant.planning.scenarios import Scenario, load_scenario
 from quant.planning.speed import Speed, speed_bounds
-from quant.planning.storage import GROUPED, file_bytes
+from quant.planning.storage import GROUPED, file_bytes, source_kernels
 from quant.planning.versions import rules_for
 from quant.schemes import PRESETS
 from quant.units import format_size
@@ -32,6 +32,8 @@ MARGIN = 0.10
 #: context planned for when none is asked, capped at the model's own
 DEFAULT_CONTEXT = 8192
 POLICIES = ("vllm", "rule-of-thumb")
+#: what stands for a document where none tells a scheme's loss
+UNKNOWN = "not known"
 
 
 @dataclass(frozen=True)
@@ -248,13 +250,21 @@ def recommend(
             notes.append(
                 f"{format_size(gpu.total_bytes - gpu.free_bytes)} is held by others: utilization {share:.2f} instead of {default:.2f}"
             )
+    wanted = source_kernels(spec) | ({PRESETS[scheme].kernel} if scheme in PRESETS else set())
+    if (alone := wanted & {"mxfp4", "mxfp8"}) and spec.dtype == "float16" and request.dtype is None:
+        request = replace(request, dtype="bfloat16")
+        notes.append(f"vLLM's weight-only kernels of {', '.join(sorted(alone))} take bf16 alone: planned with --dtype bfloat16")
     request.check(spec, found)
     makes = MAKEABLE if makeable is None else makeable
     names = [c.scheme for c in CANDIDATES]
     if scheme is not None:
-        candidates = [next((c for c in CANDIDATES if c.scheme == scheme), Candidate(scheme, scheme))]
         if scheme not in names and scheme not in makes:
             raise one_of("--scheme", scheme, sorted({*names, *makes}))
+        candidates = [_asked(scheme)]
+        if gpu.formats.get(candidates[0].needs) == "weight-only" and PRESETS[scheme].activations is not None:
+            notes.append(
+                f"{gpu.name} computes {candidates[0].needs} only as packed weights: activations stay in 16 bits, prompts gain no speed"
+            )
     else:
         candidates = [c for c in CANDIDATES if schemes is None or c.scheme in schemes]
     plans = tuple(_plan_one(spec, found, gpu, c, request, makes, margin) for c in candidates)
@@ -287,6 +297,15 @@ def _gpus(gpus: str | Gpu | Sequence[Gpu] | None, count: int | None, memory: int
     return list(gpus)
 
 
+def _asked(scheme: str) -> Candidate:
+    """A scheme that is asked for by name: it may run as packed weights, too."""
+    found = next((c for c in CANDIDATES if c.scheme == scheme), None)
+    if found is not None:
+        return replace(found, native=False)
+    preset = PRESETS.get(scheme)
+    return Candidate(scheme, scheme) if preset is None else Candidate(scheme, str(preset), preset.kernel)
+
+
 def _plan_one(
     spec: ModelSpec,
     gpus: Sequence[Gpu],
@@ -296,7 +315,7 @@ def _plan_one(
     makes: Mapping[str, Sequence[str]],
     margin: float,
 ) -> SchemePlan:
-    quality = load_json("quality.json")["schemes"].get(candidate.scheme, {"loss_percent": [0, 100], "source": "not known"})
+    quality = load_json("quality.json")["schemes"].get(candidate.scheme, {"loss_percent": [0, 100], "source": UNKNOWN})
     loss = (float(quality["loss_percent"][0]), float(quality["loss_percent"][1]))
     makeable = candidate.scheme in makes or candidate.scheme == "none"
 
@@ -305,12 +324,17 @@ def _plan_one(
 
     if spec.quantization and candidate.scheme != "none":
         return refused(f"the checkpoint is already quantized ({source_method(spec.quantization)}): quantize its 16-bit source instead")
+    part = f"{gpu.name} ({'.'.join(map(str, gpu.capability)) if gpu.capability else gpu.architecture or gpu.platform})"
     if candidate.needs:
         state = gpu.formats.get(candidate.needs, "no")
-        if state == "no" or (candidate.native and state != "native"):
-            level = ".".join(map(str, gpu.capability)) if gpu.capability else gpu.architecture or gpu.platform
-            how = "no kernel" if state == "no" else "only as packed weights"
-            return refused(f"{gpu.name} ({level}) computes {candidate.needs} {how}")
+        if state == "no":
+            return refused(f"{part} has no kernel for {candidate.needs}")
+        if candidate.native and state != "native":
+            return refused(f"{part} computes {candidate.needs} only as packed weights")
+    if candidate.scheme == "none" and gpu.platform != "rocm":  # whose kernels of quantized checkpoints are not tabled
+        missing = sorted(k for k in source_kernels(spec) if gpu.formats.get(k) == "no")
+        if missing:
+            return refused(f"{part} has no kernel for {', '.join(missing)}, which the checkpoint is quantized to")
     group = None
     if candidate.scheme in GROUPED:  # the largest group that every rank can hold whole
         group = next((g for g in (128, 64, 32) if not group_problems(spec, candidate.scheme, request.ranks, g)), 128)
@@ -361,8 +385,9 @@ def _reason(
             goal = f"the fastest by its bound for {profile.title} among those within {profile.max_loss_percent:g} % of expected loss"
         else:
             goal = "the most precise that holds what was asked"
+        opening = f"{chosen.scheme} holds what was asked" if len(plans) == 1 else f"{chosen.scheme} is {goal}"
         return (
-            f"{chosen.scheme} is {goal}: {format_size(chosen.plan.weights_bytes)} of weights leave "
+            f"{opening}: {format_size(chosen.plan.weights_bytes)} of weights leave "
             f"{format_size(chosen.plan.kv_cache_bytes)} for "
             f"{chosen.plan.kv_tokens:,} tokens on {where} ({asked} asked{margin})"
         )
@@ -456,6 +481,8 @@ def serve_command(checkpoint: str, found: MemoryPlan, request: EngineRequest) ->
         parts += ["--tensor-parallel-size", str(found.tensor_parallel)]
     if found.pipeline_parallel > 1:
         parts += ["--pipeline-parallel-size", str(found.pipeline_parallel)]
+    if request.dtype is not None:
+        parts += ["--dtype", request.dtype]
     if request.gpu_memory_utilization is not None:
         parts += ["--gpu-memory-utilization", f"{request.gpu_memory_utilization:g}"]
     if request.kv_cache_dtype != "auto":

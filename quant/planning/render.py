@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quant.hardware import Detection, Gpu
-from quant.planning.recommendation import Recommendation
+from quant.planning.recommendation import UNKNOWN, Recommendation
 from quant.units import format_size
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def show_recommendation(found: Recommendation, console: Console) -> None:
         for one in found.plans:
             chosen = one.scheme == found.recommended
             name = f"[bold]{one.scheme}[/]" if chosen else one.scheme
-            loss = "0 %" if one.loss[1] == 0 else f"{one.loss[0]:g}–{one.loss[1]:g} %"
+            loss = "0 %" if one.loss[1] == 0 else "?" if one.loss_source == UNKNOWN else f"{one.loss[0]:g}–{one.loss[1]:g} %"
             if one.plan is None:
                 table.add_row(_NO, name, "-", "-", "-", "-", loss, "-", "-", "-", one.why)
                 continue

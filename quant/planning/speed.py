@@ -6,6 +6,7 @@ They are bounds, not forecasts: no kernel reaches them, and nothing here was fit
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 from quant.architectures import ModelSpec
@@ -13,11 +14,11 @@ from quant.hardware import Gpu
 from quant.planning.memory import MemoryPlan
 from quant.planning.storage import QUANTIZED_ROLES, source_storage, storage_of
 
-#: scheme → the number format in which the GPU multiplies; others unpack weights and multiply in 16 bits
+#: scheme → the number format in which the GPU multiplies, and the one that it must have kernels for; others unpack weights and multiply in 16 bits
 COMPUTE = {
-    "w8a8-fp8": "fp8", "w8a8-fp8-tensor": "fp8", "fp8": "fp8", "fp8-block": "fp8", "w8a8-int8": "int8", "nvfp4": "fp4", "mxfp8": "fp8",
+    "w8a8-fp8": ("fp8", "fp8"), "w8a8-fp8-tensor": ("fp8", "fp8"), "fp8": ("fp8", "fp8"), "fp8-block": ("fp8", "fp8"),
+    "w8a8-int8": ("int8", "int8"), "nvfp4": ("fp4", "nvfp4"), "mxfp4": ("fp4", "mxfp4"), "mxfp8": ("fp8", "mxfp8"),
 }  # fmt: skip
-NEEDS = {"fp8": "fp8", "int8": "int8", "fp4": "nvfp4"}
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ def speed_bounds(spec: ModelSpec, gpu: Gpu, plan: MemoryPlan, concurrency: int) 
         experts = share * spec.moe.experts / spec.moe.active
     all_read = _bytes_read(spec, plan.scheme, experts) / ranks
     batch = concurrency * gpu.bandwidth / (all_read + concurrency * cache)
-    number = COMPUTE.get(plan.scheme, "")
-    native = bool(number) and gpu.formats.get(NEEDS[number]) == "native"
+    number, kernel = COMPUTE.get(plan.scheme, ("", ""))
+    native = gpu.formats.get(kernel) == "native"
     rate = gpu.rates.get(number if native else "fp16", 0.0)
     prefill = rate * ranks / (2 * spec.active_parameters) if rate else None
     return Speed(one, batch, prefill)
@@ -63,7 +64,8 @@ def _bytes_read(spec: ModelSpec, scheme: str, experts: float = 1.0) -> float:
             continue
         share = min(1.0, experts * spec.moe.active / spec.moe.experts) if spec.moe and weight.role == "experts" else 1.0
         packed = covered(weight) if scheme == "none" else weight.linear and weight.role in QUANTIZED_ROLES
-        width = storage.bits / 8 * (1 + (2 * 8 / storage.bits / storage.group if storage.group > 1 else 0)) if packed else 2.0
+        n, k = weight.shape[0], prod(weight.shape[1:])
+        width = storage.bytes(n, k, 2) / (n * k) if packed else 2.0
         size = weight.stored_bytes if scheme == "none" and spec.quantization and weight.stored_bytes else weight.parameters * width
         total += size * share
     return total

@@ -61,6 +61,7 @@ FP8_BLOCK = Storage("fp8-block", 8, lambda n, k, width: float(n * k + 4 * ceil(n
 NVFP4 = Storage("nvfp4", 4, lambda n, k, width: n * k / 2 + n * k / 16 + 8, 16)  # one number of the weight, one of the input
 NVFP4A16 = Storage("nvfp4", 4, lambda n, k, width: n * k / 2 + n * k / 16 + 4, 16)
 MXFP4 = Storage("mxfp4", 4, lambda n, k, width: n * k / 2 + n * k / 32, 32)
+MXFP8 = Storage("mxfp8", 8, lambda n, k, width: n * k + n * k / 32, 32)
 #: NF4 with double quantization: half a byte, a byte of scale for 64 values, 4 bytes for 256 such scales
 NF4 = Storage("nf4", 4, lambda n, k, width: n * k * (0.5 + 1 / 64 + 4 / (64 * 256)), 64)
 
@@ -81,7 +82,7 @@ SCHEME_STORAGE: dict[str, Storage] = {
     "nvfp4a16": NVFP4A16,
     "mxfp4": MXFP4,
     "mxfp4a16": MXFP4,
-    "mxfp8": Storage("mxfp8", 8, lambda n, k, width: n * k + n * k / 32, 32),
+    "mxfp8": MXFP8,
 }
 
 #: schemes whose group size is the user's to choose
@@ -122,7 +123,10 @@ def source_storage(spec: ModelSpec) -> tuple[Storage, Callable[[Weight], bool]]:
             weights = (group or {}).get("weights") or {}
             bits, size = int(weights.get("num_bits", 8)), weights.get("group_size")
             if weights.get("type") == "float":
-                return (NVFP4 if bits == 4 else FP8_BLOCK if weights.get("strategy") == "block" else FP8), covered
+                kind = _float_kernel(bits, size)
+                return {"mxfp4": MXFP4, "mxfp8": MXFP8, "nvfp4": NVFP4}.get(kind) or (
+                    FP8_BLOCK if weights.get("strategy") == "block" else FP8
+                ), covered
             if config.get("format") == "int-quantized" or group.get("input_activations"):
                 return INT8, covered
             return packed(bits, int(size) if size else -1, bool(weights.get("symmetric", True))), covered
@@ -133,6 +137,33 @@ def source_storage(spec: ModelSpec) -> tuple[Storage, Callable[[Weight], bool]]:
         f"the checkpoint's quant_method is {method!r}: its sizes are not known; give the checkpoint's directory (--model-path), whose "
         "tensors can be counted"
     )
+
+
+def _float_kernel(bits: int, group_size: Any) -> str:
+    """The number format of float weights in compressed-tensors: microscaling has groups of 32."""
+    return f"mxfp{bits}" if group_size == 32 else "nvfp4" if bits == 4 else "fp8"
+
+
+def source_kernels(spec: ModelSpec) -> frozenset[str]:
+    """The number formats that a checkpoint which is already quantized asks of a GPU, by their names in
+    :data:`quant.hardware.FORMAT_CAPABILITIES`; empty where nothing is quantized, or by a method whose kernels are not known here."""
+    config = spec.quantization or {}
+    method = source_method(config) or ""
+    if method in ("gptq", "auto-gptq", "gptq-marlin", "awq", "auto-awq", "awq-marlin"):
+        return frozenset({f"int{config.get('bits', config.get('w_bit', 4))}-weights"})
+    if method == "fp8":
+        return frozenset({"fp8"})
+    found = set()
+    for group in (config.get("config_groups") or {}).values() if method == "compressed-tensors" else ():
+        weights = (group or {}).get("weights") or {}
+        bits, inputs = int(weights.get("num_bits", 8)), (group or {}).get("input_activations")
+        if weights.get("type") == "float":
+            found.add(_float_kernel(bits, weights.get("group_size")))
+        elif inputs is None:
+            found.add(f"int{bits}-weights{'-asym' if bits == 8 and not weights.get('symmetric', True) else ''}")
+        elif bits == 8:
+            found.add("int8")
+    return frozenset(found)
 
 
 def _covered(config: Mapping[str, Any]) -> Callable[[Weight], bool]:

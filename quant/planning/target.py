@@ -70,7 +70,8 @@ def target_problems(scheme: Scheme, form: str, gpu: str | None, vllm_version: st
         if formats.get(scheme.kernel, "no") == "no":
             level = ".".join(map(str, part.capability)) if part.capability else part.architecture or part.platform
             lowest = min(level for level in FORMAT_CAPABILITIES[scheme.kernel][:2] if level is not None) / 10
-            until = f" and below {(FORMAT_CAPABILITIES[scheme.kernel][2] or 0) / 10}" if scheme.kernel == "int8" else ""
+            end = FORMAT_CAPABILITIES[scheme.kernel][2]
+            until = f" and below {end / 10}" if end is not None else ""
             loaded = ", ".join(n for n, s in PRESETS.items() if formats.get(s.kernel, "no") != "no")
             problems.append(
                 f"--gpu is {part.name} ({level}): vLLM has no kernel for {scheme} there; compute capability {lowest}{until} is needed. "

@@ -18,12 +18,50 @@ class Argument:
     reason: str
 
 
-def model_dtype(config: Mapping[str, Any]) -> str:
-    """The dtype that vLLM will compute in: the checkpoint's own, with fp32 brought to bf16."""
+#: Layouts whose group scales are stored in the model's own dtype; the others have fp32, E4M3 or powers of two.
+_SCALES_IN_DTYPE = frozenset({"pack-quantized", "gptq", "awq"})
+#: Layouts of OCP's microscaling numbers. vLLM's weight-only kernels of them exist for bf16 alone (`csrc/quantization/marlin/generate_kernels.py`).
+_BF16_ALONE = frozenset({"mxfp4-pack-quantized", "mxfp8-quantized"})
+
+
+def layouts(config: Mapping[str, Any]) -> frozenset[str]:
+    """How the linears of a config.json are stored: sub-formats of compressed-tensors, or another ``quant_method``; empty where nothing is quantized."""
+    quantization = quantization_config(config)
+    if not quantization:
+        return frozenset()
+    method = str(quantization.get("quant_method"))
+    if method != "compressed-tensors":
+        return frozenset({method})
+    groups = quantization.get("config_groups")
+    stated = [g.get("format") for g in groups.values() if isinstance(g, Mapping)] if isinstance(groups, Mapping) else []
+    return frozenset(str(x) for x in (*stated, quantization.get("format")) if x)
+
+
+def _stated_dtype(config: Mapping[str, Any]) -> str:
     text = config.get("text_config")
     places = [config, text if isinstance(text, dict) else {}]
-    stated = next((str(p[k]).removeprefix("torch.") for p in places for k in ("dtype", "torch_dtype") if p.get(k)), "bfloat16")
-    return stated if stated in ("float16", "bfloat16") else "bfloat16"
+    return next((str(p[k]).removeprefix("torch.") for p in places for k in ("dtype", "torch_dtype") if p.get(k)), "bfloat16")
+
+
+def model_dtype(config: Mapping[str, Any]) -> str:
+    """The dtype that vLLM will compute in: the checkpoint's own, with fp32 brought to bf16, and so fp16 where the kernels want bf16."""
+    return "float16" if _stated_dtype(config) == "float16" and not layouts(config) & _BF16_ALONE else "bfloat16"
+
+
+def _why_dtype(config: Mapping[str, Any]) -> str:
+    """The reason for :func:`model_dtype`."""
+    stored, stated = layouts(config), _stated_dtype(config)
+    if not stored:
+        why = "the weights' own"
+    elif stored & _SCALES_IN_DTYPE:
+        why = "scales are stored in it"
+    else:
+        why = "the model's own"
+    if stated != model_dtype(config):
+        kernels = stated == "float16"
+        why = f"{', '.join(sorted(stored & _BF16_ALONE))} has kernels for it alone" if kernels else f"instead of the model's {stated}"
+    method = (quantization_config(config) or {}).get("quant_method")
+    return f"{why}; quant_method {method} is read from config.json" if method else why
 
 
 def context_length(config: Mapping[str, Any]) -> int | None:
@@ -38,10 +76,7 @@ def context_length(config: Mapping[str, Any]) -> int | None:
 
 def engine_arguments(config: Mapping[str, Any], *, tensor_parallel: int = 1, max_model_len: int | None = None) -> list[Argument]:
     """Arguments for ``vllm serve`` that the checkpoint itself decides; vLLM finds the quantization in config.json."""
-    dtype = model_dtype(config)
-    method = (quantization_config(config) or {}).get("quant_method")
-    why = f"scales are stored in it; quant_method {method} is read from config.json" if method else "the weights' own"
-    arguments = [Argument("dtype", dtype, why)]
+    arguments = [Argument("dtype", model_dtype(config), _why_dtype(config))]
     length = max_model_len or context_length(config)
     if length:
         arguments.append(

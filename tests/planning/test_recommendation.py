@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 import quant
+from quant.catalog import model_from_config
 from quant.data import config_path, load_json
 from quant.errors import NothingFits, Problems, UsageError
 from quant.hardware import named_gpu
@@ -28,6 +29,7 @@ from tests.planning.tiny_models import TINY
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = ROOT.parent / "shared" / "data" / "vllm_memory_samples.yaml"
 GB = 10**9
+SMALL = model_from_config(TINY["gqa"], "small")
 
 
 def by_scheme(found: Recommendation) -> dict[str, Any]:
@@ -97,6 +99,106 @@ def test_commands_are_given_only_for_what_this_build_makes() -> None:
     assert switched.method == "fp8" and any("--method fp8 --scheme w8a8-fp8" in c for c in switched.commands)
     smooth = recommend("meta-llama/Llama-3.1-8B", "A100", request, scheme="w8a8-int8")
     assert any("--outlier-suppression smooth_quant" in c for c in smooth.commands)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "gpu", "options"),
+    [
+        ("w8a8-fp8", "H100", "--method fp8 --scheme w8a8-fp8"),
+        ("w8a8-fp8-tensor", "H100", "--method fp8 --scheme w8a8-fp8-tensor"),
+        ("fp8-block", "H100", "--method fp8 --scheme fp8-block"),
+        ("w8a16-fp8", "A100", "--method fp8 --scheme w8a16-fp8"),
+        ("w8a8-int8", "A100", "--method minmax --scheme w8a8-int8 --outlier-suppression smooth_quant"),
+        ("nvfp4", "B200", "--method gptq --scheme nvfp4"),
+        ("mxfp4", "B200", "--method gptq --scheme mxfp4"),
+        ("mxfp8", "H100", "--method minmax --scheme mxfp8"),
+    ],
+)
+def test_every_scheme_has_its_two_commands(scheme: str, gpu: str, options: str) -> None:
+    found = recommend(SMALL, gpu, EngineRequest(context=4096), scheme=scheme, output_path="out")
+    assert found.recommended == scheme, found.reason
+    assert found.commands == (f"quant quantize --model-path small --output-path out {options}", "vllm serve out --max-model-len 4096")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "gpu"), [("fp8-block", "V100"), ("w8a16-fp8", "V100"), ("mxfp4", "T4"), ("mxfp8", "V100"), ("w8a16-asym", "A100")]
+)
+def test_a_scheme_asked_for_by_name_is_refused_where_no_kernel_is(scheme: str, gpu: str) -> None:
+    found = recommend(SMALL, gpu, EngineRequest(context=4096), scheme=scheme)
+    assert found.recommended is None and "no kernel" in found.plans[0].why
+
+
+def test_a_quantized_checkpoint_is_served_only_where_its_kernels_are() -> None:
+    from quant.formats import FormatRegistry, Linear
+    from quant.schemes import PRESETS
+
+    linear = ("model.layers.0.mlp.down_proj", 256, 512)
+    form = FormatRegistry.get("compressed-tensors")
+    for scheme, refused, served in (
+        ("w4a16", "V100", "T4"),
+        ("w8a16-asym", "A100", "H100"),
+        ("w8a16-asym", "B200", "H100"),
+        ("w8a8-int8", "B200", "T4"),
+        ("w8a8-fp8", "V100", "T4"),
+        ("fp8-block", "V100", "H100"),
+        ("nvfp4", "V100", "H100"),
+        ("mxfp4", "T4", "A100"),
+        ("mxfp8", "V100", "A100"),
+    ):
+        preset = PRESETS[scheme]
+        config = form.config([Linear(*linear, preset.weights, preset.activations)], ["lm_head"], "static")
+        spec = model_from_config({**TINY["gqa"], "quantization_config": config}, "made")
+        no, yes = (recommend(spec, gpu, EngineRequest(context=4096), scheme="none") for gpu in (refused, served))
+        assert no.recommended is None and f"no kernel for {preset.kernel}, which the checkpoint" in no.reason
+        assert yes.commands == ("vllm serve made --max-model-len 4096",)
+        half = recommend(replace(spec, dtype="float16"), served, EngineRequest(context=4096), scheme="none")
+        assert ("--dtype bfloat16" in half.commands[0]) == scheme.startswith("mx")
+    native = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    spec = model_from_config({**TINY["gqa"], "quantization_config": native}, "made")
+    assert recommend(spec, "V100", scheme="none").recommended is None and recommend(spec, "T4", scheme="none").recommended == "none"
+
+
+def test_ranks_that_would_cut_blocks_are_refused() -> None:
+    for intermediate, why in ((11008, "groups of 128"), (14336, "")):
+        config = {
+            **TINY["gqa"],
+            "hidden_size": 4096,
+            "intermediate_size": intermediate,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        }
+        spec = model_from_config({**config, "head_dim": 128}, "m")
+        (found,) = recommend(spec, "H100", EngineRequest(context=4096), scheme="fp8-block", gpu_count=4).plans
+        assert found.fits == (not why) and why in found.why
+        (found,) = recommend(
+            model_from_config({**config, "head_dim": 64}, "m"),
+            "H100",
+            EngineRequest(context=4096, tensor_parallel=8),
+            scheme="fp8-block",
+            gpu_count=8,
+        ).plans  # k_proj has 512 outputs: 64 for each rank
+        assert not found.fits and (why or "512 outputs, which 8 ranks cannot share in blocks of 128") in found.why
+
+
+def test_a_scheme_asked_for_by_name_may_run_as_packed_weights() -> None:
+    request = EngineRequest(context=4096)
+    for scheme, gpu in (("w8a8-fp8", "A100"), ("fp8-block", "T4"), ("nvfp4", "H100"), ("mxfp8", "L40S-48GB")):
+        found = recommend(SMALL, gpu, request, scheme=scheme)
+        assert found.recommended == scheme and "only as packed weights" in found.notes[-1]
+        assert found.reason.startswith(f"{scheme} holds what was asked: ")
+        speed, plain = found.plans[0].speed, recommend(SMALL, gpu, request, scheme="none").plans[0].speed
+        assert speed and plain and speed.prefill_bound == plain.prefill_bound
+    native, nvidia = (recommend(SMALL, "B200", request, scheme=s) for s in ("mxfp4", "nvfp4"))
+    assert native.notes == () and native.plans[0].speed and nvidia.plans[0].speed
+    assert native.plans[0].speed.prefill_bound == nvidia.plans[0].speed.prefill_bound
+    assert "packed weights" not in " ".join(recommend(SMALL, "A100", request, scheme="w8a16-fp8").notes)
+
+
+def test_microscaling_numbers_of_an_fp16_model_are_planned_and_served_in_bf16() -> None:
+    half = replace(SMALL, dtype="float16")
+    found = recommend(half, "B200", EngineRequest(context=4096), scheme="mxfp4", output_path="out")
+    assert found.commands[-1] == "vllm serve out --max-model-len 4096 --dtype bfloat16" and "bf16 alone" in found.notes[-1]
+    assert recommend(half, "B200", EngineRequest(context=4096), scheme="nvfp4", output_path="out").commands[-1].endswith("4096")
 
 
 def test_the_commands_say_exactly_what_was_planned(tmp_path: Path) -> None:

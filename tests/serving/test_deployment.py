@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import deploy_vllm
 from quant.errors import CheckpointError, UsageError, VerificationFailed
 from quant.serving.deployment import Wish, artefact, plan
-from tests.helpers import ROOT
+from tests.helpers import ROOT, quantize, short_text
 
 
 @pytest.fixture
@@ -51,6 +52,62 @@ def test_the_command_has_a_reason_for_every_flag_and_no_quantization(folder: Pat
     assert {w.removeprefix("--") for w in command if w.startswith("--")} == {*named, "max-num-seqs"}
     assert named["dtype"]["value"] == "bfloat16" and named["gpu-memory-utilization"]["value"] == 0.8
     assert _after(command, "--host") == "127.0.0.1" and command[-2:] == ["--max-num-seqs", "8"]
+
+
+#: Scheme → why --dtype has its value: only weight-only integers have scales in it.
+DTYPE_REASONS = {
+    "w4a16": "scales are stored in it",
+    "w8a8-int8": "the model's own",
+    "w8a8-fp8": "the model's own",
+    "w8a8-fp8-tensor": "the model's own",
+    "fp8-block": "the model's own",
+    "w8a16-fp8": "the model's own",
+    "nvfp4": "the model's own",
+    "mxfp4": "the model's own",
+    "mxfp8": "the model's own",
+}
+
+
+@pytest.mark.parametrize("scheme", DTYPE_REASONS)
+def test_every_scheme_is_served_by_the_same_plain_line(scheme: str, made_of: Callable[..., Path]) -> None:
+    folder = made_of(scheme)
+    made = plan(folder, Wish())
+    # vLLM reads the scheme, and whether the cache is FP8, from config.json: another word could only contradict it
+    line = ["vllm", "serve", str(folder), "--dtype", "bfloat16", "--max-model-len", "256", "--served-model-name", folder.name]
+    assert made.command == [*line, "--host", "127.0.0.1", "--port", "8000"]
+    dtype = next(a for a in made.arguments if a.name == "dtype")
+    assert dtype.reason == f"{DTYPE_REASONS[scheme]}; quant_method compressed-tensors is read from config.json"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "reason"),
+    [
+        ("w4a16", "float16", "scales are stored in it"),
+        ("nvfp4", "float16", "the model's own"),
+        ("mxfp4", "bfloat16", "mxfp4-pack-quantized has kernels for it alone"),
+        ("mxfp8", "bfloat16", "mxfp8-quantized has kernels for it alone"),
+    ],
+)
+def test_microscaling_numbers_of_an_fp16_model_are_computed_in_bf16(
+    scheme: str, dtype: str, reason: str, made_of: Callable[..., Path]
+) -> None:
+    made = plan(made_of(scheme, torch.float16), Wish())
+    assert _after(made.command, "--dtype") == dtype
+    assert next(a.reason for a in made.arguments if a.name == "dtype").startswith(reason)
+
+
+@pytest.fixture
+def made_of(checkpoints: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """A tiny Llama in a scheme; its sides hold whole blocks of 128."""
+
+    def make(scheme: str, dtype: torch.dtype = torch.bfloat16) -> Path:
+        group = {"group_size": 32} if scheme == "w4a16" else {}
+        text = {"samples": 2, "sequence_length": 32, "calibration_dataset": [short_text()]}
+        source = checkpoints("llama", dtype=dtype, hidden_size=256, intermediate_size=256)
+        quantize(source, tmp_path / "out", scheme=scheme, **group, **text)
+        return tmp_path / "out"
+
+    return make
 
 
 def test_an_option_beats_vllm_config_beats_the_checkpoint(folder: Path) -> None:
