@@ -4,7 +4,8 @@
     python benchmarks/methods.py [--models tinylm-11m …] [--rows w4a16/gptq …] [--draws 3] [--llmcompressor-python PYTHON] [--gptqmodel-python PYTHON]
                                  [--autoawq-python PYTHON] [--vllm-python PYTHON] [--json FILE]
 
-A draw is the calibration text rotated to another place, cut into rows in file order; methods that need no data have one. Weights-only schemes
+A draw is the calibration text rotated to another place, cut into rows in file order; methods that need no data have one, and so has AutoAWQ, which takes
+eight minutes. It is also run with its scale search mended (see quant/backends/worker_autoawq.py). Weights-only schemes
 are judged by `kl.py` of the bench folder through `--format plain`, schemes with quantized activations by `quant evaluate`, which simulates
 them, and, with --vllm-python, by vLLM itself (perplexity, chunk by chunk, as a loss against the bf16 source). The standard error of a KL is
 over the chunks of one draw, averaged over draws. Bits per weight count everything that is stored for the quantized linears.
@@ -56,6 +57,7 @@ class Row:
     calibrated: bool = True
     weights_only: bool = True
     peer: str = ""
+    draws: int = 0  # 0: as many as asked for
 
 
 def ours(scheme: str, label: str, *options: str, data: bool = True, weights_only: bool = True) -> Row:
@@ -79,7 +81,8 @@ ROWS = (
     ours("w4a16-asym", "awq"),
     ours("w4a16-asym", "gptq"),
     ours("w4a16-asym", "awq+gptq"),
-    peer("w4a16-asym", "AutoAWQ", "awq"),
+    Row("w4a16-asym", "AutoAWQ awq", (), peer="AutoAWQ", draws=1),
+    Row("w4a16-asym", "AutoAWQ awq, search mended", ("--backend", "autoawq", "--backend-python", "{AutoAWQ}"), draws=1),
     ours("w3a16", "gptq"),
     peer("w3a16", "GPTQModel", "gptq", "--bits", "3"),
     ours("w8a16", "minmax", data=False),
@@ -158,7 +161,8 @@ class Job:
             return done.seconds, done.peak_rss_bytes, stored_bits(output, self.source)
         grouped = ("--group-size", self.model.group) if row.scheme in GROUPED else ()
         form = "plain" if row.weights_only else "compressed-tensors"
-        options = [*row.options, *grouped, "--format", form, *self.a.options, "--target", "other"]
+        options = [o.format(AutoAWQ=self.a.autoawq_python) for o in row.options]
+        options += [*grouped, "--format", form, *self.a.options, "--target", "other"]
         if row.calibrated:
             options += ["--calibration-dataset", str(self.rows_of(draw)), "--samples", self.a.samples, "--sequence-length", length]
         done = run(quantize_command(self.source, output, *options))
@@ -217,7 +221,7 @@ class Job:
     def measure(self, row: Row) -> Found | str:
         """All draws of a row, or why it cannot be made."""
         found = Found([], [], [], 0.0, [], 0, [])
-        for draw in range(self.a.draws if row.calibrated else 1):
+        for draw in range(row.draws or self.a.draws if row.calibrated else 1):
             output = self.work / "output"
             subprocess.run(["rm", "-rf", output, output.with_name("output.work")], check=True)
             try:
@@ -227,7 +231,7 @@ class Job:
             kl, error, top1 = self.judge(row, output)
             found.kl.append(kl), found.error.append(error), found.top1.append(top1), found.seconds.append(seconds)
             found.peak = max(found.peak, peak)
-            if self.a.vllm_python and not row.weights_only and not row.peer and self.model.name.startswith("tinylm"):
+            if self.a.vllm_python and draw == 0 and not row.weights_only and not row.peer and self.model.name.startswith("tinylm"):
                 try:
                     found.loss.append(self.served(output))
                 except SystemExit:
@@ -269,7 +273,11 @@ def main() -> None:
     a = p.parse_args()
     a.cache = {}
     pythons = {"llm-compressor": a.llmcompressor_python, "GPTQModel": a.gptqmodel_python, "AutoAWQ": a.autoawq_python, "": sys.executable}
-    rows = [r for r in ROWS if pythons[r.peer] and (not a.rows or f"{r.scheme}/{r.label}" in a.rows)]
+    rows = [
+        r
+        for r in ROWS
+        if pythons[r.peer] and (a.autoawq_python or "{AutoAWQ}" not in r.options) and (not a.rows or f"{r.scheme}/{r.label}" in a.rows)
+    ]
     print(machine(), flush=True)
     for model in (m for m in MODELS if m.name in a.models):
         print(

@@ -60,6 +60,10 @@ class Backend:
             found.append(f"--method is {recipe.method!r}: --backend {self.name} has only {self.method}")
         elif reason := self.refuse(recipe):
             found.append(f"--backend {self.name}: {reason}")
+        if recipe.device is not None:
+            found.append(
+                f"--device is not an option of --backend {self.name}, which takes the first GPU that it sees: set CUDA_VISIBLE_DEVICES instead"
+            )
         given = [k for k in (*_OURS_ALONE, "act_order", "damping") if k not in self.keys and getattr(recipe, k) not in (None, [], {})]
         found += [
             f"--{k.replace('_', '-')} is not an option of --backend {self.name}: leave it out, or use --backend native" for k in given
