@@ -73,6 +73,8 @@ def peer(scheme: str, program: str, label: str, *options: str, data: bool = True
 ROWS = (
     ours("w4a16", "minmax", data=False),
     ours("w4a16", "gptq"),
+    ours("w4a16", "smooth_quant+gptq"),
+    ours("w4a16", "awq+gptq"),
     peer("w4a16", "llm-compressor", "rtn", "--method", "rtn", "--scheme", "W4A16", data=False),
     peer("w4a16", "llm-compressor", "gptq", "--method", "gptq", "--scheme", "W4A16"),
     peer("w4a16", "GPTQModel", "gptq", "--bits", "4"),

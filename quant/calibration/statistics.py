@@ -18,6 +18,7 @@ computed, in panels, and mirrored at the end: about half of the work.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -55,6 +56,15 @@ class Statistics:
         """fp32 [K], largest |x|; the range must have been asked for."""
         assert self.minimum is not None and self.maximum is not None
         return torch.maximum(-self.minimum, self.maximum)
+
+    @property
+    def spread(self) -> float:
+        """Root mean square of the largest feature over that of the median one; 1 where it is not known or most are zero."""
+        if self.hessian is None:
+            return 1.0
+        power = self.hessian.diagonal()
+        median = float(power.median())
+        return math.sqrt(float(power.max()) / median) if median > 0 else 1.0
 
     def copy(self) -> Statistics:
         """With a Hessian of its own: methods overwrite theirs."""

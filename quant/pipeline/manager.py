@@ -53,6 +53,8 @@ BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 RESIDENT_CPU = 256 << 20
 #: Elements of a weight that a method without data works on at a time: a CPU's temporaries stay in its cache, a GPU's still fill it.
 PIECE = {"cpu": 1 << 18, "cuda": 1 << 24}
+#: An input feature this many times as large as the median one is an outlier: its weights may be small and still matter, and few bits round them away.
+OUTLIERS = 32.0
 #: Tokens of the held-out row that a layer's error is measured on.
 ERROR_TOKENS = 512
 
@@ -362,6 +364,10 @@ class QuantizationManager:
         factors = None
         if suppressor is not None:
             factors, notes = self._suppress(suppressor, group, whole, prefix, stacked, statistics, scheme, norm_offset, made)
+        elif scheme.weights.bits <= 4 and (spread := statistics.spread) > OUTLIERS:
+            notes = (
+                f"a feature of its input is {spread:.0f} times the median one: --outlier-suppression awq keeps what small weights make of it",
+            )
         if factors is not None:
             stacked *= factors
             statistics = statistics.divided(factors)

@@ -33,7 +33,7 @@ def _worst(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The worst layers by both measures, and why one of them is not there."""
     rows = []
     if found["by_error"]:
-        lines = [f"{x['name']}: {x['error']:.2%}, {x['snr_db']} dB" for x in found["by_error"]]
+        lines = [f"{x['name']}: {x['error']:.2%}" + ("" if x["snr_db"] is None else f", {x['snr_db']} dB") for x in found["by_error"]]
         rows.append(("largest errors", "relative output error on held-out calibration rows\n" + "\n".join(lines)))
     elif found["error_missing"]:
         rows.append(("largest errors", f"not measured: {found['error_missing']}"))

@@ -287,3 +287,20 @@ def test_a_gptq_checkpoint_carries_the_side_file_that_autogptq_reads(quantized: 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert json.loads((folder / "quantize_config.json").read_text(encoding="utf-8")) == config["quantization_config"]
     assert not (quantized(method="minmax") / "quantize_config.json").exists()
+
+
+def test_outliers_that_few_bits_lose_are_named(llama: Path, tmp_path: Path) -> None:
+    """One feature of the first block's input a few hundred times stronger, and read by weights as much weaker: the function is the same."""
+    source = copy_model(llama, tmp_path / "model")
+    tensors = load_all(source)
+    tensors["model.layers.0.input_layernorm.weight"][5] *= 256
+    for name in "qkv":
+        tensors[f"model.layers.0.self_attn.{name}_proj.weight"][:, 5] /= 256
+    save_all(source, tensors)
+
+    def told(**options: Any) -> set[str]:
+        report = quantize(source, tmp_path / "-".join(["out", *map(str, options.values())]), method="gptq", group_size=32, **options)
+        return {x["name"] for x in report["layers"] if any("--outlier-suppression awq" in n for n in x["notes"])}
+
+    assert told() == {f"model.layers.0.self_attn.{x}_proj" for x in "qkv"}
+    assert told(outlier_suppression="awq") == told(bits=8) == set()
