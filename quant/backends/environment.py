@@ -37,22 +37,21 @@ def build(folder: Path, names: list[str], torch: str = TORCH) -> Path:
     libraries = [f"{BACKENDS[n].name}=={BACKENDS[n].version}" for n in names]
     subprocess.run([*install, "--no-deps", "--no-build-isolation", *libraries], check=True, env=environment)
     for name in names:
-        subprocess.run([str(python), "-W", "ignore", "-c", f"import {BACKENDS[name].module}"], check=True)
+        command = [str(python), "-c", f"import {BACKENDS[name].module}"]
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)  # both greet with pages of deprecation warnings
     return python
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m quant.backends.environment", description=str(__doc__))
-    parser.add_argument("backends", nargs="+", metavar="BACKEND… DIR", help=f"{', '.join(BACKENDS)}; then the directory")
+    parser.add_argument("backend", nargs="+", choices=list(BACKENDS))
+    parser.add_argument("folder", type=Path, help="where the environment goes; an existing one is completed")
     parser.add_argument("--torch", default=TORCH, metavar="REQUIREMENT", help="the torch to install  [default: %(default)s]")
     arguments = parser.parse_args()
-    *names, folder = arguments.backends
-    if not names or (unknown := [n for n in names if n not in BACKENDS]):
-        parser.error(f"give one or more of {', '.join(BACKENDS)}, then a directory" + (f"; not {unknown[0]!r}" if names else ""))
     try:
-        print(build(Path(folder), names, arguments.torch))
+        print(build(arguments.folder, arguments.backend, arguments.torch))
     except subprocess.CalledProcessError as error:
-        raise SystemExit(f"{folder}: {' '.join(map(str, error.cmd))} failed with status {error.returncode}") from None
+        raise SystemExit(f"{arguments.folder}: {' '.join(map(str, error.cmd))} failed with status {error.returncode}") from None
 
 
 if __name__ == "__main__":
