@@ -205,8 +205,11 @@ def _memory_of(row: Mapping[str, Any]) -> tuple[int, dict[str, str]]:
     """The bytes that a program gets of a part, and where that is from."""
     if row["reported_gib"]:
         return int(row["reported_gib"] * GIB), {"memory": _cited(row, "reported"), "nominal_memory": _cited(row, "memory")}
-    return int(row["memory_gib"] * USABLE_SHARE * GIB), {
-        "memory": f"estimated: {USABLE_SHARE:.1%} of the nominal size",
+    share, of = USABLE_SHARE, "parts of this size"
+    if (other := _row(row.get("memory_like", ""))) is not None:
+        share, of = other["reported_gib"] / other["memory_gib"], str(other["name"])
+    return int(row["memory_gib"] * share * GIB), {
+        "memory": f"estimated: {share:.1%} of the nominal size, as on {of}",
         "nominal_memory": _cited(row, "memory"),
     }
 
