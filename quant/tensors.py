@@ -94,11 +94,23 @@ def _e4m3_values(codes: torch.Tensor) -> torch.Tensor:
     Moved under fp16's wider exponent, the bits of an E4M3 number, subnormal or not, are that number times 2⁻⁸: the biases are 7 and 15. Only
     NaN, all ones, comes out as a number: 480.
     """
-    bits = (
-        codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
-    )  # the sign is in the bit above the exponent, too
+    bits = codes.view(torch.int8).to(torch.int16).mul_(128).bitwise_and_(~0x4000)  # the sign is in the bit above the exponent, too
     values = bits.view(torch.float16).float().mul_(256.0)
-    return values.masked_fill_(values.abs() == 480.0, torch.nan)
+    magnitudes = codes.view(torch.uint8).bitwise_and(0x7F)
+    if magnitudes.numel() and int(magnitudes.amax()) == 0x7F:  # looked for where it costs least: on the codes
+        values.masked_fill_(magnitudes == 0x7F, torch.nan)
+    return values
+
+
+def sum_of_squares(values: torch.Tensor) -> torch.Tensor:
+    """fp32 [] of fp32 values of any shape: one pass, nothing as large as the values is made."""
+    flat = values.reshape(-1)
+    return torch.dot(flat, flat)
+
+
+def largest_magnitude(values: torch.Tensor, dim: int | tuple[int, ...] = ()) -> torch.Tensor:
+    """``values.abs().amax(dim)``; two readings cost less than to write the magnitudes down."""
+    return torch.maximum(values.amax(dim), values.amin(dim).neg_())
 
 
 def scale_values(scales: torch.Tensor, global_scale: torch.Tensor | None = None) -> torch.Tensor:

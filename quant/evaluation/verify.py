@@ -461,11 +461,10 @@ def _judge(info: TensorInfo, found: Found | None) -> Callable[[bytes], str | Non
 
         def eight_bits(piece: bytes) -> str | None:
             codes = np.frombuffer(piece, "u1")
-            if count := int(((codes & 0x7F) == 0x7F).sum()):
+            if count := np.count_nonzero((codes & 0x7F) == 0x7F):
                 return f"holds {count} NaN"
-            return (
-                f"holds {count} scales that are not positive" if scale and (count := int(((codes == 0) | (codes > 0x7F)).sum())) else None
-            )
+            count = np.count_nonzero((codes == 0) | (codes > 0x7F)) if scale else 0
+            return f"holds {count} scales that are not positive" if count else None
 
         return eight_bits
     if info.dtype not in FLOATS or info.dtype.startswith("F8"):

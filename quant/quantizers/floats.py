@@ -16,12 +16,14 @@ import torch
 
 from quant.quantizers.rounding import SEARCH_STEPS
 from quant.schemes import BLOCK, WeightScheme
-from quant.tensors import QuantizedTensor, scale_values
+from quant.tensors import QuantizedTensor, largest_magnitude, scale_values
 
 #: A scale of NVFP4 is at most this, the largest E4M3 number; of group and tensor together 448 · 6 is reached.
 _E4M3 = 448.0
 #: Exponent of the largest element: of E2M1 6 = 1.5 · 2², of E4M3 448 = 1.75 · 2⁸.
 _LARGEST_EXPONENT = {4: 2, 8: 8}
+#: Elements rounded at a time on a CPU, whose temporaries stay in its cache.
+_CACHED = 1 << 18
 #: How far the search shrinks a group's range: 4-bit floats have few codes, so cutting deep can pay.
 _FLOOR = 0.7
 
@@ -72,27 +74,26 @@ def float_scales(
     """
     n, k = weight.shape
     if scheme.strategy == "tensor":
-        largest = weight.abs().amax() if amax is None else amax
+        largest = largest_magnitude(weight) if amax is None else amax
         stored = _positive(largest / scheme.largest).reshape(1, 1)
         return FloatScales(stored, stored.expand(n, 1))
     if scheme.strategy == "block":
         rows, columns = -(-n // BLOCK), -(-k // BLOCK)
-        padded = torch.zeros(rows * BLOCK, columns * BLOCK, device=weight.device)
-        padded[:n, :k] = weight.abs()
-        stored = _positive(padded.view(rows, BLOCK, columns, BLOCK).amax((1, 3)) / scheme.largest)
+        padded = torch.nn.functional.pad(weight, (0, columns * BLOCK - k, 0, rows * BLOCK - n)) if n % BLOCK or k % BLOCK else weight
+        stored = _positive(largest_magnitude(padded.view(rows, BLOCK, columns, BLOCK), (1, 3)) / scheme.largest)
         return FloatScales(stored, stored.repeat_interleave(BLOCK, 0)[:n])
     groups = weight.view(n, scheme.groups(k), -1)
     if scheme.scales == "F32":
-        stored = _positive(groups.abs().amax(-1) / scheme.largest)
+        stored = _positive(largest_magnitude(groups, -1) / scheme.largest)
         return FloatScales(stored, stored)
     weights = None if importance is None else importance.view(groups.shape[1], -1)
-    largest = groups.abs().amax(-1)
+    largest = largest_magnitude(groups, -1)
     if scheme.scales == "U8":
         exponent = torch.floor(torch.log2(largest)) - _LARGEST_EXPONENT[scheme.bits]
         exponent = torch.where(largest == 0, 0.0, exponent).clamp(-127, 126).to(torch.int16)
         stored = _best(groups, [(exponent + 127 + up).to(torch.uint8) for up in (0, 1)], None, scheme, weights)
         return FloatScales(stored, scale_values(stored))
-    whole = weight.abs().amax() if amax is None else amax
+    whole = largest_magnitude(weight) if amax is None else amax
     divisor = torch.where(whole == 0, 1.0, _E4M3 * 6.0 / whole).reshape(1)
     steps = SEARCH_STEPS if search else 1
     shrinks = [1 - (1 - _FLOOR) * i / max(steps - 1, 1) for i in range(steps)]
@@ -141,10 +142,10 @@ def round_floats(weight: torch.Tensor, scheme: WeightScheme, scales: FloatScales
     """The nearest numbers of a weight fp32 [N, K], by pieces of rows: whole temporaries would be larger than the weight."""
     n, k = weight.shape
     g = k if scheme.group_size == -1 else scheme.group_size
-    rows = n if weight.is_cuda else max(1, (1 << 18) // k)
-    parts = []
+    rows = n if weight.is_cuda else max(1, _CACHED // k)
+    codes = torch.empty(n, k, dtype=torch.float8_e4m3fn if scheme.bits == 8 else torch.uint8, device=weight.device)
     for start in range(0, n, rows):
         piece = FloatScales(scales.stored, scales.wide[start : start + rows])
         part = weight[start : start + rows] / wide_scales(piece, k, g)
-        parts.append(part.clamp_(-_E4M3, _E4M3).to(torch.float8_e4m3fn) if scheme.bits == 8 else encode(snap(part, 4), 4))
-    return QuantizedTensor(torch.cat(parts), scales.stored, None, scheme, global_scale=scales.global_scale)
+        codes[start : start + rows] = part.clamp_(-_E4M3, _E4M3) if scheme.bits == 8 else encode(snap(part, 4), 4)
+    return QuantizedTensor(codes, scales.stored, None, scheme, global_scale=scales.global_scale)
