@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
@@ -165,7 +165,7 @@ class QuantizationManager:
         self.layers: dict[str, dict[str, Any]] = {}
         self.folds: dict[str, dict[str, Any]] = {}
         self._amax: dict[str, torch.Tensor] = {}
-        self._amax_lock = Lock()
+        self._amax_lock = threading.Lock()
         self.scratch_bytes = 0
 
     def _suppressor(self, quantizer: Quantizer) -> Suppressor | None:
@@ -476,12 +476,23 @@ class QuantizationManager:
         torch.set_num_threads(1)
         torch.empty(KEPT, dtype=torch.uint8)
         workers, writers = ThreadPoolExecutor(min(threads, MOST_WORKERS)), ThreadPoolExecutor(UNITS_UNDER_WAY)
+
+        def start(unit: Unit) -> Future[dict[Path, str]]:
+            """Starts a unit once its room on the disk is claimed: what a full disk leaves finished are then the first units."""
+            claimed = threading.Event()
+            files = writers.submit(self._files, unit, work, Made(), workers, claimed.set)
+            files.add_done_callback(lambda _: claimed.set())  # or it has failed
+            claimed.wait()
+            return files
+
         try:
-            files = {u.name: writers.submit(self._files, u, work, Made(), workers) for u in self.plan.units if u.name not in work.finished}
+            ahead = (start(u) for u in self.plan.units if u.name not in work.finished)
+            under_way = deque(islice(ahead, 1))
             for unit in self._units(work):
-                if unit.name in files:
+                if unit.name not in work.finished:
+                    under_way.extend(islice(ahead, 1))
                     with self.clock.phase("write"):
-                        self._finish_unit(unit, work, files[unit.name].result())
+                        self._finish_unit(unit, work, under_way.popleft().result())
         finally:
             workers.shutdown(wait=False, cancel_futures=True)  # after an error or an interrupt: ends the units under way
             writers.shutdown(cancel_futures=True)
@@ -594,14 +605,16 @@ class QuantizationManager:
         with self.clock.phase("write"):
             self._finish_unit(unit, work, self._files(unit, work, made))
 
-    def _files(self, unit: Unit, work: WorkFolder, made: Made, workers: Executor | None = None) -> dict[Path, str]:
+    def _files(
+        self, unit: Unit, work: WorkFolder, made: Made, workers: Executor | None = None, claimed: Callable[[], object] = lambda: None
+    ) -> dict[Path, str]:
         """Writes a unit's files, and returns each one's digest; linears that are not in ``made`` are quantized now."""
 
         def produce(name: str) -> QuantizedTensor:
             return made.linears.pop(name) if name in made.linears else self._quantize_alone(name)
 
         plan = self.plan
-        return write_unit(unit, work.path, plan.checkpoint, plan.format, plan.linears, plan.dtype, produce, made.changed, workers)
+        return write_unit(unit, work.path, plan.checkpoint, plan.format, plan.linears, plan.dtype, produce, made.changed, workers, claimed)
 
     def _finish_unit(self, unit: Unit, work: WorkFolder, files: Mapping[Path, str]) -> None:
         """Puts a unit whose files are written and synced into the journal."""

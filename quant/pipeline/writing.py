@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, wait
+from contextlib import ExitStack
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -36,36 +37,38 @@ def write_unit(
     produce: Callable[[str], QuantizedTensor],
     changed: Mapping[str, torch.Tensor] | None = None,
     workers: Executor | None = None,
+    claimed: Callable[[], object] = lambda: None,
 ) -> dict[Path, str]:
     """Writes and syncs a unit's shards; returns the digest of each file.
 
     Linears come from ``produce``; every other tensor is copied byte for byte, unless ``changed`` has new values for it. Each is made and
-    written by one of ``workers``, or one after the other in file order where there are none.
+    written by one of ``workers``, or one after the other in file order where there are none. ``claimed`` is called when the disk's room for
+    the unit has been claimed.
     """
-    files = {}
-    for shard in unit.shards:
-        path = folder / shard.file
-        with ShardWriter(path, [t.spec for t in shard.tensors]) as writer:
+    with ExitStack() as stack:
+        writers = [stack.enter_context(ShardWriter(folder / shard.file, [t.spec for t in shard.tensors])) for shard in unit.shards]
+        claimed()
 
-            def write_linear(linear: str, names: Sequence[str], writer: ShardWriter = writer) -> None:
-                packed = form.pack(linears[linear], produce(linear), TORCH[dtype])
-                for name in names:
-                    writer.write(name, packed.pop(name))
+        def write_linear(linear: str, names: Sequence[str], writer: ShardWriter) -> None:
+            packed = form.pack(linears[linear], produce(linear), TORCH[dtype])
+            for name in names:
+                writer.write(name, packed.pop(name))
 
-            jobs: list[Callable[[], None]] = []
+        jobs: list[Callable[[], None]] = []
+        for shard, writer in zip(unit.shards, writers, strict=True):
             for linear, tensors in groupby(shard.tensors, lambda t: t.linear):
                 names = [t.spec.name for t in tensors]
                 if linear is not None:
-                    jobs.append(partial(write_linear, linear, names))
-                    continue
-                for name in names:
-                    if changed and name in changed:
-                        jobs.append(partial(writer.write, name, changed[name]))
-                    else:
-                        jobs.append(partial(writer.write_pieces, name, source.read_bytes(name)))
-            _do(jobs, workers)
-        files[path] = writer.digest
-    return files
+                    jobs.append(partial(write_linear, linear, names, writer))
+                else:
+                    jobs += [
+                        partial(writer.write, name, changed[name])
+                        if changed and name in changed
+                        else partial(writer.write_pieces, name, source.read_bytes(name))
+                        for name in names
+                    ]
+        _do(jobs, workers)
+    return {writer.path: writer.digest for writer in writers}
 
 
 def _do(jobs: Sequence[Callable[[], None]], workers: Executor | None) -> None:
