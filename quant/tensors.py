@@ -62,6 +62,8 @@ class QuantizedTensor:
         scales = scale_values(self.scales, self.global_scale)
         values = code_values(self.codes)
         if self.scheme.strategy == "block":
+            if not n % BLOCK and not k % BLOCK:
+                return values.view(-1, BLOCK, k // BLOCK, BLOCK).mul_(scales[:, None, :, None]).view(n, k)
             return values.mul_(scales.repeat_interleave(BLOCK, 0)[:n].repeat_interleave(BLOCK, 1)[:, :k])
         return values.view(n, scales.shape[1], -1).mul_(scales.unsqueeze(-1)).view(n, k)
 
@@ -79,13 +81,18 @@ class QuantizedTensor:
 
 
 def code_values(codes: torch.Tensor) -> torch.Tensor:
-    """fp32 numbers that float codes stand for: float8 as they are, E2M1 codes (uint8) from the table; a tensor of its own."""
+    """fp32 numbers that float codes stand for: float8 as they are, E2M1 codes (uint8) likewise; a tensor of its own."""
     if codes.dtype == torch.float8_e4m3fn and codes.device.type == "cpu":
         return _e4m3_values(codes)
-    if codes.dtype != torch.uint8:
-        return codes.to(torch.float32, copy=True)
-    table = torch.tensor([*E2M1, *(-x for x in E2M1)], device=codes.device)
-    return table[codes.int()]
+    return _e2m1_values(codes) if codes.dtype == torch.uint8 else codes.to(torch.float32, copy=True)
+
+
+def _e2m1_values(codes: torch.Tensor) -> torch.Tensor:
+    """The numbers of :data:`E2M1`, faster than from a table: moved under fp16's exponent, the bits of one are it times 2⁻¹⁴ (the biases are 1
+    and 15)."""
+    wide = codes.to(torch.int16)
+    bits = (wide & 7).mul_(1 << 9).bitwise_or_((wide & 8).mul_(1 << 12))  # the sign wraps into the uppermost bit
+    return bits.view(torch.float16).float().mul_(2.0**14)
 
 
 def _e4m3_values(codes: torch.Tensor) -> torch.Tensor:

@@ -462,7 +462,8 @@ def _judge(info: TensorInfo, found: Found | None) -> Callable[[bytes], str | Non
         def eight_bits(piece: bytes) -> str | None:
             codes = np.frombuffer(piece, "u1")
             magnitudes = codes & 0x7F
-            if magnitudes.size and int(magnitudes.max()) == 0x7F:  # counted only once there is one: a maximum is far cheaper than a comparison
+            # counted only where there is one: a maximum costs far less than a comparison
+            if magnitudes.size and int(magnitudes.max()) == 0x7F:
                 return f"holds {np.count_nonzero(magnitudes == 0x7F)} NaN"
             if scale and (count := np.count_nonzero((codes == 0) | (codes > 0x7F))):
                 return f"holds {count} scales that are not positive"

@@ -88,7 +88,8 @@ def _to_int32(words: torch.Tensor) -> torch.Tensor:
 
 def pack_halves(codes: torch.Tensor) -> torch.Tensor:
     """uint8 [..., K/2] from 4-bit codes uint8 [..., K]: the even column in the low half of a byte."""
-    pairs = codes.reshape(-1).view(torch.int16)  # the even one in the low byte; contiguous words run many times as fast as columns with gaps
+    # as words with the even column in the low byte: contiguous ones run many times as fast as columns with gaps
+    pairs = codes.reshape(-1).view(torch.int16)
     return (pairs | pairs >> 4).to(torch.uint8).view(*codes.shape[:-1], codes.shape[-1] // 2)
 
 

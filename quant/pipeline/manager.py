@@ -510,20 +510,23 @@ class QuantizationManager:
         for stored, weight, squares in self._pieces(name):
             result = self.quantizers[assignment](weight, None, weights, _torch_dtype(self.plan.dtype), **shared)
             signal.append(squares)
-            noise.append(sum_of_squares(result.tensor.dequantize().to(stored.dtype).float().sub_(stored)))
+            # between neighbours on a grid, the stored dtype holds the difference of two of its numbers exactly
+            noise.append(sum_of_squares(result.tensor.dequantize().to(stored.dtype).sub_(stored).float()))
             whole.add(result)
         quantized = whole.finish()
         self._record(name, quantized, _total(noise), _total(signal), None, 0, time.perf_counter() - start)
         return quantized.tensor
 
     def _pieces(self, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """A linear's weight by pieces of whole blocks of rows: as stored, and as fp32 of its own, both on the device; and the sum of its squares.
+        """A linear's weight by pieces of rows, whole blocks of them: as stored, and as fp32 of its own, both on the device; and the sum of its squares.
 
         Raises:
             CheckpointError: it holds NaN or infinity.
         """
         size = PIECE.get(self.device.type, PIECE["cuda"])
-        rows = max(BLOCK, size // self.plan.linears[name].k // BLOCK * BLOCK)
+        linear = self.plan.linears[name]
+        block = BLOCK if linear.scheme.strategy == "block" else 1
+        rows = max(block, size // linear.k // block * block)
         for piece in self.plan.checkpoint.read_rows(f"{name}.weight", rows):
             stored = piece.to(self.device)
             weight = stored.to(torch.float32, copy=True)

@@ -16,7 +16,7 @@ import torch
 
 from quant.quantizers.rounding import SEARCH_STEPS
 from quant.schemes import BLOCK, WeightScheme
-from quant.tensors import QuantizedTensor, largest_magnitude, scale_values
+from quant.tensors import QuantizedTensor, code_values, largest_magnitude, scale_values
 
 #: A scale of NVFP4 is at most this, the largest E4M3 number; of group and tensor together 448 · 6 is reached.
 _E4M3 = 448.0
@@ -41,20 +41,23 @@ class FloatScales:
 def snap(values: torch.Tensor, bits: int) -> torch.Tensor:
     """The nearest E4M3 (8 bits) or E2M1 (4 bits) numbers, fp32."""
     if bits == 8:
-        return values.clamp(-_E4M3, _E4M3).to(torch.float8_e4m3fn).float()
+        return code_values(values.clamp(-_E4M3, _E4M3).to(torch.float8_e4m3fn))
     values = values.clamp(-6.0, 6.0)
-    size = values.abs()
-    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    powers = values.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)  # of two, at most the magnitude: its exponent alone
+    step = powers.mul_(0.5).clamp_min_(0.5)
     return (values / step).round_().mul_(step)
 
 
 def encode(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes of numbers that :func:`snap` gave: float8_e4m3fn, or uint8 with the sign in bit 3."""
+    """Codes of numbers that :func:`snap` gave: float8_e4m3fn, or uint8 with the sign in bit 3.
+
+    The exponents of E2M1 and fp16 are biased by 1 and 15: times 2⁻¹⁴ the bits of an E2M1 number, the subnormal 0.5 too, are the uppermost of an
+    fp16 one, but for the sign. -0 becomes 0.
+    """
     if bits == 8:
         return values.to(torch.float8_e4m3fn)
-    size = values.abs()
-    index = torch.where(size <= 2, 2 * size, torch.where(size <= 4, size + 2, 7.0))
-    return (index + 8 * (values < 0)).to(torch.uint8)
+    halves = values.mul(2.0**-14).add_(0.0).half().view(torch.int16)
+    return (halves >> 9).bitwise_and_(7).bitwise_or_((halves >> 12).bitwise_and_(8)).to(torch.uint8)
 
 
 def float_scales(
@@ -133,9 +136,12 @@ def _best(
     return chosen.view(candidates[0].dtype)
 
 
-def wide_scales(scales: FloatScales, k: int, g: int) -> torch.Tensor:
-    """fp32 [N, K]: the multiplier of each weight, groups of ``g`` inputs (the last of blocks may be short)."""
-    return scales.wide.repeat_interleave(g, 1)[:, :k] if scales.wide.shape[1] > 1 else scales.wide
+def _divided(weight: torch.Tensor, multipliers: torch.Tensor, g: int) -> torch.Tensor:
+    """A weight fp32 [N, K] over the multipliers [N, G] of groups of ``g`` inputs (the last of blocks may be short)."""
+    n, k = weight.shape
+    if k % g:
+        return weight / multipliers.repeat_interleave(g, 1)[:, :k]
+    return (weight.view(n, -1, g) / multipliers.unsqueeze(-1)).view(n, k)
 
 
 def round_floats(weight: torch.Tensor, scheme: WeightScheme, scales: FloatScales) -> QuantizedTensor:
@@ -145,7 +151,6 @@ def round_floats(weight: torch.Tensor, scheme: WeightScheme, scales: FloatScales
     rows = n if weight.is_cuda else max(1, _CACHED // k)
     codes = torch.empty(n, k, dtype=torch.float8_e4m3fn if scheme.bits == 8 else torch.uint8, device=weight.device)
     for start in range(0, n, rows):
-        piece = FloatScales(scales.stored, scales.wide[start : start + rows])
-        part = weight[start : start + rows] / wide_scales(piece, k, g)
+        part = _divided(weight[start : start + rows], scales.wide[start : start + rows], g)
         codes[start : start + rows] = part.clamp_(-_E4M3, _E4M3) if scheme.bits == 8 else encode(snap(part, 4), 4)
     return QuantizedTensor(codes, scales.stored, None, scheme, global_scale=scales.global_scale)
