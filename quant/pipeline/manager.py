@@ -475,7 +475,7 @@ class QuantizationManager:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         torch.empty(KEPT, dtype=torch.uint8)
-        workers, writers = ThreadPoolExecutor(min(threads, MOST_WORKERS)), ThreadPoolExecutor(UNITS_UNDER_WAY)
+        workers, writers = ThreadPoolExecutor(worker_count(threads)), ThreadPoolExecutor(UNITS_UNDER_WAY)
 
         def start(unit: Unit) -> Future[dict[Path, str]]:
             """Starts a unit once its room on the disk is claimed: what a full disk leaves finished are then the first units."""
@@ -510,7 +510,7 @@ class QuantizationManager:
         for stored, weight, squares in self._pieces(name):
             result = self.quantizers[assignment](weight, None, weights, _torch_dtype(self.plan.dtype), **shared)
             signal.append(squares)
-            # between neighbours on a grid, the stored dtype holds the difference of two of its numbers exactly
+            # a dtype holds the difference of two of its numbers exactly where neither is more than twice the other, or one is 0
             noise.append(sum_of_squares(result.tensor.dequantize().to(stored.dtype).sub_(stored).float()))
             whole.add(result)
         quantized = whole.finish()
@@ -524,9 +524,8 @@ class QuantizationManager:
             CheckpointError: it holds NaN or infinity.
         """
         size = PIECE.get(self.device.type, PIECE["cuda"])
-        linear = self.plan.linears[name]
-        block = BLOCK if linear.scheme.strategy == "block" else 1
-        rows = max(block, size // linear.k // block * block)
+        block = BLOCK if self.plan.assignments[name].scheme.weights.strategy == "block" else 1
+        rows = max(block, size // self.plan.linears[name].k // block * block)
         for piece in self.plan.checkpoint.read_rows(f"{name}.weight", rows):
             stored = piece.to(self.device)
             weight = stored.to(torch.float32, copy=True)
@@ -702,7 +701,12 @@ class QuantizationManager:
         return next((o for q in self.quantizers.values() if (o := str(getattr(q, "act_order", "none"))) != "none"), "none")
 
 
-def _total(parts: Sequence[torch.Tensor]) -> float:
+def worker_count(threads: int) -> int:
+    """Tensors that a job without data works on at once where torch may use so many threads."""
+    return min(threads, MOST_WORKERS)
+
+
+def _total(parts: list[torch.Tensor]) -> float:
     return float(torch.stack(parts).double().sum())
 
 
