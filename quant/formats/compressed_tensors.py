@@ -224,19 +224,18 @@ class CompressedTensors:
     def pack(self, linear: Linear, tensor: QuantizedTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         import torch
 
-        from quant.formats.packing import pack, pack_halves
+        from quant.formats.packing import pack, pack_halves, unsigned
 
         name, scheme = linear.name, tensor.scheme
         layout = layout_of(linear)
         scales = tensor.scales.reshape(1) if scheme.strategy == "tensor" else tensor.scales
         packed: dict[str, torch.Tensor] = {}
         if layout == "pack-quantized":
-            bits, offset = scheme.bits, 2 ** (scheme.bits - 1)
-            packed["weight_packed"] = pack(tensor.codes.to(torch.int16) + offset, bits)
+            packed["weight_packed"] = pack(unsigned(tensor.codes, scheme.bits), scheme.bits)
             packed["weight_shape"] = torch.tensor(tensor.shape, dtype=torch.int64)
             scales = scales.to(dtype)
             if tensor.zeros is not None:
-                words = pack((tensor.zeros.to(torch.int16) + offset).t().contiguous(), bits)
+                words = pack(unsigned(tensor.zeros, scheme.bits).t().contiguous(), scheme.bits)
                 packed["weight_zero_point"] = words.t().contiguous()
         elif tensor.codes.dtype == torch.uint8:
             packed["weight_packed"] = pack_halves(tensor.codes)

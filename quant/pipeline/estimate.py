@@ -12,7 +12,7 @@ from quant.calibration.statistics import Accumulator
 from quant.errors import QuantError
 from quant.models.adapter import block_of
 from quant.models.skeleton import Skeleton
-from quant.pipeline.manager import RESIDENT_CPU, QuantizationManager
+from quant.pipeline.manager import RESIDENT_CPU, QuantizationManager, worker_count
 from quant.pipeline.memory import peak_rss
 from quant.pipeline.plan import JobPlan, text_config
 from quant.quantizers.rounding import SEARCH_STEPS
@@ -60,6 +60,7 @@ def estimate(plan: JobPlan) -> dict[str, Any]:
         largest += resident + 2 * hidden_bytes
         seconds = _seconds(plan, groups, tokens, manager.device, skeleton.dtype)
     else:
+        largest *= worker_count(torch.get_num_threads())
         seconds = sum(x.n * x.k for x in plan.linears.values()) * 40 / 2e9 * (SEARCH_STEPS if plan.recipe.clip_search else 1)
     seconds += (plan.checkpoint.nbytes + 2 * plan.output_bytes) / 1e9
     peak = peak_rss() + largest

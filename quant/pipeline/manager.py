@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,7 +47,7 @@ from quant.recipe import Assignment, Recipe
 from quant.report.evidence import NOT_CALIBRATED, NOT_HELD_OUT, REPORT
 from quant.schemes import BLOCK, Scheme
 from quant.serving.arguments import engine_arguments, vllm_config
-from quant.tensors import QuantizedTensor
+from quant.tensors import QuantizedTensor, largest_magnitude, sum_of_squares
 from quant.units import format_seconds
 
 #: Tokens of one batch: large enough for full speed of the matrix products, small enough that a batch's activations are few.
@@ -55,6 +58,11 @@ RESIDENT_CPU = 256 << 20
 PIECE = {"cpu": 1 << 18, "cuda": 1 << 24}
 #: An input feature this many times as large as the median one is an outlier: its weights may be small and still matter, and few bits round them away.
 OUTLIERS = 32.0
+#: Tensors that a job without data works on at once, and so has in memory, on as many cores; and units, of which one may be waiting for the disk.
+MOST_WORKERS, UNITS_UNDER_WAY = 4, 2
+#: Bytes of a buffer that is made and freed, untouched, before the work: from then on glibc's allocator keeps freed blocks of up to this size, where
+#: it would give each back to the system and have it cleared again. Its own limit is 32 MiB.
+KEPT = 31 << 20
 #: Tokens of the held-out row that a layer's error is measured on.
 ERROR_TOKENS = 512
 
@@ -157,6 +165,7 @@ class QuantizationManager:
         self.layers: dict[str, dict[str, Any]] = {}
         self.folds: dict[str, dict[str, Any]] = {}
         self._amax: dict[str, torch.Tensor] = {}
+        self._amax_lock = threading.Lock()
         self.scratch_bytes = 0
 
     def _suppressor(self, quantizer: Quantizer) -> Suppressor | None:
@@ -458,17 +467,35 @@ class QuantizationManager:
     # --- methods that need no data ----------------------------------------------------------------------------------------------------
 
     def _data_free(self, work: WorkFolder) -> None:
-        """Tensor by tensor through the files; no module is built, so any architecture goes through."""
+        """Tensor by tensor through the files; no module is built, so any architecture goes through.
+
+        Each worker quantizes, hashes and writes one tensor at a time on one thread, whose pieces stay in the cache of its core; threads that shared
+        a piece would wait for each other, for long where others use the cores too. The workers go on with the next unit while one is synced.
+        """
         threads = torch.get_num_threads()
-        if self.device.type == "cpu":
-            torch.set_num_threads(
-                1
-            )  # pieces are too small to share: threads would wait for each other, for long where others use the cores too
+        torch.set_num_threads(1)
+        torch.empty(KEPT, dtype=torch.uint8)
+        workers, writers = ThreadPoolExecutor(worker_count(threads)), ThreadPoolExecutor(UNITS_UNDER_WAY)
+
+        def start(unit: Unit) -> Future[dict[Path, str]]:
+            """Starts a unit once its room on the disk is claimed: what a full disk leaves finished are then the first units."""
+            claimed = threading.Event()
+            files = writers.submit(self._files, unit, work, Made(), workers, claimed.set)
+            files.add_done_callback(lambda _: claimed.set())  # or it has failed
+            claimed.wait()
+            return files
+
         try:
+            ahead = (start(u) for u in self.plan.units if u.name not in work.finished)
+            under_way = deque(islice(ahead, 1))
             for unit in self._units(work):
                 if unit.name not in work.finished:
-                    self._write(unit, work, Made())
+                    under_way.extend(islice(ahead, 1))
+                    with self.clock.phase("write"):
+                        self._finish_unit(unit, work, under_way.popleft().result())
         finally:
+            workers.shutdown(wait=False, cancel_futures=True)  # after an error or an interrupt: ends the units under way
+            writers.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)
 
     def _quantize_alone(self, name: str) -> QuantizedTensor:
@@ -478,43 +505,46 @@ class QuantizationManager:
         start = time.perf_counter()
         amax = self._fused_amax(name) if weights.strategy in ("tensor", "tensor_group") else None
         shared = {} if amax is None else {"amax": amax}
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        signal, noise = [], []
         whole = Assembled(self.plan.linears[name].n)
-        for stored, weight in self._pieces(name):
+        for stored, weight, squares in self._pieces(name):
             result = self.quantizers[assignment](weight, None, weights, _torch_dtype(self.plan.dtype), **shared)
-            value = result.tensor.dequantize().to(stored.dtype).float()
-            exact = stored.float()
-            sums += torch.stack([value.sub_(exact).square_().sum(), exact.square().sum()])
+            signal.append(squares)
+            # a dtype holds the difference of two of its numbers exactly where neither is more than twice the other, or one is 0
+            noise.append(sum_of_squares(result.tensor.dequantize().to(stored.dtype).sub_(stored).float()))
             whole.add(result)
         quantized = whole.finish()
-        noise, signal = sums.tolist()
-        self._record(name, quantized, noise, signal, None, 0, time.perf_counter() - start)
+        self._record(name, quantized, _total(noise), _total(signal), None, 0, time.perf_counter() - start)
         return quantized.tensor
 
-    def _pieces(self, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """A linear's weight by pieces of whole blocks of rows: as stored, and as fp32 of its own; both on the device.
+    def _pieces(self, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """A linear's weight by pieces of rows, whole blocks of them: as stored, and as fp32 of its own, both on the device; and the sum of its squares.
 
         Raises:
             CheckpointError: it holds NaN or infinity.
         """
         size = PIECE.get(self.device.type, PIECE["cuda"])
-        rows = max(BLOCK, size // self.plan.linears[name].k // BLOCK * BLOCK)
+        block = BLOCK if self.plan.assignments[name].scheme.weights.strategy == "block" else 1
+        rows = max(block, size // self.plan.linears[name].k // block * block)
         for piece in self.plan.checkpoint.read_rows(f"{name}.weight", rows):
             stored = piece.to(self.device)
             weight = stored.to(torch.float32, copy=True)
-            if weight.numel() and not bool(torch.isfinite(weight.abs().amax())):
+            squares = sum_of_squares(weight)
+            # a sum of squares is finite only if every number is; those of large numbers may overflow
+            if not bool(torch.isfinite(squares)) and not bool(torch.isfinite(weight).all()):
                 raise CheckpointError(
                     f"{self.plan.checkpoint.info(f'{name}.weight').file}: {name}.weight holds NaN or infinity: the source is damaged, fetch it again"
                 )
-            yield stored, weight
+            yield stored, weight, squares
 
     def _fused_amax(self, name: str) -> torch.Tensor:
         """Largest magnitude in the layer that vLLM fuses a linear into: its shards get one number for the whole tensor."""
         fused = fused_name(name)
-        if fused not in self._amax:
-            shards = [n for n in self.plan.linears if fused_name(n) == fused]
-            self._amax[fused] = torch.stack([w.abs().amax() for n in shards for _, w in self._pieces(n)]).amax()
-        return self._amax[fused]
+        with self._amax_lock:
+            if fused not in self._amax:
+                shards = [n for n in self.plan.linears if fused_name(n) == fused]
+                self._amax[fused] = torch.stack([largest_magnitude(w) for n in shards for _, w, _ in self._pieces(n)]).amax()
+            return self._amax[fused]
 
     # --- shared -----------------------------------------------------------------------------------------------------------------------
 
@@ -573,20 +603,28 @@ class QuantizationManager:
             self.progress(Event("quantize", message=f"{name}: {fallback}", warning=True))
 
     def _write(self, unit: Unit, work: WorkFolder, made: Made) -> None:
-        """Writes a unit; linears that are not in ``made`` are quantized now."""
+        """Writes a unit and notes that it is finished."""
+        with self.clock.phase("write"):
+            self._finish_unit(unit, work, self._files(unit, work, made))
+
+    def _files(
+        self, unit: Unit, work: WorkFolder, made: Made, workers: Executor | None = None, claimed: Callable[[], object] = lambda: None
+    ) -> dict[Path, str]:
+        """Writes a unit's files, and returns each one's digest; linears that are not in ``made`` are quantized now."""
 
         def produce(name: str) -> QuantizedTensor:
             return made.linears.pop(name) if name in made.linears else self._quantize_alone(name)
 
-        with self.clock.phase("write"):
-            files = write_unit(
-                unit, work.path, self.plan.checkpoint, self.plan.format, self.plan.linears, self.plan.dtype, produce, made.changed
-            )
-            names = sorted({t.linear for s in unit.shards for t in s.tensors if t.linear})
-            for name in names:
-                self.layers[name]["unit"] = unit.name
-            folds = {k: f for k, f in self.folds.items() if set(f["linears"]) & set(names)}
-            work.finish_unit(unit.name, files, {"layers": {n: self.layers[n] for n in names}, "folds": folds})
+        plan = self.plan
+        return write_unit(unit, work.path, plan.checkpoint, plan.format, plan.linears, plan.dtype, produce, made.changed, workers, claimed)
+
+    def _finish_unit(self, unit: Unit, work: WorkFolder, files: Mapping[Path, str]) -> None:
+        """Puts a unit whose files are written and synced into the journal."""
+        names = sorted({t.linear for s in unit.shards for t in s.tensors if t.linear})
+        for name in names:
+            self.layers[name]["unit"] = unit.name
+        folds = {k: f for k, f in self.folds.items() if set(f["linears"]) & set(names)}
+        work.finish_unit(unit.name, files, {"layers": {n: self.layers[n] for n in names}, "folds": folds})
 
     def _finish(self, work: WorkFolder, rows: Rows | None, start: float) -> dict[str, Any]:
         """Side files, index, config, static verification, report."""
@@ -661,6 +699,15 @@ class QuantizationManager:
 
     def _act_order(self) -> str:
         return next((o for q in self.quantizers.values() if (o := str(getattr(q, "act_order", "none"))) != "none"), "none")
+
+
+def worker_count(threads: int) -> int:
+    """Tensors that a job without data works on at once where torch may use so many threads."""
+    return min(threads, MOST_WORKERS)
+
+
+def _total(parts: list[torch.Tensor]) -> float:
+    return float(torch.stack(parts).double().sum())
 
 
 def _torch_dtype(name: str) -> torch.dtype:

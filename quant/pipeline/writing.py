@@ -5,7 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, wait
+from contextlib import ExitStack
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +36,53 @@ def write_unit(
     dtype: str,
     produce: Callable[[str], QuantizedTensor],
     changed: Mapping[str, torch.Tensor] | None = None,
+    workers: Executor | None = None,
+    claimed: Callable[[], object] = lambda: None,
 ) -> dict[Path, str]:
-    """Writes and syncs a unit's shards; returns the digest of each file. Linears come from ``produce``, one at a time; every other tensor is copied byte for byte, unless
-    ``changed`` has new values for it."""
-    files = {}
-    for shard in unit.shards:
-        path = folder / shard.file
-        with ShardWriter(path, [t.spec for t in shard.tensors]) as writer:
-            packed: dict[str, torch.Tensor] = {}
-            for tensor in shard.tensors:
-                name = tensor.spec.name
-                if changed and name in changed:
-                    writer.write(name, changed[name])
-                    continue
-                if tensor.linear is None:
-                    writer.write_pieces(name, source.read_bytes(name))
-                    continue
-                if name not in packed:
-                    packed = form.pack(linears[tensor.linear], produce(tensor.linear), TORCH[dtype])
+    """Writes and syncs a unit's shards; returns the digest of each file.
+
+    Linears come from ``produce``; every other tensor is copied byte for byte, unless ``changed`` has new values for it. Each is made and
+    written by one of ``workers``, or one after the other in file order where there are none. ``claimed`` is called when the disk's room for
+    the unit has been claimed.
+    """
+    with ExitStack() as stack:
+        writers = [stack.enter_context(ShardWriter(folder / shard.file, [t.spec for t in shard.tensors])) for shard in unit.shards]
+        claimed()
+
+        def write_linear(linear: str, names: Sequence[str], writer: ShardWriter) -> None:
+            packed = form.pack(linears[linear], produce(linear), TORCH[dtype])
+            for name in names:
                 writer.write(name, packed.pop(name))
-        files[path] = writer.digest
-    return files
+
+        jobs: list[Callable[[], None]] = []
+        for shard, writer in zip(unit.shards, writers, strict=True):
+            for linear, tensors in groupby(shard.tensors, lambda t: t.linear):
+                names = [t.spec.name for t in tensors]
+                if linear is not None:
+                    jobs.append(partial(write_linear, linear, names, writer))
+                else:
+                    jobs += [
+                        partial(writer.write, name, changed[name])
+                        if changed and name in changed
+                        else partial(writer.write_pieces, name, source.read_bytes(name))
+                        for name in names
+                    ]
+        _do(jobs, workers)
+    return {writer.path: writer.digest for writer in writers}
+
+
+def _do(jobs: Sequence[Callable[[], None]], workers: Executor | None) -> None:
+    """Does all jobs. When one fails the others are left out or waited for: the file that they write to is about to be closed."""
+    if workers is None:
+        for job in jobs:
+            job()
+        return
+    futures = [workers.submit(job) for job in jobs]
+    try:
+        for future in futures:
+            future.result()
+    finally:
+        wait([f for f in futures if not f.cancel()])
 
 
 def write_rest(

@@ -16,12 +16,14 @@ import torch
 
 from quant.quantizers.rounding import SEARCH_STEPS
 from quant.schemes import BLOCK, WeightScheme
-from quant.tensors import QuantizedTensor, scale_values
+from quant.tensors import QuantizedTensor, code_values, largest_magnitude, scale_values
 
 #: A scale of NVFP4 is at most this, the largest E4M3 number; of group and tensor together 448 · 6 is reached.
 _E4M3 = 448.0
 #: Exponent of the largest element: of E2M1 6 = 1.5 · 2², of E4M3 448 = 1.75 · 2⁸.
 _LARGEST_EXPONENT = {4: 2, 8: 8}
+#: Elements rounded at a time on a CPU, whose temporaries stay in its cache.
+_CACHED = 1 << 18
 #: How far the search shrinks a group's range: 4-bit floats have few codes, so cutting deep can pay.
 _FLOOR = 0.7
 
@@ -39,20 +41,23 @@ class FloatScales:
 def snap(values: torch.Tensor, bits: int) -> torch.Tensor:
     """The nearest E4M3 (8 bits) or E2M1 (4 bits) numbers, fp32."""
     if bits == 8:
-        return values.clamp(-_E4M3, _E4M3).to(torch.float8_e4m3fn).float()
+        return code_values(values.clamp(-_E4M3, _E4M3).to(torch.float8_e4m3fn))
     values = values.clamp(-6.0, 6.0)
-    size = values.abs()
-    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    powers = values.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)  # of two, at most the magnitude: its exponent alone
+    step = powers.mul_(0.5).clamp_min_(0.5)
     return (values / step).round_().mul_(step)
 
 
 def encode(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes of numbers that :func:`snap` gave: float8_e4m3fn, or uint8 with the sign in bit 3."""
+    """Codes of numbers that :func:`snap` gave: float8_e4m3fn, or uint8 with the sign in bit 3.
+
+    The exponents of E2M1 and fp16 are biased by 1 and 15: times 2⁻¹⁴ the bits of an E2M1 number, the subnormal 0.5 too, are the uppermost of an
+    fp16 one, but for the sign. -0 becomes 0.
+    """
     if bits == 8:
         return values.to(torch.float8_e4m3fn)
-    size = values.abs()
-    index = torch.where(size <= 2, 2 * size, torch.where(size <= 4, size + 2, 7.0))
-    return (index + 8 * (values < 0)).to(torch.uint8)
+    halves = values.mul(2.0**-14).add_(0.0).half().view(torch.int16)
+    return (halves >> 9).bitwise_and_(7).bitwise_or_((halves >> 12).bitwise_and_(8)).to(torch.uint8)
 
 
 def float_scales(
@@ -72,27 +77,26 @@ def float_scales(
     """
     n, k = weight.shape
     if scheme.strategy == "tensor":
-        largest = weight.abs().amax() if amax is None else amax
+        largest = largest_magnitude(weight) if amax is None else amax
         stored = _positive(largest / scheme.largest).reshape(1, 1)
         return FloatScales(stored, stored.expand(n, 1))
     if scheme.strategy == "block":
         rows, columns = -(-n // BLOCK), -(-k // BLOCK)
-        padded = torch.zeros(rows * BLOCK, columns * BLOCK, device=weight.device)
-        padded[:n, :k] = weight.abs()
-        stored = _positive(padded.view(rows, BLOCK, columns, BLOCK).amax((1, 3)) / scheme.largest)
+        padded = torch.nn.functional.pad(weight, (0, columns * BLOCK - k, 0, rows * BLOCK - n)) if n % BLOCK or k % BLOCK else weight
+        stored = _positive(largest_magnitude(padded.view(rows, BLOCK, columns, BLOCK), (1, 3)) / scheme.largest)
         return FloatScales(stored, stored.repeat_interleave(BLOCK, 0)[:n])
     groups = weight.view(n, scheme.groups(k), -1)
     if scheme.scales == "F32":
-        stored = _positive(groups.abs().amax(-1) / scheme.largest)
+        stored = _positive(largest_magnitude(groups, -1) / scheme.largest)
         return FloatScales(stored, stored)
     weights = None if importance is None else importance.view(groups.shape[1], -1)
-    largest = groups.abs().amax(-1)
+    largest = largest_magnitude(groups, -1)
     if scheme.scales == "U8":
         exponent = torch.floor(torch.log2(largest)) - _LARGEST_EXPONENT[scheme.bits]
         exponent = torch.where(largest == 0, 0.0, exponent).clamp(-127, 126).to(torch.int16)
         stored = _best(groups, [(exponent + 127 + up).to(torch.uint8) for up in (0, 1)], None, scheme, weights)
         return FloatScales(stored, scale_values(stored))
-    whole = weight.abs().amax() if amax is None else amax
+    whole = largest_magnitude(weight) if amax is None else amax
     divisor = torch.where(whole == 0, 1.0, _E4M3 * 6.0 / whole).reshape(1)
     steps = SEARCH_STEPS if search else 1
     shrinks = [1 - (1 - _FLOOR) * i / max(steps - 1, 1) for i in range(steps)]
@@ -132,19 +136,21 @@ def _best(
     return chosen.view(candidates[0].dtype)
 
 
-def wide_scales(scales: FloatScales, k: int, g: int) -> torch.Tensor:
-    """fp32 [N, K]: the multiplier of each weight, groups of ``g`` inputs (the last of blocks may be short)."""
-    return scales.wide.repeat_interleave(g, 1)[:, :k] if scales.wide.shape[1] > 1 else scales.wide
+def _divided(weight: torch.Tensor, multipliers: torch.Tensor, g: int) -> torch.Tensor:
+    """A weight fp32 [N, K] over the multipliers [N, G] of groups of ``g`` inputs (the last of blocks may be short)."""
+    n, k = weight.shape
+    if k % g:
+        return weight / multipliers.repeat_interleave(g, 1)[:, :k]
+    return (weight.view(n, -1, g) / multipliers.unsqueeze(-1)).view(n, k)
 
 
 def round_floats(weight: torch.Tensor, scheme: WeightScheme, scales: FloatScales) -> QuantizedTensor:
     """The nearest numbers of a weight fp32 [N, K], by pieces of rows: whole temporaries would be larger than the weight."""
     n, k = weight.shape
     g = k if scheme.group_size == -1 else scheme.group_size
-    rows = n if weight.is_cuda else max(1, (1 << 18) // k)
-    parts = []
+    rows = n if weight.is_cuda else max(1, _CACHED // k)
+    codes = torch.empty(n, k, dtype=torch.float8_e4m3fn if scheme.bits == 8 else torch.uint8, device=weight.device)
     for start in range(0, n, rows):
-        piece = FloatScales(scales.stored, scales.wide[start : start + rows])
-        part = weight[start : start + rows] / wide_scales(piece, k, g)
-        parts.append(part.clamp_(-_E4M3, _E4M3).to(torch.float8_e4m3fn) if scheme.bits == 8 else encode(snap(part, 4), 4))
-    return QuantizedTensor(torch.cat(parts), scales.stored, None, scheme, global_scale=scales.global_scale)
+        part = _divided(weight[start : start + rows], scales.wide[start : start + rows], g)
+        codes[start : start + rows] = part.clamp_(-_E4M3, _E4M3) if scheme.bits == 8 else encode(snap(part, 4), 4)
+    return QuantizedTensor(codes, scales.stored, None, scheme, global_scale=scales.global_scale)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quant.formats.packing import pack, unpack
+from quant.formats.packing import pack, pack_halves, unpack, unpack_halves, unsigned
 
 BITS = (2, 3, 4, 8)
 
@@ -70,3 +70,17 @@ def test_worked_vectors(bits: int, values: list[int], words: list[int]) -> None:
 def test_three_bits_in_odd_runs_are_refused() -> None:
     with pytest.raises(ValueError, match="3-bit packing takes multiples of 32 values, got 40"):
         pack(torch.zeros(40, dtype=torch.int64), 3)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_signed_codes_become_unsigned_ones(bits: int) -> None:
+    codes = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1), dtype=torch.int8)
+    assert unsigned(codes, bits).tolist() == list(range(2**bits))
+    assert unsigned(codes.view(2, -1).t(), bits).tolist() == torch.arange(2**bits).view(2, -1).t().tolist()
+
+
+def test_halves_of_bytes_hold_the_even_column_below() -> None:
+    codes = torch.cartesian_prod(torch.arange(16), torch.arange(16)).to(torch.uint8)
+    packed = pack_halves(codes)
+    assert packed.dtype == torch.uint8 and packed.flatten().tolist() == [low | high << 4 for low, high in codes.tolist()]
+    assert torch.equal(unpack_halves(packed), codes)

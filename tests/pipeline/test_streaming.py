@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from quant.pipeline.manager import QuantizationManager
 from quant.pipeline.plan import make_quantizer, plan_job
 from quant.quantizers import Quantized
 from quant.schemes import PRESETS
-from quant.tensors import code_values
-from tests.helpers import copy_model, files_of, load_all, quantize, recipe, save_all
+from quant.tensors import QuantizedTensor, code_values
+from tests.helpers import copy_model, files_of, load_all, quantize, recipe, save_all, weight_files
 
 #: Three blocks of rows, the last one short, and columns that blocks do not divide.
 SHAPES = {"hidden_size": 160, "intermediate_size": 320, "num_hidden_layers": 1, "head_dim": 64, "num_attention_heads": 4}
@@ -96,3 +97,64 @@ def test_every_fp8_code_has_the_value_that_torch_gives_it() -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     assert torch.equal(code_values(codes).nan_to_num(-1), codes.float().nan_to_num(-1))
     assert torch.equal(code_values(codes.view(16, 16).t()).isnan(), codes.float().isnan().view(16, 16).t())
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of torch's threads until the end of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8-fp8-tensor", "w4a16-asym"])
+def test_files_do_not_depend_on_the_number_of_workers(
+    scheme: str, checkpoints: Callable[..., Path], tmp_path: Path, threads: Callable[[int], None]
+) -> None:
+    source = checkpoints("llama", **SHAPES | {"num_hidden_layers": 5})
+    group = {"group_size": 32} if scheme == "w4a16-asym" else {}
+    reports = {}
+    for count in (1, 3):
+        threads(count)
+        reports[count] = quantize(source, tmp_path / str(count), method="minmax", scheme=scheme, **group)
+        assert torch.get_num_threads() == count
+    assert reports[1]["output_hash"] == reports[3]["output_hash"]
+    assert weight_files(tmp_path / "1") == weight_files(tmp_path / "3")
+    assert [(x["name"], x["snr_db"], x["unit"]) for x in reports[1]["layers"]] == [
+        (x["name"], x["snr_db"], x["unit"]) for x in reports[3]["layers"]
+    ]
+
+
+def test_a_unit_that_fails_keeps_those_before_it_and_leaves_nothing_of_itself(
+    checkpoints: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None]
+) -> None:
+    source = checkpoints("llama", **SHAPES | {"num_hidden_layers": 5})
+    threads(3)
+    alone = QuantizationManager._quantize_alone
+
+    def failing(manager: QuantizationManager, name: str) -> QuantizedTensor:
+        if name == "model.layers.2.mlp.up_proj":
+            raise CheckpointError("this one")
+        return alone(manager, name)
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="this one"):
+        patch.setattr(QuantizationManager, "_quantize_alone", failing)
+        quantize(source, tmp_path / "out", method="minmax", group_size=32)
+    work = tmp_path / "out.work"
+    units = [json.loads(line).get("unit") for line in (work / "journal.jsonl").read_text().splitlines()]
+    assert units == [None, "outside", "block 0", "block 1"]
+    assert not (work / "model-00004-of-00006.safetensors").exists() and torch.get_num_threads() == 3
+    found = quantize(source, tmp_path / "out", method="minmax", group_size=32)
+    assert found["output_hash"] == quantize(source, tmp_path / "undisturbed", method="minmax", group_size=32)["output_hash"]
+
+
+@pytest.mark.parametrize("value", [1e25, -3e38])
+def test_numbers_whose_squares_overflow_are_not_taken_for_damage(value: float, checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    source = copy_model(checkpoints("llama", **SHAPES), tmp_path / "large")
+    tensors = load_all(source)
+    tensors[f"{GATE}.weight"][5, 3] = value
+    save_all(source, tensors)
+    report = quantize(source, tmp_path / "out", method="minmax", scheme="w8a8-fp8")
+    assert report["verify"]["passed"]
+    codes = load_all(tmp_path / "out")[f"{GATE}.weight"]
+    assert abs(float(codes[5, 3].float())) == 448.0

@@ -11,7 +11,7 @@ from quant.calibration.statistics import Statistics
 from quant.quantizers import GPTQQuantizer, MinMaxQuantizer
 from quant.quantizers.floats import encode, snap
 from quant.schemes import PRESETS, Scheme
-from quant.tensors import E2M1, QuantizedTensor, code_values, scale_values
+from quant.tensors import E2M1, QuantizedTensor, code_values, largest_magnitude, scale_values, sum_of_squares
 from tests.quantizers.test_gptq import hessian_of
 
 FLOATS = [s for s in PRESETS.values() if s.weights.number == "float"]
@@ -51,6 +51,26 @@ def test_snapping_is_to_the_nearest_of_all_numbers() -> None:
         best = (values[:, None] - finite).abs().amin(1)
         assert torch.equal((values - snap(values, bits)).abs(), best)
     assert snap(torch.tensor([1e9, -1e9, 449.0, 2.0**-11]), 8).tolist() == [448.0, -448.0, 448.0, 0.0]
+
+
+def test_a_negative_number_that_rounds_to_zero_has_the_code_of_zero() -> None:
+    assert encode(snap(torch.tensor([-0.2, -0.0, 0.2]), 4), 4).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("dim", [(), -1, (1, 3)])
+def test_the_largest_magnitude_is_that_of_either_sign(dim: int | tuple[int, ...]) -> None:
+    values = normal(6, 320).view(2, 3, 4, 80)
+    assert torch.equal(largest_magnitude(values, dim), values.abs().amax(dim))
+    assert torch.equal(largest_magnitude(-values.abs(), dim), values.abs().amax(dim))
+
+
+def test_a_sum_of_squares_is_finite_only_if_every_number_is() -> None:
+    values = normal(64, 100)
+    assert float(sum_of_squares(values)) == pytest.approx(float(values.double().square().sum()), rel=1e-5)
+    assert float(sum_of_squares(torch.empty(0, 4))) == 0
+    for damage in (torch.nan, torch.inf, -torch.inf):
+        values[-1, -1] = damage
+        assert not sum_of_squares(values).isfinite()
 
 
 def test_an_fp8_weight_by_hand() -> None:
