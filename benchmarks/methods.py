@@ -202,23 +202,13 @@ class Job:
 
     def served(self, output: Path) -> float:
         """Loss of log-likelihood in nats a token, as vLLM computes it: that of the checkpoint less that of the source."""
-        return self._vllm(output) - self._vllm(self.source)
+        if self.source not in self.a.cache:
+            self.a.cache[self.source] = self._vllm(self.source)
+        return self._vllm(output) - self.a.cache[self.source]
 
     def _vllm(self, path: Path) -> float:
-        key = f"vllm:{path}"
-        if key not in self.a.cache:
-            command = [
-                self.a.vllm_python,
-                self.a.bench / "vllm_perplexity.py",
-                path,
-                "--text",
-                self.text,
-                "--json",
-                "--chunks",
-                self.chunks,
-            ]
-            self.a.cache[key] = last_json(run(command).output)["nll"]
-        return self.a.cache[key]
+        command = [self.a.vllm_python, self.a.bench / "vllm_perplexity.py", path, "--text", self.text, "--json", "--chunks", self.chunks]
+        return last_json(run(command).output)["nll"]
 
     def measure(self, row: Row) -> Found | str:
         """All draws of a row, or why it cannot be made."""
