@@ -66,6 +66,12 @@ class Statistics:
         median = float(power.median())
         return math.sqrt(float(power.max()) / median) if median > 0 else 1.0
 
+    @property
+    def finite(self) -> bool:
+        """Whether no token's input held NaN or infinity: any of them stays in every sum and range (a sample may have passed it by)."""
+        given = [None if self.hessian is None else self.hessian.diagonal(), self.minimum, self.maximum, self.sample]
+        return all(bool(torch.isfinite(x).all()) for x in given if x is not None)
+
     def copy(self) -> Statistics:
         """With a Hessian of its own: methods overwrite theirs."""
         return replace(self, hessian=None if self.hessian is None else self.hessian.clone())

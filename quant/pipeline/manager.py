@@ -93,6 +93,8 @@ class Made:
                     f"{name}: the block's attention does not go through transformers' attention functions: leave --kv-cache-scheme out"
                 )
             largest = self._cache[0 if name.endswith("k_scale") else 1]
+            if not bool(torch.isfinite(largest)):
+                raise QuantError(f"{name}: the cache's values hold NaN or infinity on calibration tokens: run quant evaluate on the source")
             self.changed[name] = (torch.where(largest == 0, 1.0, largest) / 448.0).reshape(1).cpu()
 
 
@@ -334,6 +336,11 @@ class QuantizationManager:
                 weights = [block.get_parameter(f"{name}.weight") for name in group.linears]
                 with self.clock.phase("solve"):
                     statistics = sums.pop(group).finish()
+                    if not statistics.finite:
+                        raise QuantError(
+                            f"{prefix}{group.linears[0]}: its inputs hold NaN or infinity on calibration tokens: the model overflows or its "
+                            "weights or config.json are damaged: run quant evaluate on the source; --method minmax --scheme w4a16 needs no inputs"
+                        )
                     results, factors = self._solve_group(
                         group, chosen[group], prefix, weights, statistics, skeleton.adapter.norm_offset, made
                     )

@@ -20,6 +20,12 @@ def nan_weight(m: Path) -> None:
     save_all(m, tensors)
 
 
+def overflowing_norm(m: Path) -> None:
+    tensors = load_all(m)
+    tensors["model.layers.1.input_layernorm.weight"].fill_(3e38)
+    save_all(m, tensors)
+
+
 def outside_index(m: Path) -> None:
     (m / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}')
 
@@ -52,6 +58,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str], int, list[str]]] = {
     "a broken tokenizer": (lambda m: (m / "tokenizer.json").write_text("{"), GPTQ, 1, ["tokenizer cannot be loaded"]),
     "NaN weights": (nan_weight, MINMAX, 1, ["up_proj.weight holds NaN or infinity", "fetch it again"]),
     "NaN weights with data": (nan_weight, GPTQ, 1, ["up_proj.weight holds NaN or infinity"]),
+    "NaN inputs": (overflowing_norm, GPTQ, 1, ["model.layers.1.self_attn", "its inputs hold NaN or infinity", "quant evaluate"]),
     "a group size that does not divide": (nothing, ["--method", "minmax"], 1, ["groups of 128", "--group-size 32 or -1"]),
     "a group size of 3": (nothing, ["--method", "minmax", "--group-size", "3"], 2, ["group size is 3", "multiple of 8"]),
     "a group size of 0": (nothing, ["--method", "minmax", "--group-size", "0"], 2, ["group size is 0"]),
