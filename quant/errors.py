@@ -6,6 +6,7 @@ traceback and exits with ``exit_code``; library callers catch :class:`QuantError
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 
 
@@ -57,6 +58,18 @@ class Problems(QuantError):
         super().__init__(self.problems[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems:", *lines]))
 
 
+def clipped(value: object, most: int = 100) -> str:
+    """A value as a message shows it: its beginning, never the whole of a long or endlessly nested one.
+
+    >>> clipped("x" * 1000, 10)
+    "'xxxx…"
+    """
+    short = reprlib.Repr()
+    short.maxlevel, short.maxdict, short.maxstring, short.maxlong, short.maxother = 3, 6, 4 * most, 60, 4 * most
+    shown = short.repr(value)
+    return shown if len(shown) <= most else shown[: most // 2] + "…"
+
+
 def one_of(what: str, value: object, allowed: Sequence[str]) -> UsageError:
     """The error for a name that is not in a list, with the nearest names first.
 
@@ -65,6 +78,6 @@ def one_of(what: str, value: object, allowed: Sequence[str]) -> UsageError:
     """
     import difflib
 
-    near = difflib.get_close_matches(str(value), allowed, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(str(value)[:100], allowed, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
-    return UsageError(f"{what} is {str(value)!r}: {hint}Known: {', '.join(allowed)}")
+    return UsageError(f"{what} is {clipped(str(value))}: {hint}Known: {', '.join(allowed)}")

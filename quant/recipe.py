@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,10 @@ from quant.schemes import UNQUANTIZED, Scheme, resolve_scheme
 FP8_METHOD = "minmax"
 #: Schemes of methods that have one of their own where none is named; AWQ is asymmetric, as its paper and its users have it.
 DEFAULT_SCHEMES = {"fp8": "w8a8-fp8", "awq": "w4a16-asym"}
+
+
+def _as_options(keys: Iterable[str]) -> str:
+    return ", ".join(f"--{k.replace('_', '-')}" for k in keys)
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Numbers(BaseModel):
             name = DEFAULT_SCHEMES.get(method or "")
         if method == "none":
             if given := [k for k in _OF_SCHEME if getattr(self, k) is not None]:
-                raise UsageError(f"--method none leaves weights as they are: leave --{given[0].replace('_', '-')} out")
+                raise UsageError(f"--method none leaves weights as they are: leave {_as_options(given)} out")
             return UNQUANTIZED
         scheme = resolve_scheme(
             name,
@@ -70,12 +74,17 @@ class Numbers(BaseModel):
             symmetric_activations=self.symmetric_activations,
         )
         if method == "fp8" and (scheme.weights.number, scheme.weights.bits) != ("float", 8):
-            raise UsageError(f"--method fp8 rounds to FP8, scheme {scheme} is not one: leave --scheme out, or use --method minmax")
+            given = [k for k in ("scheme", "bits", "symmetric") if getattr(self, k) is not None]
+            raise UsageError(
+                f"--method fp8 rounds to FP8, scheme {scheme} is not one: leave {_as_options(given)} out, or use --method minmax"
+            )
         return scheme
 
     def assignment(self, method: str) -> Assignment:
         """What these keys make of a linear with a method."""
         named = {k: getattr(self, k) for k in ("act_order", "damping", "clip_search") if getattr(self, k) is not None}
+        if twice := sorted(named.keys() & self.options.keys()):
+            raise UsageError(f"{twice[0]} is given twice, as --{twice[0].replace('_', '-')} and among the options: leave one of them out")
         options = tuple(sorted({**self.options, **named}.items()))
         return Assignment(FP8_METHOD if method == "fp8" else method, self.resolved_scheme(method), options)
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from quant.calibration.text import empty_texts
 from quant.checkpoint.header import FLOATS
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.checkpoint.writer import TensorSpec, file_bytes
-from quant.errors import Problems, QuantError, UsageError
+from quant.errors import Problems, QuantError, UsageError, clipped
 from quant.formats import Format, FormatRegistry, Linear, quantization_config
 from quant.formats.base import shape_problems, stated_dtype
 from quant.models.adapter import block_of, decoder_linears, fused_name
@@ -273,10 +276,33 @@ def _configured(kind: Callable[..., Any], what: str, options: Mapping[str, Any])
             raise UsageError(
                 f"--{str(option).replace('_', '-')} is not an option of {what}: {'it has ' + ', '.join(known) if known else 'it has none'}"
             )
+    if wrong := _wrong_types(kind, options):
+        raise UsageError(f"{what}: {'; '.join(wrong)}")
     try:
         return kind(**options)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{what}: {error}") from error
+
+
+def _wrong_types(kind: Callable[..., Any], options: Mapping[str, Any]) -> list[str]:
+    """Settings that are not of their field's type: dataclasses take anything, and a text for a number would be noticed in the middle of the work."""
+    try:
+        hints = get_type_hints(kind)
+    except NameError:
+        return []  # an extension's types that only a type checker knows
+    wrong = []
+    for name, value in options.items():
+        try:
+            TypeAdapter(hints[name]).validate_python(value, strict=True)
+        except PydanticSchemaGenerationError:
+            continue  # a type of the extension's own: it judges itself
+        except ValidationError as error:
+            kinds = " or ".join(dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in error.errors()))
+            wrong.append(f"{name} is {clipped(value)}: must be {kinds}")
+        else:
+            if isinstance(value, float) and not math.isfinite(value):
+                wrong.append(f"{name} is {value}: must be a finite number")
+    return wrong
 
 
 def kv_scales(checkpoint: Checkpoint, everything: Sequence[str]) -> dict[int, list[TensorSpec]]:

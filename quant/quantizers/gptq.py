@@ -52,6 +52,10 @@ class GPTQQuantizer:
     suppressor: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
+    def __post_init__(self) -> None:
+        if not 0 < self.damping <= 1:
+            raise ValueError(f"damping is {self.damping}: a share of the Hessian's mean diagonal, above 0 and at most 1")
+
     @staticmethod
     def refuse(scheme: WeightScheme) -> str | None:
         return None

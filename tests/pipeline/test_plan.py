@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from quant.errors import Problems, QuantError
+from quant.errors import Problems, QuantError, UsageError
 from quant.pipeline.estimate import estimate
 from quant.pipeline.plan import check_disk, plan_job
+from quant.recipe import make_recipe
 from tests.helpers import change_config, copy_model, files_of, quantize, recipe
 
 
@@ -143,3 +144,39 @@ def test_odd_values_in_config_do_not_break_a_data_free_job(changes: dict[str, An
     source = copy_model(llama, tmp_path / "source")
     change_config(source, **changes)
     assert len(quantize(source, tmp_path / "out", group_size=32)["layers"]) == 14
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        ("gptq", {"damping": "abc"}, "damping is 'abc': must be a valid number"),
+        ("gptq", {"damping": [1, 2]}, "damping is [1, 2]: must be a valid number"),
+        ("gptq", {"damping": float("nan")}, "damping is nan: must be a finite number"),
+        ("gptq", {"damping": 7.0}, "damping is 7.0: a share of the Hessian's mean diagonal"),
+        (
+            "gptq",
+            {"clip_search": "maybe", "act_order": "sideways"},
+            "act_order is 'sideways': must be 'none' or 'static'; clip_search is 'maybe': must be a valid boolean",
+        ),
+        ("minmax", {"clip_search": 1}, "clip_search is 1: must be a valid boolean"),
+        ("hqq", {"iterations": {"a": 1}}, "iterations is {'a': 1}: must be a valid integer"),
+        ("hqq", {"iterations": True}, "iterations is True: must be a valid integer"),
+    ],
+)
+def test_settings_of_another_type_are_refused_before_any_work(method: str, options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    values = {"model_path": tmp_path / "none", "output_path": tmp_path / "out", "method": method, "options": options}
+    with pytest.raises(UsageError) as refused:
+        plan_job(make_recipe(values))
+    assert said in str(refused.value)
+
+
+def test_a_setting_given_by_its_name_and_among_the_options_is_refused(tmp_path: Path) -> None:
+    values = {
+        "model_path": tmp_path / "none",
+        "output_path": tmp_path / "out",
+        "method": "gptq",
+        "damping": 0.1,
+        "options": {"damping": 0.2},
+    }
+    with pytest.raises(UsageError, match="damping is given twice"):
+        plan_job(make_recipe(values))
