@@ -14,7 +14,7 @@ import click
 
 from quant import defaults
 from quant.backends import BACKENDS, NATIVE
-from quant.errors import UsageError, VerificationFailed
+from quant.errors import UsageError, VerificationFailed, clipped
 from quant.planning.options import engine_options, gpu_options
 from quant.schemes import PRESETS
 from quant.terminal import Output, common_options, run
@@ -113,17 +113,16 @@ ALPHA = Alpha()
 
 def _pairs(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> dict[str, Any] | None:
     """Settings of a method from KEY=VALUE; values are read as YAML reads them."""
-    import yaml
+    from quant.recipe import read_yaml
 
     found = {}
     for pair in given:
         key, separator, value = pair.partition("=")
         if not key or not separator:
             raise UsageError(f"--option is {pair!r}: KEY=VALUE is needed, such as iterations=20")
-        try:
-            found[key.replace("-", "_")] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UsageError(f"--option {pair!r}: the value is not YAML: {' '.join(str(error).split())}") from error
+        if (name := key.replace("-", "_")) in found:
+            raise UsageError(f"--option {key} is given twice: leave one of them out")
+        found[name] = read_yaml(value, f"--option {clipped(pair)}: the value")
     return found or None
 
 
@@ -206,15 +205,15 @@ def _choose(out: Output, values: dict[str, Any]) -> dict[str, Any] | None:
     from quant.planning.target import choose, method_for, settings
     from quant.recipe import make_recipe
 
+    recipe = make_recipe({**values, "method": "gptq"})  # wrong values are mistakes of the request, whatever is recommended
     if "scheme" in values or "bits" in values:
-        recipe = make_recipe({**values, "method": "gptq"})
         return {"method": method_for(recipe.resolved_scheme().name)}
     found = choose(
-        values["model_path"],
-        values["output_path"],
-        gpu=values.get("gpu"),
-        tensor_parallel=values.get("tensor_parallel"),
-        vllm_version=str(values.get("vllm_version", defaults.VLLM_VERSION)),
+        recipe.model_path,
+        recipe.output_path,
+        gpu=recipe.gpu,
+        tensor_parallel=values.get("tensor_parallel") and recipe.tensor_parallel,
+        vllm_version=recipe.vllm_version,
     )
     if found.recommended == "none":
         lines = [f"Nothing to quantize: {found.reason}", "Nothing was written. To serve it as it is:", *found.commands]
@@ -234,7 +233,7 @@ def _quantize(out: Output, dry_run: bool, options: dict[str, Any], layer_wise: b
         chosen = _choose(out, values)
         if chosen is None:
             return
-        values.update(chosen)
+        values = {**chosen, **values}
     recipe = make_recipe(values)
     if recipe.backend != NATIVE:
         _by_backend(out, dry_run, recipe)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from quant import defaults
 from quant.backends import BACKENDS
-from quant.errors import Problems, QuantError, UsageError, one_of
+from quant.errors import Problems, QuantError, UsageError, clipped, one_of
 from quant.schemes import UNQUANTIZED, Scheme, resolve_scheme
 
 #: `--method fp8` is rounding to the nearest FP8 number, by this method.
@@ -23,6 +23,10 @@ DEFAULT_SCHEMES = {"fp8": "w8a8-fp8", "awq": "w4a16-asym"}
 
 def _as_options(keys: Iterable[str]) -> str:
     return ", ".join(f"--{k.replace('_', '-')}" for k in keys)
+
+
+#: Values that a recipe may hold, aliases counted as often as they stand: a few lines of them can stand for billions.
+_MOST_VALUES = 100_000
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,8 @@ class Rule(Numbers):
     def _skips_or_changes(self) -> Rule:
         if self.skip and (others := sorted(self.model_fields_set - {"layers", "skip"})):
             raise ValueError(f"skip leaves the layers as they are, and {', '.join(others)} would change them: give one of the two")
+        if self.method == "none":
+            raise ValueError("method none is the whole job's, for smoothing alone: skip: true leaves layers unquantized")
         return self
 
     def assigned(self, job: Recipe) -> Assignment:
@@ -145,7 +151,7 @@ class Recipe(Numbers):
     chat_template: bool | None = None
     layers: str | None = None
     ignore: list[str] = []
-    seed: int = defaults.SEED
+    seed: int = Field(defaults.SEED, ge=0, lt=2**63)
     device: str | None = None
     gpu: str | None = None
     tensor_parallel: int = Field(1, ge=1, le=1024)
@@ -172,9 +178,8 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         UsageError, Problems: unknown keys, missing ones, values out of range; all at once.
     """
     known = list(Recipe.model_fields)
-    for key in values:
-        if key not in known:
-            raise one_of("recipe key", key, known)
+    if unknown := [str(one_of("recipe key", key, known)) for key in values if key not in known]:
+        raise UsageError(unknown[0]) if len(unknown) == 1 else Problems(unknown, exit_code=2)
     if (backend := BACKENDS.get(str(values.get("backend")))) is not None:
         values = {"method": backend.method, "format": backend.format, **values}
     elif values.get("backend_python") is not None:
@@ -188,8 +193,14 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
             if e["type"] == "extra_forbidden":
                 problems.append(str(one_of(f"{name.rpartition('.')[0]} key", e["loc"][-1], list(Rule.model_fields))))
                 continue
-            given = "" if e["type"] == "missing" else f" is {e['input']!r}"
-            problems.append(f"{name}{given}: {e['msg'][0].lower()}{e['msg'][1:]}")
+            if e["type"] == "missing":
+                problems.append(f"{name}: {e['msg'][0].lower()}{e['msg'][1:]}")
+                continue
+            if name.startswith("alpha."):  # of each of its two kinds there is an error
+                name, e["msg"] = "alpha", "input should be a number from 0 to 1, or auto"
+            quotes = ", in quotes" if e["type"] == "string_type" and isinstance(e["input"], int | float) else ""
+            problems.append(f"{name} is {clipped(e['input'])}: {e['msg'][0].lower()}{e['msg'][1:]}{quotes}")
+        problems = list(dict.fromkeys(problems))
         raise Problems(problems, exit_code=2) from error
 
 
@@ -197,17 +208,49 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """Plain values of a YAML recipe.
 
     Raises:
-        QuantError, UsageError: unreadable, not a mapping, an unknown key.
+        QuantError, UsageError: unreadable, not a mapping, unknown keys, a key that stands twice.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise QuantError(f"{path}: the recipe cannot be read: {error}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UsageError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    values = read_yaml(text, f"{path}:")
     if not isinstance(values, dict):
         raise UsageError(f"{path}: a recipe is a mapping of options to values, such as 'method: gptq'")
-    for key in values:
-        if key not in Recipe.model_fields:
-            raise one_of(f"{path}: recipe key", key, list(Recipe.model_fields))
+    known = list(Recipe.model_fields)
+    if unknown := [str(one_of(f"{path}: recipe key", key, known)) for key in values if key not in known]:
+        raise UsageError(unknown[0]) if len(unknown) == 1 else Problems(unknown, exit_code=2)
     return values
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values; a key that stands twice in a mapping is a mistake, where YAML's own loader takes the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {clipped(key.value)} stands twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """A YAML document's plain value; ``where`` begins the message.
+
+    Raises:
+        UsageError: not YAML; or aliases that stand for more than :data:`_MOST_VALUES` values.
+    """
+    try:
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
+        raise UsageError(f"{where} is not YAML: {' '.join(str(error).split())[:300]}") from error
+    stack, count = [value], 0
+    while stack:
+        one = stack.pop()
+        count += 1
+        if count > _MOST_VALUES:
+            raise UsageError(f"{where} has aliases (*name) that stand for more than {_MOST_VALUES:,} values: write the values out")
+        stack += [*one.keys(), *one.values()] if isinstance(one, dict) else one if isinstance(one, (list, tuple, set)) else ()
+    return value

@@ -122,7 +122,7 @@ _TOWERS = re.compile(
 )
 #: Small linears that choose experts or gate them: vLLM builds them unquantized.
 _ROUTERS = re.compile(r"\.(gate|router|shared_expert_gate|wg)(\.|$)")
-_BLOCK = re.compile(r"(^|\.)(layers|h|blocks|block|decoder)\.(\d+)\.")
+_BLOCK = re.compile(r"(^|\.)(layers|h|blocks|block|decoder)\.(\d{1,9})\.")
 
 
 def block_of(name: str) -> int | None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from quant.errors import UsageError
+from quant.errors import UsageError, clipped
 from quant.models.adapter import block_of
 
 
@@ -19,13 +19,13 @@ def blocks_of(spec: str, count: int) -> set[int] | None:
     Raises:
         UsageError: an index beyond the last block, a range that runs backwards, first:0.
     """
-    ends = re.fullmatch(r"(first|last):(\d+)", spec)
+    ends = re.fullmatch(r"(first|last):(\d{1,18})", spec)
     if ends:
         size = int(ends[2])
         if not 1 <= size <= count:
             raise UsageError(f"--layers is {spec!r}: the model has {count} blocks, give 1 to {count}")
         return set(range(size)) if ends[1] == "first" else set(range(count - size, count))
-    if not re.fullmatch(r"\s*\d+(-\d+)?(\s*,\s*\d+(-\d+)?)*\s*", spec):
+    if not re.fullmatch(r"\s*\d{1,18}(-\d{1,18})?(\s*,\s*\d{1,18}(-\d{1,18})?)*\s*", spec):
         return None
     chosen: set[int] = set()
     for part in spec.split(","):
@@ -72,7 +72,7 @@ def selected(linears: Sequence[str], layers: str | None, ignore: Sequence[str], 
             for glob in (g.strip() for g in layers.split(",")):
                 found = [n for n in linears if _glob(n, glob)]
                 if not found:
-                    problems.append(f"--layers {glob!r} matches no linear of the model: names look like {linears[0]!r}")
+                    problems.append(f"--layers {clipped(glob)} matches no linear of the model: names look like {linears[0]!r}")
                 chosen += [n for n in found if n not in chosen]
             chosen.sort(key=linears.index)
     dropped, wrong = _ignored(linears, ignore)

@@ -142,6 +142,7 @@ def test_commands_that_read_refuse_broken_checkpoints_in_one_line(
     assert str(source) in result.err or "GPTQ" in result.err
 
 
+BOMB = "".join(f"- &{name} [{','.join(['*' + before] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True))
 RECIPES: dict[str, tuple[str, int, str]] = {
     "unknown key": ("method: gptq\ngruop_size: 32\n", 2, "recipe key is 'gruop_size': did you mean 'group_size'"),
     "not YAML": ("a: [", 2, "is not YAML"),
@@ -150,6 +151,25 @@ RECIPES: dict[str, tuple[str, int, str]] = {
     "wrong types": ("method: minmax\nbits: many\nsamples: -3\n", 2, "2 problems:"),
     "a date": ("method: 2020-01-01\n", 2, "method is"),
     "nested without end": ("a: " + "[" * 3000, 2, "is not YAML"),
+    "aliases that stand for billions": (
+        "method: minmax\nignore:\n- &a [x,x,x,x,x,x,x,x,x]\n" + BOMB,
+        2,
+        "aliases (*name) that stand for more than",
+    ),
+    "an alias of itself": ("method: minmax\noptions: &a {x: *a}\n", 2, "aliases (*name)"),
+    "a number too long": (f"bits: {'9' * 5000}\n", 2, "is not YAML"),
+    "a key twice": ("method: minmax\nmethod: gptq\n", 2, "the key 'method' stands twice"),
+    "several unknown keys": ("metod: gptq\n2: 3\n", 2, "2 problems:"),
+    "a number where a text is needed": (
+        "method: minmax\nvllm_version: 0.10\n",
+        2,
+        "vllm_version is 0.1: input should be a valid string, in quotes",
+    ),
+    "a GPU that is a number, no method": ("gpu: 3\n", 2, "gpu is 3"),
+    "ranks that are text, no method": ("gpu: L40S-48GB\ntensor_parallel: abc\nmodel_path: [1]\n", 2, "tensor_parallel is 'abc'"),
+    "an alpha that is text": ("method: minmax\nalpha: foo\n", 2, "error: alpha is 'foo': input should be a number from 0 to 1, or auto"),
+    "a seed beyond 63 bits": (f"method: minmax\nseed: {2**63}\n", 2, "seed is 9223372036854775808: input should be less than"),
+    "a rule of method none": ("method: minmax\nrules: [{layers: '0', method: none}]\n", 2, "skip: true leaves layers unquantized"),
     "a tag that makes objects": ("method: !!python/object/apply:os.system ['true']\n", 2, "is not YAML"),
 }
 

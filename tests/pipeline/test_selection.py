@@ -36,6 +36,8 @@ def test_specs_of_blocks(spec: str, blocks: set[int]) -> None:
         ("3-1", "the range '3-1', which runs backwards"),
         ("first:0", "the model has 12 blocks, give 1 to 12"),
         ("last:13", "give 1 to 12"),
+        ("9" * 5000, "matches no linear of the model"),
+        ("last:" + "9" * 5000, "matches no linear of the model"),
         ("", "--layers '' matches no linear of the model"),
         ("-1", "--layers '-1' matches no linear"),
         ("1,", "matches no linear"),
