@@ -20,7 +20,7 @@ from quant.checkpoint.header import FLOATS, TensorInfo
 from quant.checkpoint.reader import STALE, Checkpoint, open_checkpoint
 from quant.errors import QuantError
 from quant.formats import FormatRegistry, Found, find_format, quantization_config
-from quant.formats.base import shape_problems, stated_dtype
+from quant.formats.base import names_listed, shape_problems, stated_dtype
 from quant.formats.compressed_tensors import matches
 from quant.formats.gptq import dynamic_rule
 from quant.formats.reading import CACHE_SCALES, dequantized
@@ -270,7 +270,7 @@ def _fused_problems(checkpoint: Checkpoint, found: Found, quantization: Mapping[
 def _name_problems(members: Mapping[str, list[str]], found: Found, quantization: Mapping[str, Any]) -> list[str]:
     """The config's names and regexes, judged as vLLM does: the fused name first, then every shard."""
     problems = []
-    ignore = [str(i) for i in quantization.get("ignore", [])]
+    ignore = names_listed(quantization, "ignore")
     for fused, names in members.items():
         ignored = {n: any(matches(i, n) for i in ignore) for n in names}
         by_fused = len(names) > 1 and any(matches(i, fused) for i in ignore)
@@ -448,6 +448,8 @@ def _judge(info: TensorInfo, found: Found | None) -> Callable[[bytes], str | Non
         g = linear.k // linear.scheme.groups(linear.k)
         natural = (np.arange(linear.k) // g).astype("<i4").tobytes()
         return lambda b: None if b == natural else "is reordered: vLLM drops it and reads wrong values"
+    if linear is not None and last == "weight_shape" and (info.dtype, info.shape) != ("I64", (2,)):
+        return None  # the layer's own check has said so
     if linear is not None and last == "weight_shape":
         return lambda b: (
             None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
-from quant.errors import CheckpointError, QuantError
+from quant.errors import CheckpointError, QuantError, clipped
 from quant.models.adapter import fused_name
 from quant.registry import Registry, lacks
 from quant.schemes import BLOCK, ActivationScheme, Scheme, WeightScheme, scheme_of
@@ -115,6 +115,27 @@ def require(tensors: Mapping[str, TensorInfo], name: str, linear: str) -> Tensor
 def suffixed(names: Iterable[str], suffix: str) -> list[str]:
     """Module names of the tensors that end in ``suffix``, in order."""
     return sorted(n.removesuffix(suffix) for n in names if n.endswith(suffix))
+
+
+def names_listed(config: Mapping[str, Any], key: str) -> list[str]:
+    """A list of module names (some of them ``re:`` and a regular expression) in a quantization_config; empty where it is absent or null.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    value = config.get(key)
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(n, str) for n in value):
+        raise CheckpointError(f"config.json: quantization_config has {key} {clipped(value)}: a list of module names is needed: repair it")
+    for name in value:
+        try:
+            re.compile(name.removeprefix("re:") if name.startswith("re:") else "")
+        except re.error as error:
+            raise CheckpointError(
+                f"config.json: quantization_config has {key} {clipped(name)}: no regular expression ({error}): repair it"
+            ) from error
+    return value
 
 
 def quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None:

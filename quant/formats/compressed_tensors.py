@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
 from quant.errors import CheckpointError
-from quant.formats.base import FormatRegistry, Found, Linear, require, suffixed, word_problems
+from quant.formats.base import FormatRegistry, Found, Linear, names_listed, require, suffixed, word_problems
 from quant.schemes import BLOCK, PRESETS, ActivationScheme, Scheme, WeightScheme
 
 if TYPE_CHECKING:
@@ -315,6 +315,7 @@ class CompressedTensors:
 
     def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Found:
         groups = config.get("config_groups")
+        names_listed(config, "ignore")
         if not isinstance(groups, dict) or not groups:
             raise CheckpointError("quantization_config has no config_groups: compressed-tensors needs at least one")
         formats = {str(g.get("format") or config.get("format")) for g in groups.values()}

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
 from quant.errors import CheckpointError
-from quant.formats.base import FormatRegistry, Found, Linear, require, suffixed
+from quant.formats.base import FormatRegistry, Found, Linear, names_listed, require, suffixed
 from quant.schemes import BLOCK, PRESETS, ActivationScheme, Scheme, WeightScheme
 
 if TYPE_CHECKING:
@@ -104,6 +104,8 @@ class Fp8:
 
     def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Found:
         block, activations = config.get("weight_block_size"), config.get("activation_scheme")
+        for key in ("ignored_layers", "modules_to_not_convert"):
+            names_listed(config, key)
         if block is not None and list(block) != [BLOCK, BLOCK]:
             raise CheckpointError(f"fp8 weight_block_size {block} is not read here; read are {BLOCK} × {BLOCK}, and one scale a tensor")
         if activations not in ("dynamic", "static") or (block is not None and activations == "static"):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.reader import Checkpoint
+from quant.errors import CheckpointError
 from quant.formats import FormatRegistry
-from quant.formats.base import Format, Found, find_format
+from quant.formats.base import Format, Found, Linear, find_format
 
 if TYPE_CHECKING:
+    import torch
+
     from quant.tensors import QuantizedTensor
 
 _SUFFIXES = (
@@ -40,9 +44,40 @@ def cache_scale(name: str) -> str | None:
 
 
 def read_linear(form: Format, found: Found, checkpoint: Checkpoint, name: str) -> QuantizedTensor:
-    """One quantized linear of a checkpoint."""
+    """One quantized linear of a checkpoint.
+
+    Raises:
+        CheckpointError: its tensors have other shapes or dtypes than its scheme.
+    """
+    import torch
+
+    linear = found.linears[name]
     tensors = {f"{name}.{s}": checkpoint.read(f"{name}.{s}") for s in _SUFFIXES if f"{name}.{s}" in checkpoint.tensors}
-    return form.unpack(found.linears[name], tensors, found.options)
+    try:
+        tensor = form.unpack(linear, tensors, found.options)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError) as error:
+        raise _unfitting(checkpoint, linear, tensors) from error
+    scheme, scales, order = tensor.scheme, tensor.scales, tensor.group_index
+    kinds = {"U8": (torch.uint8,), "F8_E4M3": (torch.float8_e4m3fn,)}.get(scheme.scales, (torch.bfloat16, torch.float16, torch.float32))
+    fits = tuple(tensor.codes.shape) == (linear.n, linear.k) and scales.dtype in kinds
+    fits = fits and tuple(scales.shape) == scheme.scale_shape(linear.n, linear.k)
+    fits = fits and (tensor.zeros is None or tensor.zeros.shape == scales.shape)
+    fits = fits and (order is None or (tuple(order.shape) == (linear.k,) and int(order.min()) >= 0 and int(order.max()) < scales.shape[1]))
+    stated = tensors.get(f"{name}.weight_shape")
+    fits = fits and (stated is None or stated.tolist() == [linear.n, linear.k])
+    if not fits:
+        raise _unfitting(checkpoint, linear, tensors)
+    return tensor
+
+
+def _unfitting(checkpoint: Checkpoint, linear: Linear, tensors: Mapping[str, torch.Tensor]) -> CheckpointError:
+    held = ", ".join(f"{n.rpartition('.')[2]} {checkpoint.info(n).dtype} {list(t.shape)}" for n, t in tensors.items())
+    return CheckpointError(
+        f"{checkpoint.path}: {linear.name}: its tensors do not make a [{linear.n}, {linear.k}] weight of {linear.scheme} ({held}): "
+        "config.json and files belong to different checkpoints, or are damaged: fetch them again"
+    )
 
 
 def dequantized(checkpoint: Checkpoint) -> Checkpoint:
