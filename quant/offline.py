@@ -8,7 +8,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from quant.errors import CheckpointError
+from quant.checkpoint.reader import read_json
+from quant.errors import CheckpointError, clipped
+
+_MOST_LAYERS = 100_000
 
 
 @cache
@@ -27,8 +30,9 @@ def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a model directory.
 
     Raises:
-        CheckpointError: none there, or one that needs remote code.
+        CheckpointError: none there, or one that needs remote code; or config.json, which it is chosen by, is invalid.
     """
+    load_config(path)  # a mistake there is not the tokenizer's
     try:
         return transformers().AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # transformers raises ValueError, OSError, KeyError, JSON and tokenizers' own errors here
@@ -43,6 +47,11 @@ def load_config(path: Path) -> Any:
     Raises:
         CheckpointError: a model type that this transformers does not know, or invalid values.
     """
+    stated = read_json(path / "config.json", "the config").get("num_hidden_layers")
+    if isinstance(stated, int) and stated > _MOST_LAYERS:  # transformers makes lists of that length
+        raise CheckpointError(
+            f"{path / 'config.json'}: num_hidden_layers is {clipped(stated)}: no model has so many: repair it, or fetch it again"
+        )
     try:
         return transformers().AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # transformers raises ValueError, KeyError and validation errors of its own
@@ -51,4 +60,6 @@ def load_config(path: Path) -> Any:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200]
+    if len(lines) > 1 and lines[0].endswith(":"):  # a heading: what is wrong comes below it
+        lines = [" ".join(lines)]
+    return (lines[0] if lines else type(error).__name__)[:300]

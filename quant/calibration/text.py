@@ -145,6 +145,8 @@ def documents(
             files = sorted(f for f in path.rglob("*") if f.is_file() and _suffix(f) in _READERS)
             if not files:
                 raise TextError(f"{path}: no file of a known kind in it ({', '.join(_READERS)})")
+        elif path.exists() and not path.is_file():
+            raise TextError(f"{path}: is neither a regular file nor a directory: write the text to a file first")
         elif path.exists():
             files = [path]
         else:
@@ -203,6 +205,8 @@ def token_runs(tokenizer: Any, sources: Iterator[str | Messages], chat_template:
     Raises:
         TextError: a template is wanted and the tokenizer has none.
     """
+    if chat_template and not getattr(tokenizer, "chat_template", None):
+        raise TextError("--chat-template: the tokenizer has no chat template: use --no-chat-template, or leave it out")
     for source in sources:
         if isinstance(source, str) and chat_template:
             source = [{"role": "user", "content": source}]

@@ -54,6 +54,14 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Tensors by name, and the metadata, of one safetensors file.
 
@@ -87,6 +95,8 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     data = 8 + length
     tensors = {}
     for name, entry in header.items():
+        if not name.isascii() and not _is_text(name):
+            raise refuse(f"tensor {name!r} has half of a surrogate pair in its name, which is no character")
         try:
             dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (KeyError, TypeError, ValueError) as error:

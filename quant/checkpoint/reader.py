@@ -203,6 +203,12 @@ def read_json(file: Path, what: str) -> dict[str, Any]:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: {what} is not JSON: {str(error)[:120]}") from error
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(
+            f"{file}: {what} holds half of a surrogate pair, which is no character: repair it, or fetch it again"
+        ) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: {what} is not a JSON object")
     return value

@@ -145,6 +145,8 @@ def not_quantizable(info: TensorInfo, blocks: int | None) -> str | None:
         return f"{len(info.shape)}-dimensional"
     if info.dtype not in FLOATS:
         return f"stored as {info.dtype}"
+    if not all(info.shape):
+        return "empty"
     module = info.name.removesuffix(".weight")
     if found := _TOWERS.search(module):
         return f"part of {found[2]}"

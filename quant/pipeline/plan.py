@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -176,6 +176,9 @@ def plan_job(recipe: Recipe) -> JobPlan:
     if recipe.calibration_dataset and any(calibrated(recipe, a) for a in different):
         problems += empty_texts(recipe.calibration_dataset)
     caches = kv_scales(checkpoint, everything) if recipe.kv_cache_scheme else {}
+    fitting = [] if any("do not divide" in p for p in problems) else linears.values()  # of others no shapes are known
+    made = [s.name for x in fitting for s in form.specs(x, dtype)] + [s.name for specs in caches.values() for s in specs]
+    problems += _unlabelled_problems(checkpoint, made, set(linears))
     if problems:
         raise Problems(list(dict.fromkeys(problems)), exit_code=2 if mistakes else 1)
     unquantized = tuple(unquantized_linears(checkpoint, linears))
@@ -318,11 +321,20 @@ def kv_scales(checkpoint: Checkpoint, everything: Sequence[str]) -> dict[int, li
 
 def _source_problems(checkpoint: Checkpoint) -> list[str]:
     problems = []
+    architectures = checkpoint.config.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        problems.append(
+            f"{checkpoint.path / 'config.json'}: architectures is {clipped(architectures)}: a list of the model's class is needed, such as "
+            '["LlamaForCausalLM"]: engines choose the model by it'
+        )
     if checkpoint.config.get("model_type") in _TRANSPOSED:
         problems.append(
             f"{checkpoint.path}: model type {checkpoint.config['model_type']!r} stores its weights transposed, [inputs, outputs], which is not supported: "
             "choose a model whose linears are stored as [outputs, inputs]"
         )
+    empty = [n for n, i in checkpoint.tensors.items() if n.endswith(".weight") and len(i.shape) == 2 and not all(i.shape)]
+    if empty:
+        problems.append(f"{checkpoint.info(empty[0]).file}: {empty[0]} is empty: the source is damaged, fetch it again")
     quantization = quantization_config(checkpoint.config)
     if quantization is not None:
         method = quantization.get("quant_method", "unknown")
@@ -330,6 +342,19 @@ def _source_problems(checkpoint: Checkpoint) -> list[str]:
             f"{checkpoint.path}: is already quantized ({method}): quantize the original, or turn it into plain weights first with quant export-vllm --format plain"
         )
     return problems
+
+
+def _unlabelled_problems(checkpoint: Checkpoint, made: Iterable[str], linears: Collection[str]) -> list[str]:
+    """Signs of an earlier quantization that config.json says nothing of: codes in place of weights, numbers that the output would have too."""
+    weights = {n: i for n, i in checkpoint.tensors.items() if n.endswith(".weight") and len(i.shape) == 2 and block_of(n) is not None}
+    codes = [n for n, i in weights.items() if i.dtype not in ("BF16", "F16", "F32", "F64")]
+    found = [n for n in made if n in checkpoint.tensors and n.removesuffix(".weight") not in linears]
+    return [
+        f"{checkpoint.path}: {names[0]}{f' (and {len(names) - 1} more)' if len(names) > 1 else ''} {why}: it looks quantized, and its config.json has no "
+        "quantization_config: quantize the original"
+        for names, why in ((codes, f"is stored as {checkpoint.info(codes[0]).dtype}" if codes else ""), (found, "is there already"))
+        if names
+    ]
 
 
 def target_problems(model_path: Path, output_path: Path) -> list[str]:

@@ -26,6 +26,20 @@ def overflowing_norm(m: Path) -> None:
     save_all(m, tensors)
 
 
+def with_tensors(**made: torch.Tensor) -> Callable[[Path], None]:
+    """Puts tensors of the first block in, or over those of the same name."""
+
+    def change(m: Path) -> None:
+        save_all(m, load_all(m) | {f"model.layers.0.self_attn.{k.replace('__', '.')}": v for k, v in made.items()})
+
+    return change
+
+
+def half_a_pair(m: Path) -> None:
+    file = m / "config.json"
+    file.write_text(file.read_text().rstrip().rstrip("}") + ', "x": "\\ud800"}')
+
+
 def outside_index(m: Path) -> None:
     (m / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}')
 
@@ -59,6 +73,27 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str], int, list[str]]] = {
     "NaN weights": (nan_weight, MINMAX, 1, ["up_proj.weight holds NaN or infinity", "fetch it again"]),
     "NaN weights with data": (nan_weight, GPTQ, 1, ["up_proj.weight holds NaN or infinity"]),
     "NaN inputs": (overflowing_norm, GPTQ, 1, ["model.layers.1.self_attn", "its inputs hold NaN or infinity", "quant evaluate"]),
+    "codes without a config": (
+        with_tensors(q_proj__weight=torch.ones(64, 64, dtype=torch.int8)), MINMAX, 1,
+        ["self_attn.q_proj.weight is stored as I8", "looks quantized", "quantize the original"],
+    ),
+    "scales without a config": (with_tensors(q_proj__weight_scale=torch.ones(64, 1)), MINMAX, 1, ["q_proj.weight_scale is there already"]),
+    "words without a config": (
+        with_tensors(q_proj__weight_packed=torch.ones(64, 8, dtype=torch.int32)), MINMAX, 1, ["q_proj.weight_packed is there already"]
+    ),
+    "a weight without outputs": (
+        with_tensors(q_proj__weight=torch.ones(0, 64, dtype=torch.bfloat16)), MINMAX, 1, ["self_attn.q_proj.weight is empty"]
+    ),
+    "no architectures": (lambda m: change_config(m, architectures=None), MINMAX, 1, ["architectures is None", "LlamaForCausalLM"]),
+    "layers beyond reason": (lambda m: change_config(m, num_hidden_layers=10**9), GPTQ, 1, ["num_hidden_layers is 1000000000"]),
+    "a size that is text": (lambda m: change_config(m, hidden_size="64"), GPTQ, 1, ["config.json: transformers cannot use it", "hidden_size", "64"]),
+    "a config that is no text": (half_a_pair, MINMAX, 1, ["config.json: the config holds half of a surrogate pair"]),
+    "a seed beyond 63 bits": (nothing, [*GPTQ, "--shuffle", "--seed", str(2**64)], 2, ["seed is 18446744073709551616"]),
+    "an unknown setting's type": (nothing, [*GPTQ, "--option", "damping=[1, 2]"], 2, ["damping is [1, 2]: must be a valid number"]),
+    "a setting twice": (nothing, [*GPTQ, "--option", "damping=0.1", "--option", "damping=0.2"], 2, ["--option damping is given twice"]),
+    "several options for method none": (
+        nothing, ["--method", "none", "--format", "plain", "--bits", "4", "--group-size", "32"], 2, ["leave --bits, --group-size out"]
+    ),
     "a group size that does not divide": (nothing, ["--method", "minmax"], 1, ["groups of 128", "--group-size 32 or -1"]),
     "a group size of 3": (nothing, ["--method", "minmax", "--group-size", "3"], 2, ["group size is 3", "multiple of 8"]),
     "a group size of 0": (nothing, ["--method", "minmax", "--group-size", "0"], 2, ["group size is 0"]),
@@ -83,7 +118,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str], int, list[str]]] = {
     "too little text": (nothing, [*GPTQ, "--samples", "90000", "--sequence-length", "256"], 1, ["tokens", "are missing", "fewer --samples"]),
     "a text that is not there": (nothing, [*GPTQ, "--calibration-dataset", "none.txt"], 1, ["none.txt: there is no such calibration text"]),
     "text of an unknown kind": (nothing, [*GPTQ, "--calibration-dataset", __file__], 1, ["unknown kind of text"]),
-    "a template that the tokenizer lacks": (nothing, [*GPTQ, "--chat-template"], 1, ["no chat template: use --no-chat-template"]),
+    "a template that the tokenizer lacks": (nothing, [*GPTQ, "--chat-template"], 1, ["--chat-template: the tokenizer has no chat template: use --no-chat-template"]),
     "a device that is not there": (nothing, [*GPTQ, "--device", "cuda:99"], 2, ["--device is 'cuda:99'"]),
     "a device that is none": (nothing, [*MINMAX, "--device", "toaster"], 2, ["--device is 'toaster': give cpu, cuda or cuda:N"]),
     "no ranks": (nothing, [*MINMAX, "--tensor-parallel", "0"], 2, ["tensor_parallel is 0"]),
