@@ -14,7 +14,7 @@ import click
 
 from quant import defaults
 from quant.backends import BACKENDS, NATIVE
-from quant.errors import UsageError, VerificationFailed, clipped
+from quant.errors import Problems, QuantError, UsageError, VerificationFailed, clipped
 from quant.planning.options import engine_options, gpu_options
 from quant.schemes import PRESETS
 from quant.terminal import Output, common_options, run
@@ -56,7 +56,7 @@ def detect(gpu: str | None, out: Output) -> None:
     if gpu == "list":
         names = gpu_names()
         out.result({"names": names}, lambda console: console.print("\n".join(names)))
-    elif gpu:
+    elif gpu is not None:
         named = named_gpu(gpu)
         out.result({"gpus": [named.to_dict()]}, lambda console: show_gpus([named], console))
     else:
@@ -457,6 +457,8 @@ def evaluate(
     from quant.evaluation.quality import evaluate as measure
     from quant.report import text
 
+    if max_perplexity_increase is not None and not -1 <= max_perplexity_increase < float("inf"):
+        raise UsageError(f"--max-perplexity-increase is {max_perplexity_increase}: a finite share is needed, such as 0.05 for 5 %")
     if max_perplexity_increase is not None and against is None:
         raise UsageError("--max-perplexity-increase needs --against: the checkpoint whose perplexity it is compared with")
     if plot is not None:
@@ -472,20 +474,28 @@ def evaluate(
         result.demand(max_perplexity_increase)
         return
     chosen_paths = [*paths, *([model_path] if model_path else [])] or [_one_path(None, None)]
-    done = []
+    done, failures = [], []
+
+    def failed(path: str, error: QuantError) -> None:
+        failures.append(str(error) if path in str(error) else f"{path}: {error}")
+        if out.json:
+            out.result({"path": path, "error": str(error), "exit_code": error.exit_code}, lambda c: None)
+
     with out.progress() as progress:
         for one in compare_outputs(
-            chosen_paths, against=against, text=text_file, length=length, chunks=chunks, device=device, progress=progress
+            chosen_paths, against=against, text=text_file, length=length, chunks=chunks, device=device, progress=progress, failed=failed
         ):
             done.append(one)
             if out.json:
                 out.result(one.to_dict(), lambda c: None)
-    if plot is not None:
-        draw(plot, done)
-        out.note(f"{plot}: bits per weight against KL divergence of {len(done)} checkpoints")
-    if not out.json:
+    if done and not out.json:
         values = [one.to_dict() for one in done]
         out.result(values, lambda c: text.comparison(c, values))
+    if done and plot is not None:
+        draw(plot, done)
+        out.note(f"{plot}: bits per weight against KL divergence of {len(done)} checkpoints")
+    if failures:
+        raise Problems(failures)
     demand(done, max_perplexity_increase)
 
 

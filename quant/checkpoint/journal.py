@@ -13,7 +13,10 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
+import signal
+import threading
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,23 @@ from quant.checkpoint.writer import file_digest, sync_folder, write_text
 from quant.errors import CheckpointError, QuantError
 
 _JOURNAL, _LOCK = "journal.jsonl", "lock"
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C and requests to end wait: between the rename and the last clean-up a stop would leave the lock in the output."""
+    if threading.current_thread() is not threading.main_thread():  # signals are not this thread's
+        yield
+        return
+    seen: list[int] = []
+    before = {s: signal.signal(s, lambda number, frame: seen.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    if seen:
+        signal.raise_signal(seen[0])
 
 
 class WorkFolder:
@@ -109,6 +129,10 @@ class WorkFolder:
             QuantError: the output directory has filled up since the job was planned.
         """
         sync_folder(self.path)
+        with _undisturbed():
+            self._publish()
+
+    def _publish(self) -> None:
         try:
             os.rename(self.path, self.output)  # takes the place of an empty directory, fails on any other
         except OSError as error:

@@ -104,7 +104,7 @@ class ShardWriter:
                 f"{self.path}: the disk is full: {format_size(needed)} are needed, {format_size(free.f_bavail * free.f_frsize)} are free. "
                 "Free some room and run the same command again: finished work is kept"
             )
-        return error
+        return OSError(error.errno, error.strerror, str(self.path)) if error.errno else error  # a write's own error names no file
 
     def _write(self, data: bytes | bytearray | memoryview, position: int) -> None:
         view = memoryview(data).cast("B") if not isinstance(data, bytes) else memoryview(data)

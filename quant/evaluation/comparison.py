@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,8 +50,12 @@ def compare_outputs(
     chunks: int = defaults.EVALUATION_CHUNKS,
     device: str | None = None,
     progress: Progress = silent,
+    failed: Callable[[str, QuantError], None] | None = None,
 ) -> Iterator[Compared]:
     """Measures each checkpoint on the same chunks, one after the other; the source runs once. See :func:`quant.evaluation.quality.evaluate`.
+
+    Args:
+        failed: is told of a checkpoint that cannot be run, and the others go on; None: its error is raised.
 
     Raises:
         Problems: checkpoints that cannot be read or are named twice; all of them, before anything runs.
@@ -71,7 +76,13 @@ def compare_outputs(
     source = None if against is None else Source(against, text, length, chunks, device)
     origin = checkpoints[-1] if against is not None else None
     for path, checkpoint in zip(paths, checkpoints, strict=False):
-        measured = evaluate(path, against=source, text=text, length=length, chunks=chunks, device=device, progress=progress)
+        try:
+            measured = evaluate(path, against=source, text=text, length=length, chunks=chunks, device=device, progress=progress)
+        except QuantError as error:
+            if failed is None or isinstance(error, UsageError):
+                raise
+            failed(str(path), error)
+            continue
         yield Compared(measured, scheme_names(checkpoint), bits_per_weight(checkpoint, origin or checkpoint), checkpoint.nbytes)
 
 
@@ -123,6 +134,10 @@ def check_plot(path: Path) -> None:
         raise UsageError(f"--plot is {str(path)!r}: pictures are made as .html or .png")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"--plot is {str(path)!r}: there is no folder {path.absolute().parent}: make it first")
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise UsageError(
+            f"--plot is {str(path)!r}: {'is a directory' if path.is_dir() else 'its folder cannot be written to'}: name another file"
+        )
     if path.suffix == ".png" and find_spec("matplotlib") is None:
         raise QuantError("--plot: a .png takes matplotlib: pip install 'quant[plots]', or name a .html file, which takes nothing")
 

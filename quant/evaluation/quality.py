@@ -175,6 +175,11 @@ def evaluate(
         raise CheckpointError(
             f"{path}: the text has token {int(rows.max())}, the model {runners[0].skeleton.vocabulary}: the tokenizer belongs to another model"
         )
+    sizes = [r.skeleton.vocabulary for r in runners]
+    if against is not None and sizes[0] != sizes[1]:
+        raise CheckpointError(
+            f"{path}: has a vocabulary of {sizes[0]:,}, {against.path} one of {sizes[1]:,}: it was not made from that checkpoint"
+        )
     batches = list(rows.split(max(1, _BATCH_TOKENS // rows.shape[1])))
     hidden = [runners[0].hidden(batches, progress, "candidate"), *([] if against is None else [against.hidden(batches, progress)])]
     nll: list[float] = []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,21 @@ def test_publishing_renames_the_folder_and_takes_an_empty_target_along(tmp_path:
     work = WorkFolder(tmp_path / "out", JOB, fresh=False)
     finish(work, "a")
     work.publish()
+    assert [f.relative_to(tmp_path).as_posix() for f in sorted(tmp_path.rglob("*"))] == ["out", "out/a.safetensors"]
+
+
+def test_an_interrupt_while_publishing_waits_until_nothing_of_the_work_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = WorkFolder(tmp_path / "out", JOB, fresh=False)
+    finish(work, "a")
+    rename = os.rename
+
+    def interrupted(before: Path, after: Path) -> None:
+        rename(before, after)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        work.publish()
     assert [f.relative_to(tmp_path).as_posix() for f in sorted(tmp_path.rglob("*"))] == ["out", "out/a.safetensors"]
 
 

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from quant.checkpoint.reader import open_checkpoint
+from quant.errors import QuantError
 from quant.evaluation import comparison
 from quant.evaluation.comparison import Compared, bits_per_weight, compare_outputs, plot
 from quant.evaluation.quality import Evaluation, Measured, Runner, evaluate
-from tests.helpers import load_all
+from tests.helpers import copy_model, load_all, save_all
 
 SMALL = {"length": 32, "chunks": 3}
 
@@ -94,6 +95,7 @@ def test_bad_requests_are_said_at_once_before_anything_runs(
     llama: Path, outputs: list[Path], cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Runner, "hidden", lambda *a: pytest.fail("a model was run"))
+    (tmp_path / "folder.html").mkdir()
     for arguments, code, said in (
         (
             [outputs[0], outputs[0], tmp_path / "none", "--against", llama],
@@ -103,10 +105,36 @@ def test_bad_requests_are_said_at_once_before_anything_runs(
         ([*outputs[:2], "--plot", "x.html"], 2, ["--plot needs --against"]),
         ([*outputs[:2], "--against", llama, "--plot", "x.pdf"], 2, ["--plot is 'x.pdf': pictures are made as .html or .png"]),
         ([*outputs[:2], "--against", llama, "--plot", tmp_path / "no" / "x.html"], 2, ["there is no folder"]),
+        ([*outputs[:2], "--against", llama, "--plot", tmp_path / "folder.html"], 2, ["is a directory: name another file"]),
+        ([*outputs[:2], "--against", llama, "--max-perplexity-increase", "nan"], 2, ["--max-perplexity-increase is nan"]),
         (["--against", llama, "--plot", tmp_path / "x.html"], 2, ["give one checkpoint directory"]),
     ):
         result = cli(*asked(*arguments))
         assert result.code == code and all(s in result.err for s in said), result.err
+
+
+def test_a_checkpoint_that_cannot_be_run_does_not_take_the_others_along(
+    llama: Path, outputs: list[Path], cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    broken = copy_model(outputs[3], tmp_path / "broken")
+    tensors = load_all(broken)
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = math.nan
+    for file in (*broken.glob("*.safetensors"), broken / "model.safetensors.index.json"):
+        file.unlink()
+    save_all(broken, tensors)
+    paths = [outputs[0], broken, outputs[1]]
+    result = cli(*asked(*paths, "--against", llama, "--json", "--plot", tmp_path / "p.html"))
+    lines = [json.loads(line) for line in result.out.splitlines()]
+    assert result.code == 1 and [x["path"] for x in lines] == [str(p) for p in paths]
+    assert "holds NaN or infinity" in lines[1]["error"] and lines[1]["exit_code"] == 1 and "kl" in lines[2]
+    assert (tmp_path / "p.html").exists()
+    result = cli(*asked(*paths, "--against", llama))
+    assert result.code == 1 and str(broken) in result.err and "w4a16" in result.out and "w8a16" in result.out
+
+
+def test_models_of_two_vocabularies_are_not_compared(llama: Path, checkpoints: Callable[..., Path]) -> None:
+    with pytest.raises(QuantError, match="has a vocabulary of 4,096.*one of 5,000"):
+        evaluate(llama, against=checkpoints("llama", vocab_size=5000), **SMALL)
 
 
 def test_a_png_without_matplotlib_says_how_to_get_it(
