@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quant.terminal import Output, common_options, run
+from quant.terminal import PATH, Output, common_options, run
 
 if TYPE_CHECKING:
     from quant.serving.deployment import Deployment, Wish
@@ -36,7 +36,7 @@ def cli() -> None:
 def deployment_options(default_port: int = 8000) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """What a deployment is asked for; each is a field of :class:`quant.serving.deployment.Wish`."""
     options = [
-        click.option("-m", "--model-path", type=click.Path(path_type=Path), required=True, help="Checkpoint directory."),
+        click.option("-m", "--model-path", type=PATH, required=True, help="Checkpoint directory."),
         click.option(
             "--tensor-parallel", type=click.IntRange(1, 1024), help="GPUs to split the model over.  [default: vllm_config.json's, or 1]"
         ),
@@ -111,7 +111,7 @@ def plan(out: Output, model_path: Path, kind: str, **options: Any) -> None:
 @deployment_options()
 @click.option(
     "--vllm-python",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Python of the environment with vLLM.  [default: the variable QUANT_VLLM_PYTHON, or this one]",
 )
 @click.option(

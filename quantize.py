@@ -17,7 +17,7 @@ from quant.backends import BACKENDS, NATIVE
 from quant.errors import Problems, QuantError, UsageError, VerificationFailed, clipped
 from quant.planning.options import engine_options, gpu_options
 from quant.schemes import PRESETS
-from quant.terminal import Output, common_options, run
+from quant.terminal import PATH, Output, common_options, run
 
 if TYPE_CHECKING:
     from quant.planning.memory import EngineRequest
@@ -65,7 +65,7 @@ def detect(gpu: str | None, out: Output) -> None:
 
 
 @cli.command()
-@click.option("-m", "--model-path", type=click.Path(), help="A checkpoint directory; only its headers are read.")
+@click.option("-m", "--model-path", type=PATH, help="A checkpoint directory; only its headers are read.")
 @click.option("--model", metavar="NAME", help="A model by name, where there is no checkpoint: Qwen2.5-7B-Instruct.")
 @gpu_options
 @engine_options
@@ -74,7 +74,7 @@ def detect(gpu: str | None, out: Output) -> None:
 @click.option("--scenario", metavar="NAME", help="chat, code, high-throughput, low-latency or multi-model.")
 @common_options
 def recommend(
-    model_path: str | None, model: str | None, gpu: str | None, gpu_count: int | None, gpu_memory: int | None, engine: EngineRequest,
+    model_path: Path | None, model: str | None, gpu: str | None, gpu_count: int | None, gpu_memory: int | None, engine: EngineRequest,
     scheme: str | None, policy: str, scenario: str | None, out: Output,
 ) -> None:  # fmt: skip
     """Which scheme fits this model on this or a named GPU, and why. Exit status 3 when nothing fits.
@@ -88,7 +88,9 @@ def recommend(
 
     if (model_path is None) == (model is None):
         raise UsageError("give the model once: --model-path DIRECTORY, or --model NAME")
-    subject: str | Path = Path(model_path) if model_path is not None else str(model)
+    if model == "":
+        raise UsageError("--model is empty: give a name such as Qwen2.5-7B-Instruct")
+    subject: str | Path = model_path if model_path is not None else str(model)
     found = choose(subject, gpu, engine, scenario=scenario, policy=policy, scheme=scheme, gpu_count=gpu_count, gpu_memory=gpu_memory)
     out.result(found.to_dict(), lambda console: show_recommendation(found, console))
     if found.recommended is None:
@@ -96,7 +98,7 @@ def recommend(
 
 
 def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("-m", "--model-path", type=click.Path(path_type=Path), required=True, help="Checkpoint directory.")(command)
+    return click.option("-m", "--model-path", type=PATH, required=True, help="Checkpoint directory.")(command)
 
 
 class Alpha(click.ParamType):
@@ -131,7 +133,7 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         [
             click.option(
-                "--calibration-dataset", type=click.Path(path_type=Path), multiple=True,
+                "--calibration-dataset", type=PATH, multiple=True,
                 help="txt, jsonl, parquet or a directory; repeatable.  [default: the bundled text]",
             ),
             click.option("--samples", type=int, help=f"Calibration rows.  [default: {defaults.SAMPLES}]"),
@@ -148,8 +150,8 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of a quantization; each is a field of the recipe of the same name. Unset ones are left to the recipe file, then to its defaults."""
     options: list[Callable[..., Any]] = [
-        click.option("-m", "--model-path", type=click.Path(path_type=Path), help="Source checkpoint directory."),
-        click.option("-o", "--output-path", type=click.Path(path_type=Path), help="Output directory; it must not exist or be empty."),
+        click.option("-m", "--model-path", type=PATH, help="Source checkpoint directory."),
+        click.option("-o", "--output-path", type=PATH, help="Output directory; it must not exist or be empty."),
         click.option("--method", help="Rounding method: minmax, gptq, awq, hqq; fp8, which is minmax with an FP8 scheme; none, for smoothing alone."),
         click.option("--scheme", help=f"{', '.join(PRESETS)}.  [default: w4a16]"),
         click.option("--bits", type=int, help="2, 3, 4 or 8."),
@@ -169,7 +171,7 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         calibration_options,
         click.option("--layers", help="Only these: 0,1,2 · 0-3,7 · first:2 · last:2 · globs over module names."),
         click.option("--ignore", multiple=True, help="Leave these unquantized: a glob, or re: and a regular expression; repeatable."),
-        click.option("--config", type=click.Path(path_type=Path), help="Recipe (YAML); options on the command line win."),
+        click.option("--config", type=PATH, help="Recipe (YAML); options on the command line win."),
         click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]"),
         click.option("--tensor-parallel", type=int, help="Degree it will be served with: shapes are checked for it.  [default: 1]"),
         click.option("--gpu", metavar="NAME", help="GPU that will serve it: checked first, and without --method it decides the scheme."),
@@ -177,7 +179,7 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--dry-run", is_flag=True, help="Check everything, predict bytes, memory and time, write nothing."),
         click.option("--fresh", is_flag=True, default=None, help="Start over instead of going on with unfinished work."),
         click.option("--backend", type=click.Choice(["native", *BACKENDS]), help="Who quantizes; the others are archived libraries in a process of their own.  [default: native]"),
-        click.option("--backend-python", type=click.Path(path_type=Path), help="Python of the environment that holds the backend's library.  [default: this one]"),
+        click.option("--backend-python", type=PATH, help="Python of the environment that holds the backend's library.  [default: this one]"),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)
@@ -293,10 +295,8 @@ def layer_wise(out: Output, dry_run: bool, **options: Any) -> None:
 
 
 @cli.command()
-@click.option("-m", "--model-path", type=click.Path(path_type=Path), required=True, help="Source checkpoint directory.")
-@click.option(
-    "-o", "--output-path", type=click.Path(path_type=Path), required=True, help="Output directory; it must not exist or be empty."
-)
+@click.option("-m", "--model-path", type=PATH, required=True, help="Source checkpoint directory.")
+@click.option("-o", "--output-path", type=PATH, required=True, help="Output directory; it must not exist or be empty.")
 @click.option("--method", type=click.Choice(["smooth_quant"]), default="smooth_quant", show_default=True, help="How factors are chosen.")
 @click.option("--alpha", type=ALPHA, help="Share of the inputs' range that goes into the weights, 0 to 1, or auto.  [default: 0.5]")
 @calibration_options
@@ -323,11 +323,9 @@ def smooth(out: Output, method: str, **options: Any) -> None:
 
 @cli.command("export-vllm")
 @model_option
-@click.option(
-    "-o", "--output-path", type=click.Path(path_type=Path), required=True, help="Output directory; it must not exist or be empty."
-)
+@click.option("-o", "--output-path", type=PATH, required=True, help="Output directory; it must not exist or be empty.")
 @click.option("--format", "format_", help="Format to write: compressed-tensors, fp8, awq, gptq or plain.  [default: the checkpoint's own]")
-@click.option("--source", type=click.Path(path_type=Path), help="Where to take missing side files (tokenizer, generation config) from.")
+@click.option("--source", type=PATH, help="Where to take missing side files (tokenizer, generation config) from.")
 @click.option(
     "--requantize", is_flag=True, help="Round anew the linears whose groups are in activation order (g_idx), which vLLM has no path for."
 )
@@ -370,15 +368,15 @@ def export_vllm(
 
 
 @cli.command()
-@click.argument("path", type=click.Path(path_type=Path), required=False)
-@click.option("-m", "--model-path", type=click.Path(path_type=Path), help="Checkpoint directory (or give it as the argument).")
+@click.argument("path", type=PATH, required=False)
+@click.option("-m", "--model-path", type=PATH, help="Checkpoint directory (or give it as the argument).")
 @click.option("--tensor-parallel", type=click.IntRange(1, 1024), default=1, show_default=True, help="Degree it will be served with.")
-@click.option("--source", type=click.Path(path_type=Path), help="Account for every tensor and side file of this checkpoint.")
-@click.option("--against", type=click.Path(path_type=Path), help="Compare every dequantized tensor with this checkpoint (takes torch).")
+@click.option("--source", type=PATH, help="Account for every tensor and side file of this checkpoint.")
+@click.option("--against", type=PATH, help="Compare every dequantized tensor with this checkpoint (takes torch).")
 @click.option(
     "--vllm",
     "vllm_python",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Python of an environment with vLLM: load it there, compare log-probabilities.",
 )
 @click.option("--target", type=click.Choice(["vllm", "other"]), default="vllm", show_default=True, help="Whose rules to check.")
@@ -420,18 +418,16 @@ def verify(
 
 
 @cli.command()
-@click.argument("paths", metavar="[PATH]...", type=click.Path(path_type=Path), nargs=-1)
-@click.option("-m", "--model-path", type=click.Path(path_type=Path), help="Checkpoint directory (or give it as the argument).")
-@click.option("--against", type=click.Path(path_type=Path), help="Source checkpoint: KL divergence and top-1 agreement with it.")
-@click.option("--text", "text_file", type=click.Path(path_type=Path), help="Text to evaluate on.  [default: the bundled wikitext-2 test]")
+@click.argument("paths", metavar="[PATH]...", type=PATH, nargs=-1)
+@click.option("-m", "--model-path", type=PATH, help="Checkpoint directory (or give it as the argument).")
+@click.option("--against", type=PATH, help="Source checkpoint: KL divergence and top-1 agreement with it.")
+@click.option("--text", "text_file", type=PATH, help="Text to evaluate on.  [default: the bundled wikitext-2 test]")
 @click.option(
     "--length", type=click.IntRange(8), help=f"Tokens a chunk.  [default: the smaller of {defaults.EVALUATION_LENGTH} and the model's]"
 )
 @click.option("--chunks", type=click.IntRange(2), default=defaults.EVALUATION_CHUNKS, show_default=True, help="Chunks.")
 @click.option("--max-perplexity-increase", type=float, help="Exit status 4 when perplexity rises by more than this share (0.05 is 5 %).")
-@click.option(
-    "--plot", type=click.Path(path_type=Path), help="Picture of bits per weight against KL: a .html file, or a .png (takes matplotlib)."
-)
+@click.option("--plot", type=PATH, help="Picture of bits per weight against KL: a .html file, or a .png (takes matplotlib).")
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
 @common_options
 def evaluate(
@@ -500,8 +496,8 @@ def evaluate(
 
 
 @cli.command()
-@click.argument("path", type=click.Path(path_type=Path), required=False)
-@click.option("-m", "--model-path", type=click.Path(path_type=Path), help="Checkpoint directory (or give it as the argument).")
+@click.argument("path", type=PATH, required=False)
+@click.option("-m", "--model-path", type=PATH, help="Checkpoint directory (or give it as the argument).")
 @common_options
 def inspect(out: Output, path: Path | None, model_path: Path | None) -> None:
     """What is in a checkpoint: parameters by role, bytes by dtype, scheme, format.

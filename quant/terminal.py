@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -33,6 +34,21 @@ class Size(click.ParamType):
             return parse_size(value, f"--{param.name.replace('_', '-')}" if param and param.name else "size")
         except QuantError as error:
             self.fail(str(error), param, ctx)
+
+
+class PathType(click.Path):
+    """A path that is not empty: ``-o "$UNSET"`` would mean the current directory."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("it is empty: give a path (. is the current directory)", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = PathType()
 
 
 @dataclass

@@ -239,3 +239,14 @@ def test_folders_without_permission_are_errors_in_one_line(llama: Path, tmp_path
     locked.mkdir(mode=0o500)
     result = cli("quantize", "-m", llama, "-o", locked / "out", *MINMAX)
     assert result.code == 1 and "Permission denied" in result.err and "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["inspect", ""], ["verify", "-m", ""], ["evaluate", "x", "--text", ""], ["recommend", "--model", ""], ["detect", "--gpu", ""],
+     ["quantize", "-m", "x", "-o", ""], ["quantize", "-m", "x", "-o", "y", "--calibration-dataset", ""]],
+    ids=" ".join,
+)  # fmt: skip
+def test_an_empty_path_or_name_is_not_the_current_directory(arguments: list[str], cli: Callable[..., Any]) -> None:
+    result = cli(*arguments)
+    assert result.code == 2 and ("empty" in result.err or "--gpu is ''" in result.err), result.err
