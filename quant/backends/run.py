@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ def probe(backend: Backend, python: Path) -> list[str]:
             [str(python), "-W", "ignore", "-c", _PROBE, backend.module], capture_output=True, text=True, env=_environment(), timeout=600
         )
         found = json.loads(done.stdout.splitlines()[-1])
+        if not isinstance(found, dict) or not found.keys() & {"error", "cuda"}:
+            raise ValueError(f"it said {str(found)[:60]!r}")
     except (OSError, ValueError, IndexError, subprocess.TimeoutExpired) as error:
         return [f"--backend-python {python}: is not a Python that runs ({str(error)[:120] or type(error).__name__}). {how}"]
     if "error" in found:
@@ -241,16 +243,19 @@ def _run(python: Path, backend: Backend, job: Path) -> dict[str, Any]:
     with log.open("w+", encoding="utf-8", errors="replace") as errors:
         command = [str(python), "-W", "ignore", str(backend.worker), str(job)]
         result: dict[str, Any] | None = None
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=_environment(), cwd=job.parent) as process:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8", errors="replace", env=_environment(), cwd=job.parent
+        ) as process:
             assert process.stdout is not None
             try:
                 for line in process.stdout:
                     if line.startswith('{"versions"'):
-                        result = json.loads(line)
+                        with suppress(ValueError):  # half a line of a library that died
+                            result = json.loads(line)
             except BaseException:
                 process.kill()
                 raise
-        if process.returncode or result is None:
+        if process.returncode or result is None or not (job.parent / "made" / "config.json").is_file():
             errors.seek(0)
             last = [x.strip() for x in errors.read().replace("\r", "\n").splitlines() if x.strip()]
             raise QuantError(

@@ -140,3 +140,32 @@ def test_autoawq_makes_a_checkpoint_like_any_other(cli: Callable[..., Any], tmp_
     rounded = quantize(TINYLM, tmp_path / "rounded", method="minmax", symmetric=False)
     kl = [quant.evaluate(p, against=TINYLM, chunks=8, length=256).kl.mean for p in (out, rounded["output_path"])]
     assert kl[0] < 1.2 * kl[1]
+
+
+#: Answers the probe as a good environment would: the worker is what fails.
+GOOD_PROBE = 'case "$4" in *importlib*) echo \'{"module": "0", "cuda": true}\'; exit 0;; esac\n'
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "said"),
+    [
+        ("echo null\n", 2, "is not a Python that runs"),
+        ("echo '[]'\n", 2, "is not a Python that runs"),
+        ("printf '\\377\\376'\n", 2, "is not a Python that runs"),
+        (GOOD_PROBE + "exit 0\n", 1, "the library failed (status 0)"),
+        (GOOD_PROBE + "kill -9 $$\n", 1, "the library failed (status -9)"),
+        (GOOD_PROBE + "echo '{\"versions\"'\n", 1, "the library failed (status 0)"),
+        (GOOD_PROBE + "printf '\\377\\n'; exit 3\n", 1, "the library failed (status 3)"),
+        (GOOD_PROBE + 'echo \'{"versions": {}, "seconds": 1, "notes": []}\'\n', 1, "the library failed (status 0)"),
+    ],
+)
+def test_a_python_that_is_none_or_dies_is_an_error_and_leaves_nothing(
+    body: str, code: int, said: str, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\n" + body)
+    python.chmod(0o755)
+    chosen = options(**{"-o": tmp_path / "out", "--backend": "autoawq", "--backend-python": python})
+    result = cli("quantize", *chosen, "--json")
+    assert result.code == code and said in result.err and json.loads(result.out)["exit_code"] == code
+    assert [f.name for f in tmp_path.iterdir()] == ["python"]
