@@ -6,6 +6,7 @@ Every subcommand parses, makes one library call and renders what it returns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,8 +67,19 @@ def deployment_options(default_port: int = 8000) -> Callable[[Callable[..., Any]
 
 
 def _wish(options: dict[str, Any]) -> Wish:
+    from quant.errors import Problems
     from quant.serving.deployment import Wish
 
+    wrong = [
+        f"--{key} is {value!r}: {what} without spaces and control characters is needed"
+        for key, what in (("host", "an address"), ("name", "a name"))
+        if (value := options[key]) is not None and (not value.isprintable() or value.split() != [value])
+    ]
+    share = options["gpu_memory_utilization"]
+    if share is not None and math.isnan(share):
+        wrong.append(f"--gpu-memory-utilization is {share}: a share above 0 and at most 1 is needed")
+    if wrong:
+        raise Problems(wrong, exit_code=2)
     return Wish(**options)
 
 

@@ -259,3 +259,14 @@ def test_planning_imports_neither_torch_nor_transformers(folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_address_a_name_and_a_share_that_are_none_are_refused_together(capsys: pytest.CaptureFixture[str]) -> None:
+    import deploy_vllm
+
+    with pytest.raises(SystemExit) as stop:
+        deploy_vllm.main(["plan", "-m", "none", "--host", "a b", "--name", "x\n", "--gpu-memory-utilization", "nan"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and all(
+        x in error for x in ("3 problems:", "--host is 'a b'", "--name is", "--gpu-memory-utilization is nan")
+    )
