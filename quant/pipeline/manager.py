@@ -63,6 +63,8 @@ MOST_WORKERS, UNITS_UNDER_WAY = 4, 2
 #: Bytes of a buffer that is made and freed, untouched, before the work: from then on glibc's allocator keeps freed blocks of up to this size, where
 #: it would give each back to the system and have it cleared again. Its own limit is 32 MiB.
 KEPT = 31 << 20
+#: Keys of a recipe that say which text is read.
+CALIBRATION = frozenset({"calibration_dataset", "samples", "sequence_length", "shuffle", "chat_template", "seed"})
 #: Tokens of the held-out row that a layer's error is measured on.
 ERROR_TOKENS = 512
 
@@ -196,6 +198,9 @@ class QuantizationManager:
         """
         start = time.perf_counter()
         rows, skeleton = self.prepare() if self.needs else (None, None)
+        if rows is None and (unused := sorted(CALIBRATION & self.plan.recipe.model_fields_set)):
+            named = ", ".join(f"--{k.replace('_', '-')}" for k in unused)
+            self.progress(Event("text", message=f"{named}: not used, nothing in this job needs calibration text", warning=True))
         work = WorkFolder(self.plan.recipe.output_path.absolute(), self._fingerprint(rows), self.plan.recipe.fresh)
         try:
             for entry in work.finished.values():

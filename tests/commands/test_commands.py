@@ -175,3 +175,11 @@ def test_one_path_is_needed_by_argument_or_option(llama: Path, cli: Callable[...
     for arguments in ([], [llama, "-m", llama]):
         result = cli("inspect", *arguments)
         assert result.code == 2 and "give one checkpoint directory" in result.err
+
+
+def test_calibration_options_that_nothing_uses_are_said(cli: Callable[..., Any], llama: Path, tmp_path: Path) -> None:
+    given = ["-m", llama, "--group-size", "32", "--samples", "4", "--sequence-length", "32", "--calibration-dataset", short_text()]
+    result = cli("quantize", *given, "-o", tmp_path / "minmax", "--method", "minmax")
+    assert result.code == 0 and "--calibration-dataset, --samples, --sequence-length: not used" in result.err
+    result = cli("quantize", *given, "-o", tmp_path / "gptq", "--method", "gptq")
+    assert result.code == 0 and "not used" not in result.err
