@@ -350,13 +350,8 @@ class QuantizationManager:
                         group, chosen[group], prefix, weights, statistics, skeleton.adapter.norm_offset, made
                     )
                 for name, module, weight, result in zip(group.linears, modules, weights, results, strict=True):
-                    value = result.tensor.dequantize()
-                    if self.plan.format.quant_method is None:
-                        value = value.to(_torch_dtype(self.plan.dtype)).float()  # plain files hold values, rounded once: go on with those
-                    if factors is not None:
-                        value /= factors  # the batches under way carry the input as it was before the fold
-                    value = value.to(weight.dtype)
-                    self._note(prefix + name, result, weight, value, samples.get(group), statistics.tokens, time.perf_counter() - start)
+                    value, evidence = self._going_on(result.tensor, weight, factors, samples.get(group))
+                    self._record(prefix + name, result, *evidence, statistics.tokens, time.perf_counter() - start)
                     module.weight = nn.Parameter(value, requires_grad=False)
         made.finish_cache(cache)
         clock["forward"] += time.perf_counter() - before - (clock["statistics"] + clock["solve"] - other)
@@ -576,27 +571,38 @@ class QuantizationManager:
                 )
             )
 
-    def _note(
-        self,
-        name: str,
-        result: Quantized,
-        weight: torch.Tensor,
-        value: torch.Tensor,
-        sample: torch.Tensor | None,
-        tokens: int,
-        seconds: float,
-    ) -> None:
-        """Keeps the evidence for one linear: relative output error on held-out tokens, signal to noise of the weight, what went otherwise."""
-        difference = weight.float() - value.float()
-        noise, signal = float(difference.square().sum()), float(weight.float().square().sum())
-        error = None
-        if sample is not None:
-            wanted = (sample @ weight.to(sample.dtype).t()).float()
-            missed = (
-                (sample.float() @ difference.t()) if sample.dtype == torch.float32 else (sample @ difference.to(sample.dtype).t()).float()
-            )
-            error = float(missed.square().sum() / wanted.square().sum().clamp_min(1e-30))
-        self._record(name, result, noise, signal, error, tokens, seconds)
+    def _going_on(
+        self, tensor: QuantizedTensor, weight: torch.Tensor, factors: torch.Tensor | None, sample: torch.Tensor | None
+    ) -> tuple[torch.Tensor, tuple[float, float, float | None]]:
+        """The values that the batches under way go on with, in the dtype of ``weight`` [N, K], and the evidence for the linear.
+
+        By pieces of rows, which stay in the cache of a CPU: whole weights in fp32 would be written and read again a dozen times.
+
+        Returns:
+            values; energy of what rounding changed, energy of the weight, and relative output error on ``sample`` [T, K], or None without one.
+        """
+        n, k = weight.shape
+        size = 4 * PIECE.get(self.device.type, PIECE["cuda"])
+        rows = max(BLOCK, size // k // BLOCK * BLOCK)
+        values = torch.empty_like(weight)
+        sums = torch.zeros(4, dtype=torch.float64, device=weight.device)
+        for start in range(0, n, rows):
+            end = min(start + rows, n)
+            piece, exact, kept = tensor.rows(start, end).dequantize(), weight[start:end], values[start:end]
+            if self.plan.format.quant_method is None:
+                piece = piece.to(_torch_dtype(self.plan.dtype)).float()  # plain files hold values, rounded once: go on with those
+            if factors is not None:
+                piece = piece / factors  # the batches under way carry the input as it was before the fold
+            kept.copy_(piece)
+            wide = exact.float()
+            difference = wide - kept
+            missed = wanted = torch.zeros((), device=weight.device)
+            if sample is not None:
+                wanted = sum_of_squares((sample @ exact.to(sample.dtype).t()).float())
+                missed = sum_of_squares((sample @ difference.to(sample.dtype).t()).float())
+            sums += torch.stack([sum_of_squares(difference), sum_of_squares(wide), missed, wanted])
+        noise, signal, lost, whole = sums.tolist()
+        return values, (noise, signal, lost / max(whole, 1e-30) if sample is not None else None)
 
     def _record(self, name: str, result: Quantized, noise: float, signal: float, error: float | None, tokens: int, seconds: float) -> None:
         self.layers[name] = {
