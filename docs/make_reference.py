@@ -16,7 +16,7 @@ REFERENCE = ROOT / "docs/reference.md"
 
 
 def section(command: click.Command, name: str, depth: int) -> list[str]:
-    context = click.Context(command, info_name=name, max_content_width=100, terminal_width=100)
+    context = click.Context(command, info_name=name, max_content_width=100, terminal_width=100, help_option_names=["-h", "--help"])
     lines = [f"{'#' * depth} {name}", "", "```text", command.get_help(context).rstrip(), "```", ""]
     if isinstance(command, click.Group):
         for sub in command.list_commands(context):
