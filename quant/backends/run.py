@@ -141,9 +141,11 @@ def quantize_with(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
         errors: Mapping[str, float] = {}
         if rows.held_out is not None:
             errors = output_errors(made, plan.checkpoint.path, rows.held_out[:1])
-        ratios = {}
+        compared = compare(made, plan.checkpoint.path).tensors
+        ratios: Mapping[str, float | None] = {}
         if backend.method == "gptq":  # nothing was scaled: weights are comparable
-            ratios = {t.name.removesuffix(".weight"): t.snr_db for t in compare(made, plan.checkpoint.path).tensors}
+            ratios = {t.name.removesuffix(".weight"): t.snr_db for t in compared}
+        rest = [t for t in compared if t.name.removesuffix(".weight") not in plan.linears]
         layers: list[dict[str, Any]] = [
             {
                 "name": name,
@@ -180,8 +182,8 @@ def quantize_with(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
             "fallbacks": [],
             "tensors": {
                 "quantized": [f"{n}.weight" for n in plan.linears],
-                "copied": [n for n in plan.checkpoint.tensors if n.removesuffix(".weight") not in plan.linears],
-                "folded": [],
+                "copied": [t.name for t in rest if t.equal],
+                "folded": [t.name for t in rest if not t.equal],
                 "added": [],
                 "dropped": [],
             },

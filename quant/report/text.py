@@ -66,7 +66,9 @@ def quantization(console: Console, report: Mapping[str, Any]) -> None:
         ),
         (
             "tensors",
-            f"{len(report['tensors']['quantized'])} quantized, {len(report['tensors']['copied'])} copied, {len(report['tensors']['dropped'])} dropped",
+            f"{len(report['tensors']['quantized'])} {'rewritten' if report['methods'] == ['none'] else 'quantized'}, "
+            f"{len(report['tensors']['copied'])} copied, {len(report['tensors']['folded'])} with scaling folded in, "
+            f"{len(report['tensors']['dropped'])} dropped",
         ),
     ]
     if backend := report.get("backend"):
@@ -102,8 +104,11 @@ def quantization(console: Console, report: Mapping[str, Any]) -> None:
             ("function", f"KL to source {same['kl']:.2g} nats per token, logits differ by {same['difference']:.2g} of the largest at most")
         )
     rows += _checks(report["verify"]["checks"])
-    rows.append(("serve", f"python deploy_vllm.py serve --model-path {report['output_path']}"))
-    _table(console, "Quantized", rows)
+    if report["target"] == "other":
+        rows.append(("serve", "with another engine: this was made for --target other, and vLLM may refuse it"))
+    else:
+        rows.append(("serve", f"python deploy_vllm.py serve --model-path {report['output_path']}"))
+    _table(console, "Scaled" if report["methods"] == ["none"] else "Quantized", rows)
 
 
 def prediction(console: Console, value: Mapping[str, Any]) -> None:
