@@ -208,7 +208,7 @@ class Job:
 
     def _vllm(self, path: Path) -> float:
         command = [self.a.vllm_python, self.a.bench / "vllm_perplexity.py", path, "--text", self.text, "--json", "--chunks", self.chunks]
-        return last_json(run(command).output)["nll"]
+        return last_json(run(command, result="{").output)["nll"]
 
     def measure(self, row: Row) -> Found | str:
         """All draws of a row, or why it cannot be made."""

@@ -40,7 +40,7 @@ def main() -> None:
         found = {}
         for name, path in checkpoints.items():
             command = [a.vllm_python, a.bench / "vllm_perplexity.py", path, "--text", a.text, "--chunks", a.chunks, "--json"]
-            found[name] = last_json(run(command).output)
+            found[name] = last_json(run(command, result="{").output)
             rise = found[name]["nll"] - found["source"]["nll"]
             print(f"  {name:<20} perplexity {found[name]['perplexity']:.4f}  (loss {rise:+.5f} nats to source)", flush=True)
         for name in ("packed W4 g128", "gptq-format W4 g128"):
