@@ -11,10 +11,12 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from quant.backends import BACKENDS, Backend
+from quant.calibration.text import Rows
 from quant.checkpoint.reader import Checkpoint
 from quant.errors import Problems, QuantError
 from quant.evaluation.compare import compare
@@ -105,7 +107,8 @@ def plan_backend(recipe: Recipe) -> JobPlan:
     if recipe.method != BACKENDS[recipe.backend].method:
         raise Problems(found, exit_code=2)
     try:
-        plan = plan_job(recipe.model_copy(update={"options": {}, "damping": None, "act_order": None}))
+        # settings of the library are not those of our method of that name
+        plan = replace(plan_job(recipe.model_copy(update={"options": {}, "damping": None, "act_order": None})), recipe=recipe)
         legacy_config(plan.checkpoint.config)
     except QuantError as error:
         more = error.problems if isinstance(error, Problems) else [str(error)]
@@ -138,66 +141,72 @@ def quantize_with(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
         said = _run(python, backend, folder / "job.json")
         _weights_alone(made)
         produced = time.perf_counter() - start
-        errors: Mapping[str, float] = {}
-        if rows.held_out is not None:
-            errors = output_errors(made, plan.checkpoint.path, rows.held_out[:1])
-        compared = compare(made, plan.checkpoint.path).tensors
-        ratios: Mapping[str, float | None] = {}
-        if backend.method == "gptq":  # nothing was scaled: weights are comparable
-            ratios = {t.name.removesuffix(".weight"): t.snr_db for t in compared}
-        rest = [t for t in compared if t.name.removesuffix(".weight") not in plan.linears]
-        layers: list[dict[str, Any]] = [
-            {
-                "name": name,
-                "method": backend.method,
-                "scheme": str(linear.numbers),
-                "error": errors.get(name),
-                "error_missing": None if name in errors else NOT_HELD_OUT,
-                "snr_db": None if ratios.get(name) is None else round(float(ratios[name] or 0), 2),
-                "tokens": rows.tokens.numel(),
-                "seconds": None,
-                "fallback": None,
-                "notes": [],
-            }
-            for name, linear in plan.linears.items()
-        ]
-        described = {
-            "source_path": str(plan.checkpoint.path),
-            "source_bytes": plan.checkpoint.nbytes,
-            "method": recipe.method,
-            "methods": [recipe.method],
-            "scheme": plan.scheme_dict(),
-            "target": recipe.target,
-            "settings": recipe.settings(),
-            "backend": {
-                "name": backend.name,
-                "python": str(python),
-                **said["versions"],
-                "archived": backend.archived,
-                "notes": said["notes"],
-            },
-            "bits_per_weight": plan.bits_per_weight,
-            "calibration": {"rows": len(rows.tokens), "length": rows.tokens.shape[1], "digest": rows.digest},
-            "layers": layers,
-            "fallbacks": [],
-            "tensors": {
-                "quantized": [f"{n}.weight" for n in plan.linears],
-                "copied": [t.name for t in rest if t.equal],
-                "folded": [t.name for t in rest if not t.equal],
-                "added": [],
-                "dropped": [],
-            },
-            "folds": {},
-            "unquantized_linears": list(plan.unquantized),
-            "function": None,
-            "scratch_bytes": 0,
-            "peak_gpu_bytes": 0,
-        }
+        described = _described(plan, backend, rows, made, python, said)
         seconds = {backend.name: round(said["seconds"], 3), "quantize": round(produced, 3)}
         return export(
             made, recipe.output_path, recipe.format, source=plan.checkpoint.path, tensor_parallel=recipe.tensor_parallel, target=recipe.target,
             progress=progress, described=described, seconds=seconds,
         )  # fmt: skip
+
+
+def _described(plan: JobPlan, backend: Backend, rows: Rows, made: Path, python: Path, said: Mapping[str, Any]) -> dict[str, Any]:
+    """What the report of a native job has and that of an export has not, of the library's checkpoint ``made``; ``said``: the worker's last line."""
+    recipe = plan.recipe
+    errors: Mapping[str, float] = {}
+    if rows.held_out is not None:
+        errors = output_errors(made, plan.checkpoint.path, rows.held_out[:1], scaled=backend.method == "awq")
+    compared = compare(made, plan.checkpoint.path).tensors
+    ratios: Mapping[str, float | None] = {}
+    if backend.method == "gptq":  # nothing was scaled: weights are comparable
+        ratios = {t.name.removesuffix(".weight"): t.snr_db for t in compared}
+    rest = [t for t in compared if t.name.removesuffix(".weight") not in plan.linears]
+    layers: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "method": backend.method,
+            "scheme": str(linear.numbers),
+            "error": errors.get(name),
+            "error_missing": None if name in errors else NOT_HELD_OUT,
+            "snr_db": None if ratios.get(name) is None else round(float(ratios[name] or 0), 2),
+            "tokens": rows.tokens.numel(),
+            "seconds": None,
+            "fallback": None,
+            "notes": [],
+        }
+        for name, linear in plan.linears.items()
+    ]
+    return {
+        "source_path": str(plan.checkpoint.path),
+        "source_bytes": plan.checkpoint.nbytes,
+        "method": recipe.method,
+        "methods": [recipe.method],
+        "scheme": plan.scheme_dict(),
+        "target": recipe.target,
+        "settings": recipe.settings(),
+        "backend": {
+            "name": backend.name,
+            "python": str(python),
+            **said["versions"],
+            "archived": backend.archived,
+            "notes": said["notes"],
+        },
+        "bits_per_weight": plan.bits_per_weight,
+        "calibration": {"rows": len(rows.tokens), "length": rows.tokens.shape[1], "digest": rows.digest},
+        "layers": layers,
+        "fallbacks": [],
+        "tensors": {
+            "quantized": [f"{n}.weight" for n in plan.linears],
+            "copied": [t.name for t in rest if t.equal],
+            "folded": [t.name for t in rest if not t.equal],
+            "added": [],
+            "dropped": [],
+        },
+        "folds": {},
+        "unquantized_linears": list(plan.unquantized),
+        "function": None,
+        "scratch_bytes": 0,
+        "peak_gpu_bytes": 0,
+    }
 
 
 def _environment() -> dict[str, str]:

@@ -15,15 +15,16 @@ from quant.formats.reading import dequantized
 from quant.models.skeleton import Skeleton
 
 
-def output_errors(path: str | Path, against: str | Path, tokens: torch.Tensor, device: str | None = None) -> dict[str, float]:
+def output_errors(
+    path: str | Path, against: str | Path, tokens: torch.Tensor, device: str | None = None, *, scaled: bool = False
+) -> dict[str, float]:
     """Runs both checkpoints block by block in fp32 on the source's own inputs of each block, and compares what each linear puts out.
-
-    Scales that were moved between layers do not matter to an output, except where a linear's own outputs were scaled for the next one (v for o,
-    up for down under AWQ): those are compared at the factor per output that fits best.
 
     Args:
         path, against: checkpoint and its source; quantized ones are dequantized.
         tokens: token ids, int64 [B, T].
+        scaled: the checkpoint may have scales moved between layers. Those in a norm do not matter to an output; linears that make the input of
+            another one (v of o, up of down) have scaled outputs, and are compared at the factor of each output that fits best.
 
     Returns:
         by linear's name, ‖y' - y‖² / ‖y‖² over all tokens.
@@ -36,6 +37,7 @@ def output_errors(path: str | Path, against: str | Path, tokens: torch.Tensor, d
     (hidden,), calls = there.embed([tokens])
     _, own_calls = here.embed([tokens])
     errors: dict[str, float] = {}
+    sources = {group.source for group in there.adapter.groups} if scaled else set()
     with torch.no_grad():
         for index in range(there.block_count):
             wanted: dict[str, torch.Tensor] = {}
@@ -48,7 +50,8 @@ def output_errors(path: str | Path, against: str | Path, tokens: torch.Tensor, d
                 skeleton.free_block(index)
                 if skeleton is there:
                     output = result[0] if isinstance(result, tuple) else result
-            errors |= {there.block_prefix(index) + n: _relative(found[n], y) for n, y in wanted.items() if n in found}
+            prefix = there.block_prefix(index)
+            errors |= {prefix + n: _relative(found[n], y, n in sources) for n, y in wanted.items() if n in found}
             hidden = output
     return errors
 
@@ -71,11 +74,8 @@ def _outputs(block: nn.Module, seen: dict[str, torch.Tensor]) -> Iterator[Mappin
             handle.remove()
 
 
-def _relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Error of ``found`` [T, N] relative to ``wanted``, as it is or at the least-squares factor of each column, whichever is smaller by far."""
-    energy = wanted.square().sum().clamp_min(1e-30)
-    plain = float((found - wanted).square().sum() / energy)
-    factor = (found * wanted).sum(0) / found.square().sum(0).clamp_min(1e-30)
-    scaled = float((found * factor - wanted).square().sum() / energy)
-    # a factor always helps a little; where scales were moved it helps by orders of magnitude
-    return scaled if scaled < plain / 4 else plain
+def _relative(found: torch.Tensor, wanted: torch.Tensor, scaled: bool) -> float:
+    """Error of ``found`` [T, N] relative to ``wanted``; ``scaled``: at the least-squares factor of each column."""
+    if scaled:
+        found = found * ((found * wanted).sum(0) / found.square().sum(0).clamp_min(1e-30))
+    return float((found - wanted).square().sum() / wanted.square().sum().clamp_min(1e-30))

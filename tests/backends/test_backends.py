@@ -13,7 +13,7 @@ import pytest
 
 import quant
 from quant.backends import BACKENDS
-from quant.backends.run import legacy_config, probe
+from quant.backends.run import legacy_config, plan_backend, probe
 from quant.errors import Problems, QuantError, UsageError
 from tests.helpers import TINYLM, load_all, quantize, short_text
 
@@ -107,6 +107,15 @@ def test_rotary_embeddings_reach_transformers_4_under_their_old_names() -> None:
     assert "rope_scaling" not in legacy_config({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}})
     with pytest.raises(QuantError, match="differ by kind of layer"):
         legacy_config({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}})
+
+
+def test_the_settings_given_reach_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quant.backends.run.probe", lambda backend, python: [])
+    given = {"backend": "auto-gptq", "damping": 0.05, "act_order": "none", "group_size": 64}
+    plan = plan_backend(quant.make_recipe({"model_path": TINYLM, "output_path": tmp_path / "o"} | given | SMALL))
+    found = BACKENDS["auto-gptq"].settings(plan.recipe)
+    assert (found["damp_percent"], found["desc_act"], found["group_size"]) == (0.05, False, 64)
+    assert {x.scheme.group_size for x in plan.linears.values()} == {64}
 
 
 @needs_legacy

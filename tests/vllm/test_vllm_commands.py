@@ -32,6 +32,7 @@ def _start(path: Path, *options: str, **settings: Any) -> subprocess.Popen[str]:
 def test_serve_answers_until_a_signal_and_leaves_no_process(make: Callable[..., Path], vllm_python: str) -> None:
     path = make(*OPTIONS)
     environment = os.environ | {"KEY": "s3cret"}
+    started = time.perf_counter()
     process = _start(path, "--api-key-env", "KEY", "--name", "tiny", "--", "--enforce-eager", env=environment)
     assert process.stdout is not None and process.stderr is not None
     log: list[str] = []
@@ -40,11 +41,12 @@ def test_serve_answers_until_a_signal_and_leaves_no_process(make: Callable[..., 
     reader.start()
     try:
         report = json.loads(process.stdout.readline())
+        elapsed = time.perf_counter() - started
         assert report["model"] == "tiny"
         assert report["url"].startswith("http://127.0.0.1:")
         assert report["max_model_len"] == 1024
         assert report["kv_cache_tokens"] > report["max_model_len"]
-        assert 1 < report["load_seconds"] < 300
+        assert 0.5 * elapsed < report["load_seconds"] < elapsed  # the rest is this program's start and one completion
         completion = report["completion"]
         assert completion["text"].strip() and completion["tokens"] > 0 and completion["tokens_per_second"] > 0
         with urllib.request.urlopen(report["url"] + "/health", timeout=10) as answer:
