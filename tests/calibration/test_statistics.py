@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quant.calibration import statistics as module
-from quant.calibration.statistics import Accumulator
+from quant.calibration.statistics import Accumulator, Int8Gram, int8_products
 
 CPU = torch.device("cpu")
 
@@ -17,27 +17,94 @@ def batches(k: int, dtype: torch.dtype, sizes: tuple[int, ...] = (37, 1, 200)) -
     return [(torch.randn(2, t, k, generator=generator) * scale + 0.3).to(dtype) for t in sizes]
 
 
-@pytest.mark.parametrize("k", [1, 5, 512, 513, 700, 1100])
-@pytest.mark.parametrize("gram", [module.Gram, module.AmxGram, module.SplitGram])
-def test_the_hessian_is_the_mean_outer_product_mirrored_exactly(k: int, gram: type[module.Gram], monkeypatch: pytest.MonkeyPatch) -> None:
+def hessian_of(gram: type[module.Gram], parts: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean outer product as ``gram`` sums it, and in fp64."""
     monkeypatch.setattr(module, "gram_for", gram)
+    k = parts[0].shape[-1]
+    accumulator = Accumulator(k, CPU, {"hessian"})
+    wanted, tokens = torch.zeros(k, k, dtype=torch.float64), 0
+    for x in parts:
+        accumulator.add(x)
+        rows = x.reshape(-1, k).double()
+        wanted += rows.t() @ rows
+        tokens += len(rows)
+    found = accumulator.finish()
+    assert found.tokens == tokens and found.minimum is None and found.hessian is not None and found.hessian.dtype == torch.float32
+    return found.hessian, wanted / tokens
+
+
+@pytest.mark.parametrize("k", [1, 5, 512, 513, 700, 1100])
+@pytest.mark.parametrize("gram", [module.Gram, Int8Gram])
+def test_the_hessian_is_the_mean_outer_product_mirrored_exactly(k: int, gram: type[module.Gram], monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        accumulator = Accumulator(k, CPU, {"hessian"})
-        wanted, tokens = torch.zeros(k, k, dtype=torch.float64), 0
-        for x in batches(k, dtype):
-            accumulator.add(x)
-            rows = x.reshape(-1, k).double()
-            wanted += rows.t() @ rows
-            tokens += len(rows)
-        found = accumulator.finish()
-        assert found.tokens == tokens and found.minimum is None and found.hessian is not None
-        assert found.hessian.dtype == torch.float32
-        assert torch.equal(found.hessian, found.hessian.t())
-        wanted /= tokens
+        found, wanted = hessian_of(gram, batches(k, dtype), monkeypatch)
+        assert torch.equal(found, found.t())
         size = wanted.diagonal().sqrt()
-        error = ((found.hessian.double() - wanted).abs() / (size[:, None] * size)).max()
-        # split: both factors of what is left are rounded to bf16, and so is their product: half of 2^-8 each
-        assert float(error) < (3 * 2**-9 if gram is module.SplitGram and dtype == torch.bfloat16 else 1e-5)
+        error = ((found.double() - wanted).abs() / (size[:, None] * size)).max()
+        # 8 bits: both factors are off by at most half a step, which is 1/126 of a range of some three times their power, mostly at random
+        assert float(error) < (6e-3 if gram is Int8Gram else 1e-5)
+
+
+def test_eight_bit_sums_of_inputs_that_are_whole_steps_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-126, 127, (3000, 130), generator=generator).bfloat16()
+    x[0] = 126
+    x[2000] = 126  # the second batch has steps of its own, of 1 too
+    found, wanted = hessian_of(Int8Gram, [x[:2000], x[2000:]], monkeypatch)
+    assert torch.equal(found, (wanted * 3000).float() * (1 / 3000))
+
+
+def test_a_feature_of_wide_range_is_summed_as_well_as_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token a hundred times as large must not drown what a feature says in all others."""
+    generator = torch.Generator().manual_seed(1)
+    common = torch.randn(4000, 1, generator=generator)
+    x = (torch.randn(4000, 40, generator=generator) + 2 * common).bfloat16()
+    x[17, 3], x[18, 4:7], x[19] = 300.0, -1000.0, 20 * x[19]
+    found, wanted = hessian_of(Int8Gram, [x], monkeypatch)
+    calm = torch.ones(4000, dtype=torch.bool)
+    calm[17:20] = False
+    power = (x[calm].double().square().sum(0) / 4000).sqrt()  # of all other tokens
+    assert float(((found.double() - wanted).abs() / (power[:, None] * power)).max()) < 8e-3
+    monkeypatch.setattr(module, "_LEAST", 0.0)  # without a second column
+    found, _ = hessian_of(Int8Gram, [x], monkeypatch)
+    assert float(((found.double() - wanted).abs() / (power[:, None] * power)).max()) > 4e-2
+
+
+@pytest.mark.parametrize("gram", [module.Gram, Int8Gram])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_is_found_in_the_sums(gram: type[module.Gram], bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "gram_for", gram)
+    accumulator = Accumulator(600, CPU, {"hessian"})
+    for part in range(3):
+        x = torch.randn(50, 600, generator=torch.Generator().manual_seed(part)).bfloat16()
+        if part == 1:
+            x[7, 555] = bad
+        accumulator.add(x)
+    assert not accumulator.finish().finite
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_features_of_zeros_have_zeros_and_tiny_ones_are_no_nan(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(500, 8, generator=torch.Generator().manual_seed(2)).to(dtype)
+    x[:, 2] = 0
+    x[:, 3] *= 1e-7 if dtype == torch.float16 else 1e-40
+    found, wanted = hessian_of(Int8Gram, [x], monkeypatch)
+    assert bool(torch.isfinite(found).all()) and torch.equal(found[2], torch.zeros(8))
+    rest = [0, 1, 4, 5, 6, 7]
+    assert torch.allclose(found[rest][:, rest].double(), wanted[rest][:, rest], atol=1e-2)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 333, 2048])
+@pytest.mark.parametrize("m", [1, 2, 33, 512])
+@pytest.mark.parametrize("n", [1, 5, 512])
+def test_integer_products_are_exact_whatever_the_shape(tokens: int, m: int, n: int) -> None:
+    """torch 2.13 gives garbage for a single row."""
+    generator = torch.Generator().manual_seed(tokens + m + n)
+    left, right = (torch.randint(-127, 128, (tokens, c + 3), generator=generator, dtype=torch.int8)[:, 2 : c + 2] for c in (m, n))
+    wanted = (left.double().t() @ right.double()).int()
+    assert torch.equal(int8_products(left, right), wanted)
+    out = torch.full((m, n), 7, dtype=torch.int32)
+    assert torch.equal(int8_products(left, right, out=out), wanted) and torch.equal(out, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
