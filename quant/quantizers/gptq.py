@@ -27,8 +27,12 @@ from quant.quantizers.rounding import group_parameters, round_weight, scale_dtyp
 from quant.schemes import WeightScheme
 from quant.tensors import QuantizedTensor
 
-#: Columns whose feedback is applied by one matrix product, and within them by smaller ones.
-_BLOCK, _PANEL = 128, 32
+#: Columns whose feedback on each other is applied one by one; runs of them act on each other by matrix products.
+_PANEL = 32
+#: Rows of the Hessian that are put in order at a time.
+_ROWS = 128
+#: Rows of a weight that are transposed at a time on a CPU.
+_BAND = 32
 #: Each rung multiplies the damping by ten; a Hessian that is not positive definite at the last one is not usable.
 _RUNGS = 4
 
@@ -116,8 +120,9 @@ def factorize(hessian: torch.Tensor, damping: float, order: torch.Tensor | None)
     reverse = torch.arange(k, device=hessian.device) if order is None else order
     reverse = reverse.flip(0)
     flipped = torch.empty_like(hessian)
-    for start in range(0, k, _BLOCK):  # by rows: indexing the whole matrix twice would hold a third copy
-        flipped[start : start + _BLOCK] = hessian[reverse[start : start + _BLOCK]][:, reverse]
+    for start in range(0, k, _ROWS):  # by rows: indexing the whole matrix twice would hold a third copy
+        rows = slice(start, start + _ROWS)
+        torch.index_select(hessian[reverse[rows]], 1, reverse, out=flipped[rows])
     diagonal = flipped.diagonal()
     diagonal[diagonal == 0] = 1.0  # dead inputs: their off-diagonal elements are zero too
     mean = diagonal.mean()
@@ -164,7 +169,7 @@ def _solve(
     """The column loop.
 
     Args:
-        weight: fp32 [N, K].
+        weight: fp32 [N, K]; overwritten.
         factor: R of the columns in the order they are visited.
         fixed: scales and zeros [N, G] and the order of columns; None: file order, scales taken as groups are reached.
 
@@ -174,59 +179,76 @@ def _solve(
     n, k = weight.shape
     groups = scheme.groups(k)
     g = scheme.group_size if scheme.group_size != -1 else k
+    order = torch.arange(k, device=weight.device) if fixed is None else fixed[1]
+    errors = transposed(weight, order)  # starts as W, column k becomes W_k - Ŵ_k once it is rounded
+    group_of = (order // g).tolist()
     if fixed is not None:
-        (scales, zeros), order = fixed
-        errors = weight.t()[order]  # [K, N]: starts as W, column k becomes W_k - Ŵ_k once it is rounded
-        group_of = (order // g).tolist()
+        scales, zeros = fixed[0]
     else:
-        errors = weight.t().contiguous()
         scales = torch.empty(n, groups, device=weight.device)
         zeros = None if scheme.symmetric else torch.empty(n, groups, device=weight.device)
-        group_of = [c // g for c in range(k)]
     scales_t = scales.t().contiguous()
     zeros_t = None if zeros is None else zeros.t().contiguous()
+    # rows of tensors are taken all at once: taking each when it is needed costs as much as working on it
+    scale_of, zero_of = scales_t.unbind(), [None] * groups if zeros_t is None else zeros_t.unbind()
     floats = scheme.number == "float"
     codes = torch.empty(k, n, dtype=torch.float32 if floats else torch.int8, device=weight.device)
     inverse = (1.0 / factor.diagonal()).tolist()
-    for start in range(0, k, _BLOCK):
-        end = min(start + _BLOCK, k)
+    # [K, N]: Σ_j (W_j - Ŵ_j) · R_jk over the columns j rounded so far, at row k; in the memory of the weight, which errors hold from now on
+    feedback = weight.reshape(k, n).zero_()
+
+    def solve(start: int, end: int) -> None:
+        """Rounds a run of columns whose feedback from all columns before it is complete."""
+        if end - start <= _PANEL:
+            round_columns(start, end)
+            return
+        middle = start + max(_PANEL, (end - start) // 2 // _PANEL * _PANEL)
+        solve(start, middle)
+        feedback[middle:end].addmm_(factor.block(slice(start, middle), slice(middle, end)).t(), errors[start:middle])
+        solve(middle, end)
+
+    def round_columns(start: int, end: int) -> None:
         triangle = factor.block(slice(start, end), slice(start, end))
-        feedback = factor.block(slice(0, start), slice(start, end)).t() @ errors[:start]  # [block, N]
-        for panel in range(start, end, _PANEL):
-            stop = min(panel + _PANEL, end)
-            if panel > start:
-                done = slice(panel - _PANEL, panel)
-                feedback[panel - start :].addmm_(triangle[done.start - start : done.stop - start, panel - start :].t(), errors[done])
-            inner = feedback[panel - start : stop - start]
-            for c in range(panel, stop):
-                group = group_of[c]
-                if fixed is None and c % g == 0:
-                    s, z = _group_now(errors, factor, slice(c, c + g), scheme, dtype, importance, search)
-                    scales_t[group] = s
-                    if zeros_t is not None and z is not None:
-                        zeros_t[group] = z
-                target = torch.add(errors[c], inner[c - panel], alpha=inverse[c])
-                scale = scales_t[group]
-                if floats:
-                    code = snap(target.div_(scale), scheme.bits)
-                    codes[c] = code
-                    errors[c].addcmul_(code, scale, value=-1)
-                elif zeros_t is None:
-                    code = target.div_(scale).round_().clamp_(scheme.low, scheme.high)
-                    codes[c] = code
-                    errors[c].addcmul_(code, scale, value=-1)
-                else:
-                    zero = zeros_t[group]
-                    code = target.div_(scale).add_(zero).round_().clamp_(scheme.low, scheme.high)
-                    codes[c] = code
-                    errors[c].addcmul_(code.sub_(zero), scale, value=-1)
-                if c + 1 < stop:
-                    inner[c + 1 - panel :].addr_(triangle[c - start, c + 1 - start : stop - start], errors[c])
+        inner = feedback[start:end]
+        rounded = torch.empty_like(inner)
+        for i, (error, pushed, code) in enumerate(zip(errors[start:end].unbind(), inner.unbind(), rounded.unbind(), strict=True)):
+            c = start + i
+            group = group_of[c]
+            if fixed is None and c % g == 0:
+                s, z = _group_now(errors, factor, slice(c, c + g), scheme, dtype, importance, search)
+                scale_of[group].copy_(s)
+                if zeros_t is not None and z is not None:
+                    zeros_t[group] = z
+            scale, zero = scale_of[group], zero_of[group]
+            torch.add(error, pushed, alpha=inverse[c], out=code).div_(scale)
+            if floats:
+                code.copy_(snap(code, scheme.bits))
+                error.addcmul_(code, scale, value=-1)
+            elif zero is None:
+                error.addcmul_(code.round_().clamp_(scheme.low, scheme.high), scale, value=-1)
+            else:
+                code.add_(zero).round_().clamp_(scheme.low, scheme.high)
+                error.addcmul_(code - zero, scale, value=-1)
+            if c + 1 < end:
+                inner[i + 1 :].addr_(triangle[i, i + 1 :], error)
+        codes[start:end] = rounded
+
+    solve(0, k)
     if fixed is not None:
         natural = torch.empty_like(codes)
-        natural[fixed[1]] = codes
+        natural[order] = codes
         codes = natural
     return codes.t().contiguous(), scales_t.t().contiguous(), None if zeros_t is None else zeros_t.t().contiguous()
+
+
+def transposed(weight: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """fp32 [K, N]: the columns of ``weight`` [N, K] in ``order``, one after another. By bands of rows, which a CPU's cache holds."""
+    n, k = weight.shape
+    columns = torch.empty(k, n, dtype=weight.dtype, device=weight.device)
+    band = n if weight.is_cuda else _BAND
+    for start in range(0, n, band):
+        columns[:, start : start + band] = weight[start : start + band].index_select(1, order).t()
+    return columns
 
 
 def _group_now(
