@@ -19,7 +19,9 @@ from quant.quantizers.rounding import SEARCH_STEPS
 from quant.units import format_size
 
 #: A matrix product large enough to run at full speed, small enough to time in a moment: [tokens, features] by [features, features].
-_PROBE = (1024, 2048)
+_PROBE = (4096, 2048)
+#: Memory for a batch on its way through a block, and what a heap under such use cannot give back.
+_HEAP = 384 << 20
 #: Tensor operations of GPTQ's column loop, each over one column of all stacked outputs, and what one costs at the least.
 _COLUMN_OPERATIONS, _OPERATION_SECONDS = 7, 4e-6
 
@@ -39,7 +41,7 @@ def estimate(plan: JobPlan) -> dict[str, Any]:
     value = plan.to_dict()
     available = psutil.virtual_memory().available
     calibrated = bool(manager.needs)
-    tokens, hidden_bytes, scratch = 0, 0, 0
+    tokens, scratch = 0, 0
     largest = max((8 * x.n * x.k for x in plan.linears.values()), default=0)  # fp32 beside its rounding
     seconds = 0.0
     if calibrated:
@@ -49,15 +51,16 @@ def estimate(plan: JobPlan) -> dict[str, Any]:
         config = text_config(plan.checkpoint.config)
         width = int(config.get("hidden_size") or 0)
         item = skeleton.dtype.itemsize
-        hidden_bytes = (tokens + length) * width * item
         groups = _groups(plan, skeleton)
         block_bytes = max(sum(p.numel() for p in block.parameters()) for block in skeleton.blocks) * item
         widest = max(k for _, k in groups)
-        # while a group is solved: its weights as fp32, their errors and codes; the Hessian and its factor
-        largest = max(10 * n * k + 8 * k * k for n, k in groups) + block_bytes
-        resident = min(RESIDENT_CPU, 4 * hidden_bytes) if manager.device.type == "cpu" else 0
-        scratch = max(0, tokens * (2 * width + widest) * item - resident)
-        largest += resident + 2 * hidden_bytes
+        # while a group is solved: its weights as fp32, their errors and codes, and the Hessian's factor; or before, the Hessian in two orders
+        largest = max(max(9 * n * k + 4 * k * k, 4 * n * k + 8 * k * k) for n, k in groups) + block_bytes
+        # what a batch holds while it waits: the block's input, the residual, a norm's output; and the widest input, or what attention made
+        waiting = max(3 * width + widest, 6 * width) * (tokens + length) * item
+        resident = min(RESIDENT_CPU, waiting) if manager.device.type == "cpu" else 0
+        scratch = waiting - resident
+        largest += resident + _HEAP
         seconds = _seconds(plan, groups, tokens, manager.device, skeleton.dtype)
     else:
         largest *= worker_count(torch.get_num_threads())
@@ -89,20 +92,25 @@ def _groups(plan: JobPlan, skeleton: Skeleton) -> list[tuple[int, int]]:
 def _seconds(plan: JobPlan, groups: list[tuple[int, int]], tokens: int, device: torch.device, dtype: torch.dtype) -> float:
     """Forward pass, statistics and solves at the speed that matrix products have here now."""
     forward = 2 * tokens * sum(i.numel for n, i in plan.checkpoint.tensors.items() if block_of(n) is not None)
-    gram = sum(2 * tokens * k * k for _, k in groups)
+    products = sum(2 * tokens * k * k for _, k in groups)
     solve = sum(k**3 / 3 + n * k * k for n, k in groups)
     columns = sum(k * max(_OPERATION_SECONDS, n * 4e-10) for n, k in groups) * _COLUMN_OPERATIONS
     t, k = _PROBE
     x = torch.randn(t, k, device=device).to(dtype)
     w = torch.randn(k, k, device=device).to(dtype)
     y = torch.randn(k, k, device=device)
-    accumulator = Accumulator(k, device, {"hessian"})
+
+    def gram() -> None:
+        accumulator = Accumulator(k, device, {"hessian"})
+        accumulator.add(x)
+        accumulator.finish()
+
     rate = {
         "forward": 2 * t * k * k / _timed(lambda: x @ w),
-        "gram": 2 * t * k * k / _timed(lambda: accumulator.add(x)),
+        "gram": 2 * t * k * k / _timed(gram),
         "solve": 2 * k**3 / _timed(lambda: y @ y),
     }
-    return forward / rate["forward"] * 1.25 + gram / rate["gram"] + solve / rate["solve"] + columns
+    return forward / rate["forward"] * 1.25 + products / rate["gram"] + solve / rate["solve"] + columns
 
 
 def _timed(run: Callable[[], object]) -> float:
