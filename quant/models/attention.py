@@ -21,7 +21,7 @@ _QUERIES = 64
 
 
 @contextmanager
-def _attention(block: nn.Module, name: str, function: Callable[..., Any]) -> Iterator[None]:
+def attention_through(block: nn.Module, name: str, function: Callable[..., Any]) -> Iterator[None]:
     """While it lasts, ``function(inner, module, query, key, value, mask, …)`` is the block's attention; ``inner`` is the one it had.
 
     Masks must have been made before: their kind goes by the name of the attention function.
@@ -54,7 +54,7 @@ def observed_attention(
     def observed(inner: Any, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return inner(module, query, *observe(key, value), *args, **kwargs)
 
-    with _attention(block, "quant_recorded", observed):
+    with attention_through(block, "quant_recorded", observed):
         yield
 
 
@@ -84,7 +84,7 @@ def staircase_attention(block: nn.Module) -> Iterator[None]:
             return inner(module, query, key, value, mask, *args, **kwargs)
         return causal(query, key, value, kwargs.get("scaling")).transpose(1, 2).contiguous(), None
 
-    with _attention(block, "quant_staircase", staircase):
+    with attention_through(block, "quant_staircase", staircase):
         yield
 
 

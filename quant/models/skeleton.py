@@ -260,15 +260,17 @@ class Skeleton:
         Returns:
             hidden states [B, T, H] of each batch, and by batch size the call of every block.
         """
-        hidden: list[torch.Tensor] = []
         calls: dict[int, list[BlockCall]] = {}
+        return list(self.embedded(batches, calls)), calls
+
+    def embedded(self, batches: Sequence[torch.Tensor], calls: dict[int, list[BlockCall]]) -> Iterator[torch.Tensor]:
+        """:meth:`embed` batch by batch, for those who do not want all hidden states in memory at once; ``calls`` is filled on the way."""
         base = getattr(self.model, str(self.model.base_model_prefix), self.model)
         with self.outside():
             for batch in batches:
                 _, states, recorded = self._run_outside(base, batch, None)
-                hidden.append(states)
                 calls.setdefault(len(batch), recorded)
-        return hidden, calls
+                yield states
 
     def logits(self, batch: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [B, T, V] that the model's own norm and head make of the last block's output; call it inside :meth:`outside`."""

@@ -36,7 +36,7 @@ from quant.models.attention import observed_attention, staircase_attention
 from quant.models.skeleton import BlockCall, Skeleton
 from quant.outlier_suppression import Suppressor
 from quant.pipeline.folding import can_take_rows, find_fold, fold_linear, fold_norm, unfolded
-from quant.pipeline.memory import peak_rss
+from quant.pipeline.memory import peak_rss, release_free_memory
 from quant.pipeline.plan import JobPlan, Unit, make_quantizer, make_suppressor, plan_job, text_config
 from quant.pipeline.rows import job_rows
 from quant.pipeline.staged import ActivationStore, Batches, StagedForward, run_block
@@ -269,10 +269,9 @@ class QuantizationManager:
             with self.clock.phase("embed"):
                 size = max(1, BATCH_TOKENS[self.device.type if self.device.type in BATCH_TOKENS else "cuda"] // rows.tokens.shape[1])
                 tokens = [*rows.tokens.split(size), *([rows.held_out] if rows.held_out is not None else [])]
-                hidden, calls = skeleton.embed(tokens)
-                batches = Batches(store, hidden)
+                calls: dict[int, list[BlockCall]] = {}
+                batches = Batches(store, skeleton.embedded(tokens, calls))
                 held_out = len(tokens) - 1 if rows.held_out is not None else None
-                del hidden
             for unit in self._units(work):
                 if unit.block is None or unit.block >= skeleton.block_count:
                     if unit.name not in work.finished:
@@ -336,6 +335,7 @@ class QuantizationManager:
         before, other = time.perf_counter(), clock["statistics"] + clock["solve"]
         with staircase_attention(block), observed:
             for group in staged.stages():
+                release_free_memory()  # the solve needs much of it, in larger pieces
                 start = time.perf_counter()
                 modules = [block.get_submodule(name) for name in group.linears]
                 weights = [block.get_parameter(f"{name}.weight") for name in group.linears]
@@ -375,7 +375,10 @@ class QuantizationManager:
         assignment = self._assignment(prefix, group)
         scheme, dtype = assignment.scheme, _torch_dtype(self.plan.dtype)
         quantizer, suppressor = self.quantizers[assignment], self.suppressors[assignment]
-        stacked = torch.cat([w.float() for w in weights])
+        sizes = [len(w) for w in weights]
+        stacked = torch.empty(sum(sizes), weights[0].shape[1], device=weights[0].device)
+        for rows, weight in zip(stacked.split(sizes), weights, strict=True):
+            rows.copy_(weight)
         notes: tuple[str, ...] = ()
         factors = None
         if suppressor is not None:
@@ -388,7 +391,6 @@ class QuantizationManager:
             stacked *= factors
             statistics = statistics.divided(factors)
         inputs = input_parameters(statistics, scheme.activations)
-        sizes = [len(w) for w in weights]
         if scheme.weights.strategy == "block" and any(n % BLOCK for n in sizes[:-1]):  # blocks do not straddle linears
             copies = [statistics if i == len(sizes) - 1 else statistics.copy() for i in range(len(sizes))]
             results = [quantizer(w.clone(), s, scheme.weights, dtype) for w, s in zip(stacked.split(sizes), copies, strict=True)]

@@ -13,9 +13,11 @@ file (for a GPU: in host memory).
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import weakref
-from collections.abc import Callable, Generator, Mapping, Sequence
+from bisect import bisect
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,28 +28,70 @@ from torch import nn
 
 from quant.errors import DiskFull, QuantError
 from quant.models.adapter import InputGroup
+from quant.models.attention import attention_through
 from quant.models.skeleton import BlockCall
 from quant.units import format_size
+
+
+class Space:
+    """Places in a row of bytes. The first that is large enough is taken; neighbours that are given back become one.
+
+    Args:
+        limit: bytes there are; None: as many as are asked for.
+    """
+
+    def __init__(self, limit: int | None = None):
+        self._limit = limit
+        self._free: list[tuple[int, int]] = []  # (start, end), sorted, no two of which touch
+        self.end = 0  #: where the bytes that were ever taken end
+
+    def take(self, size: int) -> int | None:
+        """Where ``size`` bytes may go, or None where there is no room."""
+        for i, (start, end) in enumerate(self._free):
+            if end - start >= size:
+                self._free[i : i + 1] = [(start + size, end)] if end - start > size else []
+                return start
+        if self._limit is not None and self.end + size > self._limit:
+            return None
+        start, self.end = self.end, self.end + size
+        return start
+
+    def give(self, start: int, size: int) -> None:
+        """Gives a place back."""
+        end = start + size
+        i = bisect(self._free, (start, end))
+        if i < len(self._free) and self._free[i][0] == end:
+            end = self._free.pop(i)[1]
+        if i and self._free[i - 1][1] == start:
+            start = self._free.pop(i - 1)[0]
+            i -= 1
+        self._free.insert(i, (start, end))
 
 
 class ActivationStore:
     """Puts tensors aside and brings them back, in place: the storage is emptied and refilled, so every view of it stays valid.
 
+    A CPU's tensors go to one region of memory, which is made once: left where they are, among buffers that come and go, they would keep the heap
+    from ever shrinking. What the region has no room for goes to the scratch file. A GPU's tensors stay where they are, and the rest goes to host memory.
+
     Args:
-        resident: bytes that may stay where they are.
-        scratch: file for the rest of a CPU's tensors; a GPU's go to host memory.
+        resident: bytes that may stay in memory (on a GPU: where they are).
+        scratch: file for the rest of a CPU's tensors.
     """
 
     def __init__(self, resident: int, scratch: Path):
         self.resident, self.scratch = resident, scratch
         self._used = 0
+        self._region: torch.Tensor | None = None
+        self._inside, self._outside = Space(resident), Space()
         self._file = -1
-        self._free: dict[int, list[int]] = {}
-        self._end = 0
 
     def put(self, tensor: torch.Tensor) -> Callable[[], None]:
         """Sets a tensor aside; the returned function brings it back."""
         storage = tensor.untyped_storage()
+        return self._put_on_device(tensor.device, storage) if tensor.is_cuda else self._put_in_memory(storage)
+
+    def _put_on_device(self, device: torch.device, storage: torch.UntypedStorage) -> Callable[[], None]:
         size = storage.nbytes()
         if self._used + size <= self.resident:
             self._used += size
@@ -56,23 +100,44 @@ class ActivationStore:
                 self._used -= size
 
             return release
-        if tensor.is_cuda:
-            copy = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-            device_view = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-            copy.copy_(device_view)
-            storage.resize_(0)
+        copy = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        copy.copy_(_bytes_of(storage, device))
+        storage.resize_(0)
 
-            def restore() -> None:
-                storage.resize_(size)
-                torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage).copy_(copy)
+        def restore() -> None:
+            storage.resize_(size)
+            _bytes_of(storage, device).copy_(copy)
 
-            return restore
-        offset = self._write(storage, size)
+        return restore
+
+    def _put_in_memory(self, storage: torch.UntypedStorage) -> Callable[[], None]:
+        size = storage.nbytes()
+        if not size:
+            return lambda: None
+        start = self._inside.take(size)
+        if start is None:
+            return self._put_in_file(storage)
+        if self._region is None:
+            self._region = _memory(self.resident)
+        place = self._region[start : start + size]
+        place.copy_(_bytes_of(storage))
+        storage.resize_(0)
+
+        def restore() -> None:
+            storage.resize_(size)
+            _bytes_of(storage).copy_(place)
+            self._inside.give(start, size)
+
+        return restore
+
+    def _put_in_file(self, storage: torch.UntypedStorage) -> Callable[[], None]:
+        size = storage.nbytes()
+        offset = self._write(storage)
         storage.resize_(0)
 
         def read() -> None:
             storage.resize_(size)
-            view, position = _bytes_of(storage), offset
+            view, position = _view_of(storage), offset
             while view:
                 count = os.preadv(self._file, [view], position)
                 if not count:
@@ -80,26 +145,23 @@ class ActivationStore:
                         f"{self.scratch}: the scratch file ended early: another process changed it; run the same command again"
                     )
                 position, view = position + count, view[count:]
-            self._free.setdefault(size, []).append(offset)
+            self._outside.give(offset, size)
 
         return read
 
-    def _write(self, storage: torch.UntypedStorage, size: int) -> int:
+    def _write(self, storage: torch.UntypedStorage) -> int:
         if self._file < 0:
             self._file = os.open(self.scratch, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o600)
-        slots = self._free.get(size)
-        if slots:
-            offset = slots.pop()
-        else:
-            offset, self._end = self._end, self._end + size
-        view, position = _bytes_of(storage), offset
+        offset = self._outside.take(storage.nbytes())
+        assert offset is not None
+        view, position = _view_of(storage), offset
         try:
             while view:
                 count = os.pwrite(self._file, view, position)
                 position, view = position + count, view[count:]
         except OSError as error:
             raise DiskFull(
-                f"{self.scratch}: cannot hold {format_size(self._end)} of calibration activations ({error.strerror}): free some room, "
+                f"{self.scratch}: cannot hold {format_size(self._outside.end)} of calibration activations ({error.strerror}): free some room, "
                 "or use fewer --samples or a shorter --sequence-length"
             ) from error
         return offset
@@ -107,7 +169,7 @@ class ActivationStore:
     @property
     def spilled_bytes(self) -> int:
         """Largest size that the scratch file had."""
-        return self._end
+        return self._outside.end
 
     def close(self) -> None:
         if self._file >= 0:
@@ -116,7 +178,20 @@ class ActivationStore:
             self.scratch.unlink(missing_ok=True)
 
 
-def _bytes_of(storage: torch.UntypedStorage) -> memoryview:
+def _memory(size: int) -> torch.Tensor:
+    """uint8 [size], whose pages are claimed as they are first written."""
+    region = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux: a fault for every 2 MiB instead of 4 KiB
+        region.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(region, dtype=torch.uint8)
+
+
+def _bytes_of(storage: torch.UntypedStorage, device: torch.device | None = None) -> torch.Tensor:
+    """A storage as uint8 [bytes]."""
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+
+
+def _view_of(storage: torch.UntypedStorage) -> memoryview:
     """The bytes themselves: a numpy view would mark the storage as not resizable for good."""
     return memoryview((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())).cast("B")
 
@@ -124,7 +199,7 @@ def _bytes_of(storage: torch.UntypedStorage) -> memoryview:
 class Batches:
     """Hidden states of all batches between blocks, set aside while nothing reads them."""
 
-    def __init__(self, store: ActivationStore, hidden: Sequence[torch.Tensor]):
+    def __init__(self, store: ActivationStore, hidden: Iterable[torch.Tensor]):
         self._store = store
         self._entries: list[tuple[torch.Tensor, Callable[[], None]] | None] = [(h, store.put(h)) for h in hidden]
 
@@ -143,13 +218,38 @@ class Batches:
         self._entries[index] = (hidden, self._store.put(hidden))
 
 
+class _Batch(greenlet):
+    """A batch on its way through the block. ``seen`` are tensors that belong to it alone and that the model's code may hold while it waits: what the
+    block's linears, norms and attention are given."""
+
+    seen: list[weakref.ref[torch.Tensor]]
+
+
+def _see(*tensors: object) -> None:
+    batch = getcurrent()
+    assert isinstance(batch, _Batch)
+    batch.seen += [weakref.ref(t) for t in tensors if isinstance(t, torch.Tensor)]
+
+
+def _see_first(module: nn.Module, args: tuple[object, ...]) -> None:
+    """Hook of a module without parts: its first argument is what flows through the block; others may be shared by all batches."""
+    _see(*args[:1])
+
+
+def _see_attention(
+    inner: Callable[..., Any], module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    _see(query, key, value)
+    output, _ = inner(module, query, key, value, *args, **kwargs)
+    return output, None  # not the weights, tokens by tokens for each head: the batch would hold them while it waits
+
+
 @dataclass
 class _Waiting:
-    """A suspended batch: where it waits, the tensors of ours that it may keep alive, and what brings those back."""
+    """A suspended batch: where it waits, and what brings back the tensors that were put aside."""
 
-    coroutine: greenlet
+    batch: _Batch
     group: InputGroup
-    seen: list[weakref.ref[torch.Tensor]]
     restore: list[Callable[[], None]]
 
 
@@ -200,13 +300,14 @@ class StagedForward:
             QuantError: batches reach the linears in different orders, or never reach some.
         """
         originals = {}
+        hooks = [m.register_forward_pre_hook(_see_first) for m in self._block.modules() if not any(m.children())]
         for name in self._groups:
             module = self._block.get_submodule(name)
             originals[name] = module.forward
             module.forward = _Stop(self, name, module.forward)
         waiting: list[_Waiting] = []
         try:
-            with torch.no_grad():
+            with torch.no_grad(), attention_through(self._block, "quant_watched", _see_attention):
                 waiting = [w for i in range(len(self._batches)) if (w := self._start(i))]
                 while waiting:
                     arrived = {w.group for w in waiting}
@@ -219,10 +320,12 @@ class StagedForward:
                         break
                     waiting = [r for i, w in enumerate(waiting) if (r := self._resume(i, w))]
         finally:
+            for hook in hooks:
+                hook.remove()
             for name, forward in originals.items():
                 self._block.get_submodule(name).forward = forward
             for entry in waiting:
-                entry.coroutine.throw()  # ends it where it waits
+                entry.batch.throw()  # ends it where it waits
         missing = [n for n, g in self._groups.items() if g not in self._finished]
         if missing:
             raise QuantError(
@@ -231,24 +334,25 @@ class StagedForward:
 
     def _start(self, index: int) -> _Waiting | None:
         hidden = self._batches.take(index)
-        coroutine = greenlet(lambda h: _call(self._block, h, self._calls))
-        return self._arrived(index, coroutine, [weakref.ref(hidden)], coroutine.switch(hidden))
+        batch = _Batch(lambda h: _call(self._block, h, self._calls))
+        batch.seen = [weakref.ref(hidden)]
+        return self._arrived(index, batch, batch.switch(hidden))
 
     def _resume(self, index: int, waiting: _Waiting) -> _Waiting | None:
-        for restore in waiting.restore:
-            restore()
-        waiting.restore = []
-        return self._arrived(index, waiting.coroutine, waiting.seen, waiting.coroutine.switch())
+        while waiting.restore:  # not kept: each holds the storage that it fills, which the block is about to be done with
+            waiting.restore.pop()()
+        return self._arrived(index, waiting.batch, waiting.batch.switch())
 
-    def _arrived(self, index: int, coroutine: greenlet, seen: list[weakref.ref[torch.Tensor]], message: Any) -> _Waiting | None:
-        if coroutine.dead:
+    def _arrived(self, index: int, batch: _Batch, message: Any) -> _Waiting | None:
+        if batch.dead:
             self._batches.put(index, message)
             return None
         group, inputs = message
         self._observe(group, index, inputs)
-        alive = [t for r in [*seen, weakref.ref(inputs)] if (t := r()) is not None]
+        alive = [t for r in batch.seen if (t := r()) is not None]
         held = {t.untyped_storage().data_ptr(): t for t in alive}.values()  # two views of one storage are one tensor to put aside
-        return _Waiting(coroutine, group, [weakref.ref(t) for t in held], [self._store.put(t) for t in held])
+        batch.seen = [weakref.ref(t) for t in held]
+        return _Waiting(batch, group, [self._store.put(t) for t in held])
 
 
 class _Stop:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from quant.checkpoint.reader import open_checkpoint
 from quant.errors import DiskFull, QuantError
 from quant.models.adapter import InputGroup
 from quant.models.skeleton import BlockCall, Skeleton
-from quant.pipeline.staged import ActivationStore, Batches, StagedForward, run_block
+from quant.pipeline.staged import ActivationStore, Batches, Space, StagedForward, run_block
 from tests.helpers import FAMILIES
 
 CPU = torch.device("cpu")
@@ -228,13 +230,69 @@ def test_what_is_put_aside_comes_back_in_place_for_every_view(dtype: torch.dtype
 
 def test_the_budget_bounds_what_stays_in_memory(tmp_path: Path) -> None:
     store = ActivationStore(2000, tmp_path / "scratch")
-    tensors = [torch.ones(200) for _ in range(4)]
+    tensors = [torch.full((200,), float(i)) for i in range(4)]
     back = [store.put(t) for t in tensors]
-    assert [t.untyped_storage().nbytes() for t in tensors] == [800, 800, 0, 0]
+    assert all(t.untyped_storage().nbytes() == 0 for t in tensors)
+    assert store.spilled_bytes == (tmp_path / "scratch").stat().st_size == 1600  # two fit into the budget
     back[0]()
-    extra = torch.ones(200)
-    store.put(extra)
-    assert extra.untyped_storage().nbytes() == 800
+    extra = torch.full((200,), 9.0)
+    last = store.put(extra)  # where the first one was
+    assert store.spilled_bytes == 1600
+    for restore in (*back[1:], last):
+        restore()
+    assert all(torch.equal(t, torch.full((200,), float(i))) for i, t in enumerate(tensors)) and torch.equal(extra, torch.full((200,), 9.0))
+    store.close()
+
+
+def test_an_empty_tensor_needs_no_place(tmp_path: Path) -> None:
+    store = ActivationStore(0, tmp_path / "scratch")
+    store.put(torch.empty(0, 7))()
+    assert store.spilled_bytes == 0
+
+
+@pytest.mark.parametrize("limit", [None, 300])
+def test_places_never_overlap_and_free_neighbours_become_one(limit: int | None) -> None:
+    space, random = Space(limit), Random(0)
+    taken: dict[int, int] = {}
+    refused = 0
+    for _ in range(2000):
+        if taken and random.random() < 0.5:
+            start = random.choice(list(taken))
+            space.give(start, taken.pop(start))
+            continue
+        size = random.randint(1, 60)
+        place = space.take(size)
+        if place is None:
+            refused += 1
+            continue
+        assert 0 <= place and (limit is None or place + size <= limit)
+        assert all(place + size <= s or s + n <= place for s, n in taken.items())
+        taken[place] = size
+    assert (refused > 0) == (limit is not None)
+    for start in list(taken):
+        space.give(start, taken.pop(start))
+    assert space.take(space.end) == 0  # all that was ever taken is one place again
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_waiting_batches_hold_no_activations(kind: str, checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    """Neither what linears and norms are given, nor what the model's code keeps in its locals: residuals, queries, keys, values."""
+    skeleton = Skeleton(open_checkpoint(checkpoints(kind)), CPU)
+    store = ActivationStore(0, tmp_path / "scratch")
+    calls: dict[int, list[BlockCall]] = {}
+    size = 7
+    tokens = [torch.randint(2, 4096, (size, 24), generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    batches = Batches(store, skeleton.embedded(tokens, calls))
+    block = skeleton.load_block(0)
+    staged = StagedForward(block, skeleton.adapter.groups, batches, {size: calls[size][0]}, store, lambda *a: None)
+    for group in staged.stages():
+        held = [
+            t.shape
+            for t in gc.get_objects()
+            if type(t) is torch.Tensor and t.is_floating_point() and t.shape[:1] == (size,) and t.untyped_storage().nbytes()
+            if t.shape[1:] != (1, 24, 24)  # that is a mask, which all batches share
+        ]
+        assert not held, (group.linears, held)
     store.close()
 
 
