@@ -38,6 +38,7 @@ def deployment_options(default_port: int = 8000) -> Callable[[Callable[..., Any]
     """What a deployment is asked for; each is a field of :class:`quant.serving.deployment.Wish`."""
     options = [
         click.option("-m", "--model-path", type=PATH, required=True, help="Checkpoint directory."),
+        click.option("--gpu", help="GPU that it will run on, such as L40S-48GB: the context is fitted to it.  [default: those here]"),
         click.option(
             "--tensor-parallel", type=click.IntRange(1, 1024), help="GPUs to split the model over.  [default: vllm_config.json's, or 1]"
         ),

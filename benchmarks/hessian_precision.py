@@ -20,7 +20,7 @@ from common import ROOT, machine
 
 from quant.calibration import statistics as sums
 from quant.evaluation.quality import evaluate
-from quant.pipeline import manager
+from quant.pipeline import blocks, manager
 from quant.recipe import make_recipe
 
 
@@ -68,7 +68,7 @@ def main() -> None:
     p.add_argument("--draws", type=int, default=3), p.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     a = p.parse_args()
     print(machine())
-    manager.Accumulator = Checked  # type: ignore[misc]
+    blocks.Accumulator = Checked  # type: ignore[misc]
     for bits in a.bits:
         means = {}
         for name, way in WAYS.items():

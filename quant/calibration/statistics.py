@@ -36,7 +36,7 @@ _TOP = 126.0
 #: A feature whose codes have less than this root mean square, so that rounding them is more than 0.2 % of its power, gets a second column.
 _LEAST = 7.0
 #: Tokens whose int8 products are summed in int32, where 127² times as many stay below 2³¹; and of those that are turned into codes at a time.
-_RUN, _STRIP = 1 << 12, 1 << 8
+_RUN, _STRIP = 1 << 13, 1 << 8
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,9 @@ class Int8Gram(Gram):
 
     def __init__(self, features: int, device: torch.device):
         super().__init__(features, device)
-        # made once, because fresh memory costs more than what is done in it: inputs that wait for a run to be full, and products of one panel
+        # made once, because fresh memory costs more than what is done in it: inputs that wait for a run to be full, their codes, products of one panel
         self._inputs: torch.Tensor | None = None
+        self._codes = torch.empty(_RUN, features, dtype=torch.int8, device=device)
         self._filled = 0
         self._sums = torch.empty(_PANEL * features, dtype=torch.int32, device=device)
         self._scaled = torch.empty(_PANEL * features, device=device)
@@ -186,7 +187,7 @@ class Int8Gram(Gram):
         return super().finish()
 
     def _add_run(self, x: torch.Tensor) -> None:
-        codes, steps = int8_codes(x)
+        codes, steps = int8_codes(x, self._codes[: len(x)])
         power = torch.empty_like(steps)
         for rows, columns in _lower(x.shape[1]):
             block = self.total[rows, columns]
@@ -213,14 +214,14 @@ def int8_products(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | N
     return torch._int_mm(left.t(), right) if out is None else torch._int_mm(left.t(), right, out=out)
 
 
-def int8_codes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x`` [T, K], of any floating dtype, in whole steps of each feature's own: int8 codes [T, K] from -127 to 127, and the steps, fp32 [K]: 0 of a
-    feature that is always zero, NaN or infinite of one that ever is."""
+def int8_codes(x: torch.Tensor, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x`` [T, K], of any floating dtype, in whole steps of each feature's own: int8 codes [T, K] from -127 to 127 (``out``, where it is given),
+    and the steps, fp32 [K]: 0 of a feature that is always zero, NaN or infinite of one that ever is."""
     if x.dtype == torch.float16:
         x = x.float()  # whose exponents do not reach far enough for small steps
     largest = largest_magnitude(x, 0).float()
     inverse = (_TOP / largest).clamp_(max=torch.finfo(x.dtype).max).to(x.dtype)
-    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device) if out is None else out
     for part, rounded in zip(x.split(_STRIP), codes.split(_STRIP), strict=True):
         rounded.copy_((part * inverse).round_())
     return codes, torch.where(largest > 0, 1 / inverse.float(), largest)

@@ -96,7 +96,7 @@ _ROW_PARALLEL = re.compile(r"\.(o_proj|down_proj|out_proj|dense|dense_4h_to_h|fc
 
 _PARTS = ("name", "quant_method", "config_file", "kv_cache", "mixed", "refuse", "specs", "problems", "pack", "unpack", "config", "find")
 #: Shards of a fused layer that another one follows.
-_NOT_LAST = (".q_proj", ".k_proj", ".gate_proj")
+NOT_LAST = (".q_proj", ".k_proj", ".gate_proj")
 
 FormatRegistry: Registry[Format] = Registry("format", "quant.formats", lambda entry: lacks(entry, *_PARTS))
 
@@ -227,7 +227,7 @@ def shape_problems(linears: Iterable[Linear], tensor_parallel: int) -> list[str]
                 fits = [x for x in (128, 64, 32, 16, 8) if linear.k % x == 0 and x < g]
                 use = f"--group-size {fits[0]} or -1" if fits else "--group-size -1"
             seen[kind] = f"{kind}: {linear.k} inputs do not divide into groups of {g}: use {use}, or {ignore}"
-        elif block and linear.n % BLOCK and members[fused_name(linear.name)] > 1 and linear.name.endswith(_NOT_LAST):
+        elif block and linear.n % BLOCK and members[fused_name(linear.name)] > 1 and linear.name.endswith(NOT_LAST):
             seen[kind] = (
                 f"{kind}: {linear.n} outputs do not divide into blocks of {BLOCK}, which vLLM demands of all shards of a fused layer but the last: "
                 f"use --scheme w8a8-fp8, or {ignore}"

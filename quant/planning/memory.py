@@ -20,6 +20,7 @@ from typing import Any
 from quant.architectures import DTYPE_BYTES, ModelSpec
 from quant.defaults import VLLM_VERSION
 from quant.errors import Problems, UsageError, one_of
+from quant.formats.base import NOT_LAST
 from quant.hardware import Gpu
 from quant.planning.kvcache import KV_DTYPES, CacheLayout, layout, longest_context
 from quant.planning.storage import FP8_BLOCK, QUANTIZED_ROLES, loaded_bytes, source_storage, stage_layers, storage_of
@@ -126,34 +127,45 @@ def parallel_problems(spec: ModelSpec, ranks: int) -> list[str]:
 
 
 def group_problems(spec: ModelSpec, scheme: str, ranks: int, group_size: int | None = None) -> list[str]:
-    """Linears whose quantization groups (or blocks) ``ranks`` would cut: vLLM refuses such a checkpoint."""
+    """Linears whose inputs do not divide into the scheme's groups (or blocks), and those whose groups ``ranks`` would cut: vLLM refuses such a
+    checkpoint. What a checkpoint holds already divides."""
     storage = source_storage(spec)[0] if scheme == "none" else storage_of(scheme, group_size)
-    if storage.group <= 1 or ranks == 1 or storage.name in ("nf4",):
+    if storage.group <= 1 or storage.name in ("nf4",):
         return []
-    seen: dict[int, str] = {}
+    ragged: dict[int, str] = {}
+    cut: dict[int, str] = {}
     for weight in spec.unpacked or spec.weights:
-        if weight.linear and weight.split == "row" and len(weight.shape) == 2 and weight.shape[1] % (ranks * storage.group):
-            if weight.shape[1] % storage.group == 0:
-                seen.setdefault(weight.shape[1], weight.name)
-    found = [
+        if not weight.linear or len(weight.shape) != 2:
+            continue
+        if weight.shape[1] % storage.group:
+            if weight.role in QUANTIZED_ROLES and scheme != "none":
+                ragged.setdefault(weight.shape[1], weight.name)
+        elif weight.split == "row" and weight.shape[1] % (ranks * storage.group):
+            cut.setdefault(weight.shape[1], weight.name)
+    instead = "w8a8-fp8" if storage is FP8_BLOCK else "a smaller group size, or one scale for each output (-1)"
+    found = [f"{name} has {k} inputs, which do not divide into groups of {storage.group}: use {instead}" for k, name in ragged.items()]
+    found += [
         f"{name} has {k} inputs = {k // storage.group} groups of {storage.group}, which {ranks} ranks cannot share: use another "
         "tensor parallel degree or a smaller group size"
-        for k, name in seen.items()
+        for k, name in cut.items()
     ]  # fmt: skip
     return found + (_block_problems(spec, ranks) if storage is FP8_BLOCK else [])
 
 
 def _block_problems(spec: ModelSpec, ranks: int) -> list[str]:
-    """Linears whose outputs ``ranks`` would cut inside a block."""
+    """Linears whose outputs ``ranks`` would cut inside a block, or whose last block a fused layer would go on in."""
     seen: dict[int, str] = {}
     for weight in spec.unpacked or spec.weights:
         pieces = {"column": ranks, "kv": min(ranks, spec.kv_heads)}.get(weight.split, 1)
-        if weight.linear and weight.role in QUANTIZED_ROLES and pieces > 1 and weight.shape[0] % (pieces * BLOCK):
+        followed = weight.name.removesuffix(".weight").endswith(NOT_LAST)
+        if weight.linear and weight.role in QUANTIZED_ROLES and (pieces > 1 or followed) and weight.shape[0] % (pieces * BLOCK):
             seen.setdefault(weight.shape[0], weight.name)
-    return [
-        f"{name} has {n} outputs, which {ranks} ranks cannot share in blocks of {BLOCK}: use another tensor parallel degree, or w8a8-fp8"
-        for n, name in seen.items()
-    ]
+    how, use = (
+        (f"{ranks} ranks cannot share in", "another tensor parallel degree, or w8a8-fp8")
+        if ranks > 1
+        else ("do not divide into", "w8a8-fp8")
+    )
+    return [f"{name} has {n} outputs, which {how} blocks of {BLOCK}: use {use}" for n, name in seen.items()]
 
 
 @dataclass(frozen=True)

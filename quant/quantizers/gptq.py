@@ -197,17 +197,13 @@ def _solve(
     # [K, N]: Σ_j (W_j - Ŵ_j) · R_jk over the columns j rounded so far, at row k; in the memory of the weight, which errors hold from now on
     feedback = weight.reshape(k, n).zero_()
 
-    def solve(start: int, end: int) -> None:
-        """Rounds a run of columns whose feedback from all columns before it is complete."""
-        if end - start <= _PANEL:
-            round_columns(start, end)
-            return
-        middle = start + max(_PANEL, (end - start) // 2 // _PANEL * _PANEL)
-        solve(start, middle)
-        feedback[middle:end].addmm_(factor.block(slice(start, middle), slice(middle, end)).t(), errors[start:middle])
-        solve(middle, end)
-
-    def round_columns(start: int, end: int) -> None:
+    for number, start in enumerate(range(0, k, _PANEL)):
+        end = min(start + _PANEL, k)
+        if number:
+            # as in a recursion by halves: the largest run that ends here and is a power of two of panels feeds back on as many that follow
+            run = (number & -number) * _PANEL
+            done, ahead = slice(start - run, start), slice(start, min(start + run, k))
+            feedback[ahead].addmm_(factor.block(done, ahead).t(), errors[done])
         triangle = factor.block(slice(start, end), slice(start, end))
         inner = feedback[start:end]
         rounded = torch.empty_like(inner)
@@ -232,8 +228,6 @@ def _solve(
             if c + 1 < end:
                 inner[i + 1 :].addr_(triangle[i, i + 1 :], error)
         codes[start:end] = rounded
-
-    solve(0, k)
     if fixed is not None:
         natural = torch.empty_like(codes)
         natural[order] = codes

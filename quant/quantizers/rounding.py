@@ -13,7 +13,7 @@ from quant.schemes import WeightScheme
 SEARCH_STEPS = 10
 SEARCH_FLOOR = {2: 0.4, 3: 0.6, 4: 0.7, 8: 0.9}
 #: Elements searched at a time on a CPU: temporaries stay in its cache, which is worth a factor of five.
-_CACHED = 1 << 17
+_CACHED = 1 << 19
 #: Inputs of the widest group whose errors are weighted with its whole Hessian.
 _WIDEST = 256
 #: Elements searched at a time on a GPU: enough to fill it, with temporaries of 256 MiB.

@@ -78,8 +78,9 @@ def quantization(console: Console, report: Mapping[str, Any]) -> None:
                 "\n".join([f"{backend['name']} {backend[backend['name']]}, archived upstream {backend['archived']}", *backend["notes"]]),
             )
         )
-    rows += _worst(worst(report["layers"], _WORST))
-    rows.append(("fallbacks", "\n".join(f"{x['name']}: {x['fallback']}" for x in report["fallbacks"]) or "none"))
+    if report["methods"] != ["none"]:  # scaling alone rounds nothing; that its function is the source's is said below
+        rows += _worst(worst(report["layers"], _WORST))
+        rows.append(("fallbacks", "\n".join(f"{x['name']}: {x['fallback']}" for x in report["fallbacks"]) or "none"))
     notes = list(dict.fromkeys(f"{x['name']}: {n}" for x in report["layers"] for n in x["notes"]))
     if notes:
         rows.append(

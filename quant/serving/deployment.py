@@ -13,13 +13,17 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quant import defaults
 from quant.checkpoint.reader import open_checkpoint
-from quant.errors import CheckpointError, UsageError, VerificationFailed, one_of
+from quant.errors import CheckpointError, QuantError, UsageError, VerificationFailed, one_of
 from quant.evaluation.verify import verify
 from quant.serving.arguments import Argument, engine_arguments
+from quant.units import format_size
+
+if TYPE_CHECKING:
+    from quant.hardware import Gpu
 
 LOOPBACK = "127.0.0.1"
 PORT = 8000
@@ -46,11 +50,13 @@ class Wish:
     """What the user asks of a deployment. None leaves a value to ``vllm_config.json``, then to the checkpoint.
 
     Attributes:
+        gpu: name of the GPU that it will run on; None: those that are here, or none known.
         port: TCP port; 0 takes a free one when the server is started here.
         api_key_env: name of the environment variable that holds the key.
         extra: further vLLM arguments, passed on as they are.
     """
 
+    gpu: str | None = None
     tensor_parallel: int | None = None
     max_model_len: int | None = None
     gpu_memory_utilization: float | None = None
@@ -114,7 +120,7 @@ def plan(path: str | Path, wish: Wish) -> Deployment:
     Raises:
         CheckpointError: the directory or its ``vllm_config.json`` cannot be read.
         VerificationFailed: vLLM would not load it, or would read wrong values.
-        UsageError: an extra argument that one of our own options sets.
+        UsageError: an extra argument that one of our own options sets, or a GPU that is not known.
     """
     _check_extra(wish.extra)
     if wish.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", wish.api_key_env):
@@ -146,17 +152,103 @@ def plan(path: str | Path, wish: Wish) -> Deployment:
             chosen[key] = Argument(key, wanted, why)
         elif wanted == 1:
             chosen.pop(key, None)
+    warnings = _fit(folder, chosen, wish, parallel)
     name = wish.name or folder.name
     chosen["served-model-name"] = Argument("served-model-name", name, "what clients call the model, wherever it lies")
-    passed_on = {word.split("=", 1)[0].replace("_", "-") for word in wish.extra if word.startswith("--")}
+    passed_on = _values(wish.extra)
     arguments = tuple(a for a in chosen.values() if f"--{a.name}" not in passed_on)
-    warnings = []
     if not is_loopback(wish.host) and wish.api_key_env is None:
         warnings.append(
             f"--host is {wish.host} without an API key: whoever reaches port {wish.port} can use the model. Name a variable with --api-key-env, "
             f"or bind to {LOOPBACK}"
         )
     return Deployment(folder, name, wish.host, wish.port, parallel, arguments, wish.extra, wish.api_key_env, tuple(warnings))
+
+
+#: vLLM's own flags under which the accounting of memory does not hold.
+_UNPLANNED = frozenset(
+    {"--cpu-offload-gb", "--kv-cache-memory-bytes", "--pipeline-parallel-size", "--hf-overrides", "--speculative-config"}
+)
+#: Share of the longest context that the memory holds which is asked for, and what it is a multiple of: the accounting is an estimate.
+_SURE, _STEP = 0.95, 256
+
+
+def _fit(folder: Path, chosen: dict[str, Argument], wish: Wish, parallel: int) -> list[str]:
+    """Fits ``chosen`` to the GPU, where one is named or here: its dtype, the share of its memory that is free, and the context.
+
+    Returns:
+        warnings: what vLLM is expected to refuse although it was asked for.
+
+    Raises:
+        UsageError: there is no GPU of that name.
+    """
+    from quant.hardware import detect, named_gpu
+    from quant.planning.memory import largest_utilization
+    from quant.planning.versions import rules_for
+
+    gpus = [named_gpu(wish.gpu)] * parallel if wish.gpu is not None else list(detect().gpus)
+    if not gpus or gpus[0].platform == "cpu":
+        return []
+    if len(gpus) < parallel:
+        return [f"tensor parallel {parallel} takes as many GPUs, {len(gpus)} {'is' if len(gpus) == 1 else 'are'} here"]
+    gpu = min(gpus[:parallel], key=lambda g: g.free_bytes)
+    if gpu.platform == "cuda" and gpu.capability is not None and gpu.capability < (8, 0) and chosen["dtype"].value == "bfloat16":
+        level = ".".join(map(str, gpu.capability))
+        chosen["dtype"] = Argument("dtype", "float16", f"{gpu.name} (compute capability {level}) has no bfloat16, which takes 8.0")
+    default = rules_for(defaults.VLLM_VERSION, gpu.capability).utilization
+    passed_on = _values(wish.extra)
+    share = passed_on.get("--gpu-memory-utilization", chosen.get("gpu-memory-utilization"))
+    if share is None and gpu.total_bytes * default > gpu.free_bytes:
+        held = f"{format_size(gpu.total_bytes - gpu.free_bytes)} of {gpu.name} is held by others"
+        chosen["gpu-memory-utilization"] = Argument("gpu-memory-utilization", largest_utilization(gpu), held)
+    return [] if _UNPLANNED & set(passed_on) else _fit_context(folder, chosen, wish, parallel, gpus, passed_on)
+
+
+def _fit_context(
+    folder: Path, chosen: dict[str, Argument], wish: Wish, parallel: int, gpus: Sequence[Gpu], passed_on: Mapping[str, str]
+) -> list[str]:
+    """Lowers a context that nobody asked for to what the memory holds beside the weights."""
+    from quant.catalog import load_model
+    from quant.planning.memory import EngineRequest, at_context, plan
+
+    stated = {name: argument.value for name, argument in chosen.items()} | {k[2:]: v for k, v in passed_on.items()}
+    try:
+        spec = load_model(folder)
+        length, share = stated.get("max-model-len"), stated.get("gpu-memory-utilization")
+        request = EngineRequest(
+            context=None if length is None else min(int(length), spec.max_context),
+            tensor_parallel=parallel,
+            gpu_memory_utilization=None if share is None else float(share),
+            kv_cache_dtype="fp8" if str(stated.get("kv-cache-dtype")).startswith("fp8") else "auto",
+            enforce_eager="enforce-eager" in stated,
+            dtype=str(chosen["dtype"].value),
+            max_num_seqs=int(passed_on["--max-num-seqs"]) if "--max-num-seqs" in passed_on else None,
+            max_num_batched_tokens=int(passed_on["--max-num-batched-tokens"]) if "--max-num-batched-tokens" in passed_on else None,
+        )
+        found = plan(spec, gpus, "none", request)
+        fitting = int(found.max_context * _SURE) // _STEP * _STEP
+        asked = wish.max_model_len is not None or "--max-model-len" in passed_on
+        if not found.fits and fitting and not asked and plan(spec, gpus, "none", at_context(request, fitting)).fits:
+            held = f"what {format_size(found.kv_cache_bytes)} of KV cache hold on {gpus[0].name}; the model's own is {spec.max_context:,}"
+            chosen["max-model-len"] = Argument("max-model-len", fitting, held)
+            return []
+    except (QuantError, ValueError) as error:  # a model the planner does not know, a value only vLLM reads ("auto", "8k")
+        return [f"whether it fits {gpus[0].name} is not known: {error}"]
+    if found.fits:
+        return []
+    return [
+        f"vLLM is expected to refuse this on {gpus[0].name}: {found.why}" + (f". What would do: {found.remedy}" if found.remedy else "")
+    ]
+
+
+def _values(extra: Sequence[str]) -> dict[str, str]:
+    """Flags among further arguments, each with the value behind its ``=`` or the word that follows it."""
+    values = {}
+    for word, following in zip(extra, [*extra[1:], ""], strict=False):
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            values[flag.replace("_", "-")] = value if equals else "" if following.startswith("-") else following
+    return values
 
 
 def _check_extra(extra: Sequence[str]) -> None:

@@ -14,8 +14,8 @@ import torch
 
 from quant.checkpoint.reader import INDEX, open_checkpoint
 from quant.formats.reading import dequantized
-from quant.pipeline import manager as module
 from quant.pipeline.plan import plan_job
+from quant.pipeline.records import Records
 from quant.quantizers import Quantized
 from quant.tensors import QuantizedTensor
 from tests.helpers import TINYLM, change_config, copy_model, files_of, load_all, quantize, read_config, recipe, save_all
@@ -37,13 +37,13 @@ def name_of(job: dict[str, Any]) -> str:
 def caught(monkeypatch: pytest.MonkeyPatch) -> dict[str, QuantizedTensor]:
     """Every linear that the pipeline quantizes from now on, by name."""
     tensors: dict[str, QuantizedTensor] = {}
-    record = module.QuantizationManager._record
+    record = Records.add
 
     def noting(self: Any, name: str, result: Quantized, *args: Any) -> None:
         tensors[name] = result.tensor
         record(self, name, result, *args)
 
-    monkeypatch.setattr(module.QuantizationManager, "_record", noting)
+    monkeypatch.setattr(Records, "add", noting)
     return tensors
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from quant.errors import CheckpointError
-from quant.pipeline import manager as module
+from quant.pipeline import pieces
 from quant.pipeline.manager import QuantizationManager
+from quant.pipeline.pieces import PieceQuantizer
 from quant.pipeline.plan import make_quantizer, plan_job
 from quant.quantizers import Quantized
 from quant.schemes import PRESETS
@@ -26,7 +27,7 @@ SMALL = [n for n, s in PRESETS.items() if s.weights.group_size in (-1, 16, 32) o
 
 
 def pieces_of(rows: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PIECE", {"cpu": rows * k, "cuda": rows * k})
+    monkeypatch.setattr(pieces, "PIECE", {"cpu": rows * k, "cuda": rows * k})
 
 
 def alone(plan: Any, name: str, scheme: str, options: dict[str, Any]) -> tuple[Quantized, float]:
@@ -35,8 +36,8 @@ def alone(plan: Any, name: str, scheme: str, options: dict[str, Any]) -> tuple[Q
     assignment = type(plan.assignments[name])("minmax", PRESETS[scheme], tuple(options.items()))
     manager.quantizers[assignment] = make_quantizer(assignment)
     plan.assignments[name] = assignment
-    tensor = manager._quantize_alone(name)
-    return Quantized(tensor), manager.layers[name]["snr_db"]
+    tensor = manager.pieces.quantize(name)
+    return Quantized(tensor), manager.records.layers[name]["snr_db"]
 
 
 @pytest.mark.parametrize("search", [False, True], ids=["whole ranges", "searched"])
@@ -130,15 +131,15 @@ def test_a_unit_that_fails_keeps_those_before_it_and_leaves_nothing_of_itself(
 ) -> None:
     source = checkpoints("llama", **SHAPES | {"num_hidden_layers": 5})
     threads(3)
-    alone = QuantizationManager._quantize_alone
+    alone = PieceQuantizer.quantize
 
-    def failing(manager: QuantizationManager, name: str) -> QuantizedTensor:
+    def failing(quantizer: PieceQuantizer, name: str) -> QuantizedTensor:
         if name == "model.layers.2.mlp.up_proj":
             raise CheckpointError("this one")
-        return alone(manager, name)
+        return alone(quantizer, name)
 
     with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="this one"):
-        patch.setattr(QuantizationManager, "_quantize_alone", failing)
+        patch.setattr(PieceQuantizer, "quantize", failing)
         quantize(source, tmp_path / "out", method="minmax", group_size=32)
     work = tmp_path / "out.work"
     units = [json.loads(line).get("unit") for line in (work / "journal.jsonl").read_text().splitlines()]

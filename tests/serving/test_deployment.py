@@ -270,3 +270,35 @@ def test_an_address_a_name_and_a_share_that_are_none_are_refused_together(capsys
     assert stop.value.code == 2 and all(
         x in error for x in ("3 problems:", "--host is 'a b'", "--name is", "--gpu-memory-utilization is nan")
     )
+
+
+def test_a_gpu_without_bfloat16_is_told_float16(folder: Path) -> None:
+    for gpu, dtype in (("T4", "float16"), ("L40S-48GB", "bfloat16")):
+        named = {a["name"]: a for a in plan(folder, Wish(gpu=gpu)).to_dict()["arguments"]}
+        assert named["dtype"]["value"] == dtype
+        assert ("has no bfloat16" in named["dtype"]["reason"]) == (gpu == "T4")
+
+
+def test_a_context_that_nobody_asked_for_is_lowered_to_what_the_gpu_holds(folder: Path) -> None:
+    """One that was asked for is left, with the reason why vLLM will refuse it."""
+    for name, key in (("config.json", "max_position_embeddings"), ("vllm_config.json", "max-model-len")):
+        value = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(value | {key: 1 << 29}))
+    found = plan(folder, Wish(gpu="T4"))
+    (length,) = [a for a in found.arguments if a.name == "max-model-len"]
+    assert 1 << 15 < int(length.value) < 1 << 29 and int(length.value) % 256 == 0 and "hold on T4" in length.reason
+    assert not found.warnings
+    again = plan(folder, Wish(gpu="T4", max_model_len=int(length.value)))
+    assert not again.warnings  # it fits
+    asked = plan(folder, Wish(gpu="T4", max_model_len=1 << 29))
+    assert _after(asked.command, "--max-model-len") == str(1 << 29)
+    assert "vLLM is expected to refuse this on" in asked.warnings[0] and "the longest that fits is" in asked.warnings[0]
+    offloaded = plan(folder, Wish(gpu="T4", max_model_len=1 << 29, extra=("--cpu-offload-gb", "4")))
+    assert not offloaded.warnings  # under which the accounting does not hold
+    unread = plan(folder, Wish(gpu="T4", extra=("--max-num-seqs", "many")))
+    assert "is not known" in unread.warnings[0]
+
+
+def test_a_gpu_that_is_none_is_a_usage_error(folder: Path) -> None:
+    with pytest.raises(UsageError, match="GTX-9999"):
+        plan(folder, Wish(gpu="GTX-9999"))

@@ -1,0 +1,283 @@
+"""Methods that need calibration: one decoder block at a time, its linears quantized as the calibration tokens go through it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import accumulate
+
+import torch
+from torch import nn
+
+from quant.activations import input_parameters
+from quant.calibration.statistics import Accumulator, Statistics
+from quant.checkpoint.dtypes import TORCH
+from quant.errors import QuantError
+from quant.models.adapter import InputGroup
+from quant.models.attention import observed_attention, staircase_attention
+from quant.models.skeleton import BlockCall, Skeleton
+from quant.outlier_suppression import Suppressor
+from quant.pipeline.folding import can_take_rows, find_fold, fold_linear, fold_norm
+from quant.pipeline.pieces import PIECE
+from quant.pipeline.plan import JobPlan, text_config
+from quant.pipeline.records import Clock, Records
+from quant.pipeline.staged import ActivationStore, Batches, StagedForward, run_block
+from quant.quantizers import Quantized, Quantizer
+from quant.recipe import Assignment
+from quant.schemes import BLOCK, Scheme
+from quant.tensors import QuantizedTensor, sum_of_squares
+
+#: An input feature this many times as large as the median one is an outlier: its weights may be small and still matter, and few bits round them away.
+OUTLIERS = 32.0
+#: Tokens of the held-out row that a layer's error is measured on.
+ERROR_TOKENS = 512
+
+
+@dataclass
+class Made:
+    """What a block's quantization makes: linears by file name, source tensors with new values, scales of the KV cache."""
+
+    linears: dict[str, QuantizedTensor] = field(default_factory=dict)
+    changed: dict[str, torch.Tensor] = field(default_factory=dict)
+    _cache: torch.Tensor | None = None
+
+    def observe_cache(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Notes the largest magnitudes of K and V, as they go into the cache."""
+        largest = torch.stack([key.abs().amax(), value.abs().amax()]).float()
+        self._cache = largest if self._cache is None else torch.maximum(self._cache, largest)
+        return key, value
+
+    def finish_cache(self, names: Sequence[str]) -> None:
+        """Makes the block's cache scales, fp32 [1] each: what maps the largest magnitude seen to the largest E4M3 number.
+
+        Raises:
+            QuantError: the block has names for them, but no attention that could be observed.
+        """
+        for name in names:
+            if self._cache is None:
+                raise QuantError(
+                    f"{name}: the block's attention does not go through transformers' attention functions: leave --kv-cache-scheme out"
+                )
+            largest = self._cache[0 if name.endswith("k_scale") else 1]
+            if not bool(torch.isfinite(largest)):
+                raise QuantError(f"{name}: the cache's values hold NaN or infinity on calibration tokens: run quant evaluate on the source")
+            self.changed[name] = (torch.where(largest == 0, 1.0, largest) / 448.0).reshape(1).cpu()
+
+
+@dataclass(frozen=True)
+class BlockQuantizer:
+    """Quantizes the linears of one block after another, each with the quantizer and the suppressor of its assignment."""
+
+    plan: JobPlan
+    quantizers: Mapping[Assignment, Quantizer]
+    suppressors: Mapping[Assignment, Suppressor | None]
+    records: Records
+    clock: Clock
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics that anything in the job asks for; empty where no calibration is needed."""
+        return frozenset().union(*(self._needs(a) for a in self.quantizers)) | (
+            {"range"} if self.plan.recipe.kv_cache_scheme else frozenset()
+        )
+
+    def _needs(self, assignment: Assignment) -> frozenset[str]:
+        suppressor, activations = self.suppressors[assignment], assignment.scheme.activations
+        wanted = self.quantizers[assignment].needs | (suppressor.needs if suppressor else frozenset())
+        return wanted | {"range"} if activations is not None and activations.calibrated else wanted
+
+    def quantize(
+        self,
+        skeleton: Skeleton,
+        index: int,
+        block: nn.Module,
+        batches: Batches,
+        calls: Mapping[int, BlockCall],
+        store: ActivationStore,
+        held_out: int | None,
+        need_outputs: bool,
+    ) -> Made:
+        """Quantizes the chosen linears of one block and leaves its outputs in ``batches``."""
+        prefix = skeleton.block_prefix(index)
+        chosen = self._chosen_groups(skeleton.adapter.groups, prefix)
+        groups = list(chosen)
+        sums: dict[InputGroup, Accumulator] = {}
+        samples: dict[InputGroup, torch.Tensor] = {}
+
+        def observe(group: InputGroup, batch: int, inputs: torch.Tensor) -> None:
+            with self.clock.phase("statistics"):
+                if batch == held_out:
+                    samples[group] = inputs.reshape(-1, inputs.shape[-1])[-ERROR_TOKENS:].clone()
+                    return
+                if group not in sums:
+                    sums[group] = Accumulator(inputs.shape[-1], inputs.device, self._needs(self._assignment(prefix, group)))
+                sums[group].add(inputs)
+
+        made = Made()
+        cache = [spec.name for unit in self.plan.units if unit.block == index for spec in unit.made]
+        observed = observed_attention(block, made.observe_cache) if cache else nullcontext()
+        if not groups:
+            with staircase_attention(block), observed:
+                run_block(block, batches, calls)
+            made.finish_cache(cache)
+            return made
+        staged = StagedForward(block, groups, batches, calls, store, observe, need_outputs)
+        clock = self.clock.seconds
+        before, other = time.perf_counter(), clock["statistics"] + clock["solve"]
+        with staircase_attention(block), observed:
+            for group in staged.stages():
+                start = time.perf_counter()
+                modules = [block.get_submodule(name) for name in group.linears]
+                weights = [block.get_parameter(f"{name}.weight") for name in group.linears]
+                with self.clock.phase("solve"):
+                    statistics = sums.pop(group).finish()
+                    if not statistics.finite:
+                        raise QuantError(
+                            f"{prefix}{group.linears[0]}: its inputs hold NaN or infinity on calibration tokens: the model overflows or its "
+                            "weights or config.json are damaged: run quant evaluate on the source; --method minmax --scheme w4a16 needs no inputs"
+                        )
+                    results, factors = self._solve_group(
+                        group, chosen[group], prefix, weights, statistics, skeleton.adapter.norm_offset, made
+                    )
+                for name, module, weight, result in zip(group.linears, modules, weights, results, strict=True):
+                    value, evidence = self._going_on(result.tensor, weight, factors, samples.get(group))
+                    self.records.add(prefix + name, result, *evidence, statistics.tokens, time.perf_counter() - start)
+                    module.weight = nn.Parameter(value, requires_grad=False)
+        made.finish_cache(cache)
+        clock["forward"] += time.perf_counter() - before - (clock["statistics"] + clock["solve"] - other)
+        return made
+
+    def _solve_group(
+        self,
+        group: InputGroup,
+        whole: InputGroup,
+        prefix: str,
+        weights: Sequence[torch.Tensor],
+        statistics: Statistics,
+        norm_offset: float,
+        made: Made,
+    ) -> tuple[list[Quantized], torch.Tensor | None]:
+        """Suppresses and quantizes linears that share an input; what they become goes into ``made``.
+
+        Returns:
+            each linear's result, and the factors fp32 [K] that its input will have been divided by, or None.
+        """
+        assignment = self._assignment(prefix, group)
+        scheme, dtype = assignment.scheme, TORCH[self.plan.dtype]
+        quantizer, suppressor = self.quantizers[assignment], self.suppressors[assignment]
+        sizes = [len(w) for w in weights]
+        stacked = torch.empty(sum(sizes), weights[0].shape[1], device=weights[0].device)
+        for rows, weight in zip(stacked.split(sizes), weights, strict=True):
+            rows.copy_(weight)
+        notes: tuple[str, ...] = ()
+        factors = None
+        if suppressor is not None:
+            factors, notes = self._suppress(suppressor, group, whole, prefix, stacked, statistics, scheme, norm_offset, made)
+        elif scheme.weights.bits <= 4 and (spread := statistics.spread) > OUTLIERS:
+            notes = (
+                f"a feature of its input is {spread:.0f} times the median one: --outlier-suppression awq keeps what small weights make of it",
+            )
+        if factors is not None:
+            stacked *= factors
+            statistics = statistics.divided(factors)
+        inputs = input_parameters(statistics, scheme.activations)
+        if scheme.weights.strategy == "block" and any(n % BLOCK for n in sizes[:-1]):  # blocks do not straddle linears
+            copies = [statistics if i == len(sizes) - 1 else statistics.copy() for i in range(len(sizes))]
+            results = [quantizer(w.clone(), s, scheme.weights, dtype) for w, s in zip(stacked.split(sizes), copies, strict=True)]
+        else:
+            result = quantizer(stacked, statistics, scheme.weights, dtype)
+            ends = list(accumulate(sizes))
+            results = [replace(result, tensor=result.tensor.rows(end - n, end)) for n, end in zip(sizes, ends, strict=True)]
+        results = [replace(r, tensor=replace(r.tensor, inputs=inputs), notes=(*notes, *r.notes)) for r in results]
+        made.linears.update({prefix + n: r.tensor for n, r in zip(group.linears, results, strict=True)})
+        return results, factors
+
+    def _suppress(
+        self,
+        suppressor: Suppressor,
+        group: InputGroup,
+        whole: InputGroup,
+        prefix: str,
+        stacked: torch.Tensor,
+        statistics: Statistics,
+        scheme: Scheme,
+        norm_offset: float,
+        made: Made,
+    ) -> tuple[torch.Tensor | None, tuple[str, ...]]:
+        """The factors that a suppressor proposes, folded; or None and why not."""
+        config = text_config(self.plan.checkpoint.config)
+        head_size = int(
+            config.get("head_dim") or int(config.get("hidden_size") or 0) // max(int(config.get("num_attention_heads") or 1), 1) or 1
+        )
+        fold = find_fold(group, whole, prefix, self.plan.checkpoint, norm_offset, head_size, self.plan.recipe.exact_folds, stacked.device)
+        if isinstance(fold, str):
+            return None, (f"not scaled by {suppressor.name}: {fold}",)
+        if fold.place.source not in suppressor.sources:
+            return None, ()
+        if fold.place.source == "linear" and not can_take_rows(made.linears.get(fold.source)):
+            return None, (f"not scaled by {suppressor.name}: {group.source} has no scale for each output",)
+        proposed = suppressor(stacked, statistics, scheme, TORCH[self.plan.dtype], fold.place)
+        make = fold_norm if fold.place.source == "norm" else partial(fold_linear, done=made.linears)
+        factors, changed = make(fold, proposed.factors, self.plan.checkpoint)
+        made.changed.update(changed)
+        self.records.folds[prefix + "+".join(group.linears)] = {
+            "suppressor": suppressor.name,
+            "kind": fold.place.source,
+            "source": fold.source,
+            "linears": [prefix + n for n in group.linears],
+            "norm_offset": fold.norm_offset,
+            "changed": sorted(changed),
+            "factors": [float(factors.min()), float(factors.max())],
+            "notes": list(proposed.notes),
+        }
+        return factors, proposed.notes
+
+    def _assignment(self, prefix: str, group: InputGroup) -> Assignment:
+        return self.plan.assignments[prefix + group.linears[0]]
+
+    def _chosen_groups(self, groups: Sequence[InputGroup], prefix: str) -> dict[InputGroup, InputGroup]:
+        """The linears to quantize that share an input and are quantized alike → all that share the input."""
+        chosen: dict[InputGroup, InputGroup] = {}
+        for group in groups:
+            alike: dict[Assignment, list[str]] = {}
+            for name in group.linears:
+                if prefix + name in self.plan.linears:
+                    alike.setdefault(self.plan.assignments[prefix + name], []).append(name)
+            chosen |= {InputGroup(tuple(names), group.source, group.fused): group for names in alike.values()}
+        return chosen
+
+    def _going_on(
+        self, tensor: QuantizedTensor, weight: torch.Tensor, factors: torch.Tensor | None, sample: torch.Tensor | None
+    ) -> tuple[torch.Tensor, tuple[float, float, float | None]]:
+        """The values that the batches under way go on with, in the dtype of ``weight`` [N, K], and the evidence for the linear.
+
+        By pieces of rows, which stay in the cache of a CPU: whole weights in fp32 would be written and read again a dozen times.
+
+        Returns:
+            values; energy of what rounding changed, energy of the weight, and relative output error on ``sample`` [T, K], or None without one.
+        """
+        n, k = weight.shape
+        size = 4 * PIECE.get(weight.device.type, PIECE["cuda"])
+        rows = max(BLOCK, size // k // BLOCK * BLOCK)
+        values = torch.empty_like(weight)
+        sums = torch.zeros(4, dtype=torch.float64, device=weight.device)
+        for start in range(0, n, rows):
+            end = min(start + rows, n)
+            piece, exact, kept = tensor.rows(start, end).dequantize(), weight[start:end], values[start:end]
+            if self.plan.format.quant_method is None:
+                piece = piece.to(TORCH[self.plan.dtype]).float()  # plain files hold values, rounded once: go on with those
+            if factors is not None:
+                piece = piece / factors  # the batches under way carry the input as it was before the fold
+            kept.copy_(piece)
+            wide = exact.float()
+            difference = wide - kept
+            missed = wanted = torch.zeros((), device=weight.device)
+            if sample is not None:
+                wanted = sum_of_squares((sample @ exact.to(sample.dtype).t()).float())
+                missed = sum_of_squares((sample @ difference.to(sample.dtype).t()).float())
+            sums += torch.stack([sum_of_squares(difference), sum_of_squares(wide), missed, wanted])
+        noise, signal, lost, whole = sums.tolist()
+        return values, (noise, signal, lost / max(whole, 1e-30) if sample is not None else None)

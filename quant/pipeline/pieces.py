@@ -1,0 +1,121 @@
+"""Methods that need no data: one linear at a time, by pieces of its rows, so that any architecture goes through in little memory."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import torch
+
+from quant.checkpoint.dtypes import TORCH
+from quant.errors import CheckpointError
+from quant.models.adapter import fused_name
+from quant.pipeline.plan import JobPlan
+from quant.pipeline.records import Records
+from quant.quantizers import Quantized, Quantizer
+from quant.recipe import Assignment
+from quant.schemes import BLOCK
+from quant.tensors import QuantizedTensor, largest_magnitude, sum_of_squares
+
+#: Elements of a weight that are worked on at a time: a CPU's temporaries stay in its cache, a GPU's still fill it.
+PIECE = {"cpu": 1 << 18, "cuda": 1 << 24}
+
+
+class Assembled:
+    """A quantized weight of ``count`` rows put together from pieces of them, in order."""
+
+    def __init__(self, count: int):
+        self._count, self._filled = count, 0
+        self._codes: torch.Tensor | None = None
+        self._scales: list[torch.Tensor] = []
+        self._zeros: list[torch.Tensor] = []
+        self._fallbacks: dict[str, None] = {}
+        self._notes: dict[str, None] = {}
+        self._last: Quantized | None = None
+
+    def add(self, piece: Quantized) -> None:
+        tensor = piece.tensor
+        if self._codes is None:
+            self._codes = torch.empty(self._count, *tensor.codes.shape[1:], dtype=tensor.codes.dtype, device=tensor.codes.device)
+        self._codes[self._filled : self._filled + len(tensor.codes)] = tensor.codes
+        self._filled += len(tensor.codes)
+        self._scales.append(tensor.scales)
+        if tensor.zeros is not None:
+            self._zeros.append(tensor.zeros)
+        self._fallbacks |= dict.fromkeys(piece.fallbacks)
+        self._notes |= dict.fromkeys(piece.notes)
+        self._last = piece
+
+    def finish(self) -> Quantized:
+        assert self._last is not None and self._codes is not None and self._filled == self._count
+        tensor = self._last.tensor
+        scales = tensor.scales if tensor.scheme.strategy == "tensor" else torch.cat(self._scales)
+        tensor = replace(tensor, codes=self._codes, scales=scales, zeros=torch.cat(self._zeros) if self._zeros else None)
+        return Quantized(tensor, tuple(self._fallbacks), tuple(self._notes))
+
+
+class PieceQuantizer:
+    """Quantizes linears of a plan from their weights alone; several threads may do so at once."""
+
+    def __init__(self, plan: JobPlan, quantizers: Mapping[Assignment, Quantizer], device: torch.device, records: Records):
+        self.plan, self.quantizers, self.device, self.records = plan, quantizers, device, records
+        self._amax: dict[str, torch.Tensor] = {}
+        self._amax_lock = threading.Lock()
+
+    def quantize(self, name: str) -> QuantizedTensor:
+        """Quantizes one linear by pieces of its rows, which are independent; of the source no more than a piece is in memory.
+
+        Raises:
+            CheckpointError: its weight holds NaN or infinity.
+        """
+        assignment = self.plan.assignments[name]
+        weights = assignment.scheme.weights
+        start = time.perf_counter()
+        amax = self._fused_amax(name) if weights.strategy in ("tensor", "tensor_group") else None
+        shared = {} if amax is None else {"amax": amax}
+        signal, noise = [], []
+        whole = Assembled(self.plan.linears[name].n)
+        for stored, weight, squares in self._pieces(name):
+            result = self.quantizers[assignment](weight, None, weights, TORCH[self.plan.dtype], **shared)
+            signal.append(squares)
+            # a dtype holds the difference of two of its numbers exactly where neither is more than twice the other, or one is 0
+            noise.append(sum_of_squares(result.tensor.dequantize().to(stored.dtype).sub_(stored).float()))
+            whole.add(result)
+        quantized = whole.finish()
+        self.records.add(name, quantized, _total(noise), _total(signal), None, 0, time.perf_counter() - start)
+        return quantized.tensor
+
+    def _pieces(self, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """A linear's weight by pieces of rows, whole blocks of them: as stored, and as fp32 of its own, both on the device; and the sum of its squares.
+
+        Raises:
+            CheckpointError: it holds NaN or infinity.
+        """
+        size = PIECE.get(self.device.type, PIECE["cuda"])
+        block = BLOCK if self.plan.assignments[name].scheme.weights.strategy == "block" else 1
+        rows = max(block, size // self.plan.linears[name].k // block * block)
+        for piece in self.plan.checkpoint.read_rows(f"{name}.weight", rows):
+            stored = piece.to(self.device)
+            weight = stored.to(torch.float32, copy=True)
+            squares = sum_of_squares(weight)
+            # a sum of squares is finite only if every number is; those of large numbers may overflow
+            if not bool(torch.isfinite(squares)) and not bool(torch.isfinite(weight).all()):
+                raise CheckpointError(
+                    f"{self.plan.checkpoint.info(f'{name}.weight').file}: {name}.weight holds NaN or infinity: the source is damaged, fetch it again"
+                )
+            yield stored, weight, squares
+
+    def _fused_amax(self, name: str) -> torch.Tensor:
+        """Largest magnitude in the layer that vLLM fuses a linear into: its shards get one number for the whole tensor."""
+        fused = fused_name(name)
+        with self._amax_lock:
+            if fused not in self._amax:
+                shards = [n for n in self.plan.linears if fused_name(n) == fused]
+                self._amax[fused] = torch.stack([largest_magnitude(w) for n in shards for _, w, _ in self._pieces(n)]).amax()
+            return self._amax[fused]
+
+
+def _total(parts: list[torch.Tensor]) -> float:
+    return float(torch.stack(parts).double().sum())

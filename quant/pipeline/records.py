@@ -1,0 +1,77 @@
+"""What a job notes down while it runs: seconds by phase, and what became of each linear."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from quant.pipeline.plan import JobPlan
+from quant.progress import Event, Progress
+from quant.quantizers import Quantized
+from quant.report.evidence import NOT_CALIBRATED, NOT_HELD_OUT
+
+
+@dataclass
+class Clock:
+    """Seconds by phase."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+
+@dataclass
+class Records:
+    """What the report says of each linear and each fold. ``layers`` are by the linear's name, ``folds`` by those that share the folded input."""
+
+    plan: JobPlan
+    progress: Progress
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    folds: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, name: str, result: Quantized, noise: float, signal: float, error: float | None, tokens: int, seconds: float) -> None:
+        """Notes what a linear became.
+
+        Args:
+            noise, signal: energy of what rounding changed, and of the weight.
+            error: relative output error on held-out text, or None.
+            tokens: those that its statistics are of.
+        """
+        self.layers[name] = {
+            "name": name,
+            "method": self.plan.assignments[name].method,
+            "scheme": str(self.plan.linears[name].numbers),
+            "error": error,
+            "error_missing": None if error is not None else NOT_HELD_OUT if tokens else NOT_CALIBRATED,
+            "snr_db": round(10 * float(torch.log10(torch.tensor(signal / max(noise, 1e-30)))), 2) if signal else None,
+            "tokens": tokens,
+            "seconds": round(seconds, 3),
+            "fallback": "; ".join(result.fallbacks) or None,
+            "notes": list(result.notes),
+        }
+        for fallback in result.fallbacks:
+            self.progress(Event("quantize", message=f"{name}: {fallback}", warning=True))
+
+    def of(self, unit: str, names: Collection[str]) -> dict[str, Any]:
+        """What the journal keeps of a unit with these linears."""
+        for name in names:
+            self.layers[name]["unit"] = unit
+        folds = {k: f for k, f in self.folds.items() if set(f["linears"]) & set(names)}
+        return {"layers": {n: self.layers[n] for n in names}, "folds": folds}
+
+    def restore(self, entry: Mapping[str, Any]) -> None:
+        """Takes back what :meth:`of` gave to an earlier run's journal."""
+        self.layers.update(entry["layers"])
+        self.folds.update(entry["folds"])
