@@ -49,7 +49,7 @@ from quant.units import format_seconds
 #: Tokens of one batch: large enough for full speed of the matrix products, small enough that a batch's activations are few.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 #: Bytes of calibration activations that a CPU run keeps in memory. The rest goes to a scratch file, which the page cache holds where there is room.
-RESIDENT_CPU = 64 << 20
+RESIDENT_CPU = 256 << 20
 #: Tensors that a job without data works on at once, and so has in memory, on as many cores; and units, of which one may be waiting for the disk.
 MOST_WORKERS, UNITS_UNDER_WAY = 4, 2
 #: Keys of a recipe that say which text is read.

@@ -279,21 +279,22 @@ def test_a_gpu_without_bfloat16_is_told_float16(folder: Path) -> None:
         assert ("has no bfloat16" in named["dtype"]["reason"]) == (gpu == "T4")
 
 
-def test_a_context_that_nobody_asked_for_is_lowered_to_what_the_gpu_holds(folder: Path) -> None:
+def test_a_context_that_nobody_asked_for_is_lowered_to_what_the_gpu_holds(tmp_path: Path) -> None:
     """One that was asked for is left, with the reason why vLLM will refuse it."""
-    for name, key in (("config.json", "max_position_embeddings"), ("vllm_config.json", "max-model-len")):
-        value = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps(value | {key: 1 << 29}))
+    folder = Path(shutil.copytree(ROOT / "examples/tinylm-4m", tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1 << 25}))
+    (folder / "vllm_config.json").write_text(json.dumps({"max-model-len": 1 << 25}))
     found = plan(folder, Wish(gpu="T4"))
     (length,) = [a for a in found.arguments if a.name == "max-model-len"]
-    assert 1 << 15 < int(length.value) < 1 << 29 and int(length.value) % 256 == 0 and "hold on T4" in length.reason
+    assert 1 << 15 < int(length.value) < 1 << 25 and int(length.value) % 256 == 0 and "hold on T4" in length.reason
     assert not found.warnings
     again = plan(folder, Wish(gpu="T4", max_model_len=int(length.value)))
     assert not again.warnings  # it fits
-    asked = plan(folder, Wish(gpu="T4", max_model_len=1 << 29))
-    assert _after(asked.command, "--max-model-len") == str(1 << 29)
+    asked = plan(folder, Wish(gpu="T4", max_model_len=1 << 25))
+    assert _after(asked.command, "--max-model-len") == str(1 << 25)
     assert "vLLM is expected to refuse this on" in asked.warnings[0] and "the longest that fits is" in asked.warnings[0]
-    offloaded = plan(folder, Wish(gpu="T4", max_model_len=1 << 29, extra=("--cpu-offload-gb", "4")))
+    offloaded = plan(folder, Wish(gpu="T4", max_model_len=1 << 25, extra=("--cpu-offload-gb", "4")))
     assert not offloaded.warnings  # under which the accounting does not hold
     unread = plan(folder, Wish(gpu="T4", extra=("--max-num-seqs", "many")))
     assert "is not known" in unread.warnings[0]
