@@ -20,7 +20,6 @@ from typing import Any
 from quant.architectures import DTYPE_BYTES, ModelSpec
 from quant.defaults import VLLM_VERSION
 from quant.errors import Problems, UsageError, one_of
-from quant.formats.base import NOT_LAST
 from quant.hardware import Gpu
 from quant.planning.kvcache import KV_DTYPES, CacheLayout, layout, longest_context
 from quant.planning.storage import FP8_BLOCK, QUANTIZED_ROLES, loaded_bytes, source_storage, stage_layers, storage_of
@@ -154,6 +153,8 @@ def group_problems(spec: ModelSpec, scheme: str, ranks: int, group_size: int | N
 
 def _block_problems(spec: ModelSpec, ranks: int) -> list[str]:
     """Linears whose outputs ``ranks`` would cut inside a block, or whose last block a fused layer would go on in."""
+    from quant.formats.base import NOT_LAST  # the formats take a tenth of the time to the answer, and few plans ask for blocks
+
     seen: dict[int, str] = {}
     for weight in spec.unpacked or spec.weights:
         pieces = {"column": ranks, "kv": min(ranks, spec.kv_heads)}.get(weight.split, 1)
