@@ -47,3 +47,13 @@ def test_a_block_computes_the_same_and_other_attention_is_left_alone(
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert bool(calls) == taken  # the others have sliding windows (masks) or soft caps at this length
     assert torch.equal(run(), wanted)
+
+
+def test_scores_in_bf16_add_no_more_error_than_the_rounding_of_the_output() -> None:
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(2, 300, n, 64, generator=generator).bfloat16().transpose(1, 2) for n in (8, 2, 2))
+    exact = functional.scaled_dot_product_attention(query.double(), key.double(), value.double(), is_causal=True, enable_gqa=True)
+    found = attention.causal(query, key, value, None)
+    assert found.dtype == torch.bfloat16
+    rounding = (exact.bfloat16().double() - exact).square().mean().sqrt()
+    assert float((found.double() - exact).square().mean().sqrt()) < 2 * rounding
