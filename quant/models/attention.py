@@ -91,8 +91,8 @@ def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling:
     """Causal attention of query [B, H, T, D] on key and value [B, G, T, D], G a divisor of H; returns [B, H, T, D].
 
     The queries of a stretch of tokens meet only the keys up to its end, and the heads that share a K and V are multiplied together. Products are in
-    the dtype of the inputs, as in transformers' eager attention: of bf16 inputs scores are rounded to bf16, which adds no more to the output's error than its own
-    rounding does.
+    the dtype of the inputs, as in transformers' eager attention: scores and probabilities of bf16 inputs are rounded to bf16, which puts the output off by
+    about as much as two roundings of its own.
     """
     batch, heads, tokens, size = query.shape
     groups = key.shape[1]
