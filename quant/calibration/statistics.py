@@ -28,7 +28,8 @@ from quant.tensors import largest_magnitude
 
 #: What may be asked for.
 STATISTICS = frozenset({"hessian", "range", "sample"})
-_PANEL = 512
+#: Rows and columns of a block of the triangle, large enough for full speed; and of those along its diagonal, half of which are of no use.
+_PANEL, _SMALL = 2048, 512
 #: Most tokens of a sample.
 _SAMPLE = 512
 #: Code of a feature's largest magnitude: the bf16 rounding of step and quotient must not push it beyond 127.
@@ -145,8 +146,8 @@ class Gram:
         """fp32 [K, K], whole and symmetric; the sum is handed over."""
         total = self.total
         del self.total
-        for start in range(0, len(total), _PANEL):  # mirror by panels: a whole transposed copy would double the peak
-            end = start + _PANEL
+        for start in range(0, len(total), _SMALL):  # mirror by panels: a whole transposed copy would double the peak
+            end = start + _SMALL
             total[:start, start:end] = total[start:end, :start].t()
             square = total[start:end, start:end]
             square.copy_(square.tril() + square.tril(-1).t())
@@ -159,35 +160,40 @@ class Int8Gram(Gram):
 
     def __init__(self, features: int, device: torch.device):
         super().__init__(features, device)
-        # made once, because fresh memory costs more than what is done in it: inputs that wait for a run to be full, their codes, products of one panel
+        # made once, because fresh memory costs more than what is done in it: inputs that wait for a run to be full, their codes, products of one block
         self._inputs: torch.Tensor | None = None
         self._codes = torch.empty(_RUN, features, dtype=torch.int8, device=device)
         self._filled = 0
-        self._sums = torch.empty(_PANEL * features, dtype=torch.int32, device=device)
-        self._scaled = torch.empty(_PANEL * features, device=device)
+        most = min(features, _PANEL) ** 2
+        self._sums = torch.empty(most, dtype=torch.int32, device=device)
+        self._scaled = torch.empty(most, device=device)
 
     def add(self, x: torch.Tensor) -> None:
         if self._inputs is None:
             self._inputs = torch.empty(_RUN, x.shape[1], dtype=x.dtype, device=x.device)
+            self._largest = torch.zeros(x.shape[1], dtype=x.dtype, device=x.device)
         while len(x):
             part = x[: _RUN - self._filled]
-            self._inputs[self._filled : self._filled + len(part)] = part
+            for kept, strip in zip(self._inputs[self._filled :].split(_STRIP), part.split(_STRIP), strict=False):
+                kept[: len(strip)] = strip
+                torch.maximum(self._largest, strip.abs().amax(0), out=self._largest)
             self._filled, x = self._filled + len(part), x[len(part) :]
             if self._filled == _RUN:
                 self._flush()
 
     def _flush(self) -> None:
         if self._inputs is not None and self._filled:
-            self._add_run(self._inputs[: self._filled])
+            self._add_run(self._inputs[: self._filled], self._largest)
             self._filled = 0
+            self._largest.zero_()
 
     def finish(self) -> torch.Tensor:
         self._flush()
         self._inputs = None
         return super().finish()
 
-    def _add_run(self, x: torch.Tensor) -> None:
-        codes, steps = int8_codes(x, self._codes[: len(x)])
+    def _add_run(self, x: torch.Tensor, largest: torch.Tensor) -> None:
+        codes, steps = int8_codes(x, largest, self._codes[: len(x)])
         power = torch.empty_like(steps)
         for rows, columns in _lower(x.shape[1]):
             block = self.total[rows, columns]
@@ -198,7 +204,8 @@ class Int8Gram(Gram):
                 power[rows] = sums.diagonal(rows.start - columns.start)
         wide = ((power > 0) & (power < _LEAST**2 * len(x))).nonzero().squeeze(1)
         if len(wide):
-            rest, small = int8_codes(x[:, wide].float() - codes[:, wide] * steps[wide])
+            left = x[:, wide].float() - codes[:, wide] * steps[wide]
+            rest, small = int8_codes(left, largest_magnitude(left, 0))
             across = int8_products(rest, codes).float().mul_(steps).mul_(small[:, None])  # [wide, K]
             among = int8_products(rest, rest).float().mul_(small).mul_(small[:, None])
             self.total[wide] += across  # what lands above the diagonal is of no account
@@ -214,12 +221,13 @@ def int8_products(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | N
     return torch._int_mm(left.t(), right) if out is None else torch._int_mm(left.t(), right, out=out)
 
 
-def int8_codes(x: torch.Tensor, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def int8_codes(x: torch.Tensor, largest: torch.Tensor, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """``x`` [T, K], of any floating dtype, in whole steps of each feature's own: int8 codes [T, K] from -127 to 127 (``out``, where it is given),
-    and the steps, fp32 [K]: 0 of a feature that is always zero, NaN or infinite of one that ever is."""
+    and the steps, fp32 [K]: 0 of a feature that is always zero, NaN or infinite of one that ever is. ``largest`` [K]: each feature's largest
+    magnitude."""
     if x.dtype == torch.float16:
         x = x.float()  # whose exponents do not reach far enough for small steps
-    largest = largest_magnitude(x, 0).float()
+    largest = largest.float()
     inverse = (_TOP / largest).clamp_(max=torch.finfo(x.dtype).max).to(x.dtype)
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device) if out is None else out
     for part, rounded in zip(x.split(_STRIP), codes.split(_STRIP), strict=True):
@@ -236,11 +244,15 @@ def gram_for(features: int, device: torch.device) -> Gram:
 
 def _lower(size: int) -> Iterable[tuple[slice, slice]]:
     """Rows and columns of blocks that cover the lower triangle of a square matrix, and little above it."""
-    for start in range(0, size, _PANEL):
-        end = min(start + _PANEL, size)
-        middle = min(start + _PANEL // 2, end)
-        if start:
-            yield slice(start, end), slice(0, start)
-        yield slice(start, middle), slice(start, middle)
-        if middle < end:
-            yield slice(middle, end), slice(start, end)
+    for top in range(0, size, _PANEL):
+        bottom = min(top + _PANEL, size)
+        for left in range(0, top, _PANEL):
+            yield slice(top, bottom), slice(left, left + _PANEL)
+        for start in range(top, bottom, _SMALL):
+            end = min(start + _SMALL, bottom)
+            middle = min(start + _SMALL // 2, end)
+            if start > top:
+                yield slice(start, end), slice(top, start)
+            yield slice(start, middle), slice(start, middle)
+            if middle < end:
+                yield slice(middle, end), slice(start, end)
