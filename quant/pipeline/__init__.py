@@ -1,1 +1,5 @@
 """The one loop over blocks, and everything known before it starts."""
+
+from quant.pipeline.memory import align_to_pages
+
+align_to_pages()  # nothing outside this package has needed torch yet, when a job is what it is needed for

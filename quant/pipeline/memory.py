@@ -3,22 +3,43 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: glibc's ``mallopt`` parameters (malloc.h). Unless told, it maps large blocks on their own, and gives them back when they are freed.
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-#: How many blocks it may map on their own, as it is when a program starts.
-_MAPPED = 65536
-#: Bytes of a free end of the heap that are kept; and what glibc keeps at most by itself.
+#: glibc's ``mallopt`` parameters (malloc.h).
+_MXFAST, _TRIM_THRESHOLD, _MMAP_THRESHOLD = 1, -1, -3
+#: Smaller blocks are cut from the heap, larger ones are mapped on their own and given back when they are freed. As high as glibc lets it be.
+_MAPPED = 32 << 20
+#: Bytes of a free end of the heap that are kept; and what glibc comes to by itself once large blocks have been freed.
 _KEPT, _KEPT_UNASKED = 512 << 20, 64 << 20
+#: torch reads it once, at its first tensor.
+_PAGES = "THP_MEM_ALLOC_ENABLE"
 
 
 def peak_rss() -> int:
     """Largest resident memory of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def align_to_pages() -> None:
+    """Has torch begin every tensor at a page, and ask for large pages for the large ones. To be called before anything has loaded torch, or it does
+    nothing.
+
+    Else glibc trims a few dozen bytes off each tensor's place to begin it at 64 bytes. Small objects settle in the trimmings and outlive the tensor,
+    whose place is then too small for another of its size: while batches of activations wait, the heap grows by one tensor for each.
+    """
+    if "torch" in sys.modules or _PAGES in os.environ:
+        return
+    os.environ[_PAGES] = "1"
+    try:
+        import torch
+
+        torch.empty(1)
+    finally:
+        del os.environ[_PAGES]  # it is not for the processes that this one starts
 
 
 @contextmanager
@@ -33,11 +54,11 @@ def freed_memory_kept() -> Iterator[None]:
         yield
         return
     assert library is not None
-    library.mallopt(_MMAP_MAX, 0)
+    library.mallopt(_MMAP_THRESHOLD, _MAPPED)
     library.mallopt(_TRIM_THRESHOLD, _KEPT)
+    library.mallopt(_MXFAST, 0)  # small blocks that are freed join their neighbours at once
     try:
         yield
     finally:
-        library.mallopt(_MMAP_MAX, _MAPPED)
         library.mallopt(_TRIM_THRESHOLD, _KEPT_UNASKED)
         library.malloc_trim(0)

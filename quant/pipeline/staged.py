@@ -180,7 +180,8 @@ class ActivationStore:
 
 def _memory(size: int) -> torch.Tensor:
     """uint8 [size], whose pages are claimed as they are first written."""
-    region = mmap.mmap(-1, size)
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}  # shared memory has no large pages
+    region = mmap.mmap(-1, size, **private)
     if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux: a fault for every 2 MiB instead of 4 KiB
         region.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(region, dtype=torch.uint8)
