@@ -33,7 +33,7 @@ from quant.tensors import QuantizedTensor, sum_of_squares
 #: An input feature this many times as large as the median one is an outlier: its weights may be small and still matter, and few bits round them away.
 OUTLIERS = 32.0
 #: Tokens of the held-out row that a layer's error is measured on.
-ERROR_TOKENS = 512
+ERROR_TOKENS = 256
 
 
 @dataclass
