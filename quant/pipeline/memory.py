@@ -27,7 +27,7 @@ def peak_rss() -> int:
 
 
 def align_to_pages() -> None:
-    """Has torch begin every tensor at a page. To be called before anything has loaded torch, or it does nothing.
+    """Has torch begin every large tensor (2 MiB or more) at a page. To be called before anything has loaded torch, or it does nothing.
 
     Else glibc trims a few dozen bytes off each tensor's place to begin it at 64 bytes. Small objects settle in the trimmings and outlive the tensor,
     whose place is then too small for another of its size: while batches of activations wait, the heap grows by one tensor for each.

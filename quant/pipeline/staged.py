@@ -32,7 +32,6 @@ from quant.models.attention import attention_through
 from quant.models.skeleton import BlockCall
 from quant.units import format_size
 
-
 #: Bytes that are written to the scratch file at a time. Of larger writes Linux keeps the page cache in larger pages, which a virtual machine whose host
 #: takes free memory back is slow to find: 2.4 s for a GiB against 0.3 s.
 _WRITTEN = 1 << 16
