@@ -122,9 +122,8 @@ class ActivationStore:
         if start is None:
             return self._put_in_file(storage)
         if self._region is None:
-            self._region = torch.frombuffer(
-                mmap.mmap(-1, self.resident), dtype=torch.uint8
-            )  # its pages are claimed as they are first written
+            # pages are claimed as they are first written
+            self._region = torch.frombuffer(mmap.mmap(-1, self.resident), dtype=torch.uint8)
         place = self._region[start : start + size]
         place.copy_(_bytes_of(storage))
         storage.resize_(0)
