@@ -127,6 +127,8 @@ class BlockQuantizer:
         staged = StagedForward(block, groups, batches, calls, store, observe, need_outputs)
         clock = self.clock.seconds
         before, other = time.perf_counter(), clock["statistics"] + clock["solve"]
+        with staircase_attention(block):
+            staged.look_ahead()
         with staircase_attention(block), observed:
             for group in staged.stages():
                 start = time.perf_counter()

@@ -7,7 +7,8 @@ batches go on through the new weights. Every linear runs once, and each one's st
 its own block included (the "true sequential" order of GPTQ).
 
 Suspended batches hold activations. :class:`ActivationStore` keeps a bounded part of them in memory (on the device) and the rest in a scratch
-file (for a GPU: in host memory).
+file (for a GPU: in host memory). What the model's code still names but reads no more, as attention's queries while its output is multiplied, is not
+kept: one batch that goes ahead without stopping shows what is read after each stop.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import mmap
 import os
 import weakref
 from bisect import bisect
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from typing import Any
 import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from quant.errors import DiskFull, QuantError
 from quant.models.adapter import InputGroup
@@ -94,6 +98,18 @@ class ActivationStore:
         """Sets a tensor aside; the returned function brings it back."""
         storage = tensor.untyped_storage()
         return self._put_on_device(tensor.device, storage) if tensor.is_cuda else self._put_in_memory(storage)
+
+    def drop(self, tensor: torch.Tensor) -> Callable[[], None]:
+        """Frees a tensor that nobody is going to read; the returned function makes it again, of NaN, so that whoever does is found out."""
+        storage, device = tensor.untyped_storage(), tensor.device
+        size = storage.nbytes()
+        storage.resize_(0)
+
+        def remake() -> None:
+            storage.resize_(size)
+            _bytes_of(storage, device).fill_(0xFF)  # NaN in every floating dtype
+
+        return remake
 
     def _put_on_device(self, device: torch.device, storage: torch.UntypedStorage) -> Callable[[], None]:
         size = storage.nbytes()
@@ -203,6 +219,15 @@ class Batches:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def smallest(self) -> torch.Tensor:
+        """A copy of a batch of the fewest rows."""
+        rows = [0 if entry is None else len(entry[0]) for entry in self._entries]
+        index = rows.index(min(rows))
+        hidden = self.take(index)
+        copy = hidden.clone()
+        self.put(index, hidden)
+        return copy
+
     def take(self, index: int) -> torch.Tensor:
         """Hands a batch over: it is no longer held here."""
         entry = self._entries[index]
@@ -215,11 +240,50 @@ class Batches:
         self._entries[index] = (hidden, self._store.put(hidden))
 
 
+#: What tensors of the same place in the block's code have in common, whatever the batch.
+_Kind = tuple[torch.Size, torch.dtype]
+
+
+def _kind(tensor: torch.Tensor) -> _Kind:
+    return tensor.shape[1:], tensor.dtype
+
+
 class _Batch(greenlet):
     """A batch on its way through the block. ``seen`` are tensors that belong to it alone and that the model's code may hold while it waits: what the
     block's linears, norms and attention are given."""
 
     seen: list[weakref.ref[torch.Tensor]]
+
+    def held(self) -> list[torch.Tensor]:
+        """Those of ``seen`` that are alive, in their order; two views of one storage are one."""
+        alive = [t for r in self.seen if (t := r()) is not None]
+        held = list({t.untyped_storage().data_ptr(): t for t in alive}.values())
+        self.seen = [weakref.ref(t) for t in held]
+        return held
+
+
+class _Reads(TorchDispatchMode):
+    """While it is active, notes for each stop which of the storages held there are read after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stops: dict[InputGroup, list[tuple[torch.UntypedStorage, _Kind]]] = {}
+        self._after: dict[InputGroup, set[int]] = {}
+
+    def stop(self, group: InputGroup, held: Sequence[torch.Tensor]) -> None:
+        # storages, which keep their identity from being used again; not tensors, which would be held at later stops because of it
+        self.stops[group] = [(t.untyped_storage(), _kind(t)) for t in held]
+        self._after[group] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        read = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for after in self._after.values():
+            after |= read
+        return function(*args, **(kwargs or {}))
+
+    def unread(self) -> dict[InputGroup, list[tuple[_Kind, bool]]]:
+        """For each stop and each tensor held there: what kind it is, and whether nothing has read it since."""
+        return {g: [(kind, s._cdata not in self._after[g]) for s, kind in stop] for g, stop in self.stops.items()}
 
 
 def _see(*tensors: object) -> None:
@@ -289,6 +353,17 @@ class StagedForward:
         self._groups = {linear: group for group in groups for linear in group.linears}
         self._finished: set[InputGroup] = set()
         self._count, self._need_outputs = len(groups), need_outputs
+        self._reads: _Reads | None = None
+        self._unread: dict[InputGroup, list[tuple[_Kind, bool]]] = {}
+
+    def look_ahead(self) -> None:
+        """Runs a copy of the smallest batch through the block as it is, to learn what batches that wait need not keep. Nothing is observed or replaced."""
+        with torch.no_grad(), self._stops(), _Reads() as self._reads:
+            batch = _Batch(lambda h: _call(self._block, h, self._calls))
+            hidden = self._batches.smallest()
+            batch.seen = [weakref.ref(hidden)]
+            batch.switch(hidden)
+        self._unread, self._reads = self._reads.unread(), None
 
     def stages(self) -> Generator[InputGroup, None, None]:
         """Yields each group when all batches wait at it; the caller must put the new weights in place before going on.
@@ -296,15 +371,9 @@ class StagedForward:
         Raises:
             QuantError: batches reach the linears in different orders, or never reach some.
         """
-        originals = {}
-        hooks = [m.register_forward_pre_hook(_see_first) for m in self._block.modules() if not any(m.children())]
-        for name in self._groups:
-            module = self._block.get_submodule(name)
-            originals[name] = module.forward
-            module.forward = _Stop(self, name, module.forward)
         waiting: list[_Waiting] = []
-        try:
-            with torch.no_grad(), attention_through(self._block, "quant_watched", _see_attention):
+        with torch.no_grad(), self._stops():
+            try:
                 waiting = [w for i in range(len(self._batches)) if (w := self._start(i))]
                 while waiting:
                     arrived = {w.group for w in waiting}
@@ -316,18 +385,32 @@ class StagedForward:
                     if len(self._finished) == self._count and not self._need_outputs:
                         break
                     waiting = [r for i, w in enumerate(waiting) if (r := self._resume(i, w))]
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for name, forward in originals.items():
-                self._block.get_submodule(name).forward = forward
-            for entry in waiting:
-                entry.batch.throw()  # ends it where it waits
+            finally:
+                for entry in waiting:
+                    entry.batch.throw()  # ends it where it waits
         missing = [n for n, g in self._groups.items() if g not in self._finished]
         if missing:
             raise QuantError(
                 f"the block's forward pass never used {', '.join(missing[:4])}: the model's adapter names linears that do not run"
             )
+
+    @contextmanager
+    def _stops(self) -> Iterator[None]:
+        """While it lasts, batches stop at the linears, and what they hold is seen."""
+        originals = {}
+        hooks = [m.register_forward_pre_hook(_see_first) for m in self._block.modules() if not any(m.children())]
+        for name in self._groups:
+            module = self._block.get_submodule(name)
+            originals[name] = module.forward
+            module.forward = _Stop(self, name, module.forward)
+        try:
+            with attention_through(self._block, "quant_watched", _see_attention):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for name, forward in originals.items():
+                self._block.get_submodule(name).forward = forward
 
     def _start(self, index: int) -> _Waiting | None:
         hidden = self._batches.take(index)
@@ -346,10 +429,15 @@ class StagedForward:
             return None
         group, inputs = message
         self._observe(group, index, inputs)
-        alive = [t for r in batch.seen if (t := r()) is not None]
-        held = {t.untyped_storage().data_ptr(): t for t in alive}.values()  # two views of one storage are one tensor to put aside
-        batch.seen = [weakref.ref(t) for t in held]
-        return _Waiting(batch, group, [self._store.put(t) for t in held])
+        return _Waiting(batch, group, self._put_aside(group, batch.held()))
+
+    def _put_aside(self, group: InputGroup, held: Sequence[torch.Tensor]) -> list[Callable[[], None]]:
+        if not self._need_outputs and len(self._finished) == self._count - 1:
+            return [self._store.drop(t) for t in held]  # the last stop, which no batch goes on from
+        known = self._unread.get(group, [])
+        if [kind for kind, _ in known] != [_kind(t) for t in held]:
+            return [self._store.put(t) for t in held]
+        return [self._store.drop(t) if unread else self._store.put(t) for t, (_, unread) in zip(held, known, strict=True)]
 
 
 class _Stop:
@@ -359,9 +447,13 @@ class _Stop:
         self._staged, self._name, self._forward = staged, name, forward
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        group = self._staged._groups[self._name]
-        if group not in self._staged._finished:
-            parent = getcurrent().parent
-            assert parent is not None
-            parent.switch((group, inputs))
+        staged = self._staged
+        group, batch = staged._groups[self._name], getcurrent()
+        assert isinstance(batch, _Batch)
+        if staged._reads is not None:
+            if group not in staged._reads.stops:
+                staged._reads.stop(group, batch.held())
+        elif group not in staged._finished:
+            assert batch.parent is not None
+            batch.parent.switch((group, inputs))
         return self._forward(inputs)

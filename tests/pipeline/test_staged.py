@@ -42,6 +42,8 @@ def run_staged(
         lambda g, i, x: seen.setdefault(g.linears[0], []).append(x.clone()),
         need_outputs,
     )
+    staged.look_ahead()
+    assert not seen  # nothing is observed
     order = []
     for group in staged.stages():
         order.append(group)
@@ -241,6 +243,80 @@ def test_the_budget_bounds_what_stays_in_memory(tmp_path: Path) -> None:
     for restore in (*back[1:], last):
         restore()
     assert all(torch.equal(t, torch.full((200,), float(i))) for i, t in enumerate(tensors)) and torch.equal(extra, torch.full((200,), 9.0))
+    store.close()
+
+
+def watched(store: ActivationStore) -> list[int]:
+    """Bytes of each tensor that the store is given from now on."""
+    stored: list[int] = []
+    put = store.put
+
+    def noting(tensor: torch.Tensor) -> Callable[[], None]:
+        stored.append(tensor.untyped_storage().nbytes())
+        return put(tensor)
+
+    store.put = noting  # type: ignore[method-assign]
+    return stored
+
+
+def test_what_the_code_names_but_reads_no_more_is_not_kept(llama: Path, tmp_path: Path) -> None:
+    """At the output projection: queries, keys, values and the first norm's output; at the down projection: the second norm's output."""
+    store = ActivationStore(0, tmp_path / "scratch")
+    stored = watched(store)
+    skeleton = Skeleton(open_checkpoint(llama), CPU)
+    tokens = torch.randint(2, 4096, (2, 24))
+    hidden, calls = skeleton.embed([tokens])
+    batches = Batches(store, hidden)
+    block = skeleton.load_block(0)
+    staged = StagedForward(block, skeleton.adapter.groups, batches, {2: calls[2][0]}, store, lambda *a: None)
+    staged.look_ahead()
+    config, counts = open_checkpoint(llama).config, []
+    size = tokens.numel() * hidden[0].element_size()
+    stored.clear()
+    for _ in staged.stages():
+        counts.append(sum(stored) // size)
+        stored.clear()
+    store.close()
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    heads = config["num_attention_heads"] * (config.get("head_dim") or width // config["num_attention_heads"])
+    # with the residual: a norm's output, attention's, a norm's, the activation's
+    assert counts == [2 * width, width + heads, 2 * width, width + inner]
+
+
+def test_a_tensor_that_only_some_batches_read_is_noticed(tmp_path: Path) -> None:
+    class Choosing(Block):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            early = self.norm(hidden + 1)
+            large = float(hidden.sum()) > 25  # true of the larger batch only
+            late = self.second(self.first(hidden))
+            return late + early if large else late
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.Identity()
+
+    block = Choosing()
+    store = ActivationStore(TINY, tmp_path / "scratch")
+    batches = Batches(store, [torch.ones(1, 5, 4), torch.ones(2, 5, 4)])
+    groups = [InputGroup((name,), "") for name in ("first", "second")]
+    staged = StagedForward(block, groups, batches, {1: BlockCall((), {}), 2: BlockCall((), {})}, store, lambda *a: None)
+    staged.look_ahead()
+    list(staged.stages())
+    assert torch.isfinite(batches.take(0)).all() and torch.isnan(batches.take(1)).all()
+    store.close()
+
+
+def test_batches_that_stop_for_good_keep_nothing(tmp_path: Path) -> None:
+    store = ActivationStore(0, tmp_path / "scratch")
+    batches = Batches(store, [torch.ones(1, 500, 4)])
+    groups = [InputGroup((name,), "") for name in ("first", "second")]
+    staged = StagedForward(Block(), groups, batches, {1: BlockCall((), {})}, store, lambda *a: None, need_outputs=False)
+    stored = watched(store)
+    stages = staged.stages()
+    next(stages)
+    assert stored == [8000]  # the input, which the residual is too
+    next(stages)
+    assert stored == [8000] and not list(stages)
     store.close()
 
 
