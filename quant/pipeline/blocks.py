@@ -21,6 +21,7 @@ from quant.models.attention import observed_attention, staircase_attention
 from quant.models.skeleton import BlockCall, Skeleton
 from quant.outlier_suppression import Suppressor
 from quant.pipeline.folding import can_take_rows, find_fold, fold_linear, fold_norm
+from quant.pipeline.memory import MAPPED, give_back
 from quant.pipeline.pieces import PIECE
 from quant.pipeline.plan import JobPlan, text_config
 from quant.pipeline.records import Clock, Records
@@ -136,6 +137,8 @@ class BlockQuantizer:
                 weights = [block.get_parameter(f"{name}.weight") for name in group.linears]
                 with self.clock.phase("solve"):
                     statistics = sums.pop(group).finish()
+                    if statistics.hessian is not None and statistics.hessian.nbytes > MAPPED:
+                        give_back()  # the solve's buffers are not cut from the heap, whose free parts would lie beside them
                     if not statistics.finite:
                         raise QuantError(
                             f"{prefix}{group.linears[0]}: its inputs hold NaN or infinity on calibration tokens: the model overflows or its "

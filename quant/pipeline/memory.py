@@ -11,8 +11,9 @@ from contextlib import contextmanager
 
 #: glibc's ``mallopt`` parameters (malloc.h).
 _MXFAST, _TRIM_THRESHOLD, _MMAP_THRESHOLD = 1, -1, -3
-#: Smaller blocks are cut from the heap, larger ones are mapped on their own and given back when they are freed. As high as glibc lets it be.
-_MAPPED = 32 << 20
+#: While :func:`freed_memory_kept` lasts, smaller blocks are cut from the heap; larger ones are mapped on their own and given back when they are
+#: freed. As high as glibc lets it be.
+MAPPED = 32 << 20
 #: Bytes of a free end of the heap that are kept; and what glibc comes to by itself once large blocks have been freed.
 _KEPT, _KEPT_UNASKED = 512 << 20, 64 << 20
 #: Largest blocks that glibc unasked leaves apart from their free neighbours, for speed.
@@ -53,12 +54,11 @@ def freed_memory_kept() -> Iterator[None]:
     heap's free parts are given back. Meanwhile there are no huge pages, which torch asks for where tensors begin at pages: a virtual machine whose host
     takes free memory back takes five times as long to find 2 MiB as to find as much in pages. Where the C library is not glibc, nothing happens.
     """
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):
+    library = _glibc()
+    if library is None:
         yield
         return
-    assert library is not None
-    library.mallopt(_MMAP_THRESHOLD, _MAPPED)
+    library.mallopt(_MMAP_THRESHOLD, MAPPED)
     library.mallopt(_TRIM_THRESHOLD, _KEPT)
     library.mallopt(_MXFAST, 0)  # small blocks that are freed join their neighbours at once
     before = library.prctl(_GET_THP_DISABLE, 0, 0, 0, 0)
@@ -69,4 +69,16 @@ def freed_memory_kept() -> Iterator[None]:
         library.prctl(_SET_THP_DISABLE, max(before, 0), 0, 0, 0)
         library.mallopt(_TRIM_THRESHOLD, _KEPT_UNASKED)
         library.mallopt(_MXFAST, _FAST_UNASKED)
+        give_back()
+
+
+def give_back() -> None:
+    """Gives the free parts of the heap back to the system, wherever they lie. Where the C library is not glibc, nothing happens."""
+    library = _glibc()
+    if library is not None:
         library.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
