@@ -13,15 +13,17 @@ from quant.errors import QuantError
 from quant.models.adapter import block_of
 from quant.models.skeleton import Skeleton
 from quant.pipeline.manager import RESIDENT_CPU, QuantizationManager, worker_count
-from quant.pipeline.memory import peak_rss
+from quant.pipeline.memory import freed_memory_kept, peak_rss
 from quant.pipeline.plan import JobPlan, text_config
 from quant.quantizers.rounding import SEARCH_STEPS
 from quant.units import format_size
 
 #: A matrix product large enough to run at full speed, small enough to time in a moment: [tokens, features] by [features, features].
-_PROBE = (4096, 2048)
+_PROBE = (8192, 2048)
 #: Memory for a batch on its way through a block, and what a heap under such use cannot give back.
-_HEAP = 384 << 20
+_HEAP = 256 << 20
+#: What reading and writing take where nothing else does.
+_BUFFERS = 32 << 20
 #: Tensor operations of GPTQ's column loop, each over one column of all stacked outputs, and what one costs at the least.
 _COLUMN_OPERATIONS, _OPERATION_SECONDS = 7, 4e-6
 
@@ -42,10 +44,12 @@ def estimate(plan: JobPlan) -> dict[str, Any]:
     available = psutil.virtual_memory().available
     calibrated = bool(manager.needs)
     tokens, scratch = 0, 0
-    largest = max((8 * x.n * x.k for x in plan.linears.values()), default=0)  # fp32 beside its rounding
+    largest = max((12 * x.n * x.k for x in plan.linears.values()), default=0)  # fp32, its rounding, and what a search compares
     seconds = 0.0
     if calibrated:
+        start = time.perf_counter()
         rows, skeleton = manager.prepare()
+        prepared = time.perf_counter() - start
         length = rows.tokens.shape[1]
         tokens = rows.tokens.numel()
         config = text_config(plan.checkpoint.config)
@@ -56,17 +60,16 @@ def estimate(plan: JobPlan) -> dict[str, Any]:
         widest = max(k for _, k in groups)
         # while a group is solved: its weights as fp32, their errors and codes, and the Hessian's factor; or before, the Hessian in two orders
         largest = max(max(9 * n * k + 4 * k * k, 4 * n * k + 8 * k * k) for n, k in groups) + block_bytes
-        # what a batch holds while it waits: the block's input, the residual, a norm's output; and the widest input, or what attention made
-        waiting = max(3 * width + widest, 6 * width) * (tokens + length) * item
+        waiting = (width + widest) * (tokens + length) * item  # what a batch holds while it waits: the residual and a linear's input
         resident = min(RESIDENT_CPU, waiting) if manager.device.type == "cpu" else 0
         scratch = waiting - resident
         largest += resident + _HEAP
-        seconds = _seconds(plan, groups, tokens, manager.device, skeleton.dtype)
+        peak = peak_rss() + largest  # before products are timed
+        seconds = prepared + _seconds(plan, groups, tokens, manager.device, skeleton.dtype)
     else:
-        largest *= worker_count(torch.get_num_threads())
+        peak = peak_rss() + largest * worker_count(torch.get_num_threads()) + _BUFFERS
         seconds = sum(x.n * x.k for x in plan.linears.values()) * 40 / 2e9 * (SEARCH_STEPS if plan.recipe.clip_search else 1)
     seconds += (plan.checkpoint.nbytes + 2 * plan.output_bytes) / 1e9
-    peak = peak_rss() + largest
     if peak > psutil.virtual_memory().total:
         raise QuantError(
             f"the job needs about {format_size(peak)} of memory, the machine has {format_size(psutil.virtual_memory().total)}: "
@@ -105,21 +108,24 @@ def _seconds(plan: JobPlan, groups: list[tuple[int, int]], tokens: int, device: 
         accumulator.add(x)
         accumulator.finish()
 
-    rate = {
-        "forward": 2 * t * k * k / _timed(lambda: x @ w),
-        "gram": 2 * t * k * k / _timed(gram),
-        "solve": 2 * k**3 / _timed(lambda: y @ y),
-    }
+    with freed_memory_kept():
+        rate = {
+            "forward": 2 * t * k * k / _timed(lambda: torch.nn.functional.linear(x, w)),
+            "gram": 2 * t * k * k / _timed(gram),
+            "solve": 2 * k**3 / _timed(lambda: y @ y),
+        }
     return forward / rate["forward"] * 1.25 + products / rate["gram"] + solve / rate["solve"] + columns
 
 
 def _timed(run: Callable[[], object]) -> float:
-    """Seconds of the second call: the first one loads kernels."""
-    for _ in range(2):
+    """Least seconds of three calls after a first one, which loads kernels and claims memory."""
+    seconds = []
+    for _ in range(4):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         start = time.perf_counter()
         run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
