@@ -40,7 +40,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {"pad_token_id": 1},
 }
 #: Families without a row whose blocks have the usual shape.
-GENERIC = {"stablelm": {}, "olmo2": {}, "granite": {}, "cohere": {}, "starcoder2": {}, "glm": {"head_dim": 16, "pad_token_id": 1}}
+GENERIC: dict[str, dict[str, Any]] = {
+    "stablelm": {},
+    "olmo2": {},
+    "granite": {},
+    "cohere": {},
+    "starcoder2": {},
+    "glm": {"head_dim": 16, "pad_token_id": 1},
+    "gptj": {"rotary_dim": 16, "num_hidden_layers": 5},  # its blocks return tuples
+}
 
 
 def tiny_config(kind: str, **changes: Any) -> Any:

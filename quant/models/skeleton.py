@@ -47,22 +47,29 @@ class _Recorded(Exception):
     """Raised by the last recorder: what follows the blocks is not needed."""
 
 
-class _Recorder(nn.Module):
-    """Stands in for a block: keeps what it is called with and passes the hidden states on. The last one stops the forward pass, or goes on
-    with the ``result`` that the blocks would have given."""
+class _TakesFirst(Exception):
+    """Raised where the model goes on with the first part of what a block returns: its blocks return tuples."""
 
-    def __init__(self, block: nn.Module, calls: list[tuple[tuple[Any, ...], dict[str, Any]]], last: bool, result: torch.Tensor | None):
+
+class _Recorder(nn.Module):
+    """Stands in for a block: keeps what it is called with and passes the hidden states on, in a tuple for a model that wants one. The last one stops the
+    forward pass, or goes on with the ``result`` that the blocks would have given."""
+
+    def __init__(
+        self, block: nn.Module, calls: list[tuple[tuple[Any, ...], dict[str, Any]]], last: bool, result: torch.Tensor | None, tuples: bool
+    ):
         super().__init__()
         object.__setattr__(self, "_block", block)
-        self._calls, self._last, self._result = calls, last, result
+        self._calls, self._last, self._result, self._tuples = calls, last, result, tuples
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor]:
+        if self._calls and not self._tuples and hidden_states.shape == self._calls[-1][0][0].shape[1:]:
+            raise _TakesFirst
         self._calls.append(((hidden_states, *args), kwargs))
-        if not self._last:
-            return hidden_states
-        if self._result is None:
+        if self._last and self._result is None:
             raise _Recorded
-        return self._result
+        output = self._result if self._last and self._result is not None else hidden_states
+        return (output,) if self._tuples else output
 
     def __getattr__(self, name: str) -> Any:  # some models ask a block for its attention type before they call it
         try:
@@ -127,6 +134,7 @@ class Skeleton:
         self.blocks_path = row.blocks if row else self._find_blocks(kind)
         self.blocks: nn.ModuleList = self.model.get_submodule(self.blocks_path)
         self._check_names(kind)
+        self._tuples = False  # whether the model wants tuples from its blocks
         self._aliases: dict[int, list[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             self._aliases.setdefault(id(parameter), []).append(name)  # a tied head is the embedding under a second name
@@ -199,7 +207,7 @@ class Skeleton:
 
                     handles.append(module.register_forward_pre_hook(note))
             with torch.no_grad():
-                block(hidden, *calls[1][0].args, **calls[1][0].kwargs)
+                self._tuples = isinstance(block(hidden, *calls[1][0].args, **calls[1][0].kwargs), tuple)
         except CheckpointError:
             raise
         except Exception as error:  # whatever a foreign model's code raises
@@ -239,12 +247,17 @@ class Skeleton:
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         parent_path, _, name = self.blocks_path.rpartition(".")
         parent, count, output = self.model.get_submodule(parent_path), len(self.blocks), None
-        setattr(parent, name, nn.ModuleList(_Recorder(b, calls, i == count - 1, result) for i, b in enumerate(self.blocks)))
+        recorders = (_Recorder(b, calls, i == count - 1, result, self._tuples) for i, b in enumerate(self.blocks))
+        setattr(parent, name, nn.ModuleList(recorders))
         try:
             with torch.no_grad():
                 output = module(input_ids=tokens.to(self.device), use_cache=False)
         except _Recorded:
             pass
+        except _TakesFirst:
+            self._tuples = True
+            setattr(parent, name, self.blocks)
+            return self._run_outside(module, tokens, result)
         finally:
             setattr(parent, name, self.blocks)
         if len(calls) != count:

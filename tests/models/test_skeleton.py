@@ -75,10 +75,9 @@ def test_a_family_without_a_row_gets_its_groups_from_a_run_of_the_block(kind: st
     checkpoint = open_checkpoint(checkpoints(kind))
     assert adapter_for(checkpoint.config) is None
     groups = [set(g.linears) for g in Skeleton(checkpoint, CPU).adapter.groups]
-    assert {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"} <= groups[0]
-    wanted = {
-        n.removeprefix("model.layers.0.").removesuffix(".weight") for n, i in checkpoint.tensors.items() if ".0." in n and len(i.shape) == 2
-    }
+    attention = "attn" if kind == "gptj" else "self_attn"
+    assert {f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj"} <= groups[0]
+    wanted = {n.split(".0.")[1].removesuffix(".weight") for n, i in checkpoint.tensors.items() if ".0." in n and len(i.shape) == 2}
     assert set().union(*groups) == wanted
 
 
