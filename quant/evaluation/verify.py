@@ -154,7 +154,9 @@ def verify(
         result.add(
             "tensors of the source",
             _source_problems(checkpoint, origin, found, differing, made),
-            f"all {len(origin.tensors)} are quantized or copied byte for byte{f', {len(changed)} with scaling folded in' if changed else ''}",
+            "each linear is there, and all else byte for byte (the source is quantized itself)"
+            if "quantization_config" in origin.config
+            else f"all {len(origin.tensors)} are quantized or copied byte for byte{f', {len(changed)} with scaling folded in' if changed else ''}",
         )
         result.add("side files", _side_file_problems(checkpoint, origin), "all there, byte for byte")
     return result

@@ -284,9 +284,11 @@ def _vllm_config(folder: Path) -> dict[str, str | int | float]:
 # --- the artefacts --------------------------------------------------------------------------------------------------------------
 
 
-def _head(deployment: Deployment, launch: str, *more: str) -> str:
+def _head(deployment: Deployment, launch: str, *more: str, contained: bool = False) -> str:
     lines = [f"vLLM serving {deployment.name}. {launch}", "", "Why each flag has its value:"]
-    lines += [f"  --{a.name} {a.value}: {a.reason}" for a in deployment.reasons()]
+    everywhere = [Argument("host", "0.0.0.0", "every address of the container"), Argument("port", PORT, "of the container")]
+    reasons = [*deployment.arguments, *everywhere] if contained else deployment.reasons()
+    lines += [f"  --{a.name} {a.value}: {a.reason}" for a in reasons]
     lines += [f"  {' '.join(deployment.extra)}: as asked"] if deployment.extra else []
     lines += ["", *more] if more else []
     lines += [line for w in deployment.warnings for line in ("", f"WARNING: {w}")]
@@ -358,7 +360,8 @@ def compose(deployment: Deployment) -> str:
     head = _head(
         deployment,
         "Start it with: docker compose -f FILE up -d",
-        f"Inside the container vLLM listens on every address; Compose publishes it on {deployment.host} port {deployment.port} only.",
+        f"Compose publishes the container's port on {deployment.host} port {deployment.port} only.",
+        contained=True,
     )
     return head + _yaml({"services": {_kube_name(deployment.name): service}})
 
@@ -421,7 +424,7 @@ def kubernetes(deployment: Deployment) -> str:
         "spec": {"type": "ClusterIP", "selector": labels, "ports": [{"name": "http", "port": deployment.port, "targetPort": "http"}]},
     }
     inside = replace(deployment, warnings=())  # neither the wished host nor its warning has a meaning inside a cluster
-    return _head(inside, "Apply it with: kubectl apply -f FILE", *more) + _yaml(workload) + "---\n" + _yaml(service)
+    return _head(inside, "Apply it with: kubectl apply -f FILE", *more, contained=True) + _yaml(workload) + "---\n" + _yaml(service)
 
 
 def systemd(deployment: Deployment) -> str:

@@ -210,7 +210,8 @@ def test_the_kubernetes_objects_fit_together(folder: Path) -> None:
     assert _after(container["args"], "--port") == str(container["ports"][0]["containerPort"])
     key = next(e for e in container["env"] if e["name"] == "VLLM_API_KEY")
     assert key["valueFrom"]["secretKeyRef"]["name"] == f"{name}-key"
-    assert "&id" not in artefact(made, "kubernetes")
+    text = artefact(made, "kubernetes")
+    assert "&id" not in text and "--host 0.0.0.0: every address of the container" in text and "this machine only" not in text
 
 
 def test_the_systemd_unit_quotes_for_systemd(folder: Path) -> None:
