@@ -5,6 +5,7 @@ Both are attention functions registered with transformers, so that no model's co
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,8 +25,12 @@ _QUERIES, _LONGEST = 64, 1 << 14
 def attention_through(block: nn.Module, name: str, function: Callable[..., Any]) -> Iterator[None]:
     """While it lasts, ``function(inner, module, query, key, value, mask, …)`` is the block's attention; ``inner`` is the one it had.
 
-    Masks must have been made before: their kind goes by the name of the attention function.
+    Masks must have been made before: their kind goes by the name of the attention function. A block whose attention is not looked up among transformers'
+    functions is left alone: some choose what they compute by the name itself, as Falcon's does.
     """
+    if not any(_looks_up(m) for m in block.modules()):
+        yield
+        return
     functions = transformers().modeling_utils.ALL_ATTENTION_FUNCTIONS
     configs: dict[int, Any] = {id(c): c for m in block.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation")}
     before = {key: config._attn_implementation for key, config in configs.items()}
@@ -43,6 +48,12 @@ def attention_through(block: nn.Module, name: str, function: Callable[..., Any])
     finally:
         for key, config in configs.items():
             config._attn_implementation = before[key]
+
+
+def _looks_up(module: nn.Module) -> bool:
+    """Whether the module's forward chooses its attention among transformers' functions."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
 @contextmanager
@@ -79,6 +90,7 @@ def staircase_attention(block: nn.Module) -> Iterator[None]:
         heads, tokens = query.shape[1:3]
         extra = {k for k, v in kwargs.items() if v is not None} - {"scaling", "dropout", "position_ids", "use_cache", "sliding_window"}
         plain = mask is None and not args and not extra and not kwargs.get("dropout") and getattr(module, "is_causal", False)
+        plain = plain and value.shape[3] == query.shape[3]  # not so in latent attention
         if not plain or not _QUERIES < tokens <= _LONGEST or key.shape[2] != tokens or heads % key.shape[1] or query.device.type != "cpu":
             return inner(module, query, key, value, mask, *args, **kwargs)
         return causal(query, key, value, kwargs.get("scaling")).transpose(1, 2).contiguous(), None

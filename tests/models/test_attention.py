@@ -63,3 +63,40 @@ def test_of_bf16_inputs_it_is_as_exact_as_transformers_eager_attention() -> None
         return float((x.double() - exact).square().mean().sqrt())
 
     assert error(found) < 1.05 * error(eager) and error(found) < 3 * error(exact.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),  # computes by the name of its attention function
+        (
+            "deepseek_v3",  # values are smaller than keys
+            {
+                "first_k_dense_replace": 2,
+                "qk_nope_head_dim": 32,
+                "qk_rope_head_dim": 16,
+                "v_head_dim": 32,
+                "kv_lora_rank": 32,
+                "q_lora_rank": 32,
+                "num_key_value_heads": 4,
+            },
+        ),
+    ],
+)
+def test_unusual_attention_computes_the_same_while_it_is_watched(
+    kind: str, changes: dict[str, object], checkpoints: Callable[..., Path]
+) -> None:
+    skeleton = Skeleton(open_checkpoint(checkpoints(kind, **changes)), torch.device("cpu"), torch.float32)
+    tokens = torch.randint(2, 4096, (2, 100), generator=torch.Generator().manual_seed(0))
+    (hidden,), calls = skeleton.embed([tokens])
+    block, call = skeleton.load_block(0), calls[2][0]
+
+    def run() -> torch.Tensor:
+        output = block(hidden, *call.args, **call.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    with torch.no_grad():
+        wanted = run()
+        with attention.staircase_attention(block), attention.observed_attention(block, lambda key, value: (key, value)):
+            found = run()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
