@@ -362,7 +362,10 @@ def cache_problems(checkpoint: Checkpoint, scheme: object) -> list[str]:
     if scheme.get("strategy", "tensor") not in ("tensor", "attn_head"):
         problems.append(f"kv_cache_scheme has strategy {scheme['strategy']!r}: vLLM takes tensor or attn_head")
     modules = [n.rpartition(".")[0] for n in checkpoint.tensors]
-    for layer in dict.fromkeys(m.rpartition(".")[0] for m in modules if m.endswith((".k_proj", ".qkv_proj", ".kv_a_proj_with_mqa"))):
+    layers = dict.fromkeys(m.rpartition(".")[0] for m in modules if m.endswith((".k_proj", ".qkv_proj", ".kv_a_proj_with_mqa")))
+    if not layers:
+        problems.append("no layer has a k_proj, qkv_proj or kv_a_proj_with_mqa, where scales of a cache belong: vLLM would take 1.0")
+    for layer in layers:
         for last in CACHE_SCALES[:2]:
             places = (f"{layer}.{last}", f"{layer}.attn.{last}", f"{layer}.{last[0]}_proj.{last}", f"{layer}.{last[0]}_proj.output_scale")
             held = next((checkpoint.tensors[p] for p in places if p in checkpoint.tensors), None)

@@ -176,6 +176,10 @@ def plan_job(recipe: Recipe) -> JobPlan:
     if recipe.calibration_dataset and any(calibrated(recipe, a) for a in different):
         problems += empty_texts(recipe.calibration_dataset)
     caches = kv_scales(checkpoint, everything) if recipe.kv_cache_scheme else {}
+    if recipe.kv_cache_scheme and not caches:
+        problems.append(
+            f"{checkpoint.path}: no layer has a k_proj, qkv_proj or kv_a_proj_with_mqa, beside which vLLM looks for a cache's scales: leave --kv-cache-scheme out"
+        )
     fitting = [] if any("do not divide" in p for p in problems) else linears.values()  # of others no shapes are known
     made = [s.name for x in fitting for s in form.specs(x, dtype)] + [s.name for specs in caches.values() for s in specs]
     problems += _unlabelled_problems(checkpoint, made, set(linears))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from quant.errors import QuantError
 from quant.evaluation.verify import verify
 from tests.evaluation.test_inspect_compare_verify import gathered, poked, setting, without
 from tests.helpers import change_config, load_all, quantize, read_config, save_all, short_text
@@ -163,3 +164,15 @@ def test_poked_scales_of_tokens_are_found_in_the_middle_of_a_tensor(checkpoint: 
     tensors[f"{Q}.weight_scale"] = poked(0.0)(tensors[f"{Q}.weight_scale"])
     save_all(folder, tensors)
     assert any("q_proj.weight_scale holds 1 zero scales" in p for p in verify(folder).failed)
+
+
+def test_a_cache_whose_scales_have_no_place_is_refused_and_not_verified(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    """Persimmon's K and V come out of `query_key_value`, beside which nobody looks for scales."""
+    source = checkpoints("persimmon", intermediate_size=128)
+    with pytest.raises(QuantError, match="no layer has a k_proj, qkv_proj or kv_a_proj_with_mqa.*leave --kv-cache-scheme out"):
+        quantize(source, tmp_path / "refused", method="minmax", group_size=32, kv_cache_scheme="fp8")
+    quantize(source, tmp_path / "out", method="minmax", group_size=32)
+    config = read_config(tmp_path / "out")["quantization_config"]
+    cache = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, "strategy": "tensor"}
+    change_config(tmp_path / "out", quantization_config=config | {"kv_cache_scheme": cache})
+    assert any("no layer has a k_proj" in p for p in verify(tmp_path / "out").failed)
