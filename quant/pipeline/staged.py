@@ -92,7 +92,7 @@ class ActivationStore:
         self._used = 0
         self._region: torch.Tensor | None = None
         self._inside, self._outside = Space(resident), Space()
-        self._file = -1
+        self._file, self._written = -1, 0
 
     def put(self, tensor: torch.Tensor) -> Callable[[], None]:
         """Sets a tensor aside; the returned function brings it back."""
@@ -159,12 +159,11 @@ class ActivationStore:
         def read() -> None:
             storage.resize_(size)
             view, position = _view_of(storage), offset
+            self._check_whole()
             while view:
                 count = os.preadv(self._file, [view], position)
                 if not count:
-                    raise QuantError(
-                        f"{self.scratch}: the scratch file ended early: another process changed it; run the same command again"
-                    )
+                    self._check_whole()
                 position, view = position + count, view[count:]
             self._outside.give(offset, size)
 
@@ -176,16 +175,22 @@ class ActivationStore:
         offset = self._outside.take(storage.nbytes())
         assert offset is not None
         view, position = _view_of(storage), offset
+        self._check_whole()  # before the file grows again, with a hole that would be read as zeros
         try:
             while view:
                 count = os.pwrite(self._file, view[:_WRITTEN], position)
                 position, view = position + count, view[count:]
+            self._written = max(self._written, position)
         except OSError as error:
             raise DiskFull(
                 f"{self.scratch}: cannot hold {format_size(self._outside.end)} of calibration activations ({error.strerror}): free some room, "
                 "or use fewer --samples or a shorter --sequence-length"
             ) from error
         return offset
+
+    def _check_whole(self) -> None:
+        if os.fstat(self._file).st_size < self._written:
+            raise QuantError(f"{self.scratch}: the scratch file ended early: another process changed it; run the same command again")
 
     @property
     def spilled_bytes(self) -> int:

@@ -390,5 +390,7 @@ def test_a_scratch_file_that_another_process_cuts_is_an_error(tmp_path: Path) ->
     restore = store.put(torch.ones(100))
     (tmp_path / "scratch").write_bytes(b"")
     with pytest.raises(QuantError, match="the scratch file ended early"):
+        store.put(torch.ones(200))  # which would make it as long again, with a hole
+    with pytest.raises(QuantError, match="the scratch file ended early"):
         restore()
     store.close()
