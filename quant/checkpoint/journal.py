@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.checkpoint.writer import file_digest, sync_folder, write_text
-from quant.errors import CheckpointError, QuantError
+from quant.errors import CheckpointError, QuantError, clipped
 
 _JOURNAL, _LOCK = "journal.jsonl", "lock"
 
@@ -41,6 +41,22 @@ def _undisturbed() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
     if seen:
         signal.raise_signal(seen[0])
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested objects as one, keys joined by dots."""
+    found: dict[str, Any] = {}
+    for key, part in value.items():
+        found |= _flat(part, f"{prefix}{key}.") if isinstance(part, dict) else {prefix + key: part}
+    return found
+
+
+def _is_unit(entry: object) -> bool:
+    """Whether a journal's line, which somebody may have edited, has the shape that :meth:`WorkFolder.finish_unit` writes."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("unit"), str) or not isinstance(entry.get("files"), list):
+        return False
+    files = all(isinstance(f, dict) and isinstance(f.get("name"), str) and "bytes" in f for f in entry["files"])
+    return files and all(isinstance(v, dict) for k, v in entry.items() if k not in ("unit", "files"))
 
 
 class WorkFolder:
@@ -88,17 +104,18 @@ class WorkFolder:
             kept += line
         if kept != text:
             write_text(self.path / _JOURNAL, kept)
-        if not lines or not isinstance(lines[0], dict) or "fingerprint" not in lines[0]:
+        if not lines or not isinstance(lines[0], dict) or not isinstance(lines[0].get("fingerprint"), dict):
             return
         before = lines[0]["fingerprint"]
-        changed = sorted(k for k in {*before, *fingerprint} if before.get(k) != json.loads(json.dumps(fingerprint.get(k))))
+        was, now = _flat(before), _flat(json.loads(json.dumps(fingerprint)))
+        changed = sorted(k for k in {*was, *now} if was.get(k) != now.get(k))
         if changed:
-            what = ", ".join(f"{k} was {before.get(k)!r}, is {fingerprint.get(k)!r}" for k in changed[:3])
+            what = ", ".join(f"{k} was {clipped(was.get(k))}, is {clipped(now.get(k))}" for k in changed[:3])
             raise QuantError(
                 f"{self.path}: holds unfinished work of another job ({what}): run that job again to finish it, or use --fresh to start over"
             )
         for entry in lines[1:]:
-            if all(self._intact(f) for f in entry["files"]):
+            if _is_unit(entry) and all(self._intact(f) for f in entry["files"]):
                 self.finished[entry["unit"]] = entry
         self._clear({_JOURNAL, *(f["name"] for entry in self.finished.values() for f in entry["files"])})
 

@@ -116,11 +116,11 @@ def unfinished(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"bits": 8}, "settings was"),
-        ({"symmetric": False}, "settings was"),
+        ({"bits": 8}, "settings.bits was None, is 8"),
+        ({"symmetric": False}, "settings.symmetric was"),
         ({"samples": 9}, "calibration was"),
-        ({"ignore": ["*.down_proj"]}, "settings was"),
-        ({"damping": 0.02}, "settings was"),
+        ({"ignore": ["*.down_proj"]}, "settings.ignore was"),
+        ({"damping": 0.02}, "settings.damping was"),
         ({"method": "minmax"}, "calibration was"),
     ],
 )
@@ -205,3 +205,13 @@ def test_a_process_killed_in_the_middle_is_resumed_by_the_same_command_while_a_s
         assert ("resuming: " in done.stderr) == (output == "out")
     assert reports[0]["output_hash"] == reports[1]["output_hash"]
     assert weight_files(tmp_path / "out") == weight_files(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize(
+    "line", ['{"unit": "block 0"}', "[3]", '{"unit": "block 0", "files": [3], "layers": {}, "folds": {}}', '{"unit": 1, "files": []}']
+)
+def test_a_journal_that_somebody_edited_is_no_traceback(line: str, unfinished: Path, tmp_path: Path) -> None:
+    journal = tmp_path / "out.work" / "journal.jsonl"
+    journal.write_text(journal.read_text().splitlines()[0] + "\n" + line + "\n")
+    report = quantize(unfinished, tmp_path / "out", **JOBS["gptq"])
+    assert report["output_hash"] == quantize(unfinished, tmp_path / "again", **JOBS["gptq"])["output_hash"]
