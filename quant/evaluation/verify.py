@@ -23,7 +23,7 @@ from quant.formats import FormatRegistry, Found, find_format, quantization_confi
 from quant.formats.base import names_listed, shape_problems, stated_dtype
 from quant.formats.compressed_tensors import matches
 from quant.formats.gptq import dynamic_rule
-from quant.formats.reading import CACHE_SCALES, dequantized
+from quant.formats.reading import CACHE_PROJECTIONS, CACHE_SCALES, dequantized
 from quant.models.adapter import fused_name
 
 #: Bytes judged, hashed and compared at a time: few enough to stay in the processor's cache.
@@ -362,9 +362,9 @@ def cache_problems(checkpoint: Checkpoint, scheme: object) -> list[str]:
     if scheme.get("strategy", "tensor") not in ("tensor", "attn_head"):
         problems.append(f"kv_cache_scheme has strategy {scheme['strategy']!r}: vLLM takes tensor or attn_head")
     modules = [n.rpartition(".")[0] for n in checkpoint.tensors]
-    layers = dict.fromkeys(m.rpartition(".")[0] for m in modules if m.endswith((".k_proj", ".qkv_proj", ".kv_a_proj_with_mqa")))
-    if not layers:
-        problems.append("no layer has a k_proj, qkv_proj or kv_a_proj_with_mqa, where scales of a cache belong: vLLM would take 1.0")
+    layers = dict.fromkeys(m.rpartition(".")[0] for m in modules if m.rpartition(".")[2] in CACHE_PROJECTIONS)
+    if not layers and not any(n.endswith(CACHE_SCALES[:2]) for n in checkpoint.tensors):
+        problems.append(f"no layer has any of {', '.join(CACHE_PROJECTIONS)}, nor scales of a cache: vLLM would take 1.0")
     for layer in layers:
         for last in CACHE_SCALES[:2]:
             places = (f"{layer}.{last}", f"{layer}.attn.{last}", f"{layer}.{last[0]}_proj.{last}", f"{layer}.{last[0]}_proj.output_scale")

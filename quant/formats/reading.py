@@ -24,6 +24,8 @@ _SUFFIXES = (
 
 #: Last parts of the names of an FP8 KV cache's scales.
 CACHE_SCALES = ("k_scale", "v_scale", "q_scale")
+#: Projections that K and V come from, beside which the scales of their cache stand.
+CACHE_PROJECTIONS = ("k_proj", "qkv_proj", "kv_a_proj_with_mqa")
 
 
 def cache_scale(name: str) -> str | None:

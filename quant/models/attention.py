@@ -90,8 +90,15 @@ def staircase_attention(block: nn.Module) -> Iterator[None]:
         heads, tokens = query.shape[1:3]
         extra = {k for k, v in kwargs.items() if v is not None} - {"scaling", "dropout", "position_ids", "use_cache", "sliding_window"}
         plain = mask is None and not args and not extra and not kwargs.get("dropout") and getattr(module, "is_causal", False)
-        plain = plain and value.shape[3] == query.shape[3]  # not so in latent attention
-        if not plain or not _QUERIES < tokens <= _LONGEST or key.shape[2] != tokens or heads % key.shape[1] or query.device.type != "cpu":
+        latent = value.shape[3] != query.shape[3]
+        if (
+            not plain
+            or latent
+            or not _QUERIES < tokens <= _LONGEST
+            or key.shape[2] != tokens
+            or heads % key.shape[1]
+            or query.device.type != "cpu"
+        ):
             return inner(module, query, key, value, mask, *args, **kwargs)
         return causal(query, key, value, kwargs.get("scaling")).transpose(1, 2).contiguous(), None
 

@@ -230,7 +230,9 @@ class Skeleton:
             for names in self._outside:
                 stored = next((n for n in names if n in self.checkpoint.tensors), None)
                 if stored is None:
-                    raise CheckpointError(f"{self.checkpoint.path}: has no tensor {names[0]!r}, which the model needs")
+                    raise CheckpointError(
+                        f"{self.checkpoint.path}: has no tensor {names[0]!r}, which the model needs, or has it by another name: {_HOW_TO_ADD}"
+                    )
                 value = self._parameter(self.checkpoint.read(stored))
                 for name in names:
                     self._set(name, value)
@@ -256,7 +258,6 @@ class Skeleton:
             pass
         except _TakesFirst:
             self._tuples = True
-            setattr(parent, name, self.blocks)
             return self._run_outside(module, tokens, result)
         finally:
             setattr(parent, name, self.blocks)

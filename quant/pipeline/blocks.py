@@ -128,7 +128,7 @@ class BlockQuantizer:
         staged = StagedForward(block, groups, batches, calls, store, observe, need_outputs)
         clock = self.clock.seconds
         before, other = time.perf_counter(), clock["statistics"] + clock["solve"]
-        with staircase_attention(block):
+        with staircase_attention(block):  # not observed: the K and V of weights that are not quantized yet are none of the cache's
             staged.look_ahead()
         with staircase_attention(block), observed:
             for group in staged.stages():

@@ -19,6 +19,7 @@ from quant.checkpoint.writer import TensorSpec, file_bytes
 from quant.errors import Problems, QuantError, UsageError, clipped
 from quant.formats import Format, FormatRegistry, Linear, quantization_config
 from quant.formats.base import shape_problems, stated_dtype
+from quant.formats.reading import CACHE_PROJECTIONS
 from quant.models.adapter import block_of, decoder_linears, fused_name
 from quant.outlier_suppression import OutlierSuppressionRegistry, Suppressor
 from quant.pipeline.selection import select, selected
@@ -178,7 +179,7 @@ def plan_job(recipe: Recipe) -> JobPlan:
     caches = kv_scales(checkpoint, everything) if recipe.kv_cache_scheme else {}
     if recipe.kv_cache_scheme and not caches:
         problems.append(
-            f"{checkpoint.path}: no layer has a k_proj, qkv_proj or kv_a_proj_with_mqa, beside which vLLM looks for a cache's scales: leave --kv-cache-scheme out"
+            f"{checkpoint.path}: no layer has any of {', '.join(CACHE_PROJECTIONS)}, beside which vLLM looks for a cache's scales: leave --kv-cache-scheme out"
         )
     fitting = [] if any("do not divide" in p for p in problems) else linears.values()  # of others no shapes are known
     made = [s.name for x in fitting for s in form.specs(x, dtype)] + [s.name for specs in caches.values() for s in specs]
@@ -318,7 +319,7 @@ def kv_scales(checkpoint: Checkpoint, everything: Sequence[str]) -> dict[int, li
     for name in everything:
         attention, _, last = name.rpartition(".")
         block = block_of(name + ".")
-        if block is not None and last in ("k_proj", "qkv_proj", "kv_a_proj_with_mqa"):
+        if block is not None and last in CACHE_PROJECTIONS:
             found[block] = [TensorSpec(f"{attention}.{x}_scale", "F32", (1,)) for x in "kv"]
     return found
 

@@ -226,7 +226,7 @@ class Batches:
 
     def smallest(self) -> torch.Tensor:
         """A copy of a batch of the fewest rows."""
-        rows = [0 if entry is None else len(entry[0]) for entry in self._entries]
+        rows = [len(entry[0]) for entry in self._entries if entry is not None]
         index = rows.index(min(rows))
         hidden = self.take(index)
         copy = hidden.clone()
