@@ -6,10 +6,11 @@ import functools
 import json
 import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +50,18 @@ GENERIC: dict[str, dict[str, Any]] = {
     "glm": {"head_dim": 16, "pad_token_id": 1},
     "gptj": {"rotary_dim": 16, "num_hidden_layers": 5},  # its blocks return tuples
 }
+
+
+def left_alive(processes: Iterable[psutil.Process], timeout: float) -> list[psutil.Process]:
+    """Those that still run after so many seconds; one that ended and waits for an absent parent to collect it does not run."""
+
+    def runs(process: psutil.Process) -> bool:
+        try:
+            return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    return [p for p in psutil.wait_procs(list(processes), timeout=timeout)[1] if runs(p)]
 
 
 def tiny_config(kind: str, **changes: Any) -> Any:

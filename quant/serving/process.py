@@ -2,7 +2,7 @@
 
 vLLM runs in an environment of its own, named by its Python; the server is ``python -m vllm.entrypoints.openai.api_server``, which every build has
 (the ``vllm`` console script of some CPU builds fails). It is the leader of its own process group, and its workers are killed with it
-whatever happens; on Linux the kernel ends it even when this process is killed.
+whatever happens; when this process is killed itself, a watcher (:mod:`quant.serving.watcher`) does it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TIMEOUT = 1800.0
 PROMPT = "The capital of France is"
 _KEPT_LINES = 2000
 #: Seconds that vLLM has to stop by itself before its processes are killed.
-_GRACE = 20.0
+GRACE = 20.0
 
 Log = Callable[[str], None]
 
@@ -163,15 +163,6 @@ def _bind(host: str, port: int) -> int:
         raise ServerError(f"--host {host}, --port {port}: {error.strerror}: use an address of this machine and a port from 1024") from error
 
 
-#: Becomes the server after asking the kernel for SIGTERM when the parent ends: arguments are the parent's number and what to run.
-_TIED = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-if os.getppid() == int(sys.argv[1]):
-    os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
-"""
-
-
 class Server:
     """One vLLM server. Use it as a context manager: leaving it ends every process of the server.
 
@@ -206,6 +197,7 @@ class Server:
         self.load_seconds = 0.0
         self._log = log
         self._process: subprocess.Popen[str] | None = None
+        self._watcher: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
         self._members: dict[int, psutil.Process] = {}
         self._signal: int | None = None
@@ -240,7 +232,7 @@ class Server:
         _bind(self.host, self.port)
         begun = time.monotonic()
         self._process = subprocess.Popen(
-            [self.command[0], "-c", _TIED, str(os.getpid()), *self.command[1:]] if sys.platform == "linux" else self.command,
+            self.command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -248,6 +240,14 @@ class Server:
             errors="replace",
             env=self.environment,
             start_new_session=True,
+        )
+        self._watcher = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(Path(__file__).with_name("watcher.py")), str(self._process.pid), str(GRACE)],
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # not reached by what ends us
         )
         self._reader = threading.Thread(target=self._read, name="vllm-log", daemon=True)
         self._reader.start()
@@ -290,7 +290,7 @@ class Server:
         if self._process.poll() is None:
             self._send(signal.SIGTERM)
             try:
-                self._process.wait(_GRACE)
+                self._process.wait(GRACE)
             except subprocess.TimeoutExpired:
                 pass
         self._send(signal.SIGKILL)  # whoever is left of the group, the leader included
@@ -301,7 +301,10 @@ class Server:
             except psutil.NoSuchProcess:
                 pass
         self._process.wait()
-        psutil.wait_procs(left, timeout=_GRACE)
+        psutil.wait_procs(left, timeout=GRACE)
+        if self._watcher is not None:
+            self._watcher.communicate(b"ended")
+            self._watcher = None
         if self._reader is not None:
             self._reader.join(timeout=5)
         self._process = None

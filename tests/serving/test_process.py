@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -17,6 +18,7 @@ import pytest
 from quant.errors import UsageError
 from quant.serving.failures import diagnose, quote
 from quant.serving.process import Interrupted, Server, ServerError, find_vllm, free_port
+from tests.helpers import ROOT, left_alive
 
 #: A process that ignores SIGTERM with a worker in a session of its own, which no signal to a group reaches.
 _STUBBORN = """
@@ -31,7 +33,7 @@ time.sleep(600)
 
 
 def _server(code: str, monkeypatch: pytest.MonkeyPatch, grace: float = 0.5) -> Server:
-    monkeypatch.setattr("quant.serving.process._GRACE", grace)
+    monkeypatch.setattr("quant.serving.process.GRACE", grace)
     server = Server(Path("m"), [], python=sys.executable, host="127.0.0.1", port=free_port("127.0.0.1"), name="m")
     server.command = [sys.executable, "-c", code]
     return server
@@ -139,25 +141,53 @@ def test_an_unknown_failure_has_no_cause_and_the_first_exception_is_quoted() -> 
     assert quote(log).splitlines()[-1] == "  | RuntimeError: failed"
 
 
-def test_a_dead_parent_takes_the_server_along(tmp_path: Path) -> None:
-    """On Linux: whoever kills this tool leaves no server behind."""
-    if sys.platform != "linux":
-        pytest.skip("the kernel's parent-death signal is Linux's")
-    code = (
-        "import sys, time; from pathlib import Path; from quant.serving.process import Server, free_port\n"
-        "s = Server(Path('m'), [], python=sys.executable, host='127.0.0.1', port=free_port('127.0.0.1'), name='m', log=lambda x: print(x, flush=True))\n"
-        "s.command = [sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(600)']\n"
+#: A process that does not end at SIGTERM, and neither does its worker: what a vLLM that hangs while it loads looks like.
+_HANGING = """
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+worker = os.fork()
+if worker:
+    print(os.getpid(), worker, flush=True)
+time.sleep(600)
+"""
+
+
+def _ignores(pid: int, number: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(status.partition("SigIgn:")[2].split()[0], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize(
+    "code", ["import os, time; print(os.getpid(), flush=True); time.sleep(600)", _HANGING], ids=["obedient", "hanging"]
+)
+def test_a_killed_parent_takes_the_server_along(code: str) -> None:
+    start = (
+        "import sys; from pathlib import Path; from quant.serving import process\n"
+        "process.GRACE, port = 1.0, process.free_port('127.0.0.1')\n"
+        "s = process.Server(Path('m'), [], python=sys.executable, host='127.0.0.1', port=port, name='m', log=lambda x: print(x, flush=True))\n"
+        "s.command = [sys.executable, '-c', sys.argv[1]]\n"
         "s.start(60)"
     )
-    import subprocess
-
-    from tests.helpers import ROOT
-
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
+    with subprocess.Popen([sys.executable, "-c", start, code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
         assert parent.stdout is not None
-        child = psutil.Process(int(parent.stdout.readline()))
+        members = [psutil.Process(int(number)) for number in parent.stdout.readline().split()]
+        watchers = [p for p in psutil.Process(parent.pid).children() if p not in members]
+        assert len(watchers) == 1
+        while not _ignores(watchers[0].pid, signal.SIGTERM):  # it still starts
+            time.sleep(0.05)
+        watchers[0].terminate()  # what a service manager sends to everybody does not end it
         os.kill(parent.pid, signal.SIGKILL)
-        child.wait(timeout=20)
+        assert left_alive([*members, *watchers], 20) == []
+
+
+def test_a_server_that_was_stopped_leaves_no_watcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    with _server("import time; time.sleep(600)", monkeypatch) as server:
+        with pytest.raises(ServerError, match="not ready"):
+            server.start(timeout=1)
+        watchers = [p for p in psutil.Process().children() if "watcher.py" in " ".join(p.cmdline())]
+        assert len(watchers) == 1
+        server.stop()
+        assert not watchers[0].is_running()
 
 
 def test_the_log_reaches_the_listener_line_by_line(monkeypatch: pytest.MonkeyPatch) -> None:
