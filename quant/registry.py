@@ -30,6 +30,7 @@ class Registry(Generic[T]):
         what: an entry, in the words of an error.
         group: the entry points that other packages declare theirs under.
         wrong: why something is no entry, or None; asked of foreign ones only.
+        also: words that stand for an entry where one is asked for by a user; they are resolved before, and listed with the names here.
         defaults: attributes that a foreign class may leave out, with what they then are; ``name`` is then the entry point's.
 
     >>> colours: Registry[int] = Registry("colour", "quant.example")
@@ -45,8 +46,9 @@ class Registry(Generic[T]):
         group: str,
         wrong: Callable[[Any], str | None] = lambda entry: None,
         defaults: Mapping[str, Any] | None = None,
+        also: tuple[str, ...] = (),
     ):
-        self.what, self.group = what, group
+        self.what, self.group, self._also = what, group, also
         self._wrong, self._defaults = wrong, dict(defaults or {})
         self._entries: dict[str, T] = {}
         self._loaded: dict[str, T] = {}
@@ -120,7 +122,7 @@ class Registry(Generic[T]):
         if name in self._declared():
             return self._foreign(name)
         if name not in self._entries:
-            raise one_of(self.what, name, self.names())
+            raise one_of(self.what, name, sorted([*self.names(), *self._also]))
         return self._entries[name]
 
     def __iter__(self) -> Iterator[T]:

@@ -25,7 +25,13 @@ INDEX = "model.safetensors.index.json"
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".safetensors", ".tflite", ".npz")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 #: Files that describe an earlier quantization: their content is wrong for a new checkpoint, and they are not copied.
-STALE = {"quant_report.json", "vllm_config.json", "quantize_config.json", "quant_config.json", "recipe.yaml"}
+STALE = {
+    "quant_report.json": "describes the source; the output has its own",
+    "vllm_config.json": "describes the source; the output has its own",
+    "quantize_config.json": "describes an earlier quantization",
+    "quant_config.json": "describes an earlier quantization",
+    "recipe.yaml": "describes an earlier quantization",
+}
 _SKIPPED_FOLDERS = {".git", ".cache", "__pycache__", ".huggingface"}
 #: Bytes copied at a time: a piece stays in the processor's cache between reading and writing, and its buffer is never given back to the system.
 CHUNK = 1 << 20

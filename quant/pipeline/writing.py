@@ -122,8 +122,8 @@ def copy_side_files(source: Checkpoint, folder: Path) -> list[dict[str, str]]:
     """Copies every side file byte for byte; returns those left out with the reason."""
     dropped = []
     for file in source.side_files():
-        if file.dropped or file.relative in STALE:
-            dropped.append({"file": file.relative, "reason": file.dropped or "describes an earlier quantization"})
+        if reason := file.dropped or STALE.get(file.relative):
+            dropped.append({"file": file.relative, "reason": reason})
             continue
         _copy(file.path, folder / file.relative)
     return dropped

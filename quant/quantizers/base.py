@@ -60,4 +60,5 @@ QuantizerRegistry: Registry[type[Quantizer]] = Registry(
     "quant.quantizers",
     lambda entry: no_class(entry, needs=STATISTICS),
     {"suppressor": Quantizer.suppressor, "refuse": staticmethod(Quantizer.refuse)},
+    also=("fp8",),  # minmax with an FP8 scheme
 )

@@ -12,6 +12,7 @@ from torch.nn import functional
 from quant.checkpoint.reader import open_checkpoint
 from quant.models import attention
 from quant.models.skeleton import Skeleton
+from tests.helpers import LATENT
 
 
 @pytest.mark.parametrize(("heads", "groups", "tokens"), [(4, 2, 128), (4, 4, 65), (6, 1, 200), (3, 3, 64)])
@@ -69,18 +70,7 @@ def test_of_bf16_inputs_it_is_as_exact_as_transformers_eager_attention() -> None
     ("kind", "changes"),
     [
         ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),  # computes by the name of its attention function
-        (
-            "deepseek_v3",  # values are smaller than keys
-            {
-                "first_k_dense_replace": 2,
-                "qk_nope_head_dim": 32,
-                "qk_rope_head_dim": 16,
-                "v_head_dim": 32,
-                "kv_lora_rank": 32,
-                "q_lora_rank": 32,
-                "num_key_value_heads": 4,
-            },
-        ),
+        ("deepseek_v3", LATENT),  # values are smaller than keys
     ],
 )
 def test_unusual_attention_computes_the_same_while_it_is_watched(
