@@ -159,7 +159,7 @@ def export(
             "seconds": {**(seconds or {}), "total": round(time.perf_counter() - start + (seconds or {}).get("quantize", 0.0), 3)},
             "peak_rss_bytes": peak_rss(),
             "vllm": vllm_config(arguments),
-            "verify": result.to_dict(),
+            "verify": result.to_dict() | {"path": str(output)},  # where it is published
             "output_hash": result.content_hash,
         } | dict(described or {})
         write_text(work.path / REPORT, json.dumps(report, indent=2) + "\n")

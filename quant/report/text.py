@@ -46,6 +46,7 @@ def _worst(found: Mapping[str, Any]) -> list[tuple[str, str]]:
 def quantization(console: Console, report: Mapping[str, Any]) -> None:
     """The last lines of ``quant quantize``: what was made, how well, what went otherwise."""
     seconds = report["seconds"]
+    parts = [f"{k} {format_seconds(v)}" for k, v in seconds.items() if k != "total" and v >= 0.05]
     schemes = dict.fromkeys(x["scheme"] for x in report["layers"])
     rows = [
         ("output", report["output_path"]),
@@ -56,9 +57,7 @@ def quantization(console: Console, report: Mapping[str, Any]) -> None:
         ("size", f"{format_size(report['source_bytes'])} → {format_size(report['output_bytes'])}"),
         (
             "time",
-            f"{format_seconds(seconds['total'])} ("
-            + ", ".join(f"{k} {format_seconds(v)}" for k, v in seconds.items() if k != "total" and v >= 0.05)
-            + ")",
+            format_seconds(seconds["total"]) + (f" ({', '.join(parts)})" if parts else ""),
         ),
         (
             "peak memory",
@@ -94,9 +93,8 @@ def quantization(console: Console, report: Mapping[str, Any]) -> None:
         names = ", ".join(sorted({f["suppressor"] for f in report["folds"].values()}))
         low = min(f["factors"][0] for f in report["folds"].values())
         high = max(f["factors"][1] for f in report["folds"].values())
-        rows.append(
-            ("scaling", f"{names}: inputs of {len(report['folds'])} groups of linears, divided by factors from {low:.3g} to {high:.3g}")
-        )
+        how = "every factor is 1, which changes nothing" if low == high == 1 else f"divided by factors from {low:.3g} to {high:.3g}"
+        rows.append(("scaling", f"{names}: inputs of {len(report['folds'])} groups of linears, {how}"))
     if report["side_files_dropped"]:
         rows.append(("left out", "\n".join(f"{d['file']}: {d['reason']}" for d in report["side_files_dropped"])))
     if report["function"]:
@@ -135,7 +133,11 @@ def _cost(value: Mapping[str, Any]) -> list[tuple[str, str]]:
         return [("memory, time", f"not predicted: {value['backend']} does the work")]
     return [
         ("scratch", format_size(value["scratch_bytes"])),
-        ("peak memory", f"about {format_size(value['peak_rss_bytes'])}, {format_size(value['available_bytes'])} are available"),
+        (
+            "peak memory",
+            f"about {format_size(value['peak_rss_bytes'])}, {format_size(value['available_bytes'])} are available"
+            + (f"; GPU about {format_size(value['peak_gpu_bytes'])}" if value["peak_gpu_bytes"] else ""),
+        ),
         ("time", f"about {format_seconds(value['seconds'])}"),
     ]
 
