@@ -21,6 +21,7 @@ from quant.models.attention import observed_attention, staircase_attention
 from quant.models.skeleton import BlockCall, Skeleton
 from quant.outlier_suppression import Suppressor
 from quant.pipeline.folding import can_take_rows, find_fold, fold_linear, fold_norm
+from quant.pipeline.int8 import in_int8
 from quant.pipeline.memory import MAPPED, give_back
 from quant.pipeline.pieces import PIECE
 from quant.pipeline.plan import JobPlan, text_config
@@ -33,6 +34,8 @@ from quant.tensors import QuantizedTensor, sum_of_squares
 
 #: An input feature this many times as large as the median one is an outlier: its weights may be small and still matter, and few bits round them away.
 OUTLIERS = 32.0
+#: Most bits of weights through which calibration tokens go in 8-bit products, where those are faster.
+INT8_PASSES_BITS = 4
 #: Tokens of the held-out row that a layer's error is measured on.
 ERROR_TOKENS = 256
 
@@ -125,7 +128,7 @@ class BlockQuantizer:
                 run_block(block, batches, calls)
             made.finish_cache(cache)
             return made
-        staged = StagedForward(block, groups, batches, calls, store, observe, need_outputs)
+        staged = StagedForward(block, groups, batches, calls, store, observe, need_outputs, partial(self._through_int8, prefix))
         clock = self.clock.seconds
         before, other = time.perf_counter(), clock["statistics"] + clock["solve"]
         with staircase_attention(block):  # not observed: the K and V of weights that are not quantized yet are none of the cache's
@@ -148,12 +151,26 @@ class BlockQuantizer:
                         group, chosen[group], prefix, weights, statistics, skeleton.adapter.norm_offset, made
                     )
                 for name, module, weight, result in zip(group.linears, modules, weights, results, strict=True):
-                    value, evidence = self._going_on(result.tensor, weight, factors, samples.get(group))
+                    with self.clock.phase("solve"):
+                        value, evidence = self._going_on(result.tensor, weight, factors, samples.get(group))
                     self.records.add(prefix + name, result, *evidence, statistics.tokens, time.perf_counter() - start)
                     module.weight = nn.Parameter(value, requires_grad=False)
         made.finish_cache(cache)
         clock["forward"] += time.perf_counter() - before - (clock["statistics"] + clock["solve"] - other)
         return made
+
+    def replay(self, skeleton: Skeleton, index: int, block: nn.Module, batches: Batches, calls: Mapping[int, BlockCall]) -> None:
+        """Takes batches through a block that holds its finished weights, with the outputs that :meth:`quantize` had, bit for bit."""
+        prefix = skeleton.block_prefix(index)
+        groups = [g for g in self._chosen_groups(skeleton.adapter.groups, prefix) if self._through_int8(prefix, g)]
+        with staircase_attention(block), in_int8(block, groups):
+            run_block(block, batches, calls)
+
+    def _through_int8(self, prefix: str, group: InputGroup) -> bool:
+        """Whether 8-bit products on the way to the next linears make no difference beside how coarsely the weights are rounded. Where the input is
+        scaled by the linear before it, a replay would round other numbers than the first pass, whose batches were past that linear already."""
+        scaled = self.records.folds.get(_fold_key(prefix, group), {}).get("kind") == "linear"
+        return self._assignment(prefix, group).scheme.weights.bits <= INT8_PASSES_BITS and not scaled
 
     def _solve_group(
         self,
@@ -228,7 +245,7 @@ class BlockQuantizer:
         make = fold_norm if fold.place.source == "norm" else partial(fold_linear, done=made.linears)
         factors, changed = make(fold, proposed.factors, self.plan.checkpoint)
         made.changed.update(changed)
-        self.records.folds[prefix + "+".join(group.linears)] = {
+        self.records.folds[_fold_key(prefix, group)] = {
             "suppressor": suppressor.name,
             "kind": fold.place.source,
             "source": fold.source,
@@ -286,3 +303,7 @@ class BlockQuantizer:
             sums += torch.stack([sum_of_squares(difference), sum_of_squares(wide), missed, wanted])
         noise, signal, lost, whole = sums.tolist()
         return values, (noise, signal, lost / max(whole, 1e-30) if sample is not None else None)
+
+
+def _fold_key(prefix: str, group: InputGroup) -> str:
+    return prefix + "+".join(group.linears)

@@ -26,7 +26,6 @@ from quant.errors import QuantError, UsageError, VerificationFailed
 from quant.evaluation.preservation import preservation
 from quant.evaluation.verify import verify
 from quant.formats.reading import read_linear
-from quant.models.attention import staircase_attention
 from quant.models.skeleton import BlockCall, Skeleton
 from quant.outlier_suppression import Suppressor
 from quant.pipeline.blocks import BlockQuantizer, Made
@@ -36,7 +35,7 @@ from quant.pipeline.pieces import PieceQuantizer
 from quant.pipeline.plan import JobPlan, Unit, make_quantizer, make_suppressor, plan_job
 from quant.pipeline.records import Clock, Records
 from quant.pipeline.rows import job_rows
-from quant.pipeline.staged import ActivationStore, Batches, run_block
+from quant.pipeline.staged import ActivationStore, Batches
 from quant.pipeline.writing import write_rest, write_unit
 from quant.progress import Event, Progress, silent
 from quant.quantizers import Quantizer
@@ -163,11 +162,13 @@ class QuantizationManager:
 
     def _calibrated(self, skeleton: Skeleton, rows: Rows, work: WorkFolder) -> None:
         """The block loop. On screen as a whole on purpose: every calibrated method goes through these lines."""
-        store = ActivationStore(self._resident_bytes(), work.path / "activations.bin")
+        store = ActivationStore(self.resident_bytes(), work.path / "activations.bin")
         try:
             with self.clock.phase("embed"):
-                size = max(1, BATCH_TOKENS[self.device.type if self.device.type in BATCH_TOKENS else "cuda"] // rows.tokens.shape[1])
-                tokens = [*rows.tokens.split(size), *([rows.held_out] if rows.held_out is not None else [])]
+                tokens = [
+                    *rows.tokens.split(batch_rows(self.device, rows.tokens.shape[1])),
+                    *([rows.held_out] if rows.held_out is not None else []),
+                ]
                 calls: dict[int, list[BlockCall]] = {}
                 batches = Batches(store, skeleton.embedded(tokens, calls))
                 held_out = len(tokens) - 1 if rows.held_out is not None else None
@@ -182,8 +183,7 @@ class QuantizationManager:
                     if not last:
                         with self.clock.phase("replay"):
                             block = skeleton.load_block(unit.block, self._finished_weights(unit, work))
-                            with staircase_attention(block):
-                                run_block(block, batches, block_calls)
+                            self.blocks.replay(skeleton, unit.block, block, batches, block_calls)
                 else:
                     with self.clock.phase("load"):
                         block = skeleton.load_block(unit.block)
@@ -208,7 +208,8 @@ class QuantizationManager:
         unfolded(weights, {k: f for k, f in self.records.folds.items() if f["linears"][0] in names}, self.plan.checkpoint, written)
         return weights
 
-    def _resident_bytes(self) -> int:
+    def resident_bytes(self) -> int:
+        """Bytes of calibration activations that stay in the device's memory."""
         return torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else RESIDENT_CPU
 
     # --- methods that need no data ----------------------------------------------------------------------------------------------------
@@ -348,7 +349,7 @@ class QuantizationManager:
             "side_files_dropped": dropped,
             "vllm": vllm_config(arguments),
             "function": None if preserved is None else preserved.to_dict(),
-            "verify": verification.to_dict(),
+            "verify": verification.to_dict() | {"path": str(plan.recipe.output_path)},  # where it is published
             "output_hash": verification.content_hash,
         }
         write_text(work.path / REPORT, json.dumps(report, indent=2) + "\n")
@@ -356,6 +357,11 @@ class QuantizationManager:
 
     def _act_order(self) -> str:
         return next((o for q in self.quantizers.values() if (o := str(getattr(q, "act_order", "none"))) != "none"), "none")
+
+
+def batch_rows(device: torch.device, length: int) -> int:
+    """Calibration rows of so many tokens that go through a block together."""
+    return max(1, BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"]) // length)
 
 
 def worker_count(threads: int) -> int:

@@ -34,6 +34,7 @@ from quant.errors import DiskFull, QuantError
 from quant.models.adapter import InputGroup
 from quant.models.attention import attention_through
 from quant.models.skeleton import BlockCall
+from quant.pipeline.int8 import in_int8
 from quant.units import format_size
 
 #: Bytes that are written to the scratch file at a time. Of larger writes Linux keeps the page cache in larger pages, which a virtual machine whose host
@@ -89,7 +90,8 @@ class ActivationStore:
 
     def __init__(self, resident: int, scratch: Path):
         self.resident, self.scratch = resident, scratch
-        self._used = 0
+        self.most = 0  #: bytes that were aside at once, at the most
+        self._aside = self._used = 0
         self._region: torch.Tensor | None = None
         self._inside, self._outside = Space(resident), Space()
         self._file, self._written = -1, 0
@@ -97,7 +99,16 @@ class ActivationStore:
     def put(self, tensor: torch.Tensor) -> Callable[[], None]:
         """Sets a tensor aside; the returned function brings it back."""
         storage = tensor.untyped_storage()
-        return self._put_on_device(tensor.device, storage) if tensor.is_cuda else self._put_in_memory(storage)
+        size = storage.nbytes()
+        self._aside += size
+        self.most = max(self.most, self._aside)
+        restore = self._put_on_device(tensor.device, storage) if tensor.is_cuda else self._put_in_memory(storage)
+
+        def back() -> None:
+            self._aside -= size
+            restore()
+
+        return back
 
     def drop(self, tensor: torch.Tensor) -> Callable[[], None]:
         """Frees a tensor that nobody is going to read; the returned function makes it again, of NaN, so that whoever does is found out."""
@@ -342,6 +353,7 @@ class StagedForward:
         calls: by batch size, what the block is called with.
         observe: called with (group, batch index, inputs [B, T, K]) as each batch arrives at a group.
         need_outputs: False for the last block, whose last linear nobody reads: its batches are dropped there.
+        int8: whether batches go on through a group's new weights in 8-bit products (:mod:`quant.pipeline.int8`); asked when these are in place.
     """
 
     def __init__(
@@ -353,11 +365,12 @@ class StagedForward:
         store: ActivationStore,
         observe: Callable[[InputGroup, int, torch.Tensor], None],
         need_outputs: bool = True,
+        int8: Callable[[InputGroup], bool] = lambda group: False,
     ):
         self._block, self._batches, self._calls, self._store, self._observe = block, batches, calls, store, observe
         self._groups = {linear: group for group in groups for linear in group.linears}
         self._finished: set[InputGroup] = set()
-        self._count, self._need_outputs = len(groups), need_outputs
+        self._count, self._need_outputs, self._int8 = len(groups), need_outputs, int8
         self._reads: _Reads | None = None
         self._unread: dict[InputGroup, list[tuple[_Kind, bool]]] = {}
 
@@ -389,7 +402,8 @@ class StagedForward:
                     self._finished.add(group)
                     if len(self._finished) == self._count and not self._need_outputs:
                         break
-                    waiting = [r for i, w in enumerate(waiting) if (r := self._resume(i, w))]
+                    with in_int8(self._block, [group] if self._int8(group) else []):
+                        waiting = [r for i, w in enumerate(waiting) if (r := self._resume(i, w))]
             finally:
                 for entry in waiting:
                     entry.batch.throw()  # ends it where it waits
@@ -407,7 +421,7 @@ class StagedForward:
         for name in self._groups:
             module = self._block.get_submodule(name)
             originals[name] = module.forward
-            module.forward = _Stop(self, name, module.forward)
+            module.forward = _Stop(self, name, module)
         try:
             with attention_through(self._block, "quant_watched", _see_attention):
                 yield
@@ -448,8 +462,8 @@ class StagedForward:
 class _Stop:
     """The forward of a linear that waits for its quantization."""
 
-    def __init__(self, staged: StagedForward, name: str, forward: Callable[[torch.Tensor], torch.Tensor]):
-        self._staged, self._name, self._forward = staged, name, forward
+    def __init__(self, staged: StagedForward, name: str, module: nn.Module):
+        self._staged, self._name, self._module, self._forward = staged, name, module, module.forward
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         staged = self._staged
@@ -461,4 +475,5 @@ class _Stop:
         elif group not in staged._finished:
             assert batch.parent is not None
             batch.parent.switch((group, inputs))
-        return self._forward(inputs)
+        forward = self._module.forward  # another one by now, where the batch waited here and goes on in 8-bit products
+        return self._forward(inputs) if forward is self else forward(inputs)
