@@ -248,7 +248,8 @@ def _quantize(out: Output, dry_run: bool, options: dict[str, Any], layer_wise: b
 
     plan = plan_job(recipe)
     if dry_run:
-        prediction = estimate(plan)
+        with out.progress() as progress:
+            prediction = estimate(plan, progress)
         out.result(prediction, lambda c: text.prediction(c, prediction))
         return
     with out.progress() as progress:

@@ -50,6 +50,16 @@ GENERIC: dict[str, dict[str, Any]] = {
     "glm": {"head_dim": 16, "pad_token_id": 1},
     "gptj": {"rotary_dim": 16, "num_hidden_layers": 5},  # its blocks return tuples
 }
+#: A DeepSeek-V3 of the shape above without experts.
+LATENT: dict[str, Any] = {
+    "first_k_dense_replace": 2,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+    "num_key_value_heads": 4,
+}
 
 
 def left_alive(processes: Iterable[psutil.Process], timeout: float) -> list[psutil.Process]:

@@ -1,38 +1,58 @@
-"""What a job will make and take, before it starts: bytes exactly, memory and time as estimates."""
+"""What a job will make and take, before it starts: bytes exactly, memory and time from a trial of a few of its tokens and tensors.
+
+The trial runs the job's own code: no formula knows what a method costs on a machine, and least of all one that another package brings.
+"""
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Hashable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from quant.calibration.statistics import Accumulator
+from quant.calibration.text import Rows
+from quant.checkpoint.dtypes import TORCH
 from quant.errors import QuantError
-from quant.models.adapter import block_of
-from quant.models.skeleton import Skeleton
-from quant.pipeline.manager import RESIDENT_CPU, QuantizationManager, worker_count
+from quant.models.attention import staircase_attention
+from quant.models.skeleton import BlockCall, Skeleton
+from quant.pipeline.manager import QuantizationManager, batch_rows, worker_count
 from quant.pipeline.memory import freed_memory_kept, peak_rss
-from quant.pipeline.plan import JobPlan, text_config
-from quant.quantizers.rounding import SEARCH_STEPS
+from quant.pipeline.plan import JobPlan, check_disk
+from quant.pipeline.staged import ActivationStore, Batches, run_block
+from quant.progress import Event, Progress, silent
 from quant.units import format_size
 
-#: A matrix product large enough to run at full speed, small enough to time in a moment: [tokens, features] by [features, features].
-_PROBE = (8192, 2048)
-#: Memory for a batch on its way through a block, and what a heap under such use cannot give back.
-_HEAP = 256 << 20
+#: Batches of calibration rows that a trial takes through a block.
+_BATCHES = 2
+#: Bytes of a trial's activations that stay in memory; what is more goes to a temporary file.
+_RESIDENT = 1 << 30
 #: What reading and writing take where nothing else does.
 _BUFFERS = 32 << 20
-#: Tensor operations of GPTQ's column loop, each over one column of all stacked outputs, and what one costs at the least.
-_COLUMN_OPERATIONS, _OPERATION_SECONDS = 7, 4e-6
+#: Bytes in a second that are read from a disk, and that are hashed, written and read again for verification.
+_READ, _WRITTEN = 1e9, 5e8
 
 
-def estimate(plan: JobPlan) -> dict[str, Any]:
-    """The plan as a dict with ``output_bytes`` (exact), ``scratch_bytes``, ``peak_rss_bytes`` and ``seconds`` (estimates, from matrix products
-    timed on this machine now).
+@dataclass(frozen=True)
+class Cost:
+    """What a job takes: ``seconds``, largest resident memory and scratch file in bytes, largest memory on the GPU in bytes (0 without one)."""
 
-    Everything that :meth:`QuantizationManager.run` checks is checked here: the model is built without weights and the text is read.
+    seconds: float
+    peak_rss: int
+    scratch: int = 0
+    peak_gpu: int = 0
+
+
+def estimate(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
+    """The plan as a dict with ``output_bytes`` (exact), and ``scratch_bytes``, ``peak_rss_bytes``, ``peak_gpu_bytes`` and ``seconds``.
+
+    Everything that :meth:`QuantizationManager.run` checks before it starts is checked here: the model is built without weights and the text is
+    read. One block of each kind (shapes, and what is done to them) is quantized with a few batches of tokens, or a few tensors where nothing
+    needs calibration; the results are thrown away.
 
     Raises:
         QuantError: what would stop the job.
@@ -41,91 +61,136 @@ def estimate(plan: JobPlan) -> dict[str, Any]:
 
     manager = QuantizationManager(plan)
     value = plan.to_dict()
-    available = psutil.virtual_memory().available
-    calibrated = bool(manager.needs)
-    tokens, scratch = 0, 0
-    largest = max((12 * x.n * x.k for x in plan.linears.values()), default=0)  # fp32, its rounding, and what a search compares
-    seconds = 0.0
-    if calibrated:
-        start = time.perf_counter()
-        rows, skeleton = manager.prepare()
-        prepared = time.perf_counter() - start
-        length = rows.tokens.shape[1]
-        tokens = rows.tokens.numel()
-        config = text_config(plan.checkpoint.config)
-        width = int(config.get("hidden_size") or 0)
-        item = skeleton.dtype.itemsize
-        groups = _groups(plan, skeleton)
-        block_bytes = max(sum(p.numel() for p in block.parameters()) for block in skeleton.blocks) * item
-        widest = max(k for _, k in groups)
-        # while a group is solved: its weights as fp32, their errors and codes, and the Hessian's factor; or before, the Hessian in two orders
-        largest = max(max(9 * n * k + 4 * k * k, 4 * n * k + 8 * k * k) for n, k in groups) + block_bytes
-        waiting = (width + widest) * (tokens + length) * item  # what a batch holds while it waits: the residual and a linear's input
-        resident = min(RESIDENT_CPU, waiting) if manager.device.type == "cpu" else 0
-        scratch = waiting - resident
-        largest += resident + _HEAP
-        peak = peak_rss() + largest  # before products are timed
-        seconds = prepared + _seconds(plan, groups, tokens, manager.device, skeleton.dtype)
-    else:
-        peak = peak_rss() + largest * worker_count(torch.get_num_threads()) + _BUFFERS
-        seconds = sum(x.n * x.k for x in plan.linears.values()) * 40 / 2e9 * (SEARCH_STEPS if plan.recipe.clip_search else 1)
-    seconds += (plan.checkpoint.nbytes + 2 * plan.output_bytes) / 1e9
-    if peak > psutil.virtual_memory().total:
-        raise QuantError(
-            f"the job needs about {format_size(peak)} of memory, the machine has {format_size(psutil.virtual_memory().total)}: "
-            "use fewer --samples or a shorter --sequence-length"
-        )
+    memory = psutil.virtual_memory()
+    tokens = 0
+    with freed_memory_kept():
+        if manager.needs:
+            rows, skeleton = manager.prepare()
+            prepared = manager.clock.seconds["text"]
+            tokens = rows.tokens.numel()
+            _check_memory(_least(plan, skeleton), memory.total)
+            cost = _try_blocks(manager, rows, skeleton, progress)
+        else:
+            prepared, cost = 0.0, _try_linears(manager, progress)
+    seconds = prepared + cost.seconds + plan.checkpoint.nbytes / _READ + plan.output_bytes / _WRITTEN
+    _check_memory(cost.peak_rss, memory.total)
+    check_disk(plan.recipe.output_path, plan.output_bytes + plan.copied_bytes, cost.scratch)
     value.update(
-        scratch_bytes=scratch, peak_rss_bytes=peak, available_bytes=available, seconds=round(seconds, 1), calibration_tokens=tokens
-    )
+        scratch_bytes=cost.scratch, peak_rss_bytes=cost.peak_rss, peak_gpu_bytes=cost.peak_gpu, available_bytes=memory.available,
+        seconds=round(seconds, 1), calibration_tokens=tokens,
+    )  # fmt: skip
     return value
 
 
-def _groups(plan: JobPlan, skeleton: Skeleton) -> list[tuple[int, int]]:
-    """Stacked outputs and inputs (N, K) of every group of linears that is solved as one."""
-    found = []
+def _check_memory(needed: int, total: int) -> None:
+    if needed > total:
+        raise QuantError(
+            f"the job needs about {format_size(needed)} of memory, the machine has {format_size(total)}: "
+            "use fewer --samples or a shorter --sequence-length"
+        )
+
+
+def _least(plan: JobPlan, skeleton: Skeleton) -> int:
+    """Bytes that the largest group of linears takes while it is solved, at the least: so much that even the trial of a block would fail without."""
+    largest = 0
     for block in range(skeleton.block_count):
         for group in skeleton.adapter.groups:
             members = [x for n in group.linears if (x := plan.linears.get(skeleton.block_prefix(block) + n))]
             if members:
-                found.append((sum(x.n for x in members), members[0].k))
-    return found
+                n, k = sum(x.n for x in members), members[0].k
+                largest = max(largest, 9 * n * k + 4 * k * k)  # fp32 weights, their errors and codes; the Hessian's factor
+    return largest
 
 
-def _seconds(plan: JobPlan, groups: list[tuple[int, int]], tokens: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Forward pass, statistics and solves at the speed that matrix products have here now."""
-    forward = 2 * tokens * sum(i.numel for n, i in plan.checkpoint.tensors.items() if block_of(n) is not None)
-    products = sum(2 * tokens * k * k for _, k in groups)
-    solve = sum(k**3 / 3 + n * k * k for n, k in groups)
-    columns = sum(k * max(_OPERATION_SECONDS, n * 4e-10) for n, k in groups) * _COLUMN_OPERATIONS
-    t, k = _PROBE
-    x = torch.randn(t, k, device=device).to(dtype)
-    w = torch.randn(k, k, device=device).to(dtype)
-    y = torch.randn(k, k, device=device)
+def _try_blocks(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, progress: Progress) -> Cost:
+    """Quantizes one block of each kind with a few batches of rows.
 
-    def gram() -> None:
-        accumulator = Accumulator(k, device, {"hessian"})
-        accumulator.add(x)
-        accumulator.finish()
-
-    with freed_memory_kept():
-        rate = {
-            "forward": 2 * t * k * k / _timed(lambda: torch.nn.functional.linear(x, w)),
-            "gram": 2 * t * k * k / _timed(gram),
-            "solve": 2 * k**3 / _timed(lambda: y @ y),
-        }
-    return forward / rate["forward"] * 1.25 + products / rate["gram"] + solve / rate["solve"] + columns
-
-
-def _timed(run: Callable[[], object]) -> float:
-    """Least seconds of three calls after a first one, which loads kernels and claims memory."""
-    seconds = []
-    for _ in range(4):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+    Passes and statistics take time by the token, solves by the block. Each block starts from the embedded tokens, whatever its place.
+    """
+    plan, device, clock = manager.plan, manager.device, manager.clock
+    length = rows.tokens.shape[1]
+    trial = [*rows.tokens[: _BATCHES * batch_rows(device, length)].split(batch_rows(device, length))]
+    held_out = None if rows.held_out is None else len(trial)
+    extra = rows.held_out.numel() if rows.held_out is not None else length  # the batch that looks ahead is one of the fewest rows
+    tried = sum(t.numel() for t in trial)
+    share = (rows.tokens.numel() + 2 * extra) / (tried + 2 * extra)
+    kinds = _kinds(plan, skeleton)
+    seconds, most = 0.0, 0
+    with tempfile.TemporaryDirectory(prefix="quant-") as folder:
+        calls: dict[int, list[BlockCall]] = {}
         start = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+        embedded = list(skeleton.embedded([*trial, *([rows.held_out] if rows.held_out is not None else [])], calls))
+        seconds += (time.perf_counter() - start) * share
+        for number, (index, count) in enumerate(kinds):
+            progress(Event("trial", number, len(kinds)))
+            store = ActivationStore(_RESIDENT, Path(folder) / "activations.bin")
+            try:
+                batches = Batches(store, (h.clone() for h in embedded))
+                block_calls = {b: c[index] for b, c in calls.items()}
+                start = time.perf_counter()
+                block = skeleton.load_block(index)
+                loaded = time.perf_counter() - start
+                with staircase_attention(block):
+                    run_block(block, batches, block_calls)  # kernels are loaded and memory is claimed, once in a job
+                clock.seconds.clear()
+                start = time.perf_counter()
+                made = manager.blocks.quantize(skeleton, index, block, batches, block_calls, store, held_out, need_outputs=True)
+                solved = clock.seconds["solve"]
+                passed = time.perf_counter() - start - solved
+                start = time.perf_counter()
+                for name, tensor in made.linears.items():
+                    plan.format.pack(plan.linears[name], tensor, TORCH[plan.dtype])
+                packed = time.perf_counter() - start
+                seconds += count * (loaded + passed * share + solved + packed)
+                most = max(most, store.most)
+                skeleton.free_block(index)
+                del made, block, batches
+            finally:
+                store.close()
+    waiting = int(most * (rows.tokens.numel() + extra) / (tried + extra))
+    resident = min(waiting, manager.resident_bytes())
+    if device.type != "cpu":
+        return Cost(seconds, peak_rss() + waiting - resident, 0, torch.cuda.max_memory_allocated(device) + max(resident - most, 0))
+    return Cost(seconds, peak_rss() + resident - min(most, _RESIDENT), waiting - resident)
+
+
+def _kinds(plan: JobPlan, skeleton: Skeleton) -> list[tuple[int, int]]:
+    """The first block of each kind, and how many there are of it: blocks of the same shapes to whose linears the same is done."""
+    found: dict[Hashable, list[int]] = {}
+    for index in range(skeleton.block_count):
+        prefix = skeleton.block_prefix(index)
+        shapes = tuple((n, p.shape) for n, p in skeleton.blocks[index].named_parameters())
+        done = tuple(plan.assignments.get(prefix + n.removesuffix(".weight")) for n, _ in shapes)
+        found.setdefault((shapes, done), []).append(index)
+    return [(blocks[0], len(blocks)) for blocks in found.values()]
+
+
+def _try_linears(manager: QuantizationManager, progress: Progress) -> Cost:
+    """Quantizes the largest linears of each assignment, as many at once as the job does; the others take as long by the weight."""
+    plan, seconds = manager.plan, 0.0
+    threads = torch.get_num_threads()
+    workers = worker_count(threads)
+    members: dict[Hashable, list[str]] = {}
+    for name in plan.linears:
+        members.setdefault(plan.assignments[name], []).append(name)
+
+    def weights(name: str) -> int:
+        return plan.linears[name].n * plan.linears[name].k
+
+    def make(name: str) -> None:
+        plan.format.pack(plan.linears[name], manager.pieces.quantize(name), TORCH[plan.dtype])
+
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            for number, names in enumerate(members.values()):
+                progress(Event("trial", number, len(members)))
+                chosen = sorted(names, key=weights)[-workers:]
+                list(pool.map(make, chosen))  # kernels are loaded and memory is claimed, once in a job
+                start = time.perf_counter()
+                list(pool.map(make, chosen))
+                seconds += (time.perf_counter() - start) * sum(map(weights, names)) / sum(map(weights, chosen))
+    finally:
+        torch.set_num_threads(threads)
+    gpu = torch.cuda.max_memory_allocated(manager.device) if manager.device.type == "cuda" else 0
+    return Cost(seconds, peak_rss() + _BUFFERS, 0, gpu)

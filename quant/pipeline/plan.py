@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -180,6 +181,11 @@ def plan_job(recipe: Recipe) -> JobPlan:
     if recipe.kv_cache_scheme and not caches:
         problems.append(
             f"{checkpoint.path}: no layer has any of {', '.join(CACHE_PROJECTIONS)}, beside which vLLM looks for a cache's scales: leave --kv-cache-scheme out"
+        )
+    if recipe.kv_cache_scheme and (latent := [n for n in everything if n.endswith(".kv_a_proj_with_mqa")]):
+        problems.append(
+            f"{latent[0]}: of latent attention vLLM caches the latent itself, and what is measured here are the keys and values made from it: "
+            "leave --kv-cache-scheme out"
         )
     fitting = [] if any("do not divide" in p for p in problems) else linears.values()  # of others no shapes are known
     made = [s.name for x in fitting for s in form.specs(x, dtype)] + [s.name for specs in caches.values() for s in specs]
@@ -365,13 +371,25 @@ def _unlabelled_problems(checkpoint: Checkpoint, made: Iterable[str], linears: C
 def target_problems(model_path: Path, output_path: Path) -> list[str]:
     """Why an output directory cannot be made where it is asked for."""
     output, source = output_path.resolve(), model_path.resolve()
-    if output.exists() and not output.is_dir():
+    if os.path.exists(output) and not output.is_dir():
         return [f"{output}: the output path is a file: choose another --output-path"]
-    if output.exists() and any(output.iterdir()):
+    if os.path.exists(output) and any(output.iterdir()):
         return [f"{output}: the output directory is not empty: choose another --output-path, or remove it"]
     if output == source or source in output.parents:
         return [f"{output}: the output lies in the source directory: choose an --output-path outside {source}"]
+    folder = _existing(output.parent)
+    if not folder.is_dir():
+        return [f"{output}: {folder} is a file, no directory: choose another --output-path"]
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return [f"{output}: {folder} cannot be written to: choose another --output-path, or change its permissions"]
     return []
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest one above it that exists."""
+    while not os.path.exists(path):  # pathlib's would raise for a path below a directory that cannot be searched
+        path = path.parent
+    return path
 
 
 def _fused_problems(
@@ -474,22 +492,22 @@ def _same_linear(a: OutputTensor, b: OutputTensor) -> bool:
     return a.linear is not None and a.linear == b.linear
 
 
-def check_disk(output_path: Path, needed: int) -> None:
+def check_disk(output_path: Path, needed: int, scratch: int = 0) -> None:
     """
     Raises:
-        QuantError: the disk under ``output_path`` has less than ``needed`` bytes free.
+        QuantError: the disk under ``output_path`` has less than ``needed + scratch`` bytes free; what unfinished work takes counts as free.
     """
     output_path = output_path.absolute()
-    folder = output_path.parent
-    while not folder.exists():
-        folder = folder.parent
+    folder = _existing(output_path.parent)
     free = shutil.disk_usage(folder).free
     work = output_path.with_name(output_path.name + ".work")
     if work.exists():
-        needed -= sum(f.stat().st_size for f in work.rglob("*") if f.is_file())
-    if needed > free:
+        needed = max(needed - sum(f.stat().st_size for f in work.rglob("*") if f.is_file()), 0)
+    if needed + scratch > free:
+        files = f" and {format_size(scratch)} for calibration activations" if scratch else ""
         raise QuantError(
-            f"{folder}: {format_size(needed)} are needed for the output, {format_size(free)} are free: free some room, or choose another --output-path"
+            f"{folder}: {format_size(needed)} are needed for the output{files}, {format_size(free)} are free: free some room, or choose another "
+            f"--output-path{', or use fewer --samples' if scratch else ''}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 from quant.errors import Problems, QuantError, UsageError
 from quant.pipeline.estimate import estimate
 from quant.pipeline.plan import check_disk, plan_job
+from quant.progress import Event
 from quant.recipe import make_recipe
-from tests.helpers import change_config, copy_model, files_of, quantize, recipe
+from tests.helpers import LATENT, change_config, copy_model, files_of, quantize, recipe
 
 
 def problems_of(model: Path, output: Path, **options: Any) -> tuple[str, ...]:
@@ -101,8 +103,60 @@ def test_a_quantized_source_is_refused_with_the_way_back(quantized: Callable[...
 
 
 def test_a_disk_without_room_is_noticed(tmp_path: Path) -> None:
-    with pytest.raises(QuantError, match=rf"{tmp_path}: 1.00 EiB|are needed for the output, .* are free: free some room"):
+    with pytest.raises(QuantError, match=rf"{tmp_path}: 1048576 TiB are needed for the output, .* are free: free some room"):
         check_disk(tmp_path / "not" / "there", 2**60)
+    with pytest.raises(
+        QuantError, match=r"10 B are needed for the output and 1048576 TiB for calibration activations, .*, or use fewer --samples"
+    ):
+        check_disk(tmp_path / "not" / "there", 10, 2**60)
+
+
+def test_a_dry_run_counts_the_scratch_file(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quant.pipeline.manager.RESIDENT_CPU", 0)
+    plan = plan_job(recipe(llama, tmp_path / "out", method="gptq", group_size=32, samples=4, sequence_length=64))
+    scratch = estimate(plan)["scratch_bytes"]
+    assert scratch > 0
+    room = plan.output_bytes + plan.copied_bytes + scratch
+    for free in (room, room - 1):
+        monkeypatch.setattr("shutil.disk_usage", lambda folder, free=free: type("Usage", (), {"free": free}))
+        with contextlib.nullcontext() if free == room else pytest.raises(QuantError, match="for calibration activations"):
+            estimate(plan)
+
+
+@pytest.mark.parametrize(("kind", "method"), [("llama", "gptq"), ("gemma2", "awq"), ("gptj", "gptq")])
+def test_the_scratch_file_is_as_large_as_predicted(
+    kind: str, method: str, checkpoints: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where attention and MLP wait side by side, as in GPT-J."""
+    monkeypatch.setattr("quant.pipeline.manager.RESIDENT_CPU", 0)
+    options = {"method": method, "group_size": 32, "samples": 300, "sequence_length": 64}
+    prediction = estimate(plan_job(recipe(checkpoints(kind), tmp_path / "out", **options)))
+    report = quantize(checkpoints(kind), tmp_path / "out", **options)
+    assert report["scratch_bytes"] > 1 << 20
+    assert prediction["scratch_bytes"] == pytest.approx(report["scratch_bytes"], rel=0.05)
+
+
+def test_a_dry_run_tries_one_block_of_each_kind(llama: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    plan = plan_job(recipe(llama, tmp_path / "out", method="gptq", group_size=32, layers="1", samples=4, sequence_length=64))
+    estimate(plan, events.append)
+    assert [(e.phase, e.done, e.total) for e in events] == [
+        ("trial", 0, 2),
+        ("trial", 1, 2),
+    ]  # a block that is left alone, and one that is not
+
+
+def test_scales_of_a_latent_cache_are_not_made(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    source = checkpoints("deepseek_v3", **LATENT)
+    (problem,) = problems_of(source, tmp_path / "out", group_size=32, kv_cache_scheme="fp8")
+    assert problem.startswith("model.layers.0.self_attn.kv_a_proj_with_mqa: of latent attention vLLM caches the latent itself")
+
+
+def test_an_output_path_below_a_file_is_found_before_any_work(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert problems_of(llama, tmp_path / "file" / "a" / "b", group_size=32) == (
+        f"{tmp_path}/file/a/b: {tmp_path}/file is a file, no directory: choose another --output-path",
+    )
 
 
 def test_a_dry_run_says_what_the_job_will_write_and_writes_nothing(llama: Path, tmp_path: Path) -> None:
