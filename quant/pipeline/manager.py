@@ -30,6 +30,7 @@ from quant.models.skeleton import BlockCall, Skeleton
 from quant.outlier_suppression import Suppressor
 from quant.pipeline.blocks import BlockQuantizer, Made
 from quant.pipeline.folding import unfolded
+from quant.pipeline.int8 import int8_passes
 from quant.pipeline.memory import freed_memory_kept, peak_rss
 from quant.pipeline.pieces import PieceQuantizer
 from quant.pipeline.plan import JobPlan, Unit, make_quantizer, make_suppressor, plan_job
@@ -153,7 +154,8 @@ class QuantizationManager:
             "torch": torch.__version__,
             "device": str(self.device),
             "threads": torch.get_num_threads(),
-            "instructions": f"{torch.backends.cpu.get_cpu_capability()}, {gram_for(1, self.device).__class__.__name__}"
+            "instructions": f"{torch.backends.cpu.get_cpu_capability()}, {gram_for(1, self.device).__class__.__name__}, "
+            f"passes in {'8' if int8_passes(self.device, torch.bfloat16) else '16'} bits"
             if self.device.type == "cpu"
             else torch.cuda.get_device_name(self.device),
         }
