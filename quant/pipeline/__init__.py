@@ -1,5 +1,5 @@
 """The one loop over blocks, and everything known before it starts."""
 
-from quant.pipeline.memory import align_to_pages
+from quant.pipeline.memory import prepare_torch
 
-align_to_pages()  # nothing outside this package has needed torch yet, when a job is what it is needed for
+prepare_torch()  # nothing outside this package has needed torch yet, when a job is what it is needed for
