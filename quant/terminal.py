@@ -190,7 +190,8 @@ def run(group: click.Command, prog_name: str, argv: Sequence[str] | None = None)
         click.echo(click.style("error: ", fg="red") + str(error), err=True, color=None if _colour(sys.stderr) else False)
         code = failed(str(error), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted: finished work is kept, the same command goes on from there", err=True)
+        kept = "nothing was written" if "--dry-run" in arguments else "finished work is kept, the same command goes on from there"
+        click.echo(f"interrupted: {kept}", err=True)
         code = 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -21,7 +21,7 @@ from quant.models.attention import observed_attention, staircase_attention
 from quant.models.skeleton import BlockCall, Skeleton
 from quant.outlier_suppression import Suppressor
 from quant.pipeline.folding import can_take_rows, find_fold, fold_linear, fold_norm
-from quant.pipeline.int8 import in_int8
+from quant.pipeline.int8 import Int8Linear, in_int8, int8_linears
 from quant.pipeline.memory import MAPPED, give_back
 from quant.pipeline.pieces import PIECE
 from quant.pipeline.plan import JobPlan, text_config
@@ -128,7 +128,12 @@ class BlockQuantizer:
                 run_block(block, batches, calls)
             made.finish_cache(cache)
             return made
-        staged = StagedForward(block, groups, batches, calls, store, observe, need_outputs, partial(self._through_int8, prefix))
+
+        def through_int8(group: InputGroup) -> dict[str, Int8Linear]:
+            with self.clock.phase("solve"):
+                return int8_linears(block, group) if self._through_int8(prefix, group) else {}
+
+        staged = StagedForward(block, groups, batches, calls, store, observe, need_outputs, through_int8)
         clock = self.clock.seconds
         before, other = time.perf_counter(), clock["statistics"] + clock["solve"]
         with staircase_attention(block):  # not observed: the K and V of weights that are not quantized yet are none of the cache's
@@ -138,8 +143,9 @@ class BlockQuantizer:
                 start = time.perf_counter()
                 modules = [block.get_submodule(name) for name in group.linears]
                 weights = [block.get_parameter(f"{name}.weight") for name in group.linears]
-                with self.clock.phase("solve"):
+                with self.clock.phase("statistics"):
                     statistics = sums.pop(group).finish()
+                with self.clock.phase("solve"):
                     if statistics.hessian is not None and statistics.hessian.nbytes > MAPPED:
                         give_back()  # the solve's buffers are not cut from the heap, whose free parts would lie beside them
                     if not statistics.finite:

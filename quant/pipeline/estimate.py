@@ -5,12 +5,10 @@ The trial runs the job's own code: no formula knows what a method costs on a mac
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Hashable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,19 +16,23 @@ import torch
 from quant.calibration.text import Rows
 from quant.checkpoint.dtypes import TORCH
 from quant.errors import QuantError
+from quant.evaluation.preservation import ROWS, TOKENS
 from quant.models.attention import staircase_attention
 from quant.models.skeleton import BlockCall, Skeleton
-from quant.pipeline.manager import QuantizationManager, batch_rows, worker_count
+from quant.pipeline.manager import QuantizationManager, batch_rows, memory_exhausted, worker_count
 from quant.pipeline.memory import freed_memory_kept, peak_rss
-from quant.pipeline.plan import JobPlan, check_disk
+from quant.pipeline.pieces import PieceQuantizer
+from quant.pipeline.plan import JobPlan, check_disk, text_config
 from quant.pipeline.staged import ActivationStore, Batches, run_block
 from quant.progress import Event, Progress, silent
 from quant.units import format_size
 
-#: Batches of calibration rows that a trial takes through a block.
-_BATCHES = 2
+#: Batches of calibration rows that a trial takes through a block: on a CPU as many tokens as the sums of 8-bit products are made of at a time.
+_BATCHES = 4
 #: Bytes of a trial's activations that stay in memory; what is more goes to a temporary file.
 _RESIDENT = 1 << 30
+#: Tensors of fp32 logits that comparing two models has at once.
+_LOGITS = 6
 #: What reading and writing take where nothing else does.
 _BUFFERS = 32 << 20
 #: Bytes in a second that are read from a disk, and that are hashed, written and read again for verification.
@@ -63,16 +65,21 @@ def estimate(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
     value = plan.to_dict()
     memory = psutil.virtual_memory()
     tokens = 0
-    with freed_memory_kept():
+    with freed_memory_kept(), memory_exhausted(manager.device):
         if manager.needs:
             rows, skeleton = manager.prepare()
             prepared = manager.clock.seconds["text"]
             tokens = rows.tokens.numel()
-            _check_memory(_least(plan, skeleton), memory.total)
+            there = torch.cuda.mem_get_info(manager.device)[1] if manager.device.type == "cuda" else memory.total
+            _check_memory(_least(plan, skeleton), there)
             cost = _try_blocks(manager, rows, skeleton, progress)
         else:
             prepared, cost = 0.0, _try_linears(manager, progress)
     seconds = prepared + cost.seconds + plan.checkpoint.nbytes / _READ + plan.output_bytes / _WRITTEN
+    if plan.methods == ["none"]:  # both models are read and run once more, to see that they compute the same
+        seconds += 2 * plan.checkpoint.nbytes / _READ
+        logits = 4 * ROWS * TOKENS * int(text_config(plan.checkpoint.config).get("vocab_size") or 0)
+        cost = replace(cost, peak_rss=cost.peak_rss + _LOGITS * logits)
     _check_memory(cost.peak_rss, memory.total)
     check_disk(plan.recipe.output_path, plan.output_bytes + plan.copied_bytes, cost.scratch)
     value.update(
@@ -111,43 +118,50 @@ def _try_blocks(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, pr
     length = rows.tokens.shape[1]
     trial = [*rows.tokens[: _BATCHES * batch_rows(device, length)].split(batch_rows(device, length))]
     held_out = None if rows.held_out is None else len(trial)
-    extra = rows.held_out.numel() if rows.held_out is not None else length  # the batch that looks ahead is one of the fewest rows
-    tried = sum(t.numel() for t in trial)
-    share = (rows.tokens.numel() + 2 * extra) / (tried + 2 * extra)
+    tried, tokens = sum(t.numel() for t in trial), rows.tokens.numel()
+    extra = length if rows.held_out is not None else 0
+    ahead = extra or min(len(t) for t in trial) * length  # a batch of the fewest rows
+    share = (tokens + extra + ahead) / (tried + extra + ahead)
     kinds = _kinds(plan, skeleton)
     seconds, most = 0.0, 0
-    with tempfile.TemporaryDirectory(prefix="quant-") as folder:
-        calls: dict[int, list[BlockCall]] = {}
-        start = time.perf_counter()
-        embedded = list(skeleton.embedded([*trial, *([rows.held_out] if rows.held_out is not None else [])], calls))
-        seconds += (time.perf_counter() - start) * share
-        for number, (index, count) in enumerate(kinds):
-            progress(Event("trial", number, len(kinds)))
-            store = ActivationStore(_RESIDENT, Path(folder) / "activations.bin")
-            try:
-                batches = Batches(store, (h.clone() for h in embedded))
-                block_calls = {b: c[index] for b, c in calls.items()}
-                start = time.perf_counter()
-                block = skeleton.load_block(index)
-                loaded = time.perf_counter() - start
-                with staircase_attention(block):
-                    run_block(block, batches, block_calls)  # kernels are loaded and memory is claimed, once in a job
-                clock.seconds.clear()
-                start = time.perf_counter()
-                made = manager.blocks.quantize(skeleton, index, block, batches, block_calls, store, held_out, need_outputs=True)
-                solved = clock.seconds["solve"]
-                passed = time.perf_counter() - start - solved
-                start = time.perf_counter()
-                for name, tensor in made.linears.items():
-                    plan.format.pack(plan.linears[name], tensor, TORCH[plan.dtype])
-                packed = time.perf_counter() - start
-                seconds += count * (loaded + passed * share + solved + packed)
-                most = max(most, store.most)
-                skeleton.free_block(index)
-                del made, block, batches
-            finally:
-                store.close()
-    waiting = int(most * (rows.tokens.numel() + extra) / (tried + extra))
+    calls: dict[int, list[BlockCall]] = {}
+    start = time.perf_counter()
+    embedding = skeleton.embedded([*trial, *([rows.held_out] if rows.held_out is not None else [])], calls)
+    embedded = [next(embedding)]  # reads embeddings and head, once in a job
+    first = time.perf_counter() - start
+    start = time.perf_counter()
+    embedded += embedding
+    others = tried + extra - trial[0].numel()
+    seconds += first + ((time.perf_counter() - start) * (tokens + extra - trial[0].numel()) / others if others else 0.0)
+    for number, (index, count) in enumerate(kinds):
+        progress(Event("trial", number, len(kinds)))
+        store = ActivationStore(_RESIDENT, None)
+        try:
+            batches = Batches(store, (h.clone() for h in embedded))
+            block_calls = {b: c[index] for b, c in calls.items()}
+            start = time.perf_counter()
+            block = skeleton.load_block(index)
+            loaded = time.perf_counter() - start
+            with staircase_attention(block):
+                run_block(block, batches, block_calls)  # kernels are loaded and memory is claimed, once in a job
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            clock.seconds.clear()
+            start = time.perf_counter()
+            made = manager.blocks.quantize(skeleton, index, block, batches, block_calls, store, held_out, need_outputs=True)
+            solved = clock.seconds["solve"]
+            passed = time.perf_counter() - start - solved
+            start = time.perf_counter()
+            for name, tensor in made.linears.items():
+                plan.format.pack(plan.linears[name], tensor, TORCH[plan.dtype])
+            packed = time.perf_counter() - start
+            seconds += count * (loaded + passed * share + solved + packed)
+            most = max(most, store.most)
+            skeleton.free_block(index)
+            del made, block, batches
+        finally:
+            store.close()
+    waiting = int(most * (tokens + extra) / (tried + extra))
     resident = min(waiting, manager.resident_bytes())
     if device.type != "cpu":
         return Cost(seconds, peak_rss() + waiting - resident, 0, torch.cuda.max_memory_allocated(device) + max(resident - most, 0))
@@ -177,8 +191,8 @@ def _try_linears(manager: QuantizationManager, progress: Progress) -> Cost:
     def weights(name: str) -> int:
         return plan.linears[name].n * plan.linears[name].k
 
-    def make(name: str) -> None:
-        plan.format.pack(plan.linears[name], manager.pieces.quantize(name), TORCH[plan.dtype])
+    def make(pieces: PieceQuantizer, names: list[str], pool: ThreadPoolExecutor) -> None:
+        list(pool.map(lambda n: plan.format.pack(plan.linears[n], pieces.quantize(n), TORCH[plan.dtype]), names))
 
     torch.set_num_threads(1)
     try:
@@ -186,9 +200,10 @@ def _try_linears(manager: QuantizationManager, progress: Progress) -> Cost:
             for number, names in enumerate(members.values()):
                 progress(Event("trial", number, len(members)))
                 chosen = sorted(names, key=weights)[-workers:]
-                list(pool.map(make, chosen))  # kernels are loaded and memory is claimed, once in a job
+                make(manager.pieces, chosen, pool)  # kernels are loaded and memory is claimed, once in a job
+                fresh = PieceQuantizer(plan, manager.quantizers, manager.device, manager.records)
                 start = time.perf_counter()
-                list(pool.map(make, chosen))
+                make(fresh, chosen, pool)
                 seconds += (time.perf_counter() - start) * sum(map(weights, names)) / sum(map(weights, chosen))
     finally:
         torch.set_num_threads(threads)

@@ -31,7 +31,9 @@ _STRIP = 1 << 18
 
 def int8_passes(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether products of 8-bit integers are what makes passes in ``dtype`` fast: on a CPU with VNNI whose 16-bit products are not AMX's."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and torch.cpu._is_vnni_supported() and not torch.cpu._is_amx_tile_supported()
+    if device.type != "cpu" or dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+        return False
+    return torch.cpu._is_vnni_supported() and not torch.cpu._is_amx_tile_supported()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -107,18 +108,14 @@ class QuantizationManager:
                 self.records.restore(entry)
             if work.finished:
                 self.progress(Event("quantize", message=f"resuming: {len(work.finished)} of {len(self.plan.units)} units are finished"))
-            with self.clock.phase("quantize"), freed_memory_kept():
+            kept = "; finished blocks are kept, but other settings start over"
+            with self.clock.phase("quantize"), freed_memory_kept(), memory_exhausted(self.device, kept):
                 if rows is not None and skeleton is not None:
                     self._calibrated(skeleton, rows, work)
                 else:
                     self._data_free(work)
             report = self._finish(work, rows, start)
             work.publish()
-        except torch.OutOfMemoryError as error:
-            raise QuantError(
-                f"{self.device}: out of memory ({str(error).splitlines()[0][:160]}): use fewer --samples, a shorter --sequence-length, or --device cpu; "
-                "finished blocks are kept, but other settings start over"
-            ) from error
         finally:
             work.release()
         return report
@@ -359,6 +356,17 @@ class QuantizationManager:
 
     def _act_order(self) -> str:
         return next((o for q in self.quantizers.values() if (o := str(getattr(q, "act_order", "none"))) != "none"), "none")
+
+
+@contextmanager
+def memory_exhausted(device: torch.device, more: str = "") -> Iterator[None]:
+    """Turns a GPU's lack of memory into a :class:`QuantError` that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise QuantError(
+            f"{device}: out of memory ({str(error).splitlines()[0][:160]}): use fewer --samples, a shorter --sequence-length, or --device cpu{more}"
+        ) from error
 
 
 def batch_rows(device: torch.device, length: int) -> int:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import tempfile
 import weakref
 from bisect import bisect
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -34,7 +35,7 @@ from quant.errors import DiskFull, QuantError
 from quant.models.adapter import InputGroup
 from quant.models.attention import attention_through
 from quant.models.skeleton import BlockCall
-from quant.pipeline.int8 import in_int8
+from quant.pipeline.int8 import Int8Linear
 from quant.units import format_size
 
 #: Bytes that are written to the scratch file at a time. Of larger writes Linux keeps the page cache in larger pages, which a virtual machine whose host
@@ -85,10 +86,10 @@ class ActivationStore:
 
     Args:
         resident: bytes that may stay in memory (on a GPU: where they are).
-        scratch: file for the rest of a CPU's tensors.
+        scratch: file for the rest of a CPU's tensors; None: one without a name, in the system's folder for temporary files.
     """
 
-    def __init__(self, resident: int, scratch: Path):
+    def __init__(self, resident: int, scratch: Path | None):
         self.resident, self.scratch = resident, scratch
         self.most = 0  #: bytes that were aside at once, at the most
         self._aside = self._used = 0
@@ -182,7 +183,7 @@ class ActivationStore:
 
     def _write(self, storage: torch.UntypedStorage) -> int:
         if self._file < 0:
-            self._file = os.open(self.scratch, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o600)
+            self._file = self._open()
         offset = self._outside.take(storage.nbytes())
         assert offset is not None
         view, position = _view_of(storage), offset
@@ -194,14 +195,24 @@ class ActivationStore:
             self._written = max(self._written, position)
         except OSError as error:
             raise DiskFull(
-                f"{self.scratch}: cannot hold {format_size(self._outside.end)} of calibration activations ({error.strerror}): free some room, "
+                f"{self._place}: cannot hold {format_size(self._outside.end)} of calibration activations ({error.strerror}): free some room, "
                 "or use fewer --samples or a shorter --sequence-length"
             ) from error
         return offset
 
+    def _open(self) -> int:
+        if self.scratch is not None:
+            return os.open(self.scratch, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o600)
+        with tempfile.TemporaryFile() as file:
+            return os.dup(file.fileno())
+
+    @property
+    def _place(self) -> Path:
+        return self.scratch or Path(tempfile.gettempdir())
+
     def _check_whole(self) -> None:
         if os.fstat(self._file).st_size < self._written:
-            raise QuantError(f"{self.scratch}: the scratch file ended early: another process changed it; run the same command again")
+            raise QuantError(f"{self._place}: the scratch file ended early: another process changed it; run the same command again")
 
     @property
     def spilled_bytes(self) -> int:
@@ -212,7 +223,8 @@ class ActivationStore:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
-            self.scratch.unlink(missing_ok=True)
+            if self.scratch is not None:
+                self.scratch.unlink(missing_ok=True)
 
 
 def _bytes_of(storage: torch.UntypedStorage, device: torch.device | None = None) -> torch.Tensor:
@@ -353,7 +365,7 @@ class StagedForward:
         calls: by batch size, what the block is called with.
         observe: called with (group, batch index, inputs [B, T, K]) as each batch arrives at a group.
         need_outputs: False for the last block, whose last linear nobody reads: its batches are dropped there.
-        int8: whether batches go on through a group's new weights in 8-bit products (:mod:`quant.pipeline.int8`); asked when these are in place.
+        int8: called with a group whose new weights are in place; returns, by name, the linears of it that batches go on through in 8-bit products.
     """
 
     def __init__(
@@ -365,11 +377,12 @@ class StagedForward:
         store: ActivationStore,
         observe: Callable[[InputGroup, int, torch.Tensor], None],
         need_outputs: bool = True,
-        int8: Callable[[InputGroup], bool] = lambda group: False,
+        int8: Callable[[InputGroup], Mapping[str, Int8Linear]] = lambda group: {},
     ):
         self._block, self._batches, self._calls, self._store, self._observe = block, batches, calls, store, observe
         self._groups = {linear: group for group in groups for linear in group.linears}
         self._finished: set[InputGroup] = set()
+        self._stopped: dict[str, _Stop] = {}
         self._count, self._need_outputs, self._int8 = len(groups), need_outputs, int8
         self._reads: _Reads | None = None
         self._unread: dict[InputGroup, list[tuple[_Kind, bool]]] = {}
@@ -402,8 +415,12 @@ class StagedForward:
                     self._finished.add(group)
                     if len(self._finished) == self._count and not self._need_outputs:
                         break
-                    with in_int8(self._block, [group] if self._int8(group) else []):
-                        waiting = [r for i, w in enumerate(waiting) if (r := self._resume(i, w))]
+                    for name, forward in self._int8(group).items():
+                        self._stopped[name].int8 = forward
+                    waiting = [r for i, w in enumerate(waiting) if (r := self._resume(i, w))]
+                    for stop in self._stopped.values():
+                        if stop.passes >= len(self._batches):  # some linears of a group run only after the next stop
+                            stop.int8 = None
             finally:
                 for entry in waiting:
                     entry.batch.throw()  # ends it where it waits
@@ -421,7 +438,7 @@ class StagedForward:
         for name in self._groups:
             module = self._block.get_submodule(name)
             originals[name] = module.forward
-            module.forward = _Stop(self, name, module)
+            module.forward = self._stopped[name] = _Stop(self, name, module.forward)
         try:
             with attention_through(self._block, "quant_watched", _see_attention):
                 yield
@@ -462,8 +479,10 @@ class StagedForward:
 class _Stop:
     """The forward of a linear that waits for its quantization."""
 
-    def __init__(self, staged: StagedForward, name: str, module: nn.Module):
-        self._staged, self._name, self._module, self._forward = staged, name, module, module.forward
+    def __init__(self, staged: StagedForward, name: str, forward: Callable[[torch.Tensor], torch.Tensor]):
+        self._staged, self._name, self._forward = staged, name, forward
+        self.int8: Int8Linear | None = None
+        self.passes = 0  #: batches that went through ``int8``
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         staged = self._staged
@@ -475,5 +494,7 @@ class _Stop:
         elif group not in staged._finished:
             assert batch.parent is not None
             batch.parent.switch((group, inputs))
-        forward = self._module.forward  # another one by now, where the batch waited here and goes on in 8-bit products
-        return self._forward(inputs) if forward is self else forward(inputs)
+        if self.int8 is None:
+            return self._forward(inputs)
+        self.passes += 1
+        return self.int8(inputs)

@@ -14,7 +14,7 @@ from quant.errors import QuantError
 from quant.models.adapter import InputGroup
 from quant.pipeline import int8
 from quant.pipeline.int8 import Int8Linear, SharedCodes, encode, in_int8, int8_passes
-from tests.helpers import TINYLM, quantize, weight_files
+from tests.helpers import LATENT, TINYLM, quantize, weight_files
 from tests.pipeline.test_resume import Stopped, stop_after
 
 pytestmark = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this CPU has no VNNI, without which the products are not exact")
@@ -147,6 +147,33 @@ def test_an_interrupted_job_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(int8, "int8_passes", lambda device, dtype: False)
     _job(tmp_path / "wide")
     assert weight_files(tmp_path / "wide") != weight_files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "options"),
+    [
+        ("gptj", {}, {}),  # attention and MLP side by side: the MLP's first linear shares q's input, and runs after o
+        ("cohere", {"num_hidden_layers": 3}, {}),
+        ("deepseek_v3", LATENT | {"num_hidden_layers": 3, "first_k_dense_replace": 3}, {}),  # kv_a shares q_a's input, and runs after q_b
+        ("llama", {"num_hidden_layers": 3}, {"rules": [{"layers": "*.k_proj", "bits": 8, "group_size": 32}], "format": "plain"}),
+    ],
+)
+def test_linears_that_share_an_input_and_run_at_other_times_do_too(
+    kind: str,
+    settings: dict[str, Any],
+    options: dict[str, Any],
+    checkpoints: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = checkpoints(kind, **settings)
+    job = {"method": "gptq", "group_size": 32, **options}
+    quantize(source, tmp_path / "whole", **job)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(2, patch)
+        quantize(source, tmp_path / "out", **job)
+    quantize(source, tmp_path / "out", **job)
+    assert weight_files(tmp_path / "out") == weight_files(tmp_path / "whole")
 
 
 def test_weights_of_eight_bits_are_passed_through_in_sixteen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

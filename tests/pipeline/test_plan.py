@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from quant.errors import Problems, QuantError, UsageError
 from quant.pipeline.estimate import estimate
+from quant.pipeline.manager import QuantizationManager
 from quant.pipeline.plan import check_disk, plan_job
+from quant.pipeline.rows import job_rows
 from quant.progress import Event
 from quant.recipe import make_recipe
-from tests.helpers import LATENT, change_config, copy_model, files_of, quantize, recipe
+from tests.helpers import LATENT, change_config, copy_model, files_of, quantize, recipe, short_text
 
 
 def problems_of(model: Path, output: Path, **options: Any) -> tuple[str, ...]:
@@ -134,6 +138,37 @@ def test_the_scratch_file_is_as_large_as_predicted(
     report = quantize(checkpoints(kind), tmp_path / "out", **options)
     assert report["scratch_bytes"] > 1 << 20
     assert prediction["scratch_bytes"] == pytest.approx(report["scratch_bytes"], rel=0.05)
+
+
+@pytest.mark.parametrize("length", [1024, 2048])
+def test_the_scratch_file_is_as_large_as_predicted_where_no_row_is_held_out(
+    length: int, checkpoints: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quant.pipeline.manager.RESIDENT_CPU", 0)
+    source = checkpoints("llama", max_position_embeddings=2048)
+    text = tmp_path / "text.txt"
+    text.write_text(short_text().read_text() * 40)
+    options = {"method": "gptq", "group_size": 32, "sequence_length": length, "calibration_dataset": [text]}
+    rows = 24 * 1024 // length
+    whole = job_rows(plan_job(recipe(source, tmp_path / "out", **options, samples=rows)))
+    monkeypatch.setattr("quant.pipeline.manager.job_rows", lambda plan: replace(whole, held_out=None))
+    prediction = estimate(plan_job(recipe(source, tmp_path / "out", **options, samples=rows)))
+    report = quantize(source, tmp_path / "out", **options, samples=rows)
+    assert prediction["scratch_bytes"] == pytest.approx(report["scratch_bytes"], rel=0.05)
+
+
+def test_a_gpu_without_room_is_an_error_that_says_what_to_do(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("quant.pipeline.blocks.BlockQuantizer.quantize", full)
+    job = recipe(llama, tmp_path / "out", method="gptq", group_size=32)
+    with pytest.raises(
+        QuantError, match="out of memory .CUDA out of memory. Tried to allocate 2 GiB.: use fewer --samples.* --device cpu$"
+    ):
+        estimate(plan_job(job))
+    with pytest.raises(QuantError, match="or --device cpu; finished blocks are kept, but other settings start over$"):
+        QuantizationManager(plan_job(job)).run()
 
 
 def test_a_dry_run_tries_one_block_of_each_kind(llama: Path, tmp_path: Path) -> None:
