@@ -3,7 +3,7 @@
 Tokens and outputs are rounded to steps of their own range, and the few features whose range is far beyond the others' are multiplied in 16 bits, as in
 Dettmers et al. 2022 (LLM.int8(), arXiv:2208.07339). So are tokens and outputs whose values are spread so far that 8 bits would not do. What is left
 is off by about 1 %, a tenth of what rounding weights to 4 bits does. Only later layers' statistics see it: what is written is made from the
-weights themselves. ``benchmarks/hessian_precision.py`` measures that it does not move KL.
+weights themselves. ``benchmarks/hessian_precision.py`` measures what it does to KL.
 """
 
 from __future__ import annotations

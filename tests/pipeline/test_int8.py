@@ -176,11 +176,14 @@ def test_linears_that_share_an_input_and_run_at_other_times_do_too(
     assert weight_files(tmp_path / "out") == weight_files(tmp_path / "whole")
 
 
-def test_weights_of_eight_bits_are_passed_through_in_sixteen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bits", [3, 8])
+def test_other_weights_than_those_of_four_bits_are_passed_through_in_sixteen(
+    bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def never(*_: object) -> None:
         raise AssertionError
 
     monkeypatch.setattr(int8, "Int8Linear", never)
-    _job(tmp_path / "out", bits=8)
+    _job(tmp_path / "out", bits=bits, format="plain")
     with pytest.raises((QuantError, AssertionError)):
         _job(tmp_path / "four")
