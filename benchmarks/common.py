@@ -31,9 +31,13 @@ def run(command: list[str | Path], threads: int | None = None, result: str = "")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
     if threads:
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    program, *arguments = (str(command[0]), *command[1:])
     start = time.perf_counter()
     process = subprocess.Popen(
-        [str(c) for c in command],
+        [
+            os.path.abspath(program) if os.sep in program else program,
+            *map(str, arguments),
+        ],  # it runs in another folder; a venv's link is kept
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
