@@ -8,6 +8,7 @@ weights themselves. ``benchmarks/hessian_precision.py`` measures what it does to
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections.abc import Iterator, Sequence
@@ -33,7 +34,30 @@ def int8_passes(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether products of 8-bit integers are what makes passes in ``dtype`` fast: on a CPU with VNNI whose 16-bit products are not AMX's."""
     if device.type != "cpu" or dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
         return False
-    return torch.cpu._is_vnni_supported() and not torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_vnni_supported() and not torch.cpu._is_amx_tile_supported() and _exact()
+
+
+@functools.cache
+def _exact() -> bool:
+    """Whether this torch has the product, which it calls an internal one, in the form that is used here, and the product is exact."""
+    codes = torch.arange(256, dtype=torch.int32).repeat(8, 1).add_(torch.arange(8, dtype=torch.int32)[:, None] * 37).remainder_(256)
+    weight = (codes * 7 + 3).remainder_(255).sub_(127)
+    steps = torch.full((8,), 0.5)
+    try:
+        found = _product(
+            codes.to(torch.uint8), torch.ops.onednn.qlinear_prepack(weight.to(torch.int8), None), steps, torch.zeros(8, dtype=torch.int32)
+        )
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return torch.equal(found, (((codes - 128).double() @ weight.double().t()) * 0.5).to(torch.bfloat16))
+
+
+def _product(codes: torch.Tensor, packed: torch.Tensor, steps: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """bf16 [T, N] of codes uint8 [T, K] around 128 and a packed weight of N outputs with fp32 steps [N]."""
+    result: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
+        codes, 1.0, 128, packed, steps, zeros, None, 1.0, 0, torch.bfloat16, "none", [], ""
+    )
+    return result
 
 
 @dataclass(frozen=True)
@@ -108,9 +132,7 @@ class Int8Linear:
             or len((of := self._shared(inputs)).spread) > _FEW * len(x)
         ):
             return nn.functional.linear(inputs, weight, bias)
-        outputs = torch.ops.onednn.qlinear_pointwise(
-            of.codes, 1.0, 128, self._packed, self._steps, self._zeros, None, 1.0, 0, torch.bfloat16, "none", [], ""
-        )
+        outputs = _product(of.codes, self._packed, self._steps, self._zeros)
         outputs *= of.steps
         if len(of.wide):
             outputs.addmm_(x[:, of.wide], weight[:, of.wide].t())

@@ -133,6 +133,13 @@ def test_only_a_cpu_without_amx_takes_them(monkeypatch: pytest.MonkeyPatch) -> N
     assert not int8_passes(torch.device("cuda"), torch.bfloat16)
 
 
+def test_a_torch_without_the_product_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert int8._exact.__wrapped__()
+    for product in (lambda *_: torch.zeros(8, 8, dtype=torch.bfloat16), lambda *_: torch.ops.onednn.no_such_product()):
+        monkeypatch.setattr(int8, "_product", product)
+        assert not int8._exact.__wrapped__()
+
+
 def _job(output: Path, **options: Any) -> dict[str, Any]:
     return quantize(TINYLM, output, **{"method": "gptq", "samples": 8, "sequence_length": 256, **options})
 
