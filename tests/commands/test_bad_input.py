@@ -102,7 +102,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str], int, list[str]]] = {
     "bits against the scheme": (nothing, [*MINMAX, "--bits", "8", "--scheme", "w4a16"], 2, ["scheme w4a16 has 4 bits, --bits says 8"]),
     "symmetry against the scheme": (nothing, [*MINMAX, "--symmetric", "--scheme", "w4a16-asym"], 2, ["--symmetric contradicts it"]),
     "an unknown scheme": (nothing, [*MINMAX, "--scheme", "w4a61"], 2, ["'w4a61'", "did you mean 'w4a16'"]),
-    "an unknown method": (nothing, ["--method", "gtpq"], 2, ["'gtpq'", "did you mean 'gptq'?", "Known: awq, gptq, hqq, minmax, none"]),
+    "an unknown method": (nothing, ["--method", "gtpq"], 2, ["'gtpq'", "did you mean 'gptq'?", "Known: awq, fp8, gptq, hqq, minmax, none"]),
     "an unknown format": (nothing, [*MINMAX, "--format", "compresed-tensors"], 2, ["did you mean 'compressed-tensors'"]),
     "an unknown option": (nothing, [*MINMAX, "--grup-size", "32"], 2, ["--grup-size", "--group-size"]),
     "an order for a method that has none": (nothing, [*MINMAX, "--act-order", "static"], 2, ["--act-order is not an option of --method minmax"]),
