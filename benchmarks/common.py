@@ -31,13 +31,12 @@ def run(command: list[str | Path], threads: int | None = None, result: str = "")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
     if threads:
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    program, *arguments = (str(command[0]), *command[1:])
+    program, *arguments = map(str, command)
+    if os.sep in program:
+        program = os.path.abspath(program)  # it runs in another folder; not resolved, or a venv's Python would be the one it links to
     start = time.perf_counter()
     process = subprocess.Popen(
-        [
-            os.path.abspath(program) if os.sep in program else program,
-            *map(str, arguments),
-        ],  # it runs in another folder; a venv's link is kept
+        [program, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -30,8 +30,8 @@ class Registry(Generic[T]):
         what: an entry, in the words of an error.
         group: the entry points that other packages declare theirs under.
         wrong: why something is no entry, or None; asked of foreign ones only.
-        also: words that stand for an entry where one is asked for by a user; they are resolved before, and listed with the names here.
         defaults: attributes that a foreign class may leave out, with what they then are; ``name`` is then the entry point's.
+        also: words that stand for an entry where one is asked for by a user; they are resolved before, and listed with the names here.
 
     >>> colours: Registry[int] = Registry("colour", "quant.example")
     >>> colours.add("red", 1)

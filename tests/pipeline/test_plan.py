@@ -174,11 +174,8 @@ def test_a_gpu_without_room_is_an_error_that_says_what_to_do(llama: Path, tmp_pa
 def test_a_dry_run_tries_one_block_of_each_kind(llama: Path, tmp_path: Path) -> None:
     events: list[Event] = []
     plan = plan_job(recipe(llama, tmp_path / "out", method="gptq", group_size=32, layers="1", samples=4, sequence_length=64))
-    estimate(plan, events.append)
-    assert [(e.phase, e.done, e.total) for e in events] == [
-        ("trial", 0, 2),
-        ("trial", 1, 2),
-    ]  # a block that is left alone, and one that is not
+    estimate(plan, events.append)  # a block that is left alone, and one that is not
+    assert [(e.phase, e.done, e.total) for e in events] == [("trial", 0, 2), ("trial", 1, 2)]
 
 
 def test_scales_of_a_latent_cache_are_not_made(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
