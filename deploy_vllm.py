@@ -38,12 +38,20 @@ def deployment_options(default_port: int = 8000) -> Callable[[Callable[..., Any]
     """What a deployment is asked for; each is a field of :class:`quant.serving.deployment.Wish`."""
     options = [
         click.option("-m", "--model-path", type=PATH, required=True, help="Checkpoint directory."),
-        click.option("--gpu", help="GPU that it will run on, such as L40S-48GB: the context is fitted to it.  [default: those here]"),
         click.option(
-            "--tensor-parallel", type=click.IntRange(1, 1024), help="GPUs to split the model over.  [default: vllm_config.json's, or 1]"
+            "--gpu",
+            help="GPU that it will run on, such as L40S-48GB: the context is fitted to it.  [default: those "
+            "here]",
         ),
         click.option(
-            "--max-model-len", type=click.IntRange(1), help="Context to serve, in tokens.  [default: vllm_config.json's, or the model's]"
+            "--tensor-parallel",
+            type=click.IntRange(1, 1024),
+            help="GPUs to split the model over.  [default: vllm_config.json's, or 1]",
+        ),
+        click.option(
+            "--max-model-len",
+            type=click.IntRange(1),
+            help="Context to serve, in tokens.  [default: vllm_config.json's, or the model's]",
         ),
         click.option(
             "--gpu-memory-utilization",
@@ -52,7 +60,11 @@ def deployment_options(default_port: int = 8000) -> Callable[[Callable[..., Any]
         ),
         click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
         click.option(
-            "--port", type=click.IntRange(0, 65535), default=default_port, show_default=True, help="Port; serve takes 0 for a free one."
+            "--port",
+            type=click.IntRange(0, 65535),
+            default=default_port,
+            show_default=True,
+            help="Port; serve takes 0 for a free one.",
         ),
         click.option("--name", help="What clients call the model.  [default: the directory's name]"),
         click.option("--api-key-env", metavar="NAME", help="Environment variable that holds the API key."),
@@ -117,7 +129,9 @@ def plan(out: Output, model_path: Path, kind: str, **options: Any) -> None:
         raise UsageError("--port is 0: a plan names the port, from 1 to 65535; serve takes a free one for 0")
     deployment = _planned(out, model_path, options)
     text = artefact(deployment, kind)
-    out.result(deployment.to_dict() | {"output": kind, "artefact": text}, lambda c: click.echo(text, nl=False))
+    out.result(
+        deployment.to_dict() | {"output": kind, "artefact": text}, lambda c: click.echo(text, nl=False)
+    )
 
 
 @cli.command()
@@ -128,7 +142,11 @@ def plan(out: Output, model_path: Path, kind: str, **options: Any) -> None:
     help="Python of the environment with vLLM.  [default: the variable QUANT_VLLM_PYTHON, or this one]",
 )
 @click.option(
-    "--timeout", type=click.FloatRange(0, min_open=True), default=1800.0, show_default=True, help="Seconds to wait until it is healthy."
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=1800.0,
+    show_default=True,
+    help="Seconds to wait until it is healthy.",
 )
 @click.option("--check", is_flag=True, help="Stop after the test completion.")
 @click.option(
@@ -138,7 +156,13 @@ def plan(out: Output, model_path: Path, kind: str, **options: Any) -> None:
 )
 @common_options
 def serve(
-    out: Output, model_path: Path, vllm_python: Path | None, timeout: float, check: bool, exact_activations: bool, **options: Any
+    out: Output,
+    model_path: Path,
+    vllm_python: Path | None,
+    timeout: float,
+    check: bool,
+    exact_activations: bool,
+    **options: Any,
 ) -> None:
     """Start vLLM on a checkpoint, try a completion, report, serve until a signal.
 
@@ -156,7 +180,15 @@ def serve(
             out.note(f"serving {value['model']} on {value['url']}; Ctrl-C stops it")
 
     out.note(f"starting vLLM on {deployment.model_path}")
-    start(deployment, python=vllm_python, timeout=timeout, check=check, exact=exact_activations, log=out.note, ready=ready)
+    start(
+        deployment,
+        python=vllm_python,
+        timeout=timeout,
+        check=check,
+        exact=exact_activations,
+        log=out.note,
+        ready=ready,
+    )
     out.note("stopped")
 
 

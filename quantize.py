@@ -25,11 +25,15 @@ if TYPE_CHECKING:
 
 
 class QuantGroup(click.Group):
-    """Also takes the original one-command form: ``quantize.py --model-path M …`` means ``quantize``, with ``--layer-wise`` ``layer-wise``."""
+    """Also takes the original one-command form: ``quantize.py --model-path M …`` means ``quantize``, with
+    ``--layer-wise`` ``layer-wise``."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0].startswith("-") and args[0] not in ("--help", "--version", "-h"):
-            args = ["layer-wise" if "--layer-wise" in args else "quantize", *(a for a in args if a != "--layer-wise")]
+            args = [
+                "layer-wise" if "--layer-wise" in args else "quantize",
+                *(a for a in args if a != "--layer-wise"),
+            ]
         return super().parse_args(ctx, args)
 
 
@@ -40,7 +44,9 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--gpu", metavar="NAME", help="Facts of a named GPU, no hardware needed; `list` shows all names.")
+@click.option(
+    "--gpu", metavar="NAME", help="Facts of a named GPU, no hardware needed; `list` shows all names."
+)
 @common_options
 def detect(gpu: str | None, out: Output) -> None:
     """The GPUs here: memory, who uses it, what each computes natively.
@@ -66,15 +72,20 @@ def detect(gpu: str | None, out: Output) -> None:
 
 @cli.command()
 @click.option("-m", "--model-path", type=PATH, help="A checkpoint directory; only its headers are read.")
-@click.option("--model", metavar="NAME", help="A model by name, where there is no checkpoint: Qwen2.5-7B-Instruct.")
+@click.option(
+    "--model", metavar="NAME", help="A model by name, where there is no checkpoint: Qwen2.5-7B-Instruct."
+)
 @gpu_options
 @engine_options
 @click.option("--scheme", metavar="NAME", help="Plan just this scheme (`none`: the checkpoint as it is).")
-@click.option("--policy", default="vllm", show_default=True, help="vllm, or rule-of-thumb (the original design's).")
+@click.option(
+    "--policy", default="vllm", show_default=True, help="vllm, or rule-of-thumb (the original design's)."
+)
 @click.option("--scenario", metavar="NAME", help="chat, code, high-throughput, low-latency or multi-model.")
 @common_options
 def recommend(
-    model_path: Path | None, model: str | None, gpu: str | None, gpu_count: int | None, gpu_memory: int | None, engine: EngineRequest,
+    model_path: Path | None, model: str | None, gpu: str | None, gpu_count: int | None,
+    gpu_memory: int | None, engine: EngineRequest,
     scheme: str | None, policy: str, scenario: str | None, out: Output,
 ) -> None:  # fmt: skip
     """Which scheme fits this model on this or a named GPU, and why. Exit status 3 when nothing fits.
@@ -91,7 +102,16 @@ def recommend(
     if model == "":
         raise UsageError("--model is empty: give a name such as Qwen2.5-7B-Instruct")
     subject: str | Path = model_path if model_path is not None else str(model)
-    found = choose(subject, gpu, engine, scenario=scenario, policy=policy, scheme=scheme, gpu_count=gpu_count, gpu_memory=gpu_memory)
+    found = choose(
+        subject,
+        gpu,
+        engine,
+        scenario=scenario,
+        policy=policy,
+        scheme=scheme,
+        gpu_count=gpu_count,
+        gpu_memory=gpu_memory,
+    )
     out.result(found.to_dict(), lambda console: show_recommendation(found, console))
     if found.recommended is None:
         raise click.exceptions.Exit(3)
@@ -137,9 +157,12 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 help="txt, jsonl, parquet or a directory; repeatable.  [default: the bundled text]",
             ),
             click.option("--samples", type=int, help=f"Calibration rows.  [default: {defaults.SAMPLES}]"),
-            click.option("--sequence-length", type=int, help=f"Tokens a row.  [default: the smaller of {defaults.SEQUENCE_LENGTH} and the model's]"),
-            click.option("--shuffle", is_flag=True, default=None, help="Draw rows from the whole text instead of taking the first."),
-            click.option("--chat-template/--no-chat-template", default=None, help="Send plain text through the chat template; or join messages as text."),
+            click.option("--sequence-length", type=int, help="Tokens a row.  [default: the smaller of "
+                f"{defaults.SEQUENCE_LENGTH} and the model's]"),
+            click.option("--shuffle", is_flag=True, default=None, help="Draw rows from the whole text "
+                "instead of taking the first."),
+            click.option("--chat-template/--no-chat-template", default=None, help="Send plain text through "
+                "the chat template; or join messages as text."),
             click.option("--seed", type=int, help=f"Of --shuffle.  [default: {defaults.SEED}]"),
         ]
     ):  # fmt: skip
@@ -148,38 +171,63 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of a quantization; each is a field of the recipe of the same name. Unset ones are left to the recipe file, then to its defaults."""
+    """The options of a quantization; each is a field of the recipe of the same name. Unset ones are left to
+    the recipe file, then to its defaults."""
     options: list[Callable[..., Any]] = [
         click.option("-m", "--model-path", type=PATH, help="Source checkpoint directory."),
-        click.option("-o", "--output-path", type=PATH, help="Output directory; it must not exist or be empty."),
-        click.option("--method", help="Rounding method: minmax, gptq, awq, hqq; fp8, which is minmax with an FP8 scheme; none, for smoothing alone."),
+        click.option("-o", "--output-path", type=PATH,
+        help="Output directory; it must not exist or be empty."),
+        click.option("--method", help="Rounding method: minmax, gptq, awq, hqq; fp8, which is minmax with "
+            "an FP8 scheme; none, for smoothing alone."),
         click.option("--scheme", help=f"{', '.join(PRESETS)}.  [default: w4a16]"),
         click.option("--bits", type=int, help="2, 3, 4 or 8."),
-        click.option("--group-size", type=int, help="Inputs per scale; -1 for one scale per output channel.  [default: 128]"),
-        click.option("--symmetric/--asymmetric", default=None, help="Without or with zero points.  [default: symmetric]"),
-        click.option("--activations", type=click.Choice(["dynamic", "static"]), help="Scales by token as they come, or calibrated.  [default: dynamic]"),
-        click.option("--symmetric-activations/--asymmetric-activations", default=None, help="w8a8-int8: without or with zero points.  [default: symmetric]"),
-        click.option("--kv-cache-scheme", type=click.Choice(["fp8"]), help="Calibrate and write scales of an FP8 KV cache."),
-        click.option("--outlier-suppression", metavar="NAME", help="Scale inputs before rounding: smooth_quant, awq; none.  [default: awq for awq]"),
-        click.option("--alpha", type=ALPHA, help="smooth_quant: share of the inputs' range that goes into the weights, 0 to 1, or auto.  [default: 0.5]"),
-        click.option("--act-order", type=click.Choice(["none", "static"]), help="gptq: the order of columns.  [default: static]"),
-        click.option("--damping", type=float, help="gptq: share of the Hessian's mean diagonal that is added to it.  [default: 0.01]"),
-        click.option("--clip-search/--no-clip-search", default=None, help="Search each group's range for the least error.  [default: on for gptq and awq]"),
-        click.option("--option", "options", metavar="KEY=VALUE", multiple=True, callback=_pairs, help="Any other setting of the method; repeatable."),
-        click.option("--format", "format_", help="compressed-tensors (default), fp8, awq, gptq, or plain (dequantized values in the source's dtype)."),
-        click.option("--target", type=click.Choice(["vllm", "other"]), help="Who must load it; other allows what vLLM refuses.  [default: vllm]"),
+        click.option("--group-size", type=int, help="Inputs per scale; -1 for one scale per output channel. "
+            " [default: 128]"),
+        click.option("--symmetric/--asymmetric", default=None, help="Without or with zero points.  "
+            "[default: symmetric]"),
+        click.option("--activations", type=click.Choice(["dynamic", "static"]), help="Scales by token as "
+            "they come, or calibrated.  [default: dynamic]"),
+        click.option("--symmetric-activations/--asymmetric-activations", default=None, help="w8a8-int8: "
+            "without or with zero points.  [default: symmetric]"),
+        click.option("--kv-cache-scheme", type=click.Choice(["fp8"]), help="Calibrate and write scales of "
+            "an FP8 KV cache."),
+        click.option("--outlier-suppression", metavar="NAME", help="Scale inputs before rounding: "
+            "smooth_quant, awq; none.  [default: awq for awq]"),
+        click.option("--alpha", type=ALPHA, help="smooth_quant: share of the inputs' range that goes into "
+            "the weights, 0 to 1, or auto.  [default: 0.5]"),
+        click.option("--act-order", type=click.Choice(["none", "static"]), help="gptq: the order of "
+            "columns.  [default: static]"),
+        click.option("--damping", type=float, help="gptq: share of the Hessian's mean diagonal that is "
+            "added to it.  [default: 0.01]"),
+        click.option("--clip-search/--no-clip-search", default=None, help="Search each group's range for "
+            "the least error.  [default: on for gptq and awq]"),
+        click.option("--option", "options", metavar="KEY=VALUE", multiple=True, callback=_pairs,
+        help="Any other setting of the method; repeatable."),
+        click.option("--format", "format_", help="compressed-tensors (default), fp8, awq, gptq, or plain "
+            "(dequantized values in the source's dtype)."),
+        click.option("--target", type=click.Choice(["vllm", "other"]), help="Who must load it; other allows "
+            "what vLLM refuses.  [default: vllm]"),
         calibration_options,
-        click.option("--layers", help="Only these: 0,1,2 · 0-3,7 · first:2 · last:2 · globs over module names."),
-        click.option("--ignore", multiple=True, help="Leave these unquantized: a glob, or re: and a regular expression; repeatable."),
+        click.option("--layers", help="Only these: 0,1,2 · 0-3,7 · first:2 · last:2 · globs over module "
+            "names."),
+        click.option("--ignore", multiple=True, help="Leave these unquantized: a glob, or re: and a regular "
+            "expression; repeatable."),
         click.option("--config", type=PATH, help="Recipe (YAML); options on the command line win."),
         click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]"),
-        click.option("--tensor-parallel", type=int, help="Degree it will be served with: shapes are checked for it.  [default: 1]"),
-        click.option("--gpu", metavar="NAME", help="GPU that will serve it: checked first, and without --method it decides the scheme."),
-        click.option("--vllm-version", help=f"Release that will load it: checked first.  [default: {defaults.VLLM_VERSION}]"),
-        click.option("--dry-run", is_flag=True, help="Check everything, predict bytes, memory and time, write nothing."),
-        click.option("--fresh", is_flag=True, default=None, help="Start over instead of going on with unfinished work."),
-        click.option("--backend", type=click.Choice(["native", *BACKENDS]), help="Who quantizes; the others are archived libraries in a process of their own.  [default: native]"),
-        click.option("--backend-python", type=PATH, help="Python of the environment that holds the backend's library.  [default: this one]"),
+        click.option("--tensor-parallel", type=int, help="Degree it will be served with: shapes are checked "
+            "for it.  [default: 1]"),
+        click.option("--gpu", metavar="NAME", help="GPU that will serve it: checked first, and without "
+            "--method it decides the scheme."),
+        click.option("--vllm-version", help="Release that will load it: checked first.  [default: "
+            f"{defaults.VLLM_VERSION}]"),
+        click.option("--dry-run", is_flag=True, help="Check everything, predict bytes, memory and time, "
+            "write nothing."),
+        click.option("--fresh", is_flag=True, default=None, help="Start over instead of going on with "
+            "unfinished work."),
+        click.option("--backend", type=click.Choice(["native", *BACKENDS]), help="Who quantizes; the others "
+            "are archived libraries in a process of their own.  [default: native]"),
+        click.option("--backend-python", type=PATH, help="Python of the environment that holds the "
+            "backend's library.  [default: this one]"),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)
@@ -193,21 +241,26 @@ def _values(options: dict[str, Any]) -> dict[str, Any]:
     config = options.pop("config")
     values = read_recipe(config) if config else {}
     options["format"] = options.pop("format_")
-    values.update({k: list(v) if isinstance(v, tuple) else v for k, v in options.items() if v not in (None, ())})
+    values.update(
+        {k: list(v) if isinstance(v, tuple) else v for k, v in options.items() if v not in (None, ())}
+    )
     missing = [f"--{k.replace('_', '-')}" for k in ("model_path", "output_path") if k not in values]
     if missing:
         raise UsageError(
-            f"missing {', '.join(missing)}: give {'it' if len(missing) == 1 else 'them'} as options or in the recipe of --config"
+            f"missing {', '.join(missing)}: give {'it' if len(missing) == 1 else 'them'} as options or in "
+            "the recipe of --config"
         )
     return values
 
 
 def _choose(out: Output, values: dict[str, Any]) -> dict[str, Any] | None:
-    """Method and scheme of a job that names no method; None where the checkpoint fits as it is and nothing needs quantizing."""
+    """Method and scheme of a job that names no method; None where the checkpoint fits as it is and nothing
+    needs quantizing."""
     from quant.planning.target import choose, method_for, settings
     from quant.recipe import make_recipe
 
-    recipe = make_recipe({**values, "method": "gptq"})  # wrong values are mistakes of the request, whatever is recommended
+    # wrong values are mistakes of the request, whatever is recommended
+    recipe = make_recipe({**values, "method": "gptq"})
     if "scheme" in values or "bits" in values:
         return {"method": method_for(recipe.resolved_scheme().name)}
     found = choose(
@@ -218,8 +271,15 @@ def _choose(out: Output, values: dict[str, Any]) -> dict[str, Any] | None:
         vllm_version=recipe.vllm_version,
     )
     if found.recommended == "none":
-        lines = [f"Nothing to quantize: {found.reason}", "Nothing was written. To serve it as it is:", *found.commands]
-        out.result({**found.to_dict(), "output_path": None}, lambda c: c.print("\n".join(lines), soft_wrap=True, markup=False))
+        lines = [
+            f"Nothing to quantize: {found.reason}",
+            "Nothing was written. To serve it as it is:",
+            *found.commands,
+        ]
+        out.result(
+            {**found.to_dict(), "output_path": None},
+            lambda c: c.print("\n".join(lines), soft_wrap=True, markup=False),
+        )
         return None
     out.note(f"{found.recommended} by {found.method}: {found.reason}")
     return settings(found)
@@ -230,7 +290,9 @@ def _quantize(out: Output, dry_run: bool, options: dict[str, Any], layer_wise: b
 
     values = _values(options)
     if layer_wise and "layers" not in values:
-        raise UsageError("missing --layers: which ones to quantize, such as 0-3,7 or last:2; quant quantize takes all")
+        raise UsageError(
+            "missing --layers: which ones to quantize, such as 0-3,7 or last:2; quant quantize takes all"
+        )
     if "method" not in values and values.get("backend", NATIVE) == NATIVE:
         chosen = _choose(out, values)
         if chosen is None:
@@ -275,7 +337,8 @@ def _by_backend(out: Output, dry_run: bool, recipe: Recipe) -> None:
 @job_options
 @common_options
 def quantize(out: Output, dry_run: bool, **options: Any) -> None:
-    """Make a quantized checkpoint. Without a method, the recommendation for the GPU here (or of --gpu) decides.
+    """Make a quantized checkpoint. Without a method, the recommendation for the GPU here (or of --gpu)
+    decides.
 
     \b
     quant quantize -m models/Llama-3.1-8B -o out/Llama-3.1-8B-W4A16 --method gptq
@@ -297,15 +360,30 @@ def layer_wise(out: Output, dry_run: bool, **options: Any) -> None:
 
 @cli.command()
 @click.option("-m", "--model-path", type=PATH, required=True, help="Source checkpoint directory.")
-@click.option("-o", "--output-path", type=PATH, required=True, help="Output directory; it must not exist or be empty.")
-@click.option("--method", type=click.Choice(["smooth_quant"]), default="smooth_quant", show_default=True, help="How factors are chosen.")
-@click.option("--alpha", type=ALPHA, help="Share of the inputs' range that goes into the weights, 0 to 1, or auto.  [default: 0.5]")
+@click.option(
+    "-o", "--output-path", type=PATH, required=True, help="Output directory; it must not exist or be empty."
+)
+@click.option(
+    "--method",
+    type=click.Choice(["smooth_quant"]),
+    default="smooth_quant",
+    show_default=True,
+    help="How factors are chosen.",
+)
+@click.option(
+    "--alpha",
+    type=ALPHA,
+    help="Share of the inputs' range that goes into the weights, 0 to 1, or auto.  [default: 0.5]",
+)
 @calibration_options
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
-@click.option("--fresh", is_flag=True, default=None, help="Start over instead of going on with unfinished work.")
+@click.option(
+    "--fresh", is_flag=True, default=None, help="Start over instead of going on with unfinished work."
+)
 @common_options
 def smooth(out: Output, method: str, **options: Any) -> None:
-    """Scale inputs into the weights that read them, and quantize nothing: a checkpoint in the source's dtype that computes the same.
+    """Scale inputs into the weights that read them, and quantize nothing: a checkpoint in the source's dtype
+    that computes the same.
 
     \b
     quant smooth -m models/Llama-3.1-8B -o out/Llama-3.1-8B-smooth
@@ -316,7 +394,9 @@ def smooth(out: Output, method: str, **options: Any) -> None:
     from quant.report import text
 
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items() if v not in (None, ())}
-    plan = plan_job(make_recipe({**values, "method": "none", "format": "plain", "outlier_suppression": method}))
+    plan = plan_job(
+        make_recipe({**values, "method": "none", "format": "plain", "outlier_suppression": method})
+    )
     with out.progress() as progress:
         report = QuantizationManager(plan, progress).run()
     out.result(report, lambda c: text.quantization(c, report))
@@ -324,15 +404,37 @@ def smooth(out: Output, method: str, **options: Any) -> None:
 
 @cli.command("export-vllm")
 @model_option
-@click.option("-o", "--output-path", type=PATH, required=True, help="Output directory; it must not exist or be empty.")
-@click.option("--format", "format_", help="Format to write: compressed-tensors, fp8, awq, gptq or plain.  [default: the checkpoint's own]")
-@click.option("--source", type=PATH, help="Where to take missing side files (tokenizer, generation config) from.")
 @click.option(
-    "--requantize", is_flag=True, help="Round anew the linears whose groups are in activation order (g_idx), which vLLM has no path for."
+    "-o", "--output-path", type=PATH, required=True, help="Output directory; it must not exist or be empty."
 )
-@click.option("--tensor-parallel", type=click.IntRange(1, 1024), default=1, show_default=True, help="Degree it will be served with.")
+@click.option(
+    "--format",
+    "format_",
+    help="Format to write: compressed-tensors, fp8, awq, gptq or plain.  [default: the checkpoint's own]",
+)
+@click.option(
+    "--source", type=PATH, help="Where to take missing side files (tokenizer, generation config) from."
+)
+@click.option(
+    "--requantize",
+    is_flag=True,
+    help="Round anew the linears whose groups are in activation order (g_idx), which vLLM has no path for.",
+)
+@click.option(
+    "--tensor-parallel",
+    type=click.IntRange(1, 1024),
+    default=1,
+    show_default=True,
+    help="Degree it will be served with.",
+)
 @click.option("--max-model-len", type=click.IntRange(1), help="Context to serve.  [default: the model's]")
-@click.option("--target", type=click.Choice(["vllm", "other"]), default="vllm", show_default=True, help="Who must load it.")
+@click.option(
+    "--target",
+    type=click.Choice(["vllm", "other"]),
+    default="vllm",
+    show_default=True,
+    help="Who must load it.",
+)
 @common_options
 def export_vllm(
     out: Output,
@@ -371,16 +473,30 @@ def export_vllm(
 @cli.command()
 @click.argument("path", type=PATH, required=False)
 @click.option("-m", "--model-path", type=PATH, help="Checkpoint directory (or give it as the argument).")
-@click.option("--tensor-parallel", type=click.IntRange(1, 1024), default=1, show_default=True, help="Degree it will be served with.")
+@click.option(
+    "--tensor-parallel",
+    type=click.IntRange(1, 1024),
+    default=1,
+    show_default=True,
+    help="Degree it will be served with.",
+)
 @click.option("--source", type=PATH, help="Account for every tensor and side file of this checkpoint.")
-@click.option("--against", type=PATH, help="Compare every dequantized tensor with this checkpoint (takes torch).")
+@click.option(
+    "--against", type=PATH, help="Compare every dequantized tensor with this checkpoint (takes torch)."
+)
 @click.option(
     "--vllm",
     "vllm_python",
     type=PATH,
     help="Python of an environment with vLLM: load it there, compare log-probabilities.",
 )
-@click.option("--target", type=click.Choice(["vllm", "other"]), default="vllm", show_default=True, help="Whose rules to check.")
+@click.option(
+    "--target",
+    type=click.Choice(["vllm", "other"]),
+    default="vllm",
+    show_default=True,
+    help="Whose rules to check.",
+)
 @common_options
 def verify(
     out: Output,
@@ -422,13 +538,27 @@ def verify(
 @click.argument("paths", metavar="[PATH]...", type=PATH, nargs=-1)
 @click.option("-m", "--model-path", type=PATH, help="Checkpoint directory (or give it as the argument).")
 @click.option("--against", type=PATH, help="Source checkpoint: KL divergence and top-1 agreement with it.")
-@click.option("--text", "text_file", type=PATH, help="Text to evaluate on.  [default: the bundled wikitext-2 test]")
 @click.option(
-    "--length", type=click.IntRange(8), help=f"Tokens a chunk.  [default: the smaller of {defaults.EVALUATION_LENGTH} and the model's]"
+    "--text", "text_file", type=PATH, help="Text to evaluate on.  [default: the bundled wikitext-2 test]"
 )
-@click.option("--chunks", type=click.IntRange(2), default=defaults.EVALUATION_CHUNKS, show_default=True, help="Chunks.")
-@click.option("--max-perplexity-increase", type=float, help="Exit status 4 when perplexity rises by more than this share (0.05 is 5 %).")
-@click.option("--plot", type=PATH, help="Picture of bits per weight against KL: a .html file, or a .png (takes matplotlib).")
+@click.option(
+    "--length",
+    type=click.IntRange(8),
+    help=f"Tokens a chunk.  [default: the smaller of {defaults.EVALUATION_LENGTH} and the model's]",
+)
+@click.option(
+    "--chunks", type=click.IntRange(2), default=defaults.EVALUATION_CHUNKS, show_default=True, help="Chunks."
+)
+@click.option(
+    "--max-perplexity-increase",
+    type=float,
+    help="Exit status 4 when perplexity rises by more than this share (0.05 is 5 %).",
+)
+@click.option(
+    "--plot",
+    type=PATH,
+    help="Picture of bits per weight against KL: a .html file, or a .png (takes matplotlib).",
+)
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
 @common_options
 def evaluate(
@@ -443,7 +573,8 @@ def evaluate(
     plot: Path | None,
     device: str | None,
 ) -> None:
-    """Perplexity with its standard error; against a source, KL divergence and top-1 agreement. Several checkpoints make one table.
+    """Perplexity with its standard error; against a source, KL divergence and top-1 agreement. Several
+    checkpoints make one table.
 
     \b
     quant evaluate out/Llama-3.1-8B-W4A16 --against models/Llama-3.1-8B
@@ -455,9 +586,14 @@ def evaluate(
     from quant.report import text
 
     if max_perplexity_increase is not None and not -1 <= max_perplexity_increase < float("inf"):
-        raise UsageError(f"--max-perplexity-increase is {max_perplexity_increase}: a finite share is needed, such as 0.05 for 5 %")
+        raise UsageError(
+            f"--max-perplexity-increase is {max_perplexity_increase}: a finite share is needed, such as "
+            "0.05 for 5 %"
+        )
     if max_perplexity_increase is not None and against is None:
-        raise UsageError("--max-perplexity-increase needs --against: the checkpoint whose perplexity it is compared with")
+        raise UsageError(
+            "--max-perplexity-increase needs --against: the checkpoint whose perplexity it is compared with"
+        )
     if plot is not None:
         if against is None:
             raise UsageError("--plot needs --against: it draws the KL divergence from that checkpoint")
@@ -465,7 +601,15 @@ def evaluate(
     if len(paths) < 2 and plot is None:
         chosen = _one_path(paths[0] if paths else None, model_path)
         with out.progress() as progress:
-            result = measure(chosen, against=against, text=text_file, length=length, chunks=chunks, device=device, progress=progress)
+            result = measure(
+                chosen,
+                against=against,
+                text=text_file,
+                length=length,
+                chunks=chunks,
+                device=device,
+                progress=progress,
+            )
         value = result.to_dict()
         out.result(value, lambda c: text.evaluation(c, value))
         result.demand(max_perplexity_increase)
@@ -480,7 +624,14 @@ def evaluate(
 
     with out.progress() as progress:
         for one in compare_outputs(
-            chosen_paths, against=against, text=text_file, length=length, chunks=chunks, device=device, progress=progress, failed=failed
+            chosen_paths,
+            against=against,
+            text=text_file,
+            length=length,
+            chunks=chunks,
+            device=device,
+            progress=progress,
+            failed=failed,
         ):
             done.append(one)
             if out.json:

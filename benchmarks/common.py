@@ -18,7 +18,8 @@ sys.path.insert(0, str(ROOT))  # benchmarks run from a checkout, installed or no
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished process: its output, wall seconds and largest resident memory (of it or any of its children) in bytes."""
+    """A finished process: its output, wall seconds and largest resident memory (of it or any of its children)
+    in bytes."""
 
     output: str
     seconds: float
@@ -26,14 +27,16 @@ class Finished:
 
 
 def run(command: list[str | Path], threads: int | None = None, result: str = "") -> Finished:
-    """Runs a program to its end, in the folder for temporary files (GPTQModel writes logs where it runs); a failing one ends the benchmark with
-    the last lines it printed, unless a line starts with ``result``: vLLM's CPU build may abort while it shuts down, after all is said."""
+    """Runs a program to its end, in the folder for temporary files (GPTQModel writes logs where it runs); a
+    failing one ends the benchmark with the last lines it printed, unless a line starts with ``result``:
+    vLLM's CPU build may abort while it shuts down, after all is said."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
     if threads:
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     program, *arguments = map(str, command)
     if os.sep in program:
-        program = os.path.abspath(program)  # it runs in another folder; not resolved, or a venv's Python would be the one it links to
+        # it runs in another folder; not resolved, or a venv's Python would be the one it links to
+        program = os.path.abspath(program)
     start = time.perf_counter()
     process = subprocess.Popen(
         [program, *arguments],

@@ -1,16 +1,20 @@
 #!/usr/bin/env python3
-"""What rounding to E4M3 and to E5M2 costs, the two FP8 formats of Micikevicius et al. 2022 (FP8 Formats for Deep Learning, arXiv:2209.05433).
+"""What rounding to E4M3 and to E5M2 costs, the two FP8 formats of Micikevicius et al. 2022 (FP8 Formats for
+Deep Learning, arXiv:2209.05433).
 
     python benchmarks/fp8_rounding.py [--models DIRECTORY …] [--rows 4] [--length 256]
 
-Prints a markdown table; that of the bundled model stands in docs/schemes.md. Rounded are the weights of a model's linears, their inputs for the
-bundled text, and random numbers for orientation: normal ones, and two of Student's t distribution, whose tails are heavy (of 3 degrees of freedom
-the variance is the last moment, of 1 there is no mean).
+Prints a markdown table; that of the bundled model stands in docs/schemes.md. Rounded are the weights of a
+model's linears, their inputs for the bundled text, and random numbers for orientation: normal ones, and two
+of Student's t distribution, whose tails are heavy (of 3 degrees of freedom the variance is the last moment,
+of 1 there is no mean).
 
-A scale brings the largest magnitude that it stands for to the format's largest number, 448 or 57344; values become the nearest number, ties to
-even. Of a weight [N, K] a scale stands for all of it, for an output, or for 128 × 128; of an input [T, K] for all tokens, for a token, or for 128
-values of a token. The signal-to-noise ratio of a tensor is 10 · log10(Σx² / Σ(x' - x)²) in dB, of which the mean over tensors is printed; "to
-zero" is the share of all values but zeros that become 0. Blocks run in fp32; every number is taken in fp32 to the format and back.
+A scale brings the largest magnitude that it stands for to the format's largest number, 448 or 57344; values
+become the nearest number, ties to even. Of a weight [N, K] a scale stands for all of it, for an output, or
+for 128 × 128; of an input [T, K] for all tokens, for a token, or for 128 values of a token. The
+signal-to-noise ratio of a tensor is 10 · log10(Σx² / Σ(x' - x)²) in dB, of which the mean over tensors is
+printed; "to zero" is the share of all values but zeros that become 0. Blocks run in fp32; every number is
+taken in fp32 to the format and back.
 """
 
 from __future__ import annotations
@@ -45,7 +49,8 @@ Tile = tuple[int | None, int | None]
 
 @dataclass
 class Errors:
-    """What rounding did to some tensors: ``ratios`` in dB, one a tensor; ``lost`` of ``values`` numbers that were not 0 became 0."""
+    """What rounding did to some tensors: ``ratios`` in dB, one a tensor; ``lost`` of ``values`` numbers that
+    were not 0 became 0."""
 
     ratios: list[float] = field(default_factory=list)
     lost: int = 0
@@ -65,7 +70,8 @@ class Errors:
 
 
 def largest(x: torch.Tensor, tile: Tile) -> torch.Tensor:
-    """fp32 [R, C]: of each value of x [R, C], the largest magnitude in its tile; tiles at the ends may be short."""
+    """fp32 [R, C]: of each value of x [R, C], the largest magnitude in its tile; tiles at the ends may be
+    short."""
     (n, k), (rows, columns) = x.shape, (size or whole for size, whole in zip(tile, x.shape, strict=True))
     padded = nn.functional.pad(x.abs(), (0, -k % columns, 0, -n % rows))
     tops = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).amax((1, 3))
@@ -81,10 +87,13 @@ def rounded(x: torch.Tensor, number: torch.dtype, tile: Tile) -> torch.Tensor:
 
 
 def tensors_of(path: Path, rows: int, length: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """``weights``, fp32 [N, K], and ``inputs``, fp32 [rows · length, K], of the linears of a checkpoint, block by block."""
+    """``weights``, fp32 [N, K], and ``inputs``, fp32 [rows · length, K], of the linears of a checkpoint,
+    block by block."""
     checkpoint = open_checkpoint(path)
     vocabulary = int(checkpoint.config["vocab_size"])
-    tokens = calibration_rows(load_tokenizer(path), [bundled("wikipedia")], rows, length, vocabulary=vocabulary).tokens
+    tokens = calibration_rows(
+        load_tokenizer(path), [bundled("wikipedia")], rows, length, vocabulary=vocabulary
+    ).tokens
     skeleton = Skeleton(checkpoint, torch.device("cpu"), torch.float32)
     (hidden,), calls = skeleton.embed([tokens])
     for index in range(skeleton.block_count):
@@ -93,7 +102,9 @@ def tensors_of(path: Path, rows: int, length: int) -> Iterator[tuple[str, torch.
             for name in group.linears:
                 yield "weights", block.get_submodule(name).weight.detach()
             first = block.get_submodule(group.linears[0])  # the others read the same
-            first.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0].flatten(0, -2)))
+            first.register_forward_pre_hook(
+                lambda module, inputs, seen=seen: seen.append(inputs[0].flatten(0, -2))
+            )
         call = calls[len(hidden)][index]
         with torch.no_grad():
             result = block(hidden, *call.args, **call.kwargs)
@@ -103,7 +114,8 @@ def tensors_of(path: Path, rows: int, length: int) -> Iterator[tuple[str, torch.
 
 
 def student(generator: torch.Generator, degrees: int, size: int = 1024) -> torch.Tensor:
-    """fp32 [size, size] of Student's t distribution with whole ``degrees`` of freedom: a normal number over the root of a mean of squares."""
+    """fp32 [size, size] of Student's t distribution with whole ``degrees`` of freedom: a normal number over
+    the root of a mean of squares."""
     squares = sum(torch.randn(size, size, generator=generator).square() for _ in range(degrees))
     return torch.randn(size, size, generator=generator) / torch.as_tensor(squares / degrees).sqrt()
 
@@ -137,7 +149,10 @@ def measure(models: Sequence[Path], rows: int, length: int) -> dict[tuple[str, s
 def table(models: Sequence[Path] = (BUNDLED,), rows: int = 4, length: int = 256) -> str:
     """The table, in markdown."""
     found = measure(models, rows, length)
-    lines = ["| rounded | a scale for each | E4M3 dB | E5M2 dB | E4M3 to zero | E5M2 to zero |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| rounded | a scale for each | E4M3 dB | E5M2 dB | E4M3 to zero | E5M2 to zero |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, place in dict.fromkeys((n, p) for n, p, _ in found):
         errors = [found[name, place, word] for word in NUMBERS]
         ratios = [f"{sum(e.ratios) / len(e.ratios):.1f}" for e in errors]
@@ -148,7 +163,9 @@ def table(models: Sequence[Path] = (BUNDLED,), rows: int = 4, length: int = 256)
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     models = [m for m in SHARED if m.is_dir()] or [BUNDLED]
-    p.add_argument("--models", nargs="+", type=lambda p: Path(p).resolve(), default=models, metavar="DIRECTORY")
+    p.add_argument(
+        "--models", nargs="+", type=lambda p: Path(p).resolve(), default=models, metavar="DIRECTORY"
+    )
     p.add_argument("--rows", type=int, default=4, help="rows of text")
     p.add_argument("--length", type=int, default=256, help="tokens of a row")
     a = p.parse_args()

@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""Does the arithmetic of calibration move KL? The same jobs as this machine's pipeline does them, and with passes in 16 bits and fp32 products in
-the sums of the Hessian, where the pipeline takes 8-bit integers for either.
+"""Does the arithmetic of calibration move KL? The same jobs as this machine's pipeline does them, and with
+passes in 16 bits and fp32 products in the sums of the Hessian, where the pipeline takes 8-bit integers for
+either.
 
     python benchmarks/hessian_precision.py [--model MODEL] [--draws 3] [--bits 4 3] [--kl-only]
 
-For each it prints the largest error of any Hessian of the model, relative to the damped Hessian that GPTQ works with: the spectral norm of
-L⁻¹ (H' - H) L⁻ᵀ, where H' is the sum, H the fp64 sum of fp32 products, and L Lᵀ = H + 0.01 · mean(diag H) · I. 0.01 means that no weighting of inputs is judged more than 1 %
-off. `bf16 products` is the plain way that the pipeline does not take: every product rounded to bf16 as torch returns it. `16-bit passes` has the
-pipeline's sums. KL is judged by our own
-evaluator on the bundled wikitext-2 text; draws are rows shuffled with seeds 0, 1, 2 …
+For each it prints the largest error of any Hessian of the model, relative to the damped Hessian that GPTQ
+works with: the spectral norm of L⁻¹ (H' - H) L⁻ᵀ, where H' is the sum, H the fp64 sum of fp32 products, and L
+Lᵀ = H + 0.01 · mean(diag H) · I. 0.01 means that no weighting of inputs is judged more than 1 % off. `bf16
+products` is the plain way that the pipeline does not take: every product rounded to bf16 as torch returns it.
+`16-bit passes` has the pipeline's sums. KL is judged by our own evaluator on the bundled wikitext-2 text;
+draws are rows shuffled with seeds 0, 1, 2 …
 """
 
 import argparse
@@ -73,9 +75,14 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared = ROOT.parent / "shared/data/models/tinylm-11m"
     p.add_argument("--model", type=Path, default=shared if shared.exists() else ROOT / "examples/tinylm-4m")
-    p.add_argument("--draws", type=int, default=3), p.add_argument("--bits", type=int, nargs="+", default=[4, 3])
+    (
+        p.add_argument("--draws", type=int, default=3),
+        p.add_argument("--bits", type=int, nargs="+", default=[4, 3]),
+    )
     p.add_argument(
-        "--kl-only", action="store_true", help="leave out the errors, whose fp64 sums take most of the time, and plain bf16 products"
+        "--kl-only",
+        action="store_true",
+        help="leave out the errors, whose fp64 sums take most of the time, and plain bf16 products",
     )
     a = p.parse_args()
     print(machine())
@@ -88,9 +95,17 @@ def main() -> None:
             Checked.worst, found, fallbacks = 0.0, [], 0
             for seed in range(a.draws):
                 with tempfile.TemporaryDirectory() as folder:
-                    values = dict(model_path=a.model, output_path=Path(folder) / "out", method="gptq", bits=bits, format="plain")
+                    values = dict(
+                        model_path=a.model,
+                        output_path=Path(folder) / "out",
+                        method="gptq",
+                        bits=bits,
+                        format="plain",
+                    )
                     report = manager.quantize(
-                        make_recipe({**values, "samples": 128, "sequence_length": 512, "shuffle": True, "seed": seed})
+                        make_recipe(
+                            {**values, "samples": 128, "sequence_length": 512, "shuffle": True, "seed": seed}
+                        )
                     )
                     fallbacks += len(report["fallbacks"])
                     kl = evaluate(Path(folder) / "out", against=a.model).kl
@@ -99,8 +114,14 @@ def main() -> None:
             means[name] = statistics.fmean(found)
             draws = ", ".join(f"{v:.6f}" for v in found)
             error = "" if a.kl_only else f", largest error {Checked.worst:.1e}"
-            print(f"W{bits} {name:<14} KL {means[name]:.6f} (draws {draws}){error}, fallbacks {fallbacks}", flush=True)
-        print(f"W{bits} KL: pipeline / fp32 products = {means['pipeline'] / means['fp32 products']:.4f}", flush=True)
+            print(
+                f"W{bits} {name:<14} KL {means[name]:.6f} (draws {draws}){error}, fallbacks {fallbacks}",
+                flush=True,
+            )
+        print(
+            f"W{bits} KL: pipeline / fp32 products = {means['pipeline'] / means['fp32 products']:.4f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
 #!/usr/bin/env python3
-"""The quality of every method in every scheme: KL to the source, top-1 agreement, bits per weight, seconds and peak memory, beside the peers.
+"""The quality of every method in every scheme: KL to the source, top-1 agreement, bits per weight, seconds
+and peak memory, beside the peers.
 
-    python benchmarks/methods.py [--models tinylm-11m …] [--rows w4a16/gptq …] [--draws 3] [--llmcompressor-python PYTHON] [--gptqmodel-python PYTHON]
+    python benchmarks/methods.py [--models tinylm-11m …] [--rows w4a16/gptq …] [--draws 3]
+    [--llmcompressor-python PYTHON] [--gptqmodel-python PYTHON]
                                  [--autoawq-python PYTHON] [--vllm-python PYTHON] [--json FILE]
 
-A draw is the calibration text rotated to another place, cut into rows in file order; methods that need no data have one, and so has AutoAWQ, which takes
-eight minutes. It is also run with its scale search mended (see quant/backends/worker_autoawq.py). Weights-only schemes
-are judged by `kl.py` of the bench folder through `--format plain`, schemes with quantized activations by `quant evaluate`, which simulates
-them, and, with --vllm-python, by vLLM itself (perplexity, chunk by chunk, as a loss against the bf16 source). The standard error of a KL is
-over the chunks of one draw, averaged over draws. Bits per weight count everything that is stored for the quantized linears.
+A draw is the calibration text rotated to another place, cut into rows in file order; methods that need no
+data have one, and so has AutoAWQ, which takes eight minutes. It is also run with its scale search mended (see
+quant/backends/worker_autoawq.py). Weights-only schemes are judged by `kl.py` of the bench folder through
+`--format plain`, schemes with quantized activations by `quant evaluate`, which simulates them, and, with
+--vllm-python, by vLLM itself (perplexity, chunk by chunk, as a loss against the bf16 source). The standard
+error of a KL is over the chunks of one draw, averaged over draws. Bits per weight count everything that is
+stored for the quantized linears.
 """
 
 import argparse
@@ -29,7 +33,8 @@ PEERS = Path(__file__).resolve().parent / "peers.py"
 
 @dataclass(frozen=True)
 class Model:
-    """A source with the texts it was trained for; ``length`` is that of calibration rows and of evaluation chunks."""
+    """A source with the texts it was trained for; ``length`` is that of calibration rows and of evaluation
+    chunks."""
 
     name: str
     calibration: str
@@ -49,7 +54,8 @@ MODELS = (
 
 @dataclass(frozen=True)
 class Row:
-    """A scheme made by a method: of ours, or (``peer``) the same by another program with its own words for both."""
+    """A scheme made by a method: of ours, or (``peer``) the same by another program with its own words for
+    both."""
 
     scheme: str
     label: str
@@ -61,12 +67,22 @@ class Row:
 
 
 def ours(scheme: str, label: str, *options: str, data: bool = True, weights_only: bool = True) -> Row:
-    method = label.split("+")[-1] if label.split("+")[0] in ("smooth_quant", "awq") and "+" in label else label
+    method = (
+        label.split("+")[-1] if label.split("+")[0] in ("smooth_quant", "awq") and "+" in label else label
+    )
     extra = ("--outlier-suppression", label.split("+")[0]) if "+" in label else ()
-    return Row(scheme, label, ("--method", method, "--scheme", scheme.removesuffix("-static"), *extra, *options), data, weights_only)
+    return Row(
+        scheme,
+        label,
+        ("--method", method, "--scheme", scheme.removesuffix("-static"), *extra, *options),
+        data,
+        weights_only,
+    )
 
 
-def peer(scheme: str, program: str, label: str, *options: str, data: bool = True, weights_only: bool = True) -> Row:
+def peer(
+    scheme: str, program: str, label: str, *options: str, data: bool = True, weights_only: bool = True
+) -> Row:
     return Row(scheme, f"{program} {label}", options, data, weights_only, program)
 
 
@@ -84,23 +100,89 @@ ROWS = (
     ours("w4a16-asym", "gptq"),
     ours("w4a16-asym", "awq+gptq"),
     Row("w4a16-asym", "AutoAWQ awq", (), peer="AutoAWQ", draws=1),
-    Row("w4a16-asym", "AutoAWQ awq, search mended", ("--backend", "autoawq", "--backend-python", "{AutoAWQ}"), draws=1),
+    Row(
+        "w4a16-asym",
+        "AutoAWQ awq, search mended",
+        ("--backend", "autoawq", "--backend-python", "{AutoAWQ}"),
+        draws=1,
+    ),
     ours("w3a16", "gptq"),
     peer("w3a16", "GPTQModel", "gptq", "--bits", "3"),
     ours("w8a16", "minmax", data=False),
     ours("w8a8-int8", "minmax", data=False, weights_only=False),
     ours("w8a8-int8", "smooth_quant+minmax", weights_only=False),
     ours("w8a8-int8", "smooth_quant+gptq", weights_only=False),
-    peer("w8a8-int8", "llm-compressor", "rtn", "--method", "rtn", "--scheme", "W8A8", data=False, weights_only=False),
-    peer("w8a8-int8", "llm-compressor", "smoothquant+rtn", "--method", "rtn", "--scheme", "W8A8", "--smooth", "0.5", weights_only=False),
-    peer("w8a8-int8", "llm-compressor", "smoothquant+gptq", "--method", "gptq", "--scheme", "W8A8", "--smooth", "0.5", weights_only=False),
+    peer(
+        "w8a8-int8",
+        "llm-compressor",
+        "rtn",
+        "--method",
+        "rtn",
+        "--scheme",
+        "W8A8",
+        data=False,
+        weights_only=False,
+    ),
+    peer(
+        "w8a8-int8",
+        "llm-compressor",
+        "smoothquant+rtn",
+        "--method",
+        "rtn",
+        "--scheme",
+        "W8A8",
+        "--smooth",
+        "0.5",
+        weights_only=False,
+    ),
+    peer(
+        "w8a8-int8",
+        "llm-compressor",
+        "smoothquant+gptq",
+        "--method",
+        "gptq",
+        "--scheme",
+        "W8A8",
+        "--smooth",
+        "0.5",
+        weights_only=False,
+    ),
     ours("w8a8-int8-static", "smooth_quant+minmax", "--activations", "static", weights_only=False),
     ours("w8a8-fp8", "fp8", data=False, weights_only=False),
-    peer("w8a8-fp8", "llm-compressor", "rtn", "--method", "rtn", "--scheme", "FP8_DYNAMIC", data=False, weights_only=False),
+    peer(
+        "w8a8-fp8",
+        "llm-compressor",
+        "rtn",
+        "--method",
+        "rtn",
+        "--scheme",
+        "FP8_DYNAMIC",
+        data=False,
+        weights_only=False,
+    ),
     ours("w8a8-fp8-tensor-static", "fp8", "--activations", "static", weights_only=False),
-    peer("w8a8-fp8-tensor-static", "llm-compressor", "rtn", "--method", "rtn", "--scheme", "FP8", weights_only=False),
+    peer(
+        "w8a8-fp8-tensor-static",
+        "llm-compressor",
+        "rtn",
+        "--method",
+        "rtn",
+        "--scheme",
+        "FP8",
+        weights_only=False,
+    ),
     ours("fp8-block", "fp8", data=False, weights_only=False),
-    peer("fp8-block", "llm-compressor", "rtn", "--method", "rtn", "--scheme", "FP8_BLOCK", data=False, weights_only=False),
+    peer(
+        "fp8-block",
+        "llm-compressor",
+        "rtn",
+        "--method",
+        "rtn",
+        "--scheme",
+        "FP8_BLOCK",
+        data=False,
+        weights_only=False,
+    ),
     ours("nvfp4a16", "minmax", data=False),
     ours("nvfp4a16", "gptq"),
     peer("nvfp4a16", "llm-compressor", "rtn", "--method", "rtn", "--scheme", "NVFP4A16", data=False),
@@ -155,18 +237,35 @@ class Job:
                 "GPTQModel": self.a.gptqmodel_python,
                 "AutoAWQ": self.a.autoawq_python,
             }[row.peer]
-            options = [*row.options, "--text", self.rows_of(draw), "--samples", self.a.samples, "--length", length]
+            options = [
+                *row.options,
+                "--text",
+                self.rows_of(draw),
+                "--samples",
+                self.a.samples,
+                "--length",
+                length,
+            ]
             if row.peer == "llm-compressor":
                 done = run([python, PEERS, self.source, output, *options])
             else:
-                done = run([python, self.a.bench / f"peer_{row.peer.lower()}.py", self.source, output, *options])
+                done = run(
+                    [python, self.a.bench / f"peer_{row.peer.lower()}.py", self.source, output, *options]
+                )
             return done.seconds, done.peak_rss_bytes, stored_bits(output, self.source)
         grouped = ("--group-size", self.model.group) if row.scheme in GROUPED else ()
         form = "plain" if row.weights_only else "compressed-tensors"
         options = [o.format(AutoAWQ=self.a.autoawq_python) for o in row.options]
         options += [*grouped, "--format", form, *self.a.options, "--target", "other"]
         if row.calibrated:
-            options += ["--calibration-dataset", str(self.rows_of(draw)), "--samples", self.a.samples, "--sequence-length", length]
+            options += [
+                "--calibration-dataset",
+                str(self.rows_of(draw)),
+                "--samples",
+                self.a.samples,
+                "--sequence-length",
+                length,
+            ]
         done = run(quantize_command(self.source, output, *options))
         bits = last_json(done.output)["bits_per_weight"]
         if row.weights_only:  # the plain file has 16 bits a weight: count what the packed one would have
@@ -174,7 +273,8 @@ class Job:
         return done.seconds, done.peak_rss_bytes, bits
 
     def packed_bits(self, report: dict) -> float:
-        """Bits per weight with scales, zero points and the numbers of each tensor (its shape, or NVFP4's global scale) counted."""
+        """Bits per weight with scales, zero points and the numbers of each tensor (its shape, or NVFP4's
+        global scale) counted."""
         from quant.checkpoint.reader import open_checkpoint
         from quant.schemes import WeightScheme
 
@@ -191,23 +291,58 @@ class Job:
     def judge(self, row: Row, output: Path) -> tuple[float, float, float]:
         """KL, its standard error over chunks, and top-1 agreement."""
         if row.weights_only and row.peer != "AutoAWQ":
-            python = {"llm-compressor": self.a.llmcompressor_python, "GPTQModel": self.a.gptqmodel_python}.get(row.peer, sys.executable)
+            python = {
+                "llm-compressor": self.a.llmcompressor_python,
+                "GPTQModel": self.a.gptqmodel_python,
+            }.get(row.peer, sys.executable)
             loader = "gptqmodel" if row.peer == "GPTQModel" else "transformers"
-            command = [python, self.a.bench / "kl.py", self.source, output, "--text", self.text, "--json", "--loader", loader]
-            value = last_json(run([*command, "--length", str(self.model.length), "--chunks", self.chunks]).output)
+            command = [
+                python,
+                self.a.bench / "kl.py",
+                self.source,
+                output,
+                "--text",
+                self.text,
+                "--json",
+                "--loader",
+                loader,
+            ]
+            value = last_json(
+                run([*command, "--length", str(self.model.length), "--chunks", self.chunks]).output
+            )
             return value["kl"][0], value["kl"][1], value["top1"][0]
-        command = [sys.executable, ROOT / "quantize.py", "evaluate", output, "--against", self.source, "--text", self.text, "--json"]
+        command = [
+            sys.executable,
+            ROOT / "quantize.py",
+            "evaluate",
+            output,
+            "--against",
+            self.source,
+            "--text",
+            self.text,
+            "--json",
+        ]
         value = last_json(run([*command, "--length", str(self.model.length), "--chunks", self.chunks]).output)
         return value["kl"]["mean"], value["kl"]["standard_error"], value["top1"]["mean"]
 
     def served(self, output: Path) -> float:
-        """Loss of log-likelihood in nats a token, as vLLM computes it: that of the checkpoint less that of the source."""
+        """Loss of log-likelihood in nats a token, as vLLM computes it: that of the checkpoint less that of
+        the source."""
         if self.source not in self.a.cache:
             self.a.cache[self.source] = self._vllm(self.source)
         return self._vllm(output) - self.a.cache[self.source]
 
     def _vllm(self, path: Path) -> float:
-        command = [self.a.vllm_python, self.a.bench / "vllm_perplexity.py", path, "--text", self.text, "--json", "--chunks", self.chunks]
+        command = [
+            self.a.vllm_python,
+            self.a.bench / "vllm_perplexity.py",
+            path,
+            "--text",
+            self.text,
+            "--json",
+            "--chunks",
+            self.chunks,
+        ]
         return last_json(run(command, result="{").output)["nll"]
 
     def measure(self, row: Row) -> Found | str:
@@ -219,11 +354,29 @@ class Job:
             try:
                 seconds, peak, found.bits = self.make(row, draw, output)
             except SystemExit as error:
-                return next((x for x in reversed(str(error).splitlines()) if "Error" in x or "error" in x or ": " in x), str(error))[:200]
+                return next(
+                    (
+                        x
+                        for x in reversed(str(error).splitlines())
+                        if "Error" in x or "error" in x or ": " in x
+                    ),
+                    str(error),
+                )[:200]
             kl, error, top1 = self.judge(row, output)
-            found.kl.append(kl), found.error.append(error), found.top1.append(top1), found.seconds.append(seconds)
+            (
+                found.kl.append(kl),
+                found.error.append(error),
+                found.top1.append(top1),
+                found.seconds.append(seconds),
+            )
             found.peak = max(found.peak, peak)
-            if self.a.vllm_python and draw == 0 and not row.weights_only and not row.peer and self.model.name.startswith("tinylm"):
+            if (
+                self.a.vllm_python
+                and draw == 0
+                and not row.weights_only
+                and not row.peer
+                and self.model.name.startswith("tinylm")
+            ):
                 try:
                     found.loss.append(self.served(output))
                 except SystemExit:
@@ -241,20 +394,35 @@ def stored_bits(output: Path, source: Path) -> float:
     found = find_format(checkpoint.config, checkpoint.tensors)
     if found is None:
         return 16.0
-    own = [i.nbytes for n, i in checkpoint.tensors.items() if n.rpartition(".")[0] in found.linears and not n.endswith(".bias")]
+    own = [
+        i.nbytes
+        for n, i in checkpoint.tensors.items()
+        if n.rpartition(".")[0] in found.linears and not n.endswith(".bias")
+    ]
     return 8 * sum(own) / sum(x.n * x.k for x in found.linears.values())
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", type=lambda p: Path(p).resolve(), default=SHARED / "data", help="folder with models and texts")
     p.add_argument(
-        "--bench", type=lambda p: Path(p).resolve(), default=SHARED / "bench", help="folder with kl.py, vllm_perplexity.py and the peers"
+        "--data",
+        type=lambda p: Path(p).resolve(),
+        default=SHARED / "data",
+        help="folder with models and texts",
+    )
+    p.add_argument(
+        "--bench",
+        type=lambda p: Path(p).resolve(),
+        default=SHARED / "bench",
+        help="folder with kl.py, vllm_perplexity.py and the peers",
     )
     p.add_argument("--models", nargs="+", default=[m.name for m in MODELS], choices=[m.name for m in MODELS])
     p.add_argument("--rows", nargs="+", default=[], metavar="SCHEME/METHOD", help="only these rows")
     p.add_argument("--llmcompressor-python"), p.add_argument("--gptqmodel-python")
-    p.add_argument("--autoawq-python", help="takes eight minutes a draw on the 11M model"), p.add_argument("--vllm-python")
+    (
+        p.add_argument("--autoawq-python", help="takes eight minutes a draw on the 11M model"),
+        p.add_argument("--vllm-python"),
+    )
     (
         p.add_argument("--draws", type=int, default=3),
         p.add_argument("--samples", default="128"),
@@ -264,19 +432,28 @@ def main() -> None:
     p.add_argument("--json", type=Path, help="append each row's values to this file")
     a = p.parse_args()
     a.cache = {}
-    pythons = {"llm-compressor": a.llmcompressor_python, "GPTQModel": a.gptqmodel_python, "AutoAWQ": a.autoawq_python, "": sys.executable}
+    pythons = {
+        "llm-compressor": a.llmcompressor_python,
+        "GPTQModel": a.gptqmodel_python,
+        "AutoAWQ": a.autoawq_python,
+        "": sys.executable,
+    }
     rows = [
         r
         for r in ROWS
-        if pythons[r.peer] and (a.autoawq_python or "{AutoAWQ}" not in r.options) and (not a.rows or f"{r.scheme}/{r.label}" in a.rows)
+        if pythons[r.peer]
+        and (a.autoawq_python or "{AutoAWQ}" not in r.options)
+        and (not a.rows or f"{r.scheme}/{r.label}" in a.rows)
     ]
     print(machine(), flush=True)
     for model in (m for m in MODELS if m.name in a.models):
         print(
-            f"\n{model.name}: {a.samples} × {model.length} calibration tokens a draw, {a.chunks} chunks of {model.length} tokens of {model.text}"
+            f"\n{model.name}: {a.samples} × {model.length} calibration tokens a draw, {a.chunks} chunks of "
+            f"{model.length} tokens of {model.text}"
         )
         print(
-            "| scheme | method | KL | draws | top-1 | bits/weight | seconds | peak MiB | loss in vLLM |\n|---|---|---|---|---|---|---|---|---|",
+            "| scheme | method | KL | draws | top-1 | bits/weight | seconds | peak MiB | loss in vLLM "
+            "|\n|---|---|---|---|---|---|---|---|---|",
             flush=True,
         )
         with tempfile.TemporaryDirectory() as folder:
@@ -288,14 +465,21 @@ def main() -> None:
                     continue
                 kl, error = statistics.fmean(found.kl), statistics.fmean(found.error)
                 print(
-                    f"| {row.scheme} | {row.label} | {kl:.5f} ± {error:.5f} | {', '.join(f'{x:.5f}' for x in found.kl)} "
-                    f"| {statistics.fmean(found.top1):.2%} | {found.bits:.3f} | {statistics.fmean(found.seconds):.0f} | {found.peak >> 20} "
+                    f"| {row.scheme} | {row.label} | {kl:.5f} ± {error:.5f} | "
+                    f"{', '.join(f'{x:.5f}' for x in found.kl)} "
+                    f"| {statistics.fmean(found.top1):.2%} | {found.bits:.3f} | "
+                    f"{statistics.fmean(found.seconds):.0f} | {found.peak >> 20} "
                     f"| {f'{statistics.fmean(found.loss):+.5f}' if found.loss else ''} |",
                     flush=True,
                 )
                 if a.json:
                     with a.json.open("a") as stream:
-                        stream.write(json.dumps({"model": model.name, "scheme": row.scheme, "label": row.label, **vars(found)}) + "\n")
+                        stream.write(
+                            json.dumps(
+                                {"model": model.name, "scheme": row.scheme, "label": row.label, **vars(found)}
+                            )
+                            + "\n"
+                        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""llm-compressor on a checkpoint, in any of its preset schemes, with or without SmoothQuant. Run by methods.py in llm-compressor's environment.
+"""llm-compressor on a checkpoint, in any of its preset schemes, with or without SmoothQuant. Run by
+methods.py in llm-compressor's environment.
 
-python peers.py MODEL OUT --text FILE --method gptq|rtn --scheme W8A8 [--smooth 0.5] [--samples 128] [--length 512]
+python peers.py MODEL OUT --text FILE --method gptq|rtn --scheme W8A8 [--smooth 0.5] [--samples 128] [--length
+512]
 """
 
 import argparse
@@ -14,7 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 p = argparse.ArgumentParser()
 p.add_argument("model"), p.add_argument("out"), p.add_argument("--text", required=True)
-p.add_argument("--method", default="rtn", choices=["gptq", "rtn"]), p.add_argument("--scheme", default="W4A16")
+(
+    p.add_argument("--method", default="rtn", choices=["gptq", "rtn"]),
+    p.add_argument("--scheme", default="W4A16"),
+)
 (
     p.add_argument("--smooth", type=float),
     p.add_argument("--samples", type=int, default=128),
@@ -26,7 +31,11 @@ tokenizer = AutoTokenizer.from_pretrained(a.model)
 ids = tokenizer(open(a.text, encoding="utf-8").read())["input_ids"]
 rows = [ids[i * a.length : (i + 1) * a.length] for i in range(a.samples)]
 data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * a.length] * len(rows)})
-recipe = [{"gptq": GPTQModifier, "rtn": QuantizationModifier}[a.method](targets="Linear", scheme=a.scheme, ignore=["lm_head"])]
+recipe = [
+    {"gptq": GPTQModifier, "rtn": QuantizationModifier}[a.method](
+        targets="Linear", scheme=a.scheme, ignore=["lm_head"]
+    )
+]
 if a.smooth is not None:
     try:
         from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
@@ -34,6 +43,8 @@ if a.smooth is not None:
         from llmcompressor.modifiers.smoothquant import SmoothQuantModifier
     recipe.insert(0, SmoothQuantModifier(smoothing_strength=a.smooth))
 with torch.no_grad():
-    oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=a.length, num_calibration_samples=len(rows))
+    oneshot(
+        model=model, dataset=data, recipe=recipe, max_seq_length=a.length, num_calibration_samples=len(rows)
+    )
 model.save_pretrained(a.out, save_compressed=True)
 tokenizer.save_pretrained(a.out)

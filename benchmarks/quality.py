@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""KL divergence of quantized checkpoints to their source, ours beside llm-compressor's and GPTQModel's, over several calibration draws.
+"""KL divergence of quantized checkpoints to their source, ours beside llm-compressor's and GPTQModel's, over
+several calibration draws.
 
-    python benchmarks/quality.py --llmcompressor-python PYTHON --gptqmodel-python PYTHON [--draws 3] [--bench ../shared/bench]
+    python benchmarks/quality.py --llmcompressor-python PYTHON --gptqmodel-python PYTHON [--draws 3] [--bench
+    ../shared/bench]
 
-Every program quantizes the same rows: a draw is the calibration text rotated to another article, cut into rows in file order. The judge is
-`kl.py` of the bench folder (means over 100 chunks of wikitext-2 test, both models in fp32). Ours is judged through `--format plain`, which holds
-the values of the packed checkpoint rounded once to bf16; the peers' through their own loaders.
+Every program quantizes the same rows: a draw is the calibration text rotated to another article, cut into
+rows in file order. The judge is `kl.py` of the bench folder (means over 100 chunks of wikitext-2 test, both
+models in fp32). Ours is judged through `--format plain`, which holds the values of the packed checkpoint
+rounded once to bf16; the peers' through their own loaders.
 """
 
 import argparse
@@ -29,10 +32,20 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", type=lambda p: Path(p).resolve(), default=SHARED / "data/models/tinylm-11m")
     p.add_argument("--bench", type=lambda p: Path(p).resolve(), default=SHARED / "bench")
-    p.add_argument("--calibration", type=lambda p: Path(p).resolve(), default=SHARED / "data/text/wikipedia-sample/wiki.txt")
-    p.add_argument("--text", type=lambda p: Path(p).resolve(), default=SHARED / "data/text/wikitext-2/test.txt")
+    p.add_argument(
+        "--calibration",
+        type=lambda p: Path(p).resolve(),
+        default=SHARED / "data/text/wikipedia-sample/wiki.txt",
+    )
+    p.add_argument(
+        "--text", type=lambda p: Path(p).resolve(), default=SHARED / "data/text/wikitext-2/test.txt"
+    )
     p.add_argument("--llmcompressor-python"), p.add_argument("--gptqmodel-python")
-    p.add_argument("--draws", type=int, default=3), p.add_argument("--samples", default="128"), p.add_argument("--length", default="512")
+    (
+        p.add_argument("--draws", type=int, default=3),
+        p.add_argument("--samples", default="128"),
+        p.add_argument("--length", default="512"),
+    )
     p.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     p.add_argument("--options", nargs="*", default=[], help="more options for our command")
     a = p.parse_args()
@@ -43,7 +56,17 @@ def main() -> None:
         work = Path(folder)
 
         def judge(python: str, name: str, bits: int, output: Path, loader: str = "transformers") -> None:
-            command = [python, a.bench / "kl.py", a.model, output, "--text", a.text, "--json", "--loader", loader]
+            command = [
+                python,
+                a.bench / "kl.py",
+                a.model,
+                output,
+                "--text",
+                a.text,
+                "--json",
+                "--loader",
+                loader,
+            ]
             kl, error = last_json(run(command).output)["kl"]
             found.setdefault((name, bits), []).append(kl)
             print(f"  {name:<15} W{bits} g128  KL {kl:.5f} ± {error:.5f}", flush=True)
@@ -57,7 +80,16 @@ def main() -> None:
                 options = ["--bits", str(bits), "--format", "plain", "--calibration-dataset", str(rows)]
                 run(
                     quantize_command(
-                        a.model, output, "--method", "gptq", "--samples", a.samples, "--sequence-length", a.length, *options, *a.options
+                        a.model,
+                        output,
+                        "--method",
+                        "gptq",
+                        "--samples",
+                        a.samples,
+                        "--sequence-length",
+                        a.length,
+                        *options,
+                        *a.options,
                     )
                 )
                 judge(sys.executable, "quant", bits, output)
@@ -68,13 +100,26 @@ def main() -> None:
                     judge(a.llmcompressor_python, "llm-compressor", bits, output)
                 if a.gptqmodel_python:
                     output = work / f"gptqmodel-{draw}-{bits}"
-                    run([a.gptqmodel_python, a.bench / "peer_gptqmodel.py", a.model, output, "--bits", str(bits), *common])
+                    run(
+                        [
+                            a.gptqmodel_python,
+                            a.bench / "peer_gptqmodel.py",
+                            a.model,
+                            output,
+                            "--bits",
+                            str(bits),
+                            *common,
+                        ]
+                    )
                     judge(a.gptqmodel_python, "GPTQModel", bits, output, "gptqmodel")
     print("\nmean KL over draws, and the ratio of ours to each peer's")
     for (name, bits), values in found.items():
         mean = statistics.fmean(values)
         ratio = statistics.fmean(found["quant", bits]) / mean
-        print(f"  {name:<15} W{bits} g128  {mean:.5f}  (draws {', '.join(f'{v:.5f}' for v in values)})  quant / {name} = {ratio:.3f}")
+        print(
+            f"  {name:<15} W{bits} g128  {mean:.5f}  (draws {', '.join(f'{v:.5f}' for v in values)})  quant "
+            f"/ {name} = {ratio:.3f}"
+        )
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
 
 python benchmarks/streaming.py [--gib 2] [--scheme w8a8-fp8] [--repeats 3] [--llmcompressor-python PATH]
 
-Writes a bf16 checkpoint with the block shapes of a 1B Llama and random weights, in one file. Then, in turns: copies and syncs it; quantizes it
-in a process of its own (planning, rounding, writing, verification, report and publication count, start-up and imports do not); and, where asked,
-converts it with llm-compressor's `model_free_ptq`, which neither syncs nor verifies. Each turn's ratio is to the copy just before it. The source
-is in the page cache throughout (dropping it takes root), so reading costs a copy in memory.
+Writes a bf16 checkpoint with the block shapes of a 1B Llama and random weights, in one file. Then, in turns:
+copies and syncs it; quantizes it in a process of its own (planning, rounding, writing, verification, report
+and publication count, start-up and imports do not); and, where asked, converts it with llm-compressor's
+`model_free_ptq`, which neither syncs nor verifies. Each turn's ratio is to the copy just before it. The
+source is in the page cache throughout (dropping it takes root), so reading costs a copy in memory.
 """
 
 from __future__ import annotations
@@ -52,7 +53,10 @@ def make_checkpoint(folder: Path, size: int, vocabulary: int) -> None:
         "mlp.up_proj": (INTERMEDIATE, HIDDEN),
         "mlp.down_proj": (HIDDEN, INTERMEDIATE),
     }
-    outside = [TensorSpec("model.embed_tokens.weight", "BF16", (vocabulary, HIDDEN)), TensorSpec("model.norm.weight", "BF16", (HIDDEN,))]
+    outside = [
+        TensorSpec("model.embed_tokens.weight", "BF16", (vocabulary, HIDDEN)),
+        TensorSpec("model.norm.weight", "BF16", (HIDDEN,)),
+    ]
     blocks = [TensorSpec(f"model.layers.{{}}.{n}.weight", "BF16", shape) for n, shape in block.items()]
     count = max(1, round((size - outside[0].nbytes) / sum(s.nbytes for s in blocks)))
     specs = outside + [TensorSpec(s.name.format(i), s.dtype, s.shape) for i in range(count) for s in blocks]
@@ -62,7 +66,10 @@ def make_checkpoint(folder: Path, size: int, vocabulary: int) -> None:
         for spec in specs:
             # by pieces: a child's largest resident memory counts from that of the process it was forked from
             counts = (min(1024, spec.shape[0] - start) for start in range(0, spec.shape[0], 1024))
-            made = (torch.randn(count, *spec.shape[1:], generator=generator).mul_(0.02).bfloat16() for count in counts)
+            made = (
+                torch.randn(count, *spec.shape[1:], generator=generator).mul_(0.02).bfloat16()
+                for count in counts
+            )
             writer.write_pieces(spec.name, (memoryview(m.view(torch.uint8).numpy()).cast("B") for m in made))
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -101,7 +108,11 @@ def convert(source: Path, target: Path, scheme: str) -> None:
 
     start, cpu = time.perf_counter(), time.process_time()
     report = quantize(Recipe(model_path=source, output_path=target, method="minmax", scheme=scheme))
-    found = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu, "phases": report["seconds"]}
+    found = {
+        "seconds": time.perf_counter() - start,
+        "cpu": time.process_time() - cpu,
+        "phases": report["seconds"],
+    }
     print(json.dumps(found), flush=True)
 
 
@@ -111,8 +122,16 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=128256, help="rows of the embedding, 4 KiB each")
     parser.add_argument("--scheme", default="w8a8-fp8")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where the files go, on the disk to be measured (default: temporary files')")
-    parser.add_argument("--llmcompressor-python", type=Path, help="the python of an environment with llm-compressor, to compare with")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where the files go, on the disk to be measured (default: temporary files')",
+    )
+    parser.add_argument(
+        "--llmcompressor-python",
+        type=Path,
+        help="the python of an environment with llm-compressor, to compare with",
+    )
     parser.add_argument("--convert", nargs=2, type=Path, metavar=("SOURCE", "TARGET"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.convert:
@@ -123,29 +142,59 @@ def main() -> None:
         folder = Path(name)
         source, target = folder / "source", folder / "target"
         make_checkpoint(source, round(options.gib * 2**30), options.vocabulary)
-        print(f"{(source / 'model.safetensors').stat().st_size / 2**30:.2f} GiB, scheme {options.scheme}", flush=True)
+        print(
+            f"{(source / 'model.safetensors').stat().st_size / 2**30:.2f} GiB, scheme {options.scheme}",
+            flush=True,
+        )
         ratios, peers = [], []
         for turn in range(options.repeats):
             copied = copy(source, target)
             shutil.rmtree(target)
-            ours = run([sys.executable, ROOT / "benchmarks/streaming.py", "--scheme", options.scheme, "--convert", source, target], threads)
+            ours = run(
+                [
+                    sys.executable,
+                    ROOT / "benchmarks/streaming.py",
+                    "--scheme",
+                    options.scheme,
+                    "--convert",
+                    source,
+                    target,
+                ],
+                threads,
+            )
             shutil.rmtree(target)
             found = last_json(ours.output)
             ratios.append(found["seconds"] / copied)
             phases = ", ".join(f"{k} {v:.2f}" for k, v in found["phases"].items())
             print(
-                f"{turn + 1}: copy {copied:.2f} s, quant {found['seconds']:.2f} s ({phases}; {found['cpu']:.2f} of CPU), {ratios[-1]:.2f} copies, "
+                f"{turn + 1}: copy {copied:.2f} s, quant {found['seconds']:.2f} s ({phases}; "
+                f"{found['cpu']:.2f} of CPU), {ratios[-1]:.2f} copies, "
                 f"peak {ours.peak_rss_bytes / 2**20:.0f} MiB",
                 flush=True,
             )
             if options.llmcompressor_python:
-                command = [options.llmcompressor_python, "-c", PEER, source, target, PEER_SCHEMES[options.scheme], str(threads)]
+                command = [
+                    options.llmcompressor_python,
+                    "-c",
+                    PEER,
+                    source,
+                    target,
+                    PEER_SCHEMES[options.scheme],
+                    str(threads),
+                ]
                 peer = run(command, threads)
                 shutil.rmtree(target)
                 seconds = float(result_line(peer.output).split()[1])
                 peers.append(seconds / copied)
-                print(f"   llm-compressor {seconds:.2f} s, {peers[-1]:.2f} copies, peak {peer.peak_rss_bytes / 2**20:.0f} MiB", flush=True)
-        print(f"median: quant {median(ratios):.2f} copies{f', llm-compressor {median(peers):.2f}' if peers else ''}")
+                print(
+                    f"   llm-compressor {seconds:.2f} s, {peers[-1]:.2f} copies, peak "
+                    f"{peer.peak_rss_bytes / 2**20:.0f} MiB",
+                    flush=True,
+                )
+        print(
+            f"median: quant {median(ratios):.2f} "
+            f"copies{f', llm-compressor {median(peers):.2f}' if peers else ''}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Do other programs read the same weights from our files, and do we from theirs? Bit by bit, in fp32.
 
-    python benchmarks/values.py --gptqmodel-python PYTHON --autogptq-python PYTHON --llmcompressor-python PYTHON [--model MODEL]
+    python benchmarks/values.py --gptqmodel-python PYTHON --autogptq-python PYTHON --llmcompressor-python
+    PYTHON [--model MODEL]
 
-Ours read by theirs: our `gptq` checkpoint is loaded with AutoGPTQ's torch kernel and with GPTQModel, our compressed-tensors one is decompressed by the
-official package; each then dequantizes its layers, which are compared with `quant`'s own values. Theirs read by ours: GPTQModel's and llm-compressor's
-checkpoints of the same model, dequantized by them and by us.
+Ours read by theirs: our `gptq` checkpoint is loaded with AutoGPTQ's torch kernel and with GPTQModel, our
+compressed-tensors one is decompressed by the official package; each then dequantizes its layers, which are
+compared with `quant`'s own values. Theirs read by ours: GPTQModel's and llm-compressor's checkpoints of the
+same model, dequantized by them and by us.
 """
 
 import argparse
@@ -24,7 +26,8 @@ from quant.pipeline.export import export
 
 SHARED = ROOT.parent / "shared"
 
-#: Run by the other program's interpreter: MODEL OUT. Writes each quantized layer's weight [N, K] as it computes it.
+#: Run by the other program's interpreter: MODEL OUT. Writes each quantized layer's weight [N, K] as it
+#: computes it.
 AUTOGPTQ = """
 import sys, torch
 from auto_gptq import AutoGPTQForCausalLM
@@ -65,22 +68,32 @@ save_file({n.removesuffix(".weight"): p.float().contiguous() for n, p in model.n
 
 
 def compare(checkpoint: Path, dump: Path, stored: torch.dtype) -> str:
-    """Every layer of the dump against our reading of the checkpoint; ``stored`` is the dtype in which the other program holds weights."""
+    """Every layer of the dump against our reading of the checkpoint; ``stored`` is the dtype in which the
+    other program holds weights."""
     ours, theirs = dequantized(open_checkpoint(checkpoint)), load_file(dump)
     worst, equal = 0.0, 0
     for name, value in theirs.items():
         mine = ours.read(f"{name}.weight").to(stored).float()
         equal += bool(torch.equal(mine, value))
         worst = max(worst, float((mine - value).abs().max() / mine.abs().max()))
-    return f"{equal} of {len(theirs)} layers bit-equal in {str(stored).removeprefix('torch.')}, largest relative difference {worst:.1e}"
+    return (
+        f"{equal} of {len(theirs)} layers bit-equal in {str(stored).removeprefix('torch.')}, largest "
+        f"relative difference {worst:.1e}"
+    )
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", type=lambda p: Path(p).resolve(), default=SHARED / "data/models/tinylm-11m")
     p.add_argument("--bench", type=lambda p: Path(p).resolve(), default=SHARED / "bench")
-    p.add_argument("--text", type=lambda p: Path(p).resolve(), default=SHARED / "data/text/wikipedia-sample/wiki.txt")
-    p.add_argument("--llmcompressor-python"), p.add_argument("--gptqmodel-python"), p.add_argument("--autogptq-python")
+    p.add_argument(
+        "--text", type=lambda p: Path(p).resolve(), default=SHARED / "data/text/wikipedia-sample/wiki.txt"
+    )
+    (
+        p.add_argument("--llmcompressor-python"),
+        p.add_argument("--gptqmodel-python"),
+        p.add_argument("--autogptq-python"),
+    )
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -89,7 +102,14 @@ def main() -> None:
         run(quantize_command(a.model, work / "ct", "--method", "gptq", *few))
         run(quantize_command(a.model, work / "ct-asym", "--method", "minmax", "--asymmetric"))
 
-        def ask(who: str, python: str | None, program: str, checkpoint: Path, stored: torch.dtype, ours: Path | None = None) -> None:
+        def ask(
+            who: str,
+            python: str | None,
+            program: str,
+            checkpoint: Path,
+            stored: torch.dtype,
+            ours: Path | None = None,
+        ) -> None:
             if python:
                 dump = work / "dump.safetensors"
                 run([python, "-c", program, checkpoint, dump])
@@ -97,12 +117,25 @@ def main() -> None:
 
         ask("our gptq read by AutoGPTQ", a.autogptq_python, AUTOGPTQ, work / "gptq", torch.float32)
         ask("our gptq read by GPTQModel", a.gptqmodel_python, GPTQMODEL, work / "gptq", torch.bfloat16)
-        ask("our compressed-tensors read by the official package", sys.executable, COMPRESSED, work / "ct", torch.bfloat16)
-        ask("our asymmetric compressed-tensors read by the official package", sys.executable, COMPRESSED, work / "ct-asym", torch.bfloat16)
+        ask(
+            "our compressed-tensors read by the official package",
+            sys.executable,
+            COMPRESSED,
+            work / "ct",
+            torch.bfloat16,
+        )
+        ask(
+            "our asymmetric compressed-tensors read by the official package",
+            sys.executable,
+            COMPRESSED,
+            work / "ct-asym",
+            torch.bfloat16,
+        )
         common = ["--text", a.text, "--samples", "16", "--length", "256"]
         if a.gptqmodel_python:
             run([a.gptqmodel_python, a.bench / "peer_gptqmodel.py", a.model, work / "theirs-gptq", *common])
-            # it stores fp16 scales for a bf16 model and rounds them to bf16 when it loads, as vLLM does and as our export does
+            # it stores fp16 scales for a bf16 model and rounds them to bf16 when it loads, as vLLM does and
+            # as our export does
             export(work / "theirs-gptq", work / "exported", "compressed-tensors")
             ask(
                 "GPTQModel's checkpoint, exported by us, against its own reading",
@@ -112,11 +145,31 @@ def main() -> None:
                 torch.bfloat16,
                 work / "exported",
             )
-            print("  verify:", "passed" if verify(work / "theirs-gptq").passed else verify(work / "theirs-gptq").failed)
+            print(
+                "  verify:",
+                "passed" if verify(work / "theirs-gptq").passed else verify(work / "theirs-gptq").failed,
+            )
         if a.llmcompressor_python:
-            run([a.llmcompressor_python, a.bench / "peer_llmcompressor.py", a.model, work / "theirs-ct", *common])
-            ask("llm-compressor's checkpoint read by us", a.llmcompressor_python, COMPRESSED, work / "theirs-ct", torch.bfloat16)
-            print("  verify:", "passed" if verify(work / "theirs-ct").passed else verify(work / "theirs-ct").failed)
+            run(
+                [
+                    a.llmcompressor_python,
+                    a.bench / "peer_llmcompressor.py",
+                    a.model,
+                    work / "theirs-ct",
+                    *common,
+                ]
+            )
+            ask(
+                "llm-compressor's checkpoint read by us",
+                a.llmcompressor_python,
+                COMPRESSED,
+                work / "theirs-ct",
+                torch.bfloat16,
+            )
+            print(
+                "  verify:",
+                "passed" if verify(work / "theirs-ct").passed else verify(work / "theirs-ct").failed,
+            )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Writes docs/reference.md from the programs' own --help; with --check, fails where the file is not what they say now."""
+"""Writes docs/reference.md from the programs' own --help; with --check, fails where the file is not what they
+say now."""
 
 import sys
 from pathlib import Path
@@ -16,7 +17,9 @@ REFERENCE = ROOT / "docs/reference.md"
 
 
 def section(command: click.Command, name: str, depth: int) -> list[str]:
-    context = click.Context(command, info_name=name, max_content_width=100, terminal_width=100, help_option_names=["-h", "--help"])
+    context = click.Context(
+        command, info_name=name, max_content_width=100, terminal_width=100, help_option_names=["-h", "--help"]
+    )
     lines = [f"{'#' * depth} {name}", "", "```text", command.get_help(context).rstrip(), "```", ""]
     if isinstance(command, click.Group):
         for sub in command.list_commands(context):
@@ -27,7 +30,12 @@ def section(command: click.Command, name: str, depth: int) -> list[str]:
 
 
 def main() -> None:
-    head = ["# Command reference", "", "Made from `--help` by `make docs`; `make lint` checks that it is current.", ""]
+    head = [
+        "# Command reference",
+        "",
+        "Made from `--help` by `make docs`; `make lint` checks that it is current.",
+        "",
+    ]
     text = "\n".join([*head, *section(quant, "quant", 2), *section(deploy, "quant-deploy", 2)])
     if "--check" in sys.argv:
         if not REFERENCE.exists() or REFERENCE.read_text(encoding="utf-8") != text:

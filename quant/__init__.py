@@ -1,6 +1,7 @@
 """quant: from a Hugging Face checkpoint to a quantized model that vLLM serves.
 
-Every command's work is a function here that returns a value. Names are imported when first used, so ``import quant`` is free of torch.
+Every command's work is a function here that returns a value. Names are imported when first used, so ``import
+quant`` is free of torch.
 
 >>> import quant
 >>> recipe = quant.make_recipe({"model_path": "M", "output_path": "O", "method": "gptq"})

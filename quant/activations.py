@@ -1,4 +1,5 @@
-"""Numbers of activations: what calibration writes into the file, and what the engine makes of x with them. Pure functions on any device."""
+"""Numbers of activations: what calibration writes into the file, and what the engine makes of x with them.
+Pure functions on any device."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from quant.tensors import InputParameters
 _E4M3, _E2M1 = 448.0, 6.0
 
 
-def input_parameters(statistics: Statistics | None, scheme: ActivationScheme | None) -> InputParameters | None:
+def input_parameters(
+    statistics: Statistics | None, scheme: ActivationScheme | None
+) -> InputParameters | None:
     """The calibrated numbers that a scheme stores, from the range of the input; None where it stores none.
 
     All linears that vLLM fuses read one input, so they get one and the same.
@@ -24,7 +27,9 @@ def input_parameters(statistics: Statistics | None, scheme: ActivationScheme | N
     low, high = statistics.minimum.min().clamp(max=0), statistics.maximum.max().clamp(min=0)
     largest = torch.maximum(-low, high)
     if scheme.strategy == "tensor_group":
-        return InputParameters(global_scale=(_E4M3 * _E2M1 / torch.where(largest == 0, 1.0, largest)).reshape(1))
+        return InputParameters(
+            global_scale=(_E4M3 * _E2M1 / torch.where(largest == 0, 1.0, largest)).reshape(1)
+        )
     if scheme.number == "float":
         return InputParameters(scale=(torch.where(largest == 0, 1.0, largest) / _E4M3).reshape(1))
     levels = 2**scheme.bits - 1
@@ -32,27 +37,37 @@ def input_parameters(statistics: Statistics | None, scheme: ActivationScheme | N
         return InputParameters(scale=(torch.where(largest == 0, 1.0, largest) * 2 / levels).reshape(1))
     width = high - low
     scale = torch.where(width == 0, 1.0, width) / levels
-    zero = (-(2 ** (scheme.bits - 1)) - low / scale).round().clamp(-(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1)
+    zero = (
+        (-(2 ** (scheme.bits - 1)) - low / scale)
+        .round()
+        .clamp(-(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1)
+    )
     return InputParameters(scale=scale.reshape(1), zero=zero.to(torch.int8).reshape(1))
 
 
-def fake_quantize(x: torch.Tensor, scheme: ActivationScheme, parameters: InputParameters | None = None) -> torch.Tensor:
+def fake_quantize(
+    x: torch.Tensor, scheme: ActivationScheme, parameters: InputParameters | None = None
+) -> torch.Tensor:
     """The numbers that vLLM's kernels compute with in place of x.
 
-    Integers and FP8 follow vLLM's CUDA kernels; its CPU kernels give the same int8 codes. Where backends differ this takes: of FP8, a
-    quotient by the scale (kernels with static scales multiply by its reciprocal, which can move a tie); of MXFP4, the power of two at which
-    the largest magnitude is not clipped (vLLM's emulation rounds that exponent). Weight-only kernels that stand in for FP8, NVFP4 and MX on
-    hardware without them leave x alone, and so are closer to the unquantized model than this.
+    Integers and FP8 follow vLLM's CUDA kernels; its CPU kernels give the same int8 codes. Where backends
+    differ this takes: of FP8, a quotient by the scale (kernels with static scales multiply by its reciprocal,
+    which can move a tie); of MXFP4, the power of two at which the largest magnitude is not clipped (vLLM's
+    emulation rounds that exponent). Weight-only kernels that stand in for FP8, NVFP4 and MX on hardware
+    without them leave x alone, and so are closer to the unquantized model than this.
 
     Args:
-        x: [..., K] of any floating dtype; K is a multiple of the group size, or the last group is short (FP8 groups alone).
+        x: [..., K] of any floating dtype; K is a multiple of the group size, or the last group is short (FP8
+            groups alone).
         parameters: the calibrated numbers, for schemes that have them.
 
     Returns:
         [..., K] in the dtype of x.
     """
     wide = x.float()
-    values = _integers(wide, scheme, parameters) if scheme.number == "int" else _floats(wide, scheme, parameters)
+    values = (
+        _integers(wide, scheme, parameters) if scheme.number == "int" else _floats(wide, scheme, parameters)
+    )
     return values.to(x.dtype)
 
 
@@ -94,7 +109,9 @@ def _floats(x: torch.Tensor, scheme: ActivationScheme, parameters: InputParamete
         return (snap(groups / _nonzero(scale), scheme.bits) * scale).flatten(-2)[..., :k]
     if scheme.scales == "U8":
         top = _E2M1 if scheme.bits == 4 else _E4M3
-        scale = torch.exp2(torch.ceil(torch.log2(largest.clamp_min(torch.finfo(torch.float32).tiny) / top)).clamp_(-127, 127))
+        scale = torch.exp2(
+            torch.ceil(torch.log2(largest.clamp_min(torch.finfo(torch.float32).tiny) / top)).clamp_(-127, 127)
+        )
     else:
         scale = largest.clamp_min(1e-10) / _E4M3
     return (snap(groups / scale, scheme.bits).mul_(scale)).flatten(-2)[..., :k]

@@ -1,8 +1,9 @@
 """What a config.json says of a model: the shape of every weight and what each layer keeps in the KV cache.
 
-Nothing is loaded and torch is not imported. A family (``model_type``) is a row of :data:`FAMILIES`: the facts that its config.json leaves
-unsaid, such as whether the projections have biases and how many norms a block has. The shapes themselves are always computed, so any size
-of a known family is exact, and an unknown family falls back to the Llama layout with a note that says so.
+Nothing is loaded and torch is not imported. A family (``model_type``) is a row of :data:`FAMILIES`: the facts
+that its config.json leaves unsaid, such as whether the projections have biases and how many norms a block
+has. The shapes themselves are always computed, so any size of a known family is exact, and an unknown family
+falls back to the Llama layout with a note that says so.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from quant.errors import UsageError
 #: bytes of one stored value, by the names that config.json and safetensors use
 DTYPE_BYTES = {
     "float32": 4, "float16": 2, "bfloat16": 2, "float64": 8, "float8_e4m3fn": 1, "float8_e5m2": 1,
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1,
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I64": 8, "I32": 4,
+    "I16": 2, "I8": 1, "U8": 1,
     "U16": 2, "U32": 4, "U64": 8, "BOOL": 1, "F4": 0.5,
 }  # fmt: skip
 
@@ -32,9 +34,10 @@ Split = Literal["column", "row", "kv", "vocab", "none"]
 class Weight:
     """One tensor, or ``count`` equal ones (experts).
 
-    ``split`` is how tensor parallelism cuts it: ``column`` along the first dimension, ``row`` along the second, ``kv`` along the first but
-    never finer than a KV head, ``vocab`` along a vocabulary padded to 64, ``none`` keeps a copy on every rank. ``linear`` marks the linears
-    of decoder blocks that weight quantization touches. ``layer`` is -1 outside the blocks, ``stored_bytes`` the bytes in the file where the
+    ``split`` is how tensor parallelism cuts it: ``column`` along the first dimension, ``row`` along the
+    second, ``kv`` along the first but never finer than a KV head, ``vocab`` along a vocabulary padded to 64,
+    ``none`` keeps a copy on every rank. ``linear`` marks the linears of decoder blocks that weight
+    quantization touches. ``layer`` is -1 outside the blocks, ``stored_bytes`` the bytes in the file where the
     tensor was read from one (0: only known from its shape).
     """
 
@@ -57,8 +60,9 @@ class Weight:
 class CacheLayer:
     """What one layer keeps for every token, or for every request.
 
-    ``kind``: ``full``, ``sliding`` (``window`` tokens), ``chunked`` (``window`` tokens), ``mla`` (one latent of ``key_dim`` values for all
-    heads) or ``state`` (``state_bytes`` a request, whatever its length). ``owner`` is False for a layer that reads another layer's cache.
+    ``kind``: ``full``, ``sliding`` (``window`` tokens), ``chunked`` (``window`` tokens), ``mla`` (one latent
+    of ``key_dim`` values for all heads) or ``state`` (``state_bytes`` a request, whatever its length).
+    ``owner`` is False for a layer that reads another layer's cache.
     """
 
     layer: int
@@ -67,7 +71,8 @@ class CacheLayer:
     key_dim: int = 0
     value_dim: int = 0
     window: int = 0
-    #: values kept by a state layer, as (count, bytes each; 0 = the KV cache's own dtype, divided by tensor parallelism)
+    #: values kept by a state layer, as (count, bytes each; 0 = the KV cache's own dtype, divided by tensor
+    #: parallelism)
     state: tuple[tuple[int, int], ...] = ()
 
 
@@ -106,7 +111,8 @@ class ModelSpec:
     source: str = ""
     #: where ``weights`` are a quantized file's tensors: the shapes that its linears have unpacked
     unpacked: tuple[Weight, ...] = ()
-    #: the vision tower's shape: hidden, inner, projections (3 gated, 2 plain), patches per token, tokens of the largest image
+    #: the vision tower's shape: hidden, inner, projections (3 gated, 2 plain), patches per token, tokens of
+    #: the largest image
     vision_shape: Mapping[str, int] = field(default_factory=dict)
     #: the name on the hub, where the catalogue knows it
     hub: str = ""
@@ -122,7 +128,8 @@ class ModelSpec:
 
     @property
     def active_parameters(self) -> int:
-        """Parameters that one token's forward pass reads: the active experts' share of the routed ones, and no embedding table."""
+        """Parameters that one token's forward pass reads: the active experts' share of the routed ones, and
+        no embedding table."""
         total = 0.0
         for weight in self.weights:
             if weight.role in ("mtp", "vision") or (weight.role == "embedding" and not self.tied):
@@ -144,19 +151,25 @@ class ModelSpec:
         for entry in self.cache:
             kinds[entry.kind] = kinds.get(entry.kind, 0) + 1
         return {
-            "name": self.name, "family": self.family, "architecture": self.architecture, "dtype": self.dtype, "layers": self.layers,
+            "name": self.name, "family": self.family, "architecture": self.architecture, "dtype": self.dtype,
+            "layers": self.layers,
             "hidden": self.hidden, "heads": self.heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim,
-            "intermediate": self.intermediate, "vocabulary": self.vocabulary, "max_context": self.max_context, "tied": self.tied,
-            "parameters": self.parameters, "active_parameters": self.active_parameters, "parameters_by_role": self.by_role,
+            "intermediate": self.intermediate, "vocabulary": self.vocabulary, "max_context": self.max_context,
+            "tied": self.tied,
+            "parameters": self.parameters, "active_parameters": self.active_parameters,
+            "parameters_by_role": self.by_role,
             "cache_layers": kinds, "experts": self.moe.experts if self.moe else 0, "vision": self.vision,
-            "quantization": source_method(self.quantization), "source": self.source, "uncertainty": self.uncertainty,
+            "quantization": source_method(self.quantization), "source": self.source,
+            "uncertainty": self.uncertainty,
             "notes": list(self.notes),
         }  # fmt: skip
 
 
 def source_method(quantization: Mapping[str, Any] | None) -> str | None:
     """The ``quant_method`` of a checkpoint that is already quantized, or None."""
-    return str(quantization.get("quant_method", "unknown")).lower().replace("_", "-") if quantization else None
+    return (
+        str(quantization.get("quant_method", "unknown")).lower().replace("_", "-") if quantization else None
+    )
 
 
 @dataclass(frozen=True)
@@ -174,7 +187,8 @@ class Family:
     head_bias: bool = False
     positions: int | None = None  # learned positions: extra rows beyond max_position_embeddings
     embedding_norm: bool = False
-    window_pattern: int = 0  # every n-th layer is full attention, the others slide; 0: sliding_window applies to all or none
+    # every n-th layer is full attention, the others slide; 0: sliding_window applies to all or none
+    window_pattern: int = 0
     windowed: bool = False  # sliding_window is in force when it is set
     wide_query: bool = False  # the query projection also makes an output gate
     scale_only: bool = False  # layer norms without a bias
@@ -200,14 +214,18 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(norms=4, tied=True, window_pattern=2, windowed=True),
     "gemma3_text": Family(norms=4, tied=True, qk_norm="head", window_pattern=6, windowed=True),
     "gemma4_text": Family(norms=4, tied=True, qk_norm="head", windowed=True),
-    "phi": Family(mlp="plain", norm="layer", norms=1, qkv_bias=True, output_bias=True, mlp_bias=True, head_bias=True),
+    "phi": Family(
+        mlp="plain", norm="layer", norms=1, qkv_bias=True, output_bias=True, mlp_bias=True, head_bias=True
+    ),
     "phi3": Family(windowed=True),
     "phimoe": Family(norm="layer", qkv_bias=True, output_bias=True, windowed=True),
     "granite": Family(),
     "olmo2": Family(qk_norm="width"),
     "olmo3": Family(qk_norm="width", window_pattern=4, windowed=True),
     "cohere": Family(norm="layer", norms=1, tied=True, scale_only=True),
-    "starcoder2": Family(mlp="plain", norm="layer", qkv_bias=True, output_bias=True, mlp_bias=True, tied=True, windowed=True),
+    "starcoder2": Family(
+        mlp="plain", norm="layer", qkv_bias=True, output_bias=True, mlp_bias=True, tied=True, windowed=True
+    ),
     "internlm2": Family(),
     "deepseek": Family(),
     "deepseek_v2": Family(),
@@ -217,9 +235,13 @@ FAMILIES: dict[str, Family] = {
     "kimi_linear": Family(),
     "gpt_oss": Family(qkv_bias=True, output_bias=True, windowed=True, window_pattern=2),
     "gpt_neox": Family(mlp="plain", norm="layer", qkv_bias=True, output_bias=True, mlp_bias=True),
-    "gpt2": Family(mlp="plain", norm="layer", qkv_bias=True, output_bias=True, mlp_bias=True, tied=True, positions=0),
+    "gpt2": Family(
+        mlp="plain", norm="layer", qkv_bias=True, output_bias=True, mlp_bias=True, tied=True, positions=0
+    ),
     "gptj": Family(mlp="plain", norm="layer", norms=1, mlp_bias=True, head_bias=True),
-    "opt": Family(mlp="plain", norm="layer", qkv_bias=True, output_bias=True, mlp_bias=True, tied=True, positions=2),
+    "opt": Family(
+        mlp="plain", norm="layer", qkv_bias=True, output_bias=True, mlp_bias=True, tied=True, positions=2
+    ),
     "falcon": Family(mlp="plain", norm="layer", norms=1, tied=True),
     "mpt": Family(mlp="plain", norm="layer", tied=True, scale_only=True),
     "llama4_text": Family(),
@@ -230,10 +252,14 @@ FAMILIES: dict[str, Family] = {
 
 #: multimodal wrappers whose text part has no model_type of its own → the family of that part
 WRAPPERS = {
-    "qwen2_5_vl": "qwen2_5_vl_text", "qwen2_vl": "qwen2_vl_text", "qwen3_vl": "qwen3_vl_text", "qwen3_vl_moe": "qwen3_vl_moe_text",
-    "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text", "gemma3": "gemma3_text", "gemma4": "gemma4_text",
-    "llama4": "llama4_text", "mllama": "mllama_text_model", "mistral3": "mistral", "llava": "llama", "kimi_k25": "kimi_k2",
-    "qwen2_5_omni": "qwen2", "qwen2_5_omni_thinker": "qwen2", "kimi_vl": "deepseek_v3", "internvl": "qwen3", "llava_next": "llama",
+    "qwen2_5_vl": "qwen2_5_vl_text", "qwen2_vl": "qwen2_vl_text", "qwen3_vl": "qwen3_vl_text",
+    "qwen3_vl_moe": "qwen3_vl_moe_text",
+    "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text", "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "llama4": "llama4_text", "mllama": "mllama_text_model", "mistral3": "mistral", "llava": "llama",
+    "kimi_k25": "kimi_k2",
+    "qwen2_5_omni": "qwen2", "qwen2_5_omni_thinker": "qwen2", "kimi_vl": "deepseek_v3", "internvl": "qwen3",
+    "llava_next": "llama",
     "idefics3": "llama",
 }  # fmt: skip
 
@@ -245,9 +271,22 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "num_key_value_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
     "intermediate_size": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
     "vocab_size": ("vocab_size", "padded_vocab_size"),
-    "max_position_embeddings": ("max_position_embeddings", "n_positions", "model_max_length", "max_seq_len", "seq_length", "n_ctx"),
+    "max_position_embeddings": (
+        "max_position_embeddings",
+        "n_positions",
+        "model_max_length",
+        "max_seq_len",
+        "seq_length",
+        "n_ctx",
+    ),
     "experts": ("num_experts", "n_routed_experts", "num_local_experts"),
-    "active": ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "top_k_experts", "moe_topk"),
+    "active": (
+        "num_experts_per_tok",
+        "num_experts_per_token",
+        "experts_per_token",
+        "top_k_experts",
+        "moe_topk",
+    ),
 }
 
 
@@ -259,7 +298,11 @@ class Config:
         text = raw
         while True:
             inner = next(
-                (text[k] for k in ("text_config", "thinker_config", "llm_config", "language_config") if isinstance(text.get(k), Mapping)),
+                (
+                    text[k]
+                    for k in ("text_config", "thinker_config", "llm_config", "language_config")
+                    if isinstance(text.get(k), Mapping)
+                ),
                 None,
             )
             if inner is None:
@@ -286,12 +329,19 @@ class Config:
         if value is None:
             names = " or ".join(ALIASES.get(key, (key,)))
             raise UsageError(f"{self.where} lacks {names}: it is needed to plan; give a complete config.json")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or not 0 < value < LARGEST_DIMENSION:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or value != int(value)
+            or not 0 < value < LARGEST_DIMENSION
+        ):
             raise UsageError(f"{self.where}: {key} is {value!r}: must be a whole number from 1 to 2^31")
         return int(value)
 
 
-def spec_from_config(raw: Mapping[str, Any], name: str = "model", where: str = "config.json", source: str = "") -> ModelSpec:
+def spec_from_config(
+    raw: Mapping[str, Any], name: str = "model", where: str = "config.json", source: str = ""
+) -> ModelSpec:
     """The model that a config.json describes.
 
     Raises:
@@ -312,12 +362,20 @@ def spec_from_config(raw: Mapping[str, Any], name: str = "model", where: str = "
     if dtype not in DTYPE_BYTES:
         notes.append(f"config.json names no dtype ({dtype or 'absent'}): bfloat16 is assumed")
         dtype = "bfloat16"
-    quantization = raw.get("quantization_config") or config.text.get("quantization_config") or raw.get("compression_config")
+    quantization = (
+        raw.get("quantization_config")
+        or config.text.get("quantization_config")
+        or raw.get("compression_config")
+    )
     return ModelSpec(
-        name=name, family=config.family or "unknown", architecture=str(architectures[0]), dtype=dtype, hidden=builder.hidden, heads=heads,
-        kv_heads=builder.kv_heads, head_dim=builder.head_dim, intermediate=builder.intermediate, vocabulary=builder.vocabulary,
-        max_context=config.count("max_position_embeddings", 2048), tied=builder.tied, layers=builder.layers, weights=weights,
-        cache=tuple(builder.cache()), moe=experts, vision=any(w.role == "vision" for w in weights), quantization=quantization,
+        name=name, family=config.family or "unknown", architecture=str(architectures[0]), dtype=dtype,
+        hidden=builder.hidden, heads=heads,
+        kv_heads=builder.kv_heads, head_dim=builder.head_dim, intermediate=builder.intermediate,
+        vocabulary=builder.vocabulary,
+        max_context=config.count("max_position_embeddings", 2048), tied=builder.tied, layers=builder.layers,
+        weights=weights,
+        cache=tuple(builder.cache()), moe=experts, vision=any(w.role == "vision" for w in weights),
+        quantization=quantization,
         rotary_bytes=builder.rotary_bytes(dtype),
         vision_shape=_vision_shape(raw), source=source or where, notes=tuple([*notes, *builder.notes]),
         uncertainty=0.0 if known else 0.1, latent=builder.latent,
@@ -340,11 +398,14 @@ class _Builder:
         self.kv_heads = falcon_kv or count("num_key_value_heads", self.heads)
         if get("head_dim") is None and self.hidden % self.heads:
             raise UsageError(
-                f"{config.where}: hidden_size {self.hidden} is not a multiple of num_attention_heads {self.heads} and there is no head_dim"
+                f"{config.where}: hidden_size {self.hidden} is not a multiple of num_attention_heads "
+                f"{self.heads} and there is no head_dim"
             )
         self.head_dim = count("head_dim", max(self.hidden // self.heads, 1))
         if self.heads % self.kv_heads:
-            raise UsageError(f"{config.where}: {self.heads} attention heads are not a multiple of {self.kv_heads} KV heads")
+            raise UsageError(
+                f"{config.where}: {self.heads} attention heads are not a multiple of {self.kv_heads} KV heads"
+            )
         widths = {"gpt2": 4, "gptj": 4, "falcon": 4, "mpt": get("expansion_ratio", 4)}
         default = int(widths[config.family] * self.hidden) if config.family in widths else None
         if default is None and get("intermediate_size") is None and get("moe_intermediate_size") is not None:
@@ -355,9 +416,13 @@ class _Builder:
         if tied is None and config.family == "qwen2_5_vl_text":
             tied = False
         self.tied = family.tied if tied is None else bool(tied)
-        self.latent = {k: int(get(k)) for k in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim") if get(k)}
+        self.latent = {
+            k: int(get(k))
+            for k in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+            if get(k)
+        }
 
-    # -- facts of single layers ------------------------------------------------------------------------------------------------------
+    # -- facts of single layers ------------------------------------------------------------------------------
 
     def moe(self) -> Moe | None:
         get, count = self.config.get, self.config.count
@@ -367,7 +432,8 @@ class _Builder:
         return Moe(count("experts"), min(count("active", 2), count("experts")), inner)
 
     def layer_types(self) -> list[str]:
-        """The kind of every layer's attention, in transformers' words, plus ``mla`` and what nemotron's pattern letters mean."""
+        """The kind of every layer's attention, in transformers' words, plus ``mla`` and what nemotron's
+        pattern letters mean."""
         get, n = self.config.get, self.layers
         family = self.config.family
         if pattern := get("hybrid_override_pattern"):
@@ -382,7 +448,9 @@ class _Builder:
         if isinstance(types, list) and len(types) == n:
             return [str(t) for t in types]
         if interval := get("full_attention_interval"):
-            return ["full_attention" if (i + 1) % int(interval) == 0 else "linear_attention" for i in range(n)]
+            return [
+                "full_attention" if (i + 1) % int(interval) == 0 else "linear_attention" for i in range(n)
+            ]
         if crossing := get("cross_attention_layers"):
             return ["cross_attention" if i in crossing else "full_attention" for i in range(n)]
         if family == "llama4_text" and get("attention_chunk_size"):
@@ -390,7 +458,8 @@ class _Builder:
             return ["chunked_attention" if nope[i] else "full_attention" for i in range(n)]
         window = get("sliding_window")
         if not window or not self.family.windowed:
-            if window and get("use_sliding_window"):  # Qwen2: only above max_window_layers, and only when switched on
+            # Qwen2: only above max_window_layers, and only when switched on
+            if window and get("use_sliding_window"):
                 first = int(get("max_window_layers", n))
                 return ["sliding_attention" if i >= first else "full_attention" for i in range(n)]
             return ["full_attention"] * n
@@ -402,7 +471,8 @@ class _Builder:
         return ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(n)]
 
     def heads_of(self, kind: str) -> tuple[int, int, bool]:
-        """KV heads, head size and whether keys double as values, for a layer of that kind (Gemma 4 differs by kind)."""
+        """KV heads, head size and whether keys double as values, for a layer of that kind (Gemma 4 differs by
+        kind)."""
         get = self.config.get
         if self.config.family == "gemma4_text" and kind == "full_attention":
             shared = bool(get("attention_k_eq_v"))
@@ -411,7 +481,8 @@ class _Builder:
         return self.kv_heads, self.head_dim, False
 
     def shares_cache(self, layer: int) -> bool:
-        """Gemma 3n and 4: the last layers read the cache of an earlier one and have no key and value projections."""
+        """Gemma 3n and 4: the last layers read the cache of an earlier one and have no key and value
+        projections."""
         return layer >= self.layers - int(self.config.get("num_kv_shared_layers") or 0)
 
     def is_moe(self, layer: int) -> bool:
@@ -428,14 +499,18 @@ class _Builder:
             return (layer + 1) % int(step) == 0
         return (layer + 1) % int(get("decoder_sparse_step") or 1) == 0
 
-    # -- weights ---------------------------------------------------------------------------------------------------------------------
+    # -- weights ---------------------------------------------------------------------------------------------
 
     def weights(self) -> Iterator[Weight]:
         f, h, v = self.family, self.hidden, self.vocabulary
         width = int(self.config.get("word_embed_proj_dim") or h)
         yield Weight("embed_tokens", "embedding", (v, width), "vocab")
         if f.positions is not None:
-            yield Weight("embed_positions", "embedding", (self.config.count("max_position_embeddings") + f.positions, h))
+            yield Weight(
+                "embed_positions",
+                "embedding",
+                (self.config.count("max_position_embeddings") + f.positions, h),
+            )
         if width != h:
             yield Weight("project_in", "other", (h, width))
             yield Weight("project_out", "other", (width, h))
@@ -463,7 +538,10 @@ class _Builder:
     def _block(self, layer: int, kind: str) -> Iterator[Weight]:
         h = self.hidden
         norms = (
-            2 if self.config.get("new_decoder_architecture") and self.config.get("num_ln_in_parallel_attn", 2) == 2 else self.family.norms
+            2
+            if self.config.get("new_decoder_architecture")
+            and self.config.get("num_ln_in_parallel_attn", 2) == 2
+            else self.family.norms
         )
         for i in range(norms):
             yield from self._norm(f"norm{i}", h)
@@ -491,7 +569,9 @@ class _Builder:
         if self.config.family == "gemma4_text":
             yield from self._gemma4_extras()
 
-    def _linear(self, name: str, rows: int, columns: int, split: Split, bias: bool = False, role: str = "attention") -> Iterator[Weight]:
+    def _linear(
+        self, name: str, rows: int, columns: int, split: Split, bias: bool = False, role: str = "attention"
+    ) -> Iterator[Weight]:
         yield Weight(name, role, (rows, columns), split, linear=True)
         if bias:
             yield Weight(f"{name}.bias", role, (rows,), "none" if split == "row" else split)
@@ -531,10 +611,19 @@ class _Builder:
 
     def _mla(self) -> Iterator[Weight]:
         get, h = self.config.get, self.hidden
-        rank, rope, nope, value = (self.latent.get(k, 0) for k in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"))
-        missing = [k for k in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim") if k not in self.latent]
+        rank, rope, nope, value = (
+            self.latent.get(k, 0)
+            for k in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+        )
+        missing = [
+            k
+            for k in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+            if k not in self.latent
+        ]
         if missing:
-            raise UsageError(f"{self.config.where} lacks {', '.join(missing)}: latent attention needs them to plan")
+            raise UsageError(
+                f"{self.config.where} lacks {', '.join(missing)}: latent attention needs them to plan"
+            )
         bias = bool(get("attention_bias", False))
         if query_rank := get("q_lora_rank"):
             yield from self._linear("q_a_proj", int(query_rank), h, "none", bias)
@@ -546,7 +635,8 @@ class _Builder:
         yield Weight("kv_a_layernorm", "norm", (rank,))
         yield from self._linear("kv_b_proj", self.heads * (nope + value), rank, "column")
         yield from self._linear("o_proj", h, self.heads * value, "row", bias)
-        if index := get("index_n_heads"):  # DeepSeek V3.2: the selector of sparse attention, kept whole on every rank
+        # DeepSeek V3.2: the selector of sparse attention, kept whole on every rank
+        if index := get("index_n_heads"):
             dim = self.config.count("index_head_dim")
             yield from self._linear("indexer.wq_b", int(index) * dim, int(query_rank or h), "none")
             yield from self._linear("indexer.wk", dim, h, "none")
@@ -560,7 +650,9 @@ class _Builder:
         values = value_heads * value_dim
         yield from self._linear("linear_attn.in_proj_qkvz", 2 * keys + 2 * values, h, "column")
         yield from self._linear("linear_attn.in_proj_ba", 2 * value_heads, h, "column")
-        yield Weight("linear_attn.conv1d", "attention", (2 * keys + values, count("linear_conv_kernel_dim")), "column")
+        yield Weight(
+            "linear_attn.conv1d", "attention", (2 * keys + values, count("linear_conv_kernel_dim")), "column"
+        )
         yield Weight("linear_attn.dt_bias", "attention", (value_heads,), "column")
         yield Weight("linear_attn.A_log", "attention", (value_heads,), "column")
         yield Weight("linear_attn.norm", "norm", (value_dim,))
@@ -568,7 +660,11 @@ class _Builder:
 
     def _kda(self) -> Iterator[Weight]:
         linear, h = self.config.get("linear_attn_config") or {}, self.hidden
-        heads, dim, kernel = int(linear["num_heads"]), int(linear["head_dim"]), int(linear["short_conv_kernel_size"])
+        heads, dim, kernel = (
+            int(linear["num_heads"]),
+            int(linear["head_dim"]),
+            int(linear["short_conv_kernel_size"]),
+        )
         width = heads * dim
         for name in "qkv":
             yield from self._linear(f"{name}_proj", width, h, "column")
@@ -620,7 +716,14 @@ class _Builder:
         yield Weight("mlp.router", "router", (n, h))
         if router_bias:
             yield Weight("mlp.router.bias", "router", (n,))
-        if self.config.family in ("deepseek_v3", "deepseek_v32", "kimi_k2", "nemotron_h", "minimax_m2", "kimi_linear"):
+        if self.config.family in (
+            "deepseek_v3",
+            "deepseek_v32",
+            "kimi_k2",
+            "nemotron_h",
+            "minimax_m2",
+            "kimi_linear",
+        ):
             yield Weight("mlp.e_score_correction_bias", "router", (n,))
         names = ("gate_proj", "up_proj") if self.family.mlp == "gated" else ("up_proj",)
         for name in names:
@@ -643,7 +746,9 @@ class _Builder:
             yield Weight("mlp.shared_expert_gate", "router", (1, h))
         if shared:
             for name in names:
-                yield from self._linear(f"mlp.shared_experts.{name}", shared, h, "column", role="shared_experts")
+                yield from self._linear(
+                    f"mlp.shared_experts.{name}", shared, h, "column", role="shared_experts"
+                )
             yield from self._linear("mlp.shared_experts.down_proj", h, shared, "row", role="shared_experts")
 
     def _gemma4_extras(self) -> Iterator[Weight]:
@@ -678,7 +783,7 @@ class _Builder:
             yield Weight("mtp_norms", "mtp", (3, h))
             yield Weight("mtp_embeddings", "mtp", (2 * self.vocabulary, h))
 
-    # -- cache -----------------------------------------------------------------------------------------------------------------------
+    # -- cache -----------------------------------------------------------------------------------------------
 
     def cache(self) -> Iterator[CacheLayer]:
         get = self.config.get
@@ -687,7 +792,9 @@ class _Builder:
                 continue
             kv, dim, _ = self.heads_of(kind)
             if kind == "mla":
-                yield CacheLayer(layer, "mla", 1, self.latent["kv_lora_rank"] + self.latent["qk_rope_head_dim"])
+                yield CacheLayer(
+                    layer, "mla", 1, self.latent["kv_lora_rank"] + self.latent["qk_rope_head_dim"]
+                )
             elif kind == "sliding_attention":
                 yield CacheLayer(layer, "sliding", kv, dim, dim, self.config.count("sliding_window"))
             elif kind == "chunked_attention":
@@ -696,9 +803,18 @@ class _Builder:
                 count = self.config.count
                 keys = count("linear_num_key_heads") * count("linear_key_head_dim")
                 values = count("linear_num_value_heads") * count("linear_value_head_dim")
-                state = count("linear_num_value_heads") * count("linear_key_head_dim") * count("linear_value_head_dim")
+                state = (
+                    count("linear_num_value_heads")
+                    * count("linear_key_head_dim")
+                    * count("linear_value_head_dim")
+                )
                 yield CacheLayer(
-                    layer, "state", state=(((2 * keys + values) * (count("linear_conv_kernel_dim") - 1), 0), (state, self._state_bytes()))
+                    layer,
+                    "state",
+                    state=(
+                        ((2 * keys + values) * (count("linear_conv_kernel_dim") - 1), 0),
+                        (state, self._state_bytes()),
+                    ),
                 )
             elif kind == "kda":
                 linear = get("linear_attn_config") or {}
@@ -709,7 +825,9 @@ class _Builder:
                 count = self.config.count
                 inner = count("mamba_num_heads") * count("mamba_head_dim")
                 conv = (inner + 2 * count("n_groups") * count("ssm_state_size")) * (count("conv_kernel") - 1)
-                yield CacheLayer(layer, "state", state=((conv, 0), (inner * count("ssm_state_size"), self._state_bytes())))
+                yield CacheLayer(
+                    layer, "state", state=((conv, 0), (inner * count("ssm_state_size"), self._state_bytes()))
+                )
             else:
                 yield CacheLayer(layer, "full", kv, dim, dim)
 
@@ -719,22 +837,31 @@ class _Builder:
         return int(DTYPE_BYTES.get(str(named), 0))
 
     def rotary_bytes(self, dtype: str) -> int:
-        """vLLM keeps one table of cosines and sines for every position, in the model's dtype, shared by all layers of one kind. Linear
-        scaling stretches the table of the full-attention layers: eight times the positions in Gemma 3 from 4B up."""
+        """vLLM keeps one table of cosines and sines for every position, in the model's dtype, shared by all
+        layers of one kind. Linear scaling stretches the table of the full-attention layers: eight times the
+        positions in Gemma 3 from 4B up."""
         get = self.config.get
         if self.config.family in ("gpt2", "opt", "mpt", "nemotron_h"):
             return 0
-        dim = self.latent.get("qk_rope_head_dim") or int(self.head_dim * float(get("partial_rotary_factor") or 1))
+        dim = self.latent.get("qk_rope_head_dim") or int(
+            self.head_dim * float(get("partial_rotary_factor") or 1)
+        )
         scaling = get("rope_scaling") or get("rope_parameters") or {}
         scaling = scaling.get("full_attention", scaling) if isinstance(scaling, Mapping) else {}
         kind = scaling.get("rope_type") or scaling.get("type")
         stretch = float(scaling.get("factor") or 1) if kind == "linear" else 1.0
         local = 1 if self.config.family.startswith("gemma3") else 0
-        return int(self.config.count("max_position_embeddings", 2048) * dim * int(DTYPE_BYTES[dtype]) * (stretch + local))
+        return int(
+            self.config.count("max_position_embeddings", 2048)
+            * dim
+            * int(DTYPE_BYTES[dtype])
+            * (stretch + local)
+        )
 
 
 def vision_weights(raw: Mapping[str, Any], hidden: int, notes: list[str]) -> Iterator[Weight]:
-    """The vision tower and its projector, from ``vision_config``; approximate where the tower's kind is not known, and then said so."""
+    """The vision tower and its projector, from ``vision_config``; approximate where the tower's kind is not
+    known, and then said so."""
     vision = raw.get("vision_config")
     if not isinstance(vision, Mapping):
         return
@@ -743,7 +870,8 @@ def vision_weights(raw: Mapping[str, Any], hidden: int, notes: list[str]) -> Ite
     inner = vision.get("intermediate_size") or vision.get("vt_intermediate_size")
     wrapper = str(raw.get("model_type"))
     defaults = {
-        "mistral3": (1024, 24, 4096), "llama4": (1408, 34, 5632), "kimi_k25": (1152, 27, 4304), "kimi_vl": (1152, 27, 4304),
+        "mistral3": (1024, 24, 4096), "llama4": (1408, 34, 5632), "kimi_k25": (1152, 27, 4304),
+        "kimi_vl": (1152, 27, 4304),
         "qwen2_5_vl": (1280, 32, 3420),
     }  # fmt: skip
     if wrapper in defaults:
@@ -834,23 +962,30 @@ def vision_weights(raw: Mapping[str, Any], hidden: int, notes: list[str]) -> Ite
         yield tensor("projector", hidden, h * merge + 1)
         yield tensor("projector2", hidden, hidden + 1)
         return
-    if wrapper == "mllama":  # eight more layers with global attention, position tables for every tile and aspect ratio
+    # eight more layers with global attention, position tables for every tile and aspect ratio
+    if wrapper == "mllama":
         more = int(vision.get("num_global_layers") or 8)
         tiles, ratios = int(vision.get("max_num_tiles") or 4), 9
         yield tensor("global_layers", 4 * h * h + 2 * h * i, count=more)
         yield tensor("tile_positions", ratios, tiles * (positions + 1) * h)
         yield tensor("projector", hidden, int(vision.get("vision_output_dim") or 7680) + 1)
         return
-    notes.append(f"the vision tower of {wrapper} is counted as a plain vision transformer: its size is approximate")
+    notes.append(
+        f"the vision tower of {wrapper} is counted as a plain vision transformer: its size is approximate"
+    )
     yield tensor("positions", positions + 1, h)
     yield tensor("projector", hidden, h)
 
 
-#: wrapper → projections of the tower's MLP, patches that make one token, tokens of the largest image that its processor lets through
+#: wrapper → projections of the tower's MLP, patches that make one token, tokens of the largest image that its
+#: processor lets through
 _VISION_SHAPES = {
-    "qwen2_vl": (2, 4, 16384), "qwen2_5_vl": (3, 4, 16384), "qwen3_vl": (2, 4, 16384), "qwen3_vl_moe": (2, 4, 16384),
-    "qwen3_5": (2, 4, 16384), "qwen3_5_moe": (2, 4, 16384), "gemma3": (2, 16, 256), "gemma4": (2, 9, 280), "mistral3": (3, 4, 3025),
-    "llava": (2, 1, 576), "llava_next": (2, 1, 2928), "internvl": (2, 4, 3328), "llama4": (2, 4, 2584), "mllama": (2, 1, 6404),
+    "qwen2_vl": (2, 4, 16384), "qwen2_5_vl": (3, 4, 16384), "qwen3_vl": (2, 4, 16384),
+    "qwen3_vl_moe": (2, 4, 16384),
+    "qwen3_5": (2, 4, 16384), "qwen3_5_moe": (2, 4, 16384), "gemma3": (2, 16, 256), "gemma4": (2, 9, 280),
+    "mistral3": (3, 4, 3025),
+    "llava": (2, 1, 576), "llava_next": (2, 1, 2928), "internvl": (2, 4, 3328), "llama4": (2, 4, 2584),
+    "mllama": (2, 1, 6404),
     "kimi_k25": (2, 4, 4096), "kimi_vl": (2, 4, 1024),
 }  # fmt: skip
 
@@ -861,13 +996,21 @@ def _vision_shape(raw: Mapping[str, Any]) -> dict[str, int]:
     if not weights or wrapper not in _VISION_SHAPES:
         return {}
     vision = raw["vision_config"]
-    inner = vision.get("intermediate_size") or next((w.shape[0] for w in weights if w.name.endswith(".up")), 0)
+    inner = vision.get("intermediate_size") or next(
+        (w.shape[0] for w in weights if w.name.endswith(".up")), 0
+    )
     projections, patches, tokens = _VISION_SHAPES[wrapper]
     hidden = weights[0].shape[0]
-    return {"hidden": hidden, "inner": int(inner or 4 * hidden), "projections": projections, "patches": patches, "tokens": tokens}
+    return {
+        "hidden": hidden,
+        "inner": int(inner or 4 * hidden),
+        "projections": projections,
+        "patches": patches,
+        "tokens": tokens,
+    }
 
 
-# -- from the tensors of a checkpoint ------------------------------------------------------------------------------------------------------
+# -- from the tensors of a checkpoint ------------------------------------------------------------------------
 
 #: what a tensor's name says: pattern → (role, split, is a linear of a block). First match wins.
 TENSOR_ROLES: tuple[tuple[str, str, Split, bool], ...] = (
@@ -878,18 +1021,33 @@ TENSOR_ROLES: tuple[tuple[str, str, Split, bool], ...] = (
         False,
     ),
     (r"(^|\.)mtp\.|\.eh_proj|nextn", "mtp", "none", False),
-    (r"(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|model\.embeddings)\.", "embedding", "vocab", False),
+    (
+        r"(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|model\.embeddings)\.",
+        "embedding",
+        "vocab",
+        False,
+    ),
     (r"(embed_positions|wpe|position_embedding)", "embedding", "none", False),
     (r"(^|\.)(lm_head|embed_out|output)\.(weight|bias|qweight|scales|weight_\w+)$", "head", "vocab", False),
     (r"(norm|ln_\d|ln_f|layer_norm|layernorm)[\w]*(\.weight|\.bias)?$", "norm", "none", False),
-    (r"(mlp|block_sparse_moe|moe|mixer)\.(gate|router)\.|shared_expert_gate|e_score_correction_bias|router\.", "router", "none", False),
+    (
+        r"(mlp|block_sparse_moe|moe|mixer)\.(gate|router)\.|shared_expert_gate|e_score_correction_bias|router\.",
+        "router",
+        "none",
+        False,
+    ),
     (r"experts\.(\d+\.)?(down_proj|w2)", "experts", "row", True),
     (r"experts\.", "experts", "column", True),
     (r"shared_experts?\.down_proj", "shared_experts", "row", True),
     (r"shared_experts?\.", "shared_experts", "column", True),
     (r"(q_a_proj|kv_a_proj_with_mqa)\.", "attention", "none", True),
     (r"(k_proj|v_proj)\.", "attention", "kv", True),
-    (r"(self_attn|attn|attention|linear_attn|mixer)\.(o_proj|out_proj|dense|c_proj|wo)\.", "attention", "row", True),
+    (
+        r"(self_attn|attn|attention|linear_attn|mixer)\.(o_proj|out_proj|dense|c_proj|wo)\.",
+        "attention",
+        "row",
+        True,
+    ),
     (
         r"(q_proj|q_b_proj|kv_b_proj|qkv_proj|query_key_value|Wqkv|wqkv|c_attn|in_proj\w*|[fgb]_b_proj|b_proj)\.",
         "attention",
@@ -898,7 +1056,12 @@ TENSOR_ROLES: tuple[tuple[str, str, Split, bool], ...] = (
     ),
     (r"([fg]_a_proj)\.", "attention", "none", True),
     (r"(down_proj|fc2|fc_out|dense_4h_to_h|feed_forward\.w2|mlp\.c_proj)\.", "mlp", "row", True),
-    (r"(gate_proj|up_proj|gate_up_proj|fc1|fc_in|dense_h_to_4h|feed_forward\.w[13]|c_fc)\.", "mlp", "column", True),
+    (
+        r"(gate_proj|up_proj|gate_up_proj|fc1|fc_in|dense_h_to_4h|feed_forward\.w[13]|c_fc)\.",
+        "mlp",
+        "column",
+        True,
+    ),
     (r"(A_log|dt_bias|conv1d|\.D$|sinks)", "attention", "column", False),
 )
 _ROLES = tuple((re.compile(p), role, split, linear) for p, role, split, linear in TENSOR_ROLES)
@@ -906,7 +1069,8 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
 def weights_from_tensors(tensors: Iterable[tuple[str, str, tuple[int, ...]]], layers: int) -> list[Weight]:
-    """Weights from safetensors headers: ``(name, dtype, shape)`` of every tensor, so that bytes are those of the file.
+    """Weights from safetensors headers: ``(name, dtype, shape)`` of every tensor, so that bytes are those of
+    the file.
 
     Blocks beyond ``layers`` are drafting (MTP) layers.
     """

@@ -1,8 +1,9 @@
 """What a model's name, config.json or directory says of it, before anything is downloaded or loaded.
 
-``configs/models.json`` holds the config facts of public models, each with its source. A name that is not there is tried without the marks
-that quantizers add (``-AWQ``, ``-GPTQ-Int4``, ``.w4a16``), then without the marks of a fine-tune, and at last by the size that it names;
-what was assumed is in :attr:`ModelSpec.notes` and :attr:`ModelSpec.uncertainty`.
+``configs/models.json`` holds the config facts of public models, each with its source. A name that is not
+there is tried without the marks that quantizers add (``-AWQ``, ``-GPTQ-Int4``, ``.w4a16``), then without the
+marks of a fine-tune, and at last by the size that it names; what was assumed is in :attr:`ModelSpec.notes`
+and :attr:`ModelSpec.uncertainty`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,13 @@ _GPTQ4 = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "de
 
 
 def _compressed(bits: int, kind: str, group: int | None, activations: bool) -> dict[str, Any]:
-    weights = {"num_bits": bits, "type": kind, "symmetric": True, "strategy": "group" if group else "channel", "group_size": group}
+    weights = {
+        "num_bits": bits,
+        "type": kind,
+        "symmetric": True,
+        "strategy": "group" if group else "channel",
+        "group_size": group,
+    }
     inputs = {"num_bits": 8, "type": kind, "dynamic": True} if activations else None
     form = {
         ("int", False): "pack-quantized",
@@ -32,13 +39,18 @@ def _compressed(bits: int, kind: str, group: int | None, activations: bool) -> d
     }
     return {
         "quant_method": "compressed-tensors", "format": form[kind, activations], "ignore": ["lm_head"],
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights,
+        "input_activations": inputs}},
     }  # fmt: skip
 
 
-#: endings of a name that say how the weights are stored → the quantization_config that such checkpoints carry. First match wins.
+#: endings of a name that say how the weights are stored → the quantization_config that such checkpoints
+#: carry. First match wins.
 NAME_MARKS: tuple[tuple[str, dict[str, Any]], ...] = (
-    (r"[-.]AWQ([-.]INT4)?$", {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}),
+    (
+        r"[-.]AWQ([-.]INT4)?$",
+        {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
+    ),
     (r"[-.]GPTQ[-.]Int8$", {**_GPTQ4, "bits": 8}),
     (r"[-.]GPTQ([-.]Int4)?$", _GPTQ4),
     (r"[-.](unsloth-)?bnb-4bit$", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
@@ -47,13 +59,19 @@ NAME_MARKS: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"[-. ](quantized\.)?w8a8([-.]int8)?$", _compressed(8, "int", None, True)),
     (r"[-.]int8$", _compressed(8, "int", None, True)),
     (r"[-.]FP8[-.](dynamic|KV)$", _compressed(8, "float", None, True)),
-    (r"[-.]FP8([-.]block)?$", {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}),
+    (
+        r"[-.]FP8([-.]block)?$",
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+    ),
     (r"[-.]NVFP4(A16)?$", {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
     (r"[-.](fp16|bf16|float16|HF)$", {}),
 )
 
 #: marks of a fine-tune: the shapes are the base model's
-TUNE_MARKS = re.compile(r"-(instruct|chat|it|hf|base|thinking|reasoning|\d{4}|v\d+(\.\d+)?|pt|preview|finetune|sft|dpo)$", re.IGNORECASE)
+TUNE_MARKS = re.compile(
+    r"-(instruct|chat|it|hf|base|thinking|reasoning|\d{4}|v\d+(\.\d+)?|pt|preview|finetune|sft|dpo)$",
+    re.IGNORECASE,
+)
 
 
 def model_from_config(config: Mapping[str, Any] | str | Path, name: str = "") -> ModelSpec:
@@ -65,11 +83,14 @@ def model_from_config(config: Mapping[str, Any] | str | Path, name: str = "") ->
     """
     if isinstance(config, Mapping):
         return spec_from_config(config, name or "model")
-    return spec_from_config(read_json(Path(config), "the config"), name or Path(config).parent.name, str(config))
+    return spec_from_config(
+        read_json(Path(config), "the config"), name or Path(config).parent.name, str(config)
+    )
 
 
 def model_from_directory(path: str | Path) -> ModelSpec:
-    """The model of a checkpoint directory: shapes and dtypes of every tensor from the safetensors headers, nothing else is read.
+    """The model of a checkpoint directory: shapes and dtypes of every tensor from the safetensors headers,
+    nothing else is read.
 
     Raises:
         CheckpointError: no config.json, no safetensors files, or a damaged header.
@@ -78,7 +99,9 @@ def model_from_directory(path: str | Path) -> ModelSpec:
     directory = Path(path)
     if (directory / "config.json").is_file() and not any(directory.glob("*.safetensors*")):
         spec = spec_from_config(
-            read_json(directory / "config.json", "the config"), directory.resolve().name, str(directory / "config.json")
+            read_json(directory / "config.json", "the config"),
+            directory.resolve().name,
+            str(directory / "config.json"),
         )
         return replace(spec, notes=(*spec.notes, "no safetensors files: sizes are computed from config.json"))
     checkpoint = open_checkpoint(directory)
@@ -94,7 +117,7 @@ def model_from_directory(path: str | Path) -> ModelSpec:
     return replace(spec, weights=weights, tied=tied, vision=vision, unpacked=unpacked, source=str(directory))
 
 
-# -- by name -----------------------------------------------------------------------------------------------------------------------------
+# -- by name -------------------------------------------------------------------------------------------------
 
 
 def catalogue() -> dict[str, dict[str, Any]]:
@@ -104,7 +127,8 @@ def catalogue() -> dict[str, dict[str, Any]]:
 
 
 def _key(name: str) -> str:
-    """A model name for comparing: case, organisation and separators do not count, nor does the ``Meta-`` before Llama."""
+    """A model name for comparing: case, organisation and separators do not count, nor does the ``Meta-``
+    before Llama."""
     return re.sub(r"[^a-z0-9]", "", re.sub(r"^meta-", "", name.split("/")[-1].lower()))
 
 
@@ -156,7 +180,11 @@ def find_model(name: str) -> ModelSpec:
 
 
 def _entry(
-    found: str, entries: Mapping[str, dict[str, Any]], name: str, quantization: dict[str, Any] | None, notes: list[str]
+    found: str,
+    entries: Mapping[str, dict[str, Any]],
+    name: str,
+    quantization: dict[str, Any] | None,
+    notes: list[str],
 ) -> ModelSpec:
     entry = entries[found]
     spec = spec_from_config(entry["config"], name, f"the catalogue's entry {found}", entry["source"])
@@ -169,9 +197,14 @@ def _entry(
 
 
 def _by_size(
-    name: str, plain: str, quantization: dict[str, Any] | None, entries: Mapping[str, dict[str, Any]], known: list[str]
+    name: str,
+    plain: str,
+    quantization: dict[str, Any] | None,
+    entries: Mapping[str, dict[str, Any]],
+    known: list[str],
 ) -> ModelSpec:
-    """A model whose name tells only its size: the shapes of the nearest known model, with as many layers as give that size."""
+    """A model whose name tells only its size: the shapes of the nearest known model, with as many layers as
+    give that size."""
     sizes = re.findall(r"(?:^|[-_. ])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?=$|[-_. ])", plain, re.IGNORECASE)
     if not sizes:
         import difflib
@@ -186,7 +219,10 @@ def _by_size(
     times, number, unit = sizes[0]
     target = float(number) * (1e9 if unit.lower() == "b" else 1e6) * (int(times) if times else 1)
     if not 1e6 <= target <= 1e14:
-        raise UsageError(f"--model is {name!r}: a size of {number}{unit} is no model; sizes from 1M to 100000B can be planned")
+        raise UsageError(
+            f"--model is {name!r}: a size of {number}{unit} is no model; sizes from 1M to 100000B can be "
+            "planned"
+        )
     active = re.search(r"[-_]A(\d+(?:\.\d+)?)B", plain)
     mixture = bool(times or active)
     family = re.match(r"[a-z]+", _key(plain))
@@ -194,17 +230,28 @@ def _by_size(
 
     def distance(entry_name: str) -> float:
         """How far an entry is by the size in its own name; the family that the name begins with comes first."""
-        found = re.findall(r"(?:^|[-_. ])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?=$|[-_. ])", entry_name.split("/")[-1], re.IGNORECASE)
+        found = re.findall(
+            r"(?:^|[-_. ])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?=$|[-_. ])",
+            entry_name.split("/")[-1],
+            re.IGNORECASE,
+        )
         if not found:
             return math.inf
         size = float(found[0][1]) * (1e9 if found[0][2].lower() == "b" else 1e6) * int(found[0][0] or 1)
-        return abs(math.log(size / target)) + (0.0 if family and _key(entry_name).startswith(family[0]) else 0.3)
+        return abs(math.log(size / target)) + (
+            0.0 if family and _key(entry_name).startswith(family[0]) else 0.3
+        )
 
     spec = None
     for entry_name in sorted(known, key=distance):
         candidate = spec_from_config(entries[entry_name]["config"], name, entry_name)
         plain_cache = all(c.kind in ("full", "sliding") for c in candidate.cache)
-        if plain_cache and not candidate.vision and (candidate.moe is not None) == mixture and not candidate.quantization:
+        if (
+            plain_cache
+            and not candidate.vision
+            and (candidate.moe is not None) == mixture
+            and not candidate.quantization
+        ):
             spec = candidate
             break
     assert spec is not None
@@ -217,13 +264,15 @@ def _by_size(
     scale = target / sum(w.parameters for w in weights)
     cache = tuple(replace(spec.cache[i % len(spec.cache)], layer=i) for i in range(layers))
     notes = (
-        f"{name} is not in the catalogue: sized by the {number}{unit.upper()} in its name, with the shapes of {entry_name} "
+        f"{name} is not in the catalogue: sized by the {number}{unit.upper()} in its name, with the shapes "
+        f"of {entry_name} "
         f"({layers} layers); sizes may be off by 15 %, the KV cache by a factor of 4",
     )
     if not 0.8 < scale < 1.25:
         weights = [replace(w, shape=(max(1, round(w.shape[0] * scale)), *w.shape[1:])) for w in weights]
     return replace(
-        spec, name=name, layers=layers, weights=tuple(weights), cache=cache, quantization=quantization, uncertainty=0.15, source="name",
+        spec, name=name, layers=layers, weights=tuple(weights), cache=cache, quantization=quantization,
+        uncertainty=0.15, source="name",
         notes=notes,
     )  # fmt: skip
 
@@ -249,6 +298,7 @@ def load_model(model: str | Path | ModelSpec | Mapping[str, Any]) -> ModelSpec:
 
 
 def stored_bytes(spec: ModelSpec) -> int:
-    """Bytes of the checkpoint's tensors: those of the files where they were read, else shapes times the config's dtype."""
+    """Bytes of the checkpoint's tensors: those of the files where they were read, else shapes times the
+    config's dtype."""
     width = DTYPE_BYTES[spec.dtype]
     return int(sum(w.stored_bytes or w.parameters * width for w in spec.weights))

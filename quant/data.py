@@ -1,4 +1,5 @@
-"""Where the project's data files are: ``configs/`` at the top of a checkout, ``quant/configs`` once installed."""
+"""Where the project's data files are: ``configs/`` at the top of a checkout, ``quant/configs`` once
+installed."""
 
 from __future__ import annotations
 

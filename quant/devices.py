@@ -24,5 +24,7 @@ def device_of(name: str | None) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device is {name!r}: no CUDA device is visible to torch; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device is {name!r}: torch sees {torch.cuda.device_count()} CUDA devices, counted from 0")
+        raise UsageError(
+            f"--device is {name!r}: torch sees {torch.cuda.device_count()} CUDA devices, counted from 0"
+        )
     return device

@@ -1,7 +1,7 @@
 """Errors a user can act on.
 
-Each message names the thing, the value, the rule it broke and the next step. The command layer prints the message without a
-traceback and exits with ``exit_code``; library callers catch :class:`QuantError`.
+Each message names the thing, the value, the rule it broke and the next step. The command layer prints the
+message without a traceback and exits with ``exit_code``; library callers catch :class:`QuantError`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class Problems(QuantError):
         self.problems = tuple(problems)
         self.exit_code = exit_code
         lines = [f"{i}. {p}" for i, p in enumerate(self.problems, 1)]
-        super().__init__(self.problems[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems:", *lines]))
+        super().__init__(
+            self.problems[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems:", *lines])
+        )
 
 
 def clipped(value: object, most: int = 100) -> str:
@@ -65,7 +67,13 @@ def clipped(value: object, most: int = 100) -> str:
     "'xxxx…"
     """
     short = reprlib.Repr()
-    short.maxlevel, short.maxdict, short.maxstring, short.maxlong, short.maxother = 3, 6, 4 * most, 60, 4 * most
+    short.maxlevel, short.maxdict, short.maxstring, short.maxlong, short.maxother = (
+        3,
+        6,
+        4 * most,
+        60,
+        4 * most,
+    )
     shown = short.repr(value)
     return shown if len(shown) <= most else shown[: most // 2] + "…"
 

@@ -1,6 +1,7 @@
 """Which GPUs are here, through NVML, and what a GPU that is not here would be, from ``configs/gpus.json``.
 
-Neither torch nor CUDA is initialised: asking costs no GPU memory, and works while another process holds all of it.
+Neither torch nor CUDA is initialised: asking costs no GPU memory, and works while another process holds all
+of it.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ GIB = 2**30
 #: what stands for a document where the table names none: the figure was entered from memory
 UNCHECKED = "unchecked"
 
-#: of the nominal memory of a part whose driver's total is not known; the known ones that keep no ECC in it have 0.95 to 1
+#: of the nominal memory of a part whose driver's total is not known; the known ones that keep no ECC in it
+#: have 0.95 to 1
 USABLE_SHARE = 0.985
 
 
 @dataclass(frozen=True)
 class GpuProcess:
-    """A process that holds memory of a GPU. ``name`` is empty where the driver does not tell it (other users, containers)."""
+    """A process that holds memory of a GPU. ``name`` is empty where the driver does not tell it (other users,
+    containers)."""
 
     pid: int
     name: str
@@ -40,9 +43,9 @@ class GpuProcess:
 class Gpu:
     """One GPU, one MIG slice, or the CPU when there is none.
 
-    Sizes are bytes, ``bandwidth`` bytes a second, ``rates`` dense operations a second by number format (0: not native). ``sources`` says
-    where each fact came from (``memory``, ``bandwidth``, ``capability``, each rate): ``nvml``, ``user``, or the document that the table
-    names, ``unchecked`` where it names none.
+    Sizes are bytes, ``bandwidth`` bytes a second, ``rates`` dense operations a second by number format (0:
+    not native). ``sources`` says where each fact came from (``memory``, ``bandwidth``, ``capability``, each
+    rate): ``nvml``, ``user``, or the document that the table names, ``unchecked`` where it names none.
     """
 
     name: str
@@ -67,18 +70,23 @@ class Gpu:
 
     @property
     def formats(self) -> dict[str, str]:
-        """Number formats → how this GPU computes with them in vLLM: ``native``, ``weight-only`` (unpacked on the way), ``no``."""
+        """Number formats → how this GPU computes with them in vLLM: ``native``, ``weight-only`` (unpacked on
+        the way), ``no``."""
         return number_formats(self.platform, self.capability, self.architecture)
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "index": self.index, "name": self.name, "uuid": self.uuid, "platform": self.platform, "kind": self.kind,
+            "index": self.index, "name": self.name, "uuid": self.uuid, "platform": self.platform,
+            "kind": self.kind,
             "total_bytes": self.total_bytes, "used_bytes": self.used_bytes, "free_bytes": self.free_bytes,
-            "capability": ".".join(map(str, self.capability)) if self.capability else self.architecture or None,
-            "bandwidth_bytes_per_second": self.bandwidth or None, "operations_per_second": dict(self.rates), "link": self.link,
+            "capability": ".".join(map(str,
+            self.capability)) if self.capability else self.architecture or None,
+            "bandwidth_bytes_per_second": self.bandwidth or None, "operations_per_second": dict(self.rates),
+            "link": self.link,
             "driver": self.driver or None, "mig": self.mig or None, "formats": self.formats,
             "processes": [{"pid": p.pid, "name": p.name, "used_bytes": p.used_bytes} for p in self.processes],
-            "torch_allocated_bytes": self.torch_allocated_bytes, "torch_reserved_bytes": self.torch_reserved_bytes,
+            "torch_allocated_bytes": self.torch_allocated_bytes,
+            "torch_reserved_bytes": self.torch_reserved_bytes,
             "sources": dict(self.sources),
         }  # fmt: skip
 
@@ -106,11 +114,16 @@ class Detection:
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        return {"gpus": [g.to_dict() for g in self.gpus], "host": self.host.to_dict(), "note": self.note or None}
+        return {
+            "gpus": [g.to_dict() for g in self.gpus],
+            "host": self.host.to_dict(),
+            "note": self.note or None,
+        }
 
 
-#: lowest compute capability (CUDA) at which vLLM 0.32 computes a scheme: (natively, by unpacking weights on the way). vLLM's sources, the
-#: ``get_min_capability`` of each scheme; None = never. A third number is the first capability at which the kernels are missing again.
+#: lowest compute capability (CUDA) at which vLLM 0.32 computes a scheme: (natively, by unpacking weights on
+#: the way). vLLM's sources, the ``get_min_capability`` of each scheme; None = never. A third number is the
+#: first capability at which the kernels are missing again.
 FORMAT_CAPABILITIES: dict[str, tuple[int | None, int | None, int | None]] = {
     "fp16": (70, None, None),
     "bf16": (80, None, None),
@@ -125,20 +138,37 @@ FORMAT_CAPABILITIES: dict[str, tuple[int | None, int | None, int | None]] = {
 }
 
 
-def number_formats(platform: str, capability: tuple[int, int] | None, architecture: str = "") -> dict[str, str]:
+def number_formats(
+    platform: str, capability: tuple[int, int] | None, architecture: str = ""
+) -> dict[str, str]:
     """How a GPU handles every number format.
 
     >>> number_formats("cuda", (8, 6))["fp8"], number_formats("cuda", (9, 0))["fp8"]
     ('weight-only', 'native')
     """
     if platform == "rocm":
-        fp8 = architecture >= "gfx942" and not architecture.startswith("gfx9") or architecture in ("gfx942", "gfx950")
-        native = {"fp16", "bf16", "int8"} | ({"fp8"} if fp8 else set()) | ({"mxfp4", "mxfp8"} if architecture == "gfx950" else set())
+        fp8 = (
+            architecture >= "gfx942"
+            and not architecture.startswith("gfx9")
+            or architecture in ("gfx942", "gfx950")
+        )
+        native = (
+            {"fp16", "bf16", "int8"}
+            | ({"fp8"} if fp8 else set())
+            | ({"mxfp4", "mxfp8"} if architecture == "gfx950" else set())
+        )
         return {
-            f: "native" if f in native else "weight-only" if f in ("int4-weights", "int8-weights") else "no" for f in FORMAT_CAPABILITIES
+            f: "native" if f in native else "weight-only" if f in ("int4-weights", "int8-weights") else "no"
+            for f in FORMAT_CAPABILITIES
         }
     if platform == "cpu":  # vLLM's x86 build with AVX512
-        can = {"fp16": "native", "bf16": "native", "int8": "native", "fp8": "weight-only", "int4-weights": "weight-only"}
+        can = {
+            "fp16": "native",
+            "bf16": "native",
+            "int8": "native",
+            "fp8": "weight-only",
+            "int4-weights": "weight-only",
+        }
         return {f: can.get(f, "no") for f in FORMAT_CAPABILITIES}
     level = capability[0] * 10 + capability[1] if capability else 0
     found = {}
@@ -154,7 +184,7 @@ def number_formats(platform: str, capability: tuple[int, int] | None, architectu
     return found
 
 
-# -- named GPUs --------------------------------------------------------------------------------------------------------------------------
+# -- named GPUs ----------------------------------------------------------------------------------------------
 
 
 def _plain(name: str) -> str:
@@ -164,7 +194,9 @@ def _plain(name: str) -> str:
     'rtx3070tilaptop'
     """
     text = re.sub(
-        r"\b(nvidia|geforce|amd|instinct|radeon|tesla|gpu|graphics|generation|sxm\d?|hbm\d?e?|oam)\b", " ", name.lower().replace("-", " ")
+        r"\b(nvidia|geforce|amd|instinct|radeon|tesla|gpu|graphics|generation|sxm\d?|hbm\d?e?|oam)\b",
+        " ",
+        name.lower().replace("-", " "),
     )
     return re.sub(r"[^a-z0-9]", "", text)
 
@@ -185,7 +217,9 @@ def _row(name: str) -> dict[str, Any] | None:
     for row in rows:
         size = row["memory_gib"]
         names = {re.sub(r"\d+gi?b$", "", _plain(n)) for n in (row["name"], *row["aliases"])}
-        if bare in names and (bare == wanted or wanted.removeprefix(bare).rstrip("bi").rstrip("g") == str(size)):
+        if bare in names and (
+            bare == wanted or wanted.removeprefix(bare).rstrip("bi").rstrip("g") == str(size)
+        ):
             return row
     return None
 
@@ -204,7 +238,10 @@ def _rate_sources(row: Mapping[str, Any]) -> dict[str, str]:
 def _memory_of(row: Mapping[str, Any]) -> tuple[int, dict[str, str]]:
     """The bytes that a program gets of a part, and where that is from."""
     if row["reported_gib"]:
-        return int(row["reported_gib"] * GIB), {"memory": _cited(row, "reported"), "nominal_memory": _cited(row, "memory")}
+        return int(row["reported_gib"] * GIB), {
+            "memory": _cited(row, "reported"),
+            "nominal_memory": _cited(row, "memory"),
+        }
     share, of = USABLE_SHARE, "parts of this size"
     if (other := _row(row.get("memory_like", ""))) is not None:
         share, of = other["reported_gib"] / other["memory_gib"], str(other["name"])
@@ -218,7 +255,8 @@ def named_gpu(name: str, total_bytes: int | None = None) -> Gpu:
     """A GPU that need not be here: ``L40S-48GB``, ``h100``, ``RTX 3070 Ti Laptop``.
 
     Args:
-        total_bytes: the memory that the driver reports, where it is not the table's (a modified card, a slice).
+        total_bytes: the memory that the driver reports, where it is not the table's (a modified card, a
+            slice).
 
     Raises:
         UsageError: no such part (the nearest names are offered), or a memory size that no machine has.
@@ -241,9 +279,11 @@ def named_gpu(name: str, total_bytes: int | None = None) -> Gpu:
     numbers = str(row["capability"])
     capability = tuple(map(int, numbers.split("."))) if not numbers.startswith("gfx") else None
     return Gpu(
-        name=row["name"], total_bytes=total, free_bytes=total - _idle_bytes(total), used_bytes=_idle_bytes(total), capability=capability,  # type: ignore[arg-type]
+        name=row["name"], total_bytes=total, free_bytes=total - _idle_bytes(total),
+        used_bytes=_idle_bytes(total), capability=capability,  # type: ignore[arg-type]
         architecture=numbers if capability is None else "", platform="rocm" if capability is None else "cuda",
-        bandwidth=row["bandwidth_gb_s"] * 1e9, rates={k: v * 1e12 for k, v in row["tflops"].items()}, link=row["link"], kind=row["kind"],
+        bandwidth=row["bandwidth_gb_s"] * 1e9, rates={k: v * 1e12 for k, v in row["tflops"].items()},
+        link=row["link"], kind=row["kind"],
         sources={
             **({"memory": "user"} if total_bytes else memory_sources), "bandwidth": _cited(row, "bandwidth"),
             "capability": _cited(row, "capability"), **_rate_sources(row),
@@ -252,8 +292,8 @@ def named_gpu(name: str, total_bytes: int | None = None) -> Gpu:
 
 
 def _idle_bytes(total_bytes: int) -> int:
-    """What the driver and the process's own CUDA context hold before vLLM's first look: 0.51 GiB of an idle H100's 79.19 in its logs, a
-    third of a GiB on small cards."""
+    """What the driver and the process's own CUDA context hold before vLLM's first look: 0.51 GiB of an idle
+    H100's 79.19 in its logs, a third of a GiB on small cards."""
     return int(0.3 * GIB + 0.0027 * total_bytes)
 
 
@@ -264,11 +304,15 @@ def check_memory(total_bytes: int | None, what: str) -> None:
         UsageError: below 1 GiB or above 64 TiB.
     """
     if total_bytes is not None and not GIB <= total_bytes <= min(2**46, LARGEST):
-        raise UsageError(f"{what} is {total_bytes} bytes ({format_size(total_bytes)}): a GPU has from 1 GiB to 64 TiB; check the unit")
+        raise UsageError(
+            f"{what} is {total_bytes} bytes ({format_size(total_bytes)}): a GPU has from 1 GiB to 64 TiB; "
+            "check the unit"
+        )
 
 
 def cpu_device(total_bytes: int | None = None) -> Gpu:
-    """The host's CPU as the device: what vLLM's CPU build would have. Needs psutil unless the memory is given."""
+    """The host's CPU as the device: what vLLM's CPU build would have. Needs psutil unless the memory is
+    given."""
     if total_bytes is None:
         import psutil
 
@@ -277,15 +321,18 @@ def cpu_device(total_bytes: int | None = None) -> Gpu:
     else:
         total = free = total_bytes
     return Gpu(
-        name="CPU", total_bytes=total, free_bytes=free, used_bytes=total - free, platform="cpu", link="none", kind="cpu",
+        name="CPU", total_bytes=total, free_bytes=free, used_bytes=total - free, platform="cpu", link="none",
+        kind="cpu",
         sources={"memory": "user" if total_bytes else "psutil"},
     )  # fmt: skip
 
 
-# -- the GPUs here -----------------------------------------------------------------------------------------------------------------------
+# -- the GPUs here -------------------------------------------------------------------------------------------
 
 
-def detect(nvml: Any = None, environment: Mapping[str, str] | None = None, path: str | Path = ".") -> Detection:
+def detect(
+    nvml: Any = None, environment: Mapping[str, str] | None = None, path: str | Path = "."
+) -> Detection:
     """The GPUs that a process started now would see, and the host.
 
     Args:
@@ -378,10 +425,13 @@ def _read_one(nvml: Any, handle: Any, index: int, driver: str) -> Gpu:
         if width and clock:  # double data rate: two transfers a clock
             bandwidth, sources["bandwidth"] = 2 * clock * 1e6 * width / 8, "nvml (bus width and memory clock)"
     return Gpu(
-        name=name, total_bytes=int(memory.total), free_bytes=int(memory.free), used_bytes=int(memory.total) - int(memory.free),
+        name=name, total_bytes=int(memory.total), free_bytes=int(memory.free),
+        used_bytes=int(memory.total) - int(memory.free),
         capability=tuple(capability) if capability else None, bandwidth=bandwidth,
-        rates={k: v * 1e12 for k, v in row["tflops"].items()} if row else {}, link=row["link"] if row else "pcie",
-        kind=row["kind"] if row else "", index=index, uuid=_text(_ask(nvml, "nvmlDeviceGetUUID", handle, default="")), driver=driver,
+        rates={k: v * 1e12 for k, v in row["tflops"].items()} if row else {},
+        link=row["link"] if row else "pcie",
+        kind=row["kind"] if row else "", index=index,
+        uuid=_text(_ask(nvml, "nvmlDeviceGetUUID", handle, default="")), driver=driver,
         processes=_processes(nvml, handle), sources=sources,
     )  # fmt: skip
 
@@ -391,10 +441,12 @@ def _read_slice(nvml: Any, handle: Any, whole: Gpu, number: int) -> Gpu:
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
     share = memory.total / whole.total_bytes
     return replace(
-        whole, total_bytes=int(memory.total), free_bytes=int(memory.free), used_bytes=int(memory.total) - int(memory.free),
+        whole, total_bytes=int(memory.total), free_bytes=int(memory.free),
+        used_bytes=int(memory.total) - int(memory.free),
         bandwidth=whole.bandwidth * share, rates={k: v * share for k, v in whole.rates.items()}, link="pcie",
         uuid=_text(_ask(nvml, "nvmlDeviceGetUUID", handle, default="")), processes=_processes(nvml, handle),
-        mig=f"slice {number} of GPU {whole.index}", sources={**whole.sources, "bandwidth": "share of the whole GPU's, by memory"},
+        mig=f"slice {number} of GPU {whole.index}", sources={**whole.sources, "bandwidth": "share of the "
+            "whole GPU's, by memory"},
     )  # fmt: skip
 
 
@@ -408,8 +460,9 @@ def _processes(nvml: Any, handle: Any) -> tuple[GpuProcess, ...]:
 
 
 def _visible(gpus: Sequence[Gpu], variable: str | None) -> tuple[list[Gpu], str]:
-    """The GPUs that ``CUDA_VISIBLE_DEVICES`` leaves, in its order. As in CUDA, the list ends at the first entry that names nothing; unlike
-    in CUDA that is an error here, because a silent end costs an afternoon."""
+    """The GPUs that ``CUDA_VISIBLE_DEVICES`` leaves, in its order. As in CUDA, the list ends at the first
+    entry that names nothing; unlike in CUDA that is an error here, because a silent end costs an afternoon.
+    """
     if variable is None:
         return list(gpus), "" if gpus else "the driver is here, but no GPU"
     entries = [e.strip() for e in variable.split(",") if e.strip()]
@@ -438,10 +491,16 @@ def _with_torch(gpu: Gpu, ordinal: int) -> Gpu:
     cuda = getattr(torch, "cuda", None)
     if cuda is None or not cuda.is_initialized() or ordinal >= cuda.device_count():
         return gpu
-    return replace(gpu, torch_allocated_bytes=int(cuda.memory_allocated(ordinal)), torch_reserved_bytes=int(cuda.memory_reserved(ordinal)))
+    return replace(
+        gpu,
+        torch_allocated_bytes=int(cuda.memory_allocated(ordinal)),
+        torch_reserved_bytes=int(cuda.memory_reserved(ordinal)),
+    )
 
 
-def resolve_gpus(name: str | None = None, count: int | None = None, total_bytes: int | None = None, nvml: Any = None) -> list[Gpu]:
+def resolve_gpus(
+    name: str | None = None, count: int | None = None, total_bytes: int | None = None, nvml: Any = None
+) -> list[Gpu]:
     """The GPUs to plan for: ``count`` of the named part, or those here.
 
     Raises:
@@ -457,10 +516,21 @@ def resolve_gpus(name: str | None = None, count: int | None = None, total_bytes:
     if total_bytes is not None:
         check_memory(total_bytes, "--gpu-memory")
         if not here.gpus:
-            raise UsageError("--gpu-memory needs --gpu NAME where there is no GPU: memory alone says nothing of speed and number formats")
-        return [replace(g, total_bytes=total_bytes, free_bytes=min(g.free_bytes, total_bytes)) for g in here.gpus[: count or None]]
+            raise UsageError(
+                "--gpu-memory needs --gpu NAME where there is no GPU: memory alone says nothing of speed "
+                "and number formats"
+            )
+        return [
+            replace(g, total_bytes=total_bytes, free_bytes=min(g.free_bytes, total_bytes))
+            for g in here.gpus[: count or None]
+        ]
     if not here.gpus:
-        raise QuantError(f"{here.note}. Name one to plan for (--gpu L40S-48GB; `quant detect --gpu list` shows all), or --gpu cpu")
+        raise QuantError(
+            f"{here.note}. Name one to plan for (--gpu L40S-48GB; `quant detect --gpu list` shows all), or "
+            "--gpu cpu"
+        )
     if count and count > len(here.gpus):
-        raise UsageError(f"--gpu-count is {count}, but {len(here.gpus)} here: name the part with --gpu to plan for more")
+        raise UsageError(
+            f"--gpu-count is {count}, but {len(here.gpus)} here: name the part with --gpu to plan for more"
+        )
     return list(here.gpus[: count or None])

@@ -30,14 +30,17 @@ def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a model directory.
 
     Raises:
-        CheckpointError: none there, or one that needs remote code; or config.json, which it is chosen by, is invalid.
+        CheckpointError: none there, or one that needs remote code; or config.json, which it is chosen by, is
+            invalid.
     """
     load_config(path)  # a mistake there is not the tokenizer's
     try:
         return transformers().AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except Exception as error:  # transformers raises ValueError, OSError, KeyError, JSON and tokenizers' own errors here
+    # transformers raises ValueError, OSError, KeyError, JSON and tokenizers' own errors here
+    except Exception as error:
         raise CheckpointError(
-            f"{path}: its tokenizer cannot be loaded ({_first_line(error)}): tokenizer.json or tokenizer.model with tokenizer_config.json is needed"
+            f"{path}: its tokenizer cannot be loaded ({_first_line(error)}): tokenizer.json or "
+            "tokenizer.model with tokenizer_config.json is needed"
         ) from error
 
 
@@ -50,12 +53,15 @@ def load_config(path: Path) -> Any:
     stated = read_json(path / "config.json", "the config").get("num_hidden_layers")
     if isinstance(stated, int) and stated > _MOST_LAYERS:  # transformers makes lists of that length
         raise CheckpointError(
-            f"{path / 'config.json'}: num_hidden_layers is {clipped(stated)}: no model has so many: repair it, or fetch it again"
+            f"{path / 'config.json'}: num_hidden_layers is {clipped(stated)}: no model has so many: repair "
+            "it, or fetch it again"
         )
     try:
         return transformers().AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # transformers raises ValueError, KeyError and validation errors of its own
-        raise CheckpointError(f"{path / 'config.json'}: transformers cannot use it: {_first_line(error)}") from error
+        raise CheckpointError(
+            f"{path / 'config.json'}: transformers cannot use it: {_first_line(error)}"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,5 @@
-"""How a long job tells where it is. The library calls a function with :class:`Event`; who listens decides what to draw."""
+"""How a long job tells where it is. The library calls a function with :class:`Event`; who listens decides
+what to draw."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Event:
-    """``done`` of ``total`` units of ``phase``; ``message`` is a finished line worth keeping, ``warning`` one that must be seen."""
+    """``done`` of ``total`` units of ``phase``; ``message`` is a finished line worth keeping, ``warning`` one
+    that must be seen."""
 
     phase: str
     done: float = 0

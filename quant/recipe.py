@@ -1,4 +1,5 @@
-"""A job in data: what the command line and a YAML file both become. Unknown keys are refused with the known ones listed."""
+"""A job in data: what the command line and a YAML file both become. Unknown keys are refused with the known
+ones listed."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from quant.schemes import UNQUANTIZED, Scheme, resolve_scheme
 
 #: `--method fp8` is rounding to the nearest FP8 number, by this method.
 FP8_METHOD = "minmax"
-#: Schemes of methods that have one of their own where none is named; AWQ is asymmetric, as its paper and its users have it.
+#: Schemes of methods that have one of their own where none is named; AWQ is asymmetric, as its paper and its
+#: users have it.
 DEFAULT_SCHEMES = {"fp8": "w8a8-fp8", "awq": "w4a16-asym"}
 
 
@@ -25,7 +27,8 @@ def _as_options(keys: Iterable[str]) -> str:
     return ", ".join(f"--{k.replace('_', '-')}" for k in keys)
 
 
-#: Values that a recipe may hold, aliases counted as often as they stand: a few lines of them can stand for billions.
+#: Values that a recipe may hold, aliases counted as often as they stand: a few lines of them can stand for
+#: billions.
 _MOST_VALUES = 100_000
 
 
@@ -80,15 +83,23 @@ class Numbers(BaseModel):
         if method == "fp8" and (scheme.weights.number, scheme.weights.bits) != ("float", 8):
             given = [k for k in ("scheme", "bits", "symmetric") if getattr(self, k) is not None]
             raise UsageError(
-                f"--method fp8 rounds to FP8, scheme {scheme} is not one: leave {_as_options(given)} out, or use --method minmax"
+                f"--method fp8 rounds to FP8, scheme {scheme} is not one: leave {_as_options(given)} out, "
+                "or use --method minmax"
             )
         return scheme
 
     def assignment(self, method: str) -> Assignment:
         """What these keys make of a linear with a method."""
-        named = {k: getattr(self, k) for k in ("act_order", "damping", "clip_search") if getattr(self, k) is not None}
+        named = {
+            k: getattr(self, k)
+            for k in ("act_order", "damping", "clip_search")
+            if getattr(self, k) is not None
+        }
         if twice := sorted(named.keys() & self.options.keys()):
-            raise UsageError(f"{twice[0]} is given twice, as --{twice[0].replace('_', '-')} and among the options: leave one of them out")
+            raise UsageError(
+                f"{twice[0]} is given twice, as --{twice[0].replace('_', '-')} and among the options: leave "
+                "one of them out"
+            )
         options = tuple(sorted({**self.options, **named}.items()))
         return Assignment(FP8_METHOD if method == "fp8" else method, self.resolved_scheme(method), options)
 
@@ -99,8 +110,9 @@ _OF_METHOD = ("act_order", "damping", "clip_search", "options")
 
 
 class Rule(Numbers):
-    """Other numbers for some layers; the first rule that names a linear counts. What a rule leaves out is as the job has it, but a rule with
-    a scheme or a method of its own takes none of the job's keys that belong to one. ``skip`` leaves the layers unquantized."""
+    """Other numbers for some layers; the first rule that names a linear counts. What a rule leaves out is as
+    the job has it, but a rule with a scheme or a method of its own takes none of the job's keys that belong
+    to one. ``skip`` leaves the layers unquantized."""
 
     layers: str
     method: str | None = None
@@ -109,9 +121,14 @@ class Rule(Numbers):
     @model_validator(mode="after")
     def _skips_or_changes(self) -> Rule:
         if self.skip and (others := sorted(self.model_fields_set - {"layers", "skip"})):
-            raise ValueError(f"skip leaves the layers as they are, and {', '.join(others)} would change them: give one of the two")
+            raise ValueError(
+                f"skip leaves the layers as they are, and {', '.join(others)} would change them: give one "
+                "of the two"
+            )
         if self.method == "none":
-            raise ValueError("method none is the whole job's, for smoothing alone: skip: true leaves layers unquantized")
+            raise ValueError(
+                "method none is the whole job's, for smoothing alone: skip: true leaves layers unquantized"
+            )
         return self
 
     def assigned(self, job: Recipe) -> Assignment:
@@ -125,8 +142,13 @@ class Rule(Numbers):
             values |= {k: getattr(self, k) for k in _OF_SCHEME}
         elif self.method == "fp8" and job.resolved_scheme(job.method).weights.number != "float":
             values |= {k: getattr(self, k) for k in _OF_SCHEME}  # the method names a scheme too
-        elif self.method is not None and job.method != "none" and values["scheme"] is values["bits"] is values["symmetric"] is None:
-            values["scheme"] = DEFAULT_SCHEMES.get(job.method, "w4a16")  # the job's own, which it leaves to its method
+        elif (
+            self.method is not None
+            and job.method != "none"
+            and values["scheme"] is values["bits"] is values["symmetric"] is None
+        ):
+            # the job's own, which it leaves to its method
+            values["scheme"] = DEFAULT_SCHEMES.get(job.method, "w4a16")
         if self.method is not None:
             values |= {k: getattr(self, k) for k in _OF_METHOD}
         return Numbers(**values).assignment(self.method or job.method)
@@ -162,13 +184,19 @@ class Recipe(Numbers):
 
     @property
     def exact_folds(self) -> bool:
-        """Whether factors are powers of two everywhere: where nothing is rounded afterwards, nothing shall change."""
+        """Whether factors are powers of two everywhere: where nothing is rounded afterwards, nothing shall
+        change."""
         return self.method == "none"
 
     def settings(self) -> dict[str, Any]:
-        """What decides the output's bytes, for the fingerprint: everything but where it goes and whether it resumes."""
+        """What decides the output's bytes, for the fingerprint: everything but where it goes and whether it
+        resumes."""
         skipped = {"output_path", "fresh", "model_path", "backend_python"}
-        return {k: (v if not isinstance(v, (Path, list, dict)) else str(v)) for k, v in self.model_dump().items() if k not in skipped}
+        return {
+            k: (v if not isinstance(v, (Path, list, dict)) else str(v))
+            for k, v in self.model_dump().items()
+            if k not in skipped
+        }
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
@@ -183,7 +211,9 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     if (backend := BACKENDS.get(str(values.get("backend")))) is not None:
         values = {"method": backend.method, "format": backend.format, **values}
     elif values.get("backend_python") is not None:
-        raise UsageError("--backend-python belongs to --backend auto-gptq or autoawq: name one, or leave it out")
+        raise UsageError(
+            "--backend-python belongs to --backend auto-gptq or autoawq: name one, or leave it out"
+        )
     try:
         return Recipe(**values)
     except ValidationError as error:
@@ -191,14 +221,18 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         for e in error.errors():
             name = ".".join(str(p) for p in e["loc"])
             if e["type"] == "extra_forbidden":
-                problems.append(str(one_of(f"{name.rpartition('.')[0]} key", e["loc"][-1], list(Rule.model_fields))))
+                problems.append(
+                    str(one_of(f"{name.rpartition('.')[0]} key", e["loc"][-1], list(Rule.model_fields)))
+                )
                 continue
             if e["type"] == "missing":
                 problems.append(f"{name}: {e['msg'][0].lower()}{e['msg'][1:]}")
                 continue
             if name.startswith("alpha."):  # of each of its two kinds there is an error
                 name, e["msg"] = "alpha", "input should be a number from 0 to 1, or auto"
-            quotes = ", in quotes" if e["type"] == "string_type" and isinstance(e["input"], int | float) else ""
+            quotes = (
+                ", in quotes" if e["type"] == "string_type" and isinstance(e["input"], int | float) else ""
+            )
             problems.append(f"{name} is {clipped(e['input'])}: {e['msg'][0].lower()}{e['msg'][1:]}{quotes}")
         problems = list(dict.fromkeys(problems))
         raise Problems(problems, exit_code=2) from error
@@ -224,14 +258,17 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values; a key that stands twice in a mapping is a mistake, where YAML's own loader takes the last one without a word."""
+    """Plain values; a key that stands twice in a mapping is a mistake, where YAML's own loader takes the last
+    one without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"the key {clipped(key.value)} stands twice", key.start_mark)
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {clipped(key.value)} stands twice", key.start_mark
+                    )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -251,6 +288,15 @@ def read_yaml(text: str, where: str) -> Any:
         one = stack.pop()
         count += 1
         if count > _MOST_VALUES:
-            raise UsageError(f"{where} has aliases (*name) that stand for more than {_MOST_VALUES:,} values: write the values out")
-        stack += [*one.keys(), *one.values()] if isinstance(one, dict) else one if isinstance(one, (list, tuple, set)) else ()
+            raise UsageError(
+                f"{where} has aliases (*name) that stand for more than {_MOST_VALUES:,} values: write the "
+                "values out"
+            )
+        stack += (
+            [*one.keys(), *one.values()]
+            if isinstance(one, dict)
+            else one
+            if isinstance(one, (list, tuple, set))
+            else ()
+        )
     return value

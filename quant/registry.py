@@ -1,12 +1,14 @@
-"""One small registry class behind the three names of the design: models, quantizers, outlier suppressors (and formats).
+"""One small registry class behind the three names of the design: models, quantizers, outlier suppressors (and
+formats).
 
-An entry is a row added by the project itself, or one that another package declares as an entry point, so that an algorithm can be
-added without touching this repository::
+An entry is a row added by the project itself, or one that another package declares as an entry point, so that
+an algorithm can be added without touching this repository::
 
     [project.entry-points."quant.quantizers"]
     mine = "my_package:MyQuantizer"
 
-A package is imported when a name of its is asked for, and what is wrong with it is said then: one that is broken stands in nobody else's way.
+A package is imported when a name of its is asked for, and what is wrong with it is said then: one that is
+broken stands in nobody else's way.
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ class Registry(Generic[T]):
         what: an entry, in the words of an error.
         group: the entry points that other packages declare theirs under.
         wrong: why something is no entry, or None; asked of foreign ones only.
-        defaults: attributes that a foreign class may leave out, with what they then are; ``name`` is then the entry point's.
-        also: words that stand for an entry where one is asked for by a user; they are resolved before, and listed with the names here.
+        defaults: attributes that a foreign class may leave out, with what they then are; ``name`` is then the
+            entry point's.
+        also: words that stand for an entry where one is asked for by a user; they are resolved before, and
+            listed with the names here.
 
     >>> colours: Registry[int] = Registry("colour", "quant.example")
     >>> colours.add("red", 1)
@@ -58,7 +62,10 @@ class Registry(Generic[T]):
     def add(self, name: str, entry: T) -> T:
         """Adds one entry. A name that is taken is refused: two packages must not silently shadow one another."""
         if name in self._entries:
-            raise UsageError(f"{self.what} {name!r} is already registered: two packages offer it, uninstall one or rename it")
+            raise UsageError(
+                f"{self.what} {name!r} is already registered: two packages offer it, uninstall one or "
+                "rename it"
+            )
         self._entries[name] = entry
         return entry
 
@@ -86,22 +93,27 @@ class Registry(Generic[T]):
         packages = " and ".join(_package(p) for p in points)
         if name in self._entries:
             raise UsageError(
-                f"{self.what} {name!r}: {packages} declares this name, which quant itself has: uninstall {'it' if len(points) == 1 else 'them'}, "
+                f"{self.what} {name!r}: {packages} declares this name, which quant itself has: uninstall "
+                f"{'it' if len(points) == 1 else 'them'}, "
                 "or have it renamed there"
             )
         if len(points) > 1:
-            raise UsageError(f"{self.what} {name!r}: {packages} both declare this name: uninstall all but one")
+            raise UsageError(
+                f"{self.what} {name!r}: {packages} both declare this name: uninstall all but one"
+            )
         (point,) = points
         try:
             entry = point.load()
         except Exception as error:  # whatever a foreign module does while it is imported
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise UsageError(
-                f"{self.what} {name!r}: {point.value} of {packages} cannot be loaded ({reason}): repair or update that package, or uninstall it"
+                f"{self.what} {name!r}: {point.value} of {packages} cannot be loaded ({reason}): repair or "
+                "update that package, or uninstall it"
             ) from error
         if fault := self._wrong(entry):
             raise UsageError(
-                f"{self.what} {name!r}: {point.value} of {packages} is none: {fault}: docs/extension_guide.md says what one has; "
+                f"{self.what} {name!r}: {point.value} of {packages} is none: {fault}: "
+                "docs/extension_guide.md says what one has; "
                 "update that package, or uninstall it"
             )
         for attribute, value in ({"name": name} | self._defaults).items() if isinstance(entry, type) else ():
@@ -117,7 +129,8 @@ class Registry(Generic[T]):
         """The entry of that name.
 
         Raises:
-            UsageError: no such name, and the message lists the known ones; or another package declares it and is at fault.
+            UsageError: no such name, and the message lists the known ones; or another package declares it and
+                is at fault.
         """
         if name in self._declared():
             return self._foreign(name)
@@ -126,7 +139,8 @@ class Registry(Generic[T]):
         return self._entries[name]
 
     def __iter__(self) -> Iterator[T]:
-        """The project's own entries, then those of other packages; of these, one that cannot be had is left out with a warning in the log."""
+        """The project's own entries, then those of other packages; of these, one that cannot be had is left
+        out with a warning in the log."""
         yield from self._entries.values()
         for name in self._declared():
             if name in self._entries:
@@ -145,11 +159,16 @@ class Registry(Generic[T]):
 
 
 def _package(point: EntryPoint) -> str:
-    return f"the package {point.dist.name} {point.dist.version}" if point.dist is not None else f"the package of {point.value}"
+    return (
+        f"the package {point.dist.name} {point.dist.version}"
+        if point.dist is not None
+        else f"the package of {point.value}"
+    )
 
 
 def lacks(entry: Any, *attributes: str) -> str | None:
-    """Says which of these attributes a thing lacks, or None; what every class has from ``type`` (``__call__``) must be its own."""
+    """Says which of these attributes a thing lacks, or None; what every class has from ``type``
+    (``__call__``) must be its own."""
     places = (
         [vars(c) for c in entry.__mro__]
         if isinstance(entry, type)
@@ -160,7 +179,8 @@ def lacks(entry: Any, *attributes: str) -> str | None:
 
 
 def no_class(entry: Any, **sets: frozenset[str]) -> str | None:
-    """Why something is no class of methods, or None: instances must be callable, and each named attribute a set of some of these words."""
+    """Why something is no class of methods, or None: instances must be callable, and each named attribute a
+    set of some of these words."""
     if not isinstance(entry, type):
         return f"it is not a class but {type(entry).__name__}"
     if missing := lacks(entry, *sets, "__call__"):

@@ -1,8 +1,10 @@
-"""What numbers a weight and an activation become, in vLLM's words. No torch here: planning and verification read schemes too.
+"""What numbers a weight and an activation become, in vLLM's words. No torch here: planning and verification
+read schemes too.
 
-The letters used everywhere: a linear computes ``y = x·Wᵀ`` with W of shape [N, K] (N outputs, K inputs); ``g`` is the group size along
-K, ``b`` the bits. An integer weight is stored as ``W = (q - z)·s`` with integer codes q, scales s and zero points z; a float weight as
-``W = f·s``, where f is an FP8 (E4M3) or FP4 (E2M1) number.
+The letters used everywhere: a linear computes ``y = x·Wᵀ`` with W of shape [N, K] (N outputs, K inputs);
+``g`` is the group size along K, ``b`` the bits. An integer weight is stored as ``W = (q - z)·s`` with integer
+codes q, scales s and zero points z; a float weight as ``W = f·s``, where f is an FP8 (E4M3) or FP4 (E2M1)
+number.
 """
 
 from __future__ import annotations
@@ -26,10 +28,11 @@ class WeightScheme:
         group_size: inputs that share a scale; -1: all of them (and see ``strategy``).
         symmetric: no zero points; floats always are.
         number: ``int``, or ``float`` (E4M3 at 8 bits, E2M1 at 4, the model's own dtype at 16).
-        strategy: which weights share a scale, in compressed-tensors' words: ``group``, ``channel`` (an output's), ``tensor`` (all), ``block``
-            (128 × 128), ``tensor_group`` (groups whose scales are scaled by one number for the tensor). Empty: by the group size.
-        scales: how scales are stored: ``model`` (the model's own dtype), or a dtype of a safetensors header: F32, F8_E4M3, or U8, which
-            stands for powers of two (E8M0).
+        strategy: which weights share a scale, in compressed-tensors' words: ``group``, ``channel`` (an
+            output's), ``tensor`` (all), ``block`` (128 × 128), ``tensor_group`` (groups whose scales are
+            scaled by one number for the tensor). Empty: by the group size.
+        scales: how scales are stored: ``model`` (the model's own dtype), or a dtype of a safetensors header:
+            F32, F8_E4M3, or U8, which stands for powers of two (E8M0).
     """
 
     bits: int = 4
@@ -43,11 +46,17 @@ class WeightScheme:
         if self.bits not in BITS and not (self.bits == 16 and self.number == "float"):
             raise UsageError(f"bits is {self.bits}: must be one of {', '.join(map(str, BITS))}")
         if self.group_size != -1 and (self.group_size < 8 or self.group_size % 8):
-            raise UsageError(f"group size is {self.group_size}: must be -1 (one group per output channel) or a multiple of 8 from 8 up")
+            raise UsageError(
+                f"group size is {self.group_size}: must be -1 (one group per output channel) or a multiple "
+                "of 8 from 8 up"
+            )
         if not self.strategy:
             object.__setattr__(self, "strategy", "channel" if self.group_size == -1 else "group")
         if self.number == "float" and (self.bits not in (4, 8, 16) or not self.symmetric):
-            raise UsageError(f"float weights have 4, 8 or 16 bits and no zero points, not {self.bits} bits, symmetric {self.symmetric}")
+            raise UsageError(
+                f"float weights have 4, 8 or 16 bits and no zero points, not {self.bits} bits, symmetric "
+                f"{self.symmetric}"
+            )
 
     @property
     def low(self) -> int:
@@ -67,14 +76,18 @@ class WeightScheme:
         """Number of groups over K inputs.
 
         Raises:
-            UsageError: K is not a multiple of the group size (vLLM has no ragged last group; blocks may be ragged).
+            UsageError: K is not a multiple of the group size (vLLM has no ragged last group; blocks may be
+                ragged).
         """
         if self.group_size == -1:
             return 1
         if self.strategy == "block":
             return -(-k // self.group_size)
         if k % self.group_size:
-            raise UsageError(f"{k} inputs do not divide into groups of {self.group_size}: use a group size that divides {k}, or -1")
+            raise UsageError(
+                f"{k} inputs do not divide into groups of {self.group_size}: use a group size that divides "
+                f"{k}, or -1"
+            )
         return k // self.group_size
 
     def scale_shape(self, n: int, k: int) -> tuple[int, int]:
@@ -104,8 +117,8 @@ class WeightScheme:
 class ActivationScheme:
     """The numbers of a linear's input, in compressed-tensors' words.
 
-    ``dynamic``: scales are taken from each token's (or group's) values as they come; otherwise one calibrated scale is in the file.
-    ``tensor_group`` (NVFP4) is dynamic under one calibrated number for the tensor.
+    ``dynamic``: scales are taken from each token's (or group's) values as they come; otherwise one calibrated
+    scale is in the file. ``tensor_group`` (NVFP4) is dynamic under one calibrated number for the tensor.
     """
 
     bits: int = 8
@@ -129,7 +142,10 @@ class ActivationScheme:
         if self.bits == 16:
             return "weights as they are"
         group = f"g{self.group_size}" if self.group_size else self.strategy
-        return f"{family}{self.bits} {'dynamic' if self.dynamic else 'static'} {group}{'' if self.symmetric else ' asymmetric'}"
+        return (
+            f"{family}{self.bits} {'dynamic' if self.dynamic else 'static'} "
+            f"{group}{'' if self.symmetric else ' asymmetric'}"
+        )
 
 
 @dataclass(frozen=True)
@@ -142,7 +158,8 @@ class Scheme:
 
     @property
     def kernel(self) -> str:
-        """The number format that a GPU must handle, by its name in :data:`quant.hardware.FORMAT_CAPABILITIES`."""
+        """The number format that a GPU must handle, by its name in
+        :data:`quant.hardware.FORMAT_CAPABILITIES`."""
         if self.weights.number == "int":
             zeros = "-asym" if self.weights.bits == 8 and not self.weights.symmetric else ""
             return f"int{self.weights.bits}-weights{zeros}" if self.activations is None else "int8"
@@ -156,7 +173,9 @@ class Scheme:
         }
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.weights}{f', activations {self.activations}' if self.activations else ''})"
+        return (
+            f"{self.name} ({self.weights}{f', activations {self.activations}' if self.activations else ''})"
+        )
 
 
 _FP8_TOKEN = ActivationScheme(8, "float", "token")
@@ -170,8 +189,8 @@ def _fp8(strategy: str) -> WeightScheme:
     return WeightScheme(8, BLOCK if strategy == "block" else -1, True, "float", strategy, "F32")
 
 
-#: Name → scheme. The names are those vLLM's and llm-compressor's users know; w2a16 and w3a16 have no vLLM kernel and leave only as `plain`
-#: or for other engines.
+#: Name → scheme. The names are those vLLM's and llm-compressor's users know; w2a16 and w3a16 have no vLLM
+#: kernel and leave only as `plain` or for other engines.
 PRESETS = {
     s.name: s
     for s in (
@@ -233,7 +252,8 @@ def resolve_scheme(
     'w4a16 (W4 g64 symmetric)'
 
     Raises:
-        UsageError: unknown name; or a field that contradicts the name (``w4a16`` with 8 bits), all of them at once.
+        UsageError: unknown name; or a field that contradicts the name (``w4a16`` with 8 bits), all of them at
+            once.
     """
     if name is not None and name not in PRESETS:
         raise one_of("scheme", name, sorted(PRESETS))
@@ -243,25 +263,48 @@ def resolve_scheme(
     if name and bits is not None and bits != weights.bits:
         wrong.append(f"scheme {name} has {weights.bits} bits, --bits says {bits}: give one of the two")
     if name and name.endswith("-asym") and symmetric:
-        wrong.append(f"scheme {name} is asymmetric, --symmetric contradicts it: use {name.removesuffix('-asym')}")
+        wrong.append(
+            f"scheme {name} is asymmetric, --symmetric contradicts it: use {name.removesuffix('-asym')}"
+        )
     if symmetric is False and (weights.number == "float" or inputs is not None):
-        wrong.append(f"scheme {base.name} has no zero points for weights, --asymmetric contradicts it: use w4a16-asym or w8a16-asym")
-    if group_size is not None and (weights.number == "float" or inputs is not None) and group_size != weights.group_size:
-        wrong.append(f"scheme {base.name} shares scales by {weights.strategy}, which is fixed: leave --group-size {group_size} out")
+        wrong.append(
+            f"scheme {base.name} has no zero points for weights, --asymmetric contradicts it: use "
+            "w4a16-asym or w8a16-asym"
+        )
+    if (
+        group_size is not None
+        and (weights.number == "float" or inputs is not None)
+        and group_size != weights.group_size
+    ):
+        wrong.append(
+            f"scheme {base.name} shares scales by {weights.strategy}, which is fixed: leave --group-size "
+            f"{group_size} out"
+        )
     if inputs is None and (activations is not None or symmetric_activations is not None):
-        wrong.append(f"scheme {base.name} leaves activations as they are: --activations needs a scheme such as w8a8-int8 or w8a8-fp8")
+        wrong.append(
+            f"scheme {base.name} leaves activations as they are: --activations needs a scheme such as "
+            "w8a8-int8 or w8a8-fp8"
+        )
     elif inputs is not None:
         if activations == "static" and (inputs.group_size is not None):
             wrong.append(
-                f"scheme {base.name} scales activations in groups of {inputs.group_size}, which is always dynamic: leave --activations out"
+                f"scheme {base.name} scales activations in groups of {inputs.group_size}, which is always "
+                "dynamic: leave --activations out"
             )
         if symmetric_activations is False and inputs.number == "float":
-            wrong.append(f"scheme {base.name} has float activations, which have no zero point: only w8a8-int8 has --asymmetric-activations")
+            wrong.append(
+                f"scheme {base.name} has float activations, which have no zero point: only w8a8-int8 has "
+                "--asymmetric-activations"
+            )
     if wrong:
         raise UsageError("; ".join(wrong))
-    changes: dict[str, Any] = {k: v for k, v in dict(bits=bits, group_size=group_size, symmetric=symmetric).items() if v is not None}
+    changes: dict[str, Any] = {
+        k: v for k, v in dict(bits=bits, group_size=group_size, symmetric=symmetric).items() if v is not None
+    }
     if changes:
-        weights = replace(weights, **changes, strategy=weights.strategy if weights.number == "float" or inputs else "")
+        weights = replace(
+            weights, **changes, strategy=weights.strategy if weights.number == "float" or inputs else ""
+        )
     if inputs is not None and activations == "static":
         inputs = replace(inputs, dynamic=False, strategy="tensor")
     if inputs is not None and symmetric_activations is False:

@@ -32,10 +32,12 @@ class QuantizedTensor:
     """A weight [N, K]: integers as ``(codes - zeros) · scales``, floats as ``codes · scales``.
 
     Attributes:
-        codes: integers int8 [N, K], signed, from ``scheme.low`` to ``scheme.high``; FP8 float8_e4m3fn [N, K]; FP4 uint8 [N, K], one E2M1
-            code (0 … 15) each; of weights left as they are fp32 [N, K], the values.
-        scales: as stored, [N, G], one column a group ([1, 1] of a tensor, [⌈N/128⌉, ⌈K/128⌉] of blocks): bf16, fp16 or fp32; of NVFP4
-            float8_e4m3fn; of MX formats uint8, the exponent plus 127 of a power of two.
+        codes: integers int8 [N, K], signed, from ``scheme.low`` to ``scheme.high``; FP8 float8_e4m3fn [N, K];
+            FP4 uint8 [N, K], one E2M1 code (0 … 15) each; of weights left as they are fp32 [N, K], the
+            values.
+        scales: as stored, [N, G], one column a group ([1, 1] of a tensor, [⌈N/128⌉, ⌈K/128⌉] of blocks):
+            bf16, fp16 or fp32; of NVFP4 float8_e4m3fn; of MX formats uint8, the exponent plus 127 of a power
+            of two.
         zeros: int8 [N, G] in the same range as codes, or None when the scheme is symmetric (all zero).
         group_index: int32 [K], the group of each input, or None for ``k // group_size``.
         global_scale: fp32 [1], by which all scales are divided (NVFP4); or None.
@@ -55,7 +57,8 @@ class QuantizedTensor:
         return self.codes.shape[0], self.codes.shape[1]
 
     def dequantize(self) -> torch.Tensor:
-        """fp32 [N, K], exactly ``(codes - zeros) · scales`` with the product in fp32: the value every reader of the file must get."""
+        """fp32 [N, K], exactly ``(codes - zeros) · scales`` with the product in fp32: the value every reader
+        of the file must get."""
         if self.scheme.number == "int":
             return dequantize(self.codes, self.scales, self.zeros, self.group_index)
         n, k = self.shape
@@ -68,7 +71,8 @@ class QuantizedTensor:
         return values.view(n, scales.shape[1], -1).mul_(scales.unsqueeze(-1)).view(n, k)
 
     def rows(self, start: int, end: int) -> QuantizedTensor:
-        """The same for outputs ``start`` to ``end``; of blocks both must be multiples of 128, or the last end."""
+        """The same for outputs ``start`` to ``end``; of blocks both must be multiples of 128, or the last
+        end."""
         zeros = None if self.zeros is None else self.zeros[start:end]
         scales = self.scales
         if self.scheme.strategy == "block":
@@ -81,27 +85,30 @@ class QuantizedTensor:
 
 
 def code_values(codes: torch.Tensor) -> torch.Tensor:
-    """fp32 numbers that float codes stand for: float8 as they are, E2M1 codes (uint8) likewise; a tensor of its own."""
+    """fp32 numbers that float codes stand for: float8 as they are, E2M1 codes (uint8) likewise; a tensor of
+    its own."""
     if codes.dtype == torch.float8_e4m3fn and codes.device.type == "cpu":
         return _e4m3_values(codes)
     return _e2m1_values(codes) if codes.dtype == torch.uint8 else codes.to(torch.float32, copy=True)
 
 
 def _e2m1_values(codes: torch.Tensor) -> torch.Tensor:
-    """The numbers of :data:`E2M1`, faster than from a table: moved under fp16's exponent, the bits of one are it times 2⁻¹⁴ (the biases are 1
-    and 15)."""
+    """The numbers of :data:`E2M1`, faster than from a table: moved under fp16's exponent, the bits of one are
+    it times 2⁻¹⁴ (the biases are 1 and 15)."""
     wide = codes.to(torch.int16)
-    bits = (wide & 7).mul_(1 << 9).bitwise_or_((wide & 8).mul_(1 << 12))  # the sign wraps into the uppermost bit
+    # the sign wraps into the uppermost bit
+    bits = (wide & 7).mul_(1 << 9).bitwise_or_((wide & 8).mul_(1 << 12))
     return bits.view(torch.float16).float().mul_(2.0**14)
 
 
 def _e4m3_values(codes: torch.Tensor) -> torch.Tensor:
     """``codes.float()``, ten times as fast on a CPU, where torch widens E4M3 bit by bit.
 
-    Moved under fp16's wider exponent, the bits of an E4M3 number, subnormal or not, are that number times 2⁻⁸: the biases are 7 and 15. Only
-    NaN, all ones, comes out as a number: 480.
+    Moved under fp16's wider exponent, the bits of an E4M3 number, subnormal or not, are that number times
+    2⁻⁸: the biases are 7 and 15. Only NaN, all ones, comes out as a number: 480.
     """
-    bits = codes.view(torch.int8).to(torch.int16).mul_(128).bitwise_and_(~0x4000)  # the sign is in the bit above the exponent, too
+    # the sign is in the bit above the exponent, too
+    bits = codes.view(torch.int8).to(torch.int16).mul_(128).bitwise_and_(~0x4000)
     values = bits.view(torch.float16).float().mul_(256.0)
     magnitudes = codes.view(torch.uint8).bitwise_and(0x7F)
     if magnitudes.numel() and int(magnitudes.amax()) == 0x7F:  # looked for where it costs least: on the codes
@@ -121,16 +128,21 @@ def largest_magnitude(values: torch.Tensor, dim: int | tuple[int, ...] = ()) -> 
 
 
 def scale_values(scales: torch.Tensor, global_scale: torch.Tensor | None = None) -> torch.Tensor:
-    """fp32 multipliers that stored scales stand for: uint8 is a power of two, others are numbers, divided by ``global_scale``."""
+    """fp32 multipliers that stored scales stand for: uint8 is a power of two, others are numbers, divided by
+    ``global_scale``."""
     if scales.dtype == torch.uint8:
         return torch.ldexp(torch.ones_like(scales, dtype=torch.float32), scales.int() - 127)
     return scales.float() if global_scale is None else scales.float() / global_scale.float()
 
 
 def dequantize(
-    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None = None, group_index: torch.Tensor | None = None
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None = None,
+    group_index: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """fp32 [N, K] from codes [N, K], scales [N, G], zeros [N, G] and an optional group index [K]; groups are equal runs without one."""
+    """fp32 [N, K] from codes [N, K], scales [N, G], zeros [N, G] and an optional group index [K]; groups are
+    equal runs without one."""
     n, k = codes.shape
     groups = scales.shape[1]
     if group_index is not None:

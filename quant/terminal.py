@@ -1,4 +1,5 @@
-"""What all commands share: common options, error rendering, progress, JSON. Only click is imported until something is drawn."""
+"""What all commands share: common options, error rendering, progress, JSON. Only click is imported until
+something is drawn."""
 
 from __future__ import annotations
 
@@ -93,11 +94,16 @@ class Output:
             click.echo(text, err=True)
 
     def warn(self, text: str) -> None:
-        click.echo(click.style("warning: ", fg="yellow") + text, err=True, color=None if _colour(sys.stderr) else False)
+        click.echo(
+            click.style("warning: ", fg="yellow") + text,
+            err=True,
+            color=None if _colour(sys.stderr) else False,
+        )
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[Event], None]]:
-        """A listener for the library's events: a live bar on a terminal, plain lines when piped, nothing when quiet."""
+        """A listener for the library's events: a live bar on a terminal, plain lines when piped, nothing when
+        quiet."""
         listener = _Progress(self)
         try:
             yield listener
@@ -110,11 +116,14 @@ def _colour(stream: Any) -> bool:
 
 
 def console(stderr: bool = False) -> Console:
-    """A rich console; without colour when piped or when NO_COLOR is set, and never narrower than a report needs."""
+    """A rich console; without colour when piped or when NO_COLOR is set, and never narrower than a report
+    needs."""
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, no_color=not _colour(stream), highlight=False, width=None if stream.isatty() else 140)
+    return Console(
+        stderr=stderr, no_color=not _colour(stream), highlight=False, width=None if stream.isatty() else 140
+    )
 
 
 class _Progress:
@@ -157,19 +166,23 @@ class _Progress:
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """``--json``, ``-q`` and ``-v``; the command receives them as one :class:`Output` in ``out``."""
 
-    @click.option("--json", "json_", is_flag=True, help="One JSON object on stdout, everything else on stderr.")
+    @click.option(
+        "--json", "json_", is_flag=True, help="One JSON object on stdout, everything else on stderr."
+    )
     @click.option("-q", "--quiet", is_flag=True, help="No progress.")
     @click.option("-v", "--verbose", is_flag=True, help="More detail on stderr.")
     @functools.wraps(command)
     def wrapped(*args: Any, json_: bool, quiet: bool, verbose: bool, **kwargs: Any) -> Any:
-        return command(*args, out=Output(json_, quiet, verbose, click.get_current_context().obj or Outcome()), **kwargs)
+        return command(
+            *args, out=Output(json_, quiet, verbose, click.get_current_context().obj or Outcome()), **kwargs
+        )
 
     return wrapped
 
 
 def run(group: click.Command, prog_name: str, argv: Sequence[str] | None = None) -> None:
-    """Runs a click program with the exit statuses of the contract: 0 done, 1 failed, 2 usage, 3 nothing fits, 4 verification failed,
-    130 interrupted. With ``--json`` a failure is also one JSON object on stdout."""
+    """Runs a click program with the exit statuses of the contract: 0 done, 1 failed, 2 usage, 3 nothing fits,
+    4 verification failed, 130 interrupted. With ``--json`` a failure is also one JSON object on stdout."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     outcome = Outcome()
 
@@ -187,10 +200,18 @@ def run(group: click.Command, prog_name: str, argv: Sequence[str] | None = None)
         error.show()
         code = failed(error.format_message(), error.exit_code)
     except QuantError as error:
-        click.echo(click.style("error: ", fg="red") + str(error), err=True, color=None if _colour(sys.stderr) else False)
+        click.echo(
+            click.style("error: ", fg="red") + str(error),
+            err=True,
+            color=None if _colour(sys.stderr) else False,
+        )
         code = failed(str(error), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        kept = "nothing was written" if "--dry-run" in arguments else "finished work is kept, the same command goes on from there"
+        kept = (
+            "nothing was written"
+            if "--dry-run" in arguments
+            else "finished work is kept, the same command goes on from there"
+        )
         click.echo(f"interrupted: {kept}", err=True)
         code = 130
     except BrokenPipeError:
@@ -202,7 +223,10 @@ def run(group: click.Command, prog_name: str, argv: Sequence[str] | None = None)
         click.echo(f"error: {message}", err=True)
         code = failed(message, 1)
     except MemoryError:
-        message = "out of memory: use fewer or shorter calibration rows (--samples, --sequence-length) or a machine with more memory"
+        message = (
+            "out of memory: use fewer or shorter calibration rows (--samples, --sequence-length) or a "
+            "machine with more memory"
+        )
         click.echo(f"error: {message}", err=True)
         code = failed(message, 1)
     sys.exit(code)

@@ -28,7 +28,10 @@ def parse_size(text: str | int, what: str = "size") -> int:
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
     if not match or match[2].upper() not in _UNITS:
-        raise UsageError(f"{what} is {str(text)!r}: give bytes or a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 48GiB")
+        raise UsageError(
+            f"{what} is {str(text)!r}: give bytes or a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB, "
+            "such as 48GiB"
+        )
     value = float(match[1]) * _UNITS[match[2].upper()]
     if not math.isfinite(value) or value > LARGEST:
         raise UsageError(f"{what} is {str(text)!r}: more than 1 EiB, no machine has that; check the unit")
@@ -44,7 +47,11 @@ def format_size(count: float) -> str:
     sign, size = ("-", -count) if count < 0 else ("", count)
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if size < 1024 or unit == "TiB":
-            return f"{sign}{size:.0f} {unit}" if unit == "B" else f"{sign}{size:.{2 if size < 10 else 1 if size < 100 else 0}f} {unit}"
+            return (
+                f"{sign}{size:.0f} {unit}"
+                if unit == "B"
+                else f"{sign}{size:.{2 if size < 10 else 1 if size < 100 else 0}f} {unit}"
+            )
         size /= 1024
     raise AssertionError
 

@@ -44,7 +44,8 @@ def tinylm() -> Path:
 
 @pytest.fixture(scope="session")
 def quantized(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The tiny Llama, quantized; each set of options is run once. Tests must not change the result: copy first."""
+    """The tiny Llama, quantized; each set of options is run once. Tests must not change the result: copy
+    first."""
     made: dict[str, Path] = {}
 
     def get(**options: Any) -> Path:

@@ -1,4 +1,5 @@
-"""What several test files share: tiny checkpoints of many families, made on the spot, and plain ways to read files back."""
+"""What several test files share: tiny checkpoints of many families, made on the spot, and plain ways to read
+files back."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TINYLM = ROOT / "examples" / "tinylm-4m"
 SHARED = ROOT.parent / "shared"
 
-#: The shape of every tiny model: small, with grouped heads, and with sides that no power of two above 32 divides.
+#: The shape of every tiny model: small, with grouped heads, and with sides that no power of two above 32
+#: divides.
 SHAPE: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -37,7 +39,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 32},
     "mistral": {"sliding_window": 16, "head_dim": 16},
     "gemma2": {"head_dim": 32, "sliding_window": 16, "query_pre_attn_scalar": 32, "num_hidden_layers": 3},
-    "gemma3_text": {"head_dim": 32, "sliding_window": 16, "query_pre_attn_scalar": 32, "num_hidden_layers": 3, "sliding_window_pattern": 3},
+    "gemma3_text": {
+        "head_dim": 32,
+        "sliding_window": 16,
+        "query_pre_attn_scalar": 32,
+        "num_hidden_layers": 3,
+        "sliding_window_pattern": 3,
+    },
     "phi3": {"pad_token_id": 1},
 }
 #: Families without a row whose blocks have the usual shape.
@@ -63,7 +71,8 @@ LATENT: dict[str, Any] = {
 
 
 def left_alive(processes: Iterable[psutil.Process], timeout: float) -> list[psutil.Process]:
-    """Those that still run after so many seconds; one that ended and waits for an absent parent to collect it does not run."""
+    """Those that still run after so many seconds; one that ended and waits for an absent parent to collect it
+    does not run."""
 
     def runs(process: psutil.Process) -> bool:
         try:
@@ -82,7 +91,8 @@ def tiny_config(kind: str, **changes: Any) -> Any:
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> None:
-    """Values at which every parameter matters: norms near one (or near zero where one is added), biases away from zero."""
+    """Values at which every parameter matters: norms near one (or near zero where one is added), biases away
+    from zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -116,7 +126,9 @@ def make_checkpoint(
     """A checkpoint of random weights that transformers itself wrote."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(tiny_config(kind, tie_word_embeddings=tie, **changes), dtype=dtype)
+    model = AutoModelForCausalLM.from_config(
+        tiny_config(kind, tie_word_embeddings=tie, **changes), dtype=dtype
+    )
     randomize(model, seed)
     return save_model(model, folder, max_shard_size=shard)
 
@@ -146,7 +158,11 @@ def load_all(folder: Path) -> dict[str, torch.Tensor]:
 def save_all(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     from safetensors.torch import save_file
 
-    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k: v.contiguous() for k, v in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
 
 
 def raw_safetensors(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:
@@ -165,7 +181,9 @@ def short_text() -> Path:
 
     folder = tempfile.mkdtemp(prefix="quant-tests-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    with gzip.open(ROOT / "quant" / "calibration" / "data" / "wikipedia.txt.gz", "rt", encoding="utf-8") as stream:
+    with gzip.open(
+        ROOT / "quant" / "calibration" / "data" / "wikipedia.txt.gz", "rt", encoding="utf-8"
+    ) as stream:
         (Path(folder) / "short.txt").write_text(stream.read(60_000))
     return Path(folder) / "short.txt"
 
@@ -188,8 +206,14 @@ def quantize(model: Path, output: Path, **options: Any) -> dict[str, Any]:
 
 def files_of(folder: Path) -> dict[str, bytes]:
     """Every file of a directory by its relative path."""
-    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+    return {
+        f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()
+    }
 
 
 def weight_files(folder: Path) -> dict[str, bytes]:
-    return {n: b for n, b in files_of(folder).items() if n.endswith((".safetensors", ".index.json")) or n == "config.json"}
+    return {
+        n: b
+        for n, b in files_of(folder).items()
+        if n.endswith((".safetensors", ".index.json")) or n == "config.json"
+    }

@@ -11,7 +11,11 @@ from click.testing import CliRunner
 from quantize import cli
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "method" in (yaml.safe_load(p.read_text(encoding="utf-8")) or {}))
+RECIPES = sorted(
+    p
+    for p in (ROOT / "configs").rglob("*.yaml")
+    if "method" in (yaml.safe_load(p.read_text(encoding="utf-8")) or {})
+)
 
 
 def test_the_original_names_are_there() -> None:
@@ -21,7 +25,8 @@ def test_the_original_names_are_there() -> None:
 
 def test_every_file_is_a_recipe_a_scenario_or_a_table() -> None:
     every = {p.relative_to(ROOT / "configs") for p in (ROOT / "configs").rglob("*") if p.is_file()}
-    scenarios = set((ROOT / "configs/scenarios").glob("*.yaml"))  # planned one by one in tests/planning/test_recommendation.py
+    # planned one by one in tests/planning/test_recommendation.py
+    scenarios = set((ROOT / "configs/scenarios").glob("*.yaml"))
     tables = {Path(n) for n in ("gpus.json", "models.json", "quality.json")}
     assert every == tables | {p.relative_to(ROOT / "configs") for p in {*RECIPES, *scenarios}}
     for path in scenarios:
@@ -31,7 +36,10 @@ def test_every_file_is_a_recipe_a_scenario_or_a_table() -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.name)
 def test_a_recipe_runs_as_its_first_line_says(recipe: Path, tmp_path: Path) -> None:
     first = recipe.read_text(encoding="utf-8").splitlines()[0]
-    launch = f"# quant quantize --config {recipe.relative_to(ROOT).as_posix()} --model-path MODEL --output-path OUT"
+    launch = (
+        f"# quant quantize --config {recipe.relative_to(ROOT).as_posix()} --model-path MODEL "
+        "--output-path OUT"
+    )
     assert first == launch
     output = tmp_path / "out"
     arguments = [

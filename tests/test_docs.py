@@ -16,7 +16,9 @@ COMMANDS = [(g, n) for g in (quant, deploy) for n in g.commands]
 
 
 def test_the_reference_is_current() -> None:
-    done = subprocess.run([sys.executable, str(ROOT / "docs/make_reference.py"), "--check"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "docs/make_reference.py"), "--check"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -30,7 +32,11 @@ def test_every_command_has_help_with_an_example(group: click.Group, name: str) -
 
 
 def _help(command: str, option: str) -> str:
-    return next(str(p.help) for p in quant.commands[command].params if isinstance(p, click.Option) and option in p.opts)
+    return next(
+        str(p.help)
+        for p in quant.commands[command].params
+        if isinstance(p, click.Option) and option in p.opts
+    )
 
 
 def test_help_lists_what_the_registries_have() -> None:
@@ -39,12 +45,21 @@ def test_help_lists_what_the_registries_have() -> None:
     from quant.outlier_suppression import OutlierSuppressionRegistry
     from quant.quantizers import QuantizerRegistry
 
-    own = [(r, n) for r in (FormatRegistry, OutlierSuppressionRegistry, QuantizerRegistry) for n in r._entries]
+    own = [
+        (r, n) for r in (FormatRegistry, OutlierSuppressionRegistry, QuantizerRegistry) for n in r._entries
+    ]
     assert len(own) >= 12
-    options = {id(FormatRegistry): "--format", id(OutlierSuppressionRegistry): "--outlier-suppression", id(QuantizerRegistry): "--method"}
+    options = {
+        id(FormatRegistry): "--format",
+        id(OutlierSuppressionRegistry): "--outlier-suppression",
+        id(QuantizerRegistry): "--method",
+    }
     for registry, name in own:
         for command in ("quantize", "layer-wise"):
-            assert re.search(rf"\b{re.escape(name)}\b", _help(command, options[id(registry)])), (name, command)
+            assert re.search(rf"\b{re.escape(name)}\b", _help(command, options[id(registry)])), (
+                name,
+                command,
+            )
     for name in FormatRegistry._entries:
         assert re.search(rf"\b{re.escape(name)}\b", _help("export-vllm", "--format")), name
     for backend in BACKENDS:
@@ -53,5 +68,7 @@ def test_help_lists_what_the_registries_have() -> None:
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name)
 def test_files_that_the_docs_name_exist(page: Path) -> None:
-    for name in re.findall(r"`((?:quant|configs|docs|benchmarks|tests|examples)/[\w/.-]+)`", page.read_text(encoding="utf-8")):
+    for name in re.findall(
+        r"`((?:quant|configs|docs|benchmarks|tests|examples)/[\w/.-]+)`", page.read_text(encoding="utf-8")
+    ):
         assert (ROOT / name).exists(), f"{page.name} names {name}"

@@ -1,4 +1,5 @@
-"""The extension guide: its code is the code that runs, its package installs, and its commands do what they say."""
+"""The extension guide: its code is the code that runs, its package installs, and its commands do what they
+say."""
 
 from __future__ import annotations
 
@@ -25,7 +26,11 @@ INSTALL = "pip install ./examples/extension"
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example package, built and installed by pip into a folder of its own."""
     folder = tmp_path_factory.mktemp("extension")
-    shutil.copytree(ROOT / "examples" / "extension", folder / "source", ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
+    shutil.copytree(
+        ROOT / "examples" / "extension",
+        folder / "source",
+        ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"),
+    )
     options = ["--no-deps", "--no-index", "--no-build-isolation", "--quiet", "--target", str(folder / "site")]
     install = [sys.executable, "-m", "pip", "install", *options, str(folder / "source")]
     done = subprocess.run(install, capture_output=True, text=True)
@@ -60,8 +65,12 @@ def test_every_block_of_the_guide_is_a_part_of_the_file_it_names() -> None:
         assert line in shown, f"the guide does not show {line!r}"
 
 
-def test_the_commands_of_the_guide_run(run: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
-    lines = [line for block in re.findall(r"^```sh\n(.*?)^```", GUIDE, re.S | re.M) for line in block.splitlines()]
+def test_the_commands_of_the_guide_run(
+    run: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    lines = [
+        line for block in re.findall(r"^```sh\n(.*?)^```", GUIDE, re.S | re.M) for line in block.splitlines()
+    ]
     assert lines.count(INSTALL) == 1 and len(lines) == 6
     for line in lines:
         words = shlex.split(line)
@@ -76,15 +85,35 @@ def test_the_commands_of_the_guide_run(run: Callable[..., subprocess.CompletedPr
             assert {x["method"] for x in result["layers"]} == {result["method"]}
     folds = json.loads((tmp_path / "out" / "root" / "quant_report.json").read_text())["folds"]
     assert {f["suppressor"] for f in folds.values()} == {"root"}
-    assert json.loads((tmp_path / "out" / "codes" / "config.json").read_text())["quantization_config"]["quant_method"] == "codes"
+    assert (
+        json.loads((tmp_path / "out" / "codes" / "config.json").read_text())["quantization_config"][
+            "quant_method"
+        ]
+        == "codes"
+    )
 
 
-def test_the_foreign_method_does_what_its_name_says(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_the_foreign_method_does_what_its_name_says(
+    run: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
     kl = {}
     for method in ("minmax", "my-hqq"):
         options = ["--scheme", "w4a16-asym", "--group-size", "64", "--json"]
-        assert run("quantize", "-m", "examples/tinylm-4m", "-o", method, "--method", method, *options).returncode == 0
-        measured = run("evaluate", method, "--against", "examples/tinylm-4m", "--chunks", "24", "--length", "128", "--json")
+        assert (
+            run("quantize", "-m", "examples/tinylm-4m", "-o", method, "--method", method, *options).returncode
+            == 0
+        )
+        measured = run(
+            "evaluate",
+            method,
+            "--against",
+            "examples/tinylm-4m",
+            "--chunks",
+            "24",
+            "--length",
+            "128",
+            "--json",
+        )
         kl[method] = json.loads(measured.stdout)["kl"]["mean"]
     assert kl["my-hqq"] < 0.95 * kl["minmax"], kl
 
@@ -94,14 +123,20 @@ def test_a_foreign_method_has_settings_and_refusals_like_any_other(
 ) -> None:
     job = ["quantize", "-m", "examples/tinylm-4m", "-o", "out", "--method", "my-hqq", "--group-size", "64"]
     refused = run(*job, "--scheme", "w4a16")
-    assert refused.returncode == 1 and "--method my-hqq: moves zero points, which W4 g64 symmetric has none of" in refused.stderr
+    assert (
+        refused.returncode == 1
+        and "--method my-hqq: moves zero points, which W4 g64 symmetric has none of" in refused.stderr
+    )
     recipe = tmp_path / "r.yaml"
     recipe.write_text("scheme: w4a16-asym\noptions: {norm: 0.5, iterations: 2}\n")
     assert run(*job, "--config", recipe).returncode == 0
     recipe.write_text("scheme: w4a16-asym\noptions: {nrom: 0.5}\n")
     shutil.rmtree(tmp_path / "out")
     refused = run(*job, "--config", recipe)
-    assert refused.returncode == 2 and "--nrom is not an option of --method my-hqq: it has norm, penalty, iterations" in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "--nrom is not an option of --method my-hqq: it has norm, penalty, iterations" in refused.stderr
+    )
 
 
 def test_the_foreign_family_is_the_one_that_its_checkpoints_get(
@@ -109,7 +144,17 @@ def test_the_foreign_family_is_the_one_that_its_checkpoints_get(
 ) -> None:
     model = checkpoints("granite")
     assert json.loads(run("inspect", model, "--json").stdout)["adapter"] == "my-granite"
-    options = ["--group-size", "32", "--samples", "4", "--sequence-length", "32", "--calibration-dataset", short_text(), "--json"]
+    options = [
+        "--group-size",
+        "32",
+        "--samples",
+        "4",
+        "--sequence-length",
+        "32",
+        "--calibration-dataset",
+        short_text(),
+        "--json",
+    ]
     done = run("quantize", "-m", model, "-o", "out", "--method", "gptq", *options)
     assert done.returncode == 0, done.stderr
 
@@ -131,7 +176,10 @@ def test_a_broken_package_stops_only_the_job_that_asks_for_it(
             others = [] if option == "--method" else ["--method", "gptq"]
             refused = run(*job, "-o", "no", option, "broken", *others)
             assert refused.returncode == 2 and "Traceback" not in refused.stderr, refused.stderr
-            assert "quant_broken:X of the package quant-broken 3 cannot be loaded (ModuleNotFoundError" in refused.stderr
+            assert (
+                "quant_broken:X of the package quant-broken 3 cannot be loaded (ModuleNotFoundError"
+                in refused.stderr
+            )
     finally:
         shutil.rmtree(info)
         (site / "quant_broken.py").unlink()

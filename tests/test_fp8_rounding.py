@@ -1,4 +1,5 @@
-"""The program behind the FP8 table of docs/schemes.md: its rounding against enumerated numbers and the project's own, and the table itself."""
+"""The program behind the FP8 table of docs/schemes.md: its rounding against enumerated numbers and the
+project's own, and the table itself."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ from tests.helpers import ROOT
 
 @pytest.fixture(scope="module")
 def program() -> ModuleType:
-    described = importlib.util.spec_from_file_location("fp8_rounding", ROOT / "benchmarks" / "fp8_rounding.py")
+    described = importlib.util.spec_from_file_location(
+        "fp8_rounding", ROOT / "benchmarks" / "fp8_rounding.py"
+    )
     assert described and described.loader
     module = importlib.util.module_from_spec(described)
     sys.modules["fp8_rounding"] = module  # dataclasses look their module up
@@ -31,7 +34,9 @@ def printed(program: ModuleType) -> list[list[str]]:
 
 
 def cells(table: str) -> list[list[str]]:
-    return [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")]
+    return [
+        [c.strip() for c in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")
+    ]
 
 
 @pytest.mark.parametrize("number", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -39,7 +44,9 @@ def test_values_become_the_nearest_number_of_the_format(program: ModuleType, num
     every = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(number).double()
     every = every[every.isfinite()].unique()
     limit = torch.finfo(number).max
-    x = torch.cat([torch.tensor([limit]), torch.randn(500, generator=torch.Generator().manual_seed(1)) * limit / 8]).clamp(-limit, limit)
+    x = torch.cat(
+        [torch.tensor([limit]), torch.randn(500, generator=torch.Generator().manual_seed(1)) * limit / 8]
+    ).clamp(-limit, limit)
     x = torch.cat([x, x / 2**14, x / 2**24])[None]  # down to where both formats have nothing left but 0
     found = program.rounded(x, number, (None, None))  # the largest is the limit: a scale of 1
     nearest = (x.double().mT - every).abs().amin(1)
@@ -58,7 +65,10 @@ def test_a_tile_has_the_largest_magnitude_that_is_in_it(program: ModuleType) -> 
                 assert found[i, j] == tile.abs().max()
 
 
-@pytest.mark.parametrize(("place", "scheme"), [("tensor", "w8a8-fp8-tensor"), ("output channel", "w8a8-fp8"), ("128 × 128", "fp8-block")])
+@pytest.mark.parametrize(
+    ("place", "scheme"),
+    [("tensor", "w8a8-fp8-tensor"), ("output channel", "w8a8-fp8"), ("128 × 128", "fp8-block")],
+)
 def test_e4m3_is_what_the_schemes_make(program: ModuleType, place: str, scheme: str) -> None:
     weights = PRESETS[scheme].weights
     x = torch.randn(300, 200, generator=torch.Generator().manual_seed(3))

@@ -25,7 +25,11 @@ def lines() -> list[str]:
     found = []
     for block in blocks((ROOT / "README.md").read_text(encoding="utf-8")):
         joined = block.replace("\\\n", " ")
-        found += [line.split(" #")[0].strip() for line in joined.splitlines() if line.strip() and not line.startswith("#")]
+        found += [
+            line.split(" #")[0].strip()
+            for line in joined.splitlines()
+            if line.strip() and not line.startswith("#")
+        ]
     return [line for line in found if not line.startswith(ELSEWHERE)]
 
 
@@ -39,9 +43,15 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_readme_has_examples_of_every_command() -> None:
     shown = lines()
-    served = [line for block in blocks((ROOT / "README.md").read_text(encoding="utf-8")) for line in block.splitlines()]
+    served = [
+        line
+        for block in blocks((ROOT / "README.md").read_text(encoding="utf-8"))
+        for line in block.splitlines()
+    ]
     for command in quantize.cli.commands:
-        assert any(line.startswith(f"quant {command} ") or line == f"quant {command}" for line in shown), command
+        assert any(line.startswith(f"quant {command} ") or line == f"quant {command}" for line in shown), (
+            command
+        )
     for command in deploy_vllm.cli.commands:
         assert any(line.startswith(f"python deploy_vllm.py {command} ") for line in served), command
 
@@ -55,13 +65,21 @@ def test_every_example_runs(checkout: Path) -> None:
             words[0] = sys.executable
         else:
             pytest.fail(f"the README has a line that this test does not know how to run: {line}")
-        done = subprocess.run(words, cwd=checkout, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        done = subprocess.run(
+            words, cwd=checkout, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        )
         assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
 
 
 def test_the_python_example_runs(checkout: Path) -> None:
-    for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)):
+    for number, block in enumerate(
+        re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
+    ):
         done = subprocess.run(
-            [sys.executable, "-c", block], cwd=checkout, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+            [sys.executable, "-c", block],
+            cwd=checkout,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, f"python block {number}\n{done.stderr[-2000:]}"

@@ -1,4 +1,5 @@
-"""Names and what stands behind them: the project's own, and those of other packages, of which one that is broken disturbs nobody."""
+"""Names and what stands behind them: the project's own, and those of other packages, of which one that is
+broken disturbs nobody."""
 
 from __future__ import annotations
 
@@ -46,7 +47,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
         info = tmp_path / f"{module}-{version}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: {version}\n")
-        (info / "entry_points.txt").write_text(f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in points.items()))
+        (info / "entry_points.txt").write_text(
+            f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in points.items())
+        )
         monkeypatch.delitem(sys.modules, module, raising=False)
 
     return make
@@ -54,12 +57,16 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
 
 def methods() -> Registry[Any]:
     """A registry of methods of its own, with one entry."""
-    registry: Registry[Any] = Registry("method", "quant.quantizers", QuantizerRegistry._wrong, QuantizerRegistry._defaults)
+    registry: Registry[Any] = Registry(
+        "method", "quant.quantizers", QuantizerRegistry._wrong, QuantizerRegistry._defaults
+    )
     registry.add("mine", object)
     return registry
 
 
-def test_an_unknown_name_lists_the_known_ones_with_those_of_other_packages(package: Callable[..., None]) -> None:
+def test_an_unknown_name_lists_the_known_ones_with_those_of_other_packages(
+    package: Callable[..., None],
+) -> None:
     package("their_a", METHOD, "quant.quantizers", {"theirs": "their_a:Good"})
     registry = methods()
     assert registry.names() == ["mine", "theirs"] and "theirs" in registry and "yours" not in registry
@@ -85,8 +92,14 @@ def test_what_a_class_leaves_out_is_as_the_protocol_has_it(package: Callable[...
             "their_c:Missing",
             r"their_c:Missing of the package their_c 2.1 cannot be loaded \(AttributeError: .*Missing.*\): repair or update",
         ),
-        ("no_such_module:X", r"no_such_module:X of the package their_c 2.1 cannot be loaded \(ModuleNotFoundError: .*no_such_module"),
-        ("their_c:NoNeeds", r"their_c:NoNeeds of the package their_c 2.1 is none: it has no needs: docs/extension_guide.md"),
+        (
+            "no_such_module:X",
+            r"no_such_module:X of the package their_c 2.1 cannot be loaded \(ModuleNotFoundError: .*no_such_module",
+        ),
+        (
+            "their_c:NoNeeds",
+            r"their_c:NoNeeds of the package their_c 2.1 is none: it has no needs: docs/extension_guide.md",
+        ),
         ("their_c:NoCall", "is none: it has no __call__"),
         ("their_c:OddNeeds", r"needs is \['hessian'\]: a set of .*hessian.*, or an empty one"),
         ("their_c:UnknownNeeds", r"needs is frozenset\(\{'moon'\}\)"),
@@ -109,11 +122,16 @@ def test_a_package_that_is_at_fault_is_named_and_only_when_it_is_asked_for(
     assert [r.message.startswith("left out: method 'theirs'") for r in caplog.records] == [True]
 
 
-@pytest.mark.parametrize("code", ["raise RuntimeError('two\\n  lines')", "import no_such_thing", "x = (", "raise KeyError(1)"])
-def test_a_module_that_fails_while_it_is_imported_is_named_with_its_reason(code: str, package: Callable[..., None]) -> None:
+@pytest.mark.parametrize(
+    "code", ["raise RuntimeError('two\\n  lines')", "import no_such_thing", "x = (", "raise KeyError(1)"]
+)
+def test_a_module_that_fails_while_it_is_imported_is_named_with_its_reason(
+    code: str, package: Callable[..., None]
+) -> None:
     package("their_d", code, "quant.quantizers", {"theirs": "their_d:X"})
     with pytest.raises(
-        UsageError, match=r"^method 'theirs': their_d:X of the package their_d 1.0 cannot be loaded \(\w+: [^\n]*\): repair"
+        UsageError,
+        match=r"^method 'theirs': their_d:X of the package their_d 1.0 cannot be loaded \(\w+: [^\n]*\): repair",
     ):
         methods().get("theirs")
 
@@ -123,19 +141,34 @@ def test_a_name_that_is_taken_is_refused_when_it_is_asked_for(package: Callable[
     package("their_f", METHOD, "quant.quantizers", {"shared": "their_f:Good", "alone": "their_f:Good"})
     registry = methods()
     assert registry.get("alone").name == "alone"
-    with pytest.raises(UsageError, match="method 'mine': the package their_e 1.0 declares this name, which quant itself has: uninstall it"):
+    with pytest.raises(
+        UsageError,
+        match="method 'mine': the package their_e 1.0 declares this name, which quant itself has: uninstall "
+        "it",
+    ):
         registry.get("mine")
     with pytest.raises(
-        UsageError, match=r"method 'shared': the package their_[ef] 1.0 and the package their_[ef] 1.0 both declare this name"
+        UsageError,
+        match=r"method 'shared': the package their_[ef] 1.0 and the package their_[ef] 1.0 both declare this name",
     ):
         registry.get("shared")
     assert list(registry)[0] is object and len(list(registry)) == 2
 
 
 def test_a_suppressor_says_where_it_folds(package: Callable[..., None]) -> None:
-    code = METHOD + "class Where(Good):\n    sources = frozenset({'norm'})\nclass Nowhere(Good):\n    sources = frozenset({'moon'})\n"
-    package("their_g", code, "quant.outlier_suppression", {n.lower(): f"their_g:{n}" for n in ("Where", "Nowhere", "Good")})
-    registry: Registry[Any] = Registry("outlier suppressor", "quant.outlier_suppression", OutlierSuppressionRegistry._wrong)
+    code = (
+        METHOD + "class Where(Good):\n    sources = frozenset({'norm'})\nclass Nowhere(Good):\n    sources = "
+        "frozenset({'moon'})\n"
+    )
+    package(
+        "their_g",
+        code,
+        "quant.outlier_suppression",
+        {n.lower(): f"their_g:{n}" for n in ("Where", "Nowhere", "Good")},
+    )
+    registry: Registry[Any] = Registry(
+        "outlier suppressor", "quant.outlier_suppression", OutlierSuppressionRegistry._wrong
+    )
     assert registry.get("where").name == "where"
     with pytest.raises(UsageError, match=r"sources is frozenset\(\{'moon'\}\): a set of linear, norm"):
         registry.get("nowhere")
@@ -152,7 +185,8 @@ def test_a_format_and_a_model_family_are_checked_too(package: Callable[..., None
         (
             "quant.formats",
             FormatRegistry,
-            "it has no config_file and no kv_cache and no mixed and no refuse and no specs and no problems and no pack and no unpack and no config and no find",
+            "it has no config_file and no kv_cache and no mixed and no refuse and no specs and no problems "
+            "and no pack and no unpack and no config and no find",
         ),
         ("quant.models", ModelRegistry, "it is not a ModelAdapter but Half"),
     ):

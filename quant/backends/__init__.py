@@ -1,8 +1,9 @@
 """Other people's quantizers, run where they live: a child process of an environment of their own.
 
-AutoGPTQ and AutoAWQ are archived upstream and pin an old transformers, so they never share an environment with this package. A job with
-``--backend`` hands them the checkpoint and the calibration rows, reads back what they wrote, and goes on as any other job: converted, verified,
-measured, published with the same layout and report.
+AutoGPTQ and AutoAWQ are archived upstream and pin an old transformers, so they never share an environment
+with this package. A job with ``--backend`` hands them the checkpoint and the calibration rows, reads back
+what they wrote, and goes on as any other job: converted, verified, measured, published with the same layout
+and report.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 NATIVE = "native"
 #: Keys of a recipe that no other backend has anything for.
 _OURS_ALONE = (
-    "rules", "outlier_suppression", "alpha", "kv_cache_scheme", "layers", "ignore", "clip_search", "options", "activations",
+    "rules", "outlier_suppression", "alpha", "kv_cache_scheme", "layers", "ignore", "clip_search", "options",
+    "activations",
     "symmetric_activations",
 )  # fmt: skip
 
@@ -62,11 +64,18 @@ class Backend:
             found.append(f"--backend {self.name}: {reason}")
         if recipe.device is not None:
             found.append(
-                f"--device is not an option of --backend {self.name}, which takes the first GPU that it sees: set CUDA_VISIBLE_DEVICES instead"
+                f"--device is not an option of --backend {self.name}, which takes the first GPU that it "
+                "sees: set CUDA_VISIBLE_DEVICES instead"
             )
-        given = [k for k in (*_OURS_ALONE, "act_order", "damping") if k not in self.keys and getattr(recipe, k) not in (None, [], {})]
+        given = [
+            k
+            for k in (*_OURS_ALONE, "act_order", "damping")
+            if k not in self.keys and getattr(recipe, k) not in (None, [], {})
+        ]
         found += [
-            f"--{k.replace('_', '-')} is not an option of --backend {self.name}: leave it out, or use --backend native" for k in given
+            f"--{k.replace('_', '-')} is not an option of --backend {self.name}: leave it out, or use "
+            "--backend native"
+            for k in given
         ]
         return found
 
@@ -92,13 +101,22 @@ def _refuse_gptq(recipe: Recipe) -> str | None:
 
 
 def _awq_settings(recipe: Recipe) -> dict[str, Any]:
-    return {"w_bit": 4, "q_group_size": recipe.resolved_scheme(recipe.method).weights.group_size, "zero_point": True, "version": "GEMM"}
+    return {
+        "w_bit": 4,
+        "q_group_size": recipe.resolved_scheme(recipe.method).weights.group_size,
+        "zero_point": True,
+        "version": "GEMM",
+    }
 
 
 def _refuse_awq(recipe: Recipe) -> str | None:
     scheme = recipe.resolved_scheme(recipe.method)
     weights = scheme.weights
-    if (weights.number, weights.bits, weights.symmetric) != ("int", 4, False) or weights.group_size < 1 or scheme.activations is not None:
+    if (
+        (weights.number, weights.bits, weights.symmetric) != ("int", 4, False)
+        or weights.group_size < 1
+        or scheme.activations is not None
+    ):
         return f"scheme {scheme} is not w4a16-asym in groups, all that its GEMM layout holds"
     return None
 
@@ -109,11 +127,13 @@ BACKENDS = {
     b.name: b
     for b in (
         Backend(
-            "auto-gptq", "auto_gptq", "0.7.1", "2025-04", "gptq", "gptq", True, _HERE / "worker_auto_gptq.py", _gptq_settings,
+            "auto-gptq", "auto_gptq", "0.7.1", "2025-04", "gptq", "gptq", True, _HERE / "worker_auto_gptq.py",
+            _gptq_settings,
             frozenset({"act_order", "damping"}), _refuse_gptq,
         ),
         Backend(
-            "autoawq", "awq", "0.2.9", "2025-05", "awq", "awq", False, _HERE / "worker_autoawq.py", _awq_settings, frozenset(), _refuse_awq
+            "autoawq", "awq", "0.2.9", "2025-05", "awq", "awq", False, _HERE / "worker_autoawq.py",
+            _awq_settings, frozenset(), _refuse_awq
         ),
     )
 }  # fmt: skip

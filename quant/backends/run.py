@@ -1,4 +1,5 @@
-"""One job by a legacy backend: the library in its child process, then everything that follows a quantization here."""
+"""One job by a legacy backend: the library in its child process, then everything that follows a quantization
+here."""
 
 from __future__ import annotations
 
@@ -44,31 +45,45 @@ print(json.dumps(found))
 def probe(backend: Backend, python: Path) -> list[str]:
     """Why a backend cannot run with a Python, or nothing."""
     how = (
-        f"{backend.name} {backend.version} is archived upstream since {backend.archived} and needs an environment of its own: "
-        f"make one with `python -m quant.backends.environment {backend.name} DIR` and give --backend-python DIR/bin/python; "
+        f"{backend.name} {backend.version} is archived upstream since {backend.archived} and needs an "
+        "environment of its own: "
+        f"make one with `python -m quant.backends.environment {backend.name} DIR` and give --backend-python "
+        "DIR/bin/python; "
         f"--backend native --method {backend.method} needs neither"
     )
     try:
         done = subprocess.run(
-            [str(python), "-W", "ignore", "-c", _PROBE, backend.module], capture_output=True, text=True, env=_environment(), timeout=600
+            [str(python), "-W", "ignore", "-c", _PROBE, backend.module],
+            capture_output=True,
+            text=True,
+            env=_environment(),
+            timeout=600,
         )
         found = json.loads(done.stdout.splitlines()[-1])
         if not isinstance(found, dict) or not found.keys() & {"error", "cuda"}:
             raise ValueError(f"it said {str(found)[:60]!r}")
     except (OSError, ValueError, IndexError, subprocess.TimeoutExpired) as error:
-        return [f"--backend-python {python}: is not a Python that runs ({str(error)[:120] or type(error).__name__}). {how}"]
+        return [
+            f"--backend-python {python}: is not a Python that runs "
+            f"({str(error)[:120] or type(error).__name__}). {how}"
+        ]
     if "error" in found:
-        return [f"--backend {backend.name}: {backend.module} cannot be imported by {python} ({found['error']}). {how}"]
+        return [
+            f"--backend {backend.name}: {backend.module} cannot be imported by {python} ({found['error']}). "
+            f"{how}"
+        ]
     if backend.needs_cuda and not found["cuda"]:
         return [
-            f"--backend {backend.name}: the library quantizes only on a CUDA GPU, and {python} sees none: run it on a machine with one, "
+            f"--backend {backend.name}: the library quantizes only on a CUDA GPU, and {python} sees none: "
+            "run it on a machine with one, "
             f"or use --backend native --method {backend.method}, which runs on a CPU too"
         ]
     return []
 
 
 def legacy_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json that transformers 4 reads as transformers 5 reads ``config``: the rotary embedding and the dtype under their old keys.
+    """A config.json that transformers 4 reads as transformers 5 reads ``config``: the rotary embedding and
+    the dtype under their old keys.
 
     transformers 4 passes over ``rope_parameters`` without a word and takes a base of 10000 instead.
 
@@ -82,7 +97,8 @@ def legacy_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(rope, Mapping):
         if any(isinstance(v, Mapping) for v in rope.values()):
             raise QuantError(
-                "config.json: rope_parameters differ by kind of layer, which the transformers 4 of legacy backends has no place for: use --backend native"
+                "config.json: rope_parameters differ by kind of layer, which the transformers 4 of legacy "
+                "backends has no place for: use --backend native"
             )
         if "rope_theta" in rope:
             old["rope_theta"] = rope["rope_theta"]
@@ -108,7 +124,10 @@ def plan_backend(recipe: Recipe) -> JobPlan:
         raise Problems(found, exit_code=2)
     try:
         # settings of the library are not those of our method of that name
-        plan = replace(plan_job(recipe.model_copy(update={"options": {}, "damping": None, "act_order": None})), recipe=recipe)
+        plan = replace(
+            plan_job(recipe.model_copy(update={"options": {}, "damping": None, "act_order": None})),
+            recipe=recipe,
+        )
         legacy_config(plan.checkpoint.config)
     except QuantError as error:
         more = error.problems if isinstance(error, Problems) else [str(error)]
@@ -121,9 +140,10 @@ def plan_backend(recipe: Recipe) -> JobPlan:
 def quantize_with(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
     """Runs a planned job with its backend; returns the report that is also written as ``quant_report.json``.
 
-    The library's own checkpoint is made in a folder beside the target that is removed again; what is published has the source's side files and
-    config.json. A layer's ``error`` is the relative error of its output on a held-out row when its block is given the source's own inputs: the
-    library may have moved scales from one layer into another, so weights cannot be compared one by one.
+    The library's own checkpoint is made in a folder beside the target that is removed again; what is
+    published has the source's side files and config.json. A layer's ``error`` is the relative error of its
+    output on a held-out row when its block is given the source's own inputs: the library may have moved
+    scales from one layer into another, so weights cannot be compared one by one.
 
     Raises:
         QuantError: the library failed, with its last words; or what it wrote cannot be read or loaded.
@@ -135,22 +155,36 @@ def quantize_with(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
     with _beside(recipe.output_path) as folder:
         source = _legacy_source(plan.checkpoint, folder / "source")
         made = folder / "made"
-        job = {"model": str(source), "output": str(made), "settings": backend.settings(recipe), "rows": rows.tokens.tolist()}
+        job = {
+            "model": str(source),
+            "output": str(made),
+            "settings": backend.settings(recipe),
+            "rows": rows.tokens.tolist(),
+        }
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        progress(Event("quantize", message=f"{backend.name} {backend.version} in {python}; its library is archived upstream"))
+        progress(
+            Event(
+                "quantize",
+                message=f"{backend.name} {backend.version} in {python}; its library is archived upstream",
+            )
+        )
         said = _run(python, backend, folder / "job.json")
         _weights_alone(made)
         produced = time.perf_counter() - start
         described = _described(plan, backend, rows, made, python, said)
         seconds = {backend.name: round(said["seconds"], 3), "quantize": round(produced, 3)}
         return export(
-            made, recipe.output_path, recipe.format, source=plan.checkpoint.path, tensor_parallel=recipe.tensor_parallel, target=recipe.target,
+            made, recipe.output_path, recipe.format, source=plan.checkpoint.path,
+            tensor_parallel=recipe.tensor_parallel, target=recipe.target,
             progress=progress, described=described, seconds=seconds,
         )  # fmt: skip
 
 
-def _described(plan: JobPlan, backend: Backend, rows: Rows, made: Path, python: Path, said: Mapping[str, Any]) -> dict[str, Any]:
-    """What the report of a native job has and that of an export has not, of the library's checkpoint ``made``; ``said``: the worker's last line."""
+def _described(
+    plan: JobPlan, backend: Backend, rows: Rows, made: Path, python: Path, said: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the report of a native job has and that of an export has not, of the library's checkpoint
+    ``made``; ``said``: the worker's last line."""
     recipe = plan.recipe
     errors: Mapping[str, float] = {}
     if rows.held_out is not None:
@@ -232,12 +266,15 @@ def _legacy_source(checkpoint: Checkpoint, folder: Path) -> Path:
     for file in checkpoint.path.iterdir():
         if file.is_file() and file.name != "config.json":
             (folder / file.name).symlink_to(file.resolve())
-    (folder / "config.json").write_text(json.dumps(legacy_config(checkpoint.config), indent=2), encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps(legacy_config(checkpoint.config), indent=2), encoding="utf-8"
+    )
     return folder
 
 
 def _weights_alone(made: Path) -> None:
-    """Leaves the library's weights and what describes them: tokenizers and generation settings come from the source, byte for byte."""
+    """Leaves the library's weights and what describes them: tokenizers and generation settings come from the
+    source, byte for byte."""
     kept = {"config.json", "quantize_config.json", "quant_config.json"}
     for file in made.iterdir():
         if file.is_file() and file.name not in kept and ".safetensors" not in file.name:
@@ -255,7 +292,13 @@ def _run(python: Path, backend: Backend, job: Path) -> dict[str, Any]:
         command = [str(python), "-W", "ignore", str(backend.worker), str(job)]
         result: dict[str, Any] | None = None
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8", errors="replace", env=_environment(), cwd=job.parent
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            encoding="utf-8",
+            errors="replace",
+            env=_environment(),
+            cwd=job.parent,
         ) as process:
             assert process.stdout is not None
             try:
@@ -270,7 +313,8 @@ def _run(python: Path, backend: Backend, job: Path) -> dict[str, Any]:
             errors.seek(0)
             last = [x.strip() for x in errors.read().replace("\r", "\n").splitlines() if x.strip()]
             raise QuantError(
-                f"--backend {backend.name}: the library failed (status {process.returncode}): {last[-1][:300] if last else 'it said nothing'}. "
+                f"--backend {backend.name}: the library failed (status {process.returncode}): "
+                f"{last[-1][:300] if last else 'it said nothing'}. "
                 f"It is archived and will not be mended: use --backend native --method {backend.method}"
             )
     return result

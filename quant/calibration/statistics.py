@@ -1,17 +1,19 @@
 """What a method may ask about a linear's input, gathered once for all linears that share it.
 
-The Hessian of the layer's squared error is H = Σ x xᵀ over all calibration tokens, K × K. It is the largest single piece of arithmetic
-after the forward passes, so how it is summed is decided by the hardware:
+The Hessian of the layer's squared error is H = Σ x xᵀ over all calibration tokens, K × K. It is the largest
+single piece of arithmetic after the forward passes, so how it is summed is decided by the hardware:
 
 - CUDA: 16-bit products with fp32 results, from the tensor cores.
-- A CPU that multiplies 8-bit integers (AVX512-VNNI, AMX): int8 products with int32 results, which are twice as fast as bf16 ones and exact, where
-  torch's fast products of bf16 numbers would round each result to bf16 (an error as large as the damping). Each feature is rounded to steps of its
-  own range over some thousand tokens, so H is the exact Gram matrix of inputs that are 8-bit numbers; a feature whose range is much wider than
-  its usual values gets a second column of eight bits for what the first one leaves.
+- A CPU that multiplies 8-bit integers (AVX512-VNNI, AMX): int8 products with int32 results, which are twice
+  as fast as bf16 ones and exact, where torch's fast products of bf16 numbers would round each result to bf16
+  (an error as large as the damping). Each feature is rounded to steps of its own range over some thousand
+  tokens, so H is the exact Gram matrix of inputs that are 8-bit numbers; a feature whose range is much wider
+  than its usual values gets a second column of eight bits for what the first one leaves.
 - Any other CPU: fp32.
 
-Rounding to a step d adds about d²/12 to a feature's own power, so it acts as a little more damping, in proportion to the feature: at most 0.2 %, where
-the damping is 1 % of the mean. ``benchmarks/hessian_precision.py`` measures it, and that it does not move KL. Only the lower triangle is
+Rounding to a step d adds about d²/12 to a feature's own power, so it acts as a little more damping, in
+proportion to the feature: at most 0.2 %, where the damping is 1 % of the mean.
+``benchmarks/hessian_precision.py`` measures it, and that it does not move KL. Only the lower triangle is
 computed, in panels, and mirrored at the end: about half of the work.
 """
 
@@ -28,15 +30,18 @@ from quant.tensors import largest_magnitude
 
 #: What may be asked for.
 STATISTICS = frozenset({"hessian", "range", "sample"})
-#: Rows and columns of a block of the triangle, large enough for full speed; and of those along its diagonal, half of which are of no use.
+#: Rows and columns of a block of the triangle, large enough for full speed; and of those along its diagonal,
+#: half of which are of no use.
 _PANEL, _SMALL = 2048, 512
 #: Most tokens of a sample.
 _SAMPLE = 512
 #: Code of a feature's largest magnitude: the bf16 rounding of step and quotient must not push it beyond 127.
 _TOP = 126.0
-#: A feature whose codes have less than this root mean square, so that rounding them is more than 0.2 % of its power, gets a second column.
+#: A feature whose codes have less than this root mean square, so that rounding them is more than 0.2 % of its
+#: power, gets a second column.
 _LEAST = 7.0
-#: Tokens whose int8 products are summed in int32, where 127² times as many stay below 2³¹; and of those that are turned into codes at a time.
+#: Tokens whose int8 products are summed in int32, where 127² times as many stay below 2³¹; and of those that
+#: are turned into codes at a time.
 _RUN, _STRIP = 1 << 13, 1 << 8
 
 
@@ -65,7 +70,8 @@ class Statistics:
 
     @property
     def spread(self) -> float:
-        """Root mean square of the largest feature over that of the median one; 1 where it is not known or most are zero."""
+        """Root mean square of the largest feature over that of the median one; 1 where it is not known or
+        most are zero."""
         if self.hessian is None:
             return 1.0
         power = self.hessian.diagonal()
@@ -74,8 +80,14 @@ class Statistics:
 
     @property
     def finite(self) -> bool:
-        """Whether no token's input held NaN or infinity: any of them stays in every sum and range (a sample may have passed it by)."""
-        given = [None if self.hessian is None else self.hessian.diagonal(), self.minimum, self.maximum, self.sample]
+        """Whether no token's input held NaN or infinity: any of them stays in every sum and range (a sample
+        may have passed it by)."""
+        given = [
+            None if self.hessian is None else self.hessian.diagonal(),
+            self.minimum,
+            self.maximum,
+            self.sample,
+        ]
         return all(bool(torch.isfinite(x).all()) for x in given if x is not None)
 
     def copy(self) -> Statistics:
@@ -83,18 +95,22 @@ class Statistics:
         return replace(self, hessian=None if self.hessian is None else self.hessian.clone())
 
     def divided(self, factors: torch.Tensor) -> Statistics:
-        """The statistics that x / factors has: what a method must see after scaling was moved into the weights.
+        """The statistics that x / factors has: what a method must see after scaling was moved into the
+        weights.
 
         ``factors``: fp32 [K], positive. The Hessian is divided in place.
         """
         if self.hessian is not None:
             self.hessian.div_(factors).div_(factors.unsqueeze(-1))
-        low, high, sample = (None if x is None else x / factors for x in (self.minimum, self.maximum, self.sample))
+        low, high, sample = (
+            None if x is None else x / factors for x in (self.minimum, self.maximum, self.sample)
+        )
         return replace(self, minimum=low, maximum=high, sample=sample)
 
 
 class Accumulator:
-    """Sums the statistics named in ``needs`` (``hessian``, ``range``, ``sample``) batch by batch, on the device of the batches."""
+    """Sums the statistics named in ``needs`` (``hessian``, ``range``, ``sample``) batch by batch, on the
+    device of the batches."""
 
     def __init__(self, features: int, device: torch.device, needs: Iterable[str]):
         needs = set(needs)
@@ -102,7 +118,11 @@ class Accumulator:
             raise ValueError(f"no such statistic: {', '.join(sorted(unknown))}")
         self.tokens = 0
         self._gram = gram_for(features, device) if "hessian" in needs else None
-        self._range = (torch.zeros(features, device=device), torch.zeros(features, device=device)) if "range" in needs else None
+        self._range = (
+            (torch.zeros(features, device=device), torch.zeros(features, device=device))
+            if "range" in needs
+            else None
+        )
         self._sample = torch.zeros(0, features, device=device) if "sample" in needs else None
         self._stride = 1
 
@@ -111,7 +131,8 @@ class Accumulator:
         x = inputs.reshape(-1, inputs.shape[-1])
         if self._sample is not None:
             self._sample = torch.cat([self._sample, x[-self.tokens % self._stride :: self._stride].float()])
-            while len(self._sample) > _SAMPLE:  # rows are stride tokens apart, from the first on: every other one stays
+            # rows are stride tokens apart, from the first on: every other one stays
+            while len(self._sample) > _SAMPLE:
                 self._sample, self._stride = self._sample[::2].clone(), self._stride * 2
         self.tokens += len(x)
         if self._range is not None:
@@ -136,7 +157,9 @@ class Gram:
 
     def add(self, x: torch.Tensor) -> None:
         """Adds the lower triangle of xᵀx; blocks on the diagonal are computed whole."""
-        options: dict[str, Any] = {"out_dtype": torch.float32} if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) else {}
+        options: dict[str, Any] = (
+            {"out_dtype": torch.float32} if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) else {}
+        )
         if not options:
             x = x.float()
         for rows, columns in _lower(x.shape[1]):
@@ -146,7 +169,8 @@ class Gram:
         """fp32 [K, K], whole and symmetric; the sum is handed over."""
         total = self.total
         del self.total
-        for start in range(0, len(total), _SMALL):  # mirror by panels: a whole transposed copy would double the peak
+        # mirror by panels: a whole transposed copy would double the peak
+        for start in range(0, len(total), _SMALL):
             end = start + _SMALL
             total[:start, start:end] = total[start:end, :start].t()
             square = total[start:end, start:end]
@@ -155,12 +179,13 @@ class Gram:
 
 
 class Int8Gram(Gram):
-    """Where 8-bit integers multiply fastest: inputs are rounded to int8 codes, whose products are summed exactly (see the head of this
-    module)."""
+    """Where 8-bit integers multiply fastest: inputs are rounded to int8 codes, whose products are summed
+    exactly (see the head of this module)."""
 
     def __init__(self, features: int, device: torch.device):
         super().__init__(features, device)
-        # made once, because fresh memory costs more than what is done in it: inputs that wait for a run to be full, their codes, products of one block
+        # made once, because fresh memory costs more than what is done in it: inputs that wait for a run to be
+        # full, their codes, products of one block
         self._inputs: torch.Tensor | None = None
         self._codes = torch.empty(_RUN, features, dtype=torch.int8, device=device)
         self._filled = 0
@@ -174,7 +199,9 @@ class Int8Gram(Gram):
             self._largest = torch.zeros(x.shape[1], dtype=x.dtype, device=x.device)
         while len(x):
             part = x[: _RUN - self._filled]
-            for kept, strip in zip(self._inputs[self._filled :].split(_STRIP), part.split(_STRIP), strict=False):
+            for kept, strip in zip(
+                self._inputs[self._filled :].split(_STRIP), part.split(_STRIP), strict=False
+            ):
                 kept[: len(strip)] = strip
                 torch.maximum(self._largest, strip.abs().amax(0), out=self._largest)
             self._filled, x = self._filled + len(part), x[len(part) :]
@@ -197,7 +224,9 @@ class Int8Gram(Gram):
         power = torch.empty_like(steps)
         for rows, columns in _lower(x.shape[1]):
             block = self.total[rows, columns]
-            sums, scaled = (buffer[: block.numel()].view(block.shape) for buffer in (self._sums, self._scaled))
+            sums, scaled = (
+                buffer[: block.numel()].view(block.shape) for buffer in (self._sums, self._scaled)
+            )
             int8_products(codes[:, rows], codes[:, columns], out=sums)
             block.addcmul_(scaled.copy_(sums).mul_(steps[columns]), steps[rows, None])
             if rows.stop == columns.stop:
@@ -221,10 +250,12 @@ def int8_products(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | N
     return torch._int_mm(left.t(), right) if out is None else torch._int_mm(left.t(), right, out=out)
 
 
-def int8_codes(x: torch.Tensor, largest: torch.Tensor, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x`` [T, K], of any floating dtype, in whole steps of each feature's own: int8 codes [T, K] from -127 to 127 (``out``, where it is given),
-    and the steps, fp32 [K]: 0 of a feature that is always zero, NaN or infinite of one that ever is. ``largest`` [K]: each feature's largest
-    magnitude."""
+def int8_codes(
+    x: torch.Tensor, largest: torch.Tensor, out: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x`` [T, K], of any floating dtype, in whole steps of each feature's own: int8 codes [T, K] from -127
+    to 127 (``out``, where it is given), and the steps, fp32 [K]: 0 of a feature that is always zero, NaN or
+    infinite of one that ever is. ``largest`` [K]: each feature's largest magnitude."""
     if x.dtype == torch.float16:
         x = x.float()  # whose exponents do not reach far enough for small steps
     largest = largest.float()

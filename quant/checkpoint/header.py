@@ -1,8 +1,9 @@
 """Safetensors headers, read with suspicion and without torch.
 
-A file starts with a little-endian 64-bit length, then that many bytes of JSON (name → dtype, shape, data offsets), then the data. The
-checks follow the format's own rules (github.com/huggingface/safetensors, "Format"): offsets lie inside the file, agree with dtype and
-shape, do not overlap and leave no holes. A header that breaks one of them is refused before a byte of it is used.
+A file starts with a little-endian 64-bit length, then that many bytes of JSON (name → dtype, shape, data
+offsets), then the data. The checks follow the format's own rules (github.com/huggingface/safetensors,
+"Format"): offsets lie inside the file, agree with dtype and shape, do not overlap and leave no holes. A
+header that breaks one of them is refused before a byte of it is used.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Tensors by name, and the metadata, of one safetensors file.
 
     Raises:
-        CheckpointError: the file cannot be read, is truncated, or its header breaks a rule; the message names the file and the rule.
+        CheckpointError: the file cannot be read, is truncated, or its header breaks a rule; the message names
+            the file and the rule.
     """
 
     def refuse(why: str) -> CheckpointError:
@@ -104,10 +106,14 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
             raise refuse(f"tensor {name!r} has dtype {dtype!r}; known: {', '.join(DTYPE_BYTES)}")
         if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
-            raise refuse(f"tensor {name!r} has shape {shape!r} and offsets {entry['data_offsets']!r}: whole numbers from 0 up are needed")
+            raise refuse(
+                f"tensor {name!r} has shape {shape!r} and offsets {entry['data_offsets']!r}: whole numbers "
+                "from 0 up are needed"
+            )
         if end - start != math.prod(shape) * DTYPE_BYTES[dtype]:
             raise refuse(
-                f"tensor {name!r} of {dtype} {shape} takes {math.prod(shape) * DTYPE_BYTES[dtype]} bytes, its offsets hold {end - start}"
+                f"tensor {name!r} of {dtype} {shape} takes {math.prod(shape) * DTYPE_BYTES[dtype]} bytes, "
+                f"its offsets hold {end - start}"
             )
         if data + end > size:
             raise refuse(f"tensor {name!r} ends at byte {data + end}, the file at {size}: it is truncated")
@@ -116,7 +122,8 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     for info in sorted(tensors.values(), key=lambda t: (t.start, t.end)):
         if info.start != position:
             raise refuse(
-                f"tensor {info.name!r} starts at byte {info.start}, the one before ends at {position}: tensors overlap or leave a hole"
+                f"tensor {info.name!r} starts at byte {info.start}, the one before ends at {position}: "
+                "tensors overlap or leave a hole"
             )
         position = info.end
     if position != size:

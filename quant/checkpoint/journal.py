@@ -1,9 +1,10 @@
 """What is finished of a job, so that the same command goes on where it stopped.
 
-The work folder stands beside the output directory. Its ``journal.jsonl`` starts with the job's fingerprint; each further line is one finished
-unit (a decoder block, or what lies outside the blocks) with the files that hold it and their hashes, appended and synced after those files were.
-On resume each file is read and compared with its hash: a unit of which a byte has changed is done again. A lock on the folder keeps a second run
-out. The folder is renamed to the output directory when everything in it has been verified.
+The work folder stands beside the output directory. Its ``journal.jsonl`` starts with the job's fingerprint;
+each further line is one finished unit (a decoder block, or what lies outside the blocks) with the files that
+hold it and their hashes, appended and synced after those files were. On resume each file is read and compared
+with its hash: a unit of which a byte has changed is done again. A lock on the folder keeps a second run out.
+The folder is renamed to the output directory when everything in it has been verified.
 """
 
 from __future__ import annotations
@@ -28,12 +29,16 @@ _JOURNAL, _LOCK = "journal.jsonl", "lock"
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Ctrl-C and requests to end wait: between the rename and the last clean-up a stop would leave the lock in the output."""
+    """Ctrl-C and requests to end wait: between the rename and the last clean-up a stop would leave the lock
+    in the output."""
     if threading.current_thread() is not threading.main_thread():  # signals are not this thread's
         yield
         return
     seen: list[int] = []
-    before = {s: signal.signal(s, lambda number, frame: seen.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        s: signal.signal(s, lambda number, frame: seen.append(number))
+        for s in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
@@ -52,10 +57,17 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _is_unit(entry: object) -> bool:
-    """Whether a journal's line, which somebody may have edited, has the shape that :meth:`WorkFolder.finish_unit` writes."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("unit"), str) or not isinstance(entry.get("files"), list):
+    """Whether a journal's line, which somebody may have edited, has the shape that
+    :meth:`WorkFolder.finish_unit` writes."""
+    if (
+        not isinstance(entry, dict)
+        or not isinstance(entry.get("unit"), str)
+        or not isinstance(entry.get("files"), list)
+    ):
         return False
-    files = all(isinstance(f, dict) and isinstance(f.get("name"), str) and "bytes" in f for f in entry["files"])
+    files = all(
+        isinstance(f, dict) and isinstance(f.get("name"), str) and "bytes" in f for f in entry["files"]
+    )
     return files and all(isinstance(v, dict) for k, v in entry.items() if k not in ("unit", "files"))
 
 
@@ -63,7 +75,8 @@ class WorkFolder:
     """``<output>.work``: claimed, resumed or started afresh.
 
     Raises:
-        QuantError: another run holds it; or it belongs to a job with other settings and ``fresh`` is not asked.
+        QuantError: another run holds it; or it belongs to a job with other settings and ``fresh`` is not
+            asked.
     """
 
     def __init__(self, output: Path, fingerprint: Mapping[str, Any], fresh: bool):
@@ -75,7 +88,10 @@ class WorkFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._lock)
-            raise QuantError(f"{self.path}: another run is working on this output: wait for it, or choose another --output-path") from error
+            raise QuantError(
+                f"{self.path}: another run is working on this output: wait for it, or choose another "
+                "--output-path"
+            ) from error
         self.finished: dict[str, dict[str, Any]] = {}
         try:
             if not fresh and (self.path / _JOURNAL).exists():
@@ -88,7 +104,8 @@ class WorkFolder:
             raise
 
     def _clear(self, kept: Collection[str] = ()) -> None:
-        """Removes everything that a finished unit does not claim: half a shard, activations of a killed run, side files."""
+        """Removes everything that a finished unit does not claim: half a shard, activations of a killed run,
+        side files."""
         for entry in self.path.iterdir():
             if entry.name != _LOCK and entry.name not in kept:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -112,7 +129,8 @@ class WorkFolder:
         if changed:
             what = ", ".join(f"{k} was {clipped(was.get(k))}, is {clipped(now.get(k))}" for k in changed[:3])
             raise QuantError(
-                f"{self.path}: holds unfinished work of another job ({what}): run that job again to finish it, or use --fresh to start over"
+                f"{self.path}: holds unfinished work of another job ({what}): run that job again to finish "
+                "it, or use --fresh to start over"
             )
         for entry in lines[1:]:
             if _is_unit(entry) and all(self._intact(f) for f in entry["files"]):
@@ -135,7 +153,11 @@ class WorkFolder:
     def finish_unit(self, unit: str, files: Mapping[Path, str], facts: Mapping[str, Any]) -> None:
         """Records a unit whose files are written and synced; ``files`` has each one's digest."""
         sync_folder(self.path)
-        entry = {"unit": unit, "files": [{"name": f.name, "bytes": f.stat().st_size, "digest": d} for f, d in files.items()], **facts}
+        entry = {
+            "unit": unit,
+            "files": [{"name": f.name, "bytes": f.stat().st_size, "digest": d} for f, d in files.items()],
+            **facts,
+        }
         self._append(entry)
         self.finished[unit] = entry
 
@@ -156,7 +178,8 @@ class WorkFolder:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
             raise QuantError(
-                f"{self.output}: is not empty any more: something was put there while the job ran. Move it away and run the same command again"
+                f"{self.output}: is not empty any more: something was put there while the job ran. Move it "
+                "away and run the same command again"
             ) from error
         (self.output / _JOURNAL).unlink()
         (self.output / _LOCK).unlink()

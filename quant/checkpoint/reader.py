@@ -1,6 +1,7 @@
 """A checkpoint directory, read lazily: headers at once, tensors one at a time into buffers we own.
 
-Nothing is memory-mapped: a mapped page counts as memory in use, and the depth of the model would show in the peak.
+Nothing is memory-mapped: a mapped page counts as memory in use, and the depth of the model would show in the
+peak.
 """
 
 from __future__ import annotations
@@ -21,10 +22,25 @@ if TYPE_CHECKING:
     import torch
 
 INDEX = "model.safetensors.index.json"
-#: Endings of files that hold weights in another container. They are never copied: beside ours they would be a second, unquantized model.
-_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".safetensors", ".tflite", ".npz")
+#: Endings of files that hold weights in another container. They are never copied: beside ours they would be a
+#: second, unquantized model.
+_OTHER_WEIGHTS = (
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".ot",
+    ".gguf",
+    ".safetensors",
+    ".tflite",
+    ".npz",
+)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-#: Files that describe an earlier quantization: their content is wrong for a new checkpoint, and they are not copied.
+#: Files that describe an earlier quantization: their content is wrong for a new checkpoint, and they are not
+#: copied.
 STALE = {
     "quant_report.json": "describes the source; the output has its own",
     "vllm_config.json": "describes the source; the output has its own",
@@ -33,13 +49,15 @@ STALE = {
     "recipe.yaml": "describes an earlier quantization",
 }
 _SKIPPED_FOLDERS = {".git", ".cache", "__pycache__", ".huggingface"}
-#: Bytes copied at a time: a piece stays in the processor's cache between reading and writing, and its buffer is never given back to the system.
+#: Bytes copied at a time: a piece stays in the processor's cache between reading and writing, and its buffer
+#: is never given back to the system.
 CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
 class SideFile:
-    """A file of the source that is not a tensor of it: copied byte for byte, or left out for the ``dropped`` reason."""
+    """A file of the source that is not a tensor of it: copied byte for byte, or left out for the ``dropped``
+    reason."""
 
     relative: str
     path: Path
@@ -50,8 +68,9 @@ class SideFile:
 class Checkpoint:
     """A model directory: ``config`` and where every tensor lies.
 
-    Open one with :func:`open_checkpoint`. ``read`` gives a tensor in the stored dtype, ``read_bytes`` its raw bytes in pieces.
-    ``computed`` holds functions for tensors that no file stores as such: the weights of a quantized checkpoint, seen dequantized.
+    Open one with :func:`open_checkpoint`. ``read`` gives a tensor in the stored dtype, ``read_bytes`` its raw
+    bytes in pieces. ``computed`` holds functions for tensors that no file stores as such: the weights of a
+    quantized checkpoint, seen dequantized.
     """
 
     path: Path
@@ -76,11 +95,16 @@ class Checkpoint:
                 while left:
                     piece = stream.read(min(chunk, left))
                     if not piece:
-                        raise CheckpointError(f"{info.file}: ends inside tensor {name!r}: the file was truncated while it was read")
+                        raise CheckpointError(
+                            f"{info.file}: ends inside tensor {name!r}: the file was truncated while it was "
+                            "read"
+                        )
                     left -= len(piece)
                     yield piece
         except OSError as error:
-            raise CheckpointError(f"{info.file}: cannot be read at tensor {name!r}: {error.strerror or error}") from error
+            raise CheckpointError(
+                f"{info.file}: cannot be read at tensor {name!r}: {error.strerror or error}"
+            ) from error
 
     def buffer(self, name: str) -> bytearray:
         """The tensor's bytes in one owned buffer."""
@@ -91,7 +115,9 @@ class Checkpoint:
                 stream.seek(info.start)
                 self._fill(stream, memoryview(data), info)
         except OSError as error:
-            raise CheckpointError(f"{info.file}: cannot be read at tensor {name!r}: {error.strerror or error}") from error
+            raise CheckpointError(
+                f"{info.file}: cannot be read at tensor {name!r}: {error.strerror or error}"
+            ) from error
         return data
 
     def read(self, name: str) -> torch.Tensor:
@@ -134,7 +160,9 @@ class Checkpoint:
                     self._fill(stream, memoryview(data)[: wanted * row], info)
                     yield buffer[:wanted]
         except OSError as error:
-            raise CheckpointError(f"{info.file}: cannot be read at tensor {name!r}: {error.strerror or error}") from error
+            raise CheckpointError(
+                f"{info.file}: cannot be read at tensor {name!r}: {error.strerror or error}"
+            ) from error
 
     @staticmethod
     def _fill(stream: io.FileIO, view: memoryview, info: TensorInfo) -> None:
@@ -142,7 +170,9 @@ class Checkpoint:
         while view:
             count = stream.readinto(view)
             if not count:
-                raise CheckpointError(f"{info.file}: ends inside tensor {info.name!r}: the file was truncated while it was read")
+                raise CheckpointError(
+                    f"{info.file}: ends inside tensor {info.name!r}: the file was truncated while it was read"
+                )
             view = view[count:]
 
     @property
@@ -165,7 +195,8 @@ class Checkpoint:
         return sorted({t.file for t in self.tensors.values()})
 
     def side_files(self) -> list[SideFile]:
-        """Every other file of the directory, sorted: tokenizer, templates, custom code. ``config.json`` and the index are not among them."""
+        """Every other file of the directory, sorted: tokenizer, templates, custom code. ``config.json`` and
+        the index are not among them."""
         used = {f.name for f in self.weight_files} | {INDEX, "config.json"}
         found = []
         for folder, folders, files in os.walk(self.path, followlinks=False):
@@ -213,7 +244,8 @@ def read_json(file: Path, what: str) -> dict[str, Any]:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise CheckpointError(
-            f"{file}: {what} holds half of a surrogate pair, which is no character: repair it, or fetch it again"
+            f"{file}: {what} holds half of a surrogate pair, which is no character: repair it, or fetch it "
+            "again"
         ) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: {what} is not a JSON object")
@@ -221,8 +253,15 @@ def read_json(file: Path, what: str) -> dict[str, Any]:
 
 
 def _plain_name(name: Any) -> bool:
-    """Whether an index's file name stays in its folder, judged from the text alone: shards of a hub cache are symbolic links out of it."""
-    return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\\" not in name and "\0" not in name
+    """Whether an index's file name stays in its folder, judged from the text alone: shards of a hub cache are
+    symbolic links out of it."""
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and "/" not in name
+        and "\\" not in name
+        and "\0" not in name
+    )
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -232,24 +271,36 @@ def _weight_map(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{index}: has no weight_map of tensor names to files")
     for tensor, name in weight_map.items():
         if not _plain_name(name):
-            raise CheckpointError(f"{index}: tensor {tensor!r} is said to be in {name!r}: a file name inside the model's folder is needed")
+            raise CheckpointError(
+                f"{index}: tensor {tensor!r} is said to be in {name!r}: a file name inside the model's "
+                "folder is needed"
+            )
     for name in sorted(set(weight_map.values())):
         if not (path / name).exists():
-            raise CheckpointError(f"{index}: names {name!r}, which is not in {path}: the download is incomplete, fetch that file")
+            raise CheckpointError(
+                f"{index}: names {name!r}, which is not in {path}: the download is incomplete, fetch that "
+                "file"
+            )
     return weight_map
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Reads config and headers of a model directory (single file, sharded, or a hub cache with symbolic links).
+    """Reads config and headers of a model directory (single file, sharded, or a hub cache with symbolic
+    links).
 
     Raises:
-        CheckpointError: no directory, no config.json, no safetensors, an invalid header, an index that names a missing or outside file.
+        CheckpointError: no directory, no config.json, no safetensors, an invalid header, an index that names
+            a missing or outside file.
     """
     path = Path(path)
     if not path.exists():
-        raise CheckpointError(f"{path}: there is no such directory: give the folder with config.json and the safetensors files")
+        raise CheckpointError(
+            f"{path}: there is no such directory: give the folder with config.json and the safetensors files"
+        )
     if not path.is_dir():
-        raise CheckpointError(f"{path}: is a file: give the folder with config.json and the safetensors files")
+        raise CheckpointError(
+            f"{path}: is a file: give the folder with config.json and the safetensors files"
+        )
     path = _resolve_hub_cache(path)
     if not (path / "config.json").exists():
         raise CheckpointError(f"{path}: has no config.json: give the folder of a Hugging Face checkpoint")
@@ -266,9 +317,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         pickled = sorted(f.name for f in path.iterdir() if f.suffix in _PICKLES)
         if pickled:
             raise CheckpointError(
-                f"{path}: holds only pickled weights ({pickled[0]}), which can run code when loaded: save the model as safetensors first"
+                f"{path}: holds only pickled weights ({pickled[0]}), which can run code when loaded: save "
+                "the model as safetensors first"
             )
-        raise CheckpointError(f"{path}: has no .safetensors file: the download is incomplete or this is not a model")
+        raise CheckpointError(
+            f"{path}: has no .safetensors file: the download is incomplete or this is not a model"
+        )
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     for name in names:
@@ -279,14 +333,19 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
                 if tensor in weight_map:
                     continue  # a copy in a second file: the index says which one counts
                 raise CheckpointError(
-                    f"{path / name}: holds tensor {tensor!r}, which {INDEX} does not name: the index belongs to other files"
+                    f"{path / name}: holds tensor {tensor!r}, which {INDEX} does not name: the index "
+                    "belongs to other files"
                 )
             if tensor in tensors:
                 raise CheckpointError(
-                    f"{path / name}: tensor {tensor!r} is also in {tensors[tensor].file.name}: an index must say which counts"
+                    f"{path / name}: tensor {tensor!r} is also in {tensors[tensor].file.name}: an index "
+                    "must say which counts"
                 )
             tensors[tensor] = info
     missing = sorted(set(weight_map) - set(tensors))
     if missing:
-        raise CheckpointError(f"{path / INDEX}: says tensor {missing[0]!r} is in {weight_map[missing[0]]}, which does not hold it")
+        raise CheckpointError(
+            f"{path / INDEX}: says tensor {missing[0]!r} is in {weight_map[missing[0]]}, which does not "
+            "hold it"
+        )
     return Checkpoint(path, config, tensors, metadata)

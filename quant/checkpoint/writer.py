@@ -1,7 +1,8 @@
-"""Writes safetensors files whose every tensor is known beforehand: the header goes first, the data follows as it is made.
+"""Writes safetensors files whose every tensor is known beforehand: the header goes first, the data follows as
+it is made.
 
-Because the plan fixes names, dtypes and shapes, the size of the output is exact before any work, the disk's room is claimed at once,
-and no more than one tensor is held in memory.
+Because the plan fixes names, dtypes and shapes, the size of the output is exact before any work, the disk's
+room is claimed at once, and no more than one tensor is held in memory.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     import torch
 
 
-#: Pieces from this size up are hashed by a thread: below, handing them over costs as much. Bytes read at a time.
+#: Pieces from this size up are hashed by a thread: below, handing them over costs as much. Bytes read at a
+#: time.
 _LARGE, _READ = 1 << 18, 8 << 20
 
 
@@ -49,7 +51,11 @@ def header_bytes(specs: Sequence[TensorSpec]) -> bytes:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for spec in specs:
-        header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, position + spec.nbytes]}
+        header[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [position, position + spec.nbytes],
+        }
         position += spec.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -62,11 +68,12 @@ def file_bytes(specs: Sequence[TensorSpec]) -> int:
 
 
 class ShardWriter:
-    """One safetensors file in the making. Tensors come in any order; ``close`` demands all of them and syncs, and leaves in ``digest`` what
-    :func:`file_digest` will find as long as the file stays as it was written.
+    """One safetensors file in the making. Tensors come in any order; ``close`` demands all of them and syncs,
+    and leaves in ``digest`` what :func:`file_digest` will find as long as the file stays as it was written.
 
-    The hash is made of the bytes in memory, so that it also tells what the disk did to them. A thread makes it of each piece while the piece is
-    being written: SHA-256 runs at over a GB/s beside the write, where a hash after the fact would read everything again.
+    The hash is made of the bytes in memory, so that it also tells what the disk did to them. A thread makes
+    it of each piece while the piece is being written: SHA-256 runs at over a GB/s beside the write, where a
+    hash after the fact would read everything again.
 
     Raises:
         DiskFull: no room for the whole file (claimed when the file is opened) or for a write.
@@ -90,7 +97,8 @@ class ShardWriter:
             try:
                 os.posix_fallocate(self._file, 0, position)
             except OSError as error:
-                if error.errno != errno.EOPNOTSUPP:  # some file systems cannot reserve; they fail at the write instead
+                # some file systems cannot reserve; they fail at the write instead
+                if error.errno != errno.EOPNOTSUPP:
                     raise
             self._write(header, 0)
         except OSError as error:
@@ -101,10 +109,12 @@ class ShardWriter:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = os.statvfs(self.path.parent)
             return DiskFull(
-                f"{self.path}: the disk is full: {format_size(needed)} are needed, {format_size(free.f_bavail * free.f_frsize)} are free. "
+                f"{self.path}: the disk is full: {format_size(needed)} are needed, "
+                f"{format_size(free.f_bavail * free.f_frsize)} are free. "
                 "Free some room and run the same command again: finished work is kept"
             )
-        return OSError(error.errno, error.strerror, str(self.path)) if error.errno else error  # a write's own error names no file
+        # a write's own error names no file
+        return OSError(error.errno, error.strerror, str(self.path)) if error.errno else error
 
     def _write(self, data: bytes | bytearray | memoryview, position: int) -> None:
         view = memoryview(data).cast("B") if not isinstance(data, bytes) else memoryview(data)
@@ -142,7 +152,9 @@ class ShardWriter:
 
         spec, _ = self._specs[name]
         if (HEADER[tensor.dtype], tuple(tensor.shape)) != (spec.dtype, spec.shape):
-            raise AssertionError(f"{name}: made as {tensor.dtype} {tuple(tensor.shape)}, planned as {spec.dtype} {spec.shape}")
+            raise AssertionError(
+                f"{name}: made as {tensor.dtype} {tuple(tensor.shape)}, planned as {spec.dtype} {spec.shape}"
+            )
         flat = tensor.detach().cpu().contiguous().view(-1)
         self.write_pieces(name, [memoryview(flat.view(torch.uint8).numpy().data)] if spec.nbytes else [])
 
@@ -170,7 +182,9 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self.close()
         else:
@@ -214,7 +228,10 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(stream.fileno())
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(f"{path}: the disk is full. Free some room and run the same command again: finished work is kept") from error
+            raise DiskFull(
+                f"{path}: the disk is full. Free some room and run the same command again: finished work is "
+                "kept"
+            ) from error
         raise
 
 

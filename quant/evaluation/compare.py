@@ -12,7 +12,8 @@ import torch
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.formats.reading import dequantized
 
-#: How far the projection of a column on the source's may be from 1: upwards, and downwards at 8 and at 2 bits.
+#: How far the projection of a column on the source's may be from 1: upwards, and downwards at 8 and at 2
+#: bits.
 _MOST, _LEAST_SHARE, _LARGEST_SHARE = 1.4, 0.3, 0.7
 #: How many times the mean squared difference of a norm's confirmed columns another one may have.
 _NOISE = 4.0
@@ -20,8 +21,8 @@ _NOISE = 4.0
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """Of one tensor: whether all values are equal, signal to noise in dB, and the largest absolute difference; ``scaled``: scaling was folded
-    into it, and taken out before it was compared."""
+    """Of one tensor: whether all values are equal, signal to noise in dB, and the largest absolute
+    difference; ``scaled``: scaling was folded into it, and taken out before it was compared."""
 
     name: str
     equal: bool
@@ -47,9 +48,10 @@ class Comparison:
 
 
 def compare(path: str | Path, against: str | Path) -> Comparison:
-    """Compares two checkpoints tensor by tensor, each read in its own format, in fp32. Tensors of ``path`` that scaling was folded into are
-    compared in the scale of the source. Of a norm that took factors nothing but its own values says which, so the linears that read it must
-    agree: a gain that they do not confirm is a difference.
+    """Compares two checkpoints tensor by tensor, each read in its own format, in fp32. Tensors of ``path``
+    that scaling was folded into are compared in the scale of the source. Of a norm that took factors nothing
+    but its own values says which, so the linears that read it must agree: a gain that they do not confirm is
+    a difference.
 
     Raises:
         CheckpointError: one of them cannot be read.
@@ -58,7 +60,8 @@ def compare(path: str | Path, against: str | Path) -> Comparison:
     common = set(here.tensors) & set(there.tensors)
     folds = _Folds(Path(path), here, there)
     found = []
-    for name in sorted(common, key=lambda n: len(here.tensors[n].shape) < 2):  # weights first: norms and biases are judged by them
+    # weights first: norms and biases are judged by them
+    for name in sorted(common, key=lambda n: len(here.tensors[n].shape) < 2):
         stored, b = here.read(name), there.read(name).float()
         if stored.shape != b.shape:
             found.append(TensorDifference(name, False, None, float("inf")))
@@ -82,12 +85,14 @@ class _Folds:
     def __init__(self, path: Path, here: Checkpoint, there: Checkpoint):
         from quant.pipeline.folding import norm_factors
 
-        #: weight → in the order in which it was scaled: factors fp32 [K] of its columns, or the dimension along which it has powers of two
+        #: weight → in the order in which it was scaled: factors fp32 [K] of its columns, or the dimension
+        #: along which it has powers of two
         self._steps: dict[str, list[torch.Tensor | int]] = {}
         #: norm → its factors and gain offset; reader of a norm → that norm
         self._norms: dict[str, tuple[torch.Tensor, float]] = {}
         self._readers: dict[str, str] = {}
-        #: norm → fp64 [K] each, sums over its readers: products of columns with the source's, the source's squares, squared differences
+        #: norm → fp64 [K] each, sums over its readers: products of columns with the source's, the source's
+        #: squares, squared differences
         self._witness: dict[str, torch.Tensor] = {}
         #: linear → fp32 [N], what its rows were multiplied by
         self._rows: dict[str, torch.Tensor] = {}
@@ -101,7 +106,11 @@ class _Folds:
                 if fold["kind"] == "linear":
                     for name, dim in ((norm, 1), *((n, 0) for n in linears)):
                         self._steps.setdefault(name, []).append(dim)
-                elif norm in here.tensors and norm in there.tensors and here.tensors[norm].shape == there.tensors[norm].shape:
+                elif (
+                    norm in here.tensors
+                    and norm in there.tensors
+                    and here.tensors[norm].shape == there.tensors[norm].shape
+                ):
                     factors = norm_factors(there.read(norm), here.read(norm), offset)
                     self._norms[source] = factors, offset
                     for name in linears:
@@ -112,16 +121,23 @@ class _Folds:
             self._steps, self._norms, self._readers = {}, {}, {}
 
     def undone(self, name: str, stored: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """A tensor as it would be without the scaling, fp32, and whether there was any; ``b`` is the source's, fp32."""
+        """A tensor as it would be without the scaling, fp32, and whether there was any; ``b`` is the
+        source's, fp32."""
         module, _, last = name.rpartition(".")
         a = stored.float()
         if module in self._norms:
-            return self._norm(module, a, b) if last == "weight" else self._bias(stored, b, 1 / self._norms[module][0])
+            return (
+                self._norm(module, a, b)
+                if last == "weight"
+                else self._bias(stored, b, 1 / self._norms[module][0])
+            )
         if last == "bias" and module in self._rows:
             factors = self._rows[module]
             if module in self._rounded:  # the bias itself tells powers of two exactly
                 own = stored.float() / b
-                factors = torch.where((own.log2() == own.log2().round()) & ((own / factors).log2().abs() <= 1), own, factors)
+                factors = torch.where(
+                    (own.log2() == own.log2().round()) & ((own / factors).log2().abs() <= 1), own, factors
+                )
             return self._bias(stored, b, factors)
         scaled = False
         for step in self._steps.get(name, ()):
@@ -136,29 +152,36 @@ class _Folds:
         return a, scaled
 
     def _norm(self, name: str, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """A norm whose factors its readers confirm is the source's; elsewhere the gain that its readers make of it stands."""
+        """A norm whose factors its readers confirm is the source's; elsewhere the gain that its readers make
+        of it stands."""
         factors, offset = self._norms[name]
         if name not in self._witness:
             return a, False
         products, squares, differences = self._witness[name]
         ratio = torch.where(squares > 0, products / squares, 1.0).float()
-        # A column's projection is 1, less the share that rounding and clipping took of it. Of a small column, mostly rounded away, it says little;
-        # but there the difference, in the scale that was rounded, is no larger than that of its neighbours.
+        # A column's projection is 1, less the share that rounding and clipping took of it. Of a small column,
+        # mostly rounded away, it says little; but there the difference, in the scale that was rounded, is no
+        # larger than that of its neighbours.
         share = float((differences.sum() / squares.sum()).sqrt())
-        confirmed = ((ratio < _MOST) & (ratio > 1 - min(max(share, _LEAST_SHARE), _LARGEST_SHARE))) | (factors == 1)
+        confirmed = ((ratio < _MOST) & (ratio > 1 - min(max(share, _LEAST_SHARE), _LARGEST_SHARE))) | (
+            factors == 1
+        )
         noise = differences * factors.double().square()
         if bool(confirmed.any()):
             confirmed |= noise <= _NOISE * noise[confirmed].mean()
         return torch.where(confirmed, b, (b + offset) * ratio - offset), bool((factors != 1).any())
 
-    def _bias(self, stored: torch.Tensor, b: torch.Tensor, factors: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    def _bias(
+        self, stored: torch.Tensor, b: torch.Tensor, factors: torch.Tensor
+    ) -> tuple[torch.Tensor, bool]:
         """A bias that was multiplied by ``factors`` and rounded to its dtype."""
         kept = stored == (b * factors).to(stored.dtype)
         return torch.where(kept, b, stored.float() / factors), bool((factors != 1).any())
 
 
 def _powers(a: torch.Tensor, b: torch.Tensor, dim: int) -> torch.Tensor:
-    """The power of two by which each row (``dim`` 1) or column (0) of ``a`` is larger than the same of ``b``, from the projection of the one
-    on the other: folds into linears are powers of two, and rounding is far from moving a projection by half of one."""
+    """The power of two by which each row (``dim`` 1) or column (0) of ``a`` is larger than the same of ``b``,
+    from the projection of the one on the other: folds into linears are powers of two, and rounding is far
+    from moving a projection by half of one."""
     ratio = (a * b).sum(dim, keepdim=True) / b.square().sum(dim, keepdim=True)
     return torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, 1.0).log2().round().exp2()

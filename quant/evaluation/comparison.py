@@ -26,8 +26,9 @@ class Compared:
 
     Attributes:
         scheme: the schemes of its quantized linears by name; ``none`` where none is quantized.
-        bits_per_weight: stored bits of all linears of the decoder's blocks, quantized or not, with scales, zero points and all else that
-            belongs to them, over the number of their weights; None where their tensors have other names than in the source.
+        bits_per_weight: stored bits of all linears of the decoder's blocks, quantized or not, with scales,
+            zero points and all else that belongs to them, over the number of their weights; None where their
+            tensors have other names than in the source.
         total_bytes: of all tensors.
     """
 
@@ -37,7 +38,11 @@ class Compared:
     total_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        own = {"scheme": self.scheme, "bits_per_weight": self.bits_per_weight, "total_bytes": self.total_bytes}
+        own = {
+            "scheme": self.scheme,
+            "bits_per_weight": self.bits_per_weight,
+            "total_bytes": self.total_bytes,
+        }
         return self.evaluation.to_dict() | own
 
 
@@ -52,7 +57,8 @@ def compare_outputs(
     progress: Progress = silent,
     failed: Callable[[str, QuantError], None] | None = None,
 ) -> Iterator[Compared]:
-    """Measures each checkpoint on the same chunks, one after the other; the source runs once. See :func:`quant.evaluation.quality.evaluate`.
+    """Measures each checkpoint on the same chunks, one after the other; the source runs once. See
+    :func:`quant.evaluation.quality.evaluate`.
 
     Args:
         failed: is told of a checkpoint that cannot be run, and the others go on; None: its error is raised.
@@ -77,25 +83,46 @@ def compare_outputs(
     origin = checkpoints[-1] if against is not None else None
     for path, checkpoint in zip(paths, checkpoints, strict=False):
         try:
-            measured = evaluate(path, against=source, text=text, length=length, chunks=chunks, device=device, progress=progress)
+            measured = evaluate(
+                path,
+                against=source,
+                text=text,
+                length=length,
+                chunks=chunks,
+                device=device,
+                progress=progress,
+            )
         except QuantError as error:
             if failed is None or isinstance(error, UsageError):
                 raise
             failed(str(path), error)
             continue
-        yield Compared(measured, scheme_names(checkpoint), bits_per_weight(checkpoint, origin or checkpoint), checkpoint.nbytes)
+        yield Compared(
+            measured,
+            scheme_names(checkpoint),
+            bits_per_weight(checkpoint, origin or checkpoint),
+            checkpoint.nbytes,
+        )
 
 
 def scheme_names(checkpoint: Checkpoint) -> str:
     found = find_format(checkpoint.config, checkpoint.tensors)
-    return " + ".join(dict.fromkeys(str(x.numbers) for x in found.linears.values())) if found and found.linears else "none"
+    return (
+        " + ".join(dict.fromkeys(str(x.numbers) for x in found.linears.values()))
+        if found and found.linears
+        else "none"
+    )
 
 
 def bits_per_weight(checkpoint: Checkpoint, origin: Checkpoint) -> float | None:
     """Stored bits over the number of weights, of the linears that ``origin``'s decoder blocks have."""
     found = find_format(origin.config, origin.tensors)
     shapes = {x.name: (x.n, x.k) for x in found.linears.values()} if found else {}
-    shapes |= {n: (i.shape[0], i.shape[1]) for n in decoder_linears(origin.tensors, origin.config) if (i := origin.info(f"{n}.weight"))}
+    shapes |= {
+        n: (i.shape[0], i.shape[1])
+        for n in decoder_linears(origin.tensors, origin.config)
+        if (i := origin.info(f"{n}.weight"))
+    }
     stored = dict.fromkeys(shapes, 0)
     for name, info in checkpoint.tensors.items():
         module, _, last = name.rpartition(".")
@@ -121,7 +148,7 @@ def demand(done: Sequence[Compared], limit: float | None) -> None:
         raise VerificationFailed("\n  ".join(failed))
 
 
-# --- the picture ----------------------------------------------------------------------------------------------------------------------
+# --- the picture --------------------------------------------------------------------------------------------
 
 
 def check_plot(path: Path) -> None:
@@ -133,13 +160,19 @@ def check_plot(path: Path) -> None:
     if path.suffix not in (".png", ".html"):
         raise UsageError(f"--plot is {str(path)!r}: pictures are made as .html or .png")
     if not path.absolute().parent.is_dir():
-        raise UsageError(f"--plot is {str(path)!r}: there is no folder {path.absolute().parent}: make it first")
+        raise UsageError(
+            f"--plot is {str(path)!r}: there is no folder {path.absolute().parent}: make it first"
+        )
     if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
         raise UsageError(
-            f"--plot is {str(path)!r}: {'is a directory' if path.is_dir() else 'its folder cannot be written to'}: name another file"
+            f"--plot is {str(path)!r}: "
+            f"{'is a directory' if path.is_dir() else 'its folder cannot be written to'}: name another file"
         )
     if path.suffix == ".png" and find_spec("matplotlib") is None:
-        raise QuantError("--plot: a .png takes matplotlib: pip install 'quant[plots]', or name a .html file, which takes nothing")
+        raise QuantError(
+            "--plot: a .png takes matplotlib: pip install 'quant[plots]', or name a .html file, which takes "
+            "nothing"
+        )
 
 
 @dataclass(frozen=True)
@@ -157,7 +190,9 @@ def _points(done: Sequence[Compared]) -> list[_Point]:
         QuantError: nothing can.
     """
     parts = [Path(one.evaluation.path).absolute().parts for one in done]
-    depth = next((d for d in range(1, max(map(len, parts)) + 1) if len({p[-d:] for p in parts}) == len(parts)), 1)
+    depth = next(
+        (d for d in range(1, max(map(len, parts)) + 1) if len({p[-d:] for p in parts}) == len(parts)), 1
+    )
     points = []
     for one, part in zip(done, parts, strict=True):
         kl = one.evaluation.kl
@@ -166,16 +201,20 @@ def _points(done: Sequence[Compared]) -> list[_Point]:
             points.append(_Point("/".join(part[-depth:]), one.bits_per_weight, kl.mean, error))
     if not points:
         raise QuantError(
-            "--plot: no checkpoint has both a KL divergence that is a number and linears under the source's names: nothing is drawn"
+            "--plot: no checkpoint has both a KL divergence that is a number and linears under the source's "
+            "names: nothing is drawn"
         )
     return points
 
 
 def plot(path: Path, done: Sequence[Compared]) -> None:
-    """Draws bits per weight against KL with its standard error, one labelled point a checkpoint, as PNG or HTML by the file's name. KL has a
-    logarithmic axis unless one is zero."""
+    """Draws bits per weight against KL with its standard error, one labelled point a checkpoint, as PNG or
+    HTML by the file's name. KL has a logarithmic axis unless one is zero."""
     points = _points(done)
-    title = f"{done[0].evaluation.against}, {Path(done[0].evaluation.text).name}, {done[0].evaluation.chunks} chunks"
+    title = (
+        f"{done[0].evaluation.against}, {Path(done[0].evaluation.text).name}, "
+        f"{done[0].evaluation.chunks} chunks"
+    )
     if path.suffix == ".png":
         _draw_png(path, points, title)
     else:
@@ -231,17 +270,24 @@ def _svg(points: Sequence[_Point]) -> str:
 
     left, right = span([p.bits for p in points])
     # an error bar that reaches zero has no end on a logarithmic axis
-    ends = [(max(p.kl - p.error, p.kl / 10) if logarithmic else p.kl - p.error, p.kl + p.error) for p in points]
+    ends = [
+        (max(p.kl - p.error, p.kl / 10) if logarithmic else p.kl - p.error, p.kl + p.error) for p in points
+    ]
     bottom, top = span([scaled(e) for pair in ends for e in pair])
 
     def x(bits: float) -> float:
         return round(_LEFT + (bits - left) / (right - left) * (_WIDTH - _LEFT - _RIGHT), 1)
 
     def y(kl: float) -> float:
-        return round(_HEIGHT - _BOTTOM - (scaled(kl) - bottom) / (top - bottom) * (_HEIGHT - _TOP - _BOTTOM), 1)
+        return round(
+            _HEIGHT - _BOTTOM - (scaled(kl) - bottom) / (top - bottom) * (_HEIGHT - _TOP - _BOTTOM), 1
+        )
 
     base, edge = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
-    out = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="bits per weight against KL divergence">']
+    out = [
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="bits per weight against KL '
+        'divergence">'
+    ]
     for t in _ticks(left, right):
         out.append(f'<line class="grid" x1="{x(t)}" x2="{x(t)}" y1="{_TOP}" y2="{base}"/>')
         out.append(f'<text x="{x(t)}" y="{base + 18}" text-anchor="middle">{t:g}</text>')
@@ -249,13 +295,21 @@ def _svg(points: Sequence[_Point]) -> str:
         out.append(f'<line class="grid" x1="{_LEFT}" x2="{edge}" y1="{y(t)}" y2="{y(t)}"/>')
         out.append(f'<text x="{_LEFT - 8}" y="{y(t) + 4}" text-anchor="end">{t:g}</text>')
     out.append(f'<path class="axis" d="M{_LEFT} {_TOP}V{base}H{edge}"/>')
-    out.append(f'<text x="{(_LEFT + edge) / 2}" y="{_HEIGHT - 10}" text-anchor="middle">bits per weight</text>')
+    out.append(
+        f'<text x="{(_LEFT + edge) / 2}" y="{_HEIGHT - 10}" text-anchor="middle">bits per weight</text>'
+    )
     middle = (_TOP + base) / 2
-    out.append(f'<text transform="translate(20 {middle}) rotate(-90)" text-anchor="middle">KL divergence, nats per token</text>')
+    out.append(
+        f'<text transform="translate(20 {middle}) rotate(-90)" text-anchor="middle">KL divergence, nats per '
+        "token</text>"
+    )
     for p, (low, high) in zip(points, ends, strict=True):
         label = html.escape(p.label)
         out.append(f'<line class="error" x1="{x(p.bits)}" x2="{x(p.bits)}" y1="{y(low)}" y2="{y(high)}"/>')
-        out.append(f'<circle cx="{x(p.bits)}" cy="{y(p.kl)}" r="4"><title>{label}: {p.bits:.3f} bits, KL {p.kl:.5f}</title></circle>')
+        out.append(
+            f'<circle cx="{x(p.bits)}" cy="{y(p.kl)}" r="4"><title>{label}: {p.bits:.3f} bits, KL '
+            f"{p.kl:.5f}</title></circle>"
+        )
         out.append(f'<text x="{x(p.bits) + 8}" y="{y(p.kl) - 6}">{label}</text>')
     return "\n".join([*out, "</svg>"])
 
@@ -269,7 +323,10 @@ def _html(done: Sequence[Compared], points: Sequence[_Point], title: str) -> str
         cells = [e.path, one.scheme, bits, f"{one.total_bytes:,}"]
         cells += ["" if m is None else f"{m.mean:{form}} ± {m.standard_error:{form}}" for m, form in measured]
         rows.append("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>")
-    heads = "".join(f"<th>{h}</th>" for h in ("path", "scheme", "bits per weight", "bytes", "perplexity", "KL, nats per token", "top-1"))
+    heads = "".join(
+        f"<th>{h}</th>"
+        for h in ("path", "scheme", "bits per weight", "bytes", "perplexity", "KL, nats per token", "top-1")
+    )
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
 <style>

@@ -29,8 +29,9 @@ def role_of(name: str) -> str:
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
-    """Facts of a checkpoint directory: architecture, parameters by role (quantized ones counted as the weights they stand for), bytes by dtype,
-    format and schemes; of an output of ``quant quantize``, the layers that lost most, from its report.
+    """Facts of a checkpoint directory: architecture, parameters by role (quantized ones counted as the
+    weights they stand for), bytes by dtype, format and schemes; of an output of ``quant quantize``, the
+    layers that lost most, from its report.
 
     Raises:
         CheckpointError: it cannot be read.

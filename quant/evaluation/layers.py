@@ -1,4 +1,5 @@
-"""Relative output error of every linear, measured from outside: for checkpoints whose making was not observed."""
+"""Relative output error of every linear, measured from outside: for checkpoints whose making was not
+observed."""
 
 from __future__ import annotations
 
@@ -16,15 +17,22 @@ from quant.models.skeleton import Skeleton
 
 
 def output_errors(
-    path: str | Path, against: str | Path, tokens: torch.Tensor, device: str | None = None, *, scaled: bool = False
+    path: str | Path,
+    against: str | Path,
+    tokens: torch.Tensor,
+    device: str | None = None,
+    *,
+    scaled: bool = False,
 ) -> dict[str, float]:
-    """Runs both checkpoints block by block in fp32 on the source's own inputs of each block, and compares what each linear puts out.
+    """Runs both checkpoints block by block in fp32 on the source's own inputs of each block, and compares
+    what each linear puts out.
 
     Args:
         path, against: checkpoint and its source; quantized ones are dequantized.
         tokens: token ids, int64 [B, T].
-        scaled: the checkpoint may have scales moved between layers. Those in a norm do not matter to an output; linears that make the input of
-            another one (v of o, up of down) have scaled outputs, and are compared at the factor of each output that fits best.
+        scaled: the checkpoint may have scales moved between layers. Those in a norm do not matter to an
+            output; linears that make the input of another one (v of o, up of down) have scaled outputs, and
+            are compared at the factor of each output that fits best.
 
     Returns:
         by linear's name, ‖y' - y‖² / ‖y‖² over all tokens.
@@ -51,7 +59,9 @@ def output_errors(
                 if skeleton is there:
                     output = result[0] if isinstance(result, tuple) else result
             prefix = there.block_prefix(index)
-            errors |= {prefix + n: _relative(found[n], y, n in sources) for n, y in wanted.items() if n in found}
+            errors |= {
+                prefix + n: _relative(found[n], y, n in sources) for n, y in wanted.items() if n in found
+            }
             hidden = output
     return errors
 
@@ -75,7 +85,8 @@ def _outputs(block: nn.Module, seen: dict[str, torch.Tensor]) -> Iterator[Mappin
 
 
 def _relative(found: torch.Tensor, wanted: torch.Tensor, scaled: bool) -> float:
-    """Error of ``found`` [T, N] relative to ``wanted``; ``scaled``: at the least-squares factor of each column."""
+    """Error of ``found`` [T, N] relative to ``wanted``; ``scaled``: at the least-squares factor of each
+    column."""
     if scaled:
         found = found * ((found * wanted).sum(0) / found.square().sum(0).clamp_min(1e-30))
     return float((found - wanted).square().sum() / wanted.square().sum().clamp_min(1e-30))

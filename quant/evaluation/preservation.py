@@ -16,7 +16,8 @@ from quant.offline import load_tokenizer
 from quant.progress import silent
 
 ROWS, TOKENS = 4, 128
-#: The most that KL may be, in nats per token. Rounding weights once to bf16 moves it by about 1e-5; a factor that is missing on one side by whole nats.
+#: The most that KL may be, in nats per token. Rounding weights once to bf16 moves it by about 1e-5; a factor
+#: that is missing on one side by whole nats.
 LARGEST_KL = 1e-4
 
 
@@ -26,7 +27,8 @@ class Preservation:
 
     Attributes:
         kl: mean KL(source ‖ candidate), nats per token.
-        difference: the largest |candidate - source| of the logits, relative to the largest |source| of its token.
+        difference: the largest |candidate - source| of the logits, relative to the largest |source| of its
+            token.
     """
 
     kl: float

@@ -1,8 +1,9 @@
 """How good a checkpoint is: perplexity, and KL divergence and top-1 agreement with its source.
 
-Both models run in fp32 block by block, so that only the weights differ and neither is ever in memory whole. Where the candidate's scheme
-quantizes activations, or has scales of an FP8 KV cache, its run rounds them as vLLM does (see :mod:`quant.evaluation.simulation`). Values are means over chunks of
-text; standard errors are over chunks. Perplexity is the exponential of the mean negative log-likelihood per token (natural logarithm);
+Both models run in fp32 block by block, so that only the weights differ and neither is ever in memory whole.
+Where the candidate's scheme quantizes activations, or has scales of an FP8 KV cache, its run rounds them as
+vLLM does (see :mod:`quant.evaluation.simulation`). Values are means over chunks of text; standard errors are
+over chunks. Perplexity is the exponential of the mean negative log-likelihood per token (natural logarithm);
 KL(source ‖ candidate) is in nats per token.
 """
 
@@ -41,7 +42,8 @@ class Measured:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured. Without a source only perplexity. ``activations`` says what else than weights was rounded in the candidate's run."""
+    """What was measured. Without a source only perplexity. ``activations`` says what else than weights was
+    rounded in the candidate's run."""
 
     path: str
     against: str | None
@@ -64,9 +66,18 @@ class Evaluation:
             VerificationFailed: perplexity rose by more than ``limit`` (0.05 is 5 %), or is not a number.
         """
         if not math.isfinite(self.perplexity.mean):
-            raise VerificationFailed(f"{self.path}: perplexity is {self.perplexity.mean}: the checkpoint is broken, run quant verify on it")
-        if limit is not None and self.perplexity_increase is not None and not self.perplexity_increase <= limit:
-            raise VerificationFailed(f"{self.path}: perplexity rose by {self.perplexity_increase:.2%}, the limit is {limit:.2%}")
+            raise VerificationFailed(
+                f"{self.path}: perplexity is {self.perplexity.mean}: the checkpoint is broken, run quant "
+                "verify on it"
+            )
+        if (
+            limit is not None
+            and self.perplexity_increase is not None
+            and not self.perplexity_increase <= limit
+        ):
+            raise VerificationFailed(
+                f"{self.path}: perplexity rose by {self.perplexity_increase:.2%}, the limit is {limit:.2%}"
+            )
 
 
 class Runner:
@@ -81,7 +92,11 @@ class Runner:
         with torch.no_grad():
             for index in range(self.skeleton.block_count):
                 block = self.skeleton.load_block(index)
-                rounded = self.simulation.inside(block, self.skeleton.block_prefix(index)) if self.simulation else nullcontext()
+                rounded = (
+                    self.simulation.inside(block, self.skeleton.block_prefix(index))
+                    if self.simulation
+                    else nullcontext()
+                )
                 with rounded:
                     for b, states in enumerate(hidden):
                         call: BlockCall = calls[len(states)][index]
@@ -103,13 +118,20 @@ class Source:
     """
 
     def __init__(
-        self, path: str | Path, text: str | Path | None = None, length: int | None = None, chunks: int = 0, device: str | None = None
+        self,
+        path: str | Path,
+        text: str | Path | None = None,
+        length: int | None = None,
+        chunks: int = 0,
+        device: str | None = None,
     ):
         self.path = str(path)
         checkpoint = open_checkpoint(path)
         self.file = Path(text) if text is not None else bundled("wikitext-2-test")
         length = chunk_length(length, checkpoint)
-        self.rows = evaluation_rows(load_tokenizer(checkpoint.path), self.file, length, chunks or defaults.EVALUATION_CHUNKS)
+        self.rows = evaluation_rows(
+            load_tokenizer(checkpoint.path), self.file, length, chunks or defaults.EVALUATION_CHUNKS
+        )
         self.runner = Runner(checkpoint, device_of(device))
         self._hidden: list[torch.Tensor] | None = None
 
@@ -152,8 +174,8 @@ def evaluate(
     """Measures a checkpoint on a text.
 
     Args:
-        against: the checkpoint it was made from; adds KL, top-1 agreement and the rise of perplexity. A :class:`Source` has text, length and chunks
-            of its own, and is not run again.
+        against: the checkpoint it was made from; adds KL, top-1 agreement and the rise of perplexity. A
+            :class:`Source` has text, length and chunks of its own, and is not run again.
         text: any text that calibration reads; the bundled wikitext-2 test by default.
         length: tokens a chunk, the start token included; None for the smaller of 512 and the model's context.
 
@@ -166,22 +188,29 @@ def evaluate(
         against = Source(against, text, chunk_length(length, checkpoint), chunks, device)
     if against is None:
         file = Path(text) if text is not None else bundled("wikitext-2-test")
-        rows = evaluation_rows(load_tokenizer(checkpoint.path), file, chunk_length(length, checkpoint), chunks)
+        rows = evaluation_rows(
+            load_tokenizer(checkpoint.path), file, chunk_length(length, checkpoint), chunks
+        )
     else:
         file, rows = against.file, against.rows
     simulation = Simulation(checkpoint)
     runners = [Runner(checkpoint, target, simulation), *([] if against is None else [against.runner])]
     if int(rows.max()) >= min(r.skeleton.vocabulary for r in runners):
         raise CheckpointError(
-            f"{path}: the text has token {int(rows.max())}, the model {runners[0].skeleton.vocabulary}: the tokenizer belongs to another model"
+            f"{path}: the text has token {int(rows.max())}, the model {runners[0].skeleton.vocabulary}: the "
+            "tokenizer belongs to another model"
         )
     sizes = [r.skeleton.vocabulary for r in runners]
     if against is not None and sizes[0] != sizes[1]:
         raise CheckpointError(
-            f"{path}: has a vocabulary of {sizes[0]:,}, {against.path} one of {sizes[1]:,}: it was not made from that checkpoint"
+            f"{path}: has a vocabulary of {sizes[0]:,}, {against.path} one of {sizes[1]:,}: it was not made "
+            "from that checkpoint"
         )
     batches = list(rows.split(max(1, _BATCH_TOKENS // rows.shape[1])))
-    hidden = [runners[0].hidden(batches, progress, "candidate"), *([] if against is None else [against.hidden(batches, progress)])]
+    hidden = [
+        runners[0].hidden(batches, progress, "candidate"),
+        *([] if against is None else [against.hidden(batches, progress)]),
+    ]
     nll: list[float] = []
     source_nll: list[float] = []
     kl: list[float] = []
@@ -191,7 +220,9 @@ def evaluate(
             stack.enter_context(runner.skeleton.outside())
         for index, batch in enumerate(batches):
             wanted = batch[:, 1:, None].to(target)
-            logs = [r.log_probabilities(batch, states[index]) for r, states in zip(runners, hidden, strict=True)]
+            logs = [
+                r.log_probabilities(batch, states[index]) for r, states in zip(runners, hidden, strict=True)
+            ]
             nll += (-logs[0].gather(-1, wanted)).mean((1, 2)).tolist()
             if against is not None:
                 source_nll += (-logs[1].gather(-1, wanted)).mean((1, 2)).tolist()
@@ -200,7 +231,15 @@ def evaluate(
             progress(Event("compare", index + 1, len(batches)))
     own = _perplexity(nll)
     if against is None:
-        return Evaluation(str(path), None, str(file), rows[:, 1:].numel(), len(rows), own, activations=simulation.description)
+        return Evaluation(
+            str(path),
+            None,
+            str(file),
+            rows[:, 1:].numel(),
+            len(rows),
+            own,
+            activations=simulation.description,
+        )
     other = _perplexity(source_nll)
     return Evaluation(
         str(path),

@@ -27,8 +27,8 @@ class Kernels:
 
     Attributes:
         activations: whether inputs are rounded; False of kernels that take 8- and 4-bit weights alone.
-        nearest_cache: whether K and V become the nearest FP8 numbers. vLLM 0.32's CPU kernel (`cpu_attn_reshape_and_cache`) takes the next one
-            towards zero instead.
+        nearest_cache: whether K and V become the nearest FP8 numbers. vLLM 0.32's CPU kernel
+            (`cpu_attn_reshape_and_cache`) takes the next one towards zero instead.
     """
 
     activations: bool = True
@@ -36,7 +36,8 @@ class Kernels:
 
 
 class Simulation:
-    """The inputs of a checkpoint's linears, and K and V, as vLLM rounds them; nothing where the checkpoint leaves them alone.
+    """The inputs of a checkpoint's linears, and K and V, as vLLM rounds them; nothing where the checkpoint
+    leaves them alone.
 
     Raises:
         CheckpointError: quantized in a way that is not read here.
@@ -46,7 +47,9 @@ class Simulation:
         self._checkpoint, self._kernels = checkpoint, kernels or Kernels()
         self._found: Found | None = find_format(checkpoint.config, checkpoint.tensors)
         linears = self._found.linears if self._found else {}
-        self._linears: dict[str, Linear] = {n: x for n, x in linears.items() if x.activations is not None and self._kernels.activations}
+        self._linears: dict[str, Linear] = {
+            n: x for n, x in linears.items() if x.activations is not None and self._kernels.activations
+        }
         self._caches = [n.removesuffix("k_scale") for n in checkpoint.tensors if n.endswith(".k_scale")]
 
     @property
@@ -58,7 +61,8 @@ class Simulation:
 
     @contextmanager
     def inside(self, block: nn.Module, prefix: str) -> Iterator[None]:
-        """While it lasts, the block runs with rounded inputs; ``prefix`` starts the names of its tensors in the file."""
+        """While it lasts, the block runs with rounded inputs; ``prefix`` starts the names of its tensors in
+        the file."""
         with ExitStack() as stack:
             for name, linear in self._linears.items():
                 if name.startswith(prefix):
@@ -74,11 +78,20 @@ class Simulation:
         assert scheme is not None and self._found is not None
         numbers: InputParameters | None = None
         if scheme.calibrated:
-            numbers = read_linear(FormatRegistry.get(self._found.format), self._found, self._checkpoint, linear.name).inputs
-            wanted = ("global_scale",) if scheme.strategy == "tensor_group" else ("scale",) if scheme.symmetric else ("scale", "zero")
+            numbers = read_linear(
+                FormatRegistry.get(self._found.format), self._found, self._checkpoint, linear.name
+            ).inputs
+            wanted = (
+                ("global_scale",)
+                if scheme.strategy == "tensor_group"
+                else ("scale",)
+                if scheme.symmetric
+                else ("scale", "zero")
+            )
             if numbers is None or any(getattr(numbers, x) is None for x in wanted):
                 raise CheckpointError(
-                    f"{linear.name}: its activations are {scheme}, whose numbers no file holds: the checkpoint is incomplete"
+                    f"{linear.name}: its activations are {scheme}, whose numbers no file holds: the "
+                    "checkpoint is incomplete"
                 )
         return lambda module, inputs: (fake_quantize(inputs[0], scheme, numbers), *inputs[1:])
 
@@ -96,5 +109,6 @@ class Simulation:
 def cut(values: torch.Tensor) -> torch.Tensor:
     """The next E4M3 numbers towards zero, fp32; beyond 448, 448."""
     codes = values.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
-    above = codes.float().abs() > values.abs()  # the magnitude is the code without its sign: one less is the next number down
+    # the magnitude is the code without its sign: one less is the next number down
+    above = codes.float().abs() > values.abs()
     return (codes.view(torch.uint8) - above.to(torch.uint8)).view(torch.float8_e4m3fn).float()

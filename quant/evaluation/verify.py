@@ -1,7 +1,8 @@
 """Will vLLM load it, and is it whole? Judged from the files alone: no torch, no vLLM.
 
-The checks are those of the formats' contracts (:mod:`quant.formats`), of vLLM's fused layers and tensor parallelism, and of the promise that
-every tensor and side file of the source is accounted for. Each finding says what, which value, which rule.
+The checks are those of the formats' contracts (:mod:`quant.formats`), of vLLM's fused layers and tensor
+parallelism, and of the promise that every tensor and side file of the source is accounted for. Each finding
+says what, which value, which rule.
 """
 
 from __future__ import annotations
@@ -35,11 +36,21 @@ _WIDE = ("BF16", "F16", "F32", "F64")
 #: Numbers of a linear that vLLM keeps once for a fused layer.
 _ONCE = ("input_scale", "input_zero_point", "input_global_scale", "weight_global_scale")
 #: Last parts of names whose values are multipliers or divisors.
-_SCALES = ("weight_scale", "weight_scale_inv", "scales", "input_scale", "input_global_scale", "weight_global_scale", *CACHE_SCALES)
+_SCALES = (
+    "weight_scale",
+    "weight_scale_inv",
+    "scales",
+    "input_scale",
+    "input_global_scale",
+    "weight_global_scale",
+    *CACHE_SCALES,
+)
 _MOST = 5
-#: Keys that vLLM accepts inside ``weights`` and ``input_activations`` of a compressed-tensors group; any other is refused when it loads.
+#: Keys that vLLM accepts inside ``weights`` and ``input_activations`` of a compressed-tensors group; any
+#: other is refused when it loads.
 _ARGUMENT_KEYS = {
-    "num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder", "scale_dtype", "zp_dtype",
+    "num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder",
+    "scale_dtype", "zp_dtype",
     "observer", "observer_kwargs",
 }  # fmt: skip
 
@@ -98,7 +109,8 @@ def verify(
         tensor_parallel: the degree it will be served with.
         source: the checkpoint it was made from, to account for every tensor and side file.
         target: ``vllm``, or ``other`` to leave out what only vLLM demands.
-        changed: tensors of the source into which scaling was folded; None: those that the report in the directory names.
+        changed: tensors of the source into which scaling was folded; None: those that the report in the
+            directory names.
         made: tensors that calibration added; None: likewise.
 
     Raises:
@@ -106,7 +118,11 @@ def verify(
     """
     result = Verification(str(path))
     checkpoint = open_checkpoint(path)
-    result.add("files", [], f"{len(checkpoint.tensors)} tensors in {len(checkpoint.weight_files)} files, headers valid")
+    result.add(
+        "files",
+        [],
+        f"{len(checkpoint.tensors)} tensors in {len(checkpoint.weight_files)} files, headers valid",
+    )
     try:
         found = find_format(checkpoint.config, checkpoint.tensors)
     except QuantError as error:
@@ -120,7 +136,8 @@ def verify(
         result.add(
             "quantized layers",
             _layer_problems(checkpoint, found, dtype),
-            f"{len(linears)} linears have the tensors, dtypes and shapes of {found.format}{_rounded_scales(checkpoint, found, dtype)}",
+            f"{len(linears)} linears have the tensors, dtypes and shapes of "
+            f"{found.format}{_rounded_scales(checkpoint, found, dtype)}",
         )
         if target == "vllm":
             form = FormatRegistry.get(found.format)
@@ -140,23 +157,34 @@ def verify(
                 (f"{p}, of which vLLM keeps one" for p in _differing(checkpoint, found, _ONCE)),
                 f"one for all shards of a fused layer{_rounded_anew(checkpoint, found)}",
             )
-            result.add("tensor parallel", shape_problems(linears, tensor_parallel), f"shapes divide for {tensor_parallel} rank(s)")
+            result.add(
+                "tensor parallel",
+                shape_problems(linears, tensor_parallel),
+                f"shapes divide for {tensor_parallel} rank(s)",
+            )
         if cache := quantization.get("kv_cache_scheme"):
-            result.add("KV cache", cache_problems(checkpoint, cache), "every attention layer has the scales of its FP8 cache")
+            result.add(
+                "KV cache",
+                cache_problems(checkpoint, cache),
+                "every attention layer has the scales of its FP8 cache",
+            )
         result.add("head and embeddings", _head_problems(checkpoint, found), "unquantized")
     origin = None if source is None else open_checkpoint(source)
     noted = _noted(checkpoint.path)
     changed, made = noted["folded"] if changed is None else changed, noted["added"] if made is None else made
     copies = set() if origin is None or found is None else _copies(checkpoint, origin, found, changed)
     values, differing, result.content_hash = _scan(checkpoint, found, origin, copies)
-    result.add("values", values, "every float is finite, every scale is non-zero, packed words agree with the config")
+    result.add(
+        "values", values, "every float is finite, every scale is non-zero, packed words agree with the config"
+    )
     if origin is not None:
         result.add(
             "tensors of the source",
             _source_problems(checkpoint, origin, found, differing, made),
             "each linear is there, and all else byte for byte (the source is quantized itself)"
             if "quantization_config" in origin.config
-            else f"all {len(origin.tensors)} are quantized or copied byte for byte{f', {len(changed)} with scaling folded in' if changed else ''}",
+            else f"all {len(origin.tensors)} are quantized or copied byte for "
+            f"byte{f', {len(changed)} with scaling folded in' if changed else ''}",
         )
         result.add("side files", _side_file_problems(checkpoint, origin), "all there, byte for byte")
     return result
@@ -173,7 +201,9 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
     problems = []
     text = config.get("text_config")
     if "quantization_config" in config and isinstance(text, dict) and "quantization_config" in text:
-        problems.append("quantization_config stands both at the top and in text_config: keep the one at the top")
+        problems.append(
+            "quantization_config stands both at the top and in text_config: keep the one at the top"
+        )
     quantization = quantization_config(config)
     if not isinstance(config.get("architectures"), list) or not config["architectures"]:
         problems.append("architectures is missing: vLLM chooses the model class by it")
@@ -182,9 +212,14 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
             for part in ("weights", "input_activations"):
                 unknown = sorted(set(group.get(part) or {}) - _ARGUMENT_KEYS)
                 if unknown:
-                    problems.append(f"config_groups.{name}.{part} has the keys {', '.join(unknown)}, which vLLM refuses")
+                    problems.append(
+                        f"config_groups.{name}.{part} has the keys {', '.join(unknown)}, which vLLM refuses"
+                    )
             if (group.get("weights") or {}).get("actorder") in ("group", "dynamic", True):
-                problems.append(f"config_groups.{name} has activation order {group['weights']['actorder']!r}, which vLLM refuses")
+                problems.append(
+                    f"config_groups.{name} has activation order {group['weights']['actorder']!r}, which "
+                    "vLLM refuses"
+                )
         if quantization.get("sparsity_config"):
             problems.append("sparsity_config is not empty: vLLM 0.32 has no sparse kernels left")
     return problems
@@ -198,16 +233,26 @@ def _gptq_refusals(quantization: Mapping[str, Any]) -> list[str]:
         if not quantization.get("sym", True):
             problems.append("sym is false: vLLM refuses it")
         for pattern, rule in (quantization.get("dynamic") or {}).items():
-            if not pattern.startswith("-:") and rule.get("desc_act") and rule.get("group_size", quantization.get("group_size")) != -1:
+            if (
+                not pattern.startswith("-:")
+                and rule.get("desc_act")
+                and rule.get("group_size", quantization.get("group_size")) != -1
+            ):
                 problems.append(f"dynamic rule {pattern!r} has desc_act with groups: vLLM refuses it")
         if quantization.get("checkpoint_format", "gptq") != "gptq":
-            problems.append(f"checkpoint_format is {quantization['checkpoint_format']!r}: vLLM reads zero points as v1")
+            problems.append(
+                f"checkpoint_format is {quantization['checkpoint_format']!r}: vLLM reads zero points as v1"
+            )
     return problems
 
 
 def _awq_refusals(found: Found) -> list[str]:
     others = sorted(set(found.options["packing"].values()) - {"gemm"}) if found.format == "awq" else []
-    return [f"the words are packed as AutoAWQ's {x}: vLLM reads every AWQ file as gemm; quant export-vllm converts it" for x in others]
+    return [
+        f"the words are packed as AutoAWQ's {x}: vLLM reads every AWQ file as gemm; quant export-vllm "
+        "converts it"
+        for x in others
+    ]
 
 
 def _layer_problems(checkpoint: Checkpoint, found: Found, dtype: str) -> list[str]:
@@ -230,14 +275,17 @@ def _layer_problems(checkpoint: Checkpoint, found: Found, dtype: str) -> list[st
                 problems.append(f"{spec.name} has shape {info.shape}, the contract is {spec.shape}")
             elif info.dtype != spec.dtype and not (info.dtype in _WIDE and spec.dtype in _WIDE):
                 problems.append(f"{spec.name} is {info.dtype}, the contract is {spec.dtype}")
-        if f"{linear.name}.weight" in checkpoint.tensors and f"{linear.name}.weight" not in {s.name for s in specs}:
+        if f"{linear.name}.weight" in checkpoint.tensors and f"{linear.name}.weight" not in {
+            s.name for s in specs
+        }:
             problems.append(f"{linear.name}.weight is left beside its quantized form")
         problems += form.problems(linear)
     return problems
 
 
 def _rounded_scales(checkpoint: Checkpoint, found: Found, dtype: str) -> str:
-    """What to say of scales that are stored in another float type than the model's: vLLM loads them, rounded once more."""
+    """What to say of scales that are stored in another float type than the model's: vLLM loads them, rounded
+    once more."""
     form = FormatRegistry.get(found.format)
     stored = {
         checkpoint.tensors[s.name].dtype
@@ -245,12 +293,20 @@ def _rounded_scales(checkpoint: Checkpoint, found: Found, dtype: str) -> str:
         for s in form.specs(linear, dtype)
         if dtype and s.dtype == dtype and s.name in checkpoint.tensors
     } - {dtype}
-    return f"; scales are {', '.join(sorted(stored))}, which vLLM rounds to the model's {dtype} as it loads" if stored else ""
+    return (
+        f"; scales are {', '.join(sorted(stored))}, which vLLM rounds to the model's {dtype} as it loads"
+        if stored
+        else ""
+    )
 
 
 def _fused_problems(checkpoint: Checkpoint, found: Found, quantization: Mapping[str, Any]) -> list[str]:
     problems = []
-    present = {n.removesuffix(".weight") for n in checkpoint.tensors if n.endswith(".weight") and len(checkpoint.tensors[n].shape) == 2}
+    present = {
+        n.removesuffix(".weight")
+        for n in checkpoint.tensors
+        if n.endswith(".weight") and len(checkpoint.tensors[n].shape) == 2
+    }
     members: dict[str, list[str]] = {}
     for name in sorted(present | set(found.linears)):
         members.setdefault(fused_name(name), []).append(name)
@@ -259,7 +315,9 @@ def _fused_problems(checkpoint: Checkpoint, found: Found, quantization: Mapping[
             continue
         schemes = {str(found.linears[n].numbers) if n in found.linears else "unquantized" for n in names}
         if len(schemes) > 1:
-            problems.append(f"{fused}: its shards are {', '.join(sorted(schemes))}: vLLM builds them as one layer")
+            problems.append(
+                f"{fused}: its shards are {', '.join(sorted(schemes))}: vLLM builds them as one layer"
+            )
     if quantization.get("quant_method") == "compressed-tensors":
         problems += _name_problems(members, found, quantization)
     if quantization.get("quant_method") == "fp8":
@@ -269,7 +327,9 @@ def _fused_problems(checkpoint: Checkpoint, found: Found, quantization: Mapping[
     return problems
 
 
-def _name_problems(members: Mapping[str, list[str]], found: Found, quantization: Mapping[str, Any]) -> list[str]:
+def _name_problems(
+    members: Mapping[str, list[str]], found: Found, quantization: Mapping[str, Any]
+) -> list[str]:
     """The config's names and regexes, judged as vLLM does: the fused name first, then every shard."""
     problems = []
     ignore = names_listed(quantization, "ignore")
@@ -279,9 +339,16 @@ def _name_problems(members: Mapping[str, list[str]], found: Found, quantization:
         for name in names:
             quantized = name in found.linears
             if quantized and (ignored[name] or by_fused):
-                problems.append(f"{name} is quantized, but the ignore list hits {'it' if ignored[name] else f'its fused name {fused}'}")
-            elif not quantized and not ignored[name] and not by_fused and _would_be_linear(name, quantization):
-                problems.append(f"{name} is not quantized, but neither ignored: vLLM would look for packed weights")
+                problems.append(
+                    f"{name} is quantized, but the ignore list hits "
+                    f"{'it' if ignored[name] else f'its fused name {fused}'}"
+                )
+            elif (
+                not quantized and not ignored[name] and not by_fused and _would_be_linear(name, quantization)
+            ):
+                problems.append(
+                    f"{name} is not quantized, but neither ignored: vLLM would look for packed weights"
+                )
     return problems
 
 
@@ -293,16 +360,25 @@ def _would_be_linear(name: str, quantization: Mapping[str, Any]) -> bool:
     return any(t == "Linear" or matches(t, name) for t in targets)
 
 
-def _native_problems(members: Mapping[str, list[str]], found: Found, quantization: Mapping[str, Any]) -> list[str]:
+def _native_problems(
+    members: Mapping[str, list[str]], found: Found, quantization: Mapping[str, Any]
+) -> list[str]:
     """The names of a native fp8 config, which vLLM compares exactly."""
-    ignored = {str(n) for n in quantization.get("ignored_layers") or quantization.get("modules_to_not_convert") or []}
+    ignored = {
+        str(n) for n in quantization.get("ignored_layers") or quantization.get("modules_to_not_convert") or []
+    }
     problems = []
     for fused, names in members.items():
         for name in names:
             if name in found.linears and (name in ignored or fused in ignored):
                 problems.append(f"{name} is quantized, but ignored_layers names it")
-            elif name not in found.linears and len(names) > 1 and name not in ignored and fused not in ignored:
-                problems.append(f"{name} is not quantized, but ignored_layers does not name it: vLLM would look for its scale")
+            elif (
+                name not in found.linears and len(names) > 1 and name not in ignored and fused not in ignored
+            ):
+                problems.append(
+                    f"{name} is not quantized, but ignored_layers does not name it: vLLM would look for its "
+                    "scale"
+                )
     return problems
 
 
@@ -323,19 +399,24 @@ def _differing(checkpoint: Checkpoint, found: Found, numbers: Sequence[str]) -> 
 
 
 def _rounded_anew(checkpoint: Checkpoint, found: Found) -> str:
-    """What to say of FP8 shards with a scale each: vLLM serves them, a little farther from the source than the file is."""
+    """What to say of FP8 shards with a scale each: vLLM serves them, a little farther from the source than
+    the file is."""
     if any(x.scheme.strategy != "tensor" for x in found.linears.values()):
         return ""
     layers = _differing(checkpoint, found, ["weight_scale"])
     return (
-        f"; {layers[0]}{f' (and {len(layers) - 1} more)' if len(layers) > 1 else ''}: vLLM rounds their codes anew to the largest"
+        f"; {layers[0]}{f' (and {len(layers) - 1} more)' if len(layers) > 1 else ''}: vLLM rounds their "
+        "codes anew to the largest"
         if layers
         else ""
     )
 
 
-def _dynamic_problems(members: Mapping[str, list[str]], found: Found, quantization: Mapping[str, Any]) -> list[str]:
-    """The numbers that a GPTQ config gives each layer, with its ``dynamic`` rules asked as vLLM does: by the fused name, never by a shard's."""
+def _dynamic_problems(
+    members: Mapping[str, list[str]], found: Found, quantization: Mapping[str, Any]
+) -> list[str]:
+    """The numbers that a GPTQ config gives each layer, with its ``dynamic`` rules asked as vLLM does: by the
+    fused name, never by a shard's."""
     problems = []
     for fused, names in members.items():
         linear = next((found.linears[n] for n in names if n in found.linears), None)
@@ -349,7 +430,10 @@ def _dynamic_problems(members: Mapping[str, list[str]], found: Found, quantizati
             stated = rule.get(key, quantization.get(key))
             whole = linear.k if held == -1 else held  # one group of all inputs has two names
             if stated != held and (linear.k if stated == -1 else stated) != whole:
-                problems.append(f"{fused} has {key} {held}, the config gives it {stated} under that name, by which vLLM asks")
+                problems.append(
+                    f"{fused} has {key} {held}, the config gives it {stated} under that name, by which vLLM "
+                    "asks"
+                )
     return problems
 
 
@@ -358,26 +442,45 @@ def cache_problems(checkpoint: Checkpoint, scheme: object) -> list[str]:
     if not isinstance(scheme, dict):
         return [f"kv_cache_scheme is not an object but {str(scheme)[:60]!r}"]
     wanted = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
-    problems = [f"kv_cache_scheme has {k} {scheme.get(k, v)!r}: vLLM takes {v!r}" for k, v in wanted.items() if scheme.get(k, v) != v]
+    problems = [
+        f"kv_cache_scheme has {k} {scheme.get(k, v)!r}: vLLM takes {v!r}"
+        for k, v in wanted.items()
+        if scheme.get(k, v) != v
+    ]
     if scheme.get("strategy", "tensor") not in ("tensor", "attn_head"):
-        problems.append(f"kv_cache_scheme has strategy {scheme['strategy']!r}: vLLM takes tensor or attn_head")
+        problems.append(
+            f"kv_cache_scheme has strategy {scheme['strategy']!r}: vLLM takes tensor or attn_head"
+        )
     modules = [n.rpartition(".")[0] for n in checkpoint.tensors]
     layers = dict.fromkeys(m.rpartition(".")[0] for m in modules if m.rpartition(".")[2] in CACHE_PROJECTIONS)
     if not layers and not any(n.endswith(CACHE_SCALES[:2]) for n in checkpoint.tensors):
-        problems.append(f"no layer has any of {', '.join(CACHE_PROJECTIONS)}, nor scales of a cache: vLLM would take 1.0")
+        problems.append(
+            f"no layer has any of {', '.join(CACHE_PROJECTIONS)}, nor scales of a cache: vLLM would take 1.0"
+        )
     for layer in layers:
         for last in CACHE_SCALES[:2]:
-            places = (f"{layer}.{last}", f"{layer}.attn.{last}", f"{layer}.{last[0]}_proj.{last}", f"{layer}.{last[0]}_proj.output_scale")
+            places = (
+                f"{layer}.{last}",
+                f"{layer}.attn.{last}",
+                f"{layer}.{last[0]}_proj.{last}",
+                f"{layer}.{last[0]}_proj.output_scale",
+            )
             held = next((checkpoint.tensors[p] for p in places if p in checkpoint.tensors), None)
             if held is None:
                 problems.append(f"{layer}.{last} is missing: vLLM would take 1.0")
-            elif held.dtype not in _WIDE or (scheme.get("strategy", "tensor") == "tensor" and held.shape not in ((), (1,))):
+            elif held.dtype not in _WIDE or (
+                scheme.get("strategy", "tensor") == "tensor" and held.shape not in ((), (1,))
+            ):
                 problems.append(f"{held.name} is {held.dtype} {held.shape}, the contract is F32 (1,)")
     return problems
 
 
 def _head_problems(checkpoint: Checkpoint, found: Found) -> list[str]:
-    problems = [f"{n} is quantized: vLLM keeps embeddings in full precision" for n in found.linears if re.search(r"(^|\.)embed\w*$", n)]
+    problems = [
+        f"{n} is quantized: vLLM keeps embeddings in full precision"
+        for n in found.linears
+        if re.search(r"(^|\.)embed\w*$", n)
+    ]
     if checkpoint.config.get("tie_word_embeddings") and "lm_head" in found.linears:
         problems.append("lm_head is quantized although the config ties it to the embedding")
     return problems
@@ -403,18 +506,27 @@ def _scan(
     """Reads every byte once, several files at a time.
 
     Returns:
-        values that no engine can use; those of ``copies`` whose bytes differ from the source's; a hash over all files.
+        values that no engine can use; those of ``copies`` whose bytes differ from the source's; a hash over
+        all files.
     """
     files = checkpoint.weight_files
     with ThreadPoolExecutor(max(1, min(_SCANS, len(files), os.cpu_count() or 1))) as pool:
         scans = list(pool.map(lambda file: _scan_file(file, checkpoint, found, source, copies), files))
     problems = [p for scan in scans for p in scan[0]]
     digests = sorted(f"{file.name} {scan[2]}" for file, scan in zip(files, scans, strict=True))
-    return problems, {n for scan in scans for n in scan[1]}, hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    return (
+        problems,
+        {n for scan in scans for n in scan[1]},
+        hashlib.sha256("\n".join(digests).encode()).hexdigest(),
+    )
 
 
 def _scan_file(
-    file: Path, checkpoint: Checkpoint, found: Found | None, source: Checkpoint | None, copies: Collection[str]
+    file: Path,
+    checkpoint: Checkpoint,
+    found: Found | None,
+    source: Checkpoint | None,
+    copies: Collection[str],
 ) -> tuple[list[str], list[str], str]:
     """:func:`_scan` of one file."""
     problems, differing, digest = [], [], hashlib.sha256()
@@ -423,7 +535,8 @@ def _scan_file(
         digest.update(stream.read(tensors[0].start) if tensors else b"")
     for info in tensors:
         judge = _judge(info, found)
-        chunk = max(1, info.nbytes) if info.name.endswith(".g_idx") else _CHUNK  # an order is judged as a whole
+        # an order is judged as a whole
+        chunk = max(1, info.nbytes) if info.name.endswith(".g_idx") else _CHUNK
         original = source.read_bytes(info.name, chunk) if source is not None and info.name in copies else None
         for piece in checkpoint.read_bytes(info.name, chunk):
             digest.update(piece)
@@ -447,7 +560,9 @@ def _judge(info: TensorInfo, found: Found | None) -> Callable[[bytes], str | Non
         if linear.scheme.bits in (2, 4, 8):
             word = sum(middle << s for s in range(0, 32, linear.scheme.bits))
             return lambda b: (
-                None if bool((np.frombuffer(b, "<u4") == word).all()) else f"is not the constant {word:#010x} of symmetric weights"
+                None
+                if bool((np.frombuffer(b, "<u4") == word).all())
+                else f"is not the constant {word:#010x} of symmetric weights"
             )
     if linear is not None and last == "g_idx":
         g = linear.k // linear.scheme.groups(linear.k)
@@ -463,7 +578,9 @@ def _judge(info: TensorInfo, found: Found | None) -> Callable[[bytes], str | Non
         )
     scale = last in _SCALES and (linear is not None or last in CACHE_SCALES)
     if scale and info.dtype == "U8":  # E8M0: a power of two, all ones is NaN
-        return lambda b: f"holds {count} NaN" if (count := int((np.frombuffer(b, "u1") == 0xFF).sum())) else None
+        return lambda b: (
+            f"holds {count} NaN" if (count := int((np.frombuffer(b, "u1") == 0xFF).sum())) else None
+        )
     if info.dtype == "F8_E4M3":  # it has no infinity, and one NaN of each sign
 
         def eight_bits(piece: bytes) -> str | None:
@@ -481,7 +598,12 @@ def _judge(info: TensorInfo, found: Found | None) -> Callable[[bytes], str | Non
         return None
     positive = scale and last not in ("weight_scale", "weight_scale_inv", "scales")
     # infinity and NaN are the numbers whose bits without the sign are at least infinity's
-    word, infinity = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}[info.dtype]
+    word, infinity = {
+        "BF16": ("<u2", 0x7F80),
+        "F16": ("<u2", 0x7C00),
+        "F32": ("<u4", 0x7F800000),
+        "F64": ("<u8", 0x7FF << 52),
+    }[info.dtype]
 
     def finite(piece: bytes) -> str | None:
         words = np.frombuffer(piece, word)
@@ -505,17 +627,27 @@ def _noted(path: Path) -> dict[str, list[str]]:
 
 
 def _source_problems(
-    checkpoint: Checkpoint, source: Checkpoint, found: Found | None, differing: Collection[str], made: Sequence[str]
+    checkpoint: Checkpoint,
+    source: Checkpoint,
+    found: Found | None,
+    differing: Collection[str],
+    made: Sequence[str],
 ) -> list[str]:
     problems = []
     linears = found.linears if found else {}
     source = dequantized(source)
-    own = {s.name for x in linears.values() for s in FormatRegistry.get(found.format).specs(x, "BF16")} if found else set()
+    own = (
+        {s.name for x in linears.values() for s in FormatRegistry.get(found.format).specs(x, "BF16")}
+        if found
+        else set()
+    )
     for name, info in source.tensors.items():
         module = name.removesuffix(".weight")
         if module in linears and name.endswith(".weight"):
             if info.shape != (linears[module].n, linears[module].k):
-                problems.append(f"{name} is {info.shape} in the source, {(linears[module].n, linears[module].k)} here")
+                problems.append(
+                    f"{name} is {info.shape} in the source, {(linears[module].n, linears[module].k)} here"
+                )
             continue
         copy = checkpoint.tensors.get(name)
         if copy is None:
@@ -527,7 +659,11 @@ def _source_problems(
             problems.append(f"{name} was {info.dtype} {info.shape}, is {copy.dtype} {copy.shape}")
         elif name in differing:
             problems.append(f"{name} differs from the source although it is not quantized")
-    problems += [f"{n} is not in the source" for n in checkpoint.tensors if n not in source.tensors and n not in own and n not in made]
+    problems += [
+        f"{n} is not in the source"
+        for n in checkpoint.tensors
+        if n not in source.tensors and n not in own and n not in made
+    ]
     return problems
 
 

@@ -1,6 +1,8 @@
-"""The AWQ layout that vLLM serves (AutoAWQ's GEMM version), and AutoAWQ's two older packings, which are read so that they can be converted.
+"""The AWQ layout that vLLM serves (AutoAWQ's GEMM version), and AutoAWQ's two older packings, which are read
+so that they can be converted.
 
-For a linear ``P`` of [N, K] with G groups (AutoAWQ `modules/linear/gemm.py::WQLinear_GEMM.from_linear`, vLLM 0.32 `quantization/auto_awq.py`):
+For a linear ``P`` of [N, K] with G groups (AutoAWQ `modules/linear/gemm.py::WQLinear_GEMM.from_linear`, vLLM
+0.32 `quantization/auto_awq.py`):
 
 ==============  ======  ==========  ============================================================
 ``P.qweight``   int32   [K, N/8]    code + 8, packed along N; nibble i of word c is output 8c + o(i)
@@ -8,12 +10,16 @@ For a linear ``P`` of [N, K] with G groups (AutoAWQ `modules/linear/gemm.py::WQL
 ``P.scales``    16 bit  [G, N]
 ==============  ======  ==========  ============================================================
 
-with o = 0, 2, 4, 6, 1, 3, 5, 7. vLLM never reads ``version``: a GEMV file would load and compute garbage. So the tensors' shapes decide here:
+with o = 0, 2, 4, 6, 1, 3, 5, 7. vLLM never reads ``version``: a GEMV file would load and compute garbage. So
+the tensors' shapes decide here:
 
-* ``gemv`` (`gemv.py::WQLinear_GEMV`): qweight int32 [N, K/8] and qzeros int32 [N, Z] packed along K, lowest bits first; scales [N, 8·Z];
-* ``gemv_fast`` (`gemv_fast.py::WQLinear_GEMVFast`): qweight int16 [N/4, K], scales and qzeros = -zero·scale, both 16-bit floats [8·Z, N].
+* ``gemv`` (`gemv.py::WQLinear_GEMV`): qweight int32 [N, K/8] and qzeros int32 [N, Z] packed along K, lowest
+  bits first; scales [N, 8·Z];
+* ``gemv_fast`` (`gemv_fast.py::WQLinear_GEMVFast`): qweight int16 [N/4, K], scales and qzeros = -zero·scale,
+  both 16-bit floats [8·Z, N].
 
-Both pad groups up to 8·Z. GEMM's qzeros has one row a group, theirs one row (column) an output, so no file fits two of them.
+Both pad groups up to 8·Z. GEMM's qzeros has one row a group, theirs one row (column) an output, so no file
+fits two of them.
 """
 
 from __future__ import annotations
@@ -49,12 +55,16 @@ class AWQ:
     def refuse(self, scheme: Scheme, target: str) -> str | None:
         weights = scheme.weights
         if weights.number != "int" or scheme.activations is not None:
-            return f"an AWQ file holds integer weights and leaves activations alone, not {scheme}: use --format compressed-tensors"
+            return (
+                f"an AWQ file holds integer weights and leaves activations alone, not {scheme}: use "
+                "--format compressed-tensors"
+            )
         if weights.bits != 4:
             return f"AWQ files hold 4 bits, not {weights.bits}: use --format compressed-tensors"
         if target == "vllm" and weights.group_size not in VLLM_GROUPS:
             return (
-                f"group size {weights.group_size} of an AWQ file runs on single vLLM kernels only: use {', '.join(map(str, VLLM_GROUPS))}, "
+                f"group size {weights.group_size} of an AWQ file runs on single vLLM kernels only: use "
+                f"{', '.join(map(str, VLLM_GROUPS))}, "
                 "or --target other"
             )
         return None
@@ -80,26 +90,32 @@ class AWQ:
             f"{linear.name}.scales": tensor.scales.to(dtype).t().contiguous(),
         }
 
-    def unpack(self, linear: Linear, tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> QuantizedTensor:
+    def unpack(
+        self, linear: Linear, tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any]
+    ) -> QuantizedTensor:
         from quant.tensors import QuantizedTensor
 
         words, zeros, scales = (tensors[f"{linear.name}.{x}"] for x in ("qweight", "qzeros", "scales"))
         codes, zeros, scales = _UNPACK[options["packing"][linear.name]](linear, words, zeros, scales)
         if linear.scheme.symmetric and bool(zeros.any()):
             raise CheckpointError(
-                f"{linear.name}.qzeros: zero_point is false, but zero points other than 8 are stored: some readers use them and some do not; "
+                f"{linear.name}.qzeros: zero_point is false, but zero points other than 8 are stored: some "
+                "readers use them and some do not; "
                 "set zero_point in config.json to what the checkpoint was made with"
             )
         return QuantizedTensor(codes, scales, None if linear.scheme.symmetric else zeros, linear.scheme)
 
-    def config(self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str, kv_cache: bool = False) -> dict[str, Any]:
+    def config(
+        self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str, kv_cache: bool = False
+    ) -> dict[str, Any]:
         from quant.models.adapter import fused_name
 
         sizes = list(dict.fromkeys(linear.scheme.group_size for linear in linears))
         if len(sizes) > 1:
             raise AssertionError("one group size an AWQ file")
-        # Without a list vLLM looks which layers hold words, which is never wrong; other readers take every linear of a block. Readers look for
-        # the names as parts of others, so a list whose entries are parts of quantized names (a router `mlp.gate`) would hit those too.
+        # Without a list vLLM looks which layers hold words, which is never wrong; other readers take every
+        # linear of a block. Readers look for the names as parts of others, so a list whose entries are parts
+        # of quantized names (a router `mlp.gate`) would hit those too.
         listed = [n for n in unquantized if n != "lm_head"]
         quantized = {x for linear in linears for x in (linear.name, fused_name(linear.name))}
         usable = bool(listed) and not any(n in q for n in listed for q in quantized)
@@ -107,7 +123,9 @@ class AWQ:
             "quant_method": "awq",
             "bits": 4,
             "group_size": sizes[0],
-            "zero_point": True,  # symmetric weights have zero points of 8: without them vLLM leaves Marlin, and its CPU and GPU paths differ
+            # symmetric weights have zero points of 8: without them vLLM leaves Marlin, and its CPU and GPU
+            # paths differ
+            "zero_point": True,
             "version": "gemm",
             "modules_to_not_convert": list(unquantized) if usable else None,
         }
@@ -118,20 +136,30 @@ class AWQ:
             raise CheckpointError(f"the AWQ quantization_config says bits {bits!r}: AWQ files hold 4")
         stated = int(config.get("group_size", config.get("q_group_size", 0)))
         if stated != -1 and stated < 8:
-            raise CheckpointError(f"the AWQ quantization_config says group_size {stated}: -1 or the number of inputs that share a scale")
+            raise CheckpointError(
+                f"the AWQ quantization_config says group_size {stated}: -1 or the number of inputs that "
+                "share a scale"
+            )
         symmetric = not bool(config.get("zero_point", True))
         linears, packing = {}, {}
         for name in suffixed(tensors, ".qweight"):
-            qweight, qzeros, scales = tensors[f"{name}.qweight"], *(require(tensors, f"{name}.{x}", name) for x in ("qzeros", "scales"))
+            qweight, qzeros, scales = (
+                tensors[f"{name}.qweight"],
+                *(require(tensors, f"{name}.{x}", name) for x in ("qzeros", "scales")),
+            )
             which = _packing(name, qweight, qzeros, scales)
             n, k = _SHAPE[which](qweight)
             if which == "gemv_fast" and k % 64:
-                raise CheckpointError(f"{name}: {k} inputs do not divide into the runs of 64 that gemv_fast packs: the file is damaged")
+                raise CheckpointError(
+                    f"{name}: {k} inputs do not divide into the runs of 64 that gemv_fast packs: the file "
+                    "is damaged"
+                )
             group = k if stated == -1 else stated
             stored = scales.shape[1] if which == "gemv" else scales.shape[0]
             if k % group or stored != (k // group if which == "gemm" else _padded_groups(k, group)):
                 raise CheckpointError(
-                    f"{name}: scales {scales.shape} of {n} outputs and {k} inputs ({which}) are not of groups of {stated}"
+                    f"{name}: scales {scales.shape} of {n} outputs and {k} inputs ({which}) are not of "
+                    f"groups of {stated}"
                 )
             linears[name] = Linear(name, n, k, WeightScheme(4, stated, symmetric))
             packing[name] = which
@@ -146,7 +174,12 @@ def _packing(name: str, qweight: TensorInfo, qzeros: TensorInfo, scales: TensorI
     """
     if all(len(x.shape) == 2 for x in (qweight, qzeros, scales)):
         (a, b), zeros, outer = qweight.shape, qzeros.shape, scales.shape
-        if qweight.dtype == "I16" and qzeros.dtype in ("F16", "BF16") and zeros == outer and outer[1] == 4 * a:
+        if (
+            qweight.dtype == "I16"
+            and qzeros.dtype in ("F16", "BF16")
+            and zeros == outer
+            and outer[1] == 4 * a
+        ):
             return "gemv_fast"
         if qweight.dtype == qzeros.dtype == "I32":
             if zeros[1] == b and outer == (zeros[0], 8 * b):
@@ -154,8 +187,10 @@ def _packing(name: str, qweight: TensorInfo, qzeros: TensorInfo, scales: TensorI
             if zeros[0] == a and outer == (a, 8 * zeros[1]):
                 return "gemv"
     raise CheckpointError(
-        f"{name}: qweight {qweight.dtype} {qweight.shape}, qzeros {qzeros.dtype} {qzeros.shape}, scales {scales.shape} are none of AutoAWQ's "
-        "packings gemm, gemv and gemv_fast: a checkpoint of another program (llm-awq, marlin) cannot be read here, quantize the original"
+        f"{name}: qweight {qweight.dtype} {qweight.shape}, qzeros {qzeros.dtype} {qzeros.shape}, scales "
+        f"{scales.shape} are none of AutoAWQ's "
+        "packings gemm, gemv and gemv_fast: a checkpoint of another program (llm-awq, marlin) cannot be "
+        "read here, quantize the original"
     )
 
 
@@ -168,7 +203,8 @@ _SHAPE = {
 
 
 def _padded_groups(k: int, group: int) -> int:
-    """Groups that AutoAWQ's GEMV packings have room for: words of 8, whose number is even at 64 and a multiple of 4 at 32."""
+    """Groups that AutoAWQ's GEMV packings have room for: words of 8, whose number is even at 64 and a
+    multiple of 4 at 32."""
     multiple = 1 if group >= 128 else 2 if group == 64 else 4
     return 8 * multiple * -(-(k // group) // (8 * multiple))
 
@@ -195,7 +231,11 @@ def _deinterleave(words: torch.Tensor) -> torch.Tensor:
 def _unpack_gemm(
     linear: Linear, words: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _deinterleave(words).t().contiguous(), _deinterleave(zeros).t().contiguous(), scales.t().contiguous()
+    return (
+        _deinterleave(words).t().contiguous(),
+        _deinterleave(zeros).t().contiguous(),
+        scales.t().contiguous(),
+    )
 
 
 def _unpack_gemv(
@@ -206,7 +246,10 @@ def _unpack_gemv(
     from quant.formats.packing import unpack
 
     groups = linear.scheme.groups(linear.k)
-    codes, packed = (unpack(x.contiguous(), 4, count).to(torch.int8) - 8 for x, count in ((words, linear.k), (zeros, groups)))
+    codes, packed = (
+        unpack(x.contiguous(), 4, count).to(torch.int8) - 8
+        for x, count in ((words, linear.k), (zeros, groups))
+    )
     return codes, packed, scales[:, :groups].contiguous()
 
 
@@ -218,7 +261,8 @@ def _unpack_fast(
     n, k, groups = linear.n, linear.k, linear.scheme.groups(linear.k)
     shifts = torch.arange(0, 16, 4, device=words.device)
     nibbles = (words.int().unsqueeze(-1) >> shifts) & 15
-    # four rows lie side by side in runs of 64 inputs: [N/4, K/64, 4 rows, 64]; then 32 inputs in an order of two steps, undone from the last
+    # four rows lie side by side in runs of 64 inputs: [N/4, K/64, 4 rows, 64]; then 32 inputs in an order of
+    # two steps, undone from the last
     rows = nibbles.reshape(n // 4, k // 64, 4, 64).transpose(1, 2).reshape(n, k // 32, 4, 2, 4)
     pairs = rows.transpose(3, 4).reshape(n, k // 32, 4, 4, 2)
     codes = pairs.transpose(2, 3).reshape(n, k)
@@ -226,7 +270,10 @@ def _unpack_fast(
     ratio = torch.where(scale == 0, 0.0, -zeros[:groups].t().float() / scale.float())
     rounded = ratio.round()
     if not bool(((ratio - rounded).abs() < 0.25).all()) or int(rounded.min()) < 0 or int(rounded.max()) > 15:
-        raise CheckpointError(f"{linear.name}.qzeros: is not -zero·scale with zero points from 0 to 15: the gemv_fast file is damaged")
+        raise CheckpointError(
+            f"{linear.name}.qzeros: is not -zero·scale with zero points from 0 to 15: the gemv_fast file is "
+            "damaged"
+        )
     return codes.to(torch.int8) - 8, rounded.to(torch.int8) - 8, scale
 
 

@@ -1,4 +1,5 @@
-"""What a format is: names, dtypes and shapes on disk, the words of ``quantization_config``, and the way back. No torch at import."""
+"""What a format is: names, dtypes and shapes on disk, the words of ``quantization_config``, and the way back.
+No torch at import."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Linear:
-    """A quantized linear as a format sees it: ``name`` without ``.weight``, N outputs, K inputs, the numbers of weights and activations."""
+    """A quantized linear as a format sees it: ``name`` without ``.weight``, N outputs, K inputs, the numbers
+    of weights and activations."""
 
     name: str
     n: int
@@ -49,7 +51,8 @@ class Found:
 
 
 class Format(Protocol):
-    """One on-disk format. ``quant_method`` is vLLM's word for it, or None where the result is an ordinary checkpoint."""
+    """One on-disk format. ``quant_method`` is vLLM's word for it, or None where the result is an ordinary
+    checkpoint."""
 
     name: str
     quant_method: str | None
@@ -76,14 +79,17 @@ class Format(Protocol):
         """The tensors of ``specs``, those in the model's dtype as ``dtype``."""
         ...
 
-    def unpack(self, linear: Linear, tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> QuantizedTensor:
+    def unpack(
+        self, linear: Linear, tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any]
+    ) -> QuantizedTensor:
         """Inverse of ``pack``; ``tensors`` has the names of the checkpoint."""
         ...
 
     def config(
         self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str, kv_cache: bool = False
     ) -> dict[str, Any] | None:
-        """The ``quantization_config``; ``unquantized`` names the linears left alone, ``kv_cache`` says that scales of an FP8 cache are there."""
+        """The ``quantization_config``; ``unquantized`` names the linears left alone, ``kv_cache`` says that
+        scales of an FP8 cache are there."""
         ...
 
     def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Found:
@@ -94,7 +100,20 @@ class Format(Protocol):
 #: Linears whose input is split over ranks under tensor parallelism; all others split their output.
 _ROW_PARALLEL = re.compile(r"\.(o_proj|down_proj|out_proj|dense|dense_4h_to_h|fc2|c_proj|wo|w2)$")
 
-_PARTS = ("name", "quant_method", "config_file", "kv_cache", "mixed", "refuse", "specs", "problems", "pack", "unpack", "config", "find")
+_PARTS = (
+    "name",
+    "quant_method",
+    "config_file",
+    "kv_cache",
+    "mixed",
+    "refuse",
+    "specs",
+    "problems",
+    "pack",
+    "unpack",
+    "config",
+    "find",
+)
 #: Shards of a fused layer that another one follows.
 NOT_LAST = (".q_proj", ".k_proj", ".gate_proj")
 
@@ -108,7 +127,9 @@ def require(tensors: Mapping[str, TensorInfo], name: str, linear: str) -> Tensor
         CheckpointError: it is missing, which vLLM would turn into NaN without a word.
     """
     if name not in tensors:
-        raise CheckpointError(f"{linear} is quantized but has no tensor {name!r}: the checkpoint is incomplete, make it again")
+        raise CheckpointError(
+            f"{linear} is quantized but has no tensor {name!r}: the checkpoint is incomplete, make it again"
+        )
     return tensors[name]
 
 
@@ -118,7 +139,8 @@ def suffixed(names: Iterable[str], suffix: str) -> list[str]:
 
 
 def names_listed(config: Mapping[str, Any], key: str) -> list[str]:
-    """A list of module names (some of them ``re:`` and a regular expression) in a quantization_config; empty where it is absent or null.
+    """A list of module names (some of them ``re:`` and a regular expression) in a quantization_config; empty
+    where it is absent or null.
 
     Raises:
         CheckpointError: it is something else.
@@ -127,19 +149,24 @@ def names_listed(config: Mapping[str, Any], key: str) -> list[str]:
     if value is None:
         return []
     if not isinstance(value, list) or not all(isinstance(n, str) for n in value):
-        raise CheckpointError(f"config.json: quantization_config has {key} {clipped(value)}: a list of module names is needed: repair it")
+        raise CheckpointError(
+            f"config.json: quantization_config has {key} {clipped(value)}: a list of module names is "
+            "needed: repair it"
+        )
     for name in value:
         try:
             re.compile(name.removeprefix("re:") if name.startswith("re:") else "")
         except re.error as error:
             raise CheckpointError(
-                f"config.json: quantization_config has {key} {clipped(name)}: no regular expression ({error}): repair it"
+                f"config.json: quantization_config has {key} {clipped(name)}: no regular expression "
+                f"({error}): repair it"
             ) from error
     return value
 
 
 def quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Where vLLM looks for it: ``quantization_config``, the one inside ``text_config``, ``compression_config``.
+    """Where vLLM looks for it: ``quantization_config``, the one inside ``text_config``,
+    ``compression_config``.
 
     Raises:
         CheckpointError: it is not an object.
@@ -156,13 +183,15 @@ def quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
 def _an_object(found: object) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CheckpointError(
-            f"config.json: quantization_config is not an object but {str(found)[:60]!r}: repair it, or fetch the checkpoint again"
+            f"config.json: quantization_config is not an object but {str(found)[:60]!r}: repair it, or "
+            "fetch the checkpoint again"
         )
     return found
 
 
 def stated_dtype(config: Mapping[str, Any]) -> str | None:
-    """Header name of the dtype that config.json states, in which vLLM keeps scales; None where it states none that weights are stored in."""
+    """Header name of the dtype that config.json states, in which vLLM keeps scales; None where it states none
+    that weights are stored in."""
     text = config.get("text_config")
     names = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
     for place in (config, text if isinstance(text, dict) else {}):
@@ -188,19 +217,31 @@ def find_format(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) ->
                 return entry.find(quantization, tensors)
             except CheckpointError:
                 raise
-            except (QuantError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, re.error) as error:
+            except (
+                QuantError,
+                ArithmeticError,
+                AttributeError,
+                LookupError,
+                TypeError,
+                ValueError,
+                re.error,
+            ) as error:
                 raise CheckpointError(
-                    f"config.json: its quantization_config ({method}) cannot be understood: {str(error)[:200]}: repair it, or fetch the checkpoint again"
+                    f"config.json: its quantization_config ({method}) cannot be understood: "
+                    f"{str(error)[:200]}: repair it, or fetch the checkpoint again"
                 ) from error
     readable = ", ".join(sorted(f.quant_method for f in FormatRegistry if f.quant_method))
-    raise CheckpointError(f"the checkpoint is quantized as quant_method {method!r}, which is not read here; read are {readable}")
+    raise CheckpointError(
+        f"the checkpoint is quantized as quant_method {method!r}, which is not read here; read are {readable}"
+    )
 
 
 def word_problems(linear: Linear, inputs: bool = True, outputs: bool = True) -> list[str]:
     """Sides that do not fill whole 32-bit words."""
     per = 32 if linear.scheme.bits == 3 else 32 // linear.scheme.bits
     return [
-        f"{linear.name}: {count} {what} do not fill whole 32-bit words at {linear.scheme.bits} bits (a multiple of {per} is needed): --ignore the layer"
+        f"{linear.name}: {count} {what} do not fill whole 32-bit words at {linear.scheme.bits} bits (a "
+        f"multiple of {per} is needed): --ignore the layer"
         for count, what, asked in ((linear.k, "inputs", inputs), (linear.n, "outputs", outputs))
         if asked and count % per
     ]
@@ -220,16 +261,23 @@ def shape_problems(linears: Iterable[Linear], tensor_parallel: int) -> list[str]
             continue
         ignore = f"--ignore '{kind.rsplit('.', 1)[-1]}'"
         if g != -1 and linear.k % g:
-            # of blocks too: the file may have a ragged last one, but vLLM's kernels quantize activations in whole groups of 128
+            # of blocks too: the file may have a ragged last one, but vLLM's kernels quantize activations in
+            # whole groups of 128
             if linear.scheme.number == "float":
                 use = "--scheme w8a8-fp8"
             else:
                 fits = [x for x in (128, 64, 32, 16, 8) if linear.k % x == 0 and x < g]
                 use = f"--group-size {fits[0]} or -1" if fits else "--group-size -1"
             seen[kind] = f"{kind}: {linear.k} inputs do not divide into groups of {g}: use {use}, or {ignore}"
-        elif block and linear.n % BLOCK and members[fused_name(linear.name)] > 1 and linear.name.endswith(NOT_LAST):
+        elif (
+            block
+            and linear.n % BLOCK
+            and members[fused_name(linear.name)] > 1
+            and linear.name.endswith(NOT_LAST)
+        ):
             seen[kind] = (
-                f"{kind}: {linear.n} outputs do not divide into blocks of {BLOCK}, which vLLM demands of all shards of a fused layer but the last: "
+                f"{kind}: {linear.n} outputs do not divide into blocks of {BLOCK}, which vLLM demands of "
+                "all shards of a fused layer but the last: "
                 f"use --scheme w8a8-fp8, or {ignore}"
             )
         elif tensor_parallel > 1:
@@ -240,7 +288,9 @@ def shape_problems(linears: Iterable[Linear], tensor_parallel: int) -> list[str]
                 allowed = [t for t in (1, 2, 4, 8, 16, 32) if size % t == 0 and (size // t) % unit == 0]
                 pieces = f"groups of {g}" if row else f"blocks of {BLOCK}" if block else "words of 8"
                 seen[kind] = (
-                    f"{kind}: {size} {what} over --tensor-parallel {tensor_parallel} do not divide into {pieces}: "
-                    f"tensor parallel sizes that do: {', '.join(map(str, allowed)) or 'none'}{'' if linear.scheme.number == 'float' else '; or a smaller --group-size'}"
+                    f"{kind}: {size} {what} over --tensor-parallel {tensor_parallel} do not divide into "
+                    f"{pieces}: "
+                    "tensor parallel sizes that do: "
+                    f"{', '.join(map(str, allowed)) or 'none'}{'' if linear.scheme.number == 'float' else '; or a smaller --group-size'}"
                 )
     return list(seen.values())

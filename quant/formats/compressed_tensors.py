@@ -1,7 +1,9 @@
-"""compressed-tensors: the road vLLM is built around, and the default. One sub-format for each kind of numbers.
+"""compressed-tensors: the road vLLM is built around, and the default. One sub-format for each kind of
+numbers.
 
-Contract read from vLLM 0.32 (`compressed_tensors/schemes/`) and compressed-tensors 0.17 (`compressors/`). For a linear ``P`` of [N, K] with
-groups of g, ``scale`` standing for the shape of the scheme's scales ([N, K/g], [N, 1], [1] of a tensor, [⌈N/128⌉, ⌈K/128⌉] of blocks):
+Contract read from vLLM 0.32 (`compressed_tensors/schemes/`) and compressed-tensors 0.17 (`compressors/`). For
+a linear ``P`` of [N, K] with groups of g, ``scale`` standing for the shape of the scheme's scales ([N, K/g],
+[N, 1], [1] of a tensor, [⌈N/128⌉, ⌈K/128⌉] of blocks):
 
 ======================== ============================ ==========================================================================
 pack-quantized           ``P.weight_packed``          int32 [N, K·b/32]: code + 2^(b-1), packed along K, lowest bits first
@@ -23,7 +25,8 @@ any, calibrated inputs   ``P.input_scale``            fp32 [1], static activatio
                          ``P.input_global_scale``     fp32 [1], NVFP4 activations, a divisor
 ======================== ============================ ==========================================================================
 
-A checkpoint of several kinds is ``mixed-precision``: each group then has a format of its own and full names for targets.
+A checkpoint of several kinds is ``mixed-precision``: each group then has a format of its own and full names
+for targets.
 """
 
 from __future__ import annotations
@@ -45,7 +48,8 @@ if TYPE_CHECKING:
 
 #: Group sizes that every vLLM kernel from compute capability 7.5 up takes; others run on single kernels only.
 VLLM_GROUPS = (-1, 32, 64, 128)
-#: Sub-format → where its codes are, their dtype, and codes an element holds (0: as many as its bits leave room for).
+#: Sub-format → where its codes are, their dtype, and codes an element holds (0: as many as its bits leave
+#: room for).
 LAYOUTS: dict[str, tuple[str, str, int]] = {
     "pack-quantized": ("weight_packed", "I32", 0),
     "int-quantized": ("weight", "I8", 1),
@@ -54,7 +58,8 @@ LAYOUTS: dict[str, tuple[str, str, int]] = {
     "mxfp4-pack-quantized": ("weight_packed", "U8", 2),
     "mxfp8-quantized": ("weight", "F8_E4M3", 1),
 }
-#: Of a cache whose K and V have one calibrated scale a layer; with it vLLM's `--kv-cache-dtype auto` means FP8.
+#: Of a cache whose K and V have one calibrated scale a layer; with it vLLM's `--kv-cache-dtype auto` means
+#: FP8.
 KV_CACHE = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
 
 
@@ -74,7 +79,8 @@ _SCALE_DTYPES = {"U8": "torch.uint8", "F8_E4M3": "torch.float8_e4m3fn"}
 
 
 def arguments(scheme: WeightScheme) -> dict[str, Any]:
-    """The ``weights`` object of a config group. vLLM forbids unknown keys in it, so only keys that every version knows are written."""
+    """The ``weights`` object of a config group. vLLM forbids unknown keys in it, so only keys that every
+    version knows are written."""
     value: dict[str, Any] = {
         "num_bits": scheme.bits,
         "type": scheme.number,
@@ -117,12 +123,26 @@ def read_arguments(weights: Mapping[str, Any], layout: str, where: str) -> Weigh
     known = {"int": ("group", "channel"), "float": ("group", "channel", "tensor", "block", "tensor_group")}
     if strategy not in known.get(number, ()):
         raise CheckpointError(
-            f"{where}: weights of type {number!r}, strategy {strategy!r}: read are int with group or channel, and float with {', '.join(known['float'])}"
+            f"{where}: weights of type {number!r}, strategy {strategy!r}: read are int with group or "
+            f"channel, and float with {', '.join(known['float'])}"
         )
     if strategy == "block" and list(weights.get("block_structure") or []) != [BLOCK, BLOCK]:
-        raise CheckpointError(f"{where}: blocks of {weights.get('block_structure')}: read are blocks of {BLOCK} × {BLOCK}")
-    group = BLOCK if strategy == "block" else int(weights.get("group_size") or 0) if strategy in ("group", "tensor_group") else -1
-    scales = {"pack-quantized": "model", "nvfp4-pack-quantized": "F8_E4M3", "mxfp4-pack-quantized": "U8", "mxfp8-quantized": "U8"}
+        raise CheckpointError(
+            f"{where}: blocks of {weights.get('block_structure')}: read are blocks of {BLOCK} × {BLOCK}"
+        )
+    group = (
+        BLOCK
+        if strategy == "block"
+        else int(weights.get("group_size") or 0)
+        if strategy in ("group", "tensor_group")
+        else -1
+    )
+    scales = {
+        "pack-quantized": "model",
+        "nvfp4-pack-quantized": "F8_E4M3",
+        "mxfp4-pack-quantized": "U8",
+        "mxfp8-quantized": "U8",
+    }
     return WeightScheme(
         int(weights.get("num_bits", 8)),
         group,
@@ -138,17 +158,31 @@ def read_activations(inputs: Mapping[str, Any] | None, where: str) -> Activation
     if not inputs:
         return None
     strategy, dynamic = inputs.get("strategy"), inputs.get("dynamic", False)
-    if strategy not in ("token", "tensor", "group", "tensor_group") or inputs.get("type", "int") not in ("int", "float"):
-        raise CheckpointError(f"{where}: activations of type {inputs.get('type')!r}, strategy {strategy!r} are not read here")
+    if strategy not in ("token", "tensor", "group", "tensor_group") or inputs.get("type", "int") not in (
+        "int",
+        "float",
+    ):
+        raise CheckpointError(
+            f"{where}: activations of type {inputs.get('type')!r}, strategy {strategy!r} are not read here"
+        )
     bits, number, group = int(inputs.get("num_bits", 8)), inputs.get("type", "int"), inputs.get("group_size")
-    scales = "F8_E4M3" if strategy == "tensor_group" else "U8" if (strategy, group) == ("group", 32) else "F32"
+    scales = (
+        "F8_E4M3" if strategy == "tensor_group" else "U8" if (strategy, group) == ("group", 32) else "F32"
+    )
     return ActivationScheme(
-        bits, number, strategy, bool(inputs.get("symmetric", True)), bool(dynamic), None if group is None else int(group), scales
+        bits,
+        number,
+        strategy,
+        bool(inputs.get("symmetric", True)),
+        bool(dynamic),
+        None if group is None else int(group),
+        scales,
     )
 
 
 def matches(target: str, name: str) -> bool:
-    """Whether a target or ignore entry names a module: exactly, or as ``re:`` with ``re.match``, as vLLM compares them."""
+    """Whether a target or ignore entry names a module: exactly, or as ``re:`` with ``re.match``, as vLLM
+    compares them."""
     return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
 
 
@@ -159,7 +193,10 @@ def _held(tensors: Mapping[str, torch.Tensor], name: str, last: str) -> torch.Te
         CheckpointError: it is missing.
     """
     if f"{name}.{last}" not in tensors:
-        raise CheckpointError(f"{name} is quantized but has no tensor '{name}.{last}': the checkpoint is incomplete, make it again")
+        raise CheckpointError(
+            f"{name} is quantized but has no tensor '{name}.{last}': the checkpoint is incomplete, make it "
+            "again"
+        )
     return tensors[f"{name}.{last}"]
 
 
@@ -180,14 +217,21 @@ class CompressedTensors:
             return (
                 None
                 if good
-                else "with 8-bit activations vLLM takes symmetric 8-bit weights with one scale an output: use --scheme w8a8-int8"
+                else "with 8-bit activations vLLM takes symmetric 8-bit weights with one scale an output: "
+                "use --scheme w8a8-int8"
             )
         if weights.bits not in (4, 8):
-            return f"pack-quantized holds 4 or 8 bits in a way that vLLM and compressed-tensors agree on, not {weights.bits}: use --format plain"
+            return (
+                "pack-quantized holds 4 or 8 bits in a way that vLLM and compressed-tensors agree on, "
+                f"not {weights.bits}: use --format plain"
+            )
         if weights.scales != "model":
             return "weight-only integers have scales in the model's dtype: use --scheme w8a16"
         if target == "vllm" and weights.group_size not in VLLM_GROUPS:
-            return f"group size {weights.group_size} runs on single vLLM kernels only: use {', '.join(map(str, VLLM_GROUPS))}, or --target other"
+            return (
+                f"group size {weights.group_size} runs on single vLLM kernels only: use "
+                f"{', '.join(map(str, VLLM_GROUPS))}, or --target other"
+            )
         return None
 
     def problems(self, linear: Linear) -> list[str]:
@@ -200,16 +244,23 @@ class CompressedTensors:
         n, k, scheme, name = linear.n, linear.k, linear.scheme, linear.name
         layout = layout_of(linear)
         scale: tuple[int, ...] = (1,) if scheme.strategy == "tensor" else scheme.scale_shape(n, k)
-        scale_spec = TensorSpec(f"{name}.weight_scale", dtype if scheme.scales == "model" else scheme.scales, scale)
+        scale_spec = TensorSpec(
+            f"{name}.weight_scale", dtype if scheme.scales == "model" else scheme.scales, scale
+        )
         if layout == "pack-quantized":
             specs = [TensorSpec(f"{name}.weight_packed", "I32", (n, -(-k * scheme.bits // 32))), scale_spec]
             if not scheme.symmetric:
-                specs.append(TensorSpec(f"{name}.weight_zero_point", "I32", (-(-n * scheme.bits // 32), scale[1])))
+                specs.append(
+                    TensorSpec(f"{name}.weight_zero_point", "I32", (-(-n * scheme.bits // 32), scale[1]))
+                )
             specs.append(TensorSpec(f"{name}.weight_shape", "I64", (2,)))
         elif scheme.number == "float" and scheme.bits == 4:
             specs = [TensorSpec(f"{name}.weight_packed", "U8", (n, k // 2)), scale_spec]
         else:
-            specs = [TensorSpec(f"{name}.weight", "I8" if scheme.number == "int" else "F8_E4M3", (n, k)), scale_spec]
+            specs = [
+                TensorSpec(f"{name}.weight", "I8" if scheme.number == "int" else "F8_E4M3", (n, k)),
+                scale_spec,
+            ]
         if scheme.strategy == "tensor_group":
             specs.append(TensorSpec(f"{name}.weight_global_scale", "F32", (1,)))
         inputs = linear.activations
@@ -250,10 +301,14 @@ class CompressedTensors:
                 "input_zero_point": tensor.inputs.zero,
                 "input_global_scale": tensor.inputs.global_scale,
             }
-            packed |= {k: v if k == "input_zero_point" else v.float() for k, v in made.items() if v is not None}
+            packed |= {
+                k: v if k == "input_zero_point" else v.float() for k, v in made.items() if v is not None
+            }
         return {f"{name}.{k}": v for k, v in packed.items()}
 
-    def unpack(self, linear: Linear, tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> QuantizedTensor:
+    def unpack(
+        self, linear: Linear, tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any]
+    ) -> QuantizedTensor:
         import torch
 
         from quant.formats.packing import unpack, unpack_halves
@@ -262,17 +317,27 @@ class CompressedTensors:
         name, scheme = linear.name, linear.scheme
         layout = layout_of(linear)
         scales = tensors[f"{name}.weight_scale"]
-        given = [tensors.get(f"{name}.{s}") for s in ("input_scale", "input_zero_point", "input_global_scale")]
-        inputs = InputParameters(*(None if x is None else x.reshape(1) for x in given)) if any(x is not None for x in given) else None
+        given = [
+            tensors.get(f"{name}.{s}") for s in ("input_scale", "input_zero_point", "input_global_scale")
+        ]
+        inputs = (
+            InputParameters(*(None if x is None else x.reshape(1) for x in given))
+            if any(x is not None for x in given)
+            else None
+        )
         zeros = group_index = None
         if layout == "pack-quantized":
             bits, offset = scheme.bits, 2 ** (scheme.bits - 1)
             shape = tensors.get(f"{name}.weight_shape")
             k = int(shape[1]) if shape is not None else linear.k
-            codes = (unpack(tensors[f"{name}.weight_packed"], bits, k).to(torch.int16) - offset).to(torch.int8)
+            codes = (unpack(tensors[f"{name}.weight_packed"], bits, k).to(torch.int16) - offset).to(
+                torch.int8
+            )
             if not scheme.symmetric:
                 words = _held(tensors, name, "weight_zero_point").t().contiguous()
-                zeros = (unpack(words, bits, linear.n).to(torch.int16) - offset).to(torch.int8).t().contiguous()
+                zeros = (
+                    (unpack(words, bits, linear.n).to(torch.int16) - offset).to(torch.int8).t().contiguous()
+                )
             group_index = tensors.get(f"{name}.weight_g_idx")
         elif scheme.number == "float" and scheme.bits == 4:
             codes = unpack_halves(tensors[f"{name}.weight_packed"])
@@ -282,10 +347,16 @@ class CompressedTensors:
             scales = scales.reshape(1, 1)
         elif scales.ndim == 1:
             scales = scales.unsqueeze(1)
-        divisor = _held(tensors, name, "weight_global_scale").reshape(1) if scheme.strategy == "tensor_group" else None
+        divisor = (
+            _held(tensors, name, "weight_global_scale").reshape(1)
+            if scheme.strategy == "tensor_group"
+            else None
+        )
         return QuantizedTensor(codes, scales, zeros, scheme, group_index, divisor, inputs)
 
-    def config(self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str, kv_cache: bool = False) -> dict[str, Any]:
+    def config(
+        self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str, kv_cache: bool = False
+    ) -> dict[str, Any]:
         kinds = list(dict.fromkeys((x.scheme, x.activations) for x in linears))
         layouts: list[str] = []
         groups = {}
@@ -293,7 +364,8 @@ class CompressedTensors:
             members = [x for x in linears if (x.scheme, x.activations) == kind]
             layouts.append(layout_of(members[0]))
             groups[f"group_{i}"] = {
-                # with one scheme the class name and a complete ignore list; with several, names alone: a class would catch what a name missed
+                # with one scheme the class name and a complete ignore list; with several, names alone: a
+                # class would catch what a name missed
                 "targets": ["Linear"] if len(kinds) == 1 else [x.name for x in members],
                 "format": layouts[-1],
                 "weights": arguments(kind[0]),
@@ -317,24 +389,35 @@ class CompressedTensors:
         groups = config.get("config_groups")
         names_listed(config, "ignore")
         if not isinstance(groups, dict) or not groups:
-            raise CheckpointError("quantization_config has no config_groups: compressed-tensors needs at least one")
+            raise CheckpointError(
+                "quantization_config has no config_groups: compressed-tensors needs at least one"
+            )
         formats = {str(g.get("format") or config.get("format")) for g in groups.values()}
         if formats - set(LAYOUTS):
             raise CheckpointError(
-                f"compressed-tensors format {', '.join(sorted(formats - set(LAYOUTS)))} is not read here; read are {', '.join(LAYOUTS)}"
+                f"compressed-tensors format {', '.join(sorted(formats - set(LAYOUTS)))} is not read here; "
+                f"read are {', '.join(LAYOUTS)}"
             )
         coded = suffixed(tensors, ".weight_packed")
-        coded += [n for n in suffixed(tensors, ".weight") if tensors[f"{n}.weight"].dtype in ("I8", "F8_E4M3")]
+        coded += [
+            n for n in suffixed(tensors, ".weight") if tensors[f"{n}.weight"].dtype in ("I8", "F8_E4M3")
+        ]
         linears = {}
         for name in sorted(coded):
-            group = next((g for g in groups.values() if any(matches(t, name) for t in g.get("targets", []))), None)
+            group = next(
+                (g for g in groups.values() if any(matches(t, name) for t in g.get("targets", []))), None
+            )
             group = group or next((g for g in groups.values() if "Linear" in g.get("targets", [])), None)
             if group is None:
                 raise CheckpointError(f"{name} has quantized weights, but no config group targets it")
-            linears[name] = self._linear(name, group, str(group.get("format") or config.get("format")), tensors)
+            linears[name] = self._linear(
+                name, group, str(group.get("format") or config.get("format")), tensors
+            )
         return Found(self.name, linears, {})
 
-    def _linear(self, name: str, group: Mapping[str, Any], layout: str, tensors: Mapping[str, TensorInfo]) -> Linear:
+    def _linear(
+        self, name: str, group: Mapping[str, Any], layout: str, tensors: Mapping[str, TensorInfo]
+    ) -> Linear:
         """One linear as its config group and headers say.
 
         Raises:
@@ -347,17 +430,22 @@ class CompressedTensors:
         codes = require(tensors, f"{name}.{last}", name)
         if codes.dtype != dtype or len(codes.shape) != 2 or len(scale.shape) > 2:
             raise CheckpointError(
-                f"{name}: {last} is {codes.dtype} {codes.shape}, weight_scale {scale.shape}: [N, …] of {dtype} and a scale each group"
+                f"{name}: {last} is {codes.dtype} {codes.shape}, weight_scale {scale.shape}: [N, …] of "
+                f"{dtype} and a scale each group"
             )
         n, columns = codes.shape
         k = columns * (per_word or 32 // scheme.bits)
         if layout == "pack-quantized":
-            # weight_shape is data, not header: K follows from the groups, or from the full words where there is one group a row
+            # weight_shape is data, not header: K follows from the groups, or from the full words where there
+            # is one group a row
             if scheme.group_size != -1 and len(scale.shape) == 2:
                 k = scale.shape[1] * scheme.group_size
         linear = Linear(name, n, k, scheme, activations)
         if layout_of(linear) != layout:
-            raise CheckpointError(f"{name}: format {layout} with {linear.numbers}: these numbers belong into {layout_of(linear)}")
+            raise CheckpointError(
+                f"{name}: format {layout} with {linear.numbers}: these numbers belong into "
+                f"{layout_of(linear)}"
+            )
         return linear
 
 

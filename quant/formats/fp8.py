@@ -1,7 +1,7 @@
 """vLLM's native ``fp8``: the layout of DeepSeek's and Qwen's own FP8 checkpoints, read and written.
 
-Contract read from vLLM 0.32 (`quantization/fp8.py::Fp8Config, Fp8LinearMethod`, `utils/fp8_utils.py::validate_fp8_block_shape`). For a linear
-``P`` of [N, K]:
+Contract read from vLLM 0.32 (`quantization/fp8.py::Fp8Config, Fp8LinearMethod`,
+`utils/fp8_utils.py::validate_fp8_block_shape`). For a linear ``P`` of [N, K]:
 
 ======================  ==================  ==================================================================
 ``P.weight``            float8_e4m3fn       [N, K]
@@ -10,7 +10,8 @@ Contract read from vLLM 0.32 (`quantization/fp8.py::Fp8Config, Fp8LinearMethod`,
 ``P.input_scale``       fp32                [1], with ``activation_scheme`` static
 ======================  ==================  ==================================================================
 
-A file holds one scheme. Linears left alone are listed by their whole names: vLLM compares them exactly. It never quantizes the output head.
+A file holds one scheme. Linears left alone are listed by their whole names: vLLM compares them exactly. It
+never quantizes the output head.
 """
 
 from __future__ import annotations
@@ -48,12 +49,20 @@ class Fp8:
 
     def refuse(self, scheme: Scheme, target: str) -> str | None:
         if scheme.weights not in (_BLOCKS.weights, _TENSOR.weights):
-            return "a native fp8 file holds FP8 weights with one scale a tensor or a block of 128 × 128: use --format compressed-tensors"
+            return (
+                "a native fp8 file holds FP8 weights with one scale a tensor or a block of 128 × 128: "
+                "use --format compressed-tensors"
+            )
         if scheme.activations is None:
             return "a native fp8 file always has FP8 activations: use --format compressed-tensors"
-        known = (_BLOCKS.activations,) if scheme.weights == _BLOCKS.weights else (_TENSOR.activations, _STATIC)
+        known = (
+            (_BLOCKS.activations,) if scheme.weights == _BLOCKS.weights else (_TENSOR.activations, _STATIC)
+        )
         if scheme.activations not in known:
-            return f"a native fp8 file has no word for activations {scheme.activations}: use --format compressed-tensors"
+            return (
+                f"a native fp8 file has no word for activations {scheme.activations}: use --format "
+                "compressed-tensors"
+            )
         return None
 
     def problems(self, linear: Linear) -> list[str]:
@@ -62,7 +71,10 @@ class Fp8:
     def specs(self, linear: Linear, dtype: str) -> list[TensorSpec]:
         n, k, scheme, name = linear.n, linear.k, linear.scheme, linear.name
         scale = (1,) if scheme.strategy == "tensor" else scheme.scale_shape(n, k)
-        specs = [TensorSpec(f"{name}.weight", "F8_E4M3", (n, k)), TensorSpec(f"{name}.{_scale_name(scheme)}", "F32", scale)]
+        specs = [
+            TensorSpec(f"{name}.weight", "F8_E4M3", (n, k)),
+            TensorSpec(f"{name}.{_scale_name(scheme)}", "F32", scale),
+        ]
         if linear.activations == _STATIC:
             specs.append(TensorSpec(f"{name}.input_scale", "F32", (1,)))
         return specs
@@ -71,23 +83,33 @@ class Fp8:
         name, scales = linear.name, tensor.scales.float()
         packed = {
             f"{name}.weight": tensor.codes,
-            f"{name}.{_scale_name(tensor.scheme)}": scales.reshape(1) if tensor.scheme.strategy == "tensor" else scales,
+            f"{name}.{_scale_name(tensor.scheme)}": scales.reshape(1)
+            if tensor.scheme.strategy == "tensor"
+            else scales,
         }
         if tensor.inputs is not None and tensor.inputs.scale is not None:
             packed[f"{name}.input_scale"] = tensor.inputs.scale.float()
         return packed
 
-    def unpack(self, linear: Linear, tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> QuantizedTensor:
+    def unpack(
+        self, linear: Linear, tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any]
+    ) -> QuantizedTensor:
         from quant.tensors import InputParameters, QuantizedTensor
 
         name, scheme = linear.name, linear.scheme
         scales = tensors[f"{name}.{_scale_name(scheme)}"].float()
         given = tensors.get(f"{name}.input_scale")
-        inputs = None if given is None or linear.activations != _STATIC else InputParameters(scale=given.float().reshape(1))
+        inputs = (
+            None
+            if given is None or linear.activations != _STATIC
+            else InputParameters(scale=given.float().reshape(1))
+        )
         scales = scales.reshape(1, 1) if scheme.strategy == "tensor" else scales
         return QuantizedTensor(tensors[f"{name}.weight"], scales, None, scheme, inputs=inputs)
 
-    def config(self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str, kv_cache: bool = False) -> dict[str, Any]:
+    def config(
+        self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str, kv_cache: bool = False
+    ) -> dict[str, Any]:
         kinds = {(x.scheme, x.activations) for x in linears}
         if len(kinds) > 1:
             raise AssertionError("one scheme a native fp8 file")
@@ -107,10 +129,14 @@ class Fp8:
         for key in ("ignored_layers", "modules_to_not_convert"):
             names_listed(config, key)
         if block is not None and list(block) != [BLOCK, BLOCK]:
-            raise CheckpointError(f"fp8 weight_block_size {block} is not read here; read are {BLOCK} × {BLOCK}, and one scale a tensor")
+            raise CheckpointError(
+                f"fp8 weight_block_size {block} is not read here; read are {BLOCK} × {BLOCK}, and one scale "
+                "a tensor"
+            )
         if activations not in ("dynamic", "static") or (block is not None and activations == "static"):
             raise CheckpointError(
-                f"fp8 activation_scheme is {activations!r}{' with blocks' if block else ''}: it is dynamic, or static with one scale a tensor"
+                f"fp8 activation_scheme is {activations!r}{' with blocks' if block else ''}: it is dynamic, "
+                "or static with one scale a tensor"
             )
         scheme = (_TENSOR if block is None else _BLOCKS).weights
         inputs = _STATIC if activations == "static" else (_TENSOR if block is None else _BLOCKS).activations
@@ -126,7 +152,8 @@ class Fp8:
             wanted = ((), (1,), (1, 1)) if block is None else (scheme.scale_shape(n, k),)
             if scale.dtype not in _MULTIPLIERS or scale.shape not in wanted:
                 raise CheckpointError(
-                    f"{scale.name} is {scale.dtype} {scale.shape}, the contract for a weight {weight.shape} is {' or '.join(_MULTIPLIERS)} {wanted[-1]}"
+                    f"{scale.name} is {scale.dtype} {scale.shape}, the contract for a weight {weight.shape} "
+                    f"is {' or '.join(_MULTIPLIERS)} {wanted[-1]}"
                 )
             linears[name] = Linear(name, n, k, scheme, inputs)
         return Found(self.name, linears, {})

@@ -1,7 +1,7 @@
 """The GPTQ layout of AutoGPTQ and GPTQModel, for consumers that want it.
 
-For a linear ``P`` of [N, K], with pf = 32/b values a word (AutoGPTQ `nn_modules/qlinear/qlinear_cuda.py::QuantLinear.pack`, vLLM 0.32
-`quantization/auto_gptq.py`):
+For a linear ``P`` of [N, K], with pf = 32/b values a word (AutoGPTQ
+`nn_modules/qlinear/qlinear_cuda.py::QuantLinear.pack`, vLLM 0.32 `quantization/auto_gptq.py`):
 
 ==============  ======  ==============  ==========================================================
 ``P.qweight``   int32   [K/pf, N]       code + 2^(b-1), packed along K, lowest bits first
@@ -10,11 +10,11 @@ For a linear ``P`` of [N, K], with pf = 32/b values a word (AutoGPTQ `nn_modules
 ``P.g_idx``     int32   [K]             group of each input
 ==============  ======  ==============  ==========================================================
 
-vLLM loads 4 and 8 bits, symmetric, groups of -1, 32, 64 or 128 in natural order, and nothing else. v1 is what it wants; asymmetric files
-are written as v2, because v1 has no code for a zero point of 0.
+vLLM loads 4 and 8 bits, symmetric, groups of -1, 32, 64 or 128 in natural order, and nothing else. v1 is what
+it wants; asymmetric files are written as v2, because v1 has no code for a zero point of 0.
 
-GPTQModel's ``dynamic`` gives single layers other numbers, or none; see :func:`dynamic_rule`. It is read, not written: a file of ours has one
-scheme.
+GPTQModel's ``dynamic`` gives single layers other numbers, or none; see :func:`dynamic_rule`. It is read, not
+written: a file of ours has one scheme.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ _VERSIONS = {"gptq": 1, "gptq_v2": 0}
 
 
 def dynamic_rule(config: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    """What the ``dynamic`` of a quantization_config says of a module: keys that replace the config's own ({} where no rule names it), or None
-    where it is left unquantized.
+    """What the ``dynamic`` of a quantization_config says of a module: keys that replace the config's own ({}
+    where no rule names it), or None where it is left unquantized.
 
-    Keys are regular expressions that must match from the start of the name, as they are or after ``+:``; after ``-:`` they leave a module
-    unquantized. The first that matches counts (GPTQModel `quantization/config.py::dynamic_get`, vLLM 0.32
-    `utils/gptq_utils.py::get_dynamic_override`). vLLM asks with the names of its fused layers, GPTQModel with those of the file.
+    Keys are regular expressions that must match from the start of the name, as they are or after ``+:``;
+    after ``-:`` they leave a module unquantized. The first that matches counts (GPTQModel
+    `quantization/config.py::dynamic_get`, vLLM 0.32 `utils/gptq_utils.py::get_dynamic_override`). vLLM asks
+    with the names of its fused layers, GPTQModel with those of the file.
     """
     for pattern, values in (config.get("dynamic") or {}).items():
         if re.match(pattern[2:] if pattern.startswith(("+:", "-:")) else pattern, name):
@@ -62,15 +63,27 @@ class GPTQ:
     def refuse(self, scheme: Scheme, target: str) -> str | None:
         weights = scheme.weights
         if weights.number != "int" or scheme.activations is not None:
-            return f"a GPTQ file holds integer weights and leaves activations alone, not {scheme}: use --format compressed-tensors"
+            return (
+                f"a GPTQ file holds integer weights and leaves activations alone, not {scheme}: use "
+                "--format compressed-tensors"
+            )
         if target != "vllm":
             return None
         if not weights.symmetric:
-            return "vLLM refuses asymmetric GPTQ files: use --symmetric, --format compressed-tensors, or --target other"
+            return (
+                "vLLM refuses asymmetric GPTQ files: use --symmetric, --format compressed-tensors, or "
+                "--target other"
+            )
         if weights.bits not in (4, 8):
-            return f"vLLM loads GPTQ files of 4 and 8 bits, not {weights.bits}: use --format plain, or --target other"
+            return (
+                f"vLLM loads GPTQ files of 4 and 8 bits, not {weights.bits}: use --format plain, or "
+                "--target other"
+            )
         if weights.group_size not in VLLM_GROUPS:
-            return f"vLLM loads GPTQ groups of {', '.join(map(str, VLLM_GROUPS))}, not {weights.group_size}: change --group-size, or --target other"
+            return (
+                f"vLLM loads GPTQ groups of {', '.join(map(str, VLLM_GROUPS))}, not "
+                f"{weights.group_size}: change --group-size, or --target other"
+            )
         return None
 
     def problems(self, linear: Linear) -> list[str]:
@@ -108,7 +121,9 @@ class GPTQ:
             f"{linear.name}.g_idx": index.to(torch.int32),
         }
 
-    def unpack(self, linear: Linear, tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> QuantizedTensor:
+    def unpack(
+        self, linear: Linear, tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any]
+    ) -> QuantizedTensor:
         import torch
 
         from quant.formats.packing import unpack
@@ -117,25 +132,33 @@ class GPTQ:
         bits, offset = linear.scheme.bits, 2 ** (linear.scheme.bits - 1)
         words = tensors[f"{linear.name}.qweight"].t().contiguous()
         codes = (unpack(words, bits, linear.k).to(torch.int16) - offset).to(torch.int8)
-        stored = unpack(tensors[f"{linear.name}.qzeros"], bits, linear.n).to(torch.int16) + options["zero_offset"]
+        stored = (
+            unpack(tensors[f"{linear.name}.qzeros"], bits, linear.n).to(torch.int16) + options["zero_offset"]
+        )
         zeros = (stored - offset).t().contiguous()
         if int(zeros.max()) >= offset:
             raise CheckpointError(
-                f"{linear.name}.qzeros: a zero point of 2^{bits}: the word was damaged when it was packed, make the checkpoint again"
+                f"{linear.name}.qzeros: a zero point of 2^{bits}: the word was damaged when it was packed, "
+                "make the checkpoint again"
             )
         scales = tensors[f"{linear.name}.scales"].t().contiguous()
         index = tensors.get(f"{linear.name}.g_idx")
         if index is not None:
             if int(index.min()) < 0 or int(index.max()) >= scales.shape[1]:
-                raise CheckpointError(f"{linear.name}.g_idx: names group {int(index.max())}, scales has {scales.shape[1]}")
+                raise CheckpointError(
+                    f"{linear.name}.g_idx: names group {int(index.max())}, scales has {scales.shape[1]}"
+                )
             natural = torch.arange(linear.k, dtype=index.dtype) // (linear.k // scales.shape[1])
             index = None if torch.equal(index, natural) else index
-        # a file that says so may lie; one that does not keeps its zero points, so that fused neighbours stay alike
+        # a file that says so may lie; one that does not keeps its zero points, so that fused neighbours stay
+        # alike
         symmetric = linear.scheme.symmetric and not bool(zeros.any())
         scheme = WeightScheme(bits, linear.scheme.group_size, symmetric)
         return QuantizedTensor(codes, scales, None if symmetric else zeros.to(torch.int8), scheme, index)
 
-    def config(self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str, kv_cache: bool = False) -> dict[str, Any]:
+    def config(
+        self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str, kv_cache: bool = False
+    ) -> dict[str, Any]:
         from quant import __version__
 
         schemes = list(dict.fromkeys(linear.scheme for linear in linears))
@@ -160,35 +183,57 @@ class GPTQ:
         version = str(config.get("checkpoint_format") or config.get("format") or "gptq")
         if config.get("is_marlin_format"):
             raise CheckpointError(
-                "is_marlin_format is true: AutoGPTQ's Marlin packing of GPTQ is not read here nor by vLLM 0.32, quantize the original"
+                "is_marlin_format is true: AutoGPTQ's Marlin packing of GPTQ is not read here nor by vLLM "
+                "0.32, quantize the original"
             )
         if version not in _VERSIONS:
-            raise CheckpointError(f"GPTQ checkpoint_format {version!r} is not read here; read are {', '.join(_VERSIONS)}")
+            raise CheckpointError(
+                f"GPTQ checkpoint_format {version!r} is not read here; read are {', '.join(_VERSIONS)}"
+            )
         if str(config.get("pack_dtype", "int32")) != "int32":
             raise CheckpointError(f"GPTQ pack_dtype {config['pack_dtype']!r} is not read here; read is int32")
         try:
-            declared, stated, symmetric = int(config["bits"]), config.get("group_size"), bool(config.get("sym", True))
+            declared, stated, symmetric = (
+                int(config["bits"]),
+                config.get("group_size"),
+                bool(config.get("sym", True)),
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError("the GPTQ quantization_config lacks a whole number of bits") from error
         rules = config.get("dynamic") or {}
-        if not isinstance(rules, dict) or not all(isinstance(v, dict) or k.startswith("-:") for k, v in rules.items()):
-            raise CheckpointError(f"GPTQ dynamic is {str(rules)[:60]!r}: an object of patterns, each with the keys that it replaces")
+        if not isinstance(rules, dict) or not all(
+            isinstance(v, dict) or k.startswith("-:") for k, v in rules.items()
+        ):
+            raise CheckpointError(
+                f"GPTQ dynamic is {str(rules)[:60]!r}: an object of patterns, each with the keys that it "
+                "replaces"
+            )
         linears = {}
         base = declared, stated, symmetric
         for name in suffixed(tensors, ".qweight"):
-            # words are there: a rule that leaves the module out contradicts them, which is the engine's business and not that of its values
+            # words are there: a rule that leaves the module out contradicts them, which is the engine's
+            # business and not that of its values
             rule = dynamic_rule(config, name) or {}
             for key in ("method", "quant_method", "format", "checkpoint_format"):
                 if key in rule and rule[key] != (config.get(key) or version):
                     raise CheckpointError(
-                        f"{name}: a rule of GPTQ's dynamic gives it {key} {rule[key]!r}: read is one layout for all layers"
+                        f"{name}: a rule of GPTQ's dynamic gives it {key} {rule[key]!r}: read is one layout "
+                        "for all layers"
                     )
-            declared, stated, symmetric = (rule.get(k, x) for k, x in zip(("bits", "group_size", "sym"), base, strict=True))
+            declared, stated, symmetric = (
+                rule.get(k, x) for k, x in zip(("bits", "group_size", "sym"), base, strict=True)
+            )
             scales, qweight = require(tensors, f"{name}.scales", name), tensors[f"{name}.qweight"]
             qzeros = require(tensors, f"{name}.qzeros", name)
-            if qweight.dtype != "I32" or qzeros.dtype != "I32" or len(qweight.shape) != 2 or len(scales.shape) != 2:
+            if (
+                qweight.dtype != "I32"
+                or qzeros.dtype != "I32"
+                or len(qweight.shape) != 2
+                or len(scales.shape) != 2
+            ):
                 raise CheckpointError(
-                    f"{name}: qweight is {qweight.dtype} {qweight.shape}, scales {scales.shape}: I32 [words, N] and [groups, N]"
+                    f"{name}: qweight is {qweight.dtype} {qweight.shape}, scales {scales.shape}: I32 "
+                    "[words, N] and [groups, N]"
                 )
             rows, n = qweight.shape
             index = tensors.get(f"{name}.g_idx")
@@ -197,10 +242,16 @@ class GPTQ:
             fitting = bits in BITS and rows * 32 == k * bits and groups and k % groups == 0
             if not fitting or scales.shape[1] != n or qzeros.shape != (groups, n * bits // 32):
                 raise CheckpointError(
-                    f"{name}: qweight {qweight.shape}, qzeros {qzeros.shape}, scales {scales.shape} and {k} inputs do not fit together"
+                    f"{name}: qweight {qweight.shape}, qzeros {qzeros.shape}, scales {scales.shape} and {k} "
+                    "inputs do not fit together"
                 )
             group = k // groups
-            linears[name] = Linear(name, n, k, WeightScheme(bits, -1 if groups == 1 and stated != group else group, bool(symmetric)))
+            linears[name] = Linear(
+                name,
+                n,
+                k,
+                WeightScheme(bits, -1 if groups == 1 and stated != group else group, bool(symmetric)),
+            )
         return Found(self.name, linears, {"zero_offset": _VERSIONS[version]})
 
 

@@ -1,4 +1,5 @@
-"""Checkpoints of older programs, whose config does not say in vLLM's words (or not in config.json) how they are quantized."""
+"""Checkpoints of older programs, whose config does not say in vLLM's words (or not in config.json) how they
+are quantized."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ _NAMED = 5
 
 
 def repaired(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
-    """The checkpoint with a ``quantization_config`` that stands where vLLM looks and names its method; and what was mended.
+    """The checkpoint with a ``quantization_config`` that stands where vLLM looks and names its method; and
+    what was mended.
 
     Raises:
         CheckpointError: linears are packed and nothing says how.
@@ -29,19 +31,25 @@ def repaired(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
     inside = isinstance(text, dict) and bool(text.get("quantization_config"))
     if quantization is None:
         for name in SIDE_FILES:
-            if (checkpoint.path / name).is_file() and (stated := read_json(checkpoint.path / name, "the quantization config")):
+            if (checkpoint.path / name).is_file() and (
+                stated := read_json(checkpoint.path / name, "the quantization config")
+            ):
                 quantization = stated
                 done.append(f"quantization_config taken from {name} into config.json")
                 break
     elif not config.get("quantization_config"):
-        done.append(f"quantization_config moved from {'text_config' if inside else 'compression_config'} to the top of config.json")
+        done.append(
+            f"quantization_config moved from {'text_config' if inside else 'compression_config'} to the top "
+            "of config.json"
+        )
     elif inside:
         done.append("second quantization_config removed from text_config")
     if quantization is None:
         packed = next((n for n in checkpoint.tensors if n.rpartition(".")[2] in _BESIDE), None)
         if packed:
             raise CheckpointError(
-                f"{checkpoint.path}: holds packed words ({packed}), but neither config.json nor {' nor '.join(SIDE_FILES)} says how they are quantized: "
+                f"{checkpoint.path}: holds packed words ({packed}), but neither config.json nor "
+                f"{' nor '.join(SIDE_FILES)} says how they are quantized: "
                 "fetch that file from where the checkpoint came from"
             )
         return checkpoint, []
@@ -59,7 +67,8 @@ def repaired(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
 
 
 def incomplete(checkpoint: Checkpoint) -> list[str]:
-    """Quantized linears whose scales or zero points no file holds, one line for each kind of tensor; as far as names and dtypes tell."""
+    """Quantized linears whose scales or zero points no file holds, one line for each kind of tensor; as far
+    as names and dtypes tell."""
     missing = []
     for name, info in checkpoint.tensors.items():
         module, _, last = name.rpartition(".")
@@ -72,10 +81,15 @@ def incomplete(checkpoint: Checkpoint) -> list[str]:
 
 
 def lacking(checkpoint: Checkpoint, found: Found, inputs: bool = True) -> list[str]:
-    """The same of every tensor that the scheme of a linear asks for; ``inputs``: calibrated numbers of its input too."""
+    """The same of every tensor that the scheme of a linear asks for; ``inputs``: calibrated numbers of its
+    input too."""
     form = FormatRegistry.get(found.format)
     wanted = [s.name for x in found.linears.values() for s in form.specs(x, "BF16")]
-    optional = (".g_idx", ".weight_shape", *(() if inputs else (".input_scale", ".input_zero_point", ".input_global_scale")))
+    optional = (
+        ".g_idx",
+        ".weight_shape",
+        *(() if inputs else (".input_scale", ".input_zero_point", ".input_global_scale")),
+    )
     return _incomplete(n for n in wanted if n not in checkpoint.tensors and not n.endswith(optional))
 
 
@@ -85,7 +99,8 @@ def _incomplete(names: Iterable[str]) -> list[str]:
         module, _, last = name.rpartition(".")
         missing.setdefault(last, []).append(module)
     return [
-        f"{len(modules)} quantized linears have no {last} ({', '.join(modules[:_NAMED])}{', …' if len(modules) > _NAMED else ''}): "
+        f"{len(modules)} quantized linears have no {last} "
+        f"({', '.join(modules[:_NAMED])}{', …' if len(modules) > _NAMED else ''}): "
         "the checkpoint is incomplete, fetch its files again"
         for last, modules in missing.items()
     ]

@@ -1,7 +1,8 @@
 """Packing small integers into 32-bit words, and back. Pure functions, each with its inverse beside it.
 
-Fields are filled from the lowest bits up. Bits that divide 32 never straddle a word; 3-bit values are one little-endian stream in which 32
-values take three words (AutoGPTQ's layout, `qlinear_cuda.py::QuantLinear.pack`).
+Fields are filled from the lowest bits up. Bits that divide 32 never straddle a word; 3-bit values are one
+little-endian stream in which 32 values take three words (AutoGPTQ's layout,
+`qlinear_cuda.py::QuantLinear.pack`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
 
     Args:
         values: integers [..., K], each from 0 to 2^bits - 1.
-        bits: 2, 3, 4 or 8. With 3 bits K must be a multiple of 32; otherwise the last word is padded with zero bits.
+        bits: 2, 3, 4 or 8. With 3 bits K must be a multiple of 32; otherwise the last word is padded with
+            zero bits.
 
     Returns:
         int32 [..., ceil(K·bits / 32)].
@@ -24,7 +26,8 @@ def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
         if k % 32:
             raise ValueError(f"3-bit packing takes multiples of 32 values, got {k}")
         fields = values.to(torch.int64).reshape(*lead, k // 32, 32)
-        # value j lies at bit 3j of a 96-bit stream: ten or eleven whole values a word, values 10 and 21 straddle two
+        # value j lies at bit 3j of a 96-bit stream: ten or eleven whole values a word, values 10 and 21
+        # straddle two
         words = []
         for w in range(3):
             word = torch.zeros(fields.shape[:-1], dtype=torch.int64, device=values.device)
@@ -39,7 +42,8 @@ def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
     if padded != k:
         values = torch.nn.functional.pad(values, (0, padded - k))
     if bits == 4:
-        # two nibbles to a byte, then bytes read as words: the same little-endian order, without 64-bit intermediates
+        # two nibbles to a byte, then bytes read as words: the same little-endian order, without 64-bit
+        # intermediates
         return _words(pack_halves(values.to(torch.uint8)))
     if bits == 8:
         return _words(values.to(torch.uint8))
@@ -73,11 +77,16 @@ def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
             values.append(value & 7)
         return torch.stack(values, -1).reshape(*lead, (w // 3) * 32)[..., :count].to(torch.uint8)
     shifts = torch.arange(0, 32, bits, device=words.device)
-    return ((wide.unsqueeze(-1) >> shifts) & (2**bits - 1)).reshape(*lead, w * (32 // bits))[..., :count].to(torch.uint8)
+    return (
+        ((wide.unsqueeze(-1) >> shifts) & (2**bits - 1))
+        .reshape(*lead, w * (32 // bits))[..., :count]
+        .to(torch.uint8)
+    )
 
 
 def _words(data: torch.Tensor) -> torch.Tensor:
-    """uint8 [..., 4·W] read as int32 [..., W]. Flattened first: a side of length one may have a stride that a view as words refuses."""
+    """uint8 [..., 4·W] read as int32 [..., W]. Flattened first: a side of length one may have a stride that a
+    view as words refuses."""
     return data.reshape(-1).view(torch.int32).reshape(*data.shape[:-1], data.shape[-1] // 4)
 
 
@@ -88,7 +97,8 @@ def _to_int32(words: torch.Tensor) -> torch.Tensor:
 
 def pack_halves(codes: torch.Tensor) -> torch.Tensor:
     """uint8 [..., K/2] from 4-bit codes uint8 [..., K]: the even column in the low half of a byte."""
-    # as words with the even column in the low byte: contiguous ones run many times as fast as columns with gaps
+    # as words with the even column in the low byte: contiguous ones run many times as fast as columns with
+    # gaps
     pairs = codes.reshape(-1).view(torch.int16)
     return (pairs | pairs >> 4).to(torch.uint8).view(*codes.shape[:-1], codes.shape[-1] // 2)
 

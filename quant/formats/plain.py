@@ -1,6 +1,8 @@
-"""``plain``: an ordinary checkpoint whose weights are the quantized values, rounded once to the source's dtype.
+"""``plain``: an ordinary checkpoint whose weights are the quantized values, rounded once to the source's
+dtype.
 
-Any engine runs it. It is how schemes that no engine loads (2 and 3 bits) are judged, and the reference that served checkpoints are compared with.
+Any engine runs it. It is how schemes that no engine loads (2 and 3 bits) are judged, and the reference that
+served checkpoints are compared with.
 """
 
 from __future__ import annotations
@@ -38,10 +40,14 @@ class Plain:
     def pack(self, linear: Linear, tensor: QuantizedTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         return {f"{linear.name}.weight": tensor.dequantize().to(dtype)}
 
-    def unpack(self, linear: Linear, tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> QuantizedTensor:
+    def unpack(
+        self, linear: Linear, tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any]
+    ) -> QuantizedTensor:
         raise AssertionError("a plain checkpoint has no quantized linears to unpack")
 
-    def config(self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str, kv_cache: bool = False) -> None:
+    def config(
+        self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str, kv_cache: bool = False
+    ) -> None:
         return None
 
     def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Found:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from quant.tensors import QuantizedTensor
 
 _SUFFIXES = (
-    "weight_packed", "weight", "weight_scale", "weight_scale_inv", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale",
+    "weight_packed", "weight", "weight_scale", "weight_scale_inv", "weight_zero_point", "weight_shape",
+    "weight_g_idx", "weight_global_scale",
     "input_scale", "input_zero_point", "input_global_scale", "qweight", "qzeros", "scales", "g_idx",
 )  # fmt: skip
 
@@ -29,8 +30,8 @@ CACHE_PROJECTIONS = ("k_proj", "qkv_proj", "kv_a_proj_with_mqa")
 
 
 def cache_scale(name: str) -> str | None:
-    """The name that a number of an engine's FP8 KV cache has in our files, from any of the names that vLLM knows
-    (`weight_utils.py::maybe_remap_kv_scale_name`); None of other tensors.
+    """The name that a number of an engine's FP8 KV cache has in our files, from any of the names that vLLM
+    knows (`weight_utils.py::maybe_remap_kv_scale_name`); None of other tensors.
 
     >>> cache_scale("model.layers.0.self_attn.k_proj.output_scale")
     'model.layers.0.self_attn.k_scale'
@@ -41,7 +42,9 @@ def cache_scale(name: str) -> str | None:
         return f"{layer}.{part[0]}_scale"
     if last not in CACHE_SCALES:
         return None
-    inner = part in ("q_proj", "k_proj", "v_proj") or (part == "attn" and layer.endswith(("attn", "attention")))
+    inner = part in ("q_proj", "k_proj", "v_proj") or (
+        part == "attn" and layer.endswith(("attn", "attention"))
+    )
     return ".".join(filter(None, (layer if inner else module, last)))
 
 
@@ -54,7 +57,11 @@ def read_linear(form: Format, found: Found, checkpoint: Checkpoint, name: str) -
     import torch
 
     linear = found.linears[name]
-    tensors = {f"{name}.{s}": checkpoint.read(f"{name}.{s}") for s in _SUFFIXES if f"{name}.{s}" in checkpoint.tensors}
+    tensors = {
+        f"{name}.{s}": checkpoint.read(f"{name}.{s}")
+        for s in _SUFFIXES
+        if f"{name}.{s}" in checkpoint.tensors
+    }
     try:
         tensor = form.unpack(linear, tensors, found.options)
     except torch.OutOfMemoryError:
@@ -62,11 +69,18 @@ def read_linear(form: Format, found: Found, checkpoint: Checkpoint, name: str) -
     except (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError) as error:
         raise _unfitting(checkpoint, linear, tensors) from error
     scheme, scales, order = tensor.scheme, tensor.scales, tensor.group_index
-    kinds = {"U8": (torch.uint8,), "F8_E4M3": (torch.float8_e4m3fn,)}.get(scheme.scales, (torch.bfloat16, torch.float16, torch.float32))
+    kinds = {"U8": (torch.uint8,), "F8_E4M3": (torch.float8_e4m3fn,)}.get(
+        scheme.scales, (torch.bfloat16, torch.float16, torch.float32)
+    )
     fits = tuple(tensor.codes.shape) == (linear.n, linear.k) and scales.dtype in kinds
     fits = fits and tuple(scales.shape) == scheme.scale_shape(linear.n, linear.k)
     fits = fits and (tensor.zeros is None or tensor.zeros.shape == scales.shape)
-    fits = fits and (order is None or (tuple(order.shape) == (linear.k,) and int(order.min()) >= 0 and int(order.max()) < scales.shape[1]))
+    fits = fits and (
+        order is None
+        or (
+            tuple(order.shape) == (linear.k,) and int(order.min()) >= 0 and int(order.max()) < scales.shape[1]
+        )
+    )
     stated = tensors.get(f"{name}.weight_shape")
     fits = fits and (stated is None or stated.tolist() == [linear.n, linear.k])
     if not fits:
@@ -74,21 +88,29 @@ def read_linear(form: Format, found: Found, checkpoint: Checkpoint, name: str) -
     return tensor
 
 
-def _unfitting(checkpoint: Checkpoint, linear: Linear, tensors: Mapping[str, torch.Tensor]) -> CheckpointError:
-    held = ", ".join(f"{n.rpartition('.')[2]} {checkpoint.info(n).dtype} {list(t.shape)}" for n, t in tensors.items())
+def _unfitting(
+    checkpoint: Checkpoint, linear: Linear, tensors: Mapping[str, torch.Tensor]
+) -> CheckpointError:
+    held = ", ".join(
+        f"{n.rpartition('.')[2]} {checkpoint.info(n).dtype} {list(t.shape)}" for n, t in tensors.items()
+    )
     return CheckpointError(
-        f"{checkpoint.path}: {linear.name}: its tensors do not make a [{linear.n}, {linear.k}] weight of {linear.scheme} ({held}): "
+        f"{checkpoint.path}: {linear.name}: its tensors do not make a [{linear.n}, {linear.k}] weight of "
+        f"{linear.scheme} ({held}): "
         "config.json and files belong to different checkpoints, or are damaged: fetch them again"
     )
 
 
 def dequantized(checkpoint: Checkpoint) -> Checkpoint:
-    """A quantized checkpoint seen as an ordinary one: its linears have fp32 ``weight`` tensors, computed when read. Others are returned as they are."""
+    """A quantized checkpoint seen as an ordinary one: its linears have fp32 ``weight`` tensors, computed when
+    read. Others are returned as they are."""
     found = find_format(checkpoint.config, checkpoint.tensors)
     if found is None:
         return checkpoint
     form = FormatRegistry.get(found.format)
-    config = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "compression_config")}
+    config = {
+        k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "compression_config")
+    }
     tensors, computed = {}, {}
     for name, info in checkpoint.tensors.items():
         module, _, last = name.rpartition(".")
@@ -98,6 +120,10 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
             tensors[name] = info
         elif f"{module}.weight" not in computed:
             linear = found.linears[module]
-            tensors[f"{module}.weight"] = TensorInfo(f"{module}.weight", "F32", (linear.n, linear.k), info.file, 0, 4 * linear.n * linear.k)
-            computed[f"{module}.weight"] = lambda module=module: read_linear(form, found, checkpoint, module).dequantize()
+            tensors[f"{module}.weight"] = TensorInfo(
+                f"{module}.weight", "F32", (linear.n, linear.k), info.file, 0, 4 * linear.n * linear.k
+            )
+            computed[f"{module}.weight"] = lambda module=module: read_linear(
+                form, found, checkpoint, module
+            ).dequantize()
     return replace(checkpoint, config=config, tensors=tensors, computed=computed)

@@ -1,8 +1,9 @@
-"""How a family lays out its decoder blocks, as rows of data. No torch: planning and verification read them too.
+"""How a family lays out its decoder blocks, as rows of data. No torch: planning and verification read them
+too.
 
-A row says where the blocks are, which linears read the same input (their statistics are gathered once, and they are solved as one matrix),
-what that input comes from (a norm or a linear into which scaling can be folded), and under which name vLLM fuses the group. Adding a family is
-adding a row; see ``docs/adapters.md``.
+A row says where the blocks are, which linears read the same input (their statistics are gathered once, and
+they are solved as one matrix), what that input comes from (a norm or a linear into which scaling can be
+folded), and under which name vLLM fuses the group. Adding a family is adding a row; see ``docs/adapters.md``.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ class InputGroup:
 
     Attributes:
         linears: module paths inside the block, in vLLM's order.
-        source: the module whose output the input is, up to element-wise steps: a norm, or a linear (v_proj before o_proj, up_proj before
-            down_proj). Scaling of the input can be folded there.
+        source: the module whose output the input is, up to element-wise steps: a norm, or a linear (v_proj
+            before o_proj, up_proj before down_proj). Scaling of the input can be folded there.
         fused: vLLM's name of the layer made of these linears; empty where each stays alone.
     """
 
@@ -62,7 +63,10 @@ ModelRegistry: Registry[ModelAdapter] = Registry("model family", "quant.models",
 
 
 def _gated(
-    norm: str, qkv: InputGroup, mlp: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj"), value: str = "self_attn.v_proj"
+    norm: str,
+    qkv: InputGroup,
+    mlp: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj"),
+    value: str = "self_attn.v_proj",
 ) -> tuple[InputGroup, ...]:
     """The usual block: q/k/v, o, gate/up, down."""
     return (
@@ -73,7 +77,9 @@ def _gated(
     )
 
 
-_QKV = InputGroup(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", "self_attn.qkv_proj")
+_QKV = InputGroup(
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", "self_attn.qkv_proj"
+)
 _LLAMA = _gated("post_attention_layernorm", _QKV)
 _GEMMA = _gated("pre_feedforward_layernorm", _QKV)
 _PHI3 = _gated(
@@ -86,7 +92,9 @@ _PHI3 = _gated(
 LlamaAdapter = ModelRegistry.add("llama", ModelAdapter("llama", ("llama",), _LLAMA))
 QwenAdapter = ModelRegistry.add("qwen", ModelAdapter("qwen", ("qwen2", "qwen3"), _LLAMA))
 MistralAdapter = ModelRegistry.add("mistral", ModelAdapter("mistral", ("mistral",), _LLAMA))
-GemmaAdapter = ModelRegistry.add("gemma", ModelAdapter("gemma", ("gemma2", "gemma3_text"), _GEMMA, norm_offset=1.0))
+GemmaAdapter = ModelRegistry.add(
+    "gemma", ModelAdapter("gemma", ("gemma2", "gemma3_text"), _GEMMA, norm_offset=1.0)
+)
 Phi3Adapter = ModelRegistry.add("phi3", ModelAdapter("phi3", ("phi3",), _PHI3))
 
 
@@ -96,7 +104,8 @@ def adapter_for(config: Mapping[str, Any]) -> ModelAdapter | None:
     return next((a for a in ModelRegistry if model_type in a.model_types), None)
 
 
-#: Layers that vLLM builds as one from several of the file's, for any family: last path component → name of the fused layer.
+#: Layers that vLLM builds as one from several of the file's, for any family: last path component → name of
+#: the fused layer.
 _FUSED = {
     "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
     "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
@@ -137,7 +146,8 @@ def not_quantizable(info: TensorInfo, blocks: int | None) -> str | None:
     Judged by name, shape and dtype alone, so that data-free methods take any architecture.
 
     Args:
-        blocks: number of decoder blocks that config.json states: tensors of a later index belong to prediction heads (MTP).
+        blocks: number of decoder blocks that config.json states: tensors of a later index belong to
+            prediction heads (MTP).
     """
     if not info.name.endswith(".weight"):
         return "not a linear's weight"
@@ -167,5 +177,7 @@ def decoder_linears(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     count = text.get("num_hidden_layers") if isinstance(text, Mapping) else None
     blocks = count if isinstance(count, int) else None
-    names = [n.removesuffix(".weight") for n, info in tensors.items() if not_quantizable(info, blocks) is None]
+    names = [
+        n.removesuffix(".weight") for n, info in tensors.items() if not_quantizable(info, blocks) is None
+    ]
     return sorted(names, key=lambda n: (block_of(n + "."), n))

@@ -1,12 +1,16 @@
-"""AWQ's scaling (Lin et al. 2023, arXiv:2306.00978): inputs that carry much are given finer steps by scaling their weights up before rounding.
+"""AWQ's scaling (Lin et al. 2023, arXiv:2306.00978): inputs that carry much are given finer steps by scaling
+their weights up before rounding.
 
-The factors are a power of each input's magnitude, s = m^alpha, or that over a power of the share that its weights have in their groups' ranges,
-s = m^alpha / w^(1 - alpha), which evens the weights out. The best of a grid is the one whose rounded weights lose least of the layer's output. With
-the Hessian H = E[x xᵀ] that loss is tr(E·H·Eᵀ), where E is what rounding W·diag(s) and dividing by s again changed: exact over all
-calibration tokens, without running any of them again. Losses of rows add up, so a sample of rows decides; each candidate is rounded with the
-clipping search that the method itself ends with, so that what clipping gains anyway is not credited to scaling. The magnitude is the root mean square of the input,
-sqrt(diag H), where the paper takes the mean of |x|. No scaling (alpha = 0) is among the candidates: the choice is never worse than rounding
-by this measure. Where nothing is quantized afterwards, that is the loss of 4 bits in groups of 128 with zero points, which the result is then made for.
+The factors are a power of each input's magnitude, s = m^alpha, or that over a power of the share that its
+weights have in their groups' ranges, s = m^alpha / w^(1 - alpha), which evens the weights out. The best of a
+grid is the one whose rounded weights lose least of the layer's output. With the Hessian H = E[x xᵀ] that loss
+is tr(E·H·Eᵀ), where E is what rounding W·diag(s) and dividing by s again changed: exact over all calibration
+tokens, without running any of them again. Losses of rows add up, so a sample of rows decides; each candidate
+is rounded with the clipping search that the method itself ends with, so that what clipping gains anyway is
+not credited to scaling. The magnitude is the root mean square of the input, sqrt(diag H), where the paper
+takes the mean of |x|. No scaling (alpha = 0) is among the candidates: the choice is never worse than rounding
+by this measure. Where nothing is quantized afterwards, that is the loss of 4 bits in groups of 128 with zero
+points, which the result is then made for.
 """
 
 from __future__ import annotations
@@ -23,8 +27,8 @@ from quant.quantizers.awq import round_searched
 from quant.quantizers.rounding import importance_of, scaled_importance
 from quant.schemes import UNQUANTIZED, Scheme, WeightScheme
 
-#: Most and fewest rows whose loss is measured, spread evenly over all, and the elements that they are cut down to in between. All candidates are
-#: tried on the same rows, so few are enough to tell which is better.
+#: Most and fewest rows whose loss is measured, spread evenly over all, and the elements that they are cut
+#: down to in between. All candidates are tried on the same rows, so few are enough to tell which is better.
 _ROWS, _FEWEST, _ELEMENTS = 128, 32, 1 << 17
 #: Every so many steps of the grid are tried where factors are powers of two: those between become the same.
 _COARSE = 4
@@ -40,13 +44,19 @@ class AWQScaling:
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
     sources: ClassVar[frozenset[str]] = frozenset({"norm", "linear"})
 
-    def __call__(self, weight: torch.Tensor, statistics: Statistics, scheme: Scheme, dtype: torch.dtype, place: Place) -> Suppression:
+    def __call__(
+        self, weight: torch.Tensor, statistics: Statistics, scheme: Scheme, dtype: torch.dtype, place: Place
+    ) -> Suppression:
         if statistics.hessian is None:
             raise QuantError("awq needs calibration text: give --calibration-dataset, or use --method minmax")
         hessian = statistics.hessian
         magnitude = hessian.diagonal().clamp_min(0).sqrt()
         alive = magnitude > 0
-        made_for = scheme.weights if scheme != UNQUANTIZED else WeightScheme(4, 128 if weight.shape[1] % 128 == 0 else -1, False)
+        made_for = (
+            scheme.weights
+            if scheme != UNQUANTIZED
+            else WeightScheme(4, 128 if weight.shape[1] % 128 == 0 else -1, False)
+        )
         share = _shares(weight, made_for)
         ones = torch.ones_like(magnitude)
         if not bool(alive.any()):
@@ -62,7 +72,9 @@ class AWQScaling:
                 factors = place.fit(_centred(power, alive))
                 if any(torch.equal(factors, other) for _, _, other in tried):
                     continue  # powers of two are few
-                rounded = round_searched(rows * factors, scaled_importance(importance, factors), made_for, dtype).dequantize()
+                rounded = round_searched(
+                    rows * factors, scaled_importance(importance, factors), made_for, dtype
+                ).dequantize()
                 error = rounded.div_(factors).sub_(rows)
                 how = f"alpha {alpha:g}{', weights evened out' if even else ''}"
                 tried.append((float(((error @ hessian) * error).sum()), how, factors))
@@ -79,7 +91,8 @@ def _centred(factors: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
 
 
 def _shares(weight: torch.Tensor, scheme: WeightScheme) -> torch.Tensor:
-    """fp32 [K]: mean over the rows of a weight [N, K] of each element's magnitude as a share of the largest in its group; 1 for columns of zeros."""
+    """fp32 [K]: mean over the rows of a weight [N, K] of each element's magnitude as a share of the largest
+    in its group; 1 for columns of zeros."""
     n, k = weight.shape
     groups = weight.view(n, scheme.groups(k) if scheme.strategy in ("group", "tensor_group") else 1, -1).abs()
     mean = (groups / groups.amax(-1, keepdim=True).clamp_min(1e-12)).mean(0).view(k)

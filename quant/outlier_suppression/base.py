@@ -1,7 +1,8 @@
 """What an outlier suppressor is: a pure function that proposes a factor for each input of a group of linears.
 
-The input is divided by the factors and the weights are multiplied by them, so the layer's function stays as it is. The pipeline folds the
-division into the module that makes the input: a norm's gain, or the rows of a linear. Other packages add suppressors through entry points.
+The input is divided by the factors and the weights are multiplied by them, so the layer's function stays as
+it is. The pipeline folds the division into the module that makes the input: a norm's gain, or the rows of a
+linear. Other packages add suppressors through entry points.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Place:
     Attributes:
         source: ``norm`` or ``linear``.
         exact: factors must be powers of two, so that folding changes no value by rounding.
-        tied: int64 [K], the output of the source that each input is (several heads read one KV head): inputs of one output need one factor.
-            None: each its own.
+        tied: int64 [K], the output of the source that each input is (several heads read one KV head): inputs
+            of one output need one factor. None: each its own.
     """
 
     source: str
@@ -43,7 +44,8 @@ class Place:
     tied: torch.Tensor | None = None
 
     def fit(self, factors: torch.Tensor) -> torch.Tensor:
-        """The nearest factors that the place allows: tied ones become their geometric mean, exact ones the nearest power of two."""
+        """The nearest factors that the place allows: tied ones become their geometric mean, exact ones the
+        nearest power of two."""
         logs = factors.float().log2()
         if self.tied is not None:
             size = int(self.tied.max()) + 1
@@ -65,12 +67,16 @@ class Suppressor(Protocol):
         """Statistics that these settings want."""
         ...
 
-    def __call__(self, weight: torch.Tensor, statistics: Statistics, scheme: Scheme, dtype: torch.dtype, place: Place) -> Suppression:
-        """Factors for the stacked fp32 weights [N, K] (not to be changed) of linears that share an input; ``scheme`` is what they will become,
-        ``dtype`` the dtype of scales."""
+    def __call__(
+        self, weight: torch.Tensor, statistics: Statistics, scheme: Scheme, dtype: torch.dtype, place: Place
+    ) -> Suppression:
+        """Factors for the stacked fp32 weights [N, K] (not to be changed) of linears that share an input;
+        ``scheme`` is what they will become, ``dtype`` the dtype of scales."""
         ...
 
 
 OutlierSuppressionRegistry: Registry[type[Suppressor]] = Registry(
-    "outlier suppressor", "quant.outlier_suppression", lambda entry: no_class(entry, needs=STATISTICS, sources=SOURCES)
+    "outlier suppressor",
+    "quant.outlier_suppression",
+    lambda entry: no_class(entry, needs=STATISTICS, sources=SOURCES),
 )

@@ -1,8 +1,9 @@
-"""SmoothQuant (Xiao et al. 2022, arXiv:2211.10438): moves a share of each input's range into the weights that read it.
+"""SmoothQuant (Xiao et al. 2022, arXiv:2211.10438): moves a share of each input's range into the weights that
+read it.
 
-Input j is divided by ``s_j = max|x_j|^α / max|w_j|^(1-α)`` (the paper's equation 4): at α = 1 all inputs get one range, at α = 0 all columns
-of the weight do. The factors are divided by their geometric mean, which changes neither side's relative ranges and keeps a norm's
-gain where it was.
+Input j is divided by ``s_j = max|x_j|^α / max|w_j|^(1-α)`` (the paper's equation 4): at α = 1 all inputs get
+one range, at α = 0 all columns of the weight do. The factors are divided by their geometric mean, which
+changes neither side's relative ranges and keeps a norm's gain where it was.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ ALPHAS = tuple(i / 20 for i in range(1, 20))
 
 @dataclass(frozen=True)
 class SmoothQuant:
-    """``alpha``: the share of an input's range that goes into the weights, from 0 to 1; or ``auto``: for each group of linears the one of least
-    squared error of their outputs, weights rounded to nearest and inputs quantized as the scheme says, over a sample of tokens. Where nothing is
-    quantized, that is the error of ``w8a8-int8``, which the result is then made for."""
+    """``alpha``: the share of an input's range that goes into the weights, from 0 to 1; or ``auto``: for each
+    group of linears the one of least squared error of their outputs, weights rounded to nearest and inputs
+    quantized as the scheme says, over a sample of tokens. Where nothing is quantized, that is the error of
+    ``w8a8-int8``, which the result is then made for."""
 
     alpha: float | Literal["auto"] = 0.5
 
@@ -41,16 +43,26 @@ class SmoothQuant:
     def needs(self) -> frozenset[str]:
         return frozenset({"range", "sample"}) if self.alpha == "auto" else frozenset({"range"})
 
-    def __call__(self, weight: torch.Tensor, statistics: Statistics, scheme: Scheme, dtype: torch.dtype, place: Place) -> Suppression:
+    def __call__(
+        self, weight: torch.Tensor, statistics: Statistics, scheme: Scheme, dtype: torch.dtype, place: Place
+    ) -> Suppression:
         largest, columns = statistics.abs_max, weight.abs().amax(0)
         dead = int((largest == 0).sum())
-        notes = (f"{dead} of {len(largest)} inputs are zero on all calibration tokens: they are not scaled",) if dead else ()
+        notes = (
+            (f"{dead} of {len(largest)} inputs are zero on all calibration tokens: they are not scaled",)
+            if dead
+            else ()
+        )
         if self.alpha != "auto":
             return Suppression(place.fit(smoothing_factors(largest, columns, self.alpha)), notes)
         scheme = PRESETS["w8a8-int8"] if scheme == UNQUANTIZED else scheme
         best, factors, chosen = torch.inf, torch.ones_like(largest), "none"
         for alpha in (None, *ALPHAS):
-            tried = torch.ones_like(largest) if alpha is None else place.fit(smoothing_factors(largest, columns, alpha))
+            tried = (
+                torch.ones_like(largest)
+                if alpha is None
+                else place.fit(smoothing_factors(largest, columns, alpha))
+            )
             error = _error(weight, statistics, scheme, dtype, tried)
             if error < best:
                 best, factors, chosen = error, tried, "none" if alpha is None else f"{alpha:g}"
@@ -58,15 +70,19 @@ class SmoothQuant:
 
 
 def smoothing_factors(largest: torch.Tensor, columns: torch.Tensor, alpha: float) -> torch.Tensor:
-    """fp32 [K] with geometric mean 1, from the largest magnitude of each input and of each column of the weight, [K] each; 1 where one of the
-    two is zero or not finite."""
+    """fp32 [K] with geometric mean 1, from the largest magnitude of each input and of each column of the
+    weight, [K] each; 1 where one of the two is zero or not finite."""
     live = (largest > 0) & (columns > 0) & torch.isfinite(largest) & torch.isfinite(columns)
-    logs = alpha * torch.where(live, largest, 1.0).log2() - (1 - alpha) * torch.where(live, columns, 1.0).log2()
+    logs = (
+        alpha * torch.where(live, largest, 1.0).log2() - (1 - alpha) * torch.where(live, columns, 1.0).log2()
+    )
     mean = logs.sum() / live.sum().clamp_min(1)
     return torch.where(live, torch.exp2(logs - mean), 1.0)
 
 
-def _error(weight: torch.Tensor, statistics: Statistics, scheme: Scheme, dtype: torch.dtype, factors: torch.Tensor) -> float:
+def _error(
+    weight: torch.Tensor, statistics: Statistics, scheme: Scheme, dtype: torch.dtype, factors: torch.Tensor
+) -> float:
     """Squared error of the outputs on the sample when both sides are quantized after the fold."""
     assert statistics.sample is not None
     after = replace(statistics, hessian=None).divided(factors)

@@ -1,4 +1,5 @@
-"""Methods that need calibration: one decoder block at a time, its linears quantized as the calibration tokens go through it."""
+"""Methods that need calibration: one decoder block at a time, its linears quantized as the calibration tokens
+go through it."""
 
 from __future__ import annotations
 
@@ -32,10 +33,12 @@ from quant.recipe import Assignment
 from quant.schemes import BLOCK, Scheme
 from quant.tensors import QuantizedTensor, sum_of_squares
 
-#: An input feature this many times as large as the median one is an outlier: its weights may be small and still matter, and few bits round them away.
+#: An input feature this many times as large as the median one is an outlier: its weights may be small and
+#: still matter, and few bits round them away.
 OUTLIERS = 32.0
-#: Bits of weights through which calibration tokens go in 8-bit products, where those are faster. At 4 KL stays what it was; at 3 it was 2 % higher in
-#: six draws (``benchmarks/hessian_precision.py``, ``quality.py``), which may be chance and is not worth the time; 8 are as fine as the products.
+#: Bits of weights through which calibration tokens go in 8-bit products, where those are faster. At 4 KL
+#: stays what it was; at 3 it was 2 % higher in six draws (``benchmarks/hessian_precision.py``,
+#: ``quality.py``), which may be chance and is not worth the time; 8 are as fine as the products.
 INT8_PASSES_BITS = 4
 #: Tokens of the held-out row that a layer's error is measured on.
 ERROR_TOKENS = 256
@@ -43,7 +46,8 @@ ERROR_TOKENS = 256
 
 @dataclass
 class Made:
-    """What a block's quantization makes: linears by file name, source tensors with new values, scales of the KV cache."""
+    """What a block's quantization makes: linears by file name, source tensors with new values, scales of the
+    KV cache."""
 
     linears: dict[str, QuantizedTensor] = field(default_factory=dict)
     changed: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -56,7 +60,8 @@ class Made:
         return key, value
 
     def finish_cache(self, names: Sequence[str]) -> None:
-        """Makes the block's cache scales, fp32 [1] each: what maps the largest magnitude seen to the largest E4M3 number.
+        """Makes the block's cache scales, fp32 [1] each: what maps the largest magnitude seen to the largest
+        E4M3 number.
 
         Raises:
             QuantError: the block has names for them, but no attention that could be observed.
@@ -64,17 +69,22 @@ class Made:
         for name in names:
             if self._cache is None:
                 raise QuantError(
-                    f"{name}: the block's attention does not go through transformers' attention functions: leave --kv-cache-scheme out"
+                    f"{name}: the block's attention does not go through transformers' attention functions: "
+                    "leave --kv-cache-scheme out"
                 )
             largest = self._cache[0 if name.endswith("k_scale") else 1]
             if not bool(torch.isfinite(largest)):
-                raise QuantError(f"{name}: the cache's values hold NaN or infinity on calibration tokens: run quant evaluate on the source")
+                raise QuantError(
+                    f"{name}: the cache's values hold NaN or infinity on calibration tokens: run quant "
+                    "evaluate on the source"
+                )
             self.changed[name] = (torch.where(largest == 0, 1.0, largest) / 448.0).reshape(1).cpu()
 
 
 @dataclass(frozen=True)
 class BlockQuantizer:
-    """Quantizes the linears of one block after another, each with the quantizer and the suppressor of its assignment."""
+    """Quantizes the linears of one block after another, each with the quantizer and the suppressor of its
+    assignment."""
 
     plan: JobPlan
     quantizers: Mapping[Assignment, Quantizer]
@@ -118,7 +128,9 @@ class BlockQuantizer:
                     samples[group] = inputs.reshape(-1, inputs.shape[-1])[-ERROR_TOKENS:].clone()
                     return
                 if group not in sums:
-                    sums[group] = Accumulator(inputs.shape[-1], inputs.device, self._needs(self._assignment(prefix, group)))
+                    sums[group] = Accumulator(
+                        inputs.shape[-1], inputs.device, self._needs(self._assignment(prefix, group))
+                    )
                 sums[group].add(inputs)
 
         made = Made()
@@ -137,7 +149,8 @@ class BlockQuantizer:
         staged = StagedForward(block, groups, batches, calls, store, observe, need_outputs, through_int8)
         clock = self.clock.seconds
         before, other = time.perf_counter(), clock["statistics"] + clock["solve"]
-        with staircase_attention(block):  # not observed: the K and V of weights that are not quantized yet are none of the cache's
+        # not observed: the K and V of weights that are not quantized yet are none of the cache's
+        with staircase_attention(block):
             staged.look_ahead()
         with staircase_attention(block), observed:
             for group in staged.stages():
@@ -148,34 +161,53 @@ class BlockQuantizer:
                     statistics = sums.pop(group).finish()
                 with self.clock.phase("solve"):
                     if statistics.hessian is not None and statistics.hessian.nbytes > MAPPED:
-                        give_back()  # the solve's buffers are not cut from the heap, whose free parts would lie beside them
+                        # the solve's buffers are not cut from the heap, whose free parts would lie beside
+                        # them
+                        give_back()
                     if not statistics.finite:
                         raise QuantError(
-                            f"{prefix}{group.linears[0]}: its inputs hold NaN or infinity on calibration tokens: the model overflows or its "
-                            "weights or config.json are damaged: run quant evaluate on the source; --method minmax --scheme w4a16 needs no inputs"
+                            f"{prefix}{group.linears[0]}: its inputs hold NaN or infinity on calibration "
+                            "tokens: the model overflows or its "
+                            "weights or config.json are damaged: run quant evaluate on the source; --method "
+                            "minmax --scheme w4a16 needs no inputs"
                         )
                     results, factors = self._solve_group(
                         group, chosen[group], prefix, weights, statistics, skeleton.adapter.norm_offset, made
                     )
-                for name, module, weight, result in zip(group.linears, modules, weights, results, strict=True):
+                for name, module, weight, result in zip(
+                    group.linears, modules, weights, results, strict=True
+                ):
                     with self.clock.phase("solve"):
                         value, evidence = self._going_on(result.tensor, weight, factors, samples.get(group))
-                    self.records.add(prefix + name, result, *evidence, statistics.tokens, time.perf_counter() - start)
+                    self.records.add(
+                        prefix + name, result, *evidence, statistics.tokens, time.perf_counter() - start
+                    )
                     module.weight = nn.Parameter(value, requires_grad=False)
         made.finish_cache(cache)
         clock["forward"] += time.perf_counter() - before - (clock["statistics"] + clock["solve"] - other)
         return made
 
-    def replay(self, skeleton: Skeleton, index: int, block: nn.Module, batches: Batches, calls: Mapping[int, BlockCall]) -> None:
-        """Takes batches through a block that holds its finished weights, with the outputs that :meth:`quantize` had, bit for bit."""
+    def replay(
+        self,
+        skeleton: Skeleton,
+        index: int,
+        block: nn.Module,
+        batches: Batches,
+        calls: Mapping[int, BlockCall],
+    ) -> None:
+        """Takes batches through a block that holds its finished weights, with the outputs that
+        :meth:`quantize` had, bit for bit."""
         prefix = skeleton.block_prefix(index)
-        groups = [g for g in self._chosen_groups(skeleton.adapter.groups, prefix) if self._through_int8(prefix, g)]
+        groups = [
+            g for g in self._chosen_groups(skeleton.adapter.groups, prefix) if self._through_int8(prefix, g)
+        ]
         with staircase_attention(block), in_int8(block, groups):
             run_block(block, batches, calls)
 
     def _through_int8(self, prefix: str, group: InputGroup) -> bool:
-        """Whether 8-bit products on the way to the next linears make no difference beside how coarsely the weights are rounded. Where the input is
-        scaled by the linear before it, a replay would round other numbers than the first pass, whose batches were past that linear already."""
+        """Whether 8-bit products on the way to the next linears make no difference beside how coarsely the
+        weights are rounded. Where the input is scaled by the linear before it, a replay would round other
+        numbers than the first pass, whose batches were past that linear already."""
         scaled = self.records.folds.get(_fold_key(prefix, group), {}).get("kind") == "linear"
         return self._assignment(prefix, group).scheme.weights.bits == INT8_PASSES_BITS and not scaled
 
@@ -204,23 +236,35 @@ class BlockQuantizer:
         notes: tuple[str, ...] = ()
         factors = None
         if suppressor is not None:
-            factors, notes = self._suppress(suppressor, group, whole, prefix, stacked, statistics, scheme, norm_offset, made)
+            factors, notes = self._suppress(
+                suppressor, group, whole, prefix, stacked, statistics, scheme, norm_offset, made
+            )
         elif scheme.weights.bits <= 4 and (spread := statistics.spread) > OUTLIERS:
             notes = (
-                f"a feature of its input is {spread:.0f} times the median one: --outlier-suppression awq keeps what small weights make of it",
+                f"a feature of its input is {spread:.0f} times the median one: --outlier-suppression awq "
+                "keeps what small weights make of it",
             )
         if factors is not None:
             stacked *= factors
             statistics = statistics.divided(factors)
         inputs = input_parameters(statistics, scheme.activations)
-        if scheme.weights.strategy == "block" and any(n % BLOCK for n in sizes[:-1]):  # blocks do not straddle linears
+        # blocks do not straddle linears
+        if scheme.weights.strategy == "block" and any(n % BLOCK for n in sizes[:-1]):
             copies = [statistics if i == len(sizes) - 1 else statistics.copy() for i in range(len(sizes))]
-            results = [quantizer(w.clone(), s, scheme.weights, dtype) for w, s in zip(stacked.split(sizes), copies, strict=True)]
+            results = [
+                quantizer(w.clone(), s, scheme.weights, dtype)
+                for w, s in zip(stacked.split(sizes), copies, strict=True)
+            ]
         else:
             result = quantizer(stacked, statistics, scheme.weights, dtype)
             ends = list(accumulate(sizes))
-            results = [replace(result, tensor=result.tensor.rows(end - n, end)) for n, end in zip(sizes, ends, strict=True)]
-        results = [replace(r, tensor=replace(r.tensor, inputs=inputs), notes=(*notes, *r.notes)) for r in results]
+            results = [
+                replace(result, tensor=result.tensor.rows(end - n, end))
+                for n, end in zip(sizes, ends, strict=True)
+            ]
+        results = [
+            replace(r, tensor=replace(r.tensor, inputs=inputs), notes=(*notes, *r.notes)) for r in results
+        ]
         made.linears.update({prefix + n: r.tensor for n, r in zip(group.linears, results, strict=True)})
         return results, factors
 
@@ -239,9 +283,20 @@ class BlockQuantizer:
         """The factors that a suppressor proposes, folded; or None and why not."""
         config = text_config(self.plan.checkpoint.config)
         head_size = int(
-            config.get("head_dim") or int(config.get("hidden_size") or 0) // max(int(config.get("num_attention_heads") or 1), 1) or 1
+            config.get("head_dim")
+            or int(config.get("hidden_size") or 0) // max(int(config.get("num_attention_heads") or 1), 1)
+            or 1
         )
-        fold = find_fold(group, whole, prefix, self.plan.checkpoint, norm_offset, head_size, self.plan.recipe.exact_folds, stacked.device)
+        fold = find_fold(
+            group,
+            whole,
+            prefix,
+            self.plan.checkpoint,
+            norm_offset,
+            head_size,
+            self.plan.recipe.exact_folds,
+            stacked.device,
+        )
         if isinstance(fold, str):
             return None, (f"not scaled by {suppressor.name}: {fold}",)
         if fold.place.source not in suppressor.sources:
@@ -279,14 +334,21 @@ class BlockQuantizer:
         return chosen
 
     def _going_on(
-        self, tensor: QuantizedTensor, weight: torch.Tensor, factors: torch.Tensor | None, sample: torch.Tensor | None
+        self,
+        tensor: QuantizedTensor,
+        weight: torch.Tensor,
+        factors: torch.Tensor | None,
+        sample: torch.Tensor | None,
     ) -> tuple[torch.Tensor, tuple[float, float, float | None]]:
-        """The values that the batches under way go on with, in the dtype of ``weight`` [N, K], and the evidence for the linear.
+        """The values that the batches under way go on with, in the dtype of ``weight`` [N, K], and the
+        evidence for the linear.
 
-        By pieces of rows, which stay in the cache of a CPU: whole weights in fp32 would be written and read again a dozen times.
+        By pieces of rows, which stay in the cache of a CPU: whole weights in fp32 would be written and read
+        again a dozen times.
 
         Returns:
-            values; energy of what rounding changed, energy of the weight, and relative output error on ``sample`` [T, K], or None without one.
+            values; energy of what rounding changed, energy of the weight, and relative output error on
+            ``sample`` [T, K], or None without one.
         """
         n, k = weight.shape
         size = 4 * PIECE.get(weight.device.type, PIECE["cuda"])
@@ -297,7 +359,8 @@ class BlockQuantizer:
             end = min(start + rows, n)
             piece, exact, kept = tensor.rows(start, end).dequantize(), weight[start:end], values[start:end]
             if self.plan.format.quant_method is None:
-                piece = piece.to(TORCH[self.plan.dtype]).float()  # plain files hold values, rounded once: go on with those
+                # plain files hold values, rounded once: go on with those
+                piece = piece.to(TORCH[self.plan.dtype]).float()
             if factors is not None:
                 piece = piece / factors  # the batches under way carry the input as it was before the fold
             kept.copy_(piece)

@@ -1,6 +1,8 @@
-"""What a job will make and take, before it starts: bytes exactly, memory and time from a trial of a few of its tokens and tensors.
+"""What a job will make and take, before it starts: bytes exactly, memory and time from a trial of a few of
+its tokens and tensors.
 
-The trial runs the job's own code: no formula knows what a method costs on a machine, and least of all one that another package brings.
+The trial runs the job's own code: no formula knows what a method costs on a machine, and least of all one
+that another package brings.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from quant.pipeline.staged import ActivationStore, Batches, run_block
 from quant.progress import Event, Progress, silent
 from quant.units import format_size
 
-#: Batches of calibration rows that a trial takes through a block: on a CPU as many tokens as the sums of 8-bit products are made of at a time.
+#: Batches of calibration rows that a trial takes through a block: on a CPU as many tokens as the sums of
+#: 8-bit products are made of at a time.
 _BATCHES = 4
 #: Bytes of a trial's activations that stay in memory; what is more goes to a temporary file.
 _RESIDENT = 1 << 30
@@ -41,7 +44,8 @@ _READ, _WRITTEN = 1e9, 5e8
 
 @dataclass(frozen=True)
 class Cost:
-    """What a job takes: ``seconds``, largest resident memory and scratch file in bytes, largest memory on the GPU in bytes (0 without one)."""
+    """What a job takes: ``seconds``, largest resident memory and scratch file in bytes, largest memory on the
+    GPU in bytes (0 without one)."""
 
     seconds: float
     peak_rss: int
@@ -50,11 +54,13 @@ class Cost:
 
 
 def estimate(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
-    """The plan as a dict with ``output_bytes`` (exact), and ``scratch_bytes``, ``peak_rss_bytes``, ``peak_gpu_bytes`` and ``seconds``.
+    """The plan as a dict with ``output_bytes`` (exact), and ``scratch_bytes``, ``peak_rss_bytes``,
+    ``peak_gpu_bytes`` and ``seconds``.
 
-    Everything that :meth:`QuantizationManager.run` checks before it starts is checked here: the model is built without weights and the text is
-    read. One block of each kind (shapes, and what is done to them) is quantized with a few batches of tokens, or a few tensors where nothing
-    needs calibration; the results are thrown away.
+    Everything that :meth:`QuantizationManager.run` checks before it starts is checked here: the model is
+    built without weights and the text is read. One block of each kind (shapes, and what is done to them) is
+    quantized with a few batches of tokens, or a few tensors where nothing needs calibration; the results are
+    thrown away.
 
     Raises:
         QuantError: what would stop the job.
@@ -70,7 +76,9 @@ def estimate(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
             rows, skeleton = manager.prepare()
             prepared = manager.clock.seconds["text"]
             tokens = rows.tokens.numel()
-            there = torch.cuda.mem_get_info(manager.device)[1] if manager.device.type == "cuda" else memory.total
+            there = (
+                torch.cuda.mem_get_info(manager.device)[1] if manager.device.type == "cuda" else memory.total
+            )
             _check_memory(_least(plan, skeleton), there)
             cost = _try_blocks(manager, rows, skeleton, progress)
         else:
@@ -83,7 +91,8 @@ def estimate(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
     _check_memory(cost.peak_rss, memory.total)
     check_disk(plan.recipe.output_path, plan.output_bytes + plan.copied_bytes, cost.scratch)
     value.update(
-        scratch_bytes=cost.scratch, peak_rss_bytes=cost.peak_rss, peak_gpu_bytes=cost.peak_gpu, available_bytes=memory.available,
+        scratch_bytes=cost.scratch, peak_rss_bytes=cost.peak_rss, peak_gpu_bytes=cost.peak_gpu,
+        available_bytes=memory.available,
         seconds=round(seconds, 1), calibration_tokens=tokens,
     )  # fmt: skip
     return value
@@ -98,21 +107,24 @@ def _check_memory(needed: int, total: int) -> None:
 
 
 def _least(plan: JobPlan, skeleton: Skeleton) -> int:
-    """Bytes that the largest group of linears takes while it is solved, at the least: so much that even the trial of a block would fail without."""
+    """Bytes that the largest group of linears takes while it is solved, at the least: so much that even the
+    trial of a block would fail without."""
     largest = 0
     for block in range(skeleton.block_count):
         for group in skeleton.adapter.groups:
             members = [x for n in group.linears if (x := plan.linears.get(skeleton.block_prefix(block) + n))]
             if members:
                 n, k = sum(x.n for x in members), members[0].k
-                largest = max(largest, 9 * n * k + 4 * k * k)  # fp32 weights, their errors and codes; the Hessian's factor
+                # fp32 weights, their errors and codes; the Hessian's factor
+                largest = max(largest, 9 * n * k + 4 * k * k)
     return largest
 
 
 def _try_blocks(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, progress: Progress) -> Cost:
     """Quantizes one block of each kind with a few batches of rows.
 
-    Passes and statistics take time by the token, solves by the block. Each block starts from the embedded tokens, whatever its place.
+    Passes and statistics take time by the token, solves by the block. Each block starts from the embedded
+    tokens, whatever its place.
     """
     plan, device, clock = manager.plan, manager.device, manager.clock
     length = rows.tokens.shape[1]
@@ -132,7 +144,9 @@ def _try_blocks(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, pr
     start = time.perf_counter()
     embedded += embedding
     others = tried + extra - trial[0].numel()
-    seconds += first + ((time.perf_counter() - start) * (tokens + extra - trial[0].numel()) / others if others else 0.0)
+    seconds += first + (
+        (time.perf_counter() - start) * (tokens + extra - trial[0].numel()) / others if others else 0.0
+    )
     for number, (index, count) in enumerate(kinds):
         progress(Event("trial", number, len(kinds)))
         store = ActivationStore(_RESIDENT, None)
@@ -143,12 +157,15 @@ def _try_blocks(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, pr
             block = skeleton.load_block(index)
             loaded = time.perf_counter() - start
             with staircase_attention(block):
-                run_block(block, batches, block_calls)  # kernels are loaded and memory is claimed, once in a job
+                # kernels are loaded and memory is claimed, once in a job
+                run_block(block, batches, block_calls)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             clock.seconds.clear()
             start = time.perf_counter()
-            made = manager.blocks.quantize(skeleton, index, block, batches, block_calls, store, held_out, need_outputs=True)
+            made = manager.blocks.quantize(
+                skeleton, index, block, batches, block_calls, store, held_out, need_outputs=True
+            )
             solved = clock.seconds["solve"]
             passed = time.perf_counter() - start - solved
             start = time.perf_counter()
@@ -164,12 +181,18 @@ def _try_blocks(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, pr
     waiting = int(most * (tokens + extra) / (tried + extra))
     resident = min(waiting, manager.resident_bytes())
     if device.type != "cpu":
-        return Cost(seconds, peak_rss() + waiting - resident, 0, torch.cuda.max_memory_allocated(device) + max(resident - most, 0))
+        return Cost(
+            seconds,
+            peak_rss() + waiting - resident,
+            0,
+            torch.cuda.max_memory_allocated(device) + max(resident - most, 0),
+        )
     return Cost(seconds, peak_rss() + resident - min(most, _RESIDENT), waiting - resident)
 
 
 def _kinds(plan: JobPlan, skeleton: Skeleton) -> list[tuple[int, int]]:
-    """The first block of each kind, and how many there are of it: blocks of the same shapes to whose linears the same is done."""
+    """The first block of each kind, and how many there are of it: blocks of the same shapes to whose linears
+    the same is done."""
     found: dict[Hashable, list[int]] = {}
     for index in range(skeleton.block_count):
         prefix = skeleton.block_prefix(index)
@@ -180,7 +203,8 @@ def _kinds(plan: JobPlan, skeleton: Skeleton) -> list[tuple[int, int]]:
 
 
 def _try_linears(manager: QuantizationManager, progress: Progress) -> Cost:
-    """Quantizes the largest linears of each assignment, as many at once as the job does; the others take as long by the weight."""
+    """Quantizes the largest linears of each assignment, as many at once as the job does; the others take as
+    long by the weight."""
     plan, seconds = manager.plan, 0.0
     threads = torch.get_num_threads()
     workers = worker_count(threads)
@@ -192,7 +216,11 @@ def _try_linears(manager: QuantizationManager, progress: Progress) -> Cost:
         return plan.linears[name].n * plan.linears[name].k
 
     def make(pieces: PieceQuantizer, names: list[str], pool: ThreadPoolExecutor) -> None:
-        list(pool.map(lambda n: plan.format.pack(plan.linears[n], pieces.quantize(n), TORCH[plan.dtype]), names))
+        list(
+            pool.map(
+                lambda n: plan.format.pack(plan.linears[n], pieces.quantize(n), TORCH[plan.dtype]), names
+            )
+        )
 
     torch.set_num_threads(1)
     try:
@@ -204,7 +232,9 @@ def _try_linears(manager: QuantizationManager, progress: Progress) -> Cost:
                 fresh = PieceQuantizer(plan, manager.quantizers, manager.device, manager.records)
                 start = time.perf_counter()
                 make(fresh, chosen, pool)
-                seconds += (time.perf_counter() - start) * sum(map(weights, names)) / sum(map(weights, chosen))
+                seconds += (
+                    (time.perf_counter() - start) * sum(map(weights, names)) / sum(map(weights, chosen))
+                )
     finally:
         torch.set_num_threads(threads)
     gpu = torch.cuda.max_memory_allocated(manager.device) if manager.device.type == "cuda" else 0

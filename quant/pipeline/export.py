@@ -1,4 +1,5 @@
-"""A checkpoint that can be read, turned into one that vLLM serves: another format, repaired side files, engine arguments."""
+"""A checkpoint that can be read, turned into one that vLLM serves: another format, repaired side files,
+engine arguments."""
 
 from __future__ import annotations
 
@@ -45,15 +46,19 @@ def export(
     described: Mapping[str, Any] | None = None,
     seconds: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Reads ``model_path`` in whatever format it is and writes ``output_path`` in ``format_name`` (its own by default).
+    """Reads ``model_path`` in whatever format it is and writes ``output_path`` in ``format_name`` (its own by
+    default).
 
-    Codes, scales and zero points are carried over, not rounded anew, and so are calibrated numbers of activations and of an FP8 KV cache where the
-    format has a place for them; the report names those that are left out. Scales of weight-only integers are stored in the model's dtype, as
-    vLLM would cast them, and the report says how many that changed. Only linears whose groups are in activation order have no other way: ``requantize`` dequantizes them and
-    rounds them again in natural groups, and the report gives each one's signal-to-noise ratio against what the checkpoint held.
+    Codes, scales and zero points are carried over, not rounded anew, and so are calibrated numbers of
+    activations and of an FP8 KV cache where the format has a place for them; the report names those that are
+    left out. Scales of weight-only integers are stored in the model's dtype, as vLLM would cast them, and the
+    report says how many that changed. Only linears whose groups are in activation order have no other way:
+    ``requantize`` dequantizes them and rounds them again in natural groups, and the report gives each one's
+    signal-to-noise ratio against what the checkpoint held.
 
     Args:
-        described, seconds: further keys of the report, and of its seconds, of a checkpoint that was only just made.
+        described, seconds: further keys of the report, and of its seconds, of a checkpoint that was only just
+            made.
 
     Raises:
         Problems, QuantError: what stands against it, all together, before anything is written.
@@ -74,15 +79,21 @@ def export(
         raise
     form = FormatRegistry.get(format_name or (found.format if found else "plain"))
     if found is None and form.quant_method is not None:
-        raise UsageError(f"{model_path}: is not quantized: quant quantize makes a {form.name} checkpoint of it")
+        raise UsageError(
+            f"{model_path}: is not quantized: quant quantize makes a {form.name} checkpoint of it"
+        )
     linears = dict(found.linears) if found else {}
     if found is not None:
         lost = lacking(checkpoint, found, inputs=form.quant_method is not None)
         problems += lost
         if form.quant_method is not None:
-            problems += _problems(None if lost else checkpoint, found, form, linears, target, tensor_parallel, requantize)
+            problems += _problems(
+                None if lost else checkpoint, found, form, linears, target, tensor_parallel, requantize
+            )
     scheme = (quantization_config(checkpoint.config) or {}).get("kv_cache_scheme")
-    caches = {c: n for n in checkpoint.tensors if (c := cache_scale(n)) is not None} if found is not None else {}
+    caches = (
+        {c: n for n in checkpoint.tensors if (c := cache_scale(n)) is not None} if found is not None else {}
+    )
     kept = form.kv_cache or (found is not None and found.format == form.name == "fp8")
     if caches and form.kv_cache:
         scheme = scheme or KV_CACHE
@@ -91,7 +102,9 @@ def export(
         raise Problems(problems)
     left = _left_out(checkpoint, linears, form, [] if kept else list(caches.values()))
     if scheme and not caches:
-        repairs.append("kv_cache_scheme removed: the checkpoint has no scales for it, and vLLM would take 1.0")
+        repairs.append(
+            "kv_cache_scheme removed: the checkpoint has no scales for it, and vLLM would take 1.0"
+        )
     dtype = stated_dtype(checkpoint.config) or "BF16"
     plain = dequantized(checkpoint)
     made: dict[int, list[TensorSpec]] = {}
@@ -102,7 +115,11 @@ def export(
     check_disk(output, sum(s.nbytes for u in units for s in u.shards))
     config = {k: v for k, v in plain.config.items() if k != "text_config"} | _text_config(plain.config)
     with_cache = bool(caches) and form.kv_cache
-    quantization = form.config(list(linears.values()), unquantized_linears(plain, linears), "static", with_cache) if linears else None
+    quantization = (
+        form.config(list(linears.values()), unquantized_linears(plain, linears), "static", with_cache)
+        if linears
+        else None
+    )
     if quantization is not None:
         if with_cache:
             quantization["kv_cache_scheme"] = scheme
@@ -114,9 +131,15 @@ def export(
     def produce(name: str) -> QuantizedTensor:
         assert found is not None
         tensor = read_linear(FormatRegistry.get(found.format), found, checkpoint, name)
-        if form.quant_method is not None and tensor.group_index is not None and (form.name != "gptq" or target == "vllm"):
+        if (
+            form.quant_method is not None
+            and tensor.group_index is not None
+            and (form.name != "gptq" or target == "vllm")
+        ):
             value = tensor.dequantize()
-            tensor = MinMaxQuantizer(clip_search=True)(value.clone(), None, linears[name].scheme, TORCH[dtype]).tensor
+            tensor = MinMaxQuantizer(clip_search=True)(
+                value.clone(), None, linears[name].scheme, TORCH[dtype]
+            ).tensor
             noise = (tensor.dequantize() - value).square().sum()
             requantized[name] = {"snr_db": round(float(10 * (value.square().sum() / noise).log10()), 2)}
         elif form.quant_method is not None:
@@ -136,11 +159,20 @@ def export(
             files = write_unit(unit, work.path, plain, form, linears, dtype, produce, carried)
             work.finish_unit(unit.name, files, {})
             progress(Event("export", number + 1, len(units)))
-        dropped = write_rest(work.path, checkpoint, units, form, config, arguments, Path(source) if source is not None else None)
+        dropped = write_rest(
+            work.path,
+            checkpoint,
+            units,
+            form,
+            config,
+            arguments,
+            Path(source) if source is not None else None,
+        )
         result = verify(work.path, tensor_parallel=tensor_parallel, target=target)
         if result.failed:
             raise VerificationFailed(
-                f"{work.path}: the output failed its own verification: {'; '.join(result.failed[:5])}. It was not published"
+                f"{work.path}: the output failed its own verification: {'; '.join(result.failed[:5])}. It "
+                "was not published"
             )
         report = {
             "output_path": str(output),
@@ -156,7 +188,10 @@ def export(
             "kv_cache_scales": len(caches) if kept else 0,
             "tensors_dropped": left,
             "side_files_dropped": dropped,
-            "seconds": {**(seconds or {}), "total": round(time.perf_counter() - start + (seconds or {}).get("quantize", 0.0), 3)},
+            "seconds": {
+                **(seconds or {}),
+                "total": round(time.perf_counter() - start + (seconds or {}).get("quantize", 0.0), 3),
+            },
             "peak_rss_bytes": peak_rss(),
             "vllm": vllm_config(arguments),
             "verify": result.to_dict() | {"path": str(output)},  # where it is published
@@ -179,8 +214,8 @@ def _problems(
     tensor_parallel: int,
     requantize: bool,
 ) -> list[str]:
-    """Checks every linear against the wanted format; fills in what only the tensors tell (symmetry, order), where there is a checkpoint that
-    has them all."""
+    """Checks every linear against the wanted format; fills in what only the tensors tell (symmetry, order),
+    where there is a checkpoint that has them all."""
     problems: dict[str, None] = {}
     shifted = False
     for name, linear in linears.items():
@@ -195,11 +230,20 @@ def _problems(
         shifted = shifted or (tensor.zeros is not None and bool(tensor.zeros.any()))
         if tensor.group_index is not None and (form.name != "gptq" or target == "vllm") and not requantize:
             problems[
-                "the groups are in activation order (g_idx is not k // group_size), which vLLM has no path for: --requantize rounds those linears anew "
-                "(the report says what that costs), --format plain keeps their values; best is to quantize the original again with --act-order static"
+                "the groups are in activation order (g_idx is not k // group_size), which vLLM has no path "
+                "for: --requantize rounds those linears anew "
+                "(the report says what that costs), --format plain keeps their values; best is to quantize "
+                "the original again with --act-order static"
             ] = None
-    if checkpoint is not None and not shifted:  # AWQ files always have zero points: those of symmetric weights are all in the middle
-        linears.update({n: replace(x, scheme=replace(x.scheme, symmetric=True)) for n, x in linears.items() if not x.scheme.symmetric})
+    # AWQ files always have zero points: those of symmetric weights are all in the middle
+    if checkpoint is not None and not shifted:
+        linears.update(
+            {
+                n: replace(x, scheme=replace(x.scheme, symmetric=True))
+                for n, x in linears.items()
+                if not x.scheme.symmetric
+            }
+        )
     for linear in linears.values():
         if reason := form.refuse(linear.numbers, target):
             problems[f"{linear.scheme} in format {form.name}: {reason}"] = None
@@ -207,20 +251,32 @@ def _problems(
     for problem in shape_problems(linears.values(), tensor_parallel):
         problems[f"{problem}. That takes the original; --format plain keeps this checkpoint's values"] = None
     if len({x.numbers for x in linears.values()}) > 1 and not form.mixed and form.name != "awq":
-        problems[f"the linears have several schemes; a {form.name} file of ours holds one: use --format compressed-tensors"] = None
+        problems[
+            f"the linears have several schemes; a {form.name} file of ours holds one: use --format "
+            "compressed-tensors"
+        ] = None
     if len({x.scheme.group_size for x in linears.values()}) > 1 and form.name == "awq":
-        problems["the linears have several group sizes; an awq file holds one: use --format compressed-tensors"] = None
+        problems[
+            "the linears have several group sizes; an awq file holds one: use --format compressed-tensors"
+        ] = None
     return list(problems)
 
 
-def _left_out(checkpoint: Checkpoint, linears: Mapping[str, Linear], form: Format, caches: Sequence[str]) -> list[dict[str, str]]:
+def _left_out(
+    checkpoint: Checkpoint, linears: Mapping[str, Linear], form: Format, caches: Sequence[str]
+) -> list[dict[str, str]]:
     """Tensors of the checkpoint that the format has no place for, each with the reason."""
-    left = [{"tensor": n, "reason": f"a {form.name} checkpoint has no place for the scales of an FP8 KV cache"} for n in sorted(caches)]
+    left = [
+        {"tensor": n, "reason": f"a {form.name} checkpoint has no place for the scales of an FP8 KV cache"}
+        for n in sorted(caches)
+    ]
     if form.quant_method is None:
         numbers = ("input_scale", "input_zero_point", "input_global_scale")
         names = (f"{n}.{x}" for n in linears for x in numbers)
         left += [
-            {"tensor": n, "reason": f"a {form.name} checkpoint leaves activations as they are"} for n in names if n in checkpoint.tensors
+            {"tensor": n, "reason": f"a {form.name} checkpoint leaves activations as they are"}
+            for n in names
+            if n in checkpoint.tensors
         ]
     return left
 
@@ -228,4 +284,8 @@ def _left_out(checkpoint: Checkpoint, linears: Mapping[str, Linear], form: Forma
 def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """``text_config`` without a second copy of the quantization."""
     text = config.get("text_config")
-    return {"text_config": {k: v for k, v in text.items() if k != "quantization_config"}} if isinstance(text, dict) else {}
+    return (
+        {"text_config": {k: v for k, v in text.items() if k != "quantization_config"}}
+        if isinstance(text, dict)
+        else {}
+    )

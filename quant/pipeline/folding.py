@@ -1,8 +1,9 @@
-"""Where the factors of an outlier suppressor go: into a norm's gain, or into the rows of the linear that makes the input.
+"""Where the factors of an outlier suppressor go: into a norm's gain, or into the rows of the linear that
+makes the input.
 
-Two rules keep the fold from costing precision. A norm's new gain is rounded to its stored dtype first and the factors are taken from what it
-became, so weights are multiplied by exactly what the norm lost. A linear that is quantized already takes only powers of two, which its
-scales hold exactly; no code changes.
+Two rules keep the fold from costing precision. A norm's new gain is rounded to its stored dtype first and the
+factors are taken from what it became, so weights are multiplied by exactly what the norm lost. A linear that
+is quantized already takes only powers of two, which its scales hold exactly; no code changes.
 """
 
 from __future__ import annotations
@@ -81,11 +82,14 @@ def find_fold(
 
 
 def norm_factors(old: torch.Tensor, new: torch.Tensor, offset: float) -> torch.Tensor:
-    """fp32 [K]: what inputs were divided by when a norm's stored weight went from ``old`` to ``new``; 1 where it did not change."""
+    """fp32 [K]: what inputs were divided by when a norm's stored weight went from ``old`` to ``new``; 1 where
+    it did not change."""
     return torch.where(old == new, 1.0, (old.float() + offset) / (new.float() + offset))
 
 
-def fold_norm(fold: Fold, factors: torch.Tensor, checkpoint: Checkpoint) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def fold_norm(
+    fold: Fold, factors: torch.Tensor, checkpoint: Checkpoint
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The factors as they can be folded, fp32 [K], and the norm's new tensors by file name."""
     name = f"{fold.source}.weight"
     old = checkpoint.read(name).to(factors.device)
@@ -106,12 +110,15 @@ def fold_norm(fold: Fold, factors: torch.Tensor, checkpoint: Checkpoint) -> tupl
 def fold_linear(
     fold: Fold, factors: torch.Tensor, checkpoint: Checkpoint, done: dict[str, QuantizedTensor]
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The factors (powers of two) as the source can take them, fp32 [K], and what changes in the file; a quantized source is replaced in
-    ``done``. Outputs whose scales would leave the range of their dtype keep a factor of 1."""
+    """The factors (powers of two) as the source can take them, fp32 [K], and what changes in the file; a
+    quantized source is replaced in ``done``. Outputs whose scales would leave the range of their dtype keep a
+    factor of 1."""
     factors = fold.place.fit(factors.clamp(1 / _LARGEST, _LARGEST))
     outputs = checkpoint.info(f"{fold.source}.weight").shape[0]
     rows = torch.ones(outputs, device=factors.device)
-    index = fold.place.tied if fold.place.tied is not None else torch.arange(len(factors), device=factors.device)
+    index = (
+        fold.place.tied if fold.place.tied is not None else torch.arange(len(factors), device=factors.device)
+    )
     rows[index] = factors
     changed = {}
     quantized = done.get(fold.source)
@@ -129,8 +136,11 @@ def fold_linear(
 
 
 def can_take_rows(tensor: QuantizedTensor | None) -> bool:
-    """Whether a source's rows can be scaled one by one: it is not quantized, or has floating scales of its own for each row."""
-    return tensor is None or (tensor.scales.dtype.is_floating_point and tensor.scheme.strategy in ("group", "channel"))
+    """Whether a source's rows can be scaled one by one: it is not quantized, or has floating scales of its
+    own for each row."""
+    return tensor is None or (
+        tensor.scales.dtype.is_floating_point and tensor.scheme.strategy in ("group", "channel")
+    )
 
 
 def _divided(values: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,9 +150,15 @@ def _divided(values: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, to
     return torch.where(exact, rows, 1.0), torch.where(exact.unsqueeze(-1), divided, values)
 
 
-def unfolded(weights: dict[str, torch.Tensor], folds: Mapping[str, Mapping[str, Any]], source: Checkpoint, written: Checkpoint) -> None:
-    """Puts the weights of a finished block, read back from its shards, in the form in which the block ran: norm folds are undone, so that the
-    replay multiplies what the first run did. Folds into linears are powers of two and stay; their changed tensors are added."""
+def unfolded(
+    weights: dict[str, torch.Tensor],
+    folds: Mapping[str, Mapping[str, Any]],
+    source: Checkpoint,
+    written: Checkpoint,
+) -> None:
+    """Puts the weights of a finished block, read back from its shards, in the form in which the block ran:
+    norm folds are undone, so that the replay multiplies what the first run did. Folds into linears are powers
+    of two and stay; their changed tensors are added."""
     for fold in folds.values():
         if fold["kind"] == "norm":
             name = f"{fold['source']}.weight"

@@ -47,14 +47,19 @@ from quant.serving.arguments import engine_arguments, vllm_config
 from quant.tensors import QuantizedTensor
 from quant.units import format_seconds
 
-#: Tokens of one batch: large enough for full speed of the matrix products, small enough that a batch's activations are few.
+#: Tokens of one batch: large enough for full speed of the matrix products, small enough that a batch's
+#: activations are few.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
-#: Bytes of calibration activations that a CPU run keeps in memory. The rest goes to a scratch file, which the page cache holds where there is room.
+#: Bytes of calibration activations that a CPU run keeps in memory. The rest goes to a scratch file, which the
+#: page cache holds where there is room.
 RESIDENT_CPU = 256 << 20
-#: Tensors that a job without data works on at once, and so has in memory, on as many cores; and units, of which one may be waiting for the disk.
+#: Tensors that a job without data works on at once, and so has in memory, on as many cores; and units, of
+#: which one may be waiting for the disk.
 MOST_WORKERS, UNITS_UNDER_WAY = 4, 2
 #: Keys of a recipe that say which text is read.
-CALIBRATION = frozenset({"calibration_dataset", "samples", "sequence_length", "shuffle", "chat_template", "seed"})
+CALIBRATION = frozenset(
+    {"calibration_dataset", "samples", "sequence_length", "shuffle", "chat_template", "seed"}
+)
 
 
 class QuantizationManager:
@@ -63,15 +68,18 @@ class QuantizationManager:
     >>> manager = QuantizationManager(plan_job(recipe))  # doctest: +SKIP
     >>> report = manager.run()  # doctest: +SKIP
 
-    The block loop is :meth:`_calibrated` for methods that need statistics, and what it does with a block is :class:`BlockQuantizer`; the loop of those
-    that need none is :meth:`_data_free`, and what it does with a tensor :class:`PieceQuantizer`.
+    The block loop is :meth:`_calibrated` for methods that need statistics, and what it does with a block is
+    :class:`BlockQuantizer`; the loop of those that need none is :meth:`_data_free`, and what it does with a
+    tensor :class:`PieceQuantizer`.
     """
 
     def __init__(self, plan: JobPlan, progress: Progress = silent):
         self.plan, self.progress = plan, progress
         recipe = plan.recipe
         if recipe.backend != NATIVE:
-            raise UsageError(f"--backend is {recipe.backend!r}: this is the native one, quant.quantize runs the others")
+            raise UsageError(
+                f"--backend is {recipe.backend!r}: this is the native one, quant.quantize runs the others"
+            )
         self.quantizers = {a: make_quantizer(a) for a in dict.fromkeys(plan.assignments.values())}
         self.suppressors = {a: self._suppressor(q) for a, q in self.quantizers.items()}
         self.device = device_of(recipe.device)
@@ -101,13 +109,26 @@ class QuantizationManager:
         rows, skeleton = self.prepare() if self.needs else (None, None)
         if rows is None and (unused := sorted(CALIBRATION & self.plan.recipe.model_fields_set)):
             named = ", ".join(f"--{k.replace('_', '-')}" for k in unused)
-            self.progress(Event("text", message=f"{named}: not used, nothing in this job needs calibration text", warning=True))
-        work = WorkFolder(self.plan.recipe.output_path.absolute(), self._fingerprint(rows), self.plan.recipe.fresh)
+            self.progress(
+                Event(
+                    "text",
+                    message=f"{named}: not used, nothing in this job needs calibration text",
+                    warning=True,
+                )
+            )
+        work = WorkFolder(
+            self.plan.recipe.output_path.absolute(), self._fingerprint(rows), self.plan.recipe.fresh
+        )
         try:
             for entry in work.finished.values():
                 self.records.restore(entry)
             if work.finished:
-                self.progress(Event("quantize", message=f"resuming: {len(work.finished)} of {len(self.plan.units)} units are finished"))
+                self.progress(
+                    Event(
+                        "quantize",
+                        message=f"resuming: {len(work.finished)} of {len(self.plan.units)} units are finished",
+                    )
+                )
             kept = "; finished blocks are kept, but other settings start over"
             with self.clock.phase("quantize"), freed_memory_kept(), memory_exhausted(self.device, kept):
                 if rows is not None and skeleton is not None:
@@ -124,16 +145,22 @@ class QuantizationManager:
         """Calibration rows and the model without weights.
 
         Raises:
-            QuantError: too little text, a model that cannot be run block by block, or linears that no group of the model's adapter has.
+            QuantError: too little text, a model that cannot be run block by block, or linears that no group
+                of the model's adapter has.
         """
         with self.clock.phase("text"):
             rows = job_rows(self.plan)
         skeleton = Skeleton(self.plan.checkpoint, self.device)
-        known = {skeleton.block_prefix(b) + n for b in range(skeleton.block_count) for n in skeleton.adapter.linears()}
+        known = {
+            skeleton.block_prefix(b) + n
+            for b in range(skeleton.block_count)
+            for n in skeleton.adapter.linears()
+        }
         unknown = [n for n in self.plan.linears if n not in known]
         if unknown:
             raise QuantError(
-                f"{', '.join(unknown[:3])} {'is' if len(unknown) == 1 else 'are'} not among the linears that a block is seen to run, so there is no "
+                f"{', '.join(unknown[:3])} {'is' if len(unknown) == 1 else 'are'} not among the linears "
+                "that a block is seen to run, so there is no "
                 "calibration for it: leave it with --ignore, or use --method minmax"
             )
         return rows, skeleton
@@ -151,13 +178,14 @@ class QuantizationManager:
             "torch": torch.__version__,
             "device": str(self.device),
             "threads": torch.get_num_threads(),
-            "instructions": f"{torch.backends.cpu.get_cpu_capability()}, {gram_for(1, self.device).__class__.__name__}, "
+            "instructions": f"{torch.backends.cpu.get_cpu_capability()}, "
+            f"{gram_for(1, self.device).__class__.__name__}, "
             f"passes in {'8' if int8_passes(self.device, torch.bfloat16) else '16'} bits"
             if self.device.type == "cpu"
             else torch.cuda.get_device_name(self.device),
         }
 
-    # --- methods that need statistics -------------------------------------------------------------------------------------------------
+    # --- methods that need statistics -----------------------------------------------------------------------
 
     def _calibrated(self, skeleton: Skeleton, rows: Rows, work: WorkFolder) -> None:
         """The block loop. On screen as a whole on purpose: every calibrated method goes through these lines."""
@@ -186,7 +214,16 @@ class QuantizationManager:
                 else:
                     with self.clock.phase("load"):
                         block = skeleton.load_block(unit.block)
-                    made = self.blocks.quantize(skeleton, unit.block, block, batches, block_calls, store, held_out, need_outputs=not last)
+                    made = self.blocks.quantize(
+                        skeleton,
+                        unit.block,
+                        block,
+                        batches,
+                        block_calls,
+                        store,
+                        held_out,
+                        need_outputs=not last,
+                    )
                     self._write(unit, work, made)
                 skeleton.free_block(unit.block)
         finally:
@@ -195,36 +232,55 @@ class QuantizationManager:
 
     def _finished_weights(self, unit: Unit, work: WorkFolder) -> dict[str, torch.Tensor]:
         """Dequantized weights of a finished block, read back from its shards."""
-        headers = {name: info for shard in unit.shards for name, info in read_header(work.path / shard.file)[0].items()}
+        headers = {
+            name: info
+            for shard in unit.shards
+            for name, info in read_header(work.path / shard.file)[0].items()
+        }
         written = Checkpoint(work.path, {}, headers)
         config = output_config(self.plan, self._act_order()).get("quantization_config")
         if config is None:
-            weights = {t.spec.name: written.read(t.spec.name) for s in unit.shards for t in s.tensors if t.linear is not None}
+            weights = {
+                t.spec.name: written.read(t.spec.name)
+                for s in unit.shards
+                for t in s.tensors
+                if t.linear is not None
+            }
         else:
             found = self.plan.format.find(config, headers)
-            weights = {f"{name}.weight": read_linear(self.plan.format, found, written, name).dequantize() for name in found.linears}
+            weights = {
+                f"{name}.weight": read_linear(self.plan.format, found, written, name).dequantize()
+                for name in found.linears
+            }
         names = {t.linear for s in unit.shards for t in s.tensors}
-        unfolded(weights, {k: f for k, f in self.records.folds.items() if f["linears"][0] in names}, self.plan.checkpoint, written)
+        unfolded(
+            weights,
+            {k: f for k, f in self.records.folds.items() if f["linears"][0] in names},
+            self.plan.checkpoint,
+            written,
+        )
         return weights
 
     def resident_bytes(self) -> int:
         """Bytes of calibration activations that stay in the device's memory."""
         return torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else RESIDENT_CPU
 
-    # --- methods that need no data ----------------------------------------------------------------------------------------------------
+    # --- methods that need no data --------------------------------------------------------------------------
 
     def _data_free(self, work: WorkFolder) -> None:
         """Tensor by tensor through the files; no module is built, so any architecture goes through.
 
-        Each worker quantizes, hashes and writes one tensor at a time on one thread, whose pieces stay in the cache of its core; threads that shared
-        a piece would wait for each other, for long where others use the cores too. The workers go on with the next unit while one is synced.
+        Each worker quantizes, hashes and writes one tensor at a time on one thread, whose pieces stay in the
+        cache of its core; threads that shared a piece would wait for each other, for long where others use
+        the cores too. The workers go on with the next unit while one is synced.
         """
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         workers, writers = ThreadPoolExecutor(worker_count(threads)), ThreadPoolExecutor(UNITS_UNDER_WAY)
 
         def start(unit: Unit) -> Future[dict[Path, str]]:
-            """Starts a unit once its room on the disk is claimed: what a full disk leaves finished are then the first units."""
+            """Starts a unit once its room on the disk is claimed: what a full disk leaves finished are then
+            the first units."""
             claimed = threading.Event()
             files = writers.submit(self._files, unit, work, Made(), workers, claimed.set)
             files.add_done_callback(lambda _: claimed.set())  # or it has failed
@@ -240,25 +296,31 @@ class QuantizationManager:
                     with self.clock.phase("write"):
                         self._finish_unit(unit, work, under_way.popleft().result())
         finally:
-            workers.shutdown(wait=False, cancel_futures=True)  # after an error or an interrupt: ends the units under way
+            # after an error or an interrupt: ends the units under way
+            workers.shutdown(wait=False, cancel_futures=True)
             writers.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)
 
-    # --- shared -----------------------------------------------------------------------------------------------------------------------
+    # --- shared ---------------------------------------------------------------------------------------------
 
     def _units(self, work: WorkFolder) -> Iterator[Unit]:
         units = self.plan.units
         for number, unit in enumerate(units):
             start, before = time.perf_counter(), unit.name in work.finished
             yield unit
-            errors = [f["error"] for n, f in self.records.layers.items() if f.get("unit") == unit.name and f["error"] is not None]
+            errors = [
+                f["error"]
+                for n, f in self.records.layers.items()
+                if f.get("unit") == unit.name and f["error"] is not None
+            ]
             error = f", relative error {max(errors):.2%} at most" if errors else ""
             self.progress(
                 Event(
                     "quantize",
                     number + 1,
                     len(units),
-                    message=f"{unit.name:>9} {'replayed' if before else 'written'} in {format_seconds(time.perf_counter() - start)}{error}",
+                    message=f"{unit.name:>9} {'replayed' if before else 'written'} in "
+                    f"{format_seconds(time.perf_counter() - start)}{error}",
                 )
             )
 
@@ -268,15 +330,32 @@ class QuantizationManager:
             self._finish_unit(unit, work, self._files(unit, work, made))
 
     def _files(
-        self, unit: Unit, work: WorkFolder, made: Made, workers: Executor | None = None, claimed: Callable[[], object] = lambda: None
+        self,
+        unit: Unit,
+        work: WorkFolder,
+        made: Made,
+        workers: Executor | None = None,
+        claimed: Callable[[], object] = lambda: None,
     ) -> dict[Path, str]:
-        """Writes a unit's files, and returns each one's digest; linears that are not in ``made`` are quantized now."""
+        """Writes a unit's files, and returns each one's digest; linears that are not in ``made`` are
+        quantized now."""
 
         def produce(name: str) -> QuantizedTensor:
             return made.linears.pop(name) if name in made.linears else self.pieces.quantize(name)
 
         plan = self.plan
-        return write_unit(unit, work.path, plan.checkpoint, plan.format, plan.linears, plan.dtype, produce, made.changed, workers, claimed)
+        return write_unit(
+            unit,
+            work.path,
+            plan.checkpoint,
+            plan.format,
+            plan.linears,
+            plan.dtype,
+            produce,
+            made.changed,
+            workers,
+            claimed,
+        )
 
     def _finish_unit(self, unit: Unit, work: WorkFolder, files: Mapping[Path, str]) -> None:
         """Puts a unit whose files are written and synced into the journal."""
@@ -303,19 +382,24 @@ class QuantizationManager:
             )
             if verification.failed:
                 raise VerificationFailed(
-                    f"{work.path}: the output failed its own verification: {'; '.join(verification.failed[:5])}. It was not published"
+                    f"{work.path}: the output failed its own verification: "
+                    f"{'; '.join(verification.failed[:5])}. It was not published"
                 )
-            preserved = preservation(checkpoint.path, work.path, self.device) if plan.methods == ["none"] else None
+            preserved = (
+                preservation(checkpoint.path, work.path, self.device) if plan.methods == ["none"] else None
+            )
             if preserved is not None and not preserved.preserved:
                 raise VerificationFailed(
-                    f"{work.path}: the output is another function than the source: KL {preserved.kl:.2g} nats per token, logits differ by "
+                    f"{work.path}: the output is another function than the source: KL {preserved.kl:.2g} "
+                    "nats per token, logits differ by "
                     f"{preserved.difference:.2%} at most. It was not published"
                 )
         layers = [self.records.layers[name] for name in plan.linears]
         copied = [
             n
             for n in checkpoint.tensors
-            if n not in set(changed) and (n.removesuffix(".weight") not in plan.linears or not n.endswith(".weight"))
+            if n not in set(changed)
+            and (n.removesuffix(".weight") not in plan.linears or not n.endswith(".weight"))
         ]
         report: dict[str, Any] = {
             "output_path": str(plan.recipe.output_path),
@@ -329,11 +413,16 @@ class QuantizationManager:
             "source_bytes": checkpoint.nbytes,
             "output_bytes": sum(f.stat().st_size for f in work.path.glob("*.safetensors")),
             "bits_per_weight": plan.bits_per_weight,
-            "seconds": {k: round(v, 3) for k, v in self.clock.seconds.items()} | {"total": round(time.perf_counter() - start, 3)},
+            "seconds": {k: round(v, 3) for k, v in self.clock.seconds.items()}
+            | {"total": round(time.perf_counter() - start, 3)},
             "peak_rss_bytes": peak_rss(),
-            "peak_gpu_bytes": torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
+            "peak_gpu_bytes": torch.cuda.max_memory_allocated(self.device)
+            if self.device.type == "cuda"
+            else 0,
             "scratch_bytes": self.scratch_bytes,
-            "calibration": None if rows is None else {"rows": len(rows.tokens), "length": rows.tokens.shape[1], "digest": rows.digest},
+            "calibration": None
+            if rows is None
+            else {"rows": len(rows.tokens), "length": rows.tokens.shape[1], "digest": rows.digest},
             "layers": layers,
             "fallbacks": [{"name": x["name"], "fallback": x["fallback"]} for x in layers if x["fallback"]],
             "tensors": {
@@ -348,14 +437,18 @@ class QuantizationManager:
             "side_files_dropped": dropped,
             "vllm": vllm_config(arguments),
             "function": None if preserved is None else preserved.to_dict(),
-            "verify": verification.to_dict() | {"path": str(plan.recipe.output_path)},  # where it is published
+            # where it is published
+            "verify": verification.to_dict() | {"path": str(plan.recipe.output_path)},
             "output_hash": verification.content_hash,
         }
         write_text(work.path / REPORT, json.dumps(report, indent=2) + "\n")
         return report
 
     def _act_order(self) -> str:
-        return next((o for q in self.quantizers.values() if (o := str(getattr(q, "act_order", "none"))) != "none"), "none")
+        return next(
+            (o for q in self.quantizers.values() if (o := str(getattr(q, "act_order", "none"))) != "none"),
+            "none",
+        )
 
 
 @contextmanager
@@ -365,7 +458,8 @@ def memory_exhausted(device: torch.device, more: str = "") -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise QuantError(
-            f"{device}: out of memory ({str(error).splitlines()[0][:160]}): use fewer --samples, a shorter --sequence-length, or --device cpu{more}"
+            f"{device}: out of memory ({str(error).splitlines()[0][:160]}): use fewer --samples, a shorter "
+            f"--sequence-length, or --device cpu{more}"
         ) from error
 
 
@@ -382,16 +476,22 @@ def worker_count(threads: int) -> int:
 def output_config(plan: JobPlan, act_order: str) -> dict[str, Any]:
     """The source's config.json with the format's ``quantization_config``."""
     config = dict(plan.checkpoint.config)
-    quantization = plan.format.config(list(plan.linears.values()), plan.unquantized, act_order, bool(plan.recipe.kv_cache_scheme))
+    quantization = plan.format.config(
+        list(plan.linears.values()), plan.unquantized, act_order, bool(plan.recipe.kv_cache_scheme)
+    )
     if quantization is not None:
         if plan.recipe.target == "other" and any(plan.format.refuse(s, "vllm") for s in plan.schemes):
-            quantization["meta"] = {**quantization.get("meta", {}), "target": "other engines: vLLM refuses this file"}
+            quantization["meta"] = {
+                **quantization.get("meta", {}),
+                "target": "other engines: vLLM refuses this file",
+            }
         config["quantization_config"] = quantization
     return config
 
 
 def quantize(recipe: Recipe, progress: Progress = silent) -> dict[str, Any]:
-    """Plans and runs a job, with whichever backend it names; returns the report that is also written as ``quant_report.json``.
+    """Plans and runs a job, with whichever backend it names; returns the report that is also written as
+    ``quant_report.json``.
 
     Raises:
         QuantError: see :func:`plan_job`, :meth:`QuantizationManager.run` and :mod:`quant.backends.run`.

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 
 #: glibc's ``mallopt`` parameters (malloc.h).
 _MXFAST, _TRIM_THRESHOLD, _MMAP_THRESHOLD = 1, -1, -3
-#: While :func:`freed_memory_kept` lasts, smaller blocks are cut from the heap; larger ones are mapped on their own and given back when they are
-#: freed. As high as glibc lets it be.
+#: While :func:`freed_memory_kept` lasts, smaller blocks are cut from the heap; larger ones are mapped on
+#: their own and given back when they are freed. As high as glibc lets it be.
 MAPPED = 32 << 20
-#: Bytes of a free end of the heap that are kept; and what glibc comes to by itself once large blocks have been freed.
+#: Bytes of a free end of the heap that are kept; and what glibc comes to by itself once large blocks have
+#: been freed.
 _KEPT, _KEPT_UNASKED = 512 << 20, 64 << 20
 #: Largest blocks that glibc unasked leaves apart from their free neighbours, for speed.
 _FAST_UNASKED = 16 * ctypes.sizeof(ctypes.c_size_t)
@@ -32,15 +33,17 @@ def peak_rss() -> int:
 
 
 def prepare_torch() -> None:
-    """Loads torch with what it and its OpenMP library read from the environment only then. To be called before anything has loaded torch, or it does
-    nothing; what the environment has already stays as it is.
+    """Loads torch with what it and its OpenMP library read from the environment only then. To be called
+    before anything has loaded torch, or it does nothing; what the environment has already stays as it is.
 
-    Every large tensor (2 MiB or more) begins at a page. Else glibc trims a few dozen bytes off each tensor's place to begin it at 64 bytes. Small objects
-    settle in the trimmings and outlive the tensor, whose place is then too small for another of its size: while batches of activations wait, the
-    heap grows by one tensor for each.
+    Every large tensor (2 MiB or more) begins at a page. Else glibc trims a few dozen bytes off each tensor's
+    place to begin it at 64 bytes. Small objects settle in the trimmings and outlive the tensor, whose place
+    is then too small for another of its size: while batches of activations wait, the heap grows by one tensor
+    for each.
 
-    Threads that wait for each other give up their core soon. As libgomp has it they turn for milliseconds, and where another program has a core, so long
-    as the one that they wait for does not run: a job of two threads took two and a half times as long beside a busy program, and now 1.7 times.
+    Threads that wait for each other give up their core soon. As libgomp has it they turn for milliseconds,
+    and where another program has a core, so long as the one that they wait for does not run: a job of two
+    threads took two and a half times as long beside a busy program, and now 1.7 times.
     """
     if "torch" in sys.modules:
         return
@@ -59,11 +62,14 @@ def prepare_torch() -> None:
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """While it lasts, what is freed is used again instead of given back to the system, which clears each page again before it is used.
+    """While it lasts, what is freed is used again instead of given back to the system, which clears each page
+    again before it is used.
 
-    Batches of activations come and go by the hundred; without this, clearing their pages takes as long as half of the work on them. Afterwards the
-    heap's free parts are given back. Meanwhile there are no huge pages, which torch asks for where tensors begin at pages: a virtual machine whose host
-    takes free memory back takes five times as long to find 2 MiB as to find as much in pages. Where the C library is not glibc, nothing happens.
+    Batches of activations come and go by the hundred; without this, clearing their pages takes as long as
+    half of the work on them. Afterwards the heap's free parts are given back. Meanwhile there are no huge
+    pages, which torch asks for where tensors begin at pages: a virtual machine whose host takes free memory
+    back takes five times as long to find 2 MiB as to find as much in pages. Where the C library is not glibc,
+    nothing happens.
     """
     library = _glibc()
     if library is None:
@@ -84,7 +90,8 @@ def freed_memory_kept() -> Iterator[None]:
 
 
 def give_back() -> None:
-    """Gives the free parts of the heap back to the system, wherever they lie. Where the C library is not glibc, nothing happens."""
+    """Gives the free parts of the heap back to the system, wherever they lie. Where the C library is not
+    glibc, nothing happens."""
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)

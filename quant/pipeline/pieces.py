@@ -1,4 +1,5 @@
-"""Methods that need no data: one linear at a time, by pieces of its rows, so that any architecture goes through in little memory."""
+"""Methods that need no data: one linear at a time, by pieces of its rows, so that any architecture goes
+through in little memory."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from quant.recipe import Assignment
 from quant.schemes import BLOCK
 from quant.tensors import QuantizedTensor, largest_magnitude, sum_of_squares
 
-#: Elements of a weight that are worked on at a time: a CPU's temporaries stay in its cache, a GPU's still fill it.
+#: Elements of a weight that are worked on at a time: a CPU's temporaries stay in its cache, a GPU's still
+#: fill it.
 PIECE = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
@@ -38,7 +40,9 @@ class Assembled:
     def add(self, piece: Quantized) -> None:
         tensor = piece.tensor
         if self._codes is None:
-            self._codes = torch.empty(self._count, *tensor.codes.shape[1:], dtype=tensor.codes.dtype, device=tensor.codes.device)
+            self._codes = torch.empty(
+                self._count, *tensor.codes.shape[1:], dtype=tensor.codes.dtype, device=tensor.codes.device
+            )
         self._codes[self._filled : self._filled + len(tensor.codes)] = tensor.codes
         self._filled += len(tensor.codes)
         self._scales.append(tensor.scales)
@@ -52,20 +56,29 @@ class Assembled:
         assert self._last is not None and self._codes is not None and self._filled == self._count
         tensor = self._last.tensor
         scales = tensor.scales if tensor.scheme.strategy == "tensor" else torch.cat(self._scales)
-        tensor = replace(tensor, codes=self._codes, scales=scales, zeros=torch.cat(self._zeros) if self._zeros else None)
+        tensor = replace(
+            tensor, codes=self._codes, scales=scales, zeros=torch.cat(self._zeros) if self._zeros else None
+        )
         return Quantized(tensor, tuple(self._fallbacks), tuple(self._notes))
 
 
 class PieceQuantizer:
     """Quantizes linears of a plan from their weights alone; several threads may do so at once."""
 
-    def __init__(self, plan: JobPlan, quantizers: Mapping[Assignment, Quantizer], device: torch.device, records: Records):
+    def __init__(
+        self,
+        plan: JobPlan,
+        quantizers: Mapping[Assignment, Quantizer],
+        device: torch.device,
+        records: Records,
+    ):
         self.plan, self.quantizers, self.device, self.records = plan, quantizers, device, records
         self._amax: dict[str, torch.Tensor] = {}
         self._amax_lock = threading.Lock()
 
     def quantize(self, name: str) -> QuantizedTensor:
-        """Quantizes one linear by pieces of its rows, which are independent; of the source no more than a piece is in memory.
+        """Quantizes one linear by pieces of its rows, which are independent; of the source no more than a
+        piece is in memory.
 
         Raises:
             CheckpointError: its weight holds NaN or infinity.
@@ -80,7 +93,8 @@ class PieceQuantizer:
         for stored, weight, squares in self._pieces(name):
             result = self.quantizers[assignment](weight, None, weights, TORCH[self.plan.dtype], **shared)
             signal.append(squares)
-            # a dtype holds the difference of two of its numbers exactly where neither is more than twice the other, or one is 0
+            # a dtype holds the difference of two of its numbers exactly where neither is more than twice the
+            # other, or one is 0
             noise.append(sum_of_squares(result.tensor.dequantize().to(stored.dtype).sub_(stored).float()))
             whole.add(result)
         quantized = whole.finish()
@@ -88,7 +102,8 @@ class PieceQuantizer:
         return quantized.tensor
 
     def _pieces(self, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """A linear's weight by pieces of rows, whole blocks of them: as stored, and as fp32 of its own, both on the device; and the sum of its squares.
+        """A linear's weight by pieces of rows, whole blocks of them: as stored, and as fp32 of its own, both
+        on the device; and the sum of its squares.
 
         Raises:
             CheckpointError: it holds NaN or infinity.
@@ -103,17 +118,21 @@ class PieceQuantizer:
             # a sum of squares is finite only if every number is; those of large numbers may overflow
             if not bool(torch.isfinite(squares)) and not bool(torch.isfinite(weight).all()):
                 raise CheckpointError(
-                    f"{self.plan.checkpoint.info(f'{name}.weight').file}: {name}.weight holds NaN or infinity: the source is damaged, fetch it again"
+                    f"{self.plan.checkpoint.info(f'{name}.weight').file}: {name}.weight holds NaN or "
+                    "infinity: the source is damaged, fetch it again"
                 )
             yield stored, weight, squares
 
     def _fused_amax(self, name: str) -> torch.Tensor:
-        """Largest magnitude in the layer that vLLM fuses a linear into: its shards get one number for the whole tensor."""
+        """Largest magnitude in the layer that vLLM fuses a linear into: its shards get one number for the
+        whole tensor."""
         fused = fused_name(name)
         with self._amax_lock:
             if fused not in self._amax:
                 shards = [n for n in self.plan.linears if fused_name(n) == fused]
-                self._amax[fused] = torch.stack([largest_magnitude(w) for n in shards for _, w, _ in self._pieces(n)]).amax()
+                self._amax[fused] = torch.stack(
+                    [largest_magnitude(w) for n in shards for _, w, _ in self._pieces(n)]
+                ).amax()
             return self._amax[fused]
 
 

@@ -1,4 +1,5 @@
-"""Everything that is known before the first block: what goes where, how large it gets, and every problem at once."""
+"""Everything that is known before the first block: what goes where, how large it gets, and every problem at
+once."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor of the output: a copy of the source's, a part of a quantized linear, or ``made`` by calibration (a scale of the KV cache)."""
+    """A tensor of the output: a copy of the source's, a part of a quantized linear, or ``made`` by
+    calibration (a scale of the KV cache)."""
 
     spec: TensorSpec
     linear: str | None
@@ -57,7 +59,8 @@ class Shard:
 
 @dataclass(frozen=True)
 class Unit:
-    """What is finished, synced and journalled at once: a decoder block, or what lies outside the blocks (``block`` None)."""
+    """What is finished, synced and journalled at once: a decoder block, or what lies outside the blocks
+    (``block`` None)."""
 
     name: str
     block: int | None
@@ -71,7 +74,8 @@ class Unit:
 
 @dataclass(frozen=True)
 class JobPlan:
-    """A job ready to run. ``output_bytes`` is exact: the tensors' names, dtypes and shapes are all fixed here."""
+    """A job ready to run. ``output_bytes`` is exact: the tensors' names, dtypes and shapes are all fixed
+    here."""
 
     recipe: Recipe
     checkpoint: Checkpoint
@@ -104,7 +108,9 @@ class JobPlan:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight of the quantized linears, everything counted."""
-        stored = sum(t.spec.nbytes for u in self.units for s in u.shards for t in s.tensors if t.linear is not None)
+        stored = sum(
+            t.spec.nbytes for u in self.units for s in u.shards for t in s.tensors if t.linear is not None
+        )
         return round(8 * stored / sum(x.n * x.k for x in self.linears.values()), 4)
 
     @property
@@ -128,7 +134,8 @@ class JobPlan:
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of config.json that describes the text decoder: ``text_config`` of a multimodal wrapper, else the whole."""
+    """The part of config.json that describes the text decoder: ``text_config`` of a multimodal wrapper, else
+    the whole."""
     text = config.get("text_config")
     return text if isinstance(text, dict) else config
 
@@ -147,19 +154,24 @@ def plan_job(recipe: Recipe) -> JobPlan:
     Raises:
         Problems, QuantError: everything that is wrong, listed together.
     """
-    make_quantizer(recipe.assignment(recipe.method))  # a wrong name or option is a mistake of the request, whatever else is wrong
+    # a wrong name or option is a mistake of the request, whatever else is wrong
+    make_quantizer(recipe.assignment(recipe.method))
     checkpoint = open_checkpoint(recipe.model_path)
     problems = _source_problems(checkpoint) + target_problems(recipe.model_path, recipe.output_path)
     form = FormatRegistry.get(recipe.format)
     dtype = checkpoint.dtype
     if dtype not in ("BF16", "F16", "F32"):
-        problems.append(f"{checkpoint.path}: most weights are stored as {dtype}: quantizing starts from BF16, F16 or F32")
+        problems.append(
+            f"{checkpoint.path}: most weights are stored as {dtype}: quantizing starts from BF16, F16 or F32"
+        )
     if form.quant_method is not None:
-        dtype = stated_dtype(checkpoint.config) or dtype  # of the scales; a config may state another dtype than the weights are stored in
+        # of the scales; a config may state another dtype than the weights are stored in
+        dtype = stated_dtype(checkpoint.config) or dtype
     everything = decoder_linears(checkpoint.tensors, checkpoint.config)
     if not everything:
         problems.append(
-            f"{checkpoint.path}: no linear of a decoder block is found among its {len(checkpoint.tensors)} tensors (names such as model.layers.0.….weight)"
+            f"{checkpoint.path}: no linear of a decoder block is found among its {len(checkpoint.tensors)} "
+            "tensors (names such as model.layers.0.….weight)"
         )
         raise Problems(problems)
     assignments, mistakes = assign(recipe, everything, block_count(checkpoint))
@@ -180,15 +192,20 @@ def plan_job(recipe: Recipe) -> JobPlan:
     caches = kv_scales(checkpoint, everything) if recipe.kv_cache_scheme else {}
     if recipe.kv_cache_scheme and not caches:
         problems.append(
-            f"{checkpoint.path}: no layer has any of {', '.join(CACHE_PROJECTIONS)}, beside which vLLM looks for a cache's scales: leave --kv-cache-scheme out"
+            f"{checkpoint.path}: no layer has any of {', '.join(CACHE_PROJECTIONS)}, beside which vLLM "
+            "looks for a cache's scales: leave --kv-cache-scheme out"
         )
     if recipe.kv_cache_scheme and (latent := [n for n in everything if n.endswith(".kv_a_proj_with_mqa")]):
         problems.append(
-            f"{latent[0]}: of latent attention vLLM caches the latent itself, and what is measured here are the keys and values made from it: "
+            f"{latent[0]}: of latent attention vLLM caches the latent itself, and what is measured here are "
+            "the keys and values made from it: "
             "leave --kv-cache-scheme out"
         )
-    fitting = [] if any("do not divide" in p for p in problems) else linears.values()  # of others no shapes are known
-    made = [s.name for x in fitting for s in form.specs(x, dtype)] + [s.name for specs in caches.values() for s in specs]
+    # of others no shapes are known
+    fitting = [] if any("do not divide" in p for p in problems) else linears.values()
+    made = [s.name for x in fitting for s in form.specs(x, dtype)] + [
+        s.name for specs in caches.values() for s in specs
+    ]
     problems += _unlabelled_problems(checkpoint, made, set(linears))
     if problems:
         raise Problems(list(dict.fromkeys(problems)), exit_code=2 if mistakes else 1)
@@ -200,8 +217,9 @@ def plan_job(recipe: Recipe) -> JobPlan:
 
 
 def assign(recipe: Recipe, everything: Sequence[str], blocks: int) -> tuple[dict[str, Assignment], list[str]]:
-    """What is done to each linear that is quantized, in file order; and every mistake in the selection and the rules: one that names nothing, or
-    nothing that a rule before it has not named; a method, scheme or setting that is not. Linears that only such a rule names are left out."""
+    """What is done to each linear that is quantized, in file order; and every mistake in the selection and
+    the rules: one that names nothing, or nothing that a rule before it has not named; a method, scheme or
+    setting that is not. Linears that only such a rule names are left out."""
     chosen, problems = selected(everything, recipe.layers, recipe.ignore, blocks)
     assignments: dict[str, Assignment | None] = dict.fromkeys(chosen, recipe.assignment(recipe.method))
     ruled: set[str] = set()
@@ -214,9 +232,15 @@ def assign(recipe: Recipe, everything: Sequence[str], blocks: int) -> tuple[dict
             except UsageError as error:
                 raise UsageError(str(error).replace("--layers", "layers")) from error
             if not hit and chosen:
-                raise UsageError(f"layers {rule.layers!r} names no linear that is quantized: change it, or --layers and --ignore")
+                raise UsageError(
+                    f"layers {rule.layers!r} names no linear that is quantized: change it, or --layers and "
+                    "--ignore"
+                )
             if hit and ruled.issuperset(hit):
-                raise UsageError(f"layers {rule.layers!r} names only linears that rules before it name: put it first, or leave it out")
+                raise UsageError(
+                    f"layers {rule.layers!r} names only linears that rules before it name: put it first, or "
+                    "leave it out"
+                )
             if not rule.skip:
                 assignment = rule.assigned(recipe)
                 make_quantizer(assignment)
@@ -236,7 +260,10 @@ def _assignment_problems(recipe: Recipe, assignments: Sequence[Assignment], form
     problems = []
     for scheme in dict.fromkeys(a.scheme for a in assignments):
         if scheme == UNQUANTIZED and form.quant_method is not None:
-            problems.append(f"--method none makes an ordinary checkpoint, format {form.name} holds quantized weights: use --format plain")
+            problems.append(
+                f"--method none makes an ordinary checkpoint, format {form.name} holds quantized weights: "
+                "use --format plain"
+            )
         elif reason := form.refuse(scheme, recipe.target):
             problems.append(f"scheme {scheme} in format {form.name}: {reason}")
         if recipe.target == "vllm":
@@ -245,10 +272,15 @@ def _assignment_problems(recipe: Recipe, assignments: Sequence[Assignment], form
         if reason := QuantizerRegistry.get(assignment.method).refuse(assignment.scheme.weights):
             problems.append(f"--method {assignment.method}: {reason}")
     if not form.mixed and len({a.scheme for a in assignments}) > 1:
-        problems.append(f"the rules give several schemes; a {form.name} file holds one: use --format compressed-tensors")
+        problems.append(
+            f"the rules give several schemes; a {form.name} file holds one: use --format compressed-tensors"
+        )
     if recipe.kv_cache_scheme and not form.kv_cache:
         holders = ", ".join(f.name for f in FormatRegistry if f.kv_cache)
-        problems.append(f"--kv-cache-scheme: a {form.name} checkpoint has no place for the cache's scales: use --format {holders}")
+        problems.append(
+            f"--kv-cache-scheme: a {form.name} checkpoint has no place for the cache's scales: use --format "
+            f"{holders}"
+        )
     if recipe.outlier_suppression not in (None, "none"):
         make_suppressor(recipe.outlier_suppression, recipe.alpha)
     elif recipe.alpha is not None:
@@ -262,7 +294,9 @@ def make_quantizer(assignment: Assignment) -> Quantizer:
     Raises:
         UsageError: unknown method, or an option that this method does not have.
     """
-    return _configured(QuantizerRegistry.get(assignment.method), f"--method {assignment.method}", dict(assignment.options))
+    return _configured(
+        QuantizerRegistry.get(assignment.method), f"--method {assignment.method}", dict(assignment.options)
+    )
 
 
 def make_suppressor(name: str, alpha: float | str | None) -> Suppressor:
@@ -275,10 +309,15 @@ def make_suppressor(name: str, alpha: float | str | None) -> Suppressor:
 
 
 def calibrated(recipe: Recipe, assignment: Assignment) -> bool:
-    """Whether calibration text is run for an assignment: its method, its suppressor, its activations or the job's KV cache ask for some."""
+    """Whether calibration text is run for an assignment: its method, its suppressor, its activations or the
+    job's KV cache ask for some."""
     quantizer, activations = make_quantizer(assignment), assignment.scheme.activations
     name = recipe.outlier_suppression or quantizer.suppressor
-    suppressed = bool(name) and name != "none" and bool(make_suppressor(name, recipe.alpha if recipe.outlier_suppression else None).needs)
+    suppressed = (
+        bool(name)
+        and name != "none"
+        and bool(make_suppressor(name, recipe.alpha if recipe.outlier_suppression else None).needs)
+    )
     stored = activations is not None and activations.calibrated
     return bool(quantizer.needs) or suppressed or stored or recipe.kv_cache_scheme is not None
 
@@ -288,7 +327,8 @@ def _configured(kind: Callable[..., Any], what: str, options: Mapping[str, Any])
     for option in options:
         if option not in known:
             raise UsageError(
-                f"--{str(option).replace('_', '-')} is not an option of {what}: {'it has ' + ', '.join(known) if known else 'it has none'}"
+                f"--{str(option).replace('_', '-')} is not an option of {what}: "
+                f"{'it has ' + ', '.join(known) if known else 'it has none'}"
             )
     if wrong := _wrong_types(kind, options):
         raise UsageError(f"{what}: {'; '.join(wrong)}")
@@ -299,7 +339,8 @@ def _configured(kind: Callable[..., Any], what: str, options: Mapping[str, Any])
 
 
 def _wrong_types(kind: Callable[..., Any], options: Mapping[str, Any]) -> list[str]:
-    """Settings that are not of their field's type: dataclasses take anything, and a text for a number would be noticed in the middle of the work."""
+    """Settings that are not of their field's type: dataclasses take anything, and a text for a number would
+    be noticed in the middle of the work."""
     try:
         hints = get_type_hints(kind)
     except NameError:
@@ -311,7 +352,9 @@ def _wrong_types(kind: Callable[..., Any], options: Mapping[str, Any]) -> list[s
         except PydanticSchemaGenerationError:
             continue  # a type of the extension's own: it judges itself
         except ValidationError as error:
-            kinds = " or ".join(dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in error.errors()))
+            kinds = " or ".join(
+                dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in error.errors())
+            )
             wrong.append(f"{name} is {clipped(value)}: must be {kinds}")
         else:
             if isinstance(value, float) and not math.isfinite(value):
@@ -320,7 +363,8 @@ def _wrong_types(kind: Callable[..., Any], options: Mapping[str, Any]) -> list[s
 
 
 def kv_scales(checkpoint: Checkpoint, everything: Sequence[str]) -> dict[int, list[TensorSpec]]:
-    """By block, the scales of an FP8 KV cache: one number each for K and V, beside the projections they come from."""
+    """By block, the scales of an FP8 KV cache: one number each for K and V, beside the projections they come
+    from."""
     found: dict[int, list[TensorSpec]] = {}
     for name in everything:
         attention, _, last = name.rpartition(".")
@@ -335,35 +379,53 @@ def _source_problems(checkpoint: Checkpoint) -> list[str]:
     architectures = checkpoint.config.get("architectures")
     if not isinstance(architectures, list) or not architectures:
         problems.append(
-            f"{checkpoint.path / 'config.json'}: architectures is {clipped(architectures)}: a list of the model's class is needed, such as "
+            f"{checkpoint.path / 'config.json'}: architectures is {clipped(architectures)}: a list of the "
+            "model's class is needed, such as "
             '["LlamaForCausalLM"]: engines choose the model by it'
         )
     if checkpoint.config.get("model_type") in _TRANSPOSED:
         problems.append(
-            f"{checkpoint.path}: model type {checkpoint.config['model_type']!r} stores its weights transposed, [inputs, outputs], which is not supported: "
+            f"{checkpoint.path}: model type {checkpoint.config['model_type']!r} stores its weights "
+            "transposed, [inputs, outputs], which is not supported: "
             "choose a model whose linears are stored as [outputs, inputs]"
         )
-    empty = [n for n, i in checkpoint.tensors.items() if n.endswith(".weight") and len(i.shape) == 2 and not all(i.shape)]
+    empty = [
+        n
+        for n, i in checkpoint.tensors.items()
+        if n.endswith(".weight") and len(i.shape) == 2 and not all(i.shape)
+    ]
     if empty:
-        problems.append(f"{checkpoint.info(empty[0]).file}: {empty[0]} is empty: the source is damaged, fetch it again")
+        problems.append(
+            f"{checkpoint.info(empty[0]).file}: {empty[0]} is empty: the source is damaged, fetch it again"
+        )
     quantization = quantization_config(checkpoint.config)
     if quantization is not None:
         method = quantization.get("quant_method", "unknown")
         problems.append(
-            f"{checkpoint.path}: is already quantized ({method}): quantize the original, or turn it into plain weights first with quant export-vllm --format plain"
+            f"{checkpoint.path}: is already quantized ({method}): quantize the original, or turn it into "
+            "plain weights first with quant export-vllm --format plain"
         )
     return problems
 
 
 def _unlabelled_problems(checkpoint: Checkpoint, made: Iterable[str], linears: Collection[str]) -> list[str]:
-    """Signs of an earlier quantization that config.json says nothing of: codes in place of weights, numbers that the output would have too."""
-    weights = {n: i for n, i in checkpoint.tensors.items() if n.endswith(".weight") and len(i.shape) == 2 and block_of(n) is not None}
+    """Signs of an earlier quantization that config.json says nothing of: codes in place of weights, numbers
+    that the output would have too."""
+    weights = {
+        n: i
+        for n, i in checkpoint.tensors.items()
+        if n.endswith(".weight") and len(i.shape) == 2 and block_of(n) is not None
+    }
     codes = [n for n, i in weights.items() if i.dtype not in ("BF16", "F16", "F32", "F64")]
     found = [n for n in made if n in checkpoint.tensors and n.removesuffix(".weight") not in linears]
     return [
-        f"{checkpoint.path}: {names[0]}{f' (and {len(names) - 1} more)' if len(names) > 1 else ''} {why}: it looks quantized, and its config.json has no "
+        f"{checkpoint.path}: {names[0]}{f' (and {len(names) - 1} more)' if len(names) > 1 else ''} {why}: "
+        "it looks quantized, and its config.json has no "
         "quantization_config: quantize the original"
-        for names, why in ((codes, f"is stored as {checkpoint.info(codes[0]).dtype}" if codes else ""), (found, "is there already"))
+        for names, why in (
+            (codes, f"is stored as {checkpoint.info(codes[0]).dtype}" if codes else ""),
+            (found, "is there already"),
+        )
         if names
     ]
 
@@ -376,24 +438,33 @@ def target_problems(model_path: Path, output_path: Path) -> list[str]:
     if os.path.exists(output) and any(output.iterdir()):
         return [f"{output}: the output directory is not empty: choose another --output-path, or remove it"]
     if output == source or source in output.parents:
-        return [f"{output}: the output lies in the source directory: choose an --output-path outside {source}"]
+        return [
+            f"{output}: the output lies in the source directory: choose an --output-path outside {source}"
+        ]
     folder = _existing(output.parent)
     if not folder.is_dir():
         return [f"{output}: {folder} is a file, no directory: choose another --output-path"]
     if not os.access(folder, os.W_OK | os.X_OK):
-        return [f"{output}: {folder} cannot be written to: choose another --output-path, or change its permissions"]
+        return [
+            f"{output}: {folder} cannot be written to: choose another --output-path, or change its "
+            "permissions"
+        ]
     return []
 
 
 def _existing(path: Path) -> Path:
     """The path, or the nearest one above it that exists."""
-    while not os.path.exists(path):  # pathlib's would raise for a path below a directory that cannot be searched
+    # pathlib's would raise for a path below a directory that cannot be searched
+    while not os.path.exists(path):
         path = path.parent
     return path
 
 
 def _fused_problems(
-    linears: Mapping[str, Linear], assignments: Mapping[str, Assignment], everything: Sequence[str], form: Format
+    linears: Mapping[str, Linear],
+    assignments: Mapping[str, Assignment],
+    everything: Sequence[str],
+    form: Format,
 ) -> list[str]:
     """vLLM builds q/k/v and gate/up as one layer: all of its shards are quantized alike, or none."""
     if form.quant_method is None:
@@ -410,32 +481,46 @@ def _fused_problems(
         schemes = dict.fromkeys(str(linears[n].numbers) for n in inside)
         if len(schemes) > 1:
             problems[kind] = (
-                f"{fused}: vLLM fuses {', '.join(n.rsplit('.', 1)[-1] for n in names)} into one layer, but they would become {' and '.join(schemes)}: "
+                f"{fused}: vLLM fuses {', '.join(n.rsplit('.', 1)[-1] for n in names)} into one layer, but "
+                f"they would become {' and '.join(schemes)}: "
                 "give them one scheme"
             )
             continue
         methods = dict.fromkeys(assignments[n].method for n in inside)
-        if len(dict.fromkeys(assignments[n] for n in inside)) > 1 and linears[inside[0]].scheme.strategy in ("tensor", "tensor_group"):
+        if len(dict.fromkeys(assignments[n] for n in inside)) > 1 and linears[inside[0]].scheme.strategy in (
+            "tensor",
+            "tensor_group",
+        ):
             problems[kind] = (
-                f"{fused}: {', '.join(n.rsplit('.', 1)[-1] for n in inside)} share one number in scheme {next(iter(schemes))}, "
-                f"but are made by {' and '.join(methods)}{'' if len(methods) > 1 else ' with different settings'}: give them one method with one setting"
+                f"{fused}: {', '.join(n.rsplit('.', 1)[-1] for n in inside)} share one number in scheme "
+                f"{next(iter(schemes))}, "
+                "but are made by "
+                f"{' and '.join(methods)}{'' if len(methods) > 1 else ' with different settings'}: give "
+                "them one method with one setting"
             )
             continue
         if inside and len(inside) < len(names):
             out = [n.rsplit(".", 1)[-1] for n in names if n not in linears]
             problems[kind] = (
-                f"{fused}: vLLM fuses {', '.join(n.rsplit('.', 1)[-1] for n in names)} into one layer, but {', '.join(out)} would stay unquantized: "
+                f"{fused}: vLLM fuses {', '.join(n.rsplit('.', 1)[-1] for n in names)} into one layer, but "
+                f"{', '.join(out)} would stay unquantized: "
                 "select all of them or none, or use --target other"
             )
     return list(problems.values())
 
 
 def unquantized_linears(checkpoint: Checkpoint, linears: Mapping[str, Linear]) -> list[str]:
-    """Module names to list as ignored: linears of any part of the model that stay as they are; always the head, which may be tied."""
+    """Module names to list as ignored: linears of any part of the model that stay as they are; always the
+    head, which may be tied."""
     names = {"lm_head"}
     for name, info in checkpoint.tensors.items():
         module = name.removesuffix(".weight")
-        if module not in linears and name.endswith(".weight") and len(info.shape) == 2 and info.dtype in FLOATS:
+        if (
+            module not in linears
+            and name.endswith(".weight")
+            and len(info.shape) == 2
+            and info.dtype in FLOATS
+        ):
             if not re.search(r"(^|\.)(embed\w*|wte|wpe|\w*_embeddings?)$", module):
                 names.add(module)
     return sorted(names, key=lambda n: (block_of(n + ".") is None, block_of(n + ".") or 0, n))
@@ -448,7 +533,8 @@ def lay_out(
     dtype: str,
     made: Mapping[int, Sequence[TensorSpec]] | None = None,
 ) -> tuple[Unit, ...]:
-    """Units in file order: what lies outside the blocks first, then block by block, each in shards of at most :data:`SHARD_BYTES`.
+    """Units in file order: what lies outside the blocks first, then block by block, each in shards of at most
+    :data:`SHARD_BYTES`.
 
     ``made``: by block, tensors that the source does not have.
     """
@@ -469,7 +555,11 @@ def lay_out(
         shards: list[list[OutputTensor]] = [[]]
         size = 0
         for tensor in members[block]:
-            if size + tensor.spec.nbytes > SHARD_BYTES and shards[-1] and not _same_linear(shards[-1][-1], tensor):
+            if (
+                size + tensor.spec.nbytes > SHARD_BYTES
+                and shards[-1]
+                and not _same_linear(shards[-1][-1], tensor)
+            ):
                 shards.append([])
                 size = 0
             shards[-1].append(tensor)
@@ -495,8 +585,8 @@ def _same_linear(a: OutputTensor, b: OutputTensor) -> bool:
 def check_disk(output_path: Path, needed: int, scratch: int = 0) -> None:
     """
     Raises:
-        QuantError: the disk under ``output_path`` has less than ``needed + scratch`` bytes free; what unfinished work takes counts as free.
-    """
+        QuantError: the disk under ``output_path`` has less than ``needed + scratch`` bytes free; what
+            unfinished work takes counts as free."""
     output_path = output_path.absolute()
     folder = _existing(output_path.parent)
     free = shutil.disk_usage(folder).free
@@ -506,7 +596,8 @@ def check_disk(output_path: Path, needed: int, scratch: int = 0) -> None:
     if needed + scratch > free:
         files = f" and {format_size(scratch)} for calibration activations" if scratch else ""
         raise QuantError(
-            f"{folder}: {format_size(needed)} are needed for the output{files}, {format_size(free)} are free: free some room, or choose another "
+            f"{folder}: {format_size(needed)} are needed for the output{files}, {format_size(free)} are "
+            "free: free some room, or choose another "
             f"--output-path{', or use fewer --samples' if scratch else ''}"
         )
 

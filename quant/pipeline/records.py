@@ -34,14 +34,24 @@ class Clock:
 
 @dataclass
 class Records:
-    """What the report says of each linear and each fold. ``layers`` are by the linear's name, ``folds`` by those that share the folded input."""
+    """What the report says of each linear and each fold. ``layers`` are by the linear's name, ``folds`` by
+    those that share the folded input."""
 
     plan: JobPlan
     progress: Progress
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     folds: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def add(self, name: str, result: Quantized, noise: float, signal: float, error: float | None, tokens: int, seconds: float) -> None:
+    def add(
+        self,
+        name: str,
+        result: Quantized,
+        noise: float,
+        signal: float,
+        error: float | None,
+        tokens: int,
+        seconds: float,
+    ) -> None:
         """Notes what a linear became.
 
         Args:
@@ -55,7 +65,9 @@ class Records:
             "scheme": str(self.plan.linears[name].numbers),
             "error": error,
             "error_missing": None if error is not None else NOT_HELD_OUT if tokens else NOT_CALIBRATED,
-            "snr_db": round(10 * float(torch.log10(torch.tensor(signal / max(noise, 1e-30)))), 2) if signal else None,
+            "snr_db": round(10 * float(torch.log10(torch.tensor(signal / max(noise, 1e-30)))), 2)
+            if signal
+            else None,
             "tokens": tokens,
             "seconds": round(seconds, 3),
             "fallback": "; ".join(result.fallbacks) or None,

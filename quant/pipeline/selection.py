@@ -11,7 +11,8 @@ from quant.models.adapter import block_of
 
 
 def blocks_of(spec: str, count: int) -> set[int] | None:
-    """Block indices of ``0,1,2``, ``0-3,7``, ``first:2`` or ``last:2``; None when the spec is a glob over module names.
+    """Block indices of ``0,1,2``, ``0-3,7``, ``first:2`` or ``last:2``; None when the spec is a glob over
+    module names.
 
     >>> sorted(blocks_of("0-2,5", 6))
     [0, 1, 2, 5]
@@ -45,7 +46,8 @@ def select(linears: Sequence[str], layers: str | None, ignore: Sequence[str], bl
     Args:
         linears: module names of all linears of the decoder's blocks.
         layers: a spec of :func:`blocks_of` or globs over module names separated by commas; None for all.
-        ignore: globs over module names, or ``re:`` followed by a regular expression that must match from the start.
+        ignore: globs over module names, or ``re:`` followed by a regular expression that must match from the
+            start.
         blocks: number of decoder blocks.
 
     Raises:
@@ -57,7 +59,9 @@ def select(linears: Sequence[str], layers: str | None, ignore: Sequence[str], bl
     return chosen
 
 
-def selected(linears: Sequence[str], layers: str | None, ignore: Sequence[str], blocks: int) -> tuple[list[str], list[str]]:
+def selected(
+    linears: Sequence[str], layers: str | None, ignore: Sequence[str], blocks: int
+) -> tuple[list[str], list[str]]:
     """:func:`select` that goes on after a mistake: what is left to quantize, and every mistake."""
     chosen, problems = list(linears), []
     if layers is not None:
@@ -72,7 +76,10 @@ def selected(linears: Sequence[str], layers: str | None, ignore: Sequence[str], 
             for glob in (g.strip() for g in layers.split(",")):
                 found = [n for n in linears if _glob(n, glob)]
                 if not found:
-                    problems.append(f"--layers {clipped(glob)} matches no linear of the model: names look like {linears[0]!r}")
+                    problems.append(
+                        f"--layers {clipped(glob)} matches no linear of the model: names look like "
+                        f"{linears[0]!r}"
+                    )
                 chosen += [n for n in found if n not in chosen]
             chosen.sort(key=linears.index)
     dropped, wrong = _ignored(linears, ignore)
@@ -98,7 +105,10 @@ def _ignored(linears: Sequence[str], ignore: Sequence[str]) -> tuple[set[str], l
         else:
             found = [n for n in linears if _glob(n, pattern)]
         if not found and pattern != "lm_head":
-            problems.append(f"--ignore {pattern!r} matches no linear of the model: names look like {linears[0]!r}, such as '*.down_proj'")
+            problems.append(
+                f"--ignore {pattern!r} matches no linear of the model: names look like {linears[0]!r}, such "
+                "as '*.down_proj'"
+            )
         dropped |= set(found)
     return dropped, problems
 

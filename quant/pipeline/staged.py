@@ -1,14 +1,16 @@
 """One forward pass through a block in which every linear is quantized at the moment its input is known.
 
-The usual way runs a block twice over the calibration rows: once to gather statistics, once more with quantized weights for the next block's
-inputs. Here each batch runs in a coroutine (a greenlet, so that the model's own code needs no change) that is suspended when it reaches a
-linear still to be quantized. When all batches wait at the same linears, their statistics are complete: the linears are quantized and the
-batches go on through the new weights. Every linear runs once, and each one's statistics are of what it will really see, quantized layers of
-its own block included (the "true sequential" order of GPTQ).
+The usual way runs a block twice over the calibration rows: once to gather statistics, once more with
+quantized weights for the next block's inputs. Here each batch runs in a coroutine (a greenlet, so that the
+model's own code needs no change) that is suspended when it reaches a linear still to be quantized. When all
+batches wait at the same linears, their statistics are complete: the linears are quantized and the batches go
+on through the new weights. Every linear runs once, and each one's statistics are of what it will really see,
+quantized layers of its own block included (the "true sequential" order of GPTQ).
 
-Suspended batches hold activations. :class:`ActivationStore` keeps a bounded part of them in memory (on the device) and the rest in a scratch
-file (for a GPU: in host memory). What the model's code still names but reads no more, as attention's queries while its output is multiplied, is not
-kept: one batch that goes ahead without stopping shows what is read after each stop.
+Suspended batches hold activations. :class:`ActivationStore` keeps a bounded part of them in memory (on the
+device) and the rest in a scratch file (for a GPU: in host memory). What the model's code still names but
+reads no more, as attention's queries while its output is multiplied, is not kept: one batch that goes ahead
+without stopping shows what is read after each stop.
 """
 
 from __future__ import annotations
@@ -38,13 +40,15 @@ from quant.models.skeleton import BlockCall
 from quant.pipeline.int8 import Int8Linear
 from quant.units import format_size
 
-#: Bytes that are written to the scratch file at a time. Of larger writes Linux keeps the page cache in larger pages, which a virtual machine whose host
-#: takes free memory back is slow to find: 2.4 s for a GiB against 0.3 s.
+#: Bytes that are written to the scratch file at a time. Of larger writes Linux keeps the page cache in larger
+#: pages, which a virtual machine whose host takes free memory back is slow to find: 2.4 s for a GiB against
+#: 0.3 s.
 _WRITTEN = 1 << 16
 
 
 class Space:
-    """Places in a row of bytes. The first that is large enough is taken; neighbours that are given back become one.
+    """Places in a row of bytes. The first that is large enough is taken; neighbours that are given back
+    become one.
 
     Args:
         limit: bytes there are; None: as many as are asked for.
@@ -79,14 +83,17 @@ class Space:
 
 
 class ActivationStore:
-    """Puts tensors aside and brings them back, in place: the storage is emptied and refilled, so every view of it stays valid.
+    """Puts tensors aside and brings them back, in place: the storage is emptied and refilled, so every view
+    of it stays valid.
 
-    A CPU's tensors go to one region of memory, which is made once: left where they are, among buffers that come and go, they would keep the heap
-    from ever shrinking. What the region has no room for goes to the scratch file. A GPU's tensors stay where they are, and the rest goes to host memory.
+    A CPU's tensors go to one region of memory, which is made once: left where they are, among buffers that
+    come and go, they would keep the heap from ever shrinking. What the region has no room for goes to the
+    scratch file. A GPU's tensors stay where they are, and the rest goes to host memory.
 
     Args:
         resident: bytes that may stay in memory (on a GPU: where they are).
-        scratch: file for the rest of a CPU's tensors; None: one without a name, in the system's folder for temporary files.
+        scratch: file for the rest of a CPU's tensors; None: one without a name, in the system's folder for
+            temporary files.
     """
 
     def __init__(self, resident: int, scratch: Path | None):
@@ -103,7 +110,9 @@ class ActivationStore:
         size = storage.nbytes()
         self._aside += size
         self.most = max(self.most, self._aside)
-        restore = self._put_on_device(tensor.device, storage) if tensor.is_cuda else self._put_in_memory(storage)
+        restore = (
+            self._put_on_device(tensor.device, storage) if tensor.is_cuda else self._put_in_memory(storage)
+        )
 
         def back() -> None:
             self._aside -= size
@@ -112,7 +121,8 @@ class ActivationStore:
         return back
 
     def drop(self, tensor: torch.Tensor) -> Callable[[], None]:
-        """Frees a tensor that nobody is going to read; the returned function makes it again, of NaN, so that whoever does is found out."""
+        """Frees a tensor that nobody is going to read; the returned function makes it again, of NaN, so that
+        whoever does is found out."""
         storage, device = tensor.untyped_storage(), tensor.device
         size = storage.nbytes()
         storage.resize_(0)
@@ -195,7 +205,8 @@ class ActivationStore:
             self._written = max(self._written, position)
         except OSError as error:
             raise DiskFull(
-                f"{self._place}: cannot hold {format_size(self._outside.end)} of calibration activations ({error.strerror}): free some room, "
+                f"{self._place}: cannot hold {format_size(self._outside.end)} of calibration activations "
+                f"({error.strerror}): free some room, "
                 "or use fewer --samples or a shorter --sequence-length"
             ) from error
         return offset
@@ -212,7 +223,10 @@ class ActivationStore:
 
     def _check_whole(self) -> None:
         if os.fstat(self._file).st_size < self._written:
-            raise QuantError(f"{self._place}: the scratch file ended early: another process changed it; run the same command again")
+            raise QuantError(
+                f"{self._place}: the scratch file ended early: another process changed it; run the same "
+                "command again"
+            )
 
     @property
     def spilled_bytes(self) -> int:
@@ -242,7 +256,9 @@ class Batches:
 
     def __init__(self, store: ActivationStore, hidden: Iterable[torch.Tensor]):
         self._store = store
-        self._entries: list[tuple[torch.Tensor, Callable[[], None]] | None] = [(h, store.put(h)) for h in hidden]
+        self._entries: list[tuple[torch.Tensor, Callable[[], None]] | None] = [
+            (h, store.put(h)) for h in hidden
+        ]
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -277,8 +293,8 @@ def _kind(tensor: torch.Tensor) -> _Kind:
 
 
 class _Batch(greenlet):
-    """A batch on its way through the block. ``seen`` are tensors that belong to it alone and that the model's code may hold while it waits: what the
-    block's linears, norms and attention are given."""
+    """A batch on its way through the block. ``seen`` are tensors that belong to it alone and that the model's
+    code may hold while it waits: what the block's linears, norms and attention are given."""
 
     seen: list[weakref.ref[torch.Tensor]]
 
@@ -299,7 +315,8 @@ class _Reads(TorchDispatchMode):
         self._after: dict[InputGroup, set[int]] = {}
 
     def stop(self, group: InputGroup, held: Sequence[torch.Tensor]) -> None:
-        # storages, which keep their identity from being used again; not tensors, which would be held at later stops because of it
+        # storages, which keep their identity from being used again; not tensors, which would be held at later
+        # stops because of it
         self.stops[group] = [(t.untyped_storage(), _kind(t)) for t in held]
         self._after[group] = set()
 
@@ -311,7 +328,9 @@ class _Reads(TorchDispatchMode):
 
     def unread(self) -> dict[InputGroup, list[tuple[_Kind, bool]]]:
         """For each stop and each tensor held there: what kind it is, and whether nothing has read it since."""
-        return {g: [(kind, s._cdata not in self._after[g]) for s, kind in stop] for g, stop in self.stops.items()}
+        return {
+            g: [(kind, s._cdata not in self._after[g]) for s, kind in stop] for g, stop in self.stops.items()
+        }
 
 
 def _see(*tensors: object) -> None:
@@ -321,16 +340,24 @@ def _see(*tensors: object) -> None:
 
 
 def _see_first(module: nn.Module, args: tuple[object, ...]) -> None:
-    """Hook of a module without parts: its first argument is what flows through the block; others may be shared by all batches."""
+    """Hook of a module without parts: its first argument is what flows through the block; others may be
+    shared by all batches."""
     _see(*args[:1])
 
 
 def _see_attention(
-    inner: Callable[..., Any], module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    inner: Callable[..., Any],
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     _see(query, key, value)
     output, _ = inner(module, query, key, value, *args, **kwargs)
-    return output, None  # not the weights, tokens by tokens for each head: the batch would hold them while it waits
+    # not the weights, tokens by tokens for each head: the batch would hold them while it waits
+    return output, None
 
 
 @dataclass
@@ -365,7 +392,8 @@ class StagedForward:
         calls: by batch size, what the block is called with.
         observe: called with (group, batch index, inputs [B, T, K]) as each batch arrives at a group.
         need_outputs: False for the last block, whose last linear nobody reads: its batches are dropped there.
-        int8: called with a group whose new weights are in place; returns, by name, the linears of it that batches go on through in 8-bit products.
+        int8: called with a group whose new weights are in place; returns, by name, the linears of it that
+            batches go on through in 8-bit products.
     """
 
     def __init__(
@@ -379,7 +407,13 @@ class StagedForward:
         need_outputs: bool = True,
         int8: Callable[[InputGroup], Mapping[str, Int8Linear]] = lambda group: {},
     ):
-        self._block, self._batches, self._calls, self._store, self._observe = block, batches, calls, store, observe
+        self._block, self._batches, self._calls, self._store, self._observe = (
+            block,
+            batches,
+            calls,
+            store,
+            observe,
+        )
         self._groups = {linear: group for group in groups for linear in group.linears}
         self._finished: set[InputGroup] = set()
         self._stopped: dict[str, _Stop] = {}
@@ -388,7 +422,8 @@ class StagedForward:
         self._unread: dict[InputGroup, list[tuple[_Kind, bool]]] = {}
 
     def look_ahead(self) -> None:
-        """Runs a copy of the smallest batch through the block as it is, to learn what batches that wait need not keep. Nothing is observed or replaced."""
+        """Runs a copy of the smallest batch through the block as it is, to learn what batches that wait need
+        not keep. Nothing is observed or replaced."""
         with torch.no_grad(), self._stops(), _Reads() as self._reads:
             batch = _Batch(lambda h: _call(self._block, h, self._calls))
             hidden = self._batches.smallest()
@@ -397,7 +432,8 @@ class StagedForward:
         self._unread, self._reads = self._reads.unread(), None
 
     def stages(self) -> Generator[InputGroup, None, None]:
-        """Yields each group when all batches wait at it; the caller must put the new weights in place before going on.
+        """Yields each group when all batches wait at it; the caller must put the new weights in place before
+        going on.
 
         Raises:
             QuantError: batches reach the linears in different orders, or never reach some.
@@ -409,7 +445,10 @@ class StagedForward:
                 while waiting:
                     arrived = {w.group for w in waiting}
                     if len(arrived) > 1 or len(waiting) != len(self._batches):
-                        raise QuantError("batches reach the block's linears in different orders: the block chooses its path by content")
+                        raise QuantError(
+                            "batches reach the block's linears in different orders: the block chooses its "
+                            "path by content"
+                        )
                     group = arrived.pop()
                     yield group
                     self._finished.add(group)
@@ -419,7 +458,8 @@ class StagedForward:
                         self._stopped[name].int8 = forward
                     waiting = [r for i, w in enumerate(waiting) if (r := self._resume(i, w))]
                     for stop in self._stopped.values():
-                        if stop.passes >= len(self._batches):  # some linears of a group run only after the next stop
+                        # some linears of a group run only after the next stop
+                        if stop.passes >= len(self._batches):
                             stop.int8 = None
             finally:
                 for entry in waiting:
@@ -427,14 +467,17 @@ class StagedForward:
         missing = [n for n, g in self._groups.items() if g not in self._finished]
         if missing:
             raise QuantError(
-                f"the block's forward pass never used {', '.join(missing[:4])}: the model's adapter names linears that do not run"
+                f"the block's forward pass never used {', '.join(missing[:4])}: the model's adapter names "
+                "linears that do not run"
             )
 
     @contextmanager
     def _stops(self) -> Iterator[None]:
         """While it lasts, batches stop at the linears, and what they hold is seen."""
         originals = {}
-        hooks = [m.register_forward_pre_hook(_see_first) for m in self._block.modules() if not any(m.children())]
+        hooks = [
+            m.register_forward_pre_hook(_see_first) for m in self._block.modules() if not any(m.children())
+        ]
         for name in self._groups:
             module = self._block.get_submodule(name)
             originals[name] = module.forward
@@ -455,7 +498,8 @@ class StagedForward:
         return self._arrived(index, batch, batch.switch(hidden))
 
     def _resume(self, index: int, waiting: _Waiting) -> _Waiting | None:
-        while waiting.restore:  # not kept: each holds the storage that it fills, which the block is about to be done with
+        # not kept: each holds the storage that it fills, which the block is about to be done with
+        while waiting.restore:
             waiting.restore.pop()()
         return self._arrived(index, waiting.batch, waiting.batch.switch())
 
@@ -473,7 +517,10 @@ class StagedForward:
         known = self._unread.get(group, [])
         if [kind for kind, _ in known] != [_kind(t) for t in held]:
             return [self._store.put(t) for t in held]
-        return [self._store.drop(t) if unread else self._store.put(t) for t, (_, unread) in zip(held, known, strict=True)]
+        return [
+            self._store.drop(t) if unread else self._store.put(t)
+            for t, (_, unread) in zip(held, known, strict=True)
+        ]
 
 
 class _Stop:

@@ -1,4 +1,5 @@
-"""From quantized linears to a finished directory: shards as they are made, then side files, index, config.json last."""
+"""From quantized linears to a finished directory: shards as they are made, then side files, index,
+config.json last."""
 
 from __future__ import annotations
 
@@ -41,12 +42,15 @@ def write_unit(
 ) -> dict[Path, str]:
     """Writes and syncs a unit's shards; returns the digest of each file.
 
-    Linears come from ``produce``; every other tensor is copied byte for byte, unless ``changed`` has new values for it. Each is made and
-    written by one of ``workers``, or one after the other in file order where there are none. ``claimed`` is called when the disk's room for
-    the unit has been claimed.
+    Linears come from ``produce``; every other tensor is copied byte for byte, unless ``changed`` has new
+    values for it. Each is made and written by one of ``workers``, or one after the other in file order where
+    there are none. ``claimed`` is called when the disk's room for the unit has been claimed.
     """
     with ExitStack() as stack:
-        writers = [stack.enter_context(ShardWriter(folder / shard.file, [t.spec for t in shard.tensors])) for shard in unit.shards]
+        writers = [
+            stack.enter_context(ShardWriter(folder / shard.file, [t.spec for t in shard.tensors]))
+            for shard in unit.shards
+        ]
         claimed()
 
         def write_linear(linear: str, names: Sequence[str], writer: ShardWriter) -> None:
@@ -72,7 +76,8 @@ def write_unit(
 
 
 def _do(jobs: Sequence[Callable[[], None]], workers: Executor | None) -> None:
-    """Does all jobs. When one fails the others are left out or waited for: the file that they write to is about to be closed."""
+    """Does all jobs. When one fails the others are left out or waited for: the file that they write to is
+    about to be closed."""
     if workers is None:
         for job in jobs:
             job()
@@ -94,7 +99,8 @@ def write_rest(
     arguments: list[Argument],
     fallback: Path | None = None,
 ) -> list[dict[str, str]]:
-    """Everything behind the shards: side files, index, engine arguments, and config.json last, because without it the folder is no model.
+    """Everything behind the shards: side files, index, engine arguments, and config.json last, because
+    without it the folder is no model.
 
     Args:
         fallback: directory to take side files from that the source lacks.
@@ -110,7 +116,10 @@ def write_rest(
                 _copy(file.path, target)
     if sum(len(u.shards) for u in units) > 1:
         total = sum(t.spec.nbytes for u in units for s in u.shards for t in s.tensors)
-        write_text(folder / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map(units)}, indent=2) + "\n")
+        write_text(
+            folder / INDEX,
+            json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map(units)}, indent=2) + "\n",
+        )
     if form.config_file and "quantization_config" in config:
         write_text(folder / form.config_file, json.dumps(config["quantization_config"], indent=2) + "\n")
     write_text(folder / VLLM_CONFIG, json.dumps(vllm_config(arguments), indent=2) + "\n")
@@ -135,5 +144,8 @@ def _copy(file: Path, target: Path) -> None:
         shutil.copyfile(file, target)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):  # the error itself names the source
-            raise DiskFull(f"{target}: the disk is full. Free some room and run the same command again: finished work is kept") from error
+            raise DiskFull(
+                f"{target}: the disk is full. Free some room and run the same command again: finished work "
+                "is kept"
+            ) from error
         raise

@@ -1,7 +1,9 @@
-"""The KV cache as vLLM lays it out: pages, groups of layers, blocks, and what a request of a given length needs.
+"""The KV cache as vLLM lays it out: pages, groups of layers, blocks, and what a request of a given length
+needs.
 
-A page is one layer's share of a block. Layers of one kind form a group with one block table; a model of several kinds has several groups of
-equal size, which draw blocks from one pool, so a block costs ``group size × page`` bytes whoever takes it.
+A page is one layer's share of a block. Layers of one kind form a group with one block table; a model of
+several kinds has several groups of equal size, which draw blocks from one pool, so a block costs ``group size
+× page`` bytes whoever takes it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ KV_DTYPES: dict[str, float] = {"auto": 0, "bfloat16": 2, "float16": 2, "fp8": 1,
 
 @dataclass(frozen=True)
 class Group:
-    """Layers with one block table: their kind, tokens a block, bytes of one layer's page; ``held``: blocks of a recurrent state."""
+    """Layers with one block table: their kind, tokens a block, bytes of one layer's page; ``held``: blocks of
+    a recurrent state."""
 
     kind: str
     layers: int
@@ -30,7 +33,8 @@ class Group:
     held: int = 1
 
     def blocks(self, length: int, in_flight: int) -> int:
-        """Blocks that one request of ``length`` tokens holds at most, with ``in_flight`` tokens not yet settled."""
+        """Blocks that one request of ``length`` tokens holds at most, with ``in_flight`` tokens not yet
+        settled."""
         if self.kind == "sliding":
             return ceil(min(self.window - 1 + in_flight, length) / self.block) + 1
         if self.kind == "chunked":
@@ -42,7 +46,8 @@ class Group:
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """All groups of a pipeline stage. ``bytes_per_block`` is what one block of the pool costs, ``block`` an attention block's tokens."""
+    """All groups of a pipeline stage. ``bytes_per_block`` is what one block of the pool costs, ``block`` an
+    attention block's tokens."""
 
     groups: tuple[Group, ...]
     bytes_per_block: int
@@ -61,11 +66,14 @@ class CacheLayout:
     def to_dict(self) -> dict[str, Any]:
         return {
             "block_tokens": self.block, "bytes_per_block": self.bytes_per_block,
-            "groups": [{"kind": g.kind, "layers": g.layers, "block_tokens": g.block, "page_bytes": g.page} for g in self.groups],
+            "groups": [{"kind": g.kind, "layers": g.layers, "block_tokens": g.block,
+            "page_bytes": g.page} for g in self.groups],
         }  # fmt: skip
 
 
-def layer_bytes(layer: CacheLayer, tensor_parallel: int, width: float, rules: Rules, spec: ModelSpec) -> float:
+def layer_bytes(
+    layer: CacheLayer, tensor_parallel: int, width: float, rules: Rules, spec: ModelSpec
+) -> float:
     """Bytes that one attention layer caches for one token on one rank."""
     if layer.kind == "mla":
         if rules.mla:
@@ -78,15 +86,24 @@ def layer_bytes(layer: CacheLayer, tensor_parallel: int, width: float, rules: Ru
 
 
 def state_bytes(layer: CacheLayer, tensor_parallel: int, width: float, platform: str = "cuda") -> int:
-    """Bytes of a recurrent layer's state for one request on one rank. vLLM's CPU build keeps the state itself in 32 bits."""
+    """Bytes of a recurrent layer's state for one request on one rank. vLLM's CPU build keeps the state itself
+    in 32 bits."""
     convolution, *state = layer.state
     least = 4 if platform == "cpu" else 0
-    total = convolution[0] * (convolution[1] or width) + sum(count * max(each or width, least) for count, each in state)
+    total = convolution[0] * (convolution[1] or width) + sum(
+        count * max(each or width, least) for count, each in state
+    )
     return int(total / tensor_parallel)
 
 
 def layout(
-    spec: ModelSpec, layers: Sequence[CacheLayer], tensor_parallel: int, width: float, rules: Rules, block: int, platform: str = "cuda"
+    spec: ModelSpec,
+    layers: Sequence[CacheLayer],
+    tensor_parallel: int,
+    width: float,
+    rules: Rules,
+    block: int,
+    platform: str = "cuda",
 ) -> CacheLayout:
     """The groups of the given layers.
 
@@ -124,7 +141,14 @@ def layout(
         own_block = block
         if each and page % int(each * block) == 0:
             own_block = block * (page // int(each * block))
-        buckets.append((Group(kind, len(members), own_block, page, window, rules.state_blocks if kind == "state" else 1), members))
+        buckets.append(
+            (
+                Group(
+                    kind, len(members), own_block, page, window, rules.state_blocks if kind == "state" else 1
+                ),
+                members,
+            )
+        )
     sizes = [len(m) for _, m in buckets]
     size = max(sizes) if max(sizes) < 1.5 * min(sizes) else min(sizes)
     groups = [replace(g, layers=size) for g, members in buckets for _ in range(ceil(len(members) / size))]

@@ -1,4 +1,5 @@
-"""The memory plan: what vLLM does with a GPU's memory when it starts, byte by byte, and whether it starts at all.
+"""The memory plan: what vLLM does with a GPU's memory when it starts, byte by byte, and whether it starts at
+all.
 
 ::
 
@@ -6,8 +7,9 @@
     KV cache  = requested − weights − other (CUDA context, NCCL, libraries) − activation peak [− CUDA graphs]
     blocks    = KV cache // bytes per block                  the pipeline stage with the fewest decides
 
-The activation peak is that of the profile run: one forward pass of ``max_num_batched_tokens`` tokens, then the sampler over
-``max_num_seqs`` rows of logits. Which of the two is larger depends on the release and on the vocabulary, seldom on the model's size.
+The activation peak is that of the profile run: one forward pass of ``max_num_batched_tokens`` tokens, then
+the sampler over ``max_num_seqs`` rows of logits. Which of the two is larger depends on the release and on the
+vocabulary, seldom on the model's size.
 """
 
 from __future__ import annotations
@@ -22,13 +24,21 @@ from quant.defaults import VLLM_VERSION
 from quant.errors import Problems, UsageError, one_of
 from quant.hardware import Gpu
 from quant.planning.kvcache import KV_DTYPES, CacheLayout, layout, longest_context
-from quant.planning.storage import FP8_BLOCK, QUANTIZED_ROLES, loaded_bytes, source_storage, stage_layers, storage_of
+from quant.planning.storage import (
+    FP8_BLOCK,
+    QUANTIZED_ROLES,
+    loaded_bytes,
+    source_storage,
+    stage_layers,
+    storage_of,
+)
 from quant.planning.versions import Rules, rules_for
 from quant.schemes import BLOCK
 from quant.units import format_size
 
 GIB = 2**30
-#: resident memory of a worker of vLLM's CPU build (0.32) that serves an 11 MB model: the interpreter and its libraries
+#: resident memory of a worker of vLLM's CPU build (0.32) that serves an 11 MB model: the interpreter and its
+#: libraries
 CPU_PROCESS_BYTES = int(0.63 * GIB)
 MIB = 2**20
 
@@ -79,31 +89,45 @@ class EngineRequest:
         whole("pipeline-parallel", self.pipeline_parallel, 1, 1024)
         if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
             found.append(
-                f"--gpu-memory-utilization is {self.gpu_memory_utilization}: a share of the GPU's whole memory, above 0 and at most 1"
+                f"--gpu-memory-utilization is {self.gpu_memory_utilization}: a share of the GPU's whole "
+                "memory, above 0 and at most 1"
             )
         if self.kv_cache_dtype not in KV_DTYPES:
             found.append(str(one_of("--kv-cache-dtype", self.kv_cache_dtype, list(KV_DTYPES))))
         if self.context is not None and self.context > spec.max_context:
             found.append(
-                f"--context is {self.context}: {spec.name} has positions for {spec.max_context}; give at most that, or a checkpoint whose "
+                f"--context is {self.context}: {spec.name} has positions for {spec.max_context}; give at "
+                "most that, or a checkpoint whose "
                 "config.json extends it (rope scaling)"
             )
-        if self.max_num_seqs and self.max_num_batched_tokens and self.max_num_batched_tokens < self.max_num_seqs:
+        if (
+            self.max_num_seqs
+            and self.max_num_batched_tokens
+            and self.max_num_batched_tokens < self.max_num_seqs
+        ):
             found.append(
-                f"--max-num-batched-tokens {self.max_num_batched_tokens} is below --max-num-seqs {self.max_num_seqs}: vLLM refuses to "
+                f"--max-num-batched-tokens {self.max_num_batched_tokens} is below --max-num-seqs "
+                f"{self.max_num_seqs}: vLLM refuses to "
                 "start; every sequence needs at least one token"
             )
         if self.max_num_seqs and self.concurrency > self.max_num_seqs:
-            found.append(f"--concurrency {self.concurrency} is above --max-num-seqs {self.max_num_seqs}: raise the latter or ask for less")
+            found.append(
+                f"--concurrency {self.concurrency} is above --max-num-seqs {self.max_num_seqs}: raise the "
+                "latter or ask for less"
+            )
         ranks = self.ranks
         if 1 <= ranks <= 1024:
             found += parallel_problems(spec, ranks)
         if self.pipeline_parallel > spec.layers:
-            found.append(f"--pipeline-parallel is {self.pipeline_parallel}: {spec.name} has {spec.layers} layers, at most one stage each")
+            found.append(
+                f"--pipeline-parallel is {self.pipeline_parallel}: {spec.name} has {spec.layers} layers, at "
+                "most one stage each"
+            )
         if ranks * self.pipeline_parallel > len(gpus):
             needed = ranks * self.pipeline_parallel
             found.append(
-                f"tensor parallel {ranks} × pipeline parallel {self.pipeline_parallel} needs {needed} GPUs, {len(gpus)} given (--gpu-count)"
+                f"tensor parallel {ranks} × pipeline parallel {self.pipeline_parallel} needs {needed} GPUs, "
+                f"{len(gpus)} given (--gpu-count)"
             )
         if found:
             raise Problems(found, exit_code=2)
@@ -112,12 +136,20 @@ class EngineRequest:
 def parallel_problems(spec: ModelSpec, ranks: int) -> list[str]:
     """Why vLLM cannot cut this model into ``ranks``: empty when it can."""
     found = []
-    fits = [t for t in (1, 2, 3, 4, 5, 6, 7, 8, 16, 32) if spec.heads % t == 0 and (spec.kv_heads % t == 0 or t % spec.kv_heads == 0)]
+    fits = [
+        t
+        for t in (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
+        if spec.heads % t == 0 and (spec.kv_heads % t == 0 or t % spec.kv_heads == 0)
+    ]
     if spec.heads % ranks:
-        found.append(f"--tensor-parallel is {ranks}: does not divide the {spec.heads} attention heads of {spec.name}; it can be {fits}")
+        found.append(
+            f"--tensor-parallel is {ranks}: does not divide the {spec.heads} attention heads of "
+            f"{spec.name}; it can be {fits}"
+        )
     elif spec.kv_heads % ranks and ranks % spec.kv_heads:
         found.append(
-            f"--tensor-parallel is {ranks}: neither divides the {spec.kv_heads} KV heads of {spec.name} nor is a multiple; it can be {fits}"
+            f"--tensor-parallel is {ranks}: neither divides the {spec.kv_heads} KV heads of {spec.name} nor "
+            f"is a multiple; it can be {fits}"
         )
     inner = spec.moe.intermediate if spec.moe else spec.intermediate
     if inner % ranks and not found:
@@ -126,8 +158,8 @@ def parallel_problems(spec: ModelSpec, ranks: int) -> list[str]:
 
 
 def group_problems(spec: ModelSpec, scheme: str, ranks: int, group_size: int | None = None) -> list[str]:
-    """Linears whose inputs do not divide into the scheme's groups (or blocks), and those whose groups ``ranks`` would cut: vLLM refuses such a
-    checkpoint. What a checkpoint holds already divides."""
+    """Linears whose inputs do not divide into the scheme's groups (or blocks), and those whose groups
+    ``ranks`` would cut: vLLM refuses such a checkpoint. What a checkpoint holds already divides."""
     storage = source_storage(spec)[0] if scheme == "none" else storage_of(scheme, group_size)
     if storage.group <= 1 or storage.name in ("nf4",):
         return []
@@ -141,10 +173,16 @@ def group_problems(spec: ModelSpec, scheme: str, ranks: int, group_size: int | N
                 ragged.setdefault(weight.shape[1], weight.name)
         elif weight.split == "row" and weight.shape[1] % (ranks * storage.group):
             cut.setdefault(weight.shape[1], weight.name)
-    instead = "w8a8-fp8" if storage is FP8_BLOCK else "a smaller group size, or one scale for each output (-1)"
-    found = [f"{name} has {k} inputs, which do not divide into groups of {storage.group}: use {instead}" for k, name in ragged.items()]
+    instead = (
+        "w8a8-fp8" if storage is FP8_BLOCK else "a smaller group size, or one scale for each output (-1)"
+    )
+    found = [
+        f"{name} has {k} inputs, which do not divide into groups of {storage.group}: use {instead}"
+        for k, name in ragged.items()
+    ]
     found += [
-        f"{name} has {k} inputs = {k // storage.group} groups of {storage.group}, which {ranks} ranks cannot share: use another "
+        f"{name} has {k} inputs = {k // storage.group} groups of {storage.group}, which {ranks} ranks "
+        "cannot share: use another "
         "tensor parallel degree or a smaller group size"
         for k, name in cut.items()
     ]  # fmt: skip
@@ -152,14 +190,21 @@ def group_problems(spec: ModelSpec, scheme: str, ranks: int, group_size: int | N
 
 
 def _block_problems(spec: ModelSpec, ranks: int) -> list[str]:
-    """Linears whose outputs ``ranks`` would cut inside a block, or whose last block a fused layer would go on in."""
-    from quant.formats.base import NOT_LAST  # the formats take a tenth of the time to the answer, and few plans ask for blocks
+    """Linears whose outputs ``ranks`` would cut inside a block, or whose last block a fused layer would go on
+    in."""
+    # the formats take a tenth of the time to the answer, and few plans ask for blocks
+    from quant.formats.base import NOT_LAST
 
     seen: dict[int, str] = {}
     for weight in spec.unpacked or spec.weights:
         pieces = {"column": ranks, "kv": min(ranks, spec.kv_heads)}.get(weight.split, 1)
         followed = weight.name.removesuffix(".weight").endswith(NOT_LAST)
-        if weight.linear and weight.role in QUANTIZED_ROLES and (pieces > 1 or followed) and weight.shape[0] % (pieces * BLOCK):
+        if (
+            weight.linear
+            and weight.role in QUANTIZED_ROLES
+            and (pieces > 1 or followed)
+            and weight.shape[0] % (pieces * BLOCK)
+        ):
             seen.setdefault(weight.shape[0], weight.name)
     how, use = (
         (f"{ranks} ranks cannot share in", "another tensor parallel degree, or w8a8-fp8")
@@ -173,7 +218,8 @@ def _block_problems(spec: ModelSpec, ranks: int) -> list[str]:
 class MemoryPlan:
     """What one start would give. All bytes are those of one GPU: the one in the stage that decides.
 
-    ``fits``: vLLM starts with these arguments. ``why`` says why not, ``remedy`` the smallest change that would make it.
+    ``fits``: vLLM starts with these arguments. ``why`` says why not, ``remedy`` the smallest change that
+    would make it.
     """
 
     scheme: str
@@ -220,14 +266,18 @@ class MemoryPlan:
         return value
 
 
-def batch_defaults(gpu: Gpu, rules: Rules, context: int, request: EngineRequest, spec: ModelSpec) -> tuple[int, int]:
+def batch_defaults(
+    gpu: Gpu, rules: Rules, context: int, request: EngineRequest, spec: ModelSpec
+) -> tuple[int, int]:
     """``max_num_batched_tokens`` and ``max_num_seqs`` as the server of that release would set them."""
     world = request.ranks * request.pipeline_parallel
     if gpu.platform == "cpu":
         tokens, seqs = 2048 * world, 128 * world
     elif rules.engine == "v0":
         chunked = (
-            request.chunked_prefill if request.chunked_prefill is not None else context > 32768 and not spec.latent and not spec.vision
+            request.chunked_prefill
+            if request.chunked_prefill is not None
+            else context > 32768 and not spec.latent and not spec.vision
         )
         tokens = (2048 if rules.version >= (0, 6, 4) else 512) if chunked else max(context, 2048)
         seqs = 256
@@ -251,11 +301,15 @@ def batch_defaults(gpu: Gpu, rules: Rules, context: int, request: EngineRequest,
     return tokens, seqs
 
 
-def activation_peak(spec: ModelSpec, rules: Rules, tokens: int, seqs: int, ranks: int, width: int, last_stage: bool = True) -> int:
-    """Bytes at the peak of the profile run: the larger of the forward pass and the sampler, with the experts' workspace on top.
+def activation_peak(
+    spec: ModelSpec, rules: Rules, tokens: int, seqs: int, ranks: int, width: int, last_stage: bool = True
+) -> int:
+    """Bytes at the peak of the profile run: the larger of the forward pass and the sampler, with the experts'
+    workspace on top.
 
-    The forward pass holds, for every token, the two inner projections and their product (3·I, cut by rank) and four vectors of the hidden
-    size; the sampler ``rules.sampler_bytes`` for every sequence and vocabulary entry.
+    The forward pass holds, for every token, the two inner projections and their product (3·I, cut by rank)
+    and four vectors of the hidden size; the sampler ``rules.sampler_bytes`` for every sequence and vocabulary
+    entry.
     """
     h = spec.hidden
     inner = 0 if spec.moe and not any(w.role == "mlp" for w in spec.weights) else spec.intermediate
@@ -272,7 +326,13 @@ def activation_peak(spec: ModelSpec, rules: Rules, tokens: int, seqs: int, ranks
         rows = min(tokens, 32768 if rules.engine == "v0" else tokens) * spec.moe.active
         workspace = rows * (spec.moe.intermediate / ranks + h) * width + tokens * h * width
         if rules.engine == "v0":  # freed before the sampler runs
-            forward, workspace = max(forward, workspace + tokens * 4 * h * width + rows * 2 * spec.moe.intermediate / ranks * width), 0.0
+            forward, workspace = (
+                max(
+                    forward,
+                    workspace + tokens * 4 * h * width + rows * 2 * spec.moe.intermediate / ranks * width,
+                ),
+                0.0,
+            )
     sampler = seqs * spec.vocabulary * rules.sampler_bytes if last_stage else 0
     return int(max(forward, sampler) + workspace)
 
@@ -281,16 +341,22 @@ def graph_sizes(seqs: int, tokens: int, rules: Rules, capability: tuple[int, int
     """How many batch sizes are captured as CUDA graphs."""
     if rules.engine == "v0":
         return 3 + sum(1 for s in range(8, 257, 8) if s <= max(8, seqs))
-    largest = min(seqs * 2, 1024 if capability and capability[0] == 10 else 512) if rules.version >= (0, 11, 0) else 512
+    largest = (
+        min(seqs * 2, 1024 if capability and capability[0] == 10 else 512)
+        if rules.version >= (0, 11, 0)
+        else 512
+    )
     largest = min(largest, tokens)
     sizes = [s for s in (1, 2, 4, *range(8, 256, 8), *range(256, largest + 1, 16)) if s <= largest]
     return len(sizes)
 
 
 def graph_bytes(spec: ModelSpec, rules: Rules, sizes: int, ranks: int, layers: int) -> int:
-    """Memory of the captured graphs: a first capture and a share for every further one, both growing with the layers.
+    """Memory of the captured graphs: a first capture and a share for every further one, both growing with the
+    layers.
 
-    Calibrated on the estimates that vLLM 0.19 printed for ten models with 102 graphs (51 sizes, two modes): 0.55–1.82 GiB.
+    Calibrated on the estimates that vLLM 0.19 printed for ten models with 102 graphs (51 sizes, two modes):
+    0.55–1.82 GiB.
     """
     if not sizes:
         return 0
@@ -304,8 +370,8 @@ def graph_bytes(spec: ModelSpec, rules: Rules, sizes: int, ranks: int, layers: i
 
 
 def other_memory(rules: Rules, gpu: Gpu, world: int) -> int:
-    """Bytes outside torch's allocator: the CUDA context's growth and libraries, NCCL and all-reduce buffers with several GPUs; on the CPU
-    the process itself."""
+    """Bytes outside torch's allocator: the CUDA context's growth and libraries, NCCL and all-reduce buffers
+    with several GPUs; on the CPU the process itself."""
     if gpu.platform == "cpu":
         return CPU_PROCESS_BYTES
     if world == 1:
@@ -315,9 +381,11 @@ def other_memory(rules: Rules, gpu: Gpu, world: int) -> int:
 
 
 def multimodal_peak(spec: ModelSpec, rules: Rules, tokens: int, width: int) -> int:
-    """Bytes at the peak of the vision tower's part of the profile run: images worth the batch's tokens, one at least.
+    """Bytes at the peak of the vision tower's part of the profile run: images worth the batch's tokens, one
+    at least.
 
-    Every patch holds the MLP's inner projections and four vectors of the tower's width; the outputs stay until the end.
+    Every patch holds the MLP's inner projections and four vectors of the tower's width; the outputs stay
+    until the end.
     """
     shape = spec.vision_shape
     if not shape or rules.engine != "v1":
@@ -328,12 +396,17 @@ def multimodal_peak(spec: ModelSpec, rules: Rules, tokens: int, width: int) -> i
 
 
 def plan(
-    spec: ModelSpec, gpus: Sequence[Gpu], scheme: str = "none", request: EngineRequest | None = None, group_size: int | None = None
+    spec: ModelSpec,
+    gpus: Sequence[Gpu],
+    scheme: str = "none",
+    request: EngineRequest | None = None,
+    group_size: int | None = None,
 ) -> MemoryPlan:
     """What vLLM would do with this model, stored in this scheme, on these GPUs.
 
     Args:
-        gpus: the GPUs at hand; the first ``tensor × pipeline`` are used, and the one with the least memory decides.
+        gpus: the GPUs at hand; the first ``tensor × pipeline`` are used, and the one with the least memory
+            decides.
         scheme: ``none`` for the checkpoint as it is, or a scheme's name.
         group_size: of a scheme with groups, instead of its own.
 
@@ -356,10 +429,16 @@ def plan(
     width = 2 if DTYPE_BYTES[dtype] == 1 else int(DTYPE_BYTES[dtype])
     context = request.context or spec.max_context
     tokens, seqs = batch_defaults(gpu, rules, context, request, spec)
-    utilization = request.gpu_memory_utilization if request.gpu_memory_utilization is not None else rules.utilization
+    utilization = (
+        request.gpu_memory_utilization if request.gpu_memory_utilization is not None else rules.utilization
+    )
     requested = ceil(gpu.total_bytes * utilization)
     kv_width = KV_DTYPES[request.kv_cache_dtype] or width
-    if request.kv_cache_dtype == "auto" and scheme == "none" and (spec.quantization or {}).get("kv_cache_scheme"):
+    if (
+        request.kv_cache_dtype == "auto"
+        and scheme == "none"
+        and (spec.quantization or {}).get("kv_cache_scheme")
+    ):
         kv_width = 1  # a checkpoint with KV scales switches the cache to FP8 by itself
 
     weights = loaded_bytes(spec, scheme, ranks, stages, rules, gpu.capability, width, group_size)
@@ -367,13 +446,25 @@ def plan(
     parts = stage_layers(spec.layers, stages, rules)
     block = request.block_size or default_block(spec, gpu, rules)
     in_flight = tokens * max(rules.batches_in_flight if gpu.platform != "cpu" else 1, stages)
-    sizes = 0 if request.enforce_eager or gpu.platform == "cpu" else graph_sizes(seqs, tokens, rules, gpu.capability)
+    sizes = (
+        0
+        if request.enforce_eager or gpu.platform == "cpu"
+        else graph_sizes(seqs, tokens, rules, gpu.capability)
+    )
     whole = layout(spec, spec.cache, ranks, kv_width, rules, block, gpu.platform)
 
     best: tuple[int, int, int, int, int, CacheLayout] | None = None
     for stage in range(stages):
         stage_layout = (
-            layout(spec, [c for c in spec.cache if c.layer in parts[stage]], ranks, kv_width, rules, block, gpu.platform)
+            layout(
+                spec,
+                [c for c in spec.cache if c.layer in parts[stage]],
+                ranks,
+                kv_width,
+                rules,
+                block,
+                gpu.platform,
+            )
             if stages > 1
             else whole
         )
@@ -388,7 +479,14 @@ def plan(
         if request.kv_cache_memory_bytes is not None:
             kv = request.kv_cache_memory_bytes
         blocks = kv // stage_layout.bytes_per_block if stage_layout.bytes_per_block and kv > 0 else 0
-        candidate = (blocks if stage_layout.bytes_per_block else 2**62, kv, stage, activation, graphs, stage_layout)
+        candidate = (
+            blocks if stage_layout.bytes_per_block else 2**62,
+            kv,
+            stage,
+            activation,
+            graphs,
+            stage_layout,
+        )
         if best is None or candidate[:2] < best[:2]:
             best = candidate
     assert best is not None
@@ -404,18 +502,26 @@ def plan(
         printed = blocks // max(len(chosen.groups), 1) * chosen.block
         concurrency = blocks / needed if needed else float(seqs)
     why, remedy = _Start(
-        spec=spec, scheme=scheme, request=request, rules=rules, gpu=gpu, utilization=utilization, requested=requested,
-        weights=weights[stage], other=other, activation=activation, graphs=graphs, kv=kv, blocks=blocks, usable=usable, needed=needed,
-        longest=longest, context=context, tokens=tokens, seqs=seqs, layout=chosen, whole=whole, in_flight=in_flight, group_size=group_size,
+        spec=spec, scheme=scheme, request=request, rules=rules, gpu=gpu, utilization=utilization,
+        requested=requested,
+        weights=weights[stage], other=other, activation=activation, graphs=graphs, kv=kv, blocks=blocks,
+        usable=usable, needed=needed,
+        longest=longest, context=context, tokens=tokens, seqs=seqs, layout=chosen, whole=whole,
+        in_flight=in_flight, group_size=group_size,
     ).verdict()  # fmt: skip
     spare = gpu.total_bytes - requested - (0 if rules.graphs_subtracted else graphs)
     return MemoryPlan(
-        scheme=scheme, fits=not why, why=why or _fit_sentence(printed, context, concurrency), remedy=remedy, weights_bytes=weights[stage],
-        activation_bytes=activation, cuda_graph_bytes=graphs, other_bytes=other, requested_bytes=requested, total_bytes=gpu.total_bytes,
-        kv_cache_bytes=max(kv, 0), kv_bytes_per_token=(whole if stages == 1 else chosen).bytes_per_token(), kv_tokens=printed,
+        scheme=scheme, fits=not why, why=why or _fit_sentence(printed, context, concurrency), remedy=remedy,
+        weights_bytes=weights[stage],
+        activation_bytes=activation, cuda_graph_bytes=graphs, other_bytes=other, requested_bytes=requested,
+        total_bytes=gpu.total_bytes,
+        kv_cache_bytes=max(kv, 0), kv_bytes_per_token=(whole if stages == 1 else chosen).bytes_per_token(),
+        kv_tokens=printed,
         kv_blocks=max(blocks, 0), block_tokens=chosen.block, max_context=longest, context=context,
-        max_concurrency=round(concurrency, 4) if kv > 0 else 0.0, max_num_seqs=seqs, max_num_batched_tokens=tokens,
-        gpu_memory_utilization=utilization, tensor_parallel=ranks, pipeline_parallel=stages, kv_cache_dtype=request.kv_cache_dtype,
+        max_concurrency=round(concurrency, 4) if kv > 0 else 0.0, max_num_seqs=seqs,
+        max_num_batched_tokens=tokens,
+        gpu_memory_utilization=utilization, tensor_parallel=ranks, pipeline_parallel=stages,
+        kv_cache_dtype=request.kv_cache_dtype,
         vllm_version=request.vllm_version,
         weights_by_stage=tuple(weights), spare_bytes=spare, layout=chosen,
     )  # fmt: skip
@@ -436,7 +542,8 @@ def _fit_sentence(tokens: int, context: int, concurrency: float) -> str:
 
 @dataclass(frozen=True)
 class _Start:
-    """One start with everything that decides whether it succeeds; bytes of one GPU, blocks of the pool, lengths in tokens."""
+    """One start with everything that decides whether it succeeds; bytes of one GPU, blocks of the pool,
+    lengths in tokens."""
 
     spec: ModelSpec
     scheme: str
@@ -463,9 +570,11 @@ class _Start:
     group_size: int | None
 
     def verdict(self) -> tuple[str, str]:
-        """Why vLLM would not start, and the smallest change that would make it; two empty strings when it starts.
+        """Why vLLM would not start, and the smallest change that would make it; two empty strings when it
+        starts.
 
-        The checks run in the order in which vLLM meets them: the cuts at load time, the free memory, the profile, the context, the graphs.
+        The checks run in the order in which vLLM meets them: the cuts at load time, the free memory, the
+        profile, the context, the graphs.
         """
         for check in (self._cuts, self._free, self._room, self._context, self._states, self._graphs):
             found = check()
@@ -482,7 +591,10 @@ class _Start:
         if cuts:
             return cuts[0], "another tensor parallel degree, or a smaller group size when quantizing"
         if self.request.chunked_prefill is False and self.tokens < self.context and self.rules.engine == "v1":
-            why = f"max_num_batched_tokens {self.tokens} is below the context {self.context} without chunked prefill"
+            why = (
+                f"max_num_batched_tokens {self.tokens} is below the context {self.context} without "
+                "chunked prefill"
+            )
             return why, f"--max-num-batched-tokens {self.context}"
         return None
 
@@ -491,7 +603,8 @@ class _Start:
             return None
         held = self.gpu.total_bytes - self.gpu.free_bytes
         return (
-            f"{format_size(self.gpu.free_bytes)} free at start, {format_size(self.requested)} asked for (utilization {self.utilization:g} "
+            f"{format_size(self.gpu.free_bytes)} free at start, {format_size(self.requested)} asked for "
+            f"(utilization {self.utilization:g} "
             f"of {format_size(self.gpu.total_bytes)}); {format_size(held)} is held by others",
             f"--gpu-memory-utilization {largest_utilization(self.gpu):.2f}, or free the GPU",
         )
@@ -505,13 +618,21 @@ class _Start:
         if graphs > missing:
             remedy = "--enforce-eager"
         elif self.weights + self.other < self.requested and self.seqs > 16 and self.activation > missing:
-            remedy = f"--max-num-seqs {max(16, _smaller(self.seqs))} --max-num-batched-tokens {max(512, _smaller(self.tokens))}"
+            remedy = (
+                f"--max-num-seqs {max(16, _smaller(self.seqs))} --max-num-batched-tokens "
+                f"{max(512, _smaller(self.tokens))}"
+            )
         else:
-            ranks = next((t for t in (2, 4, 8, 16) if t > self.request.ranks and not parallel_problems(self.spec, t)), None)
+            ranks = next(
+                (t for t in (2, 4, 8, 16) if t > self.request.ranks and not parallel_problems(self.spec, t)),
+                None,
+            )
             remedy = f"a smaller scheme, a larger GPU{f', or --tensor-parallel {ranks}' if ranks else ''}"
         return (
-            f"no room for a KV cache: weights {format_size(self.weights)} + activations {format_size(self.activation)} + CUDA graphs "
-            f"{format_size(graphs)} + other {format_size(self.other)} = {format_size(used)}, of {format_size(self.requested)} requested",
+            f"no room for a KV cache: weights {format_size(self.weights)} + activations "
+            f"{format_size(self.activation)} + CUDA graphs "
+            f"{format_size(graphs)} + other {format_size(self.other)} = {format_size(used)}, of "
+            f"{format_size(self.requested)} requested",
             remedy,
         )
 
@@ -521,14 +642,18 @@ class _Start:
             if needed > self.kv:
                 release = ".".join(map(str, self.rules.version[:2]))
                 return (
-                    f"vLLM {release} compares the KV cache of all stages ({format_size(needed)}) with one stage's {format_size(self.kv)}",
+                    f"vLLM {release} compares the KV cache of all stages ({format_size(needed)}) with one "
+                    f"stage's {format_size(self.kv)}",
                     f"--context {self.longest // self.request.pipeline_parallel}",
                 )
         if self.needed > self.usable:
             return (
-                f"one request of {self.context:,} tokens needs {format_size(self.needed * self.layout.bytes_per_block)} of KV cache, "
+                f"one request of {self.context:,} tokens needs "
+                f"{format_size(self.needed * self.layout.bytes_per_block)} of KV cache, "
                 f"{format_size(self.kv)} is there; the longest that fits is {self.longest:,}",
-                f"--context {self.longest} (vLLM: --max-model-len {self.longest})" if self.longest else "a larger GPU or fewer bits",
+                f"--context {self.longest} (vLLM: --max-model-len {self.longest})"
+                if self.longest
+                else "a larger GPU or fewer bits",
             )
         return None
 
@@ -537,7 +662,8 @@ class _Start:
         if not (self.rules.state_check and self.graphs and recurrent and self.blocks < self.seqs):
             return None
         return (
-            f"{self.blocks} cache blocks for recurrent states, but max_num_seqs is {self.seqs}: every decoding sequence needs one when "
+            f"{self.blocks} cache blocks for recurrent states, but max_num_seqs is {self.seqs}: every "
+            "decoding sequence needs one when "
             "CUDA graphs are captured",
             f"--max-num-seqs {max(1, self.blocks)}, or --enforce-eager",
         )
@@ -549,7 +675,8 @@ class _Start:
         if self.graphs <= room + 0.25 * GIB:
             return None
         return (
-            f"out of memory while capturing CUDA graphs: {format_size(self.graphs)} needed, {format_size(room)} left outside "
+            f"out of memory while capturing CUDA graphs: {format_size(self.graphs)} needed, "
+            f"{format_size(room)} left outside "
             f"utilization {self.utilization:g}",
             "--enforce-eager, or a lower --gpu-memory-utilization",
         )
@@ -560,7 +687,8 @@ def _smaller(value: int) -> int:
 
 
 def largest_utilization(gpu: Gpu) -> float:
-    """The largest share of the GPU that can be asked for while others hold what they hold now, rounded down to a percent."""
+    """The largest share of the GPU that can be asked for while others hold what they hold now, rounded down
+    to a percent."""
     return max(0.01, int(gpu.free_bytes / gpu.total_bytes * 100) / 100)
 
 

@@ -1,8 +1,9 @@
-"""Which scheme to take: every candidate gets a plan, an expected loss and bounds of speed; then one is chosen, with its reason.
+"""Which scheme to take: every candidate gets a plan, an expected loss and bounds of speed; then one is
+chosen, with its reason.
 
-The choice: the highest quality that fits with the asked context and concurrency and keeps a safety margin of the free memory; ties by
-speed. A scenario may ask for the fastest scheme within an accepted loss instead. What fits is vLLM's business
-(:mod:`quant.planning.memory`); the margin affects only what is chosen.
+The choice: the highest quality that fits with the asked context and concurrency and keeps a safety margin of
+the free memory; ties by speed. A scenario may ask for the fastest scheme within an accepted loss instead.
+What fits is vLLM's business (:mod:`quant.planning.memory`); the margin affects only what is chosen.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ from quant.catalog import load_model, stored_bytes
 from quant.data import load_json
 from quant.errors import NothingFits, UsageError, one_of
 from quant.hardware import Gpu, cpu_device, resolve_gpus
-from quant.planning.memory import EngineRequest, MemoryPlan, group_problems, largest_utilization, parallel_problems, plan
+from quant.planning.memory import (
+    EngineRequest,
+    MemoryPlan,
+    group_problems,
+    largest_utilization,
+    parallel_problems,
+    plan,
+)
 from quant.planning.rule_of_thumb import rule_of_thumb
 from quant.planning.scenarios import Scenario, load_scenario
 from quant.planning.speed import Speed, speed_bounds
@@ -38,8 +46,9 @@ UNKNOWN = "not known"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A scheme that may be recommended, most precise first. ``needs``: the number format of :data:`quant.hardware.FORMAT_CAPABILITIES`;
-    ``native`` demands that the GPU computes in it, where unpacking would give no gain over a simpler scheme."""
+    """A scheme that may be recommended, most precise first. ``needs``: the number format of
+    :data:`quant.hardware.FORMAT_CAPABILITIES`; ``native`` demands that the GPU computes in it, where
+    unpacking would give no gain over a simpler scheme."""
 
     scheme: str
     title: str
@@ -56,20 +65,23 @@ CANDIDATES = (
     Candidate("nvfp4", "NVFP4 weights and activations", "nvfp4", native=True),
 )
 
-#: schemes that `quant quantize` makes today → its methods, the preferred one first. A row here switches a scheme's commands on.
-#: Eight bits of weights are within noise when simply rounded, so the method that needs no data comes first there.
+#: schemes that `quant quantize` makes today → its methods, the preferred one first. A row here switches a
+#: scheme's commands on. Eight bits of weights are within noise when simply rounded, so the method that needs
+#: no data comes first there.
 MAKEABLE: dict[str, tuple[str, ...]] = {
     name: ("fp8",) if s.kernel == "fp8" else ("minmax", "gptq") if s.weights.bits == 8 else ("gptq", "minmax")
     for name, s in PRESETS.items()
     if s.weights.bits in (4, 8)
 }
-#: Recipe keys that a scheme needs to be good: eight-bit integer activations lose their outliers without smoothing.
+#: Recipe keys that a scheme needs to be good: eight-bit integer activations lose their outliers without
+#: smoothing.
 NEEDED: dict[str, dict[str, str]] = {"w8a8-int8": {"outlier_suppression": "smooth_quant"}}
 
 
 @dataclass(frozen=True)
 class SchemePlan:
-    """A candidate with its plan. ``fits``: vLLM starts; ``meets``: it also holds the asked concurrency; ``safe``: with the margin left."""
+    """A candidate with its plan. ``fits``: vLLM starts; ``meets``: it also holds the asked concurrency;
+    ``safe``: with the margin left."""
 
     candidate: Candidate
     plan: MemoryPlan | None
@@ -91,9 +103,12 @@ class SchemePlan:
     def to_dict(self) -> dict[str, Any]:
         value: dict[str, Any] = self.plan.to_dict() if self.plan else {}
         value.update(
-            scheme=self.scheme, title=self.candidate.title, fits=self.fits, meets_request=self.meets, keeps_margin=self.safe, why=self.why,
-            remedy=self.plan.remedy if self.plan else "", expected_loss_percent=list(self.loss), expected_loss_source=self.loss_source,
-            speed=self.speed.to_dict() if self.speed else None, makeable=self.makeable, checkpoint_bytes=self.checkpoint_bytes,
+            scheme=self.scheme, title=self.candidate.title, fits=self.fits, meets_request=self.meets,
+            keeps_margin=self.safe, why=self.why,
+            remedy=self.plan.remedy if self.plan else "", expected_loss_percent=list(self.loss),
+            expected_loss_source=self.loss_source,
+            speed=self.speed.to_dict() if self.speed else None, makeable=self.makeable,
+            checkpoint_bytes=self.checkpoint_bytes,
             group_size=self.group_size,
         )  # fmt: skip
         for key in _PLAN_KEYS:
@@ -102,7 +117,8 @@ class SchemePlan:
 
 
 _PLAN_KEYS = (
-    "weights_bytes", "kv_bytes_per_token", "kv_cache_bytes", "kv_tokens", "max_context", "max_concurrency", "activation_bytes",
+    "weights_bytes", "kv_bytes_per_token", "kv_cache_bytes", "kv_tokens", "max_context", "max_concurrency",
+    "activation_bytes",
     "cuda_graph_bytes", "other_bytes",
 )  # fmt: skip
 
@@ -123,8 +139,9 @@ class Engine:
 class Recommendation:
     """The choice and everything it was made from.
 
-    ``recommended`` is None when nothing fits; then ``reason`` says what would. ``method`` is how `quant quantize` makes the scheme (None
-    for ``none`` and for schemes that this build does not make), ``commands`` what to run, in order.
+    ``recommended`` is None when nothing fits; then ``reason`` says what would. ``method`` is how `quant
+    quantize` makes the scheme (None for ``none`` and for schemes that this build does not make), ``commands``
+    what to run, in order.
     """
 
     model: ModelSpec
@@ -166,13 +183,16 @@ class Recommendation:
         chosen = None
         if self.recommended is not None:
             chosen = {
-                "scheme": self.recommended, "method": self.method, "group_size": self.group_size, "reason": self.reason,
+                "scheme": self.recommended, "method": self.method, "group_size": self.group_size,
+                "reason": self.reason,
                 "commands": list(self.commands), "engine": self.engine,
             }  # fmt: skip
         return {
-            "gpu": {**self.gpus[0].to_dict(), "count": len(self.gpus)}, "model": self.model.to_dict(), "recommended": chosen,
+            "gpu": {**self.gpus[0].to_dict(), "count": len(self.gpus)}, "model": self.model.to_dict(),
+            "recommended": chosen,
             "reason": self.reason, "plans": [dict(t) for t in self.thumb] or [p.to_dict() for p in self.plans],
-            "engines": [e.to_dict() for e in self.engines], "scenario": self.scenario, "policy": self.policy, "notes": list(self.notes),
+            "engines": [e.to_dict() for e in self.engines], "scenario": self.scenario, "policy": self.policy,
+            "notes": list(self.notes),
         }  # fmt: skip
 
 
@@ -196,7 +216,8 @@ def recommend(
     Args:
         model: a checkpoint directory, a config.json, a config mapping, a name, or a spec.
         gpus: a GPU's name, GPUs, or None for those here.
-        request: vLLM's arguments; context and concurrency in tokens and sequences. All GPUs share the layers where it does not say.
+        request: vLLM's arguments; context and concurrency in tokens and sequences. All GPUs share the layers
+            where it does not say.
         scenario: a profile whose arguments fill what ``request`` leaves open, and whose objective decides.
         policy: ``vllm``, or ``rule-of-thumb`` for the original design's rule.
         scheme: plan just this one.
@@ -224,13 +245,20 @@ def recommend(
     if policy == "rule-of-thumb":
         if scheme is not None or scenario is not None:
             given = "--scheme" if scheme is not None else "--scenario"
-            raise UsageError(f"--policy rule-of-thumb contradicts {given}: the rule knows only its own four schemes; leave one of them out")
+            raise UsageError(
+                f"--policy rule-of-thumb contradicts {given}: the rule knows only its own four schemes; "
+                "leave one of them out"
+            )
         return _thumb(spec, found, request)
     profile = load_scenario(scenario) if isinstance(scenario, str) else scenario
     notes = [*spec.notes]
     if profile:
         request = profile.request(spec, request)
-        if request.kv_cache_dtype == "fp8" and found[0].platform == "cuda" and (found[0].capability or (0, 0)) < (8, 9):
+        if (
+            request.kv_cache_dtype == "fp8"
+            and found[0].platform == "cuda"
+            and (found[0].capability or (0, 0)) < (8, 9)
+        ):
             request = replace(request, kv_cache_dtype="auto")
             notes.append(f"{found[0].name} has no FP8: the scenario's FP8 cache is planned in 16 bits")
     if request.context is None:
@@ -238,7 +266,9 @@ def recommend(
         notes.append(f"planned for a context of {request.context:,} tokens; --context asks for another")
     if len(found) > 1 and request.tensor_parallel is None and 1 <= request.pipeline_parallel <= len(found):
         ranks = len(found) // request.pipeline_parallel
-        request = replace(request, tensor_parallel=next(t for t in range(ranks, 0, -1) if not parallel_problems(spec, t)))
+        request = replace(
+            request, tensor_parallel=next(t for t in range(ranks, 0, -1) if not parallel_problems(spec, t))
+        )
     if len({g.name for g in found}) > 1:
         notes.append("the GPUs differ: every one gets the same share, so the smallest decides")
     gpu = min(found, key=lambda g: (g.total_bytes, g.free_bytes))
@@ -248,12 +278,16 @@ def recommend(
             share = largest_utilization(gpu)
             request = replace(request, gpu_memory_utilization=share)
             notes.append(
-                f"{format_size(gpu.total_bytes - gpu.free_bytes)} is held by others: utilization {share:.2f} instead of {default:.2f}"
+                f"{format_size(gpu.total_bytes - gpu.free_bytes)} is held by others: utilization "
+                f"{share:.2f} instead of {default:.2f}"
             )
     wanted = source_kernels(spec) | ({PRESETS[scheme].kernel} if scheme in PRESETS else set())
     if (alone := wanted & {"mxfp4", "mxfp8"}) and spec.dtype == "float16" and request.dtype is None:
         request = replace(request, dtype="bfloat16")
-        notes.append(f"vLLM's weight-only kernels of {', '.join(sorted(alone))} take bf16 alone: planned with --dtype bfloat16")
+        notes.append(
+            f"vLLM's weight-only kernels of {', '.join(sorted(alone))} take bf16 alone: planned with "
+            "--dtype bfloat16"
+        )
     request.check(spec, found)
     makes = MAKEABLE if makeable is None else makeable
     names = [c.scheme for c in CANDIDATES]
@@ -263,7 +297,8 @@ def recommend(
         candidates = [_asked(scheme)]
         if gpu.formats.get(candidates[0].needs) == "weight-only" and PRESETS[scheme].activations is not None:
             notes.append(
-                f"{gpu.name} computes {candidates[0].needs} only as packed weights: activations stay in 16 bits, prompts gain no speed"
+                f"{gpu.name} computes {candidates[0].needs} only as packed weights: activations stay in 16 "
+                "bits, prompts gain no speed"
             )
     else:
         candidates = [c for c in CANDIDATES if schemes is None or c.scheme in schemes]
@@ -278,11 +313,14 @@ def recommend(
             commands = _commands(spec, model, chosen, method, request, output_path, gpu)
         else:
             notes.append(
-                f"this build does not make {chosen.scheme}: take a published {chosen.scheme} checkpoint, or one of {', '.join(makes)}"
+                f"this build does not make {chosen.scheme}: take a published {chosen.scheme} checkpoint, or "
+                f"one of {', '.join(makes)}"
             )
     return Recommendation(
-        model=spec, gpus=tuple(found), request=request, plans=plans, recommended=chosen.scheme if chosen else None, method=method,
-        reason=reason, commands=commands, engines=_engines(spec, gpu, plans, request, profile), scenario=profile.name if profile else None,
+        model=spec, gpus=tuple(found), request=request, plans=plans,
+        recommended=chosen.scheme if chosen else None, method=method,
+        reason=reason, commands=commands, engines=_engines(spec, gpu, plans, request, profile),
+        scenario=profile.name if profile else None,
         notes=tuple(notes), group_size=chosen.group_size if chosen else None,
     )  # fmt: skip
 
@@ -315,45 +353,68 @@ def _plan_one(
     makes: Mapping[str, Sequence[str]],
     margin: float,
 ) -> SchemePlan:
-    quality = load_json("quality.json")["schemes"].get(candidate.scheme, {"loss_percent": [0, 100], "source": UNKNOWN})
+    quality = load_json("quality.json")["schemes"].get(
+        candidate.scheme, {"loss_percent": [0, 100], "source": UNKNOWN}
+    )
     loss = (float(quality["loss_percent"][0]), float(quality["loss_percent"][1]))
     makeable = candidate.scheme in makes or candidate.scheme == "none"
 
     def refused(why: str) -> SchemePlan:
-        return SchemePlan(candidate, None, False, False, False, why, loss, quality["source"], None, makeable, 0)
+        return SchemePlan(
+            candidate, None, False, False, False, why, loss, quality["source"], None, makeable, 0
+        )
 
     if spec.quantization and candidate.scheme != "none":
-        return refused(f"the checkpoint is already quantized ({source_method(spec.quantization)}): quantize its 16-bit source instead")
-    part = f"{gpu.name} ({'.'.join(map(str, gpu.capability)) if gpu.capability else gpu.architecture or gpu.platform})"
+        return refused(
+            f"the checkpoint is already quantized ({source_method(spec.quantization)}): quantize its 16-bit "
+            "source instead"
+        )
+    part = (
+        f"{gpu.name} "
+        f"({'.'.join(map(str, gpu.capability)) if gpu.capability else gpu.architecture or gpu.platform})"
+    )
     if candidate.needs:
         state = gpu.formats.get(candidate.needs, "no")
         if state == "no":
             return refused(f"{part} has no kernel for {candidate.needs}")
         if candidate.native and state != "native":
             return refused(f"{part} computes {candidate.needs} only as packed weights")
-    if candidate.scheme == "none" and gpu.platform != "rocm":  # whose kernels of quantized checkpoints are not tabled
+    # whose kernels of quantized checkpoints are not tabled
+    if candidate.scheme == "none" and gpu.platform != "rocm":
         missing = sorted(k for k in source_kernels(spec) if gpu.formats.get(k) == "no")
         if missing:
-            return refused(f"{part} has no kernel for {', '.join(missing)}, which the checkpoint is quantized to")
+            return refused(
+                f"{part} has no kernel for {', '.join(missing)}, which the checkpoint is quantized to"
+            )
     group = None
     if candidate.scheme in GROUPED:  # the largest group that every rank can hold whole
-        group = next((g for g in (128, 64, 32) if not group_problems(spec, candidate.scheme, request.ranks, g)), 128)
+        group = next(
+            (g for g in (128, 64, 32) if not group_problems(spec, candidate.scheme, request.ranks, g)), 128
+        )
     found = plan(spec, gpus, candidate.scheme, request, group)
     meets = found.fits and found.max_concurrency >= request.concurrency
     free = gpu.free_bytes
     needed = found.requested_bytes - found.kv_cache_bytes
     if found.layout and found.context:
         in_flight = found.max_num_batched_tokens
-        needed += found.layout.blocks_for(found.context, in_flight) * request.concurrency * found.layout.bytes_per_block
+        needed += (
+            found.layout.blocks_for(found.context, in_flight)
+            * request.concurrency
+            * found.layout.bytes_per_block
+        )
     safe = meets and needed <= free * (1 - margin)
     why = found.why
     if found.fits and not meets:
-        why = f"holds {found.max_concurrency:.1f} requests of {found.context:,} tokens, {request.concurrency} asked for"
+        why = (
+            f"holds {found.max_concurrency:.1f} requests of {found.context:,} tokens, "
+            f"{request.concurrency} asked for"
+        )
     elif meets and not safe:
         why = f"{found.why}; leaves less than {margin:.0%} of the free memory"
     size = stored_bytes(spec) if candidate.scheme == "none" else file_bytes(spec, candidate.scheme, group)
     return SchemePlan(
-        candidate, found, found.fits, meets, safe, why, loss, quality["source"], speed_bounds(spec, gpu, found, request.concurrency),
+        candidate, found, found.fits, meets, safe, why, loss, quality["source"],
+        speed_bounds(spec, gpu, found, request.concurrency),
         makeable, size, group if group != 128 else None,
     )  # fmt: skip
 
@@ -367,7 +428,9 @@ def _choose(plans: Sequence[SchemePlan], profile: Scenario | None) -> SchemePlan
             continue
         if profile and profile.objective in ("throughput", "latency"):
             field_name = "batch_decode_bound" if profile.objective == "throughput" else "decode_bound"
-            return max(pool, key=lambda p: (getattr(p.speed, field_name) or 0.0 if p.speed else 0.0, -p.loss[1]))
+            return max(
+                pool, key=lambda p: (getattr(p.speed, field_name) or 0.0 if p.speed else 0.0, -p.loss[1])
+            )
         best = min(sum(p.loss) for p in pool)
         equal = [p for p in pool if sum(p.loss) == best]
         return max(equal, key=lambda p: (p.makeable, (p.speed.decode_bound or 0.0) if p.speed else 0.0))
@@ -375,14 +438,26 @@ def _choose(plans: Sequence[SchemePlan], profile: Scenario | None) -> SchemePlan
 
 
 def _reason(
-    spec: ModelSpec, gpu: Gpu, plans: Sequence[SchemePlan], chosen: SchemePlan | None, request: EngineRequest, profile: Scenario | None
+    spec: ModelSpec,
+    gpu: Gpu,
+    plans: Sequence[SchemePlan],
+    chosen: SchemePlan | None,
+    request: EngineRequest,
+    profile: Scenario | None,
 ) -> str:
     asked = f"{request.concurrency} × {request.context:,} tokens"
-    where = f"{request.ranks * request.pipeline_parallel} × {gpu.name}" if request.ranks * request.pipeline_parallel > 1 else gpu.name
+    where = (
+        f"{request.ranks * request.pipeline_parallel} × {gpu.name}"
+        if request.ranks * request.pipeline_parallel > 1
+        else gpu.name
+    )
     if chosen is not None and chosen.plan is not None:
         margin = "" if chosen.safe else ", though without the safety margin"
         if profile and profile.objective != "quality":
-            goal = f"the fastest by its bound for {profile.title} among those within {profile.max_loss_percent:g} % of expected loss"
+            goal = (
+                f"the fastest by its bound for {profile.title} among those within "
+                f"{profile.max_loss_percent:g} % of expected loss"
+            )
         else:
             goal = "the most precise that holds what was asked"
         opening = f"{chosen.scheme} holds what was asked" if len(plans) == 1 else f"{chosen.scheme} is {goal}"
@@ -398,10 +473,12 @@ def _reason(
         if profile and any(p.meets for p in plans):
             looser = next(p.scheme for p in plans if p.meets)
             return (
-                f"nothing fits {asked} on {where} within {profile.max_loss_percent:g} % of expected loss; without that limit {looser} would"
+                f"nothing fits {asked} on {where} within {profile.max_loss_percent:g} % of expected "
+                f"loss; without that limit {looser} would"
             )
         return (
-            f"nothing holds {asked} on {where}: {best.scheme} starts and holds {best.plan.max_concurrency:.1f} requests of "
+            f"nothing holds {asked} on {where}: {best.scheme} starts and holds "
+            f"{best.plan.max_concurrency:.1f} requests of "
             f"{request.context:,} tokens; "
             f"ask for --concurrency {max(1, int(best.plan.max_concurrency))}, or add GPUs"
         )
@@ -411,18 +488,28 @@ def _reason(
     longest = max(planned, key=lambda p: p.plan.max_context if p.plan else 0)
     assert longest.plan is not None
     if longest.plan.max_context:
-        return f"nothing fits {asked} on {where}; {longest.scheme} would with --context {longest.plan.max_context} --concurrency 1"
+        return (
+            f"nothing fits {asked} on {where}; {longest.scheme} would with --context "
+            f"{longest.plan.max_context} --concurrency 1"
+        )
     best = min(planned, key=lambda p: p.plan.weights_bytes if p.plan else 0)
     assert best.plan is not None
-    needed = best.plan.weights_bytes + best.plan.activation_bytes + best.plan.other_bytes + best.plan.cuda_graph_bytes
+    needed = (
+        best.plan.weights_bytes
+        + best.plan.activation_bytes
+        + best.plan.other_bytes
+        + best.plan.cuda_graph_bytes
+    )
     return (
-        f"nothing fits on {where}: the smallest, {best.scheme}, needs {format_size(needed)} before any KV cache; "
+        f"nothing fits on {where}: the smallest, {best.scheme}, needs {format_size(needed)} before any KV "
+        "cache; "
         f"{_what_would(spec, gpu, best, request)}"
     )
 
 
 def _what_would(spec: ModelSpec, gpu: Gpu, best: SchemePlan, request: EngineRequest) -> str:
-    """The smallest change that makes the smallest scheme start, found by planning it: no graphs, fewer sequences, more GPUs."""
+    """The smallest change that makes the smallest scheme start, found by planning it: no graphs, fewer
+    sequences, more GPUs."""
     assert best.plan is not None
     world = request.ranks * request.pipeline_parallel
     tries: list[tuple[str, int, EngineRequest]] = []
@@ -431,13 +518,16 @@ def _what_would(spec: ModelSpec, gpu: Gpu, best: SchemePlan, request: EngineRequ
     small = max(request.concurrency, 8)
     if request.max_num_seqs is None and request.max_num_batched_tokens is None:
         words = f"--max-num-seqs {small} --max-num-batched-tokens 512"
-        tries.append((words, world, replace(request, max_num_seqs=small, max_num_batched_tokens=max(512, small))))
+        tries.append(
+            (words, world, replace(request, max_num_seqs=small, max_num_batched_tokens=max(512, small)))
+        )
     for ranks in (2, 4, 8, 16):
         if ranks > request.ranks and not parallel_problems(spec, ranks):
             changed = replace(request, tensor_parallel=ranks)
             tries.append(
                 (
-                    f"{ranks * request.pipeline_parallel} of these GPUs (--gpu-count {ranks * request.pipeline_parallel})",
+                    f"{ranks * request.pipeline_parallel} of these GPUs (--gpu-count "
+                    f"{ranks * request.pipeline_parallel})",
                     ranks * request.pipeline_parallel,
                     changed,
                 )
@@ -445,11 +535,20 @@ def _what_would(spec: ModelSpec, gpu: Gpu, best: SchemePlan, request: EngineRequ
     for words, count, changed in tries:
         if plan(spec, [gpu] * count, best.scheme, changed, best.group_size).fits:
             return f"it would start with {words}"
-    return "not even 16 of these GPUs would do: take a smaller model, or llama.cpp with a 4-bit GGUF in host memory"
+    return (
+        "not even 16 of these GPUs would do: take a smaller model, or llama.cpp with a 4-bit GGUF in "
+        "host memory"
+    )
 
 
 def _commands(
-    spec: ModelSpec, model: object, chosen: SchemePlan, method: str | None, request: EngineRequest, output_path: str | None, gpu: Gpu
+    spec: ModelSpec,
+    model: object,
+    chosen: SchemePlan,
+    method: str | None,
+    request: EngineRequest,
+    output_path: str | None,
+    gpu: Gpu,
 ) -> tuple[str, ...]:
     """The exact commands: make the checkpoint (unless it is served as it is), then serve it."""
     assert chosen.plan is not None
@@ -458,10 +557,22 @@ def _commands(
         return (serve_command(source, chosen.plan, request),)
     target = output_path or f"{Path(source).name}-{chosen.scheme}"
     fetch: tuple[str, ...] = ()
-    if isinstance(model, str) and not Path(model).is_dir():  # known by name only: quantizing needs its tensors
+    # known by name only: quantizing needs its tensors
+    if isinstance(model, str) and not Path(model).is_dir():
         fetch = (shlex.join(["hf", "download", source, "--local-dir", Path(source).name]),)
         source = Path(source).name
-    parts = ["quant", "quantize", "--model-path", source, "--output-path", target, "--method", str(method), "--scheme", chosen.scheme]
+    parts = [
+        "quant",
+        "quantize",
+        "--model-path",
+        source,
+        "--output-path",
+        target,
+        "--method",
+        str(method),
+        "--scheme",
+        chosen.scheme,
+    ]
     if chosen.group_size:
         parts += ["--group-size", str(chosen.group_size)]
     for key, value in NEEDED.get(chosen.scheme, {}).items():
@@ -510,11 +621,25 @@ def _engines(
         llama = Engine("llama.cpp / Ollama", True, "runs a 4-bit GGUF on the CPU")
     else:
         vllm = Engine("vLLM", fits, "the plan above is vLLM's" if fits else "no plan holds what was asked")
-        why = "one user on a laptop" if laptop else "for one user" if fits else "a 4-bit GGUF, with the layers that fit on the GPU"
+        why = (
+            "one user on a laptop"
+            if laptop
+            else "for one user"
+            if fits
+            else "a 4-bit GGUF, with the layers that fit on the GPU"
+        )
         llama = Engine("llama.cpp / Ollama", laptop or not fits, why)
-    why = "compiled kernels for one fixed model; worth its build where latency is all" if modern else "needs compute capability 8.9"
+    why = (
+        "compiled kernels for one fixed model; worth its build where latency is all"
+        if modern
+        else "needs compute capability 8.9"
+    )
     trt = Engine("TensorRT-LLM", modern and latency and fits, why)
-    tgi = Engine("TGI", False, "for deployments that already run it; its development has ended, and vLLM serves the same models")
+    tgi = Engine(
+        "TGI",
+        False,
+        "for deployments that already run it; its development has ended, and vLLM serves the same models",
+    )
     return (vllm, trt, llama, tgi) if vllm.suits else (llama, vllm, trt, tgi)
 
 
@@ -527,15 +652,24 @@ def _thumb(spec: ModelSpec, gpus: Sequence[Gpu], request: EngineRequest) -> Reco
     for p in plans:
         rows.append({**p.to_dict(), **{key: None for key in _PLAN_KEYS}, "weights_bytes": p.needed_bytes})
     chosen = next((p for p in plans if p.scheme == scheme), None)
-    reason = f"rule of thumb: {chosen.scheme}, {chosen.why}" if chosen else f"rule of thumb: nothing fits; the smallest {plans[-1].why}"
-    notes = ("the rule takes every checkpoint as 32-bit and counts no KV cache: see docs/planning.md for where it is wrong",)
+    reason = (
+        f"rule of thumb: {chosen.scheme}, {chosen.why}"
+        if chosen
+        else f"rule of thumb: nothing fits; the smallest {plans[-1].why}"
+    )
+    notes = (
+        "the rule takes every checkpoint as 32-bit and counts no KV cache: see docs/planning.md for where "
+        "it is wrong",
+    )
     return Recommendation(
-        model=spec, gpus=tuple(gpus), request=request, plans=(), recommended=scheme, method=None, reason=reason, commands=(),
-        engines=(Engine("vLLM", True, "not judged by this rule"),), policy="rule-of-thumb", notes=notes, thumb=tuple(rows),
+        model=spec, gpus=tuple(gpus), request=request, plans=(), recommended=scheme, method=None,
+        reason=reason, commands=(),
+        engines=(Engine("vLLM", True, "not judged by this rule"),), policy="rule-of-thumb", notes=notes,
+        thumb=tuple(rows),
     )  # fmt: skip
 
 
-# -- for programs that load models themselves ----------------------------------------------------------------------------------------------
+# -- for programs that load models themselves ----------------------------------------------------------------
 
 
 def get_optimized_config(
@@ -555,19 +689,27 @@ def get_optimized_config(
     chosen = found.plan
     assert chosen is not None
     return {
-        "scheme": found.recommended, "max_model_len": chosen.context, "tensor_parallel_size": chosen.tensor_parallel,
-        "pipeline_parallel_size": chosen.pipeline_parallel, "gpu_memory_utilization": chosen.gpu_memory_utilization,
+        "scheme": found.recommended, "max_model_len": chosen.context,
+        "tensor_parallel_size": chosen.tensor_parallel,
+        "pipeline_parallel_size": chosen.pipeline_parallel,
+        "gpu_memory_utilization": chosen.gpu_memory_utilization,
         "kv_cache_dtype": chosen.kv_cache_dtype, "max_num_seqs": chosen.max_num_seqs,
         "max_num_batched_tokens": chosen.max_num_batched_tokens,
         "enforce_eager": found.request.enforce_eager,
     }  # fmt: skip
 
 
-def reload(model: str | Path | ModelSpec | Mapping[str, Any], release: Callable[[], None] | None = None, **options: Any) -> Recommendation:
-    """Frees what this process caches, looks at the GPUs again and recommends again: for a program that has just dropped a model.
+def reload(
+    model: str | Path | ModelSpec | Mapping[str, Any],
+    release: Callable[[], None] | None = None,
+    **options: Any,
+) -> Recommendation:
+    """Frees what this process caches, looks at the GPUs again and recommends again: for a program that has
+    just dropped a model.
 
     Args:
-        release: what frees the program's own memory; called first. torch's cache is emptied if torch is loaded here.
+        release: what frees the program's own memory; called first. torch's cache is emptied if torch is
+            loaded here.
         options: as for :func:`recommend`.
     """
     import gc

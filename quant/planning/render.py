@@ -45,16 +45,23 @@ def show_gpus(gpus: tuple[Gpu, ...] | list[Gpu], console: Console) -> None:
         by_state: dict[str, list[str]] = {}
         for number, state in gpu.formats.items():
             by_state.setdefault(state, []).append(number)
-        native, packed = ", ".join(by_state.get("native", [])) or "nothing", ", ".join(by_state.get("weight-only", [])) or "nothing"
+        native, packed = (
+            ", ".join(by_state.get("native", [])) or "nothing",
+            ", ".join(by_state.get("weight-only", [])) or "nothing",
+        )
         console.print(f"GPU {gpu.index}: computes natively {native}; as packed weights {packed}")
         for source, facts in _by_source(gpu).items() if gpu.name not in cited else ():
             console.print(f"  {', '.join(facts)}: {source}", soft_wrap=True, markup=False, highlight=False)
         cited.add(gpu.name)
         for process in gpu.processes:
-            console.print(f"  {format_size(process.used_bytes)} held by {process.name or 'a process'} (pid {process.pid})")
+            console.print(
+                f"  {format_size(process.used_bytes)} held by {process.name or 'a process'} (pid "
+                f"{process.pid})"
+            )
         if gpu.torch_reserved_bytes is not None and gpu.torch_allocated_bytes is not None:
             console.print(
-                f"  torch here: {format_size(gpu.torch_allocated_bytes)} allocated, {format_size(gpu.torch_reserved_bytes)} reserved"
+                f"  torch here: {format_size(gpu.torch_allocated_bytes)} allocated, "
+                f"{format_size(gpu.torch_reserved_bytes)} reserved"
             )
 
 
@@ -74,11 +81,13 @@ def show_detection(found: Detection, console: Console) -> None:
         console.print(found.note)
     if not found.gpus:
         console.print(
-            "Plan for a part that is not here with --gpu NAME (`quant detect --gpu list` shows all), or for the CPU with --gpu cpu."
+            "Plan for a part that is not here with --gpu NAME (`quant detect --gpu list` shows all), or for "
+            "the CPU with --gpu cpu."
         )
     host = found.host
     console.print(
-        f"host: {format_size(host.ram_available_bytes)} of {format_size(host.ram_total_bytes)} RAM free, {host.cpus} CPUs, "
+        f"host: {format_size(host.ram_available_bytes)} of {format_size(host.ram_total_bytes)} RAM free, "
+        f"{host.cpus} CPUs, "
         f"{format_size(host.disk_free_bytes)} of disk free"
     )
 
@@ -99,29 +108,55 @@ def show_recommendation(found: Recommendation, console: Console) -> None:
         for heading in ("", "scheme", "needed", "why"):
             table.add_column(heading)
         for row in found.thumb:
-            table.add_row(_YES if row["fits"] else _NO, row["scheme"], f"{row['needed_bytes'] / 1e9:.2f} GB", row["why"])
+            table.add_row(
+                _YES if row["fits"] else _NO, row["scheme"], f"{row['needed_bytes'] / 1e9:.2f} GB", row["why"]
+            )
         console.print(table)
     else:
-        parts = [f"context {request.context:,}", f"concurrency {request.concurrency}", f"vLLM {request.vllm_version}"]
+        parts = [
+            f"context {request.context:,}",
+            f"concurrency {request.concurrency}",
+            f"vLLM {request.vllm_version}",
+        ]
         parts += [f"tensor parallel {request.ranks}"] if request.ranks > 1 else []
         parts += [f"pipeline parallel {request.pipeline_parallel}"] if request.pipeline_parallel > 1 else []
         console.print(", ".join(parts))
         table = Table(box=None, pad_edge=False)
-        for heading in ("", "scheme", "weights", "KV cache", "KV tokens", "longest", "loss", "decode ≤", "batch ≤", "prefill ≤", "why"):
+        for heading in (
+            "",
+            "scheme",
+            "weights",
+            "KV cache",
+            "KV tokens",
+            "longest",
+            "loss",
+            "decode ≤",
+            "batch ≤",
+            "prefill ≤",
+            "why",
+        ):
             table.add_column(heading, no_wrap=heading != "why")
         for one in found.plans:
             chosen = one.scheme == found.recommended
             name = f"[bold]{one.scheme}[/]" if chosen else one.scheme
-            loss = "0 %" if one.loss[1] == 0 else "?" if one.loss_source == UNKNOWN else f"{one.loss[0]:g}–{one.loss[1]:g} %"
+            loss = (
+                "0 %"
+                if one.loss[1] == 0
+                else "?"
+                if one.loss_source == UNKNOWN
+                else f"{one.loss[0]:g}–{one.loss[1]:g} %"
+            )
             if one.plan is None:
                 table.add_row(_NO, name, "-", "-", "-", "-", loss, "-", "-", "-", one.why)
                 continue
             speed = one.speed
             table.add_row(
-                _YES if one.meets else _NO, name, format_size(one.plan.weights_bytes), format_size(one.plan.kv_cache_bytes),
+                _YES if one.meets else _NO, name, format_size(one.plan.weights_bytes),
+                format_size(one.plan.kv_cache_bytes),
                 f"{one.plan.kv_tokens:,}",
                 f"{one.plan.max_context:,}", loss, _rate(speed.decode_bound if speed else None, "t/s"),
-                _rate(speed.batch_decode_bound if speed else None, "t/s"), _rate(speed.prefill_bound if speed else None, "t/s"), one.why,
+                _rate(speed.batch_decode_bound if speed else None, "t/s"),
+                _rate(speed.prefill_bound if speed else None, "t/s"), one.why,
             )  # fmt: skip
         console.print(table)
     console.print()

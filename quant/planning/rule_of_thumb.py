@@ -1,8 +1,10 @@
-"""The original design's rule of thumb, kept as the policy ``rule-of-thumb``: simple, and wrong where the docs say.
+"""The original design's rule of thumb, kept as the policy ``rule-of-thumb``: simple, and wrong where the docs
+say.
 
-Every checkpoint is taken as 32-bit, so that a size follows from the file's alone: ``file / (32 / bits) × overhead``; a scheme fits when
-that is within 90 % of the free memory and the GPU's total reaches the scheme's minimum. No KV cache, no activations, no context. A bf16
-checkpoint, as most are today, is thereby halved once too often.
+Every checkpoint is taken as 32-bit, so that a size follows from the file's alone: ``file / (32 / bits) ×
+overhead``; a scheme fits when that is within 90 % of the free memory and the GPU's total reaches the scheme's
+minimum. No KV cache, no activations, no context. A bf16 checkpoint, as most are today, is thereby halved once
+too often.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ class ThumbPlan:
         return asdict(self)
 
 
-def rule_of_thumb(file_bytes: int, total_bytes: int, free_bytes: int | None = None) -> tuple[str | None, list[ThumbPlan]]:
+def rule_of_thumb(
+    file_bytes: int, total_bytes: int, free_bytes: int | None = None
+) -> tuple[str | None, list[ThumbPlan]]:
     """The first scheme that passes, from the most precise down, and all plans.
 
     Args:

@@ -17,8 +17,9 @@ SIZES = ((8e9, "small"), (34e9, "medium"), (float("inf"), "large"))
 
 @dataclass(frozen=True)
 class Scenario:
-    """One use. ``objective``: ``quality`` takes the most precise scheme that fits, ``throughput`` and ``latency`` the fastest one whose
-    expected loss stays within ``max_loss_percent``. ``defaults`` are engine arguments, ``sizes`` those that differ by the model's size."""
+    """One use. ``objective``: ``quality`` takes the most precise scheme that fits, ``throughput`` and
+    ``latency`` the fastest one whose expected loss stays within ``max_loss_percent``. ``defaults`` are engine
+    arguments, ``sizes`` those that differ by the model's size."""
 
     name: str
     title: str
@@ -72,5 +73,7 @@ def load_scenario(name: str) -> Scenario:
     for part in (raw.get("defaults") or {}, *(raw.get("sizes") or {}).values()):
         unknown += [k for k in part if k not in arguments]
     if unknown:
-        raise UsageError(f"{path}: {', '.join(unknown)}: no such key; known: {', '.join(sorted(allowed | arguments))}")
+        raise UsageError(
+            f"{path}: {', '.join(unknown)}: no such key; known: {', '.join(sorted(allowed | arguments))}"
+        )
     return Scenario(name=name, **raw)

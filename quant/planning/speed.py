@@ -1,4 +1,5 @@
-"""Upper bounds of speed from the roofline: bytes over bandwidth while decoding, operations over rate while reading the prompt.
+"""Upper bounds of speed from the roofline: bytes over bandwidth while decoding, operations over rate while
+reading the prompt.
 
 They are bounds, not forecasts: no kernel reaches them, and nothing here was fitted.
 """
@@ -14,16 +15,20 @@ from quant.hardware import Gpu
 from quant.planning.memory import MemoryPlan
 from quant.planning.storage import QUANTIZED_ROLES, source_storage, storage_of
 
-#: scheme → the number format in which the GPU multiplies, and the one that it must have kernels for; others unpack weights and multiply in 16 bits
+#: scheme → the number format in which the GPU multiplies, and the one that it must have kernels for; others
+#: unpack weights and multiply in 16 bits
 COMPUTE = {
-    "w8a8-fp8": ("fp8", "fp8"), "w8a8-fp8-tensor": ("fp8", "fp8"), "fp8": ("fp8", "fp8"), "fp8-block": ("fp8", "fp8"),
-    "w8a8-int8": ("int8", "int8"), "nvfp4": ("fp4", "nvfp4"), "mxfp4": ("fp4", "mxfp4"), "mxfp8": ("fp8", "mxfp8"),
+    "w8a8-fp8": ("fp8", "fp8"), "w8a8-fp8-tensor": ("fp8", "fp8"), "fp8": ("fp8", "fp8"),
+    "fp8-block": ("fp8", "fp8"),
+    "w8a8-int8": ("int8", "int8"), "nvfp4": ("fp4", "nvfp4"), "mxfp4": ("fp4", "mxfp4"),
+    "mxfp8": ("fp8", "mxfp8"),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Bounds in tokens a second: one sequence decoding, all sequences decoding together, and reading the prompt. None: not known."""
+    """Bounds in tokens a second: one sequence decoding, all sequences decoding together, and reading the
+    prompt. None: not known."""
 
     decode_bound: float | None
     batch_decode_bound: float | None
@@ -62,10 +67,18 @@ def _bytes_read(spec: ModelSpec, scheme: str, experts: float = 1.0) -> float:
     for weight in spec.weights:
         if weight.role in ("vision", "mtp") or (weight.role == "embedding" and not spec.tied):
             continue
-        share = min(1.0, experts * spec.moe.active / spec.moe.experts) if spec.moe and weight.role == "experts" else 1.0
+        share = (
+            min(1.0, experts * spec.moe.active / spec.moe.experts)
+            if spec.moe and weight.role == "experts"
+            else 1.0
+        )
         packed = covered(weight) if scheme == "none" else weight.linear and weight.role in QUANTIZED_ROLES
         n, k = weight.shape[0], prod(weight.shape[1:])
         width = storage.bytes(n, k, 2) / (n * k) if packed else 2.0
-        size = weight.stored_bytes if scheme == "none" and spec.quantization and weight.stored_bytes else weight.parameters * width
+        size = (
+            weight.stored_bytes
+            if scheme == "none" and spec.quantization and weight.stored_bytes
+            else weight.parameters * width
+        )
         total += size * share
     return total

@@ -1,7 +1,7 @@
 """How many bytes a weight takes under every scheme and source format, and on which GPU its parts land.
 
-Byte counts follow the files' contracts: codes, scales, zero points and the shape record of each quantized linear. Embeddings, the head,
-norms and routers stay in the model's own dtype.
+Byte counts follow the files' contracts: codes, scales, zero points and the shape record of each quantized
+linear. Embeddings, the head, norms and routers stay in the model's own dtype.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def _up(value: float, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class Storage:
-    """One way to store a linear's [N, K] matrix. ``bytes`` counts everything that the file holds for it, with 16-bit scales."""
+    """One way to store a linear's [N, K] matrix. ``bytes`` counts everything that the file holds for it, with
+    16-bit scales."""
 
     name: str
     bits: float
@@ -32,7 +33,8 @@ class Storage:
 
 
 def packed(bits: int, group: int = 128, symmetric: bool = True) -> Storage:
-    """compressed-tensors ``pack-quantized``: int32 words along K, a scale a group, zero points packed along N, the shape as two int64.
+    """compressed-tensors ``pack-quantized``: int32 words along K, a scale a group, zero points packed along
+    N, the shape as two int64.
 
     >>> packed(4).bytes(4096, 4096, 2)
     8650768.0
@@ -58,7 +60,8 @@ PLAIN = Storage("plain", 16, lambda n, k, width: float(n * k * width))
 INT8 = Storage("int8", 8, lambda n, k, width: float(n * k + 4 * n))
 FP8 = Storage("fp8", 8, lambda n, k, width: float(n * k + 4 * n))
 FP8_BLOCK = Storage("fp8-block", 8, lambda n, k, width: float(n * k + 4 * ceil(n / 128) * ceil(k / 128)), 128)
-NVFP4 = Storage("nvfp4", 4, lambda n, k, width: n * k / 2 + n * k / 16 + 8, 16)  # one number of the weight, one of the input
+# one number of the weight, one of the input
+NVFP4 = Storage("nvfp4", 4, lambda n, k, width: n * k / 2 + n * k / 16 + 8, 16)
 NVFP4A16 = Storage("nvfp4", 4, lambda n, k, width: n * k / 2 + n * k / 16 + 4, 16)
 MXFP4 = Storage("mxfp4", 4, lambda n, k, width: n * k / 2 + n * k / 32, 32)
 MXFP8 = Storage("mxfp8", 8, lambda n, k, width: n * k + n * k / 32, 32)
@@ -107,7 +110,8 @@ def source_storage(spec: ModelSpec) -> tuple[Storage, Callable[[Weight], bool]]:
         return _gptq(int(config.get("bits", 4)), int(config.get("group_size", 128))), covered
     if method in ("awq", "auto-awq", "awq-marlin"):
         return _gptq(
-            int(config.get("bits", config.get("w_bit", 4))), int(config.get("group_size", config.get("q_group_size", 128)))
+            int(config.get("bits", config.get("w_bit", 4))),
+            int(config.get("group_size", config.get("q_group_size", 128))),
         ), covered
     if method == "fp8":
         return (FP8_BLOCK if config.get("weight_block_size") else FP8), covered
@@ -134,7 +138,8 @@ def source_storage(spec: ModelSpec) -> tuple[Storage, Callable[[Weight], bool]]:
     if any(w.stored_bytes for w in spec.weights):  # its tensors were counted: no formula is needed
         return PLAIN, lambda w: False
     raise UsageError(
-        f"the checkpoint's quant_method is {method!r}: its sizes are not known; give the checkpoint's directory (--model-path), whose "
+        f"the checkpoint's quant_method is {method!r}: its sizes are not known; give the checkpoint's "
+        "directory (--model-path), whose "
         "tensors can be counted"
     )
 
@@ -146,7 +151,8 @@ def _float_kernel(bits: int, group_size: Any) -> str:
 
 def source_kernels(spec: ModelSpec) -> frozenset[str]:
     """The number formats that a checkpoint which is already quantized asks of a GPU, by their names in
-    :data:`quant.hardware.FORMAT_CAPABILITIES`; empty where nothing is quantized, or by a method whose kernels are not known here."""
+    :data:`quant.hardware.FORMAT_CAPABILITIES`; empty where nothing is quantized, or by a method whose kernels
+    are not known here."""
     config = spec.quantization or {}
     method = source_method(config) or ""
     if method in ("gptq", "auto-gptq", "gptq-marlin", "awq", "auto-awq", "awq-marlin"):
@@ -160,14 +166,17 @@ def source_kernels(spec: ModelSpec) -> frozenset[str]:
         if weights.get("type") == "float":
             found.add(_float_kernel(bits, weights.get("group_size")))
         elif inputs is None:
-            found.add(f"int{bits}-weights{'-asym' if bits == 8 and not weights.get('symmetric', True) else ''}")
+            found.add(
+                f"int{bits}-weights{'-asym' if bits == 8 and not weights.get('symmetric', True) else ''}"
+            )
         elif bits == 8:
             found.add("int8")
     return frozenset(found)
 
 
 def _covered(config: Mapping[str, Any]) -> Callable[[Weight], bool]:
-    """Which weights a source's ignore list leaves quantized. The list's short names are compared with the planner's names."""
+    """Which weights a source's ignore list leaves quantized. The list's short names are compared with the
+    planner's names."""
     import re
 
     ignored = (
@@ -180,7 +189,11 @@ def _covered(config: Mapping[str, Any]) -> Callable[[Weight], bool]:
     patterns = []
     for entry in ignored:
         text = str(entry)
-        patterns.append(re.compile(text[3:]) if text.startswith("re:") else re.compile(re.escape(text).replace(r"\*", ".*") + "$"))
+        patterns.append(
+            re.compile(text[3:])
+            if text.startswith("re:")
+            else re.compile(re.escape(text).replace(r"\*", ".*") + "$")
+        )
 
     def covered(weight: Weight) -> bool:
         if not weight.linear or weight.role not in QUANTIZED_ROLES:
@@ -188,7 +201,9 @@ def _covered(config: Mapping[str, Any]) -> Callable[[Weight], bool]:
         module = "mlp" if weight.role in ("mlp", "experts", "shared_experts") else "self_attn"
         name = weight.name.removesuffix(".weight")
         full = (
-            name if name.startswith("model.") else f"model.layers.{weight.layer}.{name if name.startswith(module) else f'{module}.{name}'}"
+            name
+            if name.startswith("model.")
+            else f"model.layers.{weight.layer}.{name if name.startswith(module) else f'{module}.{name}'}"
         )
         return not any(p.match(full) or p.match(name) for p in patterns)
 
@@ -228,14 +243,21 @@ def checkpoint_bytes(spec: ModelSpec, scheme: str, group_size: int | None = None
 
 
 def file_bytes(spec: ModelSpec, scheme: str, group_size: int | None = None) -> int:
-    """Bytes of the safetensors files: :func:`checkpoint_bytes` and the headers, which matter for small models.
+    """Bytes of the safetensors files: :func:`checkpoint_bytes` and the headers, which matter for small
+    models.
 
-    A header has an entry a tensor: its name, dtype, shape and two offsets. Names that only a config gave are taken as long as the usual ones.
+    A header has an entry a tensor: its name, dtype, shape and two offsets. Names that only a config gave are
+    taken as long as the usual ones.
     """
     tensors = checkpoint_bytes(spec, scheme, group_size)
     storage = storage_of(scheme, group_size)
     digits = len(str(tensors))
-    parts = ["weight_packed", "weight_scale", "weight_shape", *(["weight_zero_point"] if scheme.endswith("-asym") else [])]
+    parts = [
+        "weight_packed",
+        "weight_scale",
+        "weight_shape",
+        *(["weight_zero_point"] if scheme.endswith("-asym") else []),
+    ]
     if scheme == "none":
         parts = []
     elif storage.name in ("int8", "fp8", "fp8-block", "mxfp8") and scheme not in GROUPED:
@@ -243,14 +265,26 @@ def file_bytes(spec: ModelSpec, scheme: str, group_size: int | None = None) -> i
     elif storage is MXFP4:
         parts = ["weight_packed", "weight_scale"]
     elif storage.name == "nvfp4":
-        parts = ["weight_packed", "weight_scale", "weight_global_scale", *(["input_global_scale"] if scheme == "nvfp4" else [])]
+        parts = [
+            "weight_packed",
+            "weight_scale",
+            "weight_global_scale",
+            *(["input_global_scale"] if scheme == "nvfp4" else []),
+        ]
     header = 16
     for weight in spec.weights:
-        name = weight.name if weight.stored_bytes else f"model.layers.{weight.layer}.self_attn.{weight.name}.weight"
+        name = (
+            weight.name
+            if weight.stored_bytes
+            else f"model.layers.{weight.layer}.self_attn.{weight.name}.weight"
+        )
         base = name.removesuffix(".weight")
         names = [f"{base}.{p}" for p in parts] if parts and quantizable(weight, storage) else [name]
         shape = len(str(list(weight.shape)).replace(" ", ""))
-        header += weight.count * sum(len(n) + len('"":{"dtype":"I32","shape":,"data_offsets":[,]},') + shape + 2 * digits for n in names)
+        header += weight.count * sum(
+            len(n) + len('"":{"dtype":"I32","shape":,"data_offsets":[,]},') + shape + 2 * digits
+            for n in names
+        )
     return tensors + header
 
 
@@ -261,7 +295,7 @@ def quantizable(weight: Weight, storage: Storage) -> bool:
     return storage.group <= 0 or weight.shape[1] % storage.group == 0
 
 
-# -- in memory ---------------------------------------------------------------------------------------------------------------------------
+# -- in memory -----------------------------------------------------------------------------------------------
 
 
 def stage_layers(layers: int, stages: int, rules: Rules) -> list[range]:
@@ -283,13 +317,15 @@ def stage_layers(layers: int, stages: int, rules: Rules) -> list[range]:
 
 
 def loaded_bytes(
-    spec: ModelSpec, scheme: str, tensor_parallel: int, pipeline_parallel: int, rules: Rules, capability: tuple[int, int] | None,
+    spec: ModelSpec, scheme: str, tensor_parallel: int, pipeline_parallel: int, rules: Rules,
+    capability: tuple[int, int] | None,
     dtype_bytes: int, group_size: int | None = None,
 ) -> list[int]:  # fmt: skip
     """Bytes of weights on a GPU of each pipeline stage after loading.
 
-    Beyond the file's bytes: vocabularies padded to 64 rows and cut by rank, KV heads repeated when there are fewer than ranks, the absorbed
-    copies that latent attention makes of ``kv_b_proj``, the padding of MXFP4 kernels, and the table of rotary cosines and sines.
+    Beyond the file's bytes: vocabularies padded to 64 rows and cut by rank, KV heads repeated when there are
+    fewer than ranks, the absorbed copies that latent attention makes of ``kv_b_proj``, the padding of MXFP4
+    kernels, and the table of rotary cosines and sines.
     """
     storage: Storage
     if scheme == "none":
@@ -370,14 +406,20 @@ def _rank_bytes(
             n = ceil(n * share)
             share = 1.0
         size = storage.bytes(n, k, width) * weight.count * share
-    if weight.name.removesuffix(".weight").endswith("kv_b_proj") and rules.mla and not rules.version < (0, 7, 1):
+    if (
+        weight.name.removesuffix(".weight").endswith("kv_b_proj")
+        and rules.mla
+        and not rules.version < (0, 7, 1)
+    ):
         size += prod(weight.shape) * width / ranks  # W_UK and W_UV, absorbed
     return size
 
 
-def _mxfp4_padding(n: int, k: int, split: str, ranks: int, capability: tuple[int, int] | None, rules: Rules) -> tuple[int, int]:
-    """The sizes to which MXFP4 expert kernels pad. Marlin: the inner size to 128, the hidden size to 256; Triton (Hopper, 0.12 on): the
-    output size of each matrix to 256."""
+def _mxfp4_padding(
+    n: int, k: int, split: str, ranks: int, capability: tuple[int, int] | None, rules: Rules
+) -> tuple[int, int]:
+    """The sizes to which MXFP4 expert kernels pad. Marlin: the inner size to 128, the hidden size to 256;
+    Triton (Hopper, 0.12 on): the output size of each matrix to 256."""
     triton = capability is not None and capability[0] == 9 and rules.version >= (0, 12, 0)
     inner, hidden = (n, k) if split == "column" else (k, n)
     inner = ceil(inner / ranks)

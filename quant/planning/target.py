@@ -1,4 +1,5 @@
-"""What a checkpoint is made for: the settings of a job that names no method, and whether a named GPU and release will load its result."""
+"""What a checkpoint is made for: the settings of a job that names no method, and whether a named GPU and
+release will load its result."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from quant.planning.recommendation import MAKEABLE, NEEDED, Recommendation, reco
 from quant.planning.versions import parse_version
 from quant.schemes import PRESETS, Scheme
 
-#: First release that loads a format, as far as the formats' contract is known: before it compressed-tensors had no per-group format key.
+#: First release that loads a format, as far as the formats' contract is known: before it compressed-tensors
+#: had no per-group format key.
 _FIRST_RELEASE = {"awq": (0, 2, 0), "compressed-tensors": (0, 6, 2), "gptq": (0, 2, 6)}
 
 
@@ -29,9 +31,15 @@ def method_for(scheme: str) -> str:
 
 
 def choose(
-    model: str | Path, output_path: str | Path, *, gpu: str | None, tensor_parallel: int | None, vllm_version: str
+    model: str | Path,
+    output_path: str | Path,
+    *,
+    gpu: str | None,
+    tensor_parallel: int | None,
+    vllm_version: str,
 ) -> Recommendation:
-    """The recommendation for a job that names neither method nor scheme, among ``none`` and the schemes that this build makes.
+    """The recommendation for a job that names neither method nor scheme, among ``none`` and the schemes that
+    this build makes.
 
     Raises:
         UsageError: no GPU is here and none is named.
@@ -39,17 +47,24 @@ def choose(
     """
     if gpu is None and not detect().gpus:
         raise UsageError(
-            "no --method is given and no GPU is here to choose one for: name the GPU that will serve it (--gpu L40S-48GB), or give --method gptq"
+            "no --method is given and no GPU is here to choose one for: name the GPU that will serve it "
+            "(--gpu L40S-48GB), or give --method gptq"
         )
     request = EngineRequest(tensor_parallel=tensor_parallel, vllm_version=vllm_version)
     count = tensor_parallel if gpu is not None else None
-    found = recommend(str(model), gpu, request, schemes=["none", *MAKEABLE], output_path=str(output_path), gpu_count=count)
+    found = recommend(
+        str(model), gpu, request, schemes=["none", *MAKEABLE], output_path=str(output_path), gpu_count=count
+    )
     return found.check()
 
 
 def settings(found: Recommendation) -> dict[str, Any]:
     """Recipe keys of a recommended scheme."""
-    chosen: dict[str, Any] = {"method": found.method, "scheme": found.recommended, **NEEDED.get(str(found.recommended), {})}
+    chosen: dict[str, Any] = {
+        "method": found.method,
+        "scheme": found.recommended,
+        **NEEDED.get(str(found.recommended), {}),
+    }
     return chosen if found.group_size is None else {**chosen, "group_size": found.group_size}
 
 
@@ -63,18 +78,23 @@ def target_problems(scheme: Scheme, form: str, gpu: str | None, vllm_version: st
     release = parse_version(vllm_version)
     first = _FIRST_RELEASE.get(form)
     if first is not None and release < first:
-        problems.append(f"--vllm-version is {vllm_version}: format {form} is loaded from {'.'.join(map(str, first))} on")
+        problems.append(
+            f"--vllm-version is {vllm_version}: format {form} is loaded from {'.'.join(map(str, first))} on"
+        )
     if gpu is not None and form != "plain":
         part = named_gpu(gpu)
         formats: Mapping[str, str] = part.formats
         if formats.get(scheme.kernel, "no") == "no":
-            level = ".".join(map(str, part.capability)) if part.capability else part.architecture or part.platform
+            level = (
+                ".".join(map(str, part.capability)) if part.capability else part.architecture or part.platform
+            )
             lowest = min(level for level in FORMAT_CAPABILITIES[scheme.kernel][:2] if level is not None) / 10
             end = FORMAT_CAPABILITIES[scheme.kernel][2]
             until = f" and below {end / 10}" if end is not None else ""
             loaded = ", ".join(n for n, s in PRESETS.items() if formats.get(s.kernel, "no") != "no")
             problems.append(
-                f"--gpu is {part.name} ({level}): vLLM has no kernel for {scheme} there; compute capability {lowest}{until} is needed. "
+                f"--gpu is {part.name} ({level}): vLLM has no kernel for {scheme} there; compute capability "
+                f"{lowest}{until} is needed. "
                 f"It loads {loaded or 'unquantized weights only'}"
             )
     return problems

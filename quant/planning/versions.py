@@ -1,12 +1,15 @@
-"""How each vLLM release accounts for memory. A release is a row of numbers that the planner reads; no code elsewhere asks for a version.
+"""How each vLLM release accounts for memory. A release is a row of numbers that the planner reads; no code
+elsewhere asks for a version.
 
-Where each number is from: the 0.32 sources (``v1/worker/gpu_worker.py``, ``v1/core/kv_cache_utils.py``, ``v1/worker/gpu/sample``), and for
-older releases what vLLM printed at start in public threads. Of vllm-project/vllm: #33538 brought the sampler's kernel, #30515 and #45178
-tell of the graphs' estimate, #49224 and #50159 of the second model runner. The sampler's peak is bytes for every pair of a sequence and a
+Where each number is from: the 0.32 sources (``v1/worker/gpu_worker.py``, ``v1/core/kv_cache_utils.py``,
+``v1/worker/gpu/sample``), and for older releases what vLLM printed at start in public threads. Of
+vllm-project/vllm: #33538 brought the sampler's kernel, #30515 and #45178 tell of the graphs' estimate, #49224
+and #50159 of the second model runner. The sampler's peak is bytes for every pair of a sequence and a
 vocabulary entry:
 
-* 39 while top-k and top-p were done by sorting: logits in 16 and 32 bits (2 + 4), sorted values and indices (4 + 8), probabilities, their
-  running sum, the log-probabilities and the noise (4 each), the scattered result (4) and a mask (1);
+* 39 while top-k and top-p were done by sorting: logits in 16 and 32 bits (2 + 4), sorted values and indices
+  (4 + 8), probabilities, their running sum, the log-probabilities and the noise (4 each), the scattered
+  result (4) and a mask (1);
 * 16 with the Triton kernel that needs no sorting: 32-bit logits, probabilities, noise and one copy;
 * 2 in the second model runner, whose profile run samples greedily from the 16-bit logits.
 """
@@ -37,11 +40,13 @@ class Rules:
     graph_modes: int
     #: the pool's null block is reserved before the check of the longest context
     null_block: bool
-    #: blocks that one request holds in a group of recurrent layers: two when prefix caching keeps a state at a block's end
+    #: blocks that one request holds in a group of recurrent layers: two when prefix caching keeps a state at
+    #: a block's end
     state_blocks: int
     #: recurrent states: a block for every sequence that a captured decode graph may hold
     state_check: bool
-    #: the profile counted what torch had reserved, in which the outputs of every all-reduce of the pass were still held
+    #: the profile counted what torch had reserved, in which the outputs of every all-reduce of the pass were
+    #: still held
     reserved_profile: bool
     #: KV tokens printed: ``blocks`` (a share of all groups) or ``requests`` (concurrency × context)
     printed_tokens: str
@@ -62,7 +67,8 @@ class Rules:
     #: smallest memory at which the larger batch defaults hold, and whether an A100 has it too
     large_gpu_bytes: int
     large_includes_a100: bool
-    #: default max_num_seqs below that memory (V1: raised to 1024 in 0.8.0, taken back in 0.8.4, vllm-project/vllm #16158)
+    #: default max_num_seqs below that memory (V1: raised to 1024 in 0.8.0, taken back in 0.8.4,
+    #: vllm-project/vllm #16158)
     small_gpu_seqs: int
     #: bytes outside torch with one GPU, and with several (on NVLink, on PCIe)
     other_bytes: int
@@ -70,10 +76,15 @@ class Rules:
     other_bytes_pcie: int
 
     def to_dict(self) -> dict[str, Any]:
-        return {"version": ".".join(map(str, self.version)), "engine": self.engine, "utilization": self.utilization}
+        return {
+            "version": ".".join(map(str, self.version)),
+            "engine": self.engine,
+            "utilization": self.utilization,
+        }
 
 
-#: field → (first release with that value, value), newest last. Reads downwards: the last row not newer than the release holds.
+#: field → (first release with that value, value), newest last. Reads downwards: the last row not newer than
+#: the release holds.
 _HISTORY: dict[str, tuple[tuple[tuple[int, int, int], Any], ...]] = {
     "utilization": (((0, 0, 0), 0.9), ((0, 21, 0), 0.92)),
     "sampler_bytes": (((0, 0, 0), 39), ((0, 17, 0), 16), ((0, 29, 0), 2)),
@@ -109,16 +120,19 @@ def parse_version(text: str) -> tuple[int, int, int]:
     return version
 
 
-def rules_for(version: str = VLLM_VERSION, capability: tuple[int, int] | None = None, mixture: bool = True) -> Rules:
-    """The accounting of a release, for a mixture of experts or a dense model. 0.8 and 0.9 still ran the V0 engine on GPUs below
-    compute capability 8.0.
+def rules_for(
+    version: str = VLLM_VERSION, capability: tuple[int, int] | None = None, mixture: bool = True
+) -> Rules:
+    """The accounting of a release, for a mixture of experts or a dense model. 0.8 and 0.9 still ran the V0
+    engine on GPUs below compute capability 8.0.
 
     >>> rules_for("0.19").sampler_bytes, rules_for("0.8.5", (7, 0)).engine
     (16, 'v0')
     """
     release = parse_version(version)
     values = {name: [v for first, v in rows if release >= first][-1] for name, rows in _HISTORY.items()}
-    if not mixture and (0, 25, 0) <= release < (0, 29, 0):  # the second runner served dense models first, and did not profile graphs
+    # the second runner served dense models first, and did not profile graphs
+    if not mixture and (0, 25, 0) <= release < (0, 29, 0):
         values.update(sampler_bytes=2, graphs_subtracted=False)
     old_part = capability is not None and capability < (8, 0)
     v1 = release >= (0, 10, 0) or (release >= (0, 8, 0) and not old_part)

@@ -8,5 +8,6 @@ from quant.quantizers.identity import IdentityQuantizer
 from quant.quantizers.minmax import MinMaxQuantizer
 
 __all__ = [
-    "AWQQuantizer", "GPTQQuantizer", "HQQQuantizer", "IdentityQuantizer", "MinMaxQuantizer", "Quantized", "Quantizer", "QuantizerRegistry",
+    "AWQQuantizer", "GPTQQuantizer", "HQQQuantizer", "IdentityQuantizer", "MinMaxQuantizer", "Quantized",
+    "Quantizer", "QuantizerRegistry",
 ]  # fmt: skip

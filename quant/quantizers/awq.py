@@ -1,7 +1,9 @@
-"""AWQ (Lin et al. 2023, arXiv:2306.00978): scaling of inputs (:mod:`quant.outlier_suppression.awq`), then rounding with a clipping search.
+"""AWQ (Lin et al. 2023, arXiv:2306.00978): scaling of inputs (:mod:`quant.outlier_suppression.awq`), then
+rounding with a clipping search.
 
-The clipping search takes the range of each group whose rounding changes the group's share of the output least, by the scaled Hessian of the
-group's inputs; where there are no groups, or the numbers are floating, by its diagonal.
+The clipping search takes the range of each group whose rounding changes the group's share of the output
+least, by the scaled Hessian of the group's inputs; where there are no groups, or the numbers are floating, by
+its diagonal.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from quant.tensors import QuantizedTensor
 
 @dataclass(frozen=True)
 class AWQQuantizer:
-    """``clip_search``: shrink each group's range to the one of least weighted error; without it the range is kept whole."""
+    """``clip_search``: shrink each group's range to the one of least weighted error; without it the range is
+    kept whole."""
 
     clip_search: bool = True
 
@@ -55,7 +58,8 @@ def round_searched(
     dtype: torch.dtype,
     amax: torch.Tensor | None = None,
 ) -> QuantizedTensor:
-    """A weight [N, K] rounded to nearest, the range of each group searched for least error by :func:`importance_of`; None: ranges are kept whole."""
+    """A weight [N, K] rounded to nearest, the range of each group searched for least error by
+    :func:`importance_of`; None: ranges are kept whole."""
     search = importance is not None
     if scheme.number == "float":
         return round_floats(weight, scheme, float_scales(weight, scheme, amax, importance, search))

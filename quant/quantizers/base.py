@@ -15,7 +15,8 @@ from quant.tensors import QuantizedTensor
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized weight and what the reader of a report must know: ``fallbacks`` are departures from what was asked, ``notes`` facts."""
+    """A quantized weight and what the reader of a report must know: ``fallbacks`` are departures from what
+    was asked, ``notes`` facts."""
 
     tensor: QuantizedTensor
     fallbacks: tuple[str, ...] = ()
@@ -25,13 +26,15 @@ class Quantized:
 class Quantizer(Protocol):
     """A method with its settings (a frozen dataclass).
 
-    ``needs`` names the statistics it wants (see :mod:`quant.calibration.statistics`); empty means that no calibration text is needed.
-    Rows of a weight are independent, so linears that share an input are handed over stacked along N and the result is cut apart.
+    ``needs`` names the statistics it wants (see :mod:`quant.calibration.statistics`); empty means that no
+    calibration text is needed. Rows of a weight are independent, so linears that share an input are handed
+    over stacked along N and the result is cut apart.
     """
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]]
-    #: the suppressor that is part of the method (AWQ: its scaling); one named by the job takes its place. Empty: none.
+    #: the suppressor that is part of the method (AWQ: its scaling); one named by the job takes its place.
+    #: Empty: none.
     suppressor: ClassVar[str] = ""
 
     @staticmethod
@@ -47,10 +50,12 @@ class Quantizer(Protocol):
         dtype: torch.dtype,
         amax: torch.Tensor | None = None,
     ) -> Quantized:
-        """Quantizes fp32 ``weight`` [N, K]; scales of kind ``model`` are stored in ``dtype``. ``weight`` may be overwritten.
+        """Quantizes fp32 ``weight`` [N, K]; scales of kind ``model`` are stored in ``dtype``. ``weight`` may
+        be overwritten.
 
-        ``amax`` is given only with schemes that have a number for the whole tensor: the largest magnitude in the fused layer that the weight is a part of, so
-        that all of its shards get one number; None: the weight's own.
+        ``amax`` is given only with schemes that have a number for the whole tensor: the largest magnitude in
+        the fused layer that the weight is a part of, so that all of its shards get one number; None: the
+        weight's own.
         """
         ...
 

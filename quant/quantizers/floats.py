@@ -1,11 +1,13 @@
 """Rounding to FP8 and FP4 with the scales of each scheme. Pure functions on any device; fp32 arithmetic.
 
-As with integers, a scale is rounded to the dtype that the file holds before any code is chosen. E4M3 and E2M1 codes are rounded to nearest,
-ties to even, and saturate. Formats: FP8 of Micikevicius et al. 2022 (arXiv:2209.05433); MX of the OCP Microscaling Formats specification 1.0; NVFP4 as vLLM and
-compressed-tensors store it: groups of 16 with E4M3 scales, all divided by one fp32 number of the tensor.
+As with integers, a scale is rounded to the dtype that the file holds before any code is chosen. E4M3 and E2M1
+codes are rounded to nearest, ties to even, and saturate. Formats: FP8 of Micikevicius et al. 2022
+(arXiv:2209.05433); MX of the OCP Microscaling Formats specification 1.0; NVFP4 as vLLM and compressed-tensors
+store it: groups of 16 with E4M3 scales, all divided by one fp32 number of the tensor.
 
-An MX scale is a power of two. The specification's own choice (the exponent of the largest magnitude less that of the largest element) clips up
-to a quarter of that magnitude; here the next power up is tried as well, and each group takes what gives the smaller squared error.
+An MX scale is a power of two. The specification's own choice (the exponent of the largest magnitude less that
+of the largest element) clips up to a quarter of that magnitude; here the next power up is tried as well, and
+each group takes what gives the smaller squared error.
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ _FLOOR = 0.7
 
 @dataclass(frozen=True)
 class FloatScales:
-    """Scales of a weight [N, K]: ``stored`` as :class:`quant.tensors.QuantizedTensor` holds them, ``wide`` the fp32 multipliers [N, G], one a
-    row and group whatever the strategy, and the number of the whole tensor."""
+    """Scales of a weight [N, K]: ``stored`` as :class:`quant.tensors.QuantizedTensor` holds them, ``wide``
+    the fp32 multipliers [N, G], one a row and group whatever the strategy, and the number of the whole
+    tensor."""
 
     stored: torch.Tensor
     wide: torch.Tensor
@@ -43,7 +46,8 @@ def snap(values: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 8:
         return code_values(values.clamp(-_E4M3, _E4M3).to(torch.float8_e4m3fn))
     values = values.clamp(-6.0, 6.0)
-    powers = values.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)  # of two, at most the magnitude: its exponent alone
+    # of two, at most the magnitude: its exponent alone
+    powers = values.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
     step = powers.mul_(0.5).clamp_min_(0.5)
     return (values / step).round_().mul_(step)
 
@@ -51,8 +55,8 @@ def snap(values: torch.Tensor, bits: int) -> torch.Tensor:
 def encode(values: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes of numbers that :func:`snap` gave: float8_e4m3fn, or uint8 with the sign in bit 3.
 
-    The exponents of E2M1 and fp16 are biased by 1 and 15: times 2⁻¹⁴ the bits of an E2M1 number, the subnormal 0.5 too, are the uppermost of an
-    fp16 one, but for the sign. -0 becomes 0.
+    The exponents of E2M1 and fp16 are biased by 1 and 15: times 2⁻¹⁴ the bits of an E2M1 number, the
+    subnormal 0.5 too, are the uppermost of an fp16 one, but for the sign. -0 becomes 0.
     """
     if bits == 8:
         return values.to(torch.float8_e4m3fn)
@@ -71,7 +75,8 @@ def float_scales(
 
     Args:
         weight: fp32 [N, K].
-        amax: largest magnitude of the fused layer, for schemes with a number for the whole tensor; None: the weight's.
+        amax: largest magnitude of the fused layer, for schemes with a number for the whole tensor; None: the
+            weight's.
         importance: fp32 [K], weight of each squared error where scales are searched (groups of 16 and 32).
         search: try smaller ranges per group of NVFP4 and keep that of least error.
     """
@@ -82,8 +87,14 @@ def float_scales(
         return FloatScales(stored, stored.expand(n, 1))
     if scheme.strategy == "block":
         rows, columns = -(-n // BLOCK), -(-k // BLOCK)
-        padded = torch.nn.functional.pad(weight, (0, columns * BLOCK - k, 0, rows * BLOCK - n)) if n % BLOCK or k % BLOCK else weight
-        stored = _positive(largest_magnitude(padded.view(rows, BLOCK, columns, BLOCK), (1, 3)) / scheme.largest)
+        padded = (
+            torch.nn.functional.pad(weight, (0, columns * BLOCK - k, 0, rows * BLOCK - n))
+            if n % BLOCK or k % BLOCK
+            else weight
+        )
+        stored = _positive(
+            largest_magnitude(padded.view(rows, BLOCK, columns, BLOCK), (1, 3)) / scheme.largest
+        )
         return FloatScales(stored, stored.repeat_interleave(BLOCK, 0)[:n])
     groups = weight.view(n, scheme.groups(k), -1)
     if scheme.scales == "F32":
@@ -94,7 +105,9 @@ def float_scales(
     if scheme.scales == "U8":
         exponent = torch.floor(torch.log2(largest)) - _LARGEST_EXPONENT[scheme.bits]
         exponent = torch.where(largest == 0, 0.0, exponent).clamp(-127, 126).to(torch.int16)
-        stored = _best(groups, [(exponent + 127 + up).to(torch.uint8) for up in (0, 1)], None, scheme, weights)
+        stored = _best(
+            groups, [(exponent + 127 + up).to(torch.uint8) for up in (0, 1)], None, scheme, weights
+        )
         return FloatScales(stored, scale_values(stored))
     whole = largest_magnitude(weight) if amax is None else amax
     divisor = torch.where(whole == 0, 1.0, _E4M3 * 6.0 / whole).reshape(1)
@@ -137,7 +150,8 @@ def _best(
 
 
 def _divided(weight: torch.Tensor, multipliers: torch.Tensor, g: int) -> torch.Tensor:
-    """A weight fp32 [N, K] over the multipliers [N, G] of groups of ``g`` inputs (the last of blocks may be short)."""
+    """A weight fp32 [N, K] over the multipliers [N, G] of groups of ``g`` inputs (the last of blocks may be
+    short)."""
     n, k = weight.shape
     if k % g:
         return weight / multipliers.repeat_interleave(g, 1)[:, :k]
@@ -145,12 +159,17 @@ def _divided(weight: torch.Tensor, multipliers: torch.Tensor, g: int) -> torch.T
 
 
 def round_floats(weight: torch.Tensor, scheme: WeightScheme, scales: FloatScales) -> QuantizedTensor:
-    """The nearest numbers of a weight fp32 [N, K], by pieces of rows: whole temporaries would be larger than the weight."""
+    """The nearest numbers of a weight fp32 [N, K], by pieces of rows: whole temporaries would be larger than
+    the weight."""
     n, k = weight.shape
     g = k if scheme.group_size == -1 else scheme.group_size
     rows = n if weight.is_cuda else max(1, _CACHED // k)
-    codes = torch.empty(n, k, dtype=torch.float8_e4m3fn if scheme.bits == 8 else torch.uint8, device=weight.device)
+    codes = torch.empty(
+        n, k, dtype=torch.float8_e4m3fn if scheme.bits == 8 else torch.uint8, device=weight.device
+    )
     for start in range(0, n, rows):
         part = _divided(weight[start : start + rows], scales.wide[start : start + rows], g)
-        codes[start : start + rows] = part.clamp_(-_E4M3, _E4M3) if scheme.bits == 8 else encode(snap(part, 4), 4)
+        codes[start : start + rows] = (
+            part.clamp_(-_E4M3, _E4M3) if scheme.bits == 8 else encode(snap(part, 4), 4)
+        )
     return QuantizedTensor(codes, scales.stored, None, scheme, global_scale=scales.global_scale)

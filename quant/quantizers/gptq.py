@@ -1,13 +1,15 @@
 """GPTQ (Frantar et al. 2022, arXiv:2210.17323), in the feedback form.
 
-GPTQ rounds one input column of W after another and moves each column's error onto the columns not yet rounded. With the Hessian factored as
-H = R·Rᵀ (R upper triangular), the value that column k is rounded from can be written without the inverse of H: it is
+GPTQ rounds one input column of W after another and moves each column's error onto the columns not yet
+rounded. With the Hessian factored as H = R·Rᵀ (R upper triangular), the value that column k is rounded from
+can be written without the inverse of H: it is
 
     W_k + Σ_{j<k} (W_j - Ŵ_j) · R_jk / R_kk
 
-where Ŵ is what has been rounded already. That this is the same method is Theorem 6 of Chee et al. 2023 (QuIP, arXiv:2307.13304), there with
-the LDLᵀ factors. One Cholesky factorization replaces the usual factor-invert-factor, nothing is written to columns ahead, and the loss is
-Σ_k R_kk² · |rounding error of column k|².
+where Ŵ is what has been rounded already. That this is the same method is Theorem 6 of Chee et al. 2023 (QuIP,
+arXiv:2307.13304), there with the LDLᵀ factors. One Cholesky factorization replaces the usual
+factor-invert-factor, nothing is written to columns ahead, and the loss is Σ_k R_kk² · |rounding error of
+column k|².
 
 Everything is kept transposed, [K, N], so that a column of W is one contiguous run.
 """
@@ -27,16 +29,19 @@ from quant.quantizers.rounding import group_parameters, round_weight, scale_dtyp
 from quant.schemes import WeightScheme
 from quant.tensors import QuantizedTensor
 
-#: Columns whose feedback on each other is applied one by one; runs of them act on each other by matrix products.
+#: Columns whose feedback on each other is applied one by one; runs of them act on each other by matrix
+#: products.
 _PANEL = 32
-#: Columns of a run whose feedback on those that follow is computed in bf16, on a CPU that multiplies such numbers faster than fp32. Rounding R and the
-#: errors E by shares of 2⁻⁹ adds at most about 2⁻¹⁸ · Σ_j E_j² H_jj to the loss Σ_k R_kk² E_k², in which R_kk² is at least the damping: some 1e-4 of it.
+#: Columns of a run whose feedback on those that follow is computed in bf16, on a CPU that multiplies such
+#: numbers faster than fp32. Rounding R and the errors E by shares of 2⁻⁹ adds at most about 2⁻¹⁸ · Σ_j E_j²
+#: H_jj to the loss Σ_k R_kk² E_k², in which R_kk² is at least the damping: some 1e-4 of it.
 _HALF = 512
 #: Rows of the Hessian that are put in order at a time.
 _ROWS = 128
 #: Rows of a weight that are transposed at a time on a CPU.
 _BAND = 32
-#: Each rung multiplies the damping by ten; a Hessian that is not positive definite at the last one is not usable.
+#: Each rung multiplies the damping by ten; a Hessian that is not positive definite at the last one is not
+#: usable.
 _RUNGS = 4
 
 
@@ -46,9 +51,11 @@ class GPTQQuantizer:
 
     Attributes:
         damping: added to the Hessian's diagonal, as a share of its mean.
-        act_order: ``static`` visits columns by falling importance (diagonal of H) with the groups of natural order, so the file needs no
-            group index; ``none`` visits them in file order and takes each group's scale when it is reached, from the updated weights.
-        clip_search: choose each group's range by least squared error weighted with the diagonal of H, instead of the whole range.
+        act_order: ``static`` visits columns by falling importance (diagonal of H) with the groups of natural
+            order, so the file needs no group index; ``none`` visits them in file order and takes each group's
+            scale when it is reached, from the updated weights.
+        clip_search: choose each group's range by least squared error weighted with the diagonal of H, instead
+            of the whole range.
     """
 
     damping: float = 0.01
@@ -61,7 +68,9 @@ class GPTQQuantizer:
 
     def __post_init__(self) -> None:
         if not 0 < self.damping <= 1:
-            raise ValueError(f"damping is {self.damping}: a share of the Hessian's mean diagonal, above 0 and at most 1")
+            raise ValueError(
+                f"damping is {self.damping}: a share of the Hessian's mean diagonal, above 0 and at most 1"
+            )
 
     @staticmethod
     def refuse(scheme: WeightScheme) -> str | None:
@@ -76,45 +85,78 @@ class GPTQQuantizer:
         amax: torch.Tensor | None = None,
     ) -> Quantized:
         if statistics is None or statistics.hessian is None:
-            raise QuantError("gptq needs calibration text: give --calibration-dataset, or use --method minmax")
+            raise QuantError(
+                "gptq needs calibration text: give --calibration-dataset, or use --method minmax"
+            )
         dtype = scale_dtype(scheme, dtype)
         diagonal = statistics.hessian.diagonal().clone()
         fallbacks, notes = [], []
         dead = diagonal == 0
         if count := int(dead.sum()):
-            # an input that is always zero has no say in the error: its column is rounded to nearest, undisturbed by the others
-            notes.append(f"{count} of {len(dead)} inputs are zero on all calibration tokens: their columns are rounded to nearest")
+            # an input that is always zero has no say in the error: its column is rounded to nearest,
+            # undisturbed by the others
+            notes.append(
+                f"{count} of {len(dead)} inputs are zero on all calibration tokens: their columns are "
+                "rounded to nearest"
+            )
         order = None if self.act_order == "none" else torch.argsort(diagonal, descending=True, stable=True)
         factor, damping = factorize(statistics.hessian, self.damping, order)
         if factor is None:
-            fallbacks.append(f"the Hessian is not positive definite with damping up to {damping:g}: rounded to nearest instead")
+            fallbacks.append(
+                f"the Hessian is not positive definite with damping up to {damping:g}: rounded to nearest "
+                "instead"
+            )
             if scheme.number == "float":
-                return Quantized(round_floats(weight, scheme, float_scales(weight, scheme, amax)), tuple(fallbacks), tuple(notes))
-            scales, zeros = weight_parameters(weight, scheme, dtype, None, self.clip_search)  # the diagonal may be what is wrong
+                return Quantized(
+                    round_floats(weight, scheme, float_scales(weight, scheme, amax)),
+                    tuple(fallbacks),
+                    tuple(notes),
+                )
+            # the diagonal may be what is wrong
+            scales, zeros = weight_parameters(weight, scheme, dtype, None, self.clip_search)
             codes = round_weight(weight, scales, zeros, scheme)
         else:
             if damping > self.damping:
                 fallbacks.append(f"the Hessian needed damping {damping:g} instead of {self.damping:g}")
             if scheme.number == "float":
-                # scales come first whatever the order: those of a group that is reached later are of no other kind
+                # scales come first whatever the order: those of a group that is reached later are of no other
+                # kind
                 found = float_scales(weight, scheme, amax, diagonal, self.clip_search)
                 visits = torch.arange(len(diagonal), device=weight.device) if order is None else order
-                values, _, _ = _solve(weight, factor, scheme, dtype, ((found.wide.contiguous(), None), visits), None, False)
-                tensor = QuantizedTensor(encode(values, scheme.bits), found.stored, None, scheme, global_scale=found.global_scale)
+                values, _, _ = _solve(
+                    weight, factor, scheme, dtype, ((found.wide.contiguous(), None), visits), None, False
+                )
+                tensor = QuantizedTensor(
+                    encode(values, scheme.bits), found.stored, None, scheme, global_scale=found.global_scale
+                )
                 return Quantized(tensor, tuple(fallbacks), tuple(notes))
             if order is None:
-                codes, scales, zeros = _solve(weight, factor, scheme, dtype, None, diagonal if self.clip_search else None, self.clip_search)
+                codes, scales, zeros = _solve(
+                    weight,
+                    factor,
+                    scheme,
+                    dtype,
+                    None,
+                    diagonal if self.clip_search else None,
+                    self.clip_search,
+                )
             else:
                 fixed = weight_parameters(weight, scheme, dtype, diagonal, self.clip_search)
                 codes, scales, zeros = _solve(weight, factor, scheme, dtype, (fixed, order), None, False)
-        tensor = QuantizedTensor(codes, scales.to(dtype), None if zeros is None else zeros.to(torch.int8), scheme)
+        tensor = QuantizedTensor(
+            codes, scales.to(dtype), None if zeros is None else zeros.to(torch.int8), scheme
+        )
         return Quantized(tensor, tuple(fallbacks), tuple(notes))
 
 
-def factorize(hessian: torch.Tensor, damping: float, order: torch.Tensor | None) -> tuple[Factor | None, float]:
-    """R with R·Rᵀ = H + damping · mean(diag H) · I, rows and columns taken in ``order``. ``hessian`` is overwritten.
+def factorize(
+    hessian: torch.Tensor, damping: float, order: torch.Tensor | None
+) -> tuple[Factor | None, float]:
+    """R with R·Rᵀ = H + damping · mean(diag H) · I, rows and columns taken in ``order``. ``hessian`` is
+    overwritten.
 
-    Factored in fp32; where that fails, in fp64 with the same damping, and then with ten times more until the last rung.
+    Factored in fp32; where that fails, in fp64 with the same damping, and then with ten times more until the
+    last rung.
 
     Returns:
         R and the damping that was needed, or None and the last damping tried.
@@ -135,7 +177,9 @@ def factorize(hessian: torch.Tensor, damping: float, order: torch.Tensor | None)
         diagonal += (wanted - applied) * mean
         applied = wanted
         # the result goes where the Hessian was, seen as LAPACK's column-major matrix
-        lower, failed = torch.linalg.cholesky_ex(flipped, out=(hessian.t(), torch.empty((), dtype=torch.int32, device=hessian.device)))
+        lower, failed = torch.linalg.cholesky_ex(
+            flipped, out=(hessian.t(), torch.empty((), dtype=torch.int32, device=hessian.device))
+        )
         if not failed and bool(lower.diagonal().isfinite().all()):
             return Factor(lower), applied
         precise, failed = torch.linalg.cholesky_ex(flipped.double())
@@ -146,15 +190,17 @@ def factorize(hessian: torch.Tensor, damping: float, order: torch.Tensor | None)
 
 @dataclass(frozen=True)
 class Factor:
-    """The upper triangular R of the H in question, kept as the lower Cholesky factor of H with rows and columns reversed: the one is the other
-    read backwards."""
+    """The upper triangular R of the H in question, kept as the lower Cholesky factor of H with rows and
+    columns reversed: the one is the other read backwards."""
 
     reversed_lower: torch.Tensor
 
     def block(self, rows: slice, columns: slice) -> torch.Tensor:
         """R[rows, columns], copied; both slices have a start and a stop."""
         k = len(self.reversed_lower)
-        return self.reversed_lower[k - rows.stop : k - rows.start, k - columns.stop : k - columns.start].flip(0, 1)
+        return self.reversed_lower[k - rows.stop : k - rows.start, k - columns.stop : k - columns.start].flip(
+            0, 1
+        )
 
     def diagonal(self) -> torch.Tensor:
         return self.reversed_lower.diagonal().flip(0)
@@ -174,7 +220,8 @@ def _solve(
     Args:
         weight: fp32 [N, K]; overwritten.
         factor: R of the columns in the order they are visited.
-        fixed: scales and zeros [N, G] and the order of columns; None: file order, scales taken as groups are reached.
+        fixed: scales and zeros [N, G] and the order of columns; None: file order, scales taken as groups are
+            reached.
 
     Returns:
         int8 codes [N, K] (of floats their fp32 values), fp32 scales [N, G], fp32 zeros [N, G] or None.
@@ -198,13 +245,15 @@ def _solve(
     codes = torch.empty(k, n, dtype=torch.float32 if floats else torch.int8, device=weight.device)
     inverse = (1.0 / factor.diagonal()).tolist()
     half = weight.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    # [K, N]: Σ_j (W_j - Ŵ_j) · R_jk over the columns j rounded so far, at row k; in the memory of the weight, which errors hold from now on
+    # [K, N]: Σ_j (W_j - Ŵ_j) · R_jk over the columns j rounded so far, at row k; in the memory of the weight,
+    # which errors hold from now on
     feedback = weight.reshape(k, n).zero_()
 
     for number, start in enumerate(range(0, k, _PANEL)):
         end = min(start + _PANEL, k)
         if number:
-            # as in a recursion by halves: the largest run that ends here and is a power of two of panels feeds back on as many that follow
+            # as in a recursion by halves: the largest run that ends here and is a power of two of panels
+            # feeds back on as many that follow
             run = (number & -number) * _PANEL
             done, ahead = slice(start - run, start), slice(start, min(start + run, k))
             if half and run >= _HALF:
@@ -214,7 +263,9 @@ def _solve(
         triangle = factor.block(slice(start, end), slice(start, end))
         inner = feedback[start:end]
         rounded = torch.empty_like(inner)
-        for i, (error, pushed, code) in enumerate(zip(errors[start:end].unbind(), inner.unbind(), rounded.unbind(), strict=True)):
+        for i, (error, pushed, code) in enumerate(
+            zip(errors[start:end].unbind(), inner.unbind(), rounded.unbind(), strict=True)
+        ):
             c = start + i
             group = group_of[c]
             if fixed is None and c % g == 0:
@@ -239,11 +290,16 @@ def _solve(
         natural = torch.empty_like(codes)
         natural[order] = codes
         codes = natural
-    return codes.t().contiguous(), scales_t.t().contiguous(), None if zeros_t is None else zeros_t.t().contiguous()
+    return (
+        codes.t().contiguous(),
+        scales_t.t().contiguous(),
+        None if zeros_t is None else zeros_t.t().contiguous(),
+    )
 
 
 def transposed(weight: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """fp32 [K, N]: the columns of ``weight`` [N, K] in ``order``, one after another. By bands of rows, which a CPU's cache holds."""
+    """fp32 [K, N]: the columns of ``weight`` [N, K] in ``order``, one after another. By bands of rows, which
+    a CPU's cache holds."""
     n, k = weight.shape
     columns = torch.empty(k, n, dtype=weight.dtype, device=weight.device)
     band = n if weight.is_cuda else _BAND
@@ -261,15 +317,20 @@ def _group_now(
     importance: torch.Tensor | None,
     search: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scales and zeros [N] of a group of columns, from its weights as GPTQ has updated them by the time it is reached.
+    """Scales and zeros [N] of a group of columns, from its weights as GPTQ has updated them by the time it is
+    reached.
 
-    Given the errors E of all columns before, the update of group G is E·R_PG·R_GG⁻¹: the block of R above the group's own triangle, times
-    the inverse of that triangle.
+    Given the errors E of all columns before, the update of group G is E·R_PG·R_GG⁻¹: the block of R above the
+    group's own triangle, times the inverse of that triangle.
     """
     pushed = factor.block(slice(0, group.start), group).t() @ errors[: group.start]  # [g, N]
     update = torch.linalg.solve_triangular(factor.block(group, group).t(), pushed, upper=False)
     scales, zeros = group_parameters(
-        (errors[group] + update).t().unsqueeze(1), scheme, dtype, None if importance is None else importance[None, group], search
+        (errors[group] + update).t().unsqueeze(1),
+        scheme,
+        dtype,
+        None if importance is None else importance[None, group],
+        search,
     )
     return scales.squeeze(1), None if zeros is None else zeros.squeeze(1)
 

@@ -15,7 +15,8 @@ from quant.tensors import QuantizedTensor
 
 @dataclass(frozen=True)
 class IdentityQuantizer:
-    """Codes are the weights themselves, fp32, under scales of 1; a plain checkpoint stores them in the source's dtype."""
+    """Codes are the weights themselves, fp32, under scales of 1; a plain checkpoint stores them in the
+    source's dtype."""
 
     name: ClassVar[str] = "none"
     suppressor: ClassVar[str] = ""
@@ -23,7 +24,11 @@ class IdentityQuantizer:
 
     @staticmethod
     def refuse(scheme: WeightScheme) -> str | None:
-        return None if scheme == UNQUANTIZED.weights else f"it leaves weights as they are, {scheme} does not: leave the scheme out"
+        return (
+            None
+            if scheme == UNQUANTIZED.weights
+            else f"it leaves weights as they are, {scheme} does not: leave the scheme out"
+        )
 
     def __call__(
         self,
@@ -33,7 +38,9 @@ class IdentityQuantizer:
         dtype: torch.dtype,
         amax: torch.Tensor | None = None,
     ) -> Quantized:
-        return Quantized(QuantizedTensor(weight.clone(), torch.ones(len(weight), 1, device=weight.device), None, scheme))
+        return Quantized(
+            QuantizedTensor(weight.clone(), torch.ones(len(weight), 1, device=weight.device), None, scheme)
+        )
 
 
 QuantizerRegistry.add(IdentityQuantizer.name, IdentityQuantizer)

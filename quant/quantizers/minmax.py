@@ -1,4 +1,5 @@
-"""Rounding to nearest with the scale of each group's range: the baseline, and the only method that needs no data."""
+"""Rounding to nearest with the scale of each group's range: the baseline, and the only method that needs no
+data."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from quant.tensors import QuantizedTensor
 
 @dataclass(frozen=True)
 class MinMaxQuantizer:
-    """``clip_search`` shrinks each group's range to the one of least squared error; without it the range is kept whole."""
+    """``clip_search`` shrinks each group's range to the one of least squared error; without it the range is
+    kept whole."""
 
     clip_search: bool = False
 
@@ -38,11 +40,15 @@ class MinMaxQuantizer:
         amax: torch.Tensor | None = None,
     ) -> Quantized:
         if scheme.number == "float":
-            return Quantized(round_floats(weight, scheme, float_scales(weight, scheme, amax, search=self.clip_search)))
+            return Quantized(
+                round_floats(weight, scheme, float_scales(weight, scheme, amax, search=self.clip_search))
+            )
         dtype = scale_dtype(scheme, dtype)
         scales, zeros = weight_parameters(weight, scheme, dtype, search=self.clip_search)
         codes = round_weight(weight, scales, zeros, scheme)
-        return Quantized(QuantizedTensor(codes, scales.to(dtype), None if zeros is None else zeros.to(torch.int8), scheme))
+        return Quantized(
+            QuantizedTensor(codes, scales.to(dtype), None if zeros is None else zeros.to(torch.int8), scheme)
+        )
 
 
 QuantizerRegistry.add(MinMaxQuantizer.name, MinMaxQuantizer)

@@ -1,6 +1,8 @@
-"""Scales, zero points and rounding: the arithmetic that every integer method shares. Pure functions on any device.
+"""Scales, zero points and rounding: the arithmetic that every integer method shares. Pure functions on any
+device.
 
-A scale is rounded to the dtype it will be stored in *before* codes are chosen, so that the file holds exactly the values the method saw.
+A scale is rounded to the dtype it will be stored in *before* codes are chosen, so that the file holds exactly
+the values the method saw.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ import torch
 
 from quant.schemes import WeightScheme
 
-#: The clipping search tries this many ranges per group, from the whole one down to a share of it. Fewer bits gain from cutting deeper.
+#: The clipping search tries this many ranges per group, from the whole one down to a share of it. Fewer bits
+#: gain from cutting deeper.
 SEARCH_STEPS = 10
 SEARCH_FLOOR = {2: 0.4, 3: 0.6, 4: 0.7, 8: 0.9}
 #: Elements searched at a time on a CPU: temporaries stay in its cache, which is worth a factor of five.
@@ -23,18 +26,22 @@ _ON_GPU = 1 << 26
 def _parameters(
     low: torch.Tensor, high: torch.Tensor, scheme: WeightScheme, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scale (fp32, representable in ``dtype``) and zero point (fp32 integer, or None) of ranges ``low`` ≤ 0 ≤ ``high`` of any shape."""
+    """Scale (fp32, representable in ``dtype``) and zero point (fp32 integer, or None) of ranges ``low`` ≤ 0 ≤
+    ``high`` of any shape."""
     levels = scheme.high - scheme.low
     scale = 2 * torch.maximum(-low, high) / levels if scheme.symmetric else (high - low) / levels
     limits = torch.finfo(dtype)
-    # a group of zeros gets scale 1 (its codes are 0); one too small for the dtype gets the smallest normal number
+    # a group of zeros gets scale 1 (its codes are 0); one too small for the dtype gets the smallest normal
+    # number
     scale = torch.where(scale == 0, 1.0, scale.clamp(limits.tiny, limits.max)).to(dtype).float()
     if scheme.symmetric:
         return scale, None
     return scale, (scheme.low - low / scale).round_().clamp_(scheme.low, scheme.high)
 
 
-def _round(values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, scheme: WeightScheme) -> torch.Tensor:
+def _round(
+    values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, scheme: WeightScheme
+) -> torch.Tensor:
     """Codes, as whole fp32 numbers, of values that scale and zero broadcast to."""
     codes = values / scale
     codes = codes.round_() if zero is None else codes.add_(zero).round_()
@@ -53,12 +60,14 @@ def group_parameters(
     Args:
         groups: fp32 [N, G, g], one group in the last dimension.
         dtype: what scales are stored in.
-        importance: what the search weights errors with: fp32 [G, g], the mean square of the input that each one multiplies; or [G, g, g], the
-            Hessian of each group's inputs, by which the error is that of the group's share of the output.
+        importance: what the search weights errors with: fp32 [G, g], the mean square of the input that each
+            one multiplies; or [G, g, g], the Hessian of each group's inputs, by which the error is that of
+            the group's share of the output.
         search: try smaller ranges per group and keep the one of least error, instead of the whole range.
 
     Returns:
-        scales fp32 [N, G] with values that ``dtype`` holds exactly, and zeros fp32 [N, G] or None when symmetric.
+        scales fp32 [N, G] with values that ``dtype`` holds exactly, and zeros fp32 [N, G] or None when
+        symmetric.
     """
     low, high = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
     if not search:
@@ -78,13 +87,19 @@ def rows_at_a_time(groups: torch.Tensor) -> int:
 
 
 def _searched(
-    groups: torch.Tensor, low: torch.Tensor, high: torch.Tensor, scheme: WeightScheme, dtype: torch.dtype, importance: torch.Tensor | None
+    groups: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    scheme: WeightScheme,
+    dtype: torch.dtype,
+    importance: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Of all shrunken ranges, each group's of least error."""
     buffer = torch.empty_like(groups)
     floor = SEARCH_FLOOR[scheme.bits]
     best = torch.full_like(low, torch.inf)
-    scale, zero = _parameters(low, high, scheme, dtype)  # stands where no error can be compared: weights whose squares overflow
+    # stands where no error can be compared: weights whose squares overflow
+    scale, zero = _parameters(low, high, scheme, dtype)
     for step in range(SEARCH_STEPS):
         shrink = 1 - (1 - floor) * step / (SEARCH_STEPS - 1)
         s, z = _parameters(low * shrink, high * shrink, scheme, dtype)
@@ -104,7 +119,8 @@ def _searched(
 
 
 def _error(difference: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
-    """Error [N, G] of each group from what rounding changed [N, G, g], which is overwritten; ``importance`` as in :func:`group_parameters`."""
+    """Error [N, G] of each group from what rounding changed [N, G, g], which is overwritten; ``importance``
+    as in :func:`group_parameters`."""
     if importance is None:
         return difference.square_().sum(-1)
     if importance.ndim == 2:
@@ -125,7 +141,8 @@ def weight_parameters(
     importance: torch.Tensor | None = None,
     search: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """:func:`group_parameters` of a whole weight [N, K] (importance [K], or by groups): scales and zeros [N, G]."""
+    """:func:`group_parameters` of a whole weight [N, K] (importance [K], or by groups): scales and zeros [N,
+    G]."""
     n, k = weight.shape
     g = k // scheme.groups(k)
     if importance is not None and importance.ndim == 1:
@@ -134,8 +151,9 @@ def weight_parameters(
 
 
 def importance_of(hessian: torch.Tensor, scheme: WeightScheme) -> torch.Tensor:
-    """The importance that a Hessian fp32 [K, K] gives to errors in the groups of a scheme: the block of each group, [G, g, g]; for groups too wide
-    for that to be cheap, and for floating numbers, the diagonal, [G, g] or [K]."""
+    """The importance that a Hessian fp32 [K, K] gives to errors in the groups of a scheme: the block of each
+    group, [G, g, g]; for groups too wide for that to be cheap, and for floating numbers, the diagonal, [G, g]
+    or [K]."""
     k = len(hessian)
     if scheme.number == "float":
         return hessian.diagonal().clone()
@@ -153,8 +171,14 @@ def scaled_importance(importance: torch.Tensor, factors: torch.Tensor) -> torch.
     return importance / grouped.unsqueeze(1) / grouped.unsqueeze(2)
 
 
-def round_weight(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, scheme: WeightScheme) -> torch.Tensor:
+def round_weight(
+    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, scheme: WeightScheme
+) -> torch.Tensor:
     """int8 codes [N, K] of a weight rounded to nearest, with scales and zeros [N, G]."""
     n, k = weight.shape
     groups = weight.view(n, scales.shape[1], -1)
-    return _round(groups, scales.unsqueeze(-1), None if zeros is None else zeros.unsqueeze(-1), scheme).view(n, k).to(torch.int8)
+    return (
+        _round(groups, scales.unsqueeze(-1), None if zeros is None else zeros.unsqueeze(-1), scheme)
+        .view(n, k)
+        .to(torch.int8)
+    )

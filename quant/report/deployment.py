@@ -23,6 +23,10 @@ def serving(console: Console, report: Mapping[str, Any]) -> None:
             ("context", f"{report['max_model_len']:,} tokens"),
             ("KV cache", f"{tokens:,} tokens" if tokens is not None else "the log does not say"),
             ("completion", f"{completion['prompt']!r} → {completion['text']!r}"),
-            ("speed", f"{completion['tokens_per_second']:.1f} tokens/s ({completion['tokens']} tokens, one request, the first one)"),
+            (
+                "speed",
+                f"{completion['tokens_per_second']:.1f} tokens/s ({completion['tokens']} tokens, one "
+                "request, the first one)",
+            ),
         ],
     )

@@ -16,13 +16,15 @@ NOT_HELD_OUT = "no calibration row was left to hold out"
 
 
 def worst(layers: Sequence[Mapping[str, Any]], count: int = 5) -> dict[str, Any]:
-    """The layers of largest relative output error and those of smallest signal-to-noise ratio of the weight, worst first.
+    """The layers of largest relative output error and those of smallest signal-to-noise ratio of the weight,
+    worst first.
 
     Args:
         layers: ``layers`` of a report: ``name``, ``error``, ``snr_db``, ``error_missing``.
 
     Returns:
-        ``by_error`` and ``by_snr``: up to ``count`` of name, method, scheme, error and snr_db; ``error_missing``: why no layer has an error, or None.
+        ``by_error`` and ``by_snr``: up to ``count`` of name, method, scheme, error and snr_db;
+            ``error_missing``: why no layer has an error, or None.
     """
 
     def ranked(key: str, sign: int) -> list[dict[str, Any]]:
@@ -36,7 +38,8 @@ def worst(layers: Sequence[Mapping[str, Any]], count: int = 5) -> dict[str, Any]
 
 
 def evidence_of(path: Path) -> dict[str, Any] | None:
-    """:func:`worst` of the report in a checkpoint directory; None where there is none, or none that can be read."""
+    """:func:`worst` of the report in a checkpoint directory; None where there is none, or none that can be
+    read."""
     try:
         layers = json.loads((path / REPORT).read_text(encoding="utf-8"))["layers"]
         return worst([x for x in layers if isinstance(x["name"], str)]) if layers else None

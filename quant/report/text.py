@@ -33,8 +33,13 @@ def _worst(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The worst layers by both measures, and why one of them is not there."""
     rows = []
     if found["by_error"]:
-        lines = [f"{x['name']}: {x['error']:.2%}" + ("" if x["snr_db"] is None else f", {x['snr_db']} dB") for x in found["by_error"]]
-        rows.append(("largest errors", "relative output error on held-out calibration rows\n" + "\n".join(lines)))
+        lines = [
+            f"{x['name']}: {x['error']:.2%}" + ("" if x["snr_db"] is None else f", {x['snr_db']} dB")
+            for x in found["by_error"]
+        ]
+        rows.append(
+            ("largest errors", "relative output error on held-out calibration rows\n" + "\n".join(lines))
+        )
     elif found["error_missing"]:
         rows.append(("largest errors", f"not measured: {found['error_missing']}"))
     if found["by_snr"]:
@@ -52,7 +57,8 @@ def quantization(console: Console, report: Mapping[str, Any]) -> None:
         ("output", report["output_path"]),
         (
             "scheme",
-            f"{', '.join(schemes)}; {' and '.join(report['methods'])}, {report['format']}, {report['bits_per_weight']} bits per weight",
+            f"{', '.join(schemes)}; {' and '.join(report['methods'])}, {report['format']}, "
+            f"{report['bits_per_weight']} bits per weight",
         ),
         ("size", f"{format_size(report['source_bytes'])} → {format_size(report['output_bytes'])}"),
         (
@@ -61,12 +67,15 @@ def quantization(console: Console, report: Mapping[str, Any]) -> None:
         ),
         (
             "peak memory",
-            format_size(report["peak_rss_bytes"]) + (f", GPU {format_size(report['peak_gpu_bytes'])}" if report["peak_gpu_bytes"] else ""),
+            format_size(report["peak_rss_bytes"])
+            + (f", GPU {format_size(report['peak_gpu_bytes'])}" if report["peak_gpu_bytes"] else ""),
         ),
         (
             "tensors",
-            f"{len(report['tensors']['quantized'])} {'rewritten' if report['methods'] == ['none'] else 'quantized'}, "
-            f"{len(report['tensors']['copied'])} copied, {len(report['tensors']['folded'])} with scaling folded in, "
+            f"{len(report['tensors']['quantized'])} "
+            f"{'rewritten' if report['methods'] == ['none'] else 'quantized'}, "
+            f"{len(report['tensors']['copied'])} copied, {len(report['tensors']['folded'])} with scaling "
+            "folded in, "
             f"{len(report['tensors']['dropped'])} dropped",
         ),
     ]
@@ -74,16 +83,29 @@ def quantization(console: Console, report: Mapping[str, Any]) -> None:
         rows.append(
             (
                 "backend",
-                "\n".join([f"{backend['name']} {backend[backend['name']]}, archived upstream {backend['archived']}", *backend["notes"]]),
+                "\n".join(
+                    [
+                        f"{backend['name']} {backend[backend['name']]}, archived upstream "
+                        f"{backend['archived']}",
+                        *backend["notes"],
+                    ]
+                ),
             )
         )
-    if report["methods"] != ["none"]:  # scaling alone rounds nothing; that its function is the source's is said below
+    # scaling alone rounds nothing; that its function is the source's is said below
+    if report["methods"] != ["none"]:
         rows += _worst(worst(report["layers"], _WORST))
-        rows.append(("fallbacks", "\n".join(f"{x['name']}: {x['fallback']}" for x in report["fallbacks"]) or "none"))
+        rows.append(
+            ("fallbacks", "\n".join(f"{x['name']}: {x['fallback']}" for x in report["fallbacks"]) or "none")
+        )
     notes = list(dict.fromkeys(f"{x['name']}: {n}" for x in report["layers"] for n in x["notes"]))
     if notes:
         rows.append(
-            ("notes", "\n".join(notes[:_WORST]) + (f"\nand {len(notes) - _WORST} more in quant_report.json" if len(notes) > _WORST else ""))
+            (
+                "notes",
+                "\n".join(notes[:_WORST])
+                + (f"\nand {len(notes) - _WORST} more in quant_report.json" if len(notes) > _WORST else ""),
+            )
         )
     left = [n for n in report["unquantized_linears"] if n != "lm_head"]
     if left:
@@ -93,18 +115,30 @@ def quantization(console: Console, report: Mapping[str, Any]) -> None:
         names = ", ".join(sorted({f["suppressor"] for f in report["folds"].values()}))
         low = min(f["factors"][0] for f in report["folds"].values())
         high = max(f["factors"][1] for f in report["folds"].values())
-        how = "every factor is 1, which changes nothing" if low == high == 1 else f"divided by factors from {low:.3g} to {high:.3g}"
+        how = (
+            "every factor is 1, which changes nothing"
+            if low == high == 1
+            else f"divided by factors from {low:.3g} to {high:.3g}"
+        )
         rows.append(("scaling", f"{names}: inputs of {len(report['folds'])} groups of linears, {how}"))
     if report["side_files_dropped"]:
-        rows.append(("left out", "\n".join(f"{d['file']}: {d['reason']}" for d in report["side_files_dropped"])))
+        rows.append(
+            ("left out", "\n".join(f"{d['file']}: {d['reason']}" for d in report["side_files_dropped"]))
+        )
     if report["function"]:
         same = report["function"]
         rows.append(
-            ("function", f"KL to source {same['kl']:.2g} nats per token, logits differ by {same['difference']:.2g} of the largest at most")
+            (
+                "function",
+                f"KL to source {same['kl']:.2g} nats per token, logits differ by {same['difference']:.2g} "
+                "of the largest at most",
+            )
         )
     rows += _checks(report["verify"]["checks"])
     if report["target"] == "other":
-        rows.append(("serve", "with another engine: this was made for --target other, and vLLM may refuse it"))
+        rows.append(
+            ("serve", "with another engine: this was made for --target other, and vLLM may refuse it")
+        )
     else:
         rows.append(("serve", f"python deploy_vllm.py serve --model-path {report['output_path']}"))
     _table(console, "Scaled" if report["methods"] == ["none"] else "Quantized", rows)
@@ -120,7 +154,9 @@ def prediction(console: Console, value: Mapping[str, Any]) -> None:
             ("linears", f"{value['linears']} to quantize"),
             (
                 "output",
-                f"{format_size(value['output_bytes'])} of tensors (source {format_size(value['source_bytes'])}), {format_size(value['side_files_bytes'])} of side files",
+                f"{format_size(value['output_bytes'])} of tensors (source "
+                f"{format_size(value['source_bytes'])}), {format_size(value['side_files_bytes'])} of side "
+                "files",
             ),
             *_cost(value),
         ],
@@ -135,7 +171,8 @@ def _cost(value: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("scratch", format_size(value["scratch_bytes"])),
         (
             "peak memory",
-            f"about {format_size(value['peak_rss_bytes'])}, {format_size(value['available_bytes'])} are available"
+            f"about {format_size(value['peak_rss_bytes'])}, {format_size(value['available_bytes'])} are "
+            "available"
             + (f"; GPU about {format_size(value['peak_gpu_bytes'])}" if value["peak_gpu_bytes"] else ""),
         ),
         ("time", f"about {format_seconds(value['seconds'])}"),
@@ -156,7 +193,13 @@ def export(console: Console, report: Mapping[str, Any]) -> None:
     ]
     if report["requantized"]:
         snr = [x["snr_db"] for x in report["requantized"].values()]
-        rows.append(("rounded anew", f"{len(snr)} linears in activation order, {min(snr):.1f} to {max(snr):.1f} dB against the checkpoint"))
+        rows.append(
+            (
+                "rounded anew",
+                f"{len(snr)} linears in activation order, {min(snr):.1f} to {max(snr):.1f} dB against the "
+                "checkpoint",
+            )
+        )
     if report["repairs"]:
         rows.append(("repaired", "\n".join(report["repairs"])))
     if report["kv_cache_scales"]:
@@ -179,7 +222,11 @@ def verification(console: Console, value: Mapping[str, Any]) -> None:
                 "against source",
                 f"{value['tensors']['equal']} tensors equal, {len(different)} differ"
                 + (f" ({min(snr):.1f} to {max(snr):.1f} dB)" if snr else "")
-                + (f", the scaling folded into {len(value['tensors']['scaled'])} taken out" if value["tensors"]["scaled"] else ""),
+                + (
+                    f", the scaling folded into {len(value['tensors']['scaled'])} taken out"
+                    if value["tensors"]["scaled"]
+                    else ""
+                ),
             )
         )
     if "vllm" in value:
@@ -219,17 +266,29 @@ def comparison(console: Console, values: Sequence[Mapping[str, Any]]) -> None:
         pad_edge=False,
     )
     for heading in ("path", "scheme", "bits/weight", "size", "perplexity", "KL, nats per token", "top-1"):
-        table.add_column(heading, overflow="fold", justify="left" if heading in ("path", "scheme") else "right")
+        table.add_column(
+            heading, overflow="fold", justify="left" if heading in ("path", "scheme") else "right"
+        )
 
     def shown(m: Mapping[str, float] | None, form: str) -> str:
         return "" if m is None else f"{m['mean']:{form}} ± {m['standard_error']:{form}}"
 
     if first["source_perplexity"]:
-        table.add_row(str(first["against"]), "source", "", "", shown(first["source_perplexity"], ".4f"), "", "")
+        table.add_row(
+            str(first["against"]), "source", "", "", shown(first["source_perplexity"], ".4f"), "", ""
+        )
     for v in values:
         bits = "" if v["bits_per_weight"] is None else f"{v['bits_per_weight']:.3f}"
         size = format_size(v["total_bytes"])
-        table.add_row(v["path"], v["scheme"], bits, size, shown(v["perplexity"], ".4f"), shown(v["kl"], ".5f"), shown(v["top1"], ".2%"))
+        table.add_row(
+            v["path"],
+            v["scheme"],
+            bits,
+            size,
+            shown(v["perplexity"], ".4f"),
+            shown(v["kl"], ".5f"),
+            shown(v["top1"], ".2%"),
+        )
     console.print(table)
 
 
@@ -240,11 +299,20 @@ def inspection(console: Console, value: Mapping[str, Any]) -> None:
         console,
         value["path"],
         [
-            ("model", f"{value['model_type']} ({architectures}), {value['blocks']} blocks, adapter: {value['adapter'] or 'none, generic'}"),
-            ("parameters", f"{value['parameters']:,}: " + ", ".join(f"{r} {n:,}" for r, n in value["parameters_by_role"].items())),
+            (
+                "model",
+                f"{value['model_type']} ({architectures}), {value['blocks']} blocks, adapter: "
+                f"{value['adapter'] or 'none, generic'}",
+            ),
+            (
+                "parameters",
+                f"{value['parameters']:,}: "
+                + ", ".join(f"{r} {n:,}" for r, n in value["parameters_by_role"].items()),
+            ),
             (
                 "bytes",
-                f"{format_size(value['total_bytes'])}: " + ", ".join(f"{d} {format_size(n)}" for d, n in value["bytes_by_dtype"].items()),
+                f"{format_size(value['total_bytes'])}: "
+                + ", ".join(f"{d} {format_size(n)}" for d, n in value["bytes_by_dtype"].items()),
             ),
             ("files", f"{len(value['files'])}, {value['tensors']} tensors"),
             ("head", "tied to the embedding" if value["tied_head"] else "its own"),

@@ -18,14 +18,17 @@ class Argument:
     reason: str
 
 
-#: Layouts whose group scales are stored in the model's own dtype; the others have fp32, E4M3 or powers of two.
+#: Layouts whose group scales are stored in the model's own dtype; the others have fp32, E4M3 or powers of
+#: two.
 _SCALES_IN_DTYPE = frozenset({"pack-quantized", "gptq", "awq"})
-#: Layouts of OCP's microscaling numbers. vLLM's weight-only kernels of them exist for bf16 alone (`csrc/quantization/marlin/generate_kernels.py`).
+#: Layouts of OCP's microscaling numbers. vLLM's weight-only kernels of them exist for bf16 alone
+#: (`csrc/quantization/marlin/generate_kernels.py`).
 _BF16_ALONE = frozenset({"mxfp4-pack-quantized", "mxfp8-quantized"})
 
 
 def layouts(config: Mapping[str, Any]) -> frozenset[str]:
-    """How the linears of a config.json are stored: sub-formats of compressed-tensors, or another ``quant_method``; empty where nothing is quantized."""
+    """How the linears of a config.json are stored: sub-formats of compressed-tensors, or another
+    ``quant_method``; empty where nothing is quantized."""
     quantization = quantization_config(config)
     if not quantization:
         return frozenset()
@@ -33,19 +36,29 @@ def layouts(config: Mapping[str, Any]) -> frozenset[str]:
     if method != "compressed-tensors":
         return frozenset({method})
     groups = quantization.get("config_groups")
-    stated = [g.get("format") for g in groups.values() if isinstance(g, Mapping)] if isinstance(groups, Mapping) else []
+    stated = (
+        [g.get("format") for g in groups.values() if isinstance(g, Mapping)]
+        if isinstance(groups, Mapping)
+        else []
+    )
     return frozenset(str(x) for x in (*stated, quantization.get("format")) if x)
 
 
 def _stated_dtype(config: Mapping[str, Any]) -> str:
     text = config.get("text_config")
     places = [config, text if isinstance(text, dict) else {}]
-    return next((str(p[k]).removeprefix("torch.") for p in places for k in ("dtype", "torch_dtype") if p.get(k)), "bfloat16")
+    return next(
+        (str(p[k]).removeprefix("torch.") for p in places for k in ("dtype", "torch_dtype") if p.get(k)),
+        "bfloat16",
+    )
 
 
 def model_dtype(config: Mapping[str, Any]) -> str:
-    """The dtype that vLLM will compute in: the checkpoint's own, with fp32 brought to bf16, and so fp16 where the kernels want bf16."""
-    return "float16" if _stated_dtype(config) == "float16" and not layouts(config) & _BF16_ALONE else "bfloat16"
+    """The dtype that vLLM will compute in: the checkpoint's own, with fp32 brought to bf16, and so fp16 where
+    the kernels want bf16."""
+    return (
+        "float16" if _stated_dtype(config) == "float16" and not layouts(config) & _BF16_ALONE else "bfloat16"
+    )
 
 
 def _why_dtype(config: Mapping[str, Any]) -> str:
@@ -59,7 +72,11 @@ def _why_dtype(config: Mapping[str, Any]) -> str:
         why = "the model's own"
     if stated != model_dtype(config):
         kernels = stated == "float16"
-        why = f"{', '.join(sorted(stored & _BF16_ALONE))} has kernels for it alone" if kernels else f"instead of the model's {stated}"
+        why = (
+            f"{', '.join(sorted(stored & _BF16_ALONE))} has kernels for it alone"
+            if kernels
+            else f"instead of the model's {stated}"
+        )
     method = (quantization_config(config) or {}).get("quant_method")
     return f"{why}; quant_method {method} is read from config.json" if method else why
 
@@ -74,8 +91,11 @@ def context_length(config: Mapping[str, Any]) -> int | None:
     return None
 
 
-def engine_arguments(config: Mapping[str, Any], *, tensor_parallel: int = 1, max_model_len: int | None = None) -> list[Argument]:
-    """Arguments for ``vllm serve`` that the checkpoint itself decides; vLLM finds the quantization in config.json."""
+def engine_arguments(
+    config: Mapping[str, Any], *, tensor_parallel: int = 1, max_model_len: int | None = None
+) -> list[Argument]:
+    """Arguments for ``vllm serve`` that the checkpoint itself decides; vLLM finds the quantization in
+    config.json."""
     arguments = [Argument("dtype", model_dtype(config), _why_dtype(config))]
     length = max_model_len or context_length(config)
     if length:
@@ -83,11 +103,15 @@ def engine_arguments(config: Mapping[str, Any], *, tensor_parallel: int = 1, max
             Argument(
                 "max-model-len",
                 length,
-                "as asked" if max_model_len else "the longest context of config.json: lower it to fit more requests",
+                "as asked"
+                if max_model_len
+                else "the longest context of config.json: lower it to fit more requests",
             )
         )
     if tensor_parallel > 1:
-        arguments.append(Argument("tensor-parallel-size", tensor_parallel, "as asked; shapes were checked for it"))
+        arguments.append(
+            Argument("tensor-parallel-size", tensor_parallel, "as asked; shapes were checked for it")
+        )
     return arguments
 
 

@@ -1,7 +1,9 @@
-"""From a checkpoint to the exact ``vllm serve`` command, with the reason for each flag, and to the files that run it elsewhere. No torch.
+"""From a checkpoint to the exact ``vllm serve`` command, with the reason for each flag, and to the files that
+run it elsewhere. No torch.
 
-What the checkpoint decides comes from :mod:`quant.serving.arguments`; ``vllm_config.json`` beside the weights wins over that, and an option of
-the user over both. The API key never stands on a command line: vLLM reads it from ``VLLM_API_KEY``.
+What the checkpoint decides comes from :mod:`quant.serving.arguments`; ``vllm_config.json`` beside the weights
+wins over that, and an option of the user over both. The API key never stands on a command line: vLLM reads it
+from ``VLLM_API_KEY``.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ _OWN_FLAGS = {
 
 @dataclass(frozen=True)
 class Wish:
-    """What the user asks of a deployment. None leaves a value to ``vllm_config.json``, then to the checkpoint.
+    """What the user asks of a deployment. None leaves a value to ``vllm_config.json``, then to the
+    checkpoint.
 
     Attributes:
         gpu: name of the GPU that it will run on; None: those that are here, or none known.
@@ -83,7 +86,11 @@ class Deployment:
 
     def flags(self, *, host: str | None = None, port: int | None = None) -> list[str]:
         """Everything behind the model, as words of a command."""
-        planned = [*self.arguments, Argument("host", host or self.host, ""), Argument("port", self.port if port is None else port, "")]
+        planned = [
+            *self.arguments,
+            Argument("host", host or self.host, ""),
+            Argument("port", self.port if port is None else port, ""),
+        ]
         return [word for a in planned for word in (f"--{a.name}", str(a.value))] + list(self.extra)
 
     @property
@@ -92,8 +99,16 @@ class Deployment:
 
     def reasons(self) -> list[Argument]:
         """Every flag with its reason, those of the address included."""
-        where = "reachable from this machine only" if is_loopback(self.host) else "as asked: reachable from other machines"
-        return [*self.arguments, Argument("host", self.host, where), Argument("port", self.port, "where clients connect")]
+        where = (
+            "reachable from this machine only"
+            if is_loopback(self.host)
+            else "as asked: reachable from other machines"
+        )
+        return [
+            *self.arguments,
+            Argument("host", self.host, where),
+            Argument("port", self.port, "where clients connect"),
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -124,7 +139,9 @@ def plan(path: str | Path, wish: Wish) -> Deployment:
     """
     _check_extra(wish.extra)
     if wish.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", wish.api_key_env):
-        raise UsageError("--api-key-env takes the name of an environment variable, such as API_KEY, never the key itself")
+        raise UsageError(
+            "--api-key-env takes the name of an environment variable, such as API_KEY, never the key itself"
+        )
     folder = Path(path).absolute()
     checkpoint = open_checkpoint(folder)
     stated = _vllm_config(folder)
@@ -133,11 +150,16 @@ def plan(path: str | Path, wish: Wish) -> Deployment:
     if not checked.passed:
         more = f" (and {len(checked.failed) - 3} more)" if len(checked.failed) > 3 else ""
         raise VerificationFailed(
-            f"{path}: vLLM cannot serve it: {'; '.join(checked.failed[:3])}{more}. quant verify {path} lists every check"
+            f"{path}: vLLM cannot serve it: {'; '.join(checked.failed[:3])}{more}. quant verify {path} "
+            "lists every check"
         )
     derived = engine_arguments(checkpoint.config, tensor_parallel=parallel)
     chosen = {a.name: a for a in derived}
-    chosen |= {k: Argument(k, v, "vllm_config.json of the checkpoint says so") for k, v in stated.items() if k not in chosen}
+    chosen |= {
+        k: Argument(k, v, "vllm_config.json of the checkpoint says so")
+        for k, v in stated.items()
+        if k not in chosen
+    }
     for key, value in stated.items():
         if chosen[key].value != value:
             chosen[key] = Argument(key, value, "vllm_config.json of the checkpoint says so")
@@ -154,27 +176,40 @@ def plan(path: str | Path, wish: Wish) -> Deployment:
             chosen.pop(key, None)
     warnings = _fit(folder, chosen, wish, parallel)
     name = wish.name or folder.name
-    chosen["served-model-name"] = Argument("served-model-name", name, "what clients call the model, wherever it lies")
+    chosen["served-model-name"] = Argument(
+        "served-model-name", name, "what clients call the model, wherever it lies"
+    )
     passed_on = _values(wish.extra)
     arguments = tuple(a for a in chosen.values() if f"--{a.name}" not in passed_on)
     if not is_loopback(wish.host) and wish.api_key_env is None:
         warnings.append(
-            f"--host is {wish.host} without an API key: whoever reaches port {wish.port} can use the model. Name a variable with --api-key-env, "
+            f"--host is {wish.host} without an API key: whoever reaches port {wish.port} can use the model. "
+            "Name a variable with --api-key-env, "
             f"or bind to {LOOPBACK}"
         )
-    return Deployment(folder, name, wish.host, wish.port, parallel, arguments, wish.extra, wish.api_key_env, tuple(warnings))
+    return Deployment(
+        folder, name, wish.host, wish.port, parallel, arguments, wish.extra, wish.api_key_env, tuple(warnings)
+    )
 
 
 #: vLLM's own flags under which the accounting of memory does not hold.
 _UNPLANNED = frozenset(
-    {"--cpu-offload-gb", "--kv-cache-memory-bytes", "--pipeline-parallel-size", "--hf-overrides", "--speculative-config"}
+    {
+        "--cpu-offload-gb",
+        "--kv-cache-memory-bytes",
+        "--pipeline-parallel-size",
+        "--hf-overrides",
+        "--speculative-config",
+    }
 )
-#: Share of the longest context that the memory holds which is asked for, and what it is a multiple of: the accounting is an estimate.
+#: Share of the longest context that the memory holds which is asked for, and what it is a multiple of: the
+#: accounting is an estimate.
 _SURE, _STEP = 0.95, 256
 
 
 def _fit(folder: Path, chosen: dict[str, Argument], wish: Wish, parallel: int) -> list[str]:
-    """Fits ``chosen`` to the GPU, where one is named or here: its dtype, the share of its memory that is free, and the context.
+    """Fits ``chosen`` to the GPU, where one is named or here: its dtype, the share of its memory that is
+    free, and the context.
 
     Returns:
         warnings: what vLLM is expected to refuse although it was asked for.
@@ -190,28 +225,47 @@ def _fit(folder: Path, chosen: dict[str, Argument], wish: Wish, parallel: int) -
     if not gpus or gpus[0].platform == "cpu":
         return []
     if len(gpus) < parallel:
-        return [f"tensor parallel {parallel} takes as many GPUs, {len(gpus)} {'is' if len(gpus) == 1 else 'are'} here"]
+        return [
+            f"tensor parallel {parallel} takes as many GPUs, {len(gpus)} "
+            f"{'is' if len(gpus) == 1 else 'are'} here"
+        ]
     gpu = min(gpus[:parallel], key=lambda g: g.free_bytes)
-    if gpu.platform == "cuda" and gpu.capability is not None and gpu.capability < (8, 0) and chosen["dtype"].value == "bfloat16":
+    if (
+        gpu.platform == "cuda"
+        and gpu.capability is not None
+        and gpu.capability < (8, 0)
+        and chosen["dtype"].value == "bfloat16"
+    ):
         level = ".".join(map(str, gpu.capability))
-        chosen["dtype"] = Argument("dtype", "float16", f"{gpu.name} (compute capability {level}) has no bfloat16, which takes 8.0")
+        chosen["dtype"] = Argument(
+            "dtype", "float16", f"{gpu.name} (compute capability {level}) has no bfloat16, which takes 8.0"
+        )
     default = rules_for(defaults.VLLM_VERSION, gpu.capability).utilization
     passed_on = _values(wish.extra)
     share = passed_on.get("--gpu-memory-utilization", chosen.get("gpu-memory-utilization"))
     if share is None and gpu.total_bytes * default > gpu.free_bytes:
         held = f"{format_size(gpu.total_bytes - gpu.free_bytes)} of {gpu.name} is held by others"
         chosen["gpu-memory-utilization"] = Argument("gpu-memory-utilization", largest_utilization(gpu), held)
-    return [] if _UNPLANNED & set(passed_on) else _fit_context(folder, chosen, wish, parallel, gpus, passed_on)
+    return (
+        [] if _UNPLANNED & set(passed_on) else _fit_context(folder, chosen, wish, parallel, gpus, passed_on)
+    )
 
 
 def _fit_context(
-    folder: Path, chosen: dict[str, Argument], wish: Wish, parallel: int, gpus: Sequence[Gpu], passed_on: Mapping[str, str]
+    folder: Path,
+    chosen: dict[str, Argument],
+    wish: Wish,
+    parallel: int,
+    gpus: Sequence[Gpu],
+    passed_on: Mapping[str, str],
 ) -> list[str]:
     """Lowers a context that nobody asked for to what the memory holds beside the weights."""
     from quant.catalog import load_model
     from quant.planning.memory import EngineRequest, at_context, plan
 
-    stated = {name: argument.value for name, argument in chosen.items()} | {k[2:]: v for k, v in passed_on.items()}
+    stated = {name: argument.value for name, argument in chosen.items()} | {
+        k[2:]: v for k, v in passed_on.items()
+    }
     try:
         spec = load_model(folder)
         length, share = stated.get("max-model-len"), stated.get("gpu-memory-utilization")
@@ -223,21 +277,33 @@ def _fit_context(
             enforce_eager="enforce-eager" in stated,
             dtype=str(chosen["dtype"].value),
             max_num_seqs=int(passed_on["--max-num-seqs"]) if "--max-num-seqs" in passed_on else None,
-            max_num_batched_tokens=int(passed_on["--max-num-batched-tokens"]) if "--max-num-batched-tokens" in passed_on else None,
+            max_num_batched_tokens=int(passed_on["--max-num-batched-tokens"])
+            if "--max-num-batched-tokens" in passed_on
+            else None,
         )
         found = plan(spec, gpus, "none", request)
         fitting = int(found.max_context * _SURE) // _STEP * _STEP
         asked = wish.max_model_len is not None or "--max-model-len" in passed_on
-        if not found.fits and fitting and not asked and plan(spec, gpus, "none", at_context(request, fitting)).fits:
-            held = f"what {format_size(found.kv_cache_bytes)} of KV cache hold on {gpus[0].name}; the model's own is {spec.max_context:,}"
+        if (
+            not found.fits
+            and fitting
+            and not asked
+            and plan(spec, gpus, "none", at_context(request, fitting)).fits
+        ):
+            held = (
+                f"what {format_size(found.kv_cache_bytes)} of KV cache hold on {gpus[0].name}; the "
+                f"model's own is {spec.max_context:,}"
+            )
             chosen["max-model-len"] = Argument("max-model-len", fitting, held)
             return []
-    except (QuantError, ValueError) as error:  # a model the planner does not know, a value only vLLM reads ("auto", "8k")
+    # a model the planner does not know, a value only vLLM reads ("auto", "8k")
+    except (QuantError, ValueError) as error:
         return [f"whether it fits {gpus[0].name} is not known: {error}"]
     if found.fits:
         return []
     return [
-        f"vLLM is expected to refuse this on {gpus[0].name}: {found.why}" + (f". What would do: {found.remedy}" if found.remedy else "")
+        f"vLLM is expected to refuse this on {gpus[0].name}: {found.why}"
+        + (f". What would do: {found.remedy}" if found.remedy else "")
     ]
 
 
@@ -247,13 +313,18 @@ def _values(extra: Sequence[str]) -> dict[str, str]:
     for word, following in zip(extra, [*extra[1:], ""], strict=False):
         if word.startswith("--"):
             flag, equals, value = word.partition("=")
-            values[flag.replace("_", "-")] = value if equals else "" if following.startswith("-") else following
+            values[flag.replace("_", "-")] = (
+                value if equals else "" if following.startswith("-") else following
+            )
     return values
 
 
 def _check_extra(extra: Sequence[str]) -> None:
     if extra and not extra[0].startswith("-"):
-        raise UsageError(f"unexpected argument {extra[0]!r}: the checkpoint is given with --model-path; arguments for vLLM follow --")
+        raise UsageError(
+            f"unexpected argument {extra[0]!r}: the checkpoint is given with --model-path; arguments for "
+            "vLLM follow --"
+        )
     for word in extra:
         flag = word.split("=", 1)[0].replace("_", "-")
         if flag in _OWN_FLAGS:
@@ -268,25 +339,37 @@ def _vllm_config(folder: Path) -> dict[str, str | int | float]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read as JSON ({error}): write it anew with quant export-vllm, or delete it") from error
-    if not isinstance(values, dict) or not all(isinstance(v, (str, int, float)) and not isinstance(v, bool) for v in values.values()):
-        raise CheckpointError(f"{file}: an object of engine arguments with plain values is needed: write it anew with quant export-vllm")
+        raise CheckpointError(
+            f"{file}: cannot be read as JSON ({error}): write it anew with quant export-vllm, or delete it"
+        ) from error
+    if not isinstance(values, dict) or not all(
+        isinstance(v, (str, int, float)) and not isinstance(v, bool) for v in values.values()
+    ):
+        raise CheckpointError(
+            f"{file}: an object of engine arguments with plain values is needed: write it anew with quant "
+            "export-vllm"
+        )
     for key, value in values.items():
         if not re.fullmatch(r"[a-z][a-z0-9-]*", key):
             raise CheckpointError(f"{file}: {key!r} is no engine argument: names are like max-model-len")
         if f"--{key}" in _OWN_FLAGS:
-            raise CheckpointError(f"{file}: {key} does not belong there: it is given when the server is started")
+            raise CheckpointError(
+                f"{file}: {key} does not belong there: it is given when the server is started"
+            )
         if key in ("max-model-len", "tensor-parallel-size") and (not isinstance(value, int) or value < 1):
             raise CheckpointError(f"{file}: {key} is {value!r}: a whole number from 1 is needed")
     return values
 
 
-# --- the artefacts --------------------------------------------------------------------------------------------------------------
+# --- the artefacts ------------------------------------------------------------------------------------------
 
 
 def _head(deployment: Deployment, launch: str, *more: str, contained: bool = False) -> str:
     lines = [f"vLLM serving {deployment.name}. {launch}", "", "Why each flag has its value:"]
-    everywhere = [Argument("host", "0.0.0.0", "every address of the container"), Argument("port", PORT, "of the container")]
+    everywhere = [
+        Argument("host", "0.0.0.0", "every address of the container"),
+        Argument("port", PORT, "of the container"),
+    ]
     reasons = [*deployment.arguments, *everywhere] if contained else deployment.reasons()
     lines += [f"  --{a.name} {a.value}: {a.reason}" for a in reasons]
     lines += [f"  {' '.join(deployment.extra)}: as asked"] if deployment.extra else []
@@ -328,11 +411,20 @@ def shell(deployment: Deployment) -> str:
         flags.append(shlex.join(words[:taken]))
         words = words[taken:]
     command = " \\\n  ".join([f"exec vllm serve {shlex.quote(str(deployment.model_path))}", *flags])
-    return "#!/bin/sh\n" + _head(deployment, "Run it in an environment with vLLM.") + "set -eu\n" + "\n".join(lines) + "\n" + command + "\n"
+    return (
+        "#!/bin/sh\n"
+        + _head(deployment, "Run it in an environment with vLLM.")
+        + "set -eu\n"
+        + "\n".join(lines)
+        + "\n"
+        + command
+        + "\n"
+    )
 
 
 def compose(deployment: Deployment) -> str:
-    """A Docker Compose file. The container listens on all of its own addresses; the published one is the wished host."""
+    """A Docker Compose file. The container listens on all of its own addresses; the published one is the
+    wished host."""
     mounted = "/models/checkpoint"
     host = f"[{deployment.host}]" if ":" in deployment.host else deployment.host
     environment = dict(OFFLINE)
@@ -340,21 +432,41 @@ def compose(deployment: Deployment) -> str:
         environment["VLLM_API_KEY"] = f"${{{deployment.api_key_env}:?set it to the API key first}}"
     service = {
         "image": IMAGE,
-        "command": [w.replace("$", "$$") for w in ["--model", mounted, *deployment.flags(host="0.0.0.0", port=PORT)]],
+        "command": [
+            w.replace("$", "$$") for w in ["--model", mounted, *deployment.flags(host="0.0.0.0", port=PORT)]
+        ],
         "environment": environment,
-        "volumes": [{"type": "bind", "source": str(deployment.model_path).replace("$", "$$"), "target": mounted, "read_only": True}],
+        "volumes": [
+            {
+                "type": "bind",
+                "source": str(deployment.model_path).replace("$", "$$"),
+                "target": mounted,
+                "read_only": True,
+            }
+        ],
         "ports": [f"{host}:{deployment.port}:{PORT}"],
         "ipc": "host",
         "restart": "unless-stopped",
         "healthcheck": {
-            "test": ["CMD", "python3", "-c", f"import urllib.request; urllib.request.urlopen('http://127.0.0.1:{PORT}/health', timeout=5)"],
+            "test": [
+                "CMD",
+                "python3",
+                "-c",
+                f"import urllib.request; urllib.request.urlopen('http://127.0.0.1:{PORT}/health', timeout=5)",
+            ],
             "interval": "10s",
             "timeout": "6s",
             "retries": 3,
             "start_period": "15m",
         },
         "deploy": {
-            "resources": {"reservations": {"devices": [{"driver": "nvidia", "count": deployment.tensor_parallel, "capabilities": ["gpu"]}]}}
+            "resources": {
+                "reservations": {
+                    "devices": [
+                        {"driver": "nvidia", "count": deployment.tensor_parallel, "capabilities": ["gpu"]}
+                    ]
+                }
+            }
         },
     }
     head = _head(
@@ -372,12 +484,18 @@ def kubernetes(deployment: Deployment) -> str:
     labels = {"app.kubernetes.io/name": name}
     environment: list[dict[str, Any]] = [{"name": k, "value": v} for k, v in OFFLINE.items()]
     more = [
-        "Each node that may run it needs the checkpoint at the path of the volume; replace hostPath by a claim where storage is shared.",
+        "Each node that may run it needs the checkpoint at the path of the volume; replace hostPath by a "
+        "claim where storage is shared.",
         "The Service is reachable inside the cluster only.",
     ]
     if deployment.api_key_env:
-        environment.append({"name": "VLLM_API_KEY", "valueFrom": {"secretKeyRef": {"name": f"{name}-key", "key": "api-key"}}})
-        more.append(f'The API key: kubectl create secret generic {name}-key --from-literal=api-key="${deployment.api_key_env}"')
+        environment.append(
+            {"name": "VLLM_API_KEY", "valueFrom": {"secretKeyRef": {"name": f"{name}-key", "key": "api-key"}}}
+        )
+        more.append(
+            f"The API key: kubectl create secret generic {name}-key "
+            f'--from-literal=api-key="${deployment.api_key_env}"'
+        )
 
     def probe(**numbers: int) -> dict[str, Any]:
         return {"httpGet": {"path": "/health", "port": "http"}, **numbers}
@@ -386,14 +504,19 @@ def kubernetes(deployment: Deployment) -> str:
         "name": "vllm",
         "image": IMAGE,
         # the kubelet would expand $(NAME) in arguments
-        "args": [w.replace("$(", "$$(") for w in ["--model", mounted, *deployment.flags(host="0.0.0.0", port=PORT)]],
+        "args": [
+            w.replace("$(", "$$(") for w in ["--model", mounted, *deployment.flags(host="0.0.0.0", port=PORT)]
+        ],
         "env": environment,
         "ports": [{"name": "http", "containerPort": PORT}],
         "startupProbe": probe(periodSeconds=10, failureThreshold=180),
         "readinessProbe": probe(periodSeconds=5, failureThreshold=2),
         "livenessProbe": probe(periodSeconds=10, failureThreshold=6),
         "resources": {"limits": {"nvidia.com/gpu": deployment.tensor_parallel}},
-        "volumeMounts": [{"name": "model", "mountPath": mounted, "readOnly": True}, {"name": "shm", "mountPath": "/dev/shm"}],
+        "volumeMounts": [
+            {"name": "model", "mountPath": mounted, "readOnly": True},
+            {"name": "shm", "mountPath": "/dev/shm"},
+        ],
     }
     workload = {
         "apiVersion": "apps/v1",
@@ -410,7 +533,10 @@ def kubernetes(deployment: Deployment) -> str:
                     "enableServiceLinks": False,  # a service named vllm would set VLLM_PORT, which vLLM reads
                     "terminationGracePeriodSeconds": 60,
                     "volumes": [
-                        {"name": "model", "hostPath": {"path": str(deployment.model_path), "type": "Directory"}},
+                        {
+                            "name": "model",
+                            "hostPath": {"path": str(deployment.model_path), "type": "Directory"},
+                        },
                         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}},
                     ],
                 },
@@ -421,10 +547,20 @@ def kubernetes(deployment: Deployment) -> str:
         "apiVersion": "v1",
         "kind": "Service",
         "metadata": {"name": name, "labels": labels},
-        "spec": {"type": "ClusterIP", "selector": labels, "ports": [{"name": "http", "port": deployment.port, "targetPort": "http"}]},
+        "spec": {
+            "type": "ClusterIP",
+            "selector": labels,
+            "ports": [{"name": "http", "port": deployment.port, "targetPort": "http"}],
+        },
     }
-    inside = replace(deployment, warnings=())  # neither the wished host nor its warning has a meaning inside a cluster
-    return _head(inside, "Apply it with: kubectl apply -f FILE", *more, contained=True) + _yaml(workload) + "---\n" + _yaml(service)
+    # neither the wished host nor its warning has a meaning inside a cluster
+    inside = replace(deployment, warnings=())
+    return (
+        _head(inside, "Apply it with: kubectl apply -f FILE", *more, contained=True)
+        + _yaml(workload)
+        + "---\n"
+        + _yaml(service)
+    )
 
 
 def systemd(deployment: Deployment) -> str:
@@ -437,7 +573,11 @@ def systemd(deployment: Deployment) -> str:
 
     name = _kube_name(deployment.name)
     key = [f"EnvironmentFile=/etc/vllm/{name}.env"] if deployment.api_key_env else []
-    more = [f"Put VLLM_API_KEY=<the key> into /etc/vllm/{name}.env (mode 0600, owner root)."] if deployment.api_key_env else []
+    more = (
+        [f"Put VLLM_API_KEY=<the key> into /etc/vllm/{name}.env (mode 0600, owner root)."]
+        if deployment.api_key_env
+        else []
+    )
     command = ["/usr/bin/env", "vllm", "serve", str(deployment.model_path), *deployment.flags()]
     lines = [
         "[Unit]",
@@ -466,11 +606,20 @@ def systemd(deployment: Deployment) -> str:
         "[Install]",
         "WantedBy=multi-user.target",
     ]
-    head = _head(deployment, f"Save it as /etc/systemd/system/{name}.service, then: systemctl enable --now {name}", *more)
+    head = _head(
+        deployment,
+        f"Save it as /etc/systemd/system/{name}.service, then: systemctl enable --now {name}",
+        *more,
+    )
     return head + "\n".join(lines) + "\n"
 
 
-ARTEFACTS: Mapping[str, Callable[[Deployment], str]] = {"shell": shell, "compose": compose, "kubernetes": kubernetes, "systemd": systemd}
+ARTEFACTS: Mapping[str, Callable[[Deployment], str]] = {
+    "shell": shell,
+    "compose": compose,
+    "kubernetes": kubernetes,
+    "systemd": systemd,
+}
 
 
 def artefact(deployment: Deployment, kind: str) -> str:

@@ -1,4 +1,5 @@
-"""What vLLM's log says about a failed start, as cause and next step. A table: one row for each failure that people meet."""
+"""What vLLM's log says about a failed start, as cause and next step. A table: one row for each failure that
+people meet."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ class Cause:
     """``kind`` names the failure for programs; ``text`` is cause and next step.
 
     Attributes:
-        checkpoint: the checkpoint is at fault (or its pairing with this build of vLLM), not the machine or the request.
+        checkpoint: the checkpoint is at fault (or its pairing with this build of vLLM), not the machine or
+            the request.
     """
 
     kind: str
@@ -28,34 +30,47 @@ class _Row:
     checkpoint: bool = False
 
 
-# {1}, {2} stand for the pattern's groups. The first row that matches anywhere in the log wins, so the specific ones come first.
+# {1}, {2} stand for the pattern's groups. The first row that matches anywhere in the log wins, so the
+# specific ones come first.
 _ROWS = (
-    _Row(r"No module named '?vllm", "no vLLM", "vLLM is not installed there: pip install vllm, or name another Python with --vllm-python"),
+    _Row(
+        r"No module named '?vllm",
+        "no vLLM",
+        "vLLM is not installed there: pip install vllm, or name another Python with --vllm-python",
+    ),
     _Row(
         r"\[Errno (?:98|48)\]|[Aa]ddress already in use",
         "port in use",
         "another program listens on the port: choose another --port, or 0 for a free one",
     ),
-    _Row(r"Cannot assign requested address", "no such address", "this machine has no such address: choose another --host"),
+    _Row(
+        r"Cannot assign requested address",
+        "no such address",
+        "this machine has no such address: choose another --host",
+    ),
     _Row(
         r"which is larger than the available KV cache memory \(([\d.]+) GiB\)\. .*?estimated maximum model length is (\d+)",
         "no memory for the KV cache",
-        "one request of the longest context does not fit in the {1} GiB left for the KV cache: --max-model-len {2} does",
+        "one request of the longest context does not fit in the {1} GiB left for the KV cache: "
+        "--max-model-len {2} does",
     ),
     _Row(
         r"which is larger than the available KV cache memory",
         "no memory for the KV cache",
-        "one request of the longest context does not fit in what is left for the KV cache: lower --max-model-len or raise --gpu-memory-utilization",
+        "one request of the longest context does not fit in what is left for the KV cache: lower "
+        "--max-model-len or raise --gpu-memory-utilization",
     ),
     _Row(
         r"No available memory for the cache blocks",
         "no memory for the KV cache",
-        "the weights leave no room for the KV cache: raise --gpu-memory-utilization, use more GPUs with --tensor-parallel, or quantize to fewer bits",
+        "the weights leave no room for the KV cache: raise --gpu-memory-utilization, use more GPUs with "
+        "--tensor-parallel, or quantize to fewer bits",
     ),
     _Row(
         r"(?:on kv cache allocation|on startup) is less than (?:requested memory for kv|desired CPU memory)",
         "no memory for the KV cache",
-        "the machine's free memory is less than vLLM would reserve: set VLLM_CPU_KVCACHE_SPACE (whole GiB) lower, or stop other programs",
+        "the machine's free memory is less than vLLM would reserve: set VLLM_CPU_KVCACHE_SPACE (whole GiB) "
+        "lower, or stop other programs",
     ),
     _Row(
         r"Free memory on device .{0,200}?less than desired GPU memory utilization",
@@ -65,32 +80,37 @@ _ROWS = (
     _Row(
         r"OutOfMemoryError|CUDA out of memory|not enough GPU memory",
         "GPU memory exhausted",
-        "the model does not fit on the GPU: use more GPUs with --tensor-parallel, a lower --max-model-len, or fewer bits",
+        "the model does not fit on the GPU: use more GPUs with --tensor-parallel, a lower --max-model-len, "
+        "or fewer bits",
     ),
     _Row(
         r"Failed to find a kernel that can implement",
         "no kernel for the scheme",
-        "this build of vLLM has no kernel for the checkpoint's scheme on this hardware (8-bit weight-only has none on CPUs): serve it on a GPU, "
+        "this build of vLLM has no kernel for the checkpoint's scheme on this hardware (8-bit weight-only "
+        "has none on CPUs): serve it on a GPU, "
         "or quantize with --scheme w4a16",
         True,
     ),
     _Row(
         r"_C::static_scaled_fp8_quant\(\) expected at most 0 argument",
         "no kernel for the scheme",
-        "vLLM's CPU build has no kernel for FP8 with one scale a tensor: serve it on a GPU, or quantize with --scheme w8a8-fp8",
+        "vLLM's CPU build has no kernel for FP8 with one scale a tensor: serve it on a GPU, or quantize "
+        "with --scheme w8a8-fp8",
         True,
     ),
     _Row(
         r"Unknown quantization method:? ?'?([\w-]*)|quantization method '?([\w-]+)'? is not supported|"
         r"([\w-]+) quantization is currently not supported",
         "unsupported quantization",
-        "this vLLM does not load that quantization: export the checkpoint with quant export-vllm --format compressed-tensors, or use a newer vLLM",
+        "this vLLM does not load that quantization: export the checkpoint with quant export-vllm --format "
+        "compressed-tensors, or use a newer vLLM",
         True,
     ),
     _Row(
         r"is not supported for the current GPU\. Minimum\s+capability: (\d+)",
         "GPU too old for the quantization",
-        "the GPU's compute capability is below {1}, which this quantization needs: serve it on a newer GPU, or choose another scheme",
+        "the GPU's compute capability is below {1}, which this quantization needs: serve it on a newer GPU, "
+        "or choose another scheme",
         True,
     ),
     _Row(
@@ -102,7 +122,8 @@ _ROWS = (
     _Row(
         r"There is no module or parameter named '?([\w.]+)",
         "unexpected tensor",
-        "the checkpoint has a tensor {1} that vLLM's model does not: quant verify lists what does not belong there",
+        "the checkpoint has a tensor {1} that vLLM's model does not: quant verify lists what does not "
+        "belong there",
         True,
     ),
     _Row(
@@ -126,9 +147,17 @@ _ROWS = (
         "this vLLM does not know the model's architecture: use a newer vLLM",
         True,
     ),
-    _Row(r"error: unrecognized arguments: (.+)", "unknown argument", "vLLM does not know {1}: check the arguments after --"),
+    _Row(
+        r"error: unrecognized arguments: (.+)",
+        "unknown argument",
+        "vLLM does not know {1}: check the arguments after --",
+    ),
     _Row(r"error: argument (.+)", "bad argument", "vLLM refuses argument {1}"),
-    _Row(r"Illegal instruction", "CPU too old", "this build of vLLM needs a CPU with AVX2 or AVX512: use another build or machine"),
+    _Row(
+        r"Illegal instruction",
+        "CPU too old",
+        "this build of vLLM needs a CPU with AVX2 or AVX512: use another build or machine",
+    ),
 )
 
 
@@ -148,9 +177,12 @@ def diagnose(log: Sequence[str]) -> Cause | None:
 def quote(log: Sequence[str], count: int = 12) -> str:
     """The last lines of a log as they belong into an error: the last exception if there is one, then the end."""
     lines = [line for line in log if line.strip() and "leaked" not in line]
-    raised = [line for line in lines if re.match(r"(?:[A-Za-z_]+\.)*[A-Za-z_]*(?:Error|Exception)\b", _bare(line))]
+    raised = [
+        line for line in lines if re.match(r"(?:[A-Za-z_]+\.)*[A-Za-z_]*(?:Error|Exception)\b", _bare(line))
+    ]
     end = lines[-count:]
-    # the exception of the engine's process comes long before the server's own "engine core initialization failed"
+    # the exception of the engine's process comes long before the server's own "engine core initialization
+    # failed"
     chosen = [line for line in raised[:1] if line not in end] + end
     return "\n".join(f"  | {line[:300]}" for line in chosen)
 

@@ -1,8 +1,9 @@
 """A real vLLM server as a child process: started, watched, asked, and always gone afterwards. No torch.
 
-vLLM runs in an environment of its own, named by its Python; the server is ``python -m vllm.entrypoints.openai.api_server``, which every build has
-(the ``vllm`` console script of some CPU builds fails). It is the leader of its own process group, and its workers are killed with it
-whatever happens; when this process is killed itself, a watcher (:mod:`quant.serving.watcher`) does it.
+vLLM runs in an environment of its own, named by its Python; the server is ``python -m
+vllm.entrypoints.openai.api_server``, which every build has (the ``vllm`` console script of some CPU builds
+fails). It is the leader of its own process group, and its workers are killed with it whatever happens; when
+this process is killed itself, a watcher (:mod:`quant.serving.watcher`) does it.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ Log = Callable[[str], None]
 
 
 class ServerError(QuantError):
-    """vLLM did not start, died, or answered what it must not. ``cause`` is set where its log names one that is known."""
+    """vLLM did not start, died, or answered what it must not. ``cause`` is set where its log names one that
+    is known."""
 
     def __init__(self, message: str, cause: Cause | None = None):
         super().__init__(message)
@@ -110,18 +112,25 @@ def find_vllm(python: str | Path | None = None) -> Installation:
     """
     chosen = str(python or default_python())
     try:
-        done = subprocess.run([chosen, "-c", _PROBE], capture_output=True, text=True, timeout=60, env=_clean_environment(chosen))
+        done = subprocess.run(
+            [chosen, "-c", _PROBE], capture_output=True, text=True, timeout=60, env=_clean_environment(chosen)
+        )
         found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
     except (OSError, ValueError, IndexError, subprocess.TimeoutExpired) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
         raise UsageError(
-            f"--vllm-python is {chosen!r}: it does not run ({reason}): give the Python of the environment with vLLM"
+            f"--vllm-python is {chosen!r}: it does not run ({reason}): give the Python of the environment "
+            "with vLLM"
         ) from error
     if found is None:
-        raise UsageError(f"--vllm-python is {chosen!r}: it is not a Python that runs: give the Python of the environment with vLLM")
+        raise UsageError(
+            f"--vllm-python is {chosen!r}: it is not a Python that runs: give the Python of the environment "
+            "with vLLM"
+        )
     if not found:
         raise ServerError(
-            f"{chosen} has no vLLM: pip install vllm in that environment, or name another Python with --vllm-python or {PYTHON_VARIABLE}",
+            f"{chosen} has no vLLM: pip install vllm in that environment, or name another Python with "
+            f"--vllm-python or {PYTHON_VARIABLE}",
             Cause("no vLLM", "vLLM is not installed there"),
         )
     version = str(found["version"])
@@ -155,12 +164,21 @@ def _bind(host: str, port: int) -> int:
             probe.bind(address)
             return int(probe.getsockname()[1])
     except socket.gaierror as error:
-        raise ServerError(f"--host is {host!r}: not an address ({error.strerror}): use 127.0.0.1, or an address of this machine") from error
+        raise ServerError(
+            f"--host is {host!r}: not an address ({error.strerror}): use 127.0.0.1, or an address of this "
+            "machine"
+        ) from error
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            message = f"--port {port} of {host} is in use by another program: choose another --port, or 0 for a free one"
+            message = (
+                f"--port {port} of {host} is in use by another program: choose another --port, or 0 "
+                "for a free one"
+            )
             raise ServerError(message, Cause("port in use", message)) from error
-        raise ServerError(f"--host {host}, --port {port}: {error.strerror}: use an address of this machine and a port from 1024") from error
+        raise ServerError(
+            f"--host {host}, --port {port}: {error.strerror}: use an address of this machine and a port "
+            "from 1024"
+        ) from error
 
 
 class Server:
@@ -187,8 +205,17 @@ class Server:
         log: Log = lambda line: None,
     ):
         self.host, self.port, self.name, self.python = host, port, name, python
-        self.command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_path), *flags]
-        self.environment = _clean_environment(python) | OFFLINE | {"PYTHONUNBUFFERED": "1"} | dict(environment or {})
+        self.command = [
+            python,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            str(model_path),
+            *flags,
+        ]
+        self.environment = (
+            _clean_environment(python) | OFFLINE | {"PYTHONUNBUFFERED": "1"} | dict(environment or {})
+        )
         self.environment.pop("VLLM_PORT", None)  # vLLM would take its internal ports from there on
         if api_key is not None:
             self.environment["VLLM_API_KEY"] = api_key
@@ -204,7 +231,7 @@ class Server:
         # no proxy of the environment stands between us and our own child
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-    # --- life -------------------------------------------------------------------------------------------------------------------
+    # --- life -----------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Server:
         return self
@@ -226,7 +253,8 @@ class Server:
         """Starts the server and waits until it is healthy.
 
         Raises:
-            ServerError: the port is taken, the server ended, or it is not healthy after ``timeout`` seconds; with the end of its log.
+            ServerError: the port is taken, the server ended, or it is not healthy after ``timeout`` seconds;
+                with the end of its log.
             Interrupted: :meth:`interrupt` was called meanwhile.
         """
         _bind(self.host, self.port)
@@ -242,7 +270,14 @@ class Server:
             start_new_session=True,
         )
         self._watcher = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(Path(__file__).with_name("watcher.py")), str(self._process.pid), str(GRACE)],
+            [
+                sys.executable,
+                "-I",
+                "-S",
+                str(Path(__file__).with_name("watcher.py")),
+                str(self._process.pid),
+                str(GRACE),
+            ],
             bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -260,7 +295,9 @@ class Server:
             if self._healthy():
                 break
             if time.monotonic() - begun > timeout:
-                raise self._failure(f"vLLM was not ready after {timeout:g} s: give it longer with --timeout, or see its log")
+                raise self._failure(
+                    f"vLLM was not ready after {timeout:g} s: give it longer with --timeout, or see its log"
+                )
             time.sleep(0.2)
         self.load_seconds = time.monotonic() - begun
 
@@ -283,7 +320,8 @@ class Server:
             self._send(signal.SIGTERM)
 
     def stop(self) -> None:
-        """Ends every process of the server: asked first, killed after a while. Does nothing when none is left."""
+        """Ends every process of the server: asked first, killed after a while. Does nothing when none is
+        left."""
         if self._process is None:
             return
         self._note_members()
@@ -312,12 +350,14 @@ class Server:
     def _send(self, number: int) -> None:
         assert self._process is not None
         try:
-            os.killpg(self._process.pid, number)  # its session's first process: group and process have one number
+            # its session's first process: group and process have one number
+            os.killpg(self._process.pid, number)
         except ProcessLookupError:
             pass
 
     def _note_members(self) -> None:
-        """Remembers the server's processes, so that one that leaves the group or loses its parent is still found."""
+        """Remembers the server's processes, so that one that leaves the group or loses its parent is still
+        found."""
         assert self._process is not None
         try:
             for process in psutil.Process(self._process.pid).children(recursive=True):
@@ -346,7 +386,7 @@ class Server:
             cause,
         )
 
-    # --- questions --------------------------------------------------------------------------------------------------------------
+    # --- questions ------------------------------------------------------------------------------------------
 
     def _healthy(self) -> bool:
         try:
@@ -355,7 +395,9 @@ class Server:
         except (OSError, http.client.HTTPException):  # not listening yet, or 503
             return False
 
-    def request(self, path: str, body: Mapping[str, Any] | None = None, timeout: float = 600.0) -> dict[str, Any]:
+    def request(
+        self, path: str, body: Mapping[str, Any] | None = None, timeout: float = 600.0
+    ) -> dict[str, Any]:
         """GET, or POST of ``body`` as JSON.
 
         Raises:
@@ -366,7 +408,9 @@ class Server:
             headers["Authorization"] = f"Bearer {self.api_key}"
         data = None if body is None else json.dumps(body).encode()
         try:
-            with self._opener.open(urllib.request.Request(self.url + path, data, headers), timeout=timeout) as answer:
+            with self._opener.open(
+                urllib.request.Request(self.url + path, data, headers), timeout=timeout
+            ) as answer:
                 value = json.loads(answer.read())
         except urllib.error.HTTPError as error:
             detail = error.read(2000).decode(errors="replace")
@@ -375,8 +419,12 @@ class Server:
             if self._signal is not None:
                 raise Interrupted("interrupted: the server has been stopped") from error
             if self._process is not None and self._process.poll() is not None:
-                raise self._failure(f"vLLM ended with status {self._process.returncode} during {path}") from error
-            raise ServerError(f"{self.url}{path} did not answer: {error}\n{quote(list(self.lines))}") from error
+                raise self._failure(
+                    f"vLLM ended with status {self._process.returncode} during {path}"
+                ) from error
+            raise ServerError(
+                f"{self.url}{path} did not answer: {error}\n{quote(list(self.lines))}"
+            ) from error
         if not isinstance(value, dict):
             raise ServerError(f"{path} answered {str(value)[:200]}: a JSON object was expected")
         return value
@@ -384,12 +432,19 @@ class Server:
     def complete(self, prompt: str = PROMPT, max_tokens: int = 32) -> Completion:
         """One greedy completion."""
         begun = time.monotonic()
-        answer = self.request("/v1/completions", {"model": self.name, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0})
+        answer = self.request(
+            "/v1/completions",
+            {"model": self.name, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0},
+        )
         seconds = time.monotonic() - begun
         try:
-            return Completion(prompt, str(answer["choices"][0]["text"]), int(answer["usage"]["completion_tokens"]), seconds)
+            return Completion(
+                prompt, str(answer["choices"][0]["text"]), int(answer["usage"]["completion_tokens"]), seconds
+            )
         except (KeyError, IndexError, TypeError) as error:
-            raise ServerError(f"/v1/completions answered {str(answer)[:300]}: choices and usage are missing") from error
+            raise ServerError(
+                f"/v1/completions answered {str(answer)[:300]}: choices and usage are missing"
+            ) from error
 
     def model_length(self) -> int:
         """Longest context that the server takes, in tokens."""
@@ -409,7 +464,8 @@ class Server:
 
 @contextmanager
 def signals_to(server: Server) -> Iterator[None]:
-    """SIGINT and SIGTERM ask the server to end instead of interrupting us at any place; in other threads nothing is changed."""
+    """SIGINT and SIGTERM ask the server to end instead of interrupting us at any place; in other threads
+    nothing is changed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -429,7 +485,8 @@ def cpu_environment(*, exact: bool = False) -> dict[str, str]:
     """What vLLM's CPU build is told through its environment.
 
     Args:
-        exact: keep the activations of 4-bit layers in 16 bits; on CPUs with AMX vLLM would round them to int8 by itself.
+        exact: keep the activations of 4-bit layers in 16 bits; on CPUs with AMX vLLM would round them to int8
+            by itself.
     """
     # without it the cache takes its share of all memory of the machine
     environment = {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE") or "1"}
@@ -446,7 +503,8 @@ def serve(
     log: Log = lambda line: None,
     ready: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:
-    """Starts vLLM on a checkpoint, tries one completion and reports; then serves until SIGINT or SIGTERM, unless ``check``.
+    """Starts vLLM on a checkpoint, tries one completion and reports; then serves until SIGINT or SIGTERM,
+    unless ``check``.
 
     Args:
         python: interpreter of the environment with vLLM; see :func:`default_python`.
@@ -456,7 +514,8 @@ def serve(
         ready: receives the report when the server is ready.
 
     Returns:
-        the report: url, model, load_seconds, max_model_len, kv_cache_tokens, completion, vllm_version, command.
+        the report: url, model, load_seconds, max_model_len, kv_cache_tokens, completion, vllm_version,
+            command.
 
     Raises:
         ServerError: it did not start, or died. Whatever happens, no process of it is left.
@@ -507,5 +566,8 @@ def _api_key(deployment: Deployment) -> str | None:
         return None
     key = os.environ.get(deployment.api_key_env)
     if not key:
-        raise UsageError(f"--api-key-env is {deployment.api_key_env}: that variable is not set or empty: export it with the key first")
+        raise UsageError(
+            f"--api-key-env is {deployment.api_key_env}: that variable is not set or empty: export it with "
+            "the key first"
+        )
     return key

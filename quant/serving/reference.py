@@ -1,9 +1,11 @@
-"""Does vLLM compute with the values that we wrote? A checkpoint served by real vLLM, compared with the same checkpoint dequantized here.
+"""Does vLLM compute with the values that we wrote? A checkpoint served by real vLLM, compared with the same
+checkpoint dequantized here.
 
-vLLM scores fixed prompts and continues them greedily; the same tokens then go through transformers' blocks with the weights that
-:mod:`quant.formats` reads from the files, once in fp32 and once in the dtype that vLLM computes in. The first is the truth; the distance of
-the second from it is what rounding to 16 bits costs on these very weights and tokens, whatever the model. vLLM may be ``MARGIN`` times as
-far away and no more: it rounds as we do, only in another order. A wrong order of nibbles, a shifted zero point or exchanged scales
+vLLM scores fixed prompts and continues them greedily; the same tokens then go through transformers' blocks
+with the weights that :mod:`quant.formats` reads from the files, once in fp32 and once in the dtype that vLLM
+computes in. The first is the truth; the distance of the second from it is what rounding to 16 bits costs on
+these very weights and tokens, whatever the model. vLLM may be ``MARGIN`` times as far away and no more: it
+rounds as we do, only in another order. A wrong order of nibbles, a shifted zero point or exchanged scales
 moves log-probabilities by far more.
 """
 
@@ -29,19 +31,30 @@ from quant.serving.deployment import Wish, plan
 from quant.serving.process import Log, Server, ServerError, cpu_environment, find_vllm, free_port, signals_to
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 12, 64, 32
-#: How many times farther from fp32 than our own 16-bit run vLLM may be, as root mean square over all tokens. Measured on vLLM 0.32 with a
-#: model of 11M parameters: 0.9 to 1.0 times, packed or plain; with exchanged scales in a single linear 1.5 times and more, in all linears over 20.
+#: How many times farther from fp32 than our own 16-bit run vLLM may be, as root mean square over all tokens.
+#: Measured on vLLM 0.32 with a model of 11M parameters: 0.9 to 1.0 times, packed or plain; with exchanged
+#: scales in a single linear 1.5 times and more, in all linears over 20.
 MARGIN = 1.4
 #: The same for the single farthest token: the largest of a thousand values scatters more than their mean.
 MARGIN_WORST = 3.0
-#: A checkpoint in fp32 arithmetic leaves no noise to compare with; log-probabilities come as fp32 through softmax.
+#: A checkpoint in fp32 arithmetic leaves no noise to compare with; log-probabilities come as fp32 through
+#: softmax.
 _LEAST_NOISE = 1e-4
-#: Every parameter must have come from a file; no compilation, whose time a single test does not earn back; scores of whole prompts.
-FLAGS = ("--model-loader-extra-config", '{"enable_weights_track": true}', "--enforce-eager", "--no-enable-prefix-caching")
+#: Every parameter must have come from a file; no compilation, whose time a single test does not earn back;
+#: scores of whole prompts.
+FLAGS = (
+    "--model-loader-extra-config",
+    '{"enable_weights_track": true}',
+    "--enforce-eager",
+    "--no-enable-prefix-caching",
+)
 
 
-#: vLLM's line about a kernel that computes with FP8, NVFP4 or MX weights and leaves activations in 16 bits, on hardware without such numbers.
-_WEIGHT_ONLY = re.compile(r"(Selected|Using) (Marlin(FP8|NvFp4|MxFp4|Mxfp8)\w*|\w*NvFp4W4A16\w*|CPUFp8(Block|PerTensor)Scaled\w*) for ")
+#: vLLM's line about a kernel that computes with FP8, NVFP4 or MX weights and leaves activations in 16 bits,
+#: on hardware without such numbers.
+_WEIGHT_ONLY = re.compile(
+    r"(Selected|Using) (Marlin(FP8|NvFp4|MxFp4|Mxfp8)\w*|\w*NvFp4W4A16\w*|CPUFp8(Block|PerTensor)Scaled\w*) for "
+)
 
 
 @dataclass(frozen=True)
@@ -90,12 +103,18 @@ class Comparison:
     @property
     def passed(self) -> bool:
         # a token is chosen over fp32's choice when the errors of both together exceed the gap between them
-        return self.deviation <= self.limit and self.worst <= self.limit_worst and self.gap <= 2 * self.limit_worst
+        return (
+            self.deviation <= self.limit
+            and self.worst <= self.limit_worst
+            and self.gap <= 2 * self.limit_worst
+        )
 
     def describe(self) -> str:
         far = (
-            f"log-probabilities of {self.tokens} tokens are {self.deviation:.4f} nats from the dequantized values (worst {self.worst:.3f}), "
-            f"16-bit rounding alone gives {self.noise:.4f} (worst {self.noise_worst:.3f}), allowed are {self.limit:.4f} and {self.limit_worst:.3f}"
+            f"log-probabilities of {self.tokens} tokens are {self.deviation:.4f} nats from the dequantized "
+            f"values (worst {self.worst:.3f}), "
+            f"16-bit rounding alone gives {self.noise:.4f} (worst {self.noise_worst:.3f}), allowed are "
+            f"{self.limit:.4f} and {self.limit_worst:.3f}"
         )
         greedy = f"{self.generated - self.ties} of {self.generated} greedy tokens are the reference's own"
         return f"{far}; {greedy}" + (f", the others lie within {self.gap:.3f} of it" if self.ties else "")
@@ -125,7 +144,9 @@ def prompts(path: Path, *, longest: int | None = None) -> torch.Tensor:
     """
     length = min(PROMPT_TOKENS, (longest or PROMPT_TOKENS + NEW_TOKENS) - NEW_TOKENS)
     if length < 8:
-        raise CheckpointError(f"{path}: its context is {longest} tokens: the comparison in vLLM takes at least {NEW_TOKENS + 8}")
+        raise CheckpointError(
+            f"{path}: its context is {longest} tokens: the comparison in vLLM takes at least {NEW_TOKENS + 8}"
+        )
     return evaluation_rows(load_tokenizer(path), bundled("wikitext-2-test"), length, PROMPTS)
 
 
@@ -133,7 +154,8 @@ def ask(server: Server, rows: torch.Tensor, new_tokens: int = NEW_TOKENS) -> Ans
     """Scores and continues rows of token ids through the server's completions endpoint.
 
     Raises:
-        ServerError: an answer without the tokens and log-probabilities asked for, or with numbers that JSON has no word for (NaN).
+        ServerError: an answer without the tokens and log-probabilities asked for, or with numbers that JSON
+            has no word for (NaN).
     """
     body = {
         "model": server.name,
@@ -151,15 +173,22 @@ def ask(server: Server, rows: torch.Tensor, new_tokens: int = NEW_TOKENS) -> Ans
         tokens = [row.tolist() + list(c["token_ids"]) for row, c in zip(rows, choices, strict=True)]
         logs = []
         for row, choice in zip(rows.tolist(), choices, strict=True):
-            scored = [float(said[str(token)]["logprob"]) for token, said in zip(row[1:], choice["prompt_logprobs"][1:], strict=True)]
+            scored = [
+                float(said[str(token)]["logprob"])
+                for token, said in zip(row[1:], choice["prompt_logprobs"][1:], strict=True)
+            ]
             logs.append(scored + [float(x) for x in choice["logprobs"]["token_logprobs"]])
         return Answers(torch.tensor(tokens), torch.tensor(logs), rows.shape[1])
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise ServerError(f"/v1/completions did not answer with tokens and log-probabilities ({type(error).__name__}: {error})") from error
+        raise ServerError(
+            f"/v1/completions did not answer with tokens and log-probabilities ({type(error).__name__}: "
+            f"{error})"
+        ) from error
 
 
 class Reference:
-    """A checkpoint, quantized or not, run block by block from the values in its files, with activations rounded as its scheme says.
+    """A checkpoint, quantized or not, run block by block from the values in its files, with activations
+    rounded as its scheme says.
 
     Args:
         kernels: how the engine departs from the scheme (see :func:`kernels`).
@@ -175,7 +204,8 @@ class Reference:
         Skeleton(self._values, torch.device("cpu"), self.dtype)  # says at once what cannot be built
 
     def logs(self, tokens: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities in fp32 of a run in ``dtype``: of each token but the first, and of the likeliest, both [rows, T - 1]."""
+        """Log-probabilities in fp32 of a run in ``dtype``: of each token but the first, and of the likeliest,
+        both [rows, T - 1]."""
         skeleton = Skeleton(self._values, torch.device("cpu"), dtype)
         (hidden,), calls = skeleton.embed([tokens])
         with torch.no_grad():
@@ -188,7 +218,8 @@ class Reference:
                 skeleton.free_block(index)
             said, most = [], []
             with skeleton.outside():
-                for row, states in zip(tokens.split(1), hidden.split(1), strict=True):  # one row at a time: logits are wide
+                # one row at a time: logits are wide
+                for row, states in zip(tokens.split(1), hidden.split(1), strict=True):
                     logs = skeleton.logits(row, states)[:, :-1].float().log_softmax(-1)
                     said.append(logs.gather(-1, row[:, 1:, None])[..., 0])
                     most.append(logs.amax(-1))
@@ -228,15 +259,20 @@ def kernels(log: Iterable[str]) -> Kernels:
     Kernels(activations=False, nearest_cache=True)
     """
     lines = list(log)
-    return Kernels(not any(_WEIGHT_ONLY.search(x) for x in lines), not any("device_config=cpu" in x for x in lines))
+    return Kernels(
+        not any(_WEIGHT_ONLY.search(x) for x in lines), not any("device_config=cpu" in x for x in lines)
+    )
 
 
 def _rms(values: torch.Tensor) -> float:
     return float(values.double().square().mean().sqrt())
 
 
-def open_server(path: Path, python: str | Path, log: Log = lambda line: None, flags: Sequence[str] = FLAGS) -> Server:
-    """A server for comparisons on a free port, not started yet: every weight tracked, activations of 4-bit layers left in 16 bits."""
+def open_server(
+    path: Path, python: str | Path, log: Log = lambda line: None, flags: Sequence[str] = FLAGS
+) -> Server:
+    """A server for comparisons on a free port, not started yet: every weight tracked, activations of 4-bit
+    layers left in 16 bits."""
     installation = find_vllm(python)
     longest = context_length(open_checkpoint(path).config)
     length = min(PROMPT_TOKENS + NEW_TOKENS, longest or PROMPT_TOKENS + NEW_TOKENS)
@@ -255,14 +291,16 @@ def open_server(path: Path, python: str | Path, log: Log = lambda line: None, fl
 
 
 def check_in_vllm(path: str | Path, python: str | Path, *, log: Log = lambda line: None) -> dict[str, Any]:
-    """Loads a checkpoint in the vLLM of another environment and compares what it computes with the values in the files.
+    """Loads a checkpoint in the vLLM of another environment and compares what it computes with the values in
+    the files.
 
     Args:
         python: interpreter of the environment with vLLM.
         log: receives the server's log lines.
 
     Returns:
-        ``passed``, ``detail`` in words, and the numbers of :class:`Comparison`. A checkpoint that vLLM refuses has not passed.
+        ``passed``, ``detail`` in words, and the numbers of :class:`Comparison`. A checkpoint that vLLM
+        refuses has not passed.
 
     Raises:
         ServerError: vLLM did not start for a reason that lies not in the checkpoint.
@@ -278,7 +316,10 @@ def check_in_vllm(path: str | Path, python: str | Path, *, log: Log = lambda lin
         except ServerError as error:
             if error.cause is None or not error.cause.checkpoint:
                 raise
-            return {"passed": False, "detail": f"vLLM does not load it: {error.cause.kind}: {error.cause.text}"}
+            return {
+                "passed": False,
+                "detail": f"vLLM does not load it: {error.cause.kind}: {error.cause.text}",
+            }
         answers = ask(server, rows)
     reference = Reference(folder, kernels(server.lines))
     return reference.compare(answers).to_dict() | {"load_seconds": round(server.load_seconds, 2)}

@@ -17,7 +17,9 @@ def batches(k: int, dtype: torch.dtype, sizes: tuple[int, ...] = (37, 1, 200)) -
     return [(torch.randn(2, t, k, generator=generator) * scale + 0.3).to(dtype) for t in sizes]
 
 
-def hessian_of(gram: type[module.Gram], parts: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, torch.Tensor]:
+def hessian_of(
+    gram: type[module.Gram], parts: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The mean outer product as ``gram`` sums it, and in fp64."""
     monkeypatch.setattr(module, "gram_for", gram)
     k = parts[0].shape[-1]
@@ -29,19 +31,27 @@ def hessian_of(gram: type[module.Gram], parts: list[torch.Tensor], monkeypatch: 
         wanted += rows.t() @ rows
         tokens += len(rows)
     found = accumulator.finish()
-    assert found.tokens == tokens and found.minimum is None and found.hessian is not None and found.hessian.dtype == torch.float32
+    assert (
+        found.tokens == tokens
+        and found.minimum is None
+        and found.hessian is not None
+        and found.hessian.dtype == torch.float32
+    )
     return found.hessian, wanted / tokens
 
 
 @pytest.mark.parametrize("k", [1, 5, 512, 513, 700, 1100])
 @pytest.mark.parametrize("gram", [module.Gram, Int8Gram])
-def test_the_hessian_is_the_mean_outer_product_mirrored_exactly(k: int, gram: type[module.Gram], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hessian_is_the_mean_outer_product_mirrored_exactly(
+    k: int, gram: type[module.Gram], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         found, wanted = hessian_of(gram, batches(k, dtype), monkeypatch)
         assert torch.equal(found, found.t())
         size = wanted.diagonal().sqrt()
         error = ((found.double() - wanted).abs() / (size[:, None] * size)).max()
-        # 8 bits: both factors are off by at most half a step, which is 1/126 of a range of some three times their power, mostly at random
+        # 8 bits: both factors are off by at most half a step, which is 1/126 of a range of some three times
+        # their power, mostly at random
         assert float(error) < (6e-3 if gram is Int8Gram else 1e-5)
 
 
@@ -72,7 +82,9 @@ def test_a_feature_of_wide_range_is_summed_as_well_as_others(monkeypatch: pytest
 
 @pytest.mark.parametrize("gram", [module.Gram, Int8Gram])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_not_finite_is_found_in_the_sums(gram: type[module.Gram], bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_finite_is_found_in_the_sums(
+    gram: type[module.Gram], bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "gram_for", gram)
     accumulator = Accumulator(600, CPU, {"hessian"})
     for part in range(3):
@@ -84,7 +96,9 @@ def test_what_is_not_finite_is_found_in_the_sums(gram: type[module.Gram], bad: f
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_features_of_zeros_have_zeros_and_tiny_ones_are_no_nan(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_of_zeros_have_zeros_and_tiny_ones_are_no_nan(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x = torch.randn(500, 8, generator=torch.Generator().manual_seed(2)).to(dtype)
     x[:, 2] = 0
     x[:, 3] *= 1e-7 if dtype == torch.float16 else 1e-40
@@ -100,7 +114,10 @@ def test_features_of_zeros_have_zeros_and_tiny_ones_are_no_nan(dtype: torch.dtyp
 def test_integer_products_are_exact_whatever_the_shape(tokens: int, m: int, n: int) -> None:
     """torch 2.13 gives garbage for a single row."""
     generator = torch.Generator().manual_seed(tokens + m + n)
-    left, right = (torch.randint(-127, 128, (tokens, c + 3), generator=generator, dtype=torch.int8)[:, 2 : c + 2] for c in (m, n))
+    left, right = (
+        torch.randint(-127, 128, (tokens, c + 3), generator=generator, dtype=torch.int8)[:, 2 : c + 2]
+        for c in (m, n)
+    )
     wanted = (left.double().t() @ right.double()).int()
     assert torch.equal(int8_products(left, right), wanted)
     out = torch.full((m, n), 7, dtype=torch.int32)

@@ -1,4 +1,5 @@
-"""Text to rows: every kind of file, in file order, and messages that say what is wrong or how much is missing."""
+"""Text to rows: every kind of file, in file order, and messages that say what is wrong or how much is
+missing."""
 
 from __future__ import annotations
 
@@ -11,11 +12,21 @@ from typing import Any
 import pytest
 import torch
 
-from quant.calibration.text import TextError, bundled, calibration_rows, documents, evaluation_rows, token_runs
+from quant.calibration.text import (
+    TextError,
+    bundled,
+    calibration_rows,
+    documents,
+    evaluation_rows,
+    token_runs,
+)
 from quant.offline import load_tokenizer
 from tests.helpers import TINYLM
 
-MESSAGES = [{"role": "user", "content": "What is a\nshard?"}, {"role": "assistant", "content": "A part of a file."}]
+MESSAGES = [
+    {"role": "user", "content": "What is a\nshard?"},
+    {"role": "assistant", "content": "A part of a file."},
+]
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
 
 
@@ -33,7 +44,9 @@ def chat(tokenizer: Any) -> Iterator[Any]:
 
 
 def rows_of(tokenizer: Any, *paths: Path, samples: int = 2, length: int = 8, **options: Any) -> Any:
-    return calibration_rows(tokenizer, list(paths), samples, length, vocabulary=options.pop("vocabulary", 4096), **options)
+    return calibration_rows(
+        tokenizer, list(paths), samples, length, vocabulary=options.pop("vocabulary", 4096), **options
+    )
 
 
 def words(seed: int, count: int) -> str:
@@ -60,7 +73,9 @@ def test_plain_text_is_one_document_cut_into_rows_in_order(tokenizer: Any, tmp_p
     assert rows.held_out is not None and rows.held_out.flatten().tolist() == ids[80:96]
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".md", ".jsonl", ".ndjson", ".parquet", ".txt.gz", ".jsonl.gz", ".TXT"])
+@pytest.mark.parametrize(
+    "suffix", [".txt", ".md", ".jsonl", ".ndjson", ".parquet", ".txt.gz", ".jsonl.gz", ".TXT"]
+)
 def test_every_kind_of_file_gives_the_same_rows(suffix: str, tokenizer: Any, tmp_path: Path) -> None:
     text = words(1, 100)
     file, lines = tmp_path / f"data{suffix}", json.dumps({"text": text, "id": 3}) + "\n\n"
@@ -77,13 +92,25 @@ def test_every_kind_of_file_gives_the_same_rows(suffix: str, tokenizer: Any, tmp
 
 def test_files_of_a_directory_are_read_by_name_and_several_paths_as_given(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
-    for name, text in (("b.txt", "two"), ("a.jsonl", '{"text": "one"}'), ("sub/c.txt", "three"), ("picture.png", "x"), ("z.md", "four")):
+    for name, text in (
+        ("b.txt", "two"),
+        ("a.jsonl", '{"text": "one"}'),
+        ("sub/c.txt", "three"),
+        ("picture.png", "x"),
+        ("z.md", "four"),
+    ):
         (tmp_path / name).write_text(text)
     assert list(documents([tmp_path])) == ["one", "two", "three", "four"]
-    assert list(documents([tmp_path / "b.txt", tmp_path / "a.jsonl", tmp_path / "b.txt"])) == ["two", "one", "two"]
+    assert list(documents([tmp_path / "b.txt", tmp_path / "a.jsonl", tmp_path / "b.txt"])) == [
+        "two",
+        "one",
+        "two",
+    ]
 
 
-def test_conversations_go_through_the_chat_template_without_a_second_start_token(chat: Any, tmp_path: Path) -> None:
+def test_conversations_go_through_the_chat_template_without_a_second_start_token(
+    chat: Any, tmp_path: Path
+) -> None:
     file = tmp_path / "chat.jsonl"
     file.write_text(json.dumps({"messages": MESSAGES}) + "\n" + json.dumps({"text": "plain"}) + "\n")
     (first, second) = token_runs(chat, documents([file]), None)
@@ -98,7 +125,9 @@ def test_conversations_go_through_the_chat_template_without_a_second_start_token
 
 def test_messages_from_parquet_equal_messages_from_json_lines(chat: Any, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": MESSAGES}))
-    assert list(documents([tmp_path / "a.jsonl"])) == list(documents([parquet(tmp_path / "a.parquet", messages=[MESSAGES])]))
+    assert list(documents([tmp_path / "a.jsonl"])) == list(
+        documents([parquet(tmp_path / "a.parquet", messages=[MESSAGES])])
+    )
 
 
 def test_messages_without_a_template_are_an_error_with_the_way_out(tokenizer: Any) -> None:
@@ -113,7 +142,9 @@ def test_a_template_that_refuses_the_messages_is_an_error_in_words(tokenizer: An
         list(token_runs(chat, iter([MESSAGES]), None))
 
 
-def test_shuffled_rows_are_the_seeds_and_the_global_generator_is_left_alone(tokenizer: Any, tmp_path: Path) -> None:
+def test_shuffled_rows_are_the_seeds_and_the_global_generator_is_left_alone(
+    tokenizer: Any, tmp_path: Path
+) -> None:
     (tmp_path / "a.txt").write_text(words(2, 400))
     torch.manual_seed(7)
     before = torch.get_rng_state()
@@ -121,7 +152,9 @@ def test_shuffled_rows_are_the_seeds_and_the_global_generator_is_left_alone(toke
     shuffled = [rows_of(tokenizer, tmp_path / "a.txt", samples=4, shuffle=True, seed=s) for s in (1, 1, 2)]
     assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(shuffled[0].tokens, shuffled[1].tokens) and shuffled[0].digest == shuffled[1].digest
-    assert not torch.equal(shuffled[0].tokens, shuffled[2].tokens) and not torch.equal(shuffled[0].tokens, in_order.tokens)
+    assert not torch.equal(shuffled[0].tokens, shuffled[2].tokens) and not torch.equal(
+        shuffled[0].tokens, in_order.tokens
+    )
     ids = tokenizer(words(2, 400))["input_ids"]
     everything = [ids[i : i + 8] for i in range(0, len(ids) - 7, 8)]
     assert all(row in everything for row in shuffled[0].tokens.tolist())
@@ -132,7 +165,8 @@ def test_too_little_text_says_how_much_is_missing(tokenizer: Any, tmp_path: Path
     (tmp_path / "a.txt").write_text(text)
     have = len(tokenizer(text)["input_ids"])
     with pytest.raises(
-        TextError, match=rf"has {have} tokens, 30 rows of 8 take 240: {240 - have} tokens, about [\d,]+ characters are missing. Give more"
+        TextError,
+        match=rf"has {have} tokens, 30 rows of 8 take 240: {240 - have} tokens, about [\d,]+ characters are missing. Give more",
     ):
         rows_of(tokenizer, tmp_path / "a.txt", samples=30)
     (tmp_path / "empty.txt").write_text("")
@@ -151,7 +185,10 @@ def test_rows_that_use_up_the_text_leave_none_to_measure_errors_on(tokenizer: An
 def test_tokens_that_the_model_does_not_have_are_an_error(tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(words(5, 60))
     largest = int(rows_of(tokenizer, tmp_path / "a.txt").tokens.max())
-    with pytest.raises(TextError, match=rf"the tokenizer gives token \d+, the model has {largest}: the tokenizer belongs to another model"):
+    with pytest.raises(
+        TextError,
+        match=rf"the tokenizer gives token \d+, the model has {largest}: the tokenizer belongs to another model",
+    ):
         rows_of(tokenizer, tmp_path / "a.txt", vocabulary=largest)
 
 
@@ -192,14 +229,18 @@ BROKEN: list[tuple[str, bytes, str]] = [
 
 
 @pytest.mark.parametrize(("name", "content", "message"), BROKEN, ids=[f"{n} {m[:20]}" for n, _, m in BROKEN])
-def test_broken_text_is_an_error_that_names_the_file(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+def test_broken_text_is_an_error_that_names_the_file(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(TextError, match=message) as refused:
         list(documents([tmp_path / name]))
     assert str(tmp_path / name) in str(refused.value)
 
 
-def test_a_half_of_a_surrogate_pair_is_text_that_the_tokenizer_takes_or_an_error_in_words(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_half_of_a_surrogate_pair_is_text_that_the_tokenizer_takes_or_an_error_in_words(
+    tokenizer: Any, tmp_path: Path
+) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "broken \\ud800 half"}')
     with pytest.raises(TextError, match="a.jsonl, line 1: .*surrogate"):
         rows_of(tokenizer, tmp_path / "a.jsonl")
@@ -234,7 +275,10 @@ def test_evaluation_rows_begin_with_the_start_token_and_follow_the_text(
     rows = evaluation_rows(tokenizer, tmp_path / "a.txt", 16, 4)
     assert rows.tolist() == [[tokenizer.bos_token_id, *ids[i * 15 : (i + 1) * 15]] for i in range(4)]
     assert len(evaluation_rows(tokenizer, tmp_path / "a.txt", 16, 1000)) == len(ids) // 15
-    with pytest.raises(TextError, match=r"has \d+ tokens, one chunk of 4096 takes 4,095: give more text, or a smaller --length"):
+    with pytest.raises(
+        TextError,
+        match=r"has \d+ tokens, one chunk of 4096 takes 4,095: give more text, or a smaller --length",
+    ):
         evaluation_rows(tokenizer, tmp_path / "a.txt", 4096, 4)
 
     class NoStart:

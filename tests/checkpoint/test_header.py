@@ -1,4 +1,5 @@
-"""Headers: what the official package writes is read the same; what breaks the format's rules is refused with the rule named."""
+"""Headers: what the official package writes is read the same; what breaks the format's rules is refused with
+the rule named."""
 
 from __future__ import annotations
 
@@ -17,26 +18,37 @@ from quant.checkpoint.header import DTYPE_BYTES, read_header
 from quant.errors import CheckpointError
 from tests.helpers import raw_safetensors
 
-GOOD = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "U8", "shape": [3], "data_offsets": [8, 11]}}
+GOOD = {
+    "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+    "b": {"dtype": "U8", "shape": [3], "data_offsets": [8, 11]},
+}
 
 
 @pytest.mark.parametrize("dtype", sorted(TORCH.values(), key=str), ids=str)
-def test_a_header_of_the_official_package_is_read_with_its_names_dtypes_shapes_and_bytes(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_header_of_the_official_package_is_read_with_its_names_dtypes_shapes_and_bytes(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
     generator = torch.Generator().manual_seed(0)
     item = torch.empty(0, dtype=dtype).element_size()
     tensors = {
-        name: torch.randint(0, 2, (*shape[:-1], shape[-1] * item), dtype=torch.uint8, generator=generator).view(dtype)
+        name: torch.randint(
+            0, 2, (*shape[:-1], shape[-1] * item), dtype=torch.uint8, generator=generator
+        ).view(dtype)
         for name, shape in {"one.weight": (3, 5), "two": (7,), "größe": (1, 2, 3, 4), "empty": (0, 4)}.items()
     }
     file = tmp_path / "m.safetensors"
     save_file(tensors, file, metadata={"format": "pt", "note": "x"})
     found, metadata = read_header(file)
     assert metadata == {"format": "pt", "note": "x"}
-    assert {n: (i.dtype, i.shape) for n, i in found.items()} == {n: (HEADER[dtype], tuple(t.shape)) for n, t in tensors.items()}
+    assert {n: (i.dtype, i.shape) for n, i in found.items()} == {
+        n: (HEADER[dtype], tuple(t.shape)) for n, t in tensors.items()
+    }
     raw = file.read_bytes()
     with safe_open(file, "pt") as official:
         for name, info in found.items():
-            assert raw[info.start : info.end] == bytes(official.get_tensor(name).contiguous().view(-1).view(torch.uint8).numpy())
+            assert raw[info.start : info.end] == bytes(
+                official.get_tensor(name).contiguous().view(-1).view(torch.uint8).numpy()
+            )
 
 
 def test_every_dtype_has_the_size_that_torch_gives_it() -> None:
@@ -60,8 +72,18 @@ BAD: dict[str, tuple[Any, bytes, int | None, str]] = {
     "a header that is not UTF-8": (b'{"\xff":1}', b"", None, "the header is not JSON"),
     "JSON nested without end": (b'{"a":' + b"[" * 200_000, b"", None, "the header is not JSON"),
     "a list": ([], b"", None, "not a JSON object"),
-    "metadata of numbers": ({"__metadata__": {"x": 1}}, b"", None, "__metadata__ is not an object of strings"),
-    "metadata that is a list": ({"__metadata__": ["x"]}, b"", None, "__metadata__ is not an object of strings"),
+    "metadata of numbers": (
+        {"__metadata__": {"x": 1}},
+        b"",
+        None,
+        "__metadata__ is not an object of strings",
+    ),
+    "metadata that is a list": (
+        {"__metadata__": ["x"]},
+        b"",
+        None,
+        "__metadata__ is not an object of strings",
+    ),
     "a tensor that is a number": ({"a": 3}, b"", None, "tensor 'a' lacks dtype, shape or two data_offsets"),
     "no shape": ({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, b"\0" * 8, None, "tensor 'a' lacks"),
     "three offsets": (_entry(data_offsets=[0, 4, 8]), b"\0" * 8, None, "tensor 'a' lacks"),
@@ -72,27 +94,58 @@ BAD: dict[str, tuple[Any, bytes, int | None, str]] = {
     "a side that is a fraction": (_entry(shape=[2.0]), b"\0" * 8, None, "whole numbers from 0 up"),
     "a shape that is a number": (_entry(shape=2), b"\0" * 8, None, "whole numbers from 0 up"),
     "offsets that are text": (_entry(data_offsets=["0", "8"]), b"\0" * 8, None, "whole numbers from 0 up"),
-    "a shape too large for its bytes": (_entry(shape=[3]), b"\0" * 8, None, r"'a' of F32 \[3\] takes 12 bytes, its offsets hold 8"),
-    "a product of sides beyond 64 bits": (_entry(shape=[2**40, 2**40]), b"\0" * 8, None, "its offsets hold 8"),
+    "a shape too large for its bytes": (
+        _entry(shape=[3]),
+        b"\0" * 8,
+        None,
+        r"'a' of F32 \[3\] takes 12 bytes, its offsets hold 8",
+    ),
+    "a product of sides beyond 64 bits": (
+        _entry(shape=[2**40, 2**40]),
+        b"\0" * 8,
+        None,
+        "its offsets hold 8",
+    ),
     "offsets that run backwards": (_entry(data_offsets=[8, 0]), b"\0" * 8, None, "its offsets hold -8"),
     "an end beyond the file": (GOOD, b"\0" * 10, None, "tensor 'b' ends at byte .*: it is truncated"),
     "bytes after the last tensor": (GOOD, b"\0" * 13, None, "2 bytes after the last tensor"),
     "a hole before the first": (_entry(data_offsets=[4, 12]), b"\0" * 12, None, "overlap or leave a hole"),
-    "a hole between two": (GOOD | {"b": GOOD["b"] | {"data_offsets": [9, 12]}}, b"\0" * 12, None, "tensor 'b' .*overlap or leave a hole"),
-    "an overlap": (GOOD | {"b": GOOD["b"] | {"data_offsets": [6, 9]}}, b"\0" * 9, None, "overlap or leave a hole"),
+    "a hole between two": (
+        GOOD | {"b": GOOD["b"] | {"data_offsets": [9, 12]}},
+        b"\0" * 12,
+        None,
+        "tensor 'b' .*overlap or leave a hole",
+    ),
+    "an overlap": (
+        GOOD | {"b": GOOD["b"] | {"data_offsets": [6, 9]}},
+        b"\0" * 9,
+        None,
+        "overlap or leave a hole",
+    ),
     "the same bytes twice": (GOOD | {"c": GOOD["b"]}, b"\0" * 11, None, "overlap or leave a hole"),
     "a name twice": (b'{"a":{},"a":{}}', b"", None, "a name appears twice: 'a'"),
-    "a key twice": (b'{"a":{"dtype":"F32","dtype":"U8","shape":[],"data_offsets":[0,4]}}', b"\0" * 4, None, "appears twice: 'dtype'"),
+    "a key twice": (
+        b'{"a":{"dtype":"F32","dtype":"U8","shape":[],"data_offsets":[0,4]}}',
+        b"\0" * 4,
+        None,
+        "appears twice: 'dtype'",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_header_that_breaks_a_rule_is_refused_and_the_message_names_file_rule_and_next_step(case: str, tmp_path: Path) -> None:
+def test_a_header_that_breaks_a_rule_is_refused_and_the_message_names_file_rule_and_next_step(
+    case: str, tmp_path: Path
+) -> None:
     header, data, length, message = BAD[case]
     file = raw_safetensors(tmp_path / "model.safetensors", header, data, length)
     with pytest.raises(CheckpointError, match=message) as refused:
         read_header(file)
-    assert str(file) in str(refused.value) and "again" in str(refused.value) and len(str(refused.value)) < 500 + len(str(file))
+    assert (
+        str(file) in str(refused.value)
+        and "again" in str(refused.value)
+        and len(str(refused.value)) < 500 + len(str(file))
+    )
 
 
 @pytest.mark.parametrize("size", range(8))

@@ -54,7 +54,10 @@ def test_a_run_that_finished_nothing_leaves_nothing(tmp_path: Path) -> None:
 def test_a_second_run_on_the_same_output_is_refused_while_the_first_goes_on(tmp_path: Path) -> None:
     first = WorkFolder(tmp_path / "out", JOB, fresh=False)
     for fresh in (False, True):
-        with pytest.raises(QuantError, match=r"out.work: another run is working on this output: wait for it, or choose another"):
+        with pytest.raises(
+            QuantError,
+            match=r"out.work: another run is working on this output: wait for it, or choose another",
+        ):
             WorkFolder(tmp_path / "out", JOB, fresh)
     finish(first, "a")
     first.release()
@@ -64,7 +67,9 @@ def test_a_second_run_on_the_same_output_is_refused_while_the_first_goes_on(tmp_
 def test_work_of_another_job_is_refused_named_and_kept_until_fresh_is_asked(tmp_path: Path) -> None:
     stopped(tmp_path / "out", "a")
     for _ in range(2):  # the refusal itself must not hold the lock
-        with pytest.raises(QuantError, match=r"unfinished work of another job \(source was 'm', is 'other'\): .*--fresh"):
+        with pytest.raises(
+            QuantError, match=r"unfinished work of another job \(source was 'm', is 'other'\): .*--fresh"
+        ):
             resumed(tmp_path / "out", JOB | {"source": "other"})
     assert resumed(tmp_path / "out") == ["a"]
     assert resumed(tmp_path / "out", JOB | {"source": "other"}, fresh=True) == []
@@ -92,7 +97,10 @@ def test_a_journal_without_its_first_line_starts_over(content: str, tmp_path: Pa
     assert resumed(tmp_path / "out") == []
 
 
-@pytest.mark.parametrize("damage", ["truncated", "emptied", "removed", "grown", "header", "one bit of data", "one letter of the header"])
+@pytest.mark.parametrize(
+    "damage",
+    ["truncated", "emptied", "removed", "grown", "header", "one bit of data", "one letter of the header"],
+)
 def test_a_unit_whose_file_is_damaged_is_done_again(damage: str, tmp_path: Path) -> None:
     stopped(tmp_path / "out", "a", "b")
     file = tmp_path / "out.work" / "a.safetensors"
@@ -139,10 +147,15 @@ def test_publishing_renames_the_folder_and_takes_an_empty_target_along(tmp_path:
     work = WorkFolder(tmp_path / "out", JOB, fresh=False)
     finish(work, "a")
     work.publish()
-    assert [f.relative_to(tmp_path).as_posix() for f in sorted(tmp_path.rglob("*"))] == ["out", "out/a.safetensors"]
+    assert [f.relative_to(tmp_path).as_posix() for f in sorted(tmp_path.rglob("*"))] == [
+        "out",
+        "out/a.safetensors",
+    ]
 
 
-def test_an_interrupt_while_publishing_waits_until_nothing_of_the_work_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_while_publishing_waits_until_nothing_of_the_work_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     work = WorkFolder(tmp_path / "out", JOB, fresh=False)
     finish(work, "a")
     rename = os.rename
@@ -152,13 +165,17 @@ def test_an_interrupt_while_publishing_waits_until_nothing_of_the_work_is_left(t
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(os, "rename", interrupted)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background starts with interrupts ignored
+    # a suite in the background starts with interrupts ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             work.publish()
     finally:
         signal.signal(signal.SIGINT, before)
-    assert [f.relative_to(tmp_path).as_posix() for f in sorted(tmp_path.rglob("*"))] == ["out", "out/a.safetensors"]
+    assert [f.relative_to(tmp_path).as_posix() for f in sorted(tmp_path.rglob("*"))] == [
+        "out",
+        "out/a.safetensors",
+    ]
 
 
 def test_a_target_that_filled_up_meanwhile_is_not_overwritten(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Directories of safetensors: single, sharded, hub caches; incomplete, hostile and pickled ones are refused by name."""
+"""Directories of safetensors: single, sharded, hub caches; incomplete, hostile and pickled ones are refused
+by name."""
 
 from __future__ import annotations
 
@@ -17,7 +18,11 @@ from quant.checkpoint.reader import INDEX, open_checkpoint
 from quant.errors import CheckpointError
 from tests.helpers import copy_model, load_all, raw_safetensors
 
-TENSORS = {"a.weight": torch.arange(12.0).view(3, 4), "b.weight": torch.ones(5, dtype=torch.bfloat16), "c": torch.zeros(0, 3)}
+TENSORS = {
+    "a.weight": torch.arange(12.0).view(3, 4),
+    "b.weight": torch.ones(5, dtype=torch.bfloat16),
+    "c": torch.zeros(0, 3),
+}
 
 
 @pytest.fixture
@@ -36,7 +41,9 @@ def index(folder: Path, weight_map: Any) -> None:
 
 
 @pytest.mark.parametrize("shard", ["5GB", "50KB"], ids=["single file", "sharded"])
-def test_every_tensor_reads_as_the_official_package_reads_it(shard: str, checkpoints: Callable[..., Path]) -> None:
+def test_every_tensor_reads_as_the_official_package_reads_it(
+    shard: str, checkpoints: Callable[..., Path]
+) -> None:
     folder = checkpoints("llama", shard=shard)
     checkpoint, wanted = open_checkpoint(folder), load_all(folder)
     assert (len(checkpoint.weight_files) > 1) == (shard == "50KB") == (folder / INDEX).exists()
@@ -52,7 +59,9 @@ def test_every_tensor_reads_as_the_official_package_reads_it(shard: str, checkpo
 
 def test_an_empty_tensor_and_a_sharded_model_are_read(sharded: Path) -> None:
     checkpoint = open_checkpoint(str(sharded))
-    assert {n: checkpoint.read(n).shape for n in checkpoint.tensors} == {n: t.shape for n, t in TENSORS.items()}
+    assert {n: checkpoint.read(n).shape for n in checkpoint.tensors} == {
+        n: t.shape for n, t in TENSORS.items()
+    }
 
 
 def test_a_tensor_read_is_memory_of_its_own(sharded: Path) -> None:
@@ -61,7 +70,9 @@ def test_a_tensor_read_is_memory_of_its_own(sharded: Path) -> None:
     assert torch.equal(checkpoint.read("a.weight"), TENSORS["a.weight"])
 
 
-def test_a_hub_cache_with_linked_shards_is_read_through_its_main_reference(sharded: Path, tmp_path: Path) -> None:
+def test_a_hub_cache_with_linked_shards_is_read_through_its_main_reference(
+    sharded: Path, tmp_path: Path
+) -> None:
     cache = tmp_path / "models--org--name"
     snapshot = cache / "snapshots" / "abc123"
     (cache / "blobs").mkdir(parents=True)
@@ -89,18 +100,35 @@ def test_a_reference_that_leaves_the_cache_is_not_followed(sharded: Path, tmp_pa
 
 @pytest.mark.parametrize(
     "name",
-    ["../secret.safetensors", "/etc/passwd", "sub/one.safetensors", "..\\one.safetensors", "..", "", "one\0.safetensors", None, 3, ["x"]],
+    [
+        "../secret.safetensors",
+        "/etc/passwd",
+        "sub/one.safetensors",
+        "..\\one.safetensors",
+        "..",
+        "",
+        "one\0.safetensors",
+        None,
+        3,
+        ["x"],
+    ],
 )
 def test_an_index_that_names_a_file_outside_its_folder_is_refused(name: Any, sharded: Path) -> None:
     save_file(TENSORS, sharded.parent / "secret.safetensors")
     index(sharded, {"a.weight": name})
-    with pytest.raises(CheckpointError, match="tensor 'a.weight' is said to be in .*: a file name inside the model's folder is needed"):
+    with pytest.raises(
+        CheckpointError,
+        match="tensor 'a.weight' is said to be in .*: a file name inside the model's folder is needed",
+    ):
         open_checkpoint(sharded)
 
 
 def test_an_index_that_names_a_missing_file_is_refused(sharded: Path) -> None:
     (sharded / "two.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="names 'two.safetensors', which is not in .*: the download is incomplete, fetch that file"):
+    with pytest.raises(
+        CheckpointError,
+        match="names 'two.safetensors', which is not in .*: the download is incomplete, fetch that file",
+    ):
         open_checkpoint(sharded)
 
 
@@ -112,8 +140,18 @@ def test_a_link_to_nowhere_is_a_missing_file(sharded: Path) -> None:
 
 
 def test_a_tensor_that_is_not_in_the_file_its_index_says_is_refused(sharded: Path) -> None:
-    index(sharded, {"a.weight": "one.safetensors", "c": "one.safetensors", "b.weight": "two.safetensors", "d": "two.safetensors"})
-    with pytest.raises(CheckpointError, match="says tensor 'd' is in two.safetensors, which does not hold it"):
+    index(
+        sharded,
+        {
+            "a.weight": "one.safetensors",
+            "c": "one.safetensors",
+            "b.weight": "two.safetensors",
+            "d": "two.safetensors",
+        },
+    )
+    with pytest.raises(
+        CheckpointError, match="says tensor 'd' is in two.safetensors, which does not hold it"
+    ):
         open_checkpoint(sharded)
 
 
@@ -124,25 +162,33 @@ def test_a_tensor_that_the_index_does_not_name_is_refused(sharded: Path) -> None
 
 
 def test_of_two_copies_of_a_tensor_the_one_the_index_names_counts(sharded: Path) -> None:
-    save_file({"b.weight": TENSORS["b.weight"], "a.weight": torch.full((3, 4), 7.0)}, sharded / "two.safetensors")
+    save_file(
+        {"b.weight": TENSORS["b.weight"], "a.weight": torch.full((3, 4), 7.0)}, sharded / "two.safetensors"
+    )
     assert torch.equal(open_checkpoint(sharded).read("a.weight"), TENSORS["a.weight"])
 
 
 def test_a_tensor_in_two_files_without_an_index_is_refused(sharded: Path) -> None:
     (sharded / INDEX).unlink()
     save_file(TENSORS, sharded / "two.safetensors")
-    with pytest.raises(CheckpointError, match="tensor 'a.weight' is also in one.safetensors: an index must say which counts"):
+    with pytest.raises(
+        CheckpointError, match="tensor 'a.weight' is also in one.safetensors: an index must say which counts"
+    ):
         open_checkpoint(sharded)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"weight_map": []}', '{"weight_map": {}}', "{}", "\udcff"])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{", '{"weight_map": []}', '{"weight_map": {}}', "{}", "\udcff"]
+)
 def test_a_broken_index_is_refused(content: str, sharded: Path) -> None:
     (sharded / INDEX).write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(CheckpointError, match=r"index.json: (the index is not|has no weight_map)"):
         open_checkpoint(sharded)
 
 
-@pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"null", b"\xff\xfe", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"])
+@pytest.mark.parametrize(
+    "content", [b"", b"[1]", b"{", b"null", b"\xff\xfe", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"]
+)
 def test_a_broken_config_is_refused(content: bytes, sharded: Path) -> None:
     (sharded / "config.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"config.json: the config is not"):
@@ -152,7 +198,9 @@ def test_a_broken_config_is_refused(content: bytes, sharded: Path) -> None:
 def test_pickled_weights_alone_are_refused_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
-    with pytest.raises(CheckpointError, match=r"only pickled weights \(pytorch_model.bin\), which can run code when loaded"):
+    with pytest.raises(
+        CheckpointError, match=r"only pickled weights \(pytorch_model.bin\), which can run code when loaded"
+    ):
         open_checkpoint(tmp_path)
 
 
@@ -187,7 +235,9 @@ def test_a_name_that_is_not_there_is_an_error(sharded: Path) -> None:
         open_checkpoint(sharded).read("x")
 
 
-def test_side_files_are_listed_sorted_and_other_weights_are_left_out_with_a_reason(llama: Path, tmp_path: Path) -> None:
+def test_side_files_are_listed_sorted_and_other_weights_are_left_out_with_a_reason(
+    llama: Path, tmp_path: Path
+) -> None:
     folder = copy_model(llama, tmp_path / "m")
     for name in (
         "chat_template.jinja",
@@ -206,7 +256,8 @@ def test_side_files_are_listed_sorted_and_other_weights_are_left_out_with_a_reas
     (folder / "linked").symlink_to(outside)
     found = {f.relative: f.dropped for f in open_checkpoint(folder).side_files()}
     assert [n for n, reason in found.items() if not reason] == [
-        "chat_template.jinja", "generation_config.json", "modeling_x.py", "tokenizer.json", "tokenizer_config.json", "original/params.json",
+        "chat_template.jinja", "generation_config.json", "modeling_x.py", "tokenizer.json",
+        "tokenizer_config.json", "original/params.json",
     ]  # fmt: skip
     assert {n for n, reason in found.items() if reason} == {
         "a.gguf",
@@ -227,10 +278,15 @@ def test_consolidated_copies_do_not_count_as_shards(llama: Path, tmp_path: Path)
 def test_the_dtype_of_a_checkpoint_is_that_of_most_elements(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     save_file(
-        {"a": torch.ones(3, dtype=torch.float16), "b": torch.ones(2), "c": torch.ones(9, dtype=torch.int64)}, tmp_path / "model.safetensors"
+        {"a": torch.ones(3, dtype=torch.float16), "b": torch.ones(2), "c": torch.ones(9, dtype=torch.int64)},
+        tmp_path / "model.safetensors",
     )
     assert open_checkpoint(tmp_path).dtype == "F16"
-    raw_safetensors(tmp_path / "model.safetensors", {"q": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}, b"\x38\x40")
+    raw_safetensors(
+        tmp_path / "model.safetensors",
+        {"q": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}},
+        b"\x38\x40",
+    )
     checkpoint = open_checkpoint(tmp_path)
     assert (checkpoint.dtype, checkpoint.read("q").float().tolist()) == ("F8_E4M3", [1.0, 2.0])
     assert torch.equal(load_file(tmp_path / "model.safetensors")["q"].float(), checkpoint.read("q").float())

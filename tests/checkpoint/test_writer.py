@@ -1,4 +1,5 @@
-"""Files we write are files that the official package reads, with the size that was predicted; a full disk leaves nothing behind."""
+"""Files we write are files that the official package reads, with the size that was predicted; a full disk
+leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -41,7 +42,11 @@ def test_the_official_package_loads_what_was_written_in_any_order(dtype: torch.d
 
 def test_the_digest_is_that_of_the_file_whatever_order_and_pieces_it_was_written_in(tmp_path: Path) -> None:
     data = torch.randint(0, 256, (3 << 20,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    specs = [TensorSpec("large", "U8", (3 << 20,)), TensorSpec("none", "F32", (0, 2)), TensorSpec("small", "U8", (5,))]
+    specs = [
+        TensorSpec("large", "U8", (3 << 20,)),
+        TensorSpec("none", "F32", (0, 2)),
+        TensorSpec("small", "U8", (5,)),
+    ]
     raw, digests = data.numpy().tobytes(), set()
     for size, order in ((1 << 20, 1), (7, -1), (3 << 20, 1), (300_001, -1)):
         reused = bytearray(size)
@@ -77,13 +82,17 @@ def test_transposed_and_strided_tensors_are_written_by_value(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("pieces", [[b"ab", b"cd"], [b"abcd"], [bytearray(b"abc"), memoryview(b"d")]])
 def test_raw_bytes_are_written_piece_by_piece(pieces: list[bytes], tmp_path: Path) -> None:
-    with ShardWriter(tmp_path / "m.safetensors", [TensorSpec("x", "U8", (4,)), TensorSpec("y", "U8", (0,))]) as writer:
+    with ShardWriter(
+        tmp_path / "m.safetensors", [TensorSpec("x", "U8", (4,)), TensorSpec("y", "U8", (0,))]
+    ) as writer:
         writer.write_pieces("x", pieces)
         writer.write_pieces("y", [])
     assert bytes(load_file(tmp_path / "m.safetensors")["x"].tolist()) == b"abcd"
 
 
-def test_a_tensor_of_another_dtype_or_shape_than_planned_stops_the_job_and_removes_the_file(tmp_path: Path) -> None:
+def test_a_tensor_of_another_dtype_or_shape_than_planned_stops_the_job_and_removes_the_file(
+    tmp_path: Path,
+) -> None:
     for tensor in (torch.ones(2, 3, dtype=torch.float16), torch.ones(3, 2)):
         with pytest.raises(AssertionError, match="x: made as .*planned as F32"):
             with ShardWriter(tmp_path / "m.safetensors", [TensorSpec("x", "F32", (2, 3))]) as writer:
@@ -92,7 +101,9 @@ def test_a_tensor_of_another_dtype_or_shape_than_planned_stops_the_job_and_remov
 
 
 def test_a_planned_tensor_that_was_never_written_is_noticed_when_the_file_is_closed(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path / "m.safetensors", [TensorSpec("x", "F32", (2,)), TensorSpec("y", "F32", (2,))])
+    writer = ShardWriter(
+        tmp_path / "m.safetensors", [TensorSpec("x", "F32", (2,)), TensorSpec("y", "F32", (2,))]
+    )
     writer.write("x", torch.ones(2))
     with pytest.raises(AssertionError, match=r"never written: \['y'\]"):
         writer.close()
@@ -120,7 +131,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_is_noticed_when_the_file_is_opened_and_nothing_is_left(small_disk: Path) -> None:
-    with pytest.raises(DiskFull, match=r"m.safetensors: the disk is full: 1.00 MiB are needed, 256 KiB are free"):
+    with pytest.raises(
+        DiskFull, match=r"m.safetensors: the disk is full: 1.00 MiB are needed, 256 KiB are free"
+    ):
         ShardWriter(small_disk / "m.safetensors", [TensorSpec("x", "U8", (1 << 20,))])
     assert list(small_disk.iterdir()) == []
 
@@ -130,7 +143,9 @@ def test_a_small_text_on_a_full_disk_is_an_error_with_the_next_step(small_disk: 
         write_text(small_disk / "x.json", "x" * (1 << 20))
 
 
-def test_a_job_on_a_full_disk_says_so_and_the_same_command_finishes_it_once_there_is_room(small_disk: Path, llama: Path) -> None:
+def test_a_job_on_a_full_disk_says_so_and_the_same_command_finishes_it_once_there_is_room(
+    small_disk: Path, llama: Path
+) -> None:
     from quant.errors import QuantError
     from tests.helpers import quantize
 
@@ -148,7 +163,8 @@ def test_a_disk_that_fills_up_while_a_job_writes_keeps_finished_units(
     from quant.pipeline import plan
     from tests.helpers import quantize, weight_files
 
-    monkeypatch.setattr(plan, "check_disk", lambda *a: None)  # room that another process takes after the check
+    # room that another process takes after the check
+    monkeypatch.setattr(plan, "check_disk", lambda *a: None)
     subprocess.run(["mount", "-o", "remount,size=1040k", str(small_disk)], check=True)
     with pytest.raises(DiskFull, match="the disk is full: .* are needed"):
         quantize(llama, small_disk / "out", group_size=32)

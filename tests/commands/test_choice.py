@@ -14,8 +14,10 @@ from quantize import cli
 
 MODEL = Path(__file__).resolve().parents[2] / "examples/tinylm-4m"
 LLAMA_70B = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
-    "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "torch_dtype": "bfloat16",
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192,
+    "intermediate_size": 28672, "num_hidden_layers": 80,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
+    "max_position_embeddings": 8192, "torch_dtype": "bfloat16",
     "tie_word_embeddings": False,
 }  # fmt: skip
 
@@ -32,7 +34,9 @@ def large(tmp_path: Path) -> Path:
 
 
 def test_a_checkpoint_that_fits_as_it_is_is_left_alone(tmp_path: Path) -> None:
-    result = CliRunner().invoke(cli, ["quantize", "-m", str(MODEL), "-o", str(tmp_path / "out"), "--gpu", "T4"])
+    result = CliRunner().invoke(
+        cli, ["quantize", "-m", str(MODEL), "-o", str(tmp_path / "out"), "--gpu", "T4"]
+    )
     assert result.exit_code == 0
     assert "Nothing to quantize" in result.stdout and f"vllm serve {MODEL}" in result.stdout
     assert not list(tmp_path.iterdir())
@@ -44,7 +48,9 @@ def test_without_a_gpu_one_is_asked_for(tmp_path: Path, without_gpu: None) -> No
 
 
 def test_a_model_that_does_not_fit_gets_the_recommended_scheme(large: Path) -> None:
-    found = choose(large / "config.json", large / "out", gpu="H100", tensor_parallel=None, vllm_version="0.32")
+    found = choose(
+        large / "config.json", large / "out", gpu="H100", tensor_parallel=None, vllm_version="0.32"
+    )
     assert settings(found)["method"] == "gptq" and settings(found)["scheme"] == "w4a16"
 
 
@@ -56,7 +62,20 @@ def test_nothing_fits_a_small_gpu(large: Path) -> None:
 @pytest.mark.parametrize(("scheme", "method"), [("w4a16", "gptq"), ("w8a16", "minmax")])
 def test_a_scheme_brings_its_method(scheme: str, method: str, tmp_path: Path) -> None:
     assert method_for(scheme) == method
-    result = CliRunner().invoke(cli, ["quantize", "-m", str(MODEL), "-o", str(tmp_path / "out"), "--scheme", scheme, "--dry-run", "--json"])
+    result = CliRunner().invoke(
+        cli,
+        [
+            "quantize",
+            "-m",
+            str(MODEL),
+            "-o",
+            str(tmp_path / "out"),
+            "--scheme",
+            scheme,
+            "--dry-run",
+            "--json",
+        ],
+    )
     assert result.exit_code == 0 and json.loads(result.stdout)["method"] == method
 
 

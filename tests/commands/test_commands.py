@@ -18,11 +18,17 @@ def text() -> list[str]:
     return ["--calibration-dataset", str(short_text())]
 
 
-def test_quantize_makes_a_checkpoint_that_the_other_commands_read(llama: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+def test_quantize_makes_a_checkpoint_that_the_other_commands_read(
+    llama: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
     made = cli("quantize", "-m", llama, "-o", tmp_path / "out", "--method", "gptq", *FAST, *text(), "--json")
     assert made.code == 0
     report = json.loads(made.out)
-    assert (report["method"], report["scheme"]["name"], report["format"]) == ("gptq", "w4a16", "compressed-tensors")
+    assert (report["method"], report["scheme"]["name"], report["format"]) == (
+        "gptq",
+        "w4a16",
+        "compressed-tensors",
+    )
     for command, key in (("inspect", "schemes"), ("verify", "checks"), ("evaluate", "perplexity")):
         extra = ["--against", llama, "--length", "32", "--chunks", "2"] if command == "evaluate" else []
         result = cli(command, tmp_path / "out", *extra, "--json")
@@ -34,12 +40,46 @@ def test_quantize_makes_a_checkpoint_that_the_other_commands_read(llama: Path, t
 
 def test_the_original_one_command_form_works(llama: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     old = cli(
-        "--model-path", llama, "--output-path", tmp_path / "old", "--method", "gptq", "--layer-wise", "--layers", "0,1", *FAST, *text()
+        "--model-path",
+        llama,
+        "--output-path",
+        tmp_path / "old",
+        "--method",
+        "gptq",
+        "--layer-wise",
+        "--layers",
+        "0,1",
+        *FAST,
+        *text(),
     )
-    new = cli("layer-wise", "-m", llama, "-o", tmp_path / "new", "--method", "gptq", "--layers", "0-1", *FAST, *text())
+    new = cli(
+        "layer-wise",
+        "-m",
+        llama,
+        "-o",
+        tmp_path / "new",
+        "--method",
+        "gptq",
+        "--layers",
+        "0-1",
+        *FAST,
+        *text(),
+    )
     assert (old.code, new.code) == (0, 0)
     assert weight_files(tmp_path / "old") == weight_files(tmp_path / "new")
-    assert cli("--model-path", llama, "--output-path", tmp_path / "plain", "--method", "minmax", "--group-size", "32").code == 0
+    assert (
+        cli(
+            "--model-path",
+            llama,
+            "--output-path",
+            tmp_path / "plain",
+            "--method",
+            "minmax",
+            "--group-size",
+            "32",
+        ).code
+        == 0
+    )
 
 
 def test_layer_wise_needs_layers_from_somewhere(llama: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
@@ -51,25 +91,84 @@ def test_layer_wise_needs_layers_from_somewhere(llama: Path, tmp_path: Path, cli
     assert len(json.loads(result.out)["layers"]) == 7
 
 
-def test_a_recipe_is_the_same_as_its_options_and_options_win(llama: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
-    (tmp_path / "r.yaml").write_text("method: minmax\ngroup_size: 32\nbits: 4\nignore: [o_proj]\nsymmetric: false\n")
-    cli("quantize", "-m", llama, "-o", tmp_path / "a", "--config", tmp_path / "r.yaml", "--bits", "8", "--symmetric")
-    cli("quantize", "-m", llama, "-o", tmp_path / "b", "--method", "minmax", "--bits", "8", "--group-size", "32", "--ignore", "o_proj")
+def test_a_recipe_is_the_same_as_its_options_and_options_win(
+    llama: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    (tmp_path / "r.yaml").write_text(
+        "method: minmax\ngroup_size: 32\nbits: 4\nignore: [o_proj]\nsymmetric: false\n"
+    )
+    cli(
+        "quantize",
+        "-m",
+        llama,
+        "-o",
+        tmp_path / "a",
+        "--config",
+        tmp_path / "r.yaml",
+        "--bits",
+        "8",
+        "--symmetric",
+    )
+    cli(
+        "quantize",
+        "-m",
+        llama,
+        "-o",
+        tmp_path / "b",
+        "--method",
+        "minmax",
+        "--bits",
+        "8",
+        "--group-size",
+        "32",
+        "--ignore",
+        "o_proj",
+    )
     assert weight_files(tmp_path / "a") == weight_files(tmp_path / "b")
 
 
-def test_a_dry_run_prints_a_prediction_and_writes_nothing(llama: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
-    result = cli("quantize", "-m", llama, "-o", tmp_path / "out", "--method", "gptq", *FAST, *text(), "--dry-run", "--json")
+def test_a_dry_run_prints_a_prediction_and_writes_nothing(
+    llama: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    result = cli(
+        "quantize",
+        "-m",
+        llama,
+        "-o",
+        tmp_path / "out",
+        "--method",
+        "gptq",
+        *FAST,
+        *text(),
+        "--dry-run",
+        "--json",
+    )
     value = json.loads(result.out)
     assert result.code == 0 and value["output_bytes"] > 0 and list(tmp_path.iterdir()) == []
-    made = json.loads(cli("quantize", "-m", llama, "-o", tmp_path / "out", "--method", "gptq", *FAST, *text(), "--json").out)
+    made = json.loads(
+        cli("quantize", "-m", llama, "-o", tmp_path / "out", "--method", "gptq", *FAST, *text(), "--json").out
+    )
     assert made["output_bytes"] == value["output_bytes"]
 
 
-def test_progress_and_results_go_to_their_own_streams(llama: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+def test_progress_and_results_go_to_their_own_streams(
+    llama: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
     loud = cli("quantize", "-m", llama, "-o", tmp_path / "a", "--method", "minmax", "--group-size", "32")
     assert "block 1 written in" in loud.err and "Quantized" in loud.out and "written in" not in loud.out
-    quiet = cli("quantize", "-m", llama, "-o", tmp_path / "b", "--method", "minmax", "--group-size", "32", "-q", "--json")
+    quiet = cli(
+        "quantize",
+        "-m",
+        llama,
+        "-o",
+        tmp_path / "b",
+        "--method",
+        "minmax",
+        "--group-size",
+        "32",
+        "-q",
+        "--json",
+    )
     assert quiet.err == "" and json.loads(quiet.out)["verify"]["passed"]
 
 
@@ -80,7 +179,9 @@ def test_export_carries_values_over_from_format_to_format(
 ) -> None:
     from quant.evaluation.compare import compare
 
-    result = cli("export-vllm", "-m", quantized(format=made), "-o", tmp_path / "out", "--format", form, "--json")
+    result = cli(
+        "export-vllm", "-m", quantized(format=made), "-o", tmp_path / "out", "--format", form, "--json"
+    )
     assert result.code == 0, result.err
     assert json.loads(result.out)["format"] == form
     differences = [t for t in compare(tmp_path / "out", quantized(format=made)).tensors if not t.equal]
@@ -95,11 +196,18 @@ def test_export_repairs_missing_side_files_and_refuses_what_is_not_quantized(
 ) -> None:
     bare = copy_model(quantized(), tmp_path / "bare")
     (bare / "tokenizer.json").unlink()
-    assert cli("export-vllm", "-m", bare, "-o", tmp_path / "out", "--source", llama, "--max-model-len", "128").code == 0
+    assert (
+        cli(
+            "export-vllm", "-m", bare, "-o", tmp_path / "out", "--source", llama, "--max-model-len", "128"
+        ).code
+        == 0
+    )
     assert files_of(tmp_path / "out")["tokenizer.json"] == files_of(llama)["tokenizer.json"]
     assert json.loads((tmp_path / "out" / "vllm_config.json").read_text())["max-model-len"] == 128
     refused = cli("export-vllm", "-m", llama, "-o", tmp_path / "no", "--format", "gptq")
-    assert refused.code == 2 and "is not quantized: quant quantize makes a gptq checkpoint of it" in refused.err
+    assert (
+        refused.code == 2 and "is not quantized: quant quantize makes a gptq checkpoint of it" in refused.err
+    )
     assert not (tmp_path / "no").exists() and not (tmp_path / "no.work").exists()
 
 
@@ -141,7 +249,10 @@ def test_numbers_that_json_lacks_are_null(tmp_path: Path, capsys: pytest.Capture
     from quant.terminal import Output
 
     Output(json=True).result({"a": [float("nan"), 1.5, float("inf")], "b": (float("-inf"),)}, lambda c: None)
-    assert json.loads(capsys.readouterr().out, parse_constant=lambda c: pytest.fail(c)) == {"a": [None, 1.5, None], "b": [None]}
+    assert json.loads(capsys.readouterr().out, parse_constant=lambda c: pytest.fail(c)) == {
+        "a": [None, 1.5, None],
+        "b": [None],
+    }
 
 
 def test_an_interrupt_exits_with_130_and_keeps_finished_work(
@@ -165,7 +276,9 @@ def test_an_interrupt_exits_with_130_and_keeps_finished_work(
     assert result.code == 0 and "resuming: 1 of 3 units are finished" in result.err
 
 
-@pytest.mark.parametrize("command", ["quantize", "layer-wise", "export-vllm", "verify", "evaluate", "inspect"])
+@pytest.mark.parametrize(
+    "command", ["quantize", "layer-wise", "export-vllm", "verify", "evaluate", "inspect"]
+)
 def test_every_command_has_help_with_an_example(command: str, cli: Callable[..., Any]) -> None:
     result = cli(command, "--help")
     assert result.code == 0 and f"quant {command} " in result.out and "--json" in result.out
@@ -177,8 +290,21 @@ def test_one_path_is_needed_by_argument_or_option(llama: Path, cli: Callable[...
         assert result.code == 2 and "give one checkpoint directory" in result.err
 
 
-def test_calibration_options_that_nothing_uses_are_said(cli: Callable[..., Any], llama: Path, tmp_path: Path) -> None:
-    given = ["-m", llama, "--group-size", "32", "--samples", "4", "--sequence-length", "32", "--calibration-dataset", short_text()]
+def test_calibration_options_that_nothing_uses_are_said(
+    cli: Callable[..., Any], llama: Path, tmp_path: Path
+) -> None:
+    given = [
+        "-m",
+        llama,
+        "--group-size",
+        "32",
+        "--samples",
+        "4",
+        "--sequence-length",
+        "32",
+        "--calibration-dataset",
+        short_text(),
+    ]
     result = cli("quantize", *given, "-o", tmp_path / "minmax", "--method", "minmax")
     assert result.code == 0 and "--calibration-dataset, --samples, --sequence-length: not used" in result.err
     result = cli("quantize", *given, "-o", tmp_path / "gptq", "--method", "gptq")

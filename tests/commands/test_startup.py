@@ -31,7 +31,9 @@ def imported(arguments: list[str]) -> tuple[int, set[str]]:
     return status, {name.partition(".")[0] for name in modules} & set(HEAVY)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"], ["--version"], ["verify", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["quantize", "--help"], ["--version"], ["verify", "--help"]], ids=" ".join
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     if arguments == ["--version"]:
         pytest.importorskip("importlib.metadata")
@@ -49,13 +51,18 @@ def test_wrong_options_are_refused_before_anything_heavy_is_imported() -> None:
 
 @pytest.mark.parametrize("command", ["verify", "inspect"])
 @pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
-def test_commands_that_read_files_never_import_torch(command: str, form: str, quantized: Callable[..., Path]) -> None:
+def test_commands_that_read_files_never_import_torch(
+    command: str, form: str, quantized: Callable[..., Path]
+) -> None:
     status, packages = imported([command, str(quantized(format=form)), "--json"])
     assert status == 0 and not packages & {"torch", "transformers", "tokenizers"}
 
 
 def test_importing_the_package_is_free_of_torch() -> None:
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import quant; quant.Scheme; quant.verify; assert 'torch' not in sys.modules"
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import quant; quant.Scheme; quant.verify; "
+        "assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -65,7 +72,10 @@ def seconds(code: str) -> float:
     for _ in range(7):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(
-            [sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONDONTWRITEBYTECODE": ""}
+            [sys.executable, "-c", code],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONDONTWRITEBYTECODE": ""},
         )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
@@ -74,5 +84,8 @@ def seconds(code: str) -> float:
 
 def test_help_takes_little_more_than_importing_click_and_rich() -> None:
     base = seconds("import click, rich.console, rich.table")
-    help_ = seconds(f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['quant', '--help']; import quantize; quantize.main()")
+    help_ = seconds(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['quant', '--help']; import quantize; "
+        "quantize.main()"
+    )
     assert help_ - base < 0.08

@@ -25,12 +25,21 @@ SMALL = {"length": 32, "chunks": 3}
 
 @pytest.fixture
 def outputs(quantized: Callable[..., Path]) -> list[Path]:
-    return [quantized(), quantized(bits=8, format="gptq"), quantized(layers="0"), quantized(bits=2, format="plain")]
+    return [
+        quantized(),
+        quantized(bits=8, format="gptq"),
+        quantized(layers="0"),
+        quantized(bits=2, format="plain"),
+    ]
 
 
-def test_each_measures_as_it_does_alone_and_the_source_runs_once(llama: Path, outputs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_measures_as_it_does_alone_and_the_source_runs_once(
+    llama: Path, outputs: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     phases, hidden = [], Runner.hidden
-    monkeypatch.setattr(Runner, "hidden", lambda self, b, p, phase: phases.append(phase) or hidden(self, b, p, phase))
+    monkeypatch.setattr(
+        Runner, "hidden", lambda self, b, p, phase: phases.append(phase) or hidden(self, b, p, phase)
+    )
     found = list(compare_outputs(outputs, against=llama, **SMALL))
     assert sorted(phases) == ["candidate"] * 4 + ["source"]
     for path, one in zip(outputs, found, strict=True):
@@ -43,10 +52,14 @@ def test_each_measures_as_it_does_alone_and_the_source_runs_once(llama: Path, ou
 def test_bits_per_weight_count_all_that_is_stored_for_the_linears(llama: Path, outputs: list[Path]) -> None:
     weights = {n: t for n, t in load_all(llama).items() if t.ndim == 2 and ".layers." in n}
     for path in outputs:
-        stored = sum(t.nbytes for n, t in load_all(path).items() if n.rpartition(".")[0] + ".weight" in weights)
+        stored = sum(
+            t.nbytes for n, t in load_all(path).items() if n.rpartition(".")[0] + ".weight" in weights
+        )
         wanted = 8 * stored / sum(t.numel() for t in weights.values())
         assert bits_per_weight(open_checkpoint(path), open_checkpoint(llama)) == pytest.approx(wanted)
-    assert bits_per_weight(open_checkpoint(outputs[0]), open_checkpoint(llama)) == pytest.approx(4 + 16 / 32, abs=0.1)
+    assert bits_per_weight(open_checkpoint(outputs[0]), open_checkpoint(llama)) == pytest.approx(
+        4 + 16 / 32, abs=0.1
+    )
     assert (
         bits_per_weight(open_checkpoint(llama), open_checkpoint(llama))
         == bits_per_weight(open_checkpoint(outputs[3]), open_checkpoint(llama))
@@ -62,14 +75,29 @@ def asked(*arguments: Any) -> list[Any]:
     return ["evaluate", *arguments, "--length", "32", "--chunks", "3"]
 
 
-def test_json_is_one_object_a_path_and_text_one_table(llama: Path, outputs: list[Path], cli: Callable[..., Any], tmp_path: Path) -> None:
-    result = cli(*asked(*outputs[:2], "-m", outputs[2], "--against", llama, "--json", "--plot", tmp_path / "p.html"))
+def test_json_is_one_object_a_path_and_text_one_table(
+    llama: Path, outputs: list[Path], cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    result = cli(
+        *asked(*outputs[:2], "-m", outputs[2], "--against", llama, "--json", "--plot", tmp_path / "p.html")
+    )
     assert result.code == 0
     lines = [json.loads(line) for line in result.out.splitlines()]
     assert [v["path"] for v in lines] == [str(p) for p in outputs[:3]]
     for value in lines:
-        assert {"scheme", "bits_per_weight", "total_bytes", "perplexity", "kl", "top1", "perplexity_increase"} <= set(value)
-    assert "bits per weight against KL divergence of 3 checkpoints" in result.err and (tmp_path / "p.html").exists()
+        assert {
+            "scheme",
+            "bits_per_weight",
+            "total_bytes",
+            "perplexity",
+            "kl",
+            "top1",
+            "perplexity_increase",
+        } <= set(value)
+    assert (
+        "bits per weight against KL divergence of 3 checkpoints" in result.err
+        and (tmp_path / "p.html").exists()
+    )
     table = cli(*asked(*outputs[:2], "--against", llama, "-q")).out
     for heading in ("bits/weight", "perplexity", "KL, nats per token", "top-1", "source", "W4 g32 symmetric"):
         assert heading in table, table
@@ -77,7 +105,9 @@ def test_json_is_one_object_a_path_and_text_one_table(llama: Path, outputs: list
     assert [json.loads(line)["kl"] for line in alone.out.splitlines()] == [None, None]
 
 
-def test_one_path_prints_what_it_always_did(llama: Path, outputs: list[Path], cli: Callable[..., Any]) -> None:
+def test_one_path_prints_what_it_always_did(
+    llama: Path, outputs: list[Path], cli: Callable[..., Any]
+) -> None:
     value = json.loads(cli(*asked(outputs[0], "--against", llama, "--json")).out)
     assert value == json.loads(json.dumps(evaluate(outputs[0], against=llama, **SMALL).to_dict()))
     assert "scheme" not in value
@@ -103,10 +133,22 @@ def test_bad_requests_are_said_at_once_before_anything_runs(
             ["2 problems:", "is named twice", "there is no such directory"],
         ),
         ([*outputs[:2], "--plot", "x.html"], 2, ["--plot needs --against"]),
-        ([*outputs[:2], "--against", llama, "--plot", "x.pdf"], 2, ["--plot is 'x.pdf': pictures are made as .html or .png"]),
+        (
+            [*outputs[:2], "--against", llama, "--plot", "x.pdf"],
+            2,
+            ["--plot is 'x.pdf': pictures are made as .html or .png"],
+        ),
         ([*outputs[:2], "--against", llama, "--plot", tmp_path / "no" / "x.html"], 2, ["there is no folder"]),
-        ([*outputs[:2], "--against", llama, "--plot", tmp_path / "folder.html"], 2, ["is a directory: name another file"]),
-        ([*outputs[:2], "--against", llama, "--max-perplexity-increase", "nan"], 2, ["--max-perplexity-increase is nan"]),
+        (
+            [*outputs[:2], "--against", llama, "--plot", tmp_path / "folder.html"],
+            2,
+            ["is a directory: name another file"],
+        ),
+        (
+            [*outputs[:2], "--against", llama, "--max-perplexity-increase", "nan"],
+            2,
+            ["--max-perplexity-increase is nan"],
+        ),
         (["--against", llama, "--plot", tmp_path / "x.html"], 2, ["give one checkpoint directory"]),
     ):
         result = cli(*asked(*arguments))
@@ -142,22 +184,43 @@ def test_a_png_without_matplotlib_says_how_to_get_it(
 ) -> None:
     monkeypatch.setattr(comparison, "find_spec", lambda name: None)
     result = cli(*asked(*outputs[:2], "--against", llama, "--plot", tmp_path / "x.png"))
-    assert result.code == 1 and "a .png takes matplotlib: pip install 'quant[plots]', or name a .html file" in result.err
+    assert (
+        result.code == 1
+        and "a .png takes matplotlib: pip install 'quant[plots]', or name a .html file" in result.err
+    )
 
 
 def compared(path: str, bits: float | None, kl: float, error: float = 0.001) -> Compared:
     measured = Evaluation(
-        path, "m/source", "text.txt", 100, 3, Measured(9, 1), Measured(8, 1), Measured(kl, error), Measured(0.9, 0.1), 0.1
+        path,
+        "m/source",
+        "text.txt",
+        100,
+        3,
+        Measured(9, 1),
+        Measured(8, 1),
+        Measured(kl, error),
+        Measured(0.9, 0.1),
+        0.1,
     )
     return Compared(measured, "w4a16", bits, 1000)
 
 
 SETS = {
-    "usual": [compared("out/a", 4.25, 0.006), compared("out/b", 8.25, 0.00002, 0.00003), compared('out/<c> & "d"', 4.3, 0.004)],
+    "usual": [
+        compared("out/a", 4.25, 0.006),
+        compared("out/b", 8.25, 0.00002, 0.00003),
+        compared('out/<c> & "d"', 4.3, 0.004),
+    ],
     "one": [compared("out/a", 4.25, 0.006)],
     "zero": [compared("a", 16.0, 0.0, 0.0), compared("b", 4.0, 0.5)],
     "alike": [compared("x/a", 4.0, 0.5, 0.0), compared("y/a", 4.0, 0.5, 0.0)],
-    "wide": [compared("a", 2.0, 90.0), compared("b", 8.0, 1e-7, math.nan), compared("c", 8.0, math.nan), compared("d", None, 1.0)],
+    "wide": [
+        compared("a", 2.0, 90.0),
+        compared("b", 8.0, 1e-7, math.nan),
+        compared("c", 8.0, math.nan),
+        compared("d", None, 1.0),
+    ],
 }
 
 
@@ -168,7 +231,11 @@ def test_the_html_is_one_file_whose_points_stand_where_the_numbers_say(name: str
     page = (tmp_path / "p.html").read_text(encoding="utf-8")
     assert "http" not in page and "<script" not in page and page.count("<tr>") == 1 + len(done)
     svg = ET.fromstring(re.search(r"<svg.*?</svg>", page, re.S)[0])  # type: ignore[index]
-    drawn = [c for c in done if c.bits_per_weight is not None and c.evaluation.kl and math.isfinite(c.evaluation.kl.mean)]
+    drawn = [
+        c
+        for c in done
+        if c.bits_per_weight is not None and c.evaluation.kl and math.isfinite(c.evaluation.kl.mean)
+    ]
     places = [(float(c.attrib["cx"]), float(c.attrib["cy"])) for c in svg.iter("circle")]
     assert len(places) == len(drawn)
     width, height = map(float, svg.attrib["viewBox"].split()[2:])
@@ -178,7 +245,9 @@ def test_the_html_is_one_file_whose_points_stand_where_the_numbers_say(name: str
             assert (x < x2) == (one.bits_per_weight < other.bits_per_weight)  # type: ignore[operator]
             assert (y > y2) == (one.evaluation.kl.mean < other.evaluation.kl.mean)  # type: ignore[union-attr]
     labels = [t.text for t in svg.iter("text")]
-    wanted = {"usual": ["a", "b", '<c> & "d"'], "alike": ["x/a", "y/a"]}.get(name, [c.evaluation.path.rpartition("/")[2] for c in drawn])
+    wanted = {"usual": ["a", "b", '<c> & "d"'], "alike": ["x/a", "y/a"]}.get(
+        name, [c.evaluation.path.rpartition("/")[2] for c in drawn]
+    )
     assert labels[-len(drawn) :] == wanted
     ticks = [float(t.text) for t in svg.iter("text") if t.text and re.fullmatch(r"[-\d.e]+", t.text)]
     assert len(ticks) >= 4

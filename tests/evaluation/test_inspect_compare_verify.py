@@ -38,25 +38,39 @@ def test_inspect_counts_quantized_parameters_as_the_weights_they_stand_for(
     }
     assert after["total_bytes"] == sum(t.numel() * t.element_size() for t in tensors.values())
     assert sum(after["bytes_by_dtype"].values()) == after["total_bytes"] and after["tensors"] == len(tensors)
-    assert (after["format"], after["blocks"], after["adapter"], after["tied_head"]) == (form, 2, "llama", False)
+    assert (after["format"], after["blocks"], after["adapter"], after["tied_head"]) == (
+        form,
+        2,
+        "llama",
+        False,
+    )
     scheme = f"W4 g32 {'symmetric' if symmetric else 'asymmetric'}"
-    assert after["schemes"] == ({} if form == "plain" else {scheme: 14}) and after["quantized_linears"] == (0 if form == "plain" else 14)
-    assert {f["name"]: f["file_bytes"] for f in after["files"]} == {f.name: f.stat().st_size for f in folder.glob("*.safetensors")}
+    assert after["schemes"] == ({} if form == "plain" else {scheme: 14}) and after["quantized_linears"] == (
+        0 if form == "plain" else 14
+    )
+    assert {f["name"]: f["file_bytes"] for f in after["files"]} == {
+        f.name: f.stat().st_size for f in folder.glob("*.safetensors")
+    }
 
 
 @pytest.mark.parametrize(
     ("name", "role"),
     [
-        ("lm_head.weight", "head"), ("model.embed_tokens.weight", "embedding"), ("model.layers.0.self_attn.q_norm.weight", "norm"),
-        ("model.layers.0.self_attn.q_proj.bias", "attention"), ("model.layers.0.mlp.experts.3.up_proj.weight", "experts"),
-        ("model.layers.0.mlp.gate.weight", "router"), ("model.layers.0.mlp.gate_proj.weight", "mlp"), ("x", "other"),
+        ("lm_head.weight", "head"), ("model.embed_tokens.weight", "embedding"),
+        ("model.layers.0.self_attn.q_norm.weight", "norm"),
+        ("model.layers.0.self_attn.q_proj.bias", "attention"),
+        ("model.layers.0.mlp.experts.3.up_proj.weight", "experts"),
+        ("model.layers.0.mlp.gate.weight", "router"), ("model.layers.0.mlp.gate_proj.weight", "mlp"),
+        ("x", "other"),
     ],
 )  # fmt: skip
 def test_roles_are_told_from_names(name: str, role: str) -> None:
     assert role_of(name) == role
 
 
-def test_compare_says_which_tensors_differ_and_by_how_much(llama: Path, quantized: Callable[..., Path]) -> None:
+def test_compare_says_which_tensors_differ_and_by_how_much(
+    llama: Path, quantized: Callable[..., Path]
+) -> None:
     found = compare(quantized(), llama)
     assert len(found.tensors) == 21 and (found.only_here, found.only_there) == ((), ())
     different = {t.name: t for t in found.tensors if not t.equal}
@@ -67,7 +81,9 @@ def test_compare_says_which_tensors_differ_and_by_how_much(llama: Path, quantize
     back, source = dequantized(open_checkpoint(quantized())), load_all(llama)
     for name, difference in different.items():
         wanted, got = source[name].double(), back.read(name).double()
-        assert difference.snr_db == pytest.approx(10 * float(torch.log10(wanted.square().sum() / (wanted - got).square().sum())), abs=1e-3)
+        assert difference.snr_db == pytest.approx(
+            10 * float(torch.log10(wanted.square().sum() / (wanted - got).square().sum())), abs=1e-3
+        )
         assert difference.largest == pytest.approx(float((wanted - got).abs().max()), rel=1e-6)
     assert all(t.equal for t in compare(llama, llama).tensors)
 
@@ -89,7 +105,9 @@ def without(name: str) -> Callable[[dict[str, torch.Tensor]], Any]:
     return lambda t: t.pop(name)
 
 
-def setting(name: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, torch.Tensor]], Any]:
+def setting(
+    name: str, value: Callable[[torch.Tensor], torch.Tensor]
+) -> Callable[[dict[str, torch.Tensor]], Any]:
     return lambda t: t.update({name: value(t[name])})
 
 
@@ -105,26 +123,38 @@ def poked(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
 DAMAGES: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any], str]] = {
     "a lost scale": ("compressed-tensors", without(f"{Q}.weight_scale"), "has no tensor"),
     "a lost shape": ("compressed-tensors", without(f"{Q}.weight_shape"), "q_proj.weight_shape is missing"),
-    "a wrong shape": ("compressed-tensors", setting(f"{Q}.weight_shape", lambda t: t * 2), r"says \(128, 128\), the tensors \(64, 64\)"),
-    "NaN in a scale": ("compressed-tensors", setting(f"{Q}.weight_scale", poked(torch.nan)), "holds 1 NaN or infinite values"),
+    "a wrong shape": ("compressed-tensors", setting(f"{Q}.weight_shape", lambda t: t * 2),
+    r"says \(128, 128\), the tensors \(64, 64\)"),
+    "NaN in a scale": ("compressed-tensors", setting(f"{Q}.weight_scale", poked(torch.nan)),
+        "holds 1 NaN "
+        "or infinite values"),
     "a zero scale": ("compressed-tensors", setting(f"{Q}.weight_scale", poked(0.0)), "holds 1 zero scales"),
-    "an infinite norm": ("compressed-tensors", setting("model.norm.weight", poked(torch.inf)), "model.norm.weight holds 1 NaN or infinite"),
-    "whole numbers for scales": ("compressed-tensors", setting(f"{Q}.weight_scale", lambda t: t.int() + 1), "is I32, the contract is BF16"),
-    "a weight left beside": ("compressed-tensors", lambda t: t.update({f"{Q}.weight": torch.ones(64, 64)}), "is left beside its quantized form"),
-    "too few scales": ("compressed-tensors", setting(f"{Q}.weight_scale", lambda t: t[:, :1]), "weight_packed has shape|says"),
+    "an infinite norm": ("compressed-tensors", setting("model.norm.weight", poked(torch.inf)),
+    "model.norm.weight holds 1 NaN or infinite"),
+    "whole numbers for scales": ("compressed-tensors", setting(f"{Q}.weight_scale", lambda t: t.int() + 1),
+    "is I32, the contract is BF16"),
+    "a weight left beside": ("compressed-tensors", lambda t: t.update({f"{Q}.weight": torch.ones(64, 64)}),
+    "is left beside its quantized form"),
+    "too few scales": ("compressed-tensors", setting(f"{Q}.weight_scale", lambda t: t[:, :1]),
+    "weight_packed has shape|says"),
     "a shard unquantized": (
         "compressed-tensors",
-        lambda t: [t.pop(f"{Q}.{s}") for s in ("weight_packed", "weight_scale", "weight_shape")] and t.update({f"{Q}.weight": torch.ones(64, 64)}),
+        lambda t: [t.pop(f"{Q}.{s}") for s in ("weight_packed", "weight_scale",
+        "weight_shape")] and t.update({f"{Q}.weight": torch.ones(64, 64)}),
         "qkv_proj: its shards are unquantized, w4a16 .W4 g32 symmetric.",
     ),
     "zero points of v2": ("gptq", setting(f"{Q}.qzeros", lambda t: torch.full_like(t, 0x77777777 + 0x11111111 - 2**32)), "is not the constant 0x77777777"),
-    "a reordered index": ("gptq", setting(f"{Q}.g_idx", lambda t: t.flip(0)), "is reordered: vLLM drops it and reads wrong values"),
+    "a reordered index": ("gptq", setting(f"{Q}.g_idx", lambda t: t.flip(0)),
+        "is reordered: vLLM drops it "
+        "and reads wrong values"),
     "a quantized tensor lost": ("gptq", without(f"{Q}.qweight"), "is not quantized|is lost|its shards are"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", DAMAGES)
-def test_verify_finds_the_damage_and_names_the_tensor(case: str, llama: Path, quantized: Callable[..., Path], tmp_path: Path) -> None:
+def test_verify_finds_the_damage_and_names_the_tensor(
+    case: str, llama: Path, quantized: Callable[..., Path], tmp_path: Path
+) -> None:
     form, damage, message = DAMAGES[case]
     folder = gathered(quantized(format=form), tmp_path / "m")
     assert verify(folder, source=llama).passed
@@ -137,10 +167,17 @@ def test_verify_finds_the_damage_and_names_the_tensor(case: str, llama: Path, qu
 
 
 CONFIGS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
-    "an unknown key": ("compressed-tensors", lambda q: q["config_groups"]["group_0"]["weights"].update(note=1), "has the keys note, which vLLM refuses"),
-    "activation order": ("compressed-tensors", lambda q: q["config_groups"]["group_0"]["weights"].update(actorder="group"), "activation order 'group', which vLLM refuses"),
-    "sparsity": ("compressed-tensors", lambda q: q.update(sparsity_config={"format": "x"}), "sparsity_config is not empty"),
-    "an ignore list that hits": ("compressed-tensors", lambda q: q.update(ignore=[r"re:.*v_proj$"]), "ignore list hits"),
+    "an unknown key": ("compressed-tensors",
+    lambda q: q["config_groups"]["group_0"]["weights"].update(note=1),
+    "has the keys note, which vLLM refuses"),
+    "activation order": ("compressed-tensors",
+    lambda q: q["config_groups"]["group_0"]["weights"].update(actorder="group"),
+        "activation order 'group', "
+        "which vLLM refuses"),
+    "sparsity": ("compressed-tensors", lambda q: q.update(sparsity_config={"format": "x"}),
+    "sparsity_config is not empty"),
+    "an ignore list that hits": ("compressed-tensors", lambda q: q.update(ignore=[r"re:.*v_proj$"]),
+    "ignore list hits"),
     "desc_act": ("gptq", lambda q: q.update(desc_act=True), "desc_act is true with groups: vLLM refuses it"),
     "sym": ("gptq", lambda q: q.update(sym=False), "sym is false: vLLM refuses it"),
     "v2": ("gptq", lambda q: q.update(checkpoint_format="gptq_v2"), "vLLM reads zero points as v1"),
@@ -148,7 +185,9 @@ CONFIGS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_verify_finds_what_vllm_refuses_in_the_config(case: str, quantized: Callable[..., Path], tmp_path: Path) -> None:
+def test_verify_finds_what_vllm_refuses_in_the_config(
+    case: str, quantized: Callable[..., Path], tmp_path: Path
+) -> None:
     form, change, message = CONFIGS[case]
     folder = copy_model(quantized(format=form), tmp_path / "m")
     config = read_config(folder)["quantization_config"]
@@ -157,7 +196,9 @@ def test_verify_finds_what_vllm_refuses_in_the_config(case: str, quantized: Call
     assert any(message in problem for problem in verify(folder).failed)
 
 
-def test_verify_accounts_for_every_tensor_and_side_file_of_the_source(llama: Path, quantized: Callable[..., Path], tmp_path: Path) -> None:
+def test_verify_accounts_for_every_tensor_and_side_file_of_the_source(
+    llama: Path, quantized: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = gathered(quantized(), tmp_path / "m")
     tensors = load_all(folder)
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
@@ -168,7 +209,8 @@ def test_verify_accounts_for_every_tensor_and_side_file_of_the_source(llama: Pat
     (folder / "generation_config.json").unlink()
     problems = "; ".join(verify(folder, source=llama).failed)
     for part in (
-        "model.norm.weight differs from the source although it is not quantized", "model.layers.1.input_layernorm.weight of the source is lost",
+        "model.norm.weight differs from the source although it is not quantized",
+        "model.layers.1.input_layernorm.weight of the source is lost",
         "stray is not in the source", "tokenizer.json differs", "generation_config.json is missing",
     ):  # fmt: skip
         assert part in problems
@@ -177,7 +219,11 @@ def test_verify_accounts_for_every_tensor_and_side_file_of_the_source(llama: Pat
 def test_the_content_hash_is_of_every_byte(quantized: Callable[..., Path], tmp_path: Path) -> None:
     folder = copy_model(quantized(), tmp_path / "m")
     before = verify(folder).content_hash
-    assert before == verify(quantized()).content_hash == json.loads((folder / "quant_report.json").read_text())["output_hash"]
+    assert (
+        before
+        == verify(quantized()).content_hash
+        == json.loads((folder / "quant_report.json").read_text())["output_hash"]
+    )
     file = sorted(folder.glob("*.safetensors"))[1]
     raw = bytearray(file.read_bytes())
     raw[-1] ^= 1
@@ -186,11 +232,15 @@ def test_the_content_hash_is_of_every_byte(quantized: Callable[..., Path], tmp_p
 
 
 @pytest.mark.parametrize(("degree", "passes"), [(1, True), (2, False), (4, False)])
-def test_tensor_parallel_degrees_are_checked(degree: int, passes: bool, quantized: Callable[..., Path]) -> None:
+def test_tensor_parallel_degrees_are_checked(
+    degree: int, passes: bool, quantized: Callable[..., Path]
+) -> None:
     assert verify(quantized(), tensor_parallel=degree).passed == passes
 
 
-def test_scales_of_another_float_type_load_and_are_mentioned(quantized: Callable[..., Path], tmp_path: Path) -> None:
+def test_scales_of_another_float_type_load_and_are_mentioned(
+    quantized: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = gathered(quantized(format="compressed-tensors"), tmp_path / "m")
     tensors = load_all(folder)
     save_all(folder, {n: t.half() if n.endswith("weight_scale") else t for n, t in tensors.items()})

@@ -14,7 +14,8 @@ BLOCK = "model.layers.1."
 
 
 def changed(llama: Path, folder: Path, damage: str = "") -> Path:
-    """The model with the outputs of ``up`` scaled and ``down`` making up for it; and one row of a linear doubled."""
+    """The model with the outputs of ``up`` scaled and ``down`` making up for it; and one row of a linear
+    doubled."""
     copy = copy_model(llama, folder)
     tensors = {k: v.float() for k, v in load_all(copy).items()}
     factors = torch.exp2(torch.arange(96) % 5 - 2.0)

@@ -53,9 +53,17 @@ def test_every_number_equals_that_of_the_whole_models(pair: Path) -> None:
     kl, kl_error = stats((source.exp() * (source - candidate)).sum(-1))
     agree, agree_error = stats((source.argmax(-1) == candidate.argmax(-1)).double())
     assert found.kl is not None and found.top1 is not None
-    assert (found.kl.mean, found.kl.standard_error) == (pytest.approx(kl, rel=1e-3), pytest.approx(kl_error, rel=1e-2))
-    assert (found.top1.mean, found.top1.standard_error) == (pytest.approx(agree, abs=5e-3), pytest.approx(agree_error, abs=5e-3))
-    assert found.perplexity_increase == pytest.approx(found.perplexity.mean / found.source_perplexity.mean - 1)  # type: ignore[union-attr]
+    assert (found.kl.mean, found.kl.standard_error) == (
+        pytest.approx(kl, rel=1e-3),
+        pytest.approx(kl_error, rel=1e-2),
+    )
+    assert (found.top1.mean, found.top1.standard_error) == (
+        pytest.approx(agree, abs=5e-3),
+        pytest.approx(agree_error, abs=5e-3),
+    )
+    assert found.perplexity_increase == pytest.approx(
+        found.perplexity.mean / found.source_perplexity.mean - 1
+    )  # type: ignore[union-attr]
     assert (found.chunks, found.tokens) == (CHUNKS, CHUNKS * (LENGTH - 1))
 
 
@@ -90,7 +98,9 @@ def test_a_broken_checkpoint_is_not_called_good(llama: Path, tmp_path: Path) -> 
     tensors = load_all(source)
     tensors["model.norm.weight"][0] = torch.nan
     save_all(source, tensors)
-    with pytest.raises(VerificationFailed, match="perplexity is nan: the checkpoint is broken, run quant verify on it"):
+    with pytest.raises(
+        VerificationFailed, match="perplexity is nan: the checkpoint is broken, run quant verify on it"
+    ):
         evaluate(source, length=32, chunks=2).demand(None)
 
 
@@ -103,8 +113,12 @@ def test_lengths_beyond_the_context_and_short_texts_are_refused(llama: Path, tmp
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "phi3", "qwen3"])
-def test_other_families_are_measured_like_their_whole_models(kind: str, checkpoints: Callable[..., Path]) -> None:
+def test_other_families_are_measured_like_their_whole_models(
+    kind: str, checkpoints: Callable[..., Path]
+) -> None:
     path = checkpoints(kind)
     rows = evaluation_rows(load_tokenizer(path), bundled("wikitext-2-test"), LENGTH, CHUNKS)
     mean = float(-reference(path).gather(-1, rows[:, 1:, None]).mean())
-    assert evaluate(path, length=LENGTH, chunks=CHUNKS).perplexity.mean == pytest.approx(math.exp(mean), rel=1e-4)
+    assert evaluate(path, length=LENGTH, chunks=CHUNKS).perplexity.mean == pytest.approx(
+        math.exp(mean), rel=1e-4
+    )

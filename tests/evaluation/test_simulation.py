@@ -41,7 +41,10 @@ def nearest(x: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
 
 def test_int8_by_token_is_within_half_a_step_of_each_token_s_own() -> None:
     x = tokens()
-    symmetric, asymmetric = fake_quantize(x, ActivationScheme()), fake_quantize(x, ActivationScheme(symmetric=False))
+    symmetric, asymmetric = (
+        fake_quantize(x, ActivationScheme()),
+        fake_quantize(x, ActivationScheme(symmetric=False)),
+    )
     step = x.abs().amax(-1, keepdim=True) / 127
     assert bool(((symmetric - x).abs() <= step / 2 * 1.0001).all())
     codes = symmetric / step.where(step > 0, 1.0)
@@ -60,13 +63,17 @@ def test_a_token_far_from_zero_keeps_its_precision_with_a_zero_point() -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_static_int8_clips_what_calibration_did_not_see(symmetric: bool) -> None:
     scheme = ActivationScheme(strategy="tensor", dynamic=False, symmetric=symmetric)
-    numbers = input_parameters(Statistics(1, minimum=torch.tensor([-1.0, 0.0]), maximum=torch.tensor([0.0, 3.0])), scheme)
+    numbers = input_parameters(
+        Statistics(1, minimum=torch.tensor([-1.0, 0.0]), maximum=torch.tensor([0.0, 3.0])), scheme
+    )
     assert numbers is not None and numbers.scale is not None and (numbers.zero is None) == symmetric
     x = torch.tensor([[-1.0, 3.0, 0.0, 50.0, 1.234]])
     found = fake_quantize(x, scheme, numbers)
     step = float(numbers.scale)
     assert step == pytest.approx((6 if symmetric else 4) / 255)
-    assert float((found - x)[0, [0, 1, 2, 4]].abs().max()) <= 1.01 * step and float(found[0, 3]) == pytest.approx(3, abs=1.01 * step)
+    assert float((found - x)[0, [0, 1, 2, 4]].abs().max()) <= 1.01 * step and float(
+        found[0, 3]
+    ) == pytest.approx(3, abs=1.01 * step)
     assert float(found[0, 2]) == 0
 
 
@@ -76,7 +83,9 @@ def test_fp8_gives_e4m3_numbers_times_one_scale() -> None:
     scale = (x.abs().amax(-1, keepdim=True) / 448).clamp_min(1 / (448 * 512))
     assert float(nearest(by_token / scale, E4M3).max()) < 1e-4 * 448
     assert bool(((by_token - x).abs() <= x.abs() * 2**-4 + scale * 2**-10).all())
-    static = fake_quantize(x, ActivationScheme(8, "float", "tensor", dynamic=False), InputParameters(scale=torch.tensor([0.01])))
+    static = fake_quantize(
+        x, ActivationScheme(8, "float", "tensor", dynamic=False), InputParameters(scale=torch.tensor([0.01]))
+    )
     assert float(nearest(static / 0.01, E4M3).max()) < 1e-3 and float(static.abs().max()) <= 4.4801
     groups = fake_quantize(x[:, :200], PRESETS["fp8-block"].activations)  # type: ignore[arg-type]
     assert groups.shape == (7, 200)
@@ -96,7 +105,9 @@ def test_small_groups_give_numbers_of_their_format_times_a_scale_of_their_own(na
             assert not group.any()
             continue
         if numbers is not None and numbers.global_scale is not None:
-            scale = float((numbers.global_scale * largest / 6).to(torch.float8_e4m3fn).float() / numbers.global_scale)
+            scale = float(
+                (numbers.global_scale * largest / 6).to(torch.float8_e4m3fn).float() / numbers.global_scale
+            )
         else:
             scale = 2.0 ** math.ceil(math.log2(largest / (6 if scheme.bits == 4 else 448)))
         assert float((nearest(group / scale, values)).max()) < 1e-3
@@ -118,13 +129,17 @@ def with_int8(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
         tensors = open_checkpoint(path).tensors
         names = [n.removesuffix(".weight") for n in tensors if "_proj" in n]
         scheme = PRESETS["w8a8-int8"]
-        linears = {n: Linear(n, *tensors[f"{n}.weight"].shape, scheme.weights, scheme.activations) for n in names}
+        linears = {
+            n: Linear(n, *tensors[f"{n}.weight"].shape, scheme.weights, scheme.activations) for n in names
+        }
         monkeypatch.setattr(simulation, "find_format", lambda config, found: Found("plain", linears, {}))
 
     return mark
 
 
-def test_evaluate_rounds_the_candidate_s_activations_alone_and_says_so(llama: Path, with_int8: Callable[[Path], None]) -> None:
+def test_evaluate_rounds_the_candidate_s_activations_alone_and_says_so(
+    llama: Path, with_int8: Callable[[Path], None]
+) -> None:
     options: dict[str, Any] = {"against": llama, "text": short_text(), "length": 32, "chunks": 3}
     plain = quality.evaluate(llama, **options)
     assert plain.activations is None and plain.kl is not None and plain.kl.mean == 0
@@ -171,22 +186,38 @@ def test_kernels_that_take_weights_alone_are_told_from_the_log() -> None:
         "INFO Using MarlinLinearKernel for CompressedTensorsWNA16",  # of a mixed file's 4-bit layers
     ]
     assert kernels(rounding) == Kernels()
-    assert kernels(["INFO [core.py:109] Initializing a V1 LLM engine (v0.32.0) with config: device_config=cpu, seed=0"]) == Kernels(
-        nearest_cache=False
-    )
+    assert kernels(
+        ["INFO [core.py:109] Initializing a V1 LLM engine (v0.32.0) with config: device_config=cpu, seed=0"]
+    ) == Kernels(nearest_cache=False)
 
 
-def test_a_run_without_rounded_activations_is_another_one(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_run_without_rounded_activations_is_another_one(
+    checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
     quantize(checkpoints("llama"), tmp_path / "o", method="minmax", scheme="w8a8-int8")
     rows = torch.arange(24).view(2, 12)
-    rounded, alone = (Reference(tmp_path / "o", Kernels(activations=a)).logs(rows, torch.float32)[0] for a in (True, False))
+    rounded, alone = (
+        Reference(tmp_path / "o", Kernels(activations=a)).logs(rows, torch.float32)[0] for a in (True, False)
+    )
     assert 0 < float((rounded - alone).abs().max()) < 1
 
 
 def test_cutting_takes_the_next_number_towards_zero() -> None:
     """Vectors are what vLLM 0.32's cpu_attn_reshape_and_cache made of the quotients."""
     given = [50.99, -70.4, -35.2, -108.37, 110.08, 19.41, 448.0, 1000.0, 0.0, 2.0**-10, -(2.0**-9)]
-    assert cut(torch.tensor(given)).tolist() == [48.0, -64.0, -32.0, -104.0, 104.0, 18.0, 448.0, 448.0, 0.0, 0.0, -(2.0**-9)]
+    assert cut(torch.tensor(given)).tolist() == [
+        48.0,
+        -64.0,
+        -32.0,
+        -104.0,
+        104.0,
+        18.0,
+        448.0,
+        448.0,
+        0.0,
+        0.0,
+        -(2.0**-9),
+    ]
     values = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * 100
     below = torch.stack([n.where(n.abs() <= values.abs(), 0.0) for n in E4M3])
     below = below.where(below.sign() == values.sign(), 0.0)

@@ -40,7 +40,9 @@ def random_tensor(n: int, k: int, group: int, symmetric: bool) -> QuantizedTenso
 def test_eight_outputs_are_interleaved_in_a_word_and_zero_points_are_stored_as_they_are() -> None:
     scheme = WeightScheme(4, 8, False)
     codes = (torch.arange(8) - 8).to(torch.int8).unsqueeze(1).repeat(1, 8)  # output n holds n
-    tensor = QuantizedTensor(codes, torch.ones(8, 1, dtype=torch.float16), torch.zeros(8, 1, dtype=torch.int8), scheme)
+    tensor = QuantizedTensor(
+        codes, torch.ones(8, 1, dtype=torch.float16), torch.zeros(8, 1, dtype=torch.int8), scheme
+    )
     packed = AWQ.pack(Linear(NAME, 8, 8, scheme), tensor, torch.float16)
     assert packed[f"{NAME}.qweight"].tolist() == [[0x75316420]] * 8
     assert packed[f"{NAME}.qzeros"].tolist() == [[0x88888888 - (1 << 32)]]
@@ -70,9 +72,17 @@ def test_each_packing_of_autoawq_is_told_by_its_shapes_and_read_to_its_values(ve
 
     checkpoint = open_checkpoint(PEERS / f"awq-{version}")
     config = checkpoint.config["quantization_config"]
-    for claimed in (config, {**config, "version": "gemm"}, {k: v for k, v in config.items() if k != "version"}):
+    for claimed in (
+        config,
+        {**config, "version": "gemm"},
+        {k: v for k, v in config.items() if k != "version"},
+    ):
         found = find_format({"quantization_config": claimed}, checkpoint.tensors)
-        assert found is not None and set(found.options["packing"].values()) == {version} and len(found.linears) == 14
+        assert (
+            found is not None
+            and set(found.options["packing"].values()) == {version}
+            and len(found.linears) == 14
+        )
     values, plain = load_file(PEERS / "awq-gemm" / "values.oracle"), dequantized(checkpoint)
     for name in found.linears:
         assert torch.equal(plain.read(f"{name}.weight").half(), values[f"{name}.weight"])
@@ -81,13 +91,18 @@ def test_each_packing_of_autoawq_is_told_by_its_shapes_and_read_to_its_values(ve
     assert refused == (
         []
         if version == "gemm"
-        else [f"the words are packed as AutoAWQ's {version}: vLLM reads every AWQ file as gemm; quant export-vllm converts it"]
+        else [
+            f"the words are packed as AutoAWQ's {version}: vLLM reads every AWQ file as gemm; quant "
+            "export-vllm converts it"
+        ]
     )
 
 
 def words(**changes: Any) -> dict[str, torch.Tensor]:
     tensor = random_tensor(48, 256, 32, False)
-    return AWQ.pack(Linear(NAME, 48, 256, tensor.scheme), tensor, torch.float16) | {f"{NAME}.{k}": v for k, v in changes.items()}
+    return AWQ.pack(Linear(NAME, 48, 256, tensor.scheme), tensor, torch.float16) | {
+        f"{NAME}.{k}": v for k, v in changes.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -100,7 +115,9 @@ def words(**changes: Any) -> dict[str, torch.Tensor]:
         ({}, {k: v for k, v in words().items() if "scales" not in k}, "has no tensor"),
     ],
 )
-def test_what_is_no_awq_file_is_refused_by_name(config: dict[str, Any], tensors: dict[str, torch.Tensor], message: str) -> None:
+def test_what_is_no_awq_file_is_refused_by_name(
+    config: dict[str, Any], tensors: dict[str, torch.Tensor], message: str
+) -> None:
     with pytest.raises(CheckpointError, match=message):
         find_format({"quantization_config": CONFIG | config}, infos(tensors))
 
@@ -119,7 +136,9 @@ def test_damaged_zero_points_of_gemv_fast_are_refused() -> None:
     checkpoint = open_checkpoint(PEERS / "awq-gemv_fast")
     found = find_format(checkpoint.config, checkpoint.tensors)
     assert found is not None
-    broken = replace(checkpoint, computed={f"{NAME}.qzeros": lambda: checkpoint.read(f"{NAME}.qzeros") * 1.05})
+    broken = replace(
+        checkpoint, computed={f"{NAME}.qzeros": lambda: checkpoint.read(f"{NAME}.qzeros") * 1.05}
+    )
     with pytest.raises(CheckpointError, match="gemv_fast file is damaged"):
         read_linear(AWQ, found, broken, NAME)
 

@@ -1,4 +1,5 @@
-"""Names, dtypes, shapes and words of each format as vLLM's contract has them, and the way back to equal values."""
+"""Names, dtypes, shapes and words of each format as vLLM's contract has them, and the way back to equal
+values."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ CT, GPTQ, PLAIN = (FormatRegistry.get(n) for n in ("compressed-tensors", "gptq",
 NAME = "model.layers.0.self_attn.q_proj"
 
 
-def random_tensor(n: int, k: int, scheme: WeightScheme, dtype: torch.dtype = torch.bfloat16) -> QuantizedTensor:
+def random_tensor(
+    n: int, k: int, scheme: WeightScheme, dtype: torch.dtype = torch.bfloat16
+) -> QuantizedTensor:
     """Codes, scales and zero points over their whole range."""
     generator = torch.Generator().manual_seed(n + k + scheme.bits)
     groups = scheme.groups(k)
@@ -51,7 +54,9 @@ def schemes(form: str) -> Iterator[WeightScheme]:
 
 @pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_what_is_packed_unpacks_to_bit_equal_codes_scales_zeros_and_values(form: str, dtype: torch.dtype) -> None:
+def test_what_is_packed_unpacks_to_bit_equal_codes_scales_zeros_and_values(
+    form: str, dtype: torch.dtype
+) -> None:
     entry = FormatRegistry.get(form)
     for scheme in schemes(form):
         n, k = 32, 192
@@ -89,7 +94,9 @@ def test_compressed_tensors_writes_the_contract_of_pack_quantized() -> None:
         "weight_shape": (torch.int64, (2,)),
     }
     assert packed[f"{NAME}.weight_shape"].tolist() == [24, 64]
-    assert packed[f"{NAME}.weight_packed"].tolist() == [slow_pack([q + 8 for q in row], 4) for row in tensor.codes.tolist()]
+    assert packed[f"{NAME}.weight_packed"].tolist() == [
+        slow_pack([q + 8 for q in row], 4) for row in tensor.codes.tolist()
+    ]
     assert tensor.zeros is not None
     columns = [slow_pack([z + 8 for z in column], 4) for column in tensor.zeros.t().tolist()]
     assert packed[f"{NAME}.weight_zero_point"].t().tolist() == columns
@@ -137,7 +144,9 @@ def test_gptq_files_whose_zero_points_are_stored_as_they_are_read_to_the_same_va
     linear, tensor = Linear(NAME, 32, 64, scheme), random_tensor(32, 64, scheme)
     packed = GPTQ.pack(linear, tensor, torch.float16)
     middle = sum(2 ** (bits - 1) << shift for shift in range(0, 32, bits))
-    packed[f"{NAME}.qzeros"] = torch.full_like(packed[f"{NAME}.qzeros"], middle - 2**32 if middle >= 2**31 else middle)
+    packed[f"{NAME}.qzeros"] = torch.full_like(
+        packed[f"{NAME}.qzeros"], middle - 2**32 if middle >= 2**31 else middle
+    )
     config = GPTQ.config([linear], [], "none")
     assert config is not None
     assert config["checkpoint_format"] == "gptq" and config["sym"] is True and config["desc_act"] is False
@@ -169,7 +178,9 @@ def test_a_damaged_v1_zero_point_is_refused_not_read_as_another(bits: int) -> No
     packed[f"{NAME}.qzeros"].fill_(-1)
     config = GPTQ.config([linear], [], "none")
     assert config is not None
-    with pytest.raises(CheckpointError, match=rf"q_proj.qzeros: a zero point of 2\^{bits}: the word was damaged"):
+    with pytest.raises(
+        CheckpointError, match=rf"q_proj.qzeros: a zero point of 2\^{bits}: the word was damaged"
+    ):
         read_back(GPTQ, config | {"checkpoint_format": "gptq"}, packed)
 
 
@@ -177,13 +188,22 @@ def test_a_damaged_v1_zero_point_is_refused_not_read_as_another(bits: int) -> No
 def test_a_reordered_group_index_is_read_and_applied(symmetric: bool) -> None:
     scheme = WeightScheme(4, 32, symmetric)
     linear, tensor = Linear(NAME, 32, 96, scheme), random_tensor(32, 96, scheme)
-    index = torch.arange(96)[torch.randperm(96, generator=torch.Generator().manual_seed(1))].div(32, rounding_mode="floor").int()
+    index = (
+        torch.arange(96)[torch.randperm(96, generator=torch.Generator().manual_seed(1))]
+        .div(32, rounding_mode="floor")
+        .int()
+    )
     packed = GPTQ.pack(linear, replace(tensor, group_index=index), torch.float16)
     again = read_back(GPTQ, GPTQ.config([linear], [], "none") or {}, packed)
     assert again.group_index is not None and torch.equal(again.group_index, index)
     zeros = torch.zeros(32, 3) if tensor.zeros is None else tensor.zeros.float()
     wanted = torch.stack(
-        [(tensor.codes[:, c].float() - zeros[:, index[c]]) * tensor.scales.to(torch.float16).float()[:, index[c]] for c in range(96)], 1
+        [
+            (tensor.codes[:, c].float() - zeros[:, index[c]])
+            * tensor.scales.to(torch.float16).float()[:, index[c]]
+            for c in range(96)
+        ],
+        1,
     )
     assert torch.equal(again.dequantize(), wanted)
 
@@ -232,10 +252,17 @@ def test_what_vllm_refuses_is_refused_by_name_unless_the_target_is_another_engin
     refused = {
         (form.name, str(scheme))
         for form in (CT, GPTQ, PLAIN)
-        for scheme in (WeightScheme(b, g, s) for b in (2, 3, 4, 8) for g in (-1, 16, 32, 128, 256) for s in (True, False))
+        for scheme in (
+            WeightScheme(b, g, s) for b in (2, 3, 4, 8) for g in (-1, 16, 32, 128, 256) for s in (True, False)
+        )
         if form.refuse(scheme_of(scheme), target)
     }
-    everything = {str(WeightScheme(b, g, s)) for b in (2, 3, 4, 8) for g in (-1, 16, 32, 128, 256) for s in (True, False)}
+    everything = {
+        str(WeightScheme(b, g, s))
+        for b in (2, 3, 4, 8)
+        for g in (-1, 16, 32, 128, 256)
+        for s in (True, False)
+    }
     few = {s for s in everything if s.startswith(("W2", "W3"))}
     odd = {s for s in everything if "g16" in s or "g256" in s}
     wanted = {("compressed-tensors", s) for s in few}
@@ -254,7 +281,8 @@ def test_refusals_say_what_to_do_instead() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "n", "k", "wrong"), [(4, 32, 36, "36 inputs"), (4, 12, 32, "12 outputs"), (3, 32, 40, "40 inputs"), (8, 6, 8, "6 outputs")]
+    ("bits", "n", "k", "wrong"),
+    [(4, 32, 36, "36 inputs"), (4, 12, 32, "12 outputs"), (3, 32, 40, "40 inputs"), (8, 6, 8, "6 outputs")],
 )
 def test_gptq_says_which_side_does_not_fill_words(bits: int, n: int, k: int, wrong: str) -> None:
     (problem,) = GPTQ.problems(Linear(NAME, n, k, WeightScheme(bits, -1)))
@@ -263,35 +291,52 @@ def test_gptq_says_which_side_does_not_fill_words(bits: int, n: int, k: int, wro
 
 @pytest.mark.parametrize(
     ("bits", "n", "k", "symmetric", "wrong"),
-    [(4, 32, 36, True, ["36 inputs"]), (4, 12, 32, False, ["12 outputs"]), (4, 12, 32, True, []), (8, 6, 8, False, ["6 outputs"])],
+    [
+        (4, 32, 36, True, ["36 inputs"]),
+        (4, 12, 32, False, ["12 outputs"]),
+        (4, 12, 32, True, []),
+        (8, 6, 8, False, ["6 outputs"]),
+    ],
 )
-def test_compressed_tensors_says_which_side_does_not_fill_words(bits: int, n: int, k: int, symmetric: bool, wrong: list[str]) -> None:
+def test_compressed_tensors_says_which_side_does_not_fill_words(
+    bits: int, n: int, k: int, symmetric: bool, wrong: list[str]
+) -> None:
     problems = CT.problems(Linear(NAME, n, k, WeightScheme(bits, -1, symmetric)))
     assert [p.split(" do not")[0] for p in problems] == [f"{NAME}: {w}" for w in wrong]
 
 
 HOSTILE: list[tuple[str, Any, str]] = [
     ("not an object", "gptq", "quantization_config is not an object"),
-    ("an unknown method", {"quant_method": "exl2"}, r"quantized as quant_method 'exl2', which is not read here; read are awq, compressed-tensors, fp8, gptq"),
+    ("an unknown method", {"quant_method": "exl2"},
+    r"quantized as quant_method 'exl2', which is not read here; read are awq, compressed-tensors, fp8, gptq"),
     ("no method", {"bits": 4}, "quantized as quant_method"),
     ("no groups", {"quant_method": "compressed-tensors"}, "no config_groups"),
-    ("groups that are numbers", {"quant_method": "compressed-tensors", "config_groups": {"a": 3}}, "cannot be understood"),
+    ("groups that are numbers", {"quant_method": "compressed-tensors", "config_groups": {"a": 3}},
+    "cannot be understood"),
     ("another format", {"quant_method": "compressed-tensors", "format": "marlin-24", "config_groups": {"a": {}}}, "format marlin-24 is not read"),
     ("no weights", {"quant_method": "compressed_tensors", "format": "pack-quantized", "config_groups": {"a": {"targets": ["Linear"]}}}, "cannot be understood"),
     ("bits that are text", {"quant_method": "compressed-tensors", "format": "pack-quantized",
-     "config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": "x", "strategy": "channel"}}}}, "cannot be understood"),
+     "config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": "x", "strategy": "channel"}}}},
+     "cannot be understood"),
     ("5 bits", {"quant_method": "compressed-tensors", "format": "pack-quantized",
-     "config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 5, "strategy": "channel"}}}}, "cannot be understood.*bits is 5"),
+     "config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 5, "strategy": "channel"}}}},
+     "cannot be understood.*bits is 5"),
     ("a group of 0", {"quant_method": "compressed-tensors", "format": "pack-quantized",
-     "config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "group"}}}}, "cannot be understood.*group size is 0"),
+     "config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "group"}}}},
+     "cannot be understood.*group size is 0"),
     ("a broken expression", {"quant_method": "compressed-tensors", "format": "pack-quantized",
-     "config_groups": {"a": {"targets": ["re:("], "weights": {"num_bits": 4, "strategy": "channel"}}}}, "cannot be understood"),
+     "config_groups": {"a": {"targets": ["re:("], "weights": {"num_bits": 4, "strategy": "channel"}}}},
+     "cannot be understood"),
     ("no group for it", {"quant_method": "compressed-tensors", "format": "pack-quantized",
-     "config_groups": {"a": {"targets": ["x"], "weights": {"num_bits": 4, "strategy": "channel"}}}}, "no config group targets it"),
+     "config_groups": {"a": {"targets": ["x"], "weights": {"num_bits": 4, "strategy": "channel"}}}},
+     "no config group targets it"),
     ("a block strategy", {"quant_method": "compressed-tensors", "format": "pack-quantized",
-     "config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "block"}}}}, "strategy 'block'"),
+     "config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "block"}}}},
+     "strategy 'block'"),
     ("gptq without bits", {"quant_method": "gptq"}, "lacks a whole number of bits"),
-    ("marlin", {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "'marlin' is not read here; read are gptq, gptq_v2"),
+    ("marlin", {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
+        "'marlin' is not read "
+        "here; read are gptq, gptq_v2"),
     ("16-bit words", {"quant_method": "gptq", "bits": 4, "pack_dtype": "int16"}, "'int16' is not read here"),
     ("gptq with other bits than its tensors", {"quant_method": "gptq", "bits": 8}, "do not fit together"),
     ("gptq with 0 bits", {"quant_method": "gptq", "bits": 0}, "cannot be understood|do not fit together"),
@@ -299,7 +344,9 @@ HOSTILE: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("case", "config", "message"), HOSTILE, ids=[c[0] for c in HOSTILE])
-def test_a_quantization_config_that_is_not_understood_is_refused_in_words(case: str, config: Any, message: str) -> None:
+def test_a_quantization_config_that_is_not_understood_is_refused_in_words(
+    case: str, config: Any, message: str
+) -> None:
     scheme = WeightScheme(4, -1)
     linear, tensor = Linear(NAME, 32, 64, scheme), random_tensor(32, 64, scheme)
     tensors = {**CT.pack(linear, tensor, torch.float16), **GPTQ.pack(linear, tensor, torch.float16)}
@@ -323,7 +370,11 @@ def test_the_config_is_found_where_vllm_looks_for_it() -> None:
     linear = Linear(NAME, 32, 64, scheme)
     tensors = infos(CT.pack(linear, random_tensor(32, 64, scheme), torch.float16))
     config = CT.config([linear], [], "none")
-    for place in ({"quantization_config": config}, {"text_config": {"quantization_config": config}}, {"compression_config": config}):
+    for place in (
+        {"quantization_config": config},
+        {"text_config": {"quantization_config": config}},
+        {"compression_config": config},
+    ):
         found = find_format(place, tensors)
         assert found is not None and list(found.linears) == [NAME]
     assert find_format({"text_config": {}}, tensors) is None
@@ -336,9 +387,14 @@ def test_several_schemes_are_written_by_name_and_found_again() -> None:
     for linear in linears:
         tensors |= CT.pack(linear, random_tensor(32, 64, linear.scheme), torch.float16)
     config = CT.config(linears, ["lm_head"], "none") or {}
-    assert {g["targets"][0]: g["weights"]["num_bits"] for g in config["config_groups"].values()} == {"m.0.a": 4, "m.0.b": 8}
+    assert {g["targets"][0]: g["weights"]["num_bits"] for g in config["config_groups"].values()} == {
+        "m.0.a": 4,
+        "m.0.b": 8,
+    }
     found = find_format({"quantization_config": config}, infos(tensors))
-    assert found is not None and {n: x.scheme for n, x in found.linears.items()} == {x.name: x.scheme for x in linears}
+    assert found is not None and {n: x.scheme for n, x in found.linears.items()} == {
+        x.name: x.scheme for x in linears
+    }
 
 
 def test_minmax_values_survive_every_format() -> None:
@@ -348,5 +404,7 @@ def test_minmax_values_survive_every_format() -> None:
             if 128 % abs(scheme.group_size) == 0:
                 tensor = MinMaxQuantizer()(weight, None, scheme, torch.bfloat16).tensor
                 linear = Linear(NAME, 64, 128, scheme)
-                again = read_back(form, form.config([linear], [], "none") or {}, form.pack(linear, tensor, torch.bfloat16))
+                again = read_back(
+                    form, form.config([linear], [], "none") or {}, form.pack(linear, tensor, torch.bfloat16)
+                )
                 assert torch.equal(again.dequantize(), tensor.dequantize())

@@ -1,4 +1,5 @@
-"""Quantized checkpoints whose tensors or config contradict each other: an error that names the layer, before anything is written."""
+"""Quantized checkpoints whose tensors or config contradict each other: an error that names the layer, before
+anything is written."""
 
 from __future__ import annotations
 
@@ -22,18 +23,32 @@ DAMAGES: dict[str, tuple[dict[str, Any], str, Callable[[torch.Tensor], torch.Ten
     "scales in one row": ({}, "weight_scale", lambda t: t.reshape(-1)),
     "scales of half the outputs": ({}, "weight_scale", lambda t: t[: len(t) // 2]),
     "scales turned": ({"scheme": "w8a8-int8", "group_size": None}, "weight_scale", lambda t: t.t()),
-    "zero points of half the outputs": ({"symmetric": False}, "weight_zero_point", lambda t: t[: len(t) // 2]),
+    "zero points of half the outputs": (
+        {"symmetric": False},
+        "weight_zero_point",
+        lambda t: t[: len(t) // 2],
+    ),
     "zero points as one number": ({"symmetric": False}, "weight_zero_point", lambda t: t.reshape(-1)[0]),
     "another shape": ({}, "weight_shape", lambda t: torch.zeros_like(t)),
     "a shape of one side": ({}, "weight_shape", lambda t: t[:1]),
-    "exponents that are numbers": ({"scheme": "mxfp8", "group_size": None}, "weight_scale", lambda t: t.float()),
-    "scales of NVFP4 in fp32": ({"scheme": "nvfp4a16", "group_size": None}, "weight_scale", lambda t: t.float()),
+    "exponents that are numbers": (
+        {"scheme": "mxfp8", "group_size": None},
+        "weight_scale",
+        lambda t: t.float(),
+    ),
+    "scales of NVFP4 in fp32": (
+        {"scheme": "nvfp4a16", "group_size": None},
+        "weight_scale",
+        lambda t: t.float(),
+    ),
 }
 
 
 @pytest.mark.parametrize("form", ["plain", "compressed-tensors"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_tensor_that_does_not_fit_is_named_with_its_layer(damage: str, form: str, quantized: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_tensor_that_does_not_fit_is_named_with_its_layer(
+    damage: str, form: str, quantized: Callable[..., Path], tmp_path: Path
+) -> None:
     options, last, change = DAMAGES[damage]
     folder = copy_model(quantized(**options), tmp_path / "damaged")
     tensors = load_all(folder)
@@ -50,7 +65,8 @@ def test_a_tensor_that_does_not_fit_is_named_with_its_layer(damage: str, form: s
 
 @pytest.mark.parametrize("value", [True, 3, 1.5, "lm_head", [1], ["re:("]], ids=str)
 @pytest.mark.parametrize(
-    ("options", "key"), [({}, "ignore"), ({"scheme": "w8a8-fp8-tensor", "group_size": None, "format": "fp8"}, "ignored_layers")]
+    ("options", "key"),
+    [({}, "ignore"), ({"scheme": "w8a8-fp8-tensor", "group_size": None, "format": "fp8"}, "ignored_layers")],
 )
 def test_a_list_of_names_that_is_none_fails_the_check(
     options: dict[str, Any], key: str, value: Any, quantized: Callable[..., Path], tmp_path: Path

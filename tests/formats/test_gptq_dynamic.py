@@ -56,7 +56,8 @@ def without_order(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def slow_values(tensors: dict[str, torch.Tensor], name: str, bits: int, group: int) -> torch.Tensor:
-    """fp32 [N, K] by the definition: zero points are stored less one, both kinds of words from the lowest bits up."""
+    """fp32 [N, K] by the definition: zero points are stored less one, both kinds of words from the lowest
+    bits up."""
 
     def field(words: torch.Tensor, index: int) -> torch.Tensor:
         per = 32 // bits
@@ -65,18 +66,27 @@ def slow_values(tensors: dict[str, torch.Tensor], name: str, bits: int, group: i
     words, zeros, scales = (tensors[f"{name}.{x}"] for x in ("qweight", "qzeros", "scales"))
     n, k = words.shape[1], words.shape[0] * 32 // bits
     zero = torch.stack([field(zeros.t(), i) for i in range(n)], 1) + 1  # [groups, N]
-    return torch.stack([scales[c // group].float() * (field(words, c) - zero[c // group]) for c in range(k)], 1)
+    return torch.stack(
+        [scales[c // group].float() * (field(words, c) - zero[c // group]) for c in range(k)], 1
+    )
 
 
 @pytest.mark.parametrize("order", [True, False], ids=["g_idx", "no g_idx"])
-def test_each_layer_has_the_numbers_of_its_rule_and_the_values_of_the_definition(order: bool, tmp_path: Path) -> None:
+def test_each_layer_has_the_numbers_of_its_rule_and_the_values_of_the_definition(
+    order: bool, tmp_path: Path
+) -> None:
     path = PEER if order else rewritten(tmp_path / "m", without_order)
     found, checkpoint, tensors = found_in(path), open_checkpoint(path), load_all(path)
-    assert {n: (x.scheme.bits, x.scheme.group_size) for n, x in found.linears.items()} == {n: w for n, w in WANTED.items() if w}
+    assert {n: (x.scheme.bits, x.scheme.group_size) for n, x in found.linears.items()} == {
+        n: w for n, w in WANTED.items() if w
+    }
     source = load_all(SOURCE)
     for name, wanted in WANTED.items():
         if wanted is None:
-            assert torch.equal(tensors[f"{name}.weight"].float(), source[f"{name}.weight"].to(tensors[f"{name}.weight"].dtype).float())
+            assert torch.equal(
+                tensors[f"{name}.weight"].float(),
+                source[f"{name}.weight"].to(tensors[f"{name}.weight"].dtype).float(),
+            )
             continue
         made = read_linear(FormatRegistry.get("gptq"), found, checkpoint, name)
         assert torch.equal(made.dequantize(), slow_values(tensors, name, *wanted)) and made.scheme.symmetric
@@ -94,7 +104,10 @@ def test_vllm_asks_by_fused_names_and_verify_says_where_it_would_go_wrong(tmp_pa
     """The rule for q, k and v does not match `qkv_proj`: vLLM builds 4 bits and meets words of 8."""
     (failed,) = verify(PEER).failed
     for block in range(2):
-        assert f"model.layers.{block}.self_attn.qkv_proj has bits 8, the config gives it 4 under that name, by which vLLM asks" in failed
+        assert (
+            f"model.layers.{block}.self_attn.qkv_proj has bits 8, the config gives it 4 under that name, by "
+            "which vLLM asks" in failed
+        )
     rules = dict(read_config(PEER)["quantization_config"]["dynamic"])
     rules[r".*\.self_attn\.(q|k|v|qkv)_proj"] = {"bits": 8}
     assert verify(rewritten(tmp_path / "good", dynamic=rules)).passed
@@ -103,7 +116,10 @@ def test_vllm_asks_by_fused_names_and_verify_says_where_it_would_go_wrong(tmp_pa
     other = verify(rewritten(tmp_path / "group", dynamic={**rules, r"+:.*\.down_proj": {"bits": 8}})).failed
     assert any("model.layers.1.mlp.down_proj has group_size 64, the config gives it 32" in p for p in other)
     order = verify(
-        rewritten(tmp_path / "order", dynamic={**rules, r"+:.*\.down_proj": {"bits": 8, "group_size": 64, "desc_act": True}})
+        rewritten(
+            tmp_path / "order",
+            dynamic={**rules, r"+:.*\.down_proj": {"bits": 8, "group_size": 64, "desc_act": True}},
+        )
     ).failed
     assert any("has desc_act with groups: vLLM refuses it" in p for p in order)
 
@@ -132,7 +148,11 @@ def test_export_carries_every_layer_over(form: str, tmp_path: Path) -> None:
 
 
 def test_several_schemes_do_not_go_into_a_gptq_file_of_ours(tmp_path: Path) -> None:
-    with pytest.raises(Problems, match="the linears have several schemes; a gptq file of ours holds one: use --format compressed-tensors"):
+    with pytest.raises(
+        Problems,
+        match="the linears have several schemes; a gptq file of ours holds one: use --format "
+        "compressed-tensors",
+    ):
         export(PEER, tmp_path / "out", "gptq")
     assert list(tmp_path.iterdir()) == []
 
@@ -145,18 +165,38 @@ def test_rules_that_only_leave_layers_out_go_into_one(tmp_path: Path) -> None:
         kept = {n: t for n, t in tensors.items() if n.rpartition(".")[0] not in eight}
         return kept | {f"{n}.weight": load_all(SOURCE)[f"{n}.weight"] for n in eight}
 
-    path = rewritten(tmp_path / "m", four_bits, dynamic={r"-:.*(q|k|v|down)_proj": {}, r"-:.*\.layers\.0\.mlp": {}})
+    path = rewritten(
+        tmp_path / "m", four_bits, dynamic={r"-:.*(q|k|v|down)_proj": {}, r"-:.*\.layers\.0\.mlp": {}}
+    )
     report = export(path, tmp_path / "out", "gptq")
-    assert report["linears"] == 4 and report["verify"]["passed"] and "dynamic" not in read_config(tmp_path / "out")["quantization_config"]
+    assert (
+        report["linears"] == 4
+        and report["verify"]["passed"]
+        and "dynamic" not in read_config(tmp_path / "out")["quantization_config"]
+    )
     assert all(t.equal or (t.snr_db or 0) > 45 for t in compare(tmp_path / "out", path).tensors)
 
 
-RULES = {r"-:a\.b": {}, r"+:a\.": {"bits": 8}, r".*\.c$": {"bits": 2, "sym": False}, "-:z": {}, "z": {"bits": 3}}
+RULES = {
+    r"-:a\.b": {},
+    r"+:a\.": {"bits": 8},
+    r".*\.c$": {"bits": 2, "sym": False},
+    "-:z": {},
+    "z": {"bits": 3},
+}
 
 
 @pytest.mark.parametrize(
     ("name", "wanted"),
-    [("a.b.c", None), ("a.c", {"bits": 8}), ("x.c", {"bits": 2, "sym": False}), ("x.c.d", {}), ("x.a.b", {}), ("zebra", None), ("y", {})],
+    [
+        ("a.b.c", None),
+        ("a.c", {"bits": 8}),
+        ("x.c", {"bits": 2, "sym": False}),
+        ("x.c.d", {}),
+        ("x.a.b", {}),
+        ("zebra", None),
+        ("y", {}),
+    ],
 )
 def test_the_first_rule_that_matches_from_the_start_counts(name: str, wanted: dict[str, Any] | None) -> None:
     assert dynamic_rule({"dynamic": RULES}, name) == wanted

@@ -47,10 +47,13 @@ def test_its_files_are_of_our_scheme_with_our_tensors(preset: str) -> None:
         specs = {s.name: (s.dtype, s.shape) for s in form.specs(linear, "F16")}
         held = {n: (i.dtype, i.shape) for n, i in checkpoint.tensors.items() if n.startswith(f"{name}.")}
         # it keeps scales of 8-bit formats in the model's dtype; vLLM's parameters, and ours, are fp32
-        rounded = {n: ("F32" if v[0] == "F16" and n.endswith("_scale") else v[0], v[1]) for n, v in held.items()}
+        rounded = {
+            n: ("F32" if v[0] == "F16" and n.endswith("_scale") else v[0], v[1]) for n, v in held.items()
+        }
         assert rounded == specs
     result = verify(path)
-    wanted = ["tensor parallel"] if preset == "fp8_block" else []  # 64 inputs do not fill a block, which vLLM's kernels demand
+    # 64 inputs do not fill a block, which vLLM's kernels demand
+    wanted = ["tensor parallel"] if preset == "fp8_block" else []
     assert [c.name for c in result.checks if not c.passed] == wanted, result.failed
 
 
@@ -58,7 +61,9 @@ def test_its_files_are_of_our_scheme_with_our_tensors(preset: str) -> None:
 def test_its_values_are_read_as_the_official_package_reads_them(preset: str) -> None:
     path, checkpoint, found, form = opened(preset)
     tensors = load_all(path)
-    group = QuantizationConfig.model_validate(checkpoint.config["quantization_config"]).config_groups["group_0"]
+    group = QuantizationConfig.model_validate(checkpoint.config["quantization_config"]).config_groups[
+        "group_0"
+    ]
     assert isinstance(group, QuantizationScheme)
     compressor = BaseCompressor.get_value_from_registry(str(group.format))
     for name in found.linears:
@@ -89,11 +94,17 @@ def test_our_rounding_is_no_farther_from_the_source(preset: str) -> None:
 
 def test_a_global_scale_is_one_for_the_fused_layer() -> None:
     _, checkpoint, found, form = opened("nvfp4")
-    shards = [read_linear(form, found, checkpoint, f"model.layers.0.self_attn.{x}_proj").global_scale for x in "qkv"]
+    shards = [
+        read_linear(form, found, checkpoint, f"model.layers.0.self_attn.{x}_proj").global_scale for x in "qkv"
+    ]
     source = load_all(PEERS / "source")
-    amax = torch.stack([source[f"model.layers.0.self_attn.{x}_proj.weight"].float().abs().amax() for x in "qkv"]).amax()
+    amax = torch.stack(
+        [source[f"model.layers.0.self_attn.{x}_proj.weight"].float().abs().amax() for x in "qkv"]
+    ).amax()
     for shard, letter in zip(shards, "qkv", strict=True):
         weight = source[f"model.layers.0.self_attn.{letter}_proj.weight"].float()
-        ours = MinMaxQuantizer()(weight, None, PRESETS["nvfp4"].weights, torch.float16, amax).tensor.global_scale
+        ours = MinMaxQuantizer()(
+            weight, None, PRESETS["nvfp4"].weights, torch.float16, amax
+        ).tensor.global_scale
         assert shard is not None and ours is not None
         torch.testing.assert_close(shard.float(), ours, rtol=1e-4, atol=0)  # it divides in half precision

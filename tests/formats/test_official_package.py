@@ -1,4 +1,5 @@
-"""Every sub-format against the official compressed-tensors package: it reads our files to our values, and we read its files to its values."""
+"""Every sub-format against the official compressed-tensors package: it reads our files to our values, and we
+read its files to its values."""
 
 from __future__ import annotations
 
@@ -45,8 +46,14 @@ def made(scheme: Scheme, n: int = 128, k: int = 256) -> tuple[torch.Tensor, Line
     tensor = MinMaxQuantizer()(weight.clone(), None, scheme.weights, torch.bfloat16).tensor
     if scheme.activations is not None and scheme.activations.calibrated:
         nvfp4 = scheme.activations.strategy == "tensor_group"
-        inputs = InputParameters(global_scale=torch.tensor([512.0])) if nvfp4 else InputParameters(scale=torch.tensor([0.02]))
-        inputs = replace(inputs, zero=None if scheme.activations.symmetric else torch.tensor([-7], dtype=torch.int8))
+        inputs = (
+            InputParameters(global_scale=torch.tensor([512.0]))
+            if nvfp4
+            else InputParameters(scale=torch.tensor([0.02]))
+        )
+        inputs = replace(
+            inputs, zero=None if scheme.activations.symmetric else torch.tensor([-7], dtype=torch.int8)
+        )
         tensor = replace(tensor, inputs=inputs)
     return weight, Linear(NAME, n, k, scheme.weights, scheme.activations), tensor
 
@@ -66,14 +73,21 @@ def short(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_the_package_reads_our_files_to_our_values(scheme: Scheme) -> None:
     _, linear, tensor = made(scheme)
     packed = CT.pack(linear, tensor, torch.bfloat16)
-    assert {n: (i.dtype, i.shape) for n, i in infos(packed).items()} == {s.name: (s.dtype, s.shape) for s in CT.specs(linear, "BF16")}
+    assert {n: (i.dtype, i.shape) for n, i in infos(packed).items()} == {
+        s.name: (s.dtype, s.shape) for s in CT.specs(linear, "BF16")
+    }
     config = CT.config([linear], ["lm_head"], "none")
     assert config is not None and config["format"] == layout_of(linear)
     compressor, theirs = official(config)
     values = compressor.decompress(short(packed), theirs)["weight"]
     ours = tensor.dequantize()
     # it multiplies in the dtype it gives back
-    torch.testing.assert_close(values.float(), ours.to(values.dtype).float(), rtol=0 if values.dtype != torch.float32 else 1e-6, atol=0)
+    torch.testing.assert_close(
+        values.float(),
+        ours.to(values.dtype).float(),
+        rtol=0 if values.dtype != torch.float32 else 1e-6,
+        atol=0,
+    )
 
 
 @pytest.mark.parametrize("scheme", [*LOADED, *STATIC], ids=lambda s: f"{s.name}-{s.activations}")
@@ -107,18 +121,27 @@ def test_we_read_the_packages_files_to_its_values(scheme: Scheme) -> None:
     if tensor.global_scale is not None:
         state["weight_global_scale"] = tensor.global_scale
     written = compressor.compress(state, theirs)
-    files = {f"{NAME}.{n}": t for n, t in (arrays | {k: v for k, v in written.items() if k in arrays}).items()}
+    files = {
+        f"{NAME}.{n}": t for n, t in (arrays | {k: v for k, v in written.items() if k in arrays}).items()
+    }
     found = find_format({"quantization_config": config}, infos(files))
     assert found is not None
     values = CT.unpack(found.linears[NAME], files, found.options).dequantize()
     wanted = compressor.decompress(short(files), theirs)["weight"]
-    torch.testing.assert_close(values.to(wanted.dtype).float(), wanted.float(), rtol=0 if wanted.dtype != torch.float32 else 1e-6, atol=0)
+    torch.testing.assert_close(
+        values.to(wanted.dtype).float(),
+        wanted.float(),
+        rtol=0 if wanted.dtype != torch.float32 else 1e-6,
+        atol=0,
+    )
     # and where it rounds with our scales, it is never nearer to the weight than we are
     ours, its = (tensor.dequantize() - weight).square().sum(), (values - weight).square().sum()
     assert ours <= its * (1 + 1e-6), (float(ours), float(its))
 
 
-@pytest.mark.parametrize("name", ["w8a8-int8", "w8a8-fp8", "w8a8-fp8-tensor", "fp8-block", "nvfp4", "mxfp4", "mxfp8"])
+@pytest.mark.parametrize(
+    "name", ["w8a8-int8", "w8a8-fp8", "w8a8-fp8-tensor", "fp8-block", "nvfp4", "mxfp4", "mxfp8"]
+)
 def test_codes_are_the_packages_own(name: str) -> None:
     """With our stored scales its fake quantization chooses the same numbers, ties apart."""
     weight, linear, tensor = made(PRESETS[name])

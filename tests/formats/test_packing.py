@@ -11,10 +11,14 @@ BITS = (2, 3, 4, 8)
 
 
 def slow_pack(values: list[int], bits: int) -> list[int]:
-    """One bit at a time, value after value, lowest first, into a stream that is then read as little-endian words of 32."""
+    """One bit at a time, value after value, lowest first, into a stream that is then read as little-endian
+    words of 32."""
     stream = [value >> bit & 1 for value in values for bit in range(bits)]
     stream += [0] * (-len(stream) % 32)
-    words = [sum(bit << place for place, bit in enumerate(stream[start : start + 32])) for start in range(0, len(stream), 32)]
+    words = [
+        sum(bit << place for place, bit in enumerate(stream[start : start + 32]))
+        for start in range(0, len(stream), 32)
+    ]
     return [word - 2**32 if word >= 2**31 else word for word in words]
 
 
@@ -22,7 +26,10 @@ def random_values(shape: tuple[int, ...], bits: int) -> torch.Tensor:
     return torch.randint(0, 2**bits, shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-@pytest.mark.parametrize(("bits", "count"), [(b, n) for b in BITS for n in (1, 5, 8, 16, 31, 32, 33, 64, 96, 100) if b != 3 or n % 32 == 0])
+@pytest.mark.parametrize(
+    ("bits", "count"),
+    [(b, n) for b in BITS for n in (1, 5, 8, 16, 31, 32, 33, 64, 96, 100) if b != 3 or n % 32 == 0],
+)
 def test_packing_equals_the_bit_by_bit_reference_and_unpacks_again(bits: int, count: int) -> None:
     values = random_values((3, count), bits)
     words = pack(values, bits)
@@ -35,7 +42,9 @@ def test_packing_equals_the_bit_by_bit_reference_and_unpacks_again(bits: int, co
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int64, torch.uint8])
-def test_any_integer_dtype_and_any_leading_shape_and_stride_packs_alike(bits: int, dtype: torch.dtype) -> None:
+def test_any_integer_dtype_and_any_leading_shape_and_stride_packs_alike(
+    bits: int, dtype: torch.dtype
+) -> None:
     values = random_values((2, 3, 64), bits).clamp(max=127)
     wanted = pack(values, bits)
     assert torch.equal(pack(values.to(dtype), bits), wanted)
@@ -82,5 +91,7 @@ def test_signed_codes_become_unsigned_ones(bits: int) -> None:
 def test_halves_of_bytes_hold_the_even_column_below() -> None:
     codes = torch.cartesian_prod(torch.arange(16), torch.arange(16)).to(torch.uint8)
     packed = pack_halves(codes)
-    assert packed.dtype == torch.uint8 and packed.flatten().tolist() == [low | high << 4 for low, high in codes.tolist()]
+    assert packed.dtype == torch.uint8 and packed.flatten().tolist() == [
+        low | high << 4 for low, high in codes.tolist()
+    ]
     assert torch.equal(unpack_halves(packed), codes)

@@ -1,4 +1,5 @@
-"""Which tensors are linears of the text decoder, what vLLM fuses, and which blocks they are in: by name, shape and dtype alone."""
+"""Which tensors are linears of the text decoder, what vLLM fuses, and which blocks they are in: by name,
+shape and dtype alone."""
 
 from __future__ import annotations
 
@@ -42,12 +43,20 @@ def test_linears_of_decoder_blocks_are_quantizable(name: str) -> None:
         ("model.layers.0.block_sparse_moe.gate.weight", (8, 64), "a router"),
         ("model.layers.0.mlp.shared_expert_gate.weight", (1, 64), "a router"),
         ("model.layers.0.feed_forward.router.weight", (8, 64), "a router"),
-        ("model.layers.2.mlp.up_proj.weight", (64, 64), "in block 2, beyond the 2 decoder blocks: a prediction head"),
+        (
+            "model.layers.2.mlp.up_proj.weight",
+            (64, 64),
+            "in block 2, beyond the 2 decoder blocks: a prediction head",
+        ),
         ("model.embed_tokens.weight", (64, 64), "part of embed_tokens"),
         ("lm_head.weight", (64, 64), "part of lm_head"),
         ("model.norm.weight", (64, 64), "outside the decoder blocks"),
         ("model.visual.blocks.0.attn.qkv.weight", (64, 64), "part of visual"),
-        ("vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight", (64, 64), "part of vision_tower"),
+        (
+            "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight",
+            (64, 64),
+            "part of vision_tower",
+        ),
         ("audio_tower.layers.0.fc1.weight", (64, 64), "part of audio_tower"),
         ("multi_modal_projector.linear_1.weight", (64, 64), "part of multi_modal_projector"),
     ],
@@ -63,7 +72,9 @@ def test_integers_are_no_weights() -> None:
 def test_linears_are_sorted_by_block_number_not_by_text() -> None:
     names = [f"model.layers.{i}.mlp.{p}_proj.weight" for i in (10, 2, 0) for p in ("up", "down")]
     found = decoder_linears({n: info(n) for n in names}, {"num_hidden_layers": 12})
-    assert [n.removeprefix("model.layers.") for n in found] == [f"{i}.mlp.{p}_proj" for i in (0, 2, 10) for p in ("down", "up")]
+    assert [n.removeprefix("model.layers.") for n in found] == [
+        f"{i}.mlp.{p}_proj" for i in (0, 2, 10) for p in ("down", "up")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +96,14 @@ def test_fused_names_are_vllms(name: str, fused: str) -> None:
 
 def test_blocks_are_found_in_any_familys_names() -> None:
     assert [
-        block_of(n) for n in ("model.layers.12.x", "transformer.h.3.x", "gpt_neox.layers.0.x", "model.norm.weight", "layers.x.1.y")
+        block_of(n)
+        for n in (
+            "model.layers.12.x",
+            "transformer.h.3.x",
+            "gpt_neox.layers.0.x",
+            "model.norm.weight",
+            "layers.x.1.y",
+        )
     ] == [12, 3, 0, None, None]
 
 

@@ -1,4 +1,5 @@
-"""Methods that need no data take any architecture: text linears are quantized; towers, routers and everything else are copied."""
+"""Methods that need no data take any architecture: text linears are quantized; towers, routers and everything
+else are copied."""
 
 from __future__ import annotations
 
@@ -12,7 +13,18 @@ import torch
 
 from quant.checkpoint.reader import open_checkpoint
 from quant.errors import QuantError
-from tests.helpers import SHAPE, add_tokenizer, load_all, quantize, randomize, read_config, recipe, save_all, save_model, tiny_config
+from tests.helpers import (
+    SHAPE,
+    add_tokenizer,
+    load_all,
+    quantize,
+    randomize,
+    read_config,
+    recipe,
+    save_all,
+    save_model,
+    tiny_config,
+)
 
 MOE = {"num_experts_per_tok": 2, "head_dim": 16}
 
@@ -20,7 +32,10 @@ MOE = {"num_experts_per_tok": 2, "head_dim": 16}
 def moe(folder: Path, kind: str) -> Path:
     from transformers import AutoModelForCausalLM
 
-    changes = {"mixtral": {"num_local_experts": 4}, "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32}}[kind]
+    changes = {
+        "mixtral": {"num_local_experts": 4},
+        "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32},
+    }[kind]
     model = AutoModelForCausalLM.from_config(tiny_config(kind, **MOE, **changes), dtype=torch.bfloat16)
     randomize(model)
     return save_model(model, folder)
@@ -38,7 +53,9 @@ def gemma3(folder: Path) -> Path:
         "image_size": 28,
         "patch_size": 14,
     }
-    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)).bfloat16()
+    model = Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    ).bfloat16()
     randomize(model)
     return save_model(model, folder)
 
@@ -48,7 +65,9 @@ def qwen2_vl(folder: Path) -> Path:
 
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2}
-    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=SHAPE | {"rope_parameters": rope}, vision_config=vision)).bfloat16()
+    model = Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(text_config=SHAPE | {"rope_parameters": rope}, vision_config=vision)
+    ).bfloat16()
     randomize(model)
     return save_model(model, folder)
 
@@ -74,7 +93,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_text_linears_are_quantized_and_all_else_is_copied_byte_for_byte(kind: str, models: Callable[[str], Path], tmp_path: Path) -> None:
+def test_text_linears_are_quantized_and_all_else_is_copied_byte_for_byte(
+    kind: str, models: Callable[[str], Path], tmp_path: Path
+) -> None:
     source = models(kind)
     report = quantize(source, tmp_path / "out", group_size=32)
     before, after = load_all(source), load_all(tmp_path / "out")
@@ -91,7 +112,11 @@ def test_text_linears_are_quantized_and_all_else_is_copied_byte_for_byte(kind: s
     assert quantized == expected and len(quantized) >= 14
     for name in set(before) - quantized:
         assert before[name].dtype == after[name].dtype and torch.equal(before[name], after[name]), name
-    left = [n for n in before if n not in quantized and n.endswith(".weight") and before[n].ndim == 2 and "embed" not in n]
+    left = [
+        n
+        for n in before
+        if n not in quantized and n.endswith(".weight") and before[n].ndim == 2 and "embed" not in n
+    ]
     assert {part for part in CASES[kind][1] if any(f"{part}." in n for n in left)}, "what must stay is there"
     ignored = set(read_config(tmp_path / "out")["quantization_config"]["ignore"])
     assert {n.removesuffix(".weight") for n in left} <= ignored
@@ -99,7 +124,9 @@ def test_text_linears_are_quantized_and_all_else_is_copied_byte_for_byte(kind: s
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_transformers_loads_the_plain_form_and_computes_nearly_the_same(kind: str, models: Callable[[str], Path], tmp_path: Path) -> None:
+def test_transformers_loads_the_plain_form_and_computes_nearly_the_same(
+    kind: str, models: Callable[[str], Path], tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     quantize(models(kind), tmp_path / "out", group_size=32, bits=8, format="plain")
@@ -114,7 +141,9 @@ def test_transformers_loads_the_plain_form_and_computes_nearly_the_same(kind: st
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gemma3"])
-def test_methods_that_need_data_refuse_them_by_name_with_the_way_out(kind: str, models: Callable[[str], Path], tmp_path: Path) -> None:
+def test_methods_that_need_data_refuse_them_by_name_with_the_way_out(
+    kind: str, models: Callable[[str], Path], tmp_path: Path
+) -> None:
     with pytest.raises(QuantError, match=rf"model type '{kind}' .*(docs/adapters.md).*--method minmax"):
         quantize(models(kind), tmp_path / "out", method="gptq", group_size=32)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.work").exists()
@@ -123,18 +152,28 @@ def test_methods_that_need_data_refuse_them_by_name_with_the_way_out(kind: str, 
 def test_a_mamba_has_linears_that_are_quantized_without_data_and_refused_with(tmp_path: Path) -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
-    model = MambaForCausalLM(MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=4096, state_size=16, time_step_rank=32)).bfloat16()
+    model = MambaForCausalLM(
+        MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=4096, state_size=16, time_step_rank=32)
+    ).bfloat16()
     source = save_model(model, tmp_path / "model")
     report = quantize(source, tmp_path / "out", group_size=32, ignore=["*.x_proj"])
-    assert {n.split("mixer.")[1] for n in report["tensors"]["quantized"]} == {"in_proj.weight", "dt_proj.weight", "out_proj.weight"}
+    assert {n.split("mixer.")[1] for n in report["tensors"]["quantized"]} == {
+        "in_proj.weight",
+        "dt_proj.weight",
+        "out_proj.weight",
+    }
     with pytest.raises(QuantError, match="--method minmax|never used"):
         quantize(source, tmp_path / "gptq", method="gptq", group_size=32)
 
 
-def test_weights_that_are_stored_transposed_are_refused_because_their_groups_would_run_the_wrong_way(tmp_path: Path) -> None:
+def test_weights_that_are_stored_transposed_are_refused_because_their_groups_would_run_the_wrong_way(
+    tmp_path: Path,
+) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=4096, bos_token_id=0, eos_token_id=1)).bfloat16()
+    model = GPT2LMHeadModel(
+        GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=4096, bos_token_id=0, eos_token_id=1)
+    ).bfloat16()
     source = save_model(model, tmp_path / "model")
     for method in ("minmax", "gptq"):
         with pytest.raises(QuantError, match="'gpt2' stores its weights transposed"):
@@ -155,7 +194,14 @@ def test_a_model_type_that_nobody_knows_is_quantized_without_data(tmp_path: Path
     source = tmp_path / "model"
     source.mkdir()
     (source / "config.json").write_text(
-        json.dumps({"model_type": "martian", "architectures": ["Martian"], "dtype": "bfloat16", "num_hidden_layers": 2})
+        json.dumps(
+            {
+                "model_type": "martian",
+                "architectures": ["Martian"],
+                "dtype": "bfloat16",
+                "num_hidden_layers": 2,
+            }
+        )
     )
     add_tokenizer(source)
     save_all(source, load_all(llama))

@@ -42,7 +42,9 @@ def whole_logits(folder: Path, dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", [*FAMILIES, *GENERIC])
 @pytest.mark.parametrize("tie", [False, True], ids=["own head", "tied head"])
-def test_block_by_block_logits_equal_the_whole_models(kind: str, tie: bool, checkpoints: Callable[..., Path]) -> None:
+def test_block_by_block_logits_equal_the_whole_models(
+    kind: str, tie: bool, checkpoints: Callable[..., Path]
+) -> None:
     folder = checkpoints(kind, tie=tie)
     assert ("lm_head.weight" in open_checkpoint(folder).tensors) != tie
     skeleton = Skeleton(open_checkpoint(folder), CPU, torch.float32)
@@ -54,30 +56,42 @@ def test_block_by_block_logits_equal_the_whole_models(kind: str, tie: bool, chec
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_every_stored_dtype_runs_in_the_dtype_that_suits_the_device(dtype: torch.dtype, checkpoints: Callable[..., Path]) -> None:
+def test_every_stored_dtype_runs_in_the_dtype_that_suits_the_device(
+    dtype: torch.dtype, checkpoints: Callable[..., Path]
+) -> None:
     folder = checkpoints("llama", dtype=dtype)
     skeleton = Skeleton(open_checkpoint(folder), CPU)
     assert skeleton.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
     found, wanted = blockwise_logits(skeleton, [TOKENS]), whole_logits(folder, skeleton.dtype)
     assert found.dtype == wanted.dtype
-    assert float((found.float() - wanted.float()).norm() / wanted.float().norm()) < (0.02 if dtype == torch.bfloat16 else 1e-5)
+    assert float((found.float() - wanted.float()).norm() / wanted.float().norm()) < (
+        0.02 if dtype == torch.bfloat16 else 1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_the_groups_of_a_row_are_the_ones_that_a_run_of_the_block_shows(kind: str, checkpoints: Callable[..., Path]) -> None:
+def test_the_groups_of_a_row_are_the_ones_that_a_run_of_the_block_shows(
+    kind: str, checkpoints: Callable[..., Path]
+) -> None:
     skeleton = Skeleton(open_checkpoint(checkpoints(kind)), CPU)
     probed = skeleton._probe_groups(kind)
     assert [set(g.linears) for g in probed] == [set(g.linears) for g in skeleton.adapter.groups]
 
 
 @pytest.mark.parametrize("kind", GENERIC)
-def test_a_family_without_a_row_gets_its_groups_from_a_run_of_the_block(kind: str, checkpoints: Callable[..., Path]) -> None:
+def test_a_family_without_a_row_gets_its_groups_from_a_run_of_the_block(
+    kind: str, checkpoints: Callable[..., Path]
+) -> None:
     checkpoint = open_checkpoint(checkpoints(kind))
     assert adapter_for(checkpoint.config) is None
     groups = [set(g.linears) for g in Skeleton(checkpoint, CPU).adapter.groups]
     attention = "attn" if kind == "gptj" else "self_attn"
     assert {f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj"} <= groups[0]
-    wanted = {n.split(".0.")[1].removesuffix(".weight") for n, i in checkpoint.tensors.items() if ".0." in n and len(i.shape) == 2}
+    wanted = {
+        n.split(".0.")[1].removesuffix(".weight")
+        for n, i in checkpoint.tensors.items()
+        if ".0." in n and len(i.shape) == 2
+    }
     assert set().union(*groups) == wanted
 
 
@@ -112,7 +126,9 @@ def test_building_the_skeleton_leaves_torch_as_it_was(llama: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_a_weight_that_is_not_finite_is_an_error_that_names_it(value: float, llama: Path, tmp_path: Path) -> None:
+def test_a_weight_that_is_not_finite_is_an_error_that_names_it(
+    value: float, llama: Path, tmp_path: Path
+) -> None:
     folder = copy_model(llama, tmp_path / "m")
     tensors = load_all(folder)
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
@@ -120,7 +136,8 @@ def test_a_weight_that_is_not_finite_is_an_error_that_names_it(value: float, lla
     skeleton = Skeleton(open_checkpoint(folder), CPU)
     skeleton.load_block(0)
     with pytest.raises(
-        CheckpointError, match="model.layers.1.mlp.up_proj.weight holds NaN or infinity: the source is damaged, fetch it again"
+        CheckpointError,
+        match="model.layers.1.mlp.up_proj.weight holds NaN or infinity: the source is damaged, fetch it again",
     ):
         skeleton.load_block(1)
 
@@ -145,7 +162,9 @@ def test_blocks_whose_tensors_do_not_match_the_model_are_refused_with_the_differ
         "extra": "surprise.weight is in the file only",
         "reshaped": r"is \(96, 56\) in the file, \(96, 64\) in the model",
     }
-    with pytest.raises(CheckpointError, match=rf"do not match one to one: .*{message[damage]}.*--method minmax"):
+    with pytest.raises(
+        CheckpointError, match=rf"do not match one to one: .*{message[damage]}.*--method minmax"
+    ):
         Skeleton(open_checkpoint(folder), CPU)
 
 
@@ -171,7 +190,9 @@ def test_a_tensor_outside_the_blocks_that_is_lost_is_named(llama: Path, tmp_path
         ({"num_attention_heads": 0}, "cannot be built|cannot use it"),
     ],
 )
-def test_a_config_that_makes_no_model_is_an_error_in_words(changes: dict[str, Any], message: str, llama: Path, tmp_path: Path) -> None:
+def test_a_config_that_makes_no_model_is_an_error_in_words(
+    changes: dict[str, Any], message: str, llama: Path, tmp_path: Path
+) -> None:
     folder = copy_model(llama, tmp_path / "m")
     change_config(folder, **changes)
     with pytest.raises(CheckpointError, match=message):
@@ -181,7 +202,8 @@ def test_a_config_that_makes_no_model_is_an_error_in_words(changes: dict[str, An
 def test_a_block_call_that_depends_on_the_tokens_is_refused_not_reused(
     checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Arguments of a block are recorded once for all batches; a family that passes per-token ones must not get those of another batch."""
+    """Arguments of a block are recorded once for all batches; a family that passes per-token ones must not
+    get those of another batch."""
     from transformers.models.stablelm.modeling_stablelm import StableLmModel
 
     plain = StableLmModel.forward

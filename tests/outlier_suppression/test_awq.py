@@ -32,7 +32,9 @@ SCHEME = resolve_scheme("w4a16-asym", group_size=32)
 def inputs(k: int = 64, outliers: float = 30.0, seed: int = 0) -> torch.Tensor:
     """Activations [tokens, K] of which a few features are far larger than the rest."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(400, k, generator=generator) @ (torch.eye(k) + 0.1 * torch.randn(k, k, generator=generator))
+    x = torch.randn(400, k, generator=generator) @ (
+        torch.eye(k) + 0.1 * torch.randn(k, k, generator=generator)
+    )
     x[:, ::17] *= outliers
     return x
 
@@ -49,7 +51,10 @@ def output_error(weight: torch.Tensor, x: torch.Tensor, factors: torch.Tensor) -
     """Mean square of what rounding W·diag(s) changes of the outputs, over the tokens themselves."""
     scaled = x / factors
     rounded = round_searched(
-        weight * factors, importance_of(scaled.t() @ scaled / len(x), SCHEME.weights), SCHEME.weights, torch.bfloat16
+        weight * factors,
+        importance_of(scaled.t() @ scaled / len(x), SCHEME.weights),
+        SCHEME.weights,
+        torch.bfloat16,
     ).dequantize()
     difference = x.double() @ (weight.double() - rounded.double() / factors.double()).t()
     return float(difference.square().sum(1).mean())
@@ -100,12 +105,17 @@ def test_groups_of_zeros_make_no_nan() -> None:
     weight[5] = 0
     found = AWQScaling()(weight, statistics(inputs()), SCHEME, torch.bfloat16, Place("norm")).factors
     assert torch.isfinite(found).all() and (found > 0).all()
-    assert (AWQScaling()(torch.zeros(4, 64), statistics(inputs()), SCHEME, torch.bfloat16, Place("norm")).factors == 1).all()
+    assert (
+        AWQScaling()(torch.zeros(4, 64), statistics(inputs()), SCHEME, torch.bfloat16, Place("norm")).factors
+        == 1
+    ).all()
 
 
 def test_heads_that_share_a_kv_head_get_one_factor_of_a_power_of_two() -> None:
     tied = torch.arange(64) // 32 * 16 + torch.arange(64) % 16
-    found = AWQScaling()(weights(), statistics(inputs()), SCHEME, torch.bfloat16, Place("linear", True, tied)).factors
+    found = AWQScaling()(
+        weights(), statistics(inputs()), SCHEME, torch.bfloat16, Place("linear", True, tied)
+    ).factors
     assert (found.log2() == found.log2().round()).all() and (found != 1).any()
     for output in range(int(tied.max()) + 1):
         assert len(found[tied == output].unique()) == 1
@@ -115,13 +125,29 @@ def test_the_weights_and_statistics_stay_as_they_are() -> None:
     weight, given = weights(), statistics(inputs())
     before = weight.clone(), given.copy()
     AWQScaling()(weight, given, SCHEME, torch.bfloat16, Place("norm"))
-    assert torch.equal(weight, before[0]) and given.hessian is not None and torch.equal(given.hessian, before[1].hessian)
+    assert (
+        torch.equal(weight, before[0])
+        and given.hessian is not None
+        and torch.equal(given.hessian, before[1].hessian)
+    )
 
 
 def test_without_a_scheme_it_scales_for_four_bits() -> None:
-    found = AWQScaling()(weights(), statistics(inputs()), UNQUANTIZED, torch.bfloat16, Place("norm", True)).factors
-    wanted = AWQScaling()(weights(), statistics(inputs()), resolve_scheme("w4a16-asym", group_size=-1), torch.bfloat16, Place("norm", True))
-    assert torch.equal(found, wanted.factors) and (found != 1).any() and (found.log2() == found.log2().round()).all()
+    found = AWQScaling()(
+        weights(), statistics(inputs()), UNQUANTIZED, torch.bfloat16, Place("norm", True)
+    ).factors
+    wanted = AWQScaling()(
+        weights(),
+        statistics(inputs()),
+        resolve_scheme("w4a16-asym", group_size=-1),
+        torch.bfloat16,
+        Place("norm", True),
+    )
+    assert (
+        torch.equal(found, wanted.factors)
+        and (found != 1).any()
+        and (found.log2() == found.log2().round()).all()
+    )
 
 
 JOB: dict[str, Any] = {"samples": 8, "sequence_length": 64, "calibration_dataset": [short_text()]}
@@ -129,7 +155,8 @@ JOB: dict[str, Any] = {"samples": 8, "sequence_length": 64, "calibration_dataset
 
 @pytest.fixture
 def outliers(checkpoints: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
-    """A model with a few channels that are far larger than the others behind every norm, so that scaling pays; the checkpoint of a family."""
+    """A model with a few channels that are far larger than the others behind every norm, so that scaling
+    pays; the checkpoint of a family."""
 
     def get(kind: str = "llama", **settings: Any) -> Path:
         source = copy_model(checkpoints(kind, **settings), tmp_path / "source")
@@ -144,10 +171,15 @@ def outliers(checkpoints: Callable[..., Path], tmp_path: Path) -> Callable[..., 
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "phi3"])
-def test_folds_alone_leave_every_product_as_it_is(kind: str, outliers: Callable[..., Path], tmp_path: Path) -> None:
-    """Nothing is rounded: what a norm loses its readers have, once; what one linear's rows lose the next one's columns have."""
+def test_folds_alone_leave_every_product_as_it_is(
+    kind: str, outliers: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Nothing is rounded: what a norm loses its readers have, once; what one linear's rows lose the next
+    one's columns have."""
     source = outliers(kind)
-    report = quantize(source, tmp_path / "out", method="none", outlier_suppression="awq", format="plain", **JOB)
+    report = quantize(
+        source, tmp_path / "out", method="none", outlier_suppression="awq", format="plain", **JOB
+    )
     assert report["function"]["kl"] < 1e-6 and report["function"]["preserved"]
     before, after = load_all(source), load_all(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -159,10 +191,13 @@ def test_folds_alone_leave_every_product_as_it_is(kind: str, outliers: Callable[
         module = name.removesuffix(".weight")
         factor = factors.get(module, torch.ones(()))
         ratio = after[name].float() / before[name].float() / factor
-        if module in rows:  # v for o and up for down: a power of two for each output, and for the input of the other
+        # v for o and up for down: a power of two for each output, and for the input of the other
+        if module in rows:
             ratio = ratio / ratio[:, :1]
         elif module in columns:
-            assert bool((ratio == ratio[:1]).all()) and bool((ratio.log2() == ratio.log2().round()).all()), name
+            assert bool((ratio == ratio[:1]).all()) and bool((ratio.log2() == ratio.log2().round()).all()), (
+                name
+            )
             scaled += int((ratio[0] != 1).sum())
             continue
         assert bool((ratio == 1).all()), name
@@ -171,20 +206,28 @@ def test_folds_alone_leave_every_product_as_it_is(kind: str, outliers: Callable[
     assert all(t.equal for t in compare(tmp_path / "out", source).tensors)
 
 
-def factors_of(report: dict[str, Any], before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Linear → what its input was divided by, fp32 [K], as the norm in front of it tells; of those behind a norm."""
+def factors_of(
+    report: dict[str, Any], before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Linear → what its input was divided by, fp32 [K], as the norm in front of it tells; of those behind a
+    norm."""
     found = {}
     for fold in report["folds"].values():
         if fold["kind"] == "norm":
             name = f"{fold['source']}.weight"
-            found |= dict.fromkeys(fold["linears"], norm_factors(before[name], after[name], fold["norm_offset"]))
+            found |= dict.fromkeys(
+                fold["linears"], norm_factors(before[name], after[name], fold["norm_offset"])
+            )
     return found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_no_candidate_of_the_search_stays_in_the_weights(dtype: torch.dtype, outliers: Callable[..., Path], tmp_path: Path) -> None:
-    """AutoAWQ, on a CPU, scales its snapshot of the weights together with them, and so goes on from its first candidate. Here the codes are, bit
-    for bit, those of the source's own weights times the factors that the norm lost. In fp32 every conversion is a view of the same memory."""
+def test_no_candidate_of_the_search_stays_in_the_weights(
+    dtype: torch.dtype, outliers: Callable[..., Path], tmp_path: Path
+) -> None:
+    """AutoAWQ, on a CPU, scales its snapshot of the weights together with them, and so goes on from its first
+    candidate. Here the codes are, bit for bit, those of the source's own weights times the factors that the
+    norm lost. In fp32 every conversion is a view of the same memory."""
     source = outliers(dtype=dtype)
     scheme = resolve_scheme("w4a16-asym", group_size=32).weights
     report = quantize(source, tmp_path / "out", method="awq", group_size=32, clip_search=False, **JOB)
@@ -199,12 +242,16 @@ def test_no_candidate_of_the_search_stays_in_the_weights(dtype: torch.dtype, out
         assert wanted.zeros is not None and made.zeros is not None
         assert torch.equal(made.codes, wanted.codes) and torch.equal(made.zeros, wanted.zeros), name
         ratio = made.scales.float() / wanted.scales.float()
-        assert bool((ratio == ratio[:, :1]).all()) and bool((ratio.log2() == ratio.log2().round()).all()), name
+        assert bool((ratio == ratio[:, :1]).all()) and bool((ratio.log2() == ratio.log2().round()).all()), (
+            name
+        )
         if not name.endswith(("v_proj", "up_proj")):
             assert torch.equal(made.scales, wanted.scales), name
 
 
-def test_the_block_keeps_its_weights_while_candidates_are_tried(outliers: Callable[..., Path], tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_block_keeps_its_weights_while_candidates_are_tried(
+    outliers: Callable[..., Path], tmp_path: Path, monkeypatch: Any
+) -> None:
     """Fp32, where the weights that the search is given could be the model's own."""
     source = outliers(dtype=torch.float32)
     before = load_all(source)
@@ -228,7 +275,9 @@ def test_the_block_keeps_its_weights_while_candidates_are_tried(outliers: Callab
 
 
 @pytest.mark.parametrize("scheme", ["w8a16-asym", "w8a8-int8", "w8a8-fp8"])
-def test_eight_bits_behind_folds_are_the_function_of_the_source(scheme: str, outliers: Callable[..., Path], tmp_path: Path) -> None:
+def test_eight_bits_behind_folds_are_the_function_of_the_source(
+    scheme: str, outliers: Callable[..., Path], tmp_path: Path
+) -> None:
     source = outliers()
     size = {"group_size": 32} if scheme == "w8a16-asym" else {}
     small: dict[str, Any] = {"length": 64, "chunks": 4}
@@ -241,12 +290,15 @@ def test_eight_bits_behind_folds_are_the_function_of_the_source(scheme: str, out
     assert scaled.mean < 0.05 and scaled.mean < 1.5 * rounded.mean, (scaled, rounded)
 
 
-def test_dead_channels_and_groups_of_zeros_go_through_a_whole_job(outliers: Callable[..., Path], tmp_path: Path) -> None:
+def test_dead_channels_and_groups_of_zeros_go_through_a_whole_job(
+    outliers: Callable[..., Path], tmp_path: Path
+) -> None:
     source = outliers()
     tensors = load_all(source)
     tensors["model.layers.0.input_layernorm.weight"][[0, 7]] = 0  # inputs that are always zero
     tensors["model.layers.0.self_attn.q_proj.weight"][:, :32] = 0
-    tensors["model.layers.1.mlp.up_proj.weight"][5:40] = 0  # outputs that are always zero, and with them inputs of down_proj
+    # outputs that are always zero, and with them inputs of down_proj
+    tensors["model.layers.1.mlp.up_proj.weight"][5:40] = 0
     tensors["model.layers.1.mlp.down_proj.weight"][:] = 0
     save_all(source, tensors)
     report = quantize(source, tmp_path / "out", method="awq", group_size=32, **JOB)

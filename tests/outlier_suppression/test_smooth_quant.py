@@ -26,11 +26,16 @@ TEXT: dict[str, Any] = {"samples": 4, "sequence_length": 64, "calibration_datase
 
 
 def smoothed(source: Path, output: Path, **options: Any) -> dict[str, Any]:
-    return quantize(source, output, **({"method": "none", "format": "plain", "outlier_suppression": "smooth_quant"} | TEXT | options))
+    return quantize(
+        source,
+        output,
+        **({"method": "none", "format": "plain", "outlier_suppression": "smooth_quant"} | TEXT | options),
+    )
 
 
 def outliers(k: int = 64, n: int = 48, tokens: int = 300) -> tuple[torch.Tensor, Statistics]:
-    """A weight and the statistics of inputs among which four are a hundred times larger than the rest; the last is always zero."""
+    """A weight and the statistics of inputs among which four are a hundred times larger than the rest; the
+    last is always zero."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(tokens, k, generator=generator)
     x[:, :4] *= 100
@@ -94,7 +99,9 @@ def test_fp32_is_smoothed_too(checkpoints: Callable[..., Path], tmp_path: Path) 
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3"])
-def test_smoothing_alone_leaves_the_function_as_it_is(kind: str, checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+def test_smoothing_alone_leaves_the_function_as_it_is(
+    kind: str, checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
     source = checkpoints(kind)
     report = smoothed(source, tmp_path / "out", alpha=0.8)
     same = report["function"]
@@ -102,13 +109,17 @@ def test_smoothing_alone_leaves_the_function_as_it_is(kind: str, checkpoints: Ca
     assert same["preserved"] and same["kl"] < (1e-4 if kind.startswith("gemma") else 1e-12)
     assert len(report["tensors"]["folded"]) >= 4
     before, after = load_all(source), load_all(tmp_path / "out")
-    assert {n: (t.dtype, t.shape) for n, t in before.items()} == {n: (t.dtype, t.shape) for n, t in after.items()}
+    assert {n: (t.dtype, t.shape) for n, t in before.items()} == {
+        n: (t.dtype, t.shape) for n, t in after.items()
+    }
     changed = {n for n in before if not torch.equal(before[n], after[n])}
     assert any("norm" in n for n in changed) and any("_proj" in n for n in changed)
     assert not any(n.endswith(("o_proj.weight", "down_proj.weight", "embed_tokens.weight")) for n in changed)
 
 
-def test_a_result_that_is_another_function_is_not_published(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_that_is_another_function_is_not_published(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fold = blocks.fold_norm
 
     def broken(*args: Any) -> Any:
@@ -123,7 +134,10 @@ def test_a_result_that_is_another_function_is_not_published(llama: Path, tmp_pat
 
 def test_preserved_means_a_small_and_finite_difference() -> None:
     assert Preservation(1e-6, 0.01, 10).preserved
-    assert not Preservation(1e-3, 0.01, 10).preserved and not Preservation(float("nan"), float("nan"), 10).preserved
+    assert (
+        not Preservation(1e-3, 0.01, 10).preserved
+        and not Preservation(float("nan"), float("nan"), 10).preserved
+    )
 
 
 @dataclass(frozen=True)
@@ -133,19 +147,24 @@ class Recording(IdentityQuantizer):
     seen: ClassVar[list[Statistics]] = []
     needs: ClassVar[frozenset[str]] = frozenset({"hessian", "range"})
 
-    def __call__(self, weight: torch.Tensor, statistics: Statistics | None, *args: Any, **more: Any) -> Quantized:
+    def __call__(
+        self, weight: torch.Tensor, statistics: Statistics | None, *args: Any, **more: Any
+    ) -> Quantized:
         assert statistics is not None
         self.seen.append(statistics)
         return super().__call__(weight, statistics, *args, **more)
 
 
-def test_a_method_sees_the_statistics_of_the_smoothed_model(checkpoints: Callable[..., Path], tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_method_sees_the_statistics_of_the_smoothed_model(
+    checkpoints: Callable[..., Path], tmp_path: Path, monkeypatch: Any
+) -> None:
     source = checkpoints("llama", dtype=torch.float32)
     monkeypatch.setitem(QuantizerRegistry._entries, "none", Recording)
 
     def recorded(path: Path, name: str, suppressor: str) -> list[Statistics]:
         Recording.seen.clear()
-        alpha = {} if suppressor == "none" else {"alpha": 1.0}  # random weights and inputs are even: a middle alpha would leave them so
+        # random weights and inputs are even: a middle alpha would leave them so
+        alpha = {} if suppressor == "none" else {"alpha": 1.0}
         smoothed(path, tmp_path / name, outlier_suppression=suppressor, **alpha)
         return list(Recording.seen)
 
@@ -166,15 +185,29 @@ def test_quantizing_after_smoothing_keeps_the_function_near(method: str, llama: 
     from quant.evaluation.quality import evaluate
 
     report = quantize(
-        llama, tmp_path / "out", method=method, scheme="w8a8-int8", format="plain", outlier_suppression="smooth_quant", alpha="auto", **TEXT
+        llama,
+        tmp_path / "out",
+        method=method,
+        scheme="w8a8-int8",
+        format="plain",
+        outlier_suppression="smooth_quant",
+        alpha="auto",
+        **TEXT,
     )
     assert report["verify"]["passed"] and len(report["folds"]) == 4
     result = evaluate(tmp_path / "out", against=llama, text=short_text(), length=64, chunks=4)
     assert result.kl is not None and 0 < result.kl.mean < 1e-3
 
 
-def test_an_interrupted_job_goes_on_to_the_same_bytes(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options: dict[str, Any] = {"method": "gptq", "scheme": "w8a8-int8", "format": "plain", "outlier_suppression": "smooth_quant"}
+def test_an_interrupted_job_goes_on_to_the_same_bytes(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {
+        "method": "gptq",
+        "scheme": "w8a8-int8",
+        "format": "plain",
+        "outlier_suppression": "smooth_quant",
+    }
     whole = quantize(llama, tmp_path / "whole", **options, **TEXT)
     write = manager.write_unit
 

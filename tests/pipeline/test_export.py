@@ -1,4 +1,5 @@
-"""Checkpoints of other programs through export: values kept, configs mended, what cannot be kept refused or paid for in the report."""
+"""Checkpoints of other programs through export: values kept, configs mended, what cannot be kept refused or
+paid for in the report."""
 
 from __future__ import annotations
 
@@ -27,8 +28,11 @@ def test_checkpoints_of_other_programs_keep_their_values(peer: str, form: str, t
     assert verify(tmp_path / "out").passed and (tmp_path / "out" / "tokenizer.json").is_file()
     found = compare(tmp_path / "out", PEERS / peer)
     assert not found.only_here and not found.only_there
-    # what plain rounds to 16 bits, and scales in another 16-bit type than the model's, lose nothing that four bits could hold
-    assert all(t.equal or (t.snr_db or 0) > 45 for t in found.tensors), [t for t in found.tensors if not t.equal]
+    # what plain rounds to 16 bits, and scales in another 16-bit type than the model's, lose nothing that four
+    # bits could hold
+    assert all(t.equal or (t.snr_db or 0) > 45 for t in found.tensors), [
+        t for t in found.tensors if not t.equal
+    ]
     near = [t for t in compare(tmp_path / "out", PEERS / "source").tensors if "_proj" in t.name]
     assert len(near) == 14 and all(t.snr_db is not None and t.snr_db > 15 for t in near)
 
@@ -39,16 +43,23 @@ def test_the_default_format_of_a_gemv_file_is_gemm(tmp_path: Path) -> None:
     assert gemm.keys() == out.keys() and all(torch.equal(out[k], gemm[k]) for k in gemm)
 
 
-def test_groups_in_activation_order_are_refused_or_rounded_anew_at_a_price_that_is_told(tmp_path: Path) -> None:
+def test_groups_in_activation_order_are_refused_or_rounded_anew_at_a_price_that_is_told(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(Problems, match="--requantize rounds those linears anew"):
         export(PEERS / "auto-gptq", tmp_path / "no", "compressed-tensors")
     assert not (tmp_path / "no").exists()
     plain = export(PEERS / "auto-gptq", tmp_path / "plain", "plain")
     assert plain["requantized"] == {}
     near = [t for t in compare(tmp_path / "plain", PEERS / "source").tensors if "_proj" in t.name]
-    assert len(near) == 14 and all(t.snr_db is not None and t.snr_db > 15 for t in near)  # read in its order: in another one it is noise
+    # read in its order: in another one it is noise
+    assert len(near) == 14 and all(t.snr_db is not None and t.snr_db > 15 for t in near)
     report = export(PEERS / "auto-gptq", tmp_path / "out", "compressed-tensors", requantize=True)
-    differences = {t.name.removesuffix(".weight"): t.snr_db for t in compare(tmp_path / "out", tmp_path / "plain").tensors if not t.equal}
+    differences = {
+        t.name.removesuffix(".weight"): t.snr_db
+        for t in compare(tmp_path / "out", tmp_path / "plain").tensors
+        if not t.equal
+    }
     assert differences.keys() == report["requantized"].keys() and len(differences) == 14
     for name, snr in differences.items():
         assert snr == pytest.approx(report["requantized"][name]["snr_db"], abs=0.02) and snr > 20
@@ -59,7 +70,9 @@ def test_an_old_autogptq_folder_gets_its_config_and_file_names(tmp_path: Path) -
     assert "quantization_config taken from quantize_config.json into config.json" in report["repairs"]
     assert any("quant_method 'gptq' added" in r for r in report["repairs"])
     assert read_config(tmp_path / "out")["quantization_config"]["quant_method"] == "awq"
-    assert not (tmp_path / "out" / "quantize_config.json").exists() and not list((tmp_path / "out").glob("gptq_model*"))
+    assert not (tmp_path / "out" / "quantize_config.json").exists() and not list(
+        (tmp_path / "out").glob("gptq_model*")
+    )
 
 
 def test_symmetric_weights_are_seen_behind_awq_zero_points(quantized: Any, tmp_path: Path) -> None:
@@ -108,21 +121,27 @@ def test_configs_of_older_programs_are_mended(name: str, repair: str, tmp_path: 
 
 def test_everything_that_is_missing_is_named_at_once(tmp_path: Path) -> None:
     path = copy_model(PEERS / "awq-gemm", tmp_path / "m")
-    save_all(path, {k: v for k, v in load_all(path).items() if k not in (f"{LINEAR}.scales", f"{LINEAR}.qzeros")})
+    save_all(
+        path, {k: v for k, v in load_all(path).items() if k not in (f"{LINEAR}.scales", f"{LINEAR}.qzeros")}
+    )
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("x")
     with pytest.raises(Problems) as error:
         export(path, tmp_path / "full", "compressed-tensors")
     assert len(error.value.problems) == 3
     assert (
-        "is not empty" in str(error.value) and f"no qzeros ({LINEAR})" in str(error.value) and f"no scales ({LINEAR})" in str(error.value)
+        "is not empty" in str(error.value)
+        and f"no qzeros ({LINEAR})" in str(error.value)
+        and f"no scales ({LINEAR})" in str(error.value)
     )
 
 
 def test_words_without_any_config_and_marlin_files_are_refused(tmp_path: Path) -> None:
     path = copy_model(PEERS / "awq-gemm", tmp_path / "m")
     change_config(path, quantization_config=...)
-    with pytest.raises(CheckpointError, match="neither config.json nor quantize_config.json nor quant_config.json says"):
+    with pytest.raises(
+        CheckpointError, match="neither config.json nor quantize_config.json nor quant_config.json says"
+    ):
         export(path, tmp_path / "out")
     marlin = copy_model(PEERS / "auto-gptq", tmp_path / "marlin")
     stated = json.loads((marlin / "quantize_config.json").read_text())

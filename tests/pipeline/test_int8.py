@@ -1,4 +1,5 @@
-"""Passes in 8-bit products: close to 16-bit ones whatever the inputs hold, and the same when they are made again."""
+"""Passes in 8-bit products: close to 16-bit ones whatever the inputs hold, and the same when they are made
+again."""
 
 from __future__ import annotations
 
@@ -16,7 +17,10 @@ from quant.pipeline.int8 import Int8Linear, SharedCodes, encode, in_int8, int8_p
 from tests.helpers import LATENT, TINYLM, quantize, weight_files
 from tests.pipeline.test_resume import Stopped, stop_after
 
-pytestmark = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this CPU has no VNNI, without which the products are not exact")
+pytestmark = pytest.mark.skipif(
+    not torch.cpu._is_vnni_supported(),
+    reason="this CPU has no VNNI, without which the products are not exact",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -35,12 +39,16 @@ def inputs(tokens: int, k: int) -> torch.Tensor:
 
 
 def error(found: torch.Tensor, x: torch.Tensor, linear: nn.Linear) -> float:
-    """Of the token that is worst off, relative to what the magnitudes of its inputs and of the weights make of it; outlying tokens are their own scale."""
+    """Of the token that is worst off, relative to what the magnitudes of its inputs and of the weights make
+    of it; outlying tokens are their own scale."""
     wanted = x.double() @ linear.weight.double().t() + (0 if linear.bias is None else linear.bias.double())
     return float(((found.double() - wanted).square().sum(-1) / wanted.square().sum(-1)).sqrt().max())
 
 
-@pytest.mark.parametrize(("tokens", "k", "n"), [(512, 256, 768), (2048, 1024, 96), (1, 64, 64), (3, 16, 5), (2, 96, 1), (33, 100, 70)])
+@pytest.mark.parametrize(
+    ("tokens", "k", "n"),
+    [(512, 256, 768), (2048, 1024, 96), (1, 64, 64), (3, 16, 5), (2, 96, 1), (33, 100, 70)],
+)
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_pass_is_off_by_about_one_percent(tokens: int, k: int, n: int, bias: bool) -> None:
     linear, x = made(n, k, bias), inputs(tokens, k)
@@ -97,7 +105,9 @@ def _tokens_of_any_size(x: torch.Tensor, linear: nn.Linear) -> None:
         _tokens_of_any_size,
     ],
 )
-def test_numbers_far_beyond_the_others_do_not_drown_them(change: Callable[[torch.Tensor, nn.Linear], None]) -> None:
+def test_numbers_far_beyond_the_others_do_not_drown_them(
+    change: Callable[[torch.Tensor, nn.Linear], None],
+) -> None:
     linear, x = made(96, 512), inputs(300, 512)
     change(x, linear)
     found = Int8Linear(linear, SharedCodes())(x)
@@ -149,7 +159,10 @@ def test_only_a_cpu_without_amx_takes_them(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_torch_without_the_product_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
     assert int8._exact.__wrapped__()
-    for product in (lambda *_: torch.zeros(8, 8, dtype=torch.bfloat16), lambda *_: torch.ops.onednn.no_such_product()):
+    for product in (
+        lambda *_: torch.zeros(8, 8, dtype=torch.bfloat16),
+        lambda *_: torch.ops.onednn.no_such_product(),
+    ):
         monkeypatch.setattr(int8, "_product", product)
         assert not int8._exact.__wrapped__()
 
@@ -173,10 +186,16 @@ def test_an_interrupted_job_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("kind", "settings", "options"),
     [
-        ("gptj", {}, {}),  # attention and MLP side by side: the MLP's first linear shares q's input, and runs after o
+        # attention and MLP side by side: the MLP's first linear shares q's input, and runs after o
+        ("gptj", {}, {}),
         ("cohere", {"num_hidden_layers": 3}, {}),
-        ("deepseek_v3", LATENT | {"num_hidden_layers": 3, "first_k_dense_replace": 3}, {}),  # kv_a shares q_a's input, and runs after q_b
-        ("llama", {"num_hidden_layers": 3}, {"rules": [{"layers": "*.k_proj", "bits": 8, "group_size": 32}], "format": "plain"}),
+        # kv_a shares q_a's input, and runs after q_b
+        ("deepseek_v3", LATENT | {"num_hidden_layers": 3, "first_k_dense_replace": 3}, {}),
+        (
+            "llama",
+            {"num_hidden_layers": 3},
+            {"rules": [{"layers": "*.k_proj", "bits": 8, "group_size": 32}], "format": "plain"},
+        ),
     ],
 )
 def test_linears_that_share_an_input_and_run_at_other_times_do_too(

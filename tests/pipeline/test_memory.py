@@ -28,7 +28,9 @@ def test_a_job_begins_large_tensors_at_pages_and_no_child_inherits_that() -> Non
     ("given", "spins"),
     [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "30000000000")],
 )
-def test_waiting_threads_give_up_their_core_unless_the_user_says_otherwise(given: dict[str, str], spins: str) -> None:
+def test_waiting_threads_give_up_their_core_unless_the_user_says_otherwise(
+    given: dict[str, str], spins: str
+) -> None:
     program = "import os, quant; quant.QuantizationManager; print(os.environ.get('GOMP_SPINCOUNT'))"
     environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     done = subprocess.run(
@@ -49,7 +51,8 @@ def test_freed_memory_is_kept_until_it_is_given_back() -> None:
         "import quant\n"
         "from quant.pipeline.memory import freed_memory_kept, give_back\n"
         "import torch\n"
-        "def resident(): return next(int(l.split()[1]) >> 10 for l in open('/proc/self/status') if l.startswith('VmRSS'))\n"
+        "def resident(): return next(int(l.split()[1]) >> 10 for l in open('/proc/self/status') if "
+        "l.startswith('VmRSS'))\n"
         "with freed_memory_kept():\n"
         "    before = resident()\n"
         "    tensors = [torch.zeros(1 << 20) for _ in range(100)]\n"

@@ -1,4 +1,5 @@
-"""8-bit activations, FP8 and FP4 in one file or in some layers of it: verified, and evaluated against rounding written out."""
+"""8-bit activations, FP8 and FP4 in one file or in some layers of it: verified, and evaluated against
+rounding written out."""
 
 from __future__ import annotations
 
@@ -29,20 +30,29 @@ RULES: list[dict[str, Any]] = [
     {"layers": "*.layers.1.self_attn.o_proj", "scheme": "mxfp8"},
     {"layers": "*.layers.0.self_attn.o_proj", "skip": True},
     {"layers": "*.layers.0.self_attn.*", "scheme": "w8a8-int8"},
-    {"layers": "*.layers.1.self_attn.*", "scheme": "w8a8-int8", "activations": "static", "symmetric_activations": False},
+    {
+        "layers": "*.layers.1.self_attn.*",
+        "scheme": "w8a8-int8",
+        "activations": "static",
+        "symmetric_activations": False,
+    },
 ]
 
 
 @pytest.fixture(scope="module")
 def source(checkpoints: Callable[..., Path]) -> Path:
-    return checkpoints("llama", hidden_size=128, intermediate_size=256, num_attention_heads=2, num_key_value_heads=2)
+    return checkpoints(
+        "llama", hidden_size=128, intermediate_size=256, num_attention_heads=2, num_key_value_heads=2
+    )
 
 
 @pytest.fixture(scope="module")
 def mixed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Six kinds of numbers; NVFP4 in the MLPs."""
     output = tmp_path_factory.mktemp("mixed") / "out"
-    return output, quantize(source, output, method="minmax", scheme="nvfp4", kv_cache_scheme="fp8", rules=RULES, **TEXT)
+    return output, quantize(
+        source, output, method="minmax", scheme="nvfp4", kv_cache_scheme="fp8", rules=RULES, **TEXT
+    )
 
 
 def to_nearest(x: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
@@ -71,7 +81,9 @@ def rounded_input(name: str, x: torch.Tensor, tensors: dict[str, torch.Tensor]) 
     return (to_nearest(groups / scale, FP4) * scale).flatten(-2)
 
 
-def test_verify_passes_and_the_report_tells_every_part(source: Path, mixed: tuple[Path, dict[str, Any]]) -> None:
+def test_verify_passes_and_the_report_tells_every_part(
+    source: Path, mixed: tuple[Path, dict[str, Any]]
+) -> None:
     output, report = mixed
     result = verify(output, source=source)
     assert result.passed, result.failed
@@ -84,20 +96,36 @@ def test_verify_passes_and_the_report_tells_every_part(source: Path, mixed: tupl
     }
     quantization = read_config(output)["quantization_config"]
     assert quantization["format"] == "mixed-precision" and quantization["kv_cache_scheme"]["num_bits"] == 8
-    formats = {target: group["format"] for group in quantization["config_groups"].values() for target in group["targets"]}
+    formats = {
+        target: group["format"]
+        for group in quantization["config_groups"].values()
+        for target in group["targets"]
+    }
     assert formats == {
         **{f"model.layers.{b}.self_attn.{x}_proj": "int-quantized" for b in range(2) for x in "qkv"},
-        **{f"model.layers.{b}.mlp.{x}_proj": "nvfp4-pack-quantized" for b in range(2) for x in ("gate", "up")},
+        **{
+            f"model.layers.{b}.mlp.{x}_proj": "nvfp4-pack-quantized" for b in range(2) for x in ("gate", "up")
+        },
         "model.layers.1.self_attn.o_proj": "mxfp8-quantized",
         "model.layers.0.mlp.down_proj": "float-quantized",
         "model.layers.1.mlp.down_proj": "pack-quantized",
     }
-    assert set(quantization["ignore"]) == {"model.layers.0.self_attn.o_proj", "lm_head"} == set(report["unquantized_linears"])
-    assert {t.name for t in compare(output, source).tensors if not t.equal} == {f"{n}.weight" for n in formats}
+    assert (
+        set(quantization["ignore"])
+        == {"model.layers.0.self_attn.o_proj", "lm_head"}
+        == set(report["unquantized_linears"])
+    )
+    assert {t.name for t in compare(output, source).tensors if not t.equal} == {
+        f"{n}.weight" for n in formats
+    }
 
 
-@pytest.mark.parametrize("damage", ["a target lost", "a shard in another group", "a format of another group", "ignored"])
-def test_verify_sees_groups_that_do_not_fit(damage: str, mixed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "damage", ["a target lost", "a shard in another group", "a format of another group", "ignored"]
+)
+def test_verify_sees_groups_that_do_not_fit(
+    damage: str, mixed: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     folder = copy_model(mixed[0], tmp_path / "m")
     quantization = read_config(folder)["quantization_config"]
     groups = list(quantization["config_groups"].values())
@@ -115,18 +143,30 @@ def test_verify_sees_groups_that_do_not_fit(damage: str, mixed: tuple[Path, dict
     assert not verify(folder).passed
 
 
-def test_evaluate_rounds_each_input_as_its_own_scheme_says(source: Path, mixed: tuple[Path, dict[str, Any]]) -> None:
-    """Against the model of transformers with the dequantized weights, every input and K and V rounded by hand."""
+def test_evaluate_rounds_each_input_as_its_own_scheme_says(
+    source: Path, mixed: tuple[Path, dict[str, Any]]
+) -> None:
+    """Against the model of transformers with the dequantized weights, every input and K and V rounded by
+    hand."""
     from transformers import AutoModelForCausalLM
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     output = mixed[0]
     found = evaluate(output, against=source, **SMALL)
     assert found.kl is not None and found.activations is not None
-    for part in ("INT8 dynamic token", "INT8 static tensor asymmetric", "FP8 dynamic token", "NVFP4", "MXFP8", "FP8 KV cache"):
+    for part in (
+        "INT8 dynamic token",
+        "INT8 static tensor asymmetric",
+        "FP8 dynamic token",
+        "NVFP4",
+        "MXFP8",
+        "FP8 KV cache",
+    ):
         assert part in found.activations, found.activations
     rows = evaluation_rows(load_tokenizer(source), short_text(), SMALL["length"], SMALL["chunks"])
-    wanted_model, model = (AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval() for _ in range(2))
+    wanted_model, model = (
+        AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval() for _ in range(2)
+    )
     values, tensors = dequantized(open_checkpoint(output)), load_all(output)
     model.load_state_dict({n: values.read(n).float() for n in values.tensors})
     for name, module in model.named_modules():
@@ -134,9 +174,14 @@ def test_evaluate_rounds_each_input_as_its_own_scheme_says(source: Path, mixed: 
             module.register_forward_pre_hook(lambda m, x, name=name: (rounded_input(name, x[0], tensors),))
     eager = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-    def cached(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **more: Any) -> Any:
+    def cached(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **more: Any
+    ) -> Any:
         prefix = f"model.layers.{module.layer_idx}.self_attn"
-        key, value = (to_nearest(t / s, E4M3) * s for t, s in ((key, tensors[f"{prefix}.k_scale"]), (value, tensors[f"{prefix}.v_scale"])))
+        key, value = (
+            to_nearest(t / s, E4M3) * s
+            for t, s in ((key, tensors[f"{prefix}.k_scale"]), (value, tensors[f"{prefix}.v_scale"]))
+        )
         return eager(module, query, key, value, *args, **more)
 
     ALL_ATTENTION_FUNCTIONS.register("rounded", cached)
@@ -163,11 +208,24 @@ def copy_without_activations(output: Path, source: Path) -> float:
     return kl.mean
 
 
-NEW = ["w8a8-int8", "w8a8-fp8", "w8a8-fp8-tensor", "fp8-block", "w8a16-fp8", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "mxfp8"]
+NEW = [
+    "w8a8-int8",
+    "w8a8-fp8",
+    "w8a8-fp8-tensor",
+    "fp8-block",
+    "w8a16-fp8",
+    "nvfp4",
+    "nvfp4a16",
+    "mxfp4",
+    "mxfp4a16",
+    "mxfp8",
+]
 
 
 @pytest.mark.parametrize("scheme", NEW)
-def test_layer_wise_leaves_the_other_block_as_it_is(scheme: str, source: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+def test_layer_wise_leaves_the_other_block_as_it_is(
+    scheme: str, source: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
     text = ["--samples", "8", "--sequence-length", "64", "--calibration-dataset", short_text()]
     options = ["--method", "minmax", "--scheme", scheme, *text, "--json"]
     result = cli("layer-wise", "-m", source, "-o", tmp_path / "last", "--layers", "last:1", *options)

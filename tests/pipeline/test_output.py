@@ -1,4 +1,5 @@
-"""What a job leaves: every tensor accounted for, values equal to those the pipeline went on with, side files byte for byte."""
+"""What a job leaves: every tensor accounted for, values equal to those the pipeline went on with, side files
+byte for byte."""
 
 from __future__ import annotations
 
@@ -18,7 +19,17 @@ from quant.pipeline.plan import plan_job
 from quant.pipeline.records import Records
 from quant.quantizers import Quantized
 from quant.tensors import QuantizedTensor
-from tests.helpers import TINYLM, change_config, copy_model, files_of, load_all, quantize, read_config, recipe, save_all
+from tests.helpers import (
+    TINYLM,
+    change_config,
+    copy_model,
+    files_of,
+    load_all,
+    quantize,
+    read_config,
+    recipe,
+    save_all,
+)
 
 JOBS = [
     {"method": method, "format": form, "bits": bits, "symmetric": symmetric, "group_size": group}
@@ -58,7 +69,10 @@ def test_values_read_back_from_disk_are_those_that_the_pipeline_used(
     assert len(tensors) == 7 and report["verify"]["passed"]
     for name, tensor in tensors.items():
         values = tensor.dequantize()
-        assert torch.equal(back.read(f"{name}.weight").float(), values.bfloat16().float() if job["format"] == "plain" else values)
+        assert torch.equal(
+            back.read(f"{name}.weight").float(),
+            values.bfloat16().float() if job["format"] == "plain" else values,
+        )
 
 
 def test_the_bundled_model_read_back_by_the_official_package_has_the_values_that_the_pipeline_used(
@@ -67,7 +81,9 @@ def test_the_bundled_model_read_back_by_the_official_package_has_the_values_that
     tensors = caught(monkeypatch)
     report = quantize(tinylm, tmp_path / "out", method="gptq", samples=16, sequence_length=128)
     assert len(tensors) == 28 == len(report["layers"])
-    assert all(0 < x["error"] < 0.5 and x["snr_db"] > 10 and x["tokens"] == 16 * 128 for x in report["layers"])
+    assert all(
+        0 < x["error"] < 0.5 and x["snr_db"] > 10 and x["tokens"] == 16 * 128 for x in report["layers"]
+    )
     for name, values in official_values(tmp_path / "out").items():
         assert torch.equal(values, tensors[name].dequantize().bfloat16())
 
@@ -90,7 +106,9 @@ def official_values(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group", [-1, 32])
-def test_the_official_package_decompresses_to_our_values(bits: int, symmetric: bool, group: int, quantized: Callable[..., Path]) -> None:
+def test_the_official_package_decompresses_to_our_values(
+    bits: int, symmetric: bool, group: int, quantized: Callable[..., Path]
+) -> None:
     folder = quantized(bits=bits, symmetric=symmetric, group_size=group)
     ours, theirs = dequantized(open_checkpoint(folder)), official_values(folder)
     assert len(theirs) == 14
@@ -101,7 +119,9 @@ def test_the_official_package_decompresses_to_our_values(bits: int, symmetric: b
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group", [-1, 32])
-def test_what_the_official_package_compresses_is_read_to_its_values(bits: int, symmetric: bool, group: int) -> None:
+def test_what_the_official_package_compresses_is_read_to_its_values(
+    bits: int, symmetric: bool, group: int
+) -> None:
     from quant.formats import FormatRegistry, Linear
     from quant.schemes import WeightScheme
 
@@ -116,10 +136,19 @@ def test_what_the_official_package_compresses_is_read_to_its_values(bits: int, s
     state = {"weight": torch.randn(n, k, generator=generator), "weight_scale": scale}
     if not symmetric:
         state["weight_zero_point"] = zero
-    arguments = QuantizationArgs(num_bits=bits, symmetric=symmetric, strategy=scheme.strategy, group_size=None if group == -1 else group)
+    arguments = QuantizationArgs(
+        num_bits=bits,
+        symmetric=symmetric,
+        strategy=scheme.strategy,
+        group_size=None if group == -1 else group,
+    )
     official = QuantizationScheme(targets=["Linear"], weights=arguments)
-    packed = compressors.PackedQuantizationCompressor.compress({k: v.clone() for k, v in state.items()}, official)
-    ours = FormatRegistry.get("compressed-tensors").unpack(Linear("x", n, k, scheme), {f"x.{k}": v for k, v in packed.items()}, {})
+    packed = compressors.PackedQuantizationCompressor.compress(
+        {k: v.clone() for k, v in state.items()}, official
+    )
+    ours = FormatRegistry.get("compressed-tensors").unpack(
+        Linear("x", n, k, scheme), {f"x.{k}": v for k, v in packed.items()}, {}
+    )
     theirs = compressors.PackedQuantizationCompressor.decompress(dict(packed), official)["weight"]
     assert torch.equal(ours.dequantize(), theirs)
     assert ours.zeros is None or torch.equal(ours.zeros, zero)
@@ -132,9 +161,13 @@ def test_every_tensor_of_the_source_is_quantized_or_copied_and_the_report_says_w
     folder = quantized(format=form, layers="0", ignore=["o_proj"])
     report = json.loads((folder / "quant_report.json").read_text())
     before, after = load_all(llama), load_all(folder)
-    assert sorted(report["tensors"]["quantized"] + report["tensors"]["copied"]) == sorted(before) and report["tensors"]["dropped"] == []
+    assert (
+        sorted(report["tensors"]["quantized"] + report["tensors"]["copied"]) == sorted(before)
+        and report["tensors"]["dropped"] == []
+    )
     assert {n.removeprefix("model.layers.0.") for n in report["tensors"]["quantized"]} == {
-        f"{m}_proj.weight" for m in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up", "mlp.down")
+        f"{m}_proj.weight"
+        for m in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up", "mlp.down")
     }
     for name in report["tensors"]["copied"]:
         assert torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8))
@@ -144,14 +177,17 @@ def test_every_tensor_of_the_source_is_quantized_or_copied_and_the_report_says_w
         "plain": ["weight"],
     }
     made = sorted(n for n in after if n not in report["tensors"]["copied"])
-    assert made == sorted(n.removesuffix("weight") + s for n in report["tensors"]["quantized"] for s in suffixes[form])
+    assert made == sorted(
+        n.removesuffix("weight") + s for n in report["tensors"]["quantized"] for s in suffixes[form]
+    )
     assert report["output_bytes"] == sum(f.stat().st_size for f in folder.glob("*.safetensors"))
 
 
 def test_side_files_are_byte_for_byte_and_config_is_written_last(llama: Path, tmp_path: Path) -> None:
     source = copy_model(llama, tmp_path / "source")
     extra = {
-        "chat_template.jinja": b"{{ x }}\r\n", "modeling_x.py": b"import os\n", "sub/dir/notes.bin.txt": bytes(range(256)), "LICENSE": b"",
+        "chat_template.jinja": b"{{ x }}\r\n", "modeling_x.py": b"import os\n",
+        "sub/dir/notes.bin.txt": bytes(range(256)), "LICENSE": b"",
         "recipe.yaml": b"old: yes", "quantize_config.json": b"{}", "original/consolidated.pth": b"pickle",
     }  # fmt: skip
     for name, content in extra.items():
@@ -160,11 +196,18 @@ def test_side_files_are_byte_for_byte_and_config_is_written_last(llama: Path, tm
     report = quantize(source, tmp_path / "out", group_size=32)
     before, after = files_of(source), files_of(tmp_path / "out")
     dropped = {"recipe.yaml", "quantize_config.json", "original/consolidated.pth"}
-    assert {d["file"] for d in report["side_files_dropped"]} == dropped and all(d["reason"] for d in report["side_files_dropped"])
+    assert {d["file"] for d in report["side_files_dropped"]} == dropped and all(
+        d["reason"] for d in report["side_files_dropped"]
+    )
     for name in set(before) - dropped - {"model.safetensors", "config.json"}:
         assert after[name] == before[name], name
     made = set(after) - set(before)
-    assert made == {"quant_report.json", "vllm_config.json", INDEX, *(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3))}
+    assert made == {
+        "quant_report.json",
+        "vllm_config.json",
+        INDEX,
+        *(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)),
+    }
     written = {n: os.stat(tmp_path / "out" / n).st_mtime_ns for n in after}
     assert max(written, key=lambda n: written[n] if n != "quant_report.json" else 0) == "config.json"
 
@@ -173,13 +216,22 @@ def test_side_files_are_byte_for_byte_and_config_is_written_last(llama: Path, tm
 def test_a_tied_head_stays_tied(form: str, checkpoints: Callable[..., Path], tmp_path: Path) -> None:
     source = checkpoints("llama", tie=True)
     quantize(source, tmp_path / "out", group_size=32, format=form, method="gptq")
-    assert "lm_head.weight" not in load_all(tmp_path / "out") and read_config(tmp_path / "out")["tie_word_embeddings"] is True
-    assert torch.equal(load_all(tmp_path / "out")["model.embed_tokens.weight"], load_all(source)["model.embed_tokens.weight"])
+    assert (
+        "lm_head.weight" not in load_all(tmp_path / "out")
+        and read_config(tmp_path / "out")["tie_word_embeddings"] is True
+    )
+    assert torch.equal(
+        load_all(tmp_path / "out")["model.embed_tokens.weight"], load_all(source)["model.embed_tokens.weight"]
+    )
 
 
-def test_a_sharded_source_gives_the_bytes_that_a_single_file_gives(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_sharded_source_gives_the_bytes_that_a_single_file_gives(
+    checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
     hashes = [
-        quantize(checkpoints("llama", shard=shard), tmp_path / shard, group_size=32, method="gptq")["output_hash"]
+        quantize(checkpoints("llama", shard=shard), tmp_path / shard, group_size=32, method="gptq")[
+            "output_hash"
+        ]
         for shard in ("5GB", "50KB")
     ]
     assert hashes[0] == hashes[1]
@@ -197,10 +249,16 @@ def test_a_hub_cache_is_quantized_through_its_links(llama: Path, tmp_path: Path)
     assert not any(f.is_symlink() for f in (tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "stablelm"])
-def test_every_family_goes_through_gptq_with_less_error_than_rounding(kind: str, checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "stablelm"]
+)
+def test_every_family_goes_through_gptq_with_less_error_than_rounding(
+    kind: str, checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
     source = checkpoints(kind)
-    solved = quantize(source, tmp_path / "gptq", method="gptq", group_size=32, samples=24, sequence_length=128)
+    solved = quantize(
+        source, tmp_path / "gptq", method="gptq", group_size=32, samples=24, sequence_length=128
+    )
     assert solved["verify"]["passed"] and not [f for f in solved["fallbacks"] if "rounded" in f["fallback"]]
     biases = [n for n in load_all(source) if n.endswith("_proj.bias")]
     assert bool(biases) == (kind == "qwen2")
@@ -232,7 +290,9 @@ def test_predicted_bytes_are_the_bytes_written(checkpoints: Callable[..., Path],
         assert written == {s.file: s.nbytes for u in plan.units for s in u.shards}
 
 
-def test_shards_close_at_their_size_and_never_inside_a_linear(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_close_at_their_size_and_never_inside_a_linear(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from quant.pipeline import plan as plan_module
 
     monkeypatch.setattr(plan_module, "SHARD_BYTES", 3000)
@@ -256,41 +316,56 @@ def test_a_nan_weight_stops_the_job_and_leaves_no_output(llama: Path, tmp_path: 
     tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = torch.nan
     save_all(source, tensors)
     for method in ("minmax", "gptq"):
-        with pytest.raises(CheckpointError, match="model.layers.1.mlp.down_proj.weight holds NaN or infinity"):
+        with pytest.raises(
+            CheckpointError, match="model.layers.1.mlp.down_proj.weight holds NaN or infinity"
+        ):
             quantize(source, tmp_path / method, method=method, group_size=32)
         assert not (tmp_path / method).exists()
 
 
 def test_the_report_has_the_keys_of_the_contract_and_is_the_file(tmp_path: Path) -> None:
     report = quantize(TINYLM, tmp_path / "out")
-    contract = "output_path method scheme format source_bytes output_bytes seconds peak_rss_bytes peak_gpu_bytes layers fallbacks tensors verify output_hash"
+    contract = (
+        "output_path method scheme format source_bytes output_bytes seconds peak_rss_bytes "
+        "peak_gpu_bytes layers fallbacks tensors verify output_hash"
+    )
     assert set(contract.split()) <= set(report)
     assert {"name", "scheme", "error", "seconds", "fallback"} <= set(report["layers"][0])
     assert set(report["tensors"]) == {"quantized", "copied", "folded", "added", "dropped"}
     assert json.loads((tmp_path / "out" / "quant_report.json").read_text()) == json.loads(json.dumps(report))
-    assert report["bits_per_weight"] == pytest.approx(4 + 16 / 128 + 8 * 28 * 16 / (4 * (256 * 512 + 256 * 256 + 768 * 768)), abs=1e-3)
+    assert report["bits_per_weight"] == pytest.approx(
+        4 + 16 / 128 + 8 * 28 * 16 / (4 * (256 * 512 + 256 * 256 + 768 * 768)), abs=1e-3
+    )
 
 
-def test_an_fp16_model_goes_on_with_the_values_that_its_plain_file_holds(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+def test_an_fp16_model_goes_on_with_the_values_that_its_plain_file_holds(
+    checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
     """On a CPU its blocks run in fp32: the next block must still see what the file holds."""
     source = checkpoints("llama", dtype=torch.float16)
     quantize(source, tmp_path / "out", method="gptq", group_size=32, format="plain", bits=2, layers="0")
     report = quantize(source, tmp_path / "both", method="gptq", group_size=32, format="plain", bits=2)
     mixed = copy_model(tmp_path / "out", tmp_path / "mixed")
     (mixed / "quant_report.json").unlink()
-    again = quantize(mixed, tmp_path / "second", method="gptq", group_size=32, format="plain", bits=2, layers="1")
+    again = quantize(
+        mixed, tmp_path / "second", method="gptq", group_size=32, format="plain", bits=2, layers="1"
+    )
     assert again["output_hash"] == report["output_hash"]
 
 
 def test_a_gptq_checkpoint_carries_the_side_file_that_autogptq_reads(quantized: Callable[..., Path]) -> None:
     folder = quantized(method="minmax", format="gptq")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    assert json.loads((folder / "quantize_config.json").read_text(encoding="utf-8")) == config["quantization_config"]
+    assert (
+        json.loads((folder / "quantize_config.json").read_text(encoding="utf-8"))
+        == config["quantization_config"]
+    )
     assert not (quantized(method="minmax") / "quantize_config.json").exists()
 
 
 def test_outliers_that_few_bits_lose_are_named(llama: Path, tmp_path: Path) -> None:
-    """One feature of the first block's input a few hundred times stronger, and read by weights as much weaker: the function is the same."""
+    """One feature of the first block's input a few hundred times stronger, and read by weights as much
+    weaker: the function is the same."""
     source = copy_model(llama, tmp_path / "model")
     tensors = load_all(source)
     tensors["model.layers.0.input_layernorm.weight"][5] *= 256
@@ -299,8 +374,16 @@ def test_outliers_that_few_bits_lose_are_named(llama: Path, tmp_path: Path) -> N
     save_all(source, tensors)
 
     def told(**options: Any) -> set[str]:
-        report = quantize(source, tmp_path / "-".join(["out", *map(str, options.values())]), method="gptq", group_size=32, **options)
-        return {x["name"] for x in report["layers"] if any("--outlier-suppression awq" in n for n in x["notes"])}
+        report = quantize(
+            source,
+            tmp_path / "-".join(["out", *map(str, options.values())]),
+            method="gptq",
+            group_size=32,
+            **options,
+        )
+        return {
+            x["name"] for x in report["layers"] if any("--outlier-suppression awq" in n for n in x["notes"])
+        }
 
     assert told() == {f"model.layers.0.self_attn.{x}_proj" for x in "qkv"}
     assert told(outlier_suppression="awq") == told(bits=8) == set()

@@ -32,14 +32,23 @@ def test_all_problems_are_listed_together(quantized: Callable[..., Path], tmp_pa
     (tmp_path / "out" / "x").write_text("x")
     source = copy_model(quantized(layers="0"), tmp_path / "source")
     problems = problems_of(source, tmp_path / "out", group_size=256, bits=3, layers="1")
-    for part in ("is already quantized", "the output directory is not empty", "3: use --format plain", "do not divide into groups of 256"):
+    for part in (
+        "is already quantized",
+        "the output directory is not empty",
+        "3: use --format plain",
+        "do not divide into groups of 256",
+    ):
         assert any(part in p for p in problems), part
     assert len(problems) >= 4
 
 
-def test_a_group_size_that_does_not_divide_names_the_layers_and_one_that_does(llama: Path, tmp_path: Path) -> None:
+def test_a_group_size_that_does_not_divide_names_the_layers_and_one_that_does(
+    llama: Path, tmp_path: Path
+) -> None:
     (problem,) = problems_of(llama, tmp_path / "out", group_size=64)
-    assert problem.startswith("model.layers.*.mlp.down_proj: 96 inputs do not divide into groups of 64: use --group-size 32 or -1")
+    assert problem.startswith(
+        "model.layers.*.mlp.down_proj: 96 inputs do not divide into groups of 64: use --group-size 32 or -1"
+    )
     (problem,) = problems_of(llama, tmp_path / "out", group_size=64, layers="down_proj")
     assert "or --ignore 'down_proj'" in problem
     assert len(plan_job(recipe(llama, tmp_path / "out", group_size=64, ignore=["down_proj"])).linears) == 12
@@ -65,7 +74,9 @@ def test_shapes_are_checked_for_the_ranks_that_will_serve_them(
 
 
 @pytest.mark.parametrize(("ignored", "left"), [("k_proj", "k_proj"), ("gate_proj", "gate_proj")])
-def test_a_fused_layer_is_quantized_as_a_whole_or_not_at_all(ignored: str, left: str, llama: Path, tmp_path: Path) -> None:
+def test_a_fused_layer_is_quantized_as_a_whole_or_not_at_all(
+    ignored: str, left: str, llama: Path, tmp_path: Path
+) -> None:
     (problem,) = problems_of(llama, tmp_path / "out", group_size=32, ignore=[ignored])
     assert f"but {left} would stay unquantized: select all of them or none, or use --target other" in problem
     plan_job(recipe(llama, tmp_path / "out", group_size=32, ignore=[ignored], target="other"))
@@ -76,12 +87,19 @@ def test_the_output_may_not_lie_in_the_source_by_any_name(llama: Path, tmp_path:
     source = copy_model(llama, tmp_path / "source")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to(source)
-    for output in (source / "out", source, tmp_path / "elsewhere" / ".." / "source" / "out", tmp_path / "link" / "out"):
+    for output in (
+        source / "out",
+        source,
+        tmp_path / "elsewhere" / ".." / "source" / "out",
+        tmp_path / "link" / "out",
+    ):
         (problem,) = problems_of(source, output, group_size=32)
         assert "the output lies in the source directory" in problem or "is not empty" in problem
 
 
-def test_an_output_path_that_is_a_file_or_has_files_is_refused_and_an_empty_one_is_taken(llama: Path, tmp_path: Path) -> None:
+def test_an_output_path_that_is_a_file_or_has_files_is_refused_and_an_empty_one_is_taken(
+    llama: Path, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     assert "the output path is a file" in problems_of(llama, tmp_path / "file", group_size=32)[0]
     (tmp_path / "full").mkdir()
@@ -91,39 +109,54 @@ def test_an_output_path_that_is_a_file_or_has_files_is_refused_and_an_empty_one_
     assert quantize(llama, tmp_path / "empty", group_size=32)["verify"]["passed"]
 
 
-def test_the_current_directory_is_an_output_path(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_current_directory_is_an_output_path(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     plan = plan_job(recipe(llama, Path("."), group_size=32))
     assert plan.output_bytes > 0
 
 
-def test_a_quantized_source_is_refused_with_the_way_back(quantized: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_quantized_source_is_refused_with_the_way_back(
+    quantized: Callable[..., Path], tmp_path: Path
+) -> None:
     problem = problems_of(quantized(layers="0"), tmp_path / "out", group_size=32, layers="1")[0]
     assert (
-        "is already quantized (compressed-tensors): quantize the original, or turn it into plain weights first with quant export-vllm --format plain"
-        in problem
+        "is already quantized (compressed-tensors): quantize the original, or turn it into plain weights "
+        "first with quant export-vllm --format plain" in problem
     )
 
 
 def test_a_disk_without_room_is_noticed(tmp_path: Path) -> None:
-    with pytest.raises(QuantError, match=rf"{tmp_path}: 1048576 TiB are needed for the output, .* are free: free some room"):
+    with pytest.raises(
+        QuantError, match=rf"{tmp_path}: 1048576 TiB are needed for the output, .* are free: free some room"
+    ):
         check_disk(tmp_path / "not" / "there", 2**60)
     with pytest.raises(
-        QuantError, match=r"10 B are needed for the output and 1048576 TiB for calibration activations, .*, or use fewer --samples"
+        QuantError,
+        match=r"10 B are needed for the output and 1048576 TiB for calibration activations, .*, or use fewer --samples",
     ):
         check_disk(tmp_path / "not" / "there", 10, 2**60)
 
 
-def test_a_dry_run_counts_the_scratch_file(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_counts_the_scratch_file(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("quant.pipeline.manager.RESIDENT_CPU", 0)
-    plan = plan_job(recipe(llama, tmp_path / "out", method="gptq", group_size=32, samples=4, sequence_length=64))
+    plan = plan_job(
+        recipe(llama, tmp_path / "out", method="gptq", group_size=32, samples=4, sequence_length=64)
+    )
     scratch = estimate(plan)["scratch_bytes"]
     assert scratch > 0
     room = plan.output_bytes + plan.copied_bytes + scratch
     for free in (room, room - 1):
         monkeypatch.setattr("shutil.disk_usage", lambda folder, free=free: type("Usage", (), {"free": free}))
-        with contextlib.nullcontext() if free == room else pytest.raises(QuantError, match="for calibration activations"):
+        with (
+            contextlib.nullcontext()
+            if free == room
+            else pytest.raises(QuantError, match="for calibration activations")
+        ):
             estimate(plan)
 
 
@@ -157,23 +190,33 @@ def test_the_scratch_file_is_as_large_as_predicted_where_no_row_is_held_out(
     assert prediction["scratch_bytes"] == pytest.approx(report["scratch_bytes"], rel=0.05)
 
 
-def test_a_gpu_without_room_is_an_error_that_says_what_to_do(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_room_is_an_error_that_says_what_to_do(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     monkeypatch.setattr("quant.pipeline.blocks.BlockQuantizer.quantize", full)
     job = recipe(llama, tmp_path / "out", method="gptq", group_size=32)
     with pytest.raises(
-        QuantError, match="out of memory .CUDA out of memory. Tried to allocate 2 GiB.: use fewer --samples.* --device cpu$"
+        QuantError,
+        match="out of memory .CUDA out of memory. Tried to allocate 2 GiB.: use fewer --samples.* --device "
+        "cpu$",
     ):
         estimate(plan_job(job))
-    with pytest.raises(QuantError, match="or --device cpu; finished blocks are kept, but other settings start over$"):
+    with pytest.raises(
+        QuantError, match="or --device cpu; finished blocks are kept, but other settings start over$"
+    ):
         QuantizationManager(plan_job(job)).run()
 
 
 def test_a_dry_run_tries_one_block_of_each_kind(llama: Path, tmp_path: Path) -> None:
     events: list[Event] = []
-    plan = plan_job(recipe(llama, tmp_path / "out", method="gptq", group_size=32, layers="1", samples=4, sequence_length=64))
+    plan = plan_job(
+        recipe(
+            llama, tmp_path / "out", method="gptq", group_size=32, layers="1", samples=4, sequence_length=64
+        )
+    )
     estimate(plan, events.append)  # a block that is left alone, and one that is not
     assert [(e.phase, e.done, e.total) for e in events] == [("trial", 0, 2), ("trial", 1, 2)]
 
@@ -181,7 +224,9 @@ def test_a_dry_run_tries_one_block_of_each_kind(llama: Path, tmp_path: Path) -> 
 def test_scales_of_a_latent_cache_are_not_made(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
     source = checkpoints("deepseek_v3", **LATENT)
     (problem,) = problems_of(source, tmp_path / "out", group_size=32, kv_cache_scheme="fp8")
-    assert problem.startswith("model.layers.0.self_attn.kv_a_proj_with_mqa: of latent attention vLLM caches the latent itself")
+    assert problem.startswith(
+        "model.layers.0.self_attn.kv_a_proj_with_mqa: of latent attention vLLM caches the latent itself"
+    )
 
 
 def test_an_output_path_below_a_file_is_found_before_any_work(llama: Path, tmp_path: Path) -> None:
@@ -206,10 +251,14 @@ def test_a_dry_run_says_what_the_job_will_write_and_writes_nothing(llama: Path, 
         shutil.rmtree(tmp_path / "out")
 
 
-def test_units_are_what_lies_outside_then_the_blocks_in_order(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+def test_units_are_what_lies_outside_then_the_blocks_in_order(
+    checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
     plan = plan_job(recipe(checkpoints("llama", num_hidden_layers=12), tmp_path / "out", group_size=32))
     assert [u.block for u in plan.units] == [None, *range(12)]
-    assert [s.file for u in plan.units for s in u.shards] == [f"model-{i:05d}-of-00013.safetensors" for i in range(1, 14)]
+    assert [s.file for u in plan.units for s in u.shards] == [
+        f"model-{i:05d}-of-00013.safetensors" for i in range(1, 14)
+    ]
 
 
 def test_an_fp8_source_is_refused(llama: Path, tmp_path: Path) -> None:
@@ -225,8 +274,13 @@ def test_an_fp8_source_is_refused(llama: Path, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("changes", [{"num_hidden_layers": "two"}, {"num_hidden_layers": None}, {"text_config": 3}, {"vocab_size": "many"}])
-def test_odd_values_in_config_do_not_break_a_data_free_job(changes: dict[str, Any], llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_hidden_layers": "two"}, {"num_hidden_layers": None}, {"text_config": 3}, {"vocab_size": "many"}],
+)
+def test_odd_values_in_config_do_not_break_a_data_free_job(
+    changes: dict[str, Any], llama: Path, tmp_path: Path
+) -> None:
     source = copy_model(llama, tmp_path / "source")
     change_config(source, **changes)
     assert len(quantize(source, tmp_path / "out", group_size=32)["layers"]) == 14
@@ -242,15 +296,23 @@ def test_odd_values_in_config_do_not_break_a_data_free_job(changes: dict[str, An
         (
             "gptq",
             {"clip_search": "maybe", "act_order": "sideways"},
-            "act_order is 'sideways': must be 'none' or 'static'; clip_search is 'maybe': must be a valid boolean",
+            "act_order is 'sideways': must be 'none' or 'static'; clip_search is 'maybe': must be a valid "
+            "boolean",
         ),
         ("minmax", {"clip_search": 1}, "clip_search is 1: must be a valid boolean"),
         ("hqq", {"iterations": {"a": 1}}, "iterations is {'a': 1}: must be a valid integer"),
         ("hqq", {"iterations": True}, "iterations is True: must be a valid integer"),
     ],
 )
-def test_settings_of_another_type_are_refused_before_any_work(method: str, options: dict[str, Any], said: str, tmp_path: Path) -> None:
-    values = {"model_path": tmp_path / "none", "output_path": tmp_path / "out", "method": method, "options": options}
+def test_settings_of_another_type_are_refused_before_any_work(
+    method: str, options: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    values = {
+        "model_path": tmp_path / "none",
+        "output_path": tmp_path / "out",
+        "method": method,
+        "options": options,
+    }
     with pytest.raises(UsageError) as refused:
         plan_job(make_recipe(values))
     assert said in str(refused.value)

@@ -1,4 +1,5 @@
-"""A job that was stopped anywhere goes on with the same command, and the bytes are those of an undisturbed run."""
+"""A job that was stopped anywhere goes on with the same command, and the bytes are those of an undisturbed
+run."""
 
 from __future__ import annotations
 
@@ -39,7 +40,12 @@ def stop_after(units: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 JOBS: dict[str, dict[str, Any]] = {
     "gptq": {"method": "gptq", "group_size": 32},
-    "gptq, asymmetric, file order": {"method": "gptq", "group_size": 32, "symmetric": False, "act_order": "none"},
+    "gptq, asymmetric, file order": {
+        "method": "gptq",
+        "group_size": 32,
+        "symmetric": False,
+        "act_order": "none",
+    },
     "gptq as plain": {"method": "gptq", "group_size": 32, "bits": 3, "format": "plain"},
     "gptq in gptq's format": {"method": "gptq", "group_size": -1, "format": "gptq"},
     "gptq of one block": {"method": "gptq", "group_size": 32, "layers": "1"},
@@ -48,10 +54,15 @@ JOBS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("job", "dtype"), [*((j, torch.bfloat16) for j in JOBS), ("gptq", torch.float16), ("gptq as plain", torch.float16)]
+    ("job", "dtype"),
+    [*((j, torch.bfloat16) for j in JOBS), ("gptq", torch.float16), ("gptq as plain", torch.float16)],
 )
 def test_a_job_stopped_after_any_unit_goes_on_to_the_same_bytes(
-    job: str, dtype: torch.dtype, checkpoints: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: str,
+    dtype: torch.dtype,
+    checkpoints: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = checkpoints("llama", dtype=dtype, num_hidden_layers=3)
     wanted = quantize(source, tmp_path / "undisturbed", **JOBS[job])
@@ -70,14 +81,18 @@ def test_a_job_stopped_after_any_unit_goes_on_to_the_same_bytes(
         assert not (tmp_path / f"{output.name}.work").exists()
 
 
-def test_a_job_stopped_before_anything_was_finished_leaves_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_stopped_before_anything_was_finished_leaves_nothing(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stop_after(0, monkeypatch)
     with pytest.raises(Stopped):
         quantize(llama, tmp_path / "out", method="gptq", group_size=32)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_job_stopped_after_its_last_unit_only_finishes(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_stopped_after_its_last_unit_only_finishes(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wanted = quantize(llama, tmp_path / "undisturbed", method="gptq", group_size=32)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(module, "write_rest", lambda *a: (_ for _ in ()).throw(Stopped))
@@ -97,7 +112,9 @@ def test_two_runs_of_one_job_give_the_same_bytes(llama: Path, tmp_path: Path) ->
 
 def test_another_seed_or_text_gives_another_hash(llama: Path, tmp_path: Path) -> None:
     hashes = {
-        quantize(llama, tmp_path / str(i), method="gptq", group_size=32, shuffle=True, seed=seed)["output_hash"]
+        quantize(llama, tmp_path / str(i), method="gptq", group_size=32, shuffle=True, seed=seed)[
+            "output_hash"
+        ]
         for i, seed in enumerate((1, 2, 1))
     }
     assert len(hashes) == 2
@@ -124,10 +141,13 @@ def unfinished(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ({"method": "minmax"}, "calibration was"),
     ],
 )
-def test_other_settings_are_refused_unless_fresh_is_asked(change: dict[str, Any], named: str, unfinished: Path, tmp_path: Path) -> None:
+def test_other_settings_are_refused_unless_fresh_is_asked(
+    change: dict[str, Any], named: str, unfinished: Path, tmp_path: Path
+) -> None:
     options = JOBS["gptq"] | change
     with pytest.raises(
-        QuantError, match=rf"out.work: holds unfinished work of another job \(.*{named}.*run that job again to finish it, or use --fresh"
+        QuantError,
+        match=rf"out.work: holds unfinished work of another job \(.*{named}.*run that job again to finish it, or use --fresh",
     ):
         quantize(unfinished, tmp_path / "out", **options)
     report = quantize(unfinished, tmp_path / "out", fresh=True, **options)
@@ -157,7 +177,9 @@ def test_a_finished_shard_that_was_damaged_is_made_again(
     monkeypatch.setattr(module, "write_unit", lambda unit, *a: written.append(unit.name) or write(unit, *a))
     found = quantize(unfinished, tmp_path / "out", **JOBS["gptq"])
     assert written == [["outside", "block 0"][which], "block 1"]
-    assert found["output_hash"] == quantize(unfinished, tmp_path / "undisturbed", **JOBS["gptq"])["output_hash"]
+    assert (
+        found["output_hash"] == quantize(unfinished, tmp_path / "undisturbed", **JOBS["gptq"])["output_hash"]
+    )
     assert weight_files(tmp_path / "out") == weight_files(tmp_path / "undisturbed")
 
 
@@ -165,28 +187,53 @@ def test_a_journal_whose_last_line_was_cut_off_goes_on(unfinished: Path, tmp_pat
     journal = tmp_path / "out.work" / "journal.jsonl"
     journal.write_text(journal.read_text()[:-20])
     found = quantize(unfinished, tmp_path / "out", **JOBS["gptq"])
-    assert found["output_hash"] == quantize(unfinished, tmp_path / "undisturbed", **JOBS["gptq"])["output_hash"]
+    assert (
+        found["output_hash"] == quantize(unfinished, tmp_path / "undisturbed", **JOBS["gptq"])["output_hash"]
+    )
 
 
 def test_leftovers_of_a_killed_run_do_not_reach_the_output(unfinished: Path, tmp_path: Path) -> None:
     (tmp_path / "out.work" / "activations.bin").write_bytes(b"x" * 100)
     (tmp_path / "out.work" / "stray.py").write_text("x")
     quantize(unfinished, tmp_path / "out", **JOBS["gptq"])
-    assert not {"activations.bin", "stray.py", "journal.jsonl", "lock"} & {f.name for f in (tmp_path / "out").iterdir()}
+    assert not {"activations.bin", "stray.py", "journal.jsonl", "lock"} & {
+        f.name for f in (tmp_path / "out").iterdir()
+    }
 
 
 def command(source: Path, output: Path, **options: Any) -> list[str]:
     extra = [part for k, v in options.items() for part in (f"--{k.replace('_', '-')}", str(v))]
-    return [sys.executable, str(ROOT / "quantize.py"), "quantize", "-m", str(source), "-o", str(output), "--json", *extra]
+    return [
+        sys.executable,
+        str(ROOT / "quantize.py"),
+        "quantize",
+        "-m",
+        str(source),
+        "-o",
+        str(output),
+        "--json",
+        *extra,
+    ]
 
 
 def test_a_process_killed_in_the_middle_is_resumed_by_the_same_command_while_a_second_one_is_refused(
     checkpoints: Callable[..., Path], tmp_path: Path
 ) -> None:
     source = checkpoints("llama", num_hidden_layers=8)
-    options = {"method": "gptq", "group_size": 32, "samples": 64, "sequence_length": 128, "calibration_dataset": short_text()}
+    options = {
+        "method": "gptq",
+        "group_size": 32,
+        "samples": 64,
+        "sequence_length": 128,
+        "calibration_dataset": short_text(),
+    }
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    job = subprocess.Popen(command(source, tmp_path / "out", **options), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
+    job = subprocess.Popen(
+        command(source, tmp_path / "out", **options),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+    )
     journal = tmp_path / "out.work" / "journal.jsonl"
     deadline = time.monotonic() + 120
     while not (journal.exists() and journal.read_text().count("\n") > 4):
@@ -200,7 +247,13 @@ def test_a_process_killed_in_the_middle_is_resumed_by_the_same_command_while_a_s
     assert 4 < journal.read_text().count("\n") < 10
     reports = []
     for output in ("out", "undisturbed"):
-        done = subprocess.run(command(source, tmp_path / output, **options), capture_output=True, text=True, env=environment, check=True)
+        done = subprocess.run(
+            command(source, tmp_path / output, **options),
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=True,
+        )
         reports.append(json.loads(done.stdout))
         assert ("resuming: " in done.stderr) == (output == "out")
     assert reports[0]["output_hash"] == reports[1]["output_hash"]
@@ -208,7 +261,13 @@ def test_a_process_killed_in_the_middle_is_resumed_by_the_same_command_while_a_s
 
 
 @pytest.mark.parametrize(
-    "line", ['{"unit": "block 0"}', "[3]", '{"unit": "block 0", "files": [3], "layers": {}, "folds": {}}', '{"unit": 1, "files": []}']
+    "line",
+    [
+        '{"unit": "block 0"}',
+        "[3]",
+        '{"unit": "block 0", "files": [3], "layers": {}, "folds": {}}',
+        '{"unit": 1, "files": []}',
+    ],
 )
 def test_a_journal_that_somebody_edited_is_no_traceback(line: str, unfinished: Path, tmp_path: Path) -> None:
     journal = tmp_path / "out.work" / "journal.jsonl"

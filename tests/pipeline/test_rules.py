@@ -1,4 +1,5 @@
-"""Recipes with several schemes and methods, from the YAML to the files: what is given, what is refused, what is reported."""
+"""Recipes with several schemes and methods, from the YAML to the files: what is given, what is refused, what
+is reported."""
 
 from __future__ import annotations
 
@@ -36,14 +37,18 @@ CALIBRATED: dict[str, Any] = {"samples": 4, "sequence_length": 32, "calibration_
 
 def assigned(rules: list[dict[str, Any]], **job: Any) -> dict[str, str]:
     """Linear → method and scheme, of a recipe over four blocks."""
-    made = make_recipe({"model_path": "m", "output_path": "o", "method": "minmax", "group_size": 32, **job, "rules": rules})
+    made = make_recipe(
+        {"model_path": "m", "output_path": "o", "method": "minmax", "group_size": 32, **job, "rules": rules}
+    )
     found, problems = assign(made, LINEARS, 4)
     assert problems == []
     return {n: f"{a.method} {a.scheme.weights}" for n, a in found.items()}
 
 
 def mistakes(rules: list[dict[str, Any]], **job: Any) -> list[str]:
-    made = make_recipe({"model_path": "m", "output_path": "o", "method": "minmax", "group_size": 32, **job, "rules": rules})
+    made = make_recipe(
+        {"model_path": "m", "output_path": "o", "method": "minmax", "group_size": 32, **job, "rules": rules}
+    )
     return assign(made, LINEARS, 4)[1]
 
 
@@ -91,19 +96,34 @@ def test_rules_choose_among_what_layers_and_ignore_leave() -> None:
         ({"scheme": "w4a16"}, {"method": "fp8", "scheme": "fp8-block"}, "minmax FP8 block"),
         ({"method": "fp8", "group_size": None}, {"method": "gptq"}, "gptq FP8 channel"),
         ({"method": "fp8", "scheme": "fp8-block", "group_size": None}, {"method": "gptq"}, "gptq FP8 block"),
-        ({"method": "fp8", "group_size": None}, {"method": "gptq", "scheme": "w4a16"}, "gptq W4 g128 symmetric"),
+        (
+            {"method": "fp8", "group_size": None},
+            {"method": "gptq", "scheme": "w4a16"},
+            "gptq W4 g128 symmetric",
+        ),
     ],
 )
-def test_what_a_rule_leaves_out_is_as_the_job_has_it(job: dict[str, Any], rule: dict[str, Any], wanted: str) -> None:
+def test_what_a_rule_leaves_out_is_as_the_job_has_it(
+    job: dict[str, Any], rule: dict[str, Any], wanted: str
+) -> None:
     assert assigned([{"layers": "1", **rule}], **job)["model.layers.1.mlp.up_proj"] == wanted
 
 
 def test_settings_of_a_method_stay_with_it() -> None:
     values = {"model_path": "m", "output_path": "o", "method": "gptq", "damping": 0.1, "act_order": "none"}
-    rules = [{"layers": "0", "damping": 0.2}, {"layers": "1", "method": "gptq"}, {"layers": "2", "method": "hqq", "options": {"norm": 0.5}}]
+    rules = [
+        {"layers": "0", "damping": 0.2},
+        {"layers": "1", "method": "gptq"},
+        {"layers": "2", "method": "hqq", "options": {"norm": 0.5}},
+    ]
     found = assign(make_recipe({**values, "rules": rules}), LINEARS, 4)[0]
     options = [dict(found[f"model.layers.{b}.mlp.up_proj"].options) for b in range(4)]
-    assert options == [{"damping": 0.2, "act_order": "none"}, {}, {"norm": 0.5}, {"damping": 0.1, "act_order": "none"}]
+    assert options == [
+        {"damping": 0.2, "act_order": "none"},
+        {},
+        {"norm": 0.5},
+        {"damping": 0.1, "act_order": "none"},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -138,9 +158,15 @@ def test_a_rule_beyond_what_layers_select_is_a_mistake() -> None:
 @pytest.mark.parametrize(
     ("rule", "said"),
     [
-        ({"layers": "0", "grup_size": 3}, "rules.0 key is 'grup_size': did you mean 'group_size'? Known: scheme, bits, group_size"),
+        (
+            {"layers": "0", "grup_size": 3},
+            "rules.0 key is 'grup_size': did you mean 'group_size'? Known: scheme, bits, group_size",
+        ),
         ({"scheme": "w8a16"}, "rules.0.layers: field required"),
-        ({"layers": "0", "skip": True, "bits": 8}, "skip leaves the layers as they are, and bits would change them: give one of the two"),
+        (
+            {"layers": "0", "skip": True, "bits": 8},
+            "skip leaves the layers as they are, and bits would change them: give one of the two",
+        ),
         ({"layers": "0", "model_path": "x"}, "rules.0 key is 'model_path'"),
         ("0", "rules.0 is '0'"),
     ],
@@ -155,7 +181,11 @@ def test_a_rule_of_other_keys_is_refused_with_the_known_ones(rule: Any, said: st
 def test_mistakes_of_rules_are_listed_with_all_other_problems(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x").write_text("x")
-    rules = [{"layers": "7"}, {"layers": "*.up_proj", "method": "nope"}, {"layers": "*.down_proj", "group_size": 64}]
+    rules = [
+        {"layers": "7"},
+        {"layers": "*.up_proj", "method": "nope"},
+        {"layers": "*.down_proj", "group_size": 64},
+    ]
     with pytest.raises(Problems) as refused:
         plan_job(recipe(llama, tmp_path / "out", group_size=32, bits=3, rules=rules))
     problems = "\n".join(refused.value.problems)
@@ -170,7 +200,9 @@ def test_mistakes_of_rules_are_listed_with_all_other_problems(llama: Path, tmp_p
     assert refused.value.exit_code == 2
 
 
-def test_a_wrong_layers_is_listed_with_a_source_that_is_already_quantized(quantized: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_wrong_layers_is_listed_with_a_source_that_is_already_quantized(
+    quantized: Callable[..., Path], tmp_path: Path
+) -> None:
     with pytest.raises(Problems) as refused:
         plan_job(recipe(quantized(layers="0"), tmp_path / "out", layers="9"))
     assert len(refused.value.problems) == 2 and "is already quantized" in refused.value.problems[0]
@@ -179,12 +211,16 @@ def test_a_wrong_layers_is_listed_with_a_source_that_is_already_quantized(quanti
 @pytest.mark.parametrize(
     ("rule", "said"),
     [
-        ({"layers": "*.k_proj", "scheme": "w8a16", "group_size": 32}, "qkv_proj: vLLM fuses .*q_proj.* into one layer, but they would become .*w8a16.*one scheme"),
+        ({"layers": "*.k_proj", "scheme": "w8a16", "group_size": 32},
+            "qkv_proj: vLLM fuses .*q_proj.* into "
+            "one layer, but they would become .*w8a16.*one scheme"),
         ({"layers": "*.up_proj", "group_size": -1}, "gate_up_proj: vLLM fuses"),
         ({"layers": "*.v_proj", "skip": True}, "but v_proj would stay unquantized"),
     ],
 )  # fmt: skip
-def test_a_conflict_inside_a_fused_layer_is_refused(rule: dict[str, Any], said: str, llama: Path, tmp_path: Path) -> None:
+def test_a_conflict_inside_a_fused_layer_is_refused(
+    rule: dict[str, Any], said: str, llama: Path, tmp_path: Path
+) -> None:
     with pytest.raises(QuantError, match=said):
         plan_job(recipe(llama, tmp_path / "out", group_size=32, rules=[rule]))
     plan_job(recipe(llama, tmp_path / "out", group_size=32, rules=[rule], target="other"))
@@ -194,7 +230,8 @@ def test_shards_that_share_one_number_are_made_by_one_method(llama: Path, tmp_pa
     rules = [{"layers": "*.q_proj", "method": "gptq"}]
     with pytest.raises(
         QuantError,
-        match="q_proj, v_proj share one number in scheme .*, but are made by minmax and gptq: give them one method with one setting",
+        match="q_proj, v_proj share one number in scheme .*, but are made by minmax and gptq: give them one "
+        "method with one setting",
     ):
         plan_job(recipe(llama, tmp_path / "out", scheme="w8a8-fp8-tensor", rules=rules, **CALIBRATED))
     plan_job(recipe(llama, tmp_path / "out", scheme="w8a8-fp8", rules=rules, **CALIBRATED))
@@ -203,7 +240,10 @@ def test_shards_that_share_one_number_are_made_by_one_method(llama: Path, tmp_pa
 @pytest.mark.parametrize("form", ["gptq", "awq", "fp8"])
 def test_a_format_of_one_scheme_refuses_several(form: str, llama: Path, tmp_path: Path) -> None:
     rules = [{"layers": "0", "bits": 8, "group_size": 32}]
-    with pytest.raises(QuantError, match=f"the rules give several schemes; a {form} file holds one: use --format compressed-tensors"):
+    with pytest.raises(
+        QuantError,
+        match=f"the rules give several schemes; a {form} file holds one: use --format compressed-tensors",
+    ):
         plan_job(recipe(llama, tmp_path / "out", group_size=32, format=form, rules=rules))
 
 
@@ -215,7 +255,9 @@ RULES: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory, checkpoints: Callable[..., Path]) -> tuple[Path, Path, dict[str, Any]]:
+def mixed(
+    tmp_path_factory: pytest.TempPathFactory, checkpoints: Callable[..., Path]
+) -> tuple[Path, Path, dict[str, Any]]:
     """Source, output and report of a job of three methods and three schemes."""
     source = checkpoints("llama", num_hidden_layers=3)
     output = tmp_path_factory.mktemp("mixed") / "out"
@@ -227,22 +269,36 @@ def wanted_of(name: str) -> tuple[str, str] | None:
         return "minmax", "w8a16 (W8 g32 symmetric)"
     if name.endswith("o_proj"):
         return None
-    return ("hqq", "w4a16-asym (W4 g32 asymmetric)") if name.endswith("down_proj") else ("gptq", "w4a16 (W4 g32 symmetric)")
+    return (
+        ("hqq", "w4a16-asym (W4 g32 asymmetric)")
+        if name.endswith("down_proj")
+        else ("gptq", "w4a16 (W4 g32 symmetric)")
+    )
 
 
-def test_the_report_lists_each_layers_method_and_scheme_and_what_was_left(mixed: tuple[Path, Path, dict[str, Any]]) -> None:
+def test_the_report_lists_each_layers_method_and_scheme_and_what_was_left(
+    mixed: tuple[Path, Path, dict[str, Any]],
+) -> None:
     source, _, report = mixed
-    linears = [n.removesuffix(".weight") for n, t in load_all(source).items() if ".layers." in n and t.ndim == 2]
+    linears = [
+        n.removesuffix(".weight") for n, t in load_all(source).items() if ".layers." in n and t.ndim == 2
+    ]
     found = {x["name"]: (x["method"], x["scheme"]) for x in report["layers"]}
     assert found == {n: w for n in linears if (w := wanted_of(n)) is not None}
     assert {n for n in linears if n not in found} | {"lm_head"} == set(report["unquantized_linears"])
-    assert set(report["methods"]) == {"gptq", "minmax", "hqq"} and report["method"] == "gptq" and report["scheme"]["name"] == "mixed"
+    assert (
+        set(report["methods"]) == {"gptq", "minmax", "hqq"}
+        and report["method"] == "gptq"
+        and report["scheme"]["name"] == "mixed"
+    )
     assert {p["name"] for p in report["scheme"]["parts"]} == {"w4a16", "w8a16", "w4a16-asym"}
     assert set(report["tensors"]["copied"]) >= {f"{n}.weight" for n in linears if n not in found}
     assert report["verify"]["passed"] and verify(mixed[1], source=source).failed == []
 
 
-def test_config_groups_name_each_linear_once_under_its_numbers(mixed: tuple[Path, Path, dict[str, Any]]) -> None:
+def test_config_groups_name_each_linear_once_under_its_numbers(
+    mixed: tuple[Path, Path, dict[str, Any]],
+) -> None:
     source, output, report = mixed
     quantization = read_config(output)["quantization_config"]
     groups = quantization["config_groups"]
@@ -252,12 +308,19 @@ def test_config_groups_name_each_linear_once_under_its_numbers(mixed: tuple[Path
         for target in group["targets"]:
             assert not target.startswith("re:") and target not in seen
             weights = group["weights"]
-            seen[target] = f"W{weights['num_bits']} g{weights['group_size']} {'symmetric' if weights['symmetric'] else 'asymmetric'}"
-    assert {n: f"({s})" for n, s in seen.items()} == {x["name"]: x["scheme"].partition(" ")[2] for x in report["layers"]}
+            seen[target] = (
+                f"W{weights['num_bits']} g{weights['group_size']} "
+                f"{'symmetric' if weights['symmetric'] else 'asymmetric'}"
+            )
+    assert {n: f"({s})" for n, s in seen.items()} == {
+        x["name"]: x["scheme"].partition(" ")[2] for x in report["layers"]
+    }
     assert set(quantization["ignore"]) == set(report["unquantized_linears"])
 
 
-def test_each_linear_is_what_its_own_method_makes_alone(mixed: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_each_linear_is_what_its_own_method_makes_alone(
+    mixed: tuple[Path, Path, dict[str, Any]], tmp_path: Path
+) -> None:
     """The data-free parts bit for bit; what was left untouched, byte for byte."""
     source, output, _ = mixed
     after, before = load_all(output), load_all(source)
@@ -274,7 +337,9 @@ def test_each_linear_is_what_its_own_method_makes_alone(mixed: tuple[Path, Path,
             assert torch.equal(tensor, alone[wanted[0]][name]), name
             compared += 1
     assert compared == 7 * 3 + 2 * 4
-    assert {t.name for t in compare(output, source).tensors if not t.equal} == {f"{n}.weight" for n in map(str, _quantized(mixed))}
+    assert {t.name for t in compare(output, source).tensors if not t.equal} == {
+        f"{n}.weight" for n in map(str, _quantized(mixed))
+    }
 
 
 def _quantized(mixed: tuple[Path, Path, dict[str, Any]]) -> list[str]:
@@ -299,17 +364,29 @@ def test_weights_of_two_kinds_of_numbers_go_into_one_file(llama: Path, tmp_path:
     rules = [{"layers": "*.down_proj", "method": "fp8"}, {"layers": "0", "scheme": "w8a8-int8"}]
     report = quantize(llama, tmp_path / "out", method="minmax", group_size=32, rules=rules)
     quantization = read_config(tmp_path / "out")["quantization_config"]
-    assert quantization["format"] == "mixed-precision" and all(g["format"] for g in quantization["config_groups"].values())
+    assert quantization["format"] == "mixed-precision" and all(
+        g["format"] for g in quantization["config_groups"].values()
+    )
     assert report["verify"]["passed"] and len(report["scheme"]["parts"]) == 3
     assert quant.inspect(tmp_path / "out")["quantized_linears"] == 14
 
 
-def test_the_layer_wise_command_takes_rules_from_a_recipe(llama: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+def test_the_layer_wise_command_takes_rules_from_a_recipe(
+    llama: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
     file = tmp_path / "r.yaml"
     file.write_text(
-        yaml.safe_dump({"method": "minmax", "group_size": 32, "rules": [{"layers": "*.down_proj", "scheme": "w8a16", "group_size": 32}]})
+        yaml.safe_dump(
+            {
+                "method": "minmax",
+                "group_size": 32,
+                "rules": [{"layers": "*.down_proj", "scheme": "w8a16", "group_size": 32}],
+            }
+        )
     )
-    result = cli("layer-wise", "-m", llama, "-o", tmp_path / "out", "--config", file, "--layers", "last:1", "--json")
+    result = cli(
+        "layer-wise", "-m", llama, "-o", tmp_path / "out", "--config", file, "--layers", "last:1", "--json"
+    )
     assert result.code == 0, result.err
     report = json.loads(result.out)
     schemes = {x["name"]: x["scheme"] for x in report["layers"]}
@@ -324,11 +401,17 @@ def test_the_layer_wise_command_takes_rules_from_a_recipe(llama: Path, tmp_path:
     ), text.out
 
 
-def test_a_wrong_rule_exits_with_2_and_no_output(llama: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+def test_a_wrong_rule_exits_with_2_and_no_output(
+    llama: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
     file = tmp_path / "r.yaml"
     file.write_text("method: minmax\ngroup_size: 32\nrules:\n  - layers: '*.nothing'\n    scheme: w8a16\n")
     result = cli("quantize", "-m", llama, "-o", tmp_path / "out", "--config", file)
-    assert result.code == 2 and "rule 1: layers '*.nothing' matches no linear" in result.err and "Traceback" not in result.err
+    assert (
+        result.code == 2
+        and "rule 1: layers '*.nothing' matches no linear" in result.err
+        and "Traceback" not in result.err
+    )
     assert not (tmp_path / "out").exists()
 
 

@@ -7,7 +7,9 @@ import pytest
 from quant.errors import UsageError
 from quant.pipeline.selection import blocks_of, select
 
-LINEARS = [f"model.layers.{b}.{m}" for b in range(12) for m in ("mlp.down_proj", "mlp.up_proj", "self_attn.q_proj")]
+LINEARS = [
+    f"model.layers.{b}.{m}" for b in range(12) for m in ("mlp.down_proj", "mlp.up_proj", "self_attn.q_proj")
+]
 
 
 @pytest.mark.parametrize(
@@ -41,7 +43,10 @@ def test_specs_of_blocks(spec: str, blocks: set[int]) -> None:
         ("", "--layers '' matches no linear of the model"),
         ("-1", "--layers '-1' matches no linear"),
         ("1,", "matches no linear"),
-        ("*.k_proj", r"--layers '\*.k_proj' matches no linear of the model: names look like 'model.layers.0.mlp.down_proj'"),
+        (
+            "*.k_proj",
+            r"--layers '\*.k_proj' matches no linear of the model: names look like 'model.layers.0.mlp.down_proj'",
+        ),
     ],
 )
 def test_specs_that_mean_nothing_are_refused_with_what_is_there(spec: str, message: str) -> None:
@@ -50,12 +55,19 @@ def test_specs_that_mean_nothing_are_refused_with_what_is_there(spec: str, messa
 
 
 def test_globs_choose_by_name_in_the_models_order() -> None:
-    assert select(LINEARS, "*.1.mlp.*,down_proj", [], 12) == [n for n in LINEARS if n.endswith("down_proj") or ".1.mlp." in n]
+    assert select(LINEARS, "*.1.mlp.*,down_proj", [], 12) == [
+        n for n in LINEARS if n.endswith("down_proj") or ".1.mlp." in n
+    ]
 
 
 @pytest.mark.parametrize(
     ("pattern", "dropped"),
-    [("*.down_proj", "down_proj"), ("down_proj", "down_proj"), (r"re:.*\.up_proj$", "up_proj"), ("*self_attn*", "q_proj")],
+    [
+        ("*.down_proj", "down_proj"),
+        ("down_proj", "down_proj"),
+        (r"re:.*\.up_proj$", "up_proj"),
+        ("*self_attn*", "q_proj"),
+    ],
 )
 def test_ignored_linears_are_left_out(pattern: str, dropped: str) -> None:
     assert select(LINEARS, None, [pattern], 12) == [n for n in LINEARS if not n.endswith(dropped)]

@@ -1,4 +1,5 @@
-"""The staged pass equals running the block afterwards with the new weights, whatever is set aside, and leaves nothing behind when it fails."""
+"""The staged pass equals running the block afterwards with the new weights, whatever is set aside, and leaves
+nothing behind when it fails."""
 
 from __future__ import annotations
 
@@ -20,14 +21,17 @@ from quant.pipeline.staged import ActivationStore, Batches, Space, StagedForward
 from tests.helpers import FAMILIES
 
 CPU = torch.device("cpu")
-BATCHES = [torch.randint(2, 4096, (rows, 24), generator=torch.Generator().manual_seed(rows)) for rows in (3, 3, 2, 1)]
+BATCHES = [
+    torch.randint(2, 4096, (rows, 24), generator=torch.Generator().manual_seed(rows)) for rows in (3, 3, 2, 1)
+]
 TINY, PLENTY = 1000, 1 << 30
 
 
 def run_staged(
     folder: Path, store: ActivationStore, need_outputs: bool = True
 ) -> tuple[list[torch.Tensor], dict[str, list[torch.Tensor]], nn.Module]:
-    """Runs block 0 with every weight changed at its stage; returns outputs, what each group saw, and the block."""
+    """Runs block 0 with every weight changed at its stage; returns outputs, what each group saw, and the
+    block."""
     skeleton = Skeleton(open_checkpoint(folder), CPU)
     hidden, calls = skeleton.embed(BATCHES)
     batches = Batches(store, hidden)
@@ -82,7 +86,8 @@ def test_outputs_and_inputs_equal_the_block_run_afterwards_with_its_new_weights(
     wanted, seen_plainly = run_plainly(checkpoints(kind), block)
     assert all(torch.equal(a, b) for a, b in zip(outputs, wanted, strict=True))
     assert seen.keys() == seen_plainly.keys()
-    for name in seen:  # a linear's input is what it will really see: earlier linears of the block are the new ones
+    # a linear's input is what it will really see: earlier linears of the block are the new ones
+    for name in seen:
         assert all(torch.equal(a, b) for a, b in zip(seen[name], seen_plainly[name], strict=True))
     assert (tmp_path / "scratch").exists() == (resident == TINY)
     store.close()
@@ -114,16 +119,26 @@ class Block(nn.Module):
 
 
 def staged_over(
-    block: nn.Module, tmp_path: Path, linears: tuple[str, ...] = ("first", "second"), resident: int = TINY, count: int = 3
+    block: nn.Module,
+    tmp_path: Path,
+    linears: tuple[str, ...] = ("first", "second"),
+    resident: int = TINY,
+    count: int = 3,
 ) -> Any:
     store = ActivationStore(resident, tmp_path / "scratch")
     batches = Batches(store, [torch.full((1, 5, 4), float(i)) for i in range(count)])
     groups = [InputGroup((name,), "") for name in linears]
-    return StagedForward(block, groups, batches, {1: BlockCall((), {})}, store, lambda *a: None), batches, store
+    return (
+        StagedForward(block, groups, batches, {1: BlockCall((), {})}, store, lambda *a: None),
+        batches,
+        store,
+    )
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
-def test_an_error_inside_the_block_comes_out_and_leaves_no_forward_replaced(failing: int, tmp_path: Path) -> None:
+def test_an_error_inside_the_block_comes_out_and_leaves_no_forward_replaced(
+    failing: int, tmp_path: Path
+) -> None:
     calls = []
 
     def between(x: torch.Tensor) -> torch.Tensor:
@@ -175,7 +190,10 @@ def test_an_error_of_the_caller_between_stages_restores_the_block(tmp_path: Path
 
 def test_linears_that_never_run_are_an_error_that_names_them(tmp_path: Path) -> None:
     staged, _, _ = staged_over(Block(), tmp_path, ("first", "second", "unused"))
-    with pytest.raises(QuantError, match="the block's forward pass never used unused: the model's adapter names linears that do not run"):
+    with pytest.raises(
+        QuantError,
+        match="the block's forward pass never used unused: the model's adapter names linears that do not run",
+    ):
         list(staged.stages())
 
 
@@ -217,7 +235,10 @@ def test_run_block_replaces_every_batch_by_the_blocks_output(tmp_path: Path) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_is_put_aside_comes_back_in_place_for_every_view(dtype: torch.dtype, tmp_path: Path) -> None:
     store = ActivationStore(0, tmp_path / "scratch")
-    tensors = [torch.randn(3, 100 + 10 * (i % 2), generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(6)]
+    tensors = [
+        torch.randn(3, 100 + 10 * (i % 2), generator=torch.Generator().manual_seed(i)).to(dtype)
+        for i in range(6)
+    ]
     views, wanted = [t[1:, ::2] for t in tensors], [t.clone() for t in tensors]
     for _ in range(3):
         back = [store.put(t) for t in tensors]
@@ -226,7 +247,8 @@ def test_what_is_put_aside_comes_back_in_place_for_every_view(dtype: torch.dtype
             restore()
         assert all(torch.equal(t, w) for t, w in zip(tensors, wanted, strict=True))
         assert all(torch.equal(v, w[1:, ::2]) for v, w in zip(views, wanted, strict=True))
-    assert (tmp_path / "scratch").stat().st_size == sum(t.untyped_storage().nbytes() for t in tensors)  # places in the file are used again
+    # places in the file are used again
+    assert (tmp_path / "scratch").stat().st_size == sum(t.untyped_storage().nbytes() for t in tensors)
     store.close()
 
 
@@ -242,7 +264,9 @@ def test_the_budget_bounds_what_stays_in_memory(tmp_path: Path) -> None:
     assert store.spilled_bytes == 1600
     for restore in (*back[1:], last):
         restore()
-    assert all(torch.equal(t, torch.full((200,), float(i))) for i, t in enumerate(tensors)) and torch.equal(extra, torch.full((200,), 9.0))
+    assert all(torch.equal(t, torch.full((200,), float(i))) for i, t in enumerate(tensors)) and torch.equal(
+        extra, torch.full((200,), 9.0)
+    )
     store.close()
 
 
@@ -260,7 +284,8 @@ def watched(store: ActivationStore) -> list[int]:
 
 
 def test_what_the_code_names_but_reads_no_more_is_not_kept(llama: Path, tmp_path: Path) -> None:
-    """At the output projection: queries, keys, values and the first norm's output; at the down projection: the second norm's output."""
+    """At the output projection: queries, keys, values and the first norm's output; at the down projection:
+    the second norm's output."""
     store = ActivationStore(0, tmp_path / "scratch")
     stored = watched(store)
     skeleton = Skeleton(open_checkpoint(llama), CPU)
@@ -299,7 +324,9 @@ def test_a_tensor_that_only_some_batches_read_is_noticed(tmp_path: Path) -> None
     store = ActivationStore(TINY, tmp_path / "scratch")
     batches = Batches(store, [torch.ones(1, 5, 4), torch.ones(2, 5, 4)])
     groups = [InputGroup((name,), "") for name in ("first", "second")]
-    staged = StagedForward(block, groups, batches, {1: BlockCall((), {}), 2: BlockCall((), {})}, store, lambda *a: None)
+    staged = StagedForward(
+        block, groups, batches, {1: BlockCall((), {}), 2: BlockCall((), {})}, store, lambda *a: None
+    )
     staged.look_ahead()
     list(staged.stages())
     assert torch.isfinite(batches.take(0)).all() and torch.isnan(batches.take(1)).all()
@@ -310,7 +337,9 @@ def test_batches_that_stop_for_good_keep_nothing(tmp_path: Path) -> None:
     store = ActivationStore(0, tmp_path / "scratch")
     batches = Batches(store, [torch.ones(1, 500, 4)])
     groups = [InputGroup((name,), "") for name in ("first", "second")]
-    staged = StagedForward(Block(), groups, batches, {1: BlockCall((), {})}, store, lambda *a: None, need_outputs=False)
+    staged = StagedForward(
+        Block(), groups, batches, {1: BlockCall((), {})}, store, lambda *a: None, need_outputs=False
+    )
     stored = watched(store)
     stages = staged.stages()
     next(stages)
@@ -351,34 +380,49 @@ def test_places_never_overlap_and_free_neighbours_become_one(limit: int | None) 
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_waiting_batches_hold_no_activations(kind: str, checkpoints: Callable[..., Path], tmp_path: Path) -> None:
-    """Neither what linears and norms are given, nor what the model's code keeps in its locals: residuals, queries, keys, values."""
+def test_waiting_batches_hold_no_activations(
+    kind: str, checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Neither what linears and norms are given, nor what the model's code keeps in its locals: residuals,
+    queries, keys, values."""
     skeleton = Skeleton(open_checkpoint(checkpoints(kind)), CPU)
     store = ActivationStore(0, tmp_path / "scratch")
     calls: dict[int, list[BlockCall]] = {}
     size = 7
-    tokens = [torch.randint(2, 4096, (size, 24), generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    tokens = [
+        torch.randint(2, 4096, (size, 24), generator=torch.Generator().manual_seed(i)) for i in range(3)
+    ]
     batches = Batches(store, skeleton.embedded(tokens, calls))
     block = skeleton.load_block(0)
-    staged = StagedForward(block, skeleton.adapter.groups, batches, {size: calls[size][0]}, store, lambda *a: None)
+    staged = StagedForward(
+        block, skeleton.adapter.groups, batches, {size: calls[size][0]}, store, lambda *a: None
+    )
     for group in staged.stages():
         held = [
             t.shape
             for t in gc.get_objects()
-            if type(t) is torch.Tensor and t.is_floating_point() and t.shape[:1] == (size,) and t.untyped_storage().nbytes()
+            if type(t) is torch.Tensor
+            and t.is_floating_point()
+            and t.shape[:1] == (size,)
+            and t.untyped_storage().nbytes()
             if t.shape[1:] != (1, 24, 24)  # that is a mask, which all batches share
         ]
         assert not held, (group.linears, held)
     store.close()
 
 
-def test_a_scratch_file_without_room_is_an_error_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scratch_file_without_room_is_an_error_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import os
 
     store = ActivationStore(0, tmp_path / "scratch")
-    monkeypatch.setattr(os, "pwrite", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        os, "pwrite", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(
-        DiskFull, match=r"scratch: cannot hold 400 B of calibration activations \(No space left on device\).*fewer --samples"
+        DiskFull,
+        match=r"scratch: cannot hold 400 B of calibration activations \(No space left on device\).*fewer --samples",
     ):
         store.put(torch.ones(100))
     store.close()

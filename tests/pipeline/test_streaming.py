@@ -21,9 +21,17 @@ from quant.tensors import QuantizedTensor, code_values
 from tests.helpers import copy_model, files_of, load_all, quantize, recipe, save_all, weight_files
 
 #: Three blocks of rows, the last one short, and columns that blocks do not divide.
-SHAPES = {"hidden_size": 160, "intermediate_size": 320, "num_hidden_layers": 1, "head_dim": 64, "num_attention_heads": 4}
+SHAPES = {
+    "hidden_size": 160,
+    "intermediate_size": 320,
+    "num_hidden_layers": 1,
+    "head_dim": 64,
+    "num_attention_heads": 4,
+}
 GATE = "model.layers.0.mlp.gate_proj"
-SMALL = [n for n, s in PRESETS.items() if s.weights.group_size in (-1, 16, 32) or s.weights.strategy == "block"]
+SMALL = [
+    n for n, s in PRESETS.items() if s.weights.group_size in (-1, 16, 32) or s.weights.strategy == "block"
+]
 
 
 def pieces_of(rows: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +39,8 @@ def pieces_of(rows: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def alone(plan: Any, name: str, scheme: str, options: dict[str, Any]) -> tuple[Quantized, float]:
-    """What the pipeline makes of one linear in a scheme, whatever format can hold it; with the noise it reports."""
+    """What the pipeline makes of one linear in a scheme, whatever format can hold it; with the noise it
+    reports."""
     manager = QuantizationManager(plan)
     assignment = type(plan.assignments[name])("minmax", PRESETS[scheme], tuple(options.items()))
     manager.quantizers[assignment] = make_quantizer(assignment)
@@ -43,16 +52,26 @@ def alone(plan: Any, name: str, scheme: str, options: dict[str, Any]) -> tuple[Q
 @pytest.mark.parametrize("search", [False, True], ids=["whole ranges", "searched"])
 @pytest.mark.parametrize("scheme", SMALL)
 def test_pieces_make_the_tensor_that_the_whole_weight_makes(
-    scheme: str, search: bool, checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    scheme: str,
+    search: bool,
+    checkpoints: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     source = checkpoints("llama", **SHAPES)
     plan = plan_job(recipe(source, tmp_path / "out", method="minmax", group_size=32))
     weight = plan.checkpoint.read(f"{GATE}.weight")
     weights = PRESETS[scheme].weights
     up = plan.checkpoint.read(GATE.replace("gate", "up") + ".weight")
-    shared = {"amax": torch.stack([weight.abs().amax(), up.abs().amax()]).amax().float()} if "tensor" in weights.strategy else {}
+    shared = (
+        {"amax": torch.stack([weight.abs().amax(), up.abs().amax()]).amax().float()}
+        if "tensor" in weights.strategy
+        else {}
+    )
     options = {"clip_search": True} if search else {}
-    quantizer = make_quantizer(type(plan.assignments[GATE])("minmax", PRESETS[scheme], tuple(options.items())))
+    quantizer = make_quantizer(
+        type(plan.assignments[GATE])("minmax", PRESETS[scheme], tuple(options.items()))
+    )
     wanted = quantizer(weight.float(), None, weights, torch.bfloat16, **shared).tensor
     pieces_of(128, weight.shape[1], monkeypatch)
     found, snr = alone(plan, GATE, scheme, options)
@@ -60,7 +79,11 @@ def test_pieces_make_the_tensor_that_the_whole_weight_makes(
         a, b = getattr(found.tensor, part), getattr(wanted, part)
         assert (a is None) == (b is None), part
         if a is not None:
-            assert a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8)), part
+            assert (
+                a.dtype == b.dtype
+                and a.shape == b.shape
+                and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+            ), part
     exact = weight.double()
     noise = (wanted.dequantize().bfloat16().double() - exact).square().sum()
     assert snr == pytest.approx(float(10 * torch.log10(exact.square().sum() / noise)), abs=0.011)
@@ -76,7 +99,9 @@ def test_files_do_not_depend_on_the_size_of_pieces(
     pieces = quantize(source, tmp_path / "pieces", **job)
     assert whole["output_hash"] == pieces["output_hash"]
     a, b = files_of(tmp_path / "whole"), files_of(tmp_path / "pieces")
-    assert {n for n in a if n.endswith(".safetensors")} == {n for n in b if n.endswith(".safetensors")} != set()
+    assert (
+        {n for n in a if n.endswith(".safetensors")} == {n for n in b if n.endswith(".safetensors")} != set()
+    )
     assert all(a[n] == b[n] for n in a if n.endswith(".safetensors"))
     assert [x["snr_db"] for x in whole["layers"]] == [x["snr_db"] for x in pieces["layers"]]
 
@@ -90,7 +115,9 @@ def test_a_damaged_number_in_the_last_piece_is_found(
     tensors[f"{GATE}.weight"][-1, -1] = value
     save_all(source, tensors)
     pieces_of(128, 1, monkeypatch)
-    with pytest.raises(CheckpointError, match="gate_proj.weight holds NaN or infinity: the source is damaged"):
+    with pytest.raises(
+        CheckpointError, match="gate_proj.weight holds NaN or infinity: the source is damaged"
+    ):
         quantize(source, tmp_path / "out", method="minmax", group_size=32)
 
 
@@ -127,7 +154,10 @@ def test_files_do_not_depend_on_the_number_of_workers(
 
 
 def test_a_unit_that_fails_keeps_those_before_it_and_leaves_nothing_of_itself(
-    checkpoints: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None]
+    checkpoints: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    threads: Callable[[int], None],
 ) -> None:
     source = checkpoints("llama", **SHAPES | {"num_hidden_layers": 5})
     threads(3)
@@ -146,11 +176,16 @@ def test_a_unit_that_fails_keeps_those_before_it_and_leaves_nothing_of_itself(
     assert units == [None, "outside", "block 0", "block 1"]
     assert not (work / "model-00004-of-00006.safetensors").exists() and torch.get_num_threads() == 3
     found = quantize(source, tmp_path / "out", method="minmax", group_size=32)
-    assert found["output_hash"] == quantize(source, tmp_path / "undisturbed", method="minmax", group_size=32)["output_hash"]
+    assert (
+        found["output_hash"]
+        == quantize(source, tmp_path / "undisturbed", method="minmax", group_size=32)["output_hash"]
+    )
 
 
 @pytest.mark.parametrize("value", [1e25, -3e38])
-def test_numbers_whose_squares_overflow_are_not_taken_for_damage(value: float, checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+def test_numbers_whose_squares_overflow_are_not_taken_for_damage(
+    value: float, checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
     source = copy_model(checkpoints("llama", **SHAPES), tmp_path / "large")
     tensors = load_all(source)
     tensors[f"{GATE}.weight"][5, 3] = value

@@ -1,4 +1,5 @@
-"""Run by vLLM's own interpreter: starts each model of a JSON list with random weights and prints what its KV cache became, a line each."""
+"""Run by vLLM's own interpreter: starts each model of a JSON list with random weights and prints what its KV
+cache became, a line each."""
 
 import gc
 import json
@@ -15,16 +16,21 @@ def main() -> None:
         answer = {"name": job["name"]}
         try:
             llm = LLM(
-                model=job["path"], load_format="dummy", dtype="bfloat16", enforce_eager=True, skip_tokenizer_init=True,
-                max_model_len=job["context"], kv_cache_memory_bytes=job["kv_cache_bytes"], **job.get("arguments", {}),
+                model=job["path"], load_format="dummy", dtype="bfloat16", enforce_eager=True,
+                skip_tokenizer_init=True,
+                max_model_len=job["context"], kv_cache_memory_bytes=job["kv_cache_bytes"],
+                **job.get("arguments", {}),
             )  # fmt: skip
             config = llm.llm_engine.vllm_config
             cache = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
             answer.update(
-                tokens=config.cache_config.kv_cache_size_tokens, concurrency=config.cache_config.kv_cache_max_concurrency,
-                blocks=cache.num_blocks, groups=len(cache.kv_cache_groups), block_size=config.cache_config.block_size,
+                tokens=config.cache_config.kv_cache_size_tokens,
+                concurrency=config.cache_config.kv_cache_max_concurrency,
+                blocks=cache.num_blocks, groups=len(cache.kv_cache_groups),
+                block_size=config.cache_config.block_size,
                 block_sizes=[g.kv_cache_spec.block_size for g in cache.kv_cache_groups],
-                bytes=max(t.size for t in cache.kv_cache_tensors), batched_tokens=config.scheduler_config.max_num_batched_tokens,
+                bytes=max(t.size for t in cache.kv_cache_tensors),
+                batched_tokens=config.scheduler_config.max_num_batched_tokens,
                 seqs=config.scheduler_config.max_num_seqs, in_flight=config.max_in_flight_tokens,
                 parameters=sum(p.numel() * p.element_size() for p in _parameters(llm)),
             )  # fmt: skip

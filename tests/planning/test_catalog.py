@@ -1,4 +1,5 @@
-"""Names, configs and directories → what a model is. Parameter counts are checked against transformers and published figures."""
+"""Names, configs and directories → what a model is. Parameter counts are checked against transformers and
+published figures."""
 
 from __future__ import annotations
 
@@ -10,13 +11,21 @@ from pathlib import Path
 import pytest
 
 from quant.architectures import spec_from_config
-from quant.catalog import catalogue, find_model, load_model, model_from_config, model_from_directory, stored_bytes
+from quant.catalog import (
+    catalogue,
+    find_model,
+    load_model,
+    model_from_config,
+    model_from_directory,
+    stored_bytes,
+)
 from quant.errors import CheckpointError, UsageError
 from quant.hardware import named_gpu
 from quant.planning import EngineRequest, plan
 from tests.planning.tiny_models import TINY
 
-#: published counts that include what is no parameter: block scales (MiniMax), or were read from another revision (Llama 3.2 Vision)
+#: published counts that include what is no parameter: block scales (MiniMax), or were read from another
+#: revision (Llama 3.2 Vision)
 LOOSE = {"MiniMaxAI/MiniMax-M2.7": 1e-4, "meta-llama/Llama-3.2-11B-Vision-Instruct": 0.005}
 
 
@@ -29,7 +38,9 @@ def test_every_catalogue_entry_can_be_planned_and_names_its_source() -> None:
 
 @pytest.mark.parametrize("name", [n for n, e in catalogue().items() if e.get("parameters")])
 def test_parameter_counts_are_those_published(name: str) -> None:
-    assert find_model(name).parameters == pytest.approx(catalogue()[name]["parameters"], rel=LOOSE.get(name, 1e-9))
+    assert find_model(name).parameters == pytest.approx(
+        catalogue()[name]["parameters"], rel=LOOSE.get(name, 1e-9)
+    )
 
 
 @pytest.mark.parametrize("name", sorted(TINY))
@@ -89,14 +100,22 @@ def test_drafting_layers_are_in_the_file_but_not_among_the_parameters() -> None:
         ("QWEN/qwen2.5_0.5b", None, 0.49e9),
     ],
 )
-def test_names_are_found_with_their_own_quantization(name: str, method: str | None, parameters: float) -> None:
+def test_names_are_found_with_their_own_quantization(
+    name: str, method: str | None, parameters: float
+) -> None:
     spec = find_model(name)
     assert (spec.quantization or {}).get("quant_method") == method
     assert spec.parameters == pytest.approx(parameters, rel=0.02)
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("someone/mystery-13b-v2", 13e9), ("acme-8x7B-moe", 56e9), ("tiny-350M", 0.35e9), ("new-100B-A5B", 100e9)]
+    ("name", "size"),
+    [
+        ("someone/mystery-13b-v2", 13e9),
+        ("acme-8x7B-moe", 56e9),
+        ("tiny-350M", 0.35e9),
+        ("new-100B-A5B", 100e9),
+    ],
 )
 def test_an_unknown_name_is_sized_by_the_number_in_it_and_says_so(name: str, size: float) -> None:
     spec = find_model(name)
@@ -109,7 +128,9 @@ def test_a_name_without_a_size_offers_the_nearest_names() -> None:
         find_model("lama-2-hf")
 
 
-@pytest.mark.parametrize("missing", ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size"])
+@pytest.mark.parametrize(
+    "missing", ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size"]
+)
 def test_a_config_without_a_needed_key_says_which(missing: str) -> None:
     config = {k: v for k, v in TINY["gqa"].items() if k != missing}
     with pytest.raises(UsageError, match=missing):
@@ -132,13 +153,21 @@ def write_checkpoint(folder: Path, dtype: str = "BF16", width: int = 2) -> int:
     config = TINY["gqa"]
     (folder / "config.json").write_text(json.dumps(config))
     h, i, v, d = 256, 512, 1024, 64
-    shapes: dict[str, list[int]] = {"model.embed_tokens.weight": [v, h], "lm_head.weight": [v, h], "model.norm.weight": [h]}
+    shapes: dict[str, list[int]] = {
+        "model.embed_tokens.weight": [v, h],
+        "lm_head.weight": [v, h],
+        "model.norm.weight": [h],
+    }
     for n in range(4):
         p = f"model.layers.{n}."
         shapes |= {p + "input_layernorm.weight": [h], p + "post_attention_layernorm.weight": [h]}
         shapes |= {p + "self_attn.q_proj.weight": [4 * d, h], p + "self_attn.o_proj.weight": [h, 4 * d]}
         shapes |= {p + f"self_attn.{x}_proj.weight": [2 * d, h] for x in "kv"}
-        shapes |= {p + "mlp.gate_proj.weight": [i, h], p + "mlp.up_proj.weight": [i, h], p + "mlp.down_proj.weight": [h, i]}
+        shapes |= {
+            p + "mlp.gate_proj.weight": [i, h],
+            p + "mlp.up_proj.weight": [i, h],
+            p + "mlp.down_proj.weight": [h, i],
+        }
     header, offset = {}, 0
     for name, shape in shapes.items():
         size = shape[0] * (shape[1] if len(shape) > 1 else 1) * width
@@ -170,7 +199,10 @@ def test_a_32_bit_file_is_known_to_be_one(tmp_path: Path) -> None:
 def test_a_bf16_file_is_served_at_its_size(tmp_path: Path) -> None:
     count = write_checkpoint(tmp_path)
     spec = model_from_directory(tmp_path)
-    assert plan(spec, [named_gpu("L40S")], "none", EngineRequest(context=1024)).weights_bytes == 2 * count + spec.rotary_bytes
+    assert (
+        plan(spec, [named_gpu("L40S")], "none", EngineRequest(context=1024)).weights_bytes
+        == 2 * count + spec.rotary_bytes
+    )
 
 
 def test_a_directory_without_weights_is_computed_and_one_without_config_refused(tmp_path: Path) -> None:
@@ -180,7 +212,9 @@ def test_a_directory_without_weights_is_computed_and_one_without_config_refused(
     assert "computed from config.json" in " ".join(load_model(tmp_path).notes)
 
 
-@pytest.mark.parametrize("content", [b"", b"short", struct.pack("<Q", 2**60) + b"{}", struct.pack("<Q", 5) + b"{bad}"])
+@pytest.mark.parametrize(
+    "content", [b"", b"short", struct.pack("<Q", 2**60) + b"{}", struct.pack("<Q", 5) + b"{bad}"]
+)
 def test_damaged_safetensors_headers_are_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TINY["gqa"]))
     (tmp_path / "model.safetensors").write_bytes(content)
@@ -190,6 +224,8 @@ def test_damaged_safetensors_headers_are_named(tmp_path: Path, content: bytes) -
 
 def test_an_index_may_not_leave_its_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TINY["gqa"]))
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../other.safetensors"}}))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"x": "../other.safetensors"}})
+    )
     with pytest.raises(CheckpointError, match="inside the model's folder"):
         model_from_directory(tmp_path)

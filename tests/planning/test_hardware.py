@@ -26,7 +26,8 @@ class NVMLError_NotSupported(NVMLError):
 
 
 class FakeNvml:
-    """A machine with the given boards. A board: name, total and used GiB, capability, optional MIG slices in GiB, processes."""
+    """A machine with the given boards. A board: name, total and used GiB, capability, optional MIG slices in
+    GiB, processes."""
 
     NVML_CLOCK_MEM = 2
 
@@ -104,7 +105,10 @@ def test_every_gpu_is_listed_with_memory_capability_bandwidth_and_driver() -> No
     assert (first.name, first.capability, first.driver) == (H100["name"], (9, 0), "580.65")
     assert first.used_bytes == 3 * GIB and first.free_bytes == first.total_bytes - 3 * GIB
     assert first.bandwidth == 3350e9 and second.bandwidth == 864e9
-    assert first.sources["memory"] == first.sources["capability"] == "nvml" and "https://" in first.sources["bandwidth"]
+    assert (
+        first.sources["memory"] == first.sources["capability"] == "nvml"
+        and "https://" in first.sources["bandwidth"]
+    )
     assert first.formats["fp8"] == "native" and first.formats["nvfp4"] == "weight-only"
     assert found.host.ram_total_bytes > 0 and found.host.disk_free_bytes > 0 and not found.note
 
@@ -152,7 +156,9 @@ def test_a_visible_device_that_is_not_here_is_refused(variable: str) -> None:
 
 def test_without_a_driver_the_reason_is_told_and_a_lost_gpu_is_left_out() -> None:
     assert detect(FakeNvml(broken=True), environment={}).note == "no NVIDIA GPU: Driver Not Loaded"
-    assert [g.name for g in detect(FakeNvml({**H100, "lost": True}, L40S), environment={}).gpus] == ["NVIDIA L40S"]
+    assert [g.name for g in detect(FakeNvml({**H100, "lost": True}, L40S), environment={}).gpus] == [
+        "NVIDIA L40S"
+    ]
 
 
 def test_nvml_is_shut_down_after_the_look() -> None:
@@ -161,8 +167,15 @@ def test_nvml_is_shut_down_after_the_look() -> None:
     assert not nvml.open
 
 
-def test_torch_figures_are_added_only_where_this_process_already_uses_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = SimpleNamespace(is_initialized=lambda: True, device_count=lambda: 1, memory_allocated=lambda i: 5, memory_reserved=lambda i: 8)
+def test_torch_figures_are_added_only_where_this_process_already_uses_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = SimpleNamespace(
+        is_initialized=lambda: True,
+        device_count=lambda: 1,
+        memory_allocated=lambda i: 5,
+        memory_reserved=lambda i: 8,
+    )
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
     first, second = detect(FakeNvml(H100, L40S), environment={}).gpus
     assert (first.torch_allocated_bytes, first.torch_reserved_bytes) == (5, 8)
@@ -177,7 +190,8 @@ each_part = pytest.mark.parametrize("row", TABLE["gpus"], ids=lambda row: row["n
 
 def test_the_table_has_the_parts_people_own() -> None:
     wanted = {
-        "T4", "V100-32GB", "A10", "A100-40GB", "A100-80GB", "L4", "L40S-48GB", "H20-96GB", "H100-80GB", "H200-141GB", "B200-180GB", "MI300X",
+        "T4", "V100-32GB", "A10", "A100-40GB", "A100-80GB", "L4", "L40S-48GB", "H20-96GB", "H100-80GB",
+        "H200-141GB", "B200-180GB", "MI300X",
         "RTX-2080", "RTX-3090", "RTX-4090", "RTX-5090", "RTX-A6000", "RTX-6000-Ada", "RTX-3070-Ti-Laptop-8GB",
     }  # fmt: skip
     assert wanted <= set(gpu_names()) and len(gpu_names()) >= 60
@@ -189,19 +203,25 @@ def test_every_source_says_what_it_is_and_is_used() -> None:
     for name, source in TABLE["sources"].items():
         assert set(source) == {"address", "what", "version"} and all(source.values()), name
         assert source["address"].startswith(("https://", "public repository file, search index id ")), name
-    assert {i for row in TABLE["gpus"] for ids in row["sources"].values() for i in ids} == set(TABLE["sources"])
+    assert {i for row in TABLE["gpus"] for ids in row["sources"].values() for i in ids} == set(
+        TABLE["sources"]
+    )
 
 
 @each_part
 def test_every_fact_of_a_part_names_its_documents(row: dict[str, Any]) -> None:
     assert set(row["sources"]) == FACTS and set(row["tflops"]) == set(FORMATS)
-    assert all(row["sources"][fact] for fact in ("memory", "bandwidth", "capability")), "a part without these is not worth a row"
+    assert all(row["sources"][fact] for fact in ("memory", "bandwidth", "capability")), (
+        "a part without these is not worth a row"
+    )
     assert row["reported_gib"] or not row["sources"]["reported"]
 
 
 def test_what_is_unchecked_is_little() -> None:
     row_of = {row["name"]: row for row in TABLE["gpus"]}
-    unchecked = [(row["name"], fact) for row in TABLE["gpus"] for fact, ids in row["sources"].items() if not ids]
+    unchecked = [
+        (row["name"], fact) for row in TABLE["gpus"] for fact, ids in row["sources"].items() if not ids
+    ]
     rates = sorted({name for name, fact in unchecked if fact != "reported"})
     assert rates == ["A10G", "DGX-Spark-GB10", "GTX-1660-Super", "RX-7900-XTX"]
     assert all(fact != "reported" or row_of[name]["reported_gib"] is None for name, fact in unchecked), (
@@ -216,7 +236,9 @@ def test_a_total_that_was_not_seen_is_estimated_like_a_part_that_was(row: dict[s
         other = next(x for x in TABLE["gpus"] if x["name"] == row["memory_like"])
         assert other["reported_gib"] and other["sources"]["reported"] and other["kind"] == row["kind"]
         found = named_gpu(row["name"])
-        assert found.total_bytes / row["memory_gib"] == pytest.approx(other["reported_gib"] * 2**30 / other["memory_gib"], rel=1e-6)
+        assert found.total_bytes / row["memory_gib"] == pytest.approx(
+            other["reported_gib"] * 2**30 / other["memory_gib"], rel=1e-6
+        )
         assert found.sources["memory"].startswith("estimated") and other["name"] in found.sources["memory"]
     else:
         assert "memory_like" not in row
@@ -231,19 +253,25 @@ def test_the_facts_of_a_part_fit_together(row: dict[str, Any]) -> None:
     assert 0 < rates["fp16"] and rates["int8"] < 5 * rates["fp16"] and rates["fp4"] <= 8.1 * rates["fp16"]
     assert 10 <= rates["fp16"] * 1000 / row["bandwidth_gb_s"] <= 500, "operations a byte"
     if number.startswith("gfx"):
-        assert bool(rates["fp8"]) is (number in ("gfx942", "gfx950")) and bool(rates["fp4"]) is (number == "gfx950")
+        assert bool(rates["fp8"]) is (number in ("gfx942", "gfx950")) and bool(rates["fp4"]) is (
+            number == "gfx950"
+        )
         return
     level = tuple(map(int, number.split(".")))
     assert bool(rates["fp8"]) is (level >= (8, 9)) and bool(rates["fp4"]) is (level >= (10, 0))
     assert bool(rates["int8"]) is (level >= (7, 5))
-    assert rates["fp8"] in (0, pytest.approx(2 * rates["fp16"], rel=0.02)), "8 bits run at twice the rate of 16 on every part"
+    assert rates["fp8"] in (0, pytest.approx(2 * rates["fp16"], rel=0.02)), (
+        "8 bits run at twice the rate of 16 on every part"
+    )
 
 
 def test_a_named_part_says_where_each_fact_came_from() -> None:
     found = named_gpu("L40S").to_dict()["sources"]
     assert set(found) == {"memory", "nominal_memory", "bandwidth", "capability", *FORMATS}
     assert all("https://" in text for text in found.values())
-    assert named_gpu("A10G").sources["int8"] == "unchecked" and "http" in named_gpu("A10G").sources["bandwidth"]
+    assert (
+        named_gpu("A10G").sources["int8"] == "unchecked" and "http" in named_gpu("A10G").sources["bandwidth"]
+    )
     assert named_gpu("GH200-144GB").sources["memory"].startswith("estimated")
     given = named_gpu("L40S", 20 * GIB).sources
     assert given["memory"] == "user" and "nominal_memory" not in given
@@ -252,9 +280,12 @@ def test_a_named_part_says_where_each_fact_came_from() -> None:
 @pytest.mark.parametrize(
     ("written", "meant"),
     [
-        ("l40s", "L40S-48GB"), ("NVIDIA GeForce RTX 4090", "RTX-4090"), ("A100-SXM4-40GB", "A100-40GB"), ("H100", "H100-80GB"),
-        ("rtx 4060 ti 16gb", "RTX-4060-Ti-16GB"), ("NVIDIA H20", "H20-96GB"), ("Tesla T4", "T4"), ("amd instinct mi300x", "MI300X"),
-        ("B200-192GB", "B200-180GB"), ("NVIDIA GB200", "GB200-186GB"), ("NVIDIA GH200 144G HBM3e", "GH200-141GB"),
+        ("l40s", "L40S-48GB"), ("NVIDIA GeForce RTX 4090", "RTX-4090"), ("A100-SXM4-40GB", "A100-40GB"),
+        ("H100", "H100-80GB"),
+        ("rtx 4060 ti 16gb", "RTX-4060-Ti-16GB"), ("NVIDIA H20", "H20-96GB"), ("Tesla T4", "T4"),
+        ("amd instinct mi300x", "MI300X"),
+        ("B200-192GB", "B200-180GB"), ("NVIDIA GB200", "GB200-186GB"),
+        ("NVIDIA GH200 144G HBM3e", "GH200-141GB"),
     ],
 )  # fmt: skip
 def test_names_are_found_however_they_are_written(written: str, meant: str) -> None:
@@ -288,7 +319,9 @@ def test_absurd_memory_sizes_are_refused(size: int) -> None:
         ((12, 0), {"nvfp4": "native", "int8": "no"}),
     ],
 )
-def test_number_formats_follow_the_compute_capability(capability: tuple[int, int], expected: dict[str, str]) -> None:
+def test_number_formats_follow_the_compute_capability(
+    capability: tuple[int, int], expected: dict[str, str]
+) -> None:
     formats = number_formats("cuda", capability)
     assert {k: formats[k] for k in expected} == expected
 
@@ -308,6 +341,9 @@ def test_planning_without_a_gpu_asks_for_a_name() -> None:
 
 def test_neither_torch_nor_transformers_is_imported() -> None:
     heavy = ("torch", "transformers", "rich", "yaml", "pydantic")
-    program = f"import json, sys, quant.hardware as h; h.detect(); print(json.dumps([m for m in {heavy} if m in sys.modules]))"
+    program = (
+        f"import json, sys, quant.hardware as h; h.detect(); print(json.dumps([m for m in {heavy} if "
+        "m in sys.modules]))"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []

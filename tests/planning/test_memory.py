@@ -32,7 +32,8 @@ def test_the_parts_add_up_to_the_requested_memory() -> None:
 
 def test_weights_are_every_parameter_once_with_padding_and_rotary_table() -> None:
     p = plan(LLAMA8, [H100], "none", EngineRequest(context=8192))
-    assert p.weights_bytes == 2 * LLAMA8.parameters + 131072 * 128 * 2  # 128256 rows are a multiple of 64 already
+    # 128256 rows are a multiple of 64 already
+    assert p.weights_bytes == 2 * LLAMA8.parameters + 131072 * 128 * 2
     phi = find_model("ibm-granite/granite-3.1-2b-instruct")  # 49155 rows are padded to 49216
     padded = plan(phi, [H100], "none", EngineRequest(context=8192)).weights_bytes
     assert padded == 2 * (phi.parameters + 61 * 2048) + 131072 * 64 * 2
@@ -48,7 +49,8 @@ def test_weights_are_every_parameter_once_with_padding_and_rotary_table() -> Non
         ("meta-llama/Llama-2-7b-hf", 1, "auto", 32 * 2 * 32 * 128 * 2),
         ("deepseek-ai/DeepSeek-V2-Lite-Chat", 1, "auto", 27 * 576 * 2),
         ("deepseek-ai/DeepSeek-V3", 8, "auto", 61 * 576 * 2),  # one latent, not cut by tensor parallelism
-        ("google/gemma-3-27b-it", 1, "auto", 70 * 2 * 16 * 128 * 2),  # 52 sliding and 10 full, padded to groups of 10
+        # 52 sliding and 10 full, padded to groups of 10
+        ("google/gemma-3-27b-it", 1, "auto", 70 * 2 * 16 * 128 * 2),
         ("google/gemma-3-12b-it", 1, "auto", 48 * 2 * 8 * 256 * 2),
         ("openai/gpt-oss-120b", 1, "auto", 36 * 2 * 8 * 64 * 2),
     ],
@@ -56,7 +58,12 @@ def test_weights_are_every_parameter_once_with_padding_and_rotary_table() -> Non
 def test_kv_bytes_per_token(name: str, ranks: int, dtype: str, expected: int) -> None:
     gpus = [replace(H100, total_bytes=2**43, free_bytes=2**43)] * ranks
     assert (
-        plan(find_model(name), gpus, "none", EngineRequest(context=4096, tensor_parallel=ranks, kv_cache_dtype=dtype)).kv_bytes_per_token
+        plan(
+            find_model(name),
+            gpus,
+            "none",
+            EngineRequest(context=4096, tensor_parallel=ranks, kv_cache_dtype=dtype),
+        ).kv_bytes_per_token
         == expected
     )
 
@@ -76,7 +83,12 @@ def test_a_window_bounds_what_a_long_request_needs() -> None:
     assert p.layout is not None
     sliding = ceil((1023 + 2 * 2048) / 16) + 1
     assert p.layout.blocks_for(131072, 2 * 2048) == 6 * sliding + 8192
-    without = plan(spec, [replace(H100, total_bytes=2**42, free_bytes=2**42)], "none", replace(request, vllm_version="0.8.5"))
+    without = plan(
+        spec,
+        [replace(H100, total_bytes=2**42, free_bytes=2**42)],
+        "none",
+        replace(request, vllm_version="0.8.5"),
+    )
     assert without.layout is not None and len(without.layout.groups) == 1
 
 
@@ -95,13 +107,17 @@ def test_recurrent_layers_enlarge_the_block_until_a_page_holds_a_state() -> None
 
 @pytest.mark.parametrize(("version", "share"), [("0.19", 0.9), ("0.32", 0.92)])
 def test_the_default_share_follows_the_release(version: str, share: float) -> None:
-    assert plan(LLAMA8, [H100], "none", EngineRequest(context=4096, vllm_version=version)).gpu_memory_utilization == share
+    assert (
+        plan(LLAMA8, [H100], "none", EngineRequest(context=4096, vllm_version=version)).gpu_memory_utilization
+        == share
+    )
 
 
 def test_the_sampler_dominates_where_it_sorted_and_the_forward_pass_where_it_does_not() -> None:
     request = EngineRequest(context=4096, max_num_seqs=1024, max_num_batched_tokens=8192)
     sorting, kernel, newest = (
-        plan(LLAMA8, [H100], "none", replace(request, vllm_version=v)).activation_bytes for v in ("0.11", "0.19", "0.32")
+        plan(LLAMA8, [H100], "none", replace(request, vllm_version=v)).activation_bytes
+        for v in ("0.11", "0.19", "0.32")
     )
     assert sorting == 1024 * 128256 * 39 and kernel == 1024 * 128256 * 16
     assert newest == 8192 * (3 * 14336 + 4 * 4096) * 2
@@ -110,7 +126,10 @@ def test_the_sampler_dominates_where_it_sorted_and_the_forward_pass_where_it_doe
 def test_graphs_come_on_top_before_and_out_of_the_cache_since_0_21() -> None:
     before = plan(LLAMA8, [H100], "none", EngineRequest(context=4096, vllm_version="0.19"))
     eager = plan(LLAMA8, [H100], "none", EngineRequest(context=4096, vllm_version="0.19", enforce_eager=True))
-    assert before.kv_cache_bytes == eager.kv_cache_bytes and before.cuda_graph_bytes > 0 == eager.cuda_graph_bytes
+    assert (
+        before.kv_cache_bytes == eager.kv_cache_bytes
+        and before.cuda_graph_bytes > 0 == eager.cuda_graph_bytes
+    )
     after = plan(LLAMA8, [H100], "none", EngineRequest(context=4096))
     lazy = plan(LLAMA8, [H100], "none", EngineRequest(context=4096, enforce_eager=True))
     assert lazy.kv_cache_bytes - after.kv_cache_bytes == after.cuda_graph_bytes
@@ -151,13 +170,15 @@ def test_every_layer_is_in_exactly_one_stage(layers: int, stages: int, version: 
 
 
 def test_tensor_parallel_weights_are_the_parts_of_the_whole() -> None:
-    one = plan(LLAMA70, [replace(H100, total_bytes=2**42, free_bytes=2**42)], "none", EngineRequest(context=4096)).weights_bytes
+    one = plan(
+        LLAMA70, [replace(H100, total_bytes=2**42, free_bytes=2**42)], "none", EngineRequest(context=4096)
+    ).weights_bytes
     four = plan(LLAMA70, [H100] * 4, "none", EngineRequest(context=4096, tensor_parallel=4)).weights_bytes
     norms = (2 * 80 + 1) * 8192 * 2 + LLAMA70.rotary_bytes
     assert 4 * (four - norms) == one - norms
 
 
-# -- refusals ------------------------------------------------------------------------------------------------------------------------------
+# -- refusals ------------------------------------------------------------------------------------------------
 
 
 def refused(request: EngineRequest, gpu: Gpu = L40S, count: int = 1, scheme: str = "none") -> tuple[str, str]:
@@ -238,7 +259,9 @@ def test_impossible_requests_are_refused_by_name(changes: dict[str, object], wor
 
 def test_all_problems_are_listed_together() -> None:
     with pytest.raises(Problems) as caught:
-        plan(LLAMA8, [L40S], "none", EngineRequest(concurrency=0, tensor_parallel=5, gpu_memory_utilization=2))
+        plan(
+            LLAMA8, [L40S], "none", EngineRequest(concurrency=0, tensor_parallel=5, gpu_memory_utilization=2)
+        )
     assert len(caught.value.problems) >= 4
 
 
@@ -254,7 +277,9 @@ def test_development_builds_count_as_their_release() -> None:
 
 def test_old_gpus_kept_the_old_engine_until_0_10() -> None:
     assert (
-        rules_for("0.8.5", (7, 5)).engine == "v0" and rules_for("0.8.5", (8, 0)).engine == "v1" and rules_for("0.11", (7, 5)).engine == "v1"
+        rules_for("0.8.5", (7, 5)).engine == "v0"
+        and rules_for("0.8.5", (8, 0)).engine == "v1"
+        and rules_for("0.11", (7, 5)).engine == "v1"
     )
 
 

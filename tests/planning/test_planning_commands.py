@@ -29,7 +29,11 @@ def test_detect_tells_what_is_here_and_in_json_only_json() -> None:
 
 def test_detect_of_a_named_gpu_needs_no_hardware() -> None:
     (gpu,) = json.loads(quant("detect", "--gpu", "L40S-48GB", "--json").stdout)["gpus"]
-    assert gpu["capability"] == "8.9" and gpu["bandwidth_bytes_per_second"] == 864e9 and gpu["formats"]["fp8"] == "native"
+    assert (
+        gpu["capability"] == "8.9"
+        and gpu["bandwidth_bytes_per_second"] == 864e9
+        and gpu["formats"]["fp8"] == "native"
+    )
     assert all("https://" in source for source in gpu["sources"].values())
     shown = quant("detect", "--gpu", "l40s").stdout
     assert "864 GB/s" in shown and f"capability: {gpu['sources']['capability']}" in shown
@@ -39,12 +43,36 @@ def test_detect_of_a_named_gpu_needs_no_hardware() -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (("recommend", "--model", "Llama-3.1-8B", "--gpu", "L40S"), 0, "vllm serve meta-llama/Llama-3.1-8B --max-model-len 8192"),
-        (("recommend", "--model", "Llama-3.1-70B", "--gpu", "RTX 4090"), 3, "it would start with 4 of these GPUs"),
-        (("recommend", "--model", "Llama-3.1-8B", "--gpu", "L40S", "--scheme", "w4a16"), 0, "--method gptq --scheme w4a16"),
-        (("recommend", "--model", "Llama-3.1-8B", "--gpu", "L40S", "--policy", "rule-of-thumb"), 0, "rule of thumb: none"),
-        (("recommend", "--model", "Llama-3.1-8B", "--gpu", "L40S", "--scenario", "chat"), 0, "concurrency 16"),
-        (("recommend", "--model", "Llama-3.1-8B", "--gpu", "h100", "--gpu-count", "2"), 0, "--tensor-parallel-size 2"),
+        (
+            ("recommend", "--model", "Llama-3.1-8B", "--gpu", "L40S"),
+            0,
+            "vllm serve meta-llama/Llama-3.1-8B --max-model-len 8192",
+        ),
+        (
+            ("recommend", "--model", "Llama-3.1-70B", "--gpu", "RTX 4090"),
+            3,
+            "it would start with 4 of these GPUs",
+        ),
+        (
+            ("recommend", "--model", "Llama-3.1-8B", "--gpu", "L40S", "--scheme", "w4a16"),
+            0,
+            "--method gptq --scheme w4a16",
+        ),
+        (
+            ("recommend", "--model", "Llama-3.1-8B", "--gpu", "L40S", "--policy", "rule-of-thumb"),
+            0,
+            "rule of thumb: none",
+        ),
+        (
+            ("recommend", "--model", "Llama-3.1-8B", "--gpu", "L40S", "--scenario", "chat"),
+            0,
+            "concurrency 16",
+        ),
+        (
+            ("recommend", "--model", "Llama-3.1-8B", "--gpu", "h100", "--gpu-count", "2"),
+            0,
+            "--tensor-parallel-size 2",
+        ),
         (("recommend", "--model", "Llama-3.1-8B", "--gpu", "L40S", "--gpu-memory", "20GiB"), 0, "20.0 GiB"),
     ],
 )
@@ -61,10 +89,26 @@ def test_recommend(arguments: tuple[str, ...], status: int, words: str) -> None:
         (("recommend", "--model", "a-7b", "--model-path", "b", "--gpu", "L40S"), "give the model once"),
         (("recommend", "--model", "Llama-3.1-8B", "--gpu", "L40Z"), "nearest:"),
         (("recommend", "--model", "Lama", "--gpu", "L40S"), "nearest:"),
-        (("recommend", "--model", "Llama-3.1-8B", "--gpu", "L40S", "--tensor-parallel", "3", "--gpu-count", "3"), "32 attention heads"),
+        (
+            (
+                "recommend",
+                "--model",
+                "Llama-3.1-8B",
+                "--gpu",
+                "L40S",
+                "--tensor-parallel",
+                "3",
+                "--gpu-count",
+                "3",
+            ),
+            "32 attention heads",
+        ),
         (("recommend", "--model", "Llama-3.1-8B", "--gpu", "L40S", "--gpu-memory", "1e30"), "1 EiB"),
         (("recommend", "--model", "Llama-3.1-8B", "--gpu", "L40S", "--context", "-5"), "--context is -5"),
-        (("recommend", "--model", "Llama-3.1-8B", "--gpu", "L40S", "--vllm-version", "latest"), "--vllm-version"),
+        (
+            ("recommend", "--model", "Llama-3.1-8B", "--gpu", "L40S", "--vllm-version", "latest"),
+            "--vllm-version",
+        ),
         (("detect", "--gpu", "L40Z"), "nearest:"),
     ],
 )
@@ -74,7 +118,9 @@ def test_bad_input_is_refused_with_status_2_and_no_traceback(arguments: tuple[st
 
 
 def test_a_config_without_the_needed_keys_says_which(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4})
+    )
     done = quant("recommend", "--model-path", str(tmp_path), "--gpu", "L40S")
     assert done.returncode == 2 and "num_hidden_layers" in done.stderr
     assert quant("recommend", "--model-path", str(tmp_path / "nowhere"), "--gpu", "L40S").returncode == 1
@@ -103,23 +149,32 @@ def test_recommend_from_a_directory_counts_its_bytes() -> None:
     ],
 )
 def test_time_to_the_answer(arguments: tuple[str, ...], limit: float) -> None:
-    """The best of several runs: the machine may be busy. The bare interpreter's own start is allowed to be slow, not ours."""
+    """The best of several runs: the machine may be busy. The bare interpreter's own start is allowed to be
+    slow, not ours."""
     bare, ours = [], []
     for _ in range(5):
-        for times, command in ((bare, [sys.executable, "-c", "pass"]), (ours, [sys.executable, str(ROOT / "quantize.py"), *arguments])):
+        for times, command in (
+            (bare, [sys.executable, "-c", "pass"]),
+            (ours, [sys.executable, str(ROOT / "quantize.py"), *arguments]),
+        ):
             begin = time.perf_counter()
             subprocess.run(command, capture_output=True, check=False)
             times.append(time.perf_counter() - begin)
     assert min(ours) < limit + max(0.0, min(bare) - 0.02)
 
 
-@pytest.mark.parametrize("arguments", [("detect",), ("recommend", "--model", "Llama-3.1-8B", "--gpu", "L40S")])
+@pytest.mark.parametrize(
+    "arguments", [("detect",), ("recommend", "--model", "Llama-3.1-8B", "--gpu", "L40S")]
+)
 def test_neither_torch_nor_transformers_is_imported(arguments: tuple[str, ...]) -> None:
     program = (
         "import sys; sys.path.insert(0, sys.argv.pop(1)); import quantize\n"
         "try: quantize.main(sys.argv[1:])\n"
         "except SystemExit: pass\n"
-        "print([m for m in ('torch', 'transformers', 'pydantic', 'numpy') if m in sys.modules], file=sys.stderr)"
+        "print([m for m in ('torch', 'transformers', 'pydantic', 'numpy') if m in sys.modules], "
+        "file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(ROOT), *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(ROOT), *arguments], capture_output=True, text=True, check=False
+    )
     assert done.stderr.splitlines()[-1] == "[]"

@@ -49,7 +49,9 @@ def by_scheme(found: Recommendation) -> dict[str, Any]:
         ("Qwen/Qwen2.5-7B-Instruct", "RTX 3070 Ti Laptop", 1, "w4a16", "gptq"),
     ],
 )
-def test_the_most_precise_scheme_that_fits_is_taken(model: str, gpu: str, count: int, scheme: str, method: str | None) -> None:
+def test_the_most_precise_scheme_that_fits_is_taken(
+    model: str, gpu: str, count: int, scheme: str, method: str | None
+) -> None:
     found = recommend(model, gpu, gpu_count=count)
     assert (found.recommended, found.method) == (scheme, method), found.reason
     chosen = by_scheme(found)[scheme]
@@ -78,7 +80,10 @@ def test_concurrency_and_context_decide() -> None:
 def test_the_margin_affects_only_the_choice() -> None:
     tight = recommend("Qwen/Qwen2.5-32B", "RTX 4090", EngineRequest(context=8192))
     assert tight.recommended == "w4a16" and not by_scheme(tight)["w4a16"].safe and "margin" in tight.reason
-    wide, narrow = (recommend("meta-llama/Llama-3.1-8B", "RTX 4090", EngineRequest(context=16384), margin=m) for m in (0.0, 0.3))
+    wide, narrow = (
+        recommend("meta-llama/Llama-3.1-8B", "RTX 4090", EngineRequest(context=16384), margin=m)
+        for m in (0.0, 0.3)
+    )
     assert [p.fits for p in wide.plans] == [p.fits for p in narrow.plans]
     assert wide.recommended == "none" and narrow.recommended == "w8a8-fp8"
 
@@ -87,8 +92,20 @@ def test_commands_are_given_only_for_what_this_build_makes() -> None:
     request = EngineRequest(context=8192)
     found = recommend("meta-llama/Llama-3.1-70B", "H100", request, scheme="w8a8-fp8")
     assert found.recommended in ("w8a8-fp8", None)
-    two = recommend("meta-llama/Llama-3.1-70B", "H100", replace(request, tensor_parallel=2), gpu_count=2, scheme="w8a8-fp8", makeable={})
-    assert two.recommended == "w8a8-fp8" and two.commands == () and two.method is None and "does not make" in two.notes[-1]
+    two = recommend(
+        "meta-llama/Llama-3.1-70B",
+        "H100",
+        replace(request, tensor_parallel=2),
+        gpu_count=2,
+        scheme="w8a8-fp8",
+        makeable={},
+    )
+    assert (
+        two.recommended == "w8a8-fp8"
+        and two.commands == ()
+        and two.method is None
+        and "does not make" in two.notes[-1]
+    )
     switched = recommend(
         "meta-llama/Llama-3.1-70B",
         "H100",
@@ -117,11 +134,21 @@ def test_commands_are_given_only_for_what_this_build_makes() -> None:
 def test_every_scheme_has_its_two_commands(scheme: str, gpu: str, options: str) -> None:
     found = recommend(SMALL, gpu, EngineRequest(context=4096), scheme=scheme, output_path="out")
     assert found.recommended == scheme, found.reason
-    assert found.commands == (f"quant quantize --model-path small --output-path out {options}", "vllm serve out --max-model-len 4096")
+    assert found.commands == (
+        f"quant quantize --model-path small --output-path out {options}",
+        "vllm serve out --max-model-len 4096",
+    )
 
 
 @pytest.mark.parametrize(
-    ("scheme", "gpu"), [("fp8-block", "V100"), ("w8a16-fp8", "V100"), ("mxfp4", "T4"), ("mxfp8", "V100"), ("w8a16-asym", "A100")]
+    ("scheme", "gpu"),
+    [
+        ("fp8-block", "V100"),
+        ("w8a16-fp8", "V100"),
+        ("mxfp4", "T4"),
+        ("mxfp8", "V100"),
+        ("w8a16-asym", "A100"),
+    ],
 )
 def test_a_scheme_asked_for_by_name_is_refused_where_no_kernel_is(scheme: str, gpu: str) -> None:
     found = recommend(SMALL, gpu, EngineRequest(context=4096), scheme=scheme)
@@ -148,14 +175,19 @@ def test_a_quantized_checkpoint_is_served_only_where_its_kernels_are() -> None:
         preset = PRESETS[scheme]
         config = form.config([Linear(*linear, preset.weights, preset.activations)], ["lm_head"], "static")
         spec = model_from_config({**TINY["gqa"], "quantization_config": config}, "made")
-        no, yes = (recommend(spec, gpu, EngineRequest(context=4096), scheme="none") for gpu in (refused, served))
+        no, yes = (
+            recommend(spec, gpu, EngineRequest(context=4096), scheme="none") for gpu in (refused, served)
+        )
         assert no.recommended is None and f"no kernel for {preset.kernel}, which the checkpoint" in no.reason
         assert yes.commands == ("vllm serve made --max-model-len 4096",)
         half = recommend(replace(spec, dtype="float16"), served, EngineRequest(context=4096), scheme="none")
         assert ("--dtype bfloat16" in half.commands[0]) == scheme.startswith("mx")
     native = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
     spec = model_from_config({**TINY["gqa"], "quantization_config": native}, "made")
-    assert recommend(spec, "V100", scheme="none").recommended is None and recommend(spec, "T4", scheme="none").recommended == "none"
+    assert (
+        recommend(spec, "V100", scheme="none").recommended is None
+        and recommend(spec, "T4", scheme="none").recommended == "none"
+    )
 
 
 def test_ranks_that_would_cut_blocks_are_refused() -> None:
@@ -177,7 +209,10 @@ def test_ranks_that_would_cut_blocks_are_refused() -> None:
             scheme="fp8-block",
             gpu_count=8,
         ).plans  # k_proj has 512 outputs: 64 for each rank
-        assert not found.fits and (why or "512 outputs, which 8 ranks cannot share in blocks of 128") in found.why
+        assert (
+            not found.fits
+            and (why or "512 outputs, which 8 ranks cannot share in blocks of 128") in found.why
+        )
 
 
 def test_a_scheme_asked_for_by_name_may_run_as_packed_weights() -> None:
@@ -197,15 +232,26 @@ def test_a_scheme_asked_for_by_name_may_run_as_packed_weights() -> None:
 def test_microscaling_numbers_of_an_fp16_model_are_planned_and_served_in_bf16() -> None:
     half = replace(SMALL, dtype="float16")
     found = recommend(half, "B200", EngineRequest(context=4096), scheme="mxfp4", output_path="out")
-    assert found.commands[-1] == "vllm serve out --max-model-len 4096 --dtype bfloat16" and "bf16 alone" in found.notes[-1]
-    assert recommend(half, "B200", EngineRequest(context=4096), scheme="nvfp4", output_path="out").commands[-1].endswith("4096")
+    assert (
+        found.commands[-1] == "vllm serve out --max-model-len 4096 --dtype bfloat16"
+        and "bf16 alone" in found.notes[-1]
+    )
+    assert (
+        recommend(half, "B200", EngineRequest(context=4096), scheme="nvfp4", output_path="out")
+        .commands[-1]
+        .endswith("4096")
+    )
 
 
 def test_the_commands_say_exactly_what_was_planned(tmp_path: Path) -> None:
     import json
 
-    (tmp_path / "config.json").write_text(json.dumps(quant.find_model("Llama-3.1-70B") and _config("meta-llama/Llama-3.1-70B-Instruct")))
-    request = EngineRequest(context=8192, concurrency=2, tensor_parallel=2, max_num_seqs=64, kv_cache_dtype="fp8")
+    (tmp_path / "config.json").write_text(
+        json.dumps(quant.find_model("Llama-3.1-70B") and _config("meta-llama/Llama-3.1-70B-Instruct"))
+    )
+    request = EngineRequest(
+        context=8192, concurrency=2, tensor_parallel=2, max_num_seqs=64, kv_cache_dtype="fp8"
+    )
     found = recommend(tmp_path, "L40S-48GB", request, gpu_count=2, scheme="w4a16", output_path="out dir")
     make, serve = found.commands
     assert shlex.split(make)[:2] == ["quant", "quantize"] and str(tmp_path) in make
@@ -230,7 +276,9 @@ def _config(name: str) -> dict[str, Any]:
 
 def test_a_smaller_group_is_chosen_where_ranks_would_cut_larger_ones() -> None:
     config = {**TINY["gqa"], "intermediate_size": 11008, "num_attention_heads": 8, "num_key_value_heads": 8}
-    found = recommend(config, "L40S", EngineRequest(context=1024, tensor_parallel=4), gpu_count=4, scheme="w4a16")
+    found = recommend(
+        config, "L40S", EngineRequest(context=1024, tensor_parallel=4), gpu_count=4, scheme="w4a16"
+    )
     assert found.group_size == 64 and "--group-size 64" in found.commands[0]
 
 
@@ -248,7 +296,11 @@ def test_an_already_quantized_checkpoint_is_not_quantized_again() -> None:
 
 
 def test_mixed_gpus_are_planned_by_the_smallest() -> None:
-    found = recommend("meta-llama/Llama-3.1-8B", [named_gpu("H100"), named_gpu("RTX 4090")], EngineRequest(tensor_parallel=2))
+    found = recommend(
+        "meta-llama/Llama-3.1-8B",
+        [named_gpu("H100"), named_gpu("RTX 4090")],
+        EngineRequest(tensor_parallel=2),
+    )
     assert found.plan is not None and found.plan.total_bytes == named_gpu("RTX 4090").total_bytes
     assert any("differ" in n for n in found.notes)
 
@@ -262,7 +314,8 @@ def test_held_memory_lowers_the_share_that_is_asked_for() -> None:
 
 def test_the_json_has_the_contracts_keys_also_when_nothing_fits() -> None:
     needed = {
-        "scheme", "fits", "why", "weights_bytes", "kv_bytes_per_token", "kv_cache_bytes", "kv_tokens", "max_context", "max_concurrency",
+        "scheme", "fits", "why", "weights_bytes", "kv_bytes_per_token", "kv_cache_bytes", "kv_tokens",
+        "max_context", "max_concurrency",
         "activation_bytes", "cuda_graph_bytes", "other_bytes",
     }  # fmt: skip
     for gpu in ("L40S", "RTX 3060"):
@@ -289,12 +342,14 @@ def test_the_json_has_the_contracts_keys_also_when_nothing_fits() -> None:
         ({"request": EngineRequest(tensor_parallel=2)}, Problems, "needs 2 GPUs"),
     ],
 )
-def test_bad_requests_are_refused_by_name(options: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_bad_requests_are_refused_by_name(
+    options: dict[str, Any], error: type[Exception], words: str
+) -> None:
     with pytest.raises(error, match=words):
         recommend("meta-llama/Llama-3.1-8B", **{"gpus": "L40S", **options})
 
 
-# -- scenarios -----------------------------------------------------------------------------------------------------------------------------
+# -- scenarios -----------------------------------------------------------------------------------------------
 
 
 def test_the_five_scenarios_and_seven_profiles_are_there() -> None:
@@ -306,13 +361,21 @@ def test_the_five_scenarios_and_seven_profiles_are_there() -> None:
 def test_every_profile_fits_what_it_was_written_for(name: str) -> None:
     profile = load_scenario(name)
     example = profile.example
-    found = recommend(example["model"], example["gpu"], gpu_count=example["gpu_count"], scenario=name, scheme=example["scheme"])
+    found = recommend(
+        example["model"],
+        example["gpu"],
+        gpu_count=example["gpu_count"],
+        scenario=name,
+        scheme=example["scheme"],
+    )
     assert found.recommended == example["scheme"], found.reason
     assert by_scheme(found)[example["scheme"]].safe
 
 
 @pytest.mark.parametrize("name", scenario_names())
-@pytest.mark.parametrize("model", ["Qwen/Qwen2.5-3B-Instruct", "Qwen/Qwen2.5-14B-Instruct", "meta-llama/Llama-3.1-70B-Instruct"])
+@pytest.mark.parametrize(
+    "model", ["Qwen/Qwen2.5-3B-Instruct", "Qwen/Qwen2.5-14B-Instruct", "meta-llama/Llama-3.1-70B-Instruct"]
+)
 def test_every_scenario_serves_small_medium_and_large_models_on_large_gpus(name: str, model: str) -> None:
     found = recommend(model, "H200", gpu_count=2, scenario=name)
     assert found.recommended is not None, found.reason
@@ -320,7 +383,9 @@ def test_every_scenario_serves_small_medium_and_large_models_on_large_gpus(name:
 
 def test_a_latency_scenario_takes_the_fewest_bytes_and_throughput_the_batch() -> None:
     latency = recommend("meta-llama/Llama-3.1-8B", "L40S", scenario="low-latency")
-    bounds = {p.scheme: p.speed.decode_bound for p in latency.plans if p.safe and p.speed and p.speed.decode_bound}
+    bounds = {
+        p.scheme: p.speed.decode_bound for p in latency.plans if p.safe and p.speed and p.speed.decode_bound
+    }
     assert latency.recommended == max(bounds, key=lambda s: bounds[s]) == "w4a16"
     assert recommend("meta-llama/Llama-3.1-8B", "L40S", scenario="chat").recommended == "none"
 
@@ -331,8 +396,14 @@ def test_what_the_user_asks_wins_over_the_scenario() -> None:
 
 
 def test_an_fp8_cache_is_not_asked_of_a_gpu_without_fp8() -> None:
-    assert recommend("meta-llama/Llama-3.1-8B", "A100", scenario="high-throughput").request.kv_cache_dtype == "auto"
-    assert recommend("meta-llama/Llama-3.1-8B", "L40S", scenario="high-throughput").request.kv_cache_dtype == "fp8"
+    assert (
+        recommend("meta-llama/Llama-3.1-8B", "A100", scenario="high-throughput").request.kv_cache_dtype
+        == "auto"
+    )
+    assert (
+        recommend("meta-llama/Llama-3.1-8B", "L40S", scenario="high-throughput").request.kv_cache_dtype
+        == "fp8"
+    )
 
 
 def test_a_key_that_nothing_reads_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,7 +425,9 @@ def test_engines_follow_the_need() -> None:
 
 def test_programs_get_engine_arguments_and_a_reload_that_looks_again() -> None:
     config = get_optimized_config("meta-llama/Llama-3.1-8B-Instruct", "chat", "L40S-48GB")
-    assert config["max_model_len"] == 8192 and config["tensor_parallel_size"] == 1 and config["scheme"] == "none"
+    assert (
+        config["max_model_len"] == 8192 and config["tensor_parallel_size"] == 1 and config["scheme"] == "none"
+    )
     with pytest.raises(NothingFits):
         get_optimized_config("meta-llama/Llama-3.1-70B-Instruct", "chat", "RTX 3060")
     released = []
@@ -372,10 +445,14 @@ def test_speed_bounds_are_bytes_over_bandwidth() -> None:
     assert bound.prefill_bound == pytest.approx(989e12 / (2 * spec.active_parameters))
     moe = quant.find_model("Qwen/Qwen3-30B-A3B")
     sparse = speed_bounds(moe, gpu, quant.planning.plan(moe, [gpu], "none", EngineRequest(context=1024)), 1)
-    assert sparse.decode_bound is not None and bound.decode_bound is not None and sparse.decode_bound > 1.5 * bound.decode_bound
+    assert (
+        sparse.decode_bound is not None
+        and bound.decode_bound is not None
+        and sparse.decode_bound > 1.5 * bound.decode_bound
+    )
 
 
-# -- the rule of thumb ---------------------------------------------------------------------------------------------------------------------
+# -- the rule of thumb ---------------------------------------------------------------------------------------
 
 
 def test_the_worked_example_of_the_original_design() -> None:
@@ -387,7 +464,9 @@ def test_the_worked_example_of_the_original_design() -> None:
     assert chosen == "fp16" and "7.20" in plans[0].why
 
 
-@pytest.mark.parametrize(("total", "allowed"), [(16, "none"), (15.9, "fp16"), (7.9, "int8"), (5.9, "int4"), (2.9, None)])
+@pytest.mark.parametrize(
+    ("total", "allowed"), [(16, "none"), (15.9, "fp16"), (7.9, "int8"), (5.9, "int4"), (2.9, None)]
+)
 def test_the_minimum_memory_table_applies_to_the_total(total: float, allowed: str | None) -> None:
     assert rule_of_thumb(10**6, int(total * GB), 2 * GB)[0] == allowed
 
@@ -399,7 +478,10 @@ def test_every_expected_loss_names_where_it_was_read_or_says_that_it_was_not() -
         assert 0 <= low <= high <= 10, name
         assert name == "none" or re.search("https://|model cards? |^unchecked", row["source"]), name
     assert [name for name, row in schemes.items() if row["source"].startswith("unchecked")] == ["w4a16-asym"]
-    told = {p["scheme"]: p["expected_loss_source"] for p in recommend("meta-llama/Llama-3.1-8B", "L40S").to_dict()["plans"]}
+    told = {
+        p["scheme"]: p["expected_loss_source"]
+        for p in recommend("meta-llama/Llama-3.1-8B", "L40S").to_dict()["plans"]
+    }
     assert told["w8a8-fp8"] == schemes["w8a8-fp8"]["source"]
 
 
@@ -421,11 +503,13 @@ def test_the_rule_refuses_sizes_that_are_none(size: int) -> None:
         rule_of_thumb(size, 8 * GB)
 
 
-# -- measured starts -----------------------------------------------------------------------------------------------------------------------
+# -- measured starts -----------------------------------------------------------------------------------------
 
 
 def benchmark() -> ModuleType:
-    described = importlib.util.spec_from_file_location("planner_accuracy", ROOT / "benchmarks" / "planner_accuracy.py")
+    described = importlib.util.spec_from_file_location(
+        "planner_accuracy", ROOT / "benchmarks" / "planner_accuracy.py"
+    )
     assert described and described.loader
     module = importlib.util.module_from_spec(described)
     described.loader.exec_module(module)

@@ -1,4 +1,5 @@
-"""Predicted bytes of quantized checkpoints: against tensors packed in the test, and against what the command writes."""
+"""Predicted bytes of quantized checkpoints: against tensors packed in the test, and against what the command
+writes."""
 
 from __future__ import annotations
 
@@ -25,10 +26,16 @@ MODEL = MODELS / "tinylm-11m"
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("n", "k", "group"), [(64, 256, 128), (48, 352, 32), (8, 128, -1), (172, 64, 64)])
-def test_packed_bytes_are_those_of_the_tensors(bits: int, symmetric: bool, n: int, k: int, group: int) -> None:
+def test_packed_bytes_are_those_of_the_tensors(
+    bits: int, symmetric: bool, n: int, k: int, group: int
+) -> None:
     groups = 1 if group == -1 else k // group
     per_word = 32 // bits
-    tensors = [np.zeros((n, -(-k // per_word)), np.int32), np.zeros((n, groups), np.float16), np.zeros(2, np.int64)]
+    tensors = [
+        np.zeros((n, -(-k // per_word)), np.int32),
+        np.zeros((n, groups), np.float16),
+        np.zeros(2, np.int64),
+    ]
     if not symmetric:
         tensors.append(np.zeros((-(-n // per_word), groups), np.int32))
     assert packed(bits, group, symmetric).bytes(n, k, 2) == sum(t.nbytes for t in tensors)
@@ -50,7 +57,9 @@ def test_linears_that_groups_do_not_divide_stay_as_they_are() -> None:
 def test_a_smaller_group_costs_its_scales() -> None:
     spec = find_model("meta-llama/Llama-3.1-8B")
     linears = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336)
-    assert checkpoint_bytes(spec, "w4a16", 32) - checkpoint_bytes(spec, "w4a16", 128) == linears * 2 * 3 // 128
+    assert (
+        checkpoint_bytes(spec, "w4a16", 32) - checkpoint_bytes(spec, "w4a16", 128) == linears * 2 * 3 // 128
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,7 +73,9 @@ def test_quantized_sources_are_read_in_their_own_scheme(name: str, gib: float) -
     spec = find_model(name)
     storage, covered = source_storage(spec)
     total = sum(
-        storage.bytes(w.shape[0], w.shape[1], 2) * w.count if covered(w) else 2 * w.parameters for w in spec.weights if w.role != "mtp"
+        storage.bytes(w.shape[0], w.shape[1], 2) * w.count if covered(w) else 2 * w.parameters
+        for w in spec.weights
+        if w.role != "mtp"
     )
     assert total / 2**30 == pytest.approx(gib, rel=0.08 if "oss" in name else 0.02)
 
@@ -98,7 +109,9 @@ def test_an_unknown_source_format_asks_for_the_directory() -> None:
         ("babyllama-tok105", "w4a16-asym", 32),
     ],
 )
-def test_predicted_bytes_are_what_quantize_writes(tmp_path: Path, model: str, scheme: str, group: int) -> None:
+def test_predicted_bytes_are_what_quantize_writes(
+    tmp_path: Path, model: str, scheme: str, group: int
+) -> None:
     import quantize as command
 
     if "quantize" not in command.cli.commands:
@@ -117,7 +130,12 @@ def test_predicted_bytes_are_what_quantize_writes(tmp_path: Path, model: str, sc
         "--group-size",
         str(group),
     ]
-    done = subprocess.run([sys.executable, str(ROOT / "quantize.py"), *arguments, "--json"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "quantize.py"), *arguments, "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert checkpoint_bytes(source, scheme, group) == stored_bytes(model_from_directory(out))
     files = sum(f.stat().st_size for f in out.glob("*.safetensors"))
@@ -129,8 +147,15 @@ def test_predicted_bytes_are_what_quantize_writes(tmp_path: Path, model: str, sc
 def test_every_scheme_that_is_made_takes_what_was_predicted(
     scheme: str, kind: str, checkpoints: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Small models, of which headers and numbers of whole tensors are a large part: what is left out of the count shows."""
-    sides = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4096}
+    """Small models, of which headers and numbers of whole tensors are a large part: what is left out of the
+    count shows."""
+    sides = {
+        "hidden_size": 256,
+        "intermediate_size": 384,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 4096,
+    }
     model, output = checkpoints(kind, **sides), tmp_path / "out"
     source = model_from_directory(model)
     text = {"samples": 4, "sequence_length": 32, "calibration_dataset": [short_text()]}
@@ -138,7 +163,9 @@ def test_every_scheme_that_is_made_takes_what_was_predicted(
     assert report["scheme"]["name"] == scheme and len(report["layers"]) == 14
     tensors = sum(t.nbytes for t in load_all(output).values())
     assert checkpoint_bytes(source, scheme) == tensors == stored_bytes(model_from_directory(output))
-    assert file_bytes(source, scheme) == pytest.approx(sum(f.stat().st_size for f in output.glob("*.safetensors")), rel=0.005)
+    assert file_bytes(source, scheme) == pytest.approx(
+        sum(f.stat().st_size for f in output.glob("*.safetensors")), rel=0.005
+    )
 
 
 @pytest.mark.skipif(not MODEL.is_dir(), reason="../shared is not there")

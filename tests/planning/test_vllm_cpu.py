@@ -1,4 +1,5 @@
-"""The plan beside what vLLM's CPU build really allocates: nine architectures with random weights, started one after another.
+"""The plan beside what vLLM's CPU build really allocates: nine architectures with random weights, started one
+after another.
 
 Needs an interpreter with vLLM::
 
@@ -36,14 +37,36 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     for name, config in TINY.items():
         (root / name).mkdir()
         (root / name / "config.json").write_text(json.dumps(config))
-        for context, dtype in ((CONTEXT, "auto"), (1500, "auto"), *([(CONTEXT, "fp8")] if name == "gqa" else [])):
+        for context, dtype in (
+            (CONTEXT, "auto"),
+            (1500, "auto"),
+            *([(CONTEXT, "fp8")] if name == "gqa" else []),
+        ):
             arguments = {"max_num_batched_tokens": TOKENS, "max_num_seqs": 64, "kv_cache_dtype": dtype}
             key = f"{name} {context} {dtype}"
-            jobs.append({"name": key, "path": str(root / name), "context": context, "kv_cache_bytes": CACHE, "arguments": arguments})
+            jobs.append(
+                {
+                    "name": key,
+                    "path": str(root / name),
+                    "context": context,
+                    "kv_cache_bytes": CACHE,
+                    "arguments": arguments,
+                }
+            )
     (root / "jobs.json").write_text(json.dumps(jobs))
     script = Path(__file__).with_name("start_vllm.py")
-    done = subprocess.run([python, str(script), str(root / "jobs.json")], capture_output=True, text=True, timeout=1800, check=False)
-    lines = [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    done = subprocess.run(
+        [python, str(script), str(root / "jobs.json")],
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=False,
+    )
+    lines = [
+        json.loads(line.removeprefix("RESULT "))
+        for line in done.stdout.splitlines()
+        if line.startswith("RESULT ")
+    ]
     assert len(lines) == len(jobs), done.stderr[-2000:]
     return {line["name"]: line for line in lines}
 
@@ -59,7 +82,11 @@ def test_tokens_and_bytes_per_token_are_those_of_the_running_engine(
     real = started[f"{name} {context} {dtype}"]
     assert "error" not in real, real["error"]
     request = EngineRequest(
-        context=context, max_num_batched_tokens=TOKENS, max_num_seqs=64, kv_cache_memory_bytes=CACHE, kv_cache_dtype=dtype
+        context=context,
+        max_num_batched_tokens=TOKENS,
+        max_num_seqs=64,
+        kv_cache_memory_bytes=CACHE,
+        kv_cache_dtype=dtype,
     )
     found = plan(model_from_config(TINY[name], name), [cpu_device(2**36)], "none", request)
     assert found.layout is not None

@@ -1,4 +1,5 @@
-"""AWQ's rounding against a search over every group written as loops, and on groups and inputs that hold nothing."""
+"""AWQ's rounding against a search over every group written as loops, and on groups and inputs that hold
+nothing."""
 
 from __future__ import annotations
 
@@ -18,29 +19,48 @@ G = 32
 def weights(n: int = 6, k: int = 96, seed: int = 0) -> torch.Tensor:
     """Tails heavy enough that clipping pays in some groups and not in others."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, k, generator=generator) * torch.rand(n, k, generator=generator).add(0.2).reciprocal()
+    return (
+        torch.randn(n, k, generator=generator) * torch.rand(n, k, generator=generator).add(0.2).reciprocal()
+    )
 
 
 def statistics(k: int = 96, seed: int = 1) -> Statistics:
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(200, k, generator=generator) * torch.logspace(-1, 1, k)[torch.randperm(k, generator=generator)]
+    x = (
+        torch.randn(200, k, generator=generator)
+        * torch.logspace(-1, 1, k)[torch.randperm(k, generator=generator)]
+    )
     return Statistics(len(x), x.t() @ x / len(x))
 
 
-def loss(weight: torch.Tensor, rounded: torch.Tensor, given: Statistics, floating: bool = False) -> torch.Tensor:
-    """Of every group [N, G], the mean square of what rounding changes of its share of the output; of floats with inputs taken as independent."""
+def loss(
+    weight: torch.Tensor, rounded: torch.Tensor, given: Statistics, floating: bool = False
+) -> torch.Tensor:
+    """Of every group [N, G], the mean square of what rounding changes of its share of the output; of floats
+    with inputs taken as independent."""
     assert given.hessian is not None
     hessian = given.hessian.double()
     if floating:
         hessian = hessian.diagonal().diag()
     changed = (rounded - weight).double().view(len(weight), -1, G)
-    return torch.stack([((e @ hessian[i * G : (i + 1) * G, i * G : (i + 1) * G]) * e).sum(-1) for i, e in enumerate(changed.unbind(1))], 1)
+    return torch.stack(
+        [
+            ((e @ hessian[i * G : (i + 1) * G, i * G : (i + 1) * G]) * e).sum(-1)
+            for i, e in enumerate(changed.unbind(1))
+        ],
+        1,
+    )
 
 
-def slow(weight: torch.Tensor, given: Statistics, scheme: WeightScheme, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def slow(
+    weight: torch.Tensor, given: Statistics, scheme: WeightScheme, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and losses of the best of all ranges of each group, one group at a time."""
     assert given.hessian is not None
-    values, losses = torch.empty_like(weight), torch.empty(len(weight), weight.shape[1] // G, dtype=torch.float64)
+    values, losses = (
+        torch.empty_like(weight),
+        torch.empty(len(weight), weight.shape[1] // G, dtype=torch.float64),
+    )
     levels, low, high = 2**scheme.bits - 1, -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
     for row in range(len(weight)):
         for group in range(weight.shape[1] // G):
@@ -64,7 +84,9 @@ def slow(weight: torch.Tensor, given: Statistics, scheme: WeightScheme, dtype: t
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_every_group_has_the_range_of_least_weighted_error(bits: int, symmetric: bool, dtype: torch.dtype) -> None:
+def test_every_group_has_the_range_of_least_weighted_error(
+    bits: int, symmetric: bool, dtype: torch.dtype
+) -> None:
     scheme, weight, given = WeightScheme(bits, G, symmetric), weights(), statistics()
     made = AWQQuantizer()(weight.clone(), given, scheme, dtype).tensor
     values, losses = slow(weight, given, scheme, dtype)
@@ -77,9 +99,16 @@ def test_every_group_has_the_range_of_least_weighted_error(bits: int, symmetric:
 
 @pytest.mark.parametrize("name", ["w4a16", "w4a16-asym", "w3a16", "w2a16", "nvfp4a16"])
 def test_no_group_loses_more_than_with_its_whole_range(name: str) -> None:
-    scheme = PRESETS[name].weights if name == "nvfp4a16" else WeightScheme(PRESETS[name].weights.bits, G, PRESETS[name].weights.symmetric)
+    scheme = (
+        PRESETS[name].weights
+        if name == "nvfp4a16"
+        else WeightScheme(PRESETS[name].weights.bits, G, PRESETS[name].weights.symmetric)
+    )
     weight, given = weights(40), statistics()
-    searched, whole = (AWQQuantizer(clip_search=c)(weight.clone(), given, scheme, torch.bfloat16).tensor for c in (True, False))
+    searched, whole = (
+        AWQQuantizer(clip_search=c)(weight.clone(), given, scheme, torch.bfloat16).tensor
+        for c in (True, False)
+    )
     after, before = (loss(weight, t.dequantize(), given, name == "nvfp4a16") for t in (searched, whole))
     assert bool((after <= before * (1 + 1e-5)).all()) and float(after.sum()) < 0.99 * float(before.sum())
     plain = MinMaxQuantizer()(weight.clone(), None, scheme, torch.bfloat16).tensor
@@ -87,10 +116,23 @@ def test_no_group_loses_more_than_with_its_whole_range(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["w4a16", "w4a16-asym", "w2a16", "w8a16-asym", "w8a8-int8", "w8a8-fp8", "fp8-block", "nvfp4", "mxfp4", "mxfp8"]
+    "name",
+    [
+        "w4a16",
+        "w4a16-asym",
+        "w2a16",
+        "w8a16-asym",
+        "w8a8-int8",
+        "w8a8-fp8",
+        "fp8-block",
+        "nvfp4",
+        "mxfp4",
+        "mxfp8",
+    ],
 )
 def test_groups_of_zeros_and_dead_inputs_make_numbers(name: str) -> None:
-    """A row, a group and a column without weights; inputs that no token reaches, a whole group of them among these."""
+    """A row, a group and a column without weights; inputs that no token reaches, a whole group of them among
+    these."""
     k = 256
     weight, given = weights(k=k), statistics(k)
     assert given.hessian is not None
@@ -101,7 +143,9 @@ def test_groups_of_zeros_and_dead_inputs_make_numbers(name: str) -> None:
     values = made.dequantize()
     assert bool(torch.isfinite(values).all()) and bool(torch.isfinite(made.scales.float()).all())
     assert not values[weight == 0].any()
-    nothing = AWQQuantizer()(torch.zeros(4, k), given, PRESETS[name].weights, torch.float16).tensor.dequantize()
+    nothing = AWQQuantizer()(
+        torch.zeros(4, k), given, PRESETS[name].weights, torch.float16
+    ).tensor.dequantize()
     assert not nothing.any()
 
 

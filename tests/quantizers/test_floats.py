@@ -17,8 +17,12 @@ from tests.quantizers.test_gptq import hessian_of
 FLOATS = [s for s in PRESETS.values() if s.weights.number == "float"]
 
 
-def rounded(weight: torch.Tensor, name: str, amax: torch.Tensor | None = None, clip: bool = False) -> QuantizedTensor:
-    return MinMaxQuantizer(clip_search=clip)(weight.clone(), None, PRESETS[name].weights, torch.bfloat16, amax).tensor
+def rounded(
+    weight: torch.Tensor, name: str, amax: torch.Tensor | None = None, clip: bool = False
+) -> QuantizedTensor:
+    return MinMaxQuantizer(clip_search=clip)(
+        weight.clone(), None, PRESETS[name].weights, torch.bfloat16, amax
+    ).tensor
 
 
 def normal(n: int, k: int, seed: int = 0) -> torch.Tensor:
@@ -37,7 +41,9 @@ def test_e2m1_ties_go_to_the_even_code_and_large_numbers_saturate() -> None:
 def test_every_e2m1_code_stands_for_its_number() -> None:
     codes = torch.arange(16, dtype=torch.uint8)
     assert code_values(codes).tolist() == [*E2M1, *(-x for x in E2M1)]
-    assert encode(code_values(codes[:8]), 4).tolist() == list(range(8)) and encode(code_values(codes[9:]), 4).tolist() == list(range(9, 16))
+    assert encode(code_values(codes[:8]), 4).tolist() == list(range(8)) and encode(
+        code_values(codes[9:]), 4
+    ).tolist() == list(range(9, 16))
 
 
 def test_snapping_is_to_the_nearest_of_all_numbers() -> None:
@@ -76,12 +82,17 @@ def test_a_sum_of_squares_is_finite_only_if_every_number_is() -> None:
 def test_an_fp8_weight_by_hand() -> None:
     weight = torch.tensor([[44.8, -22.4, 0.1, 0.0], [0.0, 0.0, 0.0, 0.0]])
     tensor = rounded(weight, "w8a8-fp8")
-    assert tensor.scales.dtype == torch.float32 and tensor.scales[0].item() == pytest.approx(0.1) and tensor.scales[1].item() == 1.0
+    assert (
+        tensor.scales.dtype == torch.float32
+        and tensor.scales[0].item() == pytest.approx(0.1)
+        and tensor.scales[1].item() == 1.0
+    )
     assert tensor.codes.float().tolist() == [[448.0, -224.0, 1.0, 0.0], [0.0] * 4]
 
 
 def test_an_mxfp4_group_by_hand() -> None:
-    """Largest 6: the exponent of 6 less 2 is 0, stored as 127. Largest 12 doubles it. A group of zeros has scale 1."""
+    """Largest 6: the exponent of 6 less 2 is 0, stored as 127. Largest 12 doubles it. A group of zeros has
+    scale 1."""
     weight = torch.zeros(1, 96)
     weight[0, :8] = torch.tensor(E2M1)
     weight[0, 32:40] = 2 * torch.tensor(E2M1)
@@ -99,19 +110,23 @@ def test_an_mxfp8_group_by_hand() -> None:
 
 
 def test_an_nvfp4_weight_by_hand() -> None:
-    """The divisor is 448 · 6 / 6 = 448: the group of the largest number has scale 448, one of half its range 224."""
+    """The divisor is 448 · 6 / 6 = 448: the group of the largest number has scale 448, one of half its range
+    224."""
     weight = torch.zeros(1, 48)
     weight[0, :8], weight[0, 16:24] = torch.tensor(E2M1), torch.tensor(E2M1) / 2
     tensor = rounded(weight, "nvfp4a16")
     assert tensor.global_scale is not None and tensor.global_scale.tolist() == [448.0]
-    assert tensor.scales.dtype == torch.float8_e4m3fn and tensor.scales.float().tolist() == [[448.0, 224.0, 1.0]]
+    assert tensor.scales.dtype == torch.float8_e4m3fn and tensor.scales.float().tolist() == [
+        [448.0, 224.0, 1.0]
+    ]
     assert torch.equal(tensor.dequantize(), weight)
 
 
 @pytest.mark.parametrize("scheme", FLOATS, ids=lambda s: s.name)
 @pytest.mark.parametrize("size", [1e-30, 1e-4, 1.0, 1e4, 1e30])
 def test_errors_stay_within_half_a_step_of_what_each_group_can_hold(scheme: Scheme, size: float) -> None:
-    """Relative to a group's largest number: FP8 to its 4 significant bits (and subnormals of 2^-9), FP4 to one in 6, MX up to one power more."""
+    """Relative to a group's largest number: FP8 to its 4 significant bits (and subnormals of 2^-9), FP4 to
+    one in 6, MX up to one power more."""
     weight = normal(128, 256) * size
     tensor = rounded(weight, scheme.name)
     values = tensor.dequantize()
@@ -176,7 +191,10 @@ def test_shards_of_a_fused_layer_take_the_number_of_the_largest(name: str) -> No
 def test_searching_scales_never_makes_a_group_worse(name: str) -> None:
     weight = normal(64, 256)
     groups = PRESETS[name].weights.group_size
-    kept, searched = (((rounded(weight, name, clip=c).dequantize() - weight).view(64, -1, groups) ** 2).sum(-1) for c in (False, True))
+    kept, searched = (
+        ((rounded(weight, name, clip=c).dequantize() - weight).view(64, -1, groups) ** 2).sum(-1)
+        for c in (False, True)
+    )
     assert bool((searched <= kept * (1 + 1e-6)).all())
 
 
@@ -202,7 +220,9 @@ def test_gptq_lowers_the_output_error_of_every_float_scheme(scheme: Scheme, orde
     solved = solver(weight.clone(), Statistics(2000, hessian.clone()), scheme.weights, torch.bfloat16).tensor
     assert loss(weight, solved.dequantize(), hessian) < 0.75 * loss(weight, plain.dequantize(), hessian)
     assert (
-        solved.codes.dtype == plain.codes.dtype and solved.scales.dtype == plain.scales.dtype and solved.scales.shape == plain.scales.shape
+        solved.codes.dtype == plain.codes.dtype
+        and solved.scales.dtype == plain.scales.dtype
+        and solved.scales.shape == plain.scales.shape
     )
     assert (solved.global_scale is None) == (plain.global_scale is None)
     assert bool(torch.isfinite(solved.dequantize()).all())
@@ -212,6 +232,8 @@ def test_gptq_lowers_the_output_error_of_every_float_scheme(scheme: Scheme, orde
 def test_gptq_with_independent_inputs_is_rounding_to_nearest(scheme: Scheme) -> None:
     """Without correlation there is no error to compensate."""
     weight = normal(128, 256)
-    solved = GPTQQuantizer(clip_search=False)(weight.clone(), Statistics(1, torch.eye(256)), scheme.weights, torch.bfloat16).tensor
+    solved = GPTQQuantizer(clip_search=False)(
+        weight.clone(), Statistics(1, torch.eye(256)), scheme.weights, torch.bfloat16
+    ).tensor
     plain = rounded(weight, scheme.name)
     assert torch.equal(solved.dequantize(), plain.dequantize())

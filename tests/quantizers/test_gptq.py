@@ -1,4 +1,5 @@
-"""GPTQ against the textbook: columns left to right, the error pushed to the right through the Cholesky factor of the inverse, in fp64."""
+"""GPTQ against the textbook: columns left to right, the error pushed to the right through the Cholesky factor
+of the inverse, in fp64."""
 
 from __future__ import annotations
 
@@ -42,9 +43,15 @@ def statistics(hessian: torch.Tensor) -> Statistics:
 
 
 def textbook(
-    weight: torch.Tensor, hessian: torch.Tensor, scheme: WeightScheme, dtype: torch.dtype, order: str, search: bool
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    scheme: WeightScheme,
+    dtype: torch.dtype,
+    order: str,
+    search: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [N, K] and how far each quotient was from the nearest tie. Frantar et al. 2022, algorithm 1 without blocks."""
+    """Codes [N, K] and how far each quotient was from the nearest tie. Frantar et al. 2022, algorithm 1
+    without blocks."""
     w, h = weight.double().clone(), hessian.double().clone()
     n, k = w.shape
     g = k if scheme.group_size == -1 else scheme.group_size
@@ -60,7 +67,10 @@ def textbook(
     for i, c in enumerate(visit.tolist()):
         group = c // g
         if fixed is not None:
-            scale, zero = fixed[0][:, group].double(), None if fixed[1] is None else fixed[1][:, group].double()
+            scale, zero = (
+                fixed[0][:, group].double(),
+                None if fixed[1] is None else fixed[1][:, group].double(),
+            )
         elif c % g == 0:
             now = w[:, c : c + g].float().unsqueeze(1)
             s, z = group_parameters(now, scheme, dtype, diagonal[None, c : c + g], search)
@@ -81,7 +91,9 @@ def loss(weight: torch.Tensor, tensor: QuantizedTensor, hessian: torch.Tensor) -
 
 @pytest.mark.parametrize("search", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_codes_equal_the_textbooks_until_a_quotient_falls_on_a_tie(case: tuple[int, int, int, bool, int, str], search: bool) -> None:
+def test_codes_equal_the_textbooks_until_a_quotient_falls_on_a_tie(
+    case: tuple[int, int, int, bool, int, str], search: bool
+) -> None:
     """fp32 and fp64 may round a tie differently; from there on that one output row goes its own way."""
     k, n, g, symmetric, bits, order = case
     scheme, weight, hessian = WeightScheme(bits, g, symmetric), weight_of(n, k), hessian_of(k)
@@ -95,9 +107,12 @@ def test_codes_equal_the_textbooks_until_a_quotient_falls_on_a_tie(case: tuple[i
 
 
 def test_feedback_in_bf16_costs_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the CPU has such products; of inputs whose powers span six decades and that all share a direction a hundred times as strong."""
+    """Where the CPU has such products; of inputs whose powers span six decades and that all share a direction
+    a hundred times as strong."""
     generator = torch.Generator().manual_seed(3)
-    x = torch.randn(4000, 1536, generator=generator) * torch.logspace(0, -3, 1536) + 10 * torch.randn(4000, 1, generator=generator)
+    x = torch.randn(4000, 1536, generator=generator) * torch.logspace(0, -3, 1536) + 10 * torch.randn(
+        4000, 1, generator=generator
+    )
     weight, hessian, scheme = weight_of(512, 1536), x.t() @ x / 4000, WeightScheme(4, 128)
     losses = []
     for least in (module._HALF, 1 << 30):
@@ -108,12 +123,16 @@ def test_feedback_in_bf16_costs_no_loss(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_loss_is_below_that_of_rounding_on_the_same_hessian(case: tuple[int, int, int, bool, int, str]) -> None:
+def test_the_loss_is_below_that_of_rounding_on_the_same_hessian(
+    case: tuple[int, int, int, bool, int, str],
+) -> None:
     k, n, g, symmetric, bits, order = case
     scheme, weight, hessian = WeightScheme(bits, g, symmetric), weight_of(n, k), hessian_of(k)
     rounded = MinMaxQuantizer()(weight.clone(), None, scheme, torch.bfloat16).tensor
     for search in (False, True):
-        solved = GPTQQuantizer(act_order=order, clip_search=search)(weight.clone(), statistics(hessian), scheme, torch.bfloat16).tensor  # type: ignore[arg-type]
+        solved = GPTQQuantizer(act_order=order, clip_search=search)(
+            weight.clone(), statistics(hessian), scheme, torch.bfloat16
+        ).tensor  # type: ignore[arg-type]
         assert loss(weight, solved, hessian) < 0.9 * loss(weight, rounded, hessian)
         assert torch.equal(solved.scales, solved.scales.to(torch.bfloat16)) and solved.group_index is None
 
@@ -133,7 +152,8 @@ def test_outputs_are_independent_so_stacked_linears_equal_single_ones() -> None:
     whole = GPTQQuantizer()(weight.clone(), statistics(hessian), scheme, torch.bfloat16).tensor
     for start, end in ((0, 16), (16, 48)):
         part = GPTQQuantizer()(weight[start:end].clone(), statistics(hessian), scheme, torch.bfloat16).tensor
-        assert float((part.codes != whole.codes[start:end]).float().mean()) < 0.002  # other shapes, other order of sums
+        # other shapes, other order of sums
+        assert float((part.codes != whole.codes[start:end]).float().mean()) < 0.002
         assert torch.equal(part.scales, whole.scales[start:end])
 
 
@@ -143,8 +163,12 @@ def test_dead_inputs_are_rounded_to_nearest_and_noted_and_do_not_disturb_the_oth
     dead = [0, 5, 40, 41, 95]
     hessian[dead] = 0
     hessian[:, dead] = 0
-    result = GPTQQuantizer(act_order=order, clip_search=False)(weight.clone(), statistics(hessian), scheme, torch.float32)  # type: ignore[arg-type]
-    assert result.notes == ("5 of 96 inputs are zero on all calibration tokens: their columns are rounded to nearest",)
+    result = GPTQQuantizer(act_order=order, clip_search=False)(
+        weight.clone(), statistics(hessian), scheme, torch.float32
+    )  # type: ignore[arg-type]
+    assert result.notes == (
+        "5 of 96 inputs are zero on all calibration tokens: their columns are rounded to nearest",
+    )
     scales = result.tensor.scales.float().repeat_interleave(32, 1)
     nearest = (weight / scales).round().clamp(-8, 7)
     assert torch.equal(result.tensor.codes[:, dead].float(), nearest[:, dead])
@@ -154,14 +178,20 @@ def test_dead_inputs_are_rounded_to_nearest_and_noted_and_do_not_disturb_the_oth
 
 def test_an_input_that_was_zero_throughout_is_all_rounding() -> None:
     weight, scheme = weight_of(8, 64), WeightScheme(4, 32)
-    result = GPTQQuantizer(clip_search=False)(weight.clone(), Statistics(5, torch.zeros(64, 64)), scheme, torch.float16)
-    assert torch.equal(result.tensor.codes, MinMaxQuantizer()(weight, None, scheme, torch.float16).tensor.codes)
+    result = GPTQQuantizer(clip_search=False)(
+        weight.clone(), Statistics(5, torch.zeros(64, 64)), scheme, torch.float16
+    )
+    assert torch.equal(
+        result.tensor.codes, MinMaxQuantizer()(weight, None, scheme, torch.float16).tensor.codes
+    )
     assert "64 of 64 inputs are zero" in result.notes[0]
 
 
 def test_fewer_tokens_than_inputs_need_no_more_than_the_usual_damping() -> None:
     hessian = hessian_of(96, tokens=7)
-    assert not GPTQQuantizer()(weight_of(8, 96), statistics(hessian), WeightScheme(4, 32), torch.float16).fallbacks
+    assert not GPTQQuantizer()(
+        weight_of(8, 96), statistics(hessian), WeightScheme(4, 32), torch.float16
+    ).fallbacks
 
 
 def test_an_indefinite_hessian_climbs_the_damping_ladder_and_says_so() -> None:
@@ -179,7 +209,9 @@ def test_an_indefinite_hessian_climbs_the_damping_ladder_and_says_so() -> None:
 @pytest.mark.parametrize("broken", ["indefinite", "NaN", "one NaN", "infinite"])
 @pytest.mark.parametrize("order", ["none", "static"])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_a_hessian_that_is_of_no_use_falls_back_to_rounding_by_name(broken: str, order: str, symmetric: bool) -> None:
+def test_a_hessian_that_is_of_no_use_falls_back_to_rounding_by_name(
+    broken: str, order: str, symmetric: bool
+) -> None:
     hessian = hessian_of(64)
     if broken == "indefinite":
         hessian[0, 1] = hessian[1, 0] = 1000 * hessian.diagonal().max()
@@ -191,8 +223,12 @@ def test_a_hessian_that_is_of_no_use_falls_back_to_rounding_by_name(broken: str,
         hessian[3, 3] = torch.inf
     weight, scheme = weight_of(8, 64), WeightScheme(4, 32, symmetric)
     for search in (False, True):
-        result = GPTQQuantizer(act_order=order, clip_search=search)(weight.clone(), statistics(hessian), scheme, torch.float16)  # type: ignore[arg-type]
-        assert result.fallbacks == ("the Hessian is not positive definite with damping up to 10: rounded to nearest instead",)
+        result = GPTQQuantizer(act_order=order, clip_search=search)(
+            weight.clone(), statistics(hessian), scheme, torch.float16
+        )  # type: ignore[arg-type]
+        assert result.fallbacks == (
+            "the Hessian is not positive definite with damping up to 10: rounded to nearest instead",
+        )
         nearest = MinMaxQuantizer(clip_search=False)(weight.clone(), None, scheme, torch.float16).tensor
         assert bool(result.tensor.scales.isfinite().all()) and bool((result.tensor.scales > 0).all())
         error, wanted = ((weight - t.dequantize()).square().sum() for t in (result.tensor, nearest))
@@ -226,5 +262,8 @@ def test_more_damping_moves_the_result_towards_rounding() -> None:
 
 def test_without_statistics_gptq_says_what_it_needs() -> None:
     for missing in (None, Statistics(3)):
-        with pytest.raises(QuantError, match="gptq needs calibration text: give --calibration-dataset, or use --method minmax"):
+        with pytest.raises(
+            QuantError,
+            match="gptq needs calibration text: give --calibration-dataset, or use --method minmax",
+        ):
             GPTQQuantizer()(torch.ones(2, 8), missing, WeightScheme(4, 8), torch.float16)

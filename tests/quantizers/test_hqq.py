@@ -1,4 +1,5 @@
-"""HQQ against a reference that treats one group at a time, and what it promises: values a file can hold, and never more error than plain rounding."""
+"""HQQ against a reference that treats one group at a time, and what it promises: values a file can hold, and
+never more error than plain rounding."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from tests.helpers import TINYLM, quantize, recipe
 from tests.quantizers.test_rounding import DTYPES, SCHEMES, weight_of
 
 
-def slow_hqq(group: torch.Tensor, scheme: WeightScheme, dtype: torch.dtype, settings: HQQQuantizer) -> tuple[float, int, float]:
+def slow_hqq(
+    group: torch.Tensor, scheme: WeightScheme, dtype: torch.dtype, settings: HQQQuantizer
+) -> tuple[float, int, float]:
     """Scale, zero point and squared error of one group [g], in fp64 but for what is stored."""
     start = group_parameters(group[None, None], scheme, dtype)
     scale, zero = float(start[0]), 0.0 if start[1] is None else float(start[1])
@@ -43,12 +46,18 @@ def slow_hqq(group: torch.Tensor, scheme: WeightScheme, dtype: torch.dtype, sett
         if not scheme.symmetric:
             q_mean, w_mean = sum(codes) / len(codes), sum(wanted) / len(wanted)
             spread = sum((q - q_mean) ** 2 for q in codes)
-            slope = sum((q - q_mean) * (w - w_mean) for q, w in zip(codes, wanted, strict=True)) / spread if spread else 0.0
+            slope = (
+                sum((q - q_mean) * (w - w_mean) for q, w in zip(codes, wanted, strict=True)) / spread
+                if spread
+                else 0.0
+            )
             if slope > 0:
                 scale, zero = slope, q_mean - w_mean / slope
         stored_zero = min(max(round(zero), scheme.low), scheme.high)
         steps = sum((q - stored_zero) ** 2 for q in codes)
-        slope = sum((q - stored_zero) * w for q, w in zip(codes, wanted, strict=True)) / steps if steps else 0.0
+        slope = (
+            sum((q - stored_zero) * w for q, w in zip(codes, wanted, strict=True)) / steps if steps else 0.0
+        )
         stored = float(torch.tensor(slope if slope > 0 else best[1]).to(dtype))
         if scheme.symmetric:
             scale = stored
@@ -70,12 +79,17 @@ def test_it_finds_what_the_reference_finds(scheme: WeightScheme) -> None:
         part = slice(column * 80 // tensor.scales.shape[1], (column + 1) * 80 // tensor.scales.shape[1])
         scale, zero, cost = slow_hqq(weight[row, part], scheme, torch.bfloat16, settings)
         assert float(missed[row, part].sum()) == pytest.approx(cost, rel=0.05, abs=1e-12)
-        alike += (float(tensor.scales[row, column]), 0 if tensor.zeros is None else int(tensor.zeros[row, column])) == (scale, zero)
+        alike += (
+            float(tensor.scales[row, column]),
+            0 if tensor.zeros is None else int(tensor.zeros[row, column]),
+        ) == (scale, zero)
     assert alike >= 0.8 * tensor.scales.numel()  # a quotient on a tie may go another way in fp64
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_values_are_those_of_the_file_and_no_group_is_worse_than_rounded_plainly(scheme: WeightScheme) -> None:
+def test_values_are_those_of_the_file_and_no_group_is_worse_than_rounded_plainly(
+    scheme: WeightScheme,
+) -> None:
     weight = weight_of(12, 80)
     for dtype in DTYPES:
         made = HQQQuantizer()(weight.clone(), None, scheme, dtype).tensor
@@ -97,7 +111,9 @@ def test_zero_and_constant_groups_and_extreme_weights_stay_finite() -> None:
     weight[4] = 1e30 * torch.randn(32, generator=torch.Generator().manual_seed(0))
     weight[5, 7] = 3.0
     for symmetric, dtype in itertools.product((True, False), (torch.bfloat16, torch.float32)):
-        value = HQQQuantizer()(weight.clone(), None, WeightScheme(4, 16, symmetric), dtype).tensor.dequantize()
+        value = HQQQuantizer()(
+            weight.clone(), None, WeightScheme(4, 16, symmetric), dtype
+        ).tensor.dequantize()
         assert bool(value.isfinite().all())
         assert torch.equal(value[0], torch.zeros(32))
         assert torch.allclose(value[1:3], weight[1:3], rtol=0.01)
@@ -128,11 +144,14 @@ def test_the_line_is_that_of_least_squares_and_stays_where_there_is_none() -> No
 
 
 def test_rows_do_not_depend_on_one_another() -> None:
-    weight = torch.randn(5000, 64, generator=torch.Generator().manual_seed(2))  # more than are searched at a time
+    # more than are searched at a time
+    weight = torch.randn(5000, 64, generator=torch.Generator().manual_seed(2))
     scheme = WeightScheme(4, 32, False)
     whole = HQQQuantizer()(weight.clone(), None, scheme, torch.bfloat16).tensor
     part = HQQQuantizer()(weight[4000:4100].clone(), None, scheme, torch.bfloat16).tensor
-    assert torch.equal(whole.codes[4000:4100], part.codes) and torch.equal(whole.scales[4000:4100], part.scales)
+    assert torch.equal(whole.codes[4000:4100], part.codes) and torch.equal(
+        whole.scales[4000:4100], part.scales
+    )
 
 
 @pytest.mark.parametrize(
@@ -142,12 +161,20 @@ def test_rows_do_not_depend_on_one_another() -> None:
         ({"options": {"norm": "x"}}, "--method hqq"),
         ({"options": {"iterations": 0}}, "iterations is 0: must be 1 to 1000"),
         ({"options": {"penalty": -1.0}}, "penalty is -1.0 and growth 1.01"),
-        ({"damping": 0.1}, "--damping is not an option of --method hqq: it has norm, penalty, growth, iterations"),
-        ({"scheme": "w8a16-fp8", "group_size": None}, "optimises scales and zero points of integers, it does not make FP8 channel"),
+        (
+            {"damping": 0.1},
+            "--damping is not an option of --method hqq: it has norm, penalty, growth, iterations",
+        ),
+        (
+            {"scheme": "w8a16-fp8", "group_size": None},
+            "optimises scales and zero points of integers, it does not make FP8 channel",
+        ),
         ({"scheme": "nvfp4a16", "group_size": None}, "it does not make NVFP4 g16"),
     ],
 )
-def test_what_it_does_not_do_is_refused_by_name(options: dict[str, object], said: str, llama: Path, tmp_path: Path) -> None:
+def test_what_it_does_not_do_is_refused_by_name(
+    options: dict[str, object], said: str, llama: Path, tmp_path: Path
+) -> None:
     values = {"method": "hqq", "group_size": 32} | options
     with pytest.raises(QuantError) as refused:
         plan_job(recipe(llama, tmp_path / "out", **{k: v for k, v in values.items() if v is not None}))
@@ -168,4 +195,7 @@ def test_it_is_closer_to_the_source_than_plain_rounding_on_the_bundled_model(tmp
 def test_problems_are_listed_with_the_others(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(Problems) as refused:
         plan_job(recipe(llama, tmp_path / "out", method="hqq", scheme="fp8-block", tensor_parallel=3))
-    assert any(p.startswith("--method hqq: optimises") for p in refused.value.problems) and len(refused.value.problems) > 1
+    assert (
+        any(p.startswith("--method hqq: optimises") for p in refused.value.problems)
+        and len(refused.value.problems) > 1
+    )

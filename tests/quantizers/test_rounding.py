@@ -1,4 +1,5 @@
-"""Scales, zero points and rounding against a reference that treats one group at a time in Python's own numbers."""
+"""Scales, zero points and rounding against a reference that treats one group at a time in Python's own
+numbers."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ def weight_of(n: int, k: int, seed: int = 0) -> torch.Tensor:
     return weight
 
 
-def slow_minmax(weight: torch.Tensor, scheme: WeightScheme, dtype: torch.dtype) -> tuple[list[list[int]], torch.Tensor]:
+def slow_minmax(
+    weight: torch.Tensor, scheme: WeightScheme, dtype: torch.dtype
+) -> tuple[list[list[int]], torch.Tensor]:
     """Codes, and values (q - z)·s, one group after another. Divisions are fp32's, as the definition has them."""
     n, k = weight.shape
     g = k if scheme.group_size == -1 else scheme.group_size
@@ -36,7 +39,11 @@ def slow_minmax(weight: torch.Tensor, scheme: WeightScheme, dtype: torch.dtype) 
         span = 2 * max(-low, high) if scheme.symmetric else high - low
         scale = torch.tensor(span) / (2**scheme.bits - 1) if span else torch.tensor(1.0)
         scale = scale.to(dtype).float()
-        zero = 0 if scheme.symmetric else int((scheme.low - torch.tensor(low) / scale).round().clamp(scheme.low, scheme.high))
+        zero = (
+            0
+            if scheme.symmetric
+            else int((scheme.low - torch.tensor(low) / scale).round().clamp(scheme.low, scheme.high))
+        )
         for column in range(start, start + g):
             code = int((weight[row, column] / scale + zero).round().clamp(scheme.low, scheme.high))
             codes[row][column] = code
@@ -60,7 +67,9 @@ def test_minmax_equals_the_reference_group_by_group(scheme: WeightScheme) -> Non
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("search", [False, True])
-def test_scales_are_values_that_the_stored_dtype_holds_and_never_zero(scheme: WeightScheme, dtype: torch.dtype, search: bool) -> None:
+def test_scales_are_values_that_the_stored_dtype_holds_and_never_zero(
+    scheme: WeightScheme, dtype: torch.dtype, search: bool
+) -> None:
     weight = weight_of(6, 80)
     weight[5] = 1e-30  # smaller than any 16-bit scale
     scales, zeros = weight_parameters(weight, scheme, dtype, search=search)
@@ -82,14 +91,20 @@ def test_a_group_of_zeros_stays_zero(scheme: WeightScheme) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_the_search_is_never_worse_than_the_whole_range_in_any_group(scheme: WeightScheme, weighted: bool) -> None:
+def test_the_search_is_never_worse_than_the_whole_range_in_any_group(
+    scheme: WeightScheme, weighted: bool
+) -> None:
     weight = weight_of(37, 80)
     importance = torch.rand(80, generator=torch.Generator().manual_seed(1)) if weighted else torch.ones(80)
 
     def errors(search: bool) -> torch.Tensor:
-        scales, zeros = weight_parameters(weight, scheme, torch.bfloat16, importance if weighted else None, search)
+        scales, zeros = weight_parameters(
+            weight, scheme, torch.bfloat16, importance if weighted else None, search
+        )
         codes = round_weight(weight, scales, zeros, scheme)
-        groups = (codes.view(37, scales.shape[1], -1) - (0 if zeros is None else zeros.unsqueeze(-1))) * scales.unsqueeze(-1)
+        groups = (
+            codes.view(37, scales.shape[1], -1) - (0 if zeros is None else zeros.unsqueeze(-1))
+        ) * scales.unsqueeze(-1)
         return ((groups.view(37, 80) - weight).square() * importance).view(37, scales.shape[1], -1).sum(-1)
 
     whole, searched = errors(False), errors(True)
@@ -128,7 +143,9 @@ def test_dequantizing_by_groups_equals_dequantizing_by_an_index_that_says_the_sa
 def test_groups_along_inputs_that_do_not_divide_are_refused() -> None:
     from quant.errors import UsageError
 
-    with pytest.raises(UsageError, match="80 inputs do not divide into groups of 32: use a group size that divides 80, or -1"):
+    with pytest.raises(
+        UsageError, match="80 inputs do not divide into groups of 32: use a group size that divides 80, or -1"
+    ):
         MinMaxQuantizer()(torch.zeros(2, 80), None, WeightScheme(4, 32), torch.float16)
 
 

@@ -72,11 +72,24 @@ DTYPE_REASONS = {
 def test_every_scheme_is_served_by_the_same_plain_line(scheme: str, made_of: Callable[..., Path]) -> None:
     folder = made_of(scheme)
     made = plan(folder, Wish())
-    # vLLM reads the scheme, and whether the cache is FP8, from config.json: another word could only contradict it
-    line = ["vllm", "serve", str(folder), "--dtype", "bfloat16", "--max-model-len", "256", "--served-model-name", folder.name]
+    # vLLM reads the scheme, and whether the cache is FP8, from config.json: another word could only
+    # contradict it
+    line = [
+        "vllm",
+        "serve",
+        str(folder),
+        "--dtype",
+        "bfloat16",
+        "--max-model-len",
+        "256",
+        "--served-model-name",
+        folder.name,
+    ]
     assert made.command == [*line, "--host", "127.0.0.1", "--port", "8000"]
     dtype = next(a for a in made.arguments if a.name == "dtype")
-    assert dtype.reason == f"{DTYPE_REASONS[scheme]}; quant_method compressed-tensors is read from config.json"
+    assert (
+        dtype.reason == f"{DTYPE_REASONS[scheme]}; quant_method compressed-tensors is read from config.json"
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,10 +128,15 @@ def test_an_option_beats_vllm_config_beats_the_checkpoint(folder: Path) -> None:
     assert _after(plan(folder, Wish()).command, "--max-model-len") == "256"
     file.write_text(json.dumps({"max-model-len": 128, "max-num-seqs": 4}))
     stated = plan(folder, Wish())
-    assert _after(stated.command, "--max-model-len") == "128" and _after(stated.command, "--max-num-seqs") == "4"
-    assert {a.reason for a in stated.arguments if a.name == "max-num-seqs"} == {"vllm_config.json of the checkpoint says so"}
+    assert (
+        _after(stated.command, "--max-model-len") == "128" and _after(stated.command, "--max-num-seqs") == "4"
+    )
+    assert {a.reason for a in stated.arguments if a.name == "max-num-seqs"} == {
+        "vllm_config.json of the checkpoint says so"
+    }
     assert _after(plan(folder, Wish(max_model_len=64)).command, "--max-model-len") == "64"
-    assert plan(folder, Wish(extra=("--max-num-seqs=9",))).command.count("--max-num-seqs") == 0  # passed on in its stead
+    # passed on in its stead
+    assert plan(folder, Wish(extra=("--max-num-seqs=9",))).command.count("--max-num-seqs") == 0
 
 
 @pytest.mark.parametrize(
@@ -138,7 +156,9 @@ def test_a_broken_vllm_config_is_named(folder: Path, content: str, message: str)
         plan(folder, Wish())
 
 
-def test_a_checkpoint_that_fails_verification_is_refused_with_status_4(folder: Path, deploy: Callable[..., tuple[int, str, str]]) -> None:
+def test_a_checkpoint_that_fails_verification_is_refused_with_status_4(
+    folder: Path, deploy: Callable[..., tuple[int, str, str]]
+) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["config_groups"]["group_0"]["weights"]["actorder"] = "group"
     (folder / "config.json").write_text(json.dumps(config))
@@ -154,7 +174,9 @@ def test_tensor_parallel_is_checked_against_the_shapes(folder: Path) -> None:
         plan(folder, Wish(tensor_parallel=7))
 
 
-@pytest.mark.parametrize("extra", [("--port", "1"), ("--api-key=k",), ("--served_model_name", "x"), ("stray",)])
+@pytest.mark.parametrize(
+    "extra", [("--port", "1"), ("--api-key=k",), ("--served_model_name", "x"), ("stray",)]
+)
 def test_extra_arguments_cannot_take_over_what_we_must_know(folder: Path, extra: tuple[str, ...]) -> None:
     with pytest.raises(UsageError):
         plan(folder, Wish(extra=extra))
@@ -169,27 +191,48 @@ def test_binding_elsewhere_without_a_key_warns(folder: Path) -> None:
 
 
 def test_the_shell_script_runs_exactly_the_command(folder: Path, tmp_path: Path) -> None:
-    made = plan(folder, Wish(api_key_env="KEY", extra=("--hf-overrides", '{"a": "$b \'c\'"}', "--enforce-eager")))
+    made = plan(
+        folder, Wish(api_key_env="KEY", extra=("--hf-overrides", '{"a": "$b \'c\'"}', "--enforce-eager"))
+    )
     fake = tmp_path / "bin" / "vllm"
     fake.parent.mkdir()
-    fake.write_text(f'#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv[1:], os.environ["VLLM_API_KEY"]]))\n')
+    fake.write_text(
+        f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv[1:], "
+        'os.environ["VLLM_API_KEY"]]))\n'
+    )
     fake.chmod(0o755)
     environment = {"PATH": f"{fake.parent}:/usr/bin:/bin", "KEY": "k e y"}
-    done = subprocess.run(["sh", "-c", artefact(made, "shell")], capture_output=True, text=True, env=environment, check=True)
+    done = subprocess.run(
+        ["sh", "-c", artefact(made, "shell")], capture_output=True, text=True, env=environment, check=True
+    )
     assert json.loads(done.stdout) == [made.command[1:], "k e y"]
-    unset = subprocess.run(["sh", "-c", artefact(made, "shell")], capture_output=True, text=True, env={"PATH": environment["PATH"]})
+    unset = subprocess.run(
+        ["sh", "-c", artefact(made, "shell")],
+        capture_output=True,
+        text=True,
+        env={"PATH": environment["PATH"]},
+    )
     assert unset.returncode != 0 and "set KEY to the API key first" in unset.stderr
 
 
-def test_the_compose_file_publishes_on_the_wished_address_only(quantized: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_compose_file_publishes_on_the_wished_address_only(
+    quantized: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(quantized(group_size=-1), tmp_path / "a $model"))
     made = plan(folder, Wish(port=9000, api_key_env="KEY", tensor_parallel=2))
     (service,) = yaml.safe_load(artefact(made, "compose"))["services"].values()
     assert service["ports"] == ["127.0.0.1:9000:8000"]
-    assert service["volumes"][0]["source"] == str(folder).replace("$", "$$") and service["volumes"][0]["read_only"]
+    assert (
+        service["volumes"][0]["source"] == str(folder).replace("$", "$$")
+        and service["volumes"][0]["read_only"]
+    )
     words = service["command"]
     assert _after(words, "--model") == service["volumes"][0]["target"]
-    assert (_after(words, "--host"), _after(words, "--port"), _after(words, "--tensor-parallel-size")) == ("0.0.0.0", "8000", "2")
+    assert (_after(words, "--host"), _after(words, "--port"), _after(words, "--tensor-parallel-size")) == (
+        "0.0.0.0",
+        "8000",
+        "2",
+    )
     assert _after(words, "--served-model-name") == folder.name.replace("$", "$$")
     assert all(isinstance(w, str) for w in words)
     assert service["environment"]["VLLM_API_KEY"].startswith("${KEY:?")
@@ -203,15 +246,27 @@ def test_the_kubernetes_objects_fit_together(folder: Path) -> None:
     name = workload["metadata"]["name"]
     assert name == "vllm-a-model-s-home-100-v1"
     template = workload["spec"]["template"]
-    assert template["metadata"]["labels"] == workload["spec"]["selector"]["matchLabels"] == service["spec"]["selector"]
+    assert (
+        template["metadata"]["labels"]
+        == workload["spec"]["selector"]["matchLabels"]
+        == service["spec"]["selector"]
+    )
     (container,) = template["spec"]["containers"]
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in template["spec"]["volumes"]}
-    assert service["spec"]["ports"][0]["targetPort"] == container["ports"][0]["name"] == container["startupProbe"]["httpGet"]["port"]
+    assert (
+        service["spec"]["ports"][0]["targetPort"]
+        == container["ports"][0]["name"]
+        == container["startupProbe"]["httpGet"]["port"]
+    )
     assert _after(container["args"], "--port") == str(container["ports"][0]["containerPort"])
     key = next(e for e in container["env"] if e["name"] == "VLLM_API_KEY")
     assert key["valueFrom"]["secretKeyRef"]["name"] == f"{name}-key"
     text = artefact(made, "kubernetes")
-    assert "&id" not in text and "--host 0.0.0.0: every address of the container" in text and "this machine only" not in text
+    assert (
+        "&id" not in text
+        and "--host 0.0.0.0: every address of the container" in text
+        and "this machine only" not in text
+    )
 
 
 def test_the_systemd_unit_quotes_for_systemd(folder: Path) -> None:
@@ -234,18 +289,25 @@ def test_a_line_break_in_a_name_does_not_end_a_comment(folder: Path, kind: str) 
     made = plan(folder, Wish(name="x\nrm -rf /"))
     text = artefact(made, kind)
     assert "# vLLM serving x rm -rf /. " in text
-    assert not any(line.startswith("rm -rf") for line in text.splitlines()) or kind == "shell"  # there it stands inside quotes
+    # there it stands inside quotes
+    assert not any(line.startswith("rm -rf") for line in text.splitlines()) or kind == "shell"
     if kind == "shell":
         assert shlex.quote("x\nrm -rf /") in text
 
 
-def test_plan_prints_the_artefact_alone_or_one_json_object(folder: Path, deploy: Callable[..., tuple[int, str, str]]) -> None:
+def test_plan_prints_the_artefact_alone_or_one_json_object(
+    folder: Path, deploy: Callable[..., tuple[int, str, str]]
+) -> None:
     code, out, err = deploy("plan", "-m", folder, "--output", "compose", "--host", "0.0.0.0")
     assert code == 0 and "services" in yaml.safe_load(out)
     assert "warning: " in err
     code, out, _ = deploy("plan", "-m", folder, "--json", "--", "--max-num-seqs", "3")
     value = json.loads(out)
-    assert code == 0 and value["command"][-2:] == ["--max-num-seqs", "3"] and value["artefact"].startswith("#!/bin/sh")
+    assert (
+        code == 0
+        and value["command"][-2:] == ["--max-num-seqs", "3"]
+        and value["artefact"].startswith("#!/bin/sh")
+    )
     assert deploy("plan", "-m", folder, "--port", "0")[0] == 2
     assert deploy("plan", "-m", folder, "--gpu-memory-utilization", "1.5")[0] == 2
     assert deploy("plan", "-m", folder / "nothing")[0] == 1
@@ -256,17 +318,22 @@ def test_planning_imports_neither_torch_nor_transformers(folder: Path) -> None:
         "import sys; import deploy_vllm\n"
         f"try: deploy_vllm.main(['plan', '-m', {str(folder)!r}, '--output', 'kubernetes'])\n"
         "except SystemExit as stop: assert not stop.code, stop.code\n"
-        "assert not {'torch', 'transformers'} & set(sys.modules), set(sys.modules) & {'torch', 'transformers', 'rich'}"
+        "assert not {'torch', 'transformers'} & set(sys.modules), set(sys.modules) & {'torch', "
+        "'transformers', 'rich'}"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 
-def test_an_address_a_name_and_a_share_that_are_none_are_refused_together(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_address_a_name_and_a_share_that_are_none_are_refused_together(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     import deploy_vllm
 
     with pytest.raises(SystemExit) as stop:
-        deploy_vllm.main(["plan", "-m", "none", "--host", "a b", "--name", "x\n", "--gpu-memory-utilization", "nan"])
+        deploy_vllm.main(
+            ["plan", "-m", "none", "--host", "a b", "--name", "x\n", "--gpu-memory-utilization", "nan"]
+        )
     error = capsys.readouterr().err
     assert stop.value.code == 2 and all(
         x in error for x in ("3 problems:", "--host is 'a b'", "--name is", "--gpu-memory-utilization is nan")
@@ -288,13 +355,20 @@ def test_a_context_that_nobody_asked_for_is_lowered_to_what_the_gpu_holds(tmp_pa
     (folder / "vllm_config.json").write_text(json.dumps({"max-model-len": 1 << 25}))
     found = plan(folder, Wish(gpu="T4"))
     (length,) = [a for a in found.arguments if a.name == "max-model-len"]
-    assert 1 << 15 < int(length.value) < 1 << 25 and int(length.value) % 256 == 0 and "hold on T4" in length.reason
+    assert (
+        1 << 15 < int(length.value) < 1 << 25
+        and int(length.value) % 256 == 0
+        and "hold on T4" in length.reason
+    )
     assert not found.warnings
     again = plan(folder, Wish(gpu="T4", max_model_len=int(length.value)))
     assert not again.warnings  # it fits
     asked = plan(folder, Wish(gpu="T4", max_model_len=1 << 25))
     assert _after(asked.command, "--max-model-len") == str(1 << 25)
-    assert "vLLM is expected to refuse this on" in asked.warnings[0] and "the longest that fits is" in asked.warnings[0]
+    assert (
+        "vLLM is expected to refuse this on" in asked.warnings[0]
+        and "the longest that fits is" in asked.warnings[0]
+    )
     offloaded = plan(folder, Wish(gpu="T4", max_model_len=1 << 25, extra=("--cpu-offload-gb", "4")))
     assert not offloaded.warnings  # under which the accounting does not hold
     unread = plan(folder, Wish(gpu="T4", extra=("--max-num-seqs", "many")))

@@ -34,7 +34,9 @@ time.sleep(600)
 
 def _server(code: str, monkeypatch: pytest.MonkeyPatch, grace: float = 0.5) -> Server:
     monkeypatch.setattr("quant.serving.process.GRACE", grace)
-    server = Server(Path("m"), [], python=sys.executable, host="127.0.0.1", port=free_port("127.0.0.1"), name="m")
+    server = Server(
+        Path("m"), [], python=sys.executable, host="127.0.0.1", port=free_port("127.0.0.1"), name="m"
+    )
     server.command = [sys.executable, "-c", code]
     return server
 
@@ -42,23 +44,30 @@ def _server(code: str, monkeypatch: pytest.MonkeyPatch, grace: float = 0.5) -> S
 def test_an_early_end_quotes_the_log_and_names_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [
         "(APIServer pid=1) INFO 01-01 00:00:00 [x.py:1] starting",
-        "(EngineCore pid=2) ERROR 01-01 00:00:00 [core.py:1] ValueError: No available memory for the cache blocks. Try",
+        "(EngineCore pid=2) ERROR 01-01 00:00:00 [core.py:1] ValueError: No available memory for the cache "
+        "blocks. Try",
         "RuntimeError: Engine core initialization failed.",
     ]
     with _server(f"print({chr(10).join(lines)!r}); raise SystemExit(3)", monkeypatch) as server:
-        with pytest.raises(ServerError, match="ended with status 3 before it was ready: the weights leave no room") as error:
+        with pytest.raises(
+            ServerError, match="ended with status 3 before it was ready: the weights leave no room"
+        ) as error:
             server.start(timeout=20)
     assert error.value.cause is not None and error.value.cause.kind == "no memory for the KV cache"
     assert "  | RuntimeError: Engine core initialization failed." in str(error.value)
 
 
-def test_a_timeout_leaves_no_process_even_of_those_that_ignore_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_timeout_leaves_no_process_even_of_those_that_ignore_signals(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with _server(_STUBBORN, monkeypatch) as server:
         with pytest.raises(ServerError, match=r"not ready after 2 s: give it longer with --timeout"):
             server.start(timeout=2)
         members = [int(line.split()[1]) for line in server.lines]
         assert len(members) == 2 and all(psutil.pid_exists(m) for m in members)
-    assert not any(psutil.pid_exists(m) and psutil.Process(m).status() != psutil.STATUS_ZOMBIE for m in members)
+    assert not any(
+        psutil.pid_exists(m) and psutil.Process(m).status() != psutil.STATUS_ZOMBIE for m in members
+    )
 
 
 def test_a_signal_while_starting_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +92,9 @@ def test_a_taken_port_is_refused_before_anything_starts(monkeypatch: pytest.Monk
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        server = Server(Path("m"), [], python=sys.executable, host="127.0.0.1", port=other.getsockname()[1], name="m")
+        server = Server(
+            Path("m"), [], python=sys.executable, host="127.0.0.1", port=other.getsockname()[1], name="m"
+        )
         with server, pytest.raises(ServerError, match="is in use by another program"):
             server.start(timeout=1)
     with pytest.raises(ServerError, match="use an address of this machine"):
@@ -107,25 +118,33 @@ def test_an_interpreter_without_vllm_and_one_that_does_not_run_are_told_apart(tm
     [
         ("ERROR: [Errno 98] Address already in use", "port in use", "--port"),
         (
-            "ValueError: To serve at least one request with the model's max seq len (131072), (16.0 GiB KV cache is needed, which is larger than "
-            "the available KV cache memory (4.2 GiB). Based on the available memory, the estimated maximum model length is 34000. Try",
+            "ValueError: To serve at least one request with the model's max seq len (131072), (16.0 GiB KV "
+            "cache is needed, which is larger than "
+            "the available KV cache memory (4.2 GiB). Based on the available memory, the estimated maximum "
+            "model length is 34000. Try",
             "no memory for the KV cache",
             "--max-model-len 34000",
         ),
-        ("ValueError: Unknown quantization method: hqq. Must be one of", "unsupported quantization", "export-vllm"),
+        ("ValueError: Unknown quantization method: hqq. Must be one of", "unsupported quantization",
+        "export-vllm"),
         (
-            "ValueError: User-specified max_model_len (4096) is greater than the derived max_model_len (max_position_embeddings=1024.0",
+            "ValueError: User-specified max_model_len (4096) is greater than the derived max_model_len "
+            "(max_position_embeddings=1024.0",
             "context too long", "is 4096, the model's longest context is 1024",
         ),
         ("ModuleNotFoundError: No module named 'vllm'", "no vLLM", "pip install vllm"),
-        ("ValueError: Total number of attention heads (6) must be divisible by tensor parallel size (4).", "tensor parallel size", "6 attention heads"),
-        ("ValueError: World size (8) is larger than the number of available GPUs (2) in this node.", "too few GPUs", "asks for 8 GPUs, 2 are there"),
+        ("ValueError: Total number of attention heads (6) must be divisible by tensor parallel size (4).",
+        "tensor parallel size", "6 attention heads"),
+        ("ValueError: World size (8) is larger than the number of available GPUs (2) in this node.",
+        "too few GPUs", "asks for 8 GPUs, 2 are there"),
         ("api_server.py: error: unrecognized arguments: --nope 3", "unknown argument", "--nope 3"),
         (
-            "RuntimeError: _C::static_scaled_fp8_quant() expected at most 0 argument(s) but received 4 argument(s). Declaration: _C::static_scaled_fp8_quant() -> ()",
+            "RuntimeError: _C::static_scaled_fp8_quant() expected at most 0 argument(s) but received 4 "
+            "argument(s). Declaration: _C::static_scaled_fp8_quant() -> ()",
             "no kernel for the scheme", "--scheme w8a8-fp8",
         ),
-        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate", "GPU memory exhausted", "--tensor-parallel"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate", "GPU memory exhausted",
+        "--tensor-parallel"),
     ],
 )  # fmt: skip
 def test_known_failures_have_a_cause_and_a_next_step(line: str, kind: str, says: str) -> None:
@@ -135,13 +154,18 @@ def test_known_failures_have_a_cause_and_a_next_step(line: str, kind: str, says:
 
 
 def test_an_unknown_failure_has_no_cause_and_the_first_exception_is_quoted() -> None:
-    log = ["(EngineCore pid=7) ERROR 01-01 00:00:00 [core.py:1] KeyError: 'strange'", *["x"] * 30, "RuntimeError: failed"]
+    log = [
+        "(EngineCore pid=7) ERROR 01-01 00:00:00 [core.py:1] KeyError: 'strange'",
+        *["x"] * 30,
+        "RuntimeError: failed",
+    ]
     assert diagnose(log) is None
     assert quote(log).splitlines()[0].endswith("KeyError: 'strange'")
     assert quote(log).splitlines()[-1] == "  | RuntimeError: failed"
 
 
-#: A process that does not end at SIGTERM, and neither does its worker: what a vLLM that hangs while it loads looks like.
+#: A process that does not end at SIGTERM, and neither does its worker: what a vLLM that hangs while it loads
+#: looks like.
 _HANGING = """
 import os, signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -158,17 +182,22 @@ def _ignores(pid: int, number: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    "code", ["import os, time; print(os.getpid(), flush=True); time.sleep(600)", _HANGING], ids=["obedient", "hanging"]
+    "code",
+    ["import os, time; print(os.getpid(), flush=True); time.sleep(600)", _HANGING],
+    ids=["obedient", "hanging"],
 )
 def test_a_killed_parent_takes_the_server_along(code: str) -> None:
     start = (
         "import sys; from pathlib import Path; from quant.serving import process\n"
         "process.GRACE, port = 1.0, process.free_port('127.0.0.1')\n"
-        "s = process.Server(Path('m'), [], python=sys.executable, host='127.0.0.1', port=port, name='m', log=lambda x: print(x, flush=True))\n"
+        "s = process.Server(Path('m'), [], python=sys.executable, host='127.0.0.1', port=port, name='m', "
+        "log=lambda x: print(x, flush=True))\n"
         "s.command = [sys.executable, '-c', sys.argv[1]]\n"
         "s.start(60)"
     )
-    with subprocess.Popen([sys.executable, "-c", start, code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", start, code], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as parent:
         assert parent.stdout is not None
         members = [psutil.Process(int(number)) for number in parent.stdout.readline().split()]
         watchers = [p for p in psutil.Process(parent.pid).children() if p not in members]
@@ -193,7 +222,9 @@ def test_a_server_that_was_stopped_leaves_no_watcher(monkeypatch: pytest.MonkeyP
 def test_the_log_reaches_the_listener_line_by_line(monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[str] = []
     listener: Callable[[str], None] = heard.append
-    server = _server("print('one'); print('CPU KV cache size: 349,440 tokens, Maximum'); raise SystemExit(1)", monkeypatch)
+    server = _server(
+        "print('one'); print('CPU KV cache size: 349,440 tokens, Maximum'); raise SystemExit(1)", monkeypatch
+    )
     server._log = listener
     with server, pytest.raises(ServerError):
         server.start(timeout=20)

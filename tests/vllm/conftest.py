@@ -1,4 +1,5 @@
-"""The ring that starts real vLLM servers. Its interpreter is named by QUANT_VLLM_PYTHON; without it every test here is skipped by name."""
+"""The ring that starts real vLLM servers. Its interpreter is named by QUANT_VLLM_PYTHON; without it every
+test here is skipped by name."""
 
 from __future__ import annotations
 
@@ -46,8 +47,20 @@ def make(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...
     def quantized(*options: str) -> Path:
         if options not in made:
             output = tmp_path_factory.mktemp("model") / "-".join(Path(o).name.strip("-") for o in options)
-            command = [sys.executable, str(ROOT / "quantize.py"), "quantize", "-q", "-m", str(source), "-o", str(output), *options]
-            done = subprocess.run([*command, "--samples", "16", "--sequence-length", "256"], capture_output=True, text=True)
+            command = [
+                sys.executable,
+                str(ROOT / "quantize.py"),
+                "quantize",
+                "-q",
+                "-m",
+                str(source),
+                "-o",
+                str(output),
+                *options,
+            ]
+            done = subprocess.run(
+                [*command, "--samples", "16", "--sequence-length", "256"], capture_output=True, text=True
+            )
             assert done.returncode == 0, done.stderr
             made[options] = output
         return made[options]

@@ -1,4 +1,5 @@
-"""Mistakes that a writer of formats can make: each changes values and leaves every name, dtype and shape as it was."""
+"""Mistakes that a writer of formats can make: each changes values and leaves every name, dtype and shape as
+it was."""
 
 from __future__ import annotations
 
@@ -53,7 +54,9 @@ def scales_of_the_wrong_output(path: Path, only: str) -> int:
 
 def scales_of_the_wrong_group(path: Path, only: str) -> int:
     """Scales in reverse order of groups."""
-    reversed_ = _edit(path, lambda n: only in n and n.endswith(("weight_scale", "weight_scale_inv")), lambda t: t.flip(1))
+    reversed_ = _edit(
+        path, lambda n: only in n and n.endswith(("weight_scale", "weight_scale_inv")), lambda t: t.flip(1)
+    )
     return reversed_ + _edit(path, lambda n: only in n and n.endswith(".scales"), lambda t: t.flip(0))
 
 
@@ -64,7 +67,11 @@ def input_scales_of_half_the_range(path: Path, only: str) -> int:
 
 def input_zero_points_of_unsigned_codes(path: Path, only: str) -> int:
     """128 higher, as codes from 0 to 255 would have them."""
-    return _edit(path, lambda n: only in n and n.endswith("input_zero_point"), lambda t: (t.view(torch.uint8) ^ 0x80).view(torch.int8))
+    return _edit(
+        path,
+        lambda n: only in n and n.endswith("input_zero_point"),
+        lambda t: (t.view(torch.uint8) ^ 0x80).view(torch.int8),
+    )
 
 
 def cache_scales_not_divided(path: Path, only: str) -> int:

@@ -26,11 +26,22 @@ OPTIONS = ("--format", "compressed-tensors", "--symmetric", "--group-size", "128
 
 
 def _start(path: Path, *options: str, **settings: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "deploy_vllm.py"), "--model-path", str(path), "--port", "0", "--json", *options]
+    command = [
+        sys.executable,
+        str(ROOT / "deploy_vllm.py"),
+        "--model-path",
+        str(path),
+        "--port",
+        "0",
+        "--json",
+        *options,
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings)
 
 
-def test_serve_answers_until_a_signal_and_leaves_no_process(make: Callable[..., Path], vllm_python: str) -> None:
+def test_serve_answers_until_a_signal_and_leaves_no_process(
+    make: Callable[..., Path], vllm_python: str
+) -> None:
     path = make(*OPTIONS)
     environment = os.environ | {"KEY": "s3cret"}
     started = time.perf_counter()
@@ -47,7 +58,8 @@ def test_serve_answers_until_a_signal_and_leaves_no_process(make: Callable[..., 
         assert report["url"].startswith("http://127.0.0.1:")
         assert report["max_model_len"] == 1024
         assert report["kv_cache_tokens"] > report["max_model_len"]
-        assert 0.5 * elapsed < report["load_seconds"] < elapsed  # the rest is this program's start and one completion
+        # the rest is this program's start and one completion
+        assert 0.5 * elapsed < report["load_seconds"] < elapsed
         completion = report["completion"]
         assert completion["text"].strip() and completion["tokens"] > 0 and completion["tokens_per_second"] > 0
         with urllib.request.urlopen(report["url"] + "/health", timeout=10) as answer:
@@ -74,7 +86,9 @@ def test_serve_answers_until_a_signal_and_leaves_no_process(make: Callable[..., 
         probe.connect(("127.0.0.1", int(report["url"].rpartition(":")[2])))
 
 
-def test_check_stops_by_itself_and_a_signal_while_loading_stops_too(make: Callable[..., Path], vllm_python: str) -> None:
+def test_check_stops_by_itself_and_a_signal_while_loading_stops_too(
+    make: Callable[..., Path], vllm_python: str
+) -> None:
     path = make(*OPTIONS)
     process = _start(path, "--check", "-q", "--", "--enforce-eager")
     out, err = process.communicate(timeout=300)
@@ -107,9 +121,19 @@ def test_a_killed_serve_takes_its_server_along(make: Callable[..., Path], vllm_p
     assert left_alive(members, 60) == []
 
 
-def test_verify_compares_in_vllm_and_sees_what_only_values_tell(make: Callable[..., Path], vllm_python: str) -> None:
+def test_verify_compares_in_vllm_and_sees_what_only_values_tell(
+    make: Callable[..., Path], vllm_python: str
+) -> None:
     path = make(*OPTIONS)
-    command = [sys.executable, str(ROOT / "quantize.py"), "verify", str(path), "--vllm", vllm_python, "--json"]
+    command = [
+        sys.executable,
+        str(ROOT / "quantize.py"),
+        "verify",
+        str(path),
+        "--vllm",
+        vllm_python,
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     value = json.loads(done.stdout)
@@ -135,7 +159,15 @@ def test_a_port_in_use_is_named_before_anything_starts(make: Callable[..., Path]
         port = other.getsockname()[1]
         begun = time.monotonic()
         done = subprocess.run(
-            [sys.executable, str(ROOT / "deploy_vllm.py"), "serve", "-m", str(make(*OPTIONS)), "--port", str(port)],
+            [
+                sys.executable,
+                str(ROOT / "deploy_vllm.py"),
+                "serve",
+                "-m",
+                str(make(*OPTIONS)),
+                "--port",
+                str(port),
+            ],
             capture_output=True,
             text=True,
             timeout=60,

@@ -1,9 +1,12 @@
-"""Every format, symmetry and group size that vLLM's CPU build loads, served by real vLLM and compared with the values in the files.
+"""Every format, symmetry and group size that vLLM's CPU build loads, served by real vLLM and compared with
+the values in the files.
 
-One server a checkpoint. Its answers are compared with our dequantized reference, which must agree as far as 16-bit arithmetic lets them, and
-with references of damaged copies in which one linear of the model is wrong, which must not: so the criterion is shown to see what it is for.
-Greedy text is compared under teacher forcing: vLLM's own continuation runs through the reference, and each of its tokens must be the
-reference's first choice, or nearer to it than 16-bit rounding can tell (free-running texts part for good at the first such tie).
+One server a checkpoint. Its answers are compared with our dequantized reference, which must agree as far as
+16-bit arithmetic lets them, and with references of damaged copies in which one linear of the model is wrong,
+which must not: so the criterion is shown to see what it is for. Greedy text is compared under teacher
+forcing: vLLM's own continuation runs through the reference, and each of its tokens must be the reference's
+first choice, or nearer to it than 16-bit rounding can tell (free-running texts part for good at the first
+such tie).
 """
 
 from __future__ import annotations
@@ -16,7 +19,16 @@ import pytest
 from quant.errors import QuantError
 from quant.evaluation.verify import verify
 from quant.serving.process import ServerError
-from quant.serving.reference import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, Reference, ask, kernels, open_server, prompts
+from quant.serving.reference import (
+    NEW_TOKENS,
+    PROMPT_TOKENS,
+    PROMPTS,
+    Reference,
+    ask,
+    kernels,
+    open_server,
+    prompts,
+)
 from tests.vllm import corrupt
 
 CT, GPTQ, AWQ = "compressed-tensors", "gptq", "awq"
@@ -38,9 +50,10 @@ INT8, FP8 = ("--scheme", "w8a8-int8", "--method", "minmax"), ("--scheme", "w8a8-
 BLOCKS = ("--scheme", "fp8-block", "--method", "minmax")
 STATIC, ASYMMETRIC = ("--activations", "static"), ("--asymmetric-activations",)
 SCALES, INPUTS = corrupt.scales_of_the_wrong_output, corrupt.input_scales_of_half_the_range
-#: Options, the kernel that vLLM must name, and what can be wrong. Activations, and K and V, are rounded in the reference too. A number on the
-#: edge between two codes falls to either side in 16 bits, which is the larger part of the noise: one layer's damage can hide in it, so
-#: here all down projections (or caches) are damaged.
+#: Options, the kernel that vLLM must name, and what can be wrong. Activations, and K and V, are rounded in
+#: the reference too. A number on the edge between two codes falls to either side in 16 bits, which is the
+#: larger part of the noise: one layer's damage can hide in it, so here all down projections (or caches) are
+#: damaged.
 NUMBERS: dict[str, tuple[tuple[str, ...], str, tuple[Damage, ...]]] = {
     "int8 dynamic": (INT8, "CPUInt8ScaledMMLinearKernel", (SCALES,)),
     "int8 dynamic asymmetric": ((*INT8, *ASYMMETRIC), "CPUInt8ScaledMMLinearKernel", (SCALES,)),
@@ -69,7 +82,9 @@ def _damages(form: str, symmetry: str, group: int) -> list[Callable[[Path, str],
         return []
     damages: list[Callable[[Path, str], int]] = [corrupt.nibble_order, corrupt.scales_of_the_wrong_output]
     return (
-        damages + ([corrupt.zero_points] if symmetry == "asymmetric" else []) + ([corrupt.scales_of_the_wrong_group] if group != -1 else [])
+        damages
+        + ([corrupt.zero_points] if symmetry == "asymmetric" else [])
+        + ([corrupt.scales_of_the_wrong_group] if group != -1 else [])
     )
 
 
@@ -114,7 +129,9 @@ def test_vllm_computes_with_quantized_activations_and_caches_as_the_reference_do
 ) -> None:
     options, kernel, damages = NUMBERS[case]
     if kernel == "CPUFp8" and not AMX:
-        pytest.skip("this machine has no AMX (amx_tile in /proc/cpuinfo), of which vLLM's FP8 block kernels are made")
+        pytest.skip(
+            "this machine has no AMX (amx_tile in /proc/cpuinfo), of which vLLM's FP8 block kernels are made"
+        )
     path = make(*options)
     with open_server(path, vllm_python) as server:
         server.start(timeout=300)
@@ -138,7 +155,9 @@ def test_vllm_computes_with_quantized_activations_and_caches_as_the_reference_do
 
 
 @pytest.mark.parametrize("scheme", ["w8a8-fp8-tensor", "nvfp4", "mxfp4"])
-def test_numbers_without_a_cpu_kernel_pass_verify_and_are_refused_by_name(scheme: str, make: Callable[..., Path], vllm_python: str) -> None:
+def test_numbers_without_a_cpu_kernel_pass_verify_and_are_refused_by_name(
+    scheme: str, make: Callable[..., Path], vllm_python: str
+) -> None:
     path = make("--scheme", scheme, "--method", "minmax")
     assert verify(path).passed
     with open_server(path, vllm_python) as server, pytest.raises(ServerError):
@@ -146,18 +165,25 @@ def test_numbers_without_a_cpu_kernel_pass_verify_and_are_refused_by_name(scheme
 
 
 @pytest.mark.parametrize("form", [CT, GPTQ])
-def test_eight_bits_pass_verify_but_find_no_kernel_on_a_cpu(form: str, make: Callable[..., Path], vllm_python: str) -> None:
+def test_eight_bits_pass_verify_but_find_no_kernel_on_a_cpu(
+    form: str, make: Callable[..., Path], vllm_python: str
+) -> None:
     path = make("--format", form, "--bits", "8", "--group-size", "128", "--method", "minmax")
     assert verify(path).passed
     if form == GPTQ:
         return  # one start shows the refusal
-    with open_server(path, vllm_python) as server, pytest.raises(ServerError, match="no kernel for the checkpoint's scheme") as error:
+    with (
+        open_server(path, vllm_python) as server,
+        pytest.raises(ServerError, match="no kernel for the checkpoint's scheme") as error,
+    ):
         server.start(timeout=300)
     assert error.value.cause is not None and error.value.cause.checkpoint
     assert "Failed to find a kernel" in str(error.value)  # vLLM's own words are quoted
 
 
-def test_a_missing_scale_is_refused_before_vllm_starts(make: Callable[..., Path], copy: Callable[[Path], Path], vllm_python: str) -> None:
+def test_a_missing_scale_is_refused_before_vllm_starts(
+    make: Callable[..., Path], copy: Callable[[Path], Path], vllm_python: str
+) -> None:
     """vLLM without weight tracking would answer NaN."""
     from safetensors.torch import load_file, save_file
 
@@ -167,6 +193,12 @@ def test_a_missing_scale_is_refused_before_vllm_starts(make: Callable[..., Path]
         tensors = load_file(file)
         if tensors.pop("model.layers.1.mlp.down_proj.weight_scale", None) is not None:
             save_file(tensors, file, metadata={"format": "pt"})
-    index.write_text("\n".join(line for line in index.read_text().splitlines() if "layers.1.mlp.down_proj.weight_scale" not in line))
+    index.write_text(
+        "\n".join(
+            line
+            for line in index.read_text().splitlines()
+            if "layers.1.mlp.down_proj.weight_scale" not in line
+        )
+    )
     with pytest.raises(QuantError, match="layers.1.mlp.down_proj"):
         open_server(path, vllm_python)

@@ -40,12 +40,18 @@ class Codes:
     def pack(self, linear: Linear, tensor: QuantizedTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         return {f"{linear.name}.qweight": tensor.codes, f"{linear.name}.scales": tensor.scales.to(dtype)}
 
-    def unpack(self, linear: Linear, tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> QuantizedTensor:
+    def unpack(
+        self, linear: Linear, tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any]
+    ) -> QuantizedTensor:
         from quant.tensors import QuantizedTensor
 
-        return QuantizedTensor(tensors[f"{linear.name}.qweight"], tensors[f"{linear.name}.scales"], None, linear.scheme)
+        return QuantizedTensor(
+            tensors[f"{linear.name}.qweight"], tensors[f"{linear.name}.scales"], None, linear.scheme
+        )
 
-    def config(self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str, kv_cache: bool = False) -> dict[str, Any]:
+    def config(
+        self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str, kv_cache: bool = False
+    ) -> dict[str, Any]:
         weights = linears[0].scheme
         return {"quant_method": "codes", "bits": weights.bits, "group_size": weights.group_size}
 

@@ -1,4 +1,5 @@
-"""HQQ (Badri and Shaji 2023) from a package of its own: scale and zero point of each group from the weights alone."""
+"""HQQ (Badri and Shaji 2023) from a package of its own: scale and zero point of each group from the weights
+alone."""
 
 from __future__ import annotations
 
@@ -66,7 +67,9 @@ class MyHQQ:
         return Quantized(QuantizedTensor(codes, scales.to(dtype), zeros.to(torch.int8), scheme))
 
     @staticmethod
-    def cost(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, scheme: WeightScheme) -> torch.Tensor:
+    def cost(
+        groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, scheme: WeightScheme
+    ) -> torch.Tensor:
         """Squared error of each group, [N, G, 1]."""
         codes = (groups / scale + zero).round().clamp(scheme.low, scheme.high)
         return ((codes - zero) * scale - groups).square().sum(-1, keepdim=True)

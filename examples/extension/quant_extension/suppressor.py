@@ -1,4 +1,5 @@
-"""Takes the square root of how far an input's largest value stands out among all inputs, whatever the weights are."""
+"""Takes the square root of how far an input's largest value stands out among all inputs, whatever the weights
+are."""
 
 from __future__ import annotations
 
@@ -23,8 +24,12 @@ class Root:
     needs: ClassVar[frozenset[str]] = frozenset({"range"})
     sources: ClassVar[frozenset[str]] = frozenset({"norm"})
 
-    def __call__(self, weight: torch.Tensor, statistics: Statistics, scheme: Scheme, dtype: torch.dtype, place: Place) -> Suppression:
+    def __call__(
+        self, weight: torch.Tensor, statistics: Statistics, scheme: Scheme, dtype: torch.dtype, place: Place
+    ) -> Suppression:
         largest = statistics.abs_max
         usual = largest.median()
         factors = torch.where((largest > usual) & (usual > 0), largest / usual, 1.0).pow(self.alpha)
-        return Suppression(place.fit(factors), (f"{int((factors > 1).sum())} of {len(factors)} inputs made smaller",))
+        return Suppression(
+            place.fit(factors), (f"{int((factors > 1).sum())} of {len(factors)} inputs made smaller",)
+        )
