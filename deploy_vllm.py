@@ -16,7 +16,7 @@ import click
 from quant.terminal import PATH, Output, common_options, run
 
 if TYPE_CHECKING:
-    from quant.serving.deployment import Deployment, Wish
+    from quant.serving.deployment import Deployment, DeploymentRequest
 
 
 class DeployGroup(click.Group):
@@ -35,7 +35,7 @@ def cli() -> None:
 
 
 def deployment_options(default_port: int = 8000) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """What a deployment is asked for; each is a field of :class:`quant.serving.deployment.Wish`."""
+    """What a deployment is asked for; each is a field of :class:`quant.serving.deployment.DeploymentRequest`."""
     options = [
         click.option("-m", "--model-path", type=PATH, required=True, help="Checkpoint directory."),
         click.option(
@@ -79,9 +79,9 @@ def deployment_options(default_port: int = 8000) -> Callable[[Callable[..., Any]
     return decorate
 
 
-def _wish(options: dict[str, Any]) -> Wish:
+def _request(options: dict[str, Any]) -> DeploymentRequest:
     from quant.errors import Problems
-    from quant.serving.deployment import Wish
+    from quant.serving.deployment import DeploymentRequest
 
     wrong = [
         f"--{key} is {value!r}: {what} without spaces and control characters is needed"
@@ -93,13 +93,13 @@ def _wish(options: dict[str, Any]) -> Wish:
         wrong.append(f"--gpu-memory-utilization is {share}: a share above 0 and at most 1 is needed")
     if wrong:
         raise Problems(wrong, exit_code=2)
-    return Wish(**options)
+    return DeploymentRequest(**options)
 
 
 def _planned(out: Output, model_path: Path, options: dict[str, Any]) -> Deployment:
     from quant.serving.deployment import plan as make_plan
 
-    deployment = make_plan(model_path, _wish(options))
+    deployment = make_plan(model_path, _request(options))
     for warning in deployment.warnings:
         out.warn(warning)
     return deployment

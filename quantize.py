@@ -18,6 +18,7 @@ from quant.errors import Problems, QuantError, UsageError, VerificationFailed, c
 from quant.planning.options import engine_options, gpu_options
 from quant.schemes import PRESETS
 from quant.terminal import PATH, Output, common_options, run
+from quant.vllm.releases import VLLM_VERSION
 
 if TYPE_CHECKING:
     from quant.planning.memory import EngineRequest
@@ -58,16 +59,18 @@ def detect(gpu: str | None, out: Output) -> None:
     from quant.hardware import detect as look
     from quant.hardware import gpu_names, named_gpu
     from quant.planning.render import show_detection, show_gpus
+    from quant.vllm.kernels import gpu_dict
 
     if gpu == "list":
         names = gpu_names()
         out.result({"names": names}, lambda console: console.print("\n".join(names)))
     elif gpu is not None:
         named = named_gpu(gpu)
-        out.result({"gpus": [named.to_dict()]}, lambda console: show_gpus([named], console))
+        out.result({"gpus": [gpu_dict(named)]}, lambda console: show_gpus([named], console))
     else:
         found = look()
-        out.result(found.to_dict(), lambda console: show_detection(found, console))
+        value = found.to_dict() | {"gpus": [gpu_dict(g) for g in found.gpus]}
+        out.result(value, lambda console: show_detection(found, console))
 
 
 @cli.command()
@@ -219,7 +222,7 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--gpu", metavar="NAME", help="GPU that will serve it: checked first, and without "
             "--method it decides the scheme."),
         click.option("--vllm-version", help="Release that will load it: checked first.  [default: "
-            f"{defaults.VLLM_VERSION}]"),
+            f"{VLLM_VERSION}]"),
         click.option("--dry-run", is_flag=True, help="Check everything, predict bytes, memory and time, "
             "write nothing."),
         click.option("--fresh", is_flag=True, default=None, help="Start over instead of going on with "

@@ -199,7 +199,7 @@ GROUPED = ("w4a16", "w4a16-asym", "w3a16", "w8a16")
 
 
 @dataclass
-class Found:
+class QuantizedLayers:
     """What the draws of a row gave."""
 
     kl: list[float]
@@ -284,7 +284,7 @@ class Job:
         total = weights = 0.0
         for name in report["tensors"]["quantized"]:
             n, k = checkpoint.info(name).shape
-            total += n * k * scheme.bits_per_weight(k, scale) + (128 if scheme.number == "int" else 32)
+            total += n * k * scheme.bits_per_weight(k, scale) + (128 if scheme.type == "int" else 32)
             weights += n * k
         return total / weights
 
@@ -345,9 +345,9 @@ class Job:
         ]
         return last_json(run(command, result="{").output)["nll"]
 
-    def measure(self, row: Row) -> Found | str:
+    def measure(self, row: Row) -> QuantizedLayers | str:
         """All draws of a row, or why it cannot be made."""
-        found = Found([], [], [], 0.0, [], 0, [])
+        found = QuantizedLayers([], [], [], 0.0, [], 0, [])
         for draw in range(row.draws or self.a.draws if row.calibrated else 1):
             output = self.work / "output"
             subprocess.run(["rm", "-rf", output, output.with_name("output.work")], check=True)

@@ -42,7 +42,7 @@ from quant.hardware import Gpu, named_gpu  # noqa: E402
 from quant.planning.memory import EngineRequest, MemoryPlan, plan  # noqa: E402
 from quant.planning.rule_of_thumb import OVERHEADS  # noqa: E402
 from quant.planning.storage import checkpoint_bytes, source_storage  # noqa: E402
-from quant.planning.versions import parse_version  # noqa: E402
+from quant.vllm.releases import parse_version  # noqa: E402
 
 GIB = 2**30
 NOT_MEMORY = {"failed_other"}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from quant.calibration.statistics import Statistics
-from quant.quantizers.floats import snap
+from quant.quantizers.floats import nearest_float
 from quant.schemes import ActivationScheme
 from quant.tensors import InputParameters
 
@@ -30,7 +30,7 @@ def input_parameters(
         return InputParameters(
             global_scale=(_E4M3 * _E2M1 / torch.where(largest == 0, 1.0, largest)).reshape(1)
         )
-    if scheme.number == "float":
+    if scheme.type == "float":
         return InputParameters(scale=(torch.where(largest == 0, 1.0, largest) / _E4M3).reshape(1))
     levels = 2**scheme.bits - 1
     if scheme.symmetric:
@@ -66,7 +66,7 @@ def fake_quantize(
     """
     wide = x.float()
     values = (
-        _integers(wide, scheme, parameters) if scheme.number == "int" else _floats(wide, scheme, parameters)
+        _integers(wide, scheme, parameters) if scheme.type == "int" else _floats(wide, scheme, parameters)
     )
     return values.to(x.dtype)
 
@@ -90,14 +90,14 @@ def _floats(x: torch.Tensor, scheme: ActivationScheme, parameters: InputParamete
     if not scheme.dynamic:
         assert parameters is not None and parameters.scale is not None
         scale = parameters.scale.to(x)
-        return snap(x / scale, scheme.bits).mul_(scale)
+        return nearest_float(x / scale, scheme.bits).mul_(scale)
     if scheme.strategy == "token":
         # vLLM keeps scales of tokens above this, so that FP8's smallest numbers stay usable
         scale = (x.abs().amax(-1, keepdim=True) / _E4M3).clamp_min(1 / (_E4M3 * 512))
-        return snap(x / scale, scheme.bits).mul_(scale)
+        return nearest_float(x / scale, scheme.bits).mul_(scale)
     if scheme.strategy == "tensor":
         scale = _nonzero(x.abs().amax() / _E4M3)
-        return snap(x / scale, scheme.bits).mul_(scale)
+        return nearest_float(x / scale, scheme.bits).mul_(scale)
     assert scheme.group_size is not None
     k = x.shape[-1]
     groups = torch.nn.functional.pad(x, (0, -k % scheme.group_size)).unflatten(-1, (-1, scheme.group_size))
@@ -106,7 +106,7 @@ def _floats(x: torch.Tensor, scheme: ActivationScheme, parameters: InputParamete
         assert parameters is not None and parameters.global_scale is not None
         whole = parameters.global_scale.to(x)
         scale = (whole * (largest * (1 / _E2M1))).clamp_max(_E4M3).to(torch.float8_e4m3fn).float() / whole
-        return (snap(groups / _nonzero(scale), scheme.bits) * scale).flatten(-2)[..., :k]
+        return (nearest_float(groups / _nonzero(scale), scheme.bits) * scale).flatten(-2)[..., :k]
     if scheme.scales == "U8":
         top = _E2M1 if scheme.bits == 4 else _E4M3
         scale = torch.exp2(
@@ -114,7 +114,7 @@ def _floats(x: torch.Tensor, scheme: ActivationScheme, parameters: InputParamete
         )
     else:
         scale = largest.clamp_min(1e-10) / _E4M3
-    return (snap(groups / scale, scheme.bits).mul_(scale)).flatten(-2)[..., :k]
+    return (nearest_float(groups / scale, scheme.bits).mul_(scale)).flatten(-2)[..., :k]
 
 
 def _nonzero(scale: torch.Tensor) -> torch.Tensor:

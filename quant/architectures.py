@@ -15,6 +15,7 @@ from math import prod
 from typing import Any, Literal
 
 from quant.errors import UsageError
+from quant.vllm.config import config_dtype, quantization_config, source_method, text_config
 
 #: bytes of one stored value, by the names that config.json and safetensors use
 DTYPE_BYTES = {
@@ -165,13 +166,6 @@ class ModelSpec:
         }  # fmt: skip
 
 
-def source_method(quantization: Mapping[str, Any] | None) -> str | None:
-    """The ``quant_method`` of a checkpoint that is already quantized, or None."""
-    return (
-        str(quantization.get("quant_method", "unknown")).lower().replace("_", "-") if quantization else None
-    )
-
-
 @dataclass(frozen=True)
 class Family:
     """Facts of a ``model_type`` that its config.json leaves unsaid. The defaults are Llama's."""
@@ -295,20 +289,7 @@ class Config:
 
     def __init__(self, raw: Mapping[str, Any], where: str):
         self.raw, self.where = raw, where
-        text = raw
-        while True:
-            inner = next(
-                (
-                    text[k]
-                    for k in ("text_config", "thinker_config", "llm_config", "language_config")
-                    if isinstance(text.get(k), Mapping)
-                ),
-                None,
-            )
-            if inner is None:
-                break
-            text = inner
-        self.text: Mapping[str, Any] = text
+        text = self.text = text_config(raw)
         family = str(text.get("model_type") or raw.get("model_type") or "")
         self.family = WRAPPERS.get(family, family)
 
@@ -358,15 +339,11 @@ def spec_from_config(
     heads = config.count("num_attention_heads")
     experts = builder.moe()
     architectures = raw.get("architectures") or config.text.get("architectures") or [""]
-    dtype = str(config.get("torch_dtype") or config.get("dtype") or "")
+    dtype = config_dtype(raw) or ""
     if dtype not in DTYPE_BYTES:
         notes.append(f"config.json names no dtype ({dtype or 'absent'}): bfloat16 is assumed")
         dtype = "bfloat16"
-    quantization = (
-        raw.get("quantization_config")
-        or config.text.get("quantization_config")
-        or raw.get("compression_config")
-    )
+    quantization = quantization_config(raw)
     return ModelSpec(
         name=name, family=config.family or "unknown", architecture=str(architectures[0]), dtype=dtype,
         hidden=builder.hidden, heads=heads,

@@ -68,12 +68,6 @@ class Gpu:
     torch_reserved_bytes: int | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def formats(self) -> dict[str, str]:
-        """Number formats → how this GPU computes with them in vLLM: ``native``, ``weight-only`` (unpacked on
-        the way), ``no``."""
-        return number_formats(self.platform, self.capability, self.architecture)
-
     def to_dict(self) -> dict[str, Any]:
         return {
             "index": self.index, "name": self.name, "uuid": self.uuid, "platform": self.platform,
@@ -83,7 +77,7 @@ class Gpu:
             self.capability)) if self.capability else self.architecture or None,
             "bandwidth_bytes_per_second": self.bandwidth or None, "operations_per_second": dict(self.rates),
             "link": self.link,
-            "driver": self.driver or None, "mig": self.mig or None, "formats": self.formats,
+            "driver": self.driver or None, "mig": self.mig or None,
             "processes": [{"pid": p.pid, "name": p.name, "used_bytes": p.used_bytes} for p in self.processes],
             "torch_allocated_bytes": self.torch_allocated_bytes,
             "torch_reserved_bytes": self.torch_reserved_bytes,
@@ -119,69 +113,6 @@ class Detection:
             "host": self.host.to_dict(),
             "note": self.note or None,
         }
-
-
-#: lowest compute capability (CUDA) at which vLLM 0.32 computes a scheme: (natively, by unpacking weights on
-#: the way). vLLM's sources, the ``get_min_capability`` of each scheme; None = never. A third number is the
-#: first capability at which the kernels are missing again.
-FORMAT_CAPABILITIES: dict[str, tuple[int | None, int | None, int | None]] = {
-    "fp16": (70, None, None),
-    "bf16": (80, None, None),
-    "int8": (75, None, 100),  # no int8 kernel for Blackwell in 0.32 (vLLM issue #54311)
-    "fp8": (89, 75, None),
-    "int4-weights": (None, 75, None),
-    "int8-weights": (None, 75, None),
-    "int8-weights-asym": (None, 90, 100),  # with zero points Machete alone, which is for 9.0
-    "nvfp4": (100, 75, None),
-    "mxfp4": (100, 80, None),
-    "mxfp8": (100, 75, None),
-}
-
-
-def number_formats(
-    platform: str, capability: tuple[int, int] | None, architecture: str = ""
-) -> dict[str, str]:
-    """How a GPU handles every number format.
-
-    >>> number_formats("cuda", (8, 6))["fp8"], number_formats("cuda", (9, 0))["fp8"]
-    ('weight-only', 'native')
-    """
-    if platform == "rocm":
-        fp8 = (
-            architecture >= "gfx942"
-            and not architecture.startswith("gfx9")
-            or architecture in ("gfx942", "gfx950")
-        )
-        native = (
-            {"fp16", "bf16", "int8"}
-            | ({"fp8"} if fp8 else set())
-            | ({"mxfp4", "mxfp8"} if architecture == "gfx950" else set())
-        )
-        return {
-            f: "native" if f in native else "weight-only" if f in ("int4-weights", "int8-weights") else "no"
-            for f in FORMAT_CAPABILITIES
-        }
-    if platform == "cpu":  # vLLM's x86 build with AVX512
-        can = {
-            "fp16": "native",
-            "bf16": "native",
-            "int8": "native",
-            "fp8": "weight-only",
-            "int4-weights": "weight-only",
-        }
-        return {f: can.get(f, "no") for f in FORMAT_CAPABILITIES}
-    level = capability[0] * 10 + capability[1] if capability else 0
-    found = {}
-    for name, (native_from, unpacked_from, until) in FORMAT_CAPABILITIES.items():
-        if until is not None and level >= until:
-            found[name] = "no"
-        elif native_from is not None and level >= native_from:
-            found[name] = "native"
-        elif unpacked_from is not None and level >= unpacked_from:
-            found[name] = "weight-only"
-        else:
-            found[name] = "no"
-    return found
 
 
 # -- named GPUs ----------------------------------------------------------------------------------------------

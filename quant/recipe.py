@@ -15,6 +15,7 @@ from quant import defaults
 from quant.backends import BACKENDS
 from quant.errors import Problems, QuantError, UsageError, clipped, one_of
 from quant.schemes import UNQUANTIZED, Scheme, resolve_scheme
+from quant.vllm.releases import VLLM_VERSION
 
 #: `--method fp8` is rounding to the nearest FP8 number, by this method.
 FP8_METHOD = "minmax"
@@ -44,7 +45,7 @@ class Assignment:
         return {"method": self.method, "scheme": self.scheme.to_dict(), "options": dict(self.options)}
 
 
-class Numbers(BaseModel):
+class LayerSettings(BaseModel):
     """The keys that say how a linear is quantized: of the whole job, or of one of its rules."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
@@ -80,7 +81,7 @@ class Numbers(BaseModel):
             activations=self.activations,
             symmetric_activations=self.symmetric_activations,
         )
-        if method == "fp8" and (scheme.weights.number, scheme.weights.bits) != ("float", 8):
+        if method == "fp8" and (scheme.weights.type, scheme.weights.bits) != ("float", 8):
             given = [k for k in ("scheme", "bits", "symmetric") if getattr(self, k) is not None]
             raise UsageError(
                 f"--method fp8 rounds to FP8, scheme {scheme} is not one: leave {_as_options(given)} out, "
@@ -109,7 +110,7 @@ _OF_SCHEME = ("scheme", "bits", "group_size", "symmetric", "activations", "symme
 _OF_METHOD = ("act_order", "damping", "clip_search", "options")
 
 
-class Rule(Numbers):
+class Rule(LayerSettings):
     """Other numbers for some layers; the first rule that names a linear counts. What a rule leaves out is as
     the job has it, but a rule with a scheme or a method of its own takes none of the job's keys that belong
     to one. ``skip`` leaves the layers unquantized."""
@@ -137,10 +138,12 @@ class Rule(Numbers):
         Raises:
             UsageError: see :meth:`resolved_scheme`.
         """
-        values = {k: getattr(self if k in self.model_fields_set else job, k) for k in Numbers.model_fields}
+        values = {
+            k: getattr(self if k in self.model_fields_set else job, k) for k in LayerSettings.model_fields
+        }
         if self.model_fields_set & {"scheme", "bits"}:
             values |= {k: getattr(self, k) for k in _OF_SCHEME}
-        elif self.method == "fp8" and job.resolved_scheme(job.method).weights.number != "float":
+        elif self.method == "fp8" and job.resolved_scheme(job.method).weights.type != "float":
             values |= {k: getattr(self, k) for k in _OF_SCHEME}  # the method names a scheme too
         elif (
             self.method is not None
@@ -151,10 +154,10 @@ class Rule(Numbers):
             values["scheme"] = DEFAULT_SCHEMES.get(job.method, "w4a16")
         if self.method is not None:
             values |= {k: getattr(self, k) for k in _OF_METHOD}
-        return Numbers(**values).assignment(self.method or job.method)
+        return LayerSettings(**values).assignment(self.method or job.method)
 
 
-class Recipe(Numbers):
+class Recipe(LayerSettings):
     """One quantization. Field names are the option names of ``quant quantize`` with underscores."""
 
     model_path: Path
@@ -177,7 +180,7 @@ class Recipe(Numbers):
     device: str | None = None
     gpu: str | None = None
     tensor_parallel: int = Field(1, ge=1, le=1024)
-    vllm_version: str = defaults.VLLM_VERSION
+    vllm_version: str = VLLM_VERSION
     fresh: bool = False
     backend: Literal["native", "auto-gptq", "autoawq"] = "native"
     backend_python: Path | None = None

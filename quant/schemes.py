@@ -27,7 +27,7 @@ class WeightScheme:
         bits: of one code.
         group_size: inputs that share a scale; -1: all of them (and see ``strategy``).
         symmetric: no zero points; floats always are.
-        number: ``int``, or ``float`` (E4M3 at 8 bits, E2M1 at 4, the model's own dtype at 16).
+        type: ``int``, or ``float`` (E4M3 at 8 bits, E2M1 at 4, the model's own dtype at 16).
         strategy: which weights share a scale, in compressed-tensors' words: ``group``, ``channel`` (an
             output's), ``tensor`` (all), ``block`` (128 × 128), ``tensor_group`` (groups whose scales are
             scaled by one number for the tensor). Empty: by the group size.
@@ -38,12 +38,12 @@ class WeightScheme:
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
-    number: Literal["int", "float"] = "int"
+    type: Literal["int", "float"] = "int"
     strategy: str = ""
     scales: str = "model"
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS and not (self.bits == 16 and self.number == "float"):
+        if self.bits not in BITS and not (self.bits == 16 and self.type == "float"):
             raise UsageError(f"bits is {self.bits}: must be one of {', '.join(map(str, BITS))}")
         if self.group_size != -1 and (self.group_size < 8 or self.group_size % 8):
             raise UsageError(
@@ -52,7 +52,7 @@ class WeightScheme:
             )
         if not self.strategy:
             object.__setattr__(self, "strategy", "channel" if self.group_size == -1 else "group")
-        if self.number == "float" and (self.bits not in (4, 8, 16) or not self.symmetric):
+        if self.type == "float" and (self.bits not in (4, 8, 16) or not self.symmetric):
             raise UsageError(
                 f"float weights have 4, 8 or 16 bits and no zero points, not {self.bits} bits, symmetric "
                 f"{self.symmetric}"
@@ -70,7 +70,7 @@ class WeightScheme:
     @property
     def largest(self) -> float:
         """Largest magnitude of a code as a number: of E4M3 448, of E2M1 6, of integers ``high``."""
-        return {4: 6.0, 8: 448.0}[self.bits] if self.number == "float" else float(self.high)
+        return {4: 6.0, 8: 448.0}[self.bits] if self.type == "float" else float(self.high)
 
     def groups(self, k: int) -> int:
         """Number of groups over K inputs.
@@ -107,7 +107,7 @@ class WeightScheme:
         if self.bits == 16:
             return "weights as they are"
         group = f"g{self.group_size}" if self.strategy in ("group", "tensor_group") else self.strategy
-        if self.number == "float":
+        if self.type == "float":
             family = {"U8": "MXFP", "F8_E4M3": "NVFP"}.get(self.scales, "FP")
             return f"{family}{self.bits} {group}"
         return f"W{self.bits} {group} {'symmetric' if self.symmetric else 'asymmetric'}"
@@ -122,7 +122,7 @@ class ActivationScheme:
     """
 
     bits: int = 8
-    number: Literal["int", "float"] = "int"
+    type: Literal["int", "float"] = "int"
     strategy: Literal["token", "tensor", "group", "tensor_group"] = "token"
     symmetric: bool = True
     dynamic: bool = True
@@ -138,7 +138,7 @@ class ActivationScheme:
         return asdict(self)
 
     def __str__(self) -> str:
-        family = "INT" if self.number == "int" else {"U8": "MXFP", "F8_E4M3": "NVFP"}.get(self.scales, "FP")
+        family = "INT" if self.type == "int" else {"U8": "MXFP", "F8_E4M3": "NVFP"}.get(self.scales, "FP")
         if self.bits == 16:
             return "weights as they are"
         group = f"g{self.group_size}" if self.group_size else self.strategy
@@ -155,15 +155,6 @@ class Scheme:
     name: str
     weights: WeightScheme
     activations: ActivationScheme | None = None
-
-    @property
-    def kernel(self) -> str:
-        """The number format that a GPU must handle, by its name in
-        :data:`quant.hardware.FORMAT_CAPABILITIES`."""
-        if self.weights.number == "int":
-            zeros = "-asym" if self.weights.bits == 8 and not self.weights.symmetric else ""
-            return f"int{self.weights.bits}-weights{zeros}" if self.activations is None else "int8"
-        return {"U8": f"mxfp{self.weights.bits}", "F8_E4M3": "nvfp4"}.get(self.weights.scales, "fp8")
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -223,12 +214,12 @@ def scheme_of(weights: WeightScheme, activations: ActivationScheme | None = None
     for preset in (UNQUANTIZED, *PRESETS.values()):
         if (preset.weights, preset.activations) == (weights, activations):
             return preset
-    if weights.number == "int" and activations is None:
+    if weights.type == "int" and activations is None:
         return Scheme(f"w{weights.bits}a16{'' if weights.symmetric else '-asym'}", weights)
     for preset in PRESETS.values():
         if preset.weights == weights and (preset.activations is None) == (activations is None):
             return Scheme(preset.name, weights, activations)
-    kind = {"int": "int", "float": "fp"}[weights.number]
+    kind = {"int": "int", "float": "fp"}[weights.type]
     inputs = "16" if activations is None else f"{activations.bits}"
     return Scheme(f"w{weights.bits}a{inputs}-{kind}{weights.bits}", weights, activations)
 
@@ -266,14 +257,14 @@ def resolve_scheme(
         wrong.append(
             f"scheme {name} is asymmetric, --symmetric contradicts it: use {name.removesuffix('-asym')}"
         )
-    if symmetric is False and (weights.number == "float" or inputs is not None):
+    if symmetric is False and (weights.type == "float" or inputs is not None):
         wrong.append(
             f"scheme {base.name} has no zero points for weights, --asymmetric contradicts it: use "
             "w4a16-asym or w8a16-asym"
         )
     if (
         group_size is not None
-        and (weights.number == "float" or inputs is not None)
+        and (weights.type == "float" or inputs is not None)
         and group_size != weights.group_size
     ):
         wrong.append(
@@ -291,7 +282,7 @@ def resolve_scheme(
                 f"scheme {base.name} scales activations in groups of {inputs.group_size}, which is always "
                 "dynamic: leave --activations out"
             )
-        if symmetric_activations is False and inputs.number == "float":
+        if symmetric_activations is False and inputs.type == "float":
             wrong.append(
                 f"scheme {base.name} has float activations, which have no zero point: only w8a8-int8 has "
                 "--asymmetric-activations"
@@ -303,7 +294,7 @@ def resolve_scheme(
     }
     if changes:
         weights = replace(
-            weights, **changes, strategy=weights.strategy if weights.number == "float" or inputs else ""
+            weights, **changes, strategy=weights.strategy if weights.type == "float" or inputs else ""
         )
     if inputs is not None and activations == "static":
         inputs = replace(inputs, dynamic=False, strategy="tensor")

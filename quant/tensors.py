@@ -59,7 +59,7 @@ class QuantizedTensor:
     def dequantize(self) -> torch.Tensor:
         """fp32 [N, K], exactly ``(codes - zeros) · scales`` with the product in fp32: the value every reader
         of the file must get."""
-        if self.scheme.number == "int":
+        if self.scheme.type == "int":
             return dequantize(self.codes, self.scales, self.zeros, self.group_index)
         n, k = self.shape
         scales = scale_values(self.scales, self.global_scale)

@@ -95,7 +95,7 @@ def _gptq_settings(recipe: Recipe) -> dict[str, Any]:
 
 def _refuse_gptq(recipe: Recipe) -> str | None:
     scheme = recipe.resolved_scheme(recipe.method)
-    if scheme.weights.number != "int" or scheme.activations is not None:
+    if scheme.weights.type != "int" or scheme.activations is not None:
         return f"scheme {scheme} is not one of integer weights with 16-bit activations, all that it makes"
     return None
 
@@ -113,7 +113,7 @@ def _refuse_awq(recipe: Recipe) -> str | None:
     scheme = recipe.resolved_scheme(recipe.method)
     weights = scheme.weights
     if (
-        (weights.number, weights.bits, weights.symmetric) != ("int", 4, False)
+        (weights.type, weights.bits, weights.symmetric) != ("int", 4, False)
         or weights.group_size < 1
         or scheme.activations is not None
     ):

@@ -198,7 +198,7 @@ def _described(
         {
             "name": name,
             "method": backend.method,
-            "scheme": str(linear.numbers),
+            "scheme": str(linear.scheme),
             "error": errors.get(name),
             "error_missing": None if name in errors else NOT_HELD_OUT,
             "snr_db": None if ratios.get(name) is None else round(float(ratios[name] or 0), 2),

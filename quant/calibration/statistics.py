@@ -69,7 +69,7 @@ class Statistics:
         return torch.maximum(-self.minimum, self.maximum)
 
     @property
-    def spread(self) -> float:
+    def outlier_ratio(self) -> float:
         """Root mean square of the largest feature over that of the median one; 1 where it is not known or
         most are zero."""
         if self.hessian is None:

@@ -25,6 +25,8 @@ DTYPE_BYTES = {
     "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
 FLOATS = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2")
+#: Floats that weights are trained in, and that engines turn into one another as they load.
+WIDE_FLOATS = ("BF16", "F16", "F32", "F64")
 _LARGEST_HEADER = 100_000_000
 
 

@@ -108,7 +108,7 @@ def compare_outputs(
 def scheme_names(checkpoint: Checkpoint) -> str:
     found = find_format(checkpoint.config, checkpoint.tensors)
     return (
-        " + ".join(dict.fromkeys(str(x.numbers) for x in found.linears.values()))
+        " + ".join(dict.fromkeys(str(x.scheme) for x in found.linears.values()))
         if found and found.linears
         else "none"
     )

@@ -52,7 +52,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         parameters[role] = parameters.get(role, 0) + linear.n * linear.k
     schemes: dict[str, int] = {}
     for linear in linears:
-        schemes[str(linear.scheme)] = schemes.get(str(linear.scheme), 0) + 1
+        schemes[str(linear.weights)] = schemes.get(str(linear.weights), 0) + 1
     adapter = adapter_for(checkpoint.config)
     blocks = {b for n in checkpoint.tensors if (b := block_of(n)) is not None}
     return {

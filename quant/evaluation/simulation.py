@@ -13,12 +13,13 @@ from torch import nn
 from quant.activations import fake_quantize
 from quant.checkpoint.reader import Checkpoint
 from quant.errors import CheckpointError
-from quant.formats import Found, Linear
+from quant.formats import QuantizedLayers
 from quant.formats.base import FormatRegistry, find_format
 from quant.formats.reading import read_linear
 from quant.models.attention import observed_attention
-from quant.quantizers.floats import snap
+from quant.quantizers.floats import nearest_float
 from quant.tensors import InputParameters
+from quant.vllm.layers import Linear
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Simulation:
 
     def __init__(self, checkpoint: Checkpoint, kernels: Kernels | None = None):
         self._checkpoint, self._kernels = checkpoint, kernels or Kernels()
-        self._found: Found | None = find_format(checkpoint.config, checkpoint.tensors)
+        self._found: QuantizedLayers | None = find_format(checkpoint.config, checkpoint.tensors)
         linears = self._found.linears if self._found else {}
         self._linears: dict[str, Linear] = {
             n: x for n, x in linears.items() if x.activations is not None and self._kernels.activations
@@ -100,7 +101,7 @@ class Simulation:
 
         def rounded(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
             pairs = [(v, s.to(v.device)) for v, s in zip(values, scales, strict=True)]
-            rounding = (lambda x: snap(x, 8)) if self._kernels.nearest_cache else cut
+            rounding = (lambda x: nearest_float(x, 8)) if self._kernels.nearest_cache else cut
             return tuple((rounding(v.float() / s) * s).to(v.dtype) for v, s in pairs)
 
         return rounded

@@ -20,12 +20,14 @@ from typing import Any
 from quant.checkpoint.header import FLOATS, TensorInfo
 from quant.checkpoint.reader import STALE, Checkpoint, open_checkpoint
 from quant.errors import QuantError
-from quant.formats import FormatRegistry, Found, find_format, quantization_config
-from quant.formats.base import names_listed, shape_problems, stated_dtype
+from quant.formats import FormatRegistry, QuantizedLayers, find_format
+from quant.formats.base import names_listed
 from quant.formats.compressed_tensors import matches
 from quant.formats.gptq import dynamic_rule
-from quant.formats.reading import CACHE_PROJECTIONS, CACHE_SCALES, dequantized
-from quant.models.adapter import fused_name
+from quant.formats.reading import dequantized
+from quant.vllm.cache import CACHE_SCALES, cache_problems
+from quant.vllm.config import parts, quantization_config, stated_dtype, text_path
+from quant.vllm.layers import fused_name, shape_problems
 
 #: Bytes judged, hashed and compared at a time: few enough to stay in the processor's cache.
 _CHUNK = 1 << 20
@@ -141,7 +143,7 @@ def verify(
         )
         if target == "vllm":
             form = FormatRegistry.get(found.format)
-            refused = dict.fromkeys(r for x in linears if (r := form.refuse(x.numbers, "vllm")))
+            refused = dict.fromkeys(r for x in linears if (r := form.refuse(x.scheme, "vllm")))
             result.add(
                 "vLLM takes it",
                 [*refused, *_gptq_refusals(quantization), *_awq_refusals(found)],
@@ -165,7 +167,7 @@ def verify(
         if cache := quantization.get("kv_cache_scheme"):
             result.add(
                 "KV cache",
-                cache_problems(checkpoint, cache),
+                cache_problems(checkpoint.tensors, cache),
                 "every attention layer has the scales of its FP8 cache",
             )
         result.add("head and embeddings", _head_problems(checkpoint, found), "unquantized")
@@ -190,20 +192,18 @@ def verify(
     return result
 
 
-def _describe(found: Found | None) -> str:
+def _describe(found: QuantizedLayers | None) -> str:
     if found is None:
         return "not quantized: an ordinary checkpoint"
-    schemes = ", ".join(dict.fromkeys(str(x.numbers) for x in found.linears.values()))
+    schemes = ", ".join(dict.fromkeys(str(x.scheme) for x in found.linears.values()))
     return f"{found.format}: {schemes}"
 
 
 def _config_problems(config: Mapping[str, Any]) -> list[str]:
     problems = []
-    text = config.get("text_config")
-    if "quantization_config" in config and isinstance(text, dict) and "quantization_config" in text:
-        problems.append(
-            "quantization_config stands both at the top and in text_config: keep the one at the top"
-        )
+    if "quantization_config" in config and any("quantization_config" in p for p in list(parts(config))[:-1]):
+        where = ".".join(text_path(config))
+        problems.append(f"quantization_config stands both at the top and in {where}: keep the one at the top")
     quantization = quantization_config(config)
     if not isinstance(config.get("architectures"), list) or not config["architectures"]:
         problems.append("architectures is missing: vLLM chooses the model class by it")
@@ -246,7 +246,7 @@ def _gptq_refusals(quantization: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _awq_refusals(found: Found) -> list[str]:
+def _awq_refusals(found: QuantizedLayers) -> list[str]:
     others = sorted(set(found.options["packing"].values()) - {"gemm"}) if found.format == "awq" else []
     return [
         f"the words are packed as AutoAWQ's {x}: vLLM reads every AWQ file as gemm; quant export-vllm "
@@ -255,7 +255,7 @@ def _awq_refusals(found: Found) -> list[str]:
     ]
 
 
-def _layer_problems(checkpoint: Checkpoint, found: Found, dtype: str) -> list[str]:
+def _layer_problems(checkpoint: Checkpoint, found: QuantizedLayers, dtype: str) -> list[str]:
     form, problems = FormatRegistry.get(found.format), []
     if not found.linears:
         problems.append("the config says quantized, but no tensor is")
@@ -283,7 +283,7 @@ def _layer_problems(checkpoint: Checkpoint, found: Found, dtype: str) -> list[st
     return problems
 
 
-def _rounded_scales(checkpoint: Checkpoint, found: Found, dtype: str) -> str:
+def _rounded_scales(checkpoint: Checkpoint, found: QuantizedLayers, dtype: str) -> str:
     """What to say of scales that are stored in another float type than the model's: vLLM loads them, rounded
     once more."""
     form = FormatRegistry.get(found.format)
@@ -300,7 +300,9 @@ def _rounded_scales(checkpoint: Checkpoint, found: Found, dtype: str) -> str:
     )
 
 
-def _fused_problems(checkpoint: Checkpoint, found: Found, quantization: Mapping[str, Any]) -> list[str]:
+def _fused_problems(
+    checkpoint: Checkpoint, found: QuantizedLayers, quantization: Mapping[str, Any]
+) -> list[str]:
     problems = []
     present = {
         n.removesuffix(".weight")
@@ -313,7 +315,7 @@ def _fused_problems(checkpoint: Checkpoint, found: Found, quantization: Mapping[
     for fused, names in members.items():
         if len(names) < 2:
             continue
-        schemes = {str(found.linears[n].numbers) if n in found.linears else "unquantized" for n in names}
+        schemes = {str(found.linears[n].scheme) if n in found.linears else "unquantized" for n in names}
         if len(schemes) > 1:
             problems.append(
                 f"{fused}: its shards are {', '.join(sorted(schemes))}: vLLM builds them as one layer"
@@ -328,7 +330,7 @@ def _fused_problems(checkpoint: Checkpoint, found: Found, quantization: Mapping[
 
 
 def _name_problems(
-    members: Mapping[str, list[str]], found: Found, quantization: Mapping[str, Any]
+    members: Mapping[str, list[str]], found: QuantizedLayers, quantization: Mapping[str, Any]
 ) -> list[str]:
     """The config's names and regexes, judged as vLLM does: the fused name first, then every shard."""
     problems = []
@@ -361,7 +363,7 @@ def _would_be_linear(name: str, quantization: Mapping[str, Any]) -> bool:
 
 
 def _native_problems(
-    members: Mapping[str, list[str]], found: Found, quantization: Mapping[str, Any]
+    members: Mapping[str, list[str]], found: QuantizedLayers, quantization: Mapping[str, Any]
 ) -> list[str]:
     """The names of a native fp8 config, which vLLM compares exactly."""
     ignored = {
@@ -382,7 +384,7 @@ def _native_problems(
     return problems
 
 
-def _differing(checkpoint: Checkpoint, found: Found, numbers: Sequence[str]) -> list[str]:
+def _differing(checkpoint: Checkpoint, found: QuantizedLayers, numbers: Sequence[str]) -> list[str]:
     """Shards of a fused layer that have several of a number of which vLLM keeps one."""
     members: dict[str, list[str]] = {}
     for name in found.linears:
@@ -398,10 +400,10 @@ def _differing(checkpoint: Checkpoint, found: Found, numbers: Sequence[str]) -> 
     return problems
 
 
-def _rounded_anew(checkpoint: Checkpoint, found: Found) -> str:
+def _rounded_anew(checkpoint: Checkpoint, found: QuantizedLayers) -> str:
     """What to say of FP8 shards with a scale each: vLLM serves them, a little farther from the source than
     the file is."""
-    if any(x.scheme.strategy != "tensor" for x in found.linears.values()):
+    if any(x.weights.strategy != "tensor" for x in found.linears.values()):
         return ""
     layers = _differing(checkpoint, found, ["weight_scale"])
     return (
@@ -413,7 +415,7 @@ def _rounded_anew(checkpoint: Checkpoint, found: Found) -> str:
 
 
 def _dynamic_problems(
-    members: Mapping[str, list[str]], found: Found, quantization: Mapping[str, Any]
+    members: Mapping[str, list[str]], found: QuantizedLayers, quantization: Mapping[str, Any]
 ) -> list[str]:
     """The numbers that a GPTQ config gives each layer, with its ``dynamic`` rules asked as vLLM does: by the
     fused name, never by a shard's."""
@@ -426,7 +428,7 @@ def _dynamic_problems(
         if rule is None:
             problems.append(f"{fused} is quantized, but a rule of dynamic leaves it out")
             continue
-        for key, held in (("bits", linear.scheme.bits), ("group_size", linear.scheme.group_size)):
+        for key, held in (("bits", linear.weights.bits), ("group_size", linear.weights.group_size)):
             stated = rule.get(key, quantization.get(key))
             whole = linear.k if held == -1 else held  # one group of all inputs has two names
             if stated != held and (linear.k if stated == -1 else stated) != whole:
@@ -437,45 +439,7 @@ def _dynamic_problems(
     return problems
 
 
-def cache_problems(checkpoint: Checkpoint, scheme: object) -> list[str]:
-    """Scales that ``kv_cache_scheme`` promises. vLLM takes 1.0 for a missing one without a word."""
-    if not isinstance(scheme, dict):
-        return [f"kv_cache_scheme is not an object but {str(scheme)[:60]!r}"]
-    wanted = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
-    problems = [
-        f"kv_cache_scheme has {k} {scheme.get(k, v)!r}: vLLM takes {v!r}"
-        for k, v in wanted.items()
-        if scheme.get(k, v) != v
-    ]
-    if scheme.get("strategy", "tensor") not in ("tensor", "attn_head"):
-        problems.append(
-            f"kv_cache_scheme has strategy {scheme['strategy']!r}: vLLM takes tensor or attn_head"
-        )
-    modules = [n.rpartition(".")[0] for n in checkpoint.tensors]
-    layers = dict.fromkeys(m.rpartition(".")[0] for m in modules if m.rpartition(".")[2] in CACHE_PROJECTIONS)
-    if not layers and not any(n.endswith(CACHE_SCALES[:2]) for n in checkpoint.tensors):
-        problems.append(
-            f"no layer has any of {', '.join(CACHE_PROJECTIONS)}, nor scales of a cache: vLLM would take 1.0"
-        )
-    for layer in layers:
-        for last in CACHE_SCALES[:2]:
-            places = (
-                f"{layer}.{last}",
-                f"{layer}.attn.{last}",
-                f"{layer}.{last[0]}_proj.{last}",
-                f"{layer}.{last[0]}_proj.output_scale",
-            )
-            held = next((checkpoint.tensors[p] for p in places if p in checkpoint.tensors), None)
-            if held is None:
-                problems.append(f"{layer}.{last} is missing: vLLM would take 1.0")
-            elif held.dtype not in _WIDE or (
-                scheme.get("strategy", "tensor") == "tensor" and held.shape not in ((), (1,))
-            ):
-                problems.append(f"{held.name} is {held.dtype} {held.shape}, the contract is F32 (1,)")
-    return problems
-
-
-def _head_problems(checkpoint: Checkpoint, found: Found) -> list[str]:
+def _head_problems(checkpoint: Checkpoint, found: QuantizedLayers) -> list[str]:
     problems = [
         f"{n} is quantized: vLLM keeps embeddings in full precision"
         for n in found.linears
@@ -486,7 +450,9 @@ def _head_problems(checkpoint: Checkpoint, found: Found) -> list[str]:
     return problems
 
 
-def _copies(checkpoint: Checkpoint, source: Checkpoint, found: Found, changed: Collection[str]) -> set[str]:
+def _copies(
+    checkpoint: Checkpoint, source: Checkpoint, found: QuantizedLayers, changed: Collection[str]
+) -> set[str]:
     """Tensors that must have the source's bytes."""
     source = dequantized(source)
     return {
@@ -501,7 +467,7 @@ def _copies(checkpoint: Checkpoint, source: Checkpoint, found: Found, changed: C
 
 
 def _scan(
-    checkpoint: Checkpoint, found: Found | None, source: Checkpoint | None, copies: Collection[str]
+    checkpoint: Checkpoint, found: QuantizedLayers | None, source: Checkpoint | None, copies: Collection[str]
 ) -> tuple[list[str], set[str], str]:
     """Reads every byte once, several files at a time.
 
@@ -524,7 +490,7 @@ def _scan(
 def _scan_file(
     file: Path,
     checkpoint: Checkpoint,
-    found: Found | None,
+    found: QuantizedLayers | None,
     source: Checkpoint | None,
     copies: Collection[str],
 ) -> tuple[list[str], list[str], str]:
@@ -549,23 +515,23 @@ def _scan_file(
     return problems, differing, digest.hexdigest()
 
 
-def _judge(info: TensorInfo, found: Found | None) -> Callable[[bytes], str | None] | None:
+def _judge(info: TensorInfo, found: QuantizedLayers | None) -> Callable[[bytes], str | None] | None:
     """What a tensor's bytes are tested for."""
     import numpy as np
 
     module, _, last = info.name.rpartition(".")
     linear = found.linears.get(module) if found else None
-    if linear is not None and last == "qzeros" and linear.scheme.symmetric and found is not None:
-        middle = 2 ** (linear.scheme.bits - 1) - found.options["zero_offset"]
-        if linear.scheme.bits in (2, 4, 8):
-            word = sum(middle << s for s in range(0, 32, linear.scheme.bits))
+    if linear is not None and last == "qzeros" and linear.weights.symmetric and found is not None:
+        middle = 2 ** (linear.weights.bits - 1) - found.options["zero_offset"]
+        if linear.weights.bits in (2, 4, 8):
+            word = sum(middle << s for s in range(0, 32, linear.weights.bits))
             return lambda b: (
                 None
                 if bool((np.frombuffer(b, "<u4") == word).all())
                 else f"is not the constant {word:#010x} of symmetric weights"
             )
     if linear is not None and last == "g_idx":
-        g = linear.k // linear.scheme.groups(linear.k)
+        g = linear.k // linear.weights.groups(linear.k)
         natural = (np.arange(linear.k) // g).astype("<i4").tobytes()
         return lambda b: None if b == natural else "is reordered: vLLM drops it and reads wrong values"
     if linear is not None and last == "weight_shape" and (info.dtype, info.shape) != ("I64", (2,)):
@@ -629,7 +595,7 @@ def _noted(path: Path) -> dict[str, list[str]]:
 def _source_problems(
     checkpoint: Checkpoint,
     source: Checkpoint,
-    found: Found | None,
+    found: QuantizedLayers | None,
     differing: Collection[str],
     made: Sequence[str],
 ) -> list[str]:

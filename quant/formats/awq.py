@@ -30,16 +30,16 @@ from typing import TYPE_CHECKING, Any
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
 from quant.errors import CheckpointError
-from quant.formats.base import FormatRegistry, Found, Linear, require, suffixed, word_problems
+from quant.formats.base import FormatRegistry, QuantizedLayers, require, suffixed, word_problems
 from quant.schemes import Scheme, WeightScheme
+from quant.vllm.kernels import GROUP_SIZES
+from quant.vllm.layers import Linear
 
 if TYPE_CHECKING:
     import torch
 
     from quant.tensors import QuantizedTensor
 
-#: Group sizes that Marlin takes; others fall to slower kernels on single GPUs.
-VLLM_GROUPS = (-1, 32, 64, 128)
 #: Output 8c + ORDER[i] lies in nibble i of word c; output 8c + j in nibble REVERSED[j].
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 REVERSED = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -54,17 +54,17 @@ class AWQ:
 
     def refuse(self, scheme: Scheme, target: str) -> str | None:
         weights = scheme.weights
-        if weights.number != "int" or scheme.activations is not None:
+        if weights.type != "int" or scheme.activations is not None:
             return (
                 f"an AWQ file holds integer weights and leaves activations alone, not {scheme}: use "
                 "--format compressed-tensors"
             )
         if weights.bits != 4:
             return f"AWQ files hold 4 bits, not {weights.bits}: use --format compressed-tensors"
-        if target == "vllm" and weights.group_size not in VLLM_GROUPS:
+        if target == "vllm" and weights.group_size not in GROUP_SIZES:
             return (
                 f"group size {weights.group_size} of an AWQ file runs on single vLLM kernels only: use "
-                f"{', '.join(map(str, VLLM_GROUPS))}, "
+                f"{', '.join(map(str, GROUP_SIZES))}, "
                 "or --target other"
             )
         return None
@@ -73,7 +73,7 @@ class AWQ:
         return word_problems(linear, inputs=False)
 
     def specs(self, linear: Linear, dtype: str) -> list[TensorSpec]:
-        n, k, groups = linear.n, linear.k, linear.scheme.groups(linear.k)
+        n, k, groups = linear.n, linear.k, linear.weights.groups(linear.k)
         return [
             TensorSpec(f"{linear.name}.qweight", "I32", (k, n // 8)),
             TensorSpec(f"{linear.name}.qzeros", "I32", (groups, n // 8)),
@@ -97,20 +97,20 @@ class AWQ:
 
         words, zeros, scales = (tensors[f"{linear.name}.{x}"] for x in ("qweight", "qzeros", "scales"))
         codes, zeros, scales = _UNPACK[options["packing"][linear.name]](linear, words, zeros, scales)
-        if linear.scheme.symmetric and bool(zeros.any()):
+        if linear.weights.symmetric and bool(zeros.any()):
             raise CheckpointError(
                 f"{linear.name}.qzeros: zero_point is false, but zero points other than 8 are stored: some "
                 "readers use them and some do not; "
                 "set zero_point in config.json to what the checkpoint was made with"
             )
-        return QuantizedTensor(codes, scales, None if linear.scheme.symmetric else zeros, linear.scheme)
+        return QuantizedTensor(codes, scales, None if linear.weights.symmetric else zeros, linear.weights)
 
     def config(
         self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str, kv_cache: bool = False
     ) -> dict[str, Any]:
-        from quant.models.adapter import fused_name
+        from quant.vllm.layers import fused_name
 
-        sizes = list(dict.fromkeys(linear.scheme.group_size for linear in linears))
+        sizes = list(dict.fromkeys(linear.weights.group_size for linear in linears))
         if len(sizes) > 1:
             raise AssertionError("one group size an AWQ file")
         # Without a list vLLM looks which layers hold words, which is never wrong; other readers take every
@@ -130,7 +130,7 @@ class AWQ:
             "modules_to_not_convert": list(unquantized) if usable else None,
         }
 
-    def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Found:
+    def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> QuantizedLayers:
         bits = config.get("bits", config.get("w_bit"))
         if bits is None or int(bits) != 4:
             raise CheckpointError(f"the AWQ quantization_config says bits {bits!r}: AWQ files hold 4")
@@ -163,7 +163,7 @@ class AWQ:
                 )
             linears[name] = Linear(name, n, k, WeightScheme(4, stated, symmetric))
             packing[name] = which
-        return Found(self.name, linears, {"packing": packing, "zero_offset": 0})
+        return QuantizedLayers(self.name, linears, {"packing": packing, "zero_offset": 0})
 
 
 def _packing(name: str, qweight: TensorInfo, qzeros: TensorInfo, scales: TensorInfo) -> str:
@@ -245,7 +245,7 @@ def _unpack_gemv(
 
     from quant.formats.packing import unpack
 
-    groups = linear.scheme.groups(linear.k)
+    groups = linear.weights.groups(linear.k)
     codes, packed = (
         unpack(x.contiguous(), 4, count).to(torch.int8) - 8
         for x, count in ((words, linear.k), (zeros, groups))
@@ -258,7 +258,7 @@ def _unpack_fast(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     import torch
 
-    n, k, groups = linear.n, linear.k, linear.scheme.groups(linear.k)
+    n, k, groups = linear.n, linear.k, linear.weights.groups(linear.k)
     shifts = torch.arange(0, 16, 4, device=words.device)
     nibbles = (words.int().unsqueeze(-1) >> shifts) & 15
     # four rows lie side by side in runs of 64 inputs: [N/4, K/64, 4 rows, 64]; then 32 inputs in an order of

@@ -38,16 +38,17 @@ from typing import TYPE_CHECKING, Any
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
 from quant.errors import CheckpointError
-from quant.formats.base import FormatRegistry, Found, Linear, names_listed, require, suffixed, word_problems
+from quant.formats.base import FormatRegistry, QuantizedLayers, names_listed, require, suffixed, word_problems
 from quant.schemes import BLOCK, PRESETS, ActivationScheme, Scheme, WeightScheme
+from quant.vllm.cache import KV_CACHE
+from quant.vllm.kernels import GROUP_SIZES
+from quant.vllm.layers import Linear
 
 if TYPE_CHECKING:
     import torch
 
     from quant.tensors import QuantizedTensor
 
-#: Group sizes that every vLLM kernel from compute capability 7.5 up takes; others run on single kernels only.
-VLLM_GROUPS = (-1, 32, 64, 128)
 #: Sub-format → where its codes are, their dtype, and codes an element holds (0: as many as its bits leave
 #: room for).
 LAYOUTS: dict[str, tuple[str, str, int]] = {
@@ -58,15 +59,12 @@ LAYOUTS: dict[str, tuple[str, str, int]] = {
     "mxfp4-pack-quantized": ("weight_packed", "U8", 2),
     "mxfp8-quantized": ("weight", "F8_E4M3", 1),
 }
-#: Of a cache whose K and V have one calibrated scale a layer; with it vLLM's `--kv-cache-dtype auto` means
-#: FP8.
-KV_CACHE = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
 
 
 def layout_of(linear: Linear) -> str:
     """The sub-format that holds a linear's numbers."""
-    weights = linear.scheme
-    if weights.number == "int":
+    weights = linear.weights
+    if weights.type == "int":
         return "pack-quantized" if linear.activations is None else "int-quantized"
     if weights.scales == "F8_E4M3":
         return "nvfp4-pack-quantized"
@@ -83,7 +81,7 @@ def arguments(scheme: WeightScheme) -> dict[str, Any]:
     version knows are written."""
     value: dict[str, Any] = {
         "num_bits": scheme.bits,
-        "type": scheme.number,
+        "type": scheme.type,
         "symmetric": scheme.symmetric,
         "strategy": scheme.strategy,
         "group_size": None if scheme.group_size == -1 or scheme.strategy == "block" else scheme.group_size,
@@ -100,7 +98,7 @@ def activation_arguments(scheme: ActivationScheme) -> dict[str, Any]:
     """The ``input_activations`` object of a config group."""
     value: dict[str, Any] = {
         "num_bits": scheme.bits,
-        "type": scheme.number,
+        "type": scheme.type,
         "symmetric": scheme.symmetric,
         "strategy": scheme.strategy,
         "group_size": scheme.group_size,
@@ -209,7 +207,7 @@ class CompressedTensors:
 
     def refuse(self, scheme: Scheme, target: str) -> str | None:
         weights = scheme.weights
-        if weights.number == "float":
+        if weights.type == "float":
             known = any(p.weights == weights for p in PRESETS.values())
             return None if known else f"{weights} has no sub-format: use --format plain"
         if scheme.activations is not None:
@@ -227,21 +225,21 @@ class CompressedTensors:
             )
         if weights.scales != "model":
             return "weight-only integers have scales in the model's dtype: use --scheme w8a16"
-        if target == "vllm" and weights.group_size not in VLLM_GROUPS:
+        if target == "vllm" and weights.group_size not in GROUP_SIZES:
             return (
                 f"group size {weights.group_size} runs on single vLLM kernels only: use "
-                f"{', '.join(map(str, VLLM_GROUPS))}, or --target other"
+                f"{', '.join(map(str, GROUP_SIZES))}, or --target other"
             )
         return None
 
     def problems(self, linear: Linear) -> list[str]:
         if layout_of(linear) == "pack-quantized":
             # vLLM allocates K·b/32 words a row, and N·b/32 of zero points: it has no place for a padded one
-            return word_problems(linear, outputs=not linear.scheme.symmetric)
+            return word_problems(linear, outputs=not linear.weights.symmetric)
         return []
 
     def specs(self, linear: Linear, dtype: str) -> list[TensorSpec]:
-        n, k, scheme, name = linear.n, linear.k, linear.scheme, linear.name
+        n, k, scheme, name = linear.n, linear.k, linear.weights, linear.name
         layout = layout_of(linear)
         scale: tuple[int, ...] = (1,) if scheme.strategy == "tensor" else scheme.scale_shape(n, k)
         scale_spec = TensorSpec(
@@ -254,11 +252,11 @@ class CompressedTensors:
                     TensorSpec(f"{name}.weight_zero_point", "I32", (-(-n * scheme.bits // 32), scale[1]))
                 )
             specs.append(TensorSpec(f"{name}.weight_shape", "I64", (2,)))
-        elif scheme.number == "float" and scheme.bits == 4:
+        elif scheme.type == "float" and scheme.bits == 4:
             specs = [TensorSpec(f"{name}.weight_packed", "U8", (n, k // 2)), scale_spec]
         else:
             specs = [
-                TensorSpec(f"{name}.weight", "I8" if scheme.number == "int" else "F8_E4M3", (n, k)),
+                TensorSpec(f"{name}.weight", "I8" if scheme.type == "int" else "F8_E4M3", (n, k)),
                 scale_spec,
             ]
         if scheme.strategy == "tensor_group":
@@ -314,7 +312,7 @@ class CompressedTensors:
         from quant.formats.packing import unpack, unpack_halves
         from quant.tensors import InputParameters, QuantizedTensor
 
-        name, scheme = linear.name, linear.scheme
+        name, scheme = linear.name, linear.weights
         layout = layout_of(linear)
         scales = tensors[f"{name}.weight_scale"]
         given = [
@@ -339,7 +337,7 @@ class CompressedTensors:
                     (unpack(words, bits, linear.n).to(torch.int16) - offset).to(torch.int8).t().contiguous()
                 )
             group_index = tensors.get(f"{name}.weight_g_idx")
-        elif scheme.number == "float" and scheme.bits == 4:
+        elif scheme.type == "float" and scheme.bits == 4:
             codes = unpack_halves(tensors[f"{name}.weight_packed"])
         else:
             codes = tensors[f"{name}.weight"]
@@ -357,11 +355,11 @@ class CompressedTensors:
     def config(
         self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str, kv_cache: bool = False
     ) -> dict[str, Any]:
-        kinds = list(dict.fromkeys((x.scheme, x.activations) for x in linears))
+        kinds = list(dict.fromkeys((x.weights, x.activations) for x in linears))
         layouts: list[str] = []
         groups = {}
         for i, kind in enumerate(kinds):
-            members = [x for x in linears if (x.scheme, x.activations) == kind]
+            members = [x for x in linears if (x.weights, x.activations) == kind]
             layouts.append(layout_of(members[0]))
             groups[f"group_{i}"] = {
                 # with one scheme the class name and a complete ignore list; with several, names alone: a
@@ -385,7 +383,7 @@ class CompressedTensors:
             "version": "0.17.0",
         }
 
-    def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Found:
+    def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> QuantizedLayers:
         groups = config.get("config_groups")
         names_listed(config, "ignore")
         if not isinstance(groups, dict) or not groups:
@@ -413,7 +411,7 @@ class CompressedTensors:
             linears[name] = self._linear(
                 name, group, str(group.get("format") or config.get("format")), tensors
             )
-        return Found(self.name, linears, {})
+        return QuantizedLayers(self.name, linears, {})
 
     def _linear(
         self, name: str, group: Mapping[str, Any], layout: str, tensors: Mapping[str, TensorInfo]
@@ -443,8 +441,7 @@ class CompressedTensors:
         linear = Linear(name, n, k, scheme, activations)
         if layout_of(linear) != layout:
             raise CheckpointError(
-                f"{name}: format {layout} with {linear.numbers}: these numbers belong into "
-                f"{layout_of(linear)}"
+                f"{name}: format {layout} with {linear.scheme}: these numbers belong into {layout_of(linear)}"
             )
         return linear
 

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
 from quant.errors import CheckpointError
-from quant.formats.base import FormatRegistry, Found, Linear, names_listed, require, suffixed
+from quant.formats.base import FormatRegistry, QuantizedLayers, names_listed, require, suffixed
 from quant.schemes import BLOCK, PRESETS, ActivationScheme, Scheme, WeightScheme
+from quant.vllm.layers import Linear
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +70,7 @@ class Fp8:
         return []
 
     def specs(self, linear: Linear, dtype: str) -> list[TensorSpec]:
-        n, k, scheme, name = linear.n, linear.k, linear.scheme, linear.name
+        n, k, scheme, name = linear.n, linear.k, linear.weights, linear.name
         scale = (1,) if scheme.strategy == "tensor" else scheme.scale_shape(n, k)
         specs = [
             TensorSpec(f"{name}.weight", "F8_E4M3", (n, k)),
@@ -96,7 +97,7 @@ class Fp8:
     ) -> QuantizedTensor:
         from quant.tensors import InputParameters, QuantizedTensor
 
-        name, scheme = linear.name, linear.scheme
+        name, scheme = linear.name, linear.weights
         scales = tensors[f"{name}.{_scale_name(scheme)}"].float()
         given = tensors.get(f"{name}.input_scale")
         inputs = (
@@ -110,7 +111,7 @@ class Fp8:
     def config(
         self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str, kv_cache: bool = False
     ) -> dict[str, Any]:
-        kinds = {(x.scheme, x.activations) for x in linears}
+        kinds = {(x.weights, x.activations) for x in linears}
         if len(kinds) > 1:
             raise AssertionError("one scheme a native fp8 file")
         ((scheme, activations),) = kinds
@@ -124,7 +125,7 @@ class Fp8:
         }
         return config | ({"weight_block_size": [BLOCK, BLOCK]} if scheme.strategy == "block" else {})
 
-    def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Found:
+    def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> QuantizedLayers:
         block, activations = config.get("weight_block_size"), config.get("activation_scheme")
         for key in ("ignored_layers", "modules_to_not_convert"):
             names_listed(config, key)
@@ -156,7 +157,7 @@ class Fp8:
                     f"is {' or '.join(_MULTIPLIERS)} {wanted[-1]}"
                 )
             linears[name] = Linear(name, n, k, scheme, inputs)
-        return Found(self.name, linears, {})
+        return QuantizedLayers(self.name, linears, {})
 
 
 FormatRegistry.add(Fp8.name, Fp8())

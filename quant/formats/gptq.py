@@ -26,15 +26,16 @@ from typing import TYPE_CHECKING, Any
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
 from quant.errors import CheckpointError
-from quant.formats.base import FormatRegistry, Found, Linear, require, suffixed, word_problems
+from quant.formats.base import FormatRegistry, QuantizedLayers, require, suffixed, word_problems
 from quant.schemes import BITS, Scheme, WeightScheme
+from quant.vllm.kernels import GROUP_SIZES
+from quant.vllm.layers import Linear
 
 if TYPE_CHECKING:
     import torch
 
     from quant.tensors import QuantizedTensor
 
-VLLM_GROUPS = (-1, 32, 64, 128)
 _VERSIONS = {"gptq": 1, "gptq_v2": 0}
 
 
@@ -62,7 +63,7 @@ class GPTQ:
 
     def refuse(self, scheme: Scheme, target: str) -> str | None:
         weights = scheme.weights
-        if weights.number != "int" or scheme.activations is not None:
+        if weights.type != "int" or scheme.activations is not None:
             return (
                 f"a GPTQ file holds integer weights and leaves activations alone, not {scheme}: use "
                 "--format compressed-tensors"
@@ -79,9 +80,9 @@ class GPTQ:
                 f"vLLM loads GPTQ files of 4 and 8 bits, not {weights.bits}: use --format plain, or "
                 "--target other"
             )
-        if weights.group_size not in VLLM_GROUPS:
+        if weights.group_size not in GROUP_SIZES:
             return (
-                f"vLLM loads GPTQ groups of {', '.join(map(str, VLLM_GROUPS))}, not "
+                f"vLLM loads GPTQ groups of {', '.join(map(str, GROUP_SIZES))}, not "
                 f"{weights.group_size}: change --group-size, or --target other"
             )
         return None
@@ -90,7 +91,7 @@ class GPTQ:
         return word_problems(linear)
 
     def specs(self, linear: Linear, dtype: str) -> list[TensorSpec]:
-        n, k, bits, groups = linear.n, linear.k, linear.scheme.bits, linear.scheme.groups(linear.k)
+        n, k, bits, groups = linear.n, linear.k, linear.weights.bits, linear.weights.groups(linear.k)
         return [
             TensorSpec(f"{linear.name}.qweight", "I32", (k * bits // 32, n)),
             TensorSpec(f"{linear.name}.qzeros", "I32", (groups, n * bits // 32)),
@@ -129,7 +130,7 @@ class GPTQ:
         from quant.formats.packing import unpack
         from quant.tensors import QuantizedTensor
 
-        bits, offset = linear.scheme.bits, 2 ** (linear.scheme.bits - 1)
+        bits, offset = linear.weights.bits, 2 ** (linear.weights.bits - 1)
         words = tensors[f"{linear.name}.qweight"].t().contiguous()
         codes = (unpack(words, bits, linear.k).to(torch.int16) - offset).to(torch.int8)
         stored = (
@@ -152,8 +153,8 @@ class GPTQ:
             index = None if torch.equal(index, natural) else index
         # a file that says so may lie; one that does not keeps its zero points, so that fused neighbours stay
         # alike
-        symmetric = linear.scheme.symmetric and not bool(zeros.any())
-        scheme = WeightScheme(bits, linear.scheme.group_size, symmetric)
+        symmetric = linear.weights.symmetric and not bool(zeros.any())
+        scheme = WeightScheme(bits, linear.weights.group_size, symmetric)
         return QuantizedTensor(codes, scales, None if symmetric else zeros.to(torch.int8), scheme, index)
 
     def config(
@@ -161,7 +162,7 @@ class GPTQ:
     ) -> dict[str, Any]:
         from quant import __version__
 
-        schemes = list(dict.fromkeys(linear.scheme for linear in linears))
+        schemes = list(dict.fromkeys(linear.weights for linear in linears))
         if len(schemes) > 1:
             raise AssertionError("one scheme a GPTQ file")
         scheme = schemes[0]
@@ -179,7 +180,7 @@ class GPTQ:
             "meta": {"quantizer": [f"quant:{__version__}"]},
         }
 
-    def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Found:
+    def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> QuantizedLayers:
         version = str(config.get("checkpoint_format") or config.get("format") or "gptq")
         if config.get("is_marlin_format"):
             raise CheckpointError(
@@ -252,7 +253,7 @@ class GPTQ:
                 k,
                 WeightScheme(bits, -1 if groups == 1 and stated != group else group, bool(symmetric)),
             )
-        return Found(self.name, linears, {"zero_offset": _VERSIONS[version]})
+        return QuantizedLayers(self.name, linears, {"zero_offset": _VERSIONS[version]})
 
 
 FormatRegistry.add(GPTQ.name, GPTQ())

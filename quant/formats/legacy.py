@@ -9,7 +9,8 @@ from typing import Any
 
 from quant.checkpoint.reader import Checkpoint, read_json
 from quant.errors import CheckpointError
-from quant.formats.base import FormatRegistry, Found, quantization_config
+from quant.formats.base import FormatRegistry, QuantizedLayers
+from quant.vllm.config import quantization_config, text_config, text_path, without_quantization
 
 #: Side files that quantizers wrote before transformers had ``quantization_config``: AutoGPTQ's and AutoAWQ's.
 SIDE_FILES = ("quantize_config.json", "quant_config.json")
@@ -27,8 +28,8 @@ def repaired(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
     """
     config, done = dict(checkpoint.config), []
     quantization = quantization_config(config)
-    text = config.get("text_config")
-    inside = isinstance(text, dict) and bool(text.get("quantization_config"))
+    inside = bool(text_path(config)) and bool(text_config(config).get("quantization_config"))
+    wrapper = ".".join(text_path(config))
     if quantization is None:
         for name in SIDE_FILES:
             if (checkpoint.path / name).is_file() and (
@@ -39,11 +40,11 @@ def repaired(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
                 break
     elif not config.get("quantization_config"):
         done.append(
-            f"quantization_config moved from {'text_config' if inside else 'compression_config'} to the top "
+            f"quantization_config moved from {wrapper if inside else 'compression_config'} to the top "
             "of config.json"
         )
     elif inside:
-        done.append("second quantization_config removed from text_config")
+        done.append(f"second quantization_config removed from {wrapper}")
     if quantization is None:
         packed = next((n for n in checkpoint.tensors if n.rpartition(".")[2] in _BESIDE), None)
         if packed:
@@ -59,10 +60,7 @@ def repaired(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
     old = [k for k in ("w_bit", "q_group_size") if k in quantization]
     if old:
         done.append(f"AutoAWQ's older keys {' and '.join(old)} renamed")
-    config["quantization_config"] = quantization
-    if isinstance(text, dict):
-        config["text_config"] = {k: v for k, v in text.items() if k != "quantization_config"}
-    config.pop("compression_config", None)
+    config = without_quantization(config) | {"quantization_config": quantization}
     return replace(checkpoint, config=config), done
 
 
@@ -80,7 +78,7 @@ def incomplete(checkpoint: Checkpoint) -> list[str]:
     return _incomplete(n for n in missing if n not in checkpoint.tensors)
 
 
-def lacking(checkpoint: Checkpoint, found: Found, inputs: bool = True) -> list[str]:
+def lacking(checkpoint: Checkpoint, found: QuantizedLayers, inputs: bool = True) -> list[str]:
     """The same of every tensor that the scheme of a linear asks for; ``inputs``: calibrated numbers of its
     input too."""
     form = FormatRegistry.get(found.format)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
-from quant.formats.base import FormatRegistry, Found, Linear
+from quant.formats.base import FormatRegistry, QuantizedLayers
 from quant.schemes import Scheme
+from quant.vllm.layers import Linear
 
 if TYPE_CHECKING:
     import torch
@@ -50,8 +51,8 @@ class Plain:
     ) -> None:
         return None
 
-    def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Found:
-        return Found(self.name, {}, {})
+    def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> QuantizedLayers:
+        return QuantizedLayers(self.name, {}, {})
 
 
 FormatRegistry.add(Plain.name, Plain())

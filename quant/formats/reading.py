@@ -10,7 +10,9 @@ from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.reader import Checkpoint
 from quant.errors import CheckpointError
 from quant.formats import FormatRegistry
-from quant.formats.base import Format, Found, Linear, find_format
+from quant.formats.base import Format, QuantizedLayers, find_format
+from quant.vllm.cache import cache_scale
+from quant.vllm.layers import Linear
 
 if TYPE_CHECKING:
     import torch
@@ -23,32 +25,8 @@ _SUFFIXES = (
     "input_scale", "input_zero_point", "input_global_scale", "qweight", "qzeros", "scales", "g_idx",
 )  # fmt: skip
 
-#: Last parts of the names of an FP8 KV cache's scales.
-CACHE_SCALES = ("k_scale", "v_scale", "q_scale")
-#: Projections that K and V come from, beside which the scales of their cache stand.
-CACHE_PROJECTIONS = ("k_proj", "qkv_proj", "kv_a_proj_with_mqa")
 
-
-def cache_scale(name: str) -> str | None:
-    """The name that a number of an engine's FP8 KV cache has in our files, from any of the names that vLLM
-    knows (`weight_utils.py::maybe_remap_kv_scale_name`); None of other tensors.
-
-    >>> cache_scale("model.layers.0.self_attn.k_proj.output_scale")
-    'model.layers.0.self_attn.k_scale'
-    """
-    module, _, last = name.rpartition(".")
-    layer, _, part = module.rpartition(".")
-    if last == "output_scale" and part in ("k_proj", "v_proj"):
-        return f"{layer}.{part[0]}_scale"
-    if last not in CACHE_SCALES:
-        return None
-    inner = part in ("q_proj", "k_proj", "v_proj") or (
-        part == "attn" and layer.endswith(("attn", "attention"))
-    )
-    return ".".join(filter(None, (layer if inner else module, last)))
-
-
-def read_linear(form: Format, found: Found, checkpoint: Checkpoint, name: str) -> QuantizedTensor:
+def read_linear(form: Format, found: QuantizedLayers, checkpoint: Checkpoint, name: str) -> QuantizedTensor:
     """One quantized linear of a checkpoint.
 
     Raises:
@@ -96,7 +74,7 @@ def _unfitting(
     )
     return CheckpointError(
         f"{checkpoint.path}: {linear.name}: its tensors do not make a [{linear.n}, {linear.k}] weight of "
-        f"{linear.scheme} ({held}): "
+        f"{linear.weights} ({held}): "
         "config.json and files belong to different checkpoints, or are damaged: fetch them again"
     )
 

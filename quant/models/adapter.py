@@ -15,6 +15,7 @@ from typing import Any
 
 from quant.checkpoint.header import FLOATS, TensorInfo
 from quant.registry import Registry
+from quant.vllm.config import block_count
 
 
 @dataclass(frozen=True)
@@ -104,27 +105,6 @@ def adapter_for(config: Mapping[str, Any]) -> ModelAdapter | None:
     return next((a for a in ModelRegistry if model_type in a.model_types), None)
 
 
-#: Layers that vLLM builds as one from several of the file's, for any family: last path component → name of
-#: the fused layer.
-_FUSED = {
-    "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
-    "q_a_proj": "fused_qkv_a_proj", "kv_a_proj_with_mqa": "fused_qkv_a_proj",
-}  # fmt: skip
-
-
-def fused_name(linear: str) -> str:
-    """The name of the vLLM layer that a linear becomes a part of; its own where it stays alone.
-
-    >>> fused_name("model.layers.0.self_attn.k_proj")
-    'model.layers.0.self_attn.qkv_proj'
-    """
-    head, _, last = linear.rpartition(".")
-    if ".experts." in linear:  # all routed experts of a layer become one fused layer
-        return linear.split(".experts.")[0] + ".experts"
-    return f"{head}.{_FUSED[last]}" if last in _FUSED and head else linear
-
-
 #: Parts of a name that mean: not a linear of the text decoder's blocks.
 _TOWERS = re.compile(
     r"(^|\.)(visual|vision\w*|audio\w*|image\w*|speech\w*|multi_modal_projector|mm_projector|connector|mtp|embed\w*|lm_head|encoder)(\.|$)"
@@ -174,9 +154,7 @@ def not_quantizable(info: TensorInfo, blocks: int | None) -> str | None:
 
 def decoder_linears(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> list[str]:
     """Module names of all linears of the text decoder's blocks, sorted by block and name."""
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-    count = text.get("num_hidden_layers") if isinstance(text, Mapping) else None
-    blocks = count if isinstance(count, int) else None
+    blocks = block_count(config)
     names = [
         n.removesuffix(".weight") for n, info in tensors.items() if not_quantizable(info, blocks) is None
     ]

@@ -25,13 +25,14 @@ from quant.pipeline.folding import can_take_rows, find_fold, fold_linear, fold_n
 from quant.pipeline.int8 import Int8Linear, in_int8, int8_linears
 from quant.pipeline.memory import MAPPED, give_back
 from quant.pipeline.pieces import PIECE
-from quant.pipeline.plan import JobPlan, text_config
+from quant.pipeline.plan import JobPlan
 from quant.pipeline.records import Clock, Records
 from quant.pipeline.staged import ActivationStore, Batches, StagedForward, run_block
 from quant.quantizers import Quantized, Quantizer
 from quant.recipe import Assignment
 from quant.schemes import BLOCK, Scheme
 from quant.tensors import QuantizedTensor, sum_of_squares
+from quant.vllm.config import text_config
 
 #: An input feature this many times as large as the median one is an outlier: its weights may be small and
 #: still matter, and few bits round them away.
@@ -45,7 +46,7 @@ ERROR_TOKENS = 256
 
 
 @dataclass
-class Made:
+class BlockResult:
     """What a block's quantization makes: linears by file name, source tensors with new values, scales of the
     KV cache."""
 
@@ -114,7 +115,7 @@ class BlockQuantizer:
         store: ActivationStore,
         held_out: int | None,
         need_outputs: bool,
-    ) -> Made:
+    ) -> BlockResult:
         """Quantizes the chosen linears of one block and leaves its outputs in ``batches``."""
         prefix = skeleton.block_prefix(index)
         chosen = self._chosen_groups(skeleton.adapter.groups, prefix)
@@ -133,7 +134,7 @@ class BlockQuantizer:
                     )
                 sums[group].add(inputs)
 
-        made = Made()
+        made = BlockResult()
         cache = [spec.name for unit in self.plan.units if unit.block == index for spec in unit.made]
         observed = observed_attention(block, made.observe_cache) if cache else nullcontext()
         if not groups:
@@ -219,7 +220,7 @@ class BlockQuantizer:
         weights: Sequence[torch.Tensor],
         statistics: Statistics,
         norm_offset: float,
-        made: Made,
+        made: BlockResult,
     ) -> tuple[list[Quantized], torch.Tensor | None]:
         """Suppresses and quantizes linears that share an input; what they become goes into ``made``.
 
@@ -239,7 +240,7 @@ class BlockQuantizer:
             factors, notes = self._suppress(
                 suppressor, group, whole, prefix, stacked, statistics, scheme, norm_offset, made
             )
-        elif scheme.weights.bits <= 4 and (spread := statistics.spread) > OUTLIERS:
+        elif scheme.weights.bits <= 4 and (spread := statistics.outlier_ratio) > OUTLIERS:
             notes = (
                 f"a feature of its input is {spread:.0f} times the median one: --outlier-suppression awq "
                 "keeps what small weights make of it",
@@ -278,7 +279,7 @@ class BlockQuantizer:
         statistics: Statistics,
         scheme: Scheme,
         norm_offset: float,
-        made: Made,
+        made: BlockResult,
     ) -> tuple[torch.Tensor | None, tuple[str, ...]]:
         """The factors that a suppressor proposes, folded; or None and why not."""
         config = text_config(self.plan.checkpoint.config)

@@ -24,10 +24,11 @@ from quant.models.skeleton import BlockCall, Skeleton
 from quant.pipeline.manager import QuantizationManager, batch_rows, memory_exhausted, worker_count
 from quant.pipeline.memory import freed_memory_kept, peak_rss
 from quant.pipeline.pieces import PieceQuantizer
-from quant.pipeline.plan import JobPlan, check_disk, text_config
+from quant.pipeline.plan import JobPlan, check_disk
 from quant.pipeline.staged import ActivationStore, Batches, run_block
 from quant.progress import Event, Progress, silent
 from quant.units import format_size
+from quant.vllm.config import text_config
 
 #: Batches of calibration rows that a trial takes through a block: on a CPU as many tokens as the sums of
 #: 8-bit products are made of at a time.

@@ -15,12 +15,10 @@ from quant.checkpoint.journal import WorkFolder
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.checkpoint.writer import TensorSpec, write_text
 from quant.errors import CheckpointError, Problems, UsageError, VerificationFailed
-from quant.evaluation.verify import cache_problems, verify
-from quant.formats import Format, FormatRegistry, Found, Linear, find_format, quantization_config
-from quant.formats.base import shape_problems, stated_dtype
-from quant.formats.compressed_tensors import KV_CACHE
+from quant.evaluation.verify import verify
+from quant.formats import Format, FormatRegistry, QuantizedLayers, find_format
 from quant.formats.legacy import incomplete, lacking, repaired
-from quant.formats.reading import cache_scale, dequantized, read_linear
+from quant.formats.reading import dequantized, read_linear
 from quant.models.adapter import block_of
 from quant.pipeline.memory import peak_rss
 from quant.pipeline.plan import check_disk, lay_out, target_problems, unquantized_linears
@@ -28,8 +26,11 @@ from quant.pipeline.writing import write_rest, write_unit
 from quant.progress import Event, Progress, silent
 from quant.quantizers import MinMaxQuantizer
 from quant.report.evidence import REPORT
-from quant.serving.arguments import engine_arguments, vllm_config
 from quant.tensors import QuantizedTensor
+from quant.vllm.arguments import engine_arguments, vllm_config
+from quant.vllm.cache import KV_CACHE, cache_problems, cache_scale
+from quant.vllm.config import quantization_config, stated_dtype, without_quantization
+from quant.vllm.layers import Linear, shape_problems
 
 
 def export(
@@ -97,7 +98,7 @@ def export(
     kept = form.kv_cache or (found is not None and found.format == form.name == "fp8")
     if caches and form.kv_cache:
         scheme = scheme or KV_CACHE
-        problems += cache_problems(checkpoint, scheme)
+        problems += cache_problems(checkpoint.tensors, scheme)
     if problems:
         raise Problems(problems)
     left = _left_out(checkpoint, linears, form, [] if kept else list(caches.values()))
@@ -113,7 +114,7 @@ def export(
         made.setdefault(block_of(name) or 0, []).append(TensorSpec(name, info.dtype, info.shape))
     units = lay_out(plain, linears, form, dtype, made)
     check_disk(output, sum(s.nbytes for u in units for s in u.shards))
-    config = {k: v for k, v in plain.config.items() if k != "text_config"} | _text_config(plain.config)
+    config = without_quantization(plain.config)
     with_cache = bool(caches) and form.kv_cache
     quantization = (
         form.config(list(linears.values()), unquantized_linears(plain, linears), "static", with_cache)
@@ -138,18 +139,18 @@ def export(
         ):
             value = tensor.dequantize()
             tensor = MinMaxQuantizer(clip_search=True)(
-                value.clone(), None, linears[name].scheme, TORCH[dtype]
+                value.clone(), None, linears[name].weights, TORCH[dtype]
             ).tensor
             noise = (tensor.dequantize() - value).square().sum()
             requantized[name] = {"snr_db": round(float(10 * (value.square().sum() / noise).log10()), 2)}
         elif form.quant_method is not None:
-            if linears[name].scheme.scales == "model":
+            if linears[name].weights.scales == "model":
                 scales = tensor.scales.to(TORCH[dtype])
                 if not bool((scales.float() == tensor.scales.float()).all()):
                     changed.append(name)
                 tensor = replace(tensor, scales=scales)
-            if linears[name].scheme.symmetric:
-                tensor = replace(tensor, zeros=None, scheme=linears[name].scheme)
+            if linears[name].weights.symmetric:
+                tensor = replace(tensor, zeros=None, scheme=linears[name].weights)
         return tensor
 
     work = WorkFolder(output.absolute(), {"export": str(checkpoint.path), "format": form.name}, fresh=True)
@@ -207,7 +208,7 @@ def export(
 
 def _problems(
     checkpoint: Checkpoint | None,
-    found: Found,
+    found: QuantizedLayers,
     form: Format,
     linears: dict[str, Linear],
     target: str,
@@ -226,7 +227,7 @@ def _problems(
         except CheckpointError as error:
             problems[str(error)] = None
             continue
-        linears[name] = replace(linear, scheme=tensor.scheme)
+        linears[name] = replace(linear, weights=tensor.scheme)
         shifted = shifted or (tensor.zeros is not None and bool(tensor.zeros.any()))
         if tensor.group_index is not None and (form.name != "gptq" or target == "vllm") and not requantize:
             problems[
@@ -239,23 +240,23 @@ def _problems(
     if checkpoint is not None and not shifted:
         linears.update(
             {
-                n: replace(x, scheme=replace(x.scheme, symmetric=True))
+                n: replace(x, weights=replace(x.weights, symmetric=True))
                 for n, x in linears.items()
-                if not x.scheme.symmetric
+                if not x.weights.symmetric
             }
         )
     for linear in linears.values():
-        if reason := form.refuse(linear.numbers, target):
-            problems[f"{linear.scheme} in format {form.name}: {reason}"] = None
+        if reason := form.refuse(linear.scheme, target):
+            problems[f"{linear.weights} in format {form.name}: {reason}"] = None
         problems.update(dict.fromkeys(form.problems(linear)))
     for problem in shape_problems(linears.values(), tensor_parallel):
         problems[f"{problem}. That takes the original; --format plain keeps this checkpoint's values"] = None
-    if len({x.numbers for x in linears.values()}) > 1 and not form.mixed and form.name != "awq":
+    if len({x.scheme for x in linears.values()}) > 1 and not form.mixed and form.name != "awq":
         problems[
             f"the linears have several schemes; a {form.name} file of ours holds one: use --format "
             "compressed-tensors"
         ] = None
-    if len({x.scheme.group_size for x in linears.values()}) > 1 and form.name == "awq":
+    if len({x.weights.group_size for x in linears.values()}) > 1 and form.name == "awq":
         problems[
             "the linears have several group sizes; an awq file holds one: use --format compressed-tensors"
         ] = None
@@ -279,13 +280,3 @@ def _left_out(
             if n in checkpoint.tensors
         ]
     return left
-
-
-def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``text_config`` without a second copy of the quantization."""
-    text = config.get("text_config")
-    return (
-        {"text_config": {k: v for k, v in text.items() if k != "quantization_config"}}
-        if isinstance(text, dict)
-        else {}
-    )

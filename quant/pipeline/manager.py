@@ -29,7 +29,7 @@ from quant.evaluation.verify import verify
 from quant.formats.reading import read_linear
 from quant.models.skeleton import BlockCall, Skeleton
 from quant.outlier_suppression import Suppressor
-from quant.pipeline.blocks import BlockQuantizer, Made
+from quant.pipeline.blocks import BlockQuantizer, BlockResult
 from quant.pipeline.folding import unfolded
 from quant.pipeline.int8 import int8_passes
 from quant.pipeline.memory import freed_memory_kept, peak_rss
@@ -43,9 +43,9 @@ from quant.progress import Event, Progress, silent
 from quant.quantizers import Quantizer
 from quant.recipe import Recipe
 from quant.report.evidence import REPORT
-from quant.serving.arguments import engine_arguments, vllm_config
 from quant.tensors import QuantizedTensor
 from quant.units import format_seconds
+from quant.vllm.arguments import engine_arguments, vllm_config
 
 #: Tokens of one batch: large enough for full speed of the matrix products, small enough that a batch's
 #: activations are few.
@@ -202,7 +202,7 @@ class QuantizationManager:
             for unit in self._units(work):
                 if unit.block is None or unit.block >= skeleton.block_count:
                     if unit.name not in work.finished:
-                        self._write(unit, work, Made())
+                        self._write(unit, work, BlockResult())
                     continue
                 last = unit.block == skeleton.block_count - 1
                 block_calls = {b: c[unit.block] for b, c in calls.items()}
@@ -282,7 +282,7 @@ class QuantizationManager:
             """Starts a unit once its room on the disk is claimed: what a full disk leaves finished are then
             the first units."""
             claimed = threading.Event()
-            files = writers.submit(self._files, unit, work, Made(), workers, claimed.set)
+            files = writers.submit(self._files, unit, work, BlockResult(), workers, claimed.set)
             files.add_done_callback(lambda _: claimed.set())  # or it has failed
             claimed.wait()
             return files
@@ -324,7 +324,7 @@ class QuantizationManager:
                 )
             )
 
-    def _write(self, unit: Unit, work: WorkFolder, made: Made) -> None:
+    def _write(self, unit: Unit, work: WorkFolder, made: BlockResult) -> None:
         """Writes a unit and notes that it is finished."""
         with self.clock.phase("write"):
             self._finish_unit(unit, work, self._files(unit, work, made))
@@ -333,7 +333,7 @@ class QuantizationManager:
         self,
         unit: Unit,
         work: WorkFolder,
-        made: Made,
+        made: BlockResult,
         workers: Executor | None = None,
         claimed: Callable[[], object] = lambda: None,
     ) -> dict[Path, str]:

@@ -12,13 +12,13 @@ import torch
 
 from quant.checkpoint.dtypes import TORCH
 from quant.errors import CheckpointError
-from quant.models.adapter import fused_name
 from quant.pipeline.plan import JobPlan
 from quant.pipeline.records import Records
 from quant.quantizers import Quantized, Quantizer
 from quant.recipe import Assignment
 from quant.schemes import BLOCK
 from quant.tensors import QuantizedTensor, largest_magnitude, sum_of_squares
+from quant.vllm.layers import fused_name
 
 #: Elements of a weight that are worked on at a time: a CPU's temporaries stay in its cache, a GPU's still
 #: fill it.

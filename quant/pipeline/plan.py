@@ -19,10 +19,8 @@ from quant.checkpoint.header import FLOATS
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.checkpoint.writer import TensorSpec, file_bytes
 from quant.errors import Problems, QuantError, UsageError, clipped
-from quant.formats import Format, FormatRegistry, Linear, quantization_config
-from quant.formats.base import shape_problems, stated_dtype
-from quant.formats.reading import CACHE_PROJECTIONS
-from quant.models.adapter import block_of, decoder_linears, fused_name
+from quant.formats import Format, FormatRegistry
+from quant.models.adapter import block_of, decoder_linears
 from quant.outlier_suppression import OutlierSuppressionRegistry, Suppressor
 from quant.pipeline.selection import select, selected
 from quant.planning.target import target_problems as gpu_problems
@@ -30,6 +28,10 @@ from quant.quantizers import Quantizer, QuantizerRegistry
 from quant.recipe import Assignment, Recipe
 from quant.schemes import UNQUANTIZED, Scheme
 from quant.units import format_size
+from quant.vllm.cache import CACHE_PROJECTIONS
+from quant.vllm.config import block_count as stated_block_count
+from quant.vllm.config import quantization_config, stated_dtype
+from quant.vllm.layers import Linear, fused_name, shape_problems
 
 #: Families whose linears are transformers' Conv1D: groups would run along the outputs.
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
@@ -133,19 +135,10 @@ class JobPlan:
         }
 
 
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of config.json that describes the text decoder: ``text_config`` of a multimodal wrapper, else
-    the whole."""
-    text = config.get("text_config")
-    return text if isinstance(text, dict) else config
-
-
 def block_count(checkpoint: Checkpoint) -> int:
     """Number of decoder blocks: as config.json says, else as the tensors' names show."""
-    stated = text_config(checkpoint.config).get("num_hidden_layers")
-    if isinstance(stated, int) and stated > 0:
-        return stated
-    return 1 + max((b for n in checkpoint.tensors if (b := block_of(n)) is not None), default=-1)
+    stated = stated_block_count(checkpoint.config)
+    return stated or 1 + max((b for n in checkpoint.tensors if (b := block_of(n)) is not None), default=-1)
 
 
 def plan_job(recipe: Recipe) -> JobPlan:
@@ -478,7 +471,7 @@ def _fused_problems(
         if kind in problems:
             continue
         inside = [n for n in names if n in linears]
-        schemes = dict.fromkeys(str(linears[n].numbers) for n in inside)
+        schemes = dict.fromkeys(str(linears[n].scheme) for n in inside)
         if len(schemes) > 1:
             problems[kind] = (
                 f"{fused}: vLLM fuses {', '.join(n.rsplit('.', 1)[-1] for n in names)} into one layer, but "
@@ -487,7 +480,7 @@ def _fused_problems(
             )
             continue
         methods = dict.fromkeys(assignments[n].method for n in inside)
-        if len(dict.fromkeys(assignments[n] for n in inside)) > 1 and linears[inside[0]].scheme.strategy in (
+        if len(dict.fromkeys(assignments[n] for n in inside)) > 1 and linears[inside[0]].weights.strategy in (
             "tensor",
             "tensor_group",
         ):

@@ -62,7 +62,7 @@ class Records:
         self.layers[name] = {
             "name": name,
             "method": self.plan.assignments[name].method,
-            "scheme": str(self.plan.linears[name].numbers),
+            "scheme": str(self.plan.linears[name].scheme),
             "error": error,
             "error_missing": None if error is not None else NOT_HELD_OUT if tokens else NOT_CALIBRATED,
             "snr_db": round(10 * float(torch.log10(torch.tensor(signal / max(noise, 1e-30)))), 2)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from quant.calibration.text import Rows, bundled, calibration_rows
 from quant.errors import UsageError
 from quant.offline import load_tokenizer
-from quant.pipeline.plan import JobPlan, text_config
+from quant.pipeline.plan import JobPlan
+from quant.vllm.config import text_config
 
 
 def job_rows(plan: JobPlan) -> Rows:

@@ -20,10 +20,11 @@ from quant.checkpoint.dtypes import TORCH
 from quant.checkpoint.reader import INDEX, STALE, Checkpoint
 from quant.checkpoint.writer import ShardWriter, write_text
 from quant.errors import DiskFull
-from quant.formats import Format, Linear
+from quant.formats import Format
 from quant.pipeline.plan import Unit, weight_map
-from quant.serving.arguments import Argument, vllm_config
 from quant.tensors import QuantizedTensor
+from quant.vllm.arguments import Argument, vllm_config
+from quant.vllm.layers import Linear
 
 VLLM_CONFIG = "vllm_config.json"
 

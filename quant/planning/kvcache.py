@@ -14,7 +14,7 @@ from math import ceil
 from typing import Any
 
 from quant.architectures import CacheLayer, ModelSpec
-from quant.planning.versions import Rules
+from quant.vllm.releases import Rules
 
 #: bytes of one cached value, by --kv-cache-dtype; ``auto`` is the model's own dtype
 KV_DTYPES: dict[str, float] = {"auto": 0, "bfloat16": 2, "float16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}

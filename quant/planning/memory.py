@@ -20,7 +20,6 @@ from math import ceil
 from typing import Any
 
 from quant.architectures import DTYPE_BYTES, ModelSpec
-from quant.defaults import VLLM_VERSION
 from quant.errors import Problems, UsageError, one_of
 from quant.hardware import Gpu
 from quant.planning.kvcache import KV_DTYPES, CacheLayout, layout, longest_context
@@ -32,9 +31,9 @@ from quant.planning.storage import (
     stage_layers,
     storage_of,
 )
-from quant.planning.versions import Rules, rules_for
 from quant.schemes import BLOCK
 from quant.units import format_size
+from quant.vllm.releases import VLLM_VERSION, Rules, rules_for
 
 GIB = 2**30
 #: resident memory of a worker of vLLM's CPU build (0.32) that serves an 11 MB model: the interpreter and its
@@ -193,7 +192,7 @@ def _block_problems(spec: ModelSpec, ranks: int) -> list[str]:
     """Linears whose outputs ``ranks`` would cut inside a block, or whose last block a fused layer would go on
     in."""
     # the formats take a tenth of the time to the answer, and few plans ask for blocks
-    from quant.formats.base import NOT_LAST
+    from quant.vllm.layers import NOT_LAST
 
     seen: dict[int, str] = {}
     for weight in spec.unpacked or spec.weights:

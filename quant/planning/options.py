@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from quant.defaults import VLLM_VERSION
 from quant.planning.memory import EngineRequest
 from quant.terminal import Size
+from quant.vllm.releases import VLLM_VERSION
 
 #: option → the field of EngineRequest
 _FIELDS = (

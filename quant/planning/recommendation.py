@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quant.architectures import ModelSpec, source_method
+from quant.architectures import ModelSpec
 from quant.catalog import load_model, stored_bytes
 from quant.data import load_json
 from quant.errors import NothingFits, UsageError, one_of
@@ -31,9 +31,11 @@ from quant.planning.rule_of_thumb import rule_of_thumb
 from quant.planning.scenarios import Scenario, load_scenario
 from quant.planning.speed import Speed, speed_bounds
 from quant.planning.storage import GROUPED, file_bytes, source_kernels
-from quant.planning.versions import rules_for
 from quant.schemes import PRESETS
 from quant.units import format_size
+from quant.vllm.config import source_method
+from quant.vllm.kernels import formats_of, gpu_dict, kernel_of
+from quant.vllm.releases import rules_for
 
 #: share of the free memory that the chosen plan leaves unused
 MARGIN = 0.10
@@ -47,7 +49,7 @@ UNKNOWN = "not known"
 @dataclass(frozen=True)
 class Candidate:
     """A scheme that may be recommended, most precise first. ``needs``: the number format of
-    :data:`quant.hardware.FORMAT_CAPABILITIES`; ``native`` demands that the GPU computes in it, where
+    :data:`quant.vllm.kernels.FORMAT_CAPABILITIES`; ``native`` demands that the GPU computes in it, where
     unpacking would give no gain over a simpler scheme."""
 
     scheme: str
@@ -69,7 +71,11 @@ CANDIDATES = (
 #: scheme's commands on. Eight bits of weights are within noise when simply rounded, so the method that needs
 #: no data comes first there.
 MAKEABLE: dict[str, tuple[str, ...]] = {
-    name: ("fp8",) if s.kernel == "fp8" else ("minmax", "gptq") if s.weights.bits == 8 else ("gptq", "minmax")
+    name: ("fp8",)
+    if kernel_of(s) == "fp8"
+    else ("minmax", "gptq")
+    if s.weights.bits == 8
+    else ("gptq", "minmax")
     for name, s in PRESETS.items()
     if s.weights.bits in (4, 8)
 }
@@ -188,7 +194,7 @@ class Recommendation:
                 "commands": list(self.commands), "engine": self.engine,
             }  # fmt: skip
         return {
-            "gpu": {**self.gpus[0].to_dict(), "count": len(self.gpus)}, "model": self.model.to_dict(),
+            "gpu": {**gpu_dict(self.gpus[0]), "count": len(self.gpus)}, "model": self.model.to_dict(),
             "recommended": chosen,
             "reason": self.reason, "plans": [dict(t) for t in self.thumb] or [p.to_dict() for p in self.plans],
             "engines": [e.to_dict() for e in self.engines], "scenario": self.scenario, "policy": self.policy,
@@ -281,7 +287,7 @@ def recommend(
                 f"{format_size(gpu.total_bytes - gpu.free_bytes)} is held by others: utilization "
                 f"{share:.2f} instead of {default:.2f}"
             )
-    wanted = source_kernels(spec) | ({PRESETS[scheme].kernel} if scheme in PRESETS else set())
+    wanted = source_kernels(spec) | ({kernel_of(PRESETS[scheme])} if scheme in PRESETS else set())
     if (alone := wanted & {"mxfp4", "mxfp8"}) and spec.dtype == "float16" and request.dtype is None:
         request = replace(request, dtype="bfloat16")
         notes.append(
@@ -295,7 +301,10 @@ def recommend(
         if scheme not in names and scheme not in makes:
             raise one_of("--scheme", scheme, sorted({*names, *makes}))
         candidates = [_asked(scheme)]
-        if gpu.formats.get(candidates[0].needs) == "weight-only" and PRESETS[scheme].activations is not None:
+        if (
+            formats_of(gpu).get(candidates[0].needs) == "weight-only"
+            and PRESETS[scheme].activations is not None
+        ):
             notes.append(
                 f"{gpu.name} computes {candidates[0].needs} only as packed weights: activations stay in 16 "
                 "bits, prompts gain no speed"
@@ -341,7 +350,7 @@ def _asked(scheme: str) -> Candidate:
     if found is not None:
         return replace(found, native=False)
     preset = PRESETS.get(scheme)
-    return Candidate(scheme, scheme) if preset is None else Candidate(scheme, str(preset), preset.kernel)
+    return Candidate(scheme, scheme) if preset is None else Candidate(scheme, str(preset), kernel_of(preset))
 
 
 def _plan_one(
@@ -374,14 +383,14 @@ def _plan_one(
         f"({'.'.join(map(str, gpu.capability)) if gpu.capability else gpu.architecture or gpu.platform})"
     )
     if candidate.needs:
-        state = gpu.formats.get(candidate.needs, "no")
+        state = formats_of(gpu).get(candidate.needs, "no")
         if state == "no":
             return refused(f"{part} has no kernel for {candidate.needs}")
         if candidate.native and state != "native":
             return refused(f"{part} computes {candidate.needs} only as packed weights")
     # whose kernels of quantized checkpoints are not tabled
     if candidate.scheme == "none" and gpu.platform != "rocm":
-        missing = sorted(k for k in source_kernels(spec) if gpu.formats.get(k) == "no")
+        missing = sorted(k for k in source_kernels(spec) if formats_of(gpu).get(k) == "no")
         if missing:
             return refused(
                 f"{part} has no kernel for {', '.join(missing)}, which the checkpoint is quantized to"

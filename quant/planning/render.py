@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from quant.hardware import Detection, Gpu
 from quant.planning.recommendation import UNKNOWN, Recommendation
 from quant.units import format_size
+from quant.vllm.kernels import formats_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,7 +44,7 @@ def show_gpus(gpus: tuple[Gpu, ...] | list[Gpu], console: Console) -> None:
     cited: set[str] = set()  # a machine's GPUs are mostly of one part
     for gpu in gpus:
         by_state: dict[str, list[str]] = {}
-        for number, state in gpu.formats.items():
+        for number, state in formats_of(gpu).items():
             by_state.setdefault(state, []).append(number)
         native, packed = (
             ", ".join(by_state.get("native", [])) or "nothing",

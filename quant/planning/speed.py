@@ -14,6 +14,7 @@ from quant.architectures import ModelSpec
 from quant.hardware import Gpu
 from quant.planning.memory import MemoryPlan
 from quant.planning.storage import QUANTIZED_ROLES, source_storage, storage_of
+from quant.vllm.kernels import formats_of
 
 #: scheme → the number format in which the GPU multiplies, and the one that it must have kernels for; others
 #: unpack weights and multiply in 16 bits
@@ -53,7 +54,7 @@ def speed_bounds(spec: ModelSpec, gpu: Gpu, plan: MemoryPlan, concurrency: int) 
     all_read = _bytes_read(spec, plan.scheme, experts) / ranks
     batch = concurrency * gpu.bandwidth / (all_read + concurrency * cache)
     number, kernel = COMPUTE.get(plan.scheme, ("", ""))
-    native = gpu.formats.get(kernel) == "native"
+    native = formats_of(gpu).get(kernel) == "native"
     rate = gpu.rates.get(number if native else "fp16", 0.0)
     prefill = rate * ranks / (2 * spec.active_parameters) if rate else None
     return Speed(one, batch, prefill)

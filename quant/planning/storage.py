@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from math import ceil, prod
 from typing import Any
 
-from quant.architectures import DTYPE_BYTES, ModelSpec, Weight, source_method
+from quant.architectures import DTYPE_BYTES, ModelSpec, Weight
 from quant.errors import UsageError
-from quant.planning.versions import Rules
+from quant.vllm.config import source_method
+from quant.vllm.releases import Rules
 
 
 def _up(value: float, multiple: int) -> int:
@@ -151,7 +152,7 @@ def _float_kernel(bits: int, group_size: Any) -> str:
 
 def source_kernels(spec: ModelSpec) -> frozenset[str]:
     """The number formats that a checkpoint which is already quantized asks of a GPU, by their names in
-    :data:`quant.hardware.FORMAT_CAPABILITIES`; empty where nothing is quantized, or by a method whose kernels
+    :data:`quant.vllm.kernels.FORMAT_CAPABILITIES`; empty where nothing is quantized, or by a method whose kernels
     are not known here."""
     config = spec.quantization or {}
     method = source_method(config) or ""
@@ -301,7 +302,7 @@ def quantizable(weight: Weight, storage: Storage) -> bool:
 def stage_layers(layers: int, stages: int, rules: Rules) -> list[range]:
     """The decoder blocks of every pipeline stage.
 
-    >>> from quant.planning.versions import rules_for
+    >>> from quant.vllm.releases import rules_for
     >>> [len(r) for r in stage_layers(61, 4, rules_for("0.32"))]
     [15, 15, 16, 15]
     """

@@ -3,20 +3,16 @@ release will load its result."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from quant.errors import UsageError
-from quant.hardware import FORMAT_CAPABILITIES, detect, named_gpu
+from quant.hardware import detect, named_gpu
 from quant.planning.memory import EngineRequest
 from quant.planning.recommendation import MAKEABLE, NEEDED, Recommendation, recommend
-from quant.planning.versions import parse_version
-from quant.schemes import PRESETS, Scheme
-
-#: First release that loads a format, as far as the formats' contract is known: before it compressed-tensors
-#: had no per-group format key.
-_FIRST_RELEASE = {"awq": (0, 2, 0), "compressed-tensors": (0, 6, 2), "gptq": (0, 2, 6)}
+from quant.schemes import Scheme
+from quant.vllm.kernels import kernel_problem
+from quant.vllm.releases import loading_problem
 
 
 def method_for(scheme: str) -> str:
@@ -74,27 +70,6 @@ def target_problems(scheme: Scheme, form: str, gpu: str | None, vllm_version: st
     Raises:
         UsageError: unknown GPU, not a version.
     """
-    problems = []
-    release = parse_version(vllm_version)
-    first = _FIRST_RELEASE.get(form)
-    if first is not None and release < first:
-        problems.append(
-            f"--vllm-version is {vllm_version}: format {form} is loaded from {'.'.join(map(str, first))} on"
-        )
-    if gpu is not None and form != "plain":
-        part = named_gpu(gpu)
-        formats: Mapping[str, str] = part.formats
-        if formats.get(scheme.kernel, "no") == "no":
-            level = (
-                ".".join(map(str, part.capability)) if part.capability else part.architecture or part.platform
-            )
-            lowest = min(level for level in FORMAT_CAPABILITIES[scheme.kernel][:2] if level is not None) / 10
-            end = FORMAT_CAPABILITIES[scheme.kernel][2]
-            until = f" and below {end / 10}" if end is not None else ""
-            loaded = ", ".join(n for n, s in PRESETS.items() if formats.get(s.kernel, "no") != "no")
-            problems.append(
-                f"--gpu is {part.name} ({level}): vLLM has no kernel for {scheme} there; compute capability "
-                f"{lowest}{until} is needed. "
-                f"It loads {loaded or 'unquantized weights only'}"
-            )
-    return problems
+    release = loading_problem(form, vllm_version)
+    kernel = kernel_problem(scheme, named_gpu(gpu)) if gpu is not None and form != "plain" else None
+    return [p for p in (release, kernel) if p is not None]

@@ -61,7 +61,7 @@ def round_searched(
     """A weight [N, K] rounded to nearest, the range of each group searched for least error by
     :func:`importance_of`; None: ranges are kept whole."""
     search = importance is not None
-    if scheme.number == "float":
+    if scheme.type == "float":
         return round_floats(weight, scheme, float_scales(weight, scheme, amax, importance, search))
     dtype = scale_dtype(scheme, dtype)
     scales, zeros = weight_parameters(weight, scheme, dtype, importance, search)

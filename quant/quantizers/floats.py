@@ -41,7 +41,7 @@ class FloatScales:
     global_scale: torch.Tensor | None = None
 
 
-def snap(values: torch.Tensor, bits: int) -> torch.Tensor:
+def nearest_float(values: torch.Tensor, bits: int) -> torch.Tensor:
     """The nearest E4M3 (8 bits) or E2M1 (4 bits) numbers, fp32."""
     if bits == 8:
         return code_values(values.clamp(-_E4M3, _E4M3).to(torch.float8_e4m3fn))
@@ -53,7 +53,7 @@ def snap(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def encode(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes of numbers that :func:`snap` gave: float8_e4m3fn, or uint8 with the sign in bit 3.
+    """Codes of numbers that :func:`nearest_float` gave: float8_e4m3fn, or uint8 with the sign in bit 3.
 
     The exponents of E2M1 and fp16 are biased by 1 and 15: times 2⁻¹⁴ the bits of an E2M1 number, the
     subnormal 0.5 too, are the uppermost of an fp16 one, but for the sign. -0 becomes 0.
@@ -141,7 +141,7 @@ def _best(
     least = torch.full(chosen.shape, torch.inf, device=groups.device)
     for candidate in candidates:
         wide = scale_values(candidate, divisor).unsqueeze(-1)
-        error = snap(groups / wide, scheme.bits).mul_(wide).sub_(groups).square_()
+        error = nearest_float(groups / wide, scheme.bits).mul_(wide).sub_(groups).square_()
         total = (error if importance is None else error.mul_(importance)).sum(-1)
         better = total < least
         least = torch.where(better, total, least)
@@ -170,6 +170,6 @@ def round_floats(weight: torch.Tensor, scheme: WeightScheme, scales: FloatScales
     for start in range(0, n, rows):
         part = _divided(weight[start : start + rows], scales.wide[start : start + rows], g)
         codes[start : start + rows] = (
-            part.clamp_(-_E4M3, _E4M3) if scheme.bits == 8 else encode(snap(part, 4), 4)
+            part.clamp_(-_E4M3, _E4M3) if scheme.bits == 8 else encode(nearest_float(part, 4), 4)
         )
     return QuantizedTensor(codes, scales.stored, None, scheme, global_scale=scales.global_scale)

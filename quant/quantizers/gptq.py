@@ -24,7 +24,7 @@ import torch
 from quant.calibration.statistics import Statistics
 from quant.errors import QuantError
 from quant.quantizers.base import Quantized, QuantizerRegistry
-from quant.quantizers.floats import encode, float_scales, round_floats, snap
+from quant.quantizers.floats import encode, float_scales, nearest_float, round_floats
 from quant.quantizers.rounding import group_parameters, round_weight, scale_dtype, weight_parameters
 from quant.schemes import WeightScheme
 from quant.tensors import QuantizedTensor
@@ -106,7 +106,7 @@ class GPTQQuantizer:
                 f"the Hessian is not positive definite with damping up to {damping:g}: rounded to nearest "
                 "instead"
             )
-            if scheme.number == "float":
+            if scheme.type == "float":
                 return Quantized(
                     round_floats(weight, scheme, float_scales(weight, scheme, amax)),
                     tuple(fallbacks),
@@ -118,7 +118,7 @@ class GPTQQuantizer:
         else:
             if damping > self.damping:
                 fallbacks.append(f"the Hessian needed damping {damping:g} instead of {self.damping:g}")
-            if scheme.number == "float":
+            if scheme.type == "float":
                 # scales come first whatever the order: those of a group that is reached later are of no other
                 # kind
                 found = float_scales(weight, scheme, amax, diagonal, self.clip_search)
@@ -241,7 +241,7 @@ def _solve(
     zeros_t = None if zeros is None else zeros.t().contiguous()
     # rows of tensors are taken all at once: taking each when it is needed costs as much as working on it
     scale_of, zero_of = scales_t.unbind(), [None] * groups if zeros_t is None else zeros_t.unbind()
-    floats = scheme.number == "float"
+    floats = scheme.type == "float"
     codes = torch.empty(k, n, dtype=torch.float32 if floats else torch.int8, device=weight.device)
     inverse = (1.0 / factor.diagonal()).tolist()
     half = weight.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -276,7 +276,7 @@ def _solve(
             scale, zero = scale_of[group], zero_of[group]
             torch.add(error, pushed, alpha=inverse[c], out=code).div_(scale)
             if floats:
-                code.copy_(snap(code, scheme.bits))
+                code.copy_(nearest_float(code, scheme.bits))
                 error.addcmul_(code, scale, value=-1)
             elif zero is None:
                 error.addcmul_(code.round_().clamp_(scheme.low, scheme.high), scale, value=-1)

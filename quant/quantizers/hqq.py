@@ -67,7 +67,7 @@ class HQQQuantizer:
     def refuse(scheme: WeightScheme) -> str | None:
         return (
             f"optimises scales and zero points of integers, it does not make {scheme}"
-            if scheme.number == "float"
+            if scheme.type == "float"
             else None
         )
 

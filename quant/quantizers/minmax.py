@@ -39,7 +39,7 @@ class MinMaxQuantizer:
         dtype: torch.dtype,
         amax: torch.Tensor | None = None,
     ) -> Quantized:
-        if scheme.number == "float":
+        if scheme.type == "float":
             return Quantized(
                 round_floats(weight, scheme, float_scales(weight, scheme, amax, search=self.clip_search))
             )

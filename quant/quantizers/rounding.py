@@ -155,7 +155,7 @@ def importance_of(hessian: torch.Tensor, scheme: WeightScheme) -> torch.Tensor:
     group, [G, g, g]; for groups too wide for that to be cheap, and for floating numbers, the diagonal, [G, g]
     or [K]."""
     k = len(hessian)
-    if scheme.number == "float":
+    if scheme.type == "float":
         return hessian.diagonal().clone()
     g = k // scheme.groups(k)
     if g > _WIDEST:

@@ -1,7 +1,7 @@
 """From a checkpoint to the exact ``vllm serve`` command, with the reason for each flag, and to the files that
 run it elsewhere. No torch.
 
-What the checkpoint decides comes from :mod:`quant.serving.arguments`; ``vllm_config.json`` beside the weights
+What the checkpoint decides comes from :mod:`quant.vllm.arguments`; ``vllm_config.json`` beside the weights
 wins over that, and an option of the user over both. The API key never stands on a command line: vLLM reads it
 from ``VLLM_API_KEY``.
 """
@@ -17,19 +17,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quant import defaults
 from quant.checkpoint.reader import open_checkpoint
 from quant.errors import CheckpointError, QuantError, UsageError, VerificationFailed, one_of
 from quant.evaluation.verify import verify
-from quant.serving.arguments import Argument, engine_arguments
 from quant.units import format_size
+from quant.vllm.arguments import Argument, engine_arguments
+from quant.vllm.releases import VLLM_VERSION
 
 if TYPE_CHECKING:
     from quant.hardware import Gpu
 
 LOOPBACK = "127.0.0.1"
 PORT = 8000
-IMAGE = f"vllm/vllm-openai:v{defaults.VLLM_VERSION}.0"
+IMAGE = f"vllm/vllm-openai:v{VLLM_VERSION}.0"
 #: vLLM asks no hub for a local checkpoint and reports no usage; nothing leaves the machine unasked.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 #: Flags that this tool must know to find, name and guard the server, with the option that sets each.
@@ -48,7 +48,7 @@ _OWN_FLAGS = {
 
 
 @dataclass(frozen=True)
-class Wish:
+class DeploymentRequest:
     """What the user asks of a deployment. None leaves a value to ``vllm_config.json``, then to the
     checkpoint.
 
@@ -129,7 +129,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def plan(path: str | Path, wish: Wish) -> Deployment:
+def plan(path: str | Path, request: DeploymentRequest) -> Deployment:
     """The deployment of a checkpoint.
 
     Raises:
@@ -137,15 +137,15 @@ def plan(path: str | Path, wish: Wish) -> Deployment:
         VerificationFailed: vLLM would not load it, or would read wrong values.
         UsageError: an extra argument that one of our own options sets, or a GPU that is not known.
     """
-    _check_extra(wish.extra)
-    if wish.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", wish.api_key_env):
+    _check_extra(request.extra)
+    if request.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", request.api_key_env):
         raise UsageError(
             "--api-key-env takes the name of an environment variable, such as API_KEY, never the key itself"
         )
     folder = Path(path).absolute()
     checkpoint = open_checkpoint(folder)
     stated = _vllm_config(folder)
-    parallel = wish.tensor_parallel or int(stated.get("tensor-parallel-size", 1))
+    parallel = request.tensor_parallel or int(stated.get("tensor-parallel-size", 1))
     checked = verify(folder, tensor_parallel=parallel)
     if not checked.passed:
         more = f" (and {len(checked.failed) - 3} more)" if len(checked.failed) > 3 else ""
@@ -164,9 +164,9 @@ def plan(path: str | Path, wish: Wish) -> Deployment:
         if chosen[key].value != value:
             chosen[key] = Argument(key, value, "vllm_config.json of the checkpoint says so")
     asked = {
-        "tensor-parallel-size": wish.tensor_parallel,
-        "max-model-len": wish.max_model_len,
-        "gpu-memory-utilization": wish.gpu_memory_utilization,
+        "tensor-parallel-size": request.tensor_parallel,
+        "max-model-len": request.max_model_len,
+        "gpu-memory-utilization": request.gpu_memory_utilization,
     }
     for key, wanted in asked.items():
         if wanted is not None and not (key == "tensor-parallel-size" and wanted == 1):
@@ -174,21 +174,29 @@ def plan(path: str | Path, wish: Wish) -> Deployment:
             chosen[key] = Argument(key, wanted, why)
         elif wanted == 1:
             chosen.pop(key, None)
-    warnings = _fit(folder, chosen, wish, parallel)
-    name = wish.name or folder.name
+    warnings = _fit(folder, chosen, request, parallel)
+    name = request.name or folder.name
     chosen["served-model-name"] = Argument(
         "served-model-name", name, "what clients call the model, wherever it lies"
     )
-    passed_on = _values(wish.extra)
+    passed_on = _values(request.extra)
     arguments = tuple(a for a in chosen.values() if f"--{a.name}" not in passed_on)
-    if not is_loopback(wish.host) and wish.api_key_env is None:
+    if not is_loopback(request.host) and request.api_key_env is None:
         warnings.append(
-            f"--host is {wish.host} without an API key: whoever reaches port {wish.port} can use the model. "
+            f"--host is {request.host} without an API key: whoever reaches port {request.port} can use the model. "
             "Name a variable with --api-key-env, "
             f"or bind to {LOOPBACK}"
         )
     return Deployment(
-        folder, name, wish.host, wish.port, parallel, arguments, wish.extra, wish.api_key_env, tuple(warnings)
+        folder,
+        name,
+        request.host,
+        request.port,
+        parallel,
+        arguments,
+        request.extra,
+        request.api_key_env,
+        tuple(warnings),
     )
 
 
@@ -207,7 +215,7 @@ _UNPLANNED = frozenset(
 _SURE, _STEP = 0.95, 256
 
 
-def _fit(folder: Path, chosen: dict[str, Argument], wish: Wish, parallel: int) -> list[str]:
+def _fit(folder: Path, chosen: dict[str, Argument], request: DeploymentRequest, parallel: int) -> list[str]:
     """Fits ``chosen`` to the GPU, where one is named or here: its dtype, the share of its memory that is
     free, and the context.
 
@@ -219,9 +227,9 @@ def _fit(folder: Path, chosen: dict[str, Argument], wish: Wish, parallel: int) -
     """
     from quant.hardware import detect, named_gpu
     from quant.planning.memory import largest_utilization
-    from quant.planning.versions import rules_for
+    from quant.vllm.releases import rules_for
 
-    gpus = [named_gpu(wish.gpu)] * parallel if wish.gpu is not None else list(detect().gpus)
+    gpus = [named_gpu(request.gpu)] * parallel if request.gpu is not None else list(detect().gpus)
     if not gpus or gpus[0].platform == "cpu":
         return []
     if len(gpus) < parallel:
@@ -240,21 +248,23 @@ def _fit(folder: Path, chosen: dict[str, Argument], wish: Wish, parallel: int) -
         chosen["dtype"] = Argument(
             "dtype", "float16", f"{gpu.name} (compute capability {level}) has no bfloat16, which takes 8.0"
         )
-    default = rules_for(defaults.VLLM_VERSION, gpu.capability).utilization
-    passed_on = _values(wish.extra)
+    default = rules_for(VLLM_VERSION, gpu.capability).utilization
+    passed_on = _values(request.extra)
     share = passed_on.get("--gpu-memory-utilization", chosen.get("gpu-memory-utilization"))
     if share is None and gpu.total_bytes * default > gpu.free_bytes:
         held = f"{format_size(gpu.total_bytes - gpu.free_bytes)} of {gpu.name} is held by others"
         chosen["gpu-memory-utilization"] = Argument("gpu-memory-utilization", largest_utilization(gpu), held)
     return (
-        [] if _UNPLANNED & set(passed_on) else _fit_context(folder, chosen, wish, parallel, gpus, passed_on)
+        []
+        if _UNPLANNED & set(passed_on)
+        else _fit_context(folder, chosen, request, parallel, gpus, passed_on)
     )
 
 
 def _fit_context(
     folder: Path,
     chosen: dict[str, Argument],
-    wish: Wish,
+    request: DeploymentRequest,
     parallel: int,
     gpus: Sequence[Gpu],
     passed_on: Mapping[str, str],
@@ -269,7 +279,7 @@ def _fit_context(
     try:
         spec = load_model(folder)
         length, share = stated.get("max-model-len"), stated.get("gpu-memory-utilization")
-        request = EngineRequest(
+        engine = EngineRequest(
             context=None if length is None else min(int(length), spec.max_context),
             tensor_parallel=parallel,
             gpu_memory_utilization=None if share is None else float(share),
@@ -281,14 +291,14 @@ def _fit_context(
             if "--max-num-batched-tokens" in passed_on
             else None,
         )
-        found = plan(spec, gpus, "none", request)
+        found = plan(spec, gpus, "none", engine)
         fitting = int(found.max_context * _SURE) // _STEP * _STEP
-        asked = wish.max_model_len is not None or "--max-model-len" in passed_on
+        asked = request.max_model_len is not None or "--max-model-len" in passed_on
         if (
             not found.fits
             and fitting
             and not asked
-            and plan(spec, gpus, "none", at_context(request, fitting)).fits
+            and plan(spec, gpus, "none", at_context(engine, fitting)).fits
         ):
             held = (
                 f"what {format_size(found.kv_cache_bytes)} of KV cache hold on {gpus[0].name}; the "

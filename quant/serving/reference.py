@@ -26,9 +26,10 @@ from quant.evaluation.simulation import Kernels, Simulation
 from quant.formats.reading import dequantized
 from quant.models.skeleton import Skeleton
 from quant.offline import load_tokenizer
-from quant.serving.arguments import context_length, model_dtype
-from quant.serving.deployment import Wish, plan
+from quant.serving.deployment import DeploymentRequest, plan
 from quant.serving.process import Log, Server, ServerError, cpu_environment, find_vllm, free_port, signals_to
+from quant.vllm.arguments import model_dtype
+from quant.vllm.config import context_length
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 12, 64, 32
 #: How many times farther from fp32 than our own 16-bit run vLLM may be, as root mean square over all tokens.
@@ -276,7 +277,7 @@ def open_server(
     installation = find_vllm(python)
     longest = context_length(open_checkpoint(path).config)
     length = min(PROMPT_TOKENS + NEW_TOKENS, longest or PROMPT_TOKENS + NEW_TOKENS)
-    deployment = plan(path, Wish(max_model_len=length, extra=tuple(flags)))
+    deployment = plan(path, DeploymentRequest(max_model_len=length, extra=tuple(flags)))
     port = free_port(deployment.host)
     return Server(
         deployment.model_path,

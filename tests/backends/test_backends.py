@@ -147,7 +147,7 @@ def test_the_settings_given_reach_the_library(tmp_path: Path, monkeypatch: pytes
     )
     found = BACKENDS["auto-gptq"].settings(plan.recipe)
     assert (found["damp_percent"], found["desc_act"], found["group_size"]) == (0.05, False, 64)
-    assert {x.scheme.group_size for x in plan.linears.values()} == {64}
+    assert {x.weights.group_size for x in plan.linears.values()} == {64}
 
 
 @needs_legacy

@@ -15,10 +15,11 @@ from quant.calibration.statistics import Statistics
 from quant.checkpoint.reader import open_checkpoint
 from quant.evaluation import quality, simulation
 from quant.evaluation.simulation import Kernels, cut
-from quant.formats import Found, Linear
+from quant.formats import QuantizedLayers
 from quant.schemes import PRESETS, ActivationScheme
 from quant.serving.reference import Reference, kernels
 from quant.tensors import E2M1, InputParameters
+from quant.vllm.layers import Linear
 from tests.helpers import quantize, short_text
 
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
@@ -132,7 +133,9 @@ def with_int8(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
         linears = {
             n: Linear(n, *tensors[f"{n}.weight"].shape, scheme.weights, scheme.activations) for n in names
         }
-        monkeypatch.setattr(simulation, "find_format", lambda config, found: Found("plain", linears, {}))
+        monkeypatch.setattr(
+            simulation, "find_format", lambda config, found: QuantizedLayers("plain", linears, {})
+        )
 
     return mark
 

@@ -12,10 +12,11 @@ from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.reader import open_checkpoint
 from quant.errors import CheckpointError
 from quant.evaluation.verify import verify
-from quant.formats import FormatRegistry, Linear, find_format
+from quant.formats import FormatRegistry, find_format
 from quant.formats.reading import dequantized, read_linear
 from quant.schemes import WeightScheme, scheme_of
 from quant.tensors import QuantizedTensor
+from quant.vllm.layers import Linear
 from tests.helpers import ROOT
 
 PEERS = ROOT / "tests" / "fixtures" / "peers"

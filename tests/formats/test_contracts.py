@@ -13,10 +13,11 @@ import torch
 from quant.checkpoint.dtypes import HEADER
 from quant.checkpoint.header import TensorInfo
 from quant.errors import CheckpointError
-from quant.formats import Format, FormatRegistry, Linear, find_format
+from quant.formats import Format, FormatRegistry, find_format
 from quant.quantizers import MinMaxQuantizer
 from quant.schemes import WeightScheme, scheme_of
 from quant.tensors import QuantizedTensor
+from quant.vllm.layers import Linear
 from tests.formats.test_packing import slow_pack
 
 CT, GPTQ, PLAIN = (FormatRegistry.get(n) for n in ("compressed-tensors", "gptq", "plain"))
@@ -227,7 +228,7 @@ def test_a_group_as_wide_as_the_input_keeps_its_declared_size() -> None:
     }
     found = find_format({"quantization_config": GPTQ.config([wide, narrow], [], "none")}, infos(packed))
     assert found is not None
-    assert {x.scheme for x in found.linears.values()} == {scheme}
+    assert {x.weights for x in found.linears.values()} == {scheme}
     assert {GPTQ.unpack(x, packed, found.options).scheme for x in found.linears.values()} == {scheme}
 
 
@@ -385,15 +386,15 @@ def test_several_schemes_are_written_by_name_and_found_again() -> None:
     linears = [Linear("m.0.a", 32, 64, few), Linear("m.0.b", 32, 64, many)]
     tensors: dict[str, torch.Tensor] = {}
     for linear in linears:
-        tensors |= CT.pack(linear, random_tensor(32, 64, linear.scheme), torch.float16)
+        tensors |= CT.pack(linear, random_tensor(32, 64, linear.weights), torch.float16)
     config = CT.config(linears, ["lm_head"], "none") or {}
     assert {g["targets"][0]: g["weights"]["num_bits"] for g in config["config_groups"].values()} == {
         "m.0.a": 4,
         "m.0.b": 8,
     }
     found = find_format({"quantization_config": config}, infos(tensors))
-    assert found is not None and {n: x.scheme for n, x in found.linears.items()} == {
-        x.name: x.scheme for x in linears
+    assert found is not None and {n: x.weights for n, x in found.linears.items()} == {
+        x.name: x.weights for x in linears
     }
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from quant.errors import CheckpointError
-from quant.formats import FormatRegistry, Linear, find_format
-from quant.formats.base import shape_problems
+from quant.formats import FormatRegistry, find_format
 from quant.quantizers import MinMaxQuantizer
 from quant.schemes import PRESETS, Scheme, WeightScheme, resolve_scheme
 from quant.tensors import InputParameters, QuantizedTensor
+from quant.vllm.layers import Linear, shape_problems
 from tests.formats.test_contracts import infos
 
 FP8, CT = FormatRegistry.get("fp8"), FormatRegistry.get("compressed-tensors")
@@ -98,7 +98,7 @@ def test_a_published_block_checkpoint_is_read_with_its_scales_as_multipliers() -
     assert (
         found is not None
         and list(found.linears) == [NAME]
-        and found.linears[NAME].numbers == PRESETS["fp8-block"]
+        and found.linears[NAME].scheme == PRESETS["fp8-block"]
     )
     values = FP8.unpack(found.linears[NAME], tensors, found.options).dequantize()
     wanted = torch.ones(130, 200)

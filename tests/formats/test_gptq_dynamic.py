@@ -14,7 +14,7 @@ from quant.checkpoint.reader import open_checkpoint
 from quant.errors import CheckpointError, Problems
 from quant.evaluation.compare import compare
 from quant.evaluation.verify import verify
-from quant.formats import FormatRegistry, Found, find_format
+from quant.formats import FormatRegistry, QuantizedLayers, find_format
 from quant.formats.gptq import dynamic_rule
 from quant.formats.reading import read_linear
 from quant.pipeline.export import export
@@ -32,7 +32,7 @@ WANTED: dict[str, tuple[int, int] | None] = {
 }
 
 
-def found_in(path: Path) -> Found:
+def found_in(path: Path) -> QuantizedLayers:
     checkpoint = open_checkpoint(path)
     found = find_format(checkpoint.config, checkpoint.tensors)
     assert found is not None
@@ -77,7 +77,7 @@ def test_each_layer_has_the_numbers_of_its_rule_and_the_values_of_the_definition
 ) -> None:
     path = PEER if order else rewritten(tmp_path / "m", without_order)
     found, checkpoint, tensors = found_in(path), open_checkpoint(path), load_all(path)
-    assert {n: (x.scheme.bits, x.scheme.group_size) for n, x in found.linears.items()} == {
+    assert {n: (x.weights.bits, x.weights.group_size) for n, x in found.linears.items()} == {
         n: w for n, w in WANTED.items() if w
     }
     source = load_all(SOURCE)

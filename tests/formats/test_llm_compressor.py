@@ -11,11 +11,11 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.evaluation.verify import verify
-from quant.formats import Format, FormatRegistry, Found, find_format
+from quant.formats import Format, FormatRegistry, QuantizedLayers, find_format
 from quant.formats.reading import read_linear
-from quant.models.adapter import fused_name
 from quant.quantizers import MinMaxQuantizer
 from quant.schemes import PRESETS, Scheme, resolve_scheme
+from quant.vllm.layers import fused_name
 from tests.helpers import ROOT, load_all
 
 PEERS = ROOT / "tests" / "fixtures" / "peers"
@@ -31,7 +31,7 @@ NAMES: dict[str, Scheme] = {
 }
 
 
-def opened(preset: str) -> tuple[Path, Checkpoint, Found, Format]:
+def opened(preset: str) -> tuple[Path, Checkpoint, QuantizedLayers, Format]:
     path = PEERS / f"llmc-{preset}"
     checkpoint = open_checkpoint(path)
     found = find_format(checkpoint.config, checkpoint.tensors)
@@ -42,7 +42,7 @@ def opened(preset: str) -> tuple[Path, Checkpoint, Found, Format]:
 @pytest.mark.parametrize("preset", NAMES)
 def test_its_files_are_of_our_scheme_with_our_tensors(preset: str) -> None:
     path, checkpoint, found, form = opened(preset)
-    assert {x.numbers for x in found.linears.values()} == {NAMES[preset]}
+    assert {x.scheme for x in found.linears.values()} == {NAMES[preset]}
     for name, linear in found.linears.items():
         specs = {s.name: (s.dtype, s.shape) for s in form.specs(linear, "F16")}
         held = {n: (i.dtype, i.shape) for n, i in checkpoint.tensors.items() if n.startswith(f"{name}.")}
@@ -86,7 +86,7 @@ def test_our_rounding_is_no_farther_from_the_source(preset: str) -> None:
     for name, linear in found.linears.items():
         weight = source[f"{name}.weight"].float()
         shared = largest[fused_name(name)] if preset == "nvfp4" else None  # its FP8 shards have one each
-        made = MinMaxQuantizer()(weight.clone(), None, linear.scheme, torch.float16, shared).tensor
+        made = MinMaxQuantizer()(weight.clone(), None, linear.weights, torch.float16, shared).tensor
         ours += float((made.dequantize() - weight).square().sum())
         theirs += float((read_linear(form, found, checkpoint, name).dequantize() - weight).square().sum())
     assert ours <= theirs * 1.001, (ours, theirs)

@@ -12,13 +12,14 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.forward import quantize
 
-from quant.formats import FormatRegistry, Linear, find_format
+from quant.formats import FormatRegistry, find_format
 from quant.formats.compressed_tensors import layout_of
 from quant.formats.packing import pack_halves, unpack_halves
 from quant.quantizers import MinMaxQuantizer
-from quant.quantizers.floats import encode, snap
+from quant.quantizers.floats import encode, nearest_float
 from quant.schemes import PRESETS, Scheme, resolve_scheme
 from quant.tensors import InputParameters, QuantizedTensor, code_values
+from quant.vllm.layers import Linear
 from tests.formats.test_contracts import infos
 
 CT = FormatRegistry.get("compressed-tensors")
@@ -152,7 +153,7 @@ def test_codes_are_the_packages_own(name: str) -> None:
         else torch.ldexp(torch.ones(tensor.scales.shape), tensor.scales.int() - 127)
     )
     codes = quantize(weight, scale, torch.zeros_like(scale), theirs.weights, global_scale=tensor.global_scale)
-    ours = code_values(tensor.codes) if PRESETS[name].weights.number == "float" else tensor.codes.float()
+    ours = code_values(tensor.codes) if PRESETS[name].weights.type == "float" else tensor.codes.float()
     assert float((codes.float() != ours).float().mean()) < 1e-3
 
 
@@ -186,7 +187,7 @@ def test_kinds_of_one_checkpoint_are_mixed_precision_by_full_names() -> None:
 def test_the_published_order_of_halves() -> None:
     """Codes 0 … 7 and their negatives: bytes of OCP's and vLLM's order, the even input low."""
     values = torch.tensor([[0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.5, -1, -1.5, -2, -3, -4, -6, 0]])
-    codes = encode(snap(values, 4), 4)
+    codes = encode(nearest_float(values, 4), 4)
     packed = pack_halves(codes)
     assert packed.tolist() == [[0x10, 0x32, 0x54, 0x76, 0xA9, 0xCB, 0xED, 0x0F]]
     assert torch.equal(unpack_halves(packed), codes)

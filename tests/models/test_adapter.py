@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from quant.checkpoint.header import TensorInfo
-from quant.models.adapter import adapter_for, block_of, decoder_linears, fused_name, not_quantizable
+from quant.models.adapter import adapter_for, block_of, decoder_linears, not_quantizable
+from quant.vllm.layers import fused_name
 
 
 def info(name: str, *shape: int, dtype: str = "BF16") -> TensorInfo:

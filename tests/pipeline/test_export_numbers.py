@@ -16,8 +16,9 @@ from quant.evaluation.compare import compare
 from quant.evaluation.quality import evaluate
 from quant.evaluation.verify import verify
 from quant.formats import find_format
-from quant.formats.reading import cache_scale, dequantized
+from quant.formats.reading import dequantized
 from quant.pipeline.export import export
+from quant.vllm.cache import cache_scale
 from tests.helpers import (
     ROOT,
     TINYLM,
@@ -453,7 +454,7 @@ def test_found_linears_of_a_mixed_file_are_those_of_its_rules(checkpoint: Callab
     opened = open_checkpoint(checkpoint("mixed"))
     found = find_format(opened.config, opened.tensors)
     assert found is not None
-    names = {n: x.numbers.name for n, x in found.linears.items()}
+    names = {n: x.scheme.name for n, x in found.linears.items()}
     assert names[Q] == "w8a8-int8" and names["model.layers.0.mlp.down_proj"] == "fp8-block"
     assert (
         names["model.layers.1.mlp.down_proj"] == "w4a16-asym"

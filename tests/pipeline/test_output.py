@@ -122,8 +122,9 @@ def test_the_official_package_decompresses_to_our_values(
 def test_what_the_official_package_compresses_is_read_to_its_values(
     bits: int, symmetric: bool, group: int
 ) -> None:
-    from quant.formats import FormatRegistry, Linear
+    from quant.formats import FormatRegistry
     from quant.schemes import WeightScheme
+    from quant.vllm.layers import Linear
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

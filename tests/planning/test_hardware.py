@@ -12,7 +12,8 @@ import pytest
 
 from quant.data import load_json
 from quant.errors import QuantError, UsageError
-from quant.hardware import cpu_device, detect, gpu_names, named_gpu, number_formats, resolve_gpus
+from quant.hardware import cpu_device, detect, gpu_names, named_gpu, resolve_gpus
+from quant.vllm.kernels import formats_of, number_formats
 
 GIB = 2**30
 
@@ -82,7 +83,7 @@ class FakeNvml:
 
     def nvmlDeviceGetMigDeviceHandleByIndex(self, board: dict[str, Any], number: int) -> dict[str, Any]:
         if number >= len(board["slices"]):
-            raise NVMLError("Not Found")
+            raise NVMLError("Not QuantizedLayers")
         return {"name": board["name"], "total": board["slices"][number], "uuid": f"MIG-{number}"}
 
     def nvmlDeviceGetComputeRunningProcesses(self, board: dict[str, Any]) -> list[SimpleNamespace]:
@@ -109,7 +110,7 @@ def test_every_gpu_is_listed_with_memory_capability_bandwidth_and_driver() -> No
         first.sources["memory"] == first.sources["capability"] == "nvml"
         and "https://" in first.sources["bandwidth"]
     )
-    assert first.formats["fp8"] == "native" and first.formats["nvfp4"] == "weight-only"
+    assert formats_of(first)["fp8"] == "native" and formats_of(first)["nvfp4"] == "weight-only"
     assert found.host.ram_total_bytes > 0 and found.host.disk_free_bytes > 0 and not found.note
 
 
@@ -327,8 +328,10 @@ def test_number_formats_follow_the_compute_capability(
 
 
 def test_rocm_and_cpu_have_their_own_formats() -> None:
-    assert named_gpu("MI300X").formats["fp8"] == "native" and named_gpu("MI210").formats["fp8"] == "no"
-    assert cpu_device(64 * GIB).formats["int8-weights"] == "no"
+    assert (
+        formats_of(named_gpu("MI300X"))["fp8"] == "native" and formats_of(named_gpu("MI210"))["fp8"] == "no"
+    )
+    assert formats_of(cpu_device(64 * GIB))["int8-weights"] == "no"
 
 
 def test_planning_without_a_gpu_asks_for_a_name() -> None:

@@ -13,7 +13,7 @@ from quant.hardware import Gpu, cpu_device, named_gpu
 from quant.planning import EngineRequest, plan
 from quant.planning.memory import graph_sizes
 from quant.planning.storage import stage_layers
-from quant.planning.versions import parse_version, rules_for
+from quant.vllm.releases import parse_version, rules_for
 from tests.planning.tiny_models import TINY
 
 GIB = 2**30

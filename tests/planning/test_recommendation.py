@@ -24,6 +24,7 @@ from quant.planning import EngineRequest, Recommendation, get_optimized_config, 
 from quant.planning.rule_of_thumb import rule_of_thumb
 from quant.planning.scenarios import load_scenario, scenario_names
 from quant.planning.speed import speed_bounds
+from quant.vllm.kernels import kernel_of
 from tests.planning.tiny_models import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,8 +157,9 @@ def test_a_scheme_asked_for_by_name_is_refused_where_no_kernel_is(scheme: str, g
 
 
 def test_a_quantized_checkpoint_is_served_only_where_its_kernels_are() -> None:
-    from quant.formats import FormatRegistry, Linear
+    from quant.formats import FormatRegistry
     from quant.schemes import PRESETS
+    from quant.vllm.layers import Linear
 
     linear = ("model.layers.0.mlp.down_proj", 256, 512)
     form = FormatRegistry.get("compressed-tensors")
@@ -178,7 +180,9 @@ def test_a_quantized_checkpoint_is_served_only_where_its_kernels_are() -> None:
         no, yes = (
             recommend(spec, gpu, EngineRequest(context=4096), scheme="none") for gpu in (refused, served)
         )
-        assert no.recommended is None and f"no kernel for {preset.kernel}, which the checkpoint" in no.reason
+        assert (
+            no.recommended is None and f"no kernel for {kernel_of(preset)}, which the checkpoint" in no.reason
+        )
         assert yes.commands == ("vllm serve made --max-model-len 4096",)
         half = recommend(replace(spec, dtype="float16"), served, EngineRequest(context=4096), scheme="none")
         assert ("--dtype bfloat16" in half.commands[0]) == scheme.startswith("mx")

@@ -9,12 +9,12 @@ import torch
 
 from quant.calibration.statistics import Statistics
 from quant.quantizers import GPTQQuantizer, MinMaxQuantizer
-from quant.quantizers.floats import encode, snap
+from quant.quantizers.floats import encode, nearest_float
 from quant.schemes import PRESETS, Scheme
 from quant.tensors import E2M1, QuantizedTensor, code_values, largest_magnitude, scale_values, sum_of_squares
 from tests.quantizers.test_gptq import hessian_of
 
-FLOATS = [s for s in PRESETS.values() if s.weights.number == "float"]
+FLOATS = [s for s in PRESETS.values() if s.weights.type == "float"]
 
 
 def rounded(
@@ -33,8 +33,8 @@ def test_e2m1_ties_go_to_the_even_code_and_large_numbers_saturate() -> None:
     """OCP MX 1.0, 5.3: nearest, ties to even; the eight magnitudes are 0, 0.5, 1, 1.5, 2, 3, 4, 6."""
     given = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 7.0, 1e9, -0.25, -0.75, -5.0, 0.26, 5.01])
     wanted = [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0, 6.0, 0.0, -1.0, -4.0, 0.5, 6.0]
-    assert snap(given, 4).tolist() == wanted
-    codes = encode(snap(given, 4), 4)
+    assert nearest_float(given, 4).tolist() == wanted
+    codes = encode(nearest_float(given, 4), 4)
     assert codes.dtype == torch.uint8 and torch.equal(code_values(codes), torch.tensor(wanted))
 
 
@@ -55,12 +55,17 @@ def test_snapping_is_to_the_nearest_of_all_numbers() -> None:
     ):
         finite = numbers[torch.isfinite(numbers)]
         best = (values[:, None] - finite).abs().amin(1)
-        assert torch.equal((values - snap(values, bits)).abs(), best)
-    assert snap(torch.tensor([1e9, -1e9, 449.0, 2.0**-11]), 8).tolist() == [448.0, -448.0, 448.0, 0.0]
+        assert torch.equal((values - nearest_float(values, bits)).abs(), best)
+    assert nearest_float(torch.tensor([1e9, -1e9, 449.0, 2.0**-11]), 8).tolist() == [
+        448.0,
+        -448.0,
+        448.0,
+        0.0,
+    ]
 
 
 def test_a_negative_number_that_rounds_to_zero_has_the_code_of_zero() -> None:
-    assert encode(snap(torch.tensor([-0.2, -0.0, 0.2]), 4), 4).tolist() == [0, 0, 0]
+    assert encode(nearest_float(torch.tensor([-0.2, -0.0, 0.2]), 4), 4).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("dim", [(), -1, (1, 3)])

@@ -17,7 +17,7 @@ import yaml
 
 import deploy_vllm
 from quant.errors import CheckpointError, UsageError, VerificationFailed
-from quant.serving.deployment import Wish, artefact, plan
+from quant.serving.deployment import DeploymentRequest, artefact, plan
 from tests.helpers import ROOT, quantize, short_text
 
 
@@ -43,7 +43,9 @@ def _after(words: list[str], flag: str) -> str:
 
 
 def test_the_command_has_a_reason_for_every_flag_and_no_quantization(folder: Path) -> None:
-    value = plan(folder, Wish(gpu_memory_utilization=0.8, extra=("--max-num-seqs", "8"))).to_dict()
+    value = plan(
+        folder, DeploymentRequest(gpu_memory_utilization=0.8, extra=("--max-num-seqs", "8"))
+    ).to_dict()
     command = value["command"]
     assert command[:3] == ["vllm", "serve", str(folder)]
     assert "--quantization" not in command  # read from config.json; naming it can only contradict
@@ -71,7 +73,7 @@ DTYPE_REASONS = {
 @pytest.mark.parametrize("scheme", DTYPE_REASONS)
 def test_every_scheme_is_served_by_the_same_plain_line(scheme: str, made_of: Callable[..., Path]) -> None:
     folder = made_of(scheme)
-    made = plan(folder, Wish())
+    made = plan(folder, DeploymentRequest())
     # vLLM reads the scheme, and whether the cache is FP8, from config.json: another word could only
     # contradict it
     line = [
@@ -104,7 +106,7 @@ def test_every_scheme_is_served_by_the_same_plain_line(scheme: str, made_of: Cal
 def test_microscaling_numbers_of_an_fp16_model_are_computed_in_bf16(
     scheme: str, dtype: str, reason: str, made_of: Callable[..., Path]
 ) -> None:
-    made = plan(made_of(scheme, torch.float16), Wish())
+    made = plan(made_of(scheme, torch.float16), DeploymentRequest())
     assert _after(made.command, "--dtype") == dtype
     assert next(a.reason for a in made.arguments if a.name == "dtype").startswith(reason)
 
@@ -125,18 +127,18 @@ def made_of(checkpoints: Callable[..., Path], tmp_path: Path) -> Callable[..., P
 
 def test_an_option_beats_vllm_config_beats_the_checkpoint(folder: Path) -> None:
     file = folder / "vllm_config.json"
-    assert _after(plan(folder, Wish()).command, "--max-model-len") == "256"
+    assert _after(plan(folder, DeploymentRequest()).command, "--max-model-len") == "256"
     file.write_text(json.dumps({"max-model-len": 128, "max-num-seqs": 4}))
-    stated = plan(folder, Wish())
+    stated = plan(folder, DeploymentRequest())
     assert (
         _after(stated.command, "--max-model-len") == "128" and _after(stated.command, "--max-num-seqs") == "4"
     )
     assert {a.reason for a in stated.arguments if a.name == "max-num-seqs"} == {
         "vllm_config.json of the checkpoint says so"
     }
-    assert _after(plan(folder, Wish(max_model_len=64)).command, "--max-model-len") == "64"
+    assert _after(plan(folder, DeploymentRequest(max_model_len=64)).command, "--max-model-len") == "64"
     # passed on in its stead
-    assert plan(folder, Wish(extra=("--max-num-seqs=9",))).command.count("--max-num-seqs") == 0
+    assert plan(folder, DeploymentRequest(extra=("--max-num-seqs=9",))).command.count("--max-num-seqs") == 0
 
 
 @pytest.mark.parametrize(
@@ -153,7 +155,7 @@ def test_an_option_beats_vllm_config_beats_the_checkpoint(folder: Path) -> None:
 def test_a_broken_vllm_config_is_named(folder: Path, content: str, message: str) -> None:
     (folder / "vllm_config.json").write_text(content)
     with pytest.raises(CheckpointError, match=message):
-        plan(folder, Wish())
+        plan(folder, DeploymentRequest())
 
 
 def test_a_checkpoint_that_fails_verification_is_refused_with_status_4(
@@ -163,7 +165,7 @@ def test_a_checkpoint_that_fails_verification_is_refused_with_status_4(
     config["quantization_config"]["config_groups"]["group_0"]["weights"]["actorder"] = "group"
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(VerificationFailed, match="activation order"):
-        plan(folder, Wish())
+        plan(folder, DeploymentRequest())
     for command in ("plan", "serve"):
         code, out, err = deploy(command, "-m", folder)
         assert code == 4 and not out and "activation order" in err
@@ -171,7 +173,7 @@ def test_a_checkpoint_that_fails_verification_is_refused_with_status_4(
 
 def test_tensor_parallel_is_checked_against_the_shapes(folder: Path) -> None:
     with pytest.raises(VerificationFailed, match="--tensor-parallel 7"):
-        plan(folder, Wish(tensor_parallel=7))
+        plan(folder, DeploymentRequest(tensor_parallel=7))
 
 
 @pytest.mark.parametrize(
@@ -179,20 +181,26 @@ def test_tensor_parallel_is_checked_against_the_shapes(folder: Path) -> None:
 )
 def test_extra_arguments_cannot_take_over_what_we_must_know(folder: Path, extra: tuple[str, ...]) -> None:
     with pytest.raises(UsageError):
-        plan(folder, Wish(extra=extra))
+        plan(folder, DeploymentRequest(extra=extra))
 
 
 def test_binding_elsewhere_without_a_key_warns(folder: Path) -> None:
-    assert not plan(folder, Wish()).warnings and not plan(folder, Wish(host="::1")).warnings
-    assert "without an API key" in plan(folder, Wish(host="0.0.0.0")).warnings[0]
-    assert not plan(folder, Wish(host="0.0.0.0", api_key_env="KEY")).warnings
+    assert (
+        not plan(folder, DeploymentRequest()).warnings
+        and not plan(folder, DeploymentRequest(host="::1")).warnings
+    )
+    assert "without an API key" in plan(folder, DeploymentRequest(host="0.0.0.0")).warnings[0]
+    assert not plan(folder, DeploymentRequest(host="0.0.0.0", api_key_env="KEY")).warnings
     with pytest.raises(UsageError, match="never the key itself"):
-        plan(folder, Wish(api_key_env="sk-123"))
+        plan(folder, DeploymentRequest(api_key_env="sk-123"))
 
 
 def test_the_shell_script_runs_exactly_the_command(folder: Path, tmp_path: Path) -> None:
     made = plan(
-        folder, Wish(api_key_env="KEY", extra=("--hf-overrides", '{"a": "$b \'c\'"}', "--enforce-eager"))
+        folder,
+        DeploymentRequest(
+            api_key_env="KEY", extra=("--hf-overrides", '{"a": "$b \'c\'"}', "--enforce-eager")
+        ),
     )
     fake = tmp_path / "bin" / "vllm"
     fake.parent.mkdir()
@@ -219,7 +227,7 @@ def test_the_compose_file_publishes_on_the_wished_address_only(
     quantized: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(quantized(group_size=-1), tmp_path / "a $model"))
-    made = plan(folder, Wish(port=9000, api_key_env="KEY", tensor_parallel=2))
+    made = plan(folder, DeploymentRequest(port=9000, api_key_env="KEY", tensor_parallel=2))
     (service,) = yaml.safe_load(artefact(made, "compose"))["services"].values()
     assert service["ports"] == ["127.0.0.1:9000:8000"]
     assert (
@@ -240,7 +248,7 @@ def test_the_compose_file_publishes_on_the_wished_address_only(
 
 
 def test_the_kubernetes_objects_fit_together(folder: Path) -> None:
-    made = plan(folder, Wish(port=80, api_key_env="KEY"))
+    made = plan(folder, DeploymentRequest(port=80, api_key_env="KEY"))
     workload, service = yaml.safe_load_all(artefact(made, "kubernetes"))
     assert (workload["kind"], service["kind"]) == ("Deployment", "Service")
     name = workload["metadata"]["name"]
@@ -270,7 +278,7 @@ def test_the_kubernetes_objects_fit_together(folder: Path) -> None:
 
 
 def test_the_systemd_unit_quotes_for_systemd(folder: Path) -> None:
-    text = artefact(plan(folder, Wish(api_key_env="KEY")), "systemd")
+    text = artefact(plan(folder, DeploymentRequest(api_key_env="KEY")), "systemd")
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     start = next(line for line in lines if line.startswith("ExecStart="))
     words = shlex.split(start.removeprefix("ExecStart=").replace("$$", "$").replace("%%", "%"), posix=True)
@@ -286,7 +294,7 @@ def test_the_systemd_unit_quotes_for_systemd(folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["shell", "compose", "kubernetes", "systemd"])
 def test_a_line_break_in_a_name_does_not_end_a_comment(folder: Path, kind: str) -> None:
-    made = plan(folder, Wish(name="x\nrm -rf /"))
+    made = plan(folder, DeploymentRequest(name="x\nrm -rf /"))
     text = artefact(made, kind)
     assert "# vLLM serving x rm -rf /. " in text
     # there it stands inside quotes
@@ -342,7 +350,7 @@ def test_an_address_a_name_and_a_share_that_are_none_are_refused_together(
 
 def test_a_gpu_without_bfloat16_is_told_float16(folder: Path) -> None:
     for gpu, dtype in (("T4", "float16"), ("L40S-48GB", "bfloat16")):
-        named = {a["name"]: a for a in plan(folder, Wish(gpu=gpu)).to_dict()["arguments"]}
+        named = {a["name"]: a for a in plan(folder, DeploymentRequest(gpu=gpu)).to_dict()["arguments"]}
         assert named["dtype"]["value"] == dtype
         assert ("has no bfloat16" in named["dtype"]["reason"]) == (gpu == "T4")
 
@@ -353,7 +361,7 @@ def test_a_context_that_nobody_asked_for_is_lowered_to_what_the_gpu_holds(tmp_pa
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1 << 25}))
     (folder / "vllm_config.json").write_text(json.dumps({"max-model-len": 1 << 25}))
-    found = plan(folder, Wish(gpu="T4"))
+    found = plan(folder, DeploymentRequest(gpu="T4"))
     (length,) = [a for a in found.arguments if a.name == "max-model-len"]
     assert (
         1 << 15 < int(length.value) < 1 << 25
@@ -361,20 +369,22 @@ def test_a_context_that_nobody_asked_for_is_lowered_to_what_the_gpu_holds(tmp_pa
         and "hold on T4" in length.reason
     )
     assert not found.warnings
-    again = plan(folder, Wish(gpu="T4", max_model_len=int(length.value)))
+    again = plan(folder, DeploymentRequest(gpu="T4", max_model_len=int(length.value)))
     assert not again.warnings  # it fits
-    asked = plan(folder, Wish(gpu="T4", max_model_len=1 << 25))
+    asked = plan(folder, DeploymentRequest(gpu="T4", max_model_len=1 << 25))
     assert _after(asked.command, "--max-model-len") == str(1 << 25)
     assert (
         "vLLM is expected to refuse this on" in asked.warnings[0]
         and "the longest that fits is" in asked.warnings[0]
     )
-    offloaded = plan(folder, Wish(gpu="T4", max_model_len=1 << 25, extra=("--cpu-offload-gb", "4")))
+    offloaded = plan(
+        folder, DeploymentRequest(gpu="T4", max_model_len=1 << 25, extra=("--cpu-offload-gb", "4"))
+    )
     assert not offloaded.warnings  # under which the accounting does not hold
-    unread = plan(folder, Wish(gpu="T4", extra=("--max-num-seqs", "many")))
+    unread = plan(folder, DeploymentRequest(gpu="T4", extra=("--max-num-seqs", "many")))
     assert "is not known" in unread.warnings[0]
 
 
 def test_a_gpu_that_is_none_is_a_usage_error(folder: Path) -> None:
     with pytest.raises(UsageError, match="GTX-9999"):
-        plan(folder, Wish(gpu="GTX-9999"))
+        plan(folder, DeploymentRequest(gpu="GTX-9999"))

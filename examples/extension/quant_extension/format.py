@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
-from quant.formats.base import Found, Linear, require, suffixed
+from quant.formats.base import QuantizedLayers, require, suffixed
 from quant.schemes import Scheme, WeightScheme
+from quant.vllm.layers import Linear
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,7 @@ class Codes:
     mixed = False
 
     def refuse(self, scheme: Scheme, target: str) -> str | None:
-        if scheme.weights.number != "int" or not scheme.weights.symmetric or scheme.activations is not None:
+        if scheme.weights.type != "int" or not scheme.weights.symmetric or scheme.activations is not None:
             return f"holds symmetric integer weights alone, not {scheme}"
         return "vLLM does not know it: use --target other" if target == "vllm" else None
 
@@ -34,7 +35,7 @@ class Codes:
     def specs(self, linear: Linear, dtype: str) -> list[TensorSpec]:
         return [
             TensorSpec(f"{linear.name}.qweight", "I8", (linear.n, linear.k)),
-            TensorSpec(f"{linear.name}.scales", dtype, linear.scheme.scale_shape(linear.n, linear.k)),
+            TensorSpec(f"{linear.name}.scales", dtype, linear.weights.scale_shape(linear.n, linear.k)),
         ]
 
     def pack(self, linear: Linear, tensor: QuantizedTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -46,23 +47,23 @@ class Codes:
         from quant.tensors import QuantizedTensor
 
         return QuantizedTensor(
-            tensors[f"{linear.name}.qweight"], tensors[f"{linear.name}.scales"], None, linear.scheme
+            tensors[f"{linear.name}.qweight"], tensors[f"{linear.name}.scales"], None, linear.weights
         )
 
     def config(
         self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str, kv_cache: bool = False
     ) -> dict[str, Any]:
-        weights = linears[0].scheme
+        weights = linears[0].weights
         return {"quant_method": "codes", "bits": weights.bits, "group_size": weights.group_size}
 
-    def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Found:
+    def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> QuantizedLayers:
         scheme = WeightScheme(int(config["bits"]), int(config["group_size"]))
         linears = {}
         for name in suffixed(tensors, ".qweight"):
             require(tensors, f"{name}.scales", name)
             n, k = tensors[f"{name}.qweight"].shape
             linears[name] = Linear(name, n, k, scheme)
-        return Found(self.name, linears, {})
+        return QuantizedLayers(self.name, linears, {})
 
 
 codes = Codes()

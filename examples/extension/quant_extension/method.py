@@ -28,7 +28,7 @@ class MyHQQ:
 
     @staticmethod
     def refuse(scheme: WeightScheme) -> str | None:
-        if scheme.number == "float" or scheme.symmetric:
+        if scheme.type == "float" or scheme.symmetric:
             return f"moves zero points, which {scheme} has none of"
         return None
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quant.formats.base import quantization_config
+from quant.vllm.config import config_dtype, context_length, quantization_config
+from quant.vllm.kernels import BF16_LAYOUTS
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,6 @@ class Argument:
 #: Layouts whose group scales are stored in the model's own dtype; the others have fp32, E4M3 or powers of
 #: two.
 _SCALES_IN_DTYPE = frozenset({"pack-quantized", "gptq", "awq"})
-#: Layouts of OCP's microscaling numbers. vLLM's weight-only kernels of them exist for bf16 alone
-#: (`csrc/quantization/marlin/generate_kernels.py`).
-_BF16_ALONE = frozenset({"mxfp4-pack-quantized", "mxfp8-quantized"})
 
 
 def layouts(config: Mapping[str, Any]) -> frozenset[str]:
@@ -44,26 +42,19 @@ def layouts(config: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(str(x) for x in (*stated, quantization.get("format")) if x)
 
 
-def _stated_dtype(config: Mapping[str, Any]) -> str:
-    text = config.get("text_config")
-    places = [config, text if isinstance(text, dict) else {}]
-    return next(
-        (str(p[k]).removeprefix("torch.") for p in places for k in ("dtype", "torch_dtype") if p.get(k)),
-        "bfloat16",
-    )
-
-
 def model_dtype(config: Mapping[str, Any]) -> str:
     """The dtype that vLLM will compute in: the checkpoint's own, with fp32 brought to bf16, and so fp16 where
     the kernels want bf16."""
     return (
-        "float16" if _stated_dtype(config) == "float16" and not layouts(config) & _BF16_ALONE else "bfloat16"
+        "float16"
+        if (config_dtype(config) or "bfloat16") == "float16" and not layouts(config) & BF16_LAYOUTS
+        else "bfloat16"
     )
 
 
 def _why_dtype(config: Mapping[str, Any]) -> str:
     """The reason for :func:`model_dtype`."""
-    stored, stated = layouts(config), _stated_dtype(config)
+    stored, stated = layouts(config), config_dtype(config) or "bfloat16"
     if not stored:
         why = "the weights' own"
     elif stored & _SCALES_IN_DTYPE:
@@ -73,22 +64,12 @@ def _why_dtype(config: Mapping[str, Any]) -> str:
     if stated != model_dtype(config):
         kernels = stated == "float16"
         why = (
-            f"{', '.join(sorted(stored & _BF16_ALONE))} has kernels for it alone"
+            f"{', '.join(sorted(stored & BF16_LAYOUTS))} has kernels for it alone"
             if kernels
             else f"instead of the model's {stated}"
         )
     method = (quantization_config(config) or {}).get("quant_method")
     return f"{why}; quant_method {method} is read from config.json" if method else why
-
-
-def context_length(config: Mapping[str, Any]) -> int | None:
-    """Longest context that config.json states."""
-    text = config.get("text_config")
-    for place in (config, text if isinstance(text, dict) else {}):
-        value = place.get("max_position_embeddings")
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
 
 
 def engine_arguments(

@@ -20,8 +20,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from quant.defaults import VLLM_VERSION
 from quant.errors import UsageError
+
+#: The release that is planned for and checked against where none is named.
+VLLM_VERSION = "0.32"
 
 
 @dataclass(frozen=True)
@@ -145,3 +147,20 @@ def rules_for(
         other_bytes_nvlink=int((2.1 if release >= (0, 15, 0) else 0.6) * _GIB),
         other_bytes_pcie=int((0.45 if v1 else 0.25) * _GIB), **values,
     )  # fmt: skip
+
+
+#: First release that loads a format, as far as the formats' contract is known: before it compressed-tensors had no
+#: per-group format key.
+FIRST_RELEASE = {"awq": (0, 2, 0), "compressed-tensors": (0, 6, 2), "gptq": (0, 2, 6)}
+
+
+def loading_problem(form: str, vllm_version: str) -> str | None:
+    """Why a release will not load a format, or None.
+
+    Raises:
+        UsageError: not a version.
+    """
+    first = FIRST_RELEASE.get(form)
+    if first is None or parse_version(vllm_version) >= first:
+        return None
+    return f"--vllm-version is {vllm_version}: format {form} is loaded from {'.'.join(map(str, first))} on"
