@@ -542,7 +542,8 @@ def test_measured_starts_are_reproduced_within_the_limits() -> None:
         "catalog",
         "data",
         "hardware",
-        *(f"planning.{m}" for m in ("recommendation", "rule_of_thumb", "storage", "versions")),
+        *(f"vllm.{m}" for m in ("releases", "kernels", "layers", "cache", "config")),
+        *(f"planning.{m}" for m in ("recommendation", "rule_of_thumb", "storage")),
     ],
 )
 def test_the_examples_in_the_docstrings_run(name: str) -> None:
