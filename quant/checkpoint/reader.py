@@ -133,6 +133,27 @@ class Checkpoint:
             return torch.empty(info.shape, dtype=TORCH[info.dtype])
         return torch.frombuffer(self.buffer(name), dtype=TORCH[info.dtype]).view(info.shape)
 
+    def read_index(self, name: str, index: int) -> torch.Tensor:
+        """Part ``index`` of the tensor's first dimension, as :meth:`read` gives it; nothing else is read."""
+        import torch
+
+        from quant.checkpoint.dtypes import TORCH
+
+        if name in self.computed:
+            return self.computed[name]()[index].clone()
+        info = self.info(name)
+        size = info.nbytes // info.shape[0]
+        data = bytearray(size)
+        try:
+            with info.file.open("rb", buffering=0) as stream:
+                stream.seek(info.start + index * size)
+                self._fill(stream, memoryview(data), info)
+        except OSError as error:
+            raise CheckpointError(
+                f"{info.file}: cannot be read at tensor {name!r}: {error.strerror or error}"
+            ) from error
+        return torch.frombuffer(data, dtype=TORCH[info.dtype]).view(info.shape[1:])
+
     def read_rows(self, name: str, rows: int) -> Iterator[torch.Tensor]:
         """The tensor [N, …] in pieces of at most ``rows`` of its first dimension, as :meth:`read` gives them.
 

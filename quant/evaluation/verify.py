@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quant.checkpoint.header import FLOATS, TensorInfo
 from quant.checkpoint.reader import STALE, Checkpoint, open_checkpoint
@@ -25,9 +25,13 @@ from quant.formats.base import names_listed
 from quant.formats.compressed_tensors import matches
 from quant.formats.gptq import dynamic_rule
 from quant.formats.reading import dequantized
+from quant.models.linears import LinearRef, fused_tensors
 from quant.vllm.cache import CACHE_SCALES, cache_problems
 from quant.vllm.config import parts, quantization_config, stated_dtype, text_path
-from quant.vllm.layers import fused_name, shape_problems
+from quant.vllm.layers import Linear, fused_name, shape_problems, shared_name
+
+if TYPE_CHECKING:
+    import torch
 
 #: Bytes judged, hashed and compared at a time: few enough to stay in the processor's cache.
 _CHUNK = 1 << 20
@@ -388,8 +392,7 @@ def _differing(checkpoint: Checkpoint, found: QuantizedLayers, numbers: Sequence
     """Shards of a fused layer that have several of a number of which vLLM keeps one."""
     members: dict[str, list[str]] = {}
     for name in found.linears:
-        # of routed experts, gate and up of one expert are a layer
-        members.setdefault(fused_name(name.replace(".experts.", ".expert_")), []).append(name)
+        members.setdefault(shared_name(name), []).append(name)
     problems = []
     for names in members.values():
         for last in numbers:
@@ -602,6 +605,8 @@ def _source_problems(
     problems = []
     linears = found.linears if found else {}
     source = dequantized(source)
+    fused = fused_tensors(source.tensors, source.config)
+    apart = {name: refs for name, refs in fused.items() if name not in checkpoint.tensors}
     own = (
         {s.name for x in linears.values() for s in FormatRegistry.get(found.format).specs(x, "BF16")}
         if found
@@ -616,7 +621,9 @@ def _source_problems(
                 )
             continue
         copy = checkpoint.tensors.get(name)
-        if copy is None:
+        if name in apart:
+            problems += _apart_problems(checkpoint, source, linears, name, apart[name])
+        elif copy is None:
             problems.append(f"{name} of the source is lost")
         elif name in source.computed:
             if copy.shape != info.shape:
@@ -625,12 +632,46 @@ def _source_problems(
             problems.append(f"{name} was {info.dtype} {info.shape}, is {copy.dtype} {copy.shape}")
         elif name in differing:
             problems.append(f"{name} differs from the source although it is not quantized")
+    made = [
+        *made,
+        *(f"{ref.name}.{last}" for refs in apart.values() for ref in refs for last in ("weight", "bias")),
+    ]
     problems += [
         f"{n} is not in the source"
         for n in checkpoint.tensors
         if n not in source.tensors and n not in own and n not in made
     ]
     return problems
+
+
+def _apart_problems(
+    checkpoint: Checkpoint,
+    source: Checkpoint,
+    linears: Mapping[str, Linear],
+    name: str,
+    refs: Sequence[LinearRef],
+) -> list[str]:
+    """What is missing of a fused tensor of experts that was taken apart: each must be quantized, or be there as it
+    was."""
+    problems = []
+    for ref in refs:
+        bias = ref.bias is not None and ref.bias.tensor == name
+        part, last = (ref.bias, "bias") if ref.bias is not None and bias else (ref.weight, "weight")
+        held = linears.get(ref.name)
+        if held is not None and not bias:
+            if (held.n, held.k) != (ref.n, ref.k):
+                problems.append(
+                    f"{ref.name} is {(ref.n, ref.k)} in the source's {name}, {(held.n, held.k)} here"
+                )
+        elif f"{ref.name}.{last}" not in checkpoint.tensors:
+            problems.append(f"{ref.name}, a part of the source's {name}, is lost")
+        elif not _same_values(checkpoint.read(f"{ref.name}.{last}"), part.read(source)):
+            problems.append(f"{ref.name}.{last} differs from the source although it is not quantized")
+    return problems
+
+
+def _same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and bool((one == other).all())
 
 
 def _side_file_problems(checkpoint: Checkpoint, source: Checkpoint) -> list[str]:

@@ -21,10 +21,11 @@ from quant.errors import QuantError
 from quant.evaluation.preservation import ROWS, TOKENS
 from quant.models.attention import staircase_attention
 from quant.models.skeleton import BlockCall, Skeleton
+from quant.pipeline.checks import check_disk
 from quant.pipeline.manager import QuantizationManager, batch_rows, memory_exhausted, worker_count
 from quant.pipeline.memory import freed_memory_kept, peak_rss
 from quant.pipeline.pieces import PieceQuantizer
-from quant.pipeline.plan import JobPlan, check_disk
+from quant.pipeline.plan import JobPlan
 from quant.pipeline.staged import ActivationStore, Batches, run_block
 from quant.progress import Event, Progress, silent
 from quant.units import format_size

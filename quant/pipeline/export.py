@@ -20,8 +20,9 @@ from quant.formats import Format, FormatRegistry, QuantizedLayers, find_format
 from quant.formats.legacy import incomplete, lacking, repaired
 from quant.formats.reading import dequantized, read_linear
 from quant.models.adapter import block_of
+from quant.pipeline.checks import check_disk, output_problems
+from quant.pipeline.layout import lay_out, unquantized_linears
 from quant.pipeline.memory import peak_rss
-from quant.pipeline.plan import check_disk, lay_out, target_problems, unquantized_linears
 from quant.pipeline.writing import write_rest, write_unit
 from quant.progress import Event, Progress, silent
 from quant.quantizers import MinMaxQuantizer
@@ -67,7 +68,7 @@ def export(
     start = time.perf_counter()
     output = Path(output_path)
     checkpoint, repairs = repaired(open_checkpoint(model_path))
-    problems = target_problems(Path(model_path), output)
+    problems = output_problems(Path(model_path), output)
     if source is not None and not Path(source).is_dir():
         problems.append(f"--source is {str(source)!r}: there is no such directory")
     if lost := incomplete(checkpoint):
@@ -157,7 +158,7 @@ def export(
     try:
         for number, unit in enumerate(units):
             carried = {s.name: checkpoint.read(caches[s.name]) for s in unit.made}
-            files = write_unit(unit, work.path, plain, form, linears, dtype, produce, carried)
+            files = write_unit(unit, work.path, plain, form, linears, {}, dtype, produce, carried)
             work.finish_unit(unit.name, files, {})
             progress(Event("export", number + 1, len(units)))
         dropped = write_rest(

@@ -32,9 +32,11 @@ from quant.outlier_suppression import Suppressor
 from quant.pipeline.blocks import BlockQuantizer, BlockResult
 from quant.pipeline.folding import unfolded
 from quant.pipeline.int8 import int8_passes
+from quant.pipeline.layout import Unit
 from quant.pipeline.memory import freed_memory_kept, peak_rss
+from quant.pipeline.methods import make_quantizer, make_suppressor
 from quant.pipeline.pieces import PieceQuantizer
-from quant.pipeline.plan import JobPlan, Unit, make_quantizer, make_suppressor, plan_job
+from quant.pipeline.plan import JobPlan, plan_job
 from quant.pipeline.records import Clock, Records
 from quant.pipeline.rows import job_rows
 from quant.pipeline.staged import ActivationStore, Batches
@@ -350,6 +352,7 @@ class QuantizationManager:
             plan.checkpoint,
             plan.format,
             plan.linears,
+            plan.refs,
             plan.dtype,
             produce,
             made.changed,
@@ -395,12 +398,7 @@ class QuantizationManager:
                     f"{preserved.difference:.2%} at most. It was not published"
                 )
         layers = [self.records.layers[name] for name in plan.linears]
-        copied = [
-            n
-            for n in checkpoint.tensors
-            if n not in set(changed)
-            and (n.removesuffix(".weight") not in plan.linears or not n.endswith(".weight"))
-        ]
+        copied = [n for n in plan.copied if n not in set(changed)]
         report: dict[str, Any] = {
             "output_path": str(plan.recipe.output_path),
             "source_path": str(checkpoint.path),

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 
@@ -18,7 +19,7 @@ from quant.quantizers import Quantized, Quantizer
 from quant.recipe import Assignment
 from quant.schemes import BLOCK
 from quant.tensors import QuantizedTensor, largest_magnitude, sum_of_squares
-from quant.vllm.layers import fused_name
+from quant.vllm.layers import shared_name
 
 #: Elements of a weight that are worked on at a time: a CPU's temporaries stay in its cache, a GPU's still
 #: fill it.
@@ -111,28 +112,35 @@ class PieceQuantizer:
         size = PIECE.get(self.device.type, PIECE["cuda"])
         block = BLOCK if self.plan.assignments[name].scheme.weights.strategy == "block" else 1
         rows = max(block, size // self.plan.linears[name].k // block * block)
-        for piece in self.plan.checkpoint.read_rows(f"{name}.weight", rows):
+        ref = self.plan.refs[name]
+        for piece in ref.pieces(self.plan.checkpoint, rows):
             stored = piece.to(self.device)
             weight = stored.to(torch.float32, copy=True)
             squares = sum_of_squares(weight)
             # a sum of squares is finite only if every number is; those of large numbers may overflow
             if not bool(torch.isfinite(squares)) and not bool(torch.isfinite(weight).all()):
                 raise CheckpointError(
-                    f"{self.plan.checkpoint.info(f'{name}.weight').file}: {name}.weight holds NaN or "
-                    "infinity: the source is damaged, fetch it again"
+                    f"{self.plan.checkpoint.info(ref.tensor).file}: {ref.tensor} holds NaN or infinity: the source is "
+                    "damaged, fetch it again"
                 )
             yield stored, weight, squares
 
+    @cached_property
+    def _shards(self) -> Mapping[str, Sequence[str]]:
+        """By the layer that keeps one number for all of its shards, the linears that are those."""
+        shards: dict[str, list[str]] = {}
+        for name in self.plan.linears:
+            shards.setdefault(shared_name(name), []).append(name)
+        return shards
+
     def _fused_amax(self, name: str) -> torch.Tensor:
-        """Largest magnitude in the layer that vLLM fuses a linear into: its shards get one number for the
-        whole tensor."""
-        fused = fused_name(name)
+        """Largest magnitude in the layer that vLLM fuses a linear into: its shards get one number for the whole
+        tensor."""
+        fused = shared_name(name)
         with self._amax_lock:
             if fused not in self._amax:
-                shards = [n for n in self.plan.linears if fused_name(n) == fused]
-                self._amax[fused] = torch.stack(
-                    [largest_magnitude(w) for n in shards for _, w, _ in self._pieces(n)]
-                ).amax()
+                largest = [largest_magnitude(w) for n in self._shards[fused] for _, w, _ in self._pieces(n)]
+                self._amax[fused] = torch.stack(largest).amax()
             return self._amax[fused]
 
 

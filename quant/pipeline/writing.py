@@ -6,9 +6,10 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, wait
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -21,7 +22,8 @@ from quant.checkpoint.reader import INDEX, STALE, Checkpoint
 from quant.checkpoint.writer import ShardWriter, write_text
 from quant.errors import DiskFull
 from quant.formats import Format
-from quant.pipeline.plan import Unit, weight_map
+from quant.models.linears import LinearRef
+from quant.pipeline.layout import OutputTensor, Unit, weight_map
 from quant.tensors import QuantizedTensor
 from quant.vllm.arguments import Argument, vllm_config
 from quant.vllm.layers import Linear
@@ -35,6 +37,7 @@ def write_unit(
     source: Checkpoint,
     form: Format,
     linears: Mapping[str, Linear],
+    refs: Mapping[str, LinearRef],
     dtype: str,
     produce: Callable[[str], QuantizedTensor],
     changed: Mapping[str, torch.Tensor] | None = None,
@@ -59,21 +62,41 @@ def write_unit(
             for name in names:
                 writer.write(name, packed.pop(name))
 
+        def write_other(tensor: OutputTensor, writer: ShardWriter) -> None:
+            name = tensor.spec.name
+            if tensor.linears:
+                writer.write_pieces(name, _refused(source, name, [refs[n] for n in tensor.linears], produce))
+            elif tensor.part is not None:
+                writer.write(name, tensor.part.read(source))
+            elif changed and name in changed:
+                writer.write(name, changed[name])
+            else:
+                writer.write_pieces(name, source.read_bytes(name))
+
         jobs: list[Callable[[], None]] = []
         for shard, writer in zip(unit.shards, writers, strict=True):
             for linear, tensors in groupby(shard.tensors, lambda t: t.linear):
-                names = [t.spec.name for t in tensors]
                 if linear is not None:
-                    jobs.append(partial(write_linear, linear, names, writer))
+                    jobs.append(partial(write_linear, linear, [t.spec.name for t in tensors], writer))
                 else:
-                    jobs += [
-                        partial(writer.write, name, changed[name])
-                        if changed and name in changed
-                        else partial(writer.write_pieces, name, source.read_bytes(name))
-                        for name in names
-                    ]
+                    jobs += [partial(write_other, t, writer) for t in tensors]
         _do(jobs, workers)
     return {writer.path: writer.digest for writer in writers}
+
+
+def _refused(
+    source: Checkpoint, name: str, refs: Iterable[LinearRef], produce: Callable[[str], QuantizedTensor]
+) -> Iterator[bytes]:
+    """The bytes of a fused tensor in the source's layout, with the values of quantized linears in their places; one
+    expert at a time."""
+    by_expert: dict[int, list[LinearRef]] = {}
+    for ref in refs:
+        by_expert.setdefault(ref.weight.expert or 0, []).append(ref)
+    for expert in range(source.info(name).shape[0]):
+        slab = source.read_index(name, expert)
+        for ref in by_expert.get(expert, []):
+            replace(ref.weight, expert=None).view(slab).copy_(produce(ref.name).dequantize())
+        yield slab.view(torch.uint8).numpy().tobytes()
 
 
 def _do(jobs: Sequence[Callable[[], None]], workers: Executor | None) -> None:

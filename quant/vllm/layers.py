@@ -50,6 +50,16 @@ def fused_name(linear: str) -> str:
     return f"{head}.{_FUSED[last]}" if last in _FUSED and head else linear
 
 
+def shared_name(linear: str) -> str:
+    """The layer of which vLLM keeps one number of a kind (a global scale, the scale of static activations): the fused
+    one, of routed experts the gate and up projection of each.
+
+    >>> shared_name("model.layers.0.mlp.experts.3.up_proj")
+    'model.layers.0.mlp.expert_3.gate_up_proj'
+    """
+    return fused_name(linear.replace(".experts.", ".expert_"))
+
+
 #: Linears whose input is split over ranks under tensor parallelism; all others split their output.
 _ROW_PARALLEL = re.compile(r"\.(o_proj|down_proj|out_proj|dense|dense_4h_to_h|fc2|c_proj|wo|w2)$")
 

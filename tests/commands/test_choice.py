@@ -8,7 +8,8 @@ from click.testing import CliRunner
 
 from quant.errors import NothingFits, UsageError
 from quant.hardware import Detection, Host
-from quant.planning.target import choose, method_for, settings, target_problems
+from quant.pipeline.checks import target_problems
+from quant.planning.target import choose, method_for, settings
 from quant.schemes import PRESETS
 from quantize import cli
 

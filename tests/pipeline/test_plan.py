@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from quant.errors import Problems, QuantError, UsageError
+from quant.pipeline.checks import check_disk
 from quant.pipeline.estimate import estimate
 from quant.pipeline.manager import QuantizationManager
-from quant.pipeline.plan import check_disk, plan_job
+from quant.pipeline.plan import plan_job
 from quant.pipeline.rows import job_rows
 from quant.progress import Event
 from quant.recipe import make_recipe

@@ -13,8 +13,9 @@ import torch
 from quant.errors import CheckpointError
 from quant.pipeline import pieces
 from quant.pipeline.manager import QuantizationManager
+from quant.pipeline.methods import make_quantizer
 from quant.pipeline.pieces import PieceQuantizer
-from quant.pipeline.plan import make_quantizer, plan_job
+from quant.pipeline.plan import plan_job
 from quant.quantizers import Quantized
 from quant.schemes import PRESETS
 from quant.tensors import QuantizedTensor, code_values

@@ -1,0 +1,212 @@
+"""What stands against a job before it starts: each check returns its problems, one line each."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from quant.checkpoint.reader import Checkpoint
+from quant.errors import QuantError, clipped
+from quant.formats import Format, FormatRegistry
+from quant.models.adapter import block_of
+from quant.pipeline.methods import make_suppressor
+from quant.planning.target import target_problems
+from quant.quantizers import QuantizerRegistry
+from quant.recipe import Assignment, Recipe
+from quant.schemes import UNQUANTIZED
+from quant.units import format_size
+from quant.vllm.config import quantization_config
+from quant.vllm.layers import Linear, fused_name
+
+#: Families whose linears are transformers' Conv1D: groups would run along the outputs.
+_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+
+
+def assignment_problems(recipe: Recipe, assignments: Sequence[Assignment], form: Format) -> list[str]:
+    """What methods, schemes, format and target have against each other."""
+    problems = []
+    for scheme in dict.fromkeys(a.scheme for a in assignments):
+        if scheme == UNQUANTIZED and form.quant_method is not None:
+            problems.append(
+                f"--method none makes an ordinary checkpoint, format {form.name} holds quantized weights: "
+                "use --format plain"
+            )
+        elif reason := form.refuse(scheme, recipe.target):
+            problems.append(f"scheme {scheme} in format {form.name}: {reason}")
+        if recipe.target == "vllm":
+            problems += target_problems(scheme, form.name, recipe.gpu, recipe.vllm_version)
+    for assignment in assignments:
+        if reason := QuantizerRegistry.get(assignment.method).refuse(assignment.scheme.weights):
+            problems.append(f"--method {assignment.method}: {reason}")
+    if not form.mixed and len({a.scheme for a in assignments}) > 1:
+        problems.append(
+            f"the rules give several schemes; a {form.name} file holds one: use --format compressed-tensors"
+        )
+    if recipe.kv_cache_scheme and not form.kv_cache:
+        holders = ", ".join(f.name for f in FormatRegistry if f.kv_cache)
+        problems.append(
+            f"--kv-cache-scheme: a {form.name} checkpoint has no place for the cache's scales: use --format "
+            f"{holders}"
+        )
+    if recipe.outlier_suppression not in (None, "none"):
+        make_suppressor(recipe.outlier_suppression, recipe.alpha)
+    elif recipe.alpha is not None:
+        problems.append("--alpha belongs to --outlier-suppression smooth_quant: name it too")
+    return problems
+
+
+def source_problems(checkpoint: Checkpoint) -> list[str]:
+    problems = []
+    architectures = checkpoint.config.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        problems.append(
+            f"{checkpoint.path / 'config.json'}: architectures is {clipped(architectures)}: a list of the "
+            "model's class is needed, such as "
+            '["LlamaForCausalLM"]: engines choose the model by it'
+        )
+    if checkpoint.config.get("model_type") in _TRANSPOSED:
+        problems.append(
+            f"{checkpoint.path}: model type {checkpoint.config['model_type']!r} stores its weights "
+            "transposed, [inputs, outputs], which is not supported: "
+            "choose a model whose linears are stored as [outputs, inputs]"
+        )
+    empty = [
+        n
+        for n, i in checkpoint.tensors.items()
+        if n.endswith(".weight") and len(i.shape) == 2 and not all(i.shape)
+    ]
+    if empty:
+        problems.append(
+            f"{checkpoint.info(empty[0]).file}: {empty[0]} is empty: the source is damaged, fetch it again"
+        )
+    quantization = quantization_config(checkpoint.config)
+    if quantization is not None:
+        method = quantization.get("quant_method", "unknown")
+        problems.append(
+            f"{checkpoint.path}: is already quantized ({method}): quantize the original, or turn it into "
+            "plain weights first with quant export-vllm --format plain"
+        )
+    return problems
+
+
+def unlabelled_problems(checkpoint: Checkpoint, made: Iterable[str], linears: Collection[str]) -> list[str]:
+    """Signs of an earlier quantization that config.json says nothing of: codes in place of weights, numbers
+    that the output would have too."""
+    weights = {
+        n: i
+        for n, i in checkpoint.tensors.items()
+        if n.endswith(".weight") and len(i.shape) == 2 and block_of(n) is not None
+    }
+    codes = [n for n, i in weights.items() if i.dtype not in ("BF16", "F16", "F32", "F64")]
+    found = [n for n in made if n in checkpoint.tensors and n.removesuffix(".weight") not in linears]
+    return [
+        f"{checkpoint.path}: {names[0]}{f' (and {len(names) - 1} more)' if len(names) > 1 else ''} {why}: "
+        "it looks quantized, and its config.json has no "
+        "quantization_config: quantize the original"
+        for names, why in (
+            (codes, f"is stored as {checkpoint.info(codes[0]).dtype}" if codes else ""),
+            (found, "is there already"),
+        )
+        if names
+    ]
+
+
+def output_problems(model_path: Path, output_path: Path) -> list[str]:
+    """Why an output directory cannot be made where it is asked for."""
+    output, source = output_path.resolve(), model_path.resolve()
+    if os.path.exists(output) and not output.is_dir():
+        return [f"{output}: the output path is a file: choose another --output-path"]
+    if os.path.exists(output) and any(output.iterdir()):
+        return [f"{output}: the output directory is not empty: choose another --output-path, or remove it"]
+    if output == source or source in output.parents:
+        return [
+            f"{output}: the output lies in the source directory: choose an --output-path outside {source}"
+        ]
+    folder = existing_folder(output.parent)
+    if not folder.is_dir():
+        return [f"{output}: {folder} is a file, no directory: choose another --output-path"]
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return [
+            f"{output}: {folder} cannot be written to: choose another --output-path, or change its "
+            "permissions"
+        ]
+    return []
+
+
+def existing_folder(path: Path) -> Path:
+    """The path, or the nearest one above it that exists."""
+    # pathlib's would raise for a path below a directory that cannot be searched
+    while not os.path.exists(path):
+        path = path.parent
+    return path
+
+
+def fused_problems(
+    linears: Mapping[str, Linear],
+    assignments: Mapping[str, Assignment],
+    everything: Sequence[str],
+    form: Format,
+) -> list[str]:
+    """vLLM builds q/k/v and gate/up as one layer: all of its shards are quantized alike, or none."""
+    if form.quant_method is None:
+        return []
+    members: dict[str, list[str]] = {}
+    for name in everything:
+        members.setdefault(fused_name(name), []).append(name)
+    problems: dict[str, str] = {}  # one for each kind of fused layer
+    for fused, names in members.items():
+        kind = fused.rpartition(".")[2]
+        if kind in problems:
+            continue
+        inside = [n for n in names if n in linears]
+        schemes = dict.fromkeys(str(linears[n].scheme) for n in inside)
+        if len(schemes) > 1:
+            problems[kind] = (
+                f"{fused}: vLLM fuses {', '.join(n.rsplit('.', 1)[-1] for n in names)} into one layer, but "
+                f"they would become {' and '.join(schemes)}: "
+                "give them one scheme"
+            )
+            continue
+        methods = dict.fromkeys(assignments[n].method for n in inside)
+        if len(dict.fromkeys(assignments[n] for n in inside)) > 1 and linears[inside[0]].weights.strategy in (
+            "tensor",
+            "tensor_group",
+        ):
+            problems[kind] = (
+                f"{fused}: {', '.join(n.rsplit('.', 1)[-1] for n in inside)} share one number in scheme "
+                f"{next(iter(schemes))}, "
+                "but are made by "
+                f"{' and '.join(methods)}{'' if len(methods) > 1 else ' with different settings'}: give "
+                "them one method with one setting"
+            )
+            continue
+        if inside and len(inside) < len(names):
+            out = [n.rsplit(".", 1)[-1] for n in names if n not in linears]
+            problems[kind] = (
+                f"{fused}: vLLM fuses {', '.join(n.rsplit('.', 1)[-1] for n in names)} into one layer, but "
+                f"{', '.join(out)} would stay unquantized: "
+                "select all of them or none, or use --target other"
+            )
+    return list(problems.values())
+
+
+def check_disk(output_path: Path, needed: int, scratch: int = 0) -> None:
+    """
+    Raises:
+        QuantError: the disk under ``output_path`` has less than ``needed + scratch`` bytes free; what
+            unfinished work takes counts as free."""
+    output_path = output_path.absolute()
+    folder = existing_folder(output_path.parent)
+    free = shutil.disk_usage(folder).free
+    work = output_path.with_name(output_path.name + ".work")
+    if work.exists():
+        needed = max(needed - sum(f.stat().st_size for f in work.rglob("*") if f.is_file()), 0)
+    if needed + scratch > free:
+        files = f" and {format_size(scratch)} for calibration activations" if scratch else ""
+        raise QuantError(
+            f"{folder}: {format_size(needed)} are needed for the output{files}, {format_size(free)} are "
+            "free: free some room, or choose another "
+            f"--output-path{', or use fewer --samples' if scratch else ''}"
+        )
