@@ -41,7 +41,7 @@ from quant.errors import QuantError  # noqa: E402
 from quant.hardware import Gpu, named_gpu  # noqa: E402
 from quant.planning.memory import EngineRequest, MemoryPlan, plan  # noqa: E402
 from quant.planning.rule_of_thumb import OVERHEADS  # noqa: E402
-from quant.planning.storage import checkpoint_bytes, source_storage  # noqa: E402
+from quant.planning.storage import checkpoint_bytes, source_schemes  # noqa: E402
 from quant.vllm.releases import parse_version  # noqa: E402
 
 GIB = 2**30
@@ -135,9 +135,9 @@ def predict(sample: dict[str, Any]) -> tuple[ModelSpec, Gpu | None, MemoryPlan]:
         sample.get("dtype") if sample.get("dtype") in DTYPE_BYTES else None),
     )  # fmt: skip
     anywhere = gpu or replace(named_gpu("H100"), total_bytes=2**42, free_bytes=2**42)
-    found = plan(spec, [anywhere] * (ranks * stages), "none", request)
+    found = plan(spec, [anywhere] * (ranks * stages), None, request)
     if asked in (-1, "auto") and found.max_context:  # vLLM takes the longest context that fits
-        found = plan(spec, [anywhere] * (ranks * stages), "none", replace(request, context=found.max_context))
+        found = plan(spec, [anywhere] * (ranks * stages), None, replace(request, context=found.max_context))
     return spec, gpu, found
 
 
@@ -169,15 +169,16 @@ def token_error(sample: dict[str, Any], found: MemoryPlan) -> float | None:
     return 0.0 if abs(predicted - measured) <= slack else predicted / measured - 1
 
 
+def source_bits(spec: ModelSpec) -> int:
+    """Bits of a weight of the checkpoint's own linears, the fewest where they differ."""
+    stored = map(source_schemes(spec), spec.weights)
+    return min((s.weights.bits for s in stored if s is not None), default=16)
+
+
 def naive(sample: dict[str, Any], spec: ModelSpec, gpu: Gpu | None) -> tuple[float, bool | None]:
     """The simple rule's weights in GiB, and its verdict."""
     world = sample.get("tensor_parallel_size", 1) * sample.get("pipeline_parallel_size", 1)
-    storage = source_storage(spec)[0]
-    size = (
-        checkpoint_bytes(replace(spec, quantization=None), "none")
-        if not spec.quantization
-        else spec.parameters * (storage.bits / 8)
-    )
+    size = checkpoint_bytes(spec) if not spec.quantization else spec.parameters * (source_bits(spec) / 8)
     weights = size / world
     if gpu is None:
         return weights / GIB, None
@@ -211,7 +212,7 @@ def judge(sample: dict[str, Any]) -> dict[str, Any]:
         predicted = [w / GIB for w in found.weights_by_stage]
         closest = min((w for w in predicted), key=lambda w: abs(w - measured))
         row["weights"] = (measured, closest, closest / measured - 1)
-        bits, world = source_storage(spec)[0].bits, len(predicted) * found.tensor_parallel
+        bits, world = source_bits(spec), len(predicted) * found.tensor_parallel
         row["weights_params"] = spec.parameters * bits / 8 / GIB / world / measured - 1
         # the rule halves the 16-bit file's "32" bits once for each step
         rule = {16: "fp16", 8: "int8"}.get(int(bits), "int4")

@@ -30,7 +30,7 @@ def _compressed(bits: int, kind: str, group: int | None, activations: bool) -> d
         "strategy": "group" if group else "channel",
         "group_size": group,
     }
-    inputs = {"num_bits": 8, "type": kind, "dynamic": True} if activations else None
+    inputs = {"num_bits": 8, "type": kind, "strategy": "token", "dynamic": True} if activations else None
     form = {
         ("int", False): "pack-quantized",
         ("int", True): "int-quantized",

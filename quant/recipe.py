@@ -14,14 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from quant import defaults
 from quant.backends import BACKENDS
 from quant.errors import Problems, QuantError, UsageError, clipped, one_of
-from quant.schemes import UNQUANTIZED, Scheme, resolve_scheme
+from quant.schemes import UNQUANTIZED, Scheme, default_scheme, resolve_scheme
 from quant.vllm.releases import VLLM_VERSION
 
 #: `--method fp8` is rounding to the nearest FP8 number, by this method.
 FP8_METHOD = "minmax"
-#: Schemes of methods that have one of their own where none is named; AWQ is asymmetric, as its paper and its
-#: users have it.
-DEFAULT_SCHEMES = {"fp8": "w8a8-fp8", "awq": "w4a16-asym"}
 
 
 def _as_options(keys: Iterable[str]) -> str:
@@ -68,7 +65,7 @@ class LayerSettings(BaseModel):
         """
         name = self.scheme
         if name is None and self.bits is None and self.symmetric is None:
-            name = DEFAULT_SCHEMES.get(method or "")
+            name = default_scheme(method or "")
         if method == "none":
             if given := [k for k in _OF_SCHEME if getattr(self, k) is not None]:
                 raise UsageError(f"--method none leaves weights as they are: leave {_as_options(given)} out")
@@ -151,7 +148,7 @@ class Rule(LayerSettings):
             and values["scheme"] is values["bits"] is values["symmetric"] is None
         ):
             # the job's own, which it leaves to its method
-            values["scheme"] = DEFAULT_SCHEMES.get(job.method, "w4a16")
+            values["scheme"] = default_scheme(job.method)
         if self.method is not None:
             values |= {k: getattr(self, k) for k in _OF_METHOD}
         return LayerSettings(**values).assignment(self.method or job.method)

@@ -1,5 +1,5 @@
-"""What numbers a weight and an activation become, in vLLM's words. No torch here: planning and verification
-read schemes too.
+"""What numbers a weight and an activation become, in vLLM's words, and one row for each scheme that has a
+name. No torch here: planning and verification read schemes too.
 
 The letters used everywhere: a linear computes ``y = x·Wᵀ`` with W of shape [N, K] (N outputs, K inputs);
 ``g`` is the group size along K, ``b`` the bits. An integer weight is stored as ``W = (q - z)·s`` with integer
@@ -9,7 +9,9 @@ number.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from math import ceil
 from typing import Any, Literal
 
 from quant.errors import UsageError, one_of
@@ -163,6 +165,67 @@ class Scheme:
             "activations": None if self.activations is None else self.activations.to_dict(),
         }
 
+    @property
+    def group_size_is_free(self) -> bool:
+        """Whether the group size is the user's to choose: in weight-only integers."""
+        return self.weights.type == "int" and self.activations is None
+
+    def with_group_size(self, size: int) -> Scheme:
+        """The same scheme with another group size, -1 for one group an output."""
+        return replace(self, weights=replace(self.weights, group_size=size, strategy=""))
+
+    @property
+    def compute_format(self) -> str:
+        """The number format in which weights and activations are multiplied where a GPU has kernels for it:
+        ``fp8``, ``int8`` or ``fp4``; ``fp16`` where activations stay as they are."""
+        if self.activations is None:
+            return "fp16"
+        return f"{'int' if self.activations.type == 'int' else 'fp'}{self.activations.bits}"
+
+    def stored_tensors(self, n: int, k: int, width: int) -> dict[str, int]:
+        """Bytes of what a compressed-tensors file holds of a linear [N, K], by the last part of the tensor's
+        name.
+
+        It is the sum over :meth:`quant.formats.Format.specs`, which planning does not ask because importing
+        the formats takes a quarter of the time in which it answers.
+
+        Args:
+            width: bytes of a value in the model's own dtype.
+
+        >>> PRESETS["w4a16"].stored_tensors(4096, 4096, 2)
+        {'weight_packed': 8388608, 'weight_scale': 262144, 'weight_shape': 16}
+        """
+        weights, inputs = self.weights, self.activations
+        if weights.bits == 16:
+            return {"weight": n * k * width}
+        words = weights.type == "int" and inputs is None  # int32, each row filled up to a whole one
+        halves = weights.type == "float" and weights.bits == 4
+        codes = 4 * n * ceil(k * weights.bits / 32) if words else n * ceil(k * weights.bits / 8)
+        groups = 1 if weights.group_size == -1 else ceil(k / weights.group_size)
+        rows = {"tensor": 1, "block": ceil(n / BLOCK)}.get(weights.strategy, n)
+        each = {"model": width, "F32": 4}.get(weights.scales, 1)
+        tensors = {
+            "weight_packed" if words or halves else "weight": codes,
+            "weight_scale": rows * groups * each,
+        }
+        if words and not weights.symmetric:
+            tensors["weight_zero_point"] = 4 * ceil(n * weights.bits / 32) * groups
+        if words:
+            tensors["weight_shape"] = 16
+        if weights.strategy == "tensor_group":
+            tensors["weight_global_scale"] = 4
+        if inputs is not None and inputs.strategy == "tensor_group":
+            tensors["input_global_scale"] = 4
+        elif inputs is not None and not inputs.dynamic:
+            tensors["input_scale"] = 4
+            if not inputs.symmetric:
+                tensors["input_zero_point"] = 1
+        return tensors
+
+    def stored_bytes(self, n: int, k: int, width: int) -> float:
+        """Sum of :meth:`stored_tensors`."""
+        return sum(self.stored_tensors(n, k, width).values())
+
     def __str__(self) -> str:
         return (
             f"{self.name} ({self.weights}{f', activations {self.activations}' if self.activations else ''})"
@@ -180,33 +243,120 @@ def _fp8(strategy: str) -> WeightScheme:
     return WeightScheme(8, BLOCK if strategy == "block" else -1, True, "float", strategy, "F32")
 
 
-#: Name → scheme. The names are those vLLM's and llm-compressor's users know; w2a16 and w3a16 have no vLLM
-#: kernel and leave only as `plain` or for other engines.
-PRESETS = {
-    s.name: s
-    for s in (
-        Scheme("w4a16", WeightScheme(4, 128, True)),
-        Scheme("w4a16-asym", WeightScheme(4, 128, False)),
-        Scheme("w8a16", WeightScheme(8, 128, True)),
-        Scheme("w8a16-asym", WeightScheme(8, 128, False)),
-        Scheme("w3a16", WeightScheme(3, 128, True)),
-        Scheme("w2a16", WeightScheme(2, 128, True)),
-        Scheme("w8a8-int8", WeightScheme(8, -1, True, scales="F32"), ActivationScheme()),
-        Scheme("w8a8-fp8", _fp8("channel"), _FP8_TOKEN),
-        Scheme("w8a8-fp8-tensor", _fp8("tensor"), _FP8_TOKEN),
-        Scheme("fp8-block", _fp8("block"), _FP8_GROUP),
-        Scheme("w8a16-fp8", _fp8("channel")),
-        Scheme("nvfp4", _NVFP4, _NVFP4_INPUTS),
-        Scheme("nvfp4a16", _NVFP4),
-        Scheme("mxfp4", WeightScheme(4, 32, True, "float", "group", "U8"), _MX_INPUTS[4]),
-        Scheme("mxfp4a16", WeightScheme(4, 32, True, "float", "group", "U8")),
-        Scheme("mxfp8", WeightScheme(8, 32, True, "float", "group", "U8"), _MX_INPUTS[8]),
-    )
-}
-
-
 #: What method ``none`` makes: weights in the model's own dtype. No preset, because nothing is quantized.
 UNQUANTIZED = Scheme("none", WeightScheme(16, -1, True, "float", "channel"))
+
+
+@dataclass(frozen=True)
+class SchemeRow:
+    """A scheme that has a name, with all that its numbers do not say.
+
+    Attributes:
+        methods: values of ``--method`` that make it, the preferred one first. Eight bits of weights are
+            within noise when simply rounded, so the method that needs no data comes first there. Empty: vLLM
+            has no kernel, so that it leaves only as ``plain`` or for other engines.
+        title: what it is, in a list of recommendations; empty: :meth:`Scheme.__str__`.
+        rank: its place among the schemes that are recommended unasked, most precise first; None: it is
+            planned only where it is asked for.
+        native: recommended only where the GPU computes in it, because unpacking its weights gives no gain
+            over a simpler scheme.
+        needs: recipe keys without which it is not good.
+        default_of: methods whose scheme it is where none is named.
+    """
+
+    scheme: Scheme
+    methods: tuple[str, ...] = ()
+    title: str = ""
+    rank: int | None = None
+    native: bool = False
+    needs: Mapping[str, str] = field(default_factory=dict)
+    default_of: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.scheme.name
+
+
+_FP8, _ROUNDED, _SOLVED = ("fp8",), ("minmax", "gptq"), ("gptq", "minmax")
+
+#: The schemes by name. The names are those vLLM's and llm-compressor's users know; w2a16 and w3a16 have no
+#: vLLM kernel.
+SCHEMES = {
+    row.name: row
+    for row in (
+        SchemeRow(Scheme("w4a16", WeightScheme(4, 128, True)), _SOLVED, "4-bit weights (GPTQ, AWQ)", rank=4),
+        SchemeRow(
+            Scheme("w4a16-asym", WeightScheme(4, 128, False)),
+            _SOLVED,
+            default_of=("awq",),  # asymmetric, as its paper and its users have it
+        ),
+        SchemeRow(Scheme("w8a16", WeightScheme(8, 128, True)), _ROUNDED, "8-bit weights", rank=2),
+        SchemeRow(Scheme("w8a16-asym", WeightScheme(8, 128, False)), _ROUNDED),
+        SchemeRow(Scheme("w3a16", WeightScheme(3, 128, True))),
+        SchemeRow(Scheme("w2a16", WeightScheme(2, 128, True))),
+        SchemeRow(
+            Scheme("w8a8-int8", WeightScheme(8, -1, True, scales="F32"), ActivationScheme()),
+            _ROUNDED,
+            "INT8 weights and activations",
+            rank=3,
+            native=True,
+            # eight-bit integer activations lose their outliers without smoothing
+            needs={"outlier_suppression": "smooth_quant"},
+        ),
+        SchemeRow(
+            Scheme("w8a8-fp8", _fp8("channel"), _FP8_TOKEN),
+            _FP8,
+            "FP8 weights and activations",
+            rank=1,
+            native=True,
+            default_of=("fp8",),
+        ),
+        SchemeRow(Scheme("w8a8-fp8-tensor", _fp8("tensor"), _FP8_TOKEN), _FP8),
+        SchemeRow(Scheme("fp8-block", _fp8("block"), _FP8_GROUP), _FP8),
+        SchemeRow(Scheme("w8a16-fp8", _fp8("channel")), _FP8),
+        SchemeRow(
+            Scheme("nvfp4", _NVFP4, _NVFP4_INPUTS),
+            _SOLVED,
+            "NVFP4 weights and activations",
+            rank=5,
+            native=True,
+        ),
+        SchemeRow(Scheme("nvfp4a16", _NVFP4), _SOLVED),
+        SchemeRow(Scheme("mxfp4", WeightScheme(4, 32, True, "float", "group", "U8"), _MX_INPUTS[4]), _SOLVED),
+        SchemeRow(Scheme("mxfp4a16", WeightScheme(4, 32, True, "float", "group", "U8")), _SOLVED),
+        SchemeRow(
+            Scheme("mxfp8", WeightScheme(8, 32, True, "float", "group", "U8"), _MX_INPUTS[8]), _ROUNDED
+        ),
+    )
+}
+#: Name → scheme, without what only its row knows.
+PRESETS = {name: row.scheme for name, row in SCHEMES.items()}
+#: The checkpoint as it is, among what is recommended.
+AS_IT_IS = SchemeRow(UNQUANTIZED, title="16 bits, as it is", rank=0)
+#: The scheme where neither it nor a method with one of its own is named.
+DEFAULT_SCHEME = "w4a16"
+
+
+def row_of(scheme: Scheme) -> SchemeRow:
+    """The row of a scheme, whose single fields may differ from the preset's; one that makes nothing where no
+    preset has its name."""
+    row = AS_IT_IS if scheme == UNQUANTIZED else SCHEMES.get(scheme.name, SchemeRow(scheme))
+    return replace(row, scheme=scheme)
+
+
+def candidates() -> list[SchemeRow]:
+    """What is recommended unasked, most precise first."""
+    ranked = [(row.rank, row) for row in (AS_IT_IS, *SCHEMES.values()) if row.rank is not None]
+    return [row for _, row in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def default_scheme(method: str) -> str:
+    """The name of a method's scheme where none is named.
+
+    >>> default_scheme("awq"), default_scheme("gptq")
+    ('w4a16-asym', 'w4a16')
+    """
+    return next((row.name for row in SCHEMES.values() if method in row.default_of), DEFAULT_SCHEME)
 
 
 def scheme_of(weights: WeightScheme, activations: ActivationScheme | None = None) -> Scheme:
@@ -248,7 +398,7 @@ def resolve_scheme(
     """
     if name is not None and name not in PRESETS:
         raise one_of("scheme", name, sorted(PRESETS))
-    base = PRESETS[name or "w4a16"]
+    base = PRESETS[name or DEFAULT_SCHEME]
     weights, inputs = base.weights, base.activations
     wrong = []
     if name and bits is not None and bits != weights.bits:

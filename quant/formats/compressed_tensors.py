@@ -32,14 +32,14 @@ for targets.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
 from quant.errors import CheckpointError
 from quant.formats.base import FormatRegistry, QuantizedLayers, names_listed, require, suffixed, word_problems
-from quant.schemes import BLOCK, PRESETS, ActivationScheme, Scheme, WeightScheme
+from quant.schemes import BLOCK, PRESETS, ActivationScheme, Scheme, WeightScheme, scheme_of
 from quant.vllm.cache import KV_CACHE
 from quant.vllm.kernels import GROUP_SIZES
 from quant.vllm.layers import Linear
@@ -182,6 +182,42 @@ def matches(target: str, name: str) -> bool:
     """Whether a target or ignore entry names a module: exactly, or as ``re:`` with ``re.match``, as vLLM
     compares them."""
     return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
+
+
+def targeted(groups: Mapping[str, Mapping[str, Any]]) -> Callable[..., str | None]:
+    """Name of a linear (or all that it may have) → its config group: the first whose targets name it, else
+    the first for the class Linear; None where there is neither."""
+    exact: dict[str, int] = {}
+    patterns: list[tuple[int, str]] = []
+    keys = list(groups)
+    for i, key in enumerate(keys):
+        for target in groups[key].get("targets", []):
+            if target.startswith("re:"):
+                patterns.append((i, target))
+            else:
+                exact.setdefault(target, i)
+
+    def group_of(*names: str) -> str | None:
+        named = [i for i, target in patterns if any(matches(target, name) for name in names)]
+        named += [exact[name] for name in names if name in exact]
+        first = min(named) if named else exact.get("Linear")
+        return None if first is None else keys[first]
+
+    return group_of
+
+
+def group_scheme(group: Mapping[str, Any], layout: str, where: str) -> Scheme:
+    """What a config group says of its linears.
+
+    Args:
+        layout: the group's sub-format, or the config's where the group states none.
+        where: the beginning of the message.
+
+    Raises:
+        CheckpointError: weights or activations in a way that is not read here.
+    """
+    weights = read_arguments(group["weights"], layout, where)
+    return scheme_of(weights, read_activations(group.get("input_activations"), where))
 
 
 def _held(tensors: Mapping[str, torch.Tensor], name: str, last: str) -> torch.Tensor:
@@ -401,13 +437,12 @@ class CompressedTensors:
             n for n in suffixed(tensors, ".weight") if tensors[f"{n}.weight"].dtype in ("I8", "F8_E4M3")
         ]
         linears = {}
+        group_of = targeted(groups)
         for name in sorted(coded):
-            group = next(
-                (g for g in groups.values() if any(matches(t, name) for t in g.get("targets", []))), None
-            )
-            group = group or next((g for g in groups.values() if "Linear" in g.get("targets", [])), None)
-            if group is None:
+            key = group_of(name)
+            if key is None:
                 raise CheckpointError(f"{name} has quantized weights, but no config group targets it")
+            group = groups[key]
             linears[name] = self._linear(
                 name, group, str(group.get("format") or config.get("format")), tensors
             )
@@ -422,8 +457,8 @@ class CompressedTensors:
             CheckpointError: they contradict each other.
         """
         scale = require(tensors, f"{name}.weight_scale", name)
-        scheme = read_arguments(group["weights"], layout, name)
-        activations = read_activations(group.get("input_activations"), name)
+        stated = group_scheme(group, layout, name)
+        scheme, activations = stated.weights, stated.activations
         last, dtype, per_word = LAYOUTS[layout]
         codes = require(tensors, f"{name}.{last}", name)
         if codes.dtype != dtype or len(codes.shape) != 2 or len(scale.shape) > 2:

@@ -19,24 +19,25 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any
 
-from quant.architectures import DTYPE_BYTES, ModelSpec
+from quant.architectures import DTYPE_BYTES, ModelSpec, Weight
 from quant.errors import Problems, UsageError, one_of
 from quant.hardware import Gpu
 from quant.planning.kvcache import KV_DTYPES, CacheLayout, layout, longest_context
 from quant.planning.storage import (
-    FP8_BLOCK,
     QUANTIZED_ROLES,
+    is_quantized,
     loaded_bytes,
-    source_storage,
+    source_schemes,
     stage_layers,
-    storage_of,
 )
-from quant.schemes import BLOCK
+from quant.schemes import BLOCK, UNQUANTIZED, Scheme
 from quant.units import format_size
-from quant.vllm.releases import VLLM_VERSION, Rules, rules_for
+from quant.vllm.kernels import latent_block, shares_memory
+from quant.vllm.layers import NOT_LAST
+from quant.vllm.releases import VLLM_VERSION, Rules, batch_sizes, rules_for
 
 GIB = 2**30
-#: resident memory of a worker of vLLM's CPU build (0.32) that serves an 11 MB model: the interpreter and its
+#: resident memory of a worker of vLLM's CPU build that serves an 11 MB model: the interpreter and its
 #: libraries
 CPU_PROCESS_BYTES = int(0.63 * GIB)
 MIB = 2**20
@@ -156,61 +157,65 @@ def parallel_problems(spec: ModelSpec, ranks: int) -> list[str]:
     return found
 
 
-def group_problems(spec: ModelSpec, scheme: str, ranks: int, group_size: int | None = None) -> list[str]:
+def group_problems(spec: ModelSpec, scheme: Scheme | None, ranks: int) -> list[str]:
     """Linears whose inputs do not divide into the scheme's groups (or blocks), and those whose groups
     ``ranks`` would cut: vLLM refuses such a checkpoint. What a checkpoint holds already divides."""
-    storage = source_storage(spec)[0] if scheme == "none" else storage_of(scheme, group_size)
-    if storage.group <= 1 or storage.name in ("nf4",):
-        return []
-    ragged: dict[int, str] = {}
-    cut: dict[int, str] = {}
+    planned = scheme if is_quantized(scheme) else None
+    own = source_schemes(spec)
+    ragged: dict[int, tuple[str, Scheme]] = {}
+    cut: dict[int, tuple[str, Scheme]] = {}
+    blocks: dict[int, str] = {}
     for weight in spec.unpacked or spec.weights:
         if not weight.linear or len(weight.shape) != 2:
             continue
-        if weight.shape[1] % storage.group:
-            if weight.role in QUANTIZED_ROLES and scheme != "none":
-                ragged.setdefault(weight.shape[1], weight.name)
-        elif weight.split == "row" and weight.shape[1] % (ranks * storage.group):
-            cut.setdefault(weight.shape[1], weight.name)
-    instead = (
-        "w8a8-fp8" if storage is FP8_BLOCK else "a smaller group size, or one scale for each output (-1)"
-    )
-    found = [
-        f"{name} has {k} inputs, which do not divide into groups of {storage.group}: use {instead}"
-        for k, name in ragged.items()
-    ]
-    found += [
-        f"{name} has {k} inputs = {k // storage.group} groups of {storage.group}, which {ranks} ranks "
-        "cannot share: use another "
-        "tensor parallel degree or a smaller group size"
-        for k, name in cut.items()
-    ]  # fmt: skip
-    return found + (_block_problems(spec, ranks) if storage is FP8_BLOCK else [])
-
-
-def _block_problems(spec: ModelSpec, ranks: int) -> list[str]:
-    """Linears whose outputs ``ranks`` would cut inside a block, or whose last block a fused layer would go on
-    in."""
-    # the formats take a tenth of the time to the answer, and few plans ask for blocks
-    from quant.vllm.layers import NOT_LAST
-
-    seen: dict[int, str] = {}
-    for weight in spec.unpacked or spec.weights:
-        pieces = {"column": ranks, "kv": min(ranks, spec.kv_heads)}.get(weight.split, 1)
-        followed = weight.name.removesuffix(".weight").endswith(NOT_LAST)
-        if (
-            weight.linear
-            and weight.role in QUANTIZED_ROLES
-            and (pieces > 1 or followed)
-            and weight.shape[0] % (pieces * BLOCK)
-        ):
-            seen.setdefault(weight.shape[0], weight.name)
+        stored = planned or own(weight)
+        if stored is None or stored.weights.group_size == -1:
+            continue
+        group = stored.weights.group_size
+        if weight.shape[1] % group:
+            if planned is not None and weight.role in QUANTIZED_ROLES:
+                ragged.setdefault(weight.shape[1], (weight.name, stored))
+        elif weight.split == "row" and weight.shape[1] % (ranks * group):
+            cut.setdefault(weight.shape[1], (weight.name, stored))
+        if stored.weights.strategy == "block" and _cuts_block(spec, weight, ranks):
+            blocks.setdefault(weight.shape[0], weight.name)
+    problems = []
+    for k, (name, stored) in ragged.items():
+        instead = (
+            "w8a8-fp8"
+            if stored.weights.strategy == "block"
+            else "a smaller group size, or one scale for each output (-1)"
+        )
+        problems.append(
+            f"{name} has {k} inputs, which do not divide into groups of {stored.weights.group_size}: use "
+            f"{instead}"
+        )
+    for k, (name, stored) in cut.items():
+        group = stored.weights.group_size
+        problems.append(
+            f"{name} has {k} inputs = {k // group} groups of {group}, which {ranks} ranks cannot share: use "
+            "another tensor parallel degree or a smaller group size"
+        )
     how, use = (
         (f"{ranks} ranks cannot share in", "another tensor parallel degree, or w8a8-fp8")
         if ranks > 1
         else ("do not divide into", "w8a8-fp8")
     )
-    return [f"{name} has {n} outputs, which {how} blocks of {BLOCK}: use {use}" for n, name in seen.items()]
+    return problems + [
+        f"{name} has {n} outputs, which {how} blocks of {BLOCK}: use {use}" for n, name in blocks.items()
+    ]
+
+
+def _cuts_block(spec: ModelSpec, weight: Weight, ranks: int) -> bool:
+    """Whether ``ranks`` would cut a linear's outputs inside a block, or a fused layer would go on in its last
+    one."""
+    pieces = {"column": ranks, "kv": min(ranks, spec.kv_heads)}.get(weight.split, 1)
+    followed = weight.name.removesuffix(".weight").endswith(NOT_LAST)
+    return (
+        weight.role in QUANTIZED_ROLES
+        and (pieces > 1 or followed)
+        and weight.shape[0] % (pieces * BLOCK) != 0
+    )
 
 
 @dataclass(frozen=True)
@@ -221,7 +226,8 @@ class MemoryPlan:
     would make it.
     """
 
-    scheme: str
+    #: :data:`quant.schemes.UNQUANTIZED`: the checkpoint as it is
+    scheme: Scheme
     fits: bool
     why: str
     remedy: str
@@ -251,13 +257,9 @@ class MemoryPlan:
     spare_bytes: int = 0
     layout: CacheLayout | None = None
 
-    @property
-    def non_kv_bytes(self) -> int:
-        """Everything but weights and cache: activation peak and memory outside torch."""
-        return self.activation_bytes + self.other_bytes
-
     def to_dict(self) -> dict[str, Any]:
         value = {k: v for k, v in asdict(self).items() if k not in ("layout", "weights_by_stage")}
+        value["scheme"] = self.scheme.name
         value["weights_by_stage_bytes"] = list(self.weights_by_stage)
         value["layout"] = self.layout.to_dict() if self.layout else None
         if float(self.kv_bytes_per_token).is_integer():
@@ -278,15 +280,10 @@ def batch_defaults(
             if request.chunked_prefill is not None
             else context > 32768 and not spec.latent and not spec.vision
         )
-        tokens = (2048 if rules.version >= (0, 6, 4) else 512) if chunked else max(context, 2048)
+        tokens = rules.chunk_tokens if chunked else max(context, 2048)
         seqs = 256
     else:
-        a100 = "a100" in gpu.name.lower()
-        large = gpu.total_bytes >= rules.large_gpu_bytes and (rules.large_includes_a100 or not a100)
-        if large and gpu.total_bytes >= 160 * GIB and rules.version >= (0, 17, 0):
-            tokens, seqs = 16384, 1024
-        else:
-            tokens, seqs = (8192, 1024) if large else (2048, rules.small_gpu_seqs)
+        tokens, seqs = batch_sizes(rules, gpu)
         if request.chunked_prefill is False:
             tokens = max(tokens, context)
     seqs_given = request.max_num_seqs
@@ -336,15 +333,11 @@ def activation_peak(
     return int(max(forward, sampler) + workspace)
 
 
-def graph_sizes(seqs: int, tokens: int, rules: Rules, capability: tuple[int, int] | None) -> int:
+def graph_sizes(seqs: int, tokens: int, rules: Rules) -> int:
     """How many batch sizes are captured as CUDA graphs."""
     if rules.engine == "v0":
         return 3 + sum(1 for s in range(8, 257, 8) if s <= max(8, seqs))
-    largest = (
-        min(seqs * 2, 1024 if capability and capability[0] == 10 else 512)
-        if rules.version >= (0, 11, 0)
-        else 512
-    )
+    largest = min(seqs * 2, rules.largest_graph) if rules.graphs_follow_seqs else 512
     largest = min(largest, tokens)
     sizes = [s for s in (1, 2, 4, *range(8, 256, 8), *range(256, largest + 1, 16)) if s <= largest]
     return len(sizes)
@@ -354,7 +347,7 @@ def graph_bytes(spec: ModelSpec, rules: Rules, sizes: int, ranks: int, layers: i
     """Memory of the captured graphs: a first capture and a share for every further one, both growing with the
     layers.
 
-    Calibrated on the estimates that vLLM 0.19 printed for ten models with 102 graphs (51 sizes, two modes):
+    Calibrated on the estimates that vLLM printed for ten models with 102 graphs (51 sizes, two modes):
     0.55–1.82 GiB.
     """
     if not sizes:
@@ -375,8 +368,7 @@ def other_memory(rules: Rules, gpu: Gpu, world: int) -> int:
         return CPU_PROCESS_BYTES
     if world == 1:
         return rules.other_bytes
-    fast = gpu.link == "nvlink" and (gpu.capability is None or gpu.capability >= (9, 0))
-    return rules.other_bytes_nvlink if fast else rules.other_bytes_pcie
+    return rules.other_bytes_nvlink if shares_memory(gpu) else rules.other_bytes_pcie
 
 
 def multimodal_peak(spec: ModelSpec, rules: Rules, tokens: int, width: int) -> int:
@@ -397,26 +389,23 @@ def multimodal_peak(spec: ModelSpec, rules: Rules, tokens: int, width: int) -> i
 def plan(
     spec: ModelSpec,
     gpus: Sequence[Gpu],
-    scheme: str = "none",
+    scheme: Scheme | None = None,
     request: EngineRequest | None = None,
-    group_size: int | None = None,
 ) -> MemoryPlan:
     """What vLLM would do with this model, stored in this scheme, on these GPUs.
 
     Args:
         gpus: the GPUs at hand; the first ``tensor × pipeline`` are used, and the one with the least memory
             decides.
-        scheme: ``none`` for the checkpoint as it is, or a scheme's name.
-        group_size: of a scheme with groups, instead of its own.
+        scheme: None, or :data:`quant.schemes.UNQUANTIZED`, for the checkpoint as it is.
 
     Raises:
         Problems: the request is impossible for this model and these GPUs (exit status 2).
-        UsageError: unknown scheme, release or source format.
+        UsageError: unknown release or source format.
     """
+    scheme = scheme or UNQUANTIZED
     request = request or EngineRequest()
     request.check(spec, gpus)
-    if scheme != "none":
-        storage_of(scheme)
     world = request.ranks * request.pipeline_parallel
     used = list(gpus[:world])
     gpu = min(used, key=lambda g: (g.total_bytes, g.free_bytes))
@@ -435,21 +424,17 @@ def plan(
     kv_width = KV_DTYPES[request.kv_cache_dtype] or width
     if (
         request.kv_cache_dtype == "auto"
-        and scheme == "none"
+        and not is_quantized(scheme)
         and (spec.quantization or {}).get("kv_cache_scheme")
     ):
         kv_width = 1  # a checkpoint with KV scales switches the cache to FP8 by itself
 
-    weights = loaded_bytes(spec, scheme, ranks, stages, rules, gpu.capability, width, group_size)
+    weights = loaded_bytes(spec, scheme, ranks, stages, rules, width)
     other = other_memory(rules, gpu, world)
     parts = stage_layers(spec.layers, stages, rules)
     block = request.block_size or default_block(spec, gpu, rules)
     in_flight = tokens * max(rules.batches_in_flight if gpu.platform != "cpu" else 1, stages)
-    sizes = (
-        0
-        if request.enforce_eager or gpu.platform == "cpu"
-        else graph_sizes(seqs, tokens, rules, gpu.capability)
-    )
+    sizes = 0 if request.enforce_eager or gpu.platform == "cpu" else graph_sizes(seqs, tokens, rules)
     whole = layout(spec, spec.cache, ranks, kv_width, rules, block, gpu.platform)
 
     best: tuple[int, int, int, int, int, CacheLayout] | None = None
@@ -506,7 +491,7 @@ def plan(
         weights=weights[stage], other=other, activation=activation, graphs=graphs, kv=kv, blocks=blocks,
         usable=usable, needed=needed,
         longest=longest, context=context, tokens=tokens, seqs=seqs, layout=chosen, whole=whole,
-        in_flight=in_flight, group_size=group_size,
+        in_flight=in_flight,
     ).verdict()  # fmt: skip
     spare = gpu.total_bytes - requested - (0 if rules.graphs_subtracted else graphs)
     return MemoryPlan(
@@ -530,9 +515,7 @@ def default_block(spec: ModelSpec, gpu: Gpu, rules: Rules) -> int:
     """Tokens of a block that the release chooses on that device."""
     if gpu.platform == "cpu":
         return 16 if any(c.kind == "mla" for c in spec.cache) else 128
-    if spec.latent and rules.mla and gpu.capability and gpu.capability[0] >= 10:
-        return 64
-    return 16
+    return latent_block(gpu) if spec.latent and rules.mla else 16
 
 
 def _fit_sentence(tokens: int, context: int, concurrency: float) -> str:
@@ -545,7 +528,7 @@ class _Start:
     lengths in tokens."""
 
     spec: ModelSpec
-    scheme: str
+    scheme: Scheme
     request: EngineRequest
     rules: Rules
     gpu: Gpu
@@ -566,7 +549,6 @@ class _Start:
     layout: CacheLayout
     whole: CacheLayout
     in_flight: int
-    group_size: int | None
 
     def verdict(self) -> tuple[str, str]:
         """Why vLLM would not start, and the smallest change that would make it; two empty strings when it
@@ -586,7 +568,7 @@ class _Start:
         return self.request.kv_cache_memory_bytes is not None
 
     def _cuts(self) -> tuple[str, str] | None:
-        cuts = group_problems(self.spec, self.scheme, self.request.ranks, self.group_size)
+        cuts = group_problems(self.spec, self.scheme, self.request.ranks)
         if cuts:
             return cuts[0], "another tensor parallel degree, or a smaller group size when quantizing"
         if self.request.chunked_prefill is False and self.tokens < self.context and self.rules.engine == "v1":

@@ -30,11 +30,11 @@ from quant.planning.memory import (
 from quant.planning.rule_of_thumb import rule_of_thumb
 from quant.planning.scenarios import Scenario, load_scenario
 from quant.planning.speed import Speed, speed_bounds
-from quant.planning.storage import GROUPED, file_bytes, source_kernels
-from quant.schemes import PRESETS
+from quant.planning.storage import file_bytes, is_quantized, source_kernels
+from quant.schemes import AS_IT_IS, SCHEMES, Scheme, SchemeRow, candidates
 from quant.units import format_size
 from quant.vllm.config import source_method
-from quant.vllm.kernels import formats_of, gpu_dict, kernel_of
+from quant.vllm.kernels import BF16_FORMATS, GROUP_SIZES, formats_of, gpu_dict, has_fp8_cache, kernel_of
 from quant.vllm.releases import rules_for
 
 #: share of the free memory that the chosen plan leaves unused
@@ -47,49 +47,17 @@ UNKNOWN = "not known"
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A scheme that may be recommended, most precise first. ``needs``: the number format of
-    :data:`quant.vllm.kernels.FORMAT_CAPABILITIES`; ``native`` demands that the GPU computes in it, where
-    unpacking would give no gain over a simpler scheme."""
-
-    scheme: str
-    title: str
-    needs: str = ""
-    native: bool = False
-
-
-CANDIDATES = (
-    Candidate("none", "16 bits, as it is"),
-    Candidate("w8a8-fp8", "FP8 weights and activations", "fp8", native=True),
-    Candidate("w8a16", "8-bit weights", "int8-weights"),
-    Candidate("w8a8-int8", "INT8 weights and activations", "int8", native=True),
-    Candidate("w4a16", "4-bit weights (GPTQ, AWQ)", "int4-weights"),
-    Candidate("nvfp4", "NVFP4 weights and activations", "nvfp4", native=True),
-)
-
-#: schemes that `quant quantize` makes today → its methods, the preferred one first. A row here switches a
-#: scheme's commands on. Eight bits of weights are within noise when simply rounded, so the method that needs
-#: no data comes first there.
-MAKEABLE: dict[str, tuple[str, ...]] = {
-    name: ("fp8",)
-    if kernel_of(s) == "fp8"
-    else ("minmax", "gptq")
-    if s.weights.bits == 8
-    else ("gptq", "minmax")
-    for name, s in PRESETS.items()
-    if s.weights.bits in (4, 8)
-}
-#: Recipe keys that a scheme needs to be good: eight-bit integer activations lose their outliers without
-#: smoothing.
-NEEDED: dict[str, dict[str, str]] = {"w8a8-int8": {"outlier_suppression": "smooth_quant"}}
-
-
-@dataclass(frozen=True)
 class SchemePlan:
-    """A candidate with its plan. ``fits``: vLLM starts; ``meets``: it also holds the asked concurrency;
-    ``safe``: with the margin left."""
+    """A candidate with its plan.
 
-    candidate: Candidate
+    Attributes:
+        stored: what its linears are stored in: the row's scheme, with the largest groups that every rank can
+            hold whole.
+        fits: vLLM starts; ``meets``: it also holds the asked concurrency; ``safe``: with the margin left.
+    """
+
+    row: SchemeRow
+    stored: Scheme
     plan: MemoryPlan | None
     fits: bool
     meets: bool
@@ -100,16 +68,25 @@ class SchemePlan:
     speed: Speed | None
     makeable: bool
     checkpoint_bytes: int
-    group_size: int | None = None
 
     @property
     def scheme(self) -> str:
-        return self.candidate.scheme
+        return self.row.name
+
+    @property
+    def title(self) -> str:
+        return self.row.title or str(self.row.scheme)
+
+    @property
+    def group_size(self) -> int | None:
+        """The group size, where it is not the scheme's own."""
+        size = self.stored.weights.group_size
+        return None if size == self.row.scheme.weights.group_size else size
 
     def to_dict(self) -> dict[str, Any]:
         value: dict[str, Any] = self.plan.to_dict() if self.plan else {}
         value.update(
-            scheme=self.scheme, title=self.candidate.title, fits=self.fits, meets_request=self.meets,
+            scheme=self.scheme, title=self.title, fits=self.fits, meets_request=self.meets,
             keeps_margin=self.safe, why=self.why,
             remedy=self.plan.remedy if self.plan else "", expected_loss_percent=list(self.loss),
             expected_loss_source=self.loss_source,
@@ -196,7 +173,8 @@ class Recommendation:
         return {
             "gpu": {**gpu_dict(self.gpus[0]), "count": len(self.gpus)}, "model": self.model.to_dict(),
             "recommended": chosen,
-            "reason": self.reason, "plans": [dict(t) for t in self.thumb] or [p.to_dict() for p in self.plans],
+            "reason": self.reason,
+            "plans": [dict(t) for t in self.thumb] or [p.to_dict() for p in self.plans],
             "engines": [e.to_dict() for e in self.engines], "scenario": self.scenario, "policy": self.policy,
             "notes": list(self.notes),
         }  # fmt: skip
@@ -215,7 +193,6 @@ def recommend(
     gpu_memory: int | None = None,
     margin: float = MARGIN,
     output_path: str | None = None,
-    makeable: Mapping[str, Sequence[str]] | None = None,
 ) -> Recommendation:
     """Which scheme this model should be served in.
 
@@ -230,7 +207,6 @@ def recommend(
         schemes: choose among these only (a caller that must quantize leaves out ``none``).
         margin: share of the free memory to leave unused by the chosen plan.
         output_path: where the commands write and serve from.
-        makeable: scheme → methods, instead of :data:`MAKEABLE`.
 
     Raises:
         UsageError, Problems: the request is wrong or contradicts itself (exit status 2).
@@ -260,11 +236,7 @@ def recommend(
     notes = [*spec.notes]
     if profile:
         request = profile.request(spec, request)
-        if (
-            request.kv_cache_dtype == "fp8"
-            and found[0].platform == "cuda"
-            and (found[0].capability or (0, 0)) < (8, 9)
-        ):
+        if request.kv_cache_dtype == "fp8" and not has_fp8_cache(found[0]):
             request = replace(request, kv_cache_dtype="auto")
             notes.append(f"{found[0].name} has no FP8: the scenario's FP8 cache is planned in 16 bits")
     if request.context is None:
@@ -287,43 +259,38 @@ def recommend(
                 f"{format_size(gpu.total_bytes - gpu.free_bytes)} is held by others: utilization "
                 f"{share:.2f} instead of {default:.2f}"
             )
-    wanted = source_kernels(spec) | ({kernel_of(PRESETS[scheme])} if scheme in PRESETS else set())
-    if (alone := wanted & {"mxfp4", "mxfp8"}) and spec.dtype == "float16" and request.dtype is None:
+    rows = candidates() if scheme is None else [_asked(scheme)]
+    rows = [row for row in rows if schemes is None or row.name in schemes]
+    wanted = source_kernels(spec)
+    if scheme is not None and is_quantized(rows[0].scheme):
+        kernel = kernel_of(rows[0].scheme)
+        wanted |= {kernel}
+        if formats_of(gpu).get(kernel) == "weight-only" and rows[0].scheme.activations is not None:
+            unpacked = (
+                f"{gpu.name} computes {kernel} only as packed weights: activations stay in 16 bits, prompts "
+                "gain no speed"
+            )
+            notes.append(unpacked)
+    if (alone := wanted & BF16_FORMATS) and spec.dtype == "float16" and request.dtype is None:
         request = replace(request, dtype="bfloat16")
         notes.append(
             f"vLLM's weight-only kernels of {', '.join(sorted(alone))} take bf16 alone: planned with "
             "--dtype bfloat16"
         )
     request.check(spec, found)
-    makes = MAKEABLE if makeable is None else makeable
-    names = [c.scheme for c in CANDIDATES]
-    if scheme is not None:
-        if scheme not in names and scheme not in makes:
-            raise one_of("--scheme", scheme, sorted({*names, *makes}))
-        candidates = [_asked(scheme)]
-        if (
-            formats_of(gpu).get(candidates[0].needs) == "weight-only"
-            and PRESETS[scheme].activations is not None
-        ):
-            notes.append(
-                f"{gpu.name} computes {candidates[0].needs} only as packed weights: activations stay in 16 "
-                "bits, prompts gain no speed"
-            )
-    else:
-        candidates = [c for c in CANDIDATES if schemes is None or c.scheme in schemes]
-    plans = tuple(_plan_one(spec, found, gpu, c, request, makes, margin) for c in candidates)
+    plans = tuple(_plan_one(spec, found, gpu, row, request, margin) for row in rows)
     chosen = _choose(plans, profile)
     reason = _reason(spec, gpu, plans, chosen, request, profile)
     method = None
     commands: tuple[str, ...] = ()
     if chosen is not None:
-        method = makes[chosen.scheme][0] if chosen.scheme in makes else None
+        method = chosen.row.methods[0] if chosen.row.methods else None
         if chosen.makeable:
             commands = _commands(spec, model, chosen, method, request, output_path, gpu)
         else:
             notes.append(
                 f"this build does not make {chosen.scheme}: take a published {chosen.scheme} checkpoint, or "
-                f"one of {', '.join(makes)}"
+                f"one of {', '.join(row.name for row in SCHEMES.values() if row.methods)}"
             )
     return Recommendation(
         model=spec, gpus=tuple(found), request=request, plans=plans,
@@ -344,36 +311,39 @@ def _gpus(gpus: str | Gpu | Sequence[Gpu] | None, count: int | None, memory: int
     return list(gpus)
 
 
-def _asked(scheme: str) -> Candidate:
-    """A scheme that is asked for by name: it may run as packed weights, too."""
-    found = next((c for c in CANDIDATES if c.scheme == scheme), None)
-    if found is not None:
-        return replace(found, native=False)
-    preset = PRESETS.get(scheme)
-    return Candidate(scheme, scheme) if preset is None else Candidate(scheme, str(preset), kernel_of(preset))
+def _asked(scheme: str) -> SchemeRow:
+    """The row of a scheme that is asked for by name: it may run as packed weights, too.
+
+    Raises:
+        UsageError: there is no such scheme, or vLLM has no kernel for it.
+    """
+    rows = {row.name: row for row in (AS_IT_IS, *SCHEMES.values()) if row is AS_IT_IS or row.methods}
+    if scheme not in rows:
+        raise one_of("--scheme", scheme, sorted(rows))
+    return replace(rows[scheme], native=False)
 
 
 def _plan_one(
     spec: ModelSpec,
     gpus: Sequence[Gpu],
     gpu: Gpu,
-    candidate: Candidate,
+    row: SchemeRow,
     request: EngineRequest,
-    makes: Mapping[str, Sequence[str]],
     margin: float,
 ) -> SchemePlan:
     quality = load_json("quality.json")["schemes"].get(
-        candidate.scheme, {"loss_percent": [0, 100], "source": UNKNOWN}
+        row.name, {"loss_percent": [0, 100], "source": UNKNOWN}
     )
     loss = (float(quality["loss_percent"][0]), float(quality["loss_percent"][1]))
-    makeable = candidate.scheme in makes or candidate.scheme == "none"
+    quantized = is_quantized(row.scheme)
+    makeable = bool(row.methods) or not quantized
 
     def refused(why: str) -> SchemePlan:
         return SchemePlan(
-            candidate, None, False, False, False, why, loss, quality["source"], None, makeable, 0
+            row, row.scheme, None, False, False, False, why, loss, quality["source"], None, makeable, 0
         )
 
-    if spec.quantization and candidate.scheme != "none":
+    if spec.quantization and quantized:
         return refused(
             f"the checkpoint is already quantized ({source_method(spec.quantization)}): quantize its 16-bit "
             "source instead"
@@ -382,25 +352,25 @@ def _plan_one(
         f"{gpu.name} "
         f"({'.'.join(map(str, gpu.capability)) if gpu.capability else gpu.architecture or gpu.platform})"
     )
-    if candidate.needs:
-        state = formats_of(gpu).get(candidate.needs, "no")
+    if quantized:
+        kernel = kernel_of(row.scheme)
+        state = formats_of(gpu).get(kernel, "no")
         if state == "no":
-            return refused(f"{part} has no kernel for {candidate.needs}")
-        if candidate.native and state != "native":
-            return refused(f"{part} computes {candidate.needs} only as packed weights")
+            return refused(f"{part} has no kernel for {kernel}")
+        if row.native and state != "native":
+            return refused(f"{part} computes {kernel} only as packed weights")
     # whose kernels of quantized checkpoints are not tabled
-    if candidate.scheme == "none" and gpu.platform != "rocm":
+    elif gpu.platform != "rocm":
         missing = sorted(k for k in source_kernels(spec) if formats_of(gpu).get(k) == "no")
         if missing:
             return refused(
                 f"{part} has no kernel for {', '.join(missing)}, which the checkpoint is quantized to"
             )
-    group = None
-    if candidate.scheme in GROUPED:  # the largest group that every rank can hold whole
-        group = next(
-            (g for g in (128, 64, 32) if not group_problems(spec, candidate.scheme, request.ranks, g)), 128
-        )
-    found = plan(spec, gpus, candidate.scheme, request, group)
+    stored = row.scheme
+    if quantized and stored.group_size_is_free:
+        grouped = (stored.with_group_size(g) for g in sorted(GROUP_SIZES, reverse=True) if g != -1)
+        stored = next((s for s in grouped if not group_problems(spec, s, request.ranks)), stored)
+    found = plan(spec, gpus, stored, request)
     meets = found.fits and found.max_concurrency >= request.concurrency
     free = gpu.free_bytes
     needed = found.requested_bytes - found.kv_cache_bytes
@@ -420,11 +390,11 @@ def _plan_one(
         )
     elif meets and not safe:
         why = f"{found.why}; leaves less than {margin:.0%} of the free memory"
-    size = stored_bytes(spec) if candidate.scheme == "none" else file_bytes(spec, candidate.scheme, group)
+    size = file_bytes(spec, stored) if quantized else stored_bytes(spec)
     return SchemePlan(
-        candidate, found, found.fits, meets, safe, why, loss, quality["source"],
+        row, stored, found, found.fits, meets, safe, why, loss, quality["source"],
         speed_bounds(spec, gpu, found, request.concurrency),
-        makeable, size, group if group != 128 else None,
+        makeable, size,
     )  # fmt: skip
 
 
@@ -542,7 +512,7 @@ def _what_would(spec: ModelSpec, gpu: Gpu, best: SchemePlan, request: EngineRequ
                 )
             )
     for words, count, changed in tries:
-        if plan(spec, [gpu] * count, best.scheme, changed, best.group_size).fits:
+        if plan(spec, [gpu] * count, best.stored, changed).fits:
             return f"it would start with {words}"
     return (
         "not even 16 of these GPUs would do: take a smaller model, or llama.cpp with a 4-bit GGUF in "
@@ -584,7 +554,7 @@ def _commands(
     ]
     if chosen.group_size:
         parts += ["--group-size", str(chosen.group_size)]
-    for key, value in NEEDED.get(chosen.scheme, {}).items():
+    for key, value in chosen.row.needs.items():
         parts += [f"--{key.replace('_', '-')}", value]
     if request.ranks > 1:
         parts += ["--tensor-parallel", str(request.ranks)]
@@ -624,7 +594,7 @@ def _engines(
     cpu = gpu.platform == "cpu"
     laptop = gpu.kind == "laptop" and request.concurrency == 1
     latency = bool(profile and profile.objective == "latency")
-    modern = gpu.platform == "cuda" and (gpu.capability or (0, 0)) >= (8, 9)
+    modern = gpu.platform == "cuda" and formats_of(gpu)["fp8"] == "native"
     if cpu:
         vllm = Engine("vLLM", False, "its CPU build serves, slower than llama.cpp for one user")
         llama = Engine("llama.cpp / Ollama", True, "runs a 4-bit GGUF on the CPU")
@@ -641,7 +611,7 @@ def _engines(
     why = (
         "compiled kernels for one fixed model; worth its build where latency is all"
         if modern
-        else "needs compute capability 8.9"
+        else "needs a GPU that computes in FP8"
     )
     trt = Engine("TensorRT-LLM", modern and latency and fits, why)
     tgi = Engine(

@@ -13,17 +13,9 @@ from typing import Any
 from quant.architectures import ModelSpec
 from quant.hardware import Gpu
 from quant.planning.memory import MemoryPlan
-from quant.planning.storage import QUANTIZED_ROLES, source_storage, storage_of
-from quant.vllm.kernels import formats_of
-
-#: scheme → the number format in which the GPU multiplies, and the one that it must have kernels for; others
-#: unpack weights and multiply in 16 bits
-COMPUTE = {
-    "w8a8-fp8": ("fp8", "fp8"), "w8a8-fp8-tensor": ("fp8", "fp8"), "fp8": ("fp8", "fp8"),
-    "fp8-block": ("fp8", "fp8"),
-    "w8a8-int8": ("int8", "int8"), "nvfp4": ("fp4", "nvfp4"), "mxfp4": ("fp4", "mxfp4"),
-    "mxfp8": ("fp8", "mxfp8"),
-}  # fmt: skip
+from quant.planning.storage import QUANTIZED_ROLES, is_quantized, source_schemes
+from quant.schemes import Scheme
+from quant.vllm.kernels import formats_of, kernel_of
 
 
 @dataclass(frozen=True)
@@ -53,18 +45,17 @@ def speed_bounds(spec: ModelSpec, gpu: Gpu, plan: MemoryPlan, concurrency: int) 
         experts = share * spec.moe.experts / spec.moe.active
     all_read = _bytes_read(spec, plan.scheme, experts) / ranks
     batch = concurrency * gpu.bandwidth / (all_read + concurrency * cache)
-    number, kernel = COMPUTE.get(plan.scheme, ("", ""))
-    native = formats_of(gpu).get(kernel) == "native"
-    rate = gpu.rates.get(number if native else "fp16", 0.0)
+    # without kernels for both, weights are unpacked and multiplied in 16 bits
+    native = is_quantized(plan.scheme) and formats_of(gpu).get(kernel_of(plan.scheme)) == "native"
+    rate = gpu.rates.get(plan.scheme.compute_format if native else "fp16", 0.0)
     prefill = rate * ranks / (2 * spec.active_parameters) if rate else None
     return Speed(one, batch, prefill)
 
 
-def _bytes_read(spec: ModelSpec, scheme: str, experts: float = 1.0) -> float:
+def _bytes_read(spec: ModelSpec, scheme: Scheme, experts: float = 1.0) -> float:
     """Bytes of weights that one decoding step reads; ``experts`` times the active share of routed experts."""
     total = 0.0
-    own, covered = source_storage(spec)
-    storage = own if scheme == "none" else storage_of(scheme)
+    own, planned = source_schemes(spec), scheme if is_quantized(scheme) else None
     for weight in spec.weights:
         if weight.role in ("vision", "mtp") or (weight.role == "embedding" and not spec.tied):
             continue
@@ -73,12 +64,15 @@ def _bytes_read(spec: ModelSpec, scheme: str, experts: float = 1.0) -> float:
             if spec.moe and weight.role == "experts"
             else 1.0
         )
-        packed = covered(weight) if scheme == "none" else weight.linear and weight.role in QUANTIZED_ROLES
+        if planned is None:
+            stored = own(weight)
+        else:
+            stored = planned if weight.linear and weight.role in QUANTIZED_ROLES else None
         n, k = weight.shape[0], prod(weight.shape[1:])
-        width = storage.bytes(n, k, 2) / (n * k) if packed else 2.0
+        width = 2.0 if stored is None else stored.stored_bytes(n, k, 2) / (n * k)
         size = (
             weight.stored_bytes
-            if scheme == "none" and spec.quantization and weight.stored_bytes
+            if planned is None and spec.quantization and weight.stored_bytes
             else weight.parameters * width
         )
         total += size * share

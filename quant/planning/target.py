@@ -9,8 +9,8 @@ from typing import Any
 from quant.errors import UsageError
 from quant.hardware import detect, named_gpu
 from quant.planning.memory import EngineRequest
-from quant.planning.recommendation import MAKEABLE, NEEDED, Recommendation, recommend
-from quant.schemes import Scheme
+from quant.planning.recommendation import Recommendation, recommend
+from quant.schemes import SCHEMES, Scheme
 from quant.vllm.kernels import kernel_problem
 from quant.vllm.releases import loading_problem
 
@@ -21,9 +21,10 @@ def method_for(scheme: str) -> str:
     Raises:
         UsageError: a scheme that vLLM does not load has no such row.
     """
-    if scheme not in MAKEABLE:
+    methods = SCHEMES[scheme].methods if scheme in SCHEMES else ()
+    if not methods:
         raise UsageError(f"missing --method: scheme {scheme!r} has no default one; give gptq or minmax")
-    return MAKEABLE[scheme][0]
+    return methods[0]
 
 
 def choose(
@@ -49,7 +50,12 @@ def choose(
     request = EngineRequest(tensor_parallel=tensor_parallel, vllm_version=vllm_version)
     count = tensor_parallel if gpu is not None else None
     found = recommend(
-        str(model), gpu, request, schemes=["none", *MAKEABLE], output_path=str(output_path), gpu_count=count
+        str(model),
+        gpu,
+        request,
+        schemes=["none", *(row.name for row in SCHEMES.values() if row.methods)],
+        output_path=str(output_path),
+        gpu_count=count,
     )
     return found.check()
 
@@ -59,7 +65,7 @@ def settings(found: Recommendation) -> dict[str, Any]:
     chosen: dict[str, Any] = {
         "method": found.method,
         "scheme": found.recommended,
-        **NEEDED.get(str(found.recommended), {}),
+        **(SCHEMES[found.recommended].needs if found.recommended in SCHEMES else {}),
     }
     return chosen if found.group_size is None else {**chosen, "group_size": found.group_size}
 

@@ -227,6 +227,7 @@ def _fit(folder: Path, chosen: dict[str, Argument], request: DeploymentRequest, 
     """
     from quant.hardware import detect, named_gpu
     from quant.planning.memory import largest_utilization
+    from quant.vllm.kernels import BF16_CAPABILITY, has_bfloat16
     from quant.vllm.releases import rules_for
 
     gpus = [named_gpu(request.gpu)] * parallel if request.gpu is not None else list(detect().gpus)
@@ -238,15 +239,13 @@ def _fit(folder: Path, chosen: dict[str, Argument], request: DeploymentRequest, 
             f"{'is' if len(gpus) == 1 else 'are'} here"
         ]
     gpu = min(gpus[:parallel], key=lambda g: g.free_bytes)
-    if (
-        gpu.platform == "cuda"
-        and gpu.capability is not None
-        and gpu.capability < (8, 0)
-        and chosen["dtype"].value == "bfloat16"
-    ):
-        level = ".".join(map(str, gpu.capability))
+    if not has_bfloat16(gpu) and chosen["dtype"].value == "bfloat16":
+        level = ".".join(map(str, gpu.capability or ()))
         chosen["dtype"] = Argument(
-            "dtype", "float16", f"{gpu.name} (compute capability {level}) has no bfloat16, which takes 8.0"
+            "dtype",
+            "float16",
+            f"{gpu.name} (compute capability {level}) has no bfloat16, which takes "
+            f"{'.'.join(map(str, BF16_CAPABILITY))}",
         )
     default = rules_for(VLLM_VERSION, gpu.capability).utilization
     passed_on = _values(request.extra)
@@ -291,14 +290,14 @@ def _fit_context(
             if "--max-num-batched-tokens" in passed_on
             else None,
         )
-        found = plan(spec, gpus, "none", engine)
+        found = plan(spec, gpus, None, engine)
         fitting = int(found.max_context * _SURE) // _STEP * _STEP
         asked = request.max_model_len is not None or "--max-model-len" in passed_on
         if (
             not found.fits
             and fitting
             and not asked
-            and plan(spec, gpus, "none", at_context(engine, fitting)).fits
+            and plan(spec, gpus, None, at_context(engine, fitting)).fits
         ):
             held = (
                 f"what {format_size(found.kv_cache_bytes)} of KV cache hold on {gpus[0].name}; the "

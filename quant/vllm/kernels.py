@@ -18,6 +18,9 @@ BF16_LAYOUTS = frozenset({"mxfp4-pack-quantized", "mxfp8-quantized"})
 BF16_FORMATS = frozenset({"mxfp4", "mxfp8"})
 #: First compute capability with bf16, and with an FP8 KV cache.
 BF16_CAPABILITY, FP8_CACHE_CAPABILITY = (8, 0), (8, 9)
+#: First compute capability whose ranks reduce through memory that NVLink shares, and whose kernels of latent
+#: attention take larger blocks.
+SHARED_MEMORY_CAPABILITY, LARGE_BLOCK_CAPABILITY = (9, 0), (10, 0)
 
 #: lowest compute capability (CUDA) at which vLLM 0.32 computes a scheme: (natively, by unpacking weights on
 #: the way). vLLM's sources, the ``get_min_capability`` of each scheme; None = never. A third number is the
@@ -48,6 +51,26 @@ def formats_of(gpu: Gpu) -> dict[str, str]:
     """Number formats → how a GPU computes with them in vLLM: ``native``, ``weight-only`` (unpacked on the way),
     ``no``."""
     return number_formats(gpu.platform, gpu.capability, gpu.architecture)
+
+
+def has_bfloat16(gpu: Gpu) -> bool:
+    """Whether a GPU computes in bf16; one whose compute capability is not known counts as one that does."""
+    return gpu.platform != "cuda" or gpu.capability is None or gpu.capability >= BF16_CAPABILITY
+
+
+def has_fp8_cache(gpu: Gpu) -> bool:
+    """Whether vLLM keeps a KV cache in FP8 on a GPU."""
+    return gpu.platform != "cuda" or (gpu.capability or (0, 0)) >= FP8_CACHE_CAPABILITY
+
+
+def shares_memory(gpu: Gpu) -> bool:
+    """Whether ranks on such GPUs reduce through memory that NVLink shares, whose buffers are large."""
+    return gpu.link == "nvlink" and (gpu.capability is None or gpu.capability >= SHARED_MEMORY_CAPABILITY)
+
+
+def latent_block(gpu: Gpu) -> int:
+    """Tokens of a block of latent attention's cache on a GPU."""
+    return 64 if gpu.capability is not None and gpu.capability >= LARGE_BLOCK_CAPABILITY else 16
 
 
 def gpu_dict(gpu: Gpu) -> dict[str, Any]:

@@ -18,12 +18,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quant.errors import UsageError
+from quant.vllm.kernels import BF16_CAPABILITY
+
+if TYPE_CHECKING:
+    from quant.hardware import Gpu
 
 #: The release that is planned for and checked against where none is named.
 VLLM_VERSION = "0.32"
+
+_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,6 @@ class Rules:
     mla: bool
     #: bytes that an entry of the latent cache is padded to
     mla_alignment: int
-    #: prompts are cut into chunks of max_num_batched_tokens; False: only beyond 32768 tokens of context
-    chunked: bool
     #: the last pipeline stage takes all remaining layers; False: they are spread over the middle stages
     last_stage_takes_rest: bool
     #: the context check compares the need of all stages with one stage's memory
@@ -69,9 +73,18 @@ class Rules:
     #: smallest memory at which the larger batch defaults hold, and whether an A100 has it too
     large_gpu_bytes: int
     large_includes_a100: bool
+    #: memory from which they are larger still; 0: in no such release
+    largest_gpu_bytes: int
     #: default max_num_seqs below that memory (V1: raised to 1024 in 0.8.0, taken back in 0.8.4,
     #: vllm-project/vllm #16158)
     small_gpu_seqs: int
+    #: tokens of a chunk of a prompt in V0, where chunks were asked for
+    chunk_tokens: int
+    #: captured batches grow with max_num_seqs, up to this size; False: up to 512 whatever it is
+    graphs_follow_seqs: bool
+    largest_graph: int
+    #: what the inner size of an MXFP4 expert is padded to on each rank: 128 by Marlin, 64 by the Triton kernels
+    mxfp4_inner: int
     #: bytes outside torch with one GPU, and with several (on NVLink, on PCIe)
     other_bytes: int
     other_bytes_nvlink: int
@@ -103,8 +116,10 @@ _HISTORY: dict[str, tuple[tuple[tuple[int, int, int], Any], ...]] = {
     "whole_model_check": (((0, 0, 0), False), ((0, 10, 0), True), ((0, 15, 0), False)),
     "small_gpu_seqs": (((0, 0, 0), 256), ((0, 8, 0), 1024), ((0, 8, 4), 256)),
     "large_includes_a100": (((0, 0, 0), True), ((0, 9, 1), False)),
+    "largest_gpu_bytes": (((0, 0, 0), 0), ((0, 17, 0), 160 * _GIB)),
+    "chunk_tokens": (((0, 0, 0), 512), ((0, 6, 4), 2048)),
+    "graphs_follow_seqs": (((0, 0, 0), False), ((0, 11, 0), True)),
 }
-_GIB = 2**30
 
 
 def parse_version(text: str) -> tuple[int, int, int]:
@@ -125,8 +140,8 @@ def parse_version(text: str) -> tuple[int, int, int]:
 def rules_for(
     version: str = VLLM_VERSION, capability: tuple[int, int] | None = None, mixture: bool = True
 ) -> Rules:
-    """The accounting of a release, for a mixture of experts or a dense model. 0.8 and 0.9 still ran the V0
-    engine on GPUs below compute capability 8.0.
+    """The accounting of a release on a GPU of that compute capability, for a mixture of experts or a dense
+    model. 0.8 and 0.9 still ran the V0 engine below 8.0.
 
     >>> rules_for("0.19").sampler_bytes, rules_for("0.8.5", (7, 0)).engine
     (16, 'v0')
@@ -136,17 +151,28 @@ def rules_for(
     # the second runner served dense models first, and did not profile graphs
     if not mixture and (0, 25, 0) <= release < (0, 29, 0):
         values.update(sampler_bytes=2, graphs_subtracted=False)
-    old_part = capability is not None and capability < (8, 0)
+    old_part = capability is not None and capability < BF16_CAPABILITY
+    generation = capability[0] if capability is not None else 0
     v1 = release >= (0, 10, 0) or (release >= (0, 8, 0) and not old_part)
     if not v1:
         values.update(whole_model_check=False, small_gpu_seqs=256)
     return Rules(
-        version=release, engine="v1" if v1 else "v0", hybrid=v1 and release >= (0, 9, 2), chunked=v1,
+        version=release, engine="v1" if v1 else "v0", hybrid=v1 and release >= (0, 9, 2),
         mla_alignment=256 if not v1 and values["mla"] else 1, large_gpu_bytes=70 * _GIB,
         other_bytes=int(0.25 * _GIB) if v1 else int(0.06 * _GIB),
         other_bytes_nvlink=int((2.1 if release >= (0, 15, 0) else 0.6) * _GIB),
-        other_bytes_pcie=int((0.45 if v1 else 0.25) * _GIB), **values,
+        other_bytes_pcie=int((0.45 if v1 else 0.25) * _GIB), largest_graph=1024 if generation == 10 else 512,
+        mxfp4_inner=64 if generation == 9 and release >= (0, 12, 0) else 128, **values,
     )  # fmt: skip
+
+
+def batch_sizes(rules: Rules, gpu: Gpu) -> tuple[int, int]:
+    """V1's defaults of ``max_num_batched_tokens`` and ``max_num_seqs`` on a GPU of that memory and name."""
+    large = gpu.total_bytes >= rules.large_gpu_bytes
+    if not large or not (rules.large_includes_a100 or "a100" not in gpu.name.lower()):
+        return 2048, rules.small_gpu_seqs
+    largest = rules.largest_gpu_bytes and gpu.total_bytes >= rules.largest_gpu_bytes
+    return (16384 if largest else 8192), 1024
 
 
 #: First release that loads a format, as far as the formats' contract is known: before it compressed-tensors had no

@@ -192,7 +192,7 @@ def test_a_32_bit_file_is_known_to_be_one(tmp_path: Path) -> None:
     count = write_checkpoint(tmp_path, "F32", 4)
     spec = model_from_directory(tmp_path)
     assert stored_bytes(spec) == 4 * count
-    found = plan(spec, [named_gpu("L40S")], "none", EngineRequest(context=1024))
+    found = plan(spec, [named_gpu("L40S")], None, EngineRequest(context=1024))
     assert found.weights_bytes == 2 * count + spec.rotary_bytes  # served in 16 bits: half of the file
 
 
@@ -200,7 +200,7 @@ def test_a_bf16_file_is_served_at_its_size(tmp_path: Path) -> None:
     count = write_checkpoint(tmp_path)
     spec = model_from_directory(tmp_path)
     assert (
-        plan(spec, [named_gpu("L40S")], "none", EngineRequest(context=1024)).weights_bytes
+        plan(spec, [named_gpu("L40S")], None, EngineRequest(context=1024)).weights_bytes
         == 2 * count + spec.rotary_bytes
     )
 

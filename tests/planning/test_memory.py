@@ -13,6 +13,7 @@ from quant.hardware import Gpu, cpu_device, named_gpu
 from quant.planning import EngineRequest, plan
 from quant.planning.memory import graph_sizes
 from quant.planning.storage import stage_layers
+from quant.schemes import PRESETS, UNQUANTIZED, Scheme
 from quant.vllm.releases import parse_version, rules_for
 from tests.planning.tiny_models import TINY
 
@@ -24,18 +25,25 @@ LLAMA70 = find_model("meta-llama/Llama-3.1-70B-Instruct")
 
 
 def test_the_parts_add_up_to_the_requested_memory() -> None:
-    p = plan(LLAMA8, [L40S], "none", EngineRequest(context=8192))
+    p = plan(LLAMA8, [L40S], None, EngineRequest(context=8192))
     parts = p.weights_bytes + p.activation_bytes + p.cuda_graph_bytes + p.other_bytes + p.kv_cache_bytes
     assert parts == p.requested_bytes == ceil(L40S.total_bytes * 0.92)
     assert p.fits and p.kv_blocks == p.kv_cache_bytes // (16 * p.kv_bytes_per_token)
 
 
+def test_no_scheme_and_the_unquantized_one_are_the_checkpoint_as_it_is() -> None:
+    request = EngineRequest(context=4096)
+    for name in ("meta-llama/Llama-3.1-8B", "openai/gpt-oss-20b"):
+        spec = find_model(name)
+        assert plan(spec, [H100], None, request) == plan(spec, [H100], UNQUANTIZED, request)
+
+
 def test_weights_are_every_parameter_once_with_padding_and_rotary_table() -> None:
-    p = plan(LLAMA8, [H100], "none", EngineRequest(context=8192))
+    p = plan(LLAMA8, [H100], None, EngineRequest(context=8192))
     # 128256 rows are a multiple of 64 already
     assert p.weights_bytes == 2 * LLAMA8.parameters + 131072 * 128 * 2
     phi = find_model("ibm-granite/granite-3.1-2b-instruct")  # 49155 rows are padded to 49216
-    padded = plan(phi, [H100], "none", EngineRequest(context=8192)).weights_bytes
+    padded = plan(phi, [H100], None, EngineRequest(context=8192)).weights_bytes
     assert padded == 2 * (phi.parameters + 61 * 2048) + 131072 * 64 * 2
 
 
@@ -61,7 +69,7 @@ def test_kv_bytes_per_token(name: str, ranks: int, dtype: str, expected: int) ->
         plan(
             find_model(name),
             gpus,
-            "none",
+            None,
             EngineRequest(context=4096, tensor_parallel=ranks, kv_cache_dtype=dtype),
         ).kv_bytes_per_token
         == expected
@@ -70,8 +78,8 @@ def test_kv_bytes_per_token(name: str, ranks: int, dtype: str, expected: int) ->
 
 def test_before_latent_caching_every_head_was_cached_whole() -> None:
     spec = find_model("deepseek-ai/DeepSeek-V2-Lite-Chat")
-    old = plan(spec, [H100], "none", EngineRequest(context=4096, vllm_version="0.6.6")).kv_bytes_per_token
-    padded = plan(spec, [H100], "none", EngineRequest(context=4096, vllm_version="0.7.3")).kv_bytes_per_token
+    old = plan(spec, [H100], None, EngineRequest(context=4096, vllm_version="0.6.6")).kv_bytes_per_token
+    padded = plan(spec, [H100], None, EngineRequest(context=4096, vllm_version="0.7.3")).kv_bytes_per_token
     assert old == 27 * 16 * 2 * 256 * 2
     assert padded == 27 * 640 * 2  # 1152 bytes aligned to 256
 
@@ -79,14 +87,14 @@ def test_before_latent_caching_every_head_was_cached_whole() -> None:
 def test_a_window_bounds_what_a_long_request_needs() -> None:
     spec = find_model("google/gemma-3-27b-it")
     request = EngineRequest(context=131072, max_num_batched_tokens=2048)
-    p = plan(spec, [replace(H100, total_bytes=2**42, free_bytes=2**42)], "none", request)
+    p = plan(spec, [replace(H100, total_bytes=2**42, free_bytes=2**42)], None, request)
     assert p.layout is not None
     sliding = ceil((1023 + 2 * 2048) / 16) + 1
     assert p.layout.blocks_for(131072, 2 * 2048) == 6 * sliding + 8192
     without = plan(
         spec,
         [replace(H100, total_bytes=2**42, free_bytes=2**42)],
-        "none",
+        None,
         replace(request, vllm_version="0.8.5"),
     )
     assert without.layout is not None and len(without.layout.groups) == 1
@@ -96,7 +104,7 @@ def test_recurrent_layers_enlarge_the_block_until_a_page_holds_a_state() -> None
     p = plan(
         find_model("Qwen/Qwen3-Next-80B-A3B-Instruct"),
         [replace(H100, total_bytes=2**42, free_bytes=2**42)],
-        "none",
+        None,
         EngineRequest(context=4096),
     )
     assert p.layout is not None
@@ -108,7 +116,7 @@ def test_recurrent_layers_enlarge_the_block_until_a_page_holds_a_state() -> None
 @pytest.mark.parametrize(("version", "share"), [("0.19", 0.9), ("0.32", 0.92)])
 def test_the_default_share_follows_the_release(version: str, share: float) -> None:
     assert (
-        plan(LLAMA8, [H100], "none", EngineRequest(context=4096, vllm_version=version)).gpu_memory_utilization
+        plan(LLAMA8, [H100], None, EngineRequest(context=4096, vllm_version=version)).gpu_memory_utilization
         == share
     )
 
@@ -116,7 +124,7 @@ def test_the_default_share_follows_the_release(version: str, share: float) -> No
 def test_the_sampler_dominates_where_it_sorted_and_the_forward_pass_where_it_does_not() -> None:
     request = EngineRequest(context=4096, max_num_seqs=1024, max_num_batched_tokens=8192)
     sorting, kernel, newest = (
-        plan(LLAMA8, [H100], "none", replace(request, vllm_version=v)).activation_bytes
+        plan(LLAMA8, [H100], None, replace(request, vllm_version=v)).activation_bytes
         for v in ("0.11", "0.19", "0.32")
     )
     assert sorting == 1024 * 128256 * 39 and kernel == 1024 * 128256 * 16
@@ -124,27 +132,27 @@ def test_the_sampler_dominates_where_it_sorted_and_the_forward_pass_where_it_doe
 
 
 def test_graphs_come_on_top_before_and_out_of_the_cache_since_0_21() -> None:
-    before = plan(LLAMA8, [H100], "none", EngineRequest(context=4096, vllm_version="0.19"))
-    eager = plan(LLAMA8, [H100], "none", EngineRequest(context=4096, vllm_version="0.19", enforce_eager=True))
+    before = plan(LLAMA8, [H100], None, EngineRequest(context=4096, vllm_version="0.19"))
+    eager = plan(LLAMA8, [H100], None, EngineRequest(context=4096, vllm_version="0.19", enforce_eager=True))
     assert (
         before.kv_cache_bytes == eager.kv_cache_bytes
         and before.cuda_graph_bytes > 0 == eager.cuda_graph_bytes
     )
-    after = plan(LLAMA8, [H100], "none", EngineRequest(context=4096))
-    lazy = plan(LLAMA8, [H100], "none", EngineRequest(context=4096, enforce_eager=True))
+    after = plan(LLAMA8, [H100], None, EngineRequest(context=4096))
+    lazy = plan(LLAMA8, [H100], None, EngineRequest(context=4096, enforce_eager=True))
     assert lazy.kv_cache_bytes - after.kv_cache_bytes == after.cuda_graph_bytes
 
 
 def test_sizes_of_captured_graphs() -> None:
-    assert graph_sizes(1024, 8192, rules_for("0.32"), (9, 0)) == 3 + 31 + 17
-    assert graph_sizes(8, 8192, rules_for("0.32"), (9, 0)) == 5  # 1, 2, 4, 8, 16
-    assert graph_sizes(1024, 8192, rules_for("0.32"), (10, 0)) == 3 + 31 + 49
+    assert graph_sizes(1024, 8192, rules_for("0.32", (9, 0))) == 3 + 31 + 17
+    assert graph_sizes(8, 8192, rules_for("0.32", (9, 0))) == 5  # 1, 2, 4, 8, 16
+    assert graph_sizes(1024, 8192, rules_for("0.32", (10, 0))) == 3 + 31 + 49
 
 
 def test_v0_read_the_whole_prompt_at_once_below_32k() -> None:
     spec = find_model("Qwen/Qwen2.5-7B-Instruct")
     v100 = named_gpu("V100-32GB")
-    whole = plan(spec, [v100], "none", EngineRequest(context=32768, vllm_version="0.8.5"))
+    whole = plan(spec, [v100], None, EngineRequest(context=32768, vllm_version="0.8.5"))
     assert whole.max_num_batched_tokens == 32768
     assert whole.activation_bytes / GIB == pytest.approx(4.35, abs=0.02)  # printed on a V100 by vLLM 0.8.5
 
@@ -154,7 +162,7 @@ def test_a_pipeline_is_as_good_as_its_fullest_stage() -> None:
     p = plan(
         spec,
         [replace(H100, total_bytes=2**42, free_bytes=2**42)] * 8,
-        "none",
+        None,
         EngineRequest(context=4096, pipeline_parallel=4, tensor_parallel=2),
     )
     assert len(p.weights_by_stage) == 4
@@ -171,9 +179,9 @@ def test_every_layer_is_in_exactly_one_stage(layers: int, stages: int, version: 
 
 def test_tensor_parallel_weights_are_the_parts_of_the_whole() -> None:
     one = plan(
-        LLAMA70, [replace(H100, total_bytes=2**42, free_bytes=2**42)], "none", EngineRequest(context=4096)
+        LLAMA70, [replace(H100, total_bytes=2**42, free_bytes=2**42)], None, EngineRequest(context=4096)
     ).weights_bytes
-    four = plan(LLAMA70, [H100] * 4, "none", EngineRequest(context=4096, tensor_parallel=4)).weights_bytes
+    four = plan(LLAMA70, [H100] * 4, None, EngineRequest(context=4096, tensor_parallel=4)).weights_bytes
     norms = (2 * 80 + 1) * 8192 * 2 + LLAMA70.rotary_bytes
     assert 4 * (four - norms) == one - norms
 
@@ -181,24 +189,26 @@ def test_tensor_parallel_weights_are_the_parts_of_the_whole() -> None:
 # -- refusals ------------------------------------------------------------------------------------------------
 
 
-def refused(request: EngineRequest, gpu: Gpu = L40S, count: int = 1, scheme: str = "none") -> tuple[str, str]:
-    p = plan(LLAMA70 if count > 1 or scheme != "none" else LLAMA8, [gpu] * count, scheme, request)
+def refused(
+    request: EngineRequest, gpu: Gpu = L40S, count: int = 1, scheme: Scheme | None = None
+) -> tuple[str, str]:
+    p = plan(LLAMA70 if count > 1 or scheme else LLAMA8, [gpu] * count, scheme, request)
     assert not p.fits
     return p.why, p.remedy
 
 
 def test_no_room_names_every_part() -> None:
-    why, _ = refused(EngineRequest(context=4096), named_gpu("RTX 3090"), scheme="w4a16")
+    why, _ = refused(EngineRequest(context=4096), named_gpu("RTX 3090"), scheme=PRESETS["w4a16"])
     assert all(word in why for word in ("weights", "activations", "CUDA graphs", "requested"))
 
 
 def test_too_long_a_context_names_the_longest_that_fits_and_that_one_does() -> None:
     request = EngineRequest(context=131072)
     gpu = named_gpu("RTX 4090")
-    p = plan(LLAMA8, [gpu], "none", request)
+    p = plan(LLAMA8, [gpu], None, request)
     assert not p.fits and str(p.max_context) in p.remedy
-    assert plan(LLAMA8, [gpu], "none", replace(request, context=p.max_context)).fits
-    assert not plan(LLAMA8, [gpu], "none", replace(request, context=p.max_context + 16)).fits
+    assert plan(LLAMA8, [gpu], None, replace(request, context=p.max_context)).fits
+    assert not plan(LLAMA8, [gpu], None, replace(request, context=p.max_context + 16)).fits
 
 
 def test_memory_held_by_others_stops_the_start_until_less_is_asked() -> None:
@@ -206,18 +216,18 @@ def test_memory_held_by_others_stops_the_start_until_less_is_asked() -> None:
     why, remedy = refused(EngineRequest(context=4096), busy)
     assert "held by others" in why
     share = float(remedy.split()[1].rstrip(","))
-    assert plan(LLAMA8, [busy], "none", EngineRequest(context=4096, gpu_memory_utilization=share)).fits
+    assert plan(LLAMA8, [busy], None, EngineRequest(context=4096, gpu_memory_utilization=share)).fits
 
 
 def test_recurrent_states_need_a_block_a_sequence_for_graphs() -> None:
     spec = find_model("Qwen/Qwen3.5-35B-A3B-FP8")
     gpu = replace(L40S, total_bytes=int(44.4 * GIB), free_bytes=int(44 * GIB))
     request = EngineRequest(context=1024, vllm_version="0.18.0")
-    p = plan(spec, [gpu], "none", request)
+    p = plan(spec, [gpu], None, request)
     assert not p.fits and "recurrent states" in p.why
-    assert plan(spec, [gpu], "none", replace(request, enforce_eager=True)).fits
+    assert plan(spec, [gpu], None, replace(request, enforce_eager=True)).fits
     fewer = int(p.remedy.split()[1].rstrip(","))
-    assert plan(spec, [gpu], "none", replace(request, max_num_seqs=fewer)).fits
+    assert plan(spec, [gpu], None, replace(request, max_num_seqs=fewer)).fits
 
 
 def test_graphs_that_do_not_fit_beside_the_requested_memory() -> None:
@@ -231,8 +241,9 @@ def test_groups_that_ranks_would_cut_are_refused_and_smaller_ones_not() -> None:
     spec = model_from_config(config)
     gpus = [L40S] * 8
     request = EngineRequest(context=1024, tensor_parallel=4)
-    assert "86 groups of 128" in plan(spec, gpus, "w4a16", request).why
-    assert plan(spec, gpus, "w4a16", request, group_size=64).fits
+    scheme = PRESETS["w4a16"]
+    assert "86 groups of 128" in plan(spec, gpus, scheme, request).why
+    assert plan(spec, gpus, scheme.with_group_size(64), request).fits
 
 
 @pytest.mark.parametrize(
@@ -253,15 +264,13 @@ def test_groups_that_ranks_would_cut_are_refused_and_smaller_ones_not() -> None:
 )
 def test_impossible_requests_are_refused_by_name(changes: dict[str, object], words: str) -> None:
     with pytest.raises(Problems, match=words) as caught:
-        plan(LLAMA8, [L40S] * 64, "none", replace(EngineRequest(), **changes))  # type: ignore[arg-type]
+        plan(LLAMA8, [L40S] * 64, None, replace(EngineRequest(), **changes))  # type: ignore[arg-type]
     assert caught.value.exit_code == 2
 
 
 def test_all_problems_are_listed_together() -> None:
     with pytest.raises(Problems) as caught:
-        plan(
-            LLAMA8, [L40S], "none", EngineRequest(concurrency=0, tensor_parallel=5, gpu_memory_utilization=2)
-        )
+        plan(LLAMA8, [L40S], None, EngineRequest(concurrency=0, tensor_parallel=5, gpu_memory_utilization=2))
     assert len(caught.value.problems) >= 4
 
 
@@ -284,6 +293,6 @@ def test_old_gpus_kept_the_old_engine_until_0_10() -> None:
 
 
 def test_the_cpu_needs_no_graphs_and_no_profile() -> None:
-    p = plan(LLAMA8, [cpu_device(64 * GIB)], "none", EngineRequest(context=4096))
+    p = plan(LLAMA8, [cpu_device(64 * GIB)], None, EngineRequest(context=4096))
     assert p.cuda_graph_bytes == p.activation_bytes == 0 and p.block_tokens == 128
     assert p.kv_cache_bytes == p.requested_bytes - p.weights_bytes - p.other_bytes

@@ -93,20 +93,6 @@ def test_commands_are_given_only_for_what_this_build_makes() -> None:
     request = EngineRequest(context=8192)
     found = recommend("meta-llama/Llama-3.1-70B", "H100", request, scheme="w8a8-fp8")
     assert found.recommended in ("w8a8-fp8", None)
-    two = recommend(
-        "meta-llama/Llama-3.1-70B",
-        "H100",
-        replace(request, tensor_parallel=2),
-        gpu_count=2,
-        scheme="w8a8-fp8",
-        makeable={},
-    )
-    assert (
-        two.recommended == "w8a8-fp8"
-        and two.commands == ()
-        and two.method is None
-        and "does not make" in two.notes[-1]
-    )
     switched = recommend(
         "meta-llama/Llama-3.1-70B",
         "H100",
@@ -442,13 +428,13 @@ def test_programs_get_engine_arguments_and_a_reload_that_looks_again() -> None:
 
 def test_speed_bounds_are_bytes_over_bandwidth() -> None:
     spec, gpu = quant.find_model("meta-llama/Llama-3.1-8B"), named_gpu("H100")
-    p = quant.planning.plan(spec, [gpu], "none", EngineRequest(context=1024))
+    p = quant.planning.plan(spec, [gpu], None, EngineRequest(context=1024))
     bound = speed_bounds(spec, gpu, p, 1)
     read = 2 * (spec.parameters - spec.by_role["embedding"]) + 131072 * 512
     assert bound.decode_bound == pytest.approx(3350e9 / read)
     assert bound.prefill_bound == pytest.approx(989e12 / (2 * spec.active_parameters))
     moe = quant.find_model("Qwen/Qwen3-30B-A3B")
-    sparse = speed_bounds(moe, gpu, quant.planning.plan(moe, [gpu], "none", EngineRequest(context=1024)), 1)
+    sparse = speed_bounds(moe, gpu, quant.planning.plan(moe, [gpu], None, EngineRequest(context=1024)), 1)
     assert (
         sparse.decode_bound is not None
         and bound.decode_bound is not None

@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,12 @@ import pytest
 from quant.catalog import find_model, model_from_directory, stored_bytes
 from quant.checkpoint.header import read_header
 from quant.errors import UsageError
-from quant.planning.recommendation import MAKEABLE
-from quant.planning.storage import checkpoint_bytes, file_bytes, packed, source_storage, storage_of
+from quant.formats import FormatRegistry
+from quant.hardware import named_gpu
+from quant.planning import plan
+from quant.planning.storage import checkpoint_bytes, file_bytes, source_kernels, source_schemes
+from quant.schemes import PRESETS, SCHEMES, Scheme, WeightScheme, resolve_scheme
+from quant.vllm.layers import Linear
 from tests.helpers import load_all, quantize, short_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +43,35 @@ def test_packed_bytes_are_those_of_the_tensors(
     ]
     if not symmetric:
         tensors.append(np.zeros((-(-n // per_word), groups), np.int32))
-    assert packed(bits, group, symmetric).bytes(n, k, 2) == sum(t.nbytes for t in tensors)
+    scheme = Scheme("packed", WeightScheme(bits, group, symmetric))
+    assert scheme.stored_bytes(n, k, 2) == sum(t.nbytes for t in tensors)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        *PRESETS.values(),
+        *(
+            resolve_scheme(name, activations="static")
+            for name in ("w8a8-int8", "w8a8-fp8", "w8a8-fp8-tensor")
+        ),
+        resolve_scheme("w8a8-int8", activations="static", symmetric_activations=False),
+        resolve_scheme("w4a16", group_size=-1),
+        resolve_scheme("w4a16-asym", group_size=32),
+        resolve_scheme("w3a16", group_size=64, symmetric=False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("n", "k"), [(64, 256), (48, 384), (4096, 14336), (172, 128), (1, 128)])
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_what_a_scheme_stores_is_what_the_format_specifies(
+    scheme: Scheme, n: int, k: int, dtype: str
+) -> None:
+    linear = Linear("x", n, k, scheme.weights, scheme.activations)
+    specs = FormatRegistry.get("compressed-tensors").specs(linear, dtype)
+    expected = {s.name.removeprefix("x."): s.nbytes for s in specs}
+    stored = scheme.stored_tensors(n, k, 2 if dtype == "BF16" else 4)
+    assert stored == expected and scheme.stored_bytes(n, k, 2) <= sum(expected.values())
 
 
 def test_a_quantized_checkpoint_keeps_embeddings_head_and_norms() -> None:
@@ -46,20 +79,21 @@ def test_a_quantized_checkpoint_keeps_embeddings_head_and_norms() -> None:
     linears = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336)
     kept = 2 * (spec.parameters - linears)
     expected = kept + linears // 2 + linears // 128 * 2 + 32 * 7 * 16
-    assert checkpoint_bytes(spec, "w4a16") == expected
+    assert checkpoint_bytes(spec, PRESETS["w4a16"]) == expected
 
 
 def test_linears_that_groups_do_not_divide_stay_as_they_are() -> None:
     spec = find_model("openai-community/gpt2")
-    assert checkpoint_bytes(spec, "w4a16", 512) > checkpoint_bytes(spec, "w4a16", 128)
+    scheme = PRESETS["w4a16"]
+    assert checkpoint_bytes(spec, scheme.with_group_size(512)) > checkpoint_bytes(spec, scheme)
 
 
 def test_a_smaller_group_costs_its_scales() -> None:
     spec = find_model("meta-llama/Llama-3.1-8B")
     linears = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336)
-    assert (
-        checkpoint_bytes(spec, "w4a16", 32) - checkpoint_bytes(spec, "w4a16", 128) == linears * 2 * 3 // 128
-    )
+    scheme = PRESETS["w4a16"]
+    more = checkpoint_bytes(spec, scheme.with_group_size(32)) - checkpoint_bytes(spec, scheme)
+    assert more == linears * 2 * 3 // 128
 
 
 @pytest.mark.parametrize(
@@ -71,9 +105,9 @@ def test_a_smaller_group_costs_its_scales() -> None:
 )  # fmt: skip
 def test_quantized_sources_are_read_in_their_own_scheme(name: str, gib: float) -> None:
     spec = find_model(name)
-    storage, covered = source_storage(spec)
+    own = source_schemes(spec)
     total = sum(
-        storage.bytes(w.shape[0], w.shape[1], 2) * w.count if covered(w) else 2 * w.parameters
+        s.stored_bytes(w.shape[0], w.shape[1], 2) * w.count if (s := own(w)) else 2 * w.parameters
         for w in spec.weights
         if w.role != "mtp"
     )
@@ -82,25 +116,88 @@ def test_quantized_sources_are_read_in_their_own_scheme(name: str, gib: float) -
 
 def test_an_ignore_list_leaves_its_modules_in_16_bits() -> None:
     spec = find_model("moonshotai/Kimi-K2.5")
-    storage, covered = source_storage(spec)
-    assert {w.role for w in spec.weights if covered(w)} == {"experts"} and storage.bits == 4
+    stored = {w.role: source_schemes(spec)(w) for w in spec.weights}
+    assert {role: s.weights.bits for role, s in stored.items() if s is not None} == {"experts": 4}
 
 
-def test_an_unknown_scheme_offers_the_nearest() -> None:
-    with pytest.raises(UsageError, match="w4a16"):
-        storage_of("w4a15")
+def test_a_checkpoint_of_several_schemes_is_planned_linear_by_linear() -> None:
+    """As the format writes it: groups with names for targets, one with a pattern, and one that is left."""
+    spec = find_model("meta-llama/Llama-3.1-8B")
+    form = FormatRegistry.get("compressed-tensors")
+    kinds = {"w4a16": "self_attn", "w8a8-fp8": "mlp"}
+    linears = [
+        Linear(f"model.layers.{i}.{module}.{p}", 8, 128, PRESETS[name].weights, PRESETS[name].activations)
+        for name, module in kinds.items()
+        for i in range(32)
+        for p in (
+            ("q_proj", "k_proj", "v_proj", "o_proj") if module == "self_attn" else ("gate_proj", "up_proj")
+        )
+    ]
+    config = form.config(linears, ["lm_head"], "static")
+    assert config is not None and config["format"] == "mixed-precision"
+    own = source_schemes(replace(spec, quantization=config))
+    stored = {w.name: own(w) for w in spec.weights if w.linear}
+    for name, scheme in stored.items():
+        wanted = "w4a16" if "mlp" not in name else "w8a8-fp8"
+        assert scheme == (None if name == "mlp.down_proj" else PRESETS[wanted]), name
+    assert source_kernels(replace(spec, quantization=config)) == {"int4-weights", "fp8"}
+    patterns = {
+        **config,
+        "config_groups": {
+            "a": {**config["config_groups"]["group_0"], "targets": [r"re:.*layers\.[0-7]\.self_attn\."]},
+            "b": {**config["config_groups"]["group_1"], "targets": ["Linear"]},
+        },
+        "ignore": ["re:.*layers.31.*"],
+    }
+    own = source_schemes(replace(spec, quantization=patterns))
+    kept = {w.layer: own(w) for w in spec.weights if w.name == "q_proj"}
+    assert [kept[i] for i in (0, 7, 8, 31)] == [PRESETS["w4a16"], PRESETS["w4a16"], PRESETS["w8a8-fp8"], None]
+    wrapped = {
+        "a": {**config["config_groups"]["group_0"], "targets": ["Linear"]},
+        "b": {
+            **config["config_groups"]["group_1"],
+            "targets": ["model.language_model.layers.3.self_attn.q_proj"],
+        },
+    }
+    own = source_schemes(replace(spec, quantization={**config, "config_groups": wrapped}))
+    kept = {w.layer: own(w) for w in spec.weights if w.name == "q_proj"}
+    assert [kept[i] for i in (2, 3)] == [PRESETS["w4a16"], PRESETS["w8a8-fp8"]]
+    plans = [plan(replace(spec, quantization=q), [named_gpu("H100")]) for q in (config, None)]
+    fewer = sum(
+        2 * w.parameters - s.stored_bytes(w.shape[0], w.shape[1], 2)
+        for w in spec.weights
+        if (s := stored.get(w.name)) is not None
+    )
+    assert plans[1].weights_bytes - plans[0].weights_bytes == fewer
+
+
+def test_a_config_that_cannot_be_understood_is_no_matter_where_the_tensors_were_counted() -> None:
+    spec = replace(
+        find_model("Llama-2-7b"),
+        quantization={
+            "quant_method": "compressed-tensors",
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": {"num_bits": 8, "type": "int", "strategy": "novel"},
+                }
+            },
+        },
+    )
+    with pytest.raises(UsageError, match="strategy 'novel'.*--model-path"):
+        source_schemes(spec)
+    counted = replace(spec, weights=tuple(replace(w, stored_bytes=1) for w in spec.weights))
+    assert source_schemes(counted)(counted.weights[1]) is None and source_kernels(counted) == frozenset()
 
 
 def test_an_unknown_source_format_asks_for_the_directory() -> None:
-    from dataclasses import replace
-
     with pytest.raises(UsageError, match="--model-path"):
-        source_storage(replace(find_model("Llama-2-7b"), quantization={"quant_method": "novel"}))
+        source_schemes(replace(find_model("Llama-2-7b"), quantization={"quant_method": "novel"}))
 
 
 @pytest.mark.skipif(not MODEL.is_dir(), reason="../shared is not there")
 @pytest.mark.parametrize(
-    ("model", "scheme", "group"),
+    ("model", "name", "group"),
     [
         ("tinylm-11m", "w4a16", 128),
         ("tinylm-11m", "w4a16-asym", 128),
@@ -109,9 +206,7 @@ def test_an_unknown_source_format_asks_for_the_directory() -> None:
         ("babyllama-tok105", "w4a16-asym", 32),
     ],
 )
-def test_predicted_bytes_are_what_quantize_writes(
-    tmp_path: Path, model: str, scheme: str, group: int
-) -> None:
+def test_predicted_bytes_are_what_quantize_writes(tmp_path: Path, model: str, name: str, group: int) -> None:
     import quantize as command
 
     if "quantize" not in command.cli.commands:
@@ -126,7 +221,7 @@ def test_predicted_bytes_are_what_quantize_writes(
         "--method",
         "minmax",
         "--scheme",
-        scheme,
+        name,
         "--group-size",
         str(group),
     ]
@@ -137,15 +232,16 @@ def test_predicted_bytes_are_what_quantize_writes(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert checkpoint_bytes(source, scheme, group) == stored_bytes(model_from_directory(out))
+    scheme = resolve_scheme(name, group_size=group)
+    assert checkpoint_bytes(source, scheme) == stored_bytes(model_from_directory(out))
     files = sum(f.stat().st_size for f in out.glob("*.safetensors"))
-    assert file_bytes(source, scheme, group) == pytest.approx(files, rel=0.005)
+    assert file_bytes(source, scheme) == pytest.approx(files, rel=0.005)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-@pytest.mark.parametrize("scheme", sorted({*MAKEABLE} - {"none"}))
+@pytest.mark.parametrize("name", sorted(name for name, row in SCHEMES.items() if row.methods))
 def test_every_scheme_that_is_made_takes_what_was_predicted(
-    scheme: str, kind: str, checkpoints: Callable[..., Path], tmp_path: Path
+    name: str, kind: str, checkpoints: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Small models, of which headers and numbers of whole tensors are a large part: what is left out of the
     count shows."""
@@ -159,8 +255,9 @@ def test_every_scheme_that_is_made_takes_what_was_predicted(
     model, output = checkpoints(kind, **sides), tmp_path / "out"
     source = model_from_directory(model)
     text = {"samples": 4, "sequence_length": 32, "calibration_dataset": [short_text()]}
-    report = quantize(model, output, method="minmax", scheme=scheme, **text)
-    assert report["scheme"]["name"] == scheme and len(report["layers"]) == 14
+    report = quantize(model, output, method="minmax", scheme=name, **text)
+    scheme = PRESETS[name]
+    assert report["scheme"]["name"] == name and len(report["layers"]) == 14
     tensors = sum(t.nbytes for t in load_all(output).values())
     assert checkpoint_bytes(source, scheme) == tensors == stored_bytes(model_from_directory(output))
     assert file_bytes(source, scheme) == pytest.approx(
@@ -175,4 +272,4 @@ def test_a_directory_as_it_is_costs_its_file() -> None:
     for name, info in read_header(MODEL / "model.safetensors")[0].items():
         assert info.dtype == "BF16", name
         sizes += 2 * info.numel
-    assert checkpoint_bytes(spec, "none") == sizes
+    assert checkpoint_bytes(spec) == sizes

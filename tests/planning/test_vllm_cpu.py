@@ -88,7 +88,7 @@ def test_tokens_and_bytes_per_token_are_those_of_the_running_engine(
         kv_cache_memory_bytes=CACHE,
         kv_cache_dtype=dtype,
     )
-    found = plan(model_from_config(TINY[name], name), [cpu_device(2**36)], "none", request)
+    found = plan(model_from_config(TINY[name], name), [cpu_device(2**36)], None, request)
     assert found.layout is not None
     assert found.block_tokens == real["block_size"]
     assert len(found.layout.groups) == real["groups"]
