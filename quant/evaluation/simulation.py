@@ -28,7 +28,7 @@ class Kernels:
 
     Attributes:
         activations: whether inputs are rounded; False of kernels that take 8- and 4-bit weights alone.
-        nearest_cache: whether K and V become the nearest FP8 numbers. vLLM 0.32's CPU kernel
+        nearest_cache: whether K and V become the nearest FP8 numbers. vLLM's CPU kernel
             (`cpu_attn_reshape_and_cache`) takes the next one towards zero instead.
     """
 

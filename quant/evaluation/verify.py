@@ -29,6 +29,7 @@ from quant.models.linears import LinearRef, fused_tensors
 from quant.vllm.cache import CACHE_SCALES, cache_problems
 from quant.vllm.config import parts, quantization_config, stated_dtype, text_path
 from quant.vllm.layers import Linear, fused_name, shape_problems, shared_name
+from quant.vllm.releases import VLLM_VERSION
 
 if TYPE_CHECKING:
     import torch
@@ -225,7 +226,7 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
                     "vLLM refuses"
                 )
         if quantization.get("sparsity_config"):
-            problems.append("sparsity_config is not empty: vLLM 0.32 has no sparse kernels left")
+            problems.append(f"sparsity_config is not empty: vLLM {VLLM_VERSION} has no sparse kernels left")
     return problems
 
 

@@ -30,6 +30,7 @@ from quant.formats.base import FormatRegistry, QuantizedLayers, require, suffixe
 from quant.schemes import BITS, Scheme, WeightScheme
 from quant.vllm.kernels import GROUP_SIZES
 from quant.vllm.layers import Linear
+from quant.vllm.releases import VLLM_VERSION
 
 if TYPE_CHECKING:
     import torch
@@ -185,7 +186,7 @@ class GPTQ:
         if config.get("is_marlin_format"):
             raise CheckpointError(
                 "is_marlin_format is true: AutoGPTQ's Marlin packing of GPTQ is not read here nor by vLLM "
-                "0.32, quantize the original"
+                f"{VLLM_VERSION}, quantize the original"
             )
         if version not in _VERSIONS:
             raise CheckpointError(

@@ -278,7 +278,7 @@ def stage_layers(layers: int, stages: int, rules: Rules) -> list[range]:
     """The decoder blocks of every pipeline stage.
 
     >>> from quant.vllm.releases import rules_for
-    >>> [len(r) for r in stage_layers(61, 4, rules_for("0.32"))]
+    >>> [len(r) for r in stage_layers(61, 4, rules_for())]
     [15, 15, 16, 15]
     """
     each, rest = divmod(layers, stages)

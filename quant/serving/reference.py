@@ -33,7 +33,7 @@ from quant.vllm.config import context_length
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 12, 64, 32
 #: How many times farther from fp32 than our own 16-bit run vLLM may be, as root mean square over all tokens.
-#: Measured on vLLM 0.32 with a model of 11M parameters: 0.9 to 1.0 times, packed or plain; with exchanged
+#: Measured on vLLM with a model of 11M parameters: 0.9 to 1.0 times, packed or plain; with exchanged
 #: scales in a single linear 1.5 times and more, in all linears over 20.
 MARGIN = 1.4
 #: The same for the single farthest token: the largest of a thousand values scatters more than their mean.
