@@ -185,8 +185,7 @@ def test_a_format_and_a_model_family_are_checked_too(package: Callable[..., None
         (
             "quant.formats",
             FormatRegistry,
-            "it has no config_file and no kv_cache and no mixed and no refuse and no specs and no problems "
-            "and no pack and no unpack and no config and no find",
+            "it is not an object of a class derived from quant.formats.Format but Half",
         ),
         ("quant.models", ModelRegistry, "it is not a ModelAdapter but Half"),
     ):

@@ -24,16 +24,29 @@ fits two of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
 from quant.errors import CheckpointError
-from quant.formats.base import FormatRegistry, QuantizedLayers, require, suffixed, word_problems
+from quant.formats.base import (
+    Contents,
+    Format,
+    FormatRegistry,
+    QuantizedLayers,
+    Role,
+    ValueCheck,
+    constant_words,
+    head_problems,
+    require,
+    suffixed,
+    word_problems,
+)
 from quant.schemes import Scheme, WeightScheme
 from quant.vllm.kernels import GROUP_SIZES
-from quant.vllm.layers import Linear
+from quant.vllm.layers import Linear, fused_name, is_head
 
 if TYPE_CHECKING:
     import torch
@@ -45,12 +58,11 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 REVERSED = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
-class AWQ:
+class AWQ(Format):
     name = "awq"
-    quant_method: str | None = "awq"
-    config_file: str | None = None  # AutoAWQ 0.2 and all others read config.json
-    kv_cache = False
-    mixed = False
+    quant_method = "awq"
+    parts: ClassVar[Mapping[str, Role]] = {"qweight": "codes", "qzeros": "zeros", "scales": "scales"}
+    own_keys = frozenset({"w_bit", "zero_point"})
 
     def refuse(self, scheme: Scheme, target: str) -> str | None:
         weights = scheme.weights
@@ -71,6 +83,26 @@ class AWQ:
 
     def problems(self, linear: Linear) -> list[str]:
         return word_problems(linear, inputs=False)
+
+    def together(self, schemes: Collection[Scheme]) -> bool:
+        # zero points are always in the file: those of symmetric weights are in the middle
+        return len({(replace(s.weights, symmetric=True), s.activations) for s in schemes}) <= 1
+
+    def config_problems(
+        self, config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, Sequence[str]]
+    ) -> list[str]:
+        older = sorted(set(layers.options["packing"].values()) - {"gemm"})
+        return [
+            f"the words are packed as AutoAWQ's {packing}: vLLM reads every AWQ file as gemm; quant "
+            "export-vllm converts it"
+            for packing in older
+        ] + head_problems(config, layers)
+
+    def value_check(self, linear: Linear, last: str, options: Mapping[str, Any]) -> ValueCheck | None:
+        packed = options["packing"][linear.name] == "gemm"  # the others pad, and store floats
+        if self.parts[last] == "zeros" and linear.weights.symmetric and packed:
+            return constant_words(8, 4)
+        return None
 
     def specs(self, linear: Linear, dtype: str) -> list[TensorSpec]:
         n, k, groups = linear.n, linear.k, linear.weights.groups(linear.k)
@@ -105,21 +137,17 @@ class AWQ:
             )
         return QuantizedTensor(codes, scales, None if linear.weights.symmetric else zeros, linear.weights)
 
-    def config(
-        self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str, kv_cache: bool = False
-    ) -> dict[str, Any]:
-        from quant.vllm.layers import fused_name
-
-        sizes = list(dict.fromkeys(linear.weights.group_size for linear in linears))
+    def config(self, contents: Contents) -> dict[str, Any]:
+        sizes = list(dict.fromkeys(linear.weights.group_size for linear in contents.linears))
         if len(sizes) > 1:
             raise AssertionError("one group size an AWQ file")
         # Without a list vLLM looks which layers hold words, which is never wrong; other readers take every
         # linear of a block. Readers look for the names as parts of others, so a list whose entries are parts
         # of quantized names (a router `mlp.gate`) would hit those too.
-        listed = [n for n in unquantized if n != "lm_head"]
-        quantized = {x for linear in linears for x in (linear.name, fused_name(linear.name))}
+        listed = [n for n in contents.unquantized if not is_head(n)]
+        quantized = {x for linear in contents.linears for x in (linear.name, fused_name(linear.name))}
         usable = bool(listed) and not any(n in q for n in listed for q in quantized)
-        return {
+        config = {
             "quant_method": "awq",
             "bits": 4,
             "group_size": sizes[0],
@@ -127,8 +155,10 @@ class AWQ:
             # paths differ
             "zero_point": True,
             "version": "gemm",
-            "modules_to_not_convert": list(unquantized) if usable else None,
+            "modules_to_not_convert": list(contents.unquantized) if usable else None,
         }
+        # a word of vLLM's, which other readers do not know
+        return config | ({"lm_head": True} if any(is_head(x.name) for x in contents.linears) else {})
 
     def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> QuantizedLayers:
         bits = config.get("bits", config.get("w_bit"))
@@ -142,11 +172,10 @@ class AWQ:
             )
         symmetric = not bool(config.get("zero_point", True))
         linears, packing = {}, {}
-        for name in suffixed(tensors, ".qweight"):
-            qweight, qzeros, scales = (
-                tensors[f"{name}.qweight"],
-                *(require(tensors, f"{name}.{x}", name) for x in ("qzeros", "scales")),
-            )
+        coded = suffixed(tensors, ".qweight")
+        require(tensors, coded, "qzeros", "scales")
+        for name in coded:
+            qweight, qzeros, scales = (tensors[f"{name}.{x}"] for x in ("qweight", "qzeros", "scales"))
             which = _packing(name, qweight, qzeros, scales)
             n, k = _SHAPE[which](qweight)
             if which == "gemv_fast" and k % 64:
@@ -163,7 +192,7 @@ class AWQ:
                 )
             linears[name] = Linear(name, n, k, WeightScheme(4, stated, symmetric))
             packing[name] = which
-        return QuantizedLayers(self.name, linears, {"packing": packing, "zero_offset": 0})
+        return QuantizedLayers(self.name, linears, {"packing": packing})
 
 
 def _packing(name: str, qweight: TensorInfo, qzeros: TensorInfo, scales: TensorInfo) -> str:

@@ -4,9 +4,11 @@ No torch at import."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
@@ -14,12 +16,20 @@ from quant.errors import CheckpointError, QuantError, clipped
 from quant.registry import Registry, lacks
 from quant.schemes import Scheme
 from quant.vllm.config import quantization_config
-from quant.vllm.layers import Linear
+from quant.vllm.layers import Linear, is_head
 
 if TYPE_CHECKING:
     import torch
 
     from quant.tensors import QuantizedTensor
+
+#: What a tensor of a linear holds: the fields of :class:`quant.tensors.QuantizedTensor`, and the weight's
+#: shape.
+Role = Literal["codes", "scales", "zeros", "group_index", "global_scale", "inputs", "shape"]
+#: Says what is wrong with the bytes of a whole tensor, or None.
+ValueCheck = Callable[[bytes], "str | None"]
+#: Linears that a message names before it says "…".
+_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -34,81 +44,161 @@ class QuantizedLayers:
     options: Mapping[str, Any]
 
 
-class Format(Protocol):
-    """One on-disk format. ``quant_method`` is vLLM's word for it, or None where the result is an ordinary
-    checkpoint."""
+@dataclass(frozen=True)
+class Contents:
+    """What a format is told of a checkpoint, to put it into the words of its config.
 
-    name: str
-    quant_method: str | None
-    #: a second place for ``quantization_config`` that older readers of the format look in
-    config_file: str | None
-    #: whether calibrated scales of an FP8 KV cache have a place in it
-    kv_cache: bool
-    #: whether one file may hold several schemes
-    mixed: bool
+    Attributes:
+        linears: the quantized ones.
+        unquantized: names of the linears that are left alone, none of them in ``linears``.
+        kv_cache: the ``kv_cache_scheme`` of calibrated scales of an FP8 KV cache that are in the file, or
+            None.
+        settings: of the method that chose the codes, by name. ``act_order`` is ``static`` where columns were
+            visited by importance with groups in natural order, ``group`` where groups follow that order.
+    """
 
+    linears: Sequence[Linear]
+    unquantized: Sequence[str] = ()
+    kv_cache: Mapping[str, Any] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Format(ABC):
+    """One on-disk format. A format derives from this class and says what differs from it; the abstract verbs
+    are those that every format has words of its own for.
+
+    Attributes:
+        name: what ``--format`` is given.
+        quant_method: vLLM's word for it in ``quantization_config``, or None where the result is an ordinary
+            checkpoint.
+        parts: the tensors of a linear ``P``, by the last part of their names (``P.qweight``: ``qweight``),
+            and what each holds. Readers take these and no others for a part of the linear.
+        config_file: a second place for ``quantization_config`` that older readers of the format look in.
+        own_keys: keys of a ``quantization_config`` that only this format has, by which a config of an older
+            program that names no method is recognised.
+        kv_cache: whether its config has a word for calibrated scales of an FP8 KV cache.
+        keeps_kv_cache: whether files of it hold such scales without a word in the config; they are kept where
+            a file of the format is written anew.
+    """
+
+    name: ClassVar[str]
+    quant_method: ClassVar[str | None]
+    parts: ClassVar[Mapping[str, Role]]
+    config_file: ClassVar[str | None] = None
+    own_keys: ClassVar[frozenset[str]] = frozenset()
+    kv_cache: ClassVar[bool] = False
+    keeps_kv_cache: ClassVar[bool] = False
+
+    @abstractmethod
     def refuse(self, scheme: Scheme, target: str) -> str | None:
         """Why ``target`` ("vllm" or "other") cannot take this scheme in this format, or None."""
-        ...
 
+    @abstractmethod
     def specs(self, linear: Linear, dtype: str) -> list[TensorSpec]:
         """The tensors that replace ``<name>.weight``, in file order; ``dtype`` is the model's."""
-        ...
 
-    def problems(self, linear: Linear) -> list[str]:
-        """What in the shape the format cannot hold."""
-        ...
-
+    @abstractmethod
     def pack(self, linear: Linear, tensor: QuantizedTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The tensors of ``specs``, those in the model's dtype as ``dtype``."""
-        ...
 
+    @abstractmethod
     def unpack(
         self, linear: Linear, tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any]
     ) -> QuantizedTensor:
         """Inverse of ``pack``; ``tensors`` has the names of the checkpoint."""
-        ...
 
-    def config(
-        self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str, kv_cache: bool = False
-    ) -> dict[str, Any] | None:
-        """The ``quantization_config``; ``unquantized`` names the linears left alone, ``kv_cache`` says that
-        scales of an FP8 cache are there."""
-        ...
+    @abstractmethod
+    def config(self, contents: Contents) -> dict[str, Any] | None:
+        """The ``quantization_config``; None of an ordinary checkpoint."""
 
+    @abstractmethod
     def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> QuantizedLayers:
-        """Reads ``quantization_config`` and headers of a checkpoint of this format."""
-        ...
+        """Reads ``quantization_config`` and headers of a checkpoint of this format.
+
+        Raises:
+            CheckpointError: they contradict each other, or are written in a way that is not read here.
+        """
+
+    def problems(self, linear: Linear) -> list[str]:
+        """What the format cannot hold of a linear whose scheme it takes: its shape, or its place in the
+        model."""
+        return []
+
+    def together(self, schemes: Collection[Scheme]) -> bool:
+        """Whether one file may hold linears of all these schemes."""
+        return len(set(schemes)) <= 1
+
+    def keeps_order(self, target: str) -> bool:
+        """Whether ``target`` reads groups in activation order (a ``group_index``) from a file of this
+        format."""
+        return False
+
+    def config_problems(
+        self, config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, Sequence[str]]
+    ) -> list[str]:
+        """What vLLM refuses in a ``quantization_config``, or understands otherwise than the file means it.
+
+        Args:
+            layers: what :meth:`find` read.
+            members: by the name of the layer that vLLM builds, the linears of the file that become it,
+                quantized or not; see :func:`quant.vllm.layers.fused_layers`.
+        """
+        return []
+
+    def value_check(self, linear: Linear, last: str, options: Mapping[str, Any]) -> ValueCheck | None:
+        """What the bytes of the tensor ``<name>.<last>`` are tested for besides what its role asks of every
+        format; None: nothing."""
+        return None
+
+    def lasts(self, *roles: Role) -> tuple[str, ...]:
+        """Last parts of the names of the tensors that have one of these roles."""
+        return tuple(last for last, role in self.parts.items() if role in roles)
 
 
-_PARTS = (
-    "name",
-    "quant_method",
-    "config_file",
-    "kv_cache",
-    "mixed",
-    "refuse",
-    "specs",
-    "problems",
-    "pack",
-    "unpack",
-    "config",
-    "find",
-)
-FormatRegistry: Registry[Format] = Registry("format", "quant.formats", lambda entry: lacks(entry, *_PARTS))
+def _no_format(entry: Any) -> str | None:
+    if isinstance(entry, Format):
+        return lacks(entry, "name", "quant_method", "parts")
+    kind = f"the class {entry.__name__}" if isinstance(entry, type) else type(entry).__name__
+    return f"it is not an object of a class derived from quant.formats.Format but {kind}"
 
 
-def require(tensors: Mapping[str, TensorInfo], name: str, linear: str) -> TensorInfo:
-    """A tensor's header entry.
+FormatRegistry: Registry[Format] = Registry("format", "quant.formats", _no_format)
+
+
+class IncompleteCheckpoint(CheckpointError):
+    """Quantized linears lack tensors; ``problems`` has a line for each kind of tensor."""
+
+    def __init__(self, missing: Sequence[tuple[str, str]]):
+        (module, last), more = missing[0], len(missing) - 1
+        super().__init__(
+            f"{module} is quantized but has no tensor '{module}.{last}'"
+            f"{f' (and {more} more)' if more else ''}: the checkpoint is incomplete, fetch its files again"
+        )
+        self.problems = missing_tensors(missing)
+
+
+def missing_tensors(missing: Iterable[tuple[str, str]]) -> list[str]:
+    """A line for each kind of tensor that linears lack, from pairs of a linear and a name's last part."""
+    kinds: dict[str, list[str]] = {}
+    for module, last in sorted(missing):
+        kinds.setdefault(last, []).append(module)
+    return [
+        f"{len(modules)} quantized linears have no {last} "
+        f"({', '.join(modules[:_NAMED])}{', …' if len(modules) > _NAMED else ''}): "
+        "the checkpoint is incomplete, fetch its files again"
+        for last, modules in kinds.items()
+    ]
+
+
+def require(tensors: Mapping[str, TensorInfo], modules: Iterable[str], *lasts: str) -> None:
+    """Demands the tensors ``<module>.<last>``.
 
     Raises:
-        CheckpointError: it is missing, which vLLM would turn into NaN without a word.
+        IncompleteCheckpoint: some are missing, which vLLM would turn into NaN without a word.
     """
-    if name not in tensors:
-        raise CheckpointError(
-            f"{linear} is quantized but has no tensor {name!r}: the checkpoint is incomplete, make it again"
-        )
-    return tensors[name]
+    missing = [(m, last) for m in modules for last in lasts if f"{m}.{last}" not in tensors]
+    if missing:
+        raise IncompleteCheckpoint(missing)
 
 
 def suffixed(names: Iterable[str], suffix: str) -> list[str]:
@@ -142,6 +232,28 @@ def names_listed(config: Mapping[str, Any], key: str) -> list[str]:
     return value
 
 
+@contextmanager
+def _understood(method: str) -> Iterator[None]:
+    """Turns what a format trips over in a hostile or damaged config into an error that names the config."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (
+        QuantError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        re.error,
+    ) as error:
+        raise CheckpointError(
+            f"config.json: its quantization_config ({method}) cannot be understood: "
+            f"{str(error)[:200]}: repair it, or fetch the checkpoint again"
+        ) from error
+
+
 def find_format(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> QuantizedLayers | None:
     """The format of a checkpoint and its quantized linears, or None where it is not quantized.
 
@@ -154,26 +266,45 @@ def find_format(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) ->
     method = str(quantization.get("quant_method", "")).lower().replace("_", "-")
     for entry in FormatRegistry:
         if entry.quant_method is not None and entry.quant_method == method:
-            try:
+            with _understood(method):
                 return entry.find(quantization, tensors)
-            except CheckpointError:
-                raise
-            except (
-                QuantError,
-                ArithmeticError,
-                AttributeError,
-                LookupError,
-                TypeError,
-                ValueError,
-                re.error,
-            ) as error:
-                raise CheckpointError(
-                    f"config.json: its quantization_config ({method}) cannot be understood: "
-                    f"{str(error)[:200]}: repair it, or fetch the checkpoint again"
-                ) from error
     readable = ", ".join(sorted(f.quant_method for f in FormatRegistry if f.quant_method))
     raise CheckpointError(
         f"the checkpoint is quantized as quant_method {method!r}, which is not read here; read are {readable}"
+    )
+
+
+def config_problems(
+    config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """:meth:`Format.config_problems` of the format that a checkpoint is in.
+
+    Raises:
+        CheckpointError: the config cannot be understood.
+    """
+    with _understood(layers.format):
+        return FormatRegistry.get(layers.format).config_problems(config, layers, members)
+
+
+def head_problems(config: Mapping[str, Any], layers: QuantizedLayers) -> list[str]:
+    """Quantized output heads of which ``lm_head`` says nothing, by which vLLM knows those of GPTQ and AWQ
+    files."""
+    return [
+        f"{name} is quantized, but lm_head is not true: vLLM would build it in full precision"
+        for name in layers.linears
+        if is_head(name) and not config.get("lm_head")
+    ]
+
+
+def constant_words(field: int, bits: int) -> ValueCheck:
+    """Tests packed zero points of symmetric weights: every field of ``bits`` bits must be ``field``."""
+    import numpy as np
+
+    word = sum(field << shift for shift in range(0, 32, bits))
+    return lambda data: (
+        None
+        if bool((np.frombuffer(data, "<u4") == word).all())
+        else f"is not the constant {word:#010x} of symmetric weights"
     )
 
 

@@ -5,25 +5,26 @@ Contract read from vLLM 0.32 (`compressed_tensors/schemes/`) and compressed-tens
 a linear ``P`` of [N, K] with groups of g, ``scale`` standing for the shape of the scheme's scales ([N, K/g],
 [N, 1], [1] of a tensor, [⌈N/128⌉, ⌈K/128⌉] of blocks):
 
-======================== ============================ ==========================================================================
-pack-quantized           ``P.weight_packed``          int32 [N, K·b/32]: code + 2^(b-1), packed along K, lowest bits first
-(weight-only integers)   ``P.weight_scale``           model's dtype, scale
-                         ``P.weight_zero_point``      int32 [N·b/32, K/g]: zero + 2^(b-1), packed along N; asymmetric only
-                         ``P.weight_shape``           int64 [2]: N, K
-int-quantized            ``P.weight``                 int8 [N, K]
-(8-bit activations)      ``P.weight_scale``           fp32, scale
-float-quantized          ``P.weight``                 float8_e4m3fn [N, K]
-                         ``P.weight_scale``           fp32, scale
-nvfp4-pack-quantized     ``P.weight_packed``          uint8 [N, K/2]: E2M1 codes, the even input in the low half
-                         ``P.weight_scale``           float8_e4m3fn [N, K/16]
-                         ``P.weight_global_scale``    fp32 [1], a divisor
-mxfp4-pack-quantized     ``P.weight_packed``          as above
-                         ``P.weight_scale``           uint8 [N, K/32]: exponent + 127
-mxfp8-quantized          ``P.weight``, ``weight_scale``  float8_e4m3fn [N, K]; uint8 [N, K/32]
-any, calibrated inputs   ``P.input_scale``            fp32 [1], static activations
-                         ``P.input_zero_point``       int8 [1], static and asymmetric
-                         ``P.input_global_scale``     fp32 [1], NVFP4 activations, a divisor
-======================== ============================ ==========================================================================
+======================  =========================  ==========================================================
+pack-quantized          ``P.weight_packed``        int32 [N, K·b/32]: code + 2^(b-1) along K, low bits first
+(weight-only integers)  ``P.weight_scale``         model's dtype, scale
+                        ``P.weight_zero_point``    int32 [N·b/32, K/g]: zero + 2^(b-1) along N; asymmetric
+                        ``P.weight_shape``         int64 [2]: N, K
+int-quantized           ``P.weight``               int8 [N, K]
+(8-bit activations)     ``P.weight_scale``         fp32, scale
+float-quantized         ``P.weight``               float8_e4m3fn [N, K]
+                        ``P.weight_scale``         fp32, scale
+nvfp4-pack-quantized    ``P.weight_packed``        uint8 [N, K/2]: E2M1 codes, the even input in the low half
+                        ``P.weight_scale``         float8_e4m3fn [N, K/16]
+                        ``P.weight_global_scale``  fp32 [1], a divisor
+mxfp4-pack-quantized    ``P.weight_packed``        as above
+                        ``P.weight_scale``         uint8 [N, K/32]: exponent + 127
+mxfp8-quantized         ``P.weight``               float8_e4m3fn [N, K]
+                        ``P.weight_scale``         uint8 [N, K/32]: exponent + 127
+any, calibrated inputs  ``P.input_scale``          fp32 [1], static activations
+                        ``P.input_zero_point``     int8 [1], static and asymmetric
+                        ``P.input_global_scale``   fp32 [1], NVFP4 activations, a divisor
+======================  =========================  ==========================================================
 
 A checkpoint of several kinds is ``mixed-precision``: each group then has a format of its own and full names
 for targets.
@@ -32,17 +33,28 @@ for targets.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
 from quant.errors import CheckpointError
-from quant.formats.base import FormatRegistry, QuantizedLayers, names_listed, require, suffixed, word_problems
+from quant.formats.base import (
+    Contents,
+    Format,
+    FormatRegistry,
+    QuantizedLayers,
+    Role,
+    ValueCheck,
+    names_listed,
+    require,
+    suffixed,
+    word_problems,
+)
 from quant.schemes import BLOCK, PRESETS, ActivationScheme, Scheme, WeightScheme, scheme_of
-from quant.vllm.cache import KV_CACHE
 from quant.vllm.kernels import GROUP_SIZES
-from quant.vllm.layers import Linear
+from quant.vllm.layers import Linear, is_head
+from quant.vllm.releases import VLLM_VERSION
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +86,14 @@ def layout_of(linear: Linear) -> str:
 
 
 _SCALE_DTYPES = {"U8": "torch.uint8", "F8_E4M3": "torch.float8_e4m3fn"}
+#: Keys that vLLM accepts inside ``weights`` and ``input_activations`` of a config group; any other is refused
+#: when it loads.
+_ARGUMENT_KEYS = {
+    "num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder",
+    "scale_dtype", "zp_dtype", "observer", "observer_kwargs",
+}  # fmt: skip
+#: Modules that vLLM builds as another class than a linear, or not at all from a file's weight.
+_NO_LINEAR = re.compile(r"(^|\.)(lm_head|embed\w*|wte|wpe|\w*norm\w*|\w*_embeddings?)$")
 
 
 def arguments(scheme: WeightScheme) -> dict[str, Any]:
@@ -234,12 +254,23 @@ def _held(tensors: Mapping[str, torch.Tensor], name: str, last: str) -> torch.Te
     return tensors[f"{name}.{last}"]
 
 
-class CompressedTensors:
+class CompressedTensors(Format):
     name = "compressed-tensors"
-    quant_method: str | None = "compressed-tensors"
-    config_file: str | None = None
+    quant_method = "compressed-tensors"
+    parts: ClassVar[Mapping[str, Role]] = {
+        "weight_packed": "codes",
+        "weight": "codes",
+        "weight_scale": "scales",
+        "weight_zero_point": "zeros",
+        "weight_shape": "shape",
+        "weight_g_idx": "group_index",
+        "weight_global_scale": "global_scale",
+        "input_scale": "inputs",
+        "input_zero_point": "inputs",
+        "input_global_scale": "inputs",
+    }
+    own_keys = frozenset({"config_groups"})
     kv_cache = True
-    mixed = True
 
     def refuse(self, scheme: Scheme, target: str) -> str | None:
         weights = scheme.weights
@@ -273,6 +304,77 @@ class CompressedTensors:
             # vLLM allocates K·b/32 words a row, and N·b/32 of zero points: it has no place for a padded one
             return word_problems(linear, outputs=not linear.weights.symmetric)
         return []
+
+    def together(self, schemes: Collection[Scheme]) -> bool:
+        return True
+
+    def config_problems(
+        self, config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, Sequence[str]]
+    ) -> list[str]:
+        problems = []
+        for name, group in config["config_groups"].items():
+            for part in ("weights", "input_activations"):
+                unknown = sorted(set(group.get(part) or {}) - _ARGUMENT_KEYS)
+                if unknown:
+                    problems.append(
+                        f"config_groups.{name}.{part} has the keys {', '.join(unknown)}, which vLLM refuses"
+                    )
+            order = (group.get("weights") or {}).get("actorder")
+            if order in ("group", "dynamic", True):
+                problems.append(f"config_groups.{name} has activation order {order!r}, which vLLM refuses")
+        if config.get("sparsity_config"):
+            problems.append(f"sparsity_config is not empty: vLLM {VLLM_VERSION} has no sparse kernels left")
+        return problems + self._name_problems(config, layers, members)
+
+    @staticmethod
+    def _name_problems(
+        config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, Sequence[str]]
+    ) -> list[str]:
+        """The config's names and regular expressions, judged as vLLM does: the fused name first, then every
+        shard."""
+        problems = []
+        ignore = names_listed(config, "ignore")
+        targets = [str(t) for g in config["config_groups"].values() for t in g.get("targets", [])]
+        for fused, names in members.items():
+            by_fused = len(names) > 1 and any(matches(i, fused) for i in ignore)
+            for name in names:
+                ignored = any(matches(i, name) for i in ignore)
+                named = any(matches(t, name) for t in targets)
+                if name in layers.linears and (ignored or by_fused):
+                    problems.append(
+                        f"{name} is quantized, but the ignore list hits "
+                        f"{'it' if ignored else f'its fused name {fused}'}"
+                    )
+                elif name in layers.linears and is_head(name) and not named:
+                    problems.append(
+                        f"{name} is quantized, but no target names it: vLLM builds a head, which is no "
+                        "Linear to it, in full precision"
+                    )
+                # by class a target claims every linear but heads and embeddings
+                elif (
+                    name not in layers.linears
+                    and not ignored
+                    and not by_fused
+                    and not _NO_LINEAR.search(name)
+                    and ("Linear" in targets or named)
+                ):
+                    problems.append(
+                        f"{name} is not quantized, but neither ignored: vLLM would look for packed weights"
+                    )
+        return problems
+
+    def value_check(self, linear: Linear, last: str, options: Mapping[str, Any]) -> ValueCheck | None:
+        if self.parts[last] != "shape":
+            return None
+
+        def stated(data: bytes) -> str | None:
+            shape = tuple(
+                int.from_bytes(data[i : i + 8], "little", signed=True) for i in range(0, len(data), 8)
+            )
+            wanted = (linear.n, linear.k)
+            return None if shape == wanted else f"says {shape}, the tensors {wanted}"
+
+        return stated
 
     def specs(self, linear: Linear, dtype: str) -> list[TensorSpec]:
         n, k, scheme, name = linear.n, linear.k, linear.weights, linear.name
@@ -363,10 +465,10 @@ class CompressedTensors:
         if layout == "pack-quantized":
             bits, offset = scheme.bits, 2 ** (scheme.bits - 1)
             shape = tensors.get(f"{name}.weight_shape")
-            k = int(shape[1]) if shape is not None else linear.k
-            codes = (unpack(tensors[f"{name}.weight_packed"], bits, k).to(torch.int16) - offset).to(
-                torch.int8
-            )
+            if shape is not None and shape.tolist() != [linear.n, linear.k]:
+                raise ValueError(f"weight_shape is {shape.tolist()}")
+            codes = unpack(tensors[f"{name}.weight_packed"], bits, linear.k).to(torch.int16) - offset
+            codes = codes.to(torch.int8)
             if not scheme.symmetric:
                 words = _held(tensors, name, "weight_zero_point").t().contiguous()
                 zeros = (
@@ -388,9 +490,8 @@ class CompressedTensors:
         )
         return QuantizedTensor(codes, scales, zeros, scheme, group_index, divisor, inputs)
 
-    def config(
-        self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str, kv_cache: bool = False
-    ) -> dict[str, Any]:
+    def config(self, contents: Contents) -> dict[str, Any]:
+        linears = contents.linears
         kinds = list(dict.fromkeys((x.weights, x.activations) for x in linears))
         layouts: list[str] = []
         groups = {}
@@ -398,9 +499,11 @@ class CompressedTensors:
             members = [x for x in linears if (x.weights, x.activations) == kind]
             layouts.append(layout_of(members[0]))
             groups[f"group_{i}"] = {
-                # with one scheme the class name and a complete ignore list; with several, names alone: a
-                # class would catch what a name missed
-                "targets": ["Linear"] if len(kinds) == 1 else [x.name for x in members],
+                # with one scheme the class name and a complete ignore list (a head is of another class); with
+                # several, names alone: a class would catch what a name missed
+                "targets": ["Linear", *(x.name for x in members if is_head(x.name))]
+                if len(kinds) == 1
+                else [x.name for x in members],
                 "format": layouts[-1],
                 "weights": arguments(kind[0]),
                 "input_activations": None if kind[1] is None else activation_arguments(kind[1]),
@@ -410,8 +513,8 @@ class CompressedTensors:
             "quant_method": "compressed-tensors",
             "format": layouts[0] if len(set(layouts)) == 1 else "mixed-precision",
             "config_groups": groups,
-            "ignore": list(unquantized),
-            "kv_cache_scheme": dict(KV_CACHE) if kv_cache else None,
+            "ignore": list(contents.unquantized),
+            "kv_cache_scheme": None if contents.kv_cache is None else dict(contents.kv_cache),
             "quantization_status": "compressed",
             "sparsity_config": {},
             "transform_config": {},
@@ -436,6 +539,7 @@ class CompressedTensors:
         coded += [
             n for n in suffixed(tensors, ".weight") if tensors[f"{n}.weight"].dtype in ("I8", "F8_E4M3")
         ]
+        require(tensors, sorted(coded), "weight_scale")
         linears = {}
         group_of = targeted(groups)
         for name in sorted(coded):
@@ -456,11 +560,12 @@ class CompressedTensors:
         Raises:
             CheckpointError: they contradict each other.
         """
-        scale = require(tensors, f"{name}.weight_scale", name)
+        scale = tensors[f"{name}.weight_scale"]
         stated = group_scheme(group, layout, name)
         scheme, activations = stated.weights, stated.activations
         last, dtype, per_word = LAYOUTS[layout]
-        codes = require(tensors, f"{name}.{last}", name)
+        require(tensors, [name], last)
+        codes = tensors[f"{name}.{last}"]
         if codes.dtype != dtype or len(codes.shape) != 2 or len(scale.shape) > 2:
             raise CheckpointError(
                 f"{name}: {last} is {codes.dtype} {codes.shape}, weight_scale {scale.shape}: [N, …] of "

@@ -5,26 +5,36 @@ Contract read from vLLM 0.32 (`quantization/fp8.py::Fp8Config, Fp8LinearMethod`,
 
 ======================  ==================  ==================================================================
 ``P.weight``            float8_e4m3fn       [N, K]
-``P.weight_scale_inv``  fp32 (bf16 read)    [⌈N/128⌉, ⌈K/128⌉], with ``weight_block_size``: a multiplier, despite its name
+``P.weight_scale_inv``  fp32 (bf16 read)    [⌈N/128⌉, ⌈K/128⌉] with ``weight_block_size``: a multiplier
 ``P.weight_scale``      fp32                [1] (or a scalar), without
 ``P.input_scale``       fp32                [1], with ``activation_scheme`` static
 ======================  ==================  ==================================================================
 
 A file holds one scheme. Linears left alone are listed by their whole names: vLLM compares them exactly. It
-never quantizes the output head.
+never quantizes the output head. Scales of an FP8 KV cache are read from such a file, but its config has no
+word for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
 from quant.errors import CheckpointError
-from quant.formats.base import FormatRegistry, QuantizedLayers, names_listed, require, suffixed
+from quant.formats.base import (
+    Contents,
+    Format,
+    FormatRegistry,
+    QuantizedLayers,
+    Role,
+    names_listed,
+    require,
+    suffixed,
+)
 from quant.schemes import BLOCK, PRESETS, ActivationScheme, Scheme, WeightScheme
-from quant.vllm.layers import Linear
+from quant.vllm.layers import Linear, is_head
 
 if TYPE_CHECKING:
     import torch
@@ -41,12 +51,16 @@ def _scale_name(scheme: WeightScheme) -> str:
     return "weight_scale_inv" if scheme.strategy == "block" else "weight_scale"
 
 
-class Fp8:
+class Fp8(Format):
     name = "fp8"
-    quant_method: str | None = "fp8"
-    config_file: str | None = None
-    kv_cache = False
-    mixed = False
+    quant_method = "fp8"
+    parts: ClassVar[Mapping[str, Role]] = {
+        "weight": "codes",
+        "weight_scale": "scales",
+        "weight_scale_inv": "scales",
+        "input_scale": "inputs",
+    }
+    keeps_kv_cache = True
 
     def refuse(self, scheme: Scheme, target: str) -> str | None:
         if scheme.weights not in (_BLOCKS.weights, _TENSOR.weights):
@@ -67,7 +81,30 @@ class Fp8:
         return None
 
     def problems(self, linear: Linear) -> list[str]:
+        if is_head(linear.name):
+            return [
+                f"{linear.name}: vLLM leaves the output head of a native fp8 file in full precision: use "
+                "--format compressed-tensors"
+            ]
         return []
+
+    def config_problems(
+        self, config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, Sequence[str]]
+    ) -> list[str]:
+        """Names that vLLM compares exactly, with its own of a fused layer and with those of the file."""
+        ignored = {str(n) for n in config.get("ignored_layers") or config.get("modules_to_not_convert") or []}
+        problems = []
+        for fused, names in members.items():
+            for name in names:
+                named = name in ignored or fused in ignored
+                if name in layers.linears and named:
+                    problems.append(f"{name} is quantized, but ignored_layers names it")
+                elif name not in layers.linears and len(names) > 1 and not named:
+                    problems.append(
+                        f"{name} is not quantized, but ignored_layers does not name it: vLLM would look for "
+                        "its scale"
+                    )
+        return problems
 
     def specs(self, linear: Linear, dtype: str) -> list[TensorSpec]:
         n, k, scheme, name = linear.n, linear.k, linear.weights, linear.name
@@ -108,10 +145,8 @@ class Fp8:
         scales = scales.reshape(1, 1) if scheme.strategy == "tensor" else scales
         return QuantizedTensor(tensors[f"{name}.weight"], scales, None, scheme, inputs=inputs)
 
-    def config(
-        self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str, kv_cache: bool = False
-    ) -> dict[str, Any]:
-        kinds = {(x.weights, x.activations) for x in linears}
+    def config(self, contents: Contents) -> dict[str, Any]:
+        kinds = {(x.weights, x.activations) for x in contents.linears}
         if len(kinds) > 1:
             raise AssertionError("one scheme a native fp8 file")
         ((scheme, activations),) = kinds
@@ -119,9 +154,9 @@ class Fp8:
             "quant_method": "fp8",
             "fmt": "e4m3",
             "activation_scheme": "static" if activations == _STATIC else "dynamic",
-            "ignored_layers": list(unquantized),
+            "ignored_layers": list(contents.unquantized),
             # transformers' word for the same list
-            "modules_to_not_convert": list(unquantized),
+            "modules_to_not_convert": list(contents.unquantized),
         }
         return config | ({"weight_block_size": [BLOCK, BLOCK]} if scheme.strategy == "block" else {})
 
@@ -141,12 +176,11 @@ class Fp8:
             )
         scheme = (_TENSOR if block is None else _BLOCKS).weights
         inputs = _STATIC if activations == "static" else (_TENSOR if block is None else _BLOCKS).activations
+        coded = [n for n in suffixed(tensors, ".weight") if tensors[f"{n}.weight"].dtype == "F8_E4M3"]
+        require(tensors, coded, _scale_name(scheme))
         linears = {}
-        for name in suffixed(tensors, ".weight"):
-            weight = tensors[f"{name}.weight"]
-            if weight.dtype != "F8_E4M3":
-                continue
-            scale = require(tensors, f"{name}.{_scale_name(scheme)}", name)
+        for name in coded:
+            weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.{_scale_name(scheme)}"]
             if len(weight.shape) != 2:
                 raise CheckpointError(f"{name}: weight is {weight.shape}: read are [N, K]")
             n, k = weight.shape

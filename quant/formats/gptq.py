@@ -21,15 +21,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
 from quant.errors import CheckpointError
-from quant.formats.base import FormatRegistry, QuantizedLayers, require, suffixed, word_problems
+from quant.formats.base import (
+    Contents,
+    Format,
+    FormatRegistry,
+    QuantizedLayers,
+    Role,
+    ValueCheck,
+    constant_words,
+    head_problems,
+    require,
+    suffixed,
+    word_problems,
+)
 from quant.schemes import BITS, Scheme, WeightScheme
 from quant.vllm.kernels import GROUP_SIZES
-from quant.vllm.layers import Linear
+from quant.vllm.layers import Linear, is_head
 from quant.vllm.releases import VLLM_VERSION
 
 if TYPE_CHECKING:
@@ -55,12 +67,17 @@ def dynamic_rule(config: Mapping[str, Any], name: str) -> Mapping[str, Any] | No
     return {}
 
 
-class GPTQ:
+class GPTQ(Format):
     name = "gptq"
-    quant_method: str | None = "gptq"
-    config_file: str | None = "quantize_config.json"
-    kv_cache = False
-    mixed = False
+    quant_method = "gptq"
+    parts: ClassVar[Mapping[str, Role]] = {
+        "qweight": "codes",
+        "qzeros": "zeros",
+        "scales": "scales",
+        "g_idx": "group_index",
+    }
+    config_file = "quantize_config.json"
+    own_keys = frozenset({"desc_act", "sym"})
 
     def refuse(self, scheme: Scheme, target: str) -> str | None:
         weights = scheme.weights
@@ -90,6 +107,61 @@ class GPTQ:
 
     def problems(self, linear: Linear) -> list[str]:
         return word_problems(linear)
+
+    def keeps_order(self, target: str) -> bool:
+        return target != "vllm"  # which drops g_idx
+
+    def config_problems(
+        self, config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, Sequence[str]]
+    ) -> list[str]:
+        problems = []
+        if config.get("desc_act") and config.get("group_size") != -1:
+            problems.append("desc_act is true with groups: vLLM refuses it")
+        if not config.get("sym", True):
+            problems.append("sym is false: vLLM refuses it")
+        for pattern, rule in (config.get("dynamic") or {}).items():
+            if (
+                not pattern.startswith("-:")
+                and rule.get("desc_act")
+                and rule.get("group_size", config.get("group_size")) != -1
+            ):
+                problems.append(f"dynamic rule {pattern!r} has desc_act with groups: vLLM refuses it")
+        if config.get("checkpoint_format", "gptq") != "gptq":
+            problems.append(
+                f"checkpoint_format is {config['checkpoint_format']!r}: vLLM reads zero points as v1"
+            )
+        return problems + head_problems(config, layers) + self._dynamic_problems(config, layers, members)
+
+    @staticmethod
+    def _dynamic_problems(
+        config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, Sequence[str]]
+    ) -> list[str]:
+        """The numbers that the config gives each layer, with its ``dynamic`` rules asked as vLLM does: by the
+        fused name, never by a shard's."""
+        problems = []
+        for fused, names in members.items():
+            linear = next((layers.linears[n] for n in names if n in layers.linears), None)
+            if linear is None:
+                continue  # vLLM sees from the tensors which layers are not quantized
+            rule = dynamic_rule(config, fused)
+            if rule is None:
+                problems.append(f"{fused} is quantized, but a rule of dynamic leaves it out")
+                continue
+            for key, held in (("bits", linear.weights.bits), ("group_size", linear.weights.group_size)):
+                stated = rule.get(key, config.get(key))
+                whole = linear.k if held == -1 else held  # one group of all inputs has two names
+                if stated != held and (linear.k if stated == -1 else stated) != whole:
+                    problems.append(
+                        f"{fused} has {key} {held}, the config gives it {stated} under that name, by which "
+                        "vLLM asks"
+                    )
+        return problems
+
+    def value_check(self, linear: Linear, last: str, options: Mapping[str, Any]) -> ValueCheck | None:
+        bits = linear.weights.bits
+        if self.parts[last] == "zeros" and linear.weights.symmetric and 32 % bits == 0:
+            return constant_words(2 ** (bits - 1) - options["zero_offset"], bits)
+        return None
 
     def specs(self, linear: Linear, dtype: str) -> list[TensorSpec]:
         n, k, bits, groups = linear.n, linear.k, linear.weights.bits, linear.weights.groups(linear.k)
@@ -158,12 +230,11 @@ class GPTQ:
         scheme = WeightScheme(bits, linear.weights.group_size, symmetric)
         return QuantizedTensor(codes, scales, None if symmetric else zeros.to(torch.int8), scheme, index)
 
-    def config(
-        self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str, kv_cache: bool = False
-    ) -> dict[str, Any]:
+    def config(self, contents: Contents) -> dict[str, Any]:
         from quant import __version__
 
-        schemes = list(dict.fromkeys(linear.weights for linear in linears))
+        schemes = list(dict.fromkeys(linear.weights for linear in contents.linears))
+        order = contents.settings.get("act_order")
         if len(schemes) > 1:
             raise AssertionError("one scheme a GPTQ file")
         scheme = schemes[0]
@@ -172,10 +243,10 @@ class GPTQ:
             "bits": scheme.bits,
             "group_size": scheme.group_size,
             "sym": scheme.symmetric,
-            "desc_act": False,
-            "static_groups": act_order == "static",
+            "desc_act": order == "group",
+            "static_groups": order == "static",
             "true_sequential": True,
-            "lm_head": False,
+            "lm_head": any(is_head(linear.name) for linear in contents.linears),
             "checkpoint_format": "gptq" if scheme.symmetric else "gptq_v2",
             "modules_in_block_to_quantize": None,
             "meta": {"quantizer": [f"quant:{__version__}"]},
@@ -212,7 +283,9 @@ class GPTQ:
             )
         linears = {}
         base = declared, stated, symmetric
-        for name in suffixed(tensors, ".qweight"):
+        coded = suffixed(tensors, ".qweight")
+        require(tensors, coded, "qzeros", "scales")
+        for name in coded:
             # words are there: a rule that leaves the module out contradicts them, which is the engine's
             # business and not that of its values
             rule = dynamic_rule(config, name) or {}
@@ -225,8 +298,7 @@ class GPTQ:
             declared, stated, symmetric = (
                 rule.get(k, x) for k, x in zip(("bits", "group_size", "sym"), base, strict=True)
             )
-            scales, qweight = require(tensors, f"{name}.scales", name), tensors[f"{name}.qweight"]
-            qzeros = require(tensors, f"{name}.qzeros", name)
+            qweight, qzeros, scales = (tensors[f"{name}.{x}"] for x in ("qweight", "qzeros", "scales"))
             if (
                 qweight.dtype != "I32"
                 or qzeros.dtype != "I32"

@@ -7,12 +7,12 @@ served checkpoints are compared with.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
-from quant.formats.base import FormatRegistry, QuantizedLayers
+from quant.formats.base import Contents, Format, FormatRegistry, QuantizedLayers, Role
 from quant.schemes import Scheme
 from quant.vllm.layers import Linear
 
@@ -22,18 +22,20 @@ if TYPE_CHECKING:
     from quant.tensors import QuantizedTensor
 
 
-class Plain:
+class Plain(Format):
     name = "plain"
-    quant_method: str | None = None
-    config_file: str | None = None
-    kv_cache = False
-    mixed = True
+    quant_method = None
+    #: nothing in it is a part of a quantized linear
+    parts: ClassVar[Mapping[str, Role]] = {}
 
     def refuse(self, scheme: Scheme, target: str) -> str | None:
         return None
 
-    def problems(self, linear: Linear) -> list[str]:
-        return []
+    def together(self, schemes: Collection[Scheme]) -> bool:
+        return True
+
+    def keeps_order(self, target: str) -> bool:
+        return True  # the values are in natural order, whatever the groups were
 
     def specs(self, linear: Linear, dtype: str) -> list[TensorSpec]:
         return [TensorSpec(f"{linear.name}.weight", dtype, (linear.n, linear.k))]
@@ -46,9 +48,7 @@ class Plain:
     ) -> QuantizedTensor:
         raise AssertionError("a plain checkpoint has no quantized linears to unpack")
 
-    def config(
-        self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str, kv_cache: bool = False
-    ) -> None:
+    def config(self, contents: Contents) -> None:
         return None
 
     def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> QuantizedLayers:

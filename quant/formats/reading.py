@@ -19,14 +19,8 @@ if TYPE_CHECKING:
 
     from quant.tensors import QuantizedTensor
 
-_SUFFIXES = (
-    "weight_packed", "weight", "weight_scale", "weight_scale_inv", "weight_zero_point", "weight_shape",
-    "weight_g_idx", "weight_global_scale",
-    "input_scale", "input_zero_point", "input_global_scale", "qweight", "qzeros", "scales", "g_idx",
-)  # fmt: skip
 
-
-def read_linear(form: Format, found: QuantizedLayers, checkpoint: Checkpoint, name: str) -> QuantizedTensor:
+def read_linear(form: Format, layers: QuantizedLayers, checkpoint: Checkpoint, name: str) -> QuantizedTensor:
     """One quantized linear of a checkpoint.
 
     Raises:
@@ -34,14 +28,11 @@ def read_linear(form: Format, found: QuantizedLayers, checkpoint: Checkpoint, na
     """
     import torch
 
-    linear = found.linears[name]
-    tensors = {
-        f"{name}.{s}": checkpoint.read(f"{name}.{s}")
-        for s in _SUFFIXES
-        if f"{name}.{s}" in checkpoint.tensors
-    }
+    linear = layers.linears[name]
+    held = (f"{name}.{last}" for last in form.parts)
+    tensors = {t: checkpoint.read(t) for t in held if t in checkpoint.tensors}
     try:
-        tensor = form.unpack(linear, tensors, found.options)
+        tensor = form.unpack(linear, tensors, layers.options)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError) as error:
@@ -59,8 +50,6 @@ def read_linear(form: Format, found: QuantizedLayers, checkpoint: Checkpoint, na
             tuple(order.shape) == (linear.k,) and int(order.min()) >= 0 and int(order.max()) < scales.shape[1]
         )
     )
-    stated = tensors.get(f"{name}.weight_shape")
-    fits = fits and (stated is None or stated.tolist() == [linear.n, linear.k])
     if not fits:
         raise _unfitting(checkpoint, linear, tensors)
     return tensor
@@ -82,10 +71,10 @@ def _unfitting(
 def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     """A quantized checkpoint seen as an ordinary one: its linears have fp32 ``weight`` tensors, computed when
     read. Others are returned as they are."""
-    found = find_format(checkpoint.config, checkpoint.tensors)
-    if found is None:
+    layers = find_format(checkpoint.config, checkpoint.tensors)
+    if layers is None:
         return checkpoint
-    form = FormatRegistry.get(found.format)
+    form = FormatRegistry.get(layers.format)
     config = {
         k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "compression_config")
     }
@@ -94,14 +83,14 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
         module, _, last = name.rpartition(".")
         if cache_scale(name) is not None:
             continue  # numbers of the engine's KV cache: no part of the model
-        if module not in found.linears or last not in _SUFFIXES:
+        if module not in layers.linears or (last not in form.parts and last != "weight"):
             tensors[name] = info
         elif f"{module}.weight" not in computed:
-            linear = found.linears[module]
+            linear = layers.linears[module]
             tensors[f"{module}.weight"] = TensorInfo(
                 f"{module}.weight", "F32", (linear.n, linear.k), info.file, 0, 4 * linear.n * linear.k
             )
             computed[f"{module}.weight"] = lambda module=module: read_linear(
-                form, found, checkpoint, module
+                form, layers, checkpoint, module
             ).dequantize()
     return replace(checkpoint, config=config, tensors=tensors, computed=computed)

@@ -40,7 +40,7 @@ def assignment_problems(recipe: Recipe, assignments: Sequence[Assignment], form:
     for assignment in assignments:
         if reason := QuantizerRegistry.get(assignment.method).refuse(assignment.scheme.weights):
             problems.append(f"--method {assignment.method}: {reason}")
-    if not form.mixed and len({a.scheme for a in assignments}) > 1:
+    if not form.together({a.scheme for a in assignments}):
         problems.append(
             f"the rules give several schemes; a {form.name} file holds one: use --format compressed-tensors"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.checkpoint.writer import TensorSpec, write_text
 from quant.errors import CheckpointError, Problems, UsageError, VerificationFailed
 from quant.evaluation.verify import verify
-from quant.formats import Format, FormatRegistry, QuantizedLayers, find_format
-from quant.formats.legacy import incomplete, lacking, repaired
+from quant.formats import Contents, Format, FormatRegistry, QuantizedLayers, find_format
+from quant.formats.base import IncompleteCheckpoint
+from quant.formats.legacy import lacking, repaired
 from quant.formats.reading import dequantized, read_linear
 from quant.models.adapter import block_of
 from quant.pipeline.checks import check_disk, output_problems
@@ -71,38 +72,40 @@ def export(
     problems = output_problems(Path(model_path), output)
     if source is not None and not Path(source).is_dir():
         problems.append(f"--source is {str(source)!r}: there is no such directory")
-    if lost := incomplete(checkpoint):
-        raise Problems([*problems, *lost])
     try:
-        found = find_format(checkpoint.config, checkpoint.tensors)
+        layers = find_format(checkpoint.config, checkpoint.tensors)
+    except IncompleteCheckpoint as error:
+        raise Problems([*problems, *error.problems]) from error
     except CheckpointError as error:
         if problems:
             raise Problems([*problems, str(error)]) from error
         raise
-    form = FormatRegistry.get(format_name or (found.format if found else "plain"))
-    if found is None and form.quant_method is not None:
+    form = FormatRegistry.get(format_name or (layers.format if layers else "plain"))
+    if layers is None and form.quant_method is not None:
         raise UsageError(
             f"{model_path}: is not quantized: quant quantize makes a {form.name} checkpoint of it"
         )
-    linears = dict(found.linears) if found else {}
-    if found is not None:
-        lost = lacking(checkpoint, found, inputs=form.quant_method is not None)
+    linears = dict(layers.linears) if layers else {}
+    ordered = False
+    if layers is not None:
+        lost = lacking(checkpoint, layers, inputs=form.quant_method is not None)
         problems += lost
+        if form.quant_method is not None and not lost:
+            linears, ordered, wrong = _as_read(checkpoint, layers, form, target, requantize)
+            problems += wrong
         if form.quant_method is not None:
-            problems += _problems(
-                None if lost else checkpoint, found, form, linears, target, tensor_parallel, requantize
-            )
+            problems += _problems(linears.values(), form, target, tensor_parallel)
     scheme = (quantization_config(checkpoint.config) or {}).get("kv_cache_scheme")
     caches = (
-        {c: n for n in checkpoint.tensors if (c := cache_scale(n)) is not None} if found is not None else {}
+        {c: n for n in checkpoint.tensors if (c := cache_scale(n)) is not None} if layers is not None else {}
     )
-    kept = form.kv_cache or (found is not None and found.format == form.name == "fp8")
+    kept = form.kv_cache or (layers is not None and layers.format == form.name and form.keeps_kv_cache)
     if caches and form.kv_cache:
         scheme = scheme or KV_CACHE
         problems += cache_problems(checkpoint.tensors, scheme)
     if problems:
         raise Problems(problems)
-    left = _left_out(checkpoint, linears, form, [] if kept else list(caches.values()))
+    left = _left_out(checkpoint, layers, form, [] if kept else list(caches.values()))
     if scheme and not caches:
         repairs.append(
             "kv_cache_scheme removed: the checkpoint has no scales for it, and vLLM would take 1.0"
@@ -116,42 +119,39 @@ def export(
     units = lay_out(plain, linears, form, dtype, made)
     check_disk(output, sum(s.nbytes for u in units for s in u.shards))
     config = without_quantization(plain.config)
-    with_cache = bool(caches) and form.kv_cache
-    quantization = (
-        form.config(list(linears.values()), unquantized_linears(plain, linears), "static", with_cache)
-        if linears
-        else None
-    )
-    if quantization is not None:
-        if with_cache:
-            quantization["kv_cache_scheme"] = scheme
-        config["quantization_config"] = quantization
+    if linears:
+        contents = Contents(
+            list(linears.values()),
+            unquantized_linears(plain, linears),
+            scheme if caches and form.kv_cache else None,
+            {"act_order": "group" if ordered else "static"},
+        )
+        if (quantization := form.config(contents)) is not None:
+            config["quantization_config"] = quantization
     arguments = engine_arguments(config, tensor_parallel=tensor_parallel, max_model_len=max_model_len)
     changed: list[str] = []
     requantized: dict[str, dict[str, float]] = {}
 
     def produce(name: str) -> QuantizedTensor:
-        assert found is not None
-        tensor = read_linear(FormatRegistry.get(found.format), found, checkpoint, name)
-        if (
-            form.quant_method is not None
-            and tensor.group_index is not None
-            and (form.name != "gptq" or target == "vllm")
-        ):
+        assert layers is not None
+        tensor = read_linear(FormatRegistry.get(layers.format), layers, checkpoint, name)
+        if form.quant_method is None:
+            return tensor
+        if tensor.group_index is not None and not form.keeps_order(target):
             value = tensor.dequantize()
             tensor = MinMaxQuantizer(clip_search=True)(
                 value.clone(), None, linears[name].weights, TORCH[dtype]
             ).tensor
             noise = (tensor.dequantize() - value).square().sum()
             requantized[name] = {"snr_db": round(float(10 * (value.square().sum() / noise).log10()), 2)}
-        elif form.quant_method is not None:
-            if linears[name].weights.scales == "model":
-                scales = tensor.scales.to(TORCH[dtype])
-                if not bool((scales.float() == tensor.scales.float()).all()):
-                    changed.append(name)
-                tensor = replace(tensor, scales=scales)
-            if linears[name].weights.symmetric:
-                tensor = replace(tensor, zeros=None, scheme=linears[name].weights)
+            return tensor
+        if linears[name].weights.scales == "model":
+            scales = tensor.scales.to(TORCH[dtype])
+            if not bool((scales.float() == tensor.scales.float()).all()):
+                changed.append(name)
+            tensor = replace(tensor, scales=scales)
+        if linears[name].weights.symmetric:
+            tensor = replace(tensor, zeros=None, scheme=linears[name].weights)
         return tensor
 
     work = WorkFolder(output.absolute(), {"export": str(checkpoint.path), "format": form.name}, fresh=True)
@@ -179,7 +179,7 @@ def export(
         report = {
             "output_path": str(output),
             "source_path": str(checkpoint.path),
-            "source_format": found.format if found else "plain",
+            "source_format": layers.format if layers else "plain",
             "format": form.name,
             "source_bytes": checkpoint.nbytes,
             "output_bytes": sum(f.stat().st_size for f in work.path.glob("*.safetensors")),
@@ -207,30 +207,27 @@ def export(
     return report
 
 
-def _problems(
-    checkpoint: Checkpoint | None,
-    found: QuantizedLayers,
-    form: Format,
-    linears: dict[str, Linear],
-    target: str,
-    tensor_parallel: int,
-    requantize: bool,
-) -> list[str]:
-    """Checks every linear against the wanted format; fills in what only the tensors tell (symmetry, order),
-    where there is a checkpoint that has them all."""
+def _as_read(
+    checkpoint: Checkpoint, layers: QuantizedLayers, form: Format, target: str, requantize: bool
+) -> tuple[dict[str, Linear], bool, list[str]]:
+    """The linears with what only their tensors tell (symmetry, order); whether any has groups in activation
+    order that are kept; and what stands against reading them."""
     problems: dict[str, None] = {}
-    shifted = False
-    for name, linear in linears.items():
-        if checkpoint is None:
-            break
+    linears = dict(layers.linears)
+    shifted = ordered = False
+    for name, linear in layers.linears.items():
         try:
-            tensor = read_linear(FormatRegistry.get(found.format), found, checkpoint, name)
+            tensor = read_linear(FormatRegistry.get(layers.format), layers, checkpoint, name)
         except CheckpointError as error:
             problems[str(error)] = None
             continue
         linears[name] = replace(linear, weights=tensor.scheme)
         shifted = shifted or (tensor.zeros is not None and bool(tensor.zeros.any()))
-        if tensor.group_index is not None and (form.name != "gptq" or target == "vllm") and not requantize:
+        if tensor.group_index is None:
+            continue
+        if form.keeps_order(target):
+            ordered = True
+        elif not requantize:
             problems[
                 "the groups are in activation order (g_idx is not k // group_size), which vLLM has no path "
                 "for: --requantize rounds those linears anew "
@@ -238,43 +235,39 @@ def _problems(
                 "the original again with --act-order static"
             ] = None
     # AWQ files always have zero points: those of symmetric weights are all in the middle
-    if checkpoint is not None and not shifted:
-        linears.update(
-            {
-                n: replace(x, weights=replace(x.weights, symmetric=True))
-                for n, x in linears.items()
-                if not x.weights.symmetric
-            }
-        )
-    for linear in linears.values():
+    if not shifted:
+        linears = {n: replace(x, weights=replace(x.weights, symmetric=True)) for n, x in linears.items()}
+    return linears, ordered, list(problems)
+
+
+def _problems(linears: Collection[Linear], form: Format, target: str, tensor_parallel: int) -> list[str]:
+    """What the wanted format, its target and its degree of parallelism have against the linears."""
+    problems: dict[str, None] = {}
+    for linear in linears:
         if reason := form.refuse(linear.scheme, target):
             problems[f"{linear.weights} in format {form.name}: {reason}"] = None
         problems.update(dict.fromkeys(form.problems(linear)))
-    for problem in shape_problems(linears.values(), tensor_parallel):
+    for problem in shape_problems(linears, tensor_parallel):
         problems[f"{problem}. That takes the original; --format plain keeps this checkpoint's values"] = None
-    if len({x.scheme for x in linears.values()}) > 1 and not form.mixed and form.name != "awq":
+    if not form.together({x.scheme for x in linears}):
         problems[
             f"the linears have several schemes; a {form.name} file of ours holds one: use --format "
             "compressed-tensors"
-        ] = None
-    if len({x.weights.group_size for x in linears.values()}) > 1 and form.name == "awq":
-        problems[
-            "the linears have several group sizes; an awq file holds one: use --format compressed-tensors"
         ] = None
     return list(problems)
 
 
 def _left_out(
-    checkpoint: Checkpoint, linears: Mapping[str, Linear], form: Format, caches: Sequence[str]
+    checkpoint: Checkpoint, layers: QuantizedLayers | None, form: Format, caches: Sequence[str]
 ) -> list[dict[str, str]]:
     """Tensors of the checkpoint that the format has no place for, each with the reason."""
     left = [
         {"tensor": n, "reason": f"a {form.name} checkpoint has no place for the scales of an FP8 KV cache"}
         for n in sorted(caches)
     ]
-    if form.quant_method is None:
-        numbers = ("input_scale", "input_zero_point", "input_global_scale")
-        names = (f"{n}.{x}" for n in linears for x in numbers)
+    if form.quant_method is None and layers is not None:
+        numbers = FormatRegistry.get(layers.format).lasts("inputs")
+        names = (f"{n}.{x}" for n in layers.linears for x in numbers)
         left += [
             {"tensor": n, "reason": f"a {form.name} checkpoint leaves activations as they are"}
             for n in names

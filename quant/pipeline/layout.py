@@ -155,7 +155,7 @@ def unquantized_linears(
 ) -> list[str]:
     """Module names to list as ignored: linears of any part of the model that stay as they are; always the
     head, which may be tied."""
-    names = {"lm_head", *(n for n, ref in (refs or {}).items() if ref.fused and n not in linears)}
+    names = {"lm_head", *(n for n, ref in (refs or {}).items() if ref.fused)} - set(linears)
     for name, info in checkpoint.tensors.items():
         module = name.removesuffix(".weight")
         if (

@@ -26,6 +26,7 @@ from quant.devices import device_of
 from quant.errors import QuantError, UsageError, VerificationFailed
 from quant.evaluation.preservation import preservation
 from quant.evaluation.verify import verify
+from quant.formats import Contents
 from quant.formats.reading import read_linear
 from quant.models.skeleton import BlockCall, Skeleton
 from quant.outlier_suppression import Suppressor
@@ -48,6 +49,7 @@ from quant.report.evidence import REPORT
 from quant.tensors import QuantizedTensor
 from quant.units import format_seconds
 from quant.vllm.arguments import engine_arguments, vllm_config
+from quant.vllm.cache import KV_CACHE
 
 #: Tokens of one batch: large enough for full speed of the matrix products, small enough that a batch's
 #: activations are few.
@@ -240,7 +242,7 @@ class QuantizationManager:
             for name, info in read_header(work.path / shard.file)[0].items()
         }
         written = Checkpoint(work.path, {}, headers)
-        config = output_config(self.plan, self._act_order()).get("quantization_config")
+        config = output_config(self.plan, self._settings()).get("quantization_config")
         if config is None:
             weights = {
                 t.spec.name: written.read(t.spec.name)
@@ -369,7 +371,7 @@ class QuantizationManager:
         """Side files, index, config, static verification, report."""
         plan, checkpoint = self.plan, self.plan.checkpoint
         with self.clock.phase("finish"):
-            config = output_config(plan, self._act_order())
+            config = output_config(plan, self._settings())
             arguments = engine_arguments(config, tensor_parallel=plan.recipe.tensor_parallel)
             dropped = write_rest(work.path, checkpoint, plan.units, plan.format, config, arguments)
         with self.clock.phase("verify"):
@@ -442,11 +444,10 @@ class QuantizationManager:
         write_text(work.path / REPORT, json.dumps(report, indent=2) + "\n")
         return report
 
-    def _act_order(self) -> str:
-        return next(
-            (o for q in self.quantizers.values() if (o := str(getattr(q, "act_order", "none"))) != "none"),
-            "none",
-        )
+    def _settings(self) -> dict[str, str]:
+        """Settings of the methods that a format may have a word for."""
+        orders = (str(getattr(q, "act_order", "none")) for q in self.quantizers.values())
+        return {"act_order": next((order for order in orders if order != "none"), "none")}
 
 
 @contextmanager
@@ -471,11 +472,12 @@ def worker_count(threads: int) -> int:
     return min(threads, MOST_WORKERS)
 
 
-def output_config(plan: JobPlan, act_order: str) -> dict[str, Any]:
-    """The source's config.json with the format's ``quantization_config``."""
+def output_config(plan: JobPlan, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The source's config.json with the format's ``quantization_config``; ``settings``: the methods'."""
     config = dict(plan.checkpoint.config)
+    cache = KV_CACHE if plan.recipe.kv_cache_scheme else None
     quantization = plan.format.config(
-        list(plan.linears.values()), plan.unquantized, act_order, bool(plan.recipe.kv_cache_scheme)
+        Contents(list(plan.linears.values()), plan.unquantized, cache, settings)
     )
     if quantization is not None:
         if plan.recipe.target == "other" and any(plan.format.refuse(s, "vllm") for s in plan.schemes):

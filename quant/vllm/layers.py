@@ -60,6 +60,27 @@ def shared_name(linear: str) -> str:
     return fused_name(linear.replace(".experts.", ".expert_"))
 
 
+def fused_layers(linears: Iterable[str]) -> dict[str, list[str]]:
+    """The names of the layers that vLLM builds, each with the linears that become it, in the order given.
+
+    >>> fused_layers(["a.q_proj", "a.o_proj", "a.k_proj"])
+    {'a.qkv_proj': ['a.q_proj', 'a.k_proj'], 'a.o_proj': ['a.o_proj']}
+    """
+    layers: dict[str, list[str]] = {}
+    for name in linears:
+        layers.setdefault(fused_name(name), []).append(name)
+    return layers
+
+
+def is_head(linear: str) -> bool:
+    """Whether vLLM builds a linear as its output head (`ParallelLMHead`), which is no linear to it.
+
+    >>> is_head("model.language_model.lm_head")
+    True
+    """
+    return linear.rpartition(".")[2] == "lm_head"
+
+
 #: Linears whose input is split over ranks under tensor parallelism; all others split their output.
 _ROW_PARALLEL = re.compile(r"\.(o_proj|down_proj|out_proj|dense|dense_4h_to_h|fc2|c_proj|wo|w2)$")
 
@@ -70,9 +91,7 @@ NOT_LAST = (".q_proj", ".k_proj", ".gate_proj")
 def shape_problems(linears: Iterable[Linear], tensor_parallel: int) -> list[str]:
     """Group sizes that do not divide, whole and per rank; one line for each kind of layer."""
     linears = list(linears)
-    members: dict[str, int] = {}
-    for linear in linears:
-        members[fused_name(linear.name)] = members.get(fused_name(linear.name), 0) + 1
+    members = fused_layers(linear.name for linear in linears)
     seen: dict[str, str] = {}
     for linear in linears:
         kind = re.sub(r"\.\d+\.", ".*.", linear.name)
@@ -92,7 +111,7 @@ def shape_problems(linears: Iterable[Linear], tensor_parallel: int) -> list[str]
         elif (
             block
             and linear.n % BLOCK
-            and members[fused_name(linear.name)] > 1
+            and len(members[fused_name(linear.name)]) > 1
             and linear.name.endswith(NOT_LAST)
         ):
             seen[kind] = (

@@ -12,7 +12,7 @@ from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.reader import open_checkpoint
 from quant.errors import CheckpointError
 from quant.evaluation.verify import verify
-from quant.formats import FormatRegistry, find_format
+from quant.formats import Contents, FormatRegistry, find_format
 from quant.formats.reading import dequantized, read_linear
 from quant.schemes import WeightScheme, scheme_of
 from quant.tensors import QuantizedTensor
@@ -59,7 +59,7 @@ def test_what_is_packed_unpacks_to_equal_values(group: int, symmetric: bool) -> 
     assert {t: (HEADER[v.dtype], tuple(v.shape)) for t, v in packed.items()} == {
         s.name: (s.dtype, s.shape) for s in AWQ.specs(linear, "BF16")
     }
-    config = AWQ.config([linear], ["lm_head"], "none")
+    config = AWQ.config(Contents([linear], ["lm_head"]))
     assert config is not None and config["zero_point"] and config["modules_to_not_convert"] is None
     found = find_format({"quantization_config": config}, infos(packed))
     assert found is not None and found.options["packing"] == {NAME: "gemm"}
@@ -147,9 +147,11 @@ def test_damaged_zero_points_of_gemv_fast_are_refused() -> None:
 def test_the_list_of_unquantized_layers_is_complete_or_absent() -> None:
     scheme = WeightScheme(4, 32, False)
     linears = [Linear(f"model.layers.1.mlp.{x}_proj", 64, 64, scheme) for x in ("gate", "up", "down")]
-    full = AWQ.config(linears, ["lm_head", "model.layers.0.mlp.down_proj"], "none")
+    full = AWQ.config(Contents(linears, ["lm_head", "model.layers.0.mlp.down_proj"]))
     assert full is not None and full["modules_to_not_convert"] == ["lm_head", "model.layers.0.mlp.down_proj"]
-    router = AWQ.config(linears, ["lm_head", "model.layers.1.mlp.gate"], "none")  # a part of mlp.gate_up_proj
+    router = AWQ.config(
+        Contents(linears, ["lm_head", "model.layers.1.mlp.gate"])
+    )  # a part of mlp.gate_up_proj
     assert router is not None and router["modules_to_not_convert"] is None
 
 

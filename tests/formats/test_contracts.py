@@ -13,7 +13,7 @@ import torch
 from quant.checkpoint.dtypes import HEADER
 from quant.checkpoint.header import TensorInfo
 from quant.errors import CheckpointError
-from quant.formats import Format, FormatRegistry, find_format
+from quant.formats import Contents, Format, FormatRegistry, find_format
 from quant.quantizers import MinMaxQuantizer
 from quant.schemes import WeightScheme, scheme_of
 from quant.tensors import QuantizedTensor
@@ -66,7 +66,7 @@ def test_what_is_packed_unpacks_to_bit_equal_codes_scales_zeros_and_values(
         assert {t: (HEADER[v.dtype], tuple(v.shape)) for t, v in packed.items()} == {
             s.name: (s.dtype, s.shape) for s in entry.specs(linear, HEADER[dtype])
         }
-        again = read_back(entry, entry.config([linear], ["lm_head"], "none"), packed)
+        again = read_back(entry, entry.config(Contents([linear], ["lm_head"])), packed)
         assert torch.equal(again.codes, tensor.codes) and torch.equal(again.scales, tensor.scales)
         assert again.scheme == scheme and again.group_index is None
         assert (again.zeros is None) == scheme.symmetric
@@ -148,7 +148,7 @@ def test_gptq_files_whose_zero_points_are_stored_as_they_are_read_to_the_same_va
     packed[f"{NAME}.qzeros"] = torch.full_like(
         packed[f"{NAME}.qzeros"], middle - 2**32 if middle >= 2**31 else middle
     )
-    config = GPTQ.config([linear], [], "none")
+    config = GPTQ.config(Contents([linear]))
     assert config is not None
     assert config["checkpoint_format"] == "gptq" and config["sym"] is True and config["desc_act"] is False
     again = read_back(GPTQ, config | {"checkpoint_format": "gptq_v2"}, packed)
@@ -165,7 +165,7 @@ def test_asymmetric_v1_files_are_read_when_no_zero_point_is_zero(bits: int) -> N
     packed = GPTQ.pack(linear, tensor, torch.float16)
     stored = [slow_pack([z - scheme.low - 1 for z in column], bits) for column in tensor.zeros.t().tolist()]
     packed[f"{NAME}.qzeros"] = torch.tensor(stored, dtype=torch.int32)
-    config = GPTQ.config([linear], [], "none")
+    config = GPTQ.config(Contents([linear]))
     assert config is not None and config["checkpoint_format"] == "gptq_v2"
     again = read_back(GPTQ, config | {"checkpoint_format": "gptq"}, packed)
     assert torch.equal(again.dequantize(), slow_values(tensor))
@@ -177,7 +177,7 @@ def test_a_damaged_v1_zero_point_is_refused_not_read_as_another(bits: int) -> No
     linear = Linear(NAME, 32, 64, scheme)
     packed = GPTQ.pack(linear, random_tensor(32, 64, scheme), torch.float16)
     packed[f"{NAME}.qzeros"].fill_(-1)
-    config = GPTQ.config([linear], [], "none")
+    config = GPTQ.config(Contents([linear]))
     assert config is not None
     with pytest.raises(
         CheckpointError, match=rf"q_proj.qzeros: a zero point of 2\^{bits}: the word was damaged"
@@ -195,7 +195,7 @@ def test_a_reordered_group_index_is_read_and_applied(symmetric: bool) -> None:
         .int()
     )
     packed = GPTQ.pack(linear, replace(tensor, group_index=index), torch.float16)
-    again = read_back(GPTQ, GPTQ.config([linear], [], "none") or {}, packed)
+    again = read_back(GPTQ, GPTQ.config(Contents([linear])) or {}, packed)
     assert again.group_index is not None and torch.equal(again.group_index, index)
     zeros = torch.zeros(32, 3) if tensor.zeros is None else tensor.zeros.float()
     wanted = torch.stack(
@@ -215,7 +215,7 @@ def test_a_group_index_that_names_no_group_is_refused() -> None:
     packed = GPTQ.pack(linear, random_tensor(32, 64, scheme), torch.float16)
     packed[f"{NAME}.g_idx"][5] = 2
     with pytest.raises(CheckpointError, match="q_proj.g_idx: names group 2, scales has 2"):
-        read_back(GPTQ, GPTQ.config([linear], [], "none") or {}, packed)
+        read_back(GPTQ, GPTQ.config(Contents([linear])) or {}, packed)
 
 
 def test_a_group_as_wide_as_the_input_keeps_its_declared_size() -> None:
@@ -226,7 +226,7 @@ def test_a_group_as_wide_as_the_input_keeps_its_declared_size() -> None:
         **GPTQ.pack(wide, random_tensor(32, 256, scheme), torch.float16),
         **GPTQ.pack(narrow, random_tensor(32, 128, scheme), torch.float16),
     }
-    found = find_format({"quantization_config": GPTQ.config([wide, narrow], [], "none")}, infos(packed))
+    found = find_format({"quantization_config": GPTQ.config(Contents([wide, narrow], []))}, infos(packed))
     assert found is not None
     assert {x.weights for x in found.linears.values()} == {scheme}
     assert {GPTQ.unpack(x, packed, found.options).scheme for x in found.linears.values()} == {scheme}
@@ -237,7 +237,7 @@ def test_an_asymmetric_linear_whose_zero_points_happen_to_be_central_stays_asymm
     scheme = WeightScheme(4, 32, False)
     linear = Linear(NAME, 32, 64, scheme)
     tensor = replace(random_tensor(32, 64, scheme), zeros=torch.zeros(32, 2, dtype=torch.int8))
-    again = read_back(GPTQ, GPTQ.config([linear], [], "none") or {}, GPTQ.pack(linear, tensor, torch.float16))
+    again = read_back(GPTQ, GPTQ.config(Contents([linear])) or {}, GPTQ.pack(linear, tensor, torch.float16))
     assert again.scheme == scheme and torch.equal(again.dequantize(), slow_values(tensor))
 
 
@@ -363,14 +363,14 @@ def test_a_missing_scale_is_an_error_because_vllm_would_read_nan() -> None:
         tensors = form.pack(linear, random_tensor(32, 64, scheme), torch.float16)
         del tensors[f"{NAME}.{lost}"]
         with pytest.raises(CheckpointError, match=f"q_proj is quantized but has no tensor '{NAME}.{lost}'"):
-            find_format({"quantization_config": form.config([linear], [], "none")}, infos(tensors))
+            find_format({"quantization_config": form.config(Contents([linear]))}, infos(tensors))
 
 
 def test_the_config_is_found_where_vllm_looks_for_it() -> None:
     scheme = WeightScheme(4, 32)
     linear = Linear(NAME, 32, 64, scheme)
     tensors = infos(CT.pack(linear, random_tensor(32, 64, scheme), torch.float16))
-    config = CT.config([linear], [], "none")
+    config = CT.config(Contents([linear]))
     for place in (
         {"quantization_config": config},
         {"text_config": {"quantization_config": config}},
@@ -387,7 +387,7 @@ def test_several_schemes_are_written_by_name_and_found_again() -> None:
     tensors: dict[str, torch.Tensor] = {}
     for linear in linears:
         tensors |= CT.pack(linear, random_tensor(32, 64, linear.weights), torch.float16)
-    config = CT.config(linears, ["lm_head"], "none") or {}
+    config = CT.config(Contents(linears, ["lm_head"])) or {}
     assert {g["targets"][0]: g["weights"]["num_bits"] for g in config["config_groups"].values()} == {
         "m.0.a": 4,
         "m.0.b": 8,
@@ -406,6 +406,6 @@ def test_minmax_values_survive_every_format() -> None:
                 tensor = MinMaxQuantizer()(weight, None, scheme, torch.bfloat16).tensor
                 linear = Linear(NAME, 64, 128, scheme)
                 again = read_back(
-                    form, form.config([linear], [], "none") or {}, form.pack(linear, tensor, torch.bfloat16)
+                    form, form.config(Contents([linear])) or {}, form.pack(linear, tensor, torch.bfloat16)
                 )
                 assert torch.equal(again.dequantize(), tensor.dequantize())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quant.errors import CheckpointError
-from quant.formats import FormatRegistry, find_format
+from quant.formats import Contents, FormatRegistry, find_format
 from quant.quantizers import MinMaxQuantizer
 from quant.schemes import PRESETS, Scheme, WeightScheme, resolve_scheme
 from quant.tensors import InputParameters, QuantizedTensor
@@ -64,7 +64,7 @@ def test_each_form_has_its_tensors_and_reads_back_to_the_bit(
     packed = FP8.pack(linear, tensor, torch.bfloat16)
     assert {n.removeprefix(f"{NAME}."): (i.dtype, i.shape) for n, i in infos(packed).items()} == tensors
     assert {s.name.removeprefix(f"{NAME}."): (s.dtype, s.shape) for s in FP8.specs(linear, "BF16")} == tensors
-    written = FP8.config([linear], ["lm_head", "model.layers.1.mlp.gate"], "none")
+    written = FP8.config(Contents([linear], ["lm_head", "model.layers.1.mlp.gate"]))
     assert written is not None
     names = ["lm_head", "model.layers.1.mlp.gate"]
     assert (

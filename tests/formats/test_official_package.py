@@ -12,13 +12,14 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.forward import quantize
 
-from quant.formats import FormatRegistry, find_format
+from quant.formats import Contents, FormatRegistry, find_format
 from quant.formats.compressed_tensors import layout_of
 from quant.formats.packing import pack_halves, unpack_halves
 from quant.quantizers import MinMaxQuantizer
 from quant.quantizers.floats import encode, nearest_float
 from quant.schemes import PRESETS, Scheme, resolve_scheme
 from quant.tensors import InputParameters, QuantizedTensor, code_values
+from quant.vllm.cache import KV_CACHE
 from quant.vllm.layers import Linear
 from tests.formats.test_contracts import infos
 
@@ -77,7 +78,7 @@ def test_the_package_reads_our_files_to_our_values(scheme: Scheme) -> None:
     assert {n: (i.dtype, i.shape) for n, i in infos(packed).items()} == {
         s.name: (s.dtype, s.shape) for s in CT.specs(linear, "BF16")
     }
-    config = CT.config([linear], ["lm_head"], "none")
+    config = CT.config(Contents([linear], ["lm_head"]))
     assert config is not None and config["format"] == layout_of(linear)
     compressor, theirs = official(config)
     values = compressor.decompress(short(packed), theirs)["weight"]
@@ -95,7 +96,7 @@ def test_the_package_reads_our_files_to_our_values(scheme: Scheme) -> None:
 def test_a_file_reads_back_to_the_same_bits(scheme: Scheme) -> None:
     _, linear, tensor = made(scheme)
     packed = CT.pack(linear, tensor, torch.bfloat16)
-    found = find_format({"quantization_config": CT.config([linear], [], "none")}, infos(packed))
+    found = find_format({"quantization_config": CT.config(Contents([linear]))}, infos(packed))
     assert found is not None and found.linears == {NAME: linear}
     again = CT.unpack(found.linears[NAME], packed, found.options)
     assert torch.equal(again.dequantize(), tensor.dequantize())
@@ -110,7 +111,7 @@ def test_a_file_reads_back_to_the_same_bits(scheme: Scheme) -> None:
 def test_we_read_the_packages_files_to_its_values(scheme: Scheme) -> None:
     """Scales are ours, codes and packing its own."""
     weight, linear, tensor = made(scheme)
-    config = CT.config([linear], [], "none")
+    config = CT.config(Contents([linear]))
     assert config is not None
     compressor, theirs = official(config)
     arrays = short(CT.pack(linear, tensor, torch.bfloat16))
@@ -146,7 +147,7 @@ def test_we_read_the_packages_files_to_its_values(scheme: Scheme) -> None:
 def test_codes_are_the_packages_own(name: str) -> None:
     """With our stored scales its fake quantization chooses the same numbers, ties apart."""
     weight, linear, tensor = made(PRESETS[name])
-    _, theirs = official(CT.config([linear], [], "none") or {})
+    _, theirs = official(CT.config(Contents([linear])) or {})
     scale = (
         tensor.scales.float()
         if tensor.scales.dtype != torch.uint8
@@ -160,7 +161,7 @@ def test_codes_are_the_packages_own(name: str) -> None:
 @pytest.mark.parametrize("scheme", [*LOADED, *STATIC], ids=lambda s: f"{s.name}-{s.activations}")
 def test_the_package_takes_every_config_that_we_write(scheme: Scheme) -> None:
     linear = Linear(NAME, 128, 256, scheme.weights, scheme.activations)
-    config = CT.config([linear], ["lm_head"], "none", kv_cache=True)
+    config = CT.config(Contents([linear], ["lm_head"], KV_CACHE))
     assert config is not None
     read = QuantizationConfig.model_validate(config)
     assert read.kv_cache_scheme is not None
@@ -176,7 +177,7 @@ def test_kinds_of_one_checkpoint_are_mixed_precision_by_full_names() -> None:
         Linear("m.0.b", 128, 256, PRESETS["w4a16"].weights),
         Linear("m.1.a", 128, 256, PRESETS["w8a8-fp8"].weights, PRESETS["w8a8-fp8"].activations),
     ]
-    config = CT.config(linears, ["lm_head"], "none")
+    config = CT.config(Contents(linears, ["lm_head"]))
     assert config is not None
     assert config["format"] == "mixed-precision"
     groups = [(g["format"], g["targets"]) for g in config["config_groups"].values()]

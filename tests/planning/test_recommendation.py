@@ -143,7 +143,7 @@ def test_a_scheme_asked_for_by_name_is_refused_where_no_kernel_is(scheme: str, g
 
 
 def test_a_quantized_checkpoint_is_served_only_where_its_kernels_are() -> None:
-    from quant.formats import FormatRegistry
+    from quant.formats import Contents, FormatRegistry
     from quant.schemes import PRESETS
     from quant.vllm.layers import Linear
 
@@ -161,7 +161,7 @@ def test_a_quantized_checkpoint_is_served_only_where_its_kernels_are() -> None:
         ("mxfp8", "V100", "A100"),
     ):
         preset = PRESETS[scheme]
-        config = form.config([Linear(*linear, preset.weights, preset.activations)], ["lm_head"], "static")
+        config = form.config(Contents([Linear(*linear, preset.weights, preset.activations)], ["lm_head"]))
         spec = model_from_config({**TINY["gqa"], "quantization_config": config}, "made")
         no, yes = (
             recommend(spec, gpu, EngineRequest(context=4096), scheme="none") for gpu in (refused, served)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
-from quant.formats.base import QuantizedLayers, require, suffixed
+from quant.formats.base import Contents, Format, QuantizedLayers, require, suffixed
 from quant.schemes import Scheme, WeightScheme
 from quant.vllm.layers import Linear
 
@@ -17,20 +17,15 @@ if TYPE_CHECKING:
     from quant.tensors import QuantizedTensor
 
 
-class Codes:
+class Codes(Format):
     name = "codes"
     quant_method = "codes"
-    config_file = None
-    kv_cache = False
-    mixed = False
+    parts = {"qweight": "codes", "scales": "scales"}
 
     def refuse(self, scheme: Scheme, target: str) -> str | None:
         if scheme.weights.type != "int" or not scheme.weights.symmetric or scheme.activations is not None:
             return f"holds symmetric integer weights alone, not {scheme}"
         return "vLLM does not know it: use --target other" if target == "vllm" else None
-
-    def problems(self, linear: Linear) -> list[str]:
-        return []
 
     def specs(self, linear: Linear, dtype: str) -> list[TensorSpec]:
         return [
@@ -50,17 +45,15 @@ class Codes:
             tensors[f"{linear.name}.qweight"], tensors[f"{linear.name}.scales"], None, linear.weights
         )
 
-    def config(
-        self, linears: Sequence[Linear], unquantized: Sequence[str], act_order: str, kv_cache: bool = False
-    ) -> dict[str, Any]:
-        weights = linears[0].weights
+    def config(self, contents: Contents) -> dict[str, Any]:
+        weights = contents.linears[0].weights
         return {"quant_method": "codes", "bits": weights.bits, "group_size": weights.group_size}
 
     def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> QuantizedLayers:
         scheme = WeightScheme(int(config["bits"]), int(config["group_size"]))
-        linears = {}
-        for name in suffixed(tensors, ".qweight"):
-            require(tensors, f"{name}.scales", name)
+        linears, coded = {}, suffixed(tensors, ".qweight")
+        require(tensors, coded, "scales")
+        for name in coded:
             n, k = tensors[f"{name}.qweight"].shape
             linears[name] = Linear(name, n, k, scheme)
         return QuantizedLayers(self.name, linears, {})

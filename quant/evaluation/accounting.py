@@ -1,0 +1,144 @@
+"""What became of a source in the checkpoint that was made from it: every tensor quantized, copied or changed
+for a stated reason, every side file there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quant.checkpoint.reader import STALE, Checkpoint
+from quant.formats import FormatRegistry, QuantizedLayers
+from quant.formats.reading import dequantized
+from quant.models.linears import LinearRef, fused_tensors
+from quant.vllm.layers import Linear
+
+if TYPE_CHECKING:
+    import torch
+
+
+def copied_tensors(
+    checkpoint: Checkpoint, source: Checkpoint, layers: QuantizedLayers, changed: Collection[str]
+) -> set[str]:
+    """Tensors that must have the source's bytes."""
+    source = dequantized(source)
+    return {
+        name
+        for name, info in source.tensors.items()
+        if name not in changed
+        and name not in source.computed
+        and not (name.endswith(".weight") and name.removesuffix(".weight") in layers.linears)
+        and (copy := checkpoint.tensors.get(name)) is not None
+        and (copy.dtype, copy.shape) == (info.dtype, info.shape)
+    }
+
+
+def noted_tensors(path: Path) -> dict[str, list[str]]:
+    """What the report in an output directory says of tensors: those with scaling folded in, and those
+    added."""
+    try:
+        tensors = json.loads((path / "quant_report.json").read_text(encoding="utf-8"))["tensors"]
+        return {k: [str(n) for n in tensors.get(k, [])] for k in ("folded", "added")}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {"folded": [], "added": []}
+
+
+def source_problems(
+    checkpoint: Checkpoint,
+    source: Checkpoint,
+    layers: QuantizedLayers | None,
+    differing: Collection[str],
+    made: Sequence[str],
+) -> list[str]:
+    """Tensors of the source that are neither quantized nor the same here, and tensors that came from nowhere.
+
+    Args:
+        differing: copies whose bytes differ.
+        made: tensors that calibration added.
+    """
+    problems = []
+    linears = layers.linears if layers else {}
+    source = dequantized(source)
+    fused = fused_tensors(source.tensors, source.config)
+    apart = {name: refs for name, refs in fused.items() if name not in checkpoint.tensors}
+    own = (
+        {s.name for x in linears.values() for s in FormatRegistry.get(layers.format).specs(x, "BF16")}
+        if layers
+        else set()
+    )
+    for name, info in source.tensors.items():
+        module = name.removesuffix(".weight")
+        if module in linears and name.endswith(".weight"):
+            if info.shape != (linears[module].n, linears[module].k):
+                problems.append(
+                    f"{name} is {info.shape} in the source, {(linears[module].n, linears[module].k)} here"
+                )
+            continue
+        copy = checkpoint.tensors.get(name)
+        if name in apart:
+            problems += _apart_problems(checkpoint, source, linears, name, apart[name])
+        elif copy is None:
+            problems.append(f"{name} of the source is lost")
+        elif name in source.computed:
+            if copy.shape != info.shape:
+                problems.append(f"{name} was {info.shape}, is {copy.shape}")
+        elif (copy.dtype, copy.shape) != (info.dtype, info.shape):
+            problems.append(f"{name} was {info.dtype} {info.shape}, is {copy.dtype} {copy.shape}")
+        elif name in differing:
+            problems.append(f"{name} differs from the source although it is not quantized")
+    made = [
+        *made,
+        *(f"{ref.name}.{last}" for refs in apart.values() for ref in refs for last in ("weight", "bias")),
+    ]
+    problems += [
+        f"{n} is not in the source"
+        for n in checkpoint.tensors
+        if n not in source.tensors and n not in own and n not in made
+    ]
+    return problems
+
+
+def _apart_problems(
+    checkpoint: Checkpoint,
+    source: Checkpoint,
+    linears: Mapping[str, Linear],
+    name: str,
+    refs: Sequence[LinearRef],
+) -> list[str]:
+    """What is missing of a fused tensor of experts that was taken apart: each must be quantized, or be there
+    as it was."""
+    problems = []
+    for ref in refs:
+        bias = ref.bias is not None and ref.bias.tensor == name
+        part, last = (ref.bias, "bias") if ref.bias is not None and bias else (ref.weight, "weight")
+        held = linears.get(ref.name)
+        if held is not None and not bias:
+            if (held.n, held.k) != (ref.n, ref.k):
+                problems.append(
+                    f"{ref.name} is {(ref.n, ref.k)} in the source's {name}, {(held.n, held.k)} here"
+                )
+        elif f"{ref.name}.{last}" not in checkpoint.tensors:
+            problems.append(f"{ref.name}, a part of the source's {name}, is lost")
+        elif not _same_values(checkpoint.read(f"{ref.name}.{last}"), part.read(source)):
+            problems.append(f"{ref.name}.{last} differs from the source although it is not quantized")
+    return problems
+
+
+def _same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and bool((one == other).all())
+
+
+def side_file_problems(checkpoint: Checkpoint, source: Checkpoint) -> list[str]:
+    """Side files of the source that are not here as they are there; those that are left out for a reason may
+    be missing."""
+    problems = []
+    for file in source.side_files():
+        if file.dropped or file.relative in STALE:
+            continue
+        copy = checkpoint.path / file.relative
+        if not copy.is_file():
+            problems.append(f"{file.relative} is missing")
+        elif copy.read_bytes() != file.path.read_bytes():
+            problems.append(f"{file.relative} differs")
+    return problems
