@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
-"""Does the arithmetic of calibration move KL? The same jobs as this machine's pipeline does them, and with
-passes in 16 bits and fp32 products in the sums of the Hessian, where the pipeline takes 8-bit integers for
-either.
+"""Does the arithmetic of calibration move KL? The same jobs with the sums of the Hessian as this machine's
+pipeline makes them, of 8-bit integers where those multiply fastest, and with fp32 products.
 
     python benchmarks/hessian_precision.py [--model MODEL] [--draws 3] [--bits 4 3] [--kl-only]
 
@@ -9,8 +8,7 @@ For each it prints the largest error of any Hessian of the model, relative to th
 works with: the spectral norm of L⁻¹ (H' - H) L⁻ᵀ, where H' is the sum, H the fp64 sum of fp32 products, and L
 Lᵀ = H + 0.01 · mean(diag H) · I. 0.01 means that no weighting of inputs is judged more than 1 % off. `bf16
 products` is the plain way that the pipeline does not take: every product rounded to bf16 as torch returns it.
-`16-bit passes` has the pipeline's sums. KL is judged by our own evaluator on the bundled wikitext-2 text;
-draws are rows shuffled with seeds 0, 1, 2 …
+KL is judged by our own evaluator on the bundled wikitext-2 text; draws are rows shuffled with seeds 0, 1, 2 …
 """
 
 import argparse
@@ -24,7 +22,7 @@ from common import ROOT, machine
 
 from quant.calibration import statistics as sums
 from quant.evaluation.quality import evaluate
-from quant.pipeline import blocks, int8, manager
+from quant.pipeline import blocks, manager
 from quant.recipe import make_recipe
 
 
@@ -35,13 +33,8 @@ class Bf16Gram(sums.Gram):
         self.total += x.bfloat16().t() @ x.bfloat16()
 
 
-#: How sums are made, and whether passes may be in 8 bits.
-WAYS = {
-    "pipeline": (sums.gram_for, int8.int8_passes),
-    "fp32 products": (sums.Gram, lambda *_: False),
-    "16-bit passes": (sums.gram_for, lambda *_: False),
-    "bf16 products": (Bf16Gram, lambda *_: False),
-}
+#: How sums are made.
+WAYS = {"pipeline": sums.gram_for, "fp32 products": sums.Gram, "bf16 products": Bf16Gram}
 
 
 class Checked(sums.Accumulator):
@@ -91,7 +84,7 @@ def main() -> None:
     for bits in a.bits:
         means = {}
         for name, way in list(WAYS.items())[: 2 if a.kl_only else None]:
-            sums.gram_for, int8.int8_passes = way  # type: ignore[assignment]
+            sums.gram_for = way  # type: ignore[assignment]
             Checked.worst, found, fallbacks = 0.0, [], 0
             for seed in range(a.draws):
                 with tempfile.TemporaryDirectory() as folder:

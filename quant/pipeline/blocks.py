@@ -22,7 +22,6 @@ from quant.models.attention import observed_attention, staircase_attention
 from quant.models.skeleton import BlockCall, Skeleton
 from quant.outlier_suppression import Suppressor
 from quant.pipeline.folding import can_take_rows, find_fold, fold_linear, fold_norm
-from quant.pipeline.int8 import Int8Linear, in_int8, int8_linears
 from quant.pipeline.memory import MAPPED, give_back
 from quant.pipeline.pieces import PIECE
 from quant.pipeline.plan import JobPlan
@@ -37,10 +36,6 @@ from quant.vllm.config import text_config
 #: An input feature this many times as large as the median one is an outlier: its weights may be small and
 #: still matter, and few bits round them away.
 OUTLIERS = 32.0
-#: Bits of weights through which calibration tokens go in 8-bit products, where those are faster. At 4 KL
-#: stays what it was; at 3 it was 2 % higher in six draws (``benchmarks/hessian_precision.py``,
-#: ``quality.py``), which may be chance and is not worth the time; 8 are as fine as the products.
-INT8_PASSES_BITS = 4
 #: Tokens of the held-out row that a layer's error is measured on.
 ERROR_TOKENS = 256
 
@@ -143,11 +138,7 @@ class BlockQuantizer:
             made.finish_cache(cache)
             return made
 
-        def through_int8(group: InputGroup) -> dict[str, Int8Linear]:
-            with self.clock.phase("solve"):
-                return int8_linears(block, group) if self._through_int8(prefix, group) else {}
-
-        staged = StagedForward(block, groups, batches, calls, store, observe, need_outputs, through_int8)
+        staged = StagedForward(block, groups, batches, calls, store, observe, need_outputs)
         clock = self.clock.seconds
         before, other = time.perf_counter(), clock["statistics"] + clock["solve"]
         # not observed: the K and V of weights that are not quantized yet are none of the cache's
@@ -187,30 +178,6 @@ class BlockQuantizer:
         made.finish_cache(cache)
         clock["forward"] += time.perf_counter() - before - (clock["statistics"] + clock["solve"] - other)
         return made
-
-    def replay(
-        self,
-        skeleton: Skeleton,
-        index: int,
-        block: nn.Module,
-        batches: Batches,
-        calls: Mapping[int, BlockCall],
-    ) -> None:
-        """Takes batches through a block that holds its finished weights, with the outputs that
-        :meth:`quantize` had, bit for bit."""
-        prefix = skeleton.block_prefix(index)
-        groups = [
-            g for g in self._chosen_groups(skeleton.adapter.groups, prefix) if self._through_int8(prefix, g)
-        ]
-        with staircase_attention(block), in_int8(block, groups):
-            run_block(block, batches, calls)
-
-    def _through_int8(self, prefix: str, group: InputGroup) -> bool:
-        """Whether 8-bit products on the way to the next linears make no difference beside how coarsely the
-        weights are rounded. Where the input is scaled by the linear before it, a replay would round other
-        numbers than the first pass, whose batches were past that linear already."""
-        scaled = self.records.folds.get(_fold_key(prefix, group), {}).get("kind") == "linear"
-        return self._assignment(prefix, group).scheme.weights.bits == INT8_PASSES_BITS and not scaled
 
     def _solve_group(
         self,
@@ -308,7 +275,7 @@ class BlockQuantizer:
         make = fold_norm if fold.place.source == "norm" else partial(fold_linear, done=made.linears)
         factors, changed = make(fold, proposed.factors, self.plan.checkpoint)
         made.changed.update(changed)
-        self.records.folds[_fold_key(prefix, group)] = {
+        self.records.folds[prefix + "+".join(group.linears)] = {
             "suppressor": suppressor.name,
             "kind": fold.place.source,
             "source": fold.source,
@@ -374,7 +341,3 @@ class BlockQuantizer:
             sums += torch.stack([sum_of_squares(difference), sum_of_squares(wide), missed, wanted])
         noise, signal, lost, whole = sums.tolist()
         return values, (noise, signal, lost / max(whole, 1e-30) if sample is not None else None)
-
-
-def _fold_key(prefix: str, group: InputGroup) -> str:
-    return prefix + "+".join(group.linears)

@@ -28,11 +28,11 @@ from quant.evaluation.preservation import preservation
 from quant.evaluation.verify import verify
 from quant.formats import Contents
 from quant.formats.reading import read_linear
+from quant.models.attention import staircase_attention
 from quant.models.skeleton import BlockCall, Skeleton
 from quant.outlier_suppression import Suppressor
 from quant.pipeline.blocks import BlockQuantizer, BlockResult
 from quant.pipeline.folding import unfolded
-from quant.pipeline.int8 import int8_passes
 from quant.pipeline.layout import Unit
 from quant.pipeline.memory import freed_memory_kept, peak_rss
 from quant.pipeline.methods import make_quantizer, make_suppressor
@@ -40,7 +40,7 @@ from quant.pipeline.pieces import PieceQuantizer
 from quant.pipeline.plan import JobPlan, plan_job
 from quant.pipeline.records import Clock, Records
 from quant.pipeline.rows import job_rows
-from quant.pipeline.staged import ActivationStore, Batches
+from quant.pipeline.staged import ActivationStore, Batches, run_block
 from quant.pipeline.writing import write_rest, write_unit
 from quant.progress import Event, Progress, silent
 from quant.quantizers import Quantizer
@@ -183,8 +183,7 @@ class QuantizationManager:
             "device": str(self.device),
             "threads": torch.get_num_threads(),
             "instructions": f"{torch.backends.cpu.get_cpu_capability()}, "
-            f"{gram_for(1, self.device).__class__.__name__}, "
-            f"passes in {'8' if int8_passes(self.device, torch.bfloat16) else '16'} bits"
+            f"{gram_for(1, self.device).__class__.__name__}"
             if self.device.type == "cpu"
             else torch.cuda.get_device_name(self.device),
         }
@@ -214,7 +213,8 @@ class QuantizationManager:
                     if not last:
                         with self.clock.phase("replay"):
                             block = skeleton.load_block(unit.block, self._finished_weights(unit, work))
-                            self.blocks.replay(skeleton, unit.block, block, batches, block_calls)
+                            with staircase_attention(block):
+                                run_block(block, batches, block_calls)
                 else:
                     with self.clock.phase("load"):
                         block = skeleton.load_block(unit.block)

@@ -37,7 +37,6 @@ from quant.errors import DiskFull, QuantError
 from quant.models.adapter import InputGroup
 from quant.models.attention import attention_through
 from quant.models.skeleton import BlockCall
-from quant.pipeline.int8 import Int8Linear
 from quant.units import format_size
 
 #: Bytes that are written to the scratch file at a time. Of larger writes Linux keeps the page cache in larger
@@ -392,8 +391,6 @@ class StagedForward:
         calls: by batch size, what the block is called with.
         observe: called with (group, batch index, inputs [B, T, K]) as each batch arrives at a group.
         need_outputs: False for the last block, whose last linear nobody reads: its batches are dropped there.
-        int8: called with a group whose new weights are in place; returns, by name, the linears of it that
-            batches go on through in 8-bit products.
     """
 
     def __init__(
@@ -405,19 +402,12 @@ class StagedForward:
         store: ActivationStore,
         observe: Callable[[InputGroup, int, torch.Tensor], None],
         need_outputs: bool = True,
-        int8: Callable[[InputGroup], Mapping[str, Int8Linear]] = lambda group: {},
     ):
-        self._block, self._batches, self._calls, self._store, self._observe = (
-            block,
-            batches,
-            calls,
-            store,
-            observe,
-        )
+        self._block, self._batches, self._calls = block, batches, calls
+        self._store, self._observe = store, observe
         self._groups = {linear: group for group in groups for linear in group.linears}
         self._finished: set[InputGroup] = set()
-        self._stopped: dict[str, _Stop] = {}
-        self._count, self._need_outputs, self._int8 = len(groups), need_outputs, int8
+        self._count, self._need_outputs = len(groups), need_outputs
         self._reads: _Reads | None = None
         self._unread: dict[InputGroup, list[tuple[_Kind, bool]]] = {}
 
@@ -454,13 +444,7 @@ class StagedForward:
                     self._finished.add(group)
                     if len(self._finished) == self._count and not self._need_outputs:
                         break
-                    for name, forward in self._int8(group).items():
-                        self._stopped[name].int8 = forward
                     waiting = [r for i, w in enumerate(waiting) if (r := self._resume(i, w))]
-                    for stop in self._stopped.values():
-                        # some linears of a group run only after the next stop
-                        if stop.passes >= len(self._batches):
-                            stop.int8 = None
             finally:
                 for entry in waiting:
                     entry.batch.throw()  # ends it where it waits
@@ -481,7 +465,7 @@ class StagedForward:
         for name in self._groups:
             module = self._block.get_submodule(name)
             originals[name] = module.forward
-            module.forward = self._stopped[name] = _Stop(self, name, module.forward)
+            module.forward = _Stop(self, name, module.forward)
         try:
             with attention_through(self._block, "quant_watched", _see_attention):
                 yield
@@ -528,8 +512,6 @@ class _Stop:
 
     def __init__(self, staged: StagedForward, name: str, forward: Callable[[torch.Tensor], torch.Tensor]):
         self._staged, self._name, self._forward = staged, name, forward
-        self.int8: Int8Linear | None = None
-        self.passes = 0  #: batches that went through ``int8``
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         staged = self._staged
@@ -541,7 +523,4 @@ class _Stop:
         elif group not in staged._finished:
             assert batch.parent is not None
             batch.parent.switch((group, inputs))
-        if self.int8 is None:
-            return self._forward(inputs)
-        self.passes += 1
-        return self.int8(inputs)
+        return self._forward(inputs)

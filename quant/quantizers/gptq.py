@@ -32,10 +32,6 @@ from quant.tensors import QuantizedTensor
 #: Columns whose feedback on each other is applied one by one; runs of them act on each other by matrix
 #: products.
 _PANEL = 32
-#: Columns of a run whose feedback on those that follow is computed in bf16, on a CPU that multiplies such
-#: numbers faster than fp32. Rounding R and the errors E by shares of 2⁻⁹ adds at most about 2⁻¹⁸ · Σ_j E_j²
-#: H_jj to the loss Σ_k R_kk² E_k², in which R_kk² is at least the damping: some 1e-4 of it.
-_HALF = 512
 #: Rows of the Hessian that are put in order at a time.
 _ROWS = 128
 #: Rows of a weight that are transposed at a time on a CPU.
@@ -244,7 +240,6 @@ def _solve(
     floats = scheme.type == "float"
     codes = torch.empty(k, n, dtype=torch.float32 if floats else torch.int8, device=weight.device)
     inverse = (1.0 / factor.diagonal()).tolist()
-    half = weight.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     # [K, N]: Σ_j (W_j - Ŵ_j) · R_jk over the columns j rounded so far, at row k; in the memory of the weight,
     # which errors hold from now on
     feedback = weight.reshape(k, n).zero_()
@@ -256,10 +251,7 @@ def _solve(
             # feeds back on as many that follow
             run = (number & -number) * _PANEL
             done, ahead = slice(start - run, start), slice(start, min(start + run, k))
-            if half and run >= _HALF:
-                feedback[ahead] += factor.block(done, ahead).t().bfloat16() @ errors[done].bfloat16()
-            else:
-                feedback[ahead].addmm_(factor.block(done, ahead).t(), errors[done])
+            feedback[ahead].addmm_(factor.block(done, ahead).t(), errors[done])
         triangle = factor.block(slice(start, end), slice(start, end))
         inner = feedback[start:end]
         rounded = torch.empty_like(inner)
