@@ -23,7 +23,7 @@ import torch
 from quant.calibration.statistics import Statistics
 from quant.errors import QuantError
 from quant.outlier_suppression.base import OutlierSuppressionRegistry, Place, Suppression
-from quant.quantizers.awq import round_searched
+from quant.quantizers.nearest import round_to_nearest
 from quant.quantizers.rounding import importance_of, scaled_importance
 from quant.schemes import UNQUANTIZED, Scheme, WeightScheme
 
@@ -72,8 +72,12 @@ class AWQScaling:
                 factors = place.fit(_centred(power, alive))
                 if any(torch.equal(factors, other) for _, _, other in tried):
                     continue  # powers of two are few
-                rounded = round_searched(
-                    rows * factors, scaled_importance(importance, factors), made_for, dtype
+                rounded = round_to_nearest(
+                    rows * factors,
+                    made_for,
+                    dtype,
+                    search=True,
+                    importance=scaled_importance(importance, factors),
                 ).dequantize()
                 error = rounded.div_(factors).sub_(rows)
                 how = f"alpha {alpha:g}{', weights evened out' if even else ''}"

@@ -16,7 +16,7 @@ import torch
 from quant.activations import fake_quantize, input_parameters
 from quant.calibration.statistics import Statistics
 from quant.outlier_suppression.base import OutlierSuppressionRegistry, Place, Suppression
-from quant.quantizers.minmax import MinMaxQuantizer
+from quant.quantizers.nearest import round_to_nearest
 from quant.schemes import PRESETS, UNQUANTIZED, Scheme
 
 #: What ``auto`` tries, beside leaving the inputs as they are.
@@ -90,7 +90,7 @@ def _error(
     x = after.sample
     if scheme.activations is not None:
         x = fake_quantize(x, scheme.activations, input_parameters(after, scheme.activations))
-    rounded = MinMaxQuantizer()(weight * factors, None, scheme.weights, dtype).tensor.dequantize()
+    rounded = round_to_nearest(weight * factors, scheme.weights, dtype).dequantize()
     return float((x @ rounded.t() - statistics.sample @ weight.t()).square().sum(dtype=torch.float64))
 
 

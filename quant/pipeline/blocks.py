@@ -21,12 +21,13 @@ from quant.models.adapter import InputGroup
 from quant.models.attention import observed_attention, staircase_attention
 from quant.models.skeleton import BlockCall, Skeleton
 from quant.outlier_suppression import Suppressor
+from quant.pipeline.activation_store import ActivationStore, Batches
 from quant.pipeline.folding import can_take_rows, find_fold, fold_linear, fold_norm
 from quant.pipeline.memory import MAPPED, give_back
 from quant.pipeline.pieces import PIECE
 from quant.pipeline.plan import JobPlan
 from quant.pipeline.records import Clock, Records
-from quant.pipeline.staged import ActivationStore, Batches, StagedForward, run_block
+from quant.pipeline.staged import StagedForward, run_block
 from quant.quantizers import Quantized, Quantizer
 from quant.recipe import Assignment
 from quant.schemes import BLOCK, Scheme

@@ -21,12 +21,13 @@ from quant.errors import QuantError
 from quant.evaluation.preservation import ROWS, TOKENS
 from quant.models.attention import staircase_attention
 from quant.models.skeleton import BlockCall, Skeleton
+from quant.pipeline.activation_store import ActivationStore, Batches
 from quant.pipeline.checks import check_disk
 from quant.pipeline.manager import QuantizationManager, batch_rows, memory_exhausted, worker_count
 from quant.pipeline.memory import freed_memory_kept, peak_rss
 from quant.pipeline.pieces import PieceQuantizer
 from quant.pipeline.plan import JobPlan
-from quant.pipeline.staged import ActivationStore, Batches, run_block
+from quant.pipeline.staged import run_block
 from quant.progress import Event, Progress, silent
 from quant.units import format_size
 from quant.vllm.config import text_config

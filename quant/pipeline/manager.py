@@ -31,6 +31,7 @@ from quant.formats.reading import read_linear
 from quant.models.attention import staircase_attention
 from quant.models.skeleton import BlockCall, Skeleton
 from quant.outlier_suppression import Suppressor
+from quant.pipeline.activation_store import ActivationStore, Batches
 from quant.pipeline.blocks import BlockQuantizer, BlockResult
 from quant.pipeline.folding import unfolded
 from quant.pipeline.layout import Unit
@@ -40,7 +41,7 @@ from quant.pipeline.pieces import PieceQuantizer
 from quant.pipeline.plan import JobPlan, plan_job
 from quant.pipeline.records import Clock, Records
 from quant.pipeline.rows import job_rows
-from quant.pipeline.staged import ActivationStore, Batches, run_block
+from quant.pipeline.staged import run_block
 from quant.pipeline.writing import write_rest, write_unit
 from quant.progress import Event, Progress, silent
 from quant.quantizers import Quantizer
@@ -130,7 +131,8 @@ class QuantizationManager:
                 self.progress(
                     Event(
                         "quantize",
-                        message=f"resuming: {len(work.finished)} of {len(self.plan.units)} units are finished",
+                        message=f"resuming: {len(work.finished)} of {len(self.plan.units)} units are "
+                        "finished",
                     )
                 )
             kept = "; finished blocks are kept, but other settings start over"
@@ -191,7 +193,8 @@ class QuantizationManager:
     # --- methods that need statistics -----------------------------------------------------------------------
 
     def _calibrated(self, skeleton: Skeleton, rows: Rows, work: WorkFolder) -> None:
-        """The block loop. On screen as a whole on purpose: every calibrated method goes through these lines."""
+        """The block loop. On screen as a whole on purpose: every calibrated method goes through these
+        lines."""
         store = ActivationStore(self.resident_bytes(), work.path / "activations.bin")
         try:
             with self.clock.phase("embed"):

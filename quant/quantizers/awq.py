@@ -16,10 +16,9 @@ import torch
 from quant.calibration.statistics import Statistics
 from quant.errors import QuantError
 from quant.quantizers.base import Quantized, QuantizerRegistry
-from quant.quantizers.floats import float_scales, round_floats
-from quant.quantizers.rounding import importance_of, round_weight, scale_dtype, weight_parameters
+from quant.quantizers.nearest import round_to_nearest
+from quant.quantizers.rounding import importance_of
 from quant.schemes import WeightScheme
-from quant.tensors import QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -48,25 +47,9 @@ class AWQQuantizer:
         if statistics is None or statistics.hessian is None:
             raise QuantError("awq needs calibration text: give --calibration-dataset, or use --method minmax")
         importance = importance_of(statistics.hessian, scheme) if self.clip_search else None
-        return Quantized(round_searched(weight, importance, scheme, dtype, amax))
-
-
-def round_searched(
-    weight: torch.Tensor,
-    importance: torch.Tensor | None,
-    scheme: WeightScheme,
-    dtype: torch.dtype,
-    amax: torch.Tensor | None = None,
-) -> QuantizedTensor:
-    """A weight [N, K] rounded to nearest, the range of each group searched for least error by
-    :func:`importance_of`; None: ranges are kept whole."""
-    search = importance is not None
-    if scheme.type == "float":
-        return round_floats(weight, scheme, float_scales(weight, scheme, amax, importance, search))
-    dtype = scale_dtype(scheme, dtype)
-    scales, zeros = weight_parameters(weight, scheme, dtype, importance, search)
-    codes = round_weight(weight, scales, zeros, scheme)
-    return QuantizedTensor(codes, scales.to(dtype), None if zeros is None else zeros.to(torch.int8), scheme)
+        return Quantized(
+            round_to_nearest(weight, scheme, dtype, amax, search=self.clip_search, importance=importance)
+        )
 
 
 QuantizerRegistry.add(AWQQuantizer.name, AWQQuantizer)

@@ -24,8 +24,9 @@ import torch
 from quant.calibration.statistics import Statistics
 from quant.errors import QuantError
 from quant.quantizers.base import Quantized, QuantizerRegistry
-from quant.quantizers.floats import encode, float_scales, nearest_float, round_floats
-from quant.quantizers.rounding import group_parameters, round_weight, scale_dtype, weight_parameters
+from quant.quantizers.floats import encode, float_scales, nearest_float
+from quant.quantizers.nearest import integers, round_to_nearest
+from quant.quantizers.rounding import group_parameters, scale_dtype, weight_parameters
 from quant.schemes import WeightScheme
 from quant.tensors import QuantizedTensor
 
@@ -84,7 +85,6 @@ class GPTQQuantizer:
             raise QuantError(
                 "gptq needs calibration text: give --calibration-dataset, or use --method minmax"
             )
-        dtype = scale_dtype(scheme, dtype)
         diagonal = statistics.hessian.diagonal().clone()
         fallbacks, notes = [], []
         dead = diagonal == 0
@@ -102,47 +102,54 @@ class GPTQQuantizer:
                 f"the Hessian is not positive definite with damping up to {damping:g}: rounded to nearest "
                 "instead"
             )
-            if scheme.type == "float":
-                return Quantized(
-                    round_floats(weight, scheme, float_scales(weight, scheme, amax)),
-                    tuple(fallbacks),
-                    tuple(notes),
-                )
-            # the diagonal may be what is wrong
-            scales, zeros = weight_parameters(weight, scheme, dtype, None, self.clip_search)
-            codes = round_weight(weight, scales, zeros, scheme)
+            # errors are weighted alike: the diagonal may be what is wrong
+            tensor = round_to_nearest(
+                weight, scheme, dtype, amax, search=self.clip_search and scheme.type == "int"
+            )
+            return Quantized(tensor, tuple(fallbacks), tuple(notes))
+        if damping > self.damping:
+            fallbacks.append(f"the Hessian needed damping {damping:g} instead of {self.damping:g}")
+        if scheme.type == "float":
+            tensor = self._floats(weight, factor, diagonal, order, scheme, dtype, amax)
         else:
-            if damping > self.damping:
-                fallbacks.append(f"the Hessian needed damping {damping:g} instead of {self.damping:g}")
-            if scheme.type == "float":
-                # scales come first whatever the order: those of a group that is reached later are of no other
-                # kind
-                found = float_scales(weight, scheme, amax, diagonal, self.clip_search)
-                visits = torch.arange(len(diagonal), device=weight.device) if order is None else order
-                values, _, _ = _solve(
-                    weight, factor, scheme, dtype, ((found.wide.contiguous(), None), visits), None, False
-                )
-                tensor = QuantizedTensor(
-                    encode(values, scheme.bits), found.stored, None, scheme, global_scale=found.global_scale
-                )
-                return Quantized(tensor, tuple(fallbacks), tuple(notes))
-            if order is None:
-                codes, scales, zeros = _solve(
-                    weight,
-                    factor,
-                    scheme,
-                    dtype,
-                    None,
-                    diagonal if self.clip_search else None,
-                    self.clip_search,
-                )
-            else:
-                fixed = weight_parameters(weight, scheme, dtype, diagonal, self.clip_search)
-                codes, scales, zeros = _solve(weight, factor, scheme, dtype, (fixed, order), None, False)
-        tensor = QuantizedTensor(
-            codes, scales.to(dtype), None if zeros is None else zeros.to(torch.int8), scheme
-        )
+            tensor = self._integers(weight, factor, diagonal, order, scheme, scale_dtype(scheme, dtype))
         return Quantized(tensor, tuple(fallbacks), tuple(notes))
+
+    def _floats(
+        self,
+        weight: torch.Tensor,
+        factor: Factor,
+        diagonal: torch.Tensor,
+        order: torch.Tensor | None,
+        scheme: WeightScheme,
+        dtype: torch.dtype,
+        amax: torch.Tensor | None,
+    ) -> QuantizedTensor:
+        # scales come first whatever the order: those of a group that is reached later are of no other kind
+        scales = float_scales(weight, scheme, amax, diagonal, self.clip_search)
+        visits = torch.arange(len(diagonal), device=weight.device) if order is None else order
+        values, _, _ = _solve(
+            weight, factor, scheme, dtype, ((scales.wide.contiguous(), None), visits), None, False
+        )
+        codes = encode(values, scheme.bits)
+        return QuantizedTensor(codes, scales.stored, None, scheme, global_scale=scales.global_scale)
+
+    def _integers(
+        self,
+        weight: torch.Tensor,
+        factor: Factor,
+        diagonal: torch.Tensor,
+        order: torch.Tensor | None,
+        scheme: WeightScheme,
+        dtype: torch.dtype,
+    ) -> QuantizedTensor:
+        if order is None:
+            importance = diagonal if self.clip_search else None
+            codes, scales, zeros = _solve(weight, factor, scheme, dtype, None, importance, self.clip_search)
+        else:
+            fixed = weight_parameters(weight, scheme, dtype, diagonal, self.clip_search)
+            codes, scales, zeros = _solve(weight, factor, scheme, dtype, (fixed, order), None, False)
+        return integers(codes, scales, zeros, scheme, dtype)
 
 
 def factorize(

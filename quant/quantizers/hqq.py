@@ -26,9 +26,9 @@ import torch
 
 from quant.calibration.statistics import Statistics
 from quant.quantizers.base import Quantized, QuantizerRegistry
+from quant.quantizers.nearest import integers
 from quant.quantizers.rounding import round_weight, rows_at_a_time, weight_parameters
 from quant.schemes import WeightScheme
-from quant.tensors import QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,7 @@ class HQQQuantizer:
             )
             if zeros is not None and found is not None:
                 zeros[rows] = found
-        codes = round_weight(weight, scales, zeros, scheme)
-        return Quantized(
-            QuantizedTensor(codes, scales.to(dtype), None if zeros is None else zeros.to(torch.int8), scheme)
-        )
+        return Quantized(integers(round_weight(weight, scales, zeros, scheme), scales, zeros, scheme, dtype))
 
     def improve(
         self,

@@ -10,10 +10,8 @@ import torch
 
 from quant.calibration.statistics import Statistics
 from quant.quantizers.base import Quantized, QuantizerRegistry
-from quant.quantizers.floats import float_scales, round_floats
-from quant.quantizers.rounding import round_weight, scale_dtype, weight_parameters
+from quant.quantizers.nearest import round_to_nearest
 from quant.schemes import WeightScheme
-from quant.tensors import QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -39,16 +37,7 @@ class MinMaxQuantizer:
         dtype: torch.dtype,
         amax: torch.Tensor | None = None,
     ) -> Quantized:
-        if scheme.type == "float":
-            return Quantized(
-                round_floats(weight, scheme, float_scales(weight, scheme, amax, search=self.clip_search))
-            )
-        dtype = scale_dtype(scheme, dtype)
-        scales, zeros = weight_parameters(weight, scheme, dtype, search=self.clip_search)
-        codes = round_weight(weight, scales, zeros, scheme)
-        return Quantized(
-            QuantizedTensor(codes, scales.to(dtype), None if zeros is None else zeros.to(torch.int8), scheme)
-        )
+        return Quantized(round_to_nearest(weight, scheme, dtype, amax, search=self.clip_search))
 
 
 QuantizerRegistry.add(MinMaxQuantizer.name, MinMaxQuantizer)

@@ -82,7 +82,8 @@ def group_parameters(
 
 
 def rows_at_a_time(groups: torch.Tensor) -> int:
-    """How many rows of [N, G, g] to search at once: as many as stay in the cache of a CPU, or as fill a GPU."""
+    """How many rows of [N, G, g] to search at once: as many as stay in the cache of a CPU, or as fill a
+    GPU."""
     return max(1, (_ON_GPU if groups.is_cuda else _CACHED) // groups[0].numel())
 
 

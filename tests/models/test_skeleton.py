@@ -14,7 +14,8 @@ from quant.errors import CheckpointError
 from quant.models import ModelRegistry
 from quant.models.adapter import adapter_for
 from quant.models.skeleton import Skeleton
-from quant.pipeline.staged import ActivationStore, Batches, run_block
+from quant.pipeline.activation_store import ActivationStore, Batches
+from quant.pipeline.staged import run_block
 from tests.helpers import FAMILIES, GENERIC, change_config, copy_model, load_all, save_all
 
 CPU = torch.device("cpu")

@@ -21,7 +21,7 @@ from quant.outlier_suppression import AWQScaling
 from quant.outlier_suppression.base import Place
 from quant.pipeline.folding import norm_factors
 from quant.quantizers import MinMaxQuantizer
-from quant.quantizers.awq import round_searched
+from quant.quantizers.nearest import round_to_nearest
 from quant.quantizers.rounding import importance_of
 from quant.schemes import PRESETS, UNQUANTIZED, resolve_scheme
 from tests.helpers import copy_model, load_all, quantize, save_all, short_text
@@ -50,11 +50,12 @@ def statistics(x: torch.Tensor) -> Statistics:
 def output_error(weight: torch.Tensor, x: torch.Tensor, factors: torch.Tensor) -> float:
     """Mean square of what rounding W·diag(s) changes of the outputs, over the tokens themselves."""
     scaled = x / factors
-    rounded = round_searched(
+    rounded = round_to_nearest(
         weight * factors,
-        importance_of(scaled.t() @ scaled / len(x), SCHEME.weights),
         SCHEME.weights,
         torch.bfloat16,
+        search=True,
+        importance=importance_of(scaled.t() @ scaled / len(x), SCHEME.weights),
     ).dequantize()
     difference = x.double() @ (weight.double() - rounded.double() / factors.double()).t()
     return float(difference.square().sum(1).mean())
