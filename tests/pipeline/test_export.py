@@ -65,6 +65,18 @@ def test_groups_in_activation_order_are_refused_or_rounded_anew_at_a_price_that_
         assert snr == pytest.approx(report["requantized"][name]["snr_db"], abs=0.02) and snr > 20
 
 
+def test_groups_in_activation_order_are_kept_for_engines_that_read_them(tmp_path: Path) -> None:
+    report = export(PEERS / "auto-gptq", tmp_path / "out", "gptq", target="other")
+    assert report["requantized"] == {} and report["verify"]["passed"]
+    config = read_config(tmp_path / "out")["quantization_config"]
+    assert (config["desc_act"], config["static_groups"]) == (True, False)
+    before, after = load_all(PEERS / "auto-gptq"), load_all(tmp_path / "out")
+    orders = [n for n in after if n.endswith(".g_idx")]
+    assert len(orders) == 14 and all(torch.equal(after[n], before[n].int()) for n in orders)
+    failed = "; ".join(verify(tmp_path / "out").failed)
+    assert "desc_act is true with groups" in failed and "g_idx is reordered" in failed
+
+
 def test_an_old_autogptq_folder_gets_its_config_and_file_names(tmp_path: Path) -> None:
     report = export(PEERS / "auto-gptq", tmp_path / "out", "awq", requantize=True)
     assert "quantization_config taken from quantize_config.json into config.json" in report["repairs"]
