@@ -11,11 +11,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
 from typing import Any, Literal
 
 from quant.errors import UsageError
-from quant.vllm.config import config_dtype, quantization_config, source_method, text_config
+from quant.vllm.config import Heads, config_dtype, heads_of, quantization_config, source_method, text_config
+from quant.vllm.layers import Split, split_of
 
 #: bytes of one stored value, by the names that config.json and safetensors use
 DTYPE_BYTES = {
@@ -25,27 +27,23 @@ DTYPE_BYTES = {
     "U16": 2, "U32": 4, "U64": 8, "BOOL": 1, "F4": 0.5,
 }  # fmt: skip
 
+_NUMBER = re.compile(r"\.\d+(?=\.)")
 #: A dimension beyond this is a typing error in the config, not a model.
 LARGEST_DIMENSION = 2**31
-
-Split = Literal["column", "row", "kv", "vocab", "none"]
 
 
 @dataclass(frozen=True)
 class Weight:
     """One tensor, or ``count`` equal ones (experts).
 
-    ``split`` is how tensor parallelism cuts it: ``column`` along the first dimension, ``row`` along the
-    second, ``kv`` along the first but never finer than a KV head, ``vocab`` along a vocabulary padded to 64,
-    ``none`` keeps a copy on every rank. ``linear`` marks the linears of decoder blocks that weight
-    quantization touches. ``layer`` is -1 outside the blocks, ``stored_bytes`` the bytes in the file where the
-    tensor was read from one (0: only known from its shape).
+    ``linear`` marks the linears of decoder blocks that weight quantization touches. ``layer`` is -1 outside
+    the blocks, ``stored_bytes`` the bytes in the file where the tensor was read from one (0: only known from
+    its shape; ``name`` is then relative to the block).
     """
 
     name: str
     role: str
     shape: tuple[int, ...]
-    split: Split = "none"
     linear: bool = False
     layer: int = -1
     count: int = 1
@@ -55,6 +53,20 @@ class Weight:
     @property
     def parameters(self) -> int:
         return prod(self.shape) * self.count
+
+    @property
+    def tensor(self) -> str:
+        """The name of its tensor in a file: its own where it was read from one, else the usual one."""
+        if self.stored_bytes:
+            return self.name
+        suffix = "" if self.name.endswith((".weight", ".bias")) else ".weight"
+        return f"{'' if self.layer < 0 else f'model.layers.{self.layer}.'}{self.name}{suffix}"
+
+    @cached_property
+    def split(self) -> Split:
+        """How tensor parallelism cuts it; a row's bias and what is no part of the text decoder is copied."""
+        split = "none" if self.role in ("vision", "mtp") else split_of(self.name)
+        return "none" if split == "row" and len(self.shape) < 2 else split
 
 
 @dataclass(frozen=True)
@@ -121,6 +133,27 @@ class ModelSpec:
     #: relative uncertainty of the sizes: 0 where they come from shapes or files
     uncertainty: float = 0.0
     latent: Mapping[str, int] = field(default_factory=dict)
+    #: heads of recurrent layers, as :class:`quant.vllm.config.Heads` counts them
+    state_heads: tuple[int, ...] = ()
+
+    @property
+    def shared_heads(self) -> Heads:
+        """The heads that tensor parallelism shares out whole."""
+        return Heads(self.heads, self.kv_heads, self.state_heads)
+
+    @cached_property
+    def linear_kinds(self) -> tuple[Weight, ...]:
+        """The linears of one decoder block of each kind, of experts one, unpacked where a file has them
+        packed: whatever is asked of shapes is asked of these."""
+        blocks: dict[int, dict[tuple[str, tuple[int, ...]], Weight]] = {}
+        for weight in self.unpacked or self.weights:
+            if weight.linear and len(weight.shape) == 2:
+                key = (_NUMBER.sub(".", weight.name), weight.shape)
+                blocks.setdefault(weight.layer, {}).setdefault(key, weight)
+        kinds: dict[frozenset[tuple[str, tuple[int, ...]]], dict[tuple[str, tuple[int, ...]], Weight]] = {}
+        for block in blocks.values():
+            kinds.setdefault(frozenset(block), block)
+        return tuple(weight for block in kinds.values() for weight in block.values())
 
     @property
     def parameters(self) -> int:
@@ -356,6 +389,7 @@ def spec_from_config(
         rotary_bytes=builder.rotary_bytes(dtype),
         vision_shape=_vision_shape(raw), source=source or where, notes=tuple([*notes, *builder.notes]),
         uncertainty=0.0 if known else 0.1, latent=builder.latent,
+        state_heads=builder.state_heads,
     )  # fmt: skip
 
 
@@ -369,10 +403,10 @@ class _Builder:
         self.hidden = count("hidden_size")
         self.layers = count("num_hidden_layers")
         self.heads = count("num_attention_heads")
-        falcon_kv = None
-        if config.family == "falcon" and not get("new_decoder_architecture"):
-            falcon_kv = 1 if get("multi_query", True) else self.heads
-        self.kv_heads = falcon_kv or count("num_key_value_heads", self.heads)
+        self.kv_heads = count("num_key_value_heads", self.heads)
+        stated_heads = heads_of(config.raw)
+        assert stated_heads is not None
+        self.kv_heads, self.state_heads = stated_heads.kv, stated_heads.state
         if get("head_dim") is None and self.hidden % self.heads:
             raise UsageError(
                 f"{config.where}: hidden_size {self.hidden} is not a multiple of num_attention_heads "
@@ -481,7 +515,7 @@ class _Builder:
     def weights(self) -> Iterator[Weight]:
         f, h, v = self.family, self.hidden, self.vocabulary
         width = int(self.config.get("word_embed_proj_dim") or h)
-        yield Weight("embed_tokens", "embedding", (v, width), "vocab")
+        yield Weight("embed_tokens", "embedding", (v, width))
         if f.positions is not None:
             yield Weight(
                 "embed_positions",
@@ -496,12 +530,12 @@ class _Builder:
         if self.config.get("do_layer_norm_before", True):
             yield from self._norm("norm", h)
         if not self.tied:
-            yield Weight("lm_head", "head", (v, width), "vocab")
+            yield Weight("lm_head", "head", (v, width))
         if self.config.get("lm_head_bias", f.head_bias):
-            yield Weight("lm_head.bias", "head", (v,), "vocab")
+            yield Weight("lm_head.bias", "head", (v,))
         if per_layer := int(self.config.get("hidden_size_per_layer_input") or 0):
             rows = int(self.config.get("vocab_size_per_layer_input") or v)
-            yield Weight("embed_tokens_per_layer", "embedding", (rows, self.layers * per_layer), "vocab")
+            yield Weight("embed_tokens_per_layer", "embedding", (rows, self.layers * per_layer))
             yield Weight("per_layer_model_projection", "other", (self.layers * per_layer, h))
             yield Weight("per_layer_projection_norm", "norm", (per_layer,))
         yield from self._mtp()
@@ -547,11 +581,11 @@ class _Builder:
             yield from self._gemma4_extras()
 
     def _linear(
-        self, name: str, rows: int, columns: int, split: Split, bias: bool = False, role: str = "attention"
+        self, name: str, rows: int, columns: int, bias: bool = False, role: str = "attention"
     ) -> Iterator[Weight]:
-        yield Weight(name, role, (rows, columns), split, linear=True)
+        yield Weight(name, role, (rows, columns), linear=True)
         if bias:
-            yield Weight(f"{name}.bias", role, (rows,), "none" if split == "row" else split)
+            yield Weight(f"{name}.bias", role, (rows,))
 
     def _attention(self, kind: str, layer: int) -> Iterator[Weight]:
         f, h, get = self.family, self.hidden, self.config.get
@@ -568,23 +602,23 @@ class _Builder:
         if self.config.family == "mpt":
             qkv_bias = out_bias = not get("no_bias", True)
         query = self.heads * dim * (2 if f.wide_query else 1)
-        yield from self._linear("q_proj", query, h, "column", qkv_bias)
+        yield from self._linear("self_attn.q_proj", query, h, qkv_bias)
         if not self.shares_cache(layer):
-            yield from self._linear("k_proj", kv_heads * dim, h, "kv", qkv_bias)
+            yield from self._linear("self_attn.k_proj", kv_heads * dim, h, qkv_bias)
             if not values_are_keys:
-                yield from self._linear("v_proj", kv_heads * dim, h, "kv", qkv_bias)
-        yield from self._linear("o_proj", h, self.heads * dim, "row", out_bias)
+                yield from self._linear("self_attn.v_proj", kv_heads * dim, h, qkv_bias)
+        yield from self._linear("self_attn.o_proj", h, self.heads * dim, out_bias)
         use_norm = get("use_qk_norm")
         if f.qk_norm == "width" or (f.qk_norm == "head" and use_norm is not False):
             wide = f.qk_norm == "width"
-            yield Weight("q_norm", "norm", (self.heads * dim if wide else dim,), "column" if wide else "none")
+            yield Weight("self_attn.q_norm", "norm", (self.heads * dim if wide else dim,))
             if not self.shares_cache(layer):
-                yield Weight("k_norm", "norm", (kv_heads * dim if wide else dim,), "kv" if wide else "none")
+                yield Weight("self_attn.k_norm", "norm", (kv_heads * dim if wide else dim,))
         elif self.config.family == "cohere" and use_norm:
-            yield Weight("q_norm", "norm", (self.heads, dim))
-            yield Weight("k_norm", "norm", (kv_heads, dim))
+            yield Weight("self_attn.q_norm", "norm", (self.heads, dim))
+            yield Weight("self_attn.k_norm", "norm", (kv_heads, dim))
         if self.config.family == "gpt_oss":
-            yield Weight("sinks", "attention", (self.heads,), "column")
+            yield Weight("self_attn.sinks", "attention", (self.heads,))
 
     def _mla(self) -> Iterator[Weight]:
         get, h = self.config.get, self.hidden
@@ -603,37 +637,37 @@ class _Builder:
             )
         bias = bool(get("attention_bias", False))
         if query_rank := get("q_lora_rank"):
-            yield from self._linear("q_a_proj", int(query_rank), h, "none", bias)
-            yield Weight("q_a_layernorm", "norm", (int(query_rank),))
-            yield from self._linear("q_b_proj", self.heads * (nope + rope), int(query_rank), "column")
+            yield from self._linear("self_attn.q_a_proj", int(query_rank), h, bias)
+            yield Weight("self_attn.q_a_layernorm", "norm", (int(query_rank),))
+            yield from self._linear("self_attn.q_b_proj", self.heads * (nope + rope), int(query_rank))
         else:
-            yield from self._linear("q_proj", self.heads * (nope + rope), h, "column")
-        yield from self._linear("kv_a_proj_with_mqa", rank + rope, h, "none", bias)
-        yield Weight("kv_a_layernorm", "norm", (rank,))
-        yield from self._linear("kv_b_proj", self.heads * (nope + value), rank, "column")
-        yield from self._linear("o_proj", h, self.heads * value, "row", bias)
+            yield from self._linear("self_attn.q_proj", self.heads * (nope + rope), h)
+        yield from self._linear("self_attn.kv_a_proj_with_mqa", rank + rope, h, bias)
+        yield Weight("self_attn.kv_a_layernorm", "norm", (rank,))
+        yield from self._linear("self_attn.kv_b_proj", self.heads * (nope + value), rank)
+        yield from self._linear("self_attn.o_proj", h, self.heads * value, bias)
         # DeepSeek V3.2: the selector of sparse attention, kept whole on every rank
         if index := get("index_n_heads"):
             dim = self.config.count("index_head_dim")
-            yield from self._linear("indexer.wq_b", int(index) * dim, int(query_rank or h), "none")
-            yield from self._linear("indexer.wk", dim, h, "none")
-            yield Weight("indexer.k_norm", "norm", (2, dim))
-            yield Weight("indexer.weights_proj", "attention", (int(index), h))
+            yield from self._linear("self_attn.indexer.wq_b", int(index) * dim, int(query_rank or h))
+            yield from self._linear("self_attn.indexer.wk", dim, h)
+            yield Weight("self_attn.indexer.k_norm", "norm", (2, dim))
+            yield Weight("self_attn.indexer.weights_proj", "attention", (int(index), h))
 
     def _gated_delta(self) -> Iterator[Weight]:
         count, h = self.config.count, self.hidden
         keys = count("linear_num_key_heads") * count("linear_key_head_dim")
         value_heads, value_dim = count("linear_num_value_heads"), count("linear_value_head_dim")
         values = value_heads * value_dim
-        yield from self._linear("linear_attn.in_proj_qkvz", 2 * keys + 2 * values, h, "column")
-        yield from self._linear("linear_attn.in_proj_ba", 2 * value_heads, h, "column")
+        yield from self._linear("linear_attn.in_proj_qkvz", 2 * keys + 2 * values, h)
+        yield from self._linear("linear_attn.in_proj_ba", 2 * value_heads, h)
         yield Weight(
-            "linear_attn.conv1d", "attention", (2 * keys + values, count("linear_conv_kernel_dim")), "column"
+            "linear_attn.conv1d", "attention", (2 * keys + values, 1, count("linear_conv_kernel_dim"))
         )
-        yield Weight("linear_attn.dt_bias", "attention", (value_heads,), "column")
-        yield Weight("linear_attn.A_log", "attention", (value_heads,), "column")
+        yield Weight("linear_attn.dt_bias", "attention", (value_heads,))
+        yield Weight("linear_attn.A_log", "attention", (value_heads,))
         yield Weight("linear_attn.norm", "norm", (value_dim,))
-        yield from self._linear("linear_attn.out_proj", h, values, "row")
+        yield from self._linear("linear_attn.out_proj", h, values)
 
     def _kda(self) -> Iterator[Weight]:
         linear, h = self.config.get("linear_attn_config") or {}, self.hidden
@@ -644,29 +678,29 @@ class _Builder:
         )
         width = heads * dim
         for name in "qkv":
-            yield from self._linear(f"{name}_proj", width, h, "column")
-            yield Weight(f"{name}_conv1d", "attention", (width, kernel), "column")
-        yield Weight("A_log", "attention", (heads,), "column")
-        yield Weight("dt_bias", "attention", (width,), "column")
-        yield from self._linear("b_proj", heads, h, "column")
+            yield from self._linear(f"self_attn.{name}_proj", width, h)
+            yield Weight(f"self_attn.{name}_conv1d", "attention", (width, 1, kernel))
+        yield Weight("self_attn.A_log", "attention", (heads,))
+        yield Weight("self_attn.dt_bias", "attention", (width,))
+        yield from self._linear("self_attn.b_proj", heads, h)
         for name in "fg":
-            yield from self._linear(f"{name}_a_proj", dim, h, "none")
-            yield from self._linear(f"{name}_b_proj", width, dim, "column")
-        yield Weight("o_norm", "norm", (dim,))
-        yield from self._linear("o_proj", h, width, "row")
+            yield from self._linear(f"self_attn.{name}_a_proj", dim, h)
+            yield from self._linear(f"self_attn.{name}_b_proj", width, dim)
+        yield Weight("self_attn.o_norm", "norm", (dim,))
+        yield from self._linear("self_attn.o_proj", h, width)
 
     def _mamba2(self) -> Iterator[Weight]:
         count, h = self.config.count, self.hidden
         heads = count("mamba_num_heads")
         inner = heads * count("mamba_head_dim")
         groups = 2 * count("n_groups") * count("ssm_state_size")
-        yield from self._linear("mixer.in_proj", 2 * inner + groups + heads, h, "column")
-        yield Weight("mixer.conv1d", "attention", (inner + groups, count("conv_kernel")), "column")
-        yield Weight("mixer.conv1d.bias", "attention", (inner + groups,), "column")
+        yield from self._linear("mixer.in_proj", 2 * inner + groups + heads, h)
+        yield Weight("mixer.conv1d", "attention", (inner + groups, 1, count("conv_kernel")))
+        yield Weight("mixer.conv1d.bias", "attention", (inner + groups,))
         for name in ("dt_bias", "A_log", "D"):
-            yield Weight(f"mixer.{name}", "attention", (heads,), "column")
-        yield Weight("mixer.norm", "norm", (inner,), "column")
-        yield from self._linear("mixer.out_proj", h, inner, "row")
+            yield Weight(f"mixer.{name}", "attention", (heads,))
+        yield Weight("mixer.norm", "norm", (inner,))
+        yield from self._linear("mixer.out_proj", h, inner)
 
     def _mlp(self, layer: int) -> Iterator[Weight]:
         f, h, get = self.family, self.hidden, self.config.get
@@ -680,9 +714,9 @@ class _Builder:
         if self.config.family == "opt":
             bias = bool(get("enable_bias", True))
         if f.mlp == "gated":
-            yield from self._linear("mlp.gate_proj", inner, h, "column", bias, "mlp")
-        yield from self._linear("mlp.up_proj", inner, h, "column", bias, "mlp")
-        yield from self._linear("mlp.down_proj", h, inner, "row", bias, "mlp")
+            yield from self._linear("mlp.gate_proj", inner, h, bias, "mlp")
+        yield from self._linear("mlp.up_proj", inner, h, bias, "mlp")
+        yield from self._linear("mlp.down_proj", h, inner, bias, "mlp")
 
     def _experts(self) -> Iterator[Weight]:
         get, h = self.config.get, self.hidden
@@ -704,10 +738,10 @@ class _Builder:
             yield Weight("mlp.e_score_correction_bias", "router", (n,))
         names = ("gate_proj", "up_proj") if self.family.mlp == "gated" else ("up_proj",)
         for name in names:
-            yield Weight(f"mlp.experts.{name}", "experts", (inner, h), "column", True, count=n)
-        yield Weight("mlp.experts.down_proj", "experts", (h, inner), "row", True, count=n)
+            yield Weight(f"mlp.experts.{name}", "experts", (inner, h), True, count=n)
+        yield Weight("mlp.experts.down_proj", "experts", (h, inner), True, count=n)
         if router_bias:  # gpt-oss: its experts have biases too
-            yield Weight("mlp.experts.gate_up_proj.bias", "experts", (2 * inner,), "column", count=n)
+            yield Weight("mlp.experts.gate_up_proj.bias", "experts", (2 * inner,), count=n)
             yield Weight("mlp.experts.down_proj.bias", "experts", (h,), count=n)
         shared = 0
         if self.config.family in ("deepseek", "deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2"):
@@ -723,17 +757,15 @@ class _Builder:
             yield Weight("mlp.shared_expert_gate", "router", (1, h))
         if shared:
             for name in names:
-                yield from self._linear(
-                    f"mlp.shared_experts.{name}", shared, h, "column", role="shared_experts"
-                )
-            yield from self._linear("mlp.shared_experts.down_proj", h, shared, "row", role="shared_experts")
+                yield from self._linear(f"mlp.shared_experts.{name}", shared, h, role="shared_experts")
+            yield from self._linear("mlp.shared_experts.down_proj", h, shared, role="shared_experts")
 
     def _gemma4_extras(self) -> Iterator[Weight]:
         h = self.hidden
         yield Weight("layer_scalar", "other", (1,))
         if per_layer := int(self.config.get("hidden_size_per_layer_input") or 0):
-            yield from self._linear("per_layer_input_gate", per_layer, h, "none", role="other")
-            yield from self._linear("per_layer_projection", h, per_layer, "none", role="other")
+            yield from self._linear("per_layer_input_gate", per_layer, h, role="other")
+            yield from self._linear("per_layer_projection", h, per_layer, role="other")
             yield Weight("post_per_layer_input_norm", "norm", (h,))
         experts = self.moe()
         if experts:
@@ -744,8 +776,8 @@ class _Builder:
             yield Weight("router.scale", "router", (h,))
             yield Weight("router.per_expert_scale", "router", (n,))
             for name in ("gate_proj", "up_proj"):
-                yield Weight(f"experts.{name}", "experts", (inner, h), "column", True, count=n)
-            yield Weight("experts.down_proj", "experts", (h, inner), "row", True, count=n)
+                yield Weight(f"experts.{name}", "experts", (inner, h), True, count=n)
+            yield Weight("experts.down_proj", "experts", (h, inner), True, count=n)
 
     def _mtp(self) -> Iterator[Weight]:
         """Drafting layers: in the file, but not in memory unless speculative decoding asks for them."""
@@ -989,59 +1021,42 @@ def _vision_shape(raw: Mapping[str, Any]) -> dict[str, int]:
 
 # -- from the tensors of a checkpoint ------------------------------------------------------------------------
 
-#: what a tensor's name says: pattern → (role, split, is a linear of a block). First match wins.
-TENSOR_ROLES: tuple[tuple[str, str, Split, bool], ...] = (
+#: what a tensor's name says: pattern → (role, is a linear of a block). First match wins.
+TENSOR_ROLES: tuple[tuple[str, str, bool], ...] = (
     (
         r"(^|\.)(visual|vision_tower|vision_model|vision_embed_tokens|multi_modal_projector|mm_projector|audio_tower|embed_vision)",
         "vision",
-        "none",
         False,
     ),
-    (r"(^|\.)mtp\.|\.eh_proj|nextn", "mtp", "none", False),
+    (r"(^|\.)mtp\.|\.eh_proj|nextn", "mtp", False),
     (
         r"(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|model\.embeddings)\.",
         "embedding",
-        "vocab",
         False,
     ),
-    (r"(embed_positions|wpe|position_embedding)", "embedding", "none", False),
-    (r"(^|\.)(lm_head|embed_out|output)\.(weight|bias|qweight|scales|weight_\w+)$", "head", "vocab", False),
-    (r"(norm|ln_\d|ln_f|layer_norm|layernorm)[\w]*(\.weight|\.bias)?$", "norm", "none", False),
+    (r"(embed_positions|wpe|position_embedding)", "embedding", False),
+    (r"(^|\.)(lm_head|embed_out|output)\.(weight|bias|qweight|scales|weight_\w+)$", "head", False),
+    (r"(norm|ln_\d|ln_f|layer_norm|layernorm)[\w]*(\.weight|\.bias)?$", "norm", False),
     (
         r"(mlp|block_sparse_moe|moe|mixer)\.(gate|router)\.|shared_expert_gate|e_score_correction_bias|router\.",
         "router",
-        "none",
         False,
     ),
-    (r"experts\.(\d+\.)?(down_proj|w2)", "experts", "row", True),
-    (r"experts\.", "experts", "column", True),
-    (r"shared_experts?\.down_proj", "shared_experts", "row", True),
-    (r"shared_experts?\.", "shared_experts", "column", True),
-    (r"(q_a_proj|kv_a_proj_with_mqa)\.", "attention", "none", True),
-    (r"(k_proj|v_proj)\.", "attention", "kv", True),
-    (
-        r"(self_attn|attn|attention|linear_attn|mixer)\.(o_proj|out_proj|dense|c_proj|wo)\.",
-        "attention",
-        "row",
-        True,
-    ),
+    (r"shared_experts?\.", "shared_experts", True),
+    (r"experts\.", "experts", True),
+    (r"(q_a_proj|kv_a_proj_with_mqa|k_proj|v_proj)\.", "attention", True),
+    (r"(self_attn|attn|attention|linear_attn|mixer)\.(o_proj|out_proj|dense|c_proj|wo)\.", "attention", True),
     (
         r"(q_proj|q_b_proj|kv_b_proj|qkv_proj|query_key_value|Wqkv|wqkv|c_attn|in_proj\w*|[fgb]_b_proj|b_proj)\.",
         "attention",
-        "column",
         True,
     ),
-    (r"([fg]_a_proj)\.", "attention", "none", True),
-    (r"(down_proj|fc2|fc_out|dense_4h_to_h|feed_forward\.w2|mlp\.c_proj)\.", "mlp", "row", True),
-    (
-        r"(gate_proj|up_proj|gate_up_proj|fc1|fc_in|dense_h_to_4h|feed_forward\.w[13]|c_fc)\.",
-        "mlp",
-        "column",
-        True,
-    ),
-    (r"(A_log|dt_bias|conv1d|\.D$|sinks)", "attention", "column", False),
+    (r"([fg]_a_proj)\.", "attention", True),
+    (r"(down_proj|fc2|fc_out|dense_4h_to_h|feed_forward\.w2|mlp\.c_proj)\.", "mlp", True),
+    (r"(gate_proj|up_proj|gate_up_proj|fc1|fc_in|dense_h_to_4h|feed_forward\.w[13]|c_fc)\.", "mlp", True),
+    (r"(A_log|dt_bias|conv1d|\.D$|sinks)", "attention", False),
 )
-_ROLES = tuple((re.compile(p), role, split, linear) for p, role, split, linear in TENSOR_ROLES)
+_ROLES = tuple((re.compile(p), role, linear) for p, role, linear in TENSOR_ROLES)
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -1051,13 +1066,11 @@ def weights_from_tensors(tensors: Iterable[tuple[str, str, tuple[int, ...]]], la
 
     Blocks beyond ``layers`` are drafting (MTP) layers.
     """
-    found = []
+    weights = []
     for name, dtype, shape in tensors:
-        role, split, linear = "other", "none", False
-        for pattern, r, s, is_linear in _ROLES:
-            if pattern.search(name):
-                role, split, linear = r, s, is_linear
-                break
+        role, linear = next(
+            ((role, linear) for pattern, role, linear in _ROLES if pattern.search(name)), ("other", False)
+        )
         match = _LAYER.search(name)
         layer = int(match[1]) if match and role != "vision" else -1
         if layer >= layers:
@@ -1065,9 +1078,7 @@ def weights_from_tensors(tensors: Iterable[tuple[str, str, tuple[int, ...]]], la
         size = int(prod(shape) * DTYPE_BYTES.get(dtype, 2))
         matrix = len(shape) >= 2 and (name.endswith(".weight") or role == "experts")
         if len(shape) == 3 and role == "experts":  # all experts of a layer in one tensor
-            found.append(Weight(name, role, tuple(shape[1:]), split, True, layer, shape[0], size, dtype))  # type: ignore[arg-type]
-            continue
-        if split == "row" and len(shape) < 2:
-            split = "none"
-        found.append(Weight(name, role, tuple(shape), split, linear and matrix, layer, 1, size, dtype))  # type: ignore[arg-type]
-    return found
+            weights.append(Weight(name, role, tuple(shape[1:]), True, layer, shape[0], size, dtype))
+        else:
+            weights.append(Weight(name, role, tuple(shape), linear and matrix, layer, 1, size, dtype))
+    return weights

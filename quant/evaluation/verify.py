@@ -20,8 +20,9 @@ from quant.evaluation.accounting import copied_tensors, noted_tensors, side_file
 from quant.evaluation.values import scan_values
 from quant.formats import Format, FormatRegistry, QuantizedLayers, find_format
 from quant.formats.base import config_problems
+from quant.models.linears import built_linears
 from quant.vllm.cache import cache_problems
-from quant.vllm.config import parts, quantization_config, stated_dtype, text_path
+from quant.vllm.config import heads_of, parts, quantization_config, stated_dtype, text_path
 from quant.vllm.layers import fused_layers, is_head, shape_problems, shared_name
 
 #: Findings of one check that are said; more are counted.
@@ -103,7 +104,14 @@ def verify(
         return result
     result.add("config", _config_problems(checkpoint.config), _describe(layers))
     if layers is not None:
-        _check_layers(result, checkpoint, layers, tensor_parallel, target)
+        _check_layers(result, checkpoint, layers, target)
+    if target == "vllm":
+        built = built_linears(checkpoint.tensors, checkpoint.config, layers.linears if layers else {})
+        result.add(
+            "tensor parallel",
+            shape_problems(built, tensor_parallel, heads_of(checkpoint.config)),
+            f"heads and shapes divide for {tensor_parallel} rank(s)",
+        )
     origin = None if source is None else open_checkpoint(source)
     noted = noted_tensors(checkpoint.path)
     changed, made = noted["folded"] if changed is None else changed, noted["added"] if made is None else made
@@ -130,9 +138,7 @@ def verify(
     return result
 
 
-def _check_layers(
-    result: Verification, checkpoint: Checkpoint, layers: QuantizedLayers, tensor_parallel: int, target: str
-) -> None:
+def _check_layers(result: Verification, checkpoint: Checkpoint, layers: QuantizedLayers, target: str) -> None:
     """The checks that only a quantized checkpoint has."""
     form, linears = FormatRegistry.get(layers.format), list(layers.linears.values())
     dtype = stated_dtype(checkpoint.config) or ""
@@ -158,11 +164,6 @@ def _check_layers(
             "shared numbers",
             (f"{p}, of which vLLM keeps one" for p in _differing(checkpoint, layers, single)),
             f"one for all shards of a fused layer{_rounded_anew(checkpoint, layers, form)}",
-        )
-        result.add(
-            "tensor parallel",
-            shape_problems(linears, tensor_parallel),
-            f"shapes divide for {tensor_parallel} rank(s)",
         )
     if cache := (quantization_config(checkpoint.config) or {}).get("kv_cache_scheme"):
         result.add(

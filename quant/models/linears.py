@@ -1,10 +1,11 @@
-"""The matrices that a job quantizes, as a file holds them: one tensor each, or a slice of a tensor that holds all
-experts of a layer. No torch at import.
+"""The matrices that a job quantizes, as a file holds them: one tensor each, or a slice of a tensor that holds
+all experts of a layer. No torch at import.
 
-Mixtures of experts store their experts one by one (``experts.3.gate_proj.weight`` [N, K]) or fused, as one tensor of
-three dimensions for a whole layer: ``experts.gate_up_proj`` [E, 2·I, H] with the gates' rows first or interleaved with
-the ups', or transposed, [E, H, 2·I]. Quantized checkpoints name every expert, because that is what vLLM's FusedMoE
-loads (`fused_moe/layer.py::make_expert_params_mapping`); so a fused tensor becomes the linears of all its experts.
+Mixtures of experts store their experts one by one (``experts.3.gate_proj.weight`` [N, K]) or fused, as one
+tensor of three dimensions for a whole layer: ``experts.gate_up_proj`` [E, 2·I, H] with the gates' rows first
+or interleaved with the ups', or transposed, [E, H, 2·I]. Quantized checkpoints name every expert, because
+that is what vLLM's FusedMoE loads (`fused_moe/layer.py::make_expert_params_mapping`); so a fused tensor
+becomes the linears of all its experts.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from quant.checkpoint.header import WIDE_FLOATS, TensorInfo
 from quant.models.adapter import block_of, not_quantizable
+from quant.schemes import UNQUANTIZED
 from quant.vllm.config import block_count, parts, text_config
+from quant.vllm.layers import Linear
 
 if TYPE_CHECKING:
     import torch
@@ -26,9 +29,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Slice:
-    """Part of a file tensor: of expert ``expert`` in the first dimension (None: the tensor has no such dimension)
-    the outputs ``first``, ``first + step``, … (``count`` of them). ``transposed``: outputs are the last dimension
-    but in the tensor they are stored as [K, N]."""
+    """Part of a file tensor: of expert ``expert`` in the first dimension (None: the tensor has no such
+    dimension) the outputs ``first``, ``first + step``, … (``count`` of them). ``transposed``: outputs are the
+    last dimension but in the tensor they are stored as [K, N]."""
 
     tensor: str
     expert: int | None = None
@@ -71,7 +74,8 @@ class LinearRef:
         name: what its quantized form is called, without ``.weight``.
         n, k: outputs and inputs.
         weight: where its weight is stored.
-        bias: where its bias is stored, for those whose bias is part of a fused tensor, too; None where there is
+        bias: where its bias is stored, for those whose bias is part of a fused tensor, too; None where there
+            is
             none, or one that is copied with the rest of the file.
     """
 
@@ -96,8 +100,8 @@ class LinearRef:
         return self.weight.read(checkpoint)
 
     def pieces(self, checkpoint: Checkpoint, rows: int) -> Iterator[torch.Tensor]:
-        """The weight in pieces of at most ``rows`` outputs. Pieces of a tensor of its own share one buffer: each is
-        overwritten when the next one is asked for."""
+        """The weight in pieces of at most ``rows`` outputs. Pieces of a tensor of its own share one buffer:
+        each is overwritten when the next one is asked for."""
         if self.weight.whole:
             yield from checkpoint.read_rows(self.tensor, rows)
         else:
@@ -111,7 +115,8 @@ class ExpertLayout:
     Attributes:
         model_types: of the text decoder.
         tensors: last part of a fused tensor's name → the projections that it holds, in order.
-        container: module that the fused tensors belong to, and the module under which vLLM numbers the experts.
+        container: module that the fused tensors belong to, and the module under which vLLM numbers the
+            experts.
         names: projection → vLLM's name of it.
         transposed: stored as [E, K, N], where shapes alone do not tell.
         interleaved: rows of the gate and the up projection alternate.
@@ -131,10 +136,12 @@ _GATED = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "do
 _SAME = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}
 _W123 = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
-#: What holds where no row does: families whose files name every expert, saved by transformers 5 as it holds them.
+#: What holds where no row does: families whose files name every expert, saved by transformers 5 as it holds
+#: them.
 _DEFAULT = ExpertLayout((), _GATED, names=_SAME, fused_only=False)
-#: Families whose own files are fused. Where each layout was read: transformers 5 ``models/<family>/modeling_*.py`` and
-#: its ``conversion_mapping.py``; vLLM's names: ``model_executor/models/<family>.py::get_expert_mapping``.
+#: Families whose own files are fused. Where each layout was read: transformers 5
+#: ``models/<family>/modeling_*.py`` and its ``conversion_mapping.py``; vLLM's names:
+#: ``model_executor/models/<family>.py::get_expert_mapping``.
 LAYOUTS = (
     ExpertLayout(("llama4_text", "llama4"), _GATED, names=_SAME, transposed=True),
     ExpertLayout(("gpt_oss",), _GATED, names=_SAME, transposed=True, interleaved=True),
@@ -158,7 +165,8 @@ def expert_layout(config: Mapping[str, Any]) -> ExpertLayout:
 
 
 def fused_experts(name: str, shape: tuple[int, ...], layout: ExpertLayout) -> tuple[str, str] | None:
-    """The module that a fused tensor of experts belongs to, and the last part of its name; None of other tensors.
+    """The module that a fused tensor of experts belongs to, and the last part of its name; None of other
+    tensors.
 
     >>> fused_experts("model.layers.0.mlp.experts.gate_up_proj", (8, 64, 32), expert_layout({}))
     ('model.layers.0.mlp.experts', 'gate_up_proj')
@@ -224,8 +232,8 @@ def holders(refs: Iterable[LinearRef]) -> dict[str, list[LinearRef]]:
 def _transposed(
     layout: ExpertLayout, projections: tuple[str, ...], rows: int, columns: int, hidden: object
 ) -> bool:
-    """Whether a fused tensor [E, rows, columns] is stored as [E, K, N]: told by which side is the hidden size, else by
-    the family."""
+    """Whether a fused tensor [E, rows, columns] is stored as [E, K, N]: told by which side is the hidden
+    size, else by the family."""
     if isinstance(hidden, int) and (rows == hidden) != (columns == hidden):
         reads_hidden = projections != ("down_proj",)
         return (rows == hidden) == reads_hidden
@@ -233,7 +241,8 @@ def _transposed(
 
 
 def decoder_refs(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, LinearRef]:
-    """All linears of the text decoder's blocks by name, sorted by block and name; experts of fused tensors included."""
+    """All linears of the text decoder's blocks by name, sorted by block and name; experts of fused tensors
+    included."""
     blocks = block_count(config)
     refs = fused_refs(tensors, config)
     for info in tensors.values():
@@ -241,3 +250,12 @@ def decoder_refs(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -
             module = info.name.removesuffix(".weight")
             refs[module] = LinearRef(module, info.shape[0], info.shape[1], Slice(info.name))
     return dict(sorted(refs.items(), key=lambda item: (block_of(item[0] + "."), item[0])))
+
+
+def built_linears(
+    tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], quantized: Mapping[str, Linear]
+) -> list[Linear]:
+    """Every linear of the text decoder's blocks that vLLM builds: those that are quantized, then those that
+    stay in 16 bits."""
+    rest = [ref for name, ref in decoder_refs(tensors, config).items() if name not in quantized]
+    return [*quantized.values(), *(Linear(ref.name, ref.n, ref.k, UNQUANTIZED.weights) for ref in rest)]

@@ -21,6 +21,7 @@ from quant.formats.base import IncompleteCheckpoint
 from quant.formats.legacy import lacking, repaired
 from quant.formats.reading import dequantized, read_linear
 from quant.models.adapter import block_of
+from quant.models.linears import built_linears
 from quant.pipeline.checks import check_disk, output_problems
 from quant.pipeline.layout import lay_out, unquantized_linears
 from quant.pipeline.memory import peak_rss
@@ -28,10 +29,11 @@ from quant.pipeline.writing import write_rest, write_unit
 from quant.progress import Event, Progress, silent
 from quant.quantizers import MinMaxQuantizer
 from quant.report.evidence import REPORT
+from quant.schemes import UNQUANTIZED
 from quant.tensors import QuantizedTensor
 from quant.vllm.arguments import engine_arguments, vllm_config
 from quant.vllm.cache import KV_CACHE, cache_problems, cache_scale
-from quant.vllm.config import quantization_config, stated_dtype, without_quantization
+from quant.vllm.config import heads_of, quantization_config, stated_dtype, without_quantization
 from quant.vllm.layers import Linear, shape_problems
 
 
@@ -94,7 +96,9 @@ def export(
             linears, ordered, wrong = _as_read(checkpoint, layers, form, target, requantize)
             problems += wrong
         if form.quant_method is not None:
-            problems += _problems(linears.values(), form, target, tensor_parallel)
+            problems += _problems(linears.values(), form, target)
+    if tensor_parallel > 1:
+        problems += _parallel_problems(checkpoint, linears, form, tensor_parallel)
     scheme = (quantization_config(checkpoint.config) or {}).get("kv_cache_scheme")
     caches = (
         {c: n for n in checkpoint.tensors if (c := cache_scale(n)) is not None} if layers is not None else {}
@@ -240,14 +244,14 @@ def _as_read(
     return linears, ordered, list(problems)
 
 
-def _problems(linears: Collection[Linear], form: Format, target: str, tensor_parallel: int) -> list[str]:
-    """What the wanted format, its target and its degree of parallelism have against the linears."""
+def _problems(linears: Collection[Linear], form: Format, target: str) -> list[str]:
+    """What the wanted format and its target have against the linears."""
     problems: dict[str, None] = {}
     for linear in linears:
         if reason := form.refuse(linear.scheme, target):
             problems[f"{linear.weights} in format {form.name}: {reason}"] = None
         problems.update(dict.fromkeys(form.problems(linear)))
-    for problem in shape_problems(linears, tensor_parallel):
+    for problem in shape_problems(linears):
         problems[f"{problem}. That takes the original; --format plain keeps this checkpoint's values"] = None
     if not form.together({x.scheme for x in linears}):
         problems[
@@ -255,6 +259,17 @@ def _problems(linears: Collection[Linear], form: Format, target: str, tensor_par
             "compressed-tensors"
         ] = None
     return list(problems)
+
+
+def _parallel_problems(
+    checkpoint: Checkpoint, linears: Mapping[str, Linear], form: Format, ranks: int
+) -> list[str]:
+    """What of the linears, as the format will store them, vLLM cannot share out over ranks."""
+    if form.quant_method is None:
+        linears = {n: replace(x, weights=UNQUANTIZED.weights) for n, x in linears.items()}
+    whole = shape_problems(linears.values())
+    built = built_linears(checkpoint.tensors, checkpoint.config, linears)
+    return [p for p in shape_problems(built, ranks, heads_of(checkpoint.config)) if p not in whole]
 
 
 def _left_out(

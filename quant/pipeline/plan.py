@@ -13,7 +13,7 @@ from quant.checkpoint.writer import TensorSpec
 from quant.errors import Problems, UsageError
 from quant.formats import Format, FormatRegistry
 from quant.models.adapter import block_of
-from quant.models.linears import LinearRef, decoder_refs
+from quant.models.linears import LinearRef, built_linears, decoder_refs
 from quant.pipeline.checks import (
     assignment_problems,
     check_disk,
@@ -29,7 +29,7 @@ from quant.recipe import Assignment, Recipe
 from quant.schemes import Scheme
 from quant.vllm.cache import CACHE_PROJECTIONS
 from quant.vllm.config import block_count as stated_block_count
-from quant.vllm.config import stated_dtype
+from quant.vllm.config import heads_of, stated_dtype
 from quant.vllm.layers import Linear, shape_problems
 
 
@@ -148,7 +148,8 @@ def plan_job(recipe: Recipe) -> JobPlan:
         linears[name] = Linear(name, ref.n, ref.k, assignment.scheme.weights, assignment.scheme.activations)
     different = list(dict.fromkeys(assignments.values())) or [recipe.assignment(recipe.method)]
     problems += assignment_problems(recipe, different, form)
-    problems += shape_problems(linears.values(), recipe.tensor_parallel)
+    built = built_linears(checkpoint.tensors, checkpoint.config, linears)
+    problems += shape_problems(built, recipe.tensor_parallel, heads_of(checkpoint.config))
     if not any("do not divide" in p for p in problems):
         problems += [p for linear in linears.values() for p in form.problems(linear)][:8]
     if recipe.target == "vllm" and not mistakes:  # linears of a rule with a mistake are missing

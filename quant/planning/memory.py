@@ -25,15 +25,17 @@ from quant.hardware import Gpu
 from quant.planning.kvcache import KV_DTYPES, CacheLayout, layout, longest_context
 from quant.planning.storage import (
     QUANTIZED_ROLES,
+    ForeignScheme,
     is_quantized,
     loaded_bytes,
+    quantizable,
     source_schemes,
     stage_layers,
 )
-from quant.schemes import BLOCK, UNQUANTIZED, Scheme
+from quant.schemes import UNQUANTIZED, Scheme
 from quant.units import format_size
 from quant.vllm.kernels import latent_block, shares_memory
-from quant.vllm.layers import NOT_LAST
+from quant.vllm.layers import Linear, shape_problems
 from quant.vllm.releases import VLLM_VERSION, Rules, batch_sizes, rules_for
 
 GIB = 2**30
@@ -134,88 +136,33 @@ class EngineRequest:
 
 
 def parallel_problems(spec: ModelSpec, ranks: int) -> list[str]:
-    """Why vLLM cannot cut this model into ``ranks``: empty when it can."""
-    found = []
-    fits = [
-        t
-        for t in (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
-        if spec.heads % t == 0 and (spec.kv_heads % t == 0 or t % spec.kv_heads == 0)
-    ]
-    if spec.heads % ranks:
-        found.append(
-            f"--tensor-parallel is {ranks}: does not divide the {spec.heads} attention heads of "
-            f"{spec.name}; it can be {fits}"
-        )
-    elif spec.kv_heads % ranks and ranks % spec.kv_heads:
-        found.append(
-            f"--tensor-parallel is {ranks}: neither divides the {spec.kv_heads} KV heads of {spec.name} nor "
-            f"is a multiple; it can be {fits}"
-        )
-    inner = spec.moe.intermediate if spec.moe else spec.intermediate
-    if inner % ranks and not found:
-        found.append(f"--tensor-parallel is {ranks}: does not divide the inner size {inner} of {spec.name}")
-    return found
+    """Why vLLM cannot cut this model, in 16 bits, into ``ranks``: empty when it can."""
+    return shape_problems(
+        [_linear(weight, UNQUANTIZED) for weight in spec.linear_kinds], ranks, spec.shared_heads
+    )
 
 
 def group_problems(spec: ModelSpec, scheme: Scheme | None, ranks: int) -> list[str]:
-    """Linears whose inputs do not divide into the scheme's groups (or blocks), and those whose groups
-    ``ranks`` would cut: vLLM refuses such a checkpoint. What a checkpoint holds already divides."""
+    """Why vLLM cannot build the model's linears in a scheme, or not over ``ranks``: groups and blocks that do
+    not divide. A linear of the checkpoint that its own groups do not divide was left in 16 bits."""
     planned = scheme if is_quantized(scheme) else None
     own = source_schemes(spec)
-    ragged: dict[int, tuple[str, Scheme]] = {}
-    cut: dict[int, tuple[str, Scheme]] = {}
-    blocks: dict[int, str] = {}
-    for weight in spec.unpacked or spec.weights:
-        if not weight.linear or len(weight.shape) != 2:
-            continue
-        stored = planned or own(weight)
-        if stored is None or stored.weights.group_size == -1:
-            continue
-        group = stored.weights.group_size
-        if weight.shape[1] % group:
-            if planned is not None and weight.role in QUANTIZED_ROLES:
-                ragged.setdefault(weight.shape[1], (weight.name, stored))
-        elif weight.split == "row" and weight.shape[1] % (ranks * group):
-            cut.setdefault(weight.shape[1], (weight.name, stored))
-        if stored.weights.strategy == "block" and _cuts_block(spec, weight, ranks):
-            blocks.setdefault(weight.shape[0], weight.name)
-    problems = []
-    for k, (name, stored) in ragged.items():
-        instead = (
-            "w8a8-fp8"
-            if stored.weights.strategy == "block"
-            else "a smaller group size, or one scale for each output (-1)"
-        )
-        problems.append(
-            f"{name} has {k} inputs, which do not divide into groups of {stored.weights.group_size}: use "
-            f"{instead}"
-        )
-    for k, (name, stored) in cut.items():
-        group = stored.weights.group_size
-        problems.append(
-            f"{name} has {k} inputs = {k // group} groups of {group}, which {ranks} ranks cannot share: use "
-            "another tensor parallel degree or a smaller group size"
-        )
-    how, use = (
-        (f"{ranks} ranks cannot share in", "another tensor parallel degree, or w8a8-fp8")
-        if ranks > 1
-        else ("do not divide into", "w8a8-fp8")
-    )
-    return problems + [
-        f"{name} has {n} outputs, which {how} blocks of {BLOCK}: use {use}" for n, name in blocks.items()
-    ]
+
+    def stored(weight: Weight) -> Scheme:
+        if planned is not None:
+            return planned if weight.role in QUANTIZED_ROLES else UNQUANTIZED
+        source = own(weight)
+        if source is None or (isinstance(source, ForeignScheme) and source.padded):
+            return UNQUANTIZED
+        return source if quantizable(weight, source) else UNQUANTIZED
+
+    linears = [_linear(weight, stored(weight)) for weight in spec.linear_kinds]
+    return shape_problems(linears, ranks, spec.shared_heads)
 
 
-def _cuts_block(spec: ModelSpec, weight: Weight, ranks: int) -> bool:
-    """Whether ``ranks`` would cut a linear's outputs inside a block, or a fused layer would go on in its last
-    one."""
-    pieces = {"column": ranks, "kv": min(ranks, spec.kv_heads)}.get(weight.split, 1)
-    followed = weight.name.removesuffix(".weight").endswith(NOT_LAST)
-    return (
-        weight.role in QUANTIZED_ROLES
-        and (pieces > 1 or followed)
-        and weight.shape[0] % (pieces * BLOCK) != 0
-    )
+def _linear(weight: Weight, scheme: Scheme) -> Linear:
+    n, k = weight.shape
+    return Linear(weight.tensor.removesuffix(".weight"), n, k, scheme.weights, scheme.activations)
 
 
 @dataclass(frozen=True)

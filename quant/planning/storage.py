@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, prod
 from typing import Any
 
@@ -21,6 +21,9 @@ from quant.vllm.releases import Rules
 
 #: roles whose linears a scheme quantizes
 QUANTIZED_ROLES = frozenset({"attention", "mlp", "experts", "shared_experts"})
+
+
+_EXPERTS = re.compile(r"(?<![^.])experts\.")
 
 
 def _up(value: float, multiple: int) -> int:
@@ -43,10 +46,12 @@ class ForeignScheme(Scheme):
     Attributes:
         size: (N, K, bytes of a value of the model's dtype) → bytes of what the file holds of a linear.
         tabled: whether vLLM runs it with the kernels of :data:`quant.vllm.kernels.FORMAT_CAPABILITIES`.
+        padded: whether vLLM pads what a rank gets to whole groups.
     """
 
     size: Callable[[int, int, int], float] = field(kw_only=True)
     tabled: bool = field(default=False, kw_only=True)
+    padded: bool = field(default=False, kw_only=True)
 
     def stored_bytes(self, n: int, k: int, width: int) -> float:
         return self.size(n, k, width)
@@ -104,8 +109,8 @@ def _modelopt(config: Mapping[str, Any]) -> SchemeOf:
 
 
 def _mxfp4(config: Mapping[str, Any]) -> SchemeOf:
-    """gpt-oss: its experts and nothing else."""
-    scheme = _foreign("mxfp4a16")
+    """gpt-oss: its experts and nothing else. Their loader cuts groups between ranks (`models/gpt_oss.py`)."""
+    scheme = replace(_foreign("mxfp4a16"), padded=True)
     return lambda weight: scheme if weight.role == "experts" and len(weight.shape) == 2 else None
 
 
@@ -187,11 +192,9 @@ def module_names(weight: Weight) -> tuple[str, ...]:
     """What a file may call the module of a weight, whose own name is the end of it where only a config is
     known: in a causal language model, and in the text part of a wrapper."""
     name = weight.name.removesuffix(".weight")
-    if "layers." in name:
+    if weight.stored_bytes or weight.layer < 0:
         return (name,)
-    module = "mlp" if weight.role in ("mlp", "experts", "shared_experts") else "self_attn"
-    tail = name if name.startswith(module) else f"{module}.{name}"
-    tail = f"layers.{weight.layer}.{tail.replace('.experts.', '.experts.0.')}"
+    tail = f"layers.{weight.layer}.{_EXPERTS.sub('experts.0.', name)}"
     return tuple(f"{prefix}.{tail}" for prefix in ("model", "language_model.model", "model.language_model"))
 
 
@@ -255,12 +258,7 @@ def file_bytes(spec: ModelSpec, scheme: Scheme | None = None) -> int:
     digits = len(str(tensors))
     header = 16
     for weight in spec.weights:
-        name = (
-            weight.name
-            if weight.stored_bytes
-            else f"model.layers.{weight.layer}.self_attn.{weight.name}.weight"
-        )
-        base, names = name.removesuffix(".weight"), [name]
+        base, names = weight.tensor.removesuffix(".weight"), [weight.tensor]
         if scheme is not None and quantizable(weight, scheme):
             names = [f"{base}.{last}" for last in scheme.stored_tensors(weight.shape[0], weight.shape[1], 2)]
         shape = len(str(list(weight.shape)).replace(" ", ""))

@@ -1,20 +1,40 @@
 """config.json as vLLM reads it: which part describes the text decoder, and what it says of dtype, context and
 quantization.
 
-Sources: transformers' `PretrainedConfig.get_text_config`, vLLM's `transformers_utils/config.py` (which adds the
-names that remote code uses) and `transformers_utils/model_arch_config_convertor.py::_normalize_quantization_config`.
+Sources: transformers' `PretrainedConfig.get_text_config`, vLLM's `transformers_utils/config.py` (which adds
+the names that remote code uses) and
+`transformers_utils/model_arch_config_convertor.py::_normalize_quantization_config`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from quant.errors import CheckpointError
 
-#: Keys under which wrappers keep the config of their text decoder: transformers' own, a thinker of several parts
-#: (Qwen Omni), and the names of remote code (InternVL, DeepSeek-VL2). They nest.
+#: Keys under which wrappers keep the config of their text decoder: transformers' own, a thinker of several
+#: parts (Qwen Omni), and the names of remote code (InternVL, DeepSeek-VL2). They nest.
 TEXT_KEYS = ("text_config", "thinker_config", "llm_config", "language_config")
+#: A fact of the text decoder → the keys under which families state it; the first that is stated holds.
+KEYS: dict[str, tuple[str, ...]] = {
+    "hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "num_hidden_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "n_heads"),
+    "num_key_value_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num"),
+    "intermediate_size": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
+    "vocab_size": ("vocab_size", "padded_vocab_size"),
+    "max_position_embeddings": (
+        "max_position_embeddings", "n_positions", "model_max_length", "max_seq_len", "seq_length", "n_ctx",
+    ),
+    "experts": ("num_experts", "n_routed_experts", "num_local_experts"),
+    "active": (
+        "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "top_k_experts", "moe_topk",
+    ),
+}  # fmt: skip
+#: Keys that state how many heads a recurrent layer has.
+STATE_HEADS = ("linear_num_key_heads", "linear_num_value_heads", "mamba_num_heads")
 #: Names of a config's floats → those of a safetensors header.
 HEADER_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
@@ -46,6 +66,27 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return next(parts(config))
 
 
+def stated(config: Mapping[str, Any], key: str) -> Any:
+    """What config.json states of a fact, under any of its :data:`KEYS`, the text decoder's part first; None
+    where it states nothing."""
+    return next(
+        (
+            part[name]
+            for name in KEYS.get(key, (key,))
+            for part in parts(config)
+            if part.get(name) is not None
+        ),
+        None,
+    )
+
+
+def whole_number(value: Any) -> int | None:
+    """A positive whole number that config.json states, or None where it is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return int(value) if 0 < value < 2**31 and value == int(value) else None
+
+
 def quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Where vLLM looks for it: ``quantization_config`` at the top, the one of the text decoder's part,
     ``compression_config``.
@@ -60,8 +101,8 @@ def quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     if not isinstance(found, dict):
         raise CheckpointError(
-            f"config.json: quantization_config is not an object but {str(found)[:60]!r}: repair it, or fetch the "
-            "checkpoint again"
+            f"config.json: quantization_config is not an object but {str(found)[:60]!r}: repair it, or fetch "
+            "the checkpoint again"
         )
     return found
 
@@ -83,8 +124,8 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_dtype(config: Mapping[str, Any]) -> str | None:
-    """The dtype that config.json states (``bfloat16``), outermost part first, as vLLM's `_find_dtype` looks for
-    it; None where it states none."""
+    """The dtype that config.json states (``bfloat16``), outermost part first, as vLLM's `_find_dtype` looks
+    for it; None where it states none."""
     for part in reversed(list(parts(config))):
         for key in ("dtype", "torch_dtype"):
             if part.get(key):
@@ -100,14 +141,47 @@ def stated_dtype(config: Mapping[str, Any]) -> str | None:
 
 def context_length(config: Mapping[str, Any]) -> int | None:
     """Longest context that config.json states, in tokens."""
-    for part in parts(config):
-        value = part.get("max_position_embeddings")
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-    return None
+    return whole_number(stated(config, "max_position_embeddings"))
 
 
 def block_count(config: Mapping[str, Any]) -> int | None:
     """Number of decoder blocks that config.json states."""
-    stated = text_config(config).get("num_hidden_layers")
-    return stated if isinstance(stated, int) and not isinstance(stated, bool) and stated > 0 else None
+    return whole_number(stated(config, "num_hidden_layers"))
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of a model, which tensor parallelism shares out whole.
+
+    Attributes:
+        attention: query heads.
+        kv: heads of keys and values; fewer than ranks are repeated.
+        state: heads of recurrent layers, and groups of several that share a state: linear attention's keys
+            and
+            values, Mamba's.
+    """
+
+    attention: int
+    kv: int
+    state: tuple[int, ...] = ()
+
+
+def heads_of(config: Mapping[str, Any]) -> Heads | None:
+    """The heads that config.json states; None where it states none.
+
+    Source: `get_total_num_kv_heads` of vLLM's convertors (Falcon's older models have one KV head for all
+    queries), `layers/mamba/mamba_mixer2.py` and `layers/mamba/gdn` for the recurrent layers.
+    """
+    attention = whole_number(stated(config, "num_attention_heads"))
+    if attention is None:
+        return None
+    kv = whole_number(stated(config, "num_key_value_heads"))
+    if stated(config, "model_type") == "falcon" and not stated(config, "new_decoder_architecture"):
+        kv = attention if stated(config, "multi_query") is False else 1
+    linear = stated(config, "linear_attn_config")
+    counts = [stated(config, key) for key in STATE_HEADS]
+    counts.append(linear.get("num_heads") if isinstance(linear, Mapping) else None)
+    groups = stated(config, "n_groups") if stated(config, "mamba_num_heads") is not None else None
+    counts.append(None if groups == 1 else groups)  # a single group is repeated
+    state = tuple(n for x in counts if (n := whole_number(x)) is not None)
+    return Heads(attention, kv or attention, state)

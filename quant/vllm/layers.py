@@ -1,4 +1,5 @@
-"""The layers that vLLM builds of a checkpoint's linears: which of them it fuses, and how it cuts each over ranks.
+"""The layers that vLLM builds of a checkpoint's linears: which of them it fuses, and how it cuts each over
+ranks.
 
 Source: the ``packed_modules_mapping`` of its model classes and the parallel linears they are made of.
 """
@@ -8,14 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from quant.schemes import BLOCK, ActivationScheme, Scheme, WeightScheme, scheme_of
+from quant.vllm.config import Heads
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A quantized linear as a format sees it: ``name`` without ``.weight``, N outputs, K inputs, the schemes of
-    its weights and activations."""
+    """A quantized linear as a format sees it: ``name`` without ``.weight``, N outputs, K inputs, the schemes
+    of its weights and activations."""
 
     name: str
     n: int
@@ -51,8 +54,8 @@ def fused_name(linear: str) -> str:
 
 
 def shared_name(linear: str) -> str:
-    """The layer of which vLLM keeps one number of a kind (a global scale, the scale of static activations): the fused
-    one, of routed experts the gate and up projection of each.
+    """The layer of which vLLM keeps one number of a kind (a global scale, the scale of static activations):
+    the fused one, of routed experts the gate and up projection of each.
 
     >>> shared_name("model.layers.0.mlp.experts.3.up_proj")
     'model.layers.0.mlp.expert_3.gate_up_proj'
@@ -81,55 +84,187 @@ def is_head(linear: str) -> bool:
     return linear.rpartition(".")[2] == "lm_head"
 
 
-#: Linears whose input is split over ranks under tensor parallelism; all others split their output.
-_ROW_PARALLEL = re.compile(r"\.(o_proj|down_proj|out_proj|dense|dense_4h_to_h|fc2|c_proj|wo|w2)$")
+Split = Literal["column", "row", "kv", "vocab", "none"]
 
-#: Shards of a fused layer that another one follows.
-NOT_LAST = (".q_proj", ".k_proj", ".gate_proj")
+#: Part of a weight's name → how tensor parallelism cuts it; the last part that is listed here decides. What
+#: is not listed is copied to every rank, as vLLM does with norms, routers, the down-projections of latent
+#: attention (`q_a_proj`, `kv_a_proj_with_mqa`) and of gates (`f_a_proj`, `g_a_proj`), and sparse attention's
+#: indexer.
+_SPLITS: dict[str, Split] = {
+    **dict.fromkeys(
+        (
+            "q_proj", "q_b_proj", "kv_b_proj", "qkv_proj", "query_key_value", "Wqkv", "wqkv", "W_pack",
+            "c_attn", "in_proj", "in_proj_qkvz", "in_proj_qkv", "in_proj_z", "in_proj_ba", "in_proj_b",
+            "in_proj_a", "dt_proj", "b_proj", "f_b_proj", "g_b_proj", "conv1d", "q_conv1d", "k_conv1d",
+            "v_conv1d", "A_log", "dt_bias", "D", "sinks", "gate_proj", "up_proj", "gate_up_proj", "fc1",
+            "fc_in", "c_fc", "dense_h_to_4h", "w1", "w3", "v1", "input_linear", "per_layer_model_projection",
+        ),
+        "column",
+    ),
+    **dict.fromkeys(
+        (
+            "o_proj", "out_proj", "dense", "wo", "x_proj", "down_proj", "fc2", "fc_out", "c_proj",
+            "dense_4h_to_h", "w2", "output_linear",
+        ),
+        "row",
+    ),
+    **dict.fromkeys(("k_proj", "v_proj"), "kv"),
+    **dict.fromkeys(
+        (
+            "embed_tokens", "embed_tokens_per_layer", "wte", "word_embeddings", "embed_in", "tok_embeddings",
+            "embeddings", "lm_head", "embed_out",
+        ),
+        "vocab",
+    ),
+}  # fmt: skip
+#: What follows the name of a weight in those of its quantized form (`gate_up_proj_blocks`).
+_SUFFIX = re.compile(r"_(blocks|scales?|bias|packed)$")
 
 
-def shape_problems(linears: Iterable[Linear], tensor_parallel: int) -> list[str]:
-    """Group sizes that do not divide, whole and per rank; one line for each kind of layer."""
+def split_of(name: str) -> Split:
+    """How tensor parallelism cuts a weight of the text decoder, by the name of its tensor or module.
+
+    ``column``: along the outputs (first dimension); ``row``: along the inputs (second); ``kv``: along the
+    outputs, but never finer than a head of keys or values; ``vocab``: along a vocabulary padded to 64 rows;
+    ``none``: every rank has a copy.
+
+    >>> split_of("model.layers.0.self_attn.kv_a_proj_with_mqa.weight"), split_of("mlp.experts.3.w2")
+    ('none', 'row')
+    """
+    parts = name.removesuffix(".weight").split(".")
+    if parts[-1] == "output":  # InternLM 2's head
+        return "vocab"
+    return next((_SPLITS[part] for p in reversed(parts) if (part := _SUFFIX.sub("", p)) in _SPLITS), "none")
+
+
+#: Linears that the file already stores as one, which vLLM takes apart: queries, keys and values; gate and up.
+_STORED_QKV = frozenset({"qkv_proj", "query_key_value", "Wqkv", "wqkv", "W_pack", "c_attn"})
+_STORED_PAIRS = frozenset({"gate_up_proj", "input_linear"})
+#: Shards of a fused layer that another one follows; of Mixtral's experts, w1 is the gate.
+_FOLLOWED = frozenset({"q_proj", "k_proj", "gate_proj", "q_a_proj", "w1"})
+#: Outputs that one word of packed codes or zero points holds: a rank takes whole words.
+_WORD = 8
+#: Degrees of tensor parallelism that a message offers.
+_DEGREES = (*range(1, 9), 12, 16, 32)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """Outputs of a linear that tensor parallelism cuts into ``pieces``; ``followed``: by another shard of the
+    same vLLM layer."""
+
+    outputs: int
+    pieces: int
+    followed: bool
+
+
+def _shards(linear: Linear, ranks: int, heads: Heads | None, fused: bool) -> list[_Shard]:
+    """What vLLM makes of a linear's outputs; ``fused``: it becomes one layer with others."""
+    last, kv = linear.name.rpartition(".")[2], min(ranks, heads.kv) if heads else ranks
+    if last in _STORED_QKV and heads and linear.n % (heads.attention + 2 * heads.kv) == 0:
+        width = linear.n // (heads.attention + 2 * heads.kv)
+        keys = width * heads.kv
+        return [_Shard(width * heads.attention, ranks, True), _Shard(keys, kv, True), _Shard(keys, kv, False)]
+    if last in _STORED_PAIRS and linear.n % 2 == 0:
+        return [_Shard(linear.n // 2, ranks, True), _Shard(linear.n // 2, ranks, False)]
+    pieces = {"column": ranks, "kv": kv}.get(split_of(linear.name), 1)
+    return [_Shard(linear.n, pieces, fused and last in _FOLLOWED)]
+
+
+def _uncut(linear: Linear, ranks: int, heads: Heads | None) -> tuple[str, str] | None:
+    """What of a linear ``ranks`` cannot share out, and the whole pieces that each would need; None where all
+    can be.
+
+    Source: `distributed/utils.py::divide` and `verify_group_size_divides_partition`,
+    `quantization/utils/fp8_utils.py::validate_fp8_block_shape`.
+    """
+    weights = linear.weights
+    if split_of(linear.name) == "row":
+        unit = 1 if weights.group_size == -1 else weights.group_size
+        uneven = linear.k % (ranks * unit) != 0
+        return (f"{linear.k} inputs", "" if unit == 1 else f" into groups of {unit}") if uneven else None
+    block = weights.strategy == "block"
+    unit = BLOCK if block else 1 if weights.bits == 16 else _WORD
+    what = "" if unit == 1 else f" into blocks of {BLOCK}" if block else f" into words of {_WORD}"
+    for shard in _shards(linear, ranks, heads, fused=False):
+        if shard.pieces > 1 and shard.outputs % (shard.pieces * unit):
+            return f"{shard.outputs} outputs", what
+    return None
+
+
+def _uneven_heads(heads: Heads, ranks: int) -> str | None:
+    """Heads that ``ranks`` cannot share out, or None. KV heads fewer than ranks are repeated.
+
+    Source: the assertions of vLLM's attention classes (`models/llama.py::LlamaAttention`) and of its
+    recurrent layers (`layers/mamba`).
+    """
+    if heads.attention % ranks:
+        return f"{heads.attention} attention heads"
+    if heads.kv % ranks and ranks % heads.kv:
+        return f"{heads.kv} KV heads"
+    uneven = next((n for n in heads.state if n % ranks), None)
+    return None if uneven is None else f"{uneven} heads of recurrent layers"
+
+
+def shape_problems(linears: Iterable[Linear], ranks: int = 1, heads: Heads | None = None) -> list[str]:
+    """Why vLLM cannot build these linears, or not over ``ranks``: heads that do not divide; groups and blocks
+    that do not, whole or for each rank. One line for each kind of layer.
+
+    Args:
+        linears: of the decoder's blocks, those in 16 bits (:data:`quant.schemes.UNQUANTIZED`) among them.
+        ranks: the degree of tensor parallelism.
+        heads: the model's; None where nothing is known of them.
+    """
+    problems = []
+    if heads is not None and (uneven := _uneven_heads(heads, ranks)):
+        allowed = [t for t in _DEGREES if not _uneven_heads(heads, t)]
+        problems.append(f"{uneven} over --tensor-parallel {ranks} do not divide: {_sizes(allowed)}")
+        ranks = 1  # what of each linear a rank would get is no question any more
     linears = list(linears)
     members = fused_layers(linear.name for linear in linears)
     seen: dict[str, str] = {}
+    judged = set()
     for linear in linears:
-        kind = re.sub(r"\.\d+\.", ".*.", linear.name)
-        g, block = linear.weights.group_size, linear.weights.strategy == "block"
-        if kind in seen:
+        kind = re.sub(r"\.\d+(?=\.)", ".*", linear.name)
+        fused = members[fused_name(linear.name)] != [linear.name]
+        key = (kind, linear.n, linear.k, linear.weights, fused)
+        if kind in seen or key in judged:
             continue
-        ignore = f"--ignore '{kind.rsplit('.', 1)[-1]}'"
-        if g != -1 and linear.k % g:
-            # of blocks too: the file may have a ragged last one, but vLLM's kernels quantize activations in
-            # whole groups of 128
-            if linear.weights.type == "float":
-                use = "--scheme w8a8-fp8"
-            else:
-                fits = [x for x in (128, 64, 32, 16, 8) if linear.k % x == 0 and x < g]
-                use = f"--group-size {fits[0]} or -1" if fits else "--group-size -1"
-            seen[kind] = f"{kind}: {linear.k} inputs do not divide into groups of {g}: use {use}, or {ignore}"
-        elif (
-            block
-            and linear.n % BLOCK
-            and len(members[fused_name(linear.name)]) > 1
-            and linear.name.endswith(NOT_LAST)
-        ):
-            seen[kind] = (
-                f"{kind}: {linear.n} outputs do not divide into blocks of {BLOCK}, which vLLM demands of "
-                "all shards of a fused layer but the last: "
-                f"use --scheme w8a8-fp8, or {ignore}"
-            )
-        elif tensor_parallel > 1:
-            row = _ROW_PARALLEL.search(linear.name)
-            size, what = (linear.k, "inputs") if row else (linear.n, "outputs")
-            unit = (g if g != -1 else 1) if row else BLOCK if block else 8
-            if size % tensor_parallel or (size // tensor_parallel) % unit:
-                allowed = [t for t in (1, 2, 4, 8, 16, 32) if size % t == 0 and (size // t) % unit == 0]
-                pieces = f"groups of {g}" if row else f"blocks of {BLOCK}" if block else "words of 8"
-                seen[kind] = (
-                    f"{kind}: {size} {what} over --tensor-parallel {tensor_parallel} do not divide into "
-                    f"{pieces}: "
-                    "tensor parallel sizes that do: "
-                    f"{', '.join(map(str, allowed)) or 'none'}{'' if linear.weights.type == 'float' else '; or a smaller --group-size'}"
-                )
-    return list(seen.values())
+        judged.add(key)
+        if problem := _shape_problem(linear, ranks, heads, fused):
+            seen[kind] = f"{kind}: {problem}"
+    return problems + list(seen.values())
+
+
+def _shape_problem(linear: Linear, ranks: int, heads: Heads | None, fused: bool) -> str | None:
+    """:func:`shape_problems` of one linear; ``fused``: vLLM makes one layer of it and others."""
+    g, block = linear.weights.group_size, linear.weights.strategy == "block"
+    ignore = f"--ignore '{linear.name.rpartition('.')[2]}'"
+    # of blocks too: the file may have a ragged last one, but vLLM's kernels quantize activations in whole
+    # groups
+    if g != -1 and linear.k % g:
+        if linear.weights.type == "float":
+            use = "--scheme w8a8-fp8"
+        else:
+            fits = [x for x in (128, 64, 32, 16, 8) if linear.k % x == 0 and x < g]
+            use = f"--group-size {fits[0]} or -1" if fits else "--group-size -1"
+        return f"{linear.k} inputs do not divide into groups of {g}: use {use}, or {ignore}"
+    ragged = next((s for s in _shards(linear, 1, heads, fused) if s.followed and s.outputs % BLOCK), None)
+    if block and ragged:
+        return (
+            f"{ragged.outputs} outputs do not divide into blocks of {BLOCK}, which vLLM demands of all "
+            f"shards of a fused layer but the last: use --scheme w8a8-fp8, or {ignore}"
+        )
+    uncut = _uncut(linear, ranks, heads)
+    if uncut is None:
+        return None
+    allowed = [t for t in _DEGREES if not _uncut(linear, t, heads)]
+    grouped = linear.weights.type == "int" and g != -1 and split_of(linear.name) == "row"
+    return (
+        f"{uncut[0]} over --tensor-parallel {ranks} do not divide{uncut[1]}: {_sizes(allowed)}"
+        f"{'; or a smaller --group-size' if grouped else ''}"
+    )
+
+
+def _sizes(allowed: list[int]) -> str:
+    return f"tensor parallel sizes that do: {', '.join(map(str, allowed)) or 'none'}"

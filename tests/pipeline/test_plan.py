@@ -58,10 +58,10 @@ def test_a_group_size_that_does_not_divide_names_the_layers_and_one_that_does(
 @pytest.mark.parametrize(
     ("degree", "group", "named"),
     [
-        (3, 32, "q_proj: 64 outputs over --tensor-parallel 3"),
+        (3, 32, "4 attention heads over --tensor-parallel 3 do not divide: tensor parallel"),
         (2, 32, "down_proj: 96 inputs over --tensor-parallel 2 do not divide into groups of 32"),
         (2, 16, None),
-        (64, -1, "q_proj"),
+        (64, -1, "4 attention heads"),
     ],
 )
 def test_shapes_are_checked_for_the_ranks_that_will_serve_them(

@@ -242,7 +242,8 @@ def test_groups_that_ranks_would_cut_are_refused_and_smaller_ones_not() -> None:
     gpus = [L40S] * 8
     request = EngineRequest(context=1024, tensor_parallel=4)
     scheme = PRESETS["w4a16"]
-    assert "86 groups of 128" in plan(spec, gpus, scheme, request).why
+    why = plan(spec, gpus, scheme, request).why
+    assert "down_proj: 11008 inputs over --tensor-parallel 4 do not divide into groups of 128" in why
     assert plan(spec, gpus, scheme.with_group_size(64), request).fits
 
 

@@ -181,7 +181,7 @@ def test_a_quantized_checkpoint_is_served_only_where_its_kernels_are() -> None:
 
 
 def test_ranks_that_would_cut_blocks_are_refused() -> None:
-    for intermediate, why in ((11008, "groups of 128"), (14336, "")):
+    for intermediate, why in ((11008, "blocks of 128"), (14336, "")):
         config = {
             **TINY["gqa"],
             "hidden_size": 4096,
@@ -199,10 +199,8 @@ def test_ranks_that_would_cut_blocks_are_refused() -> None:
             scheme="fp8-block",
             gpu_count=8,
         ).plans  # k_proj has 512 outputs: 64 for each rank
-        assert (
-            not found.fits
-            and (why or "512 outputs, which 8 ranks cannot share in blocks of 128") in found.why
-        )
+        named = why or "512 outputs over --tensor-parallel 8 do not divide into blocks of 128"
+        assert not found.fits and named in found.why
 
 
 def test_a_scheme_asked_for_by_name_may_run_as_packed_weights() -> None:
