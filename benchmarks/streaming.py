@@ -103,11 +103,13 @@ def copy(source: Path, target: Path) -> float:
 
 def convert(source: Path, target: Path, scheme: str) -> None:
     """The measured child: quantizes, and prints seconds and CPU seconds from the end of the imports on."""
-    from quant.pipeline.manager import quantize
+    from quant.pipeline.manager import QuantizationManager
+    from quant.pipeline.plan import plan_job
     from quant.recipe import Recipe
 
     start, cpu = time.perf_counter(), time.process_time()
-    report = quantize(Recipe(model_path=source, output_path=target, method="minmax", scheme=scheme))
+    recipe = Recipe(model_path=source, output_path=target, method="minmax", scheme=scheme)
+    report = QuantizationManager(plan_job(recipe)).run()
     found = {
         "seconds": time.perf_counter() - start,
         "cpu": time.process_time() - cpu,

@@ -15,7 +15,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-#: public name → module that defines it
+#: public name → module that defines it, with its name there where that is another
 _EXPORTS: dict[str, str] = {
     "EngineRequest": "quant.planning.memory",
     "GPTQQuantizer": "quant.quantizers",
@@ -42,10 +42,11 @@ _EXPORTS: dict[str, str] = {
     "get_optimized_config": "quant.planning.recommendation",
     "inspect": "quant.evaluation.inspect",
     "make_recipe": "quant.recipe",
-    "plan_job": "quant.pipeline.plan",
-    "quantize": "quant.pipeline.manager",
+    "plan_job": "quant.jobs:plan",
+    "quantize": "quant.jobs",
     "recommend": "quant.planning.recommendation",
     "reload": "quant.planning.recommendation",
+    "resolve": "quant.jobs",
     "verify": "quant.evaluation.verify",
 }
 
@@ -54,5 +55,6 @@ __all__ = ["__version__", *sorted(_EXPORTS)]
 
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
-        return getattr(importlib.import_module(_EXPORTS[name]), name)
+        module, _, attribute = _EXPORTS[name].partition(":")
+        return getattr(importlib.import_module(module), attribute or name)
     raise AttributeError(f"module 'quant' has no attribute {name!r}")

@@ -1,7 +1,29 @@
-"""Defaults of a job, written once: the recipe, the command line's help and the docs read them here."""
+"""Defaults of a job, written once and free of torch: the recipe, the methods, the engines and the command
+line's help read them here."""
+
+from typing import Literal
 
 SAMPLES = 128
 SEQUENCE_LENGTH = 2048
 SEED = 0
 EVALUATION_CHUNKS = 100
 EVALUATION_LENGTH = 512
+
+#: The engine of this package; of each legacy engine, the only method that it has and the format it writes.
+ENGINE: Literal["native"] = "native"
+LEGACY_ENGINES = {"auto-gptq": ("gptq", "gptq"), "autoawq": ("awq", "awq")}
+
+FORMAT = "compressed-tensors"
+#: gptq
+DAMPING = 0.01
+ACT_ORDER: Literal["none", "static"] = "static"
+#: by method; others have none
+CLIP_SEARCH = {"gptq": True, "awq": True, "minmax": False}
+#: the outlier suppressor that is part of a method
+SUPPRESSORS = {"awq": "awq"}
+#: smooth_quant
+ALPHA = 0.5
+
+#: Where a server listens.
+HOST = "127.0.0.1"
+PORT = 8000

@@ -12,7 +12,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from quant import defaults
-from quant.backends import BACKENDS
 from quant.errors import Problems, QuantError, UsageError, clipped, one_of
 from quant.schemes import UNQUANTIZED, Scheme, default_scheme, resolve_scheme
 from quant.vllm.releases import VLLM_VERSION
@@ -32,14 +31,13 @@ _MOST_VALUES = 100_000
 
 @dataclass(frozen=True)
 class Assignment:
-    """What is done to a linear: the method with its settings, and the scheme."""
+    """What is done to a linear: the method with its settings, the scheme, and how its input is scaled before
+    (None: by what is part of the method)."""
 
     method: str
     scheme: Scheme
     options: tuple[tuple[str, Any], ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"method": self.method, "scheme": self.scheme.to_dict(), "options": dict(self.options)}
+    outlier_suppression: str | None = None
 
 
 class LayerSettings(BaseModel):
@@ -56,6 +54,7 @@ class LayerSettings(BaseModel):
     act_order: Literal["none", "static"] | None = None
     damping: float | None = Field(None, gt=0, le=1)
     clip_search: bool | None = None
+    outlier_suppression: str | None = None
     options: dict[str, Any] = {}
 
     def resolved_scheme(self, method: str | None = None) -> Scheme:
@@ -99,7 +98,12 @@ class LayerSettings(BaseModel):
                 "one of them out"
             )
         options = tuple(sorted({**self.options, **named}.items()))
-        return Assignment(FP8_METHOD if method == "fp8" else method, self.resolved_scheme(method), options)
+        return Assignment(
+            FP8_METHOD if method == "fp8" else method,
+            self.resolved_scheme(method),
+            options,
+            self.outlier_suppression,
+        )
 
 
 #: Keys that a scheme, and a method, decide: a rule that names another one takes none of these from the job.
@@ -161,10 +165,9 @@ class Recipe(LayerSettings):
     output_path: Path
     method: str
     rules: list[Rule] = []
-    outlier_suppression: str | None = None
     alpha: float | Literal["auto"] | None = None
     kv_cache_scheme: Literal["fp8"] | None = None
-    format: str = "compressed-tensors"
+    format: str = defaults.FORMAT
     target: Literal["vllm", "other"] = "vllm"
     calibration_dataset: list[Path] = []
     samples: int = Field(defaults.SAMPLES, ge=1, le=100_000)
@@ -179,7 +182,7 @@ class Recipe(LayerSettings):
     tensor_parallel: int = Field(1, ge=1, le=1024)
     vllm_version: str = VLLM_VERSION
     fresh: bool = False
-    backend: Literal["native", "auto-gptq", "autoawq"] = "native"
+    backend: Literal["native", "auto-gptq", "autoawq"] = defaults.ENGINE
     backend_python: Path | None = None
 
     @property
@@ -200,7 +203,8 @@ class Recipe(LayerSettings):
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
-    """A recipe from plain values.
+    """A recipe from plain values. A legacy engine brings its method and format; :func:`quant.jobs.resolve`
+    also chooses what is not given.
 
     Raises:
         UsageError, Problems: unknown keys, missing ones, values out of range; all at once.
@@ -208,11 +212,14 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     known = list(Recipe.model_fields)
     if unknown := [str(one_of("recipe key", key, known)) for key in values if key not in known]:
         raise UsageError(unknown[0]) if len(unknown) == 1 else Problems(unknown, exit_code=2)
-    if (backend := BACKENDS.get(str(values.get("backend")))) is not None:
-        values = {"method": backend.method, "format": backend.format, **values}
+    engine = str(values.get("backend", defaults.ENGINE))
+    if engine in defaults.LEGACY_ENGINES:
+        method, form = defaults.LEGACY_ENGINES[engine]
+        values = {"method": method, "format": form, **values}
     elif values.get("backend_python") is not None:
         raise UsageError(
-            "--backend-python belongs to --backend auto-gptq or autoawq: name one, or leave it out"
+            f"--backend-python belongs to --backend {' or '.join(defaults.LEGACY_ENGINES)}: name one, or "
+            "leave it out"
         )
     try:
         return Recipe(**values)
@@ -254,6 +261,21 @@ def read_recipe(path: Path) -> dict[str, Any]:
     known = list(Recipe.model_fields)
     if unknown := [str(one_of(f"{path}: recipe key", key, known)) for key in values if key not in known]:
         raise UsageError(unknown[0]) if len(unknown) == 1 else Problems(unknown, exit_code=2)
+    return values
+
+
+def recipe_values(config: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a job: those of a recipe file, and those given, which win.
+
+    Raises:
+        QuantError, UsageError: see :func:`read_recipe`; or no model or no output is named by either.
+    """
+    values = {**(read_recipe(config) if config is not None else {}), **given}
+    if missing := [k for k in ("model_path", "output_path") if k not in values]:
+        raise UsageError(
+            f"missing {_as_options(missing)}: give {'it' if len(missing) == 1 else 'them'} as options or in "
+            "the recipe of --config"
+        )
     return values
 
 

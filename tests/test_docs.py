@@ -12,7 +12,15 @@ from deploy_vllm import cli as deploy
 from quantize import cli as quant
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = [(g, n) for g in (quant, deploy) for n in g.commands]
+
+
+def command_of(group: click.Group, name: str) -> click.Command:
+    command = group.get_command(click.Context(group), name)
+    assert command is not None
+    return command
+
+
+COMMANDS = [(g, n) for g in (quant, deploy) for n in g.list_commands(click.Context(g))]
 
 
 def test_the_reference_is_current() -> None:
@@ -24,7 +32,7 @@ def test_the_reference_is_current() -> None:
 
 @pytest.mark.parametrize(("group", "name"), COMMANDS, ids=lambda v: v if isinstance(v, str) else "")
 def test_every_command_has_help_with_an_example(group: click.Group, name: str) -> None:
-    command = group.commands[name]
+    command = command_of(group, name)
     assert command.help and "\b" in command.help
     for option in command.params:
         if isinstance(option, click.Option):
@@ -34,7 +42,7 @@ def test_every_command_has_help_with_an_example(group: click.Group, name: str) -
 def _help(command: str, option: str) -> str:
     return next(
         str(p.help)
-        for p in quant.commands[command].params
+        for p in command_of(quant, command).params
         if isinstance(p, click.Option) and option in p.opts
     )
 

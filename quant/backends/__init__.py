@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quant import defaults
+
 if TYPE_CHECKING:
     from quant.recipe import Recipe
 
-#: What this package quantizes with itself.
-NATIVE = "native"
 #: Keys of a recipe that no other backend has anything for.
 _OURS_ALONE = (
     "rules", "outlier_suppression", "alpha", "kv_cache_scheme", "layers", "ignore", "clip_search", "options",
@@ -82,12 +82,12 @@ class Backend:
 
 def _gptq_settings(recipe: Recipe) -> dict[str, Any]:
     scheme = recipe.resolved_scheme(recipe.method).weights
-    order = (recipe.act_order or "static") == "static"
+    order = (recipe.act_order or defaults.ACT_ORDER) == "static"
     return {
         "bits": scheme.bits,
         "group_size": scheme.group_size,
         "sym": scheme.symmetric,
-        "damp_percent": recipe.damping or 0.01,
+        "damp_percent": recipe.damping or defaults.DAMPING,
         "desc_act": order,
         "static_groups": order,  # groups stay in natural order, the only one vLLM has a fast path for
     }
@@ -127,12 +127,14 @@ BACKENDS = {
     b.name: b
     for b in (
         Backend(
-            "auto-gptq", "auto_gptq", "0.7.1", "2025-04", "gptq", "gptq", True, _HERE / "worker_auto_gptq.py",
+            "auto-gptq", "auto_gptq", "0.7.1", "2025-04", *defaults.LEGACY_ENGINES["auto-gptq"], True,
+            _HERE / "worker_auto_gptq.py",
             _gptq_settings,
             frozenset({"act_order", "damping"}), _refuse_gptq,
         ),
         Backend(
-            "autoawq", "awq", "0.2.9", "2025-05", "awq", "awq", False, _HERE / "worker_autoawq.py",
+            "autoawq", "awq", "0.2.9", "2025-05", *defaults.LEGACY_ENGINES["autoawq"], False,
+            _HERE / "worker_autoawq.py",
             _awq_settings, frozenset(), _refuse_awq
         ),
     )

@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from quant import defaults
 from quant.activations import fake_quantize, input_parameters
 from quant.calibration.statistics import Statistics
 from quant.outlier_suppression.base import OutlierSuppressionRegistry, Place, Suppression
@@ -30,7 +31,7 @@ class SmoothQuant:
     quantized as the scheme says, over a sample of tokens. Where nothing is quantized, that is the error of
     ``w8a8-int8``, which the result is then made for."""
 
-    alpha: float | Literal["auto"] = 0.5
+    alpha: float | Literal["auto"] = defaults.ALPHA
 
     name: ClassVar[str] = "smooth_quant"
     sources: ClassVar[frozenset[str]] = frozenset({"norm"})

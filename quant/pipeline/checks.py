@@ -11,7 +11,7 @@ from quant.checkpoint.reader import Checkpoint
 from quant.errors import QuantError, clipped
 from quant.formats import Format, FormatRegistry
 from quant.models.adapter import block_of
-from quant.pipeline.methods import make_suppressor
+from quant.pipeline.methods import make_suppressor, takes_alpha
 from quant.planning.target import target_problems
 from quant.quantizers import QuantizerRegistry
 from quant.recipe import Assignment, Recipe
@@ -52,7 +52,9 @@ def assignment_problems(recipe: Recipe, assignments: Sequence[Assignment], form:
         )
     if recipe.outlier_suppression not in (None, "none"):
         make_suppressor(recipe.outlier_suppression, recipe.alpha)
-    elif recipe.alpha is not None:
+    elif recipe.alpha is not None and not any(
+        name and name != "none" and takes_alpha(name) for name in (a.outlier_suppression for a in assignments)
+    ):
         problems.append("--alpha belongs to --outlier-suppression smooth_quant: name it too")
     return problems
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from quant.backends import NATIVE
+from quant import defaults
 from quant.calibration.statistics import gram_for
 from quant.calibration.text import Rows
 from quant.checkpoint.header import read_header
@@ -30,22 +30,19 @@ from quant.formats import Contents
 from quant.formats.reading import read_linear
 from quant.models.attention import staircase_attention
 from quant.models.skeleton import BlockCall, Skeleton
-from quant.outlier_suppression import Suppressor
 from quant.pipeline.activation_store import ActivationStore, Batches
 from quant.pipeline.blocks import BlockQuantizer, BlockResult
 from quant.pipeline.folding import unfolded
 from quant.pipeline.layout import Unit
 from quant.pipeline.memory import freed_memory_kept, peak_rss
-from quant.pipeline.methods import make_quantizer, make_suppressor
+from quant.pipeline.methods import make_quantizer, suppressor_of
 from quant.pipeline.pieces import PieceQuantizer
-from quant.pipeline.plan import JobPlan, plan_job
+from quant.pipeline.plan import JobPlan
 from quant.pipeline.records import Clock, Records
 from quant.pipeline.rows import job_rows
 from quant.pipeline.staged import run_block
 from quant.pipeline.writing import write_rest, write_unit
 from quant.progress import Event, Progress, silent
-from quant.quantizers import Quantizer
-from quant.recipe import Recipe
 from quant.report.evidence import REPORT
 from quant.tensors import QuantizedTensor
 from quant.units import format_seconds
@@ -81,23 +78,17 @@ class QuantizationManager:
     def __init__(self, plan: JobPlan, progress: Progress = silent):
         self.plan, self.progress = plan, progress
         recipe = plan.recipe
-        if recipe.backend != NATIVE:
+        if recipe.backend != defaults.ENGINE:
             raise UsageError(
                 f"--backend is {recipe.backend!r}: this is the native one, quant.quantize runs the others"
             )
         self.quantizers = {a: make_quantizer(a) for a in dict.fromkeys(plan.assignments.values())}
-        self.suppressors = {a: self._suppressor(q) for a, q in self.quantizers.items()}
+        self.suppressors = {a: suppressor_of(a, recipe.alpha) for a in self.quantizers}
         self.device = device_of(recipe.device)
         self.clock, self.records = Clock(), Records(plan, progress)
         self.blocks = BlockQuantizer(plan, self.quantizers, self.suppressors, self.records, self.clock)
         self.pieces = PieceQuantizer(plan, self.quantizers, self.device, self.records)
         self.scratch_bytes = 0
-
-    def _suppressor(self, quantizer: Quantizer) -> Suppressor | None:
-        """The one that the job names, or else the one that is part of the method."""
-        recipe = self.plan.recipe
-        name = recipe.outlier_suppression or quantizer.suppressor
-        return make_suppressor(name, recipe.alpha) if name and name != "none" else None
 
     @property
     def needs(self) -> frozenset[str]:
@@ -490,17 +481,3 @@ def output_config(plan: JobPlan, settings: Mapping[str, Any]) -> dict[str, Any]:
             }
         config["quantization_config"] = quantization
     return config
-
-
-def quantize(recipe: Recipe, progress: Progress = silent) -> dict[str, Any]:
-    """Plans and runs a job, with whichever backend it names; returns the report that is also written as
-    ``quant_report.json``.
-
-    Raises:
-        QuantError: see :func:`plan_job`, :meth:`QuantizationManager.run` and :mod:`quant.backends.run`.
-    """
-    if recipe.backend != NATIVE:
-        from quant.backends.run import plan_backend, quantize_with
-
-        return quantize_with(plan_backend(recipe), progress)
-    return QuantizationManager(plan_job(recipe), progress).run()

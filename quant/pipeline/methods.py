@@ -35,16 +35,31 @@ def make_suppressor(name: str, alpha: float | str | None) -> Suppressor:
     return _configured(kind, f"--outlier-suppression {name}", {} if alpha is None else {"alpha": alpha})
 
 
+def suppressor_of(assignment: Assignment, alpha: float | str | None) -> Suppressor | None:
+    """What scales the inputs of an assignment's linears: the suppressor that it names, or else the one that
+    is part of its method. ``alpha``: for suppressors that have one.
+
+    Raises:
+        UsageError: unknown name, or a wrong alpha.
+    """
+    name = assignment.outlier_suppression or QuantizerRegistry.get(assignment.method).suppressor
+    if not name or name == "none":
+        return None
+    return make_suppressor(name, alpha if takes_alpha(name) else None)
+
+
+def takes_alpha(name: str) -> bool:
+    """Whether ``--alpha`` is a setting of a suppressor."""
+    kind = OutlierSuppressionRegistry.get(name)
+    return is_dataclass(kind) and "alpha" in [f.name for f in fields(kind)]
+
+
 def calibrated(recipe: Recipe, assignment: Assignment) -> bool:
     """Whether calibration text is run for an assignment: its method, its suppressor, its activations or the
     job's KV cache ask for some."""
     quantizer, activations = make_quantizer(assignment), assignment.scheme.activations
-    name = recipe.outlier_suppression or quantizer.suppressor
-    suppressed = (
-        bool(name)
-        and name != "none"
-        and bool(make_suppressor(name, recipe.alpha if recipe.outlier_suppression else None).needs)
-    )
+    suppressor = suppressor_of(assignment, recipe.alpha)
+    suppressed = suppressor is not None and bool(suppressor.needs)
     stored = activations is not None and activations.calibrated
     return bool(quantizer.needs) or suppressed or stored or recipe.kv_cache_scheme is not None
 

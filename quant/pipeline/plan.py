@@ -23,7 +23,7 @@ from quant.pipeline.checks import (
     unlabelled_problems,
 )
 from quant.pipeline.layout import Unit, lay_out, unquantized_linears
-from quant.pipeline.methods import calibrated, make_quantizer
+from quant.pipeline.methods import calibrated, make_quantizer, suppressor_of
 from quant.pipeline.selection import select, selected
 from quant.recipe import Assignment, Recipe
 from quant.schemes import Scheme
@@ -211,6 +211,8 @@ def assign(recipe: Recipe, everything: Sequence[str], blocks: int) -> tuple[dict
             if not rule.skip:
                 assignment = rule.assigned(recipe)
                 make_quantizer(assignment)
+                if rule.outlier_suppression is not None:
+                    suppressor_of(assignment, None)
         except UsageError as error:
             problems.append(f"rule {number}: {error}")
             assignment = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from quant import defaults
 from quant.calibration.text import Rows, bundled, calibration_rows
 from quant.errors import UsageError
 from quant.offline import load_tokenizer
@@ -17,7 +18,8 @@ def job_rows(plan: JobPlan) -> Rows:
     recipe, checkpoint = plan.recipe, plan.checkpoint
     config = text_config(checkpoint.config)
     longest = config.get("max_position_embeddings")
-    length = recipe.sequence_length or min(2048, longest if isinstance(longest, int) else 2048)
+    limit = longest if isinstance(longest, int) else defaults.SEQUENCE_LENGTH
+    length = recipe.sequence_length or min(defaults.SEQUENCE_LENGTH, limit)
     if isinstance(longest, int) and length > longest:
         raise UsageError(f"--sequence-length is {length}: the model's longest context is {longest}")
     return calibration_rows(

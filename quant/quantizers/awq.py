@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import torch
 
+from quant import defaults
 from quant.calibration.statistics import Statistics
 from quant.errors import QuantError
 from quant.quantizers.base import Quantized, QuantizerRegistry
@@ -26,10 +27,10 @@ class AWQQuantizer:
     """``clip_search``: shrink each group's range to the one of least weighted error; without it the range is
     kept whole."""
 
-    clip_search: bool = True
+    clip_search: bool = defaults.CLIP_SEARCH["awq"]
 
     name: ClassVar[str] = "awq"
-    suppressor: ClassVar[str] = "awq"
+    suppressor: ClassVar[str] = defaults.SUPPRESSORS["awq"]
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
     @staticmethod

@@ -21,6 +21,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from quant import defaults
 from quant.calibration.statistics import Statistics
 from quant.errors import QuantError
 from quant.quantizers.base import Quantized, QuantizerRegistry
@@ -55,9 +56,9 @@ class GPTQQuantizer:
             of the whole range.
     """
 
-    damping: float = 0.01
-    act_order: Literal["none", "static"] = "static"
-    clip_search: bool = True
+    damping: float = defaults.DAMPING
+    act_order: Literal["none", "static"] = defaults.ACT_ORDER
+    clip_search: bool = defaults.CLIP_SEARCH["gptq"]
 
     name: ClassVar[str] = "gptq"
     suppressor: ClassVar[str] = ""

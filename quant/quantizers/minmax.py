@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from quant import defaults
 from quant.calibration.statistics import Statistics
 from quant.quantizers.base import Quantized, QuantizerRegistry
 from quant.quantizers.nearest import round_to_nearest
@@ -19,7 +20,7 @@ class MinMaxQuantizer:
     """``clip_search`` shrinks each group's range to the one of least squared error; without it the range is
     kept whole."""
 
-    clip_search: bool = False
+    clip_search: bool = defaults.CLIP_SEARCH["minmax"]
 
     name: ClassVar[str] = "minmax"
     suppressor: ClassVar[str] = ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import math
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quant import defaults
 from quant.checkpoint.reader import open_checkpoint
-from quant.errors import CheckpointError, QuantError, UsageError, VerificationFailed, one_of
+from quant.errors import CheckpointError, Problems, QuantError, UsageError, VerificationFailed, one_of
 from quant.evaluation.verify import verify
 from quant.units import format_size
 from quant.vllm.arguments import Argument, engine_arguments
@@ -27,8 +29,6 @@ from quant.vllm.releases import VLLM_VERSION
 if TYPE_CHECKING:
     from quant.hardware import Gpu
 
-LOOPBACK = "127.0.0.1"
-PORT = 8000
 IMAGE = f"vllm/vllm-openai:v{VLLM_VERSION}.0"
 #: vLLM asks no hub for a local checkpoint and reports no usage; nothing leaves the machine unasked.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
@@ -63,11 +63,27 @@ class DeploymentRequest:
     tensor_parallel: int | None = None
     max_model_len: int | None = None
     gpu_memory_utilization: float | None = None
-    host: str = LOOPBACK
-    port: int = PORT
+    host: str = defaults.HOST
+    port: int = defaults.PORT
     name: str | None = None
     api_key_env: str | None = None
     extra: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """
+        Raises:
+            Problems: everything that is wrong with it, as the options say it (exit status 2).
+        """
+        wrong = [
+            f"--{key} is {value!r}: {what} without spaces and control characters is needed"
+            for key, value, what in (("host", self.host, "an address"), ("name", self.name, "a name"))
+            if value is not None and (not value.isprintable() or value.split() != [value])
+        ]
+        share = self.gpu_memory_utilization
+        if share is not None and math.isnan(share):
+            wrong.append(f"--gpu-memory-utilization is {share}: a share above 0 and at most 1 is needed")
+        if wrong:
+            raise Problems(wrong, exit_code=2)
 
 
 @dataclass(frozen=True)
@@ -135,8 +151,10 @@ def plan(path: str | Path, request: DeploymentRequest) -> Deployment:
     Raises:
         CheckpointError: the directory or its ``vllm_config.json`` cannot be read.
         VerificationFailed: vLLM would not load it, or would read wrong values.
+        Problems: see :meth:`DeploymentRequest.check`.
         UsageError: an extra argument that one of our own options sets, or a GPU that is not known.
     """
+    request.check()
     _check_extra(request.extra)
     if request.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", request.api_key_env):
         raise UsageError(
@@ -185,7 +203,7 @@ def plan(path: str | Path, request: DeploymentRequest) -> Deployment:
         warnings.append(
             f"--host is {request.host} without an API key: whoever reaches port {request.port} can use the model. "
             "Name a variable with --api-key-env, "
-            f"or bind to {LOOPBACK}"
+            f"or bind to {defaults.HOST}"
         )
     return Deployment(
         folder,
@@ -377,7 +395,7 @@ def _head(deployment: Deployment, launch: str, *more: str, contained: bool = Fal
     lines = [f"vLLM serving {deployment.name}. {launch}", "", "Why each flag has its value:"]
     everywhere = [
         Argument("host", "0.0.0.0", "every address of the container"),
-        Argument("port", PORT, "of the container"),
+        Argument("port", defaults.PORT, "of the container"),
     ]
     reasons = [*deployment.arguments, *everywhere] if contained else deployment.reasons()
     lines += [f"  --{a.name} {a.value}: {a.reason}" for a in reasons]
@@ -442,7 +460,8 @@ def compose(deployment: Deployment) -> str:
     service = {
         "image": IMAGE,
         "command": [
-            w.replace("$", "$$") for w in ["--model", mounted, *deployment.flags(host="0.0.0.0", port=PORT)]
+            w.replace("$", "$$")
+            for w in ["--model", mounted, *deployment.flags(host="0.0.0.0", port=defaults.PORT)]
         ],
         "environment": environment,
         "volumes": [
@@ -453,7 +472,7 @@ def compose(deployment: Deployment) -> str:
                 "read_only": True,
             }
         ],
-        "ports": [f"{host}:{deployment.port}:{PORT}"],
+        "ports": [f"{host}:{deployment.port}:{defaults.PORT}"],
         "ipc": "host",
         "restart": "unless-stopped",
         "healthcheck": {
@@ -461,7 +480,7 @@ def compose(deployment: Deployment) -> str:
                 "CMD",
                 "python3",
                 "-c",
-                f"import urllib.request; urllib.request.urlopen('http://127.0.0.1:{PORT}/health', timeout=5)",
+                f"import urllib.request; urllib.request.urlopen('http://127.0.0.1:{defaults.PORT}/health', timeout=5)",
             ],
             "interval": "10s",
             "timeout": "6s",
@@ -514,10 +533,11 @@ def kubernetes(deployment: Deployment) -> str:
         "image": IMAGE,
         # the kubelet would expand $(NAME) in arguments
         "args": [
-            w.replace("$(", "$$(") for w in ["--model", mounted, *deployment.flags(host="0.0.0.0", port=PORT)]
+            w.replace("$(", "$$(")
+            for w in ["--model", mounted, *deployment.flags(host="0.0.0.0", port=defaults.PORT)]
         ],
         "env": environment,
-        "ports": [{"name": "http", "containerPort": PORT}],
+        "ports": [{"name": "http", "containerPort": defaults.PORT}],
         "startupProbe": probe(periodSeconds=10, failureThreshold=180),
         "readinessProbe": probe(periodSeconds=5, failureThreshold=2),
         "livenessProbe": probe(periodSeconds=10, failureThreshold=6),

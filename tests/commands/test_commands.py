@@ -246,7 +246,7 @@ def test_a_rise_of_perplexity_beyond_the_limit_exits_with_4_and_one_json_object(
 
 
 def test_numbers_that_json_lacks_are_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from quant.terminal import Output
+    from quant.commands.terminal import Output
 
     Output(json=True).result({"a": [float("nan"), 1.5, float("inf")], "b": (float("-inf"),)}, lambda c: None)
     assert json.loads(capsys.readouterr().out, parse_constant=lambda c: pytest.fail(c)) == {

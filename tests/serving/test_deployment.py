@@ -293,14 +293,14 @@ def test_the_systemd_unit_quotes_for_systemd(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["shell", "compose", "kubernetes", "systemd"])
-def test_a_line_break_in_a_name_does_not_end_a_comment(folder: Path, kind: str) -> None:
-    made = plan(folder, DeploymentRequest(name="x\nrm -rf /"))
+def test_a_line_break_in_a_name_does_not_end_a_comment(folder: Path, kind: str, tmp_path: Path) -> None:
+    made = plan(shutil.copytree(folder, tmp_path / "x\nrm -rf y"), DeploymentRequest())
     text = artefact(made, kind)
-    assert "# vLLM serving x rm -rf /. " in text
+    assert "# vLLM serving x rm -rf y. " in text
     # there it stands inside quotes
     assert not any(line.startswith("rm -rf") for line in text.splitlines()) or kind == "shell"
     if kind == "shell":
-        assert shlex.quote("x\nrm -rf /") in text
+        assert shlex.quote("x\nrm -rf y") in text
 
 
 def test_plan_prints_the_artefact_alone_or_one_json_object(

@@ -1,28 +1,18 @@
-"""Results as people read them. The same values that ``--json`` prints, drawn with rich."""
+"""What was made, measured, checked and found in checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from quant.report.evidence import worst
+from quant.commands.render import table
+from quant.report.evidence import REPORT, worst
 from quant.units import format_seconds, format_size
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _WORST = 5
-
-
-def _table(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
 
 
 def _checks(checks: list[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -50,8 +40,6 @@ def _worst(found: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def quantization(console: Console, report: Mapping[str, Any]) -> None:
     """The last lines of ``quant quantize``: what was made, how well, what went otherwise."""
-    seconds = report["seconds"]
-    parts = [f"{k} {format_seconds(v)}" for k, v in seconds.items() if k != "total" and v >= 0.05]
     schemes = dict.fromkeys(x["scheme"] for x in report["layers"])
     rows = [
         ("output", report["output_path"]),
@@ -61,10 +49,7 @@ def quantization(console: Console, report: Mapping[str, Any]) -> None:
             f"{report['bits_per_weight']} bits per weight",
         ),
         ("size", f"{format_size(report['source_bytes'])} → {format_size(report['output_bytes'])}"),
-        (
-            "time",
-            format_seconds(seconds["total"]) + (f" ({', '.join(parts)})" if parts else ""),
-        ),
+        ("time", format_seconds(report["seconds"]["total"])),
         (
             "peak memory",
             format_size(report["peak_rss_bytes"])
@@ -104,12 +89,12 @@ def quantization(console: Console, report: Mapping[str, Any]) -> None:
             (
                 "notes",
                 "\n".join(notes[:_WORST])
-                + (f"\nand {len(notes) - _WORST} more in quant_report.json" if len(notes) > _WORST else ""),
+                + (f"\nand {len(notes) - _WORST} more in {REPORT}" if len(notes) > _WORST else ""),
             )
         )
     left = [n for n in report["unquantized_linears"] if n != "lm_head"]
     if left:
-        more = f" and {len(left) - _WORST} more in quant_report.json" if len(left) > _WORST else ""
+        more = f" and {len(left) - _WORST} more in {REPORT}" if len(left) > _WORST else ""
         rows.append(("unquantized", f"{len(left)} linears: {', '.join(left[:_WORST])}{more}"))
     if report["folds"]:
         names = ", ".join(sorted({f["suppressor"] for f in report["folds"].values()}))
@@ -141,12 +126,12 @@ def quantization(console: Console, report: Mapping[str, Any]) -> None:
         )
     else:
         rows.append(("serve", f"python deploy_vllm.py serve --model-path {report['output_path']}"))
-    _table(console, "Scaled" if report["methods"] == ["none"] else "Quantized", rows)
+    table(console, "Scaled" if report["methods"] == ["none"] else "Quantized", rows)
 
 
 def prediction(console: Console, value: Mapping[str, Any]) -> None:
     """``--dry-run``: what the job would make and take."""
-    _table(
+    table(
         console,
         "Dry run: nothing was written",
         [
@@ -209,7 +194,7 @@ def export(console: Console, report: Mapping[str, Any]) -> None:
     left += [f"{reasons.count(r)} tensors: {r}" for r in dict.fromkeys(reasons)]
     if left:
         rows.append(("left out", "\n".join(left)))
-    _table(console, "Exported", rows + _checks(report["verify"]["checks"]))
+    table(console, "Exported", rows + _checks(report["verify"]["checks"]))
 
 
 def verification(console: Console, value: Mapping[str, Any]) -> None:
@@ -231,7 +216,7 @@ def verification(console: Console, value: Mapping[str, Any]) -> None:
         )
     if "vllm" in value:
         rows.append((("✓ " if value["vllm"]["passed"] else "✗ ") + "in vLLM", value["vllm"]["detail"]))
-    _table(console, f"{value['path']}: {'passed' if value['passed'] else 'FAILED'}", rows)
+    table(console, f"{value['path']}: {'passed' if value['passed'] else 'FAILED'}", rows)
 
 
 def evaluation(console: Console, value: Mapping[str, Any]) -> None:
@@ -250,7 +235,7 @@ def evaluation(console: Console, value: Mapping[str, Any]) -> None:
             ("KL to source", f"{shown(value['kl'], '.5f')} nats per token"),
             ("top-1 agreement", shown(value["top1"], ".2%")),
         ]
-    _table(console, value["path"], rows)
+    table(console, value["path"], rows)
 
 
 def comparison(console: Console, values: Sequence[Mapping[str, Any]]) -> None:
@@ -259,14 +244,14 @@ def comparison(console: Console, values: Sequence[Mapping[str, Any]]) -> None:
 
     first = values[0]
     against = f" against {first['against']}" if first["against"] else ""
-    table = Table(
+    grid = Table(
         title=f"{first['text']}, {first['chunks']} chunks, {first['tokens']:,} tokens{against}",
         title_justify="left",
         box=None,
         pad_edge=False,
     )
     for heading in ("path", "scheme", "bits/weight", "size", "perplexity", "KL, nats per token", "top-1"):
-        table.add_column(
+        grid.add_column(
             heading, overflow="fold", justify="left" if heading in ("path", "scheme") else "right"
         )
 
@@ -274,13 +259,13 @@ def comparison(console: Console, values: Sequence[Mapping[str, Any]]) -> None:
         return "" if m is None else f"{m['mean']:{form}} ± {m['standard_error']:{form}}"
 
     if first["source_perplexity"]:
-        table.add_row(
+        grid.add_row(
             str(first["against"]), "source", "", "", shown(first["source_perplexity"], ".4f"), "", ""
         )
     for v in values:
         bits = "" if v["bits_per_weight"] is None else f"{v['bits_per_weight']:.3f}"
         size = format_size(v["total_bytes"])
-        table.add_row(
+        grid.add_row(
             v["path"],
             v["scheme"],
             bits,
@@ -289,13 +274,13 @@ def comparison(console: Console, values: Sequence[Mapping[str, Any]]) -> None:
             shown(v["kl"], ".5f"),
             shown(v["top1"], ".2%"),
         )
-    console.print(table)
+    console.print(grid)
 
 
 def inspection(console: Console, value: Mapping[str, Any]) -> None:
     schemes = ", ".join(f"{n} × {s}" for s, n in value["schemes"].items()) or "none"
     architectures = ", ".join(value["architectures"] or ["no architecture named"])
-    _table(
+    table(
         console,
         value["path"],
         [

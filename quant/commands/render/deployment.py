@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from quant.report.text import _table
+from quant.commands.render import table
 from quant.units import format_seconds
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def serving(console: Console, report: Mapping[str, Any]) -> None:
     completion, tokens = report["completion"], report["kv_cache_tokens"]
-    _table(
+    table(
         console,
         "Ready",
         [

@@ -9,47 +9,23 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from quant.errors import QuantError
 from quant.progress import Event
-from quant.units import format_seconds, parse_size
+from quant.units import format_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-class Size(click.ParamType):
-    """A size such as ``48GiB``; the value is bytes."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return parse_size(value, f"--{param.name.replace('_', '-')}" if param and param.name else "size")
-        except QuantError as error:
-            self.fail(str(error), param, ctx)
-
-
-class PathType(click.Path):
-    """A path that is not empty: ``-o "$UNSET"`` would mean the current directory."""
-
-    def __init__(self) -> None:
-        super().__init__(path_type=Path)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value == "":
-            self.fail("it is empty: give a path (. is the current directory)", param, ctx)
-        return super().convert(value, param, ctx)
-
-
-PATH = PathType()
+#: Seconds below which a phase is not listed.
+_WORTH_SAYING = 0.05
 
 
 @dataclass
@@ -75,6 +51,8 @@ class Output:
     json: bool = False
     quiet: bool = False
     verbose: bool = False
+    #: seconds by phase of the work; where a command does not set them, those between its progress events
+    seconds: dict[str, float] = field(default_factory=dict)
     outcome: Outcome = field(default_factory=Outcome)
 
     def result(self, value: dict[str, Any] | list[Any], text: Callable[[Console], None]) -> None:
@@ -89,9 +67,11 @@ class Output:
         if not self.quiet:
             click.echo(text, err=True)
 
-    def detail(self, text: str) -> None:
+    def details(self, lines: Iterable[str]) -> None:
+        """Lines that only ``--verbose`` shows, such as where a fact comes from."""
         if self.verbose:
-            click.echo(text, err=True)
+            for line in lines:
+                click.echo(line, err=True)
 
     def warn(self, text: str) -> None:
         click.echo(
@@ -115,14 +95,13 @@ def _colour(stream: Any) -> bool:
     return bool(stream.isatty()) and "NO_COLOR" not in os.environ
 
 
-def console(stderr: bool = False) -> Console:
-    """A rich console; without colour when piped or when NO_COLOR is set, and never narrower than a report
-    needs."""
+def console() -> Console:
+    """A rich console on stdout; without colour when piped or when NO_COLOR is set, and never narrower than a
+    report needs."""
     from rich.console import Console
 
-    stream = sys.stderr if stderr else sys.stdout
     return Console(
-        stderr=stderr, no_color=not _colour(stream), highlight=False, width=None if stream.isatty() else 140
+        no_color=not _colour(sys.stdout), highlight=False, width=None if sys.stdout.isatty() else 140
     )
 
 
@@ -136,6 +115,7 @@ class _Progress:
 
     def __call__(self, event: Event) -> None:
         if event.phase != self.phase:
+            self._end_phase()
             self.phase, self.start = event.phase, time.monotonic()
         if event.warning:
             self._clear()
@@ -159,7 +139,13 @@ class _Progress:
         if self.live:
             click.echo("\r\033[2K", nl=False, err=True)
 
+    def _end_phase(self) -> None:
+        if self.phase:
+            spent = self.output.seconds.get(self.phase, 0.0) + time.monotonic() - self.start
+            self.output.seconds[self.phase] = spent
+
     def close(self) -> None:
+        self._end_phase()
         self._clear()
 
 
@@ -170,12 +156,22 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
         "--json", "json_", is_flag=True, help="One JSON object on stdout, everything else on stderr."
     )
     @click.option("-q", "--quiet", is_flag=True, help="No progress.")
-    @click.option("-v", "--verbose", is_flag=True, help="More detail on stderr.")
+    @click.option(
+        "-v", "--verbose", is_flag=True, help="Where facts come from, and what took how long, on stderr."
+    )
     @functools.wraps(command)
     def wrapped(*args: Any, json_: bool, quiet: bool, verbose: bool, **kwargs: Any) -> Any:
-        return command(
-            *args, out=Output(json_, quiet, verbose, click.get_current_context().obj or Outcome()), **kwargs
-        )
+        outcome = click.get_current_context().obj or Outcome()
+        out, start = Output(json_, quiet, verbose, outcome=outcome), time.monotonic()
+        try:
+            return command(*args, out=out, **kwargs)
+        finally:
+            phases = [
+                f"{name} {format_seconds(spent)}"
+                for name, spent in out.seconds.items()
+                if name != "total" and spent >= _WORTH_SAYING
+            ]
+            out.details([", ".join([f"time: {format_seconds(time.monotonic() - start)}", *phases])])
 
     return wrapped
 

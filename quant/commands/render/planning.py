@@ -1,7 +1,8 @@
-"""How a detection and a recommendation look to people."""
+"""How a detection and a recommendation look to people, and where what they say is from."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from quant.hardware import Detection, Gpu
@@ -19,7 +20,7 @@ def _rate(value: float | None, unit: str) -> str:
     return "?" if not value else f"{value:,.0f} {unit}"
 
 
-def show_gpus(gpus: tuple[Gpu, ...] | list[Gpu], console: Console) -> None:
+def show_gpus(gpus: Sequence[Gpu], console: Console) -> None:
     """One table of GPUs, then what each computes natively."""
     from rich.table import Table
 
@@ -41,7 +42,6 @@ def show_gpus(gpus: tuple[Gpu, ...] | list[Gpu], console: Console) -> None:
             gpu.driver or "-",
         )
     console.print(table)
-    cited: set[str] = set()  # a machine's GPUs are mostly of one part
     for gpu in gpus:
         by_state: dict[str, list[str]] = {}
         for number, state in formats_of(gpu).items():
@@ -51,9 +51,6 @@ def show_gpus(gpus: tuple[Gpu, ...] | list[Gpu], console: Console) -> None:
             ", ".join(by_state.get("weight-only", [])) or "nothing",
         )
         console.print(f"GPU {gpu.index}: computes natively {native}; as packed weights {packed}")
-        for source, facts in _by_source(gpu).items() if gpu.name not in cited else ():
-            console.print(f"  {', '.join(facts)}: {source}", soft_wrap=True, markup=False, highlight=False)
-        cited.add(gpu.name)
         for process in gpu.processes:
             console.print(
                 f"  {format_size(process.used_bytes)} held by {process.name or 'a process'} (pid "
@@ -66,13 +63,36 @@ def show_gpus(gpus: tuple[Gpu, ...] | list[Gpu], console: Console) -> None:
             )
 
 
-def _by_source(gpu: Gpu) -> dict[str, list[str]]:
-    """The facts of a GPU that the driver did not tell, by the document that they are from."""
-    found: dict[str, list[str]] = {}
-    for fact, source in gpu.sources.items():
-        if not source.startswith("nvml"):
-            found.setdefault(source, []).append(fact.replace("_", " "))
-    return found
+def gpu_sources(gpus: Sequence[Gpu]) -> list[str]:
+    """For each kind of GPU, its facts by the driver or the document that they are from."""
+    lines = []
+    for gpu in {g.name: g for g in gpus}.values():
+        by_source: dict[str, list[str]] = {}
+        for fact, source in gpu.sources.items():
+            by_source.setdefault(source, []).append(fact.replace("_", " "))
+        lines += [f"{gpu.name}: {', '.join(facts)}: {source}" for source, facts in by_source.items()]
+    return lines
+
+
+def sources(found: Recommendation) -> list[str]:
+    """Where a recommendation's facts are from: of the GPUs, the model, the expected losses and vLLM's
+    accounting."""
+    return [
+        *gpu_sources(found.gpus),
+        f"{found.model.name}: shapes: {found.model.source}",
+        *(f"loss of {p.scheme}: {p.loss_source}" for p in found.plans),
+        f"memory: as vLLM {found.request.vllm_version} accounts it",
+    ]
+
+
+def show_nothing_to_quantize(found: Recommendation, console: Console) -> None:
+    """A job that would make nothing: the unquantized model fits."""
+    lines = [
+        f"Nothing to quantize: {found.reason}",
+        "Nothing was written. To serve it as it is:",
+        *found.commands,
+    ]
+    console.print("\n".join(lines), soft_wrap=True, markup=False)
 
 
 def show_detection(found: Detection, console: Console) -> None:

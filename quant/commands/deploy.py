@@ -1,0 +1,137 @@
+"""``quant-deploy plan`` and ``serve``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from quant import defaults
+from quant.commands import options
+from quant.commands.options import together
+from quant.commands.terminal import Output, common_options
+from quant.commands.types import PATH
+from quant.errors import UsageError
+
+if TYPE_CHECKING:
+    from quant.serving.deployment import Deployment
+
+#: What a deployment is asked for; each is a field of :class:`quant.serving.deployment.DeploymentRequest`.
+deployment_options = together(
+    options.model_path(),
+    options.gpu,
+    options.tensor_parallel("vllm_config.json's, or 1"),
+    options.max_model_len("vllm_config.json's, or the model's"),
+    options.gpu_memory_utilization,
+    click.option("--host", default=defaults.HOST, show_default=True, help="Address to listen on."),
+    click.option(
+        "--port",
+        type=click.IntRange(0, 65535),
+        default=defaults.PORT,
+        show_default=True,
+        help="Port; serve takes 0 for a free one.",
+    ),
+    click.option("--name", show_default="the directory's name", help="What clients call the model."),
+    click.option("--api-key-env", metavar="NAME", help="Environment variable that holds the API key."),
+    click.argument("extra", nargs=-1, type=click.UNPROCESSED, metavar="[-- VLLM_ARGUMENTS...]"),
+)
+
+
+def _planned(out: Output, model_path: Path, request: dict[str, Any]) -> Deployment:
+    from quant.serving.deployment import DeploymentRequest
+    from quant.serving.deployment import plan as make_plan
+
+    deployment = make_plan(model_path, DeploymentRequest(**request))
+    for warning in deployment.warnings:
+        out.warn(warning)
+    return deployment
+
+
+@click.command()
+@deployment_options
+@click.option(
+    "--output",
+    "kind",
+    type=click.Choice(["shell", "compose", "kubernetes", "systemd"]),
+    default="shell",
+    show_default=True,
+    help="What to print.",
+)
+@common_options
+def plan(out: Output, model_path: Path, kind: str, **request: Any) -> None:
+    """The exact vllm serve command for a checkpoint, and why each flag has its value. The context is fitted
+    to the GPU.
+
+    \b
+    quant-deploy plan -m out/Llama-3.1-8B-W4A16 --output compose > compose.yaml
+    """
+    from quant.serving.deployment import artefact
+
+    if request["port"] == 0:
+        raise UsageError("--port is 0: a plan names the port, from 1 to 65535; serve takes a free one for 0")
+    deployment = _planned(out, model_path, request)
+    text = artefact(deployment, kind)
+    out.result(
+        deployment.to_dict() | {"output": kind, "artefact": text}, lambda c: click.echo(text, nl=False)
+    )
+
+
+@click.command()
+@deployment_options
+@click.option(
+    "--vllm-python",
+    type=PATH,
+    show_default="the variable QUANT_VLLM_PYTHON, or this one",
+    help="Python of the environment with vLLM.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=1800.0,
+    show_default=True,
+    help="Seconds to wait until it is healthy.",
+)
+@click.option("--check", is_flag=True, help="Stop after the test completion.")
+@click.option(
+    "--exact-activations",
+    is_flag=True,
+    help="On CPUs with AMX: leave activations of 4-bit layers in 16 bits, which vLLM rounds to int8 for "
+    "speed.",
+)
+@common_options
+def serve(
+    out: Output,
+    model_path: Path,
+    vllm_python: Path | None,
+    timeout: float,
+    check: bool,
+    exact_activations: bool,
+    **request: Any,
+) -> None:
+    """Start vLLM on a checkpoint, try a completion, report, serve until a signal.
+
+    \b
+    quant-deploy serve -m out/Llama-3.1-8B-W4A16 --port 8000 -- --max-num-seqs 64
+    """
+    from quant.commands.render import deployment as render
+    from quant.serving.process import serve as start
+
+    deployment = _planned(out, model_path, request)
+
+    def ready(value: dict[str, Any]) -> None:
+        out.result(value, lambda console: render.serving(console, value))
+        if not check:
+            out.note(f"serving {value['model']} on {value['url']}; Ctrl-C stops it")
+
+    out.note(f"starting vLLM on {deployment.model_path}")
+    start(
+        deployment,
+        python=vllm_python,
+        timeout=timeout,
+        check=check,
+        exact=exact_activations,
+        log=out.note,
+        ready=ready,
+    )
+    out.note("stopped")

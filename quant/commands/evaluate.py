@@ -1,0 +1,133 @@
+"""``quant evaluate``."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quant import defaults
+from quant.commands import options
+from quant.commands.terminal import Output, common_options
+from quant.commands.types import PATH
+from quant.errors import Problems, QuantError, UsageError
+
+
+@click.command()
+@click.argument("paths", metavar="[PATH]...", type=PATH, nargs=-1)
+@options.model_path(required=False)
+@options.against("KL divergence and top-1 agreement")
+@click.option("--text", type=PATH, show_default="the bundled wikitext-2 test", help="Text to evaluate on.")
+@click.option(
+    "--length",
+    type=click.IntRange(8),
+    show_default=f"the smaller of {defaults.EVALUATION_LENGTH} and the model's",
+    help="Tokens a chunk.",
+)
+@click.option(
+    "--chunks", type=click.IntRange(2), default=defaults.EVALUATION_CHUNKS, show_default=True, help="Chunks."
+)
+@click.option(
+    "--max-perplexity-increase",
+    type=float,
+    help="Exit status 4 when perplexity rises by more than this share (0.05 is 5 %).",
+)
+@click.option(
+    "--plot",
+    type=PATH,
+    help="Picture of bits per weight against KL: a .html file, or a .png (takes matplotlib).",
+)
+@options.device
+@common_options
+def evaluate(
+    out: Output,
+    paths: tuple[Path, ...],
+    model_path: Path | None,
+    against: Path | None,
+    max_perplexity_increase: float | None,
+    plot: Path | None,
+    **measured: Any,
+) -> None:
+    """Perplexity with its standard error; against a source, KL divergence and top-1 agreement. Several
+    checkpoints make one table.
+
+    \b
+    quant evaluate out/Llama-3.1-8B-W4A16 --against models/Llama-3.1-8B
+    quant evaluate out/a out/b out/c --against models/Llama-3.1-8B --plot quality.html
+    """
+    if max_perplexity_increase is not None and not -1 <= max_perplexity_increase < math.inf:
+        raise UsageError(
+            f"--max-perplexity-increase is {max_perplexity_increase}: a finite share is needed, such as "
+            "0.05 for 5 %"
+        )
+    if max_perplexity_increase is not None and against is None:
+        raise UsageError(
+            "--max-perplexity-increase needs --against: the checkpoint whose perplexity it is compared with"
+        )
+    if plot is not None:
+        from quant.evaluation.comparison import check_plot
+
+        if against is None:
+            raise UsageError("--plot needs --against: it draws the KL divergence from that checkpoint")
+        check_plot(plot)
+    if len(paths) < 2 and plot is None:
+        _one(
+            out,
+            options.the_one(paths[0] if paths else None, model_path),
+            against,
+            max_perplexity_increase,
+            measured,
+        )
+        return
+    several = [*paths, *([model_path] if model_path else [])] or [options.the_one(None, None)]
+    _several(out, several, against, max_perplexity_increase, plot, measured)
+
+
+def _one(out: Output, path: Path, against: Path | None, most: float | None, measured: dict[str, Any]) -> None:
+    from quant.commands.render import results
+    from quant.evaluation.quality import evaluate as measure
+
+    with out.progress() as progress:
+        result = measure(path, against=against, progress=progress, **measured)
+    value = result.to_dict()
+    out.result(value, lambda console: results.evaluation(console, value))
+    result.demand(most)
+
+
+def _several(
+    out: Output,
+    paths: list[Path],
+    against: Path | None,
+    most: float | None,
+    plot: Path | None,
+    measured: dict[str, Any],
+) -> None:
+    """Each checkpoint's numbers as they are known, with ``--json`` one object a line; what fails does not
+    stop the others."""
+    from quant.commands.render import results
+    from quant.evaluation.comparison import compare_outputs, demand
+    from quant.evaluation.comparison import plot as draw
+
+    done, failures = [], []
+
+    def failed(path: str, error: QuantError) -> None:
+        failures.append(str(error) if path in str(error) else f"{path}: {error}")
+        if out.json:
+            out.result({"path": path, "error": str(error), "exit_code": error.exit_code}, lambda c: None)
+
+    with out.progress() as progress:
+        for one in compare_outputs(paths, against=against, progress=progress, failed=failed, **measured):
+            done.append(one)
+            if out.json:
+                out.result(one.to_dict(), lambda c: None)
+    if done and not out.json:
+        values = [one.to_dict() for one in done]
+        out.result(values, lambda console: results.comparison(console, values))
+    if done and plot is not None:
+        draw(plot, done)
+        out.note(f"{plot}: bits per weight against KL divergence of {len(done)} checkpoints")
+    if failures:
+        raise Problems(failures)
+    demand(done, most)

@@ -1,0 +1,58 @@
+"""``quant export-vllm``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from quant.commands import options
+from quant.commands.terminal import Output, common_options
+
+
+@click.command("export-vllm")
+@options.model_path()
+@options.output_path()
+@options.format_("the checkpoint's own")
+@options.source("missing side files (tokenizer, generation config) are taken from it")
+@click.option(
+    "--requantize",
+    is_flag=True,
+    help="Round anew the linears whose groups are in activation order (g_idx), which vLLM has no path for.",
+)
+@options.tensor_parallel(1)
+@options.max_model_len("the model's")
+@options.target
+@common_options
+def export_vllm(
+    out: Output,
+    model_path: Path,
+    output_path: Path,
+    format_: str | None,
+    source: Path | None,
+    requantize: bool,
+    tensor_parallel: int,
+    max_model_len: int | None,
+    target: str,
+) -> None:
+    """Turn a checkpoint that can be read into one that vLLM serves.
+
+    \b
+    quant export-vllm -m old-gptq-model -o out --format compressed-tensors
+    """
+    from quant.commands.render import results
+    from quant.pipeline.export import export
+
+    with out.progress() as progress:
+        report = export(
+            model_path,
+            output_path,
+            format_,
+            source=source,
+            requantize=requantize,
+            tensor_parallel=tensor_parallel,
+            max_model_len=max_model_len,
+            target=target,
+            progress=progress,
+        )
+    out.result(report, lambda console: results.export(console, report))

@@ -1,0 +1,44 @@
+"""A program's subcommands by name, each imported when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import click
+
+
+class LazyGroup(click.Group):
+    """A group that imports a subcommand when it is run, completed or listed with its help.
+
+    Args:
+        subcommands: name → where its command is, as ``module:attribute``.
+        implied: makes arguments that begin with an option, the original form of the program, into those of a
+            subcommand.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        subcommands: Mapping[str, str],
+        implied: Callable[[list[str]], list[str]],
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self._subcommands, self._implied = subcommands, implied
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(self._subcommands)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self._subcommands:
+            return None
+        module, _, attribute = self._subcommands[cmd_name].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0].startswith("-") and args[0] not in ("--help", "--version", "-h"):
+            args = self._implied(args)
+        return super().parse_args(ctx, args)

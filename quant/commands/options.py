@@ -1,0 +1,163 @@
+"""The options that more than one subcommand takes: each has its name, type, default and help here. What
+differs between subcommands is an argument: whether it is required, or what holds where it is not given."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from quant.commands.types import PATH
+from quant.errors import UsageError
+from quant.schemes import PRESETS
+from quant.vllm.releases import VLLM_VERSION, rules_for
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+FORMATS = "compressed-tensors, fp8, awq, gptq or plain (dequantized values in the source's dtype)"
+
+
+def together(*options: Decorator) -> Decorator:
+    """Several options as one decorator, listed by ``--help`` in this order."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def given(names: dict[str, Any]) -> dict[str, Any]:
+    """Of a subcommand's parameters those that the user gave, lists for those that repeat: the others are left
+    to the recipe, which has the same defaults."""
+    context = click.get_current_context()
+    unset = (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in names.items()
+        if context.get_parameter_source(name) not in unset
+    }
+
+
+def model_path(required: bool = True) -> Decorator:
+    return click.option(
+        "-m",
+        "--model-path",
+        type=PATH,
+        required=required,
+        help="Checkpoint directory, in Hugging Face's layout.",
+    )
+
+
+def output_path(required: bool = True) -> Decorator:
+    return click.option(
+        "-o",
+        "--output-path",
+        type=PATH,
+        required=required,
+        help="Output directory; it must not exist or be empty.",
+    )
+
+
+def one_checkpoint(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A checkpoint directory as the argument or as ``--model-path``; the command receives it as
+    ``checkpoint``."""
+
+    @click.argument("path", type=PATH, required=False)
+    @model_path(required=False)
+    @functools.wraps(command)
+    def wrapped(*args: Any, path: Path | None, model_path: Path | None, **kwargs: Any) -> Any:
+        return command(*args, checkpoint=the_one(path, model_path), **kwargs)
+
+    return wrapped
+
+
+def the_one(path: Path | None, model_path: Path | None) -> Path:
+    """The checkpoint that is given in one of two ways.
+
+    Raises:
+        UsageError: in none, or in both.
+    """
+    chosen = model_path if path is None else path
+    if chosen is None or (path is not None and model_path is not None):
+        raise UsageError("give one checkpoint directory: as the argument, or as --model-path")
+    return chosen
+
+
+gpu = click.option(
+    "--gpu",
+    metavar="NAME",
+    help="A GPU by name instead of those here: L40S-48GB, h100, 'RTX 3070 Ti Laptop', cpu; `quant detect "
+    "--gpu list` shows all.",
+)
+
+vllm_version = click.option(
+    "--vllm-version", default=VLLM_VERSION, show_default=True, help="Release of vLLM that will serve it."
+)
+
+target = click.option(
+    "--target",
+    type=click.Choice(["vllm", "other"]),
+    default="vllm",
+    show_default=True,
+    help="Who must load it: other allows what vLLM refuses.",
+)
+
+device = click.option(
+    "--device", show_default="cuda where there is one", help="Where torch computes: cpu, cuda or cuda:N."
+)
+
+gpu_memory_utilization = click.option(
+    "--gpu-memory-utilization",
+    type=click.FloatRange(0, 1, min_open=True),
+    show_default=f"vLLM's own, {rules_for(VLLM_VERSION).utilization:g}",
+    help="Share of a GPU's whole memory that vLLM may take.",
+)
+
+
+def tensor_parallel(default: int | str = 1) -> Decorator:
+    """``default``: a degree, or in words what None stands for."""
+    return click.option(
+        "--tensor-parallel",
+        type=click.IntRange(1, 1024),
+        default=default if isinstance(default, int) else None,
+        show_default=True if isinstance(default, int) else default,
+        help="GPUs that share every layer (vLLM's --tensor-parallel-size).",
+    )
+
+
+def max_model_len(default: str) -> Decorator:
+    return click.option(
+        "--max-model-len", type=click.IntRange(1), show_default=default, help="Context to serve, in tokens."
+    )
+
+
+def scheme(default: str) -> Decorator:
+    return click.option("--scheme", metavar="NAME", show_default=default, help=f"{', '.join(PRESETS)}.")
+
+
+def format_(default: str) -> Decorator:
+    """The command receives it as ``format_``, and where it is not given None."""
+    return click.option("--format", "format_", metavar="NAME", show_default=default, help=f"{FORMATS}.")
+
+
+def against(purpose: str) -> Decorator:
+    return click.option("--against", type=PATH, help=f"Source checkpoint to compare with: {purpose}.")
+
+
+def source(purpose: str) -> Decorator:
+    return click.option("--source", type=PATH, help=f"Checkpoint that it was made from: {purpose}.")
+
+
+def by_method(otherwise: object, values: dict[str, Any]) -> str:
+    """Words for a default that some methods have their own of.
+
+    >>> by_method("w4a16", {"awq": "w4a16-asym", "gptq": "w4a16"})
+    'w4a16; awq: w4a16-asym'
+    """
+    return "; ".join([str(otherwise), *(f"{k}: {v}" for k, v in values.items() if v != otherwise)])

@@ -1,0 +1,299 @@
+"""``quant quantize``, ``layer-wise`` and ``smooth``: the subcommands that are jobs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from quant import defaults
+from quant.commands import options
+from quant.commands.options import by_method, given, together
+from quant.commands.terminal import Output, common_options
+from quant.commands.types import PATH, Alpha
+from quant.errors import UsageError, clipped
+from quant.schemes import DEFAULT_SCHEME, PRESETS, SCHEMES, ActivationScheme
+
+
+def _pairs(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> dict[str, Any] | None:
+    """Settings of a method from KEY=VALUE; values are read as YAML reads them."""
+    from quant.recipe import read_yaml
+
+    pairs = {}
+    for pair in given:
+        key, separator, value = pair.partition("=")
+        if not key or not separator:
+            raise UsageError(f"--option is {pair!r}: KEY=VALUE is needed, such as iterations=20")
+        if (name := key.replace("-", "_")) in pairs:
+            raise UsageError(f"--option {key} is given twice: leave one of them out")
+        pairs[name] = read_yaml(value, f"--option {clipped(pair)}: the value")
+    return pairs or None
+
+
+#: Methods with a scheme of their own where none is named.
+_OWN_SCHEMES = {method: row.name for row in SCHEMES.values() for method in row.default_of}
+
+
+def _scheme_default(field: str, words: dict[Any, str] | None = None) -> str:
+    """Words for a default that follows from the scheme, which follows from the method."""
+
+    def of(scheme: str) -> object:
+        value = getattr(PRESETS[scheme].weights, field)
+        return value if words is None else words[value]
+
+    own = {method: of(scheme) for method, scheme in _OWN_SCHEMES.items()}
+    return f"the scheme's: {by_method(of(DEFAULT_SCHEME), own)}"
+
+
+def _suppression_default() -> str:
+    needed = {row.name: x for row in SCHEMES.values() if (x := row.needs.get("outlier_suppression"))}
+    return by_method("none", {**defaults.SUPPRESSORS, **needed})
+
+
+alpha = click.option(
+    "--alpha",
+    type=Alpha(),
+    default=defaults.ALPHA,
+    show_default=True,
+    help="smooth_quant: share of the inputs' range that goes into the weights, 0 to 1, or auto.",
+)
+
+fresh = click.option("--fresh", is_flag=True, help="Start over instead of going on with unfinished work.")
+
+#: Which text a method is calibrated with.
+calibration_options = together(
+    click.option(
+        "--calibration-dataset",
+        type=PATH,
+        multiple=True,
+        show_default="the bundled text",
+        help="txt, jsonl, parquet or a directory; repeatable.",
+    ),
+    click.option(
+        "--samples", type=int, default=defaults.SAMPLES, show_default=True, help="Calibration rows."
+    ),
+    click.option(
+        "--sequence-length",
+        type=int,
+        show_default=f"the smaller of {defaults.SEQUENCE_LENGTH} and the model's",
+        help="Tokens a row.",
+    ),
+    click.option(
+        "--shuffle", is_flag=True, help="Draw rows from the whole text instead of taking the first."
+    ),
+    click.option(
+        "--chat-template/--no-chat-template",
+        default=None,
+        help="Send plain text through the chat template; or join messages as text.",
+    ),
+    click.option("--seed", type=int, default=defaults.SEED, show_default=True, help="Of --shuffle."),
+)
+
+#: The options of a quantization; each is a field of the recipe of the same name. Those that are not given are
+#: left to the recipe file, then to its defaults.
+job_options = together(
+    options.model_path(required=False),
+    options.output_path(required=False),
+    click.option(
+        "--method",
+        metavar="NAME",
+        show_default="as recommended for the GPU, or for --scheme",
+        help="Rounding method: minmax, gptq, awq, hqq; fp8, which is minmax with an FP8 scheme; none, for "
+        "smoothing alone.",
+    ),
+    options.scheme(by_method(DEFAULT_SCHEME, _OWN_SCHEMES)),
+    click.option("--bits", type=int, show_default="the scheme's", help="2, 3, 4 or 8."),
+    click.option(
+        "--group-size",
+        type=int,
+        show_default=_scheme_default("group_size"),
+        help="Inputs per scale; -1 for one scale per output channel.",
+    ),
+    click.option(
+        "--symmetric/--asymmetric",
+        default=None,
+        show_default=_scheme_default("symmetric", {True: "symmetric", False: "asymmetric"}),
+        help="Without or with zero points.",
+    ),
+    click.option(
+        "--activations",
+        type=click.Choice(["dynamic", "static"]),
+        default="dynamic" if ActivationScheme().dynamic else "static",
+        show_default=True,
+        help="Scales by token as they come, or calibrated.",
+    ),
+    click.option(
+        "--symmetric-activations/--asymmetric-activations",
+        default=ActivationScheme().symmetric,
+        show_default="symmetric" if ActivationScheme().symmetric else "asymmetric",
+        help="w8a8-int8: without or with zero points.",
+    ),
+    click.option(
+        "--kv-cache-scheme",
+        type=click.Choice(["fp8"]),
+        help="Calibrate and write scales of an FP8 KV cache.",
+    ),
+    click.option(
+        "--outlier-suppression",
+        metavar="NAME",
+        show_default=_suppression_default(),
+        help="Scale inputs before rounding: smooth_quant, awq; none.",
+    ),
+    alpha,
+    click.option(
+        "--act-order",
+        type=click.Choice(["none", "static"]),
+        default=defaults.ACT_ORDER,
+        show_default=True,
+        help="gptq: the order of columns.",
+    ),
+    click.option(
+        "--damping",
+        type=float,
+        default=defaults.DAMPING,
+        show_default=True,
+        help="gptq: share of the Hessian's mean diagonal that is added to it.",
+    ),
+    click.option(
+        "--clip-search/--no-clip-search",
+        default=None,
+        show_default=", ".join(f"{m}: {'on' if on else 'off'}" for m, on in defaults.CLIP_SEARCH.items()),
+        help="Search each group's range for the least error.",
+    ),
+    click.option(
+        "--option",
+        "options",
+        metavar="KEY=VALUE",
+        multiple=True,
+        callback=_pairs,
+        help="Any other setting of the method; repeatable.",
+    ),
+    options.format_(defaults.FORMAT),
+    options.target,
+    calibration_options,
+    click.option(
+        "--layers",
+        metavar="SPEC",
+        show_default="all; layer-wise asks for it",
+        help="Only these: 0,1,2 · 0-3,7 · first:2 · last:2 · globs over module names.",
+    ),
+    click.option(
+        "--ignore",
+        metavar="PATTERN",
+        multiple=True,
+        help="Leave these unquantized: a glob, or re: and a regular expression; repeatable.",
+    ),
+    click.option("--config", type=PATH, help="Recipe (YAML); options on the command line win."),
+    options.device,
+    options.tensor_parallel(1),
+    options.gpu,
+    options.vllm_version,
+    click.option(
+        "--dry-run",
+        is_flag=True,
+        help="Check everything, predict bytes, memory and time, write nothing.",
+    ),
+    fresh,
+    click.option(
+        "--backend",
+        type=click.Choice([defaults.ENGINE, *defaults.LEGACY_ENGINES]),
+        default=defaults.ENGINE,
+        show_default=True,
+        help="Who quantizes; the others are archived libraries in a process of their own.",
+    ),
+    click.option(
+        "--backend-python",
+        type=PATH,
+        show_default="this one",
+        help="Python of the environment that holds the backend's library.",
+    ),
+)
+
+
+@click.command()
+@job_options
+@common_options
+def quantize(out: Output, **asked: Any) -> None:
+    """Make a quantized checkpoint. Without a method, the recommendation for the GPU here (or of --gpu)
+    decides, and where the model fits as it is, nothing is written.
+
+    \b
+    quant quantize -m models/Llama-3.1-8B -o out/Llama-3.1-8B-W4A16 --method gptq
+    """
+    _job(out, asked)
+
+
+@click.command("layer-wise")
+@job_options
+@common_options
+def layer_wise(out: Output, **asked: Any) -> None:
+    """Quantize only the named layers; the others keep their precision.
+
+    \b
+    quant layer-wise -m models/Llama-3.1-8B -o out/mixed --method gptq --layers first:4
+    """
+    _job(out, asked, needs_layers=True)
+
+
+@click.command()
+@options.model_path()
+@options.output_path()
+@click.option(
+    "--method",
+    type=click.Choice(["smooth_quant"]),
+    default="smooth_quant",
+    show_default=True,
+    help="How factors are chosen.",
+)
+@alpha
+@calibration_options
+@options.device
+@fresh
+@common_options
+def smooth(out: Output, method: str, **asked: Any) -> None:
+    """Scale inputs into the weights that read them, and quantize nothing: a checkpoint in the source's dtype
+    that computes the same.
+
+    \b
+    quant smooth -m models/Llama-3.1-8B -o out/Llama-3.1-8B-smooth
+    """
+    alone = {"method": "none", "format": "plain", "outlier_suppression": method}
+    _run(out, {**given(asked), **alone})
+
+
+def _job(out: Output, asked: dict[str, Any], needs_layers: bool = False) -> None:
+    """A job of the options given and of the recipe file that they may name."""
+    from quant.recipe import recipe_values
+
+    config, dry_run = asked.pop("config"), asked.pop("dry_run")
+    values = recipe_values(config, {k.removesuffix("_"): v for k, v in given(asked).items()})
+    if needs_layers and "layers" not in values:
+        raise UsageError(
+            "missing --layers: which ones to quantize, such as 0-3,7 or last:2; quant quantize takes all"
+        )
+    _run(out, values, dry_run)
+
+
+def _run(out: Output, values: dict[str, Any], dry_run: bool = False) -> None:
+    from quant import jobs
+    from quant.commands.render import planning, results
+
+    resolved = jobs.resolve(values)
+    if not isinstance(resolved, jobs.ResolvedJob):
+        value = {**resolved.to_dict(), "output_path": None}
+        out.result(value, lambda console: planning.show_nothing_to_quantize(resolved, console))
+        out.details(planning.sources(resolved))
+        return
+    for note in resolved.notes:
+        out.note(note)
+    plan = jobs.plan(resolved.recipe)
+    with out.progress() as progress:
+        if dry_run:
+            prediction = jobs.estimate(plan, progress)
+        else:
+            report = jobs.run(plan, progress)
+    if dry_run:
+        out.result(prediction, lambda console: results.prediction(console, prediction))
+        return
+    out.seconds = report["seconds"]
+    out.result(report, lambda console: results.quantization(console, report))

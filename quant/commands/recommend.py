@@ -1,0 +1,108 @@
+"""``quant recommend``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from quant.commands import options
+from quant.commands.terminal import Output, common_options
+from quant.commands.types import Size
+from quant.errors import UsageError
+
+if TYPE_CHECKING:
+    from quant.planning.memory import EngineRequest
+
+#: option → the field of EngineRequest
+_FIELDS = (
+    "context", "concurrency", "kv_cache_dtype", "tensor_parallel", "pipeline_parallel",
+    "gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "vllm_version",
+)  # fmt: skip
+
+
+def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM's arguments as planning options; the command receives them as one :class:`EngineRequest` in
+    ``engine``."""
+
+    @click.option("--context", type=int, help="Tokens of the longest request (vLLM's --max-model-len).")
+    @click.option(
+        "--concurrency",
+        type=int,
+        default=1,
+        show_default=True,
+        help="Requests of that length at the same time.",
+    )
+    @click.option(
+        "--kv-cache-dtype", default="auto", show_default=True, help="auto (the model's own) or fp8."
+    )
+    @options.tensor_parallel("all")
+    @click.option("--pipeline-parallel", type=int, default=1, show_default=True, help="Stages of layers.")
+    @options.gpu_memory_utilization
+    @click.option("--max-num-seqs", type=int, help="Sequences in one batch.")
+    @click.option("--max-num-batched-tokens", type=int, help="Tokens in one batch.")
+    @click.option("--enforce-eager", is_flag=True, help="No CUDA graphs: less memory, slower decoding.")
+    @options.vllm_version
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        from quant.planning.memory import EngineRequest
+
+        asked = {name: kwargs.pop(name) for name in _FIELDS}
+        return command(*args, engine=EngineRequest(**asked), **kwargs)
+
+    return wrapped
+
+
+@click.command()
+@options.model_path(required=False)
+@click.option(
+    "--model", metavar="NAME", help="A model by name, where there is no checkpoint: Qwen2.5-7B-Instruct."
+)
+@options.gpu
+@click.option("--gpu-count", type=int, help="How many GPUs: all that are here, or one of a named part.")
+@click.option("--gpu-memory", type=Size(), help="Memory of one GPU where it is not the table's: 40GiB.")
+@engine_options
+@options.scheme("the best of all that may be recommended")
+@click.option(
+    "--policy", default="vllm", show_default=True, help="vllm, or rule-of-thumb (the original design's)."
+)
+@click.option("--scenario", metavar="NAME", help="chat, code, high-throughput, low-latency or multi-model.")
+@common_options
+def recommend(
+    model_path: Path | None, model: str | None, gpu: str | None, gpu_count: int | None,
+    gpu_memory: int | None, engine: EngineRequest,
+    scheme: str | None, policy: str, scenario: str | None, out: Output,
+) -> None:  # fmt: skip
+    """Which scheme fits this model on this or a named GPU, and why. Of a checkpoint only the headers are
+    read; --scheme plans just that one, `none` the checkpoint as it is. Exit status 3 when nothing fits.
+
+    \b
+    quant recommend --model-path ./Llama-3.1-8B-Instruct
+    quant recommend --model Qwen2.5-32B-Instruct --gpu L40S-48GB --context 16384 --concurrency 4
+    """
+    from quant.commands.render import planning
+    from quant.planning.recommendation import recommend as choose
+
+    if (model_path is None) == (model is None):
+        raise UsageError("give the model once: --model-path DIRECTORY, or --model NAME")
+    if model == "":
+        raise UsageError("--model is empty: give a name such as Qwen2.5-7B-Instruct")
+    recommendation = choose(
+        model_path if model_path is not None else str(model),
+        gpu,
+        engine,
+        scenario=scenario,
+        policy=policy,
+        scheme=scheme,
+        gpu_count=gpu_count,
+        gpu_memory=gpu_memory,
+    )
+    out.result(
+        recommendation.to_dict(), lambda console: planning.show_recommendation(recommendation, console)
+    )
+    out.details(planning.sources(recommendation))
+    if recommendation.recommended is None:
+        raise click.exceptions.Exit(3)

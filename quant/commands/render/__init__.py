@@ -1,0 +1,20 @@
+"""Results as people read them: the same values that ``--json`` prints, drawn with rich."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def table(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
+    """Two columns without a frame: what, and the value."""
+    from rich.table import Table
+
+    grid = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    grid.add_column(style="bold")
+    grid.add_column(overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    console.print(grid)

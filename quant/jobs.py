@@ -1,0 +1,196 @@
+"""A quantization from what is asked to its report, whichever engine does the work: resolve → plan → estimate
+or run. The commands, batches and programs call these.
+
+>>> resolved = resolve({"model_path": "M", "output_path": "O", "scheme": "w8a8-int8"})
+>>> resolved.recipe.method, resolved.recipe.outlier_suppression
+('minmax', 'smooth_quant')
+>>> report = run(plan(resolved.recipe))  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from quant import defaults
+from quant.errors import UsageError
+from quant.planning.recommendation import Recommendation
+from quant.planning.target import choose, method_for, settings
+from quant.progress import Event, Progress, silent
+from quant.recipe import Assignment, Recipe, Rule, make_recipe
+from quant.schemes import row_of
+
+if TYPE_CHECKING:
+    from quant.pipeline.plan import JobPlan
+
+
+@dataclass(frozen=True)
+class ResolvedJob:
+    """A job of which nothing is left to choose.
+
+    Attributes:
+        recipe: what will be done; its settings are those of the report.
+        notes: a sentence for each choice that was made for the user.
+    """
+
+    recipe: Recipe
+    notes: tuple[str, ...] = ()
+
+
+def resolve(values: Mapping[str, Any]) -> ResolvedJob | Recommendation:
+    """Chooses what a request leaves open.
+
+    Without a method, a scheme or bits bring their method; without these too, the recommendation for the GPU
+    here (or for ``gpu``) decides. Then the recipe gets what its schemes need, as :func:`complete` says.
+
+    Args:
+        values: keys of a :class:`Recipe`, as a recipe file has them.
+
+    Returns:
+        the job; or the recommendation itself where the unquantized model fits, so that there is nothing to
+        make.
+
+    Raises:
+        UsageError, Problems: wrong values, all at once; or no method, and no GPU to choose one for.
+        NothingFits: no scheme fits the GPU.
+    """
+    chosen: dict[str, Any] = {}
+    notes: tuple[str, ...] = ()
+    if "method" not in values and values.get("backend", defaults.ENGINE) == defaults.ENGINE:
+        # wrong values are mistakes of the request, whatever is recommended
+        asked = make_recipe({**values, "method": "gptq"})
+        if "scheme" in values or "bits" in values:
+            chosen = {"method": method_for(asked.resolved_scheme().name)}
+        else:
+            recommendation = choose(
+                asked.model_path,
+                asked.output_path,
+                gpu=asked.gpu,
+                tensor_parallel=asked.tensor_parallel if "tensor_parallel" in values else None,
+                vllm_version=asked.vllm_version,
+            )
+            if recommendation.recommended == "none":
+                return recommendation
+            chosen = settings(recommendation)
+            notes = (f"{recommendation.recommended} by {recommendation.method}: {recommendation.reason}",)
+    recipe, needed = complete(make_recipe({**chosen, **values}))
+    return ResolvedJob(recipe, (*notes, *needed))
+
+
+def complete(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
+    """A recipe with what its schemes need to be good, where nobody has decided otherwise: eight-bit integer
+    activations (``w8a8-int8``) get ``outlier_suppression: smooth_quant``, as a recommendation of that scheme
+    has it. ``outlier_suppression: none`` leaves it out; a method with a suppressor of its own (AWQ) keeps
+    that one. What is complete already stays as it is.
+
+    Returns:
+        the recipe, and a sentence for each thing that was added to it.
+    """
+    if recipe.backend != defaults.ENGINE or recipe.outlier_suppression is not None:
+        return recipe, ()
+    job = _needed(recipe.assignment(recipe.method))
+    rules: list[Rule] = []
+    notes = [] if job is None else [_note(recipe.resolved_scheme(recipe.method).name, job)]
+    for number, rule in enumerate(recipe.rules, 1):
+        needed = None if (assignment := _assigned(rule, recipe)) is None else _needed(assignment)
+        if assignment is not None and needed != job:
+            # the job's own choice is for its scheme; what a rule's method brings stays with the rule
+            value = needed or _own(assignment) or "none"
+            rule = rule.model_copy(update={"outlier_suppression": value})
+            if needed is not None:
+                notes.append(f"rule {number}: {_note(assignment.scheme.name, needed)}")
+        rules.append(rule)
+    if not notes:
+        return recipe, ()
+    return recipe.model_copy(update={"outlier_suppression": job, "rules": rules}), tuple(notes)
+
+
+def _assigned(rule: Rule, recipe: Recipe) -> Assignment | None:
+    """What a rule does, where that is still open: nothing is decided for one that skips, that names a
+    suppressor itself, or that has a mistake, which planning will list with all others."""
+    if rule.skip or rule.outlier_suppression is not None:
+        return None
+    try:
+        return rule.assigned(recipe)
+    except UsageError:
+        return None
+
+
+def _needed(assignment: Assignment) -> str | None:
+    """The suppressor that an assignment's scheme needs and its method does not bring."""
+    needed = row_of(assignment.scheme).needs.get("outlier_suppression")
+    return needed if needed is not None and not _own(assignment) else None
+
+
+def _own(assignment: Assignment) -> str:
+    """The suppressor that is part of an assignment's method."""
+    from quant.quantizers import QuantizerRegistry
+
+    return QuantizerRegistry.get(assignment.method).suppressor
+
+
+def _note(scheme: str, suppressor: str) -> str:
+    return (
+        f"{scheme} gets {suppressor}, without which outliers of the activations may ruin it; "
+        "--outlier-suppression none leaves it out"
+    )
+
+
+def plan(recipe: Recipe) -> JobPlan:
+    """Checks a job for its engine, completed by :func:`complete`, and lays out its output. Headers are read,
+    no tensors.
+
+    Raises:
+        Problems, QuantError: everything that is wrong, listed together.
+    """
+    recipe, _ = complete(recipe)
+    if recipe.backend != defaults.ENGINE:
+        from quant.backends.run import plan_backend
+
+        return plan_backend(recipe)
+    from quant.pipeline.plan import plan_job
+
+    return plan_job(recipe)
+
+
+def estimate(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
+    """What a job will make and, for the native engine, take: :meth:`JobPlan.to_dict` with the bytes, memory
+    and seconds of :func:`quant.pipeline.estimate.estimate`; for a legacy engine with ``backend``, of which
+    nothing more is predicted.
+
+    Raises:
+        QuantError: what would stop the job.
+    """
+    if plan.recipe.backend != defaults.ENGINE:
+        return plan.to_dict() | {"backend": plan.recipe.backend}
+    from quant.pipeline.estimate import estimate
+
+    return estimate(plan, progress)
+
+
+def run(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
+    """Runs a planned job; returns the report that is also written into the output directory.
+
+    Raises:
+        QuantError: with finished work kept for the next run of the same job (the legacy engines start over).
+    """
+    if plan.recipe.backend != defaults.ENGINE:
+        from quant.backends.run import quantize_with
+
+        return quantize_with(plan, progress)
+    from quant.pipeline.manager import QuantizationManager
+
+    return QuantizationManager(plan, progress).run()
+
+
+def quantize(recipe: Recipe, progress: Progress = silent) -> dict[str, Any]:
+    """Completes, plans and runs a job; returns its report.
+
+    Raises:
+        QuantError: see :func:`plan` and :func:`run`.
+    """
+    recipe, notes = complete(recipe)
+    for note in notes:
+        progress(Event("plan", message=note))
+    return run(plan(recipe), progress)
