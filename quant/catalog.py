@@ -1,6 +1,7 @@
 """What a model's name, config.json or directory says of it, before anything is downloaded or loaded.
 
-``configs/models.json`` holds the config facts of public models, each with its source. A name that is not
+``configs/models.json`` holds the config facts of public models, each with its source, with a note on how it
+was read, and with a caveat where a part of the model is missing. A name that is not
 there is tried without the marks that quantizers add (``-AWQ``, ``-GPTQ-Int4``, ``.w4a16``), then without the
 marks of a fine-tune, and at last by the size that it names; what was assumed is in :attr:`ModelSpec.notes`
 and :attr:`ModelSpec.uncertainty`.
@@ -187,9 +188,10 @@ def _entry(
     notes: list[str],
 ) -> ModelSpec:
     entry = entries[found]
-    spec = spec_from_config(entry["config"], name, f"the catalogue's entry {found}", entry["source"])
-    if note := entry.get("note"):
-        notes = [*notes, f"catalogue: {note}"]
+    source = f"{entry['source']} ({entry['note']})" if "note" in entry else entry["source"]
+    spec = spec_from_config(entry["config"], name, f"the catalogue's entry {found}", source)
+    if "caveat" in entry:
+        notes = [*notes, f"the catalogue's entry holds the {entry['caveat']}"]
     if quantization and spec.quantization:
         quantization = None  # the entry knows its own scheme
     hub = found if _key(found) == _key(name) else ""

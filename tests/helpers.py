@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import resource
 import shutil
 import struct
-from collections.abc import Iterable, Mapping
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +72,23 @@ LATENT: dict[str, Any] = {
     "q_lora_rank": 32,
     "num_key_value_heads": 4,
 }
+
+
+#: What every start of the programs takes: the libraries that parse and draw. Other times are judged by it, on
+#: the same machine, so that a slow one fails no test.
+REFERENCE = [sys.executable, "-c", "import click, rich.console, rich.table"]
+
+
+def cpu_seconds(command: Sequence[str], runs: int = 5) -> float:
+    """CPU seconds of a program: the least of several runs, since other work only adds. Byte code is kept, as
+    it is where a package is installed."""
+    times = []
+    for _ in range(runs):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": ""})
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(times)
 
 
 def left_alive(processes: Iterable[psutil.Process], timeout: float) -> list[psutil.Process]:
