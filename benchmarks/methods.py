@@ -109,7 +109,7 @@ ROWS = (
     ours("w3a16", "gptq"),
     peer("w3a16", "GPTQModel", "gptq", "--bits", "3"),
     ours("w8a16", "minmax", data=False),
-    ours("w8a8-int8", "minmax", data=False, weights_only=False),
+    ours("w8a8-int8", "minmax", "--outlier-suppression", "none", data=False, weights_only=False),
     ours("w8a8-int8", "smooth_quant+minmax", weights_only=False),
     ours("w8a8-int8", "smooth_quant+gptq", weights_only=False),
     peer(

@@ -132,8 +132,8 @@ def _own(assignment: Assignment) -> str:
 
 def _note(scheme: str, suppressor: str) -> str:
     return (
-        f"{scheme} gets {suppressor}, without which outliers of the activations may ruin it; "
-        "--outlier-suppression none leaves it out"
+        f"{scheme}: {suppressor} scales inputs before they are rounded, because outliers would ruin what 8 "
+        "bits make of them; --outlier-suppression none turns that off"
     )
 
 

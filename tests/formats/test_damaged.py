@@ -22,7 +22,11 @@ DAMAGES: dict[str, tuple[dict[str, Any], str, Callable[[torch.Tensor], torch.Ten
     "no words": ({}, "weight_packed", lambda t: t[:0]),
     "scales in one row": ({}, "weight_scale", lambda t: t.reshape(-1)),
     "scales of half the outputs": ({}, "weight_scale", lambda t: t[: len(t) // 2]),
-    "scales turned": ({"scheme": "w8a8-int8", "group_size": None}, "weight_scale", lambda t: t.t()),
+    "scales turned": (
+        {"scheme": "w8a8-int8", "group_size": None, "outlier_suppression": "none"},
+        "weight_scale",
+        lambda t: t.t(),
+    ),
     "zero points of half the outputs": (
         {"symmetric": False},
         "weight_zero_point",

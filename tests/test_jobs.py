@@ -1,0 +1,215 @@
+"""What a request becomes: method and scheme chosen, and what a scheme needs taken along."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import quant
+from quant import jobs
+from quant.errors import Problems
+from quant.planning.recommendation import Recommendation
+from quant.progress import Event
+from quant.recipe import Recipe
+from quant.schemes import SCHEMES
+from tests.helpers import TINYLM, copy_model, load_all, quantize, save_all, short_text, weight_files
+
+TEXT: dict[str, Any] = {"samples": 8, "sequence_length": 64, "calibration_dataset": [short_text()]}
+JOB = {"model_path": "m", "output_path": "o"}
+
+
+def resolved(**values: Any) -> jobs.ResolvedJob:
+    job = jobs.resolve({**JOB, **values})
+    assert isinstance(job, jobs.ResolvedJob)
+    return job
+
+
+def suppressors(recipe: Recipe) -> list[str | None]:
+    """Of the job, then of each rule."""
+    return [recipe.outlier_suppression, *(rule.outlier_suppression for rule in recipe.rules)]
+
+
+@pytest.mark.parametrize(
+    ("given", "method", "scheme"),
+    [
+        ({"scheme": "w8a16"}, "minmax", "w8a16"),
+        ({"bits": 4}, "gptq", "w4a16"),
+        ({"method": "awq"}, "awq", "w4a16-asym"),
+        ({"method": "fp8"}, "fp8", "w8a8-fp8"),
+        ({"backend": "autoawq"}, "awq", "w4a16-asym"),
+    ],
+)
+def test_what_is_left_open_is_chosen(given: dict[str, Any], method: str, scheme: str) -> None:
+    recipe = resolved(**given).recipe
+    assert (recipe.method, recipe.resolved_scheme(recipe.method).name) == (method, scheme)
+
+
+def test_without_method_and_scheme_the_recommendation_decides(tmp_path: Path) -> None:
+    asked = {"model_path": str(TINYLM), "output_path": str(tmp_path / "out"), "gpu": "T4"}
+    found = quant.resolve(asked)
+    assert isinstance(found, Recommendation) and found.recommended == "none"
+    with pytest.raises(Problems, match="gpu is 3"):
+        jobs.resolve({**asked, "gpu": 3})
+
+
+def test_a_scheme_of_integer_activations_alone_is_smoothed_and_that_is_said() -> None:
+    job = resolved(scheme="w8a8-int8")
+    assert job.recipe.outlier_suppression == "smooth_quant" == job.recipe.settings()["outlier_suppression"]
+    assert len(job.notes) == 1 and "--outlier-suppression none turns that off" in job.notes[0]
+    static = resolved(scheme="w8a8-int8", activations="static", method="gptq", alpha=0.7)
+    assert static.recipe.outlier_suppression == "smooth_quant"
+    assert jobs.complete(job.recipe) == (job.recipe, ())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"scheme": "w8a8-int8", "outlier_suppression": "none"},
+        {"scheme": "w8a8-int8", "outlier_suppression": "awq", "method": "gptq"},
+        {"scheme": "w8a8-int8", "method": "awq"},  # which scales inputs itself
+        {"scheme": "w8a8-fp8"},
+        {"scheme": "w8a8-int8", "backend": "auto-gptq"},
+        {"method": "none", "format": "plain"},
+    ],
+    ids=str,
+)
+def test_who_decides_otherwise_is_left_alone(given: dict[str, Any]) -> None:
+    job = resolved(**given)
+    assert (job.recipe.outlier_suppression, job.notes) == (given.get("outlier_suppression"), ())
+
+
+def test_a_rule_gets_what_its_scheme_needs_and_the_others_stay_as_they_are() -> None:
+    rules = [
+        {"layers": "0", "scheme": "w8a8-int8"},
+        {"layers": "1", "scheme": "w8a16"},
+        {"layers": "2", "skip": True},
+        {"layers": "3", "scheme": "w8a8-int8", "outlier_suppression": "none"},
+        {"layers": "4", "scheme": "no-such-scheme"},
+    ]
+    job = resolved(method="minmax", rules=rules)
+    assert suppressors(job.recipe) == [None, "smooth_quant", None, None, "none", None]
+    assert [n.partition(":")[0] for n in job.notes] == ["rule 1"]
+
+
+def test_smoothing_of_the_job_is_not_that_of_rules_which_need_none() -> None:
+    rules = [
+        {"layers": "0", "scheme": "w4a16"},
+        {"layers": "1", "method": "awq", "scheme": "w4a16-asym"},
+        {"layers": "2", "method": "gptq"},
+    ]
+    job = resolved(method="minmax", scheme="w8a8-int8", rules=rules)
+    assert suppressors(job.recipe) == ["smooth_quant", "none", "awq", None]
+    asked = resolved(method="minmax", scheme="w8a8-int8", rules=rules, outlier_suppression="smooth_quant")
+    assert suppressors(asked.recipe) == ["smooth_quant", None, None, None]
+
+
+def test_everything_that_a_scheme_needs_is_something_that_a_job_takes_along() -> None:
+    needs = {name: dict(row.needs) for name, row in SCHEMES.items() if row.needs}
+    assert "w8a8-int8" in needs
+    for name, keys in needs.items():
+        recipe = resolved(method="minmax", scheme=name).recipe
+        assert {k: getattr(recipe, k) for k in keys} == keys
+
+
+@pytest.fixture(scope="module")
+def with_outliers(checkpoints: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama whose function is that of another, with two features of the inputs 256 times as large."""
+    folder = copy_model(checkpoints("llama"), tmp_path_factory.mktemp("outliers") / "model")
+    tensors = load_all(folder)
+    readers = {
+        "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+    }
+    for block in range(2):
+        for norm, linears in readers.items():
+            tensors[f"model.layers.{block}.{norm}.weight"][:2] *= 256
+            for linear in linears:
+                tensors[f"model.layers.{block}.{linear}.weight"][:, :2] /= 256
+    save_all(folder, tensors)
+    return folder
+
+
+def test_integer_activations_survive_outliers_without_being_told_how(
+    with_outliers: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+
+    def listen(event: Event) -> None:
+        said.append(event.message)
+
+    job = {"method": "minmax", "scheme": "w8a8-int8", **TEXT}
+    recipe = quant.make_recipe({"model_path": with_outliers, "output_path": tmp_path / "alone", **job})
+    report = quant.quantize(recipe, listen)
+    assert any("smooth_quant scales inputs" in x for x in said)
+    assert report["settings"]["outlier_suppression"] == "smooth_quant"
+    assert {f["suppressor"] for f in report["folds"].values()} == {"smooth_quant"}
+    quantize(with_outliers, tmp_path / "asked", outlier_suppression="smooth_quant", **job)
+    quantize(with_outliers, tmp_path / "without", outlier_suppression="none", **job)
+    assert weight_files(tmp_path / "alone") == weight_files(tmp_path / "asked")
+    text = {"text": short_text(), "length": 64, "chunks": 4}
+    alone, without = (
+        quant.evaluate(tmp_path / n, against=with_outliers, **text).kl.mean for n in ("alone", "without")
+    )
+    assert alone < without / 20
+
+
+def test_a_rule_of_integer_activations_is_smoothed_and_the_rest_has_the_same_bytes(
+    with_outliers: Path, tmp_path: Path
+) -> None:
+    job = {"method": "minmax", "group_size": 32, **TEXT}
+    rules = [{"layers": "1", "scheme": "w8a8-int8"}]
+    quantize(with_outliers, tmp_path / "plain", **job)
+    report = quantize(with_outliers, tmp_path / "ruled", rules=rules, **job)
+    assert report["folds"] and all("layers.1." in n for f in report["folds"].values() for n in f["linears"])
+    plain, ruled = load_all(tmp_path / "plain"), load_all(tmp_path / "ruled")
+    first = [n for n in plain if ".layers.0." in n]
+    assert first and all(plain[n].equal(ruled[n]) for n in first)
+
+
+def test_a_suppressor_of_a_rule_that_is_none_is_named_with_the_rule(llama: Path, tmp_path: Path) -> None:
+    rules = [{"layers": "0", "outlier_suppression": "smoothquant"}, {"layers": "9"}]
+    recipe = quant.make_recipe(
+        {"model_path": llama, "output_path": tmp_path / "o", "method": "minmax", "group_size": 32}
+        | {"rules": rules}
+    )
+    with pytest.raises(Problems) as refused:
+        quant.plan_job(recipe)
+    assert "rule 1: outlier suppressor is 'smoothquant': did you mean 'smooth_quant'?" in str(refused.value)
+    assert "rule 2: layers names block 9" in str(refused.value)
+
+
+def test_alpha_belongs_to_smooth_quant_wherever_it_stands(llama: Path, tmp_path: Path) -> None:
+    values = {"model_path": llama, "output_path": tmp_path / "o", "method": "minmax", "group_size": 32}
+    rules = [{"layers": "0", "outlier_suppression": "smooth_quant"}]
+    quant.plan_job(quant.make_recipe(values | {"alpha": 0.7, "rules": rules}))
+    with pytest.raises(Problems, match="--alpha belongs to --outlier-suppression smooth_quant"):
+        quant.plan_job(quant.make_recipe(values | {"alpha": 0.7, "target": "other", "ignore": ["nope"]}))
+
+
+def test_plan_estimate_and_run_are_one_way_for_every_engine(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"model_path": llama, "output_path": tmp_path / "o"}
+    plan = jobs.plan(quant.make_recipe(values | {"method": "minmax", "group_size": 32}))
+    prediction = jobs.estimate(plan)
+    assert prediction["output_bytes"] == jobs.run(plan)["output_bytes"] and "seconds" in prediction
+    monkeypatch.setattr("quant.backends.run.probe", lambda backend, python: [])
+    values = {"model_path": TINYLM, "output_path": tmp_path / "p", "backend": "autoawq"}
+    prediction = jobs.estimate(jobs.plan(quant.make_recipe(values)))
+    assert prediction["backend"] == "autoawq" and "seconds" not in prediction
+
+
+def test_the_commands_say_on_stderr_what_was_taken_along(
+    llama: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    text = ["--samples", "4", "--sequence-length", "64", "--calibration-dataset", short_text()]
+    job = ["-m", llama, "-o", tmp_path / "out", "--scheme", "w8a8-int8", *text]
+    result = cli("layer-wise", *job, "--layers", "first:1", "--json")
+    assert result.code == 0 and "--outlier-suppression none turns that off" in result.err
+    assert json.loads(result.out)["settings"]["outlier_suppression"] == "smooth_quant"
+    quiet = cli("quantize", *job[:3], tmp_path / "no", *job[4:], "--outlier-suppression", "none", "--dry-run")
+    assert quiet.code == 0 and "turns that off" not in quiet.err
