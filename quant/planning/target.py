@@ -61,12 +61,9 @@ def choose(
 
 
 def settings(found: Recommendation) -> dict[str, Any]:
-    """Recipe keys of a recommended scheme."""
-    chosen: dict[str, Any] = {
-        "method": found.method,
-        "scheme": found.recommended,
-        **(SCHEMES[found.recommended].needs if found.recommended in SCHEMES else {}),
-    }
+    """Recipe keys of a recommended scheme; what it needs to be good, the job takes along
+    (:func:`quant.jobs.complete`)."""
+    chosen: dict[str, Any] = {"method": found.method, "scheme": found.recommended}
     return chosen if found.group_size is None else {**chosen, "group_size": found.group_size}
 
 
