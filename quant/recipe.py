@@ -166,6 +166,7 @@ class Recipe(LayerSettings):
     method: str
     rules: list[Rule] = []
     alpha: float | Literal["auto"] | None = None
+    moe_calibration: Literal["routed", "all", "blend"] = "blend"
     kv_cache_scheme: Literal["fp8"] | None = None
     format: str = defaults.FORMAT
     target: Literal["vllm", "other"] = "vllm"

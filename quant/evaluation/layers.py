@@ -45,7 +45,7 @@ def output_errors(
     (hidden,), calls = there.embed([tokens])
     _, own_calls = here.embed([tokens])
     errors: dict[str, float] = {}
-    sources = {group.source for group in there.adapter.groups} if scaled else set()
+    sources = {g.source for i in range(there.block_count) for g in there.groups(i)} if scaled else set()
     with torch.no_grad():
         for index in range(there.block_count):
             wanted: dict[str, torch.Tensor] = {}

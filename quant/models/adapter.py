@@ -27,11 +27,15 @@ class InputGroup:
         source: the module whose output the input is, up to element-wise steps: a norm, or a linear (v_proj
             before o_proj, up_proj before down_proj). Scaling of the input can be folded there.
         fused: vLLM's name of the layer made of these linears; empty where each stays alone.
+        experts: of routed experts, the module that computes them; then each expert has an input of its own.
+        stage: which of an expert's two products: ``up`` (gate and up projection) or ``down``.
     """
 
     linears: tuple[str, ...]
     source: str
     fused: str = ""
+    experts: str = ""
+    stage: str = ""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ becomes the linears of all its experts.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -171,11 +170,12 @@ def fused_experts(name: str, shape: tuple[int, ...], layout: ExpertLayout) -> tu
     >>> fused_experts("model.layers.0.mlp.experts.gate_up_proj", (8, 64, 32), expert_layout({}))
     ('model.layers.0.mlp.experts', 'gate_up_proj')
     """
-    match = re.fullmatch(r"(.+)\.(\w+?)(?:\.weight|_bias|\.bias)?", name)
-    if match is None or match[2] not in layout.tensors or not match[1].endswith(f".{layout.container[0]}"):
+    stem = name.removesuffix(".weight").removesuffix("_bias").removesuffix(".bias")
+    module, _, last = stem.rpartition(".")
+    if last not in layout.tensors or not module.endswith(f".{layout.container[0]}"):
         return None
-    bias = name.endswith(("_bias", ".bias"))
-    return (match[1], match[2]) if len(shape) == (2 if bias else 3) else None
+    dimensions = 2 if name.endswith("bias") else 3
+    return (module, last) if len(shape) == dimensions else None
 
 
 def fused_refs(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, LinearRef]:

@@ -8,6 +8,7 @@ tables, masks and per-layer attention kinds are the model's, not ours.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,13 +20,29 @@ from torch import nn
 from quant.checkpoint.dtypes import TORCH
 from quant.checkpoint.reader import Checkpoint
 from quant.errors import CheckpointError
-from quant.models.adapter import InputGroup, ModelAdapter, adapter_for
+from quant.models.adapter import InputGroup, adapter_for
+from quant.models.binding import BlockLinear, bind
+from quant.models.experts import Routed, Stage, experts_through, find_experts
 from quant.offline import load_config, transformers
+from quant.vllm.config import text_config
 
+#: Modules of a wrapper that no text goes through.
+_TOWER = re.compile(
+    r"(^|\.)(visual|vision|audio|image|multi_modal|mm_|connector|embed_vision|embed_audio)\w*(\.|$)"
+)
+#: Leftovers of older saves that no model takes: rotary tables and masks.
+_LEFTOVERS = re.compile(
+    r"\.(inv_freq|masked_bias|attn\.bias|attention\.bias|cos_cached|sin_cached|rotary_emb\.\w+)$"
+)
 _HOW_TO_ADD = (
     "add a row for it as docs/adapters.md shows, or use a method that needs no data (--method "
     "minmax), which takes any architecture"
 )
+
+
+def _matters(tensor: str) -> bool:
+    """Whether a tensor that no parameter takes would be missed."""
+    return not _LEFTOVERS.search(tensor)
 
 
 @contextmanager
@@ -54,8 +71,8 @@ class _TakesFirst(Exception):
 
 
 class _Recorder(nn.Module):
-    """Stands in for a block: keeps what it is called with and passes the hidden states on, in a tuple for a
-    model that wants one. The last one stops the forward pass, or goes on with the ``result`` that the blocks
+    """Stands in for a block: keeps what it is called with and passes the hidden states on, in a tuple of as
+    many values as the model wants. The last one stops the forward pass, or goes on with the ``result`` that the blocks
     would have given."""
 
     def __init__(
@@ -64,22 +81,22 @@ class _Recorder(nn.Module):
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]],
         last: bool,
         result: torch.Tensor | None,
-        tuples: bool,
+        values: int,
     ):
         super().__init__()
         object.__setattr__(self, "_block", block)
-        self._calls, self._last, self._result, self._tuples = calls, last, result, tuples
+        self._calls, self._last, self._result, self._values = calls, last, result, values
 
     def forward(
         self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> torch.Tensor | tuple[torch.Tensor]:
-        if self._calls and not self._tuples and hidden_states.shape == self._calls[-1][0][0].shape[1:]:
+    ) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
+        if self._calls and not self._values and hidden_states.shape == self._calls[-1][0][0].shape[1:]:
             raise _TakesFirst
         self._calls.append(((hidden_states, *args), kwargs))
         if self._last and self._result is None:
             raise _Recorded
         output = self._result if self._last and self._result is not None else hidden_states
-        return (output,) if self._tuples else output
+        return (output, *[None] * (self._values - 1)) if self._values else output
 
     # some models ask a block for its attention type before they call it
     def __getattr__(self, name: str) -> Any:
@@ -131,29 +148,27 @@ class Skeleton:
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None = None):
         self.checkpoint, self.device = checkpoint, device
         self.dtype = dtype or compute_dtype(checkpoint, device)
-        kind = str(checkpoint.config.get("model_type"))
-        row = adapter_for(checkpoint.config)
+        text = text_config(checkpoint.config)
+        self.kind = str(text.get("model_type") or checkpoint.config.get("model_type"))
+        self._row = adapter_for(text) or adapter_for(checkpoint.config)
         config = load_config(checkpoint.path)
-        if hasattr(config, "quantization_config"):
-            # weights come dequantized; transformers would build quantized modules
-            del config.quantization_config
-        try:
-            with _parameters_on_meta(), torch.no_grad():
-                self.model: nn.Module = transformers().AutoModelForCausalLM.from_config(
-                    config, dtype=self.dtype
-                )
-        # an unknown class is a ValueError; a contradictory config fails inside a constructor in any way
-        except Exception as error:
-            raise CheckpointError(
-                f"{checkpoint.path}: model type {kind!r} cannot be built as a causal language model "
-                f"({str(error).splitlines()[0][:200]}): {_HOW_TO_ADD}"
-            ) from error
+        for part in (config, config.get_text_config()):
+            if hasattr(part, "quantization_config"):
+                del (
+                    part.quantization_config
+                )  # weights come dequantized; transformers would build quantized modules
+        self.model: nn.Module = self._build(config)
         self.model.eval()
-        self.config = config
-        self.blocks_path = row.blocks if row else self._find_blocks(kind)
-        self.blocks: nn.ModuleList = self.model.get_submodule(self.blocks_path)
-        self._check_names(kind)
-        self._tuples = False  # whether the model wants tuples from its blocks
+        for module in self.model.modules():
+            part = getattr(module, "config", None)
+            if part is not None and hasattr(part, "_experts_implementation"):
+                part._experts_implementation = "eager"  # one expert after another, on any device
+        self.config = self.model.config.get_text_config()  # type: ignore[operator,union-attr]
+        self.blocks_path = self._row.blocks if self._row else self._find_blocks()
+        self.blocks: nn.ModuleList = self.model.get_submodule(self.blocks_path)  # type: ignore[assignment]
+        self.binding = bind(self.model, self.blocks_path, len(self.blocks), checkpoint)
+        self._check_names()
+        self._values = 0  # in the tuple that the model wants from a block; 0: it wants the states alone
         self._aliases: dict[int, list[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             # a tied head is the embedding under a second name
@@ -164,7 +179,33 @@ class Skeleton:
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)
-        self.adapter = row or ModelAdapter(kind, (kind,), self._probe_groups(kind), blocks=self.blocks_path)
+        self._traced: dict[Any, tuple[InputGroup, ...]] = {}
+
+    def _build(self, config: Any) -> nn.Module:
+        """The text decoder as a model of its own; for a wrapper whose decoder has no such class, the wrapper."""
+        auto = transformers()
+        text = config.get_text_config()
+        tries = [(auto.AutoModelForCausalLM, text)] if text is not config else []
+        tries += [(auto.AutoModelForCausalLM, config)]
+        if text is not config:
+            tries += [(auto.AutoModelForImageTextToText, config)]
+        reason = ""
+        for kind, part in tries:
+            try:
+                with _parameters_on_meta(), torch.no_grad():
+                    return kind.from_config(part, dtype=self.dtype)
+            # an unknown class is a ValueError; a contradictory config fails inside a constructor in any way
+            except Exception as error:
+                reason = reason or str(error).splitlines()[0][:200]
+        raise CheckpointError(
+            f"{self.checkpoint.path}: model type {self.kind!r} cannot be built as a causal language model ({reason}): "
+            f"{_HOW_TO_ADD}"
+        )
+
+    @property
+    def norm_offset(self) -> float:
+        """What is added to a norm's stored weight to get its gain."""
+        return self._row.norm_offset if self._row else 0.0
 
     @property
     def block_count(self) -> int:
@@ -175,54 +216,98 @@ class Skeleton:
         return int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
 
     def block_prefix(self, index: int) -> str:
-        return f"{self.blocks_path}.{index}."
+        """What comes before the names inside a block, as the file has them."""
+        return self.binding.prefixes[index]
 
-    def _find_blocks(self, kind: str) -> str:
-        """Path of the one list of equal modules as long as config.json says, of a family without a row."""
+    def linears(self, index: int) -> Mapping[str, BlockLinear]:
+        """The linears of a block by their names inside it, as the file has them."""
+        return self.binding.linears[index]
+
+    def groups(self, index: int) -> tuple[InputGroup, ...]:
+        """The linears of a block that share an input; their names are the file's.
+
+        Raises:
+            CheckpointError: a family without a row, and a block that cannot be run to see it.
+        """
+        if self._row is not None:
+            return self._row.groups
+        block = self.blocks[index]
+        kind = (
+            type(block),
+            tuple(self.linears(index)),
+            tuple((n, p.shape) for n, p in block.named_parameters()),
+        )
+        if kind not in self._traced:
+            self._traced[kind] = self._trace(index)
+        return self._traced[kind]
+
+    def _find_blocks(self) -> str:
+        """Path of the list of modules as long as config.json says, of a family without a row; of several the one with
+        the most parameters."""
         count = getattr(self.config, "num_hidden_layers", None)
-        paths = [
-            path
+        lists = {
+            path: sum(p.numel() for p in module.parameters())
             for path, module in self.model.named_modules()
-            if isinstance(module, nn.ModuleList)
-            and len(module) == count
-            and len({type(m) for m in module}) == 1
-        ]
-        if len(paths) != 1:
-            raise CheckpointError(
-                f"model type {kind!r} has {len(paths)} lists of {count} equal blocks, one is needed: "
-                f"{_HOW_TO_ADD}"
-            )
-        return paths[0]
+            if isinstance(module, nn.ModuleList) and len(module) == count
+        }
+        if not lists:
+            raise CheckpointError(f"model type {self.kind!r} has no list of {count} blocks: {_HOW_TO_ADD}")
+        return max(lists, key=lambda path: lists[path])
 
-    def _check_names(self, kind: str) -> None:
-        """Parameters of the blocks and tensors of the file must be the same names with the same shapes."""
+    def _check_names(self) -> None:
+        """Every parameter of the blocks must be filled by tensors of its shape, and every matrix be used."""
         wrong = []
-        for index in range(self.block_count):
-            prefix = self.block_prefix(index)
-            wanted = {prefix + n: tuple(p.shape) for n, p in self.blocks[index].named_parameters()}
-            present = {n: i.shape for n, i in self.checkpoint.tensors.items() if n.startswith(prefix)}
-            buffers = {prefix + n for n, _ in self.blocks[index].named_buffers()}
-            wrong += [f"{n} is missing in the file" for n in wanted if n not in present]
-            wrong += [f"{n} is in the file only" for n in present if n not in wanted and n not in buffers]
-            wrong += [
-                f"{n} is {present[n]} in the file, {wanted[n]} in the model"
-                for n in wanted
-                if present.get(n, wanted[n]) != wanted[n]
-            ]
+        for index, block in enumerate(self.blocks):
+            for name, parameter in block.named_parameters():
+                full = f"{self.blocks_path}.{index}.{name}"
+                tensor, parts = self.binding.tensors.get(full), self.binding.experts.get(full)
+                if parts is not None:
+                    place = {p: self._expert_shape(index, full, p) for _, p in parts}
+                    short = len(parts) < len(parameter) * len(place)
+                    wrong += [f"{full} lacks experts in the file"] if short else []
+                    wrong += [
+                        f"{ref.name} is {(ref.n, ref.k)} in the file, {place[p]} in the model"
+                        for (_, p), ref in parts.items()
+                        if (ref.n, ref.k) != place[p]
+                    ]
+                elif tensor is None:
+                    wrong.append(f"{full} is missing in the file")
+                elif self.checkpoint.info(tensor).shape != tuple(parameter.shape):
+                    stored = self.checkpoint.info(tensor).shape
+                    wrong.append(f"{tensor} is {stored} in the file, {tuple(parameter.shape)} in the model")
+        wrong += [
+            f"{n} is in the file only"
+            for n in self.binding.unused
+            if len(self.checkpoint.info(n).shape) > 1 and _matters(n)
+        ]
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise CheckpointError(
-                f"{self.checkpoint.path}: the file's tensors and the blocks of model type {kind!r} do not "
-                "match one to one: "
+                f"{self.checkpoint.path}: the file's tensors and the blocks of model type {self.kind!r} do not "
+                f"match one to one: "
                 f"{'; '.join(wrong[:3])}{more}. {_HOW_TO_ADD[0].upper()}{_HOW_TO_ADD[1:]}"
             )
 
-    def _probe_groups(self, kind: str) -> tuple[InputGroup, ...]:
-        """Which linears of a block share an input, found by running the first block on two tokens and
-        comparing the inputs' identity."""
-        groups: dict[int, list[str]] = {}
+    def _expert_shape(self, index: int, parameter: str, projection: str) -> tuple[int, int]:
+        """N and K of an expert's projection in the model."""
+        value = self.model.get_parameter(parameter)
+        local = parameter.removeprefix(f"{self.blocks_path}.{index}.")
+        experts = next(e for e in find_experts(self.blocks[index]) if e.parameter(projection) == local)
+        part = experts.place(projection, 0, value.shape).view(value)
+        return part.shape[0], part.shape[1]
+
+    def _trace(self, index: int) -> tuple[InputGroup, ...]:
+        """Which linears of a block share an input, found by running it on two tokens and comparing the inputs'
+        identity."""
+        groups: dict[Any, list[str]] = {}
         inputs: list[torch.Tensor] = []  # keeps them alive, so that identities are not reused
+        names = self.binding.modules[index]
+        loaded = not any(p.is_meta for p in self.blocks[index].parameters())
         handles = []
+
+        def expert(path: str, stage: Stage, routed: Routed) -> None:
+            groups.setdefault((path, stage), [])
+
         try:
             (hidden,), calls = self.embed([torch.zeros(1, 2, dtype=torch.int64)])
             _, others = self.embed([torch.ones(1, 2, dtype=torch.int64)])
@@ -231,34 +316,54 @@ class Skeleton:
                 for a, b in zip(calls[1], others[1], strict=True)
             ):
                 raise CheckpointError(
-                    f"model type {kind!r} calls its blocks with values that depend on the tokens: "
+                    f"model type {self.kind!r} calls its blocks with values that depend on the tokens: "
                     f"{_HOW_TO_ADD}"
                 )
-            block = self.load_block(0)
-            for name, module in block.named_modules():
-                if isinstance(module, nn.Linear):
+            block = self.blocks[index] if loaded else self.load_block(index)
+            for path, name in names.items():
 
-                    def note(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                        inputs.append(args[0])
-                        groups.setdefault(id(args[0]), []).append(name)
+                def note(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                    inputs.append(args[0])
+                    groups.setdefault(id(args[0]), []).append(name)
 
-                    handles.append(module.register_forward_pre_hook(note))
-            with torch.no_grad():
-                self._tuples = isinstance(block(hidden, *calls[1][0].args, **calls[1][0].kwargs), tuple)
+                handles.append(block.get_submodule(path).register_forward_pre_hook(note))
+            with torch.no_grad(), experts_through(block, expert):
+                output = block(hidden, *calls[1][index].args, **calls[1][index].kwargs)
+                self._values = len(output) if isinstance(output, tuple) else 0
         except CheckpointError:
             raise
         except Exception as error:  # whatever a foreign model's code raises
             raise CheckpointError(
-                f"a block of model type {kind!r} cannot be run ({str(error).splitlines()[0][:160]}): "
+                f"block {index} of model type {self.kind!r} cannot be run ({str(error).splitlines()[0][:160]}): "
                 f"{_HOW_TO_ADD}"
             ) from error
         finally:
             for handle in handles:
                 handle.remove()
-            self.free_block(0)
-        if not groups:
-            raise CheckpointError(f"a block of model type {kind!r} has no plain linear: {_HOW_TO_ADD}")
-        return tuple(InputGroup(tuple(names), "") for names in groups.values())
+            if not loaded:
+                self.free_block(index)
+        made = []
+        for key, members in groups.items():
+            if isinstance(key, tuple):
+                made.append(InputGroup(self._expert_linears(index, *key), "", experts=key[0], stage=key[1]))
+            else:
+                made.append(InputGroup(tuple(dict.fromkeys(members)), ""))
+        return tuple(made)
+
+    def _expert_linears(self, index: int, path: str, stage: str) -> tuple[str, ...]:
+        """Names of all experts' linears of one product, expert by expert."""
+        experts = next(e for e in find_experts(self.blocks[index]) if e.path == path)
+        wanted = experts.projections if stage == "up" else ("down_proj",)
+        places = {
+            (x.place.expert, x.parameter, x.place.first): n for n, x in self.linears(index).items() if x.place
+        }
+        names = []
+        for expert in range(experts.count):
+            for projection in wanted:
+                shape = self.blocks[index].get_parameter(experts.parameter(projection)).shape
+                place = experts.place(projection, expert, shape)
+                names.append(places[expert, experts.parameter(projection), place.first])
+        return tuple(names)
 
     @contextmanager
     def outside(self) -> Iterator[None]:
@@ -266,7 +371,9 @@ class Skeleton:
         kept = {names[0]: self.model.get_parameter(names[0]) for names in self._outside}
         try:
             for names in self._outside:
-                stored = next((n for n in names if n in self.checkpoint.tensors), None)
+                stored = next((self.binding.tensors[n] for n in names if n in self.binding.tensors), None)
+                if stored is None and any(_TOWER.search(n) for n in names):
+                    continue  # of a wrapper's other inputs, which no text reaches
                 if stored is None:
                     raise CheckpointError(
                         f"{self.checkpoint.path}: has no tensor {names[0]!r}, which the model needs, or has "
@@ -290,7 +397,7 @@ class Skeleton:
         parent_path, _, name = self.blocks_path.rpartition(".")
         parent, count, output = self.model.get_submodule(parent_path), len(self.blocks), None
         recorders = (
-            _Recorder(b, calls, i == count - 1, result, self._tuples) for i, b in enumerate(self.blocks)
+            _Recorder(b, calls, i == count - 1, result, self._values) for i, b in enumerate(self.blocks)
         )
         setattr(parent, name, nn.ModuleList(recorders))
         try:
@@ -299,7 +406,13 @@ class Skeleton:
         except _Recorded:
             pass
         except _TakesFirst:
-            self._tuples = True
+            self._values = 1
+            return self._run_outside(module, tokens, result)
+        except ValueError as error:
+            wanted = re.match(r"not enough values to unpack \(expected (\d+)", str(error))
+            if wanted is None or int(wanted[1]) <= self._values:
+                raise
+            self._values = int(wanted[1])
             return self._run_outside(module, tokens, result)
         finally:
             setattr(parent, name, self.blocks)
@@ -346,27 +459,52 @@ class Skeleton:
         Raises:
             CheckpointError: a weight with NaN or infinity.
         """
-        prefix = self.block_prefix(index)
-        for name in [n for n, _ in self.blocks[index].named_parameters()]:
-            full = prefix + name
-            value = replaced[full] if replaced and full in replaced else self.checkpoint.read(full)
-            if not bool(torch.isfinite(value.sum(dtype=torch.float32))) and not bool(
-                torch.isfinite(value).all()
-            ):
+        block, prefix = self.blocks[index], f"{self.blocks_path}.{index}."
+        for name in [n for n, _ in block.named_parameters()]:
+            parts = self.binding.experts.get(prefix + name)
+            if parts is None:
+                tensor = self.binding.tensors[prefix + name]
+                value = replaced[tensor] if replaced and tensor in replaced else self._finite(tensor)
+                self._set(prefix + name, self._parameter(value))
+                continue
+            whole = torch.empty(block.get_parameter(name).shape, dtype=self.dtype, device=self.device)
+            for linear in self.linears(index).values():
+                if linear.parameter == name and linear.place is not None:
+                    kept = replaced.get(f"{linear.ref.name}.weight") if replaced else None
+                    if kept is None and replaced and linear.ref.tensor in replaced:
+                        kept = linear.ref.weight.view(replaced[linear.ref.tensor])
+                    value = kept if kept is not None else linear.ref.read(self.checkpoint)
+                    linear.place.view(whole).copy_(value)
+            if not bool(torch.isfinite(whole).all()):
                 raise CheckpointError(
-                    f"{self.checkpoint.info(full).file}: {full} holds NaN or infinity: the source is "
-                    "damaged, fetch it again"
+                    f"{self.checkpoint.path}: experts of {prefix}{name} hold NaN or infinity: the source is damaged, "
+                    "fetch it again"
                 )
-            self._set(full, self._parameter(value))
-        return self.blocks[index]
+            self._set(prefix + name, nn.Parameter(whole, requires_grad=False))
+        for name, buffer in block.named_buffers():
+            if (stored := self.binding.tensors.get(prefix + name)) is not None:
+                buffer.copy_(self.checkpoint.read(stored))
+        return block
+
+    def _finite(self, tensor: str) -> torch.Tensor:
+        """A tensor of the file.
+
+        Raises:
+            CheckpointError: it holds NaN or infinity.
+        """
+        value = self.checkpoint.read(tensor)
+        if not bool(torch.isfinite(value.sum(dtype=torch.float32))) and not bool(torch.isfinite(value).all()):
+            raise CheckpointError(
+                f"{self.checkpoint.info(tensor).file}: {tensor} holds NaN or infinity: the source is damaged, fetch "
+                "it again"
+            )
+        return value
 
     def free_block(self, index: int) -> None:
         """Gives the block's memory back."""
         for name, parameter in list(self.blocks[index].named_parameters()):
-            self._set(
-                self.block_prefix(index) + name,
-                nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False),
-            )
+            empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+            self._set(f"{self.blocks_path}.{index}.{name}", empty)
 
     def _parameter(self, value: torch.Tensor) -> nn.Parameter:
         return nn.Parameter(value.to(self.device, self.dtype), requires_grad=False)

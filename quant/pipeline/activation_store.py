@@ -80,6 +80,11 @@ class ActivationStore:
         self._inside, self._outside = Space(resident), Space()
         self._file, self._written = -1, 0
 
+    @property
+    def folder(self) -> Path | None:
+        """Where scratch files go; None: the system's folder for temporary files."""
+        return None if self.scratch is None else self.scratch.parent
+
     def put(self, tensor: torch.Tensor) -> Callable[[], None]:
         """Sets a tensor aside; the returned function brings it back."""
         storage = tensor.untyped_storage()

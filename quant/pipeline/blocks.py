@@ -18,16 +18,19 @@ from quant.calibration.statistics import Accumulator, Statistics
 from quant.checkpoint.dtypes import TORCH
 from quant.errors import QuantError
 from quant.models.adapter import InputGroup
-from quant.models.attention import observed_attention, staircase_attention
+from quant.models.attention import observed_attention
+from quant.models.binding import BlockLinear
+from quant.models.experts import Experts, Routed, expert_inner, find_experts
 from quant.models.skeleton import BlockCall, Skeleton
 from quant.outlier_suppression import Suppressor
 from quant.pipeline.activation_store import ActivationStore, Batches
+from quant.pipeline.experts import STAND_IN, ExpertInputs, coverage, weighted
 from quant.pipeline.folding import can_take_rows, find_fold, fold_linear, fold_norm
 from quant.pipeline.memory import MAPPED, give_back
 from quant.pipeline.pieces import PIECE
 from quant.pipeline.plan import JobPlan
 from quant.pipeline.records import Clock, Records
-from quant.pipeline.staged import StagedForward, run_block
+from quant.pipeline.staged import StagedForward, computed, run_block
 from quant.quantizers import Quantized, Quantizer
 from quant.recipe import Assignment
 from quant.schemes import BLOCK, Scheme
@@ -113,14 +116,20 @@ class BlockQuantizer:
         need_outputs: bool,
     ) -> BlockResult:
         """Quantizes the chosen linears of one block and leaves its outputs in ``batches``."""
-        prefix = skeleton.block_prefix(index)
-        chosen = self._chosen_groups(skeleton.adapter.groups, prefix)
+        prefix, linears = skeleton.block_prefix(index), skeleton.linears(index)
+        chosen = self._chosen_groups(skeleton.groups(index), prefix)
         groups = list(chosen)
         sums: dict[InputGroup, Accumulator] = {}
         samples: dict[InputGroup, torch.Tensor] = {}
+        routed: dict[InputGroup, ExpertInputs] = {}
+        routed_samples: dict[InputGroup, ExpertInputs] = {}
 
-        def observe(group: InputGroup, batch: int, inputs: torch.Tensor) -> None:
+        def observe(group: InputGroup, batch: int, inputs: torch.Tensor | Routed) -> None:
             with self.clock.phase("statistics"):
+                if isinstance(inputs, Routed):
+                    kept = routed_samples if batch == held_out else routed
+                    kept.setdefault(group, ExpertInputs(store.folder)).add(inputs)
+                    return
                 if batch == held_out:
                     samples[group] = inputs.reshape(-1, inputs.shape[-1])[-ERROR_TOKENS:].clone()
                     return
@@ -134,22 +143,35 @@ class BlockQuantizer:
         cache = [spec.name for unit in self.plan.units if unit.block == index for spec in unit.made]
         observed = observed_attention(block, made.observe_cache) if cache else nullcontext()
         if not groups:
-            with staircase_attention(block), observed:
+            with computed(block), observed:
                 run_block(block, batches, calls)
             made.finish_cache(cache)
             return made
 
-        staged = StagedForward(block, groups, batches, calls, store, observe, need_outputs)
+        modules = {name: linear.module for name, linear in linears.items() if linear.place is None}
+        staged = StagedForward(block, groups, batches, calls, store, observe, need_outputs, modules)
         clock = self.clock.seconds
         before, other = time.perf_counter(), clock["statistics"] + clock["solve"]
         # not observed: the K and V of weights that are not quantized yet are none of the cache's
-        with staircase_attention(block):
+        with computed(block):
             staged.look_ahead()
-        with staircase_attention(block), observed:
+        priors: dict[str, torch.Tensor] = {}
+        with computed(block), observed:
             for group in staged.stages():
+                if group.experts:
+                    self._solve_experts(
+                        block,
+                        linears,
+                        group,
+                        prefix,
+                        routed.pop(group),
+                        routed_samples.pop(group, None),
+                        priors,
+                        made,
+                    )
+                    continue
                 start = time.perf_counter()
-                modules = [block.get_submodule(name) for name in group.linears]
-                weights = [block.get_parameter(f"{name}.weight") for name in group.linears]
+                weights = [linears[name].get(block) for name in group.linears]
                 with self.clock.phase("statistics"):
                     statistics = sums.pop(group).finish()
                 with self.clock.phase("solve"):
@@ -157,28 +179,117 @@ class BlockQuantizer:
                         # the solve's buffers are not cut from the heap, whose free parts would lie beside
                         # them
                         give_back()
-                    if not statistics.finite:
-                        raise QuantError(
-                            f"{prefix}{group.linears[0]}: its inputs hold NaN or infinity on calibration "
-                            "tokens: the model overflows or its "
-                            "weights or config.json are damaged: run quant evaluate on the source; --method "
-                            "minmax --scheme w4a16 needs no inputs"
-                        )
+                    _demand_finite(statistics, prefix + group.linears[0])
                     results, factors = self._solve_group(
-                        group, chosen[group], prefix, weights, statistics, skeleton.adapter.norm_offset, made
+                        group, chosen[group], prefix, weights, statistics, skeleton.norm_offset, made
                     )
-                for name, module, weight, result in zip(
-                    group.linears, modules, weights, results, strict=True
-                ):
+                for name, weight, result in zip(group.linears, weights, results, strict=True):
                     with self.clock.phase("solve"):
                         value, evidence = self._going_on(result.tensor, weight, factors, samples.get(group))
                     self.records.add(
                         prefix + name, result, *evidence, statistics.tokens, time.perf_counter() - start
                     )
-                    module.weight = nn.Parameter(value, requires_grad=False)
+                    linears[name].set(block, value)
         made.finish_cache(cache)
         clock["forward"] += time.perf_counter() - before - (clock["statistics"] + clock["solve"] - other)
         return made
+
+    def _solve_experts(
+        self,
+        block: nn.Module,
+        linears: Mapping[str, BlockLinear],
+        group: InputGroup,
+        prefix: str,
+        routed: ExpertInputs,
+        held_out: ExpertInputs | None,
+        priors: dict[str, torch.Tensor],
+        made: BlockResult,
+    ) -> None:
+        """Quantizes the experts of a layer for one product, one after another.
+
+        ``priors``: by experts module, rows of the whole layer that stand in for tokens that an expert does not see;
+        noted before the first product, taken through the expert's own weights before the second.
+        """
+        module = block.get_submodule(group.experts)
+        experts = next(e for e in find_experts(block) if e.path == group.experts)
+        how = self.plan.recipe.moe_calibration
+        floor = routed.features
+        counts = routed.counts
+        with self.clock.phase("statistics"):
+            if group.stage == "up":
+                self.records.experts[prefix + group.experts] = coverage(counts, floor)
+                if how == "all":
+                    priors[group.experts] = routed.spread(sum(counts.tolist()))
+                elif how == "blend":
+                    priors[group.experts] = routed.spread(floor)
+        by_expert: dict[int, list[str]] = {}
+        for name in group.linears:
+            place = linears[name].place
+            assert place is not None and place.expert is not None
+            by_expert.setdefault(place.expert, []).append(name)
+        for expert, names in by_expert.items():
+            start = time.perf_counter()
+            assignment = self._assignment(prefix, replace(group, linears=tuple(names)))
+            one = InputGroup(tuple(names), "")
+            with self.clock.phase("statistics"):
+                statistics, note = self._expert_statistics(
+                    module,
+                    experts,
+                    expert,
+                    group.stage,
+                    routed,
+                    priors.get(group.experts),
+                    self._needs(assignment),
+                )
+                sample = None if held_out is None else held_out.of(expert)[0][-ERROR_TOKENS:]
+            weights = [linears[name].get(block) for name in names]
+            with self.clock.phase("solve"):
+                _demand_finite(statistics, prefix + names[0])
+                results, _ = self._solve_group(one, one, prefix, weights, statistics, 0.0, made, scaled=False)
+                tokens = int(counts[expert])
+                for name, weight, result in zip(names, weights, results, strict=True):
+                    held = sample if sample is not None and len(sample) else None
+                    value, evidence = self._going_on(result.tensor, weight, None, held)
+                    noted = replace(result, notes=(*result.notes, *note))
+                    self.records.add(prefix + name, noted, *evidence, tokens, time.perf_counter() - start)
+                    linears[name].set(block, value)
+        routed.close()
+        if held_out is not None:
+            held_out.close()
+
+    def _expert_statistics(
+        self,
+        module: nn.Module,
+        experts: Experts,
+        expert: int,
+        stage: str,
+        routed: ExpertInputs,
+        prior: torch.Tensor | None,
+        needs: frozenset[str],
+    ) -> tuple[Statistics, tuple[str, ...]]:
+        """The statistics of one expert's input, and what to say of them; see :mod:`quant.pipeline.experts`."""
+        how = self.plan.recipe.moe_calibration
+        rows, gates = routed.of(expert)
+        tokens, floor = len(rows), routed.features
+        sums = Accumulator(floor, rows.device, needs)
+        if how == "all" and prior is not None:
+            rows = prior if stage == "up" else expert_inner(module, experts, expert, prior)
+            sums.add(rows)
+            return sums.finish(), ()
+        if tokens:
+            sums.add(weighted(rows, gates) if how == "blend" else rows)
+        if how == "blend" and tokens < floor and prior is not None:
+            missing = max(floor - tokens, 1)
+            spare = prior[:: max(1, len(prior) // missing)][:missing]
+            spare = spare if stage == "up" else expert_inner(module, experts, expert, spare)
+            sums.add(spare * STAND_IN**0.5)
+            return sums.finish(), (
+                f"its router sends it {tokens} of the {floor} tokens that its inputs would take: {len(spare)} tokens of "
+                "the whole layer stand in, with a small weight",
+            )
+        if not tokens:
+            return sums.finish(), ("its router sends it no calibration token",)
+        return sums.finish(), ()
 
     def _solve_group(
         self,
@@ -189,8 +300,9 @@ class BlockQuantizer:
         statistics: Statistics,
         norm_offset: float,
         made: BlockResult,
+        scaled: bool = True,
     ) -> tuple[list[Quantized], torch.Tensor | None]:
-        """Suppresses and quantizes linears that share an input; what they become goes into ``made``.
+        """Suppresses (unless ``scaled`` is False) and quantizes linears that share an input; what they become goes into ``made``.
 
         Returns:
             each linear's result, and the factors fp32 [K] that its input will have been divided by, or None.
@@ -204,7 +316,9 @@ class BlockQuantizer:
             rows.copy_(weight)
         notes: tuple[str, ...] = ()
         factors = None
-        if suppressor is not None:
+        if suppressor is not None and not scaled:
+            notes = (f"not scaled by {suppressor.name}: the router reads what the experts read",)
+        elif suppressor is not None:
             factors, notes = self._suppress(
                 suppressor, group, whole, prefix, stacked, statistics, scheme, norm_offset, made
             )
@@ -295,6 +409,10 @@ class BlockQuantizer:
         """The linears to quantize that share an input and are quantized alike → all that share the input."""
         chosen: dict[InputGroup, InputGroup] = {}
         for group in groups:
+            if group.experts:  # each is solved on its own
+                names = tuple(n for n in group.linears if prefix + n in self.plan.linears)
+                chosen |= {replace(group, linears=names): group} if names else {}
+                continue
             alike: dict[Assignment, list[str]] = {}
             for name in group.linears:
                 if prefix + name in self.plan.linears:
@@ -342,3 +460,19 @@ class BlockQuantizer:
             sums += torch.stack([sum_of_squares(difference), sum_of_squares(wide), missed, wanted])
         noise, signal, lost, whole = sums.tolist()
         return values, (noise, signal, lost / max(whole, 1e-30) if sample is not None else None)
+
+
+def _fold_key(prefix: str, group: InputGroup) -> str:
+    return prefix + "+".join(group.linears)
+
+
+def _demand_finite(statistics: Statistics, linear: str) -> None:
+    """
+    Raises:
+        QuantError: an input that holds NaN or infinity.
+    """
+    if not statistics.finite:
+        raise QuantError(
+            f"{linear}: its inputs hold NaN or infinity on calibration tokens: the model overflows or its weights or "
+            "config.json are damaged: run quant evaluate on the source; --method minmax --scheme w4a16 needs no inputs"
+        )

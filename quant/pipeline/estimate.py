@@ -19,7 +19,6 @@ from quant.calibration.text import Rows
 from quant.checkpoint.dtypes import TORCH
 from quant.errors import QuantError
 from quant.evaluation.preservation import ROWS, TOKENS
-from quant.models.attention import staircase_attention
 from quant.models.skeleton import BlockCall, Skeleton
 from quant.pipeline.activation_store import ActivationStore, Batches
 from quant.pipeline.checks import check_disk
@@ -27,7 +26,7 @@ from quant.pipeline.manager import QuantizationManager, batch_rows, memory_exhau
 from quant.pipeline.memory import freed_memory_kept, peak_rss
 from quant.pipeline.pieces import PieceQuantizer
 from quant.pipeline.plan import JobPlan
-from quant.pipeline.staged import run_block
+from quant.pipeline.staged import computed, run_block
 from quant.progress import Event, Progress, silent
 from quant.units import format_size
 from quant.vllm.config import text_config
@@ -114,7 +113,9 @@ def _least(plan: JobPlan, skeleton: Skeleton) -> int:
     trial of a block would fail without."""
     largest = 0
     for block in range(skeleton.block_count):
-        for group in skeleton.adapter.groups:
+        for group in skeleton.groups(block):
+            if group.experts:  # solved one by one
+                group = replace(group, linears=group.linears[:2])
             members = [x for n in group.linears if (x := plan.linears.get(skeleton.block_prefix(block) + n))]
             if members:
                 n, k = sum(x.n for x in members), members[0].k
@@ -159,7 +160,7 @@ def _try_blocks(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, pr
             start = time.perf_counter()
             block = skeleton.load_block(index)
             loaded = time.perf_counter() - start
-            with staircase_attention(block):
+            with computed(block):
                 # kernels are loaded and memory is claimed, once in a job
                 run_block(block, batches, block_calls)
             if device.type == "cuda":

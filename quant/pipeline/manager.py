@@ -28,7 +28,6 @@ from quant.evaluation.preservation import preservation
 from quant.evaluation.verify import verify
 from quant.formats import Contents
 from quant.formats.reading import read_linear
-from quant.models.attention import staircase_attention
 from quant.models.skeleton import BlockCall, Skeleton
 from quant.pipeline.activation_store import ActivationStore, Batches
 from quant.pipeline.blocks import BlockQuantizer, BlockResult
@@ -40,7 +39,7 @@ from quant.pipeline.pieces import PieceQuantizer
 from quant.pipeline.plan import JobPlan
 from quant.pipeline.records import Clock, Records
 from quant.pipeline.rows import job_rows
-from quant.pipeline.staged import run_block
+from quant.pipeline.staged import computed, run_block
 from quant.pipeline.writing import write_rest, write_unit
 from quant.progress import Event, Progress, silent
 from quant.report.evidence import REPORT
@@ -151,7 +150,8 @@ class QuantizationManager:
         known = {
             skeleton.block_prefix(b) + n
             for b in range(skeleton.block_count)
-            for n in skeleton.adapter.linears()
+            for group in skeleton.groups(b)
+            for n in group.linears
         }
         unknown = [n for n in self.plan.linears if n not in known]
         if unknown:
@@ -207,7 +207,7 @@ class QuantizationManager:
                     if not last:
                         with self.clock.phase("replay"):
                             block = skeleton.load_block(unit.block, self._finished_weights(unit, work))
-                            with staircase_attention(block):
+                            with computed(block):
                                 run_block(block, batches, block_calls)
                 else:
                     with self.clock.phase("load"):
@@ -427,6 +427,7 @@ class QuantizationManager:
                 "dropped": [],
             },
             "folds": self.records.folds,
+            "experts": self.records.experts,
             "unquantized_linears": list(plan.unquantized),
             "side_files_dropped": dropped,
             "vllm": vllm_config(arguments),

@@ -41,6 +41,7 @@ class Records:
     progress: Progress
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     folds: dict[str, dict[str, Any]] = field(default_factory=dict)
+    experts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(
         self,
@@ -81,9 +82,11 @@ class Records:
         for name in names:
             self.layers[name]["unit"] = unit
         folds = {k: f for k, f in self.folds.items() if set(f["linears"]) & set(names)}
-        return {"layers": {n: self.layers[n] for n in names}, "folds": folds}
+        modules = {m: c for m, c in self.experts.items() if any(n.startswith(f"{m}.") for n in names)}
+        return {"layers": {n: self.layers[n] for n in names}, "folds": folds, "experts": modules}
 
     def restore(self, entry: Mapping[str, Any]) -> None:
         """Takes back what :meth:`of` gave to an earlier run's journal."""
         self.layers.update(entry["layers"])
         self.folds.update(entry["folds"])
+        self.experts.update(entry.get("experts", {}))

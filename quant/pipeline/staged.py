@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,8 @@ from torch.utils._pytree import tree_iter
 
 from quant.errors import QuantError
 from quant.models.adapter import InputGroup
-from quant.models.attention import attention_through
+from quant.models.attention import attention_through, staircase_attention
+from quant.models.experts import Routed, Stage, experts_through
 from quant.models.skeleton import BlockCall
 from quant.pipeline.activation_store import ActivationStore, Batches
 
@@ -84,8 +85,8 @@ class _Reads(TorchDispatchMode):
 
 def _see(*tensors: object) -> None:
     batch = getcurrent()
-    assert isinstance(batch, _Batch)
-    batch.seen += [weakref.ref(t) for t in tensors if isinstance(t, torch.Tensor)]
+    if isinstance(batch, _Batch):  # modules of the block are also called while it is solved
+        batch.seen += [weakref.ref(t) for t in tensors if isinstance(t, torch.Tensor)]
 
 
 def _see_first(module: nn.Module, args: tuple[object, ...]) -> None:
@@ -118,6 +119,13 @@ class _Waiting:
     restore: list[Callable[[], None]]
 
 
+@contextmanager
+def computed(block: nn.Module) -> Iterator[None]:
+    """While it lasts, the block's attention and experts are computed in the ways that every pass of a job shares."""
+    with staircase_attention(block), experts_through(block, lambda path, stage, routed: None):
+        yield
+
+
 def run_block(block: nn.Module, batches: Batches, calls: Mapping[int, BlockCall]) -> None:
     """Replaces every batch by the block's output."""
     with torch.no_grad():
@@ -136,11 +144,13 @@ class StagedForward:
 
     Args:
         block: filled, on its device.
-        groups: the groups of linears to stop at.
+        groups: the groups of linears to stop at; of experts one for each of a module's two products.
         batches: inputs of the block, replaced by its outputs.
         calls: by batch size, what the block is called with.
         observe: called with (group, batch index, inputs [B, T, K]) as each batch arrives at a group.
         need_outputs: False for the last block, whose last linear nobody reads: its batches are dropped there.
+        modules: by the names of plain linears in ``groups``, their modules' paths inside the block, where they
+            differ.
     """
 
     def __init__(
@@ -150,12 +160,15 @@ class StagedForward:
         batches: Batches,
         calls: Mapping[int, BlockCall],
         store: ActivationStore,
-        observe: Callable[[InputGroup, int, torch.Tensor], None],
+        observe: Callable[[InputGroup, int, torch.Tensor | Routed], None],
         need_outputs: bool = True,
+        modules: Mapping[str, str] | None = None,
     ):
         self._block, self._batches, self._calls = block, batches, calls
         self._store, self._observe = store, observe
-        self._groups = {linear: group for group in groups for linear in group.linears}
+        self._groups = {n: group for group in groups for n in group.linears if not group.experts}
+        self._experts = {(group.experts, group.stage): group for group in groups if group.experts}
+        self._modules = {name: (modules or {}).get(name, name) for name in self._groups}
         self._finished: set[InputGroup] = set()
         self._count, self._need_outputs = len(groups), need_outputs
         self._reads: _Reads | None = None
@@ -198,7 +211,8 @@ class StagedForward:
             finally:
                 for entry in waiting:
                     entry.batch.throw()  # ends it where it waits
-        missing = [n for n, g in self._groups.items() if g not in self._finished]
+        every = {**self._groups, **{g.linears[0]: g for g in self._experts.values()}}
+        missing = [n for n, g in every.items() if g not in self._finished]
         if missing:
             raise QuantError(
                 f"the block's forward pass never used {', '.join(missing[:4])}: the model's adapter names "
@@ -213,17 +227,32 @@ class StagedForward:
             m.register_forward_pre_hook(_see_first) for m in self._block.modules() if not any(m.children())
         ]
         for name in self._groups:
-            module = self._block.get_submodule(name)
+            module = self._block.get_submodule(self._modules[name])
             originals[name] = module.forward
             module.forward = _Stop(self, name, module.forward)
         try:
-            with attention_through(self._block, "quant_watched", _see_attention):
+            routed = experts_through(self._block, self._stop_experts) if self._experts else nullcontext()
+            with attention_through(self._block, "quant_watched", _see_attention), routed:
                 yield
         finally:
             for hook in hooks:
                 hook.remove()
             for name, forward in originals.items():
-                self._block.get_submodule(name).forward = forward
+                self._block.get_submodule(self._modules[name]).forward = forward
+
+    def _stop_experts(self, path: str, stage: Stage, routed: Routed) -> None:
+        """Waits before a product of routed experts, as :class:`_Stop` does before a linear."""
+        group, batch = self._experts.get((path, stage)), getcurrent()
+        assert isinstance(batch, _Batch)
+        _see(routed.rows)
+        if group is None:
+            return
+        if self._reads is not None:
+            if group not in self._reads.stops:
+                self._reads.stop(group, batch.held())
+        elif group not in self._finished:
+            assert batch.parent is not None
+            batch.parent.switch((group, routed))
 
     def _start(self, index: int) -> _Waiting | None:
         hidden = self._batches.take(index)

@@ -75,8 +75,8 @@ def test_the_groups_of_a_row_are_the_ones_that_a_run_of_the_block_shows(
     kind: str, checkpoints: Callable[..., Path]
 ) -> None:
     skeleton = Skeleton(open_checkpoint(checkpoints(kind)), CPU)
-    probed = skeleton._probe_groups(kind)
-    assert [set(g.linears) for g in probed] == [set(g.linears) for g in skeleton.adapter.groups]
+    probed = skeleton._trace(0)
+    assert [set(g.linears) for g in probed] == [set(g.linears) for g in skeleton.groups(0)]
 
 
 @pytest.mark.parametrize("kind", GENERIC)
@@ -85,7 +85,7 @@ def test_a_family_without_a_row_gets_its_groups_from_a_run_of_the_block(
 ) -> None:
     checkpoint = open_checkpoint(checkpoints(kind))
     assert adapter_for(checkpoint.config) is None
-    groups = [set(g.linears) for g in Skeleton(checkpoint, CPU).adapter.groups]
+    groups = [set(g.linears) for g in Skeleton(checkpoint, CPU).groups(0)]
     attention = "attn" if kind == "gptj" else "self_attn"
     assert {f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj"} <= groups[0]
     wanted = {
@@ -214,4 +214,4 @@ def test_a_block_call_that_depends_on_the_tokens_is_refused_not_reused(
 
     monkeypatch.setattr(StableLmModel, "forward", forward)
     with pytest.raises(CheckpointError, match="'stablelm' .*depend on the tokens.*--method minmax"):
-        Skeleton(open_checkpoint(checkpoints("stablelm")), CPU)
+        Skeleton(open_checkpoint(checkpoints("stablelm")), CPU).groups(0)

@@ -35,7 +35,7 @@ def run_staged(
     skeleton = Skeleton(open_checkpoint(folder), CPU)
     hidden, calls = skeleton.embed(BATCHES)
     batches = Batches(store, hidden)
-    block, groups = skeleton.load_block(0), skeleton.adapter.groups
+    block, groups = skeleton.load_block(0), skeleton.groups(0)
     seen: dict[str, list[torch.Tensor]] = {}
     staged = StagedForward(
         block,
@@ -67,7 +67,7 @@ def run_plainly(folder: Path, block: nn.Module) -> tuple[list[torch.Tensor], dic
         block.get_submodule(g.linears[0]).register_forward_pre_hook(
             lambda m, a, n=g.linears[0]: seen.setdefault(n, []).append(a[0].clone())
         )
-        for g in skeleton.adapter.groups
+        for g in skeleton.groups(0)
     ]
     with torch.no_grad():
         outputs = [block(h, *(c := calls[len(h)][0]).args, **c.kwargs) for h in hidden]
@@ -255,7 +255,7 @@ def test_what_the_code_names_but_reads_no_more_is_not_kept(llama: Path, tmp_path
     hidden, calls = skeleton.embed([tokens])
     batches = Batches(store, hidden)
     block = skeleton.load_block(0)
-    staged = StagedForward(block, skeleton.adapter.groups, batches, {2: calls[2][0]}, store, lambda *a: None)
+    staged = StagedForward(block, skeleton.groups(0), batches, {2: calls[2][0]}, store, lambda *a: None)
     staged.look_ahead()
     config, counts = open_checkpoint(llama).config, []
     size = tokens.numel() * hidden[0].element_size()
@@ -326,9 +326,7 @@ def test_waiting_batches_hold_no_activations(
     ]
     batches = Batches(store, skeleton.embedded(tokens, calls))
     block = skeleton.load_block(0)
-    staged = StagedForward(
-        block, skeleton.adapter.groups, batches, {size: calls[size][0]}, store, lambda *a: None
-    )
+    staged = StagedForward(block, skeleton.groups(0), batches, {size: calls[size][0]}, store, lambda *a: None)
     for group in staged.stages():
         held = [
             t.shape

@@ -1,0 +1,204 @@
+"""The routed experts of a mixture, as transformers holds them in memory: all of a layer in 3-D parameters.
+
+transformers 5 keeps ``gate_up_proj`` [E, 2·I, H] and ``down_proj`` [E, H, I] in one module a layer (transposed, with
+interleaved rows or without a gate for some families, which the module's own attributes say:
+`integrations/moe.py::use_experts_implementation`), whatever the file's layout is, and lets a registered function
+compute them. :func:`experts_through` puts ours in its place, which passes each expert the tokens that its router sends
+and can be suspended before each of the two matrix products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from quant.models.linears import Slice
+
+#: The two products of an expert: into the intermediate size (gate and up together), and out of it.
+Stage = Literal["up", "down"]
+
+
+@dataclass(frozen=True)
+class Routed:
+    """The inputs of all experts of a layer in one batch.
+
+    Attributes:
+        rows: [R, K], what the experts read.
+        index: int64 [S], the row of each pair of a token and an expert, sorted by expert.
+        counts: int64 [E], pairs of each expert.
+        gates: fp32 [S], what the router multiplies the pair's output by.
+    """
+
+    rows: torch.Tensor
+    index: torch.Tensor
+    counts: torch.Tensor
+    gates: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Experts:
+    """An experts module of a block.
+
+    Attributes:
+        path: of the module inside the block.
+        count: experts.
+        projections: those of the first product, in the order of their rows.
+        transposed, interleaved: as the module stores them.
+    """
+
+    path: str
+    count: int
+    projections: tuple[str, ...]
+    transposed: bool
+    interleaved: bool
+
+    def parameter(self, projection: str) -> str:
+        """The parameter that holds a projection, by its name inside the block."""
+        if projection == "down_proj":
+            return f"{self.path}.down_proj"
+        return f"{self.path}.{'gate_up_proj' if len(self.projections) > 1 else 'up_proj'}"
+
+    def place(self, projection: str, expert: int, shape: torch.Size) -> Slice:
+        """Where in that parameter, of this shape, an expert's projection lies."""
+        parts = ("down_proj",) if projection == "down_proj" else self.projections
+        count = shape[2 if self.transposed else 1] // len(parts)
+        position = parts.index(projection)
+        first, step = (position, len(parts)) if self.interleaved and len(parts) > 1 else (position * count, 1)
+        return Slice(self.parameter(projection), expert, first, step, count, self.transposed)
+
+
+#: Modules that do not say of themselves how they store their experts: class → transposed, and whether the module is
+#: given the tokens of all experts, zero where the router sends none (Llama 4), instead of the router's choice.
+_UNDECLARED = {"Llama4TextExperts": (True, True)}
+
+
+def find_experts(block: nn.Module) -> list[Experts]:
+    """The experts modules of a block."""
+    found = []
+    for path, module in block.named_modules():
+        parameters = dict(module.named_parameters(recurse=False))
+        first = parameters.get("gate_up_proj", parameters.get("up_proj"))
+        down = parameters.get("down_proj")
+        if first is None or down is None or first.ndim != 3 or down.ndim != 3 or not path:
+            continue
+        declared = hasattr(module, "is_transposed")
+        if not declared and type(module).__name__ not in _UNDECLARED:
+            continue
+        transposed = module.is_transposed if declared else _UNDECLARED[type(module).__name__][0]
+        gated = "gate_up_proj" in parameters
+        projections = ("gate_proj", "up_proj") if gated else ("up_proj",)
+        interleaved = declared and not module.is_concatenated
+        found.append(Experts(path, len(first), projections, bool(transposed), bool(interleaved)))
+    return found
+
+
+#: Called before a product with the module's path, which product it is, and the inputs.
+Stop = Callable[[str, Stage, Routed], None]
+
+
+@contextmanager
+def experts_through(block: nn.Module, stop: Stop) -> Iterator[None]:
+    """While it lasts, experts of the block are computed expert by expert, and ``stop`` is called before each product."""
+    restore: list[Callable[[], None]] = []
+    try:
+        for experts in find_experts(block):
+            module = block.get_submodule(experts.path)
+            forward = _sorted_forward if type(module).__name__ in _UNDECLARED else _routed_forward
+            restore.append(partial(_put_back, module, module.__dict__.get("forward")))
+            module.forward = partial(forward, module, experts, stop)
+        yield
+    finally:
+        for back in restore:
+            back()
+
+
+def _put_back(module: nn.Module, forward: Any) -> None:
+    if forward is None:
+        del module.forward
+    else:
+        module.forward = forward
+
+
+def _routed_forward(
+    module: Any,
+    experts: Experts,
+    stop: Stop,
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """What an experts module computes: hidden [T, H], the experts that the router chose [T, top] (``E`` stands for
+    none) and their weights [T, top]; returns [T, H]."""
+    tokens, top = index.shape
+    chosen, order = index.reshape(-1).sort(stable=True)
+    counts = torch.bincount(chosen, minlength=experts.count + 1)[: experts.count]
+    order = order[: int(counts.sum())]  # pairs without an expert come last
+    gates = weights.reshape(-1)[order]
+    output = _two_products(module, experts, stop, Routed(hidden, order // top, counts, gates.float()))
+    pairs = hidden.new_zeros(tokens * top, output.shape[1])
+    pairs[order] = output * gates.unsqueeze(-1).to(output.dtype)
+    return pairs.view(tokens, top, -1).float().sum(1).to(hidden.dtype)
+
+
+def _sorted_forward(module: Any, experts: Experts, stop: Stop, hidden: torch.Tensor) -> torch.Tensor:
+    """The same where hidden [E·T, H] holds the rows of every expert one after another, already multiplied by the
+    router's weight and zero where it sends none."""
+    used = hidden.any(-1)
+    index = used.nonzero().squeeze(1)
+    counts = used.view(experts.count, -1).sum(1)
+    gates = torch.ones(len(index), device=hidden.device)
+    output = torch.zeros_like(hidden)
+    output[index] = _two_products(module, experts, stop, Routed(hidden, index, counts, gates))
+    return output
+
+
+def _two_products(module: Any, experts: Experts, stop: Stop, routed: Routed) -> torch.Tensor:
+    """[S, H]: the output of each pair's expert."""
+    stop(experts.path, "up", routed)
+    first = experts.parameter(experts.projections[-1]).rpartition(".")[2]
+    inner = gated(module, product(module, first, experts, routed))
+    whole = torch.arange(len(inner), device=inner.device)
+    stop(experts.path, "down", Routed(inner, whole, routed.counts, routed.gates))
+    output = product(module, "down_proj", experts, Routed(inner, whole, routed.counts, routed.gates))
+    return module.post_expert_norm(output) if getattr(module, "has_post_expert_norm", False) else output
+
+
+def gated(module: Any, inner: torch.Tensor) -> torch.Tensor:
+    """The activation between the two products, [S, I] of [S, 2·I] (or of [S, I] without a gate)."""
+    if not getattr(module, "has_gate", True):
+        return module.act_fn(inner)
+    if hasattr(module, "_apply_gate"):
+        return module._apply_gate(inner)
+    gate, up = inner.chunk(2, dim=-1)
+    return up * module.act_fn(gate)
+
+
+def product(module: Any, name: str, experts: Experts, routed: Routed) -> torch.Tensor:
+    """[S, N]: each pair's row times its expert's matrix of parameter ``name``, with its bias where there is one."""
+    weight, bias = getattr(module, name), getattr(module, f"{name}_bias", None)
+    outputs = weight.shape[2 if experts.transposed else 1]
+    result = routed.rows.new_empty(len(routed.index), outputs)
+    start = 0
+    for expert, count in enumerate(routed.counts.tolist()):
+        if count:
+            pairs = slice(start, start + count)
+            rows = routed.rows[routed.index[pairs]]
+            matrix = weight[expert].t() if experts.transposed else weight[expert]
+            result[pairs] = nn.functional.linear(rows, matrix, None if bias is None else bias[expert])
+            start += count
+    return result
+
+
+def expert_inner(module: nn.Module, experts: Experts, expert: int, rows: torch.Tensor) -> torch.Tensor:
+    """What an expert's second product reads, [P, I], of rows [P, H]."""
+    counts = torch.zeros(experts.count, dtype=torch.int64)
+    counts[expert] = len(rows)
+    index = torch.arange(len(rows), device=rows.device)
+    first = experts.parameter(experts.projections[-1]).rpartition(".")[2]
+    return gated(module, product(module, first, experts, Routed(rows, index, counts, torch.ones(len(rows)))))

@@ -1,0 +1,118 @@
+"""Experts of mixtures: computed as transformers computes them, read from any layout, quantized one a name."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from quant.checkpoint.reader import open_checkpoint
+from quant.evaluation.verify import verify
+from quant.formats.reading import dequantized
+from quant.models.experts import Routed, experts_through, find_experts
+from quant.models.linears import decoder_refs, expert_layout
+from quant.models.skeleton import Skeleton
+from tests.helpers import load_all, quantize
+from tests.models.mixtures import FAMILIES, mixture, save_mixture
+
+TOKENS = torch.randint(3, 4000, (2, 24), generator=torch.Generator().manual_seed(0))
+#: vLLM's words for gate, up and down where they are others.
+W123 = ("mixtral", "granitemoe")
+
+
+def _layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return list(model.model.layers)  # type: ignore[union-attr,arg-type]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_experts_are_computed_as_transformers_does(family: str) -> None:
+    model = mixture(family)
+    model.config._experts_implementation = "eager"  # type: ignore[union-attr,assignment]
+    with torch.no_grad():
+        wanted = model(TOKENS).logits
+        for block in _layers(model):
+            assert len(find_experts(block)) == 1
+        seen: list[Routed] = []
+        with experts_through(_layers(model)[0], lambda path, stage, routed: seen.append(routed)):
+            made = model(TOKENS).logits
+        after = model(TOKENS).logits
+    torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-4)
+    assert torch.equal(after, wanted), "the block's own forward is back"
+    assert len(seen) == 2 and int(seen[0].counts.sum()) == len(seen[0].index) == len(seen[1].rows)
+    pairs = TOKENS.numel() * model.config.num_experts_per_tok  # type: ignore[union-attr,operator]
+    assert len(seen[0].index) == pairs
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_block_is_filled_as_transformers_fills_it(family: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = save_mixture(tmp_path / "m", family)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    skeleton = Skeleton(open_checkpoint(folder), torch.device("cpu"))
+    for index, block in enumerate(_layers(theirs)):
+        mine = dict(skeleton.load_block(index).named_parameters())
+        for name, parameter in block.named_parameters():
+            assert torch.equal(mine[name], parameter), name
+        skeleton.free_block(index)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_linears_of_a_file_are_those_that_the_model_multiplies_with(family: str, tmp_path: Path) -> None:
+    folder = save_mixture(tmp_path / "m", family)
+    checkpoint = open_checkpoint(folder)
+    refs = decoder_refs(checkpoint.tensors, checkpoint.config)
+    skeleton = Skeleton(checkpoint, torch.device("cpu"))
+    block = skeleton.load_block(0)
+    linears = skeleton.linears(0)
+    assert {skeleton.block_prefix(0) + n for n in linears} == {n for n in refs if ".layers.0." in n}
+    for name, linear in linears.items():
+        stored = refs[skeleton.block_prefix(0) + name].read(checkpoint)
+        assert torch.equal(linear.get(block), stored), name
+        assert stored.shape == (linear.ref.n, linear.ref.k)
+    layout = expert_layout(checkpoint.config)
+    assert all(("w1" in n or "w3" in n or "w2" in n) == (family in W123) for n in linears if ".experts." in n)
+    one = next(n for n in linears if n.endswith(f".experts.2.{layout.names['up_proj']}"))
+    changed = copy.deepcopy(block)
+    linears[one].set(changed, torch.zeros_like(linears[one].get(changed)))
+    for name, linear in linears.items():
+        assert bool((linear.get(changed) == 0).all()) == (name == one), "only its own values are set"
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("method", ["minmax", "gptq"])
+def test_every_expert_is_quantized_by_its_name(family: str, method: str, tmp_path: Path) -> None:
+    folder, out = save_mixture(tmp_path / "m", family), tmp_path / "out"
+    report = quantize(folder, out, method=method, group_size=16, target="other")
+    source, made = open_checkpoint(folder), open_checkpoint(out)
+    refs = decoder_refs(source.tensors, source.config)
+    experts = [n for n in refs if ".experts." in n]
+    assert len(experts) == 2 * 4 * 3 and {x["name"] for x in report["layers"]} == set(refs)
+    assert not any("gate_up_proj" in n or "input_linear" in n for n in made.tensors if not n.endswith("bias"))
+    values = dequantized(made)
+    for name in experts:
+        error = (values.read(f"{name}.weight") - refs[name].read(source).float()).norm()
+        assert error < 0.2 * refs[name].read(source).float().norm(), name
+    assert verify(out, source=folder, target="other").failed == []
+    if method == "gptq":
+        coverage = report["experts"]
+        assert len(coverage) == 2 and all(sum(c["tokens"]) for c in coverage.values())
+
+
+def test_a_plain_checkpoint_keeps_the_layout_of_its_source(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder, out = save_mixture(tmp_path / "m", "gpt_oss"), tmp_path / "out"
+    quantize(folder, out, format="plain", group_size=16)
+    before, after = load_all(folder), load_all(out)
+    assert {n: t.shape for n, t in before.items()} == {n: t.shape for n, t in after.items()}
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    assert not torch.equal(before[name], after[name])
+    assert float((before[name] - after[name]).norm() / before[name].norm()) < 0.2
+    with torch.no_grad():
+        logits = [
+            AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32)(TOKENS).logits for p in (folder, out)
+        ]
+    assert float((logits[0] - logits[1]).norm() / logits[0].norm()) < 0.5
