@@ -242,7 +242,7 @@ class QuantizationManager:
                 t.spec.name: written.read(t.spec.name)
                 for s in unit.shards
                 for t in s.tensors
-                if t.linear is not None
+                if t.linear is not None or t.linears
             }
         else:
             found = self.plan.format.find(config, headers)
