@@ -85,12 +85,13 @@ class HQQQuantizer:
         step = rows_at_a_time(groups)
         for start in range(0, n, step):
             rows = slice(start, start + step)
-            scales[rows], found = self.improve(
+            scales[rows], better = self.improve(
                 groups[rows], scales[rows], None if zeros is None else zeros[rows], scheme, dtype
             )
-            if zeros is not None and found is not None:
-                zeros[rows] = found
-        return Quantized(integers(round_weight(weight, scales, zeros, scheme), scales, zeros, scheme, dtype))
+            if zeros is not None and better is not None:
+                zeros[rows] = better
+        codes = round_weight(weight, scales, zeros, scheme)
+        return Quantized(integers(codes, scales, zeros, scheme, dtype))
 
     def improve(
         self,
