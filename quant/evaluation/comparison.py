@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.errors import Problems, QuantError, UsageError, VerificationFailed
 from quant.evaluation.quality import Evaluation, Source, chunk_length, evaluate
 from quant.formats import find_format
-from quant.models.adapter import decoder_linears
+from quant.formats.reading import dequantized
+from quant.models.account import decoder_matrices
+from quant.models.linears import decoder_refs
 from quant.progress import Progress, silent
 
 
@@ -115,22 +118,20 @@ def scheme_names(checkpoint: Checkpoint) -> str:
 
 
 def bits_per_weight(checkpoint: Checkpoint, origin: Checkpoint) -> float | None:
-    """Stored bits over the number of weights, of the linears that ``origin``'s decoder blocks have."""
-    found = find_format(origin.config, origin.tensors)
-    shapes = {x.name: (x.n, x.k) for x in found.linears.values()} if found else {}
-    shapes |= {
-        n: (i.shape[0], i.shape[1])
-        for n in decoder_linears(origin.tensors, origin.config)
-        if (i := origin.info(f"{n}.weight"))
-    }
-    stored = dict.fromkeys(shapes, 0)
+    """Stored bits over the number of weights, of the matrices that ``origin``'s decoder blocks have; None where one
+    of them is not there under its name."""
+    source = dequantized(origin)
+    matrices = decoder_matrices(source.tensors, source.config)
+    holder = {ref.name: ref.tensor for ref in decoder_refs(source.tensors, source.config).values()}
+    stored = dict.fromkeys(matrices, 0)
     for name, info in checkpoint.tensors.items():
         module, _, last = name.rpartition(".")
-        if module in stored and last != "bias":
-            stored[module] += info.nbytes
+        matrix = name if name in stored else holder.get(module, "")
+        if matrix in stored and last != "bias":
+            stored[matrix] += info.nbytes
     if not stored or not all(stored.values()):
         return None
-    return 8 * sum(stored.values()) / sum(n * k for n, k in shapes.values())
+    return 8 * sum(stored.values()) / sum(prod(i.shape) for i in matrices.values())
 
 
 def demand(done: Sequence[Compared], limit: float | None) -> None:

@@ -124,6 +124,11 @@ def block_of(name: str) -> int | None:
     return int(found[3]) if found else None
 
 
+def is_tower(name: str) -> bool:
+    """Whether a tensor is part of something else than the text decoder's blocks: a tower, a projector, a head."""
+    return bool(_TOWERS.search(name.removesuffix(".weight")))
+
+
 def not_quantizable(info: TensorInfo, blocks: int | None) -> str | None:
     """Why a tensor is no linear of a text decoder block, or None when it is one.
 

@@ -3,7 +3,7 @@ once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.checkpoint.writer import TensorSpec
 from quant.errors import Problems, UsageError
 from quant.formats import Format, FormatRegistry
+from quant.models.account import DecoderWeight, account, decoder_matrices, rest_problems
 from quant.models.adapter import block_of
 from quant.models.linears import LinearRef, built_linears, decoder_refs
 from quant.pipeline.checks import (
@@ -24,7 +25,7 @@ from quant.pipeline.checks import (
 )
 from quant.pipeline.layout import Unit, lay_out, unquantized_linears
 from quant.pipeline.methods import calibrated, make_quantizer, suppressor_of
-from quant.pipeline.selection import select, selected
+from quant.pipeline.selection import matches, select, selected
 from quant.recipe import Assignment, Recipe
 from quant.schemes import Scheme
 from quant.vllm.cache import CACHE_PROJECTIONS
@@ -75,12 +76,25 @@ class JobPlan:
         return sum(s.nbytes for u in self.units for s in u.shards)
 
     @property
+    def weights(self) -> list[DecoderWeight]:
+        """Every matrix of the decoder and what becomes of it."""
+        return account(self.checkpoint.tensors, self.checkpoint.config, self.refs, self.linears)
+
+    @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight of the quantized linears, everything counted."""
+        """Stored bits per weight of the decoder's matrices, those that stay as they are included."""
+        weights = self.weights
+        matrices = {w.name for w in weights}
         stored = sum(
-            t.spec.nbytes for u in self.units for s in u.shards for t in s.tensors if t.linear is not None
+            t.spec.nbytes
+            for u in self.units
+            for s in u.shards
+            for t in s.tensors
+            if t.linear is not None
+            or t.spec.name in matrices
+            or (t.part is not None and t.part.tensor in matrices)
         )
-        return round(8 * stored / sum(x.n * x.k for x in self.linears.values()), 4)
+        return round(8 * stored / sum(w.elements for w in weights), 4)
 
     @property
     def copied(self) -> list[str]:
@@ -140,7 +154,7 @@ def plan_job(recipe: Recipe) -> JobPlan:
             "tensors (names such as model.layers.0.….weight)"
         )
         raise Problems(problems)
-    assignments, mistakes = assign(recipe, everything, block_count(checkpoint))
+    assignments, mistakes = assign(recipe, everything, block_count(checkpoint), _other(checkpoint, refs))
     problems += mistakes
     linears = {}
     for name, assignment in assignments.items():
@@ -173,6 +187,10 @@ def plan_job(recipe: Recipe) -> JobPlan:
     made = [s.name for x in fitting for s in form.specs(x, dtype)] + [
         s.name for specs in caches.values() for s in specs
     ]
+    problems += rest_problems(
+        account(checkpoint.tensors, checkpoint.config, refs, refs, _named(recipe.ignore, checkpoint)),
+        checkpoint.tensors,
+    )
     problems += unlabelled_problems(checkpoint, made, set(linears))
     if problems:
         raise Problems(list(dict.fromkeys(problems)), exit_code=2 if mistakes else 1)
@@ -183,11 +201,27 @@ def plan_job(recipe: Recipe) -> JobPlan:
     return plan
 
 
-def assign(recipe: Recipe, everything: Sequence[str], blocks: int) -> tuple[dict[str, Assignment], list[str]]:
+def _other(checkpoint: Checkpoint, refs: Mapping[str, LinearRef]) -> list[str]:
+    """Matrices of the decoder that are no linears, which ``--ignore`` may name all the same."""
+    taken = {ref.tensor for ref in refs.values()}
+    matrices = decoder_matrices(checkpoint.tensors, checkpoint.config)
+    return [n.removesuffix(".weight") for n in matrices if n not in taken]
+
+
+def _named(patterns: Sequence[str], checkpoint: Checkpoint) -> set[str]:
+    """Tensors of the decoder that ``--ignore`` names."""
+    names = [n.removesuffix(".weight") for n in decoder_matrices(checkpoint.tensors, checkpoint.config)]
+    chosen = {n for p in patterns for n in names if matches(n, p)}
+    return {n for n in checkpoint.tensors if n.removesuffix(".weight") in chosen}
+
+
+def assign(
+    recipe: Recipe, everything: Sequence[str], blocks: int, others: Collection[str] = ()
+) -> tuple[dict[str, Assignment], list[str]]:
     """What is done to each linear that is quantized, in file order; and every mistake in the selection and
     the rules: one that names nothing, or nothing that a rule before it has not named; a method, scheme or
     setting that is not. Linears that only such a rule names are left out."""
-    chosen, problems = selected(everything, recipe.layers, recipe.ignore, blocks)
+    chosen, problems = selected(everything, recipe.layers, recipe.ignore, blocks, others)
     assignments: dict[str, Assignment | None] = dict.fromkeys(chosen, recipe.assignment(recipe.method))
     ruled: set[str] = set()
     for number, rule in enumerate(recipe.rules, 1):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
 from quant.errors import UsageError, clipped
@@ -60,15 +60,20 @@ def select(linears: Sequence[str], layers: str | None, ignore: Sequence[str], bl
 
 
 def selected(
-    linears: Sequence[str], layers: str | None, ignore: Sequence[str], blocks: int
+    linears: Sequence[str],
+    layers: str | None,
+    ignore: Sequence[str],
+    blocks: int,
+    others: Collection[str] = (),
 ) -> tuple[list[str], list[str]]:
-    """:func:`select` that goes on after a mistake: what is left to quantize, and every mistake."""
+    """:func:`select` that goes on after a mistake: what is left to quantize, and every mistake. ``others``: modules
+    that are no linears, which patterns of ``ignore`` may name without being a mistake."""
     chosen, problems = list(linears), []
     if layers is not None:
         try:
             wanted = blocks_of(layers, blocks)
         except UsageError as error:
-            return [], [str(error), *_ignored(linears, ignore)[1]]
+            return [], [str(error), *_ignored(linears, ignore, others)[1]]
         if wanted is not None:
             chosen = [n for n in chosen if block_of(n + ".") in wanted]
         else:
@@ -82,7 +87,7 @@ def selected(
                     )
                 chosen += [n for n in found if n not in chosen]
             chosen.sort(key=linears.index)
-    dropped, wrong = _ignored(linears, ignore)
+    dropped, wrong = _ignored(linears, ignore, others)
     problems += wrong
     chosen = [n for n in chosen if n not in dropped]
     if not chosen and not problems:
@@ -90,27 +95,36 @@ def selected(
     return chosen, problems
 
 
-def _ignored(linears: Sequence[str], ignore: Sequence[str]) -> tuple[set[str], list[str]]:
+def _ignored(
+    linears: Sequence[str], ignore: Sequence[str], others: Collection[str]
+) -> tuple[set[str], list[str]]:
     """The linears that the patterns name, and the patterns that name none."""
     dropped: set[str] = set()
     problems = []
     for pattern in ignore:
-        if pattern.startswith("re:"):
-            try:
-                expression = re.compile(pattern[3:])
-            except re.error as error:
-                problems.append(f"--ignore {pattern!r}: not a regular expression: {error}")
-                continue
-            found = [n for n in linears if expression.match(n)]
-        else:
-            found = [n for n in linears if _glob(n, pattern)]
-        if not found and pattern != "lm_head":
+        try:
+            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+        except re.error as error:
+            problems.append(f"--ignore {pattern!r}: not a regular expression: {error}")
+            continue
+        named = {n for n in linears if matches(n, pattern)}
+        if not named and pattern != "lm_head" and not any(matches(n, pattern) for n in others):
             problems.append(
                 f"--ignore {pattern!r} matches no linear of the model: names look like {linears[0]!r}, such "
                 "as '*.down_proj'"
             )
-        dropped |= set(found)
+        dropped |= named
     return dropped, problems
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern of ``--ignore`` names a module; no pattern that is no regular expression names any."""
+    if pattern.startswith("re:"):
+        try:
+            return re.match(pattern[3:], name) is not None
+        except re.error:
+            return False
+    return _glob(name, pattern)
 
 
 def _glob(name: str, pattern: str) -> bool:

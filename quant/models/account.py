@@ -1,0 +1,90 @@
+"""Every matrix of a text decoder, and what becomes of it: so that none stays in 16 bits unseen. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from quant.checkpoint.header import WIDE_FLOATS, TensorInfo
+from quant.models.adapter import block_of, is_tower
+from quant.models.linears import LinearRef
+from quant.vllm.config import block_count
+
+#: Largest share of a decoder's weights that may stay as they are without having been asked to.
+LARGEST_REST = 0.05
+#: Matrices with a side shorter than this are no linears: kernels of convolutions, decay rates, gates.
+_SMALLEST_SIDE = 16
+
+
+@dataclass(frozen=True)
+class DecoderWeight:
+    """A tensor of two or three dimensions in the decoder's blocks: elements, and those that are quantized, that the
+    job was asked to leave, and that it has no way to quantize."""
+
+    name: str
+    elements: int
+    quantized: int
+    asked: int
+
+    @property
+    def rest(self) -> int:
+        return self.elements - self.quantized - self.asked
+
+
+def decoder_matrices(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    """Floating tensors of two or three dimensions in the blocks of the text decoder, towers and prediction heads left
+    out, as the file has them; embeddings and the head lie outside the blocks."""
+    blocks = block_count(config)
+    return {
+        name: info
+        for name, info in tensors.items()
+        if info.dtype in WIDE_FLOATS
+        and len(info.shape) in (2, 3)
+        and (index := block_of(name)) is not None
+        and (blocks is None or index < blocks)
+        and not is_tower(name)
+    }
+
+
+def account(
+    tensors: Mapping[str, TensorInfo],
+    config: Mapping[str, Any],
+    refs: Mapping[str, LinearRef],
+    quantized: Collection[str],
+    kept: Collection[str] = (),
+) -> list[DecoderWeight]:
+    """What becomes of each matrix.
+
+    Args:
+        refs: all linears that could be quantized; those that are not in ``quantized`` were asked to be left.
+        kept: tensors that have no linears, and were asked to be left by name.
+    """
+    parts: dict[str, list[LinearRef]] = {}
+    for ref in refs.values():
+        parts.setdefault(ref.tensor, []).append(ref)
+    weights = []
+    for name, info in decoder_matrices(tensors, config).items():
+        members, elements = parts.get(name, []), prod(info.shape)
+        done = sum(r.n * r.k for r in members if r.name in quantized)
+        asked = elements if name in kept else sum(r.n * r.k for r in members) - done
+        weights.append(DecoderWeight(name, elements, done, asked))
+    return weights
+
+
+def rest_problems(weights: Collection[DecoderWeight], shapes: Mapping[str, TensorInfo]) -> list[str]:
+    """Why a job must not run: too much of the decoder would stay in 16 bits without a word."""
+    total = sum(w.elements for w in weights)
+    rest = [w for w in weights if w.rest and min(shapes[w.name].shape[-2:]) >= _SMALLEST_SIDE]
+    left = sum(w.rest for w in rest)
+    if not total or left <= LARGEST_REST * total:
+        return []
+    largest = sorted(rest, key=lambda w: -w.rest)
+    named = ", ".join(f"{w.name} {list(shapes[w.name].shape)}" for w in largest[:3])
+    more = f" and {len(largest) - 3} more" if len(largest) > 3 else ""
+    return [
+        f"{left / total:.0%} of the decoder's weights would stay in 16 bits, because no method here takes them: {named}"
+        f"{more}. A file of them would be hardly smaller, and vLLM may look for quantized ones: name them with --ignore "
+        "to leave them on purpose"
+    ]
