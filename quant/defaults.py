@@ -24,6 +24,8 @@ SUPPRESSORS = {"awq": "awq"}
 #: smooth_quant
 ALPHA = 0.5
 
-#: Where a server listens.
+#: Where a server listens; seconds to wait for its /health: large models load for minutes, and compiling and
+#: graph capture come on top.
 HOST = "127.0.0.1"
 PORT = 8000
+START_TIMEOUT = 1800.0

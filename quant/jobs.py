@@ -32,10 +32,12 @@ class ResolvedJob:
     Attributes:
         recipe: what will be done; its settings are those of the report.
         notes: a sentence for each choice that was made for the user.
+        recommendation: what method and scheme were taken from, where the request named neither.
     """
 
     recipe: Recipe
     notes: tuple[str, ...] = ()
+    recommendation: Recommendation | None = None
 
 
 def resolve(values: Mapping[str, Any]) -> ResolvedJob | Recommendation:
@@ -57,6 +59,7 @@ def resolve(values: Mapping[str, Any]) -> ResolvedJob | Recommendation:
     """
     chosen: dict[str, Any] = {}
     notes: tuple[str, ...] = ()
+    recommendation = None
     if "method" not in values and values.get("backend", defaults.ENGINE) == defaults.ENGINE:
         # wrong values are mistakes of the request, whatever is recommended
         asked = make_recipe({**values, "method": "gptq"})
@@ -75,7 +78,7 @@ def resolve(values: Mapping[str, Any]) -> ResolvedJob | Recommendation:
             chosen = settings(recommendation)
             notes = (f"{recommendation.recommended} by {recommendation.method}: {recommendation.reason}",)
     recipe, needed = complete(make_recipe({**chosen, **values}))
-    return ResolvedJob(recipe, (*notes, *needed))
+    return ResolvedJob(recipe, (*notes, *needed), recommendation)
 
 
 def complete(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:

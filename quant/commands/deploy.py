@@ -88,7 +88,7 @@ def plan(out: Output, model_path: Path, kind: str, **request: Any) -> None:
 @click.option(
     "--timeout",
     type=click.FloatRange(0, min_open=True),
-    default=1800.0,
+    default=defaults.START_TIMEOUT,
     show_default=True,
     help="Seconds to wait until it is healthy.",
 )

@@ -286,6 +286,8 @@ def _run(out: Output, values: dict[str, Any], dry_run: bool = False) -> None:
         return
     for note in resolved.notes:
         out.note(note)
+    if resolved.recommendation is not None:
+        out.details(planning.sources(resolved.recommendation))
     plan = jobs.plan(resolved.recipe)
     with out.progress() as progress:
         if dry_run:

@@ -35,8 +35,8 @@ _LEFTOVERS = re.compile(
     r"\.(inv_freq|masked_bias|attn\.bias|attention\.bias|cos_cached|sin_cached|rotary_emb\.\w+)$"
 )
 _HOW_TO_ADD = (
-    "add a row for it as docs/adapters.md shows, or use a method that needs no data (--method "
-    "minmax), which takes any architecture"
+    "add a row for it as docs/adapters.md shows, or use what needs no data (--method minmax "
+    "--outlier-suppression none), which takes any architecture"
 )
 
 

@@ -31,13 +31,12 @@ from typing import Any
 
 import psutil
 
+from quant import defaults
 from quant.errors import QuantError, UsageError
 from quant.serving.deployment import OFFLINE, Deployment
 from quant.serving.failures import Cause, diagnose, quote
 
 PYTHON_VARIABLE = "QUANT_VLLM_PYTHON"
-#: Seconds to wait for /health: large models load for minutes, and compiling and graph capture come on top.
-TIMEOUT = 1800.0
 PROMPT = "The capital of France is"
 _KEPT_LINES = 2000
 #: Seconds that vLLM has to stop by itself before its processes are killed.
@@ -249,7 +248,7 @@ class Server:
         """The signal that asked for the end, if one did."""
         return self._signal
 
-    def start(self, timeout: float = TIMEOUT) -> None:
+    def start(self, timeout: float = defaults.START_TIMEOUT) -> None:
         """Starts the server and waits until it is healthy.
 
         Raises:
@@ -497,7 +496,7 @@ def serve(
     deployment: Deployment,
     *,
     python: str | Path | None = None,
-    timeout: float = TIMEOUT,
+    timeout: float = defaults.START_TIMEOUT,
     check: bool = False,
     exact: bool = False,
     log: Log = lambda line: None,
