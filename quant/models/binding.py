@@ -10,9 +10,11 @@ where the file's list of blocks is; the second by transformers' own table of ren
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,6 +67,26 @@ class BlockLinear:
 
 
 @dataclass(frozen=True)
+class Conversion:
+    """A parameter that transformers makes of several tensors of the file, or of one in another layout; ``sources``: by
+    the pattern of its converter that each matches."""
+
+    name: str
+    converter: Any
+    sources: Mapping[str, tuple[str, ...]]
+
+    def value(self, checkpoint: Checkpoint, model: nn.Module) -> torch.Tensor:
+        """The parameter, computed by transformers' own operations."""
+        converter = deepcopy(self.converter)
+        for pattern, tensors in self.sources.items():
+            for tensor in tensors:
+                converter.add_tensor(self.name, tensor, pattern, partial(checkpoint.read, tensor))
+        made = converter.convert(self.name, model=model, config=model.config)
+        value = made[self.name]
+        return value[0] if isinstance(value, list) else value
+
+
+@dataclass(frozen=True)
 class Binding:
     """Of a model and a checkpoint.
 
@@ -74,6 +96,7 @@ class Binding:
             biases' parameter likewise.
         linears: by block, the linears by their names inside the block as the file has them.
         prefixes: by block, what comes before those names in the file.
+        converted: parameters that transformers makes of several tensors; linears among them are left alone.
         unused: file tensors of the blocks that no parameter takes.
     """
 
@@ -81,6 +104,7 @@ class Binding:
     experts: Mapping[str, Mapping[tuple[int, str], LinearRef]]
     linears: tuple[Mapping[str, BlockLinear], ...]
     prefixes: tuple[str, ...]
+    converted: Mapping[str, Conversion] = field(default_factory=dict)
     unused: tuple[str, ...] = field(default=())
 
     @cached_property
@@ -108,6 +132,7 @@ def bind(model: nn.Module, blocks_path: str, count: int, checkpoint: Checkpoint)
     held: dict[str, dict[tuple[int, str], LinearRef]] = {}
     linears: list[dict[str, BlockLinear]] = [{} for _ in range(count)]
     unused = []
+    converters, made_of = _converters(model), dict[str, tuple[Any, dict[str, list[str]]]]()
     for tensor in checkpoint.tensors:
         name = renamed(_moved(tensor, list_prefix, f"{blocks_path}."))
         for candidate in (name, f"{getattr(model, 'base_model_prefix', '')}.{name}"):
@@ -156,10 +181,17 @@ def bind(model: nn.Module, blocks_path: str, count: int, checkpoint: Checkpoint)
                 )
         elif name in names:
             tensors[name] = tensor
+        elif (match := _converted(converters, name, names)) is not None:
+            converter, target, pattern = match
+            made_of.setdefault(target, (converter, {}))[1].setdefault(pattern, []).append(tensor)
         elif index is not None and index < count:
             unused.append(tensor)
+    converted = {
+        target: Conversion(target, converter, {p: tuple(t) for p, t in sources.items()})
+        for target, (converter, sources) in made_of.items()
+    }
     prefixes = tuple(f"{list_prefix or blocks_path + '.'}{i}." for i in range(count))
-    return Binding(tensors, held, tuple(linears), prefixes, tuple(unused))
+    return Binding(tensors, held, tuple(linears), prefixes, converted, tuple(unused))
 
 
 def _hold(
@@ -204,6 +236,28 @@ def _renamings(model: nn.Module) -> Callable[[str], str]:
         return name
 
     return renamed
+
+
+def _converters(model: nn.Module) -> list[Any]:
+    """transformers' ways to make one parameter of several tensors."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+    except ImportError:
+        return []
+    transforms = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    return [t for t in transforms if isinstance(t, WeightConverter)]
+
+
+def _converted(
+    converters: Sequence[Any], name: str, names: Mapping[str, object]
+) -> tuple[Any, str, str] | None:
+    """The converter that takes a tensor, the parameter that it makes, and the pattern that matched."""
+    for converter in converters:
+        target, pattern = converter.rename_source_key(name)
+        if pattern is not None and target in names:
+            return converter, target, pattern
+    return None
 
 
 def _moved(tensor: str, list_prefix: str | None, blocks_prefix: str) -> str:

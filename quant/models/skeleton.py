@@ -245,14 +245,14 @@ class Skeleton:
         """Path of the list of modules as long as config.json says, of a family without a row; of several the one with
         the most parameters."""
         count = getattr(self.config, "num_hidden_layers", None)
-        lists = {
-            path: sum(p.numel() for p in module.parameters())
-            for path, module in self.model.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) == count
-        }
-        if not lists:
+        lists: dict[str, nn.ModuleList] = {}
+        for path, module in self.model.named_modules():
+            if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{p}.") for p in lists):
+                lists[path] = module
+        fitting = [p for p, m in lists.items() if len(m) == count]
+        if not fitting:
             raise CheckpointError(f"model type {self.kind!r} has no list of {count} blocks: {_HOW_TO_ADD}")
-        return max(lists, key=lambda path: lists[path])
+        return max(fitting, key=lambda path: sum(p.numel() for p in lists[path].parameters()))
 
     def _check_names(self) -> None:
         """Every parameter of the blocks must be filled by tensors of its shape, and every matrix be used."""
@@ -270,6 +270,8 @@ class Skeleton:
                         for (_, p), ref in parts.items()
                         if (ref.n, ref.k) != place[p]
                     ]
+                elif full in self.binding.converted:
+                    pass  # transformers' own conversion checks the shapes
                 elif tensor is None:
                     wrong.append(f"{full} is missing in the file")
                 elif self.checkpoint.info(tensor).shape != tuple(parameter.shape):
@@ -462,6 +464,10 @@ class Skeleton:
         block, prefix = self.blocks[index], f"{self.blocks_path}.{index}."
         for name in [n for n, _ in block.named_parameters()]:
             parts = self.binding.experts.get(prefix + name)
+            if (conversion := self.binding.converted.get(prefix + name)) is not None:
+                made = conversion.value(self.checkpoint, self.model)
+                self._set(prefix + name, self._parameter(made))
+                continue
             if parts is None:
                 tensor = self.binding.tensors[prefix + name]
                 value = replaced[tensor] if replaced and tensor in replaced else self._finite(tensor)
