@@ -16,6 +16,7 @@ from math import prod
 from typing import Any, Literal
 
 from quant.errors import UsageError
+from quant.models.roles import Role, block_of, no_linear, role_of
 from quant.vllm.config import Heads, config_dtype, heads_of, quantization_config, source_method, text_config
 from quant.vllm.layers import Split, split_of
 
@@ -42,7 +43,7 @@ class Weight:
     """
 
     name: str
-    role: str
+    role: Role
     shape: tuple[int, ...]
     linear: bool = False
     layer: int = -1
@@ -65,7 +66,7 @@ class Weight:
     @cached_property
     def split(self) -> Split:
         """How tensor parallelism cuts it; a row's bias and what is no part of the text decoder is copied."""
-        split = "none" if self.role in ("vision", "mtp") else split_of(self.name)
+        split = "none" if self.role in ("tower", "mtp") else split_of(self.name)
         return "none" if split == "row" and len(self.shape) < 2 else split
 
 
@@ -166,7 +167,7 @@ class ModelSpec:
         no embedding table."""
         total = 0.0
         for weight in self.weights:
-            if weight.role in ("mtp", "vision") or (weight.role == "embedding" and not self.tied):
+            if weight.role in ("mtp", "tower") or (weight.role == "embedding" and not self.tied):
                 continue
             share = self.moe.active / self.moe.experts if self.moe and weight.role == "experts" else 1.0
             total += weight.parameters * share
@@ -384,7 +385,7 @@ def spec_from_config(
         vocabulary=builder.vocabulary,
         max_context=config.count("max_position_embeddings", 2048), tied=builder.tied, layers=builder.layers,
         weights=weights,
-        cache=tuple(builder.cache()), moe=experts, vision=any(w.role == "vision" for w in weights),
+        cache=tuple(builder.cache()), moe=experts, vision=any(w.role == "tower" for w in weights),
         quantization=quantization,
         rotary_bytes=builder.rotary_bytes(dtype),
         vision_shape=_vision_shape(raw), source=source or where, notes=tuple([*notes, *builder.notes]),
@@ -541,7 +542,7 @@ class _Builder:
         yield from self._mtp()
         yield from vision_weights(self.config.raw, h, self.notes)
 
-    def _norm(self, name: str, width: int, role: str = "norm") -> Iterator[Weight]:
+    def _norm(self, name: str, width: int, role: Role = "norm") -> Iterator[Weight]:
         yield Weight(f"{name}.weight", role, (width,))
         if self.family.norm == "layer" and not self.family.scale_only:
             yield Weight(f"{name}.bias", role, (width,))
@@ -581,7 +582,7 @@ class _Builder:
             yield from self._gemma4_extras()
 
     def _linear(
-        self, name: str, rows: int, columns: int, bias: bool = False, role: str = "attention"
+        self, name: str, rows: int, columns: int, bias: bool = False, role: Role = "attention"
     ) -> Iterator[Weight]:
         yield Weight(name, role, (rows, columns), linear=True)
         if bias:
@@ -895,7 +896,7 @@ def vision_weights(raw: Mapping[str, Any], hidden: int, notes: list[str]) -> Ite
     temporal = int(vision.get("temporal_patch_size") or 1)
 
     def tensor(name: str, *shape: int, count: int = 1) -> Weight:
-        return Weight(f"vision.{name}", "vision", shape, count=count)
+        return Weight(f"vision.{name}", "tower", shape, count=count)
 
     yield tensor("patch_embed", h, channels * temporal * patch * patch)
     if wrapper in ("qwen2_5_vl", "qwen2_vl"):
@@ -1000,7 +1001,7 @@ _VISION_SHAPES = {
 
 
 def _vision_shape(raw: Mapping[str, Any]) -> dict[str, int]:
-    weights = [w for w in vision_weights(raw, 1, []) if w.role == "vision"]
+    weights = [w for w in vision_weights(raw, 1, []) if w.role == "tower"]
     wrapper = str(raw.get("model_type"))
     if not weights or wrapper not in _VISION_SHAPES:
         return {}
@@ -1021,44 +1022,6 @@ def _vision_shape(raw: Mapping[str, Any]) -> dict[str, int]:
 
 # -- from the tensors of a checkpoint ------------------------------------------------------------------------
 
-#: what a tensor's name says: pattern → (role, is a linear of a block). First match wins.
-TENSOR_ROLES: tuple[tuple[str, str, bool], ...] = (
-    (
-        r"(^|\.)(visual|vision_tower|vision_model|vision_embed_tokens|multi_modal_projector|mm_projector|audio_tower|embed_vision)",
-        "vision",
-        False,
-    ),
-    (r"(^|\.)mtp\.|\.eh_proj|nextn", "mtp", False),
-    (
-        r"(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|model\.embeddings)\.",
-        "embedding",
-        False,
-    ),
-    (r"(embed_positions|wpe|position_embedding)", "embedding", False),
-    (r"(^|\.)(lm_head|embed_out|output)\.(weight|bias|qweight|scales|weight_\w+)$", "head", False),
-    (r"(norm|ln_\d|ln_f|layer_norm|layernorm)[\w]*(\.weight|\.bias)?$", "norm", False),
-    (
-        r"(mlp|block_sparse_moe|moe|mixer)\.(gate|router)\.|shared_expert_gate|e_score_correction_bias|router\.",
-        "router",
-        False,
-    ),
-    (r"shared_experts?\.", "shared_experts", True),
-    (r"experts\.", "experts", True),
-    (r"(q_a_proj|kv_a_proj_with_mqa|k_proj|v_proj)\.", "attention", True),
-    (r"(self_attn|attn|attention|linear_attn|mixer)\.(o_proj|out_proj|dense|c_proj|wo)\.", "attention", True),
-    (
-        r"(q_proj|q_b_proj|kv_b_proj|qkv_proj|query_key_value|Wqkv|wqkv|c_attn|in_proj\w*|[fgb]_b_proj|b_proj)\.",
-        "attention",
-        True,
-    ),
-    (r"([fg]_a_proj)\.", "attention", True),
-    (r"(down_proj|fc2|fc_out|dense_4h_to_h|feed_forward\.w2|mlp\.c_proj)\.", "mlp", True),
-    (r"(gate_proj|up_proj|gate_up_proj|fc1|fc_in|dense_h_to_4h|feed_forward\.w[13]|c_fc)\.", "mlp", True),
-    (r"(A_log|dt_bias|conv1d|\.D$|sinks)", "attention", False),
-)
-_ROLES = tuple((re.compile(p), role, linear) for p, role, linear in TENSOR_ROLES)
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
-
 
 def weights_from_tensors(tensors: Iterable[tuple[str, str, tuple[int, ...]]], layers: int) -> list[Weight]:
     """Weights from safetensors headers: ``(name, dtype, shape)`` of every tensor, so that bytes are those of
@@ -1068,17 +1031,13 @@ def weights_from_tensors(tensors: Iterable[tuple[str, str, tuple[int, ...]]], la
     """
     weights = []
     for name, dtype, shape in tensors:
-        role, linear = next(
-            ((role, linear) for pattern, role, linear in _ROLES if pattern.search(name)), ("other", False)
-        )
-        match = _LAYER.search(name)
-        layer = int(match[1]) if match and role != "vision" else -1
-        if layer >= layers:
-            role, linear, layer = "mtp", False, -1
+        role = role_of(name, layers)
+        index = block_of(name) if role not in ("tower", "mtp") else None
+        layer = -1 if index is None else index
         size = int(prod(shape) * DTYPE_BYTES.get(dtype, 2))
-        matrix = len(shape) >= 2 and (name.endswith(".weight") or role == "experts")
         if len(shape) == 3 and role == "experts":  # all experts of a layer in one tensor
             weights.append(Weight(name, role, tuple(shape[1:]), True, layer, shape[0], size, dtype))
-        else:
-            weights.append(Weight(name, role, tuple(shape), linear and matrix, layer, 1, size, dtype))
+            continue
+        linear = len(shape) == 2 and name.endswith(".weight") and no_linear(name, layers) is None
+        weights.append(Weight(name, role, tuple(shape), linear, layer, 1, size, dtype))
     return weights

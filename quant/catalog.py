@@ -114,7 +114,7 @@ def model_from_directory(path: str | Path) -> ModelSpec:
     if tied:  # a head stored beside the embeddings that it repeats is not loaded
         weights = tuple(w for w in weights if w.role != "head")
     unpacked = spec.weights if spec.quantization else ()
-    vision = any(w.role == "vision" for w in weights)
+    vision = any(w.role == "tower" for w in weights)
     return replace(spec, weights=weights, tied=tied, vision=vision, unpacked=unpacked, source=str(directory))
 
 

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from quant.checkpoint.reader import open_checkpoint
 from quant.formats import find_format
-from quant.models.adapter import adapter_for, block_of
+from quant.models.adapter import adapter_for
+from quant.models.roles import block_of, role_of
 from quant.report.evidence import evidence_of
-
-#: First match wins.
-_ROLES = (
-    ("head", re.compile(r"(^|\.)lm_head\.")),
-    ("embedding", re.compile(r"(^|\.)(embed\w*|wte|wpe|\w*_embeddings?)\.")),
-    ("norm", re.compile(r"norm\w*\.(weight|bias)$|(^|\.)ln_\w+\.")),
-    ("attention", re.compile(r"attn|attention")),
-    ("experts", re.compile(r"\.experts\b")),
-    ("router", re.compile(r"\.(gate|router)\.")),
-    ("mlp", re.compile(r"\.(mlp|feed_forward|ffn|block_sparse_moe)\.")),
-)
-
-
-def role_of(name: str) -> str:
-    """Part of the model that a tensor belongs to, by its name."""
-    return next((role for role, pattern in _ROLES if pattern.search(name)), "other")
+from quant.vllm.config import block_count
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -38,6 +23,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """
     checkpoint = open_checkpoint(path)
     found = find_format(checkpoint.config, checkpoint.tensors)
+    stated = block_count(checkpoint.config)
     parameters: dict[str, int] = {}
     dtypes: dict[str, int] = {}
     for name, info in checkpoint.tensors.items():
@@ -45,20 +31,22 @@ def inspect(path: str | Path) -> dict[str, Any]:
         module = name.rpartition(".")[0]
         if found is not None and module in found.linears and not name.endswith(".bias"):
             continue
-        parameters[role_of(name)] = parameters.get(role_of(name), 0) + info.numel
+        role = role_of(name, stated)
+        parameters[role] = parameters.get(role, 0) + info.numel
     linears = found.linears.values() if found else []
     for linear in linears:
-        role = role_of(f"{linear.name}.weight")
+        role = role_of(linear.name, stated)
         parameters[role] = parameters.get(role, 0) + linear.n * linear.k
     schemes: dict[str, int] = {}
     for linear in linears:
         schemes[str(linear.weights)] = schemes.get(str(linear.weights), 0) + 1
     adapter = adapter_for(checkpoint.config)
-    blocks = {b for n in checkpoint.tensors if (b := block_of(n)) is not None}
+    blocks = {b for n in checkpoint.tensors if role_of(n) != "tower" and (b := block_of(n)) is not None}
+    architectures = checkpoint.config.get("architectures")
     return {
         "path": str(checkpoint.path),
         "model_type": checkpoint.config.get("model_type"),
-        "architectures": checkpoint.config.get("architectures"),
+        "architectures": [str(x) for x in architectures] if isinstance(architectures, list) else None,
         "adapter": adapter.name if adapter else None,
         "blocks": len(blocks),
         "parameters": sum(parameters.values()),

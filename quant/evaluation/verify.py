@@ -7,7 +7,6 @@ says what, which value, which rule.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from quant.evaluation.values import scan_values
 from quant.formats import Format, FormatRegistry, QuantizedLayers, find_format
 from quant.formats.base import config_problems
 from quant.models.linears import built_linears
+from quant.models.roles import role_of
 from quant.vllm.cache import cache_problems
 from quant.vllm.config import heads_of, parts, quantization_config, stated_dtype, text_path
 from quant.vllm.layers import fused_layers, is_head, shape_problems, shared_name
@@ -304,7 +304,7 @@ def _head_problems(checkpoint: Checkpoint, layers: QuantizedLayers) -> list[str]
     problems = [
         f"{n} is quantized: vLLM keeps embeddings in full precision"
         for n in layers.linears
-        if re.search(r"(^|\.)embed\w*$", n)
+        if role_of(n.rpartition(".")[2]) == "embedding"
     ]
     if checkpoint.config.get("tie_word_embeddings"):
         problems += [

@@ -8,8 +8,8 @@ from math import prod
 from typing import Any
 
 from quant.checkpoint.header import WIDE_FLOATS, TensorInfo
-from quant.models.adapter import block_of, is_tower
 from quant.models.linears import LinearRef
+from quant.models.roles import OUTSIDE, block_of, role_of
 from quant.vllm.config import block_count
 
 #: Largest share of a decoder's weights that may stay as they are without having been asked to.
@@ -42,9 +42,8 @@ def decoder_matrices(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any
         for name, info in tensors.items()
         if info.dtype in WIDE_FLOATS
         and len(info.shape) in (2, 3)
-        and (index := block_of(name)) is not None
-        and (blocks is None or index < blocks)
-        and not is_tower(name)
+        and block_of(name) is not None
+        and role_of(name, blocks) not in OUTSIDE
     }
 
 

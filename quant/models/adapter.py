@@ -8,14 +8,11 @@ folded), and under which name vLLM fuses the group. Adding a family is adding a 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quant.checkpoint.header import FLOATS, TensorInfo
 from quant.registry import Registry
-from quant.vllm.config import block_count
 
 
 @dataclass(frozen=True)
@@ -107,64 +104,3 @@ def adapter_for(config: Mapping[str, Any]) -> ModelAdapter | None:
     """The row of a config's ``model_type``, or None for a family that has none."""
     model_type = config.get("model_type")
     return next((a for a in ModelRegistry if model_type in a.model_types), None)
-
-
-#: Parts of a name that mean: not a linear of the text decoder's blocks.
-_TOWERS = re.compile(
-    r"(^|\.)(visual|vision\w*|audio\w*|image\w*|speech\w*|multi_modal_projector|mm_projector|connector|mtp|embed\w*|lm_head|encoder)(\.|$)"
-)
-#: Small linears that choose experts or gate them: vLLM builds them unquantized.
-_ROUTERS = re.compile(r"\.(gate|router|shared_expert_gate|wg)(\.|$)")
-_BLOCK = re.compile(r"(^|\.)(layers|h|blocks|block|decoder)\.(\d{1,9})\.")
-
-
-def block_of(name: str) -> int | None:
-    """Index of the decoder block that a tensor belongs to, or None."""
-    found = _BLOCK.search(name)
-    return int(found[3]) if found else None
-
-
-def is_tower(name: str) -> bool:
-    """Whether a tensor is part of something else than the text decoder's blocks: a tower, a projector, a head."""
-    return bool(_TOWERS.search(name.removesuffix(".weight")))
-
-
-def not_quantizable(info: TensorInfo, blocks: int | None) -> str | None:
-    """Why a tensor is no linear of a text decoder block, or None when it is one.
-
-    Judged by name, shape and dtype alone, so that data-free methods take any architecture.
-
-    Args:
-        blocks: number of decoder blocks that config.json states: tensors of a later index belong to
-            prediction heads (MTP).
-    """
-    if not info.name.endswith(".weight"):
-        return "not a linear's weight"
-    if len(info.shape) != 2:
-        return f"{len(info.shape)}-dimensional"
-    if info.dtype not in FLOATS:
-        return f"stored as {info.dtype}"
-    if not all(info.shape):
-        return "empty"
-    module = info.name.removesuffix(".weight")
-    if found := _TOWERS.search(module):
-        return f"part of {found[2]}"
-    index = block_of(info.name)
-    if index is None:
-        return "outside the decoder blocks"
-    if blocks is not None and index >= blocks:
-        return f"in block {index}, beyond the {blocks} decoder blocks: a prediction head"
-    if _ROUTERS.search(module):
-        return "a router"
-    if "norm" in module.rsplit(".", 1)[-1]:
-        return "a norm"
-    return None
-
-
-def decoder_linears(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> list[str]:
-    """Module names of all linears of the text decoder's blocks, sorted by block and name."""
-    blocks = block_count(config)
-    names = [
-        n.removesuffix(".weight") for n, info in tensors.items() if not_quantizable(info, blocks) is None
-    ]
-    return sorted(names, key=lambda n: (block_of(n + "."), n))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quant.checkpoint.header import WIDE_FLOATS, TensorInfo
-from quant.models.adapter import block_of, not_quantizable
+from quant.models.roles import block_of, not_quantizable
 from quant.schemes import UNQUANTIZED
 from quant.vllm.config import block_count, parts, text_config
 from quant.vllm.layers import Linear

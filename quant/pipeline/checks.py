@@ -10,7 +10,7 @@ from pathlib import Path
 from quant.checkpoint.reader import Checkpoint
 from quant.errors import QuantError, clipped
 from quant.formats import Format, FormatRegistry
-from quant.models.adapter import block_of
+from quant.models.roles import block_of
 from quant.pipeline.methods import make_suppressor, takes_alpha
 from quant.planning.target import target_problems
 from quant.quantizers import QuantizerRegistry

@@ -20,8 +20,8 @@ from quant.formats import Contents, Format, FormatRegistry, QuantizedLayers, fin
 from quant.formats.base import IncompleteCheckpoint
 from quant.formats.legacy import lacking, repaired
 from quant.formats.reading import dequantized, read_linear
-from quant.models.adapter import block_of
 from quant.models.linears import built_linears
+from quant.models.roles import block_of
 from quant.pipeline.checks import check_disk, output_problems
 from quant.pipeline.layout import lay_out, unquantized_linears
 from quant.pipeline.memory import peak_rss

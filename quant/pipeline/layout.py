@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,8 +9,8 @@ from quant.checkpoint.header import FLOATS
 from quant.checkpoint.reader import Checkpoint
 from quant.checkpoint.writer import TensorSpec, file_bytes
 from quant.formats import Format
-from quant.models.adapter import block_of
 from quant.models.linears import LinearRef, Slice, holders
+from quant.models.roles import block_of, role_of
 from quant.vllm.layers import Linear
 
 #: A shard is closed at this size, as transformers does.
@@ -164,6 +163,6 @@ def unquantized_linears(
             and len(info.shape) == 2
             and info.dtype in FLOATS
         ):
-            if not re.search(r"(^|\.)(embed\w*|wte|wpe|\w*_embeddings?)$", module):
+            if role_of(module.rpartition(".")[2]) != "embedding":
                 names.add(module)
     return sorted(names, key=lambda n: (block_of(n + ".") is None, block_of(n + ".") or 0, n))

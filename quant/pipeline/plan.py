@@ -13,8 +13,8 @@ from quant.checkpoint.writer import TensorSpec
 from quant.errors import Problems, UsageError
 from quant.formats import Format, FormatRegistry
 from quant.models.account import DecoderWeight, account, decoder_matrices, rest_problems
-from quant.models.adapter import block_of
 from quant.models.linears import LinearRef, built_linears, decoder_refs
+from quant.models.roles import block_of
 from quant.pipeline.checks import (
     assignment_problems,
     check_disk,

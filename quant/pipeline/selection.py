@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
 from quant.errors import UsageError, clipped
-from quant.models.adapter import block_of
+from quant.models.roles import block_of
 
 
 def blocks_of(spec: str, count: int) -> set[int] | None:

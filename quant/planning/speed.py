@@ -57,7 +57,7 @@ def _bytes_read(spec: ModelSpec, scheme: Scheme, experts: float = 1.0) -> float:
     total = 0.0
     own, planned = source_schemes(spec), scheme if is_quantized(scheme) else None
     for weight in spec.weights:
-        if weight.role in ("vision", "mtp") or (weight.role == "embedding" and not spec.tied):
+        if weight.role in ("tower", "mtp") or (weight.role == "embedding" and not spec.tied):
             continue
         share = (
             min(1.0, experts * spec.moe.active / spec.moe.experts)

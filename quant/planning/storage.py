@@ -345,7 +345,7 @@ def _rank_bytes(
         share = 1 / ranks
     elif weight.split == "row" and len(shape) > 1:
         share = 1 / ranks
-    elif weight.role == "vision":
+    elif weight.role == "tower":
         share = 1 / ranks if rules.engine == "v1" and len(shape) > 1 else 1.0
     if from_file and weight.stored_bytes:
         changed = prod(shape) / max(prod(weight.shape), 1)

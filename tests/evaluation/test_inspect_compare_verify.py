@@ -13,7 +13,7 @@ import torch
 
 from quant.checkpoint.reader import INDEX
 from quant.evaluation.compare import compare
-from quant.evaluation.inspect import inspect, role_of
+from quant.evaluation.inspect import inspect
 from quant.evaluation.verify import verify
 from tests.helpers import change_config, copy_model, load_all, read_config, save_all
 
@@ -51,21 +51,6 @@ def test_inspect_counts_quantized_parameters_as_the_weights_they_stand_for(
     assert {f["name"]: f["file_bytes"] for f in after["files"]} == {
         f.name: f.stat().st_size for f in folder.glob("*.safetensors")
     }
-
-
-@pytest.mark.parametrize(
-    ("name", "role"),
-    [
-        ("lm_head.weight", "head"), ("model.embed_tokens.weight", "embedding"),
-        ("model.layers.0.self_attn.q_norm.weight", "norm"),
-        ("model.layers.0.self_attn.q_proj.bias", "attention"),
-        ("model.layers.0.mlp.experts.3.up_proj.weight", "experts"),
-        ("model.layers.0.mlp.gate.weight", "router"), ("model.layers.0.mlp.gate_proj.weight", "mlp"),
-        ("x", "other"),
-    ],
-)  # fmt: skip
-def test_roles_are_told_from_names(name: str, role: str) -> None:
-    assert role_of(name) == role
 
 
 def test_compare_says_which_tensors_differ_and_by_how_much(

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from quant.architectures import spec_from_config
+from quant.architectures import ModelSpec, spec_from_config, weights_from_tensors
 from quant.catalog import (
     catalogue,
     find_model,
@@ -19,8 +23,11 @@ from quant.catalog import (
     model_from_directory,
     stored_bytes,
 )
+from quant.checkpoint.header import TensorInfo
 from quant.errors import CheckpointError, UsageError
+from quant.evaluation.inspect import inspect
 from quant.hardware import named_gpu
+from quant.models.roles import role_of
 from quant.planning import EngineRequest, plan
 from tests.planning.tiny_models import TINY
 
@@ -80,6 +87,43 @@ def test_layer_kinds_are_read_from_the_config(name: str, kinds: dict[str, int]) 
 def test_active_parameters_of_a_mixture_are_those_of_its_name() -> None:
     assert find_model("Qwen/Qwen3-30B-A3B").active_parameters == pytest.approx(3.0e9, rel=0.1)
     assert find_model("deepseek-ai/DeepSeek-V3").active_parameters == pytest.approx(37e9, rel=0.05)
+
+
+def named_tensors(spec: ModelSpec) -> list[TensorInfo]:
+    """The tensors of a model whose experts lie in its file one by one."""
+    tensors = []
+    for w in spec.weights:
+        for i in range(w.count):
+            name = re.sub(r"(?<![^.])experts[.]", f"experts.{i}.", w.tensor) if w.count > 1 else w.tensor
+            tensors.append(TensorInfo(name, "BF16", w.shape, Path("m.safetensors"), 0, 0))
+    return tensors
+
+
+def test_shared_experts_of_a_file_are_read_for_every_token() -> None:
+    spec = find_model("deepseek-ai/DeepSeek-V2-Lite-Chat")
+    tensors = [(t.name, t.dtype, t.shape) for t in named_tensors(spec)]
+    read = replace(spec, weights=tuple(weights_from_tensors(tensors, spec.layers)))
+    h, inner, heads = 2048, 1408, 16
+    attention = heads * 192 * h + 576 * h + heads * 256 * 512 + h * heads * 128 + 512 + 2 * h
+    mixture = (2 + 6) * 3 * inner * h + 64 * h  # both shared experts, 6 of 64 routed ones, the router
+    expected = 27 * attention + 3 * 10944 * h + 26 * mixture + 102400 * h + h
+    assert read.by_role == spec.by_role and read.by_role["shared_experts"] == 26 * 2 * 3 * inner * h
+    assert read.active_parameters == spec.active_parameters == expected == pytest.approx(2.45e9, rel=0.01)
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_inspect_and_the_planner_give_every_tensor_one_role(name: str, tmp_path: Path) -> None:
+    spec = spec_from_config(TINY[name])
+    write_tensors(tmp_path, TINY[name], named_tensors(spec))
+    assert inspect(tmp_path)["parameters_by_role"] == model_from_directory(tmp_path).by_role == spec.by_role
+
+
+def test_every_weight_of_the_catalogue_has_the_role_that_its_name_says() -> None:
+    for name in catalogue():
+        spec = find_model(name)
+        for kind in {(w.tensor, w.role) for w in spec.weights if w.layer in (-1, 0, 1, spec.layers - 1)}:
+            tensor, role = kind
+            assert role == "mtp" or role_of(tensor, spec.layers) == role, (name, kind)
 
 
 def test_drafting_layers_are_in_the_file_but_not_among_the_parameters() -> None:
@@ -146,6 +190,19 @@ def test_absurd_sizes_in_a_config_are_refused(value: object) -> None:
 def test_heads_that_kv_heads_do_not_divide_are_refused() -> None:
     with pytest.raises(UsageError, match="KV heads"):
         model_from_config({**TINY["gqa"], "num_key_value_heads": 3})
+
+
+def write_tensors(folder: Path, config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> None:
+    """A checkpoint of BF16 tensors that are all zeros: a header, and a hole for the data."""
+    (folder / "config.json").write_text(json.dumps(config))
+    header, offset = {}, 0
+    for info in tensors:
+        end = offset + 2 * info.numel
+        header[info.name] = {"dtype": "BF16", "shape": list(info.shape), "data_offsets": [offset, end]}
+        offset = end
+    raw = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw)
+    os.truncate(folder / "model.safetensors", 8 + len(raw) + offset)
 
 
 def write_checkpoint(folder: Path, dtype: str = "BF16", width: int = 2) -> int:

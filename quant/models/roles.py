@@ -1,0 +1,117 @@
+"""What a tensor is for, told from its name: one table for the planner, `inspect`, `verify` and the pipeline.
+
+Names are those of published files, whatever the family; of config.json only the number of decoder blocks is
+asked, beyond which a block belongs to a head that predicts further tokens (MTP). No torch.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Literal
+
+from quant.checkpoint.header import FLOATS, TensorInfo
+
+#: ``tower``: of another modality, and what projects it into the decoder; ``mtp``: a head that predicts
+#: further tokens; ``router``: chooses experts or gates them; ``attention``: recurrent layers' mixers too.
+Role = Literal[
+    "tower", "mtp", "head", "embedding", "norm", "router", "shared_experts", "experts", "attention", "mlp",
+    "other",
+]  # fmt: skip
+
+#: Roles of what is no part of the decoder's blocks.
+OUTSIDE: frozenset[Role] = frozenset({"tower", "mtp", "head", "embedding"})
+#: Role → the parts of a name (between two points) that say so. The first row of which any part is in a name
+#: holds.
+_PARTS: tuple[tuple[Role, str], ...] = (
+    (
+        "tower",
+        r"visual\w*|vision\w*|audio\w*|image\w*|speech\w*|multi_modal_projector|mm_projector|projector|connector"
+        r"|resampler|sam_model|vpm|apm|tts|vte|mlp1|embed_vision|embed_audio",
+    ),
+    ("tower", r"(?<!transformer\.)encoder"),  # ChatGLM calls its decoder so
+    ("mtp", r"mtp\w*|nextn\w*|eh_proj"),
+    ("head", r"lm_head|embed_out"),
+    ("norm", r"(\w*norm\w*|ln_\w+)$"),  # the last part alone
+    ("embedding", r"embed(?!\w*projection)\w*|wte|wpe|\w*_embeddings?"),
+    ("router", r"gate|router|shared_expert_gate|wg|e_score_correction_bias|expert_bias"),
+    ("shared_experts", r"shared_experts?|shared_mlp"),
+    ("experts", r"experts|block_sparse_moe\.(input|output)_linear"),
+    ("attention", r"\w*attn\w*|\w*attention\w*|mamba|conv"),
+    ("mlp", r"mlp|\w*feed_forward|ffn|block_sparse_moe|(gate|up|gate_up|down)_proj|fc1|fc2"),
+    ("attention", r"mixer|temporal_block"),
+)
+_ROLES: tuple[tuple[Role, re.Pattern[str]], ...] = tuple(
+    (role, re.compile(rf"(?:^|\.)({pattern})(?:\.|$)")) for role, pattern in _PARTS
+)
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|decoder)\.(\d{1,9})\.")
+
+
+def block_of(name: str) -> int | None:
+    """Index of the block that a tensor belongs to, or None: of the decoder, or of a tower.
+
+    >>> block_of("model.layers.12.mlp.up_proj.weight"), block_of("lm_head.weight")
+    (12, None)
+    """
+    match = _BLOCK.search(name)
+    return int(match[1]) if match else None
+
+
+def role_of(name: str, blocks: int | None = None) -> Role:
+    """What a tensor is for, by its name, with or without ``.weight``.
+
+    Args:
+        blocks: the number of decoder blocks; a later one is ``mtp``. None: not known.
+
+    >>> role_of("model.layers.0.mlp.shared_experts.up_proj.weight"), role_of("model.layers.0.mlp.gate.weight")
+    ('shared_experts', 'router')
+    """
+    role = _role(_NUMBER.sub("0", name))[0]
+    index = block_of(name) if blocks is not None and role != "tower" else None
+    return "mtp" if index is not None and blocks is not None and index >= blocks else role
+
+
+@lru_cache(maxsize=4096)
+def _role(kind: str) -> tuple[Role, str]:
+    """The role of a name whose numbers do not count, and the part of it that says so."""
+    module = kind.removesuffix(".weight").removesuffix(".bias")
+    for role, pattern in _ROLES:
+        if match := pattern.search(module):
+            return role, match[1]
+    if module.rpartition(".")[2] == "output" and block_of(kind) is None:  # InternLM 2's head
+        return "head", "output"
+    return "other", ""
+
+
+def not_quantizable(info: TensorInfo, blocks: int | None) -> str | None:
+    """Why a tensor is no linear of a text decoder block, or None when it is one.
+
+    Judged by name, shape and dtype alone, so that data-free methods take any architecture.
+
+    Args:
+        blocks: number of decoder blocks that config.json states: tensors of a later index belong to
+            prediction heads (MTP).
+    """
+    if not info.name.endswith(".weight"):
+        return "not a linear's weight"
+    if len(info.shape) != 2:
+        return f"{len(info.shape)}-dimensional"
+    if info.dtype not in FLOATS:
+        return f"stored as {info.dtype}"
+    if not all(info.shape):
+        return "empty"
+    return no_linear(info.name, blocks)
+
+
+def no_linear(name: str, blocks: int | None) -> str | None:
+    """Why a matrix of that name is no linear of a text decoder block, or None when it is one."""
+    role, part = _role(_NUMBER.sub("0", name))
+    if role in OUTSIDE:
+        return f"part of {part}"
+    index = block_of(name)
+    if index is None:
+        return "outside the decoder blocks"
+    if blocks is not None and index >= blocks:
+        return f"in block {index}, beyond the {blocks} decoder blocks: a prediction head"
+    return {"router": "a router", "norm": "a norm"}.get(role)
