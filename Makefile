@@ -43,6 +43,7 @@ lint: $(VENV)/.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/python docs/make_reference.py --check
 
 docs: $(VENV)/.stamp

@@ -83,7 +83,7 @@ class _Folds:
     """The scaling that the report in a directory tells of, and what takes it out of tensors again."""
 
     def __init__(self, path: Path, here: Checkpoint, there: Checkpoint):
-        from quant.pipeline.folding import norm_factors
+        from quant.outlier_suppression.base import norm_factors
 
         #: weight → in the order in which it was scaled: factors fp32 [K] of its columns, or the dimension
         #: along which it has powers of two

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from quant.activations import fake_quantize
 from quant.checkpoint.reader import Checkpoint
 from quant.errors import CheckpointError
 from quant.formats import QuantizedLayers
 from quant.formats.base import FormatRegistry, find_format
 from quant.formats.reading import read_linear
 from quant.models.attention import observed_attention
+from quant.quantizers.activations import fake_quantize
 from quant.quantizers.floats import nearest_float
 from quant.tensors import InputParameters
 from quant.vllm.layers import Linear

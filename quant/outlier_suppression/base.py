@@ -80,3 +80,9 @@ OutlierSuppressionRegistry: Registry[type[Suppressor]] = Registry(
     "quant.outlier_suppression",
     lambda entry: no_class(entry, needs=STATISTICS, sources=SOURCES),
 )
+
+
+def norm_factors(old: torch.Tensor, new: torch.Tensor, offset: float) -> torch.Tensor:
+    """fp32 [K]: what inputs were divided by when a norm's stored weight went from ``old`` to ``new``; 1 where
+    it did not change."""
+    return torch.where(old == new, 1.0, (old.float() + offset) / (new.float() + offset))

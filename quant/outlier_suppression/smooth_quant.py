@@ -14,9 +14,9 @@ from typing import ClassVar, Literal
 import torch
 
 from quant import defaults
-from quant.activations import fake_quantize, input_parameters
 from quant.calibration.statistics import Statistics
 from quant.outlier_suppression.base import OutlierSuppressionRegistry, Place, Suppression
+from quant.quantizers.activations import fake_quantize, input_parameters
 from quant.quantizers.nearest import round_to_nearest
 from quant.schemes import PRESETS, UNQUANTIZED, Scheme
 

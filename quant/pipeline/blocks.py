@@ -13,7 +13,6 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from quant.activations import input_parameters
 from quant.calibration.statistics import Accumulator, Statistics
 from quant.checkpoint.dtypes import TORCH
 from quant.errors import QuantError
@@ -32,6 +31,7 @@ from quant.pipeline.plan import JobPlan
 from quant.pipeline.records import Clock, Records
 from quant.pipeline.staged import StagedForward, computed, run_block
 from quant.quantizers import Quantized, Quantizer
+from quant.quantizers.activations import input_parameters
 from quant.recipe import Assignment
 from quant.schemes import BLOCK, Scheme
 from quant.tensors import QuantizedTensor, sum_of_squares

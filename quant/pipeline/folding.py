@@ -16,7 +16,7 @@ import torch
 
 from quant.checkpoint.reader import Checkpoint
 from quant.models.adapter import InputGroup
-from quant.outlier_suppression.base import Place
+from quant.outlier_suppression.base import Place, norm_factors
 from quant.tensors import QuantizedTensor
 
 #: No factor moves more than this power of two: beyond it, half-precision scales would leave their range.
@@ -79,12 +79,6 @@ def find_fold(
     shared = inputs // outputs  # query heads that read one KV head
     tied = index // (head_size * shared) * head_size + index % head_size
     return Fold(group, prefix, Place("linear", True, tied), 0.0)
-
-
-def norm_factors(old: torch.Tensor, new: torch.Tensor, offset: float) -> torch.Tensor:
-    """fp32 [K]: what inputs were divided by when a norm's stored weight went from ``old`` to ``new``; 1 where
-    it did not change."""
-    return torch.where(old == new, 1.0, (old.float() + offset) / (new.float() + offset))
 
 
 def fold_norm(

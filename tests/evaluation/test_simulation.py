@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from quant.activations import fake_quantize, input_parameters
 from quant.calibration.statistics import Statistics
 from quant.checkpoint.reader import open_checkpoint
 from quant.evaluation import quality, simulation
 from quant.evaluation.simulation import Kernels, cut
 from quant.formats import QuantizedLayers
+from quant.quantizers.activations import fake_quantize, input_parameters
 from quant.schemes import PRESETS, ActivationScheme
 from quant.serving.reference import Reference, kernels
 from quant.tensors import E2M1, InputParameters

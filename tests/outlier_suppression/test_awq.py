@@ -18,8 +18,7 @@ from quant.evaluation.verify import verify
 from quant.formats import FormatRegistry, find_format
 from quant.formats.reading import read_linear
 from quant.outlier_suppression import AWQScaling
-from quant.outlier_suppression.base import Place
-from quant.pipeline.folding import norm_factors
+from quant.outlier_suppression.base import Place, norm_factors
 from quant.quantizers import MinMaxQuantizer
 from quant.quantizers.nearest import round_to_nearest
 from quant.quantizers.rounding import importance_of
