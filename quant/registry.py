@@ -1,5 +1,4 @@
-"""One small registry class behind the three names of the design: models, quantizers, outlier suppressors (and
-formats).
+"""One small registry class behind five names: models, quantizers, outlier suppressors, formats and schemes.
 
 An entry is a row added by the project itself, or one that another package declares as an entry point, so that
 an algorithm can be added without touching this repository::
@@ -15,10 +14,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from quant.errors import UsageError, one_of
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 T = TypeVar("T")
 
@@ -36,6 +37,8 @@ class Registry(Generic[T]):
             entry point's.
         also: words that stand for an entry where one is asked for by a user; they are resolved before, and
             listed with the names here.
+        named: whether an entry has a ``name`` of its own by which it is asked for later, so that it must be
+            the one that it is declared under.
 
     >>> colours: Registry[int] = Registry("colour", "quant.example")
     >>> colours.add("red", 1)
@@ -51,8 +54,9 @@ class Registry(Generic[T]):
         wrong: Callable[[Any], str | None] = lambda entry: None,
         defaults: Mapping[str, Any] | None = None,
         also: tuple[str, ...] = (),
+        named: bool = False,
     ):
-        self.what, self.group, self._also = what, group, also
+        self.what, self.group, self._also, self._named = what, group, also, named
         self._wrong, self._defaults = wrong, dict(defaults or {})
         self._entries: dict[str, T] = {}
         self._loaded: dict[str, T] = {}
@@ -60,7 +64,8 @@ class Registry(Generic[T]):
         self._skipped: set[str] = set()
 
     def add(self, name: str, entry: T) -> T:
-        """Adds one entry. A name that is taken is refused: two packages must not silently shadow one another."""
+        """Adds one entry. A name that is taken is refused: two packages must not silently shadow one
+        another."""
         if name in self._entries:
             raise UsageError(
                 f"{self.what} {name!r} is already registered: two packages offer it, uninstall one or "
@@ -76,6 +81,9 @@ class Registry(Generic[T]):
     def _declared(self) -> dict[str, list[EntryPoint]]:
         """By name, what other packages declare; nothing is imported."""
         if self._points is None:
+            # only now: it takes a quarter of the time in which the program starts
+            from importlib.metadata import entry_points
+
             self._points = {}
             for point in entry_points(group=self.group):
                 self._points.setdefault(point.name, []).append(point)
@@ -110,7 +118,10 @@ class Registry(Generic[T]):
                 f"{self.what} {name!r}: {point.value} of {packages} cannot be loaded ({reason}): repair or "
                 "update that package, or uninstall it"
             ) from error
-        if fault := self._wrong(entry):
+        fault = self._wrong(entry)
+        if fault is None and self._named and entry.name != name:
+            fault = f"it calls itself {entry.name!r}"
+        if fault:
             raise UsageError(
                 f"{self.what} {name!r}: {point.value} of {packages} is none: {fault}: "
                 "docs/extension_guide.md says what one has; "
@@ -153,6 +164,11 @@ class Registry(Generic[T]):
                     _log.warning("left out: %s", error)
                 continue
             yield entry
+
+    def loaded(self) -> list[T]:
+        """The project's own entries, and those of other packages that were asked for so far; nothing is
+        imported."""
+        return [*self._entries.values(), *self._loaded.values()]
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries or name in self._declared()

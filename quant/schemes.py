@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, field, replace
 from math import ceil
 from typing import Any, Literal
 
-from quant.errors import UsageError, one_of
+from quant.errors import UsageError
+from quant.registry import Registry
 
 BITS = (2, 3, 4, 8)
 #: Rows and columns of one scale of the ``block`` strategy.
@@ -261,7 +262,7 @@ class SchemeRow:
         native: recommended only where the GPU computes in it, because unpacking its weights gives no gain
             over a simpler scheme.
         needs: recipe keys without which it is not good.
-        default_of: methods whose scheme it is where none is named.
+        default_of: methods whose scheme it is where none is named; asked of quant's own rows alone.
     """
 
     scheme: Scheme
@@ -279,8 +280,8 @@ class SchemeRow:
 
 _FP8, _ROUNDED, _SOLVED = ("fp8",), ("minmax", "gptq"), ("gptq", "minmax")
 
-#: The schemes by name. The names are those vLLM's and llm-compressor's users know; w2a16 and w3a16 have no
-#: vLLM kernel.
+#: quant's own schemes by name; :data:`SchemeRegistry` has those of other packages, too. The names are those
+#: that vLLM's and llm-compressor's users know; w2a16 and w3a16 have no vLLM kernel.
 SCHEMES = {
     row.name: row
     for row in (
@@ -329,7 +330,7 @@ SCHEMES = {
         ),
     )
 }
-#: Name → scheme, without what only its row knows.
+#: Name → scheme of quant's own, without what only its row knows.
 PRESETS = {name: row.scheme for name, row in SCHEMES.items()}
 #: The checkpoint as it is, among what is recommended.
 AS_IT_IS = SchemeRow(UNQUANTIZED, title="16 bits, as it is", rank=0)
@@ -337,16 +338,31 @@ AS_IT_IS = SchemeRow(UNQUANTIZED, title="16 bits, as it is", rank=0)
 DEFAULT_SCHEME = "w4a16"
 
 
+def _no_row(entry: Any) -> str | None:
+    """Why something is no row of a scheme, or None."""
+    if not isinstance(entry, SchemeRow):
+        return f"it is not a quant.schemes.SchemeRow but {type(entry).__name__}"
+    numbers = (entry.scheme.weights, entry.scheme.activations)
+    same = [s.name for s in (UNQUANTIZED, *PRESETS.values()) if (s.weights, s.activations) == numbers]
+    return f"its numbers are those of scheme {same[0]!r}" if same else None
+
+
+#: Every scheme that ``--scheme`` takes.
+SchemeRegistry: Registry[SchemeRow] = Registry("scheme", "quant.schemes", _no_row, named=True)
+for _row in SCHEMES.values():
+    SchemeRegistry.add(_row.name, _row)
+
+
 def row_of(scheme: Scheme) -> SchemeRow:
     """The row of a scheme, whose single fields may differ from the preset's; one that makes nothing where no
     preset has its name."""
-    row = AS_IT_IS if scheme == UNQUANTIZED else SCHEMES.get(scheme.name, SchemeRow(scheme))
-    return replace(row, scheme=scheme)
+    named = {row.name: row for row in (AS_IT_IS, *SchemeRegistry.loaded())}
+    return replace(named.get(scheme.name, SchemeRow(scheme)), scheme=scheme)
 
 
 def candidates() -> list[SchemeRow]:
     """What is recommended unasked, most precise first."""
-    ranked = [(row.rank, row) for row in (AS_IT_IS, *SCHEMES.values()) if row.rank is not None]
+    ranked = [(row.rank, row) for row in (AS_IT_IS, *SchemeRegistry) if row.rank is not None]
     return [row for _, row in sorted(ranked, key=lambda pair: pair[0])]
 
 
@@ -360,13 +376,15 @@ def default_scheme(method: str) -> str:
 
 
 def scheme_of(weights: WeightScheme, activations: ActivationScheme | None = None) -> Scheme:
-    """The scheme that these numbers make, under the name of the preset they are, or of the nearest one."""
-    for preset in (UNQUANTIZED, *PRESETS.values()):
+    """The scheme that these numbers make, under the name of the preset they are, or of the nearest one. Of
+    other packages' schemes those count that were asked for by name."""
+    presets = [row.scheme for row in SchemeRegistry.loaded()]
+    for preset in (UNQUANTIZED, *presets):
         if (preset.weights, preset.activations) == (weights, activations):
             return preset
     if weights.type == "int" and activations is None:
         return Scheme(f"w{weights.bits}a16{'' if weights.symmetric else '-asym'}", weights)
-    for preset in PRESETS.values():
+    for preset in presets:
         if preset.weights == weights and (preset.activations is None) == (activations is None):
             return Scheme(preset.name, weights, activations)
     kind = {"int": "int", "float": "fp"}[weights.type]
@@ -383,7 +401,7 @@ def resolve_scheme(
     activations: str | None = None,
     symmetric_activations: bool | None = None,
 ) -> Scheme:
-    """A preset with single fields overridden.
+    """A scheme of :data:`SchemeRegistry` with single fields overridden.
 
     Args:
         activations: ``dynamic`` or ``static``.
@@ -393,12 +411,10 @@ def resolve_scheme(
     'w4a16 (W4 g64 symmetric)'
 
     Raises:
-        UsageError: unknown name; or a field that contradicts the name (``w4a16`` with 8 bits), all of them at
-            once.
+        UsageError: unknown name, or one of another package that is at fault; or fields that contradict the
+            name (``w4a16`` with 8 bits), all of them at once.
     """
-    if name is not None and name not in PRESETS:
-        raise one_of("scheme", name, sorted(PRESETS))
-    base = PRESETS[name or DEFAULT_SCHEME]
+    base = SchemeRegistry.get(name or DEFAULT_SCHEME).scheme
     weights, inputs = base.weights, base.activations
     wrong = []
     if name and bits is not None and bits != weights.bits:

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.helpers import ROOT, short_text
+from tests.helpers import ROOT, copy_model, load_all, save_all, short_text
 
 GUIDE = (ROOT / "docs" / "extension_guide.md").read_text(encoding="utf-8")
 #: Commands that the guide shows for installing; the test installs into a folder instead.
@@ -77,7 +78,7 @@ def test_the_commands_of_the_guide_run(
     lines = [
         line for block in re.findall(r"^```sh\n(.*?)^```", GUIDE, re.S | re.M) for line in block.splitlines()
     ]
-    assert lines.count(INSTALL) == 1 and len(lines) == 6
+    assert lines.count(INSTALL) == 1 and len(lines) == 8
     for line in lines:
         words = shlex.split(line)
         if line == INSTALL:
@@ -86,6 +87,8 @@ def test_the_commands_of_the_guide_run(
         done = run(*words[1:], "--json")
         assert done.returncode == 0, f"{line}\n{done.stderr}"
         result = json.loads(done.stdout)
+        if words[1] == "recommend":
+            assert result["recommended"]["scheme"] == words[words.index("--scheme") + 1]
         if words[1] == "quantize":
             assert result["verify"]["passed"] and result["method"] == words[words.index("--method") + 1]
             assert {x["method"] for x in result["layers"]} == {result["method"]}
@@ -145,6 +148,83 @@ def test_a_foreign_method_has_settings_and_refusals_like_any_other(
     )
 
 
+def test_the_foreign_format_is_read_back_verified_exported_and_planned(
+    run: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    source, other = "examples/tinylm-4m", ["--target", "other"]
+    job = ["quantize", "-m", source, "--method", "minmax", "--scheme", "w8a16", "--group-size", "64"]
+    for form in ("codes", "plain", "compressed-tensors"):
+        done = run(*job, "-o", form, "--format", form, *other)
+        assert done.returncode == 0, done.stderr
+    # back to the values that it stands for, to a format of ours, and from there
+    for made, form in (("codes", "plain"), ("codes", "compressed-tensors"), ("compressed-tensors", "codes")):
+        done = run("export-vllm", "-m", made, "-o", f"{made}-{form}", "--format", form, *other)
+        assert done.returncode == 0, done.stderr
+        wanted, got = load_all(tmp_path / form), load_all(tmp_path / f"{made}-{form}")
+        assert got.keys() == wanted.keys() and all(torch.equal(got[n], wanted[n]) for n in wanted)
+    # judged: whole, and refused by what it says of vLLM and for what its parts are
+    good = run("verify", "codes", "--source", source, *other, "--json")
+    assert good.returncode == 0 and json.loads(good.stdout)["passed"], good.stdout
+    refused = run("verify", "codes", "--json")
+    assert refused.returncode == 4 and "vLLM does not know it: use --target other" in refused.stdout
+    tensors, name = load_all(tmp_path / "codes"), "model.layers.0.mlp.down_proj"
+    for damaged in (lambda t: t[:-1], lambda t: t * 0):
+        shutil.rmtree(tmp_path / "damaged", ignore_errors=True)
+        copy_model(tmp_path / "codes", tmp_path / "damaged")
+        for file in (tmp_path / "damaged").glob("*.safetensors*"):
+            file.unlink()
+        save_all(tmp_path / "damaged", tensors | {f"{name}.scales": damaged(tensors[f"{name}.scales"])})
+        found = run("verify", "damaged", *other, "--json")
+        assert found.returncode == 4 and f"{name}.scales " in found.stdout
+        assert "the contract is" in found.stdout or "zero scales" in found.stdout
+    shutil.rmtree(tmp_path / "damaged")
+    copy_model(tmp_path / "codes", tmp_path / "damaged")
+    for file in (tmp_path / "damaged").glob("*.safetensors*"):
+        file.unlink()
+    save_all(tmp_path / "damaged", {n: t for n, t in tensors.items() if n != f"{name}.scales"})
+    lost = run("export-vllm", "-m", "damaged", "-o", "no", "--format", "plain")
+    assert lost.returncode == 1 and f"1 quantized linears have no scales ({name})" in lost.stderr
+    # planned: its own tensors are counted
+    plan = run("recommend", "-m", "codes", "--gpu", "L40S-48GB", "--scheme", "none", "--json")
+    assert plan.returncode == 0, plan.stderr
+    weights = sum(t.numel() * t.element_size() for t in tensors.values())
+    assert json.loads(plan.stdout)["plans"][0]["checkpoint_bytes"] == weights
+
+
+def test_the_foreign_scheme_is_planned_made_read_back_and_verified(
+    run: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    ask = ["recommend", "-m", "examples/tinylm-4m", "--gpu", "L40S-48GB", "--scheme", "w8a16-channel"]
+    plan = run(*ask, "--json")
+    assert plan.returncode == 0, plan.stderr
+    result = json.loads(plan.stdout)
+    assert result["recommended"]["scheme"] == "w8a16-channel"
+    (planned,) = result["plans"]
+    command = shlex.split(result["commands"][0])
+    assert command[:2] == ["quant", "quantize"] and "w8a16-channel" in command
+    command[command.index("--output-path") + 1] = "made"
+    made = run(*command[1:], "--json")
+    assert made.returncode == 0, made.stderr
+    report = json.loads(made.stdout)
+    assert report["scheme"]["name"] == "w8a16-channel" and report["scheme"]["weights"]["group_size"] == -1
+    tensors = load_all(tmp_path / "made")
+    assert planned["checkpoint_bytes"] == sum(t.numel() * t.element_size() for t in tensors.values())
+    checked = run("verify", "made", "--source", "examples/tinylm-4m", "--json")
+    assert checked.returncode == 0, checked.stdout
+    # the same numbers as ours make with a group an output, read back to the same values
+    ours = ["--method", "minmax", "--scheme", "w8a16", "--group-size", "-1", "--format", "plain"]
+    assert run("quantize", "-m", "examples/tinylm-4m", "-o", "ours", *ours).returncode == 0
+    assert run("export-vllm", "-m", "made", "-o", "back", "--format", "plain").returncode == 0
+    wanted, got = load_all(tmp_path / "ours"), load_all(tmp_path / "back")
+    assert got.keys() == wanted.keys() and all(torch.equal(got[n], wanted[n]) for n in wanted)
+    # in the format of the same package, and next to ours where names are listed
+    both = ["--scheme", "w8a16-channel", "--format", "codes", "--target", "other", "--json"]
+    made = run("quantize", "-m", "examples/tinylm-4m", "-o", "both", "--method", "minmax", *both)
+    assert made.returncode == 0 and json.loads(made.stdout)["scheme"]["name"] == "w8a16-channel"
+    unknown = run("quantize", "-m", "examples/tinylm-4m", "-o", "no", "--scheme", "w8a16-chanel")
+    assert unknown.returncode == 2 and "did you mean 'w8a16-channel'" in unknown.stderr
+
+
 def test_the_foreign_family_is_the_one_that_its_checkpoints_get(
     run: Callable[..., subprocess.CompletedProcess[str]], checkpoints: Callable[..., Path]
 ) -> None:
@@ -163,6 +243,12 @@ def test_the_foreign_family_is_the_one_that_its_checkpoints_get(
     ]
     done = run("quantize", "-m", model, "-o", "out", "--method", "gptq", *options)
     assert done.returncode == 0, done.stderr
+    checked = run("verify", "out", "--source", model, "--json")
+    assert checked.returncode == 0, checked.stdout
+    back = run("export-vllm", "-m", "out", "-o", "back", "--format", "plain")
+    assert back.returncode == 0, back.stderr
+    plan = run("recommend", "-m", "out", "--gpu", "L40S-48GB", "--scheme", "none", "--json")
+    assert plan.returncode == 0 and json.loads(plan.stdout)["recommended"]["scheme"] == "none", plan.stderr
 
 
 def test_a_broken_package_stops_only_the_job_that_asks_for_it(
@@ -172,13 +258,13 @@ def test_a_broken_package_stops_only_the_job_that_asks_for_it(
     info = site / "quant_broken-3.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: quant-broken\nVersion: 3\n")
-    groups = ("quantizers", "outlier_suppression", "formats", "models")
+    groups = ("quantizers", "outlier_suppression", "formats", "schemes", "models")
     (info / "entry_points.txt").write_text("".join(f"[quant.{g}]\nbroken = quant_broken:X\n" for g in groups))
     try:
-        job = ["quantize", "-m", "examples/tinylm-4m", "--group-size", "64", "--scheme", "w4a16-asym"]
-        done = run(*job, "-o", "out", "--method", "my-hqq")
+        job = ["quantize", "-m", "examples/tinylm-4m", "--group-size", "64", "--symmetric"]
+        done = run(*job, "-o", "out", "--method", "minmax", "--clip-search")
         assert done.returncode == 0 and "quant_broken" not in done.stderr
-        for option in ("--method", "--format", "--outlier-suppression"):
+        for option in ("--method", "--format", "--outlier-suppression", "--scheme"):
             others = [] if option == "--method" else ["--method", "gptq"]
             refused = run(*job, "-o", "no", option, "broken", *others)
             assert refused.returncode == 2 and "Traceback" not in refused.stderr, refused.stderr

@@ -196,6 +196,37 @@ def test_a_format_and_a_model_family_are_checked_too(package: Callable[..., None
             registry.get("half")
 
 
+def test_a_scheme_has_the_name_it_is_declared_under_and_numbers_of_its_own(
+    package: Callable[..., None],
+) -> None:
+    from quant.schemes import SchemeRegistry
+
+    code = (
+        "from quant.schemes import Scheme, SchemeRow, WeightScheme\n"
+        "good = SchemeRow(Scheme('good', WeightScheme(4, 16)), ('minmax',))\n"
+        "taken = SchemeRow(Scheme('taken', WeightScheme(4, 128)))\n"
+        "scheme = good.scheme\n"
+    )
+    points = {
+        "good": "their_h:good",
+        "better": "their_h:good",
+        "taken": "their_h:taken",
+        "bare": "their_h:scheme",
+    }
+    package("their_h", code, "quant.schemes", points)
+    registry: Registry[Any] = Registry("scheme", "quant.schemes", SchemeRegistry._wrong, named=True)
+    assert registry.names() == ["bare", "better", "good", "taken"] and registry.loaded() == []
+    assert "their_h" not in sys.modules
+    assert registry.get("good").methods == ("minmax",) and registry.loaded() == [registry.get("good")]
+    for name, said in (
+        ("better", "it calls itself 'good'"),
+        ("taken", "its numbers are those of scheme 'w4a16'"),
+        ("bare", "it is not a quant.schemes.SchemeRow but Scheme"),
+    ):
+        with pytest.raises(UsageError, match=f"scheme '{name}': .* is none: {said}"):
+            registry.get(name)
+
+
 def test_a_name_is_added_once() -> None:
     registry = methods()
     with pytest.raises(UsageError, match="method 'mine' is already registered"):

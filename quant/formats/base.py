@@ -162,7 +162,7 @@ def _no_format(entry: Any) -> str | None:
     return f"it is not an object of a class derived from quant.formats.Format but {kind}"
 
 
-FormatRegistry: Registry[Format] = Registry("format", "quant.formats", _no_format)
+FormatRegistry: Registry[Format] = Registry("format", "quant.formats", _no_format, named=True)
 
 
 class IncompleteCheckpoint(CheckpointError):

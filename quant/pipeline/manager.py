@@ -236,7 +236,7 @@ class QuantizationManager:
             for name, info in read_header(work.path / shard.file)[0].items()
         }
         written = Checkpoint(work.path, {}, headers)
-        config = output_config(self.plan, self._settings()).get("quantization_config")
+        config = output_config(self.plan, self._method_settings()).get("quantization_config")
         if config is None:
             weights = {
                 t.spec.name: written.read(t.spec.name)
@@ -365,7 +365,7 @@ class QuantizationManager:
         """Side files, index, config, static verification, report."""
         plan, checkpoint = self.plan, self.plan.checkpoint
         with self.clock.phase("finish"):
-            config = output_config(plan, self._settings())
+            config = output_config(plan, self._method_settings())
             arguments = engine_arguments(config, tensor_parallel=plan.recipe.tensor_parallel)
             dropped = write_rest(work.path, checkpoint, plan.units, plan.format, config, arguments)
         with self.clock.phase("verify"):
@@ -439,7 +439,7 @@ class QuantizationManager:
         write_text(work.path / REPORT, json.dumps(report, indent=2) + "\n")
         return report
 
-    def _settings(self) -> dict[str, str]:
+    def _method_settings(self) -> dict[str, str]:
         """Settings of the methods that a format may have a word for."""
         orders = (str(getattr(q, "act_order", "none")) for q in self.quantizers.values())
         return {"act_order": next((order for order in orders if order != "none"), "none")}

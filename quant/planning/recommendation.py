@@ -31,7 +31,7 @@ from quant.planning.rule_of_thumb import rule_of_thumb
 from quant.planning.scenarios import Scenario, load_scenario
 from quant.planning.speed import Speed, speed_bounds
 from quant.planning.storage import file_bytes, is_quantized, source_kernels
-from quant.schemes import AS_IT_IS, SCHEMES, Scheme, SchemeRow, candidates
+from quant.schemes import AS_IT_IS, Scheme, SchemeRegistry, SchemeRow, candidates
 from quant.units import format_size
 from quant.vllm.config import source_method
 from quant.vllm.kernels import BF16_FORMATS, GROUP_SIZES, formats_of, gpu_dict, has_fp8_cache, kernel_of
@@ -290,7 +290,7 @@ def recommend(
         else:
             notes.append(
                 f"this build does not make {chosen.scheme}: take a published {chosen.scheme} checkpoint, or "
-                f"one of {', '.join(row.name for row in SCHEMES.values() if row.methods)}"
+                f"one of {', '.join(row.name for row in SchemeRegistry if row.methods)}"
             )
     return Recommendation(
         model=spec, gpus=tuple(found), request=request, plans=plans,
@@ -317,10 +317,12 @@ def _asked(scheme: str) -> SchemeRow:
     Raises:
         UsageError: there is no such scheme, or vLLM has no kernel for it.
     """
-    rows = {row.name: row for row in (AS_IT_IS, *SCHEMES.values()) if row is AS_IT_IS or row.methods}
-    if scheme not in rows:
-        raise one_of("--scheme", scheme, sorted(rows))
-    return replace(rows[scheme], native=False)
+    if scheme == AS_IT_IS.name:
+        return replace(AS_IT_IS, native=False)
+    if scheme not in SchemeRegistry or not (row := SchemeRegistry.get(scheme)).methods:
+        planned = [AS_IT_IS.name, *(row.name for row in SchemeRegistry if row.methods)]
+        raise one_of("--scheme", scheme, sorted(planned))
+    return replace(row, native=False)
 
 
 def _plan_one(

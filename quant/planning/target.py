@@ -10,7 +10,7 @@ from quant.errors import UsageError
 from quant.hardware import detect, named_gpu
 from quant.planning.memory import EngineRequest
 from quant.planning.recommendation import Recommendation, recommend
-from quant.schemes import SCHEMES, Scheme
+from quant.schemes import Scheme, SchemeRegistry
 from quant.vllm.kernels import kernel_problem
 from quant.vllm.releases import loading_problem
 
@@ -21,7 +21,7 @@ def method_for(scheme: str) -> str:
     Raises:
         UsageError: a scheme that vLLM does not load has no such row.
     """
-    methods = SCHEMES[scheme].methods if scheme in SCHEMES else ()
+    methods = SchemeRegistry.get(scheme).methods if scheme in SchemeRegistry else ()
     if not methods:
         raise UsageError(f"missing --method: scheme {scheme!r} has no default one; give gptq or minmax")
     return methods[0]
@@ -53,7 +53,7 @@ def choose(
         str(model),
         gpu,
         request,
-        schemes=["none", *(row.name for row in SCHEMES.values() if row.methods)],
+        schemes=["none", *(row.name for row in SchemeRegistry if row.methods)],
         output_path=str(output_path),
         gpu_count=count,
     )
