@@ -200,15 +200,15 @@ def test_the_foreign_scheme_is_planned_made_read_back_and_verified(
     result = json.loads(plan.stdout)
     assert result["recommended"]["scheme"] == "w8a16-channel"
     (planned,) = result["plans"]
-    command = shlex.split(result["commands"][0])
+    command = shlex.split(result["recommended"]["commands"][0])
     assert command[:2] == ["quant", "quantize"] and "w8a16-channel" in command
     command[command.index("--output-path") + 1] = "made"
     made = run(*command[1:], "--json")
     assert made.returncode == 0, made.stderr
     report = json.loads(made.stdout)
     assert report["scheme"]["name"] == "w8a16-channel" and report["scheme"]["weights"]["group_size"] == -1
-    tensors = load_all(tmp_path / "made")
-    assert planned["checkpoint_bytes"] == sum(t.numel() * t.element_size() for t in tensors.values())
+    written = sum(f.stat().st_size for f in (tmp_path / "made").glob("*.safetensors"))
+    assert planned["checkpoint_bytes"] == pytest.approx(written, rel=1e-3)  # the headers' lengths are guessed
     checked = run("verify", "made", "--source", "examples/tinylm-4m", "--json")
     assert checked.returncode == 0, checked.stdout
     # the same numbers as ours make with a group an output, read back to the same values

@@ -18,7 +18,7 @@ from quant.recipe import Assignment, Recipe
 from quant.schemes import UNQUANTIZED
 from quant.units import format_size
 from quant.vllm.config import quantization_config
-from quant.vllm.layers import Linear, fused_name
+from quant.vllm.layers import Linear, fused_layers
 
 #: Families whose linears are transformers' Conv1D: groups would run along the outputs.
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
@@ -154,11 +154,8 @@ def fused_problems(
     """vLLM builds q/k/v and gate/up as one layer: all of its shards are quantized alike, or none."""
     if form.quant_method is None:
         return []
-    members: dict[str, list[str]] = {}
-    for name in everything:
-        members.setdefault(fused_name(name), []).append(name)
     problems: dict[str, str] = {}  # one for each kind of fused layer
-    for fused, names in members.items():
+    for fused, names in fused_layers(everything).items():
         kind = fused.rpartition(".")[2]
         if kind in problems:
             continue

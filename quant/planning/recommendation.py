@@ -370,7 +370,9 @@ def _plan_one(
             )
     stored = row.scheme
     if quantized and stored.group_size_is_free:
-        grouped = (stored.with_group_size(g) for g in sorted(GROUP_SIZES, reverse=True) if g != -1)
+        own = stored.weights.group_size
+        smaller = sorted((g for g in GROUP_SIZES if g != -1 and (g < own or own == -1)), reverse=True)
+        grouped = (stored, *(stored.with_group_size(g) for g in smaller))
         stored = next((s for s in grouped if not group_problems(spec, s, request.ranks)), stored)
     found = plan(spec, gpus, stored, request)
     meets = found.fits and found.max_concurrency >= request.concurrency
