@@ -221,6 +221,7 @@ def test_the_foreign_scheme_is_planned_made_read_back_and_verified(
     both = ["--scheme", "w8a16-channel", "--format", "codes", "--target", "other", "--json"]
     made = run("quantize", "-m", "examples/tinylm-4m", "-o", "both", "--method", "minmax", *both)
     assert made.returncode == 0 and json.loads(made.stdout)["scheme"]["name"] == "w8a16-channel"
+    assert "w8a16-channel" in run("quantize", "--help").stdout
     unknown = run("quantize", "-m", "examples/tinylm-4m", "-o", "no", "--scheme", "w8a16-chanel")
     assert unknown.returncode == 2 and "did you mean 'w8a16-channel'" in unknown.stderr
 

@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from quant.commands.types import PATH
 from quant.errors import UsageError
-from quant.schemes import PRESETS
+from quant.schemes import SCHEMES, SchemeRegistry
 from quant.vllm.releases import VLLM_VERSION, rules_for
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -137,8 +137,19 @@ def max_model_len(default: str) -> Decorator:
     )
 
 
+class _Schemes(click.Option):
+    """Its help lists the schemes of other packages too, which are looked for where it is shown and not
+    before."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        others = [name for name in SchemeRegistry.names() if name not in SCHEMES]
+        self.help = f"{', '.join([*SCHEMES, *others])}."
+        return super().get_help_record(ctx)
+
+
 def scheme(default: str) -> Decorator:
-    return click.option("--scheme", metavar="NAME", show_default=default, help=f"{', '.join(PRESETS)}.")
+    own = ", ".join(SCHEMES)
+    return click.option("--scheme", metavar="NAME", show_default=default, help=f"{own}.", cls=_Schemes)
 
 
 def format_(default: str) -> Decorator:

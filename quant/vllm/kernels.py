@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from quant.hardware import Gpu
-from quant.schemes import PRESETS, Scheme
+from quant.schemes import Scheme, SchemeRegistry
 
 #: Group sizes of 4- and 8-bit integers that every kernel from compute capability 7.5 up takes; others run on single
 #: kernels only (Marlin, `quantization/utils/marlin_utils.py`).
@@ -87,7 +87,8 @@ def kernel_problem(scheme: Scheme, gpu: Gpu) -> str | None:
     lowest = min(level for level in FORMAT_CAPABILITIES[kernel][:2] if level is not None) / 10
     end = FORMAT_CAPABILITIES[kernel][2]
     until = f" and below {end / 10}" if end is not None else ""
-    loaded = ", ".join(n for n, s in PRESETS.items() if formats.get(kernel_of(s), "no") != "no")
+    rows = (row for row in SchemeRegistry if formats.get(kernel_of(row.scheme), "no") != "no")
+    loaded = ", ".join(row.name for row in rows)
     return (
         f"--gpu is {gpu.name} ({level}): vLLM has no kernel for {scheme} there; compute capability {lowest}{until} is "
         f"needed. It loads {loaded or 'unquantized weights only'}"
