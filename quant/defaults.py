@@ -14,6 +14,8 @@ ENGINE: Literal["native"] = "native"
 LEGACY_ENGINES = {"auto-gptq": ("gptq", "gptq"), "autoawq": ("awq", "awq")}
 
 FORMAT = "compressed-tensors"
+#: which tokens the experts of a mixture are calibrated with
+MOE_CALIBRATION: Literal["routed", "all", "blend"] = "blend"
 #: gptq
 DAMPING = 0.01
 ACT_ORDER: Literal["none", "static"] = "static"

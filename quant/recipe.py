@@ -166,7 +166,7 @@ class Recipe(LayerSettings):
     method: str
     rules: list[Rule] = []
     alpha: float | Literal["auto"] | None = None
-    moe_calibration: Literal["routed", "all", "blend"] = "blend"
+    moe_calibration: Literal["routed", "all", "blend"] = defaults.MOE_CALIBRATION
     kv_cache_scheme: Literal["fp8"] | None = None
     format: str = defaults.FORMAT
     target: Literal["vllm", "other"] = "vllm"

@@ -134,6 +134,14 @@ job_options = together(
         help="Calibrate and write scales of an FP8 KV cache.",
     ),
     click.option(
+        "--moe-calibration",
+        type=click.Choice(["routed", "all", "blend"]),
+        default=defaults.MOE_CALIBRATION,
+        show_default=True,
+        help="Experts see the tokens routed to them, all tokens, or the former with some of the layer's where they are "
+        "few.",
+    ),
+    click.option(
         "--outlier-suppression",
         metavar="NAME",
         show_default=_suppression_default(),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
+from torch import nn
 
 from quant.calibration.statistics import STATISTICS, Statistics
 from quant.registry import Registry, no_class
@@ -56,6 +58,32 @@ class Quantizer(Protocol):
         ``amax`` is given only with schemes that have a number for the whole tensor: the largest magnitude in
         the fused layer that the weight is a part of, so that all of its shards get one number; None: the
         weight's own.
+        """
+        ...
+
+
+class BlockMethod(Protocol):
+    """A method that works on a whole block at once, where a :class:`Quantizer` sees one weight: learned rounding,
+    distillation.
+
+    It changes the weights of ``linears`` in place so that the block makes ``targets`` of ``inputs``.
+    """
+
+    def __call__(
+        self,
+        block: nn.Module,
+        inputs: Sequence[torch.Tensor],
+        targets: Sequence[torch.Tensor],
+        linears: Mapping[str, WeightScheme],
+    ) -> Mapping[str, Quantized]:
+        """
+        Args:
+            block: filled, on its device; called with hidden states [B, T, H].
+            inputs, targets: hidden states [B, T, H] before and behind the block, batch by batch.
+            linears: module paths of the linears to quantize, and the scheme of each.
+
+        Returns:
+            what each of them became.
         """
         ...
 
