@@ -53,7 +53,7 @@ from quant.formats.base import (
 )
 from quant.schemes import BLOCK, PRESETS, ActivationScheme, Scheme, WeightScheme, scheme_of
 from quant.vllm.kernels import GROUP_SIZES
-from quant.vllm.layers import Linear, is_head
+from quant.vllm.layers import Linear, is_head, is_linear
 from quant.vllm.releases import VLLM_VERSION
 
 if TYPE_CHECKING:
@@ -92,8 +92,6 @@ _ARGUMENT_KEYS = {
     "num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder",
     "scale_dtype", "zp_dtype", "observer", "observer_kwargs",
 }  # fmt: skip
-#: Modules that vLLM builds as another class than a linear, or not at all from a file's weight.
-_NO_LINEAR = re.compile(r"(^|\.)(lm_head|embed\w*|wte|wpe|\w*norm\w*|\w*_embeddings?)$")
 
 
 def arguments(scheme: WeightScheme) -> dict[str, Any]:
@@ -355,7 +353,7 @@ class CompressedTensors(Format):
                     name not in layers.linears
                     and not ignored
                     and not by_fused
-                    and not _NO_LINEAR.search(name)
+                    and is_linear(name)
                     and ("Linear" in targets or named)
                 ):
                     problems.append(

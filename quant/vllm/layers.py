@@ -75,13 +75,23 @@ def fused_layers(linears: Iterable[str]) -> dict[str, list[str]]:
     return layers
 
 
-def is_head(linear: str) -> bool:
-    """Whether vLLM builds a linear as its output head (`ParallelLMHead`), which is no linear to it.
+def is_head(module: str) -> bool:
+    """Whether vLLM builds a module as its output head (`ParallelLMHead`), which is no linear to it; InternLM
+    2 calls its own ``output``.
 
     >>> is_head("model.language_model.lm_head")
     True
     """
-    return linear.rpartition(".")[2] == "lm_head"
+    return module.rpartition(".")[2] in ("lm_head", "embed_out") or module == "output"
+
+
+_NO_LINEAR = re.compile(r"(^|\.)(embed\w*|wte|wpe|\w*norm\w*|\w*_embeddings?)$")
+
+
+def is_linear(module: str) -> bool:
+    """Whether vLLM builds a module with a matrix as a linear (`LinearBase`): neither as a head nor as an
+    embedding or a norm."""
+    return not is_head(module) and _NO_LINEAR.search(module) is None
 
 
 Split = Literal["column", "row", "kv", "vocab", "none"]
