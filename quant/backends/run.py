@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from quant.pipeline.plan import JobPlan, plan_job
 from quant.pipeline.rows import job_rows
 from quant.progress import Event, Progress, silent
 from quant.recipe import Recipe
-from quant.report.evidence import NOT_HELD_OUT
+from quant.report.value import NOT_HELD_OUT, LayerResult, Quantization, Report, TensorsAccount
 
 _PROBE = """
 import importlib, json, sys
@@ -137,7 +137,7 @@ def plan_backend(recipe: Recipe) -> JobPlan:
     return plan
 
 
-def quantize_with(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
+def quantize_with(plan: JobPlan, progress: Progress = silent, command: Sequence[str] | None = None) -> Report:
     """Runs a planned job with its backend; returns the report that is also written as ``quant_report.json``.
 
     The library's own checkpoint is made in a folder beside the target that is removed again; what is
@@ -171,20 +171,19 @@ def quantize_with(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
         said = _run(python, backend, folder / "job.json")
         _weights_alone(made)
         produced = time.perf_counter() - start
-        described = _described(plan, backend, rows, made, python, said)
+        quantization = _quantization(plan, backend, rows, made, python, said)
         seconds = {backend.name: round(said["seconds"], 3), "quantize": round(produced, 3)}
         return export(
             made, recipe.output_path, recipe.format, source=plan.checkpoint.path,
             tensor_parallel=recipe.tensor_parallel, target=recipe.target,
-            progress=progress, described=described, seconds=seconds,
+            progress=progress, quantization=quantization, seconds=seconds, command=command,
         )  # fmt: skip
 
 
-def _described(
+def _quantization(
     plan: JobPlan, backend: Backend, rows: Rows, made: Path, python: Path, said: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What the report of a native job has and that of an export has not, of the library's checkpoint
-    ``made``; ``said``: the worker's last line."""
+) -> Quantization:
+    """What the report says of the library's checkpoint ``made``; ``said``: the worker's last line."""
     recipe = plan.recipe
     errors: Mapping[str, float] = {}
     if rows.held_out is not None:
@@ -194,53 +193,40 @@ def _described(
     if backend.method == "gptq":  # nothing was scaled: weights are comparable
         ratios = {t.name.removesuffix(".weight"): t.snr_db for t in compared}
     rest = [t for t in compared if t.name.removesuffix(".weight") not in plan.linears]
-    layers: list[dict[str, Any]] = [
-        {
-            "name": name,
-            "method": backend.method,
-            "scheme": str(linear.scheme),
-            "error": errors.get(name),
-            "error_missing": None if name in errors else NOT_HELD_OUT,
-            "snr_db": None if ratios.get(name) is None else round(float(ratios[name] or 0), 2),
-            "tokens": rows.tokens.numel(),
-            "seconds": None,
-            "fallback": None,
-            "notes": [],
-        }
-        for name, linear in plan.linears.items()
-    ]
-    return {
-        "source_path": str(plan.checkpoint.path),
-        "source_bytes": plan.checkpoint.nbytes,
-        "method": recipe.method,
-        "methods": [recipe.method],
-        "scheme": plan.scheme_dict(),
-        "target": recipe.target,
-        "settings": recipe.settings(),
-        "backend": {
+    return Quantization(
+        method=recipe.method,
+        methods=(recipe.method,),
+        scheme=plan.scheme_dict(),
+        target=recipe.target,
+        settings=recipe.settings(),
+        bits_per_weight=plan.bits_per_weight,
+        calibration=rows.to_dict(),
+        layers=tuple(
+            LayerResult(
+                name=name,
+                method=backend.method,
+                scheme=str(linear.scheme),
+                error=errors.get(name),
+                error_missing=None if name in errors else NOT_HELD_OUT,
+                snr_db=None if (ratio := ratios.get(name)) is None else round(float(ratio), 2),
+                tokens=rows.tokens.numel(),
+            )
+            for name, linear in plan.linears.items()
+        ),
+        tensors=TensorsAccount(
+            quantized=tuple(f"{n}.weight" for n in plan.linears),
+            copied=tuple(t.name for t in rest if t.equal),
+            folded=tuple(t.name for t in rest if not t.equal),
+        ),
+        unquantized_linears=tuple(plan.unquantized),
+        backend={
             "name": backend.name,
             "python": str(python),
             **said["versions"],
             "archived": backend.archived,
             "notes": said["notes"],
         },
-        "bits_per_weight": plan.bits_per_weight,
-        "calibration": {"rows": len(rows.tokens), "length": rows.tokens.shape[1], "digest": rows.digest},
-        "layers": layers,
-        "fallbacks": [],
-        "tensors": {
-            "quantized": [f"{n}.weight" for n in plan.linears],
-            "copied": [t.name for t in rest if t.equal],
-            "folded": [t.name for t in rest if not t.equal],
-            "added": [],
-            "dropped": [],
-        },
-        "folds": {},
-        "unquantized_linears": list(plan.unquantized),
-        "function": None,
-        "scratch_bytes": 0,
-        "peak_gpu_bytes": 0,
-    }
+    )
 
 
 def _environment() -> dict[str, str]:

@@ -50,6 +50,10 @@ class Rows:
     held_out: torch.Tensor | None
     digest: str
 
+    def to_dict(self) -> dict[str, Any]:
+        """What a report says of them."""
+        return {"rows": len(self.tokens), "length": self.tokens.shape[1], "digest": self.digest}
+
 
 def bundled(name: str) -> Path:
     """Path of a text that ships with the package: ``wikipedia`` or ``wikitext-2-test``."""

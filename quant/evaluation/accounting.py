@@ -3,7 +3,6 @@ for a stated reason, every side file there."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from quant.checkpoint.reader import STALE, Checkpoint
 from quant.formats import FormatRegistry, QuantizedLayers
 from quant.formats.reading import dequantized
 from quant.models.linears import LinearRef, fused_tensors
+from quant.report.value import Report, TensorsAccount
 from quant.vllm.layers import Linear
 
 if TYPE_CHECKING:
@@ -37,11 +37,11 @@ def copied_tensors(
 def noted_tensors(path: Path) -> dict[str, list[str]]:
     """What the report in an output directory says of tensors: those with scaling folded in, and those
     added."""
-    try:
-        tensors = json.loads((path / "quant_report.json").read_text(encoding="utf-8"))["tensors"]
-        return {k: [str(n) for n in tensors.get(k, [])] for k in ("folded", "added")}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return {"folded": [], "added": []}
+    report = Report.load(path)
+    tensors = (
+        TensorsAccount() if report is None or report.quantization is None else report.quantization.tensors
+    )
+    return {"folded": list(tensors.folded), "added": list(tensors.added)}
 
 
 def source_problems(

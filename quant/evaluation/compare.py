@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.formats.reading import dequantized
+from quant.report.value import Report
 
 #: How far the projection of a column on the source's may be from 1: upwards, and downwards at 8 and at 2
 #: bits.
@@ -98,27 +98,24 @@ class _Folds:
         self._rows: dict[str, torch.Tensor] = {}
         #: those of them that are quantized, whose rows are estimates
         self._rounded = {n.rpartition(".")[0] for n in here.computed}
-        try:
-            folds = json.loads((path / "quant_report.json").read_text(encoding="utf-8"))["folds"].values()
-            for fold in folds:
-                linears, source = [f"{n}.weight" for n in fold["linears"]], str(fold["source"])
-                offset, norm = float(fold["norm_offset"]), f"{source}.weight"
-                if fold["kind"] == "linear":
-                    for name, dim in ((norm, 1), *((n, 0) for n in linears)):
+        report = Report.load(path)
+        folds = () if report is None or report.quantization is None else report.quantization.folds.values()
+        for fold in folds:
+            # a report that somebody edited may name anything
+            linears, norm = [f"{n}.weight" for n in fold.linears], f"{fold.source}.weight"
+            shape = here.tensors[norm].shape if norm in here.tensors else ()
+            linears = [n for n in linears if n in here.tensors and len(here.tensors[n].shape) == 2]
+            if fold.kind == "linear":
+                for name, dim in ((norm, 1), *((n, 0) for n in linears)):
+                    if name != norm or len(shape) == 2:
                         self._steps.setdefault(name, []).append(dim)
-                elif (
-                    norm in here.tensors
-                    and norm in there.tensors
-                    and here.tensors[norm].shape == there.tensors[norm].shape
-                ):
-                    factors = norm_factors(there.read(norm), here.read(norm), offset)
-                    self._norms[source] = factors, offset
-                    for name in linears:
-                        self._steps.setdefault(name, []).append(factors)
-                        self._readers[name] = source
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            # no report, or not one of ours: tensors are compared as they are
-            self._steps, self._norms, self._readers = {}, {}, {}
+            elif len(shape) == 1 and norm in there.tensors and there.tensors[norm].shape == shape:
+                linears = [n for n in linears if here.tensors[n].shape[1:] == shape]
+                factors = norm_factors(there.read(norm), here.read(norm), fold.norm_offset)
+                self._norms[fold.source] = factors, fold.norm_offset
+                for name in linears:
+                    self._steps.setdefault(name, []).append(factors)
+                    self._readers[name] = fold.source
 
     def undone(self, name: str, stored: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """A tensor as it would be without the scaling, fp32, and whether there was any; ``b`` is the

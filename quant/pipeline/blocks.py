@@ -33,6 +33,7 @@ from quant.pipeline.staged import StagedForward, computed, run_block
 from quant.quantizers import Quantized, Quantizer
 from quant.quantizers.activations import input_parameters
 from quant.recipe import Assignment
+from quant.report.value import FoldResult
 from quant.schemes import BLOCK, Scheme
 from quant.tensors import QuantizedTensor, sum_of_squares
 from quant.vllm.config import text_config
@@ -390,16 +391,16 @@ class BlockQuantizer:
         make = fold_norm if fold.place.source == "norm" else partial(fold_linear, done=made.linears)
         factors, changed = make(fold, proposed.factors, self.plan.checkpoint)
         made.changed.update(changed)
-        self.records.folds[prefix + "+".join(group.linears)] = {
-            "suppressor": suppressor.name,
-            "kind": fold.place.source,
-            "source": fold.source,
-            "linears": [prefix + n for n in group.linears],
-            "norm_offset": fold.norm_offset,
-            "changed": sorted(changed),
-            "factors": [float(factors.min()), float(factors.max())],
-            "notes": list(proposed.notes),
-        }
+        self.records.folds[prefix + "+".join(group.linears)] = FoldResult(
+            suppressor=suppressor.name,
+            kind=fold.place.source,
+            source=fold.source,
+            linears=tuple(prefix + n for n in group.linears),
+            norm_offset=fold.norm_offset,
+            changed=tuple(sorted(changed)),
+            factors=(float(factors.min()), float(factors.max())),
+            notes=tuple(proposed.notes),
+        )
         return factors, proposed.notes
 
     def _assignment(self, prefix: str, group: InputGroup) -> Assignment:

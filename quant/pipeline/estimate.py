@@ -197,13 +197,13 @@ def _try_blocks(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, pr
 def _kinds(plan: JobPlan, skeleton: Skeleton) -> list[tuple[int, int]]:
     """The first block of each kind, and how many there are of it: blocks of the same shapes to whose linears
     the same is done."""
-    found: dict[Hashable, list[int]] = {}
+    alike: dict[Hashable, list[int]] = {}
     for index in range(skeleton.block_count):
         prefix = skeleton.block_prefix(index)
         shapes = tuple((n, p.shape) for n, p in skeleton.blocks[index].named_parameters())
         done = tuple(plan.assignments.get(prefix + n.removesuffix(".weight")) for n, _ in shapes)
-        found.setdefault((shapes, done), []).append(index)
-    return [(blocks[0], len(blocks)) for blocks in found.values()]
+        alike.setdefault((shapes, done), []).append(index)
+    return [(blocks[0], len(blocks)) for blocks in alike.values()]
 
 
 def _try_linears(manager: QuantizationManager, progress: Progress) -> Cost:

@@ -3,12 +3,10 @@ engine arguments."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from quant.checkpoint.dtypes import TORCH
 from quant.checkpoint.journal import WorkFolder
@@ -27,8 +25,8 @@ from quant.pipeline.layout import lay_out, unquantized_linears
 from quant.pipeline.memory import peak_rss
 from quant.pipeline.writing import write_rest, write_unit
 from quant.progress import Event, Progress, silent
-from quant.quantizers import MinMaxQuantizer
-from quant.report.evidence import REPORT
+from quant.quantizers.nearest import round_to_nearest
+from quant.report.value import REPORT, Conversion, Provenance, Quantization, Report
 from quant.schemes import UNQUANTIZED
 from quant.tensors import QuantizedTensor
 from quant.vllm.arguments import engine_arguments, vllm_config
@@ -48,9 +46,10 @@ def export(
     max_model_len: int | None = None,
     target: str = "vllm",
     progress: Progress = silent,
-    described: Mapping[str, Any] | None = None,
+    quantization: Quantization | None = None,
     seconds: Mapping[str, float] | None = None,
-) -> dict[str, Any]:
+    command: Sequence[str] | None = None,
+) -> Report:
     """Reads ``model_path`` in whatever format it is and writes ``output_path`` in ``format_name`` (its own by
     default).
 
@@ -62,8 +61,9 @@ def export(
     signal-to-noise ratio against what the checkpoint held.
 
     Args:
-        described, seconds: further keys of the report, and of its seconds, of a checkpoint that was only just
-            made.
+        quantization, seconds: what the report says of a checkpoint that was only just made from ``source``,
+            and what that took.
+        command: the words that were typed, for the report.
 
     Raises:
         Problems, QuantError: what stands against it, all together, before anything is written.
@@ -130,11 +130,11 @@ def export(
             scheme if caches and form.kv_cache else None,
             {"act_order": "group" if ordered else "static"},
         )
-        if (quantization := form.config(contents)) is not None:
-            config["quantization_config"] = quantization
+        if (written := form.config(contents)) is not None:
+            config["quantization_config"] = written
     arguments = engine_arguments(config, tensor_parallel=tensor_parallel, max_model_len=max_model_len)
     changed: list[str] = []
-    requantized: dict[str, dict[str, float]] = {}
+    requantized: dict[str, float] = {}
 
     def produce(name: str) -> QuantizedTensor:
         assert layers is not None
@@ -143,11 +143,9 @@ def export(
             return tensor
         if tensor.group_index is not None and not form.keeps_order(target):
             value = tensor.dequantize()
-            tensor = MinMaxQuantizer(clip_search=True)(
-                value.clone(), None, linears[name].weights, TORCH[dtype]
-            ).tensor
+            tensor = round_to_nearest(value, linears[name].weights, TORCH[dtype], search=True)
             noise = (tensor.dequantize() - value).square().sum()
-            requantized[name] = {"snr_db": round(float(10 * (value.square().sum() / noise).log10()), 2)}
+            requantized[name] = round(float(10 * (value.square().sum() / noise).log10()), 2)
             return tensor
         if linears[name].weights.scales == "model":
             scales = tensor.scales.to(TORCH[dtype])
@@ -180,30 +178,36 @@ def export(
                 f"{work.path}: the output failed its own verification: {'; '.join(result.failed[:5])}. It "
                 "was not published"
             )
-        report = {
-            "output_path": str(output),
-            "source_path": str(checkpoint.path),
-            "source_format": layers.format if layers else "plain",
-            "format": form.name,
-            "source_bytes": checkpoint.nbytes,
-            "output_bytes": sum(f.stat().st_size for f in work.path.glob("*.safetensors")),
-            "linears": len(linears),
-            "scales_rounded": changed,
-            "requantized": requantized,
-            "repairs": repairs,
-            "kv_cache_scales": len(caches) if kept else 0,
-            "tensors_dropped": left,
-            "side_files_dropped": dropped,
-            "seconds": {
+        # of a checkpoint that was only just made, the source is what it was made from
+        original = checkpoint if quantization is None or source is None else open_checkpoint(source)
+        report = Report(
+            output_path=str(output),
+            source_path=str(original.path),
+            format=form.name,
+            source_bytes=original.nbytes,
+            output_bytes=sum(f.stat().st_size for f in work.path.glob("*.safetensors")),
+            seconds={
                 **(seconds or {}),
                 "total": round(time.perf_counter() - start + (seconds or {}).get("quantize", 0.0), 3),
             },
-            "peak_rss_bytes": peak_rss(),
-            "vllm": vllm_config(arguments),
-            "verify": result.to_dict() | {"path": str(output)},  # where it is published
-            "output_hash": result.content_hash,
-        } | dict(described or {})
-        write_text(work.path / REPORT, json.dumps(report, indent=2) + "\n")
+            peak_rss_bytes=peak_rss(),
+            side_files_dropped=tuple(dropped),
+            vllm=vllm_config(arguments),
+            verify=result.to_dict() | {"path": str(output)},  # where it is published
+            output_hash=result.content_hash,
+            quantization=quantization,
+            conversion=Conversion(
+                source_format=layers.format if layers else "plain",
+                linears=len(linears),
+                scales_rounded=tuple(changed),
+                requantized=requantized,
+                repairs=tuple(repairs),
+                kv_cache_scales=len(caches) if kept else 0,
+                tensors_dropped=tuple(left),
+            ),
+            provenance=Provenance.here(command),
+        )
+        write_text(work.path / REPORT, report.to_json())
         work.publish()
     finally:
         work.finished.clear()  # an export is a copy: it starts over rather than resuming

@@ -8,15 +8,15 @@ is quantized already takes only powers of two, which its scales hold exactly; no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from quant.checkpoint.reader import Checkpoint
 from quant.models.adapter import InputGroup
 from quant.outlier_suppression.base import Place, norm_factors
+from quant.report.value import FoldResult
 from quant.tensors import QuantizedTensor
 
 #: No factor moves more than this power of two: beyond it, half-precision scales would leave their range.
@@ -146,18 +146,18 @@ def _divided(values: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, to
 
 def unfolded(
     weights: dict[str, torch.Tensor],
-    folds: Mapping[str, Mapping[str, Any]],
+    folds: Iterable[FoldResult],
     source: Checkpoint,
     written: Checkpoint,
 ) -> None:
     """Puts the weights of a finished block, read back from its shards, in the form in which the block ran:
     norm folds are undone, so that the replay multiplies what the first run did. Folds into linears are powers
     of two and stay; their changed tensors are added."""
-    for fold in folds.values():
-        if fold["kind"] == "norm":
-            name = f"{fold['source']}.weight"
-            factors = norm_factors(source.read(name), written.read(name), fold["norm_offset"])
-            for linear in fold["linears"]:
+    for fold in folds:
+        if fold.kind == "norm":
+            name = f"{fold.source}.weight"
+            factors = norm_factors(source.read(name), written.read(name), fold.norm_offset)
+            for linear in fold.linears:
                 weights[f"{linear}.weight"] = weights[f"{linear}.weight"] / factors
         else:
-            weights.update({n: written.read(n) for n in fold["changed"]})
+            weights.update({n: written.read(n) for n in fold.changed})

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
@@ -42,7 +41,7 @@ from quant.pipeline.rows import job_rows
 from quant.pipeline.staged import computed, run_block
 from quant.pipeline.writing import write_rest, write_unit
 from quant.progress import Event, Progress, silent
-from quant.report.evidence import REPORT
+from quant.report.value import REPORT, Provenance, Quantization, Report, TensorsAccount
 from quant.tensors import QuantizedTensor
 from quant.units import format_seconds
 from quant.vllm.arguments import engine_arguments, vllm_config
@@ -72,10 +71,13 @@ class QuantizationManager:
     The block loop is :meth:`_calibrated` for methods that need statistics, and what it does with a block is
     :class:`BlockQuantizer`; the loop of those that need none is :meth:`_data_free`, and what it does with a
     tensor :class:`PieceQuantizer`.
+
+    Args:
+        command: the words that were typed, for the report.
     """
 
-    def __init__(self, plan: JobPlan, progress: Progress = silent):
-        self.plan, self.progress = plan, progress
+    def __init__(self, plan: JobPlan, progress: Progress = silent, command: Sequence[str] | None = None):
+        self.plan, self.progress, self.command = plan, progress, command
         recipe = plan.recipe
         if recipe.backend != defaults.ENGINE:
             raise UsageError(
@@ -94,7 +96,7 @@ class QuantizationManager:
         """Statistics that anything in the job asks for; empty where no calibration is needed."""
         return self.blocks.needs
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Report:
         """Quantizes, writes, verifies, publishes; returns the report.
 
         Raises:
@@ -245,15 +247,15 @@ class QuantizationManager:
                 if t.linear is not None or t.linears
             }
         else:
-            found = self.plan.format.find(config, headers)
+            layers = self.plan.format.find(config, headers)
             weights = {
-                f"{name}.weight": read_linear(self.plan.format, found, written, name).dequantize()
-                for name in found.linears
+                f"{name}.weight": read_linear(self.plan.format, layers, written, name).dequantize()
+                for name in layers.linears
             }
         names = {t.linear for s in unit.shards for t in s.tensors}
         unfolded(
             weights,
-            {k: f for k, f in self.records.folds.items() if f["linears"][0] in names},
+            [fold for fold in self.records.folds.values() if fold.linears[0] in names],
             self.plan.checkpoint,
             written,
         )
@@ -307,9 +309,9 @@ class QuantizationManager:
             start, before = time.perf_counter(), unit.name in work.finished
             yield unit
             errors = [
-                f["error"]
-                for n, f in self.records.layers.items()
-                if f.get("unit") == unit.name and f["error"] is not None
+                layer.error
+                for layer in self.records.layers.values()
+                if layer.unit == unit.name and layer.error is not None
             ]
             error = f", relative error {max(errors):.2%} at most" if errors else ""
             self.progress(
@@ -361,15 +363,16 @@ class QuantizationManager:
         names = sorted({t.linear for s in unit.shards for t in s.tensors if t.linear})
         work.finish_unit(unit.name, files, self.records.of(unit.name, names))
 
-    def _finish(self, work: WorkFolder, rows: Rows | None, start: float) -> dict[str, Any]:
+    def _finish(self, work: WorkFolder, rows: Rows | None, start: float) -> Report:
         """Side files, index, config, static verification, report."""
         plan, checkpoint = self.plan, self.plan.checkpoint
+        gpu = self.device.type == "cuda"
         with self.clock.phase("finish"):
             config = output_config(plan, self._method_settings())
             arguments = engine_arguments(config, tensor_parallel=plan.recipe.tensor_parallel)
             dropped = write_rest(work.path, checkpoint, plan.units, plan.format, config, arguments)
         with self.clock.phase("verify"):
-            changed = sorted({n for f in self.records.folds.values() for n in f["changed"]})
+            changed = sorted({n for f in self.records.folds.values() for n in f.changed})
             made = sorted({t.name for u in plan.units for t in u.made})
             verification = verify(
                 work.path,
@@ -393,50 +396,45 @@ class QuantizationManager:
                     "nats per token, logits differ by "
                     f"{preserved.difference:.2%} at most. It was not published"
                 )
-        layers = [self.records.layers[name] for name in plan.linears]
-        copied = [n for n in plan.copied if n not in set(changed)]
-        report: dict[str, Any] = {
-            "output_path": str(plan.recipe.output_path),
-            "source_path": str(checkpoint.path),
-            "method": plan.recipe.method,
-            "methods": plan.methods,
-            "scheme": plan.scheme_dict(),
-            "format": plan.format.name,
-            "target": plan.recipe.target,
-            "settings": plan.recipe.settings(),
-            "source_bytes": checkpoint.nbytes,
-            "output_bytes": sum(f.stat().st_size for f in work.path.glob("*.safetensors")),
-            "bits_per_weight": plan.bits_per_weight,
-            "seconds": {k: round(v, 3) for k, v in self.clock.seconds.items()}
+        report = Report(
+            output_path=str(plan.recipe.output_path),
+            source_path=str(checkpoint.path),
+            format=plan.format.name,
+            source_bytes=checkpoint.nbytes,
+            output_bytes=sum(f.stat().st_size for f in work.path.glob("*.safetensors")),
+            seconds={k: round(v, 3) for k, v in self.clock.seconds.items()}
             | {"total": round(time.perf_counter() - start, 3)},
-            "peak_rss_bytes": peak_rss(),
-            "peak_gpu_bytes": torch.cuda.max_memory_allocated(self.device)
-            if self.device.type == "cuda"
-            else 0,
-            "scratch_bytes": self.scratch_bytes,
-            "calibration": None
-            if rows is None
-            else {"rows": len(rows.tokens), "length": rows.tokens.shape[1], "digest": rows.digest},
-            "layers": layers,
-            "fallbacks": [{"name": x["name"], "fallback": x["fallback"]} for x in layers if x["fallback"]],
-            "tensors": {
-                "quantized": [f"{n}.weight" for n in plan.linears],
-                "copied": copied,
-                "folded": changed,
-                "added": made,
-                "dropped": [],
-            },
-            "folds": self.records.folds,
-            "experts": self.records.experts,
-            "unquantized_linears": list(plan.unquantized),
-            "side_files_dropped": dropped,
-            "vllm": vllm_config(arguments),
-            "function": None if preserved is None else preserved.to_dict(),
+            peak_rss_bytes=peak_rss(),
+            side_files_dropped=tuple(dropped),
+            vllm=vllm_config(arguments),
             # where it is published
-            "verify": verification.to_dict() | {"path": str(plan.recipe.output_path)},
-            "output_hash": verification.content_hash,
-        }
-        write_text(work.path / REPORT, json.dumps(report, indent=2) + "\n")
+            verify=verification.to_dict() | {"path": str(plan.recipe.output_path)},
+            output_hash=verification.content_hash,
+            quantization=Quantization(
+                method=plan.recipe.method,
+                methods=tuple(plan.methods),
+                scheme=plan.scheme_dict(),
+                target=plan.recipe.target,
+                settings=plan.recipe.settings(),
+                bits_per_weight=plan.bits_per_weight,
+                calibration=None if rows is None else rows.to_dict(),
+                layers=tuple(self.records.layers[name] for name in plan.linears),
+                tensors=TensorsAccount(
+                    quantized=tuple(f"{n}.weight" for n in plan.linears),
+                    copied=tuple(n for n in plan.copied if n not in set(changed)),
+                    folded=tuple(changed),
+                    added=tuple(made),
+                ),
+                folds=self.records.folds,
+                experts=self.records.experts,
+                unquantized_linears=tuple(plan.unquantized),
+                function=None if preserved is None else preserved.to_dict(),
+                scratch_bytes=self.scratch_bytes,
+                peak_gpu_bytes=torch.cuda.max_memory_allocated(self.device) if gpu else 0,
+            ),
+            provenance=Provenance.here(self.command, torch.cuda.get_device_name(self.device) if gpu else ""),
+        )
+        write_text(work.path / REPORT, report.to_json())
         return report
 
     def _method_settings(self) -> dict[str, str]:

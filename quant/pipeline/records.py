@@ -6,15 +6,16 @@ import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from quant.errors import QuantError
 from quant.pipeline.plan import JobPlan
 from quant.progress import Event, Progress
 from quant.quantizers import Quantized
-from quant.report.evidence import NOT_CALIBRATED, NOT_HELD_OUT
+from quant.report.value import NOT_CALIBRATED, NOT_HELD_OUT, FoldResult, LayerResult
 
 
 @dataclass
@@ -39,8 +40,8 @@ class Records:
 
     plan: JobPlan
     progress: Progress
-    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    folds: dict[str, dict[str, Any]] = field(default_factory=dict)
+    layers: dict[str, LayerResult] = field(default_factory=dict)
+    folds: dict[str, FoldResult] = field(default_factory=dict)
     experts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(
@@ -60,33 +61,48 @@ class Records:
             error: relative output error on held-out text, or None.
             tokens: those that its statistics are of.
         """
-        self.layers[name] = {
-            "name": name,
-            "method": self.plan.assignments[name].method,
-            "scheme": str(self.plan.linears[name].scheme),
-            "error": error,
-            "error_missing": None if error is not None else NOT_HELD_OUT if tokens else NOT_CALIBRATED,
-            "snr_db": round(10 * float(torch.log10(torch.tensor(signal / max(noise, 1e-30)))), 2)
+        self.layers[name] = LayerResult(
+            name=name,
+            method=self.plan.assignments[name].method,
+            scheme=str(self.plan.linears[name].scheme),
+            error=error,
+            error_missing=None if error is not None else NOT_HELD_OUT if tokens else NOT_CALIBRATED,
+            snr_db=round(10 * float(torch.log10(torch.tensor(signal / max(noise, 1e-30)))), 2)
             if signal
             else None,
-            "tokens": tokens,
-            "seconds": round(seconds, 3),
-            "fallback": "; ".join(result.fallbacks) or None,
-            "notes": list(result.notes),
-        }
+            tokens=tokens,
+            seconds=round(seconds, 3),
+            fallback="; ".join(result.fallbacks) or None,
+            notes=tuple(result.notes),
+        )
         for fallback in result.fallbacks:
             self.progress(Event("quantize", message=f"{name}: {fallback}", warning=True))
 
     def of(self, unit: str, names: Collection[str]) -> dict[str, Any]:
         """What the journal keeps of a unit with these linears."""
         for name in names:
-            self.layers[name]["unit"] = unit
-        folds = {k: f for k, f in self.folds.items() if set(f["linears"]) & set(names)}
+            self.layers[name] = replace(self.layers[name], unit=unit)
+        folds = {k: f.to_dict() for k, f in self.folds.items() if set(f.linears) & set(names)}
         modules = {m: c for m, c in self.experts.items() if any(n.startswith(f"{m}.") for n in names)}
-        return {"layers": {n: self.layers[n] for n in names}, "folds": folds, "experts": modules}
+        return {
+            "layers": {n: self.layers[n].to_dict() for n in names},
+            "folds": folds,
+            "experts": modules,
+        }
 
     def restore(self, entry: Mapping[str, Any]) -> None:
-        """Takes back what :meth:`of` gave to an earlier run's journal."""
-        self.layers.update(entry["layers"])
-        self.folds.update(entry["folds"])
-        self.experts.update(entry.get("experts", {}))
+        """Takes back what :meth:`of` gave to an earlier run's journal.
+
+        Raises:
+            QuantError: it is damaged.
+        """
+        self.layers |= {n: LayerResult.from_dict(x) for n, x in entry["layers"].items()}
+        for key, value in entry["folds"].items():
+            fold = FoldResult.from_dict(value)
+            if fold is None:
+                raise QuantError(
+                    f"the journal of unfinished work does not say how {key} was scaled: it is damaged, use "
+                    "--fresh to start over"
+                )
+            self.folds[key] = fold
+        self.experts |= entry["experts"]
