@@ -9,7 +9,7 @@ or run. The commands, batches and programs call these.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from quant.schemes import row_of
 
 if TYPE_CHECKING:
     from quant.pipeline.plan import JobPlan
+    from quant.report.value import Report
 
 
 @dataclass(frozen=True)
@@ -172,8 +173,11 @@ def estimate(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
     return estimate(plan, progress)
 
 
-def run(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
+def run(plan: JobPlan, progress: Progress = silent, command: Sequence[str] | None = None) -> Report:
     """Runs a planned job; returns the report that is also written into the output directory.
+
+    Args:
+        command: the words that were typed, for the report.
 
     Raises:
         QuantError: with finished work kept for the next run of the same job (the legacy engines start over).
@@ -181,13 +185,13 @@ def run(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
     if plan.recipe.backend != defaults.ENGINE:
         from quant.backends.run import quantize_with
 
-        return quantize_with(plan, progress)
+        return quantize_with(plan, progress, command)
     from quant.pipeline.manager import QuantizationManager
 
-    return QuantizationManager(plan, progress).run()
+    return QuantizationManager(plan, progress, command).run()
 
 
-def quantize(recipe: Recipe, progress: Progress = silent) -> dict[str, Any]:
+def quantize(recipe: Recipe, progress: Progress = silent) -> Report:
     """Completes, plans and runs a job; returns its report.
 
     Raises:

@@ -219,10 +219,11 @@ def recipe(model: Path, output: Path, **options: Any) -> Any:
 
 
 def quantize(model: Path, output: Path, **options: Any) -> dict[str, Any]:
-    """Runs a whole job in this process; returns its report."""
+    """Runs a whole job in this process; returns its report as JSON has it."""
     import quant
 
-    return quant.quantize(recipe(model, output, **options))
+    report: dict[str, Any] = quant.quantize(recipe(model, output, **options)).to_dict()
+    return report
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -67,7 +67,7 @@ def evaluate(
             "--max-perplexity-increase needs --against: the checkpoint whose perplexity it is compared with"
         )
     if plot is not None:
-        from quant.evaluation.comparison import check_plot
+        from quant.report.pictures import check_plot
 
         if against is None:
             raise UsageError("--plot needs --against: it draws the KL divergence from that checkpoint")
@@ -108,7 +108,7 @@ def _several(
     stop the others."""
     from quant.commands.render import results
     from quant.evaluation.comparison import compare_outputs, demand
-    from quant.evaluation.comparison import plot as draw
+    from quant.report.pictures import plot as draw
 
     done, failures = [], []
 
@@ -126,7 +126,7 @@ def _several(
         values = [one.to_dict() for one in done]
         out.result(values, lambda console: results.comparison(console, values))
     if done and plot is not None:
-        draw(plot, done)
+        draw(plot, [one.to_dict() for one in done])
         out.note(f"{plot}: bits per weight against KL divergence of {len(done)} checkpoints")
     if failures:
         raise Problems(failures)

@@ -54,5 +54,6 @@ def export_vllm(
             max_model_len=max_model_len,
             target=target,
             progress=progress,
+            command=out.outcome.command,
         )
-    out.result(report, lambda console: results.export(console, report))
+    out.result(report.to_dict(), lambda console: results.export(console, report))

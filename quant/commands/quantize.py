@@ -301,9 +301,9 @@ def _run(out: Output, values: dict[str, Any], dry_run: bool = False) -> None:
         if dry_run:
             prediction = jobs.estimate(plan, progress)
         else:
-            report = jobs.run(plan, progress)
+            report = jobs.run(plan, progress, out.outcome.command)
     if dry_run:
         out.result(prediction, lambda console: results.prediction(console, prediction))
         return
-    out.seconds = report["seconds"]
-    out.result(report, lambda console: results.quantization(console, report))
+    out.seconds = dict(report.seconds)
+    out.result(report.to_dict(), lambda console: results.quantization(console, report))

@@ -30,8 +30,10 @@ _WORTH_SAYING = 0.05
 
 @dataclass
 class Outcome:
-    """Whether a run has printed its result: a failure after it must not add a second JSON object."""
+    """A run of a program: the words that were typed, and whether it has printed its result, for a failure
+    after it must not add a second JSON object."""
 
+    command: tuple[str, ...] | None = None
     printed: bool = False
 
 
@@ -180,7 +182,7 @@ def run(group: click.Command, prog_name: str, argv: Sequence[str] | None = None)
     """Runs a click program with the exit statuses of the contract: 0 done, 1 failed, 2 usage, 3 nothing fits,
     4 verification failed, 130 interrupted. With ``--json`` a failure is also one JSON object on stdout."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    outcome = Outcome()
+    outcome = Outcome((prog_name, *arguments))
 
     def failed(message: str, code: int) -> int:
         if "--json" in arguments and not outcome.printed:

@@ -179,12 +179,12 @@ def export(
                 "was not published"
             )
         # of a checkpoint that was only just made, the source is what it was made from
-        original = checkpoint if quantization is None or source is None else open_checkpoint(source)
+        origin = checkpoint if quantization is None or source is None else open_checkpoint(source)
         report = Report(
             output_path=str(output),
-            source_path=str(original.path),
+            source_path=str(origin.path),
             format=form.name,
-            source_bytes=original.nbytes,
+            source_bytes=origin.nbytes,
             output_bytes=sum(f.stat().st_size for f in work.path.glob("*.safetensors")),
             seconds={
                 **(seconds or {}),

@@ -70,7 +70,7 @@ def test_a_head_that_is_written_anew_is_still_said_to_be_quantized(
     name: str, to: str, with_head: Callable[[str], Path], tmp_path: Path
 ) -> None:
     assert verify(with_head(name)).passed, verify(with_head(name)).failed
-    report = export(with_head(name), tmp_path / "out", to)
+    report = export(with_head(name), tmp_path / "out", to).to_dict()
     assert report["verify"]["passed"] and report["linears"] == 15
     assert words(tmp_path / "out") == ((["Linear", "lm_head"], []) if to == "compressed-tensors" else True)
     (said,) = [c.detail for c in verify(tmp_path / "out").checks if c.name == "head and embeddings"]
@@ -128,5 +128,5 @@ def test_native_fp8_has_no_quantized_head(
     assert any("leaves the output head of a native fp8 file" in p for p in verify(folder).failed)
     with pytest.raises(QuantError, match="lm_head: vLLM leaves the output head .* use --format compressed"):
         export(folder, tmp_path / "out")
-    report = export(folder, tmp_path / "out", "compressed-tensors")
+    report = export(folder, tmp_path / "out", "compressed-tensors").to_dict()
     assert report["verify"]["passed"] and words(tmp_path / "out") == (["Linear", "lm_head"], [])

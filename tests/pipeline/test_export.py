@@ -23,7 +23,7 @@ LINEAR = "model.layers.1.mlp.down_proj"
 @pytest.mark.parametrize("form", ["compressed-tensors", "awq", "plain"])
 @pytest.mark.parametrize("peer", ["awq-gemm", "awq-gemv", "awq-gemv_fast", "gptqmodel", "llmc"])
 def test_checkpoints_of_other_programs_keep_their_values(peer: str, form: str, tmp_path: Path) -> None:
-    report = export(PEERS / peer, tmp_path / "out", form, source=TINYLM)
+    report = export(PEERS / peer, tmp_path / "out", form, source=TINYLM).to_dict()
     assert report["verify"]["passed"] and report["linears"] == 14 and report["requantized"] == {}
     assert verify(tmp_path / "out").passed and (tmp_path / "out" / "tokenizer.json").is_file()
     found = compare(tmp_path / "out", PEERS / peer)
@@ -54,7 +54,7 @@ def test_groups_in_activation_order_are_refused_or_rounded_anew_at_a_price_that_
     near = [t for t in compare(tmp_path / "plain", PEERS / "source").tensors if "_proj" in t.name]
     # read in its order: in another one it is noise
     assert len(near) == 14 and all(t.snr_db is not None and t.snr_db > 15 for t in near)
-    report = export(PEERS / "auto-gptq", tmp_path / "out", "compressed-tensors", requantize=True)
+    report = export(PEERS / "auto-gptq", tmp_path / "out", "compressed-tensors", requantize=True).to_dict()
     differences = {
         t.name.removesuffix(".weight"): t.snr_db
         for t in compare(tmp_path / "out", tmp_path / "plain").tensors
@@ -66,7 +66,7 @@ def test_groups_in_activation_order_are_refused_or_rounded_anew_at_a_price_that_
 
 
 def test_groups_in_activation_order_are_kept_for_engines_that_read_them(tmp_path: Path) -> None:
-    report = export(PEERS / "auto-gptq", tmp_path / "out", "gptq", target="other")
+    report = export(PEERS / "auto-gptq", tmp_path / "out", "gptq", target="other").to_dict()
     assert report["requantized"] == {} and report["verify"]["passed"]
     config = read_config(tmp_path / "out")["quantization_config"]
     assert (config["desc_act"], config["static_groups"]) == (True, False)
@@ -78,7 +78,7 @@ def test_groups_in_activation_order_are_kept_for_engines_that_read_them(tmp_path
 
 
 def test_an_old_autogptq_folder_gets_its_config_and_file_names(tmp_path: Path) -> None:
-    report = export(PEERS / "auto-gptq", tmp_path / "out", "awq", requantize=True)
+    report = export(PEERS / "auto-gptq", tmp_path / "out", "awq", requantize=True).to_dict()
     assert "quantization_config taken from quantize_config.json into config.json" in report["repairs"]
     assert any("quant_method 'gptq' added" in r for r in report["repairs"])
     assert read_config(tmp_path / "out")["quantization_config"]["quant_method"] == "awq"
@@ -123,7 +123,7 @@ def legacy(name: str, config: dict[str, Any], path: Path) -> None:
 def test_configs_of_older_programs_are_mended(name: str, repair: str, tmp_path: Path) -> None:
     path = copy_model(PEERS / "awq-gemm", tmp_path / "old")
     legacy(name, read_config(path)["quantization_config"], path)
-    report = export(path, tmp_path / "out")
+    report = export(path, tmp_path / "out").to_dict()
     assert any(repair in r for r in report["repairs"]), report["repairs"]
     config = read_config(tmp_path / "out")
     assert config["quantization_config"]["bits"] == 4 and "w_bit" not in config["quantization_config"]

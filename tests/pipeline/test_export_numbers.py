@@ -102,7 +102,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_its_own_format_gives_the_same_file_again(
     kind: str, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    report = export(checkpoint(kind), tmp_path / "out")
+    report = export(checkpoint(kind), tmp_path / "out").to_dict()
     assert report["verify"]["passed"] and report["tensors_dropped"] == report["scales_rounded"] == []
     assert same(load_all(tmp_path / "out"), load_all(checkpoint(kind)))
     assert read_config(tmp_path / "out") == read_config(checkpoint(kind))
@@ -119,7 +119,7 @@ def test_native_fp8_and_compressed_tensors_are_turned_into_one_another(
     """What comes out is the file that quantizing into that format makes; config and all."""
     for made, form, wanted in ((kind, "compressed-tensors", there), (there, "fp8", kind)):
         output = tmp_path / form
-        assert export(checkpoint(made), output, form)["verify"]["passed"]
+        assert export(checkpoint(made), output, form).to_dict()["verify"]["passed"]
         assert same(load_all(output), load_all(checkpoint(wanted)))
         assert (
             read_config(output)["quantization_config"]
@@ -131,7 +131,7 @@ def test_native_fp8_and_compressed_tensors_are_turned_into_one_another(
 def test_plain_holds_the_values_and_the_report_says_what_it_has_no_place_for(
     kind: str, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    report = export(checkpoint(kind), tmp_path / "out", "plain")
+    report = export(checkpoint(kind), tmp_path / "out", "plain").to_dict()
     before, after = dequantized(open_checkpoint(checkpoint(kind))), load_all(tmp_path / "out")
     assert before.tensors.keys() == after.keys() and "quantization_config" not in read_config(
         tmp_path / "out"
@@ -201,7 +201,7 @@ def test_files_of_llm_compressor_keep_every_number_and_get_the_dtypes_of_the_con
 ) -> None:
     """It stores scales of 8-bit formats in fp16; vLLM's parameters are fp32, and nothing is lost in widening."""
     source = PEERS / f"llmc-{preset}"
-    report = export(source, tmp_path / "out")
+    report = export(source, tmp_path / "out").to_dict()
     assert report["verify"]["passed"] and report["linears"] == 14 and report["scales_rounded"] == []
     assert all(t.equal for t in compare(tmp_path / "out", source).tensors)
     before, after = load_all(source), load_all(tmp_path / "out")
@@ -223,7 +223,7 @@ def test_an_fp8_file_is_repaired_like_any_other(place: str, tmp_path: Path) -> N
         **{place: stated if place == "compression_config" else {"quantization_config": stated}},
     )
     (source / "recipe.yaml").write_text("x")
-    report = export(source, tmp_path / "out", source=TINYLM)
+    report = export(source, tmp_path / "out", source=TINYLM).to_dict()
     assert any(f"moved from {place}" in r for r in report["repairs"])
     assert [d["file"] for d in report["side_files_dropped"]] == ["recipe.yaml"] and (
         tmp_path / "out" / "tokenizer.json"
@@ -260,7 +260,7 @@ def test_blocks_that_vllm_cannot_load_are_refused_before_any_work(tmp_path: Path
 
 def test_a_static_scale_of_llm_compressor_goes_into_a_native_file(tmp_path: Path) -> None:
     source = PEERS / "llmc-fp8"
-    assert export(source, tmp_path / "out", "fp8")["verify"]["passed"]
+    assert export(source, tmp_path / "out", "fp8").to_dict()["verify"]["passed"]
     before, after = load_all(source), load_all(tmp_path / "out")
     scales = [n for n in before if n.endswith(".input_scale")]
     assert len(scales) == 14 and all(torch.equal(after[n], before[n].float().reshape(1)) for n in scales)
@@ -315,7 +315,7 @@ def test_scales_of_a_cache_under_older_names_get_today_s(
 def test_an_integer_format_without_a_place_for_a_cache_says_so(
     checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    report = export(checkpoint("cache"), tmp_path / "out", "gptq")
+    report = export(checkpoint("cache"), tmp_path / "out", "gptq").to_dict()
     assert report["kv_cache_scales"] == 0 and len(report["tensors_dropped"]) == 4
     assert all("no place for the scales of an FP8 KV cache" in d["reason"] for d in report["tensors_dropped"])
     assert not [n for n in load_all(tmp_path / "out") if n.endswith(("k_scale", "v_scale"))]
@@ -345,7 +345,7 @@ def test_a_cache_of_a_native_file_stays_and_gets_its_word_in_compressed_tensors(
     }
     save_all(source, tensors | scales)
     for form in ("fp8", "compressed-tensors"):
-        report = export(source, tmp_path / form, form)
+        report = export(source, tmp_path / form, form).to_dict()
         after = load_all(tmp_path / form)
         assert report["kv_cache_scales"] == 4 and all(torch.equal(after[n], s) for n, s in scales.items())
     assert (
@@ -376,7 +376,7 @@ def test_a_cache_scheme_of_heads_is_kept_and_one_without_scales_is_taken_out(
     assert read_config(tmp_path / "out")["quantization_config"]["kv_cache_scheme"]["strategy"] == "attn_head"
     assert load_all(tmp_path / "out")[f"{ATTENTION}.k_scale"].shape == (2, 1, 1)
     save_all(heads, {n: t for n, t in tensors.items() if not n.endswith(("k_scale", "v_scale"))})
-    report = export(heads, tmp_path / "without")
+    report = export(heads, tmp_path / "without").to_dict()
     assert any("kv_cache_scheme removed" in r for r in report["repairs"])
     assert read_config(tmp_path / "without")["quantization_config"]["kv_cache_scheme"] is None
 
@@ -434,7 +434,7 @@ def test_scales_that_a_checkpoint_lacks_are_named_with_all_else_before_any_work(
             with pytest.raises(CheckpointError, match="is incomplete"):
                 broken()
     else:  # weights alone are there
-        assert export(source, tmp_path / "plain", "plain")["linears"] == 14
+        assert export(source, tmp_path / "plain", "plain").to_dict()["linears"] == 14
         with pytest.raises(QuantError, match="is incomplete"):
             evaluate(source, length=32, chunks=2)
 

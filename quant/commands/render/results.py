@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quant.commands.render import table
-from quant.report.evidence import REPORT, worst
+from quant.report.evidence import worst
+from quant.report.value import REPORT, Report
 from quant.units import format_seconds, format_size
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 _WORST = 5
 
 
-def _checks(checks: list[Mapping[str, Any]]) -> list[tuple[str, str]]:
+def _checks(checks: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     return [(("✓ " if c["passed"] else "✗ ") + c["name"], c["detail"]) for c in checks]
 
 
@@ -38,80 +39,60 @@ def _worst(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def quantization(console: Console, report: Mapping[str, Any]) -> None:
+def quantization(console: Console, report: Report) -> None:
     """The last lines of ``quant quantize``: what was made, how well, what went otherwise."""
-    schemes = dict.fromkeys(x["scheme"] for x in report["layers"])
+    job = report.quantization
+    assert job is not None
+    schemes = dict.fromkeys(x.scheme for x in job.layers)
+    scaled_alone = job.methods == ("none",)
     rows = [
-        ("output", report["output_path"]),
+        ("output", report.output_path),
         (
             "scheme",
-            f"{', '.join(schemes)}; {' and '.join(report['methods'])}, {report['format']}, "
-            f"{report['bits_per_weight']} bits per weight",
+            f"{', '.join(schemes)}; {' and '.join(job.methods)}, {report.format}, "
+            f"{job.bits_per_weight} bits per weight",
         ),
-        ("size", f"{format_size(report['source_bytes'])} → {format_size(report['output_bytes'])}"),
-        ("time", format_seconds(report["seconds"]["total"])),
+        ("size", f"{format_size(report.source_bytes)} → {format_size(report.output_bytes)}"),
+        ("time", format_seconds(report.seconds["total"])),
         (
             "peak memory",
-            format_size(report["peak_rss_bytes"])
-            + (f", GPU {format_size(report['peak_gpu_bytes'])}" if report["peak_gpu_bytes"] else ""),
+            format_size(report.peak_rss_bytes)
+            + (f", GPU {format_size(job.peak_gpu_bytes)}" if job.peak_gpu_bytes else ""),
         ),
         (
             "tensors",
-            f"{len(report['tensors']['quantized'])} "
-            f"{'rewritten' if report['methods'] == ['none'] else 'quantized'}, "
-            f"{len(report['tensors']['copied'])} copied, {len(report['tensors']['folded'])} with scaling "
-            "folded in, "
-            f"{len(report['tensors']['dropped'])} dropped",
+            f"{len(job.tensors.quantized)} {'rewritten' if scaled_alone else 'quantized'}, "
+            f"{len(job.tensors.copied)} copied, {len(job.tensors.folded)} with scaling folded in, "
+            f"{len(job.tensors.dropped)} dropped",
         ),
     ]
-    if backend := report.get("backend"):
-        rows.append(
-            (
-                "backend",
-                "\n".join(
-                    [
-                        f"{backend['name']} {backend[backend['name']]}, archived upstream "
-                        f"{backend['archived']}",
-                        *backend["notes"],
-                    ]
-                ),
-            )
-        )
+    if backend := job.backend:
+        version = f"{backend['name']} {backend[backend['name']]}, archived upstream {backend['archived']}"
+        rows.append(("backend", "\n".join([version, *backend["notes"]])))
     # scaling alone rounds nothing; that its function is the source's is said below
-    if report["methods"] != ["none"]:
-        rows += _worst(worst(report["layers"], _WORST))
-        rows.append(
-            ("fallbacks", "\n".join(f"{x['name']}: {x['fallback']}" for x in report["fallbacks"]) or "none")
-        )
-    notes = list(dict.fromkeys(f"{x['name']}: {n}" for x in report["layers"] for n in x["notes"]))
+    if not scaled_alone:
+        rows += _worst(worst(job.layers, _WORST))
+        rows.append(("fallbacks", "\n".join(f"{n}: {f}" for n, f in job.fallbacks.items()) or "none"))
+    notes = list(dict.fromkeys(f"{x.name}: {n}" for x in job.layers for n in x.notes))
     if notes:
-        rows.append(
-            (
-                "notes",
-                "\n".join(notes[:_WORST])
-                + (f"\nand {len(notes) - _WORST} more in {REPORT}" if len(notes) > _WORST else ""),
-            )
-        )
-    left = [n for n in report["unquantized_linears"] if n != "lm_head"]
+        more = f"\nand {len(notes) - _WORST} more in {REPORT}" if len(notes) > _WORST else ""
+        rows.append(("notes", "\n".join(notes[:_WORST]) + more))
+    left = [n for n in job.unquantized_linears if n != "lm_head"]
     if left:
         more = f" and {len(left) - _WORST} more in {REPORT}" if len(left) > _WORST else ""
         rows.append(("unquantized", f"{len(left)} linears: {', '.join(left[:_WORST])}{more}"))
-    if report["folds"]:
-        names = ", ".join(sorted({f["suppressor"] for f in report["folds"].values()}))
-        low = min(f["factors"][0] for f in report["folds"].values())
-        high = max(f["factors"][1] for f in report["folds"].values())
+    if folds := job.folds.values():
+        names = ", ".join(sorted({f.suppressor for f in folds}))
+        low, high = min(f.factors[0] for f in folds), max(f.factors[1] for f in folds)
         how = (
             "every factor is 1, which changes nothing"
             if low == high == 1
             else f"divided by factors from {low:.3g} to {high:.3g}"
         )
-        rows.append(("scaling", f"{names}: inputs of {len(report['folds'])} groups of linears, {how}"))
-    if report["side_files_dropped"]:
-        rows.append(
-            ("left out", "\n".join(f"{d['file']}: {d['reason']}" for d in report["side_files_dropped"]))
-        )
-    if report["function"]:
-        same = report["function"]
+        rows.append(("scaling", f"{names}: inputs of {len(folds)} groups of linears, {how}"))
+    if report.side_files_dropped:
+        rows.append(("left out", "\n".join(f"{d['file']}: {d['reason']}" for d in report.side_files_dropped)))
+    if same := job.function:
         rows.append(
             (
                 "function",
@@ -119,14 +100,14 @@ def quantization(console: Console, report: Mapping[str, Any]) -> None:
                 "of the largest at most",
             )
         )
-    rows += _checks(report["verify"]["checks"])
-    if report["target"] == "other":
+    rows += _checks(report.verify["checks"])
+    if job.target == "other":
         rows.append(
             ("serve", "with another engine: this was made for --target other, and vLLM may refuse it")
         )
     else:
-        rows.append(("serve", f"python deploy_vllm.py serve --model-path {report['output_path']}"))
-    table(console, "Scaled" if report["methods"] == ["none"] else "Quantized", rows)
+        rows.append(("serve", f"python deploy_vllm.py serve --model-path {report.output_path}"))
+    table(console, "Scaled" if scaled_alone else "Quantized", rows)
 
 
 def prediction(console: Console, value: Mapping[str, Any]) -> None:
@@ -164,20 +145,21 @@ def _cost(value: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def export(console: Console, report: Mapping[str, Any]) -> None:
+def export(console: Console, report: Report) -> None:
+    done = report.conversion
+    assert done is not None
     rows = [
-        ("output", report["output_path"]),
-        ("format", f"{report['source_format']} → {report['format']}, {report['linears']} quantized linears"),
-        ("size", f"{format_size(report['source_bytes'])} → {format_size(report['output_bytes'])}"),
+        ("output", report.output_path),
+        ("format", f"{done.source_format} → {report.format}, {done.linears} quantized linears"),
+        ("size", f"{format_size(report.source_bytes)} → {format_size(report.output_bytes)}"),
         (
             "scales",
-            f"rounded to the model's dtype in {len(report['scales_rounded'])} linears"
-            if report["scales_rounded"]
+            f"rounded to the model's dtype in {len(done.scales_rounded)} linears"
+            if done.scales_rounded
             else "carried over exactly",
         ),
     ]
-    if report["requantized"]:
-        snr = [x["snr_db"] for x in report["requantized"].values()]
+    if snr := done.requantized.values():
         rows.append(
             (
                 "rounded anew",
@@ -185,16 +167,16 @@ def export(console: Console, report: Mapping[str, Any]) -> None:
                 "checkpoint",
             )
         )
-    if report["repairs"]:
-        rows.append(("repaired", "\n".join(report["repairs"])))
-    if report["kv_cache_scales"]:
-        rows.append(("KV cache", f"{report['kv_cache_scales']} scales carried over"))
-    left = [f"{d['file']}: {d['reason']}" for d in report["side_files_dropped"]]
-    reasons = [d["reason"] for d in report["tensors_dropped"]]
+    if done.repairs:
+        rows.append(("repaired", "\n".join(done.repairs)))
+    if done.kv_cache_scales:
+        rows.append(("KV cache", f"{done.kv_cache_scales} scales carried over"))
+    left = [f"{d['file']}: {d['reason']}" for d in report.side_files_dropped]
+    reasons = [d["reason"] for d in done.tensors_dropped]
     left += [f"{reasons.count(r)} tensors: {r}" for r in dict.fromkeys(reasons)]
     if left:
         rows.append(("left out", "\n".join(left)))
-    table(console, "Exported", rows + _checks(report["verify"]["checks"]))
+    table(console, "Exported", rows + _checks(report.verify["checks"]))
 
 
 def verification(console: Console, value: Mapping[str, Any]) -> None:
