@@ -22,7 +22,8 @@ from common import ROOT, machine
 
 from quant.calibration import statistics as sums
 from quant.evaluation.quality import evaluate
-from quant.pipeline import blocks, manager
+from quant.jobs import quantize
+from quant.pipeline import blocks
 from quant.recipe import make_recipe
 
 
@@ -95,12 +96,13 @@ def main() -> None:
                         bits=bits,
                         format="plain",
                     )
-                    report = manager.quantize(
+                    report = quantize(
                         make_recipe(
                             {**values, "samples": 128, "sequence_length": 512, "shuffle": True, "seed": seed}
                         )
                     )
-                    fallbacks += len(report["fallbacks"])
+                    assert report.quantization is not None
+                    fallbacks += len(report.quantization.fallbacks)
                     kl = evaluate(Path(folder) / "out", against=a.model).kl
                     assert kl is not None
                     found.append(kl.mean)

@@ -113,7 +113,7 @@ def convert(source: Path, target: Path, scheme: str) -> None:
     found = {
         "seconds": time.perf_counter() - start,
         "cpu": time.process_time() - cpu,
-        "phases": report["seconds"],
+        "phases": dict(report.seconds),
     }
     print(json.dumps(found), flush=True)
 

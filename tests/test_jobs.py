@@ -143,7 +143,7 @@ def test_integer_activations_survive_outliers_without_being_told_how(
 
     job = {"method": "minmax", "scheme": "w8a8-int8", **TEXT}
     recipe = quant.make_recipe({"model_path": with_outliers, "output_path": tmp_path / "alone", **job})
-    report = quant.quantize(recipe, listen)
+    report = quant.quantize(recipe, listen).to_dict()
     assert any("smooth_quant scales inputs" in x for x in said)
     assert report["settings"]["outlier_suppression"] == "smooth_quant"
     assert {f["suppressor"] for f in report["folds"].values()} == {"smooth_quant"}
@@ -196,7 +196,7 @@ def test_plan_estimate_and_run_are_one_way_for_every_engine(
     values = {"model_path": llama, "output_path": tmp_path / "o"}
     plan = jobs.plan(quant.make_recipe(values | {"method": "minmax", "group_size": 32}))
     prediction = jobs.estimate(plan)
-    assert prediction["output_bytes"] == jobs.run(plan)["output_bytes"] and "seconds" in prediction
+    assert prediction["output_bytes"] == jobs.run(plan).output_bytes and "seconds" in prediction
     monkeypatch.setattr("quant.backends.run.probe", lambda backend, python: [])
     values = {"model_path": TINYLM, "output_path": tmp_path / "p", "backend": "autoawq"}
     prediction = jobs.estimate(jobs.plan(quant.make_recipe(values)))

@@ -172,6 +172,8 @@ class Quantization:
         calibration: rows, length in tokens and digest of the calibration text; None without.
         layers, tensors: what became of each.
         folds: by the linears that share the scaled input.
+        experts: by mixture, how calibration tokens are spread over its experts, as
+            :func:`quant.pipeline.experts.coverage` has it.
         unquantized_linears: of the decoder, and the head.
         function: how far the output's logits are from the source's, of a job that only scales.
         backend: name, Python, versions and notes of the library that quantized; None of our own methods.
@@ -188,6 +190,7 @@ class Quantization:
     layers: tuple[LayerResult, ...] = ()
     tensors: TensorsAccount = field(default_factory=TensorsAccount)
     folds: Mapping[str, FoldResult] = field(default_factory=dict)
+    experts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     unquantized_linears: tuple[str, ...] = ()
     function: Mapping[str, Any] | None = None
     backend: Mapping[str, Any] | None = None
@@ -212,6 +215,7 @@ class Quantization:
             "fallbacks": [{"name": n, "fallback": f} for n, f in self.fallbacks.items()],
             "tensors": self.tensors.to_dict(),
             "folds": {k: f.to_dict() for k, f in self.folds.items()},
+            "experts": {k: dict(c) for k, c in self.experts.items()},
             "unquantized_linears": list(self.unquantized_linears),
             "function": None if self.function is None else dict(self.function),
             "scratch_bytes": self.scratch_bytes,
@@ -235,6 +239,7 @@ class Quantization:
             ),
             tensors=TensorsAccount.from_dict(value.get("tensors")),
             folds={k: f for k, f in folds.items() if f is not None},
+            experts={k: _mapping(c) for k, c in _mapping(value.get("experts")).items()},
             unquantized_linears=_texts(value.get("unquantized_linears")),
             function=_mapping(value.get("function")) or None,
             backend=_mapping(value.get("backend")) or None,

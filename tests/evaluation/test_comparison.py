@@ -1,12 +1,9 @@
-"""Several checkpoints in one table and one picture: the same numbers as one by one, and the source runs once."""
+"""Several checkpoints in one table: the same numbers as one by one, and the source runs once."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
-import sys
-import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +12,9 @@ import pytest
 
 from quant.checkpoint.reader import open_checkpoint
 from quant.errors import QuantError
-from quant.evaluation import comparison
-from quant.evaluation.comparison import Compared, bits_per_weight, compare_outputs, plot
-from quant.evaluation.quality import Evaluation, Measured, Runner, evaluate
+from quant.evaluation.comparison import bits_per_weight, compare_outputs
+from quant.evaluation.quality import Runner, evaluate
+from quant.report import pictures
 from tests.helpers import copy_model, load_all, save_all
 
 SMALL = {"length": 32, "chunks": 3}
@@ -182,88 +179,9 @@ def test_models_of_two_vocabularies_are_not_compared(llama: Path, checkpoints: C
 def test_a_png_without_matplotlib_says_how_to_get_it(
     llama: Path, outputs: list[Path], cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comparison, "find_spec", lambda name: None)
+    monkeypatch.setattr(pictures, "find_spec", lambda name: None)
     result = cli(*asked(*outputs[:2], "--against", llama, "--plot", tmp_path / "x.png"))
     assert (
         result.code == 1
         and "a .png takes matplotlib: pip install 'quant[plots]', or name a .html file" in result.err
     )
-
-
-def compared(path: str, bits: float | None, kl: float, error: float = 0.001) -> Compared:
-    measured = Evaluation(
-        path,
-        "m/source",
-        "text.txt",
-        100,
-        3,
-        Measured(9, 1),
-        Measured(8, 1),
-        Measured(kl, error),
-        Measured(0.9, 0.1),
-        0.1,
-    )
-    return Compared(measured, "w4a16", bits, 1000)
-
-
-SETS = {
-    "usual": [
-        compared("out/a", 4.25, 0.006),
-        compared("out/b", 8.25, 0.00002, 0.00003),
-        compared('out/<c> & "d"', 4.3, 0.004),
-    ],
-    "one": [compared("out/a", 4.25, 0.006)],
-    "zero": [compared("a", 16.0, 0.0, 0.0), compared("b", 4.0, 0.5)],
-    "alike": [compared("x/a", 4.0, 0.5, 0.0), compared("y/a", 4.0, 0.5, 0.0)],
-    "wide": [
-        compared("a", 2.0, 90.0),
-        compared("b", 8.0, 1e-7, math.nan),
-        compared("c", 8.0, math.nan),
-        compared("d", None, 1.0),
-    ],
-}
-
-
-@pytest.mark.parametrize("name", SETS)
-def test_the_html_is_one_file_whose_points_stand_where_the_numbers_say(name: str, tmp_path: Path) -> None:
-    done = SETS[name]
-    plot(tmp_path / "p.html", done)
-    page = (tmp_path / "p.html").read_text(encoding="utf-8")
-    assert "http" not in page and "<script" not in page and page.count("<tr>") == 1 + len(done)
-    svg = ET.fromstring(re.search(r"<svg.*?</svg>", page, re.S)[0])  # type: ignore[index]
-    drawn = [
-        c
-        for c in done
-        if c.bits_per_weight is not None and c.evaluation.kl and math.isfinite(c.evaluation.kl.mean)
-    ]
-    places = [(float(c.attrib["cx"]), float(c.attrib["cy"])) for c in svg.iter("circle")]
-    assert len(places) == len(drawn)
-    width, height = map(float, svg.attrib["viewBox"].split()[2:])
-    for (x, y), one in zip(places, drawn, strict=True):
-        assert 90 <= x <= width - 170 and 20 <= y <= height - 50
-        for (x2, y2), other in zip(places, drawn, strict=True):
-            assert (x < x2) == (one.bits_per_weight < other.bits_per_weight)  # type: ignore[operator]
-            assert (y > y2) == (one.evaluation.kl.mean < other.evaluation.kl.mean)  # type: ignore[union-attr]
-    labels = [t.text for t in svg.iter("text")]
-    wanted = {"usual": ["a", "b", '<c> & "d"'], "alike": ["x/a", "y/a"]}.get(
-        name, [c.evaluation.path.rpartition("/")[2] for c in drawn]
-    )
-    assert labels[-len(drawn) :] == wanted
-    ticks = [float(t.text) for t in svg.iter("text") if t.text and re.fullmatch(r"[-\d.e]+", t.text)]
-    assert len(ticks) >= 4
-
-
-def test_a_picture_of_nothing_is_refused(tmp_path: Path) -> None:
-    from quant.errors import QuantError
-
-    with pytest.raises(QuantError, match="nothing is drawn"):
-        plot(tmp_path / "p.html", SETS["wide"][2:])
-
-
-@pytest.mark.parametrize("name", SETS)
-def test_the_png_is_a_picture(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="the extra `plots` is not installed")
-    plot(tmp_path / "p.png", SETS[name])
-    raw = (tmp_path / "p.png").read_bytes()
-    assert raw[:8] == b"\x89PNG\r\n\x1a\n" and len(raw) > 10_000
-    assert "matplotlib.pyplot" not in sys.modules  # no window system, no global state

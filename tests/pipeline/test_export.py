@@ -50,7 +50,7 @@ def test_groups_in_activation_order_are_refused_or_rounded_anew_at_a_price_that_
         export(PEERS / "auto-gptq", tmp_path / "no", "compressed-tensors")
     assert not (tmp_path / "no").exists()
     plain = export(PEERS / "auto-gptq", tmp_path / "plain", "plain")
-    assert plain["requantized"] == {}
+    assert plain.conversion is not None and plain.conversion.requantized == {}
     near = [t for t in compare(tmp_path / "plain", PEERS / "source").tensors if "_proj" in t.name]
     # read in its order: in another one it is noise
     assert len(near) == 14 and all(t.snr_db is not None and t.snr_db > 15 for t in near)

@@ -99,20 +99,25 @@ def test_a_command_keeps_no_secrets(typed: tuple[str, ...], kept: tuple[str, ...
 
 
 def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Of everything in a JSON value, of lists the first element alone."""
+    """Of everything in a JSON value."""
     yield path
-    inner = (
-        value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
-    )
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, part in inner:
         yield from paths(part, (*path, key))
+
+
+def shortened(value: Any) -> Any:
+    """The same JSON value with one element of each list."""
+    if isinstance(value, dict):
+        return {k: shortened(v) for k, v in value.items()}
+    return [shortened(v) for v in value[:1]] if isinstance(value, list) else value
 
 
 WRONG = [None, True, 3, -1.5, math.nan, 10**400, "x", "\ud800", [], [3], [None], {}, {"x": 3}, [[{}]]]
 
 
 def test_a_damaged_report_never_stops_a_reader(scaled: Path, tmp_path: Path) -> None:
-    good = json.loads((scaled / REPORT).read_text())
+    good = shortened(json.loads((scaled / REPORT).read_text()))
     keys = set()
     for path in list(paths(good))[1:]:
         for wrong in WRONG:
