@@ -103,6 +103,9 @@ def copy(source: Path, target: Path) -> float:
 
 def convert(source: Path, target: Path, scheme: str) -> None:
     """The measured child: quantizes, and prints seconds and CPU seconds from the end of the imports on."""
+    from quant.pipeline.memory import prepare_torch
+
+    prepare_torch()
     from quant.pipeline.manager import QuantizationManager
     from quant.pipeline.plan import plan_job
     from quant.recipe import Recipe

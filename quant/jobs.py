@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from quant import defaults
 from quant.errors import UsageError
+from quant.pipeline.memory import prepare_torch
 from quant.planning.recommendation import Recommendation
 from quant.planning.target import choose, method_for, settings
 from quant.progress import Event, Progress, silent
@@ -129,6 +130,7 @@ def _needed(assignment: Assignment) -> str | None:
 
 def _own(assignment: Assignment) -> str:
     """The suppressor that is part of an assignment's method."""
+    prepare_torch()
     from quant.quantizers import QuantizerRegistry
 
     return QuantizerRegistry.get(assignment.method).suppressor
@@ -149,6 +151,7 @@ def plan(recipe: Recipe) -> JobPlan:
         Problems, QuantError: everything that is wrong, listed together.
     """
     recipe, _ = complete(recipe)
+    prepare_torch()
     if recipe.backend != defaults.ENGINE:
         from quant.backends.run import plan_backend
 

@@ -40,6 +40,9 @@ def export_vllm(
     \b
     quant export-vllm -m old-gptq-model -o out --format compressed-tensors
     """
+    from quant.pipeline.memory import prepare_torch
+
+    prepare_torch()
     from quant.commands.render import results
     from quant.pipeline.export import export
 

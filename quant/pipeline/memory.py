@@ -33,8 +33,9 @@ def peak_rss() -> int:
 
 
 def prepare_torch() -> None:
-    """Loads torch with what it and its OpenMP library read from the environment only then. To be called
-    before anything has loaded torch, or it does nothing; what the environment has already stays as it is.
+    """Loads torch with what it and its OpenMP library read from the environment only then: the first step of
+    a job (:mod:`quant.jobs`). To be called before anything has loaded torch, or it does nothing; what the
+    environment has already stays as it is.
 
     Every large tensor (2 MiB or more) begins at a page. Else glibc trims a few dozen bytes off each tensor's
     place to begin it at 64 bytes. Small objects settle in the trimmings and outlive the tensor, whose place

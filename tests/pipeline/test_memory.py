@@ -13,8 +13,11 @@ import pytest
 @pytest.mark.skipif(sys.platform != "linux", reason="torch has it on Linux only")
 def test_a_job_begins_large_tensors_at_pages_and_no_child_inherits_that() -> None:
     program = (
-        "import os, mmap, quant\n"
-        "quant.QuantizationManager\n"
+        "import os, mmap, sys, quant.pipeline.memory\n"
+        "from quant import errors, jobs\n"
+        "assert 'torch' not in sys.modules\n"
+        "try: jobs.plan(quant.make_recipe({'model_path': 'none', 'output_path': 'o', 'method': 'minmax'}))\n"
+        "except errors.QuantError: pass\n"
         "import torch\n"
         "tensors = [torch.empty(1 << 20) for _ in range(20)]\n"
         "print({t.data_ptr() % mmap.PAGESIZE for t in tensors}, 'THP_MEM_ALLOC_ENABLE' in os.environ)\n"
@@ -31,7 +34,11 @@ def test_a_job_begins_large_tensors_at_pages_and_no_child_inherits_that() -> Non
 def test_waiting_threads_give_up_their_core_unless_the_user_says_otherwise(
     given: dict[str, str], spins: str
 ) -> None:
-    program = "import os, quant; quant.QuantizationManager; print(os.environ.get('GOMP_SPINCOUNT'))"
+    program = (
+        "import os\n"
+        "from quant.pipeline.memory import prepare_torch\n"
+        "prepare_torch(); print(os.environ.get('GOMP_SPINCOUNT'))\n"
+    )
     environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     done = subprocess.run(
         [sys.executable, "-c", program],

@@ -12,19 +12,13 @@ from typing import Any
 import pytest
 
 import quant
-from quant.report.evidence import NOT_CALIBRATED, evidence_of, worst
+from quant.report.evidence import evidence_of, worst
+from quant.report.value import NOT_CALIBRATED, LayerResult
 from tests.helpers import copy_model, quantize
 
 
-def layer(name: str, error: Any, snr: Any, missing: str | None = None) -> dict[str, Any]:
-    return {
-        "name": name,
-        "method": "m",
-        "scheme": "s",
-        "error": error,
-        "snr_db": snr,
-        "error_missing": missing,
-    }
+def layer(name: str, error: float | None, snr: float | None, missing: str | None = None) -> LayerResult:
+    return LayerResult(name, "m", "s", error, missing, snr)
 
 
 def test_the_worst_come_first_by_each_measure() -> None:
