@@ -105,6 +105,8 @@ class ModelSpec:
 
     name: str
     family: str
+    #: of config.json as a whole, which of a wrapper is not that of its text decoder
+    model_type: str
     architecture: str
     dtype: str
     hidden: int
@@ -379,7 +381,8 @@ def spec_from_config(
         dtype = "bfloat16"
     quantization = quantization_config(raw)
     return ModelSpec(
-        name=name, family=config.family or "unknown", architecture=str(architectures[0]), dtype=dtype,
+        name=name, family=config.family or "unknown", model_type=str(raw.get("model_type") or ""),
+        architecture=str(architectures[0]), dtype=dtype,
         hidden=builder.hidden, heads=heads,
         kv_heads=builder.kv_heads, head_dim=builder.head_dim, intermediate=builder.intermediate,
         vocabulary=builder.vocabulary,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from math import ceil
 from typing import Any, Literal
 
@@ -196,41 +197,51 @@ class Scheme:
         >>> PRESETS["w4a16"].stored_tensors(4096, 4096, 2)
         {'weight_packed': 8388608, 'weight_scale': 262144, 'weight_shape': 16}
         """
-        weights, inputs = self.weights, self.activations
-        if weights.bits == 16:
-            return {"weight": n * k * width}
-        words = weights.type == "int" and inputs is None  # int32, each row filled up to a whole one
-        halves = weights.type == "float" and weights.bits == 4
-        codes = 4 * n * ceil(k * weights.bits / 32) if words else n * ceil(k * weights.bits / 8)
-        groups = 1 if weights.group_size == -1 else ceil(k / weights.group_size)
-        rows = {"tensor": 1, "block": ceil(n / BLOCK)}.get(weights.strategy, n)
-        each = {"model": width, "F32": 4}.get(weights.scales, 1)
-        tensors = {
-            "weight_packed" if words or halves else "weight": codes,
-            "weight_scale": rows * groups * each,
-        }
-        if words and not weights.symmetric:
-            tensors["weight_zero_point"] = 4 * ceil(n * weights.bits / 32) * groups
-        if words:
-            tensors["weight_shape"] = 16
-        if weights.strategy == "tensor_group":
-            tensors["weight_global_scale"] = 4
-        if inputs is not None and inputs.strategy == "tensor_group":
-            tensors["input_global_scale"] = 4
-        elif inputs is not None and not inputs.dynamic:
-            tensors["input_scale"] = 4
-            if not inputs.symmetric:
-                tensors["input_zero_point"] = 1
-        return tensors
+        return _stored_tensors(self.weights, self.activations, n, k, width)
 
     def stored_bytes(self, n: int, k: int, width: int) -> float:
         """Sum of :meth:`stored_tensors`."""
-        return sum(self.stored_tensors(n, k, width).values())
+        return _stored_bytes(self.weights, self.activations, n, k, width)
 
     def __str__(self) -> str:
         return (
             f"{self.name} ({self.weights}{f', activations {self.activations}' if self.activations else ''})"
         )
+
+
+@lru_cache(maxsize=4096)  # a model's blocks repeat a few shapes, and every plan asks for each of them
+def _stored_bytes(weights: WeightScheme, inputs: ActivationScheme | None, n: int, k: int, width: int) -> int:
+    return sum(_stored_tensors(weights, inputs, n, k, width).values())
+
+
+def _stored_tensors(
+    weights: WeightScheme, inputs: ActivationScheme | None, n: int, k: int, width: int
+) -> dict[str, int]:
+    if weights.bits == 16:
+        return {"weight": n * k * width}
+    words = weights.type == "int" and inputs is None  # int32, each row filled up to a whole one
+    halves = weights.type == "float" and weights.bits == 4
+    codes = 4 * n * ceil(k * weights.bits / 32) if words else n * ceil(k * weights.bits / 8)
+    groups = 1 if weights.group_size == -1 else ceil(k / weights.group_size)
+    rows = {"tensor": 1, "block": ceil(n / BLOCK)}.get(weights.strategy, n)
+    each = {"model": width, "F32": 4}.get(weights.scales, 1)
+    tensors = {
+        "weight_packed" if words or halves else "weight": codes,
+        "weight_scale": rows * groups * each,
+    }
+    if words and not weights.symmetric:
+        tensors["weight_zero_point"] = 4 * ceil(n * weights.bits / 32) * groups
+    if words:
+        tensors["weight_shape"] = 16
+    if weights.strategy == "tensor_group":
+        tensors["weight_global_scale"] = 4
+    if inputs is not None and inputs.strategy == "tensor_group":
+        tensors["input_global_scale"] = 4
+    elif inputs is not None and not inputs.dynamic:
+        tensors["input_scale"] = 4
+        if not inputs.symmetric:
+            tensors["input_zero_point"] = 1
+    return tensors
 
 
 _FP8_TOKEN = ActivationScheme(8, "float", "token")

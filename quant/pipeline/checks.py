@@ -11,6 +11,7 @@ from quant.checkpoint.reader import Checkpoint
 from quant.errors import QuantError, clipped
 from quant.formats import Format, FormatRegistry
 from quant.models.roles import block_of
+from quant.models.support import layout_problem
 from quant.pipeline.methods import make_suppressor, takes_alpha
 from quant.planning.target import target_problems
 from quant.quantizers import QuantizerRegistry
@@ -19,9 +20,6 @@ from quant.schemes import UNQUANTIZED
 from quant.units import format_size
 from quant.vllm.config import quantization_config
 from quant.vllm.layers import Linear, fused_layers
-
-#: Families whose linears are transformers' Conv1D: groups would run along the outputs.
-_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 
 def assignment_problems(recipe: Recipe, assignments: Sequence[Assignment], form: Format) -> list[str]:
@@ -68,12 +66,8 @@ def source_problems(checkpoint: Checkpoint) -> list[str]:
             "model's class is needed, such as "
             '["LlamaForCausalLM"]: engines choose the model by it'
         )
-    if checkpoint.config.get("model_type") in _TRANSPOSED:
-        problems.append(
-            f"{checkpoint.path}: model type {checkpoint.config['model_type']!r} stores its weights "
-            "transposed, [inputs, outputs], which is not supported: "
-            "choose a model whose linears are stored as [outputs, inputs]"
-        )
+    if reason := layout_problem(str(checkpoint.config.get("model_type"))):
+        problems.append(f"{checkpoint.path}: {reason}")
     empty = [
         n
         for n, i in checkpoint.tensors.items()

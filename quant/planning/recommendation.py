@@ -19,6 +19,7 @@ from quant.catalog import load_model, stored_bytes
 from quant.data import load_json
 from quant.errors import NothingFits, UsageError, one_of
 from quant.hardware import Gpu, cpu_device, resolve_gpus
+from quant.models.support import DATA_FREE, makeable_methods, method_problem, scheme_problem
 from quant.planning.memory import (
     EngineRequest,
     MemoryPlan,
@@ -54,6 +55,7 @@ class SchemePlan:
         stored: what its linears are stored in: the row's scheme, with the largest groups that every rank can
             hold whole.
         fits: vLLM starts; ``meets``: it also holds the asked concurrency; ``safe``: with the margin left.
+        methods: those that make it of this model, the preferred one first.
     """
 
     row: SchemeRow
@@ -66,12 +68,17 @@ class SchemePlan:
     loss: tuple[float, float]
     loss_source: str
     speed: Speed | None
-    makeable: bool
+    methods: tuple[str, ...]
     checkpoint_bytes: int
 
     @property
     def scheme(self) -> str:
         return self.row.name
+
+    @property
+    def makeable(self) -> bool:
+        """Whether this build makes it, or nothing needs making."""
+        return bool(self.methods) or not is_quantized(self.stored)
 
     @property
     def title(self) -> str:
@@ -188,7 +195,7 @@ def recommend(
     scenario: str | Scenario | None = None,
     policy: str = "vllm",
     scheme: str | None = None,
-    schemes: Sequence[str] | None = None,
+    makeable_only: bool = False,
     gpu_count: int | None = None,
     gpu_memory: int | None = None,
     margin: float = MARGIN,
@@ -204,7 +211,7 @@ def recommend(
         scenario: a profile whose arguments fill what ``request`` leaves open, and whose objective decides.
         policy: ``vllm``, or ``rule-of-thumb`` for the original design's rule.
         scheme: plan just this one.
-        schemes: choose among these only (a caller that must quantize leaves out ``none``).
+        makeable_only: choose among the checkpoint as it is and the schemes that this build makes of it.
         margin: share of the free memory to leave unused by the chosen plan.
         output_path: where the commands write and serve from.
 
@@ -260,7 +267,8 @@ def recommend(
                 f"{share:.2f} instead of {default:.2f}"
             )
     rows = candidates() if scheme is None else [_asked(scheme)]
-    rows = [row for row in rows if schemes is None or row.name in schemes]
+    if makeable_only:
+        rows = [row for row in rows if not is_quantized(row.scheme) or makeable_methods(spec, row.scheme)]
     wanted = source_kernels(spec)
     if scheme is not None and is_quantized(rows[0].scheme):
         kernel = kernel_of(rows[0].scheme)
@@ -284,13 +292,21 @@ def recommend(
     method = None
     commands: tuple[str, ...] = ()
     if chosen is not None:
-        method = chosen.row.methods[0] if chosen.row.methods else None
+        method = chosen.methods[0] if chosen.methods else None
         if chosen.makeable:
-            commands = _commands(spec, model, chosen, method, request, output_path, gpu)
+            commands = _commands(spec, model, chosen, method, request, output_path)
         else:
+            made = ", ".join(row.name for row in SchemeRegistry if makeable_methods(spec, row.scheme))
             notes.append(
-                f"this build does not make {chosen.scheme}: take a published {chosen.scheme} checkpoint, or "
-                f"one of {', '.join(row.name for row in SchemeRegistry if row.methods)}"
+                f"this build does not make {chosen.scheme} of this model: "
+                f"{scheme_problem(spec, chosen.stored)}; take a published {chosen.scheme} checkpoint"
+                f"{f', or one of {made}' if made else ''}"
+            )
+        if method is not None and method != (preferred := chosen.row.methods[0]):
+            unlike = "; the loss is that of calibrated checkpoints" if method in DATA_FREE else ""
+            notes.append(
+                f"--method {method} instead of {preferred}: "
+                f"{method_problem(spec, chosen.stored, preferred)}{unlike}"
             )
     return Recommendation(
         model=spec, gpus=tuple(found), request=request, plans=plans,
@@ -338,11 +354,11 @@ def _plan_one(
     )
     loss = (float(quality["loss_percent"][0]), float(quality["loss_percent"][1]))
     quantized = is_quantized(row.scheme)
-    makeable = bool(row.methods) or not quantized
+    methods = makeable_methods(spec, row.scheme) if quantized else ()
 
     def refused(why: str) -> SchemePlan:
         return SchemePlan(
-            row, row.scheme, None, False, False, False, why, loss, quality["source"], None, makeable, 0
+            row, row.scheme, None, False, False, False, why, loss, quality["source"], None, methods, 0
         )
 
     if spec.quantization and quantized:
@@ -398,7 +414,7 @@ def _plan_one(
     return SchemePlan(
         row, stored, found, found.fits, meets, safe, why, loss, quality["source"],
         speed_bounds(spec, gpu, found, request.concurrency),
-        makeable, size,
+        methods, size,
     )  # fmt: skip
 
 
@@ -531,7 +547,6 @@ def _commands(
     method: str | None,
     request: EngineRequest,
     output_path: str | None,
-    gpu: Gpu,
 ) -> tuple[str, ...]:
     """The exact commands: make the checkpoint (unless it is served as it is), then serve it."""
     assert chosen.plan is not None

@@ -14,7 +14,7 @@ from typing import Any
 
 from quant.architectures import DTYPE_BYTES, ModelSpec, Weight
 from quant.errors import QuantError, UsageError
-from quant.schemes import PRESETS, UNQUANTIZED, Scheme, WeightScheme
+from quant.schemes import PRESETS, Scheme, WeightScheme
 from quant.vllm.config import source_method
 from quant.vllm.kernels import kernel_of
 from quant.vllm.releases import Rules
@@ -33,7 +33,7 @@ def _up(value: float, multiple: int) -> int:
 def is_quantized(scheme: Scheme | None) -> bool:
     """Whether a scheme changes anything: None and :data:`quant.schemes.UNQUANTIZED` stand for the checkpoint
     as it is."""
-    return scheme is not None and scheme != UNQUANTIZED
+    return scheme is not None and scheme.weights.bits != 16
 
 
 # -- how a checkpoint stores its own linears -----------------------------------------------------------------
@@ -207,6 +207,8 @@ def _listed(config: Mapping[str, Any]) -> Callable[[Weight], bool]:
     ]
 
     def listed(weight: Weight) -> bool:
+        if not patterns:
+            return False
         names = (*module_names(weight), weight.name.removesuffix(".weight"))
         return any(p.match(name) for p in patterns for name in names)
 
@@ -229,7 +231,7 @@ def _is_quantizable(weight: Weight) -> bool:
 def quantizable(weight: Weight, scheme: Scheme | None) -> bool:
     """Whether a scheme quantizes this weight: linears whose inputs its groups do not divide stay as they
     are."""
-    if scheme is None or not is_quantized(scheme) or not _is_quantizable(weight):
+    if scheme is None or scheme.weights.bits == 16 or not _is_quantizable(weight):
         return False
     group = scheme.weights.group_size
     return group == -1 or weight.shape[1] % group == 0
@@ -256,11 +258,12 @@ def file_bytes(spec: ModelSpec, scheme: Scheme | None = None) -> int:
     """
     tensors = checkpoint_bytes(spec, scheme)
     digits = len(str(tensors))
+    parts = [] if scheme is None else list(scheme.stored_tensors(1, 1, 2))
     header = 16
     for weight in spec.weights:
         base, names = weight.tensor.removesuffix(".weight"), [weight.tensor]
         if scheme is not None and quantizable(weight, scheme):
-            names = [f"{base}.{last}" for last in scheme.stored_tensors(weight.shape[0], weight.shape[1], 2)]
+            names = [f"{base}.{last}" for last in parts]
         shape = len(str(list(weight.shape)).replace(" ", ""))
         header += weight.count * sum(
             len(n) + len('"":{"dtype":"I32","shape":,"data_offsets":[,]},') + shape + 2 * digits

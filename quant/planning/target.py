@@ -3,28 +3,46 @@ release will load its result."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from quant.checkpoint.reader import read_json
 from quant.errors import UsageError
 from quant.hardware import detect, named_gpu
+from quant.models.support import makeable_methods, method_problem, scheme_problem
 from quant.planning.memory import EngineRequest
 from quant.planning.recommendation import Recommendation, recommend
-from quant.schemes import Scheme, SchemeRegistry
+from quant.schemes import DEFAULT_SCHEME, PRESETS, Scheme, row_of
 from quant.vllm.kernels import kernel_problem
 from quant.vllm.releases import loading_problem
 
 
-def method_for(scheme: str) -> str:
-    """The method that makes a scheme when none is named: the first of its row.
+def method_for(scheme: Scheme, model: str | Path, needs: Mapping[str, str] | None = None) -> tuple[str, str]:
+    """The method that makes a scheme of a checkpoint where none is named, and a sentence on why it is not the
+    scheme's preferred one (empty where it is).
+
+    Args:
+        model: the checkpoint's directory.
+        needs: recipe keys that the job has beside the scheme; None: those that the scheme needs to be good.
 
     Raises:
-        UsageError: a scheme that vLLM does not load has no such row.
+        UsageError: a scheme that vLLM does not load has no such method, nor has one that this build does not
+            make of the model.
     """
-    methods = SchemeRegistry.get(scheme).methods if scheme in SchemeRegistry else ()
+    row = row_of(scheme)
+    if not row.methods:
+        raise UsageError(f"missing --method: scheme {scheme.name!r} has no default one; give gptq or minmax")
+    file = Path(model) / "config.json"
+    # a directory without one is refused by the job, together with all else that is wrong
+    config = read_json(file, "the config") if file.is_file() else {}
+    methods = makeable_methods(config, scheme, needs)
     if not methods:
-        raise UsageError(f"missing --method: scheme {scheme!r} has no default one; give gptq or minmax")
-    return methods[0]
+        raise UsageError(f"missing --method: {scheme_problem(config, scheme, needs)}")
+    if methods[0] == row.methods[0]:
+        return methods[0], ""
+    reason = method_problem(config, scheme, row.methods[0], needs)
+    return methods[0], f"--method {methods[0]} instead of {row.methods[0]}: {reason}"
 
 
 def choose(
@@ -43,9 +61,10 @@ def choose(
         NothingFits: nothing does; the message says what would.
     """
     if gpu is None and not detect().gpus:
+        method, _ = method_for(PRESETS[DEFAULT_SCHEME], model)
         raise UsageError(
             "no --method is given and no GPU is here to choose one for: name the GPU that will serve it "
-            "(--gpu L40S-48GB), or give --method gptq"
+            f"(--gpu L40S-48GB), or give --method {method}"
         )
     request = EngineRequest(tensor_parallel=tensor_parallel, vllm_version=vllm_version)
     count = tensor_parallel if gpu is not None else None
@@ -53,7 +72,7 @@ def choose(
         str(model),
         gpu,
         request,
-        schemes=["none", *(row.name for row in SchemeRegistry if row.methods)],
+        makeable_only=True,
         output_path=str(output_path),
         gpu_count=count,
     )

@@ -62,7 +62,7 @@ def test_nothing_fits_a_small_gpu(large: Path) -> None:
 
 @pytest.mark.parametrize(("scheme", "method"), [("w4a16", "gptq"), ("w8a16", "minmax")])
 def test_a_scheme_brings_its_method(scheme: str, method: str, tmp_path: Path) -> None:
-    assert method_for(scheme) == method
+    assert method_for(PRESETS[scheme], MODEL) == (method, "")
     result = CliRunner().invoke(
         cli,
         [

@@ -115,6 +115,7 @@ def show_detection(found: Detection, console: Console) -> None:
 
 def show_recommendation(found: Recommendation, console: Console) -> None:
     """Every scheme with ✓ or ✗ and why, the choice in a sentence, then the commands."""
+    from rich.markup import escape
     from rich.table import Table
 
     gpu, request, model = found.gpus[0], found.request, found.model
@@ -186,6 +187,6 @@ def show_recommendation(found: Recommendation, console: Console) -> None:
         engine = next(e for e in found.engines if e.suits)
         console.print(f"serve with {engine.name}: {engine.why}")
     for line in found.notes:
-        console.print(f"[dim]note: {line}[/]", soft_wrap=True)
+        console.print(f"[dim]note: {escape(line)}[/]", soft_wrap=True)
     for command in found.commands:
         console.print(f"  {command}", soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,130 @@
+"""Which methods this build can run for a model, told from its config alone. No torch: planning asks too.
+
+Methods that need no data go through a checkpoint tensor by tensor and take any architecture whose weights
+are stored as [outputs, inputs]. Everything that is calibrated (a method, a suppressor, a static scale, the
+inputs of NVFP4) runs the model block by block through transformers' own modules. That needs a row of
+:data:`quant.models.ModelRegistry`, or blocks that :class:`quant.models.skeleton.Skeleton` can work out for
+itself: :data:`GENERIC` names the families of which a test shows that it can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quant.architectures import Config, ModelSpec
+from quant.models.adapter import ModelRegistry
+from quant.schemes import Scheme, row_of
+
+#: Methods that need no calibration text, as ``--method`` has them.
+DATA_FREE = frozenset({"minmax", "fp8", "hqq", "none"})
+#: Model types whose linears are transformers' Conv1D: groups would run along the outputs.
+TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+#: Model types without a row whose blocks are worked out by running one. What makes a linear's input is not
+#: known there, so nothing can be folded into it.
+GENERIC = frozenset(
+    {
+        "apertus", "arcee", "bloom", "cohere", "cohere2", "ernie4_5", "exaone4", "falcon", "gemma", "glm",
+        "glm4", "gpt_bigcode", "gptj", "granite", "helium", "hunyuan_v1_dense", "ministral", "ministral3",
+        "mpt", "nemotron", "olmo", "olmo2", "olmo3", "opt", "phi", "seed_oss", "smollm3", "stablelm",
+        "starcoder2",
+    }
+)  # fmt: skip
+#: Model types of mixtures of experts whose experts can be calibrated.
+CALIBRATED_MIXTURES: frozenset[str] = frozenset()
+
+
+def layout_problem(model_type: str) -> str | None:
+    """Why no method can quantize a model type, or None."""
+    if model_type not in TRANSPOSED:
+        return None
+    return (
+        f"model type {model_type!r} stores its weights transposed, [inputs, outputs], which is not "
+        "supported: choose a model whose linears are stored as [outputs, inputs]"
+    )
+
+
+def calibration_problem(model: ModelSpec | Mapping[str, Any]) -> str | None:
+    """Why a model cannot be run block by block, as far as its config tells, or None."""
+    model_type, mixture = _traits(model)
+    if mixture and model_type not in CALIBRATED_MIXTURES:
+        return f"the experts of model type {model_type!r} cannot be calibrated yet"
+    if model_type in GENERIC or mixture or _has_row(model_type):
+        return None
+    return (
+        f"model type {model_type!r} has no row in docs/adapters.md, and is not among those that are known to "
+        "be run without one"
+    )
+
+
+def method_problem(
+    model: ModelSpec | Mapping[str, Any], scheme: Scheme, method: str, needs: Mapping[str, str] | None = None
+) -> str | None:
+    """Why this build cannot make a scheme of a model by a method, as far as is known, or None.
+
+    Args:
+        model: a spec, or config.json.
+        needs: recipe keys that the job has beside the scheme; None: those that the scheme needs to be good.
+    """
+    model_type, _ = _traits(model)
+    if reason := layout_problem(model_type):
+        return reason
+    suppressor = (row_of(scheme).needs if needs is None else needs).get("outlier_suppression", "none")
+    activations = scheme.activations
+    calibrated = {
+        f"--method {method} takes calibration": method not in DATA_FREE,
+        f"the activations of {scheme.name} take calibration": activations is not None
+        and activations.calibrated,
+        f"--outlier-suppression {suppressor}, which {scheme.name} needs to be good, takes calibration": (
+            suppressor != "none"
+        ),
+    }
+    for what, needed in calibrated.items():
+        if needed and (reason := calibration_problem(model)):
+            return f"{what}, and {reason}"
+    if suppressor != "none" and not _has_row(model_type):
+        return (
+            f"{scheme.name} needs --outlier-suppression {suppressor} to be good, and what makes the inputs "
+            f"of model type {model_type!r} is not known: docs/adapters.md shows how to add a row"
+        )
+    return None
+
+
+def makeable_methods(
+    model: ModelSpec | Mapping[str, Any], scheme: Scheme, needs: Mapping[str, str] | None = None
+) -> tuple[str, ...]:
+    """The methods that make a scheme of a model, the preferred one first; see :func:`method_problem`.
+
+    >>> from quant.schemes import PRESETS
+    >>> makeable_methods({"model_type": "llama"}, PRESETS["w4a16"])
+    ('gptq', 'minmax')
+    >>> makeable_methods({"model_type": "mixtral", "num_local_experts": 8}, PRESETS["w4a16"])
+    ('minmax',)
+    """
+    return tuple(m for m in row_of(scheme).methods if method_problem(model, scheme, m, needs) is None)
+
+
+def scheme_problem(
+    model: ModelSpec | Mapping[str, Any], scheme: Scheme, needs: Mapping[str, str] | None = None
+) -> str | None:
+    """Why none of a scheme's methods makes it of a model, told of the one that asks for least; None where one
+    does."""
+    methods = row_of(scheme).methods
+    if not methods:
+        return f"vLLM has no kernel for {scheme.name}"
+    if makeable_methods(model, scheme, needs):
+        return None
+    return method_problem(model, scheme, next((m for m in methods if m in DATA_FREE), methods[0]), needs)
+
+
+def _traits(model: ModelSpec | Mapping[str, Any]) -> tuple[str, bool]:
+    """The model type, and whether it is a mixture of experts."""
+    if isinstance(model, ModelSpec):
+        return model.model_type, model.moe is not None
+    config = Config(model, "config.json")
+    mixture = bool(config.get("experts")) and config.get("enable_moe_block") is not False
+    return str(model.get("model_type") or ""), mixture
+
+
+def _has_row(model_type: str) -> bool:
+    return any(model_type in adapter.model_types for adapter in ModelRegistry)
