@@ -66,7 +66,10 @@ def resolve(values: Mapping[str, Any]) -> ResolvedJob | Recommendation:
         # wrong values are mistakes of the request, whatever is recommended
         asked = make_recipe({**values, "method": "gptq"})
         if "scheme" in values or "bits" in values:
-            chosen = {"method": method_for(asked.resolved_scheme().name)}
+            given = asked.outlier_suppression
+            needs = None if given is None else {"outlier_suppression": given}
+            method, note = method_for(asked.resolved_scheme(), asked.model_path, needs)
+            chosen, notes = {"method": method}, (note,) if note else ()
         else:
             recommendation = choose(
                 asked.model_path,
