@@ -105,7 +105,7 @@ class ModelSpec:
 
     name: str
     family: str
-    #: of config.json as a whole, which of a wrapper is not that of its text decoder
+    #: of the text decoder as config.json states it, of the whole where it states none
     model_type: str
     architecture: str
     dtype: str
@@ -326,8 +326,8 @@ class Config:
     def __init__(self, raw: Mapping[str, Any], where: str):
         self.raw, self.where = raw, where
         text = self.text = text_config(raw)
-        family = str(text.get("model_type") or raw.get("model_type") or "")
-        self.family = WRAPPERS.get(family, family)
+        self.model_type = str(text.get("model_type") or raw.get("model_type") or "")
+        self.family = WRAPPERS.get(self.model_type, self.model_type)
 
     def get(self, key: str, default: Any = None) -> Any:
         for name in ALIASES.get(key, (key,)):
@@ -381,7 +381,7 @@ def spec_from_config(
         dtype = "bfloat16"
     quantization = quantization_config(raw)
     return ModelSpec(
-        name=name, family=config.family or "unknown", model_type=str(raw.get("model_type") or ""),
+        name=name, family=config.family or "unknown", model_type=config.model_type,
         architecture=str(architectures[0]), dtype=dtype,
         hidden=builder.hidden, heads=heads,
         kv_heads=builder.kv_heads, head_dim=builder.head_dim, intermediate=builder.intermediate,

@@ -2,9 +2,9 @@
 
 Methods that need no data go through a checkpoint tensor by tensor and take any architecture whose weights
 are stored as [outputs, inputs]. Everything that is calibrated (a method, a suppressor, a static scale, the
-inputs of NVFP4) runs the model block by block through transformers' own modules. That needs a row of
+inputs of NVFP4) runs the text decoder block by block through transformers' own modules. That needs a row of
 :data:`quant.models.ModelRegistry`, or blocks that :class:`quant.models.skeleton.Skeleton` can work out for
-itself: :data:`GENERIC` names the families of which a test shows that it can.
+itself: :data:`RUN` names the families of which a test shows that it can.
 """
 
 from __future__ import annotations
@@ -20,18 +20,24 @@ from quant.schemes import Scheme, row_of
 DATA_FREE = frozenset({"minmax", "fp8", "hqq", "none"})
 #: Model types whose linears are transformers' Conv1D: groups would run along the outputs.
 TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
-#: Model types without a row whose blocks are worked out by running one. What makes a linear's input is not
-#: known there, so nothing can be folded into it.
-GENERIC = frozenset(
+#: Model types of text decoders without a row whose blocks are worked out by running one of each kind. What
+#: makes a linear's input is not known there, so nothing can be folded into it.
+RUN = frozenset(
     {
-        "apertus", "arcee", "bloom", "cohere", "cohere2", "ernie4_5", "exaone4", "falcon", "gemma", "glm",
-        "glm4", "gpt_bigcode", "gptj", "granite", "helium", "hunyuan_v1_dense", "ministral", "ministral3",
-        "mpt", "nemotron", "olmo", "olmo2", "olmo3", "opt", "phi", "seed_oss", "smollm3", "stablelm",
+        "apertus", "arcee", "bloom", "cohere", "cohere2", "ernie4_5", "exaone4", "falcon", "gemma",
+        "gemma4_text", "glm", "glm4", "gpt_bigcode", "gpt_neox", "gptj", "granite", "helium",
+        "hunyuan_v1_dense", "ministral", "ministral3", "mpt", "nemotron", "olmo", "olmo2", "olmo3", "opt",
+        "phi", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3_vl_text", "seed_oss", "smollm3", "stablelm",
         "starcoder2",
+        # blocks of several kinds
+        "lfm2", "qwen3_5_text",
+        # mixtures of experts
+        "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "glm4_moe", "gpt_oss", "granitemoe",
+        "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "llama4_text", "minimax_m2", "mixtral",
+        "nemotron_h", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next",
+        "qwen3_vl_moe_text",
     }
 )  # fmt: skip
-#: Model types of mixtures of experts whose experts can be calibrated.
-CALIBRATED_MIXTURES: frozenset[str] = frozenset()
 
 
 def layout_problem(model_type: str) -> str | None:
@@ -45,11 +51,11 @@ def layout_problem(model_type: str) -> str | None:
 
 
 def calibration_problem(model: ModelSpec | Mapping[str, Any]) -> str | None:
-    """Why a model cannot be run block by block, as far as its config tells, or None."""
-    model_type, mixture = _traits(model)
-    if mixture and model_type not in CALIBRATED_MIXTURES:
-        return f"the experts of model type {model_type!r} cannot be calibrated yet"
-    if model_type in GENERIC or mixture or _has_row(model_type):
+    """Why a model's text decoder cannot be run block by block, as far as its config tells, or None."""
+    model_type, per_token = _traits(model)
+    if per_token:
+        return f"the blocks of model type {model_type!r} are called with values of each token"
+    if model_type in RUN or _has_row(model_type):
         return None
     return (
         f"model type {model_type!r} has no row in docs/adapters.md, and is not among those that are known to "
@@ -118,12 +124,11 @@ def scheme_problem(
 
 
 def _traits(model: ModelSpec | Mapping[str, Any]) -> tuple[str, bool]:
-    """The model type, and whether it is a mixture of experts."""
+    """The model type of the text decoder, and whether each of its blocks reads embeddings of its own."""
     if isinstance(model, ModelSpec):
-        return model.model_type, model.moe is not None
+        return model.model_type, any(w.name.startswith("embed_tokens_per_layer") for w in model.weights)
     config = Config(model, "config.json")
-    mixture = bool(config.get("experts")) and config.get("enable_moe_block") is not False
-    return str(model.get("model_type") or ""), mixture
+    return config.model_type, bool(config.get("hidden_size_per_layer_input"))
 
 
 def _has_row(model_type: str) -> bool:
