@@ -35,10 +35,10 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from quant.architectures import DTYPE_BYTES, ModelSpec  # noqa: E402
 from quant.catalog import NAME_MARKS, find_model, stored_bytes  # noqa: E402
 from quant.errors import QuantError  # noqa: E402
 from quant.hardware import Gpu, named_gpu  # noqa: E402
+from quant.models.spec import DTYPE_BYTES, ModelSpec  # noqa: E402
 from quant.planning.memory import EngineRequest, MemoryPlan, plan  # noqa: E402
 from quant.planning.rule_of_thumb import OVERHEADS  # noqa: E402
 from quant.planning.storage import checkpoint_bytes, source_schemes  # noqa: E402

@@ -25,7 +25,7 @@ _EXPORTS: dict[str, str] = {
     "MemoryPlan": "quant.planning.memory",
     "MinMaxQuantizer": "quant.quantizers",
     "ModelRegistry": "quant.models",
-    "ModelSpec": "quant.architectures",
+    "ModelSpec": "quant.models.spec",
     "OutlierSuppressionRegistry": "quant.outlier_suppression",
     "QuantError": "quant.errors",
     "QuantizationManager": "quant.pipeline.manager",

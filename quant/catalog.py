@@ -15,10 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from quant.architectures import DTYPE_BYTES, ModelSpec, spec_from_config, weights_from_tensors
 from quant.checkpoint.reader import open_checkpoint, read_json
 from quant.data import load_json
 from quant.errors import UsageError
+from quant.models.shapes import spec_from_config, weights_from_tensors
+from quant.models.spec import DTYPE_BYTES, ModelSpec
 
 _GPTQ4 = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
 
@@ -107,8 +108,7 @@ def model_from_directory(path: str | Path) -> ModelSpec:
         return replace(spec, notes=(*spec.notes, "no safetensors files: sizes are computed from config.json"))
     checkpoint = open_checkpoint(directory)
     spec = spec_from_config(checkpoint.config, directory.resolve().name, str(checkpoint.path / "config.json"))
-    tensors = [(t.name, t.dtype, t.shape) for t in checkpoint.tensors.values()]
-    weights = tuple(weights_from_tensors(tensors, spec.layers))
+    weights = tuple(weights_from_tensors(checkpoint.tensors.values(), checkpoint.config, spec.layers))
     embedded = any(w.role == "embedding" for w in weights)
     tied = spec.tied or (embedded and not any(w.role == "head" for w in weights))
     if tied:  # a head stored beside the embeddings that it repeats is not loaded

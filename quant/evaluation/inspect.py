@@ -10,7 +10,7 @@ from quant.formats import find_format
 from quant.models.adapter import adapter_for
 from quant.models.roles import block_of, role_of
 from quant.report.evidence import evidence_of
-from quant.vllm.config import block_count
+from quant.vllm.config import block_count, stated
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """
     checkpoint = open_checkpoint(path)
     found = find_format(checkpoint.config, checkpoint.tensors)
-    stated = block_count(checkpoint.config)
+    count = block_count(checkpoint.config)
     parameters: dict[str, int] = {}
     dtypes: dict[str, int] = {}
     for name, info in checkpoint.tensors.items():
@@ -31,11 +31,11 @@ def inspect(path: str | Path) -> dict[str, Any]:
         module = name.rpartition(".")[0]
         if found is not None and module in found.linears and not name.endswith(".bias"):
             continue
-        role = role_of(name, stated)
+        role = role_of(name, count)
         parameters[role] = parameters.get(role, 0) + info.numel
     linears = found.linears.values() if found else []
     for linear in linears:
-        role = role_of(linear.name, stated)
+        role = role_of(linear.name, count)
         parameters[role] = parameters.get(role, 0) + linear.n * linear.k
     schemes: dict[str, int] = {}
     for linear in linears:
@@ -55,7 +55,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "total_bytes": checkpoint.nbytes,
         "bytes_by_dtype": dict(sorted(dtypes.items(), key=lambda x: -x[1])),
         "files": [{"name": f.name, "file_bytes": f.stat().st_size} for f in checkpoint.weight_files],
-        "tied_head": bool(checkpoint.config.get("tie_word_embeddings")),
+        "tied_head": bool(stated(checkpoint.config, "tie_word_embeddings")),
         "format": found.format if found else "plain",
         "schemes": schemes,
         "quantized_linears": len(schemes) and sum(schemes.values()),

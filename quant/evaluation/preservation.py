@@ -14,6 +14,7 @@ from quant.checkpoint.reader import open_checkpoint
 from quant.evaluation.quality import Runner
 from quant.offline import load_tokenizer
 from quant.progress import silent
+from quant.vllm.config import context_length
 
 ROWS, TOKENS = 4, 128
 #: The most that KL may be, in nats per token. Rounding weights once to bf16 moves it by about 1e-5; a factor
@@ -50,8 +51,7 @@ def preservation(source: Path, candidate: Path, device: torch.device) -> Preserv
         QuantError: one that cannot be run here.
     """
     checkpoint = open_checkpoint(source)
-    longest = checkpoint.config.get("max_position_embeddings")
-    length = min(TOKENS, longest) if isinstance(longest, int) else TOKENS
+    length = min(TOKENS, context_length(checkpoint.config) or TOKENS)
     rows = evaluation_rows(load_tokenizer(source), bundled("wikitext-2-test"), length, ROWS)
     both = []
     for path in (source, candidate):

@@ -28,6 +28,7 @@ from quant.formats.reading import dequantized
 from quant.models.skeleton import BlockCall, Skeleton
 from quant.offline import load_tokenizer
 from quant.progress import Event, Progress, silent
+from quant.vllm.config import context_length
 
 _BATCH_TOKENS = 2048
 
@@ -148,7 +149,7 @@ def chunk_length(asked: int | None, *checkpoints: Checkpoint) -> int:
     Raises:
         QuantError: more are asked for than a model's context has.
     """
-    contexts = [x for c in checkpoints if isinstance(x := c.config.get("max_position_embeddings"), int)]
+    contexts = [x for c in checkpoints if (x := context_length(c.config)) is not None]
     if asked is not None and contexts and asked > min(contexts):
         raise QuantError(f"--length is {asked}: the model's longest context is {min(contexts)}")
     return asked or min([defaults.EVALUATION_LENGTH, *contexts])

@@ -22,7 +22,7 @@ from quant.formats.base import config_problems
 from quant.models.linears import built_linears
 from quant.models.roles import role_of
 from quant.vllm.cache import cache_problems
-from quant.vllm.config import heads_of, parts, quantization_config, stated_dtype, text_path
+from quant.vllm.config import heads_of, parts, quantization_config, stated, stated_dtype, text_path
 from quant.vllm.layers import fused_layers, is_head, shape_problems, shared_name
 
 #: Findings of one check that are said; more are counted.
@@ -130,7 +130,7 @@ def verify(
             "tensors of the source",
             source_problems(checkpoint, origin, layers, values.differing, made),
             "each linear is there, and all else byte for byte (the source is quantized itself)"
-            if "quantization_config" in origin.config
+            if quantization_config(origin.config) is not None
             else f"all {len(origin.tensors)} are quantized or copied byte for "
             f"byte{f', {len(changed)} with scaling folded in' if changed else ''}",
         )
@@ -306,7 +306,7 @@ def _head_problems(checkpoint: Checkpoint, layers: QuantizedLayers) -> list[str]
         for n in layers.linears
         if role_of(n.rpartition(".")[2]) == "embedding"
     ]
-    if checkpoint.config.get("tie_word_embeddings"):
+    if stated(checkpoint.config, "tie_word_embeddings"):
         problems += [
             f"{n} is quantized although the config ties it to the embedding"
             for n in layers.linears

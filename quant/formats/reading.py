@@ -12,6 +12,7 @@ from quant.errors import CheckpointError
 from quant.formats import FormatRegistry
 from quant.formats.base import Format, QuantizedLayers, find_format
 from quant.vllm.cache import cache_scale
+from quant.vllm.config import without_quantization
 from quant.vllm.layers import Linear
 
 if TYPE_CHECKING:
@@ -75,9 +76,7 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     if layers is None:
         return checkpoint
     form = FormatRegistry.get(layers.format)
-    config = {
-        k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "compression_config")
-    }
+    config = without_quantization(checkpoint.config)
     tensors, computed = {}, {}
     for name, info in checkpoint.tensors.items():
         module, _, last = name.rpartition(".")

@@ -213,6 +213,22 @@ def fused_refs(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> 
     return refs
 
 
+def fused_matrix(
+    name: str, shape: tuple[int, ...], layout: ExpertLayout, hidden: object
+) -> tuple[int, int] | None:
+    """Outputs and inputs of one expert in a fused tensor of experts, several projections one after another;
+    None of other tensors."""
+    place = fused_experts(name, shape, layout)
+    if place is None or len(shape) != 3:
+        return None
+    rows, columns = shape[1:]
+    return (
+        (columns, rows)
+        if _transposed(layout, layout.tensors[place[1]], rows, columns, hidden)
+        else (rows, columns)
+    )
+
+
 def fused_tensors(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, list[LinearRef]]:
     """Fused tensors of experts, of weights and of biases, and the linears in each."""
     return holders(fused_refs(tensors, config).values())

@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from quant.architectures import Config, ModelSpec
 from quant.models.adapter import ModelRegistry
+from quant.models.spec import ModelSpec
 from quant.schemes import Scheme, row_of
+from quant.vllm.config import parts, stated
 
 #: Methods that need no calibration text, as ``--method`` has them.
 DATA_FREE = frozenset({"minmax", "fp8", "hqq", "none"})
@@ -127,8 +128,8 @@ def _traits(model: ModelSpec | Mapping[str, Any]) -> tuple[str, bool]:
     """The model type of the text decoder, and whether each of its blocks reads embeddings of its own."""
     if isinstance(model, ModelSpec):
         return model.model_type, any(w.name.startswith("embed_tokens_per_layer") for w in model.weights)
-    config = Config(model, "config.json")
-    return config.model_type, bool(config.get("hidden_size_per_layer_input"))
+    model_type = next((str(t) for p in parts(model) if (t := p.get("model_type"))), "")
+    return model_type, bool(stated(model, "hidden_size_per_layer_input"))
 
 
 def _has_row(model_type: str) -> bool:

@@ -36,7 +36,7 @@ from quant.recipe import Assignment
 from quant.report.value import FoldResult
 from quant.schemes import BLOCK, Scheme
 from quant.tensors import QuantizedTensor, sum_of_squares
-from quant.vllm.config import text_config
+from quant.vllm.config import head_size
 
 #: An input feature this many times as large as the median one is an outlier: its weights may be small and
 #: still matter, and few bits round them away.
@@ -365,19 +365,13 @@ class BlockQuantizer:
         made: BlockResult,
     ) -> tuple[torch.Tensor | None, tuple[str, ...]]:
         """The factors that a suppressor proposes, folded; or None and why not."""
-        config = text_config(self.plan.checkpoint.config)
-        head_size = int(
-            config.get("head_dim")
-            or int(config.get("hidden_size") or 0) // max(int(config.get("num_attention_heads") or 1), 1)
-            or 1
-        )
         fold = find_fold(
             group,
             whole,
             prefix,
             self.plan.checkpoint,
             norm_offset,
-            head_size,
+            head_size(self.plan.checkpoint.config) or 1,
             self.plan.recipe.exact_folds,
             stacked.device,
         )

@@ -7,7 +7,7 @@ from quant.calibration.text import Rows, bundled, calibration_rows
 from quant.errors import UsageError
 from quant.offline import load_tokenizer
 from quant.pipeline.plan import JobPlan
-from quant.vllm.config import text_config
+from quant.vllm.config import context_length, vocabulary_size
 
 
 def job_rows(plan: JobPlan) -> Rows:
@@ -16,18 +16,16 @@ def job_rows(plan: JobPlan) -> Rows:
         QuantError, UsageError: too little text, or rows longer than the model's context.
     """
     recipe, checkpoint = plan.recipe, plan.checkpoint
-    config = text_config(checkpoint.config)
-    longest = config.get("max_position_embeddings")
-    limit = longest if isinstance(longest, int) else defaults.SEQUENCE_LENGTH
-    length = recipe.sequence_length or min(defaults.SEQUENCE_LENGTH, limit)
-    if isinstance(longest, int) and length > longest:
+    longest = context_length(checkpoint.config)
+    length = recipe.sequence_length or min(defaults.SEQUENCE_LENGTH, longest or defaults.SEQUENCE_LENGTH)
+    if longest is not None and length > longest:
         raise UsageError(f"--sequence-length is {length}: the model's longest context is {longest}")
     return calibration_rows(
         load_tokenizer(checkpoint.path),
         recipe.calibration_dataset or [bundled("wikipedia")],
         recipe.samples,
         length,
-        vocabulary=size if isinstance(size := config.get("vocab_size"), int) else 2**31,
+        vocabulary=vocabulary_size(checkpoint.config) or 2**31,
         shuffle=recipe.shuffle,
         seed=recipe.seed,
         chat_template=recipe.chat_template,

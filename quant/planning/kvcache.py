@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
-from quant.architectures import CacheLayer, ModelSpec
+from quant.models.spec import CacheLayer, ModelSpec
 from quant.vllm.releases import Rules
 
 #: bytes of one cached value, by --kv-cache-dtype; ``auto`` is the model's own dtype

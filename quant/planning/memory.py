@@ -19,12 +19,11 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any
 
-from quant.architectures import DTYPE_BYTES, ModelSpec, Weight
 from quant.errors import Problems, UsageError, one_of
 from quant.hardware import Gpu
+from quant.models.spec import DTYPE_BYTES, ModelSpec, Weight
 from quant.planning.kvcache import KV_DTYPES, CacheLayout, layout, longest_context
 from quant.planning.storage import (
-    QUANTIZED_ROLES,
     ForeignScheme,
     is_quantized,
     loaded_bytes,
@@ -150,7 +149,7 @@ def group_problems(spec: ModelSpec, scheme: Scheme | None, ranks: int) -> list[s
 
     def stored(weight: Weight) -> Scheme:
         if planned is not None:
-            return planned if weight.role in QUANTIZED_ROLES else UNQUANTIZED
+            return planned
         source = own(weight)
         if source is None or (isinstance(source, ForeignScheme) and source.padded):
             return UNQUANTIZED

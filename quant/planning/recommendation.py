@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quant.architectures import ModelSpec
 from quant.catalog import load_model, stored_bytes
 from quant.data import load_json
 from quant.errors import NothingFits, UsageError, one_of
 from quant.hardware import Gpu, cpu_device, resolve_gpus
+from quant.models.spec import ModelSpec
 from quant.models.support import DATA_FREE, makeable_methods, method_problem, scheme_problem
 from quant.planning.memory import (
     EngineRequest,

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from quant.architectures import ModelSpec
 from quant.data import config_path
 from quant.errors import UsageError, one_of
+from quant.models.spec import ModelSpec
 from quant.planning.memory import EngineRequest
 
 #: model sizes that a scenario tells apart, by parameters: small below 8e9, large from 34e9

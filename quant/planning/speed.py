@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-from quant.architectures import ModelSpec
 from quant.hardware import Gpu
+from quant.models.spec import ModelSpec
 from quant.planning.memory import MemoryPlan
-from quant.planning.storage import QUANTIZED_ROLES, is_quantized, source_schemes
+from quant.planning.storage import is_quantized, source_schemes
 from quant.schemes import Scheme
 from quant.vllm.kernels import formats_of, kernel_of
 
@@ -67,7 +67,7 @@ def _bytes_read(spec: ModelSpec, scheme: Scheme, experts: float = 1.0) -> float:
         if planned is None:
             stored = own(weight)
         else:
-            stored = planned if weight.linear and weight.role in QUANTIZED_ROLES else None
+            stored = planned if weight.linear else None
         n, k = weight.shape[0], prod(weight.shape[1:])
         width = 2.0 if stored is None else stored.stored_bytes(n, k, 2) / (n * k)
         size = (

@@ -12,16 +12,12 @@ from dataclasses import dataclass, field, replace
 from math import ceil, prod
 from typing import Any
 
-from quant.architectures import DTYPE_BYTES, ModelSpec, Weight
 from quant.errors import QuantError, UsageError
+from quant.models.spec import DTYPE_BYTES, ModelSpec, Weight
 from quant.schemes import PRESETS, Scheme, WeightScheme
 from quant.vllm.config import source_method
 from quant.vllm.kernels import kernel_of
 from quant.vllm.releases import Rules
-
-#: roles whose linears a scheme quantizes
-QUANTIZED_ROLES = frozenset({"attention", "mlp", "experts", "shared_experts"})
-
 
 _EXPERTS = re.compile(r"(?<![^.])experts\.")
 
@@ -222,7 +218,7 @@ def _covered(config: Mapping[str, Any], scheme: Scheme) -> SchemeOf:
 
 
 def _is_quantizable(weight: Weight) -> bool:
-    return weight.linear and len(weight.shape) == 2 and weight.role in QUANTIZED_ROLES
+    return weight.linear and len(weight.shape) == 2
 
 
 # -- what a scheme makes of a checkpoint ---------------------------------------------------------------------

@@ -144,6 +144,18 @@ def context_length(config: Mapping[str, Any]) -> int | None:
     return whole_number(stated(config, "max_position_embeddings"))
 
 
+def vocabulary_size(config: Mapping[str, Any]) -> int | None:
+    """Number of tokens that the embedding has rows for, as config.json states it."""
+    return whole_number(stated(config, "vocab_size"))
+
+
+def head_size(config: Mapping[str, Any]) -> int | None:
+    """Values of an attention head that config.json states, or that its sizes imply."""
+    hidden, heads = stated(config, "hidden_size"), stated(config, "num_attention_heads")
+    hidden, heads = whole_number(hidden), whole_number(heads)
+    return whole_number(stated(config, "head_dim")) or (hidden // heads if hidden and heads else None)
+
+
 def block_count(config: Mapping[str, Any]) -> int | None:
     """Number of decoder blocks that config.json states."""
     return whole_number(stated(config, "num_hidden_layers"))

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from quant.architectures import ModelSpec
 from quant.catalog import catalogue, find_model
 from quant.errors import QuantError, UsageError
 from quant.jobs import ResolvedJob, resolve
 from quant.models.adapter import ModelRegistry
+from quant.models.spec import ModelSpec
 from quant.models.support import (
     DATA_FREE,
     RUN,

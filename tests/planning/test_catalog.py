@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from quant.architectures import ModelSpec, spec_from_config, weights_from_tensors
 from quant.catalog import (
     catalogue,
     find_model,
@@ -28,6 +27,8 @@ from quant.errors import CheckpointError, UsageError
 from quant.evaluation.inspect import inspect
 from quant.hardware import named_gpu
 from quant.models.roles import role_of
+from quant.models.shapes import spec_from_config, weights_from_tensors
+from quant.models.spec import ModelSpec
 from quant.planning import EngineRequest, plan
 from tests.planning.tiny_models import TINY
 
@@ -101,8 +102,7 @@ def named_tensors(spec: ModelSpec) -> list[TensorInfo]:
 
 def test_shared_experts_of_a_file_are_read_for_every_token() -> None:
     spec = find_model("deepseek-ai/DeepSeek-V2-Lite-Chat")
-    tensors = [(t.name, t.dtype, t.shape) for t in named_tensors(spec)]
-    read = replace(spec, weights=tuple(weights_from_tensors(tensors, spec.layers)))
+    read = replace(spec, weights=tuple(weights_from_tensors(named_tensors(spec), {}, spec.layers)))
     h, inner, heads = 2048, 1408, 16
     attention = heads * 192 * h + 576 * h + heads * 256 * 512 + h * heads * 128 + 512 + 2 * h
     mixture = (2 + 6) * 3 * inner * h + 64 * h  # both shared experts, 6 of 64 routed ones, the router

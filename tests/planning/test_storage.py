@@ -15,7 +15,7 @@ import pytest
 from quant.catalog import find_model, model_from_directory, stored_bytes
 from quant.checkpoint.header import read_header
 from quant.errors import UsageError
-from quant.formats import FormatRegistry
+from quant.formats import Contents, FormatRegistry
 from quant.hardware import named_gpu
 from quant.planning import plan
 from quant.planning.storage import checkpoint_bytes, file_bytes, source_kernels, source_schemes
@@ -133,7 +133,7 @@ def test_a_checkpoint_of_several_schemes_is_planned_linear_by_linear() -> None:
             ("q_proj", "k_proj", "v_proj", "o_proj") if module == "self_attn" else ("gate_proj", "up_proj")
         )
     ]
-    config = form.config(linears, ["lm_head"], "static")
+    config = form.config(Contents(linears, ["lm_head"]))
     assert config is not None and config["format"] == "mixed-precision"
     own = source_schemes(replace(spec, quantization=config))
     stored = {w.name: own(w) for w in spec.weights if w.linear}

@@ -1,0 +1,151 @@
+"""What a config.json says of a text decoder's layers: sizes, the kind of every layer, which of them have
+experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from quant.errors import UsageError
+from quant.models.families import FAMILIES, WRAPPERS, Family
+from quant.models.spec import Moe
+from quant.models.values import LARGEST_DEPTH, Values
+from quant.vllm.config import heads_of
+
+#: Sizes of latent attention.
+LATENT = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+#: Letters of Nemotron-H's pattern → kinds of layers: each is one mixer, or one MLP.
+_LETTERS = {"M": "mamba", "*": "full_attention", "-": "mlp", "E": "moe"}
+
+
+class Decoder:
+    """The facts of one config, checked as they are read.
+
+    Attributes:
+        values: of the config; the text decoder's part first.
+        name: its ``model_type``, of a wrapper that of the text part; empty where none is stated.
+        known: whether the family has a row.
+        latent: sizes of latent attention; empty where there is none.
+        single: a layer is a mixer or an MLP, not both.
+
+    Raises:
+        UsageError: a needed key is missing or absurd; the message names the key and its value.
+    """
+
+    def __init__(self, config: Mapping[str, Any], where: str):
+        self.values = values = Values(config, where)
+        named = values.text("model_type")
+        self.name = WRAPPERS.get(named, named)
+        self.known = self.name in FAMILIES
+        self.family = FAMILIES.get(self.name, Family())
+        self.hidden = values.count("hidden_size")
+        self.layers = values.count("num_hidden_layers", most=LARGEST_DEPTH)
+        self.heads = values.count("num_attention_heads")
+        values.count("num_key_value_heads", self.heads)
+        heads = heads_of(config)
+        assert heads is not None  # both counts stand
+        self.kv_heads, self.state_heads = heads.kv, heads.state
+        if values.get("head_dim") is None and self.hidden % self.heads:
+            raise UsageError(
+                f"{where}: hidden_size {self.hidden} is not a multiple of num_attention_heads "
+                f"{self.heads} and there is no head_dim"
+            )
+        self.head_dim = values.count("head_dim", max(self.hidden // self.heads, 1))
+        if self.heads % self.kv_heads:
+            raise UsageError(
+                f"{where}: {self.heads} attention heads are not a multiple of {self.kv_heads} KV heads"
+            )
+        self.intermediate = values.count("intermediate_size", self._default_inner())
+        self.vocabulary = values.count("vocab_size")
+        self.context = values.count("max_position_embeddings", 2048)
+        tied = values.get("tie_word_embeddings")
+        self.tied = self.family.tied if tied is None else bool(tied)
+        self.latent = {k: size for k in LATENT if (size := values.count(k, 0, least=0))}
+        self.single = bool(values.text("hybrid_override_pattern"))
+
+    def _default_inner(self) -> int | None:
+        """The inner size where ``intermediate_size`` is not stated."""
+        if self.family.inner_ratio:
+            return int(self.hidden * self.values.number("expansion_ratio", self.family.inner_ratio))
+        return self.values.count("moe_intermediate_size", 0, least=0) or None
+
+    @cached_property
+    def moe(self) -> Moe | None:
+        """The routed experts, or None."""
+        experts = self.values.count("experts", 0, least=0)
+        if not experts or self.values.get("enable_moe_block") is False:
+            return None
+        inner = self.values.count("moe_intermediate_size", self.intermediate)
+        return Moe(experts, min(self.values.count("active", 2), experts), inner)
+
+    @cached_property
+    def kinds(self) -> list[str]:
+        """The kind of every layer's attention, in transformers' words; also ``mla``, ``kda``, ``mamba``, and
+        ``mlp`` and ``moe`` for layers that have none."""
+        values, n = self.values, self.layers
+        if pattern := values.text("hybrid_override_pattern"):
+            return [_LETTERS.get(letter, "mlp") for letter in pattern]
+        linear = values.part("linear_attn_config")
+        if full := linear.items("full_attn_layers"):
+            return ["mla" if i + 1 in full else "kda" for i in range(n)]
+        if "kv_lora_rank" in self.latent:
+            return ["mla"] * n
+        types = values.get("layer_types")
+        if isinstance(types, list) and len(types) == n:
+            return [str(t) for t in types]
+        if interval := values.count("full_attention_interval", 0, least=0):
+            return ["full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(n)]
+        if crossing := values.items("cross_attention_layers"):
+            return ["cross_attention" if i in crossing else "full_attention" for i in range(n)]
+        if values.count("attention_chunk_size", 0, least=0):
+            stated = values.items("no_rope_layers")
+            rotary = stated if len(stated) == n else [(i + 1) % 4 for i in range(n)]
+            return ["chunked_attention" if rotary[i] else "full_attention" for i in range(n)]
+        return self._windowed()
+
+    def _windowed(self) -> list[str]:
+        """Full and sliding attention, where nothing but a window and its pattern is stated."""
+        values, n = self.values, self.layers
+        window = values.count("sliding_window", 0, least=0)
+        if not window or not self.family.windowed:
+            # Qwen2: only above max_window_layers, and only when switched on
+            if window and values.get("use_sliding_window"):
+                first = values.count("max_window_layers", n, least=0)
+                return ["sliding_attention" if i >= first else "full_attention" for i in range(n)]
+            return ["full_attention"] * n
+        period = values.count("sliding_window_pattern", 0, least=0) or self.family.window_pattern
+        if not period:
+            return ["sliding_attention"] * n
+        return ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(n)]
+
+    def heads_of(self, kind: str) -> tuple[int, int, bool]:
+        """KV heads, head size and whether keys double as values, for a layer of that kind (Gemma 4's full
+        attention has its own)."""
+        if kind != "full_attention":
+            return self.kv_heads, self.head_dim, False
+        shared = bool(self.values.get("attention_k_eq_v"))
+        kv = self.values.count("num_global_key_value_heads", 0, least=0) if shared else 0
+        dim = self.values.count("global_head_dim", 0, least=0)
+        return kv or self.kv_heads, dim or self.head_dim, shared
+
+    def shares_cache(self, layer: int) -> bool:
+        """Gemma 3n and 4: the last layers read the cache of an earlier one and have no key and value
+        projections."""
+        return layer >= self.layers - self.values.count("num_kv_shared_layers", 0, least=0)
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has experts in the place of the MLP."""
+        values = self.values
+        if self.moe is None or self.family.dense_beside_experts:
+            return False
+        if layer in values.items("mlp_only_layers"):
+            return False
+        if layer < values.count("first_k_dense_replace", 0, least=0):
+            return False
+        frequency = values.get("moe_layer_freq")  # some state a list instead
+        if isinstance(frequency, int) and frequency and layer % frequency:
+            return False
+        if step := values.count("interleave_moe_layer_step", 0, least=0):
+            return (layer + 1) % step == 0
+        return (layer + 1) % (values.count("decoder_sparse_step", 0, least=0) or 1) == 0
