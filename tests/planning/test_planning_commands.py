@@ -92,6 +92,7 @@ def test_verbose_tells_on_stderr_where_facts_are_from_and_how_long_it_took() -> 
             "--tensor-parallel-size 2",
         ),
         (("recommend", "--model", "Llama-3.1-8B", "--gpu", "L40S", "--gpu-memory", "20GiB"), 0, "20.0 GiB"),
+        (("recommend", "--model", "gpt2", "--gpu", "T4", "--scheme", "w4a16"), 0, "[inputs, outputs]"),
     ],
 )
 def test_recommend(arguments: tuple[str, ...], status: int, words: str) -> None:
