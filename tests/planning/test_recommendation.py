@@ -526,6 +526,8 @@ def test_measured_starts_are_reproduced_within_the_limits() -> None:
         "catalog",
         "data",
         "hardware",
+        "models.support",
+        "schemes",
         *(f"vllm.{m}" for m in ("releases", "kernels", "layers", "cache", "config")),
         *(f"planning.{m}" for m in ("recommendation", "rule_of_thumb", "storage")),
     ],
