@@ -112,8 +112,8 @@ def scheme_names(checkpoint: Checkpoint) -> str:
 
 
 def bits_per_weight(checkpoint: Checkpoint, origin: Checkpoint) -> float | None:
-    """Stored bits over the number of weights, of the matrices that ``origin``'s decoder blocks have; None where one
-    of them is not there under its name."""
+    """Stored bits over the number of weights, of the matrices that ``origin``'s decoder blocks have; None
+    where one of them is not there under its name."""
     source = dequantized(origin)
     matrices = decoder_matrices(source.tensors, source.config)
     holder = {ref.name: ref.tensor for ref in decoder_refs(source.tensors, source.config).values()}

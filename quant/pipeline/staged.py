@@ -121,7 +121,8 @@ class _Waiting:
 
 @contextmanager
 def computed(block: nn.Module) -> Iterator[None]:
-    """While it lasts, the block's attention and experts are computed in the ways that every pass of a job shares."""
+    """While it lasts, the block's attention and experts are computed in the ways that every pass of a job
+    shares."""
     with staircase_attention(block), experts_through(block, lambda path, stage, routed: None):
         yield
 

@@ -87,8 +87,8 @@ def write_unit(
 def _refused(
     source: Checkpoint, name: str, refs: Iterable[LinearRef], produce: Callable[[str], QuantizedTensor]
 ) -> Iterator[bytes]:
-    """The bytes of a fused tensor in the source's layout, with the values of quantized linears in their places; one
-    expert at a time."""
+    """The bytes of a fused tensor in the source's layout, with the values of quantized linears in their
+    places; one expert at a time."""
     by_expert: dict[int, list[LinearRef]] = {}
     for ref in refs:
         by_expert.setdefault(ref.weight.expert or 0, []).append(ref)

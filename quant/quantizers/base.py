@@ -63,8 +63,8 @@ class Quantizer(Protocol):
 
 
 class BlockMethod(Protocol):
-    """A method that works on a whole block at once, where a :class:`Quantizer` sees one weight: learned rounding,
-    distillation.
+    """A method that works on a whole block at once, where a :class:`Quantizer` sees one weight: learned
+    rounding, distillation.
 
     It changes the weights of ``linears`` in place so that the block makes ``targets`` of ``inputs``.
     """

@@ -1,4 +1,5 @@
-"""Float rounding: hand-made vectors, error bounds, zeros, ragged blocks, and numbers shared by a fused layer."""
+"""Float rounding: hand-made vectors, error bounds, zeros, ragged blocks, and numbers shared by a fused
+layer."""
 
 from __future__ import annotations
 

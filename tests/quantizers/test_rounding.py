@@ -29,7 +29,8 @@ def weight_of(n: int, k: int, seed: int = 0) -> torch.Tensor:
 def slow_minmax(
     weight: torch.Tensor, scheme: WeightScheme, dtype: torch.dtype
 ) -> tuple[list[list[int]], torch.Tensor]:
-    """Codes, and values (q - z)·s, one group after another. Divisions are fp32's, as the definition has them."""
+    """Codes, and values (q - z)·s, one group after another. Divisions are fp32's, as the definition has
+    them."""
     n, k = weight.shape
     g = k if scheme.group_size == -1 else scheme.group_size
     codes, values = [[0] * k for _ in range(n)], torch.zeros(n, k)
