@@ -18,6 +18,7 @@ from quant.evaluation.compare import compare
 from quant.evaluation.verify import verify
 from quant.outlier_suppression.base import Place, Suppression
 from quant.pipeline import manager as module
+from quant.pipeline import methods
 from quant.schemes import Scheme
 from tests.helpers import load_all, quantize, save_all, short_text, weight_files
 
@@ -46,7 +47,7 @@ class Strong:
 
 @pytest.fixture
 def strong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "make_suppressor", lambda name, alpha: Strong())
+    monkeypatch.setattr(methods, "make_suppressor", lambda name, alpha: Strong())
 
 
 def logits(folder: Path) -> torch.Tensor:
