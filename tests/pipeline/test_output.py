@@ -294,9 +294,9 @@ def test_predicted_bytes_are_the_bytes_written(checkpoints: Callable[..., Path],
 def test_shards_close_at_their_size_and_never_inside_a_linear(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from quant.pipeline import plan as plan_module
+    from quant.pipeline import layout
 
-    monkeypatch.setattr(plan_module, "SHARD_BYTES", 3000)
+    monkeypatch.setattr(layout, "SHARD_BYTES", 3000)
     quantize(llama, tmp_path / "out", group_size=32, symmetric=False, method="gptq")
     files = json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"]
     assert len(set(files.values())) > 10 and set(files) == set(load_all(tmp_path / "out"))
