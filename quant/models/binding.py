@@ -22,9 +22,8 @@ from torch import nn
 from quant.checkpoint.reader import Checkpoint
 from quant.models.experts import Experts, find_experts
 from quant.models.linears import LinearRef, Slice, decoder_refs
+from quant.models.roles import block_list, block_of
 
-#: A list of decoder blocks in a tensor's name: everything before the block's number.
-_LIST = re.compile(r"^(.*?(?:^|\.)(?:layers|h|blocks|block|decoder)\.)(\d{1,9})\.")
 #: An expert of its own in a tensor's name: the module, the expert, the projection under any name, what of it.
 _EXPERT = re.compile(r"^(.+)\.(\d{1,9})\.(\w+)\.(weight|bias)$")
 #: Names of an expert's projections → ours.
@@ -140,8 +139,7 @@ def bind(model: nn.Module, blocks_path: str, count: int, checkpoint: Checkpoint)
                 name = candidate
         parts = by_tensor.get(tensor, [])
         module, _, last = name.rpartition(".")
-        place = _LIST.match(tensor)
-        index = int(place[2]) if place and list_prefix is not None and place[1] == list_prefix else None
+        index = block_of(tensor) if list_prefix is not None and block_list(tensor) == list_prefix else None
         expert = _EXPERT.match(name)
         if name in names and not any(r.fused for r in parts):
             tensors[name] = tensor
@@ -285,8 +283,8 @@ def _list_prefix(
     """The prefix under which the file lists the decoder's blocks: of all lists the one whose tensors are the model's."""
     lists: dict[str, list[str]] = {}
     for tensor in checkpoint.tensors:
-        if place := _LIST.match(tensor):
-            lists.setdefault(place[1], []).append(tensor)
+        if (place := block_list(tensor)) is not None:
+            lists.setdefault(place, []).append(tensor)
 
     def fitting(prefix: str) -> int:
         mine = [renamed(_moved(t, prefix, f"{blocks_path}.")) for t in lists[prefix]]

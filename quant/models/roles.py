@@ -58,6 +58,16 @@ def block_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def block_list(name: str) -> str | None:
+    """What stands before the block's number in a tensor's name, or None where it belongs to no block.
+
+    >>> block_list("model.layers.12.mlp.up_proj.weight")
+    'model.layers.'
+    """
+    match = _BLOCK.search(name)
+    return name[: match.start(1)] if match else None
+
+
 def role_of(name: str, blocks: int | None = None) -> Role:
     """What a tensor is for, by its name, with or without ``.weight``.
 
