@@ -169,8 +169,9 @@ ANSWERS = [
 
 @pytest.mark.parametrize("arguments", ANSWERS, ids=" ".join)
 def test_time_to_the_answer(arguments: tuple[str, ...]) -> None:
-    """An answer takes at most three times what importing click and rich takes on the same machine."""
-    assert cpu_seconds([sys.executable, str(ROOT / "quantize.py"), *arguments]) < 3 * cpu_seconds(REFERENCE)
+    """An answer takes at most four times what importing click and rich takes on the same machine; it
+    takes two to two and a half, and importing torch alone more than ten."""
+    assert cpu_seconds([sys.executable, str(ROOT / "quantize.py"), *arguments]) < 4 * cpu_seconds(REFERENCE)
 
 
 @pytest.mark.parametrize("arguments", ANSWERS, ids=" ".join)
