@@ -39,6 +39,16 @@ def test_every_command_has_help_with_an_example(group: click.Group, name: str) -
             assert option.help, f"{name} {option.opts[0]} has no help"
 
 
+def test_the_kinds_of_files_and_shapes_of_rows_are_those_that_are_read() -> None:
+    from quant.calibration.files import KINDS
+    from quant.calibration.records import SHAPES
+
+    files, rows = (ROOT / "docs/calibration.md").read_text(encoding="utf-8").split("## Rows")
+    assert [k for k in KINDS if f"`{k}`" not in files] == []
+    shapes = [" + ".join(f"`{c}`" for c in s.columns) for s in SHAPES]
+    assert [s for s in shapes if s not in rows] == []
+
+
 def _help(command: str, option: str) -> str:
     return next(
         str(p.help)

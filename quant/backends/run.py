@@ -24,7 +24,7 @@ from quant.evaluation.compare import compare
 from quant.evaluation.layers import output_errors
 from quant.pipeline.export import export
 from quant.pipeline.plan import JobPlan, plan_job
-from quant.pipeline.rows import job_rows
+from quant.pipeline.rows import job_rows, tell_notes
 from quant.progress import Event, Progress, silent
 from quant.recipe import Recipe
 from quant.report.value import NOT_HELD_OUT, LayerResult, Quantization, Report, TensorsAccount
@@ -152,6 +152,7 @@ def quantize_with(plan: JobPlan, progress: Progress = silent, command: Sequence[
     backend, start = BACKENDS[recipe.backend], time.perf_counter()
     python = recipe.backend_python or Path(sys.executable)
     rows = job_rows(plan)
+    tell_notes(rows, progress)
     with _beside(recipe.output_path) as folder:
         source = _legacy_source(plan.checkpoint, folder / "source")
         made = folder / "made"

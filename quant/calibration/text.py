@@ -1,4 +1,5 @@
-"""Calibration text: files to documents, documents to tokens, tokens to rows of one length.
+"""Calibration text: documents to tokens, tokens to rows of one length. Which files hold documents is in
+:mod:`quant.calibration.files`, how a row of one is written in :mod:`quant.calibration.records`.
 
 Rows are cut from the running text in file order, without padding, so that every token of a row is real. With
 ``shuffle`` they are drawn from the whole text by a generator of our own; the process's global seed is never
@@ -7,32 +8,21 @@ touched.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import itertools
-import json
-import re
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from quant.errors import QuantError
+from quant.calibration.files import documents
+from quant.calibration.records import Document, Messages, Tally, TextError
 
 #: Characters tokenized at a time: the start of a large file is enough for most jobs.
 _PIECE = 1 << 20
-
-_SURROGATE = re.compile("[\\ud800-\\udfff]")
-
-Messages = list[dict[str, str]]
-
-
-class TextError(QuantError):
-    """Text that cannot be read or is too short."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +34,22 @@ class Rows:
         held_out: int64 [1, length], the row after the last: errors of a layer are measured on it. None when
             the text ended.
         digest: of all tokens, for fingerprints.
+        notes: what was passed over on the way, a sentence each.
     """
 
     tokens: torch.Tensor
     held_out: torch.Tensor | None
     digest: str
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """What a report says of them."""
-        return {"rows": len(self.tokens), "length": self.tokens.shape[1], "digest": self.digest}
+        return {
+            "rows": len(self.tokens),
+            "length": self.tokens.shape[1],
+            "digest": self.digest,
+            "notes": list(self.notes),
+        }
 
 
 def bundled(name: str) -> Path:
@@ -60,171 +57,48 @@ def bundled(name: str) -> Path:
     return Path(str(resources.files("quant.calibration.data") / f"{name}.txt.gz"))
 
 
-def _open(path: Path) -> IO[str]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    return path.open(encoding="utf-8")
-
-
-def _txt(path: Path) -> Iterator[str]:
-    with _open(path) as stream:
-        yield stream.read()
-
-
-def _characters(text: str, where: str) -> str:
-    """The text, unless it cannot be encoded: JSON may spell half of a surrogate pair, and tokenizers fail on
-    it."""
-    if not text.isascii() and _SURROGATE.search(text):
-        raise TextError(
-            f"{where}: holds half of a surrogate pair, which is no character: mend or remove that record"
-        )
-    return text
-
-
-def _record(value: Any, where: str) -> str | Messages:
-    if isinstance(value, dict):
-        if isinstance(value.get("text"), str):
-            return _characters(value["text"], where)
-        messages = value.get("messages")
-        if (
-            isinstance(messages, list)
-            and messages
-            and all(
-                isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-                for m in messages
-            )
-        ):
-            for message in messages:
-                _characters(message["content"], where)
-            return messages
-    raise TextError(f'{where}: needs "text" (a string) or "messages" (a list of role and content)')
-
-
-def _jsonl(path: Path) -> Iterator[str | Messages]:
-    with _open(path) as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise TextError(
-                    f"{path}, line {number}: not JSON ({error}): give one JSON object a line"
-                ) from error
-            yield _record(value, f"{path}, line {number}")
-
-
-def _parquet(path: Path) -> Iterator[str | Messages]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise TextError(f"{path}: reading parquet needs pyarrow: pip install 'quant[parquet]'") from error
-    try:
-        file = parquet.ParquetFile(path)
-        columns = [c for c in ("text", "messages") if c in file.schema_arrow.names]
-        if not columns:
-            raise TextError(
-                f"{path}: has columns {', '.join(file.schema_arrow.names)}: one named text or messages is "
-                "needed"
-            )
-        for number, batch in enumerate(file.iter_batches(columns=columns)):
-            for value in batch.to_pylist():
-                yield _record(value, f"{path}, batch {number}")
-    except (OSError, ValueError) as error:
-        raise TextError(f"{path}: is not a readable parquet file: {error}") from error
-
-
-_READERS: dict[str, Callable[[Path], Iterator[str | Messages]]] = {
-    ".txt": _txt, ".md": _txt, ".text": _txt, ".utf8": _txt, ".jsonl": _jsonl, ".ndjson": _jsonl,
-    ".parquet": _parquet,
-}  # fmt: skip
-
-
-def _suffix(path: Path) -> str:
-    return Path(path.stem).suffix.lower() if path.suffix == ".gz" else path.suffix.lower()
-
-
-def _beginning(path: Path) -> Iterator[str]:
-    """The text in pieces of 64 KiB."""
-    with _open(path) as stream:
-        yield from iter(lambda: stream.read(1 << 16), "")
-
-
-def documents(
-    paths: Sequence[Path], readers: Mapping[str, Callable[[Path], Iterator[str | Messages]]] = _READERS
-) -> Iterator[str | Messages]:
-    """Texts and conversations of files and directories (sorted by name), in order; ``readers`` by the kind of
-    file.
-
-    Raises:
-        TextError: a path that does not exist, an unknown kind of file, a directory without known files,
-            invalid content.
-    """
-    for path in paths:
-        if path.is_dir():
-            files = sorted(f for f in path.rglob("*") if f.is_file() and _suffix(f) in _READERS)
-            if not files:
-                raise TextError(f"{path}: no file of a known kind in it ({', '.join(_READERS)})")
-        elif path.exists() and not path.is_file():
-            raise TextError(
-                f"{path}: is neither a regular file nor a directory: write the text to a file first"
-            )
-        elif path.exists():
-            files = [path]
-        else:
-            raise TextError(f"{path}: there is no such calibration text")
-        for file in files:
-            reader = readers.get(_suffix(file))
-            if reader is None:
-                raise TextError(
-                    f"{file}: unknown kind of text: known are {', '.join(_READERS)}, each also as .gz"
-                )
-            try:
-                yield from reader(file)
-            except UnicodeDecodeError as error:
-                raise TextError(f"{file}: not UTF-8 text (byte {error.start}): convert it first") from error
-            except (OSError, EOFError, zlib.error) as error:
-                raise TextError(f"{file}: cannot be read: {error}") from error
-
-
-def empty_texts(paths: Sequence[Path]) -> list[str]:
-    """What is wrong with texts before any of it is tokenized: each that is not there, of no known kind or not
-    readable; or that all of them together hold nothing. Each is read until it says something."""
-    readers = {kind: _beginning if reader is _txt else reader for kind, reader in _READERS.items()}
-    problems, empty = [], True
-    for path in paths:
-        try:
-            empty = (
-                not any(d.strip() if isinstance(d, str) else d for d in documents([path], readers)) and empty
-            )
-        except TextError as error:
-            problems.append(str(error))
-            empty = False
-    if empty:
-        problems.append(
-            f"{', '.join(map(str, paths))}: the calibration text is empty: give some, or leave "
-            "--calibration-dataset out for the bundled one"
-        )
-    return problems
-
-
 def _pieces(text: str) -> Iterator[str]:
-    """The text in runs of about a million characters, cut where a line starts with something other than white
-    space."""
+    """The text in runs of one to two million characters, cut where a line starts with something other than
+    white space; a run without such a line is cut before a word, or anywhere where there is none either."""
     start = 0
     while len(text) - start > _PIECE:
-        cut = text.find("\n", start + _PIECE)
+        least, most = start + _PIECE, start + 2 * _PIECE
+        cut = text.find("\n", least, most)
         while cut != -1 and cut + 1 < len(text) and text[cut + 1].isspace():
-            cut = text.find("\n", cut + 1)
-        if cut == -1:
+            cut = text.find("\n", cut + 1, most)
+        if cut != -1:
+            end = cut + 1
+        elif len(text) <= most:
             break
-        yield text[start : cut + 1]
-        start = cut + 1
+        else:
+            end = space if (space := text.rfind(" ", least, most)) != -1 else most
+        yield text[start:end]
+        start = end
     yield text[start:]
 
 
+def _joined(messages: Messages) -> str:
+    """A conversation as plain text, for tokenizers without a template."""
+    return "\n\n".join(m["content"] for m in messages if m["content"])
+
+
+def _through_template(tokenizer: Any, messages: Messages, way_out: str) -> str:
+    """
+    Raises:
+        TextError: the template refuses the messages; it says ``way_out``.
+    """
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False)
+    # templates are programs of their authors: jinja2's errors, or whatever they raise
+    except Exception as error:
+        raise TextError(
+            f"the chat template cannot take the text's messages ({error}): mend them, or {way_out}"
+        ) from error
+    return text
+
+
 def token_runs(
-    tokenizer: Any, sources: Iterator[str | Messages], chat_template: bool | None
+    tokenizer: Any, sources: Iterable[Document], chat_template: bool | None
 ) -> Iterator[list[int]]:
     """Token ids, document by document; long texts in several runs.
 
@@ -233,7 +107,7 @@ def token_runs(
             plain text (False); with True plain texts become the message of a user.
 
     Raises:
-        TextError: a template is wanted and the tokenizer has none.
+        TextError: a template is wanted and the tokenizer has none, or it refuses the messages.
     """
     if chat_template and not getattr(tokenizer, "chat_template", None):
         raise TextError(
@@ -244,22 +118,15 @@ def token_runs(
             source = [{"role": "user", "content": source}]
         if not isinstance(source, str):
             if chat_template is False:
-                source = "\n\n".join(m["content"] for m in source)
+                source = _joined(source)
             elif not getattr(tokenizer, "chat_template", None):
                 raise TextError(
                     "the calibration text holds messages and the tokenizer has no chat template: use "
                     "--no-chat-template"
                 )
             else:
-                try:
-                    source = tokenizer.apply_chat_template(source, tokenize=False)
-                # templates are programs of their authors: jinja2's errors, or whatever they raise
-                except Exception as error:
-                    raise TextError(
-                        f"the chat template cannot take the calibration text's messages ({error}): mend "
-                        "them, or use --no-chat-template"
-                    ) from error
-                yield tokenizer(source, add_special_tokens=False)["input_ids"]  # the template has put them in
+                text = _through_template(tokenizer, source, "use --no-chat-template")
+                yield tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has put them in
                 continue
         for number, piece in enumerate(_pieces(source)):
             yield tokenizer(piece, add_special_tokens=number == 0)["input_ids"]
@@ -285,10 +152,11 @@ def calibration_rows(
     wanted = (samples + 1) * length
     ids: list[int] = []
     characters = 0
+    tally = Tally()
 
-    def counted() -> Iterator[str | Messages]:
+    def counted() -> Iterator[Document]:
         nonlocal characters
-        for document in documents(paths):
+        for document in documents(paths, tally):
             characters += (
                 len(document) if isinstance(document, str) else sum(len(m["content"]) for m in document)
             )
@@ -306,6 +174,7 @@ def calibration_rows(
             f"the calibration text has {len(ids):,} tokens, {samples} rows of {length} take "
             f"{samples * length:,}: {missing:,} tokens{about} are missing. "
             "Give more text, or fewer --samples, or a shorter --sequence-length"
+            + "".join(f"; {note}" for note in tally.notes())
         )
     rows = torch.tensor(ids[: available * length], dtype=torch.int64).view(available, length)
     if shuffle:
@@ -317,12 +186,18 @@ def calibration_rows(
             "belongs to another model"
         )
     digest = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
-    return Rows(rows[:samples], rows[samples:] if len(rows) > samples else None, digest)
+    return Rows(rows[:samples], rows[samples:] if len(rows) > samples else None, digest, tally.notes())
 
 
-def evaluation_rows(tokenizer: Any, path: Path, length: int, chunks: int) -> torch.Tensor:
+def evaluation_rows(
+    tokenizer: Any, path: Path, length: int, chunks: int, note: Callable[[str], None] = lambda sentence: None
+) -> torch.Tensor:
     """int64 [up to ``chunks``, length]: each row is the start token followed by ``length`` - 1 tokens of the
-    text (without a start token, ``length``).
+    text (without a start token, ``length``). Conversations go through the chat template of a tokenizer that
+    has one.
+
+    Args:
+        note: is told what of the text was passed over.
 
     Raises:
         TextError: the text does not fill one row.
@@ -331,7 +206,16 @@ def evaluation_rows(tokenizer: Any, path: Path, length: int, chunks: int) -> tor
     lead = [] if start is None else [start]
     step = length - len(lead)
     ids: list[int] = []
-    for piece in itertools.chain.from_iterable(_pieces(d) for d in documents([path]) if isinstance(d, str)):
+    tally = Tally()
+
+    def text(document: Document) -> str:
+        if isinstance(document, str):
+            return document
+        if getattr(tokenizer, "chat_template", None):
+            return _through_template(tokenizer, document, "evaluate on plain text")
+        return _joined(document)
+
+    for piece in itertools.chain.from_iterable(_pieces(text(d)) for d in documents([path], tally)):
         ids.extend(tokenizer(piece, add_special_tokens=False)["input_ids"])
         if len(ids) >= step * chunks:
             break
@@ -339,6 +223,8 @@ def evaluation_rows(tokenizer: Any, path: Path, length: int, chunks: int) -> tor
     if not count:
         raise TextError(
             f"{path}: has {len(ids):,} tokens, one chunk of {length} takes {step:,}: give more text, or a "
-            "smaller --length"
+            "smaller --length" + "".join(f"; {sentence}" for sentence in tally.notes())
         )
+    for sentence in tally.notes():
+        note(sentence)
     return torch.tensor([lead + ids[i * step : (i + 1) * step] for i in range(count)])

@@ -67,7 +67,7 @@ calibration_options = together(
         type=PATH,
         multiple=True,
         show_default="the bundled text",
-        help="txt, jsonl, parquet or a directory; repeatable.",
+        help="txt, jsonl, json, csv, parquet, arrow or a directory.",
     ),
     click.option(
         "--samples", type=int, default=defaults.SAMPLES, show_default=True, help="Calibration rows."

@@ -79,7 +79,7 @@ def compare_outputs(
     if problems:
         raise Problems(problems)
     length = chunk_length(length, *checkpoints)
-    source = None if against is None else Source(against, text, length, chunks, device)
+    source = None if against is None else Source(against, text, length, chunks, device, progress)
     origin = checkpoints[-1] if against is not None else None
     for path, checkpoint in zip(paths, checkpoints, strict=False):
         try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -125,13 +126,18 @@ class Source:
         length: int | None = None,
         chunks: int = 0,
         device: str | None = None,
+        progress: Progress = silent,
     ):
         self.path = str(path)
         checkpoint = open_checkpoint(path)
         self.file = Path(text) if text is not None else bundled("wikitext-2-test")
         length = chunk_length(length, checkpoint)
         self.rows = evaluation_rows(
-            load_tokenizer(checkpoint.path), self.file, length, chunks or defaults.EVALUATION_CHUNKS
+            load_tokenizer(checkpoint.path),
+            self.file,
+            length,
+            chunks or defaults.EVALUATION_CHUNKS,
+            _noting(progress),
         )
         self.runner = Runner(checkpoint, device_of(device))
         self._hidden: list[torch.Tensor] | None = None
@@ -153,6 +159,11 @@ def chunk_length(asked: int | None, *checkpoints: Checkpoint) -> int:
     if asked is not None and contexts and asked > min(contexts):
         raise QuantError(f"--length is {asked}: the model's longest context is {min(contexts)}")
     return asked or min([defaults.EVALUATION_LENGTH, *contexts])
+
+
+def _noting(progress: Progress) -> Callable[[str], None]:
+    """Says what of an evaluation text was passed over."""
+    return lambda note: progress(Event("text", message=f"evaluation text: {note}", warning=True))
 
 
 def _measured(values: list[float]) -> Measured:
@@ -186,11 +197,15 @@ def evaluate(
     target = device_of(device)
     checkpoint = open_checkpoint(path)
     if against is not None and not isinstance(against, Source):
-        against = Source(against, text, chunk_length(length, checkpoint), chunks, device)
+        against = Source(against, text, chunk_length(length, checkpoint), chunks, device, progress)
     if against is None:
         file = Path(text) if text is not None else bundled("wikitext-2-test")
         rows = evaluation_rows(
-            load_tokenizer(checkpoint.path), file, chunk_length(length, checkpoint), chunks
+            load_tokenizer(checkpoint.path),
+            file,
+            chunk_length(length, checkpoint),
+            chunks,
+            _noting(progress),
         )
     else:
         file, rows = against.file, against.rows

@@ -26,6 +26,7 @@ from quant.pipeline.manager import QuantizationManager, batch_rows, memory_exhau
 from quant.pipeline.memory import freed_memory_kept, peak_rss
 from quant.pipeline.pieces import PieceQuantizer
 from quant.pipeline.plan import JobPlan
+from quant.pipeline.rows import tell_notes
 from quant.pipeline.staged import computed, run_block
 from quant.progress import Event, Progress, silent
 from quant.units import format_size
@@ -76,6 +77,7 @@ def estimate(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
     with freed_memory_kept(), memory_exhausted(manager.device):
         if manager.needs:
             rows, skeleton = manager.prepare()
+            tell_notes(rows, progress)
             prepared = manager.clock.seconds["text"]
             tokens = rows.tokens.numel()
             there = (

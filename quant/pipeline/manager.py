@@ -37,7 +37,7 @@ from quant.pipeline.methods import make_quantizer, suppressor_of
 from quant.pipeline.pieces import PieceQuantizer
 from quant.pipeline.plan import JobPlan
 from quant.pipeline.records import Clock, Records
-from quant.pipeline.rows import job_rows
+from quant.pipeline.rows import job_rows, tell_notes
 from quant.pipeline.staged import computed, run_block
 from quant.pipeline.writing import write_rest, write_unit
 from quant.progress import Event, Progress, silent
@@ -148,6 +148,7 @@ class QuantizationManager:
         """
         with self.clock.phase("text"):
             rows = job_rows(self.plan)
+        tell_notes(rows, self.progress)
         skeleton = Skeleton(self.plan.checkpoint, self.device)
         known = {
             skeleton.block_prefix(b) + n

@@ -7,6 +7,7 @@ from quant.calibration.text import Rows, bundled, calibration_rows
 from quant.errors import UsageError
 from quant.offline import load_tokenizer
 from quant.pipeline.plan import JobPlan
+from quant.progress import Event, Progress
 from quant.vllm.config import context_length, vocabulary_size
 
 
@@ -30,3 +31,9 @@ def job_rows(plan: JobPlan) -> Rows:
         seed=recipe.seed,
         chat_template=recipe.chat_template,
     )
+
+
+def tell_notes(rows: Rows, progress: Progress) -> None:
+    """Says what of the text was passed over."""
+    for note in rows.notes:
+        progress(Event("text", message=f"calibration text: {note}", warning=True))

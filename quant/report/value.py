@@ -169,7 +169,7 @@ class Quantization:
         target: who must load the output: ``vllm`` or ``other``.
         settings: of the recipe, those that decide the output.
         bits_per_weight: stored, of the quantized linears.
-        calibration: rows, length in tokens and digest of the calibration text; None without.
+        calibration: rows, length in tokens, digest and notes of the calibration text; None without.
         layers, tensors: what became of each.
         folds: by the linears that share the scaled input.
         experts: by mixture, how calibration tokens are spread over its experts, as

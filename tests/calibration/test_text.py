@@ -1,9 +1,7 @@
-"""Text to rows: every kind of file, in file order, and messages that say what is wrong or how much is
-missing."""
+"""Documents to rows of tokens, in order, and messages that say how much is missing."""
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,14 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from quant.calibration.text import (
-    TextError,
-    bundled,
-    calibration_rows,
-    documents,
-    evaluation_rows,
-    token_runs,
-)
+from quant.calibration.files import documents
+from quant.calibration.records import TextError
+from quant.calibration.text import bundled, calibration_rows, evaluation_rows, token_runs
 from quant.offline import load_tokenizer
 from tests.helpers import TINYLM
 
@@ -55,14 +48,6 @@ def words(seed: int, count: int) -> str:
     return " ".join(names[i] for i in torch.randint(0, 8, (count,), generator=generator).tolist())
 
 
-def parquet(path: Path, **columns: list[Any]) -> Path:
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow.parquet import write_table
-
-    write_table(pyarrow.table(columns), path)
-    return path
-
-
 def test_plain_text_is_one_document_cut_into_rows_in_order(tokenizer: Any, tmp_path: Path) -> None:
     text = words(0, 200)
     (tmp_path / "a.txt").write_text(text)
@@ -71,41 +56,6 @@ def test_plain_text_is_one_document_cut_into_rows_in_order(tokenizer: Any, tmp_p
     assert rows.tokens.dtype == torch.int64 and rows.tokens.shape == (5, 16)
     assert rows.tokens.flatten().tolist() == ids[:80]
     assert rows.held_out is not None and rows.held_out.flatten().tolist() == ids[80:96]
-
-
-@pytest.mark.parametrize(
-    "suffix", [".txt", ".md", ".jsonl", ".ndjson", ".parquet", ".txt.gz", ".jsonl.gz", ".TXT"]
-)
-def test_every_kind_of_file_gives_the_same_rows(suffix: str, tokenizer: Any, tmp_path: Path) -> None:
-    text = words(1, 100)
-    file, lines = tmp_path / f"data{suffix}", json.dumps({"text": text, "id": 3}) + "\n\n"
-    if suffix == ".parquet":
-        parquet(file, text=[text], other=[1])
-    elif suffix.endswith(".gz"):
-        file.write_bytes(gzip.compress((lines if "json" in suffix else text).encode()))
-    else:
-        file.write_text(lines if "json" in suffix else text)
-    (tmp_path / "plain").mkdir()
-    (tmp_path / "plain" / "data.txt").write_text(text)
-    assert torch.equal(rows_of(tokenizer, file).tokens, rows_of(tokenizer, tmp_path / "plain").tokens)
-
-
-def test_files_of_a_directory_are_read_by_name_and_several_paths_as_given(tmp_path: Path) -> None:
-    (tmp_path / "sub").mkdir()
-    for name, text in (
-        ("b.txt", "two"),
-        ("a.jsonl", '{"text": "one"}'),
-        ("sub/c.txt", "three"),
-        ("picture.png", "x"),
-        ("z.md", "four"),
-    ):
-        (tmp_path / name).write_text(text)
-    assert list(documents([tmp_path])) == ["one", "two", "three", "four"]
-    assert list(documents([tmp_path / "b.txt", tmp_path / "a.jsonl", tmp_path / "b.txt"])) == [
-        "two",
-        "one",
-        "two",
-    ]
 
 
 def test_conversations_go_through_the_chat_template_without_a_second_start_token(
@@ -121,13 +71,6 @@ def test_conversations_go_through_the_chat_template_without_a_second_start_token
     assert wrapped == chat(f"{chat.bos_token}<|user|>plain\n", add_special_tokens=False)["input_ids"]
     (joined, _) = token_runs(chat, documents([file]), False)
     assert joined == chat("What is a\nshard?\n\nA part of a file.")["input_ids"]
-
-
-def test_messages_from_parquet_equal_messages_from_json_lines(chat: Any, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": MESSAGES}))
-    assert list(documents([tmp_path / "a.jsonl"])) == list(
-        documents([parquet(tmp_path / "a.parquet", messages=[MESSAGES])])
-    )
 
 
 def test_messages_without_a_template_are_an_error_with_the_way_out(tokenizer: Any) -> None:
@@ -211,55 +154,6 @@ def test_a_long_text_is_tokenized_in_pieces_that_give_the_same_tokens(
     assert len(runs) > 5 and [i for run in runs for i in run] == whole
 
 
-BROKEN: list[tuple[str, bytes, str]] = [
-    ("a.jsonl", b'{"text": 3}', 'line 1: needs "text"'),
-    ("a.jsonl", b'{"text": "x"}\n[1]\n', 'line 2: needs "text"'),
-    ("a.jsonl", b'{"messages": []}', "line 1: needs"),
-    ("a.jsonl", b'{"messages": [{"role": "user"}]}', "line 1: needs"),
-    ("a.jsonl", b'{"text": "x"}\n{"text', "line 2: not JSON"),
-    ("a.jsonl", b"[" * 200_000, "line 1: not JSON"),
-    ("a.txt", b"abc\xff", r"not UTF-8 text \(byte 3\): convert it first"),
-    ("a.txt.gz", b"no gzip", "cannot be read: Not a gzipped file"),
-    ("a.txt.gz", gzip.compress(b"x" * 1000)[:-9], "cannot be read"),
-    ("a.txt.gz", gzip.compress(b"x")[:10] + b"\xff" * 40, "cannot be read"),
-    ("a.docx", b"", "unknown kind of text: known are .txt, .md"),
-    ("a.gz", b"", "unknown kind of text"),
-    ("a.parquet", b"PAR1 not really", "is not a readable parquet file"),
-]
-
-
-@pytest.mark.parametrize(("name", "content", "message"), BROKEN, ids=[f"{n} {m[:20]}" for n, _, m in BROKEN])
-def test_broken_text_is_an_error_that_names_the_file(
-    name: str, content: bytes, message: str, tmp_path: Path
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(TextError, match=message) as refused:
-        list(documents([tmp_path / name]))
-    assert str(tmp_path / name) in str(refused.value)
-
-
-def test_a_half_of_a_surrogate_pair_is_text_that_the_tokenizer_takes_or_an_error_in_words(
-    tokenizer: Any, tmp_path: Path
-) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "broken \\ud800 half"}')
-    with pytest.raises(TextError, match="a.jsonl, line 1: .*surrogate"):
-        rows_of(tokenizer, tmp_path / "a.jsonl")
-
-
-def test_a_table_without_a_known_column_names_those_it_has(tmp_path: Path) -> None:
-    with pytest.raises(TextError, match="has columns body, id: one named text or messages is needed"):
-        list(documents([parquet(tmp_path / "a.parquet", body=["x"], id=[1])]))
-    with pytest.raises(TextError, match='needs "text"'):
-        list(documents([parquet(tmp_path / "b.parquet", text=["x", None])]))
-
-
-def test_a_missing_path_and_a_directory_without_text_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(TextError, match="there is no such calibration text"):
-        list(documents([tmp_path / "none.txt"]))
-    with pytest.raises(TextError, match="no file of a known kind in it"):
-        list(documents([tmp_path]))
-
-
 @pytest.mark.parametrize("name", ["wikipedia", "wikitext-2-test"])
 def test_the_bundled_texts_are_there_and_fill_the_default_rows(name: str) -> None:
     (text,) = documents([bundled(name)])
@@ -288,3 +182,64 @@ def test_evaluation_rows_begin_with_the_start_token_and_follow_the_text(
             return tokenizer(*args, **options)
 
     assert evaluation_rows(NoStart(), tmp_path / "a.txt", 16, 2).flatten().tolist() == ids[:32]
+
+
+def test_a_long_text_without_lines_is_cut_before_words_or_anywhere(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from quant.calibration import text as module
+
+    content = " ".join(words(i, 20) for i in range(40))
+    whole = [i for run in token_runs(tokenizer, iter([content]), None) for i in run]
+    monkeypatch.setattr(module, "_PIECE", 500)
+    runs = list(token_runs(tokenizer, iter([content]), None))
+    assert len(runs) > 4 and [i for run in runs for i in run] == whole
+    runs = list(token_runs(tokenizer, iter(["x" * 3000]), None))
+    assert len(runs) == 3 and tokenizer.decode([i for r in runs for i in r]).count("x") == 3000
+
+
+def test_rows_say_what_of_the_text_was_passed_over(tokenizer: Any, tmp_path: Path) -> None:
+    lines = [{"text": None}, {"text": words(7, 60)}, {"text": " "}, {"text": words(8, 60)}]
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    rows = rows_of(tokenizer, file)
+    assert rows.notes == (
+        f"1 of the 2 rows read hold no text and were passed over (the first is {file}, line 1)",
+    )
+    with pytest.raises(TextError, match=r"are missing\. Give more .*; 2 of the 4 rows read hold no text"):
+        rows_of(tokenizer, file, samples=1000)
+    heard: list[str] = []
+    evaluation_rows(tokenizer, file, 16, 1000, heard.append)
+    assert heard == [f"2 of the 4 rows read hold no text and were passed over (the first is {file}, line 1)"]
+    (tmp_path / "b.txt").write_text(words(9, 60))
+    assert rows_of(tokenizer, tmp_path / "b.txt").notes == ()
+
+
+def test_messages_without_content_add_nothing_to_plain_text(tokenizer: Any) -> None:
+    silent = [MESSAGES[0], {"role": "assistant", "content": "", "tool_calls": []}, MESSAGES[1]]
+    assert list(token_runs(tokenizer, [silent], False)) == list(token_runs(tokenizer, [MESSAGES], False))
+
+
+def test_conversations_are_evaluated_through_the_template_where_there_is_one(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "chat.jsonl"
+    file.write_text(json.dumps({"messages": MESSAGES}))
+
+    def tokens() -> list[int]:
+        rows = evaluation_rows(tokenizer, file, 8, 100)
+        return [i for row in rows.tolist() for i in row[1:]]
+
+    joined = tokenizer("What is a\nshard?\n\nA part of a file.", add_special_tokens=False)["input_ids"]
+    assert tokens() == joined[: len(joined) // 7 * 7]
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
+    try:
+        rendered = tokenizer(
+            "<|user|>What is a\nshard?\n<|assistant|>A part of a file.\n", add_special_tokens=False
+        )["input_ids"]
+        assert tokens() == rendered[: len(rendered) // 7 * 7]
+        tokenizer.chat_template = TEMPLATE.replace("{{ bos_token }}", "{{ raise_exception('no') }}")
+        with pytest.raises(TextError, match="chat template cannot take .*no.*evaluate on plain text"):
+            tokens()
+    finally:
+        tokenizer.chat_template = None

@@ -321,3 +321,47 @@ def test_a_foreign_checkpoint_without_its_scales(
         f"14 quantized linears have no {named} (model.layers.0." in found[1]
         and "…): the checkpoint is incomplete, fetch its files again" in found[1]
     )
+
+
+def test_rows_that_hold_nothing_are_said_while_it_runs_at_its_end_and_in_the_report(
+    llama: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    text = short_text().read_text(encoding="utf-8").replace('"', '""')
+    file = tmp_path / "a.csv"
+    file.write_text(f'id,text\n1,\n2,"{text}"\n')
+    small = ["--samples", "4", "--sequence-length", "32", "--group-size", "32", "--calibration-dataset", file]
+    said = f"1 of the 2 rows read hold no text and were passed over (the first is {file}, line 2)"
+    job = ["quantize", "-m", llama, "-o", tmp_path / "out", "--method", "gptq", *small]
+    tried = cli(*job, "--dry-run")
+    assert tried.code == 0 and f"warning: calibration text: {said}" in tried.err
+    made = cli(*job)
+    assert made.code == 0 and f"warning: calibration text: {said}" in made.err
+    assert "1 of the 2 rows read hold no text" in made.out
+    report = json.loads((tmp_path / "out" / "quant_report.json").read_text())
+    assert report["calibration"]["notes"] == [said]
+    measured = cli("evaluate", llama, "--text", file, "--length", "32", "--chunks", "2")
+    assert measured.code == 0 and f"warning: evaluation text: {said}" in measured.err
+    both = cli(
+        "evaluate", tmp_path / "out", "--against", llama, "--text", file, "--length", "32", "--chunks", "2"
+    )
+    assert both.code == 0 and both.err.count("warning: evaluation text:") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.csv", b"id,label\n1,x\n", "the columns are id, label: none is read. Read are text, messages"),
+        ("a.jsonl", b'{"id": 1}\n', "none of its 1 rows holds text: the columns are id. Read are text"),
+        ("a.json", b'[{"text": 3}]', 'line 1, row 1: "text" is a number (3): a string is needed there'),
+        ("a.txt", "text".encode("utf-16"), "is UTF-16 text: convert it to UTF-8 first"),
+        ("a.jsonl.zst", b"", "is compressed with Zstandard: unpack it first (zstd -d)"),
+    ],
+)
+def test_a_text_that_is_not_read_is_named_with_the_rest(
+    name: str, content: bytes, problem: str, tmp_path: Path, refused: Callable[..., list[str]]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    options = ["--method", "gptq", "--group-size", "64", "--calibration-dataset", tmp_path / name]
+    (shape, text) = refused("quantize", *options)
+    assert "down_proj: 96 inputs do not divide" in shape
+    assert text.startswith(str(tmp_path / name)) and problem in text

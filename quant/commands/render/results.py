@@ -77,6 +77,8 @@ def quantization(console: Console, report: Report) -> None:
     if notes:
         more = f"\nand {len(notes) - _WORST} more in {REPORT}" if len(notes) > _WORST else ""
         rows.append(("notes", "\n".join(notes[:_WORST]) + more))
+    if job.calibration and (passed_over := job.calibration.get("notes")):
+        rows.append(("text", "\n".join(passed_over)))
     left = [n for n in job.unquantized_linears if n != "lm_head"]
     if left:
         more = f" and {len(left) - _WORST} more in {REPORT}" if len(left) > _WORST else ""
