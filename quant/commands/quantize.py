@@ -138,7 +138,8 @@ job_options = together(
         type=click.Choice(["routed", "all", "blend"]),
         default=defaults.MOE_CALIBRATION,
         show_default=True,
-        help="Experts see the tokens routed to them, all tokens, or the former with some of the layer's where they are "
+        help="Experts see the tokens routed to them, all tokens, or the former with some of the layer's "
+        "where they are "
         "few.",
     ),
     click.option(

@@ -20,8 +20,8 @@ _SMALLEST_SIDE = 16
 
 @dataclass(frozen=True)
 class DecoderWeight:
-    """A tensor of two or three dimensions in the decoder's blocks: elements, and those that are quantized, that the
-    job was asked to leave, and that it has no way to quantize."""
+    """A tensor of two or three dimensions in the decoder's blocks: elements, and those that are quantized,
+    that the job was asked to leave, and that it has no way to quantize."""
 
     name: str
     elements: int
@@ -34,8 +34,8 @@ class DecoderWeight:
 
 
 def decoder_matrices(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo]:
-    """Floating tensors of two or three dimensions in the blocks of the text decoder, towers and prediction heads left
-    out, as the file has them; embeddings and the head lie outside the blocks."""
+    """Floating tensors of two or three dimensions in the blocks of the text decoder, towers and prediction
+    heads left out, as the file has them; embeddings and the head lie outside the blocks."""
     blocks = block_count(config)
     return {
         name: info
@@ -83,7 +83,9 @@ def rest_problems(weights: Collection[DecoderWeight], shapes: Mapping[str, Tenso
     named = ", ".join(f"{w.name} {list(shapes[w.name].shape)}" for w in largest[:3])
     more = f" and {len(largest) - 3} more" if len(largest) > 3 else ""
     return [
-        f"{left / total:.0%} of the decoder's weights would stay in 16 bits, because no method here takes them: {named}"
-        f"{more}. A file of them would be hardly smaller, and vLLM may look for quantized ones: name them with --ignore "
+        f"{left / total:.0%} of the decoder's weights would stay in 16 bits, because no method here takes "
+        f"them: {named}"
+        f"{more}. A file of them would be hardly smaller, and vLLM may look for quantized ones: name them "
+        "with --ignore "
         "to leave them on purpose"
     ]

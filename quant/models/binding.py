@@ -1,10 +1,11 @@
-"""Which tensors of a file fill which parameters of transformers' model, and where in a block each linear lies.
+"""Which tensors of a file fill which parameters of transformers' model, and where in a block each linear
+lies.
 
-File and model differ in three ways: a multimodal file keeps the decoder under a prefix of its own, families store tensors
-under older names, and experts are stored one by one while the model holds them in one parameter. The first is told by
-where the file's list of blocks is; the second by transformers' own table of renamings
-(`conversion_mapping.py::get_model_conversion_mapping`); the third by :mod:`quant.models.linears` and
-:mod:`quant.models.experts`.
+File and model differ in three ways: a multimodal file keeps the decoder under a prefix of its own, families
+store tensors under older names, and experts are stored one by one while the model holds them in one
+parameter. The first is told by where the file's list of blocks is; the second by transformers' own table of
+renamings (`conversion_mapping.py::get_model_conversion_mapping`); the third by :mod:`quant.models.linears`
+and :mod:`quant.models.experts`.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ class BlockLinear:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A parameter that transformers makes of several tensors of the file, or of one in another layout; ``sources``: by
-    the pattern of its converter that each matches."""
+    """A parameter that transformers makes of several tensors of the file, or of one in another layout;
+    ``sources``: by the pattern of its converter that each matches."""
 
     name: str
     converter: Any
@@ -91,8 +92,8 @@ class Binding:
 
     Attributes:
         tensors: parameter or buffer of the model → the file tensor that is equal to it.
-        experts: parameter of the model that holds experts → its linears, by (expert, projection), and those of its
-            biases' parameter likewise.
+        experts: parameter of the model that holds experts → its linears, by (expert, projection), and those
+            of its biases' parameter likewise.
         linears: by block, the linears by their names inside the block as the file has them.
         prefixes: by block, what comes before those names in the file.
         converted: parameters that transformers makes of several tensors; linears among them are left alone.
@@ -113,7 +114,8 @@ class Binding:
 
 
 def bind(model: nn.Module, blocks_path: str, count: int, checkpoint: Checkpoint) -> Binding:
-    """The binding of a model (its parameters may be on the meta device) whose ``count`` blocks lie at ``blocks_path``."""
+    """The binding of a model (its parameters may be on the meta device) whose ``count`` blocks lie at
+    ``blocks_path``."""
     wanted = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers())
     names = {**wanted, **buffers}
@@ -259,7 +261,8 @@ def _converted(
 
 
 def _moved(tensor: str, list_prefix: str | None, blocks_prefix: str) -> str:
-    """The tensor's name with the decoder where the model has it: what surrounds the list of blocks moves along."""
+    """The tensor's name with the decoder where the model has it: what surrounds the list of blocks moves
+    along."""
     if list_prefix is None or list_prefix == blocks_prefix:
         return tensor
     theirs, ours = (p.removesuffix(".").rpartition(".")[0] for p in (list_prefix, blocks_prefix))
@@ -280,7 +283,8 @@ def _list_prefix(
     renamed: Callable[[str], str],
     names: Mapping[str, object],
 ) -> str | None:
-    """The prefix under which the file lists the decoder's blocks: of all lists the one whose tensors are the model's."""
+    """The prefix under which the file lists the decoder's blocks: of all lists the one whose tensors are the
+    model's."""
     lists: dict[str, list[str]] = {}
     for tensor in checkpoint.tensors:
         if (place := block_list(tensor)) is not None:

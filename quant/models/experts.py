@@ -1,10 +1,10 @@
 """The routed experts of a mixture, as transformers holds them in memory: all of a layer in 3-D parameters.
 
-transformers 5 keeps ``gate_up_proj`` [E, 2·I, H] and ``down_proj`` [E, H, I] in one module a layer (transposed, with
-interleaved rows or without a gate for some families, which the module's own attributes say:
-`integrations/moe.py::use_experts_implementation`), whatever the file's layout is, and lets a registered function
-compute them. :func:`experts_through` puts ours in its place, which passes each expert the tokens that its router sends
-and can be suspended before each of the two matrix products.
+transformers 5 keeps ``gate_up_proj`` [E, 2·I, H] and ``down_proj`` [E, H, I] in one module a layer
+(transposed, with interleaved rows or without a gate for some families, which the module's own attributes say:
+`integrations/moe.py::use_experts_implementation`), whatever the file's layout is, and lets a registered
+function compute them. :func:`experts_through` puts ours in its place, which passes each expert the tokens
+that its router sends and can be suspended before each of the two matrix products.
 """
 
 from __future__ import annotations
@@ -73,8 +73,9 @@ class Experts:
         return Slice(self.parameter(projection), expert, first, step, count, self.transposed)
 
 
-#: Modules that do not say of themselves how they store their experts: class → transposed, and whether the module is
-#: given the tokens of all experts, zero where the router sends none (Llama 4), instead of the router's choice.
+#: Modules that do not say of themselves how they store their experts: class → transposed, and whether the
+#: module is given the tokens of all experts, zero where the router sends none (Llama 4), instead of the
+#: router's choice.
 _UNDECLARED = {"Llama4TextExperts": (True, True)}
 
 
@@ -104,7 +105,8 @@ Stop = Callable[[str, Stage, Routed], None]
 
 @contextmanager
 def experts_through(block: nn.Module, stop: Stop) -> Iterator[None]:
-    """While it lasts, experts of the block are computed expert by expert, and ``stop`` is called before each product."""
+    """While it lasts, experts of the block are computed expert by expert, and ``stop`` is called before each
+    product."""
     restore: list[Callable[[], None]] = []
     try:
         for experts in find_experts(block):
@@ -133,8 +135,8 @@ def _routed_forward(
     index: torch.Tensor,
     weights: torch.Tensor,
 ) -> torch.Tensor:
-    """What an experts module computes: hidden [T, H], the experts that the router chose [T, top] (``E`` stands for
-    none) and their weights [T, top]; returns [T, H]."""
+    """What an experts module computes: hidden [T, H], the experts that the router chose [T, top] (``E``
+    stands for none) and their weights [T, top]; returns [T, H]."""
     tokens, top = index.shape
     chosen, order = index.reshape(-1).sort(stable=True)
     counts = torch.bincount(chosen, minlength=experts.count + 1)[: experts.count]
@@ -147,8 +149,8 @@ def _routed_forward(
 
 
 def _sorted_forward(module: Any, experts: Experts, stop: Stop, hidden: torch.Tensor) -> torch.Tensor:
-    """The same where hidden [E·T, H] holds the rows of every expert one after another, already multiplied by the
-    router's weight and zero where it sends none."""
+    """The same where hidden [E·T, H] holds the rows of every expert one after another, already multiplied by
+    the router's weight and zero where it sends none."""
     used = hidden.any(-1)
     index = used.nonzero().squeeze(1)
     counts = used.view(experts.count, -1).sum(1)
@@ -180,7 +182,8 @@ def gated(module: Any, inner: torch.Tensor) -> torch.Tensor:
 
 
 def product(module: Any, name: str, experts: Experts, routed: Routed) -> torch.Tensor:
-    """[S, N]: each pair's row times its expert's matrix of parameter ``name``, with its bias where there is one."""
+    """[S, N]: each pair's row times its expert's matrix of parameter ``name``, with its bias where there is
+    one."""
     weight, bias = getattr(module, name), getattr(module, f"{name}_bias", None)
     outputs = weight.shape[2 if experts.transposed else 1]
     result = routed.rows.new_empty(len(routed.index), outputs)

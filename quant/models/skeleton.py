@@ -72,8 +72,8 @@ class _TakesFirst(Exception):
 
 class _Recorder(nn.Module):
     """Stands in for a block: keeps what it is called with and passes the hidden states on, in a tuple of as
-    many values as the model wants. The last one stops the forward pass, or goes on with the ``result`` that the blocks
-    would have given."""
+    many values as the model wants. The last one stops the forward pass, or goes on with the ``result`` that
+    the blocks would have given."""
 
     def __init__(
         self,
@@ -198,7 +198,8 @@ class Skeleton:
             except Exception as error:
                 reason = reason or str(error).splitlines()[0][:200]
         raise CheckpointError(
-            f"{self.checkpoint.path}: model type {self.kind!r} cannot be built as a causal language model ({reason}): "
+            f"{self.checkpoint.path}: model type {self.kind!r} cannot be built as a causal language model "
+            f"({reason}): "
             f"{_HOW_TO_ADD}"
         )
 
@@ -242,8 +243,8 @@ class Skeleton:
         return self._traced[kind]
 
     def _find_blocks(self) -> str:
-        """Path of the list of modules as long as config.json says, of a family without a row; of several the one with
-        the most parameters."""
+        """Path of the list of modules as long as config.json says, of a family without a row; of several the
+        one with the most parameters."""
         count = getattr(self.config, "num_hidden_layers", None)
         lists: dict[str, nn.ModuleList] = {}
         for path, module in self.model.named_modules():
@@ -285,7 +286,8 @@ class Skeleton:
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise CheckpointError(
-                f"{self.checkpoint.path}: the file's tensors and the blocks of model type {self.kind!r} do not "
+                f"{self.checkpoint.path}: the file's tensors and the blocks of model type {self.kind!r} do "
+                "not "
                 f"match one to one: "
                 f"{'; '.join(wrong[:3])}{more}. {_HOW_TO_ADD[0].upper()}{_HOW_TO_ADD[1:]}"
             )
@@ -299,8 +301,8 @@ class Skeleton:
         return part.shape[0], part.shape[1]
 
     def _trace(self, index: int) -> tuple[InputGroup, ...]:
-        """Which linears of a block share an input, found by running it on two tokens and comparing the inputs'
-        identity."""
+        """Which linears of a block share an input, found by running it on two tokens and comparing the
+        inputs' identity."""
         groups: dict[Any, list[str]] = {}
         inputs: list[torch.Tensor] = []  # keeps them alive, so that identities are not reused
         names = self.binding.modules[index]
@@ -336,7 +338,8 @@ class Skeleton:
             raise
         except Exception as error:  # whatever a foreign model's code raises
             raise CheckpointError(
-                f"block {index} of model type {self.kind!r} cannot be run ({str(error).splitlines()[0][:160]}): "
+                f"block {index} of model type {self.kind!r} cannot be run "
+                f"({str(error).splitlines()[0][:160]}): "
                 f"{_HOW_TO_ADD}"
             ) from error
         finally:
@@ -483,7 +486,8 @@ class Skeleton:
                     linear.place.view(whole).copy_(value)
             if not bool(torch.isfinite(whole).all()):
                 raise CheckpointError(
-                    f"{self.checkpoint.path}: experts of {prefix}{name} hold NaN or infinity: the source is damaged, "
+                    f"{self.checkpoint.path}: experts of {prefix}{name} hold NaN or infinity: the source is "
+                    "damaged, "
                     "fetch it again"
                 )
             self._set(prefix + name, nn.Parameter(whole, requires_grad=False))
@@ -501,7 +505,8 @@ class Skeleton:
         value = self.checkpoint.read(tensor)
         if not bool(torch.isfinite(value.sum(dtype=torch.float32))) and not bool(torch.isfinite(value).all()):
             raise CheckpointError(
-                f"{self.checkpoint.info(tensor).file}: {tensor} holds NaN or infinity: the source is damaged, fetch "
+                f"{self.checkpoint.info(tensor).file}: {tensor} holds NaN or infinity: the source is "
+                "damaged, fetch "
                 "it again"
             )
         return value

@@ -208,8 +208,8 @@ class BlockQuantizer:
     ) -> None:
         """Quantizes the experts of a layer for one product, one after another.
 
-        ``priors``: by experts module, rows of the whole layer that stand in for tokens that an expert does not see;
-        noted before the first product, taken through the expert's own weights before the second.
+        ``priors``: by experts module, rows of the whole layer that stand in for tokens that an expert does
+        not see; noted before the first product, taken through the expert's own weights before the second.
         """
         module = block.get_submodule(group.experts)
         experts = next(e for e in find_experts(block) if e.path == group.experts)
@@ -285,7 +285,8 @@ class BlockQuantizer:
             spare = spare if stage == "up" else expert_inner(module, experts, expert, spare)
             sums.add(spare * STAND_IN**0.5)
             return sums.finish(), (
-                f"its router sends it {tokens} of the {floor} tokens that its inputs would take: {len(spare)} tokens of "
+                f"its router sends it {tokens} of the {floor} tokens that its inputs would take: "
+                f"{len(spare)} tokens of "
                 "the whole layer stand in, with a small weight",
             )
         if not tokens:
@@ -303,7 +304,8 @@ class BlockQuantizer:
         made: BlockResult,
         scaled: bool = True,
     ) -> tuple[list[Quantized], torch.Tensor | None]:
-        """Suppresses (unless ``scaled`` is False) and quantizes linears that share an input; what they become goes into ``made``.
+        """Suppresses (unless ``scaled`` is False) and quantizes linears that share an input; what they become
+        goes into ``made``.
 
         Returns:
             each linear's result, and the factors fp32 [K] that its input will have been divided by, or None.
@@ -468,6 +470,8 @@ def _demand_finite(statistics: Statistics, linear: str) -> None:
     """
     if not statistics.finite:
         raise QuantError(
-            f"{linear}: its inputs hold NaN or infinity on calibration tokens: the model overflows or its weights or "
-            "config.json are damaged: run quant evaluate on the source; --method minmax --scheme w4a16 needs no inputs"
+            f"{linear}: its inputs hold NaN or infinity on calibration tokens: the model overflows or its "
+            "weights or "
+            "config.json are damaged: run quant evaluate on the source; --method minmax --scheme w4a16 "
+            "needs no inputs"
         )

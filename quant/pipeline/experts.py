@@ -1,16 +1,17 @@
-"""What the experts of a mixture read during calibration: each sees the tokens that its router sends, and few of them
-where it is chosen seldom.
+"""What the experts of a mixture read during calibration: each sees the tokens that its router sends, and few
+of them where it is chosen seldom.
 
 How a mixture is calibrated (``--moe-calibration``):
 
 ``routed``  each expert sees the tokens that its router sends, and no others.
 ``all``     each sees all tokens of its layer, as llm-compressor's `moe_calibrate_all_experts` does.
 ``blend``   routed tokens, each weighted with the square of its gate, which is what its error is multiplied by in the
-            layer's output; where they are fewer than the features of the input, tokens of the whole layer stand in for
-            those that are missing, with a small weight: a direction that no routed token has is still not free.
+            layer's output; where they are fewer than the features of the input, tokens of the whole layer
+            stand in for those that are missing, with a small weight: a direction that no routed token has is
+            still not free.
 
-All inputs of a layer are kept until every expert is solved, one after another, so that one Hessian is in memory at a
-time; beyond :data:`RESIDENT` bytes they lie in a scratch file.
+All inputs of a layer are kept until every expert is solved, one after another, so that one Hessian is in
+memory at a time; beyond :data:`RESIDENT` bytes they lie in a scratch file.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from quant.models.experts import Routed
 Calibration = Literal["routed", "all", "blend"]
 #: Bytes of an expert layer's inputs that stay in memory.
 RESIDENT = 512 << 20
-#: Weight of a token that stands in for one that the router did not send, beside 1 of a routed token on average.
+#: Weight of a token that stands in for one that the router did not send, beside 1 of a routed token on
+#: average.
 STAND_IN = 0.1
 
 
@@ -37,7 +39,8 @@ STAND_IN = 0.1
 class ExpertInputs:
     """The inputs of all experts of a layer before one product, over all batches.
 
-    ``scratch``: folder of the file that holds what is too much for memory; None: the system's folder for such files.
+    ``scratch``: folder of the file that holds what is too much for memory; None: the system's folder for such
+    files.
     """
 
     scratch: Path | None = None
@@ -110,8 +113,8 @@ class ExpertInputs:
 
 
 def weighted(rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-    """Rows [n, K] times their gates, which are scaled to a mean square of 1: their Gram matrix is then that of the error
-    in the layer's output."""
+    """Rows [n, K] times their gates, which are scaled to a mean square of 1: their Gram matrix is then that
+    of the error in the layer's output."""
     if not len(rows):
         return rows
     scale = gates.square().mean().sqrt()

@@ -1,4 +1,5 @@
-"""Where every tensor of the output goes: units that are finished at once, their shards, and what each tensor is made of."""
+"""Where every tensor of the output goes: units that are finished at once, their shards, and what each tensor
+is made of."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ class OutputTensor:
         linear: the quantized linear that it is a part of; None of other tensors.
         made: by calibration (a scale of the KV cache).
         part: of the source's tensor of another name, of which it is a copy.
-        linears: quantized linears whose values replace parts of the source's tensor of this name, in a plain file
-            that keeps the source's layout.
+        linears: quantized linears whose values replace parts of the source's tensor of this name, in a plain
+            file that keeps the source's layout.
     """
 
     spec: TensorSpec
@@ -130,7 +131,8 @@ def lay_out(
 def _unfused(
     name: str, stored: str, held: Sequence[LinearRef], linears: Mapping[str, Linear], form: Format, dtype: str
 ) -> Iterator[OutputTensor]:
-    """The tensors that a fused one is taken apart into: quantized linears, and the weights and biases that stay."""
+    """The tensors that a fused one is taken apart into: quantized linears, and the weights and biases that
+    stay."""
     for ref in held:
         if ref.bias is not None and ref.bias.tensor == name:
             yield OutputTensor(TensorSpec(f"{ref.name}.bias", stored, (ref.n,)), part=ref.bias)

@@ -120,7 +120,8 @@ class PieceQuantizer:
             # a sum of squares is finite only if every number is; those of large numbers may overflow
             if not bool(torch.isfinite(squares)) and not bool(torch.isfinite(weight).all()):
                 raise CheckpointError(
-                    f"{self.plan.checkpoint.info(ref.tensor).file}: {ref.tensor} holds NaN or infinity: the source is "
+                    f"{self.plan.checkpoint.info(ref.tensor).file}: {ref.tensor} holds NaN or infinity: the "
+                    "source is "
                     "damaged, fetch it again"
                 )
             yield stored, weight, squares
@@ -134,8 +135,8 @@ class PieceQuantizer:
         return shards
 
     def _fused_amax(self, name: str) -> torch.Tensor:
-        """Largest magnitude in the layer that vLLM fuses a linear into: its shards get one number for the whole
-        tensor."""
+        """Largest magnitude in the layer that vLLM fuses a linear into: its shards get one number for the
+        whole tensor."""
         fused = shared_name(name)
         with self._amax_lock:
             if fused not in self._amax:

@@ -66,8 +66,8 @@ def selected(
     blocks: int,
     others: Collection[str] = (),
 ) -> tuple[list[str], list[str]]:
-    """:func:`select` that goes on after a mistake: what is left to quantize, and every mistake. ``others``: modules
-    that are no linears, which patterns of ``ignore`` may name without being a mistake."""
+    """:func:`select` that goes on after a mistake: what is left to quantize, and every mistake. ``others``:
+    modules that are no linears, which patterns of ``ignore`` may name without being a mistake."""
     chosen, problems = list(linears), []
     if layers is not None:
         try:

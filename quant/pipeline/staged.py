@@ -150,8 +150,8 @@ class StagedForward:
         calls: by batch size, what the block is called with.
         observe: called with (group, batch index, inputs [B, T, K]) as each batch arrives at a group.
         need_outputs: False for the last block, whose last linear nobody reads: its batches are dropped there.
-        modules: by the names of plain linears in ``groups``, their modules' paths inside the block, where they
-            differ.
+        modules: by the names of plain linears in ``groups``, their modules' paths inside the block, where
+            they differ.
     """
 
     def __init__(

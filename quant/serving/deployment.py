@@ -201,7 +201,8 @@ def plan(path: str | Path, request: DeploymentRequest) -> Deployment:
     arguments = tuple(a for a in chosen.values() if f"--{a.name}" not in passed_on)
     if not is_loopback(request.host) and request.api_key_env is None:
         warnings.append(
-            f"--host is {request.host} without an API key: whoever reaches port {request.port} can use the model. "
+            f"--host is {request.host} without an API key: whoever reaches port {request.port} can use the "
+            "model. "
             "Name a variable with --api-key-env, "
             f"or bind to {defaults.HOST}"
         )
@@ -480,7 +481,8 @@ def compose(deployment: Deployment) -> str:
                 "CMD",
                 "python3",
                 "-c",
-                f"import urllib.request; urllib.request.urlopen('http://127.0.0.1:{defaults.PORT}/health', timeout=5)",
+                f"import urllib.request; urllib.request.urlopen('http://127.0.0.1:{defaults.PORT}/health', "
+                "timeout=5)",
             ],
             "interval": "10s",
             "timeout": "6s",

@@ -1,5 +1,5 @@
-"""Everything that is vLLM's, and nothing else: the only room that knows one of its releases, a compute capability
-that its kernels need, or the name of a layer that it fuses.
+"""Everything that is vLLM's, and nothing else: the only room that knows one of its releases, a compute
+capability that its kernels need, or the name of a layer that it fuses.
 
 =================  ===========================================================================================
 ``layers``         which of the file's linears become one layer, how tensor parallelism cuts them

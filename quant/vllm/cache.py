@@ -14,7 +14,8 @@ from quant.checkpoint.header import WIDE_FLOATS, TensorInfo
 CACHE_SCALES = ("k_scale", "v_scale", "q_scale")
 #: Projections that K and V come from, beside which the scales of their cache stand.
 CACHE_PROJECTIONS = ("k_proj", "qkv_proj", "kv_a_proj_with_mqa")
-#: Of a cache whose K and V have one calibrated scale a layer; with it vLLM's `--kv-cache-dtype auto` means FP8.
+#: Of a cache whose K and V have one calibrated scale a layer; with it vLLM's `--kv-cache-dtype auto` means
+#: FP8.
 KV_CACHE: dict[str, Any] = {
     "num_bits": 8,
     "type": "float",
@@ -25,8 +26,8 @@ KV_CACHE: dict[str, Any] = {
 
 
 def cache_scale(name: str) -> str | None:
-    """The name that a number of an engine's FP8 KV cache has in our files, from any of the names that vLLM knows;
-    None of other tensors.
+    """The name that a number of an engine's FP8 KV cache has in our files, from any of the names that vLLM
+    knows; None of other tensors.
 
     >>> cache_scale("model.layers.0.self_attn.k_proj.output_scale")
     'model.layers.0.self_attn.k_scale'

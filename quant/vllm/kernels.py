@@ -1,5 +1,5 @@
-"""Which number formats vLLM computes with on which device. The compute capabilities are those of 0.32's sources:
-each scheme's ``get_min_capability``, and what a kernel says it can implement."""
+"""Which number formats vLLM computes with on which device. The compute capabilities are those of 0.32's
+sources: each scheme's ``get_min_capability``, and what a kernel says it can implement."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from quant.hardware import Gpu
 from quant.schemes import Scheme, SchemeRegistry
 
-#: Group sizes of 4- and 8-bit integers that every kernel from compute capability 7.5 up takes; others run on single
-#: kernels only (Marlin, `quantization/utils/marlin_utils.py`).
+#: Group sizes of 4- and 8-bit integers that every kernel from compute capability 7.5 up takes; others run on
+#: single kernels only (Marlin, `quantization/utils/marlin_utils.py`).
 GROUP_SIZES = (-1, 32, 64, 128)
 #: Layouts of OCP's microscaling numbers. vLLM's weight-only kernels of them exist for bf16 alone
 #: (`csrc/quantization/marlin/generate_kernels.py`).
@@ -48,8 +48,8 @@ def kernel_of(scheme: Scheme) -> str:
 
 
 def formats_of(gpu: Gpu) -> dict[str, str]:
-    """Number formats → how a GPU computes with them in vLLM: ``native``, ``weight-only`` (unpacked on the way),
-    ``no``."""
+    """Number formats → how a GPU computes with them in vLLM: ``native``, ``weight-only`` (unpacked on the
+    way), ``no``."""
     return number_formats(gpu.platform, gpu.capability, gpu.architecture)
 
 
@@ -90,7 +90,8 @@ def kernel_problem(scheme: Scheme, gpu: Gpu) -> str | None:
     rows = (row for row in SchemeRegistry if formats.get(kernel_of(row.scheme), "no") != "no")
     loaded = ", ".join(row.name for row in rows)
     return (
-        f"--gpu is {gpu.name} ({level}): vLLM has no kernel for {scheme} there; compute capability {lowest}{until} is "
+        f"--gpu is {gpu.name} ({level}): vLLM has no kernel for {scheme} there; compute capability "
+        f"{lowest}{until} is "
         f"needed. It loads {loaded or 'unquantized weights only'}"
     )
 

@@ -83,7 +83,8 @@ class Rules:
     #: captured batches grow with max_num_seqs, up to this size; False: up to 512 whatever it is
     graphs_follow_seqs: bool
     largest_graph: int
-    #: what the inner size of an MXFP4 expert is padded to on each rank: 128 by Marlin, 64 by the Triton kernels
+    #: what the inner size of an MXFP4 expert is padded to on each rank: 128 by Marlin, 64 by the Triton
+    #: kernels
     mxfp4_inner: int
     #: bytes outside torch with one GPU, and with several (on NVLink, on PCIe)
     other_bytes: int
@@ -175,8 +176,8 @@ def batch_sizes(rules: Rules, gpu: Gpu) -> tuple[int, int]:
     return (16384 if largest else 8192), 1024
 
 
-#: First release that loads a format, as far as the formats' contract is known: before it compressed-tensors had no
-#: per-group format key.
+#: First release that loads a format, as far as the formats' contract is known: before it compressed-tensors
+#: had no per-group format key.
 FIRST_RELEASE = {"awq": (0, 2, 0), "compressed-tensors": (0, 6, 2), "gptq": (0, 2, 6)}
 
 

@@ -187,7 +187,8 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str], int, list[str]]] = {
     "a device that is none": (nothing, [*MINMAX, "--device", "toaster"], 2, [
         "--device is 'toaster': give "
         "cpu, cuda or cuda:N"]),
-    "no ranks": (nothing, [*MINMAX, "--tensor-parallel", "0"], 2, ["--tensor-parallel': 0 is not in the range"]),
+    "no ranks": (nothing, [*MINMAX, "--tensor-parallel", "0"], 2,
+    ["--tensor-parallel': 0 is not in the range"]),
     "ranks that do not divide": (nothing, [*MINMAX, "--tensor-parallel", "2"], 1, [
         "--tensor-parallel 2 do "
         "not divide"]),

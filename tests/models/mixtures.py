@@ -1,4 +1,5 @@
-"""Tiny mixtures of experts, random, as transformers saves them: one expert a tensor, or all of a layer in one."""
+"""Tiny mixtures of experts, random, as transformers saves them: one expert a tensor, or all of a layer in
+one."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ import torch
 
 from tests.helpers import SHAPE, add_tokenizer, randomize
 
-#: family → what its config says beside the common shape; ``fused``: saved with all experts of a layer in one tensor.
+#: family → what its config says beside the common shape; ``fused``: saved with all experts of a layer in one
+#: tensor.
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16},

@@ -1,5 +1,5 @@
-"""A wrapper's config says the same of its text decoder to planner, formats, verification and deployment, under
-whatever key the decoder's part stands."""
+"""A wrapper's config says the same of its text decoder to planner, formats, verification and deployment,
+under whatever key the decoder's part stands."""
 
 from __future__ import annotations
 
