@@ -229,7 +229,8 @@ class Job:
         return path
 
     def make(self, row: Row, draw: int, output: Path) -> tuple[float, int, float]:
-        """Makes a checkpoint; returns seconds and peak memory of the whole program, and the bits per weight."""
+        """Makes a checkpoint; returns seconds and peak memory of the whole program, and the bits per
+        weight."""
         length = str(self.model.length)
         if row.peer:
             python = {

@@ -31,7 +31,8 @@ PEER = """
 import sys, time
 from llmcompressor import model_free_ptq
 start = time.perf_counter()
-model_free_ptq(sys.argv[1], sys.argv[2], scheme=sys.argv[3], ignore=["lm_head", "model.embed_tokens"], max_workers=int(sys.argv[4]), device="cpu")
+options = {"ignore": ["lm_head", "model.embed_tokens"], "max_workers": int(sys.argv[4]), "device": "cpu"}
+model_free_ptq(sys.argv[1], sys.argv[2], scheme=sys.argv[3], **options)
 print("RESULT", time.perf_counter() - start, flush=True)
 """
 

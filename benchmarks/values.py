@@ -32,8 +32,10 @@ AUTOGPTQ = """
 import sys, torch
 from auto_gptq import AutoGPTQForCausalLM
 from safetensors.torch import save_file
-model = AutoGPTQForCausalLM.from_quantized(sys.argv[1], device="cpu", use_triton=False, disable_exllama=True, disable_exllamav2=True, torch_dtype=torch.float32,
-                                           inject_fused_attention=False, inject_fused_mlp=False, use_safetensors=True)
+off = ("use_triton", "inject_fused_attention", "inject_fused_mlp")
+on = ("disable_exllama", "disable_exllamav2", "use_safetensors")
+options = dict.fromkeys(off, False) | dict.fromkeys(on, True)
+model = AutoGPTQForCausalLM.from_quantized(sys.argv[1], device="cpu", torch_dtype=torch.float32, **options)
 weights = {}
 for name, module in model.model.named_modules():
     if hasattr(module, "qweight"):
@@ -62,8 +64,10 @@ import sys, torch
 from transformers import AutoModelForCausalLM
 from transformers.utils.quantization_config import CompressedTensorsConfig
 from safetensors.torch import save_file
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=CompressedTensorsConfig(run_compressed=False))
-save_file({n.removesuffix(".weight"): p.float().contiguous() for n, p in model.named_parameters() if n.endswith("_proj.weight")}, sys.argv[2])
+whole = CompressedTensorsConfig(run_compressed=False)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=whole)
+weights = {n: p for n, p in model.named_parameters() if n.endswith("_proj.weight")}
+save_file({n.removesuffix(".weight"): p.float().contiguous() for n, p in weights.items()}, sys.argv[2])
 """
 
 

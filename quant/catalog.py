@@ -231,7 +231,8 @@ def _by_size(
     import math
 
     def distance(entry_name: str) -> float:
-        """How far an entry is by the size in its own name; the family that the name begins with comes first."""
+        """How far an entry is by the size in its own name; the family that the name begins with comes
+        first."""
         found = re.findall(
             r"(?:^|[-_. ])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?=$|[-_. ])",
             entry_name.split("/")[-1],

@@ -90,11 +90,13 @@ def test_what_a_class_leaves_out_is_as_the_protocol_has_it(package: Callable[...
     [
         (
             "their_c:Missing",
-            r"their_c:Missing of the package their_c 2.1 cannot be loaded \(AttributeError: .*Missing.*\): repair or update",
+            r"their_c:Missing of the package their_c 2.1 cannot be loaded \(AttributeError: .*Missing.*\): "
+            r"repair or update",
         ),
         (
             "no_such_module:X",
-            r"no_such_module:X of the package their_c 2.1 cannot be loaded \(ModuleNotFoundError: .*no_such_module",
+            r"no_such_module:X of the package their_c 2.1 cannot be loaded \(ModuleNotFoundError: "
+            r".*no_such_module",
         ),
         (
             "their_c:NoNeeds",
@@ -131,7 +133,8 @@ def test_a_module_that_fails_while_it_is_imported_is_named_with_its_reason(
     package("their_d", code, "quant.quantizers", {"theirs": "their_d:X"})
     with pytest.raises(
         UsageError,
-        match=r"^method 'theirs': their_d:X of the package their_d 1.0 cannot be loaded \(\w+: [^\n]*\): repair",
+        match=r"^method 'theirs': their_d:X of the package their_d 1.0 cannot be loaded \(\w+: [^\n]*\): "
+        r"repair",
     ):
         methods().get("theirs")
 
@@ -149,7 +152,8 @@ def test_a_name_that_is_taken_is_refused_when_it_is_asked_for(package: Callable[
         registry.get("mine")
     with pytest.raises(
         UsageError,
-        match=r"method 'shared': the package their_[ef] 1.0 and the package their_[ef] 1.0 both declare this name",
+        match=r"method 'shared': the package their_[ef] 1.0 and the package their_[ef] 1.0 both declare "
+        r"this name",
     ):
         registry.get("shared")
     assert list(registry)[0] is object and len(list(registry)) == 2

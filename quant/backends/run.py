@@ -248,7 +248,8 @@ def _beside(output: Path) -> Iterator[Path]:
 
 
 def _legacy_source(checkpoint: Checkpoint, folder: Path) -> Path:
-    """The source under another roof: links to its files, and a config.json that transformers 4 understands."""
+    """The source under another roof: links to its files, and a config.json that transformers 4
+    understands."""
     folder.mkdir()
     for file in checkpoint.path.iterdir():
         if file.is_file() and file.name != "config.json":

@@ -243,7 +243,8 @@ class Int8Gram(Gram):
 
 
 def int8_products(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """``leftᵀ @ right`` of int8 [T, M] and [T, N], exact: int32 [M, N], put into ``out`` where it is given."""
+    """``leftᵀ @ right`` of int8 [T, M] and [T, N], exact: int32 [M, N], put into ``out`` where it is
+    given."""
     if left.shape[1] == 1:  # torch 2.13 returns what was in the memory before for a product of one row
         row = torch._int_mm(left.repeat(1, 2).t(), right)[:1]
         return row if out is None else out.copy_(row)

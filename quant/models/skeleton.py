@@ -67,7 +67,8 @@ class _Recorded(Exception):
 
 
 class _TakesFirst(Exception):
-    """Raised where the model goes on with the first part of what a block returns: its blocks return tuples."""
+    """Raised where the model goes on with the first part of what a block returns: its blocks return
+    tuples."""
 
 
 class _Recorder(nn.Module):
@@ -182,7 +183,8 @@ class Skeleton:
         self._traced: dict[Any, tuple[InputGroup, ...]] = {}
 
     def _build(self, config: Any) -> nn.Module:
-        """The text decoder as a model of its own; for a wrapper whose decoder has no such class, the wrapper."""
+        """The text decoder as a model of its own; for a wrapper whose decoder has no such class, the
+        wrapper."""
         auto = transformers()
         text = config.get_text_config()
         tries = [(auto.AutoModelForCausalLM, text)] if text is not config else []

@@ -22,7 +22,8 @@ SOURCES = frozenset({"norm", "linear"})
 
 @dataclass(frozen=True)
 class Suppression:
-    """Factors fp32 [K], finite and positive, 1 where nothing is to be moved; and what a report says of them."""
+    """Factors fp32 [K], finite and positive, 1 where nothing is to be moved; and what a report says of
+    them."""
 
     factors: torch.Tensor
     notes: tuple[str, ...] = ()

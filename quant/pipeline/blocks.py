@@ -268,7 +268,8 @@ class BlockQuantizer:
         prior: torch.Tensor | None,
         needs: frozenset[str],
     ) -> tuple[Statistics, tuple[str, ...]]:
-        """The statistics of one expert's input, and what to say of them; see :mod:`quant.pipeline.experts`."""
+        """The statistics of one expert's input, and what to say of them; see
+        :mod:`quant.pipeline.experts`."""
         how = self.plan.recipe.moe_calibration
         rows, gates = routed.of(expert)
         tokens, floor = len(rows), routed.features

@@ -5,10 +5,10 @@ How a mixture is calibrated (``--moe-calibration``):
 
 ``routed``  each expert sees the tokens that its router sends, and no others.
 ``all``     each sees all tokens of its layer, as llm-compressor's `moe_calibrate_all_experts` does.
-``blend``   routed tokens, each weighted with the square of its gate, which is what its error is multiplied by in the
-            layer's output; where they are fewer than the features of the input, tokens of the whole layer
-            stand in for those that are missing, with a small weight: a direction that no routed token has is
-            still not free.
+``blend``   routed tokens, each weighted with the square of its gate, which is what its error is multiplied by
+            in the layer's output; where they are fewer than the features of the input, tokens of the whole
+            layer stand in for those that are missing, with a small weight: a direction that no routed token has
+            is still not free.
 
 All inputs of a layer are kept until every expert is solved, one after another, so that one Hessian is in
 memory at a time; beyond :data:`RESIDENT` bytes they lie in a scratch file.
@@ -122,7 +122,8 @@ def weighted(rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
 
 
 def coverage(counts: torch.Tensor, floor: int) -> dict[str, Any]:
-    """How the tokens of a layer are spread over its experts; ``floor``: as many as the features of the input."""
+    """How the tokens of a layer are spread over its experts; ``floor``: as many as the features of the
+    input."""
     tokens = counts.tolist()
     return {
         "experts": len(tokens),

@@ -118,7 +118,8 @@ def _ignored(
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a pattern of ``--ignore`` names a module; no pattern that is no regular expression names any."""
+    """Whether a pattern of ``--ignore`` names a module; no pattern that is no regular expression names
+    any."""
     if pattern.startswith("re:"):
         try:
             return re.match(pattern[3:], name) is not None

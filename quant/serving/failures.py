@@ -49,7 +49,8 @@ _ROWS = (
         "this machine has no such address: choose another --host",
     ),
     _Row(
-        r"which is larger than the available KV cache memory \(([\d.]+) GiB\)\. .*?estimated maximum model length is (\d+)",
+        r"which is larger than the available KV cache memory \(([\d.]+) GiB\)\. .*?estimated maximum model "
+        r"length is (\d+)",
         "no memory for the KV cache",
         "one request of the longest context does not fit in the {1} GiB left for the KV cache: "
         "--max-model-len {2} does",
@@ -142,7 +143,8 @@ _ROWS = (
         "{1} attention heads do not divide over --tensor-parallel {2}: choose a divisor",
     ),
     _Row(
-        r"Model architectures? \[?'?([\w, ']+)'?\]? (?:are|is) not supported|does not recognize this architecture",
+        r"Model architectures? \[?'?([\w, ']+)'?\]? (?:are|is) not supported|does not recognize this "
+        r"architecture",
         "unknown architecture",
         "this vLLM does not know the model's architecture: use a newer vLLM",
         True,
@@ -175,7 +177,8 @@ def diagnose(log: Sequence[str]) -> Cause | None:
 
 
 def quote(log: Sequence[str], count: int = 12) -> str:
-    """The last lines of a log as they belong into an error: the last exception if there is one, then the end."""
+    """The last lines of a log as they belong into an error: the last exception if there is one, then the
+    end."""
     lines = [line for line in log if line.strip() and "leaked" not in line]
     raised = [
         line for line in lines if re.match(r"(?:[A-Za-z_]+\.)*[A-Za-z_]*(?:Error|Exception)\b", _bare(line))

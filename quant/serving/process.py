@@ -84,7 +84,8 @@ class Completion:
 
 
 def default_python() -> str:
-    """The interpreter to look for vLLM in: that of the environment variable QUANT_VLLM_PYTHON, or this one."""
+    """The interpreter to look for vLLM in: that of the environment variable QUANT_VLLM_PYTHON, or this
+    one."""
     return os.environ.get(PYTHON_VARIABLE) or sys.executable
 
 

@@ -54,7 +54,8 @@ FLAGS = (
 #: vLLM's line about a kernel that computes with FP8, NVFP4 or MX weights and leaves activations in 16 bits,
 #: on hardware without such numbers.
 _WEIGHT_ONLY = re.compile(
-    r"(Selected|Using) (Marlin(FP8|NvFp4|MxFp4|Mxfp8)\w*|\w*NvFp4W4A16\w*|CPUFp8(Block|PerTensor)Scaled\w*) for "
+    r"(Selected|Using) (Marlin(FP8|NvFp4|MxFp4|Mxfp8)\w*|\w*NvFp4W4A16\w*|CPUFp8(Block|PerTensor)Scaled\w*) "
+    r"for "
 )
 
 

@@ -109,7 +109,8 @@ def test_too_little_text_says_how_much_is_missing(tokenizer: Any, tmp_path: Path
     have = len(tokenizer(text)["input_ids"])
     with pytest.raises(
         TextError,
-        match=rf"has {have} tokens, 30 rows of 8 take 240: {240 - have} tokens, about [\d,]+ characters are missing. Give more",
+        match=rf"has {have} tokens, 30 rows of 8 take 240: {240 - have} tokens, about [\d,]+ characters are "
+        rf"missing. Give more",
     ):
         rows_of(tokenizer, tmp_path / "a.txt", samples=30)
     (tmp_path / "empty.txt").write_text("")
@@ -130,7 +131,8 @@ def test_tokens_that_the_model_does_not_have_are_an_error(tokenizer: Any, tmp_pa
     largest = int(rows_of(tokenizer, tmp_path / "a.txt").tokens.max())
     with pytest.raises(
         TextError,
-        match=rf"the tokenizer gives token \d+, the model has {largest}: the tokenizer belongs to another model",
+        match=rf"the tokenizer gives token \d+, the model has {largest}: the tokenizer belongs to another "
+        rf"model",
     ):
         rows_of(tokenizer, tmp_path / "a.txt", vocabulary=largest)
 

@@ -1,4 +1,5 @@
-"""The commands as a user runs them: results, exit statuses, one JSON object on stdout and nothing else there."""
+"""The commands as a user runs them: results, exit statuses, one JSON object on stdout and nothing else
+there."""
 
 from __future__ import annotations
 

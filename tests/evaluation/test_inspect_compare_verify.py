@@ -128,7 +128,11 @@ DAMAGES: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any], str]] = 
         "weight_shape")] and t.update({f"{Q}.weight": torch.ones(64, 64)}),
         "qkv_proj: its shards are unquantized, w4a16 .W4 g32 symmetric.",
     ),
-    "zero points of v2": ("gptq", setting(f"{Q}.qzeros", lambda t: torch.full_like(t, 0x77777777 + 0x11111111 - 2**32)), "is not the constant 0x77777777"),
+    "zero points of v2": (
+        "gptq",
+        setting(f"{Q}.qzeros", lambda t: torch.full_like(t, 0x77777777 + 0x11111111 - 2**32)),
+        "is not the constant 0x77777777",
+    ),
     "a reordered index": ("gptq", setting(f"{Q}.g_idx", lambda t: t.flip(0)),
         "is reordered: vLLM drops it "
         "and reads wrong values"),

@@ -219,7 +219,8 @@ def test_a_group_index_that_names_no_group_is_refused() -> None:
 
 
 def test_a_group_as_wide_as_the_input_keeps_its_declared_size() -> None:
-    """Otherwise linears of one scheme would look like two, and exporting them to one format would be refused."""
+    """Otherwise linears of one scheme would look like two, and exporting them to one format would be
+    refused."""
     scheme = WeightScheme(4, 128, True)
     wide, narrow = Linear("a.wide", 32, 256, scheme), Linear("a.narrow", 32, 128, scheme)
     packed = {
@@ -314,8 +315,20 @@ HOSTILE: list[tuple[str, Any, str]] = [
     ("no groups", {"quant_method": "compressed-tensors"}, "no config_groups"),
     ("groups that are numbers", {"quant_method": "compressed-tensors", "config_groups": {"a": 3}},
     "cannot be understood"),
-    ("another format", {"quant_method": "compressed-tensors", "format": "marlin-24", "config_groups": {"a": {}}}, "format marlin-24 is not read"),
-    ("no weights", {"quant_method": "compressed_tensors", "format": "pack-quantized", "config_groups": {"a": {"targets": ["Linear"]}}}, "cannot be understood"),
+    (
+        "another format",
+        {"quant_method": "compressed-tensors", "format": "marlin-24", "config_groups": {"a": {}}},
+        "format marlin-24 is not read",
+    ),
+    (
+        "no weights",
+        {
+            "quant_method": "compressed_tensors",
+            "format": "pack-quantized",
+            "config_groups": {"a": {"targets": ["Linear"]}},
+        },
+        "cannot be understood",
+    ),
     ("bits that are text", {"quant_method": "compressed-tensors", "format": "pack-quantized",
      "config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": "x", "strategy": "channel"}}}},
      "cannot be understood"),

@@ -199,7 +199,8 @@ PRESETS = ("fp8_dynamic", "fp8", "w8a8", "nvfp4", "mxfp4", "mxfp8")
 def test_files_of_llm_compressor_keep_every_number_and_get_the_dtypes_of_the_contract(
     preset: str, tmp_path: Path
 ) -> None:
-    """It stores scales of 8-bit formats in fp16; vLLM's parameters are fp32, and nothing is lost in widening."""
+    """It stores scales of 8-bit formats in fp16; vLLM's parameters are fp32, and nothing is lost in
+    widening."""
     source = PEERS / f"llmc-{preset}"
     report = export(source, tmp_path / "out").to_dict()
     assert report["verify"]["passed"] and report["linears"] == 14 and report["scales_rounded"] == []
@@ -296,7 +297,12 @@ def renamed(source: Path, target: Path, change: Callable[[str], str]) -> dict[st
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [("attn.{}_scale", "attn.attn.{}_scale"), ("attn.{}_scale", "attn.{0}_proj.{0}_scale"), ("attn.{}_scale", "attn.{}_proj.output_scale")]
+    ("old", "new"),
+    [
+        ("attn.{}_scale", "attn.attn.{}_scale"),
+        ("attn.{}_scale", "attn.{0}_proj.{0}_scale"),
+        ("attn.{}_scale", "attn.{}_proj.output_scale"),
+    ]
 )  # fmt: skip
 def test_scales_of_a_cache_under_older_names_get_today_s(
     old: str, new: str, checkpoint: Callable[[str], Path], tmp_path: Path

@@ -136,7 +136,8 @@ def test_a_disk_without_room_is_noticed(tmp_path: Path) -> None:
         check_disk(tmp_path / "not" / "there", 2**60)
     with pytest.raises(
         QuantError,
-        match=r"10 B are needed for the output and 1048576 TiB for calibration activations, .*, or use fewer --samples",
+        match=r"10 B are needed for the output and 1048576 TiB for calibration activations, .*, or use "
+        r"fewer --samples",
     ):
         check_disk(tmp_path / "not" / "there", 10, 2**60)
 

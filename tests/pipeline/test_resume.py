@@ -147,7 +147,8 @@ def test_other_settings_are_refused_unless_fresh_is_asked(
     options = JOBS["gptq"] | change
     with pytest.raises(
         QuantError,
-        match=rf"out.work: holds unfinished work of another job \(.*{named}.*run that job again to finish it, or use --fresh",
+        match=rf"out.work: holds unfinished work of another job \(.*{named}.*run that job again to finish "
+        rf"it, or use --fresh",
     ):
         quantize(unfinished, tmp_path / "out", **options)
     report = quantize(unfinished, tmp_path / "out", fresh=True, **options)

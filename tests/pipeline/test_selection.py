@@ -45,7 +45,8 @@ def test_specs_of_blocks(spec: str, blocks: set[int]) -> None:
         ("1,", "matches no linear"),
         (
             "*.k_proj",
-            r"--layers '\*.k_proj' matches no linear of the model: names look like 'model.layers.0.mlp.down_proj'",
+            r"--layers '\*.k_proj' matches no linear of the model: names look like "
+            r"'model.layers.0.mlp.down_proj'",
         ),
     ],
 )

@@ -1,4 +1,5 @@
-"""Methods without data go through weights in pieces: nothing of the result may depend on where they are cut."""
+"""Methods without data go through weights in pieces: nothing of the result may depend on where they are
+cut."""
 
 from __future__ import annotations
 
