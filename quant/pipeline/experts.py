@@ -7,8 +7,8 @@ How a mixture is calibrated (``--moe-calibration``):
 ``all``     each sees all tokens of its layer, as llm-compressor's `moe_calibrate_all_experts` does.
 ``blend``   routed tokens, each weighted with the square of its gate, which is what its error is multiplied by
             in the layer's output; where they are fewer than the features of the input, tokens of the whole
-            layer stand in for those that are missing, with a small weight: a direction that no routed token has
-            is still not free.
+            layer stand in for those that are missing, with a small weight: a direction that no routed token
+            has is still not free.
 
 All inputs of a layer are kept until every expert is solved, one after another, so that one Hessian is in
 memory at a time; beyond :data:`RESIDENT` bytes they lie in a scratch file.
