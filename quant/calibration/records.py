@@ -85,7 +85,8 @@ class Tally:
             kinds = ", ".join(f"{n:,} {kind}" for kind, n in self.parts.most_common(6))
             notes.append(f"parts of messages that are not text were left out: {kinds}")
         if self.tools:
-            notes.append(f"the definitions of tools of {self.tools:,} rows were left out")
+            rows = "1 row" if self.tools == 1 else f"{self.tools:,} rows"
+            notes.append(f"the definitions of tools of {rows} were left out")
         return tuple(notes)
 
 
@@ -374,9 +375,9 @@ def documents_of(rows: Iterable[tuple[str, Any]], source: str, tally: Tally) -> 
         if empty and isinstance(value, dict) and len(columns) < _MOST_COLUMNS:
             columns.update(dict.fromkeys(map(str, value)))
     if count and empty:
+        none = "its only row holds no text" if count == 1 else f"none of its {count:,} rows holds text"
         raise TextError(
-            f"{source}: none of its {count:,} rows holds text: {columns_named(columns)}. Read are {READ}: "
-            "rename a column, or fill it"
+            f"{source}: {none}: {columns_named(columns)}. Read are {READ}: rename a column, or fill it"
         )
 
 

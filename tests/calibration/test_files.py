@@ -154,7 +154,7 @@ BROKEN: list[tuple[str, bytes, str]] = [
     ("a.jsonl", b'{"text": 3}', r'line 1: "text" is a number \(3\)'),
     ("a.jsonl", b'{"text": "x"}\n[1]\n', r"line 2, row 1: the row is a number \(1\)"),
     ("a.jsonl", b'{"text": "x"}\n3\n', r"line 2: the row is a number \(3\)"),
-    ("a.jsonl", b'{"messages": []}', "none of its 1 rows holds text: the columns are messages. Read are "),
+    ("a.jsonl", b'{"messages": []}', "its only row holds no text: the columns are messages. Read are "),
     ("a.jsonl", b'{"messages": [{"role": "user"}]}', 'line 1: message 1 of "messages" has role'),
     ("a.jsonl", b'{"id": 1}\n{"id": 2, "label": 0}\n', "its 2 rows holds text: the columns are id, label"),
     ("a.jsonl", b'{"text": "x"}\n{"text', "line 2: not JSON"),
@@ -170,7 +170,7 @@ BROKEN: list[tuple[str, bytes, str]] = [
     ("a.json", b'[\n {"text": "x"},\n {"text": 3}\n]', r'row 2: "text" is a number \(3\)'),
     ("a.json", b'[\n {"text": "x"},\n', "line 3: not JSON"),
     ("a.json", b'{"text": {"en": "x"}, "id": 3}', '"text" is an object'),
-    ("a.json", b'{"tokens": ["x", "y"], "id": 3}', "its 1 rows holds text: the columns are tokens, id"),
+    ("a.json", b'{"tokens": ["x", "y"], "id": 3}', "its only row holds no text: the columns are tokens, id"),
     ("a.json", b"3", r"the row is a number \(3\)"),
     ("a.json", "{}".encode("utf-16"), UTF16),
     # CSV

@@ -181,7 +181,7 @@ def test_what_is_passed_over_is_counted() -> None:
     assert tally.notes() == (
         "2 of the 5 rows read hold no text and were passed over (the first is f, row 1)",
         "parts of messages that are not text were left out: 2 image, 1 video",
-        "the definitions of tools of 1 rows were left out",
+        "the definitions of tools of 1 row were left out",
     )
     assert Tally(rows=5).notes() == ()
 
@@ -193,7 +193,7 @@ def test_a_file_of_which_no_row_holds_text_is_an_error_that_names_the_columns() 
         match="f: none of its 2 rows holds text: the columns are id, review, stars, text. Read are text, ",
     ):
         list(documents_of(rows, "f", Tally()))
-    with pytest.raises(TextError, match="none of its 1 rows holds text: they have no columns"):
+    with pytest.raises(TextError, match="its only row holds no text: they have no columns"):
         list(documents_of([("f", None)], "f", Tally()))
     wide = {f"column {i}": "x" for i in range(30)} | {"y" * 1000: 1}
     with pytest.raises(TextError, match="column 11 and 19 more. Read") as refused:

@@ -351,7 +351,7 @@ def test_rows_that_hold_nothing_are_said_while_it_runs_at_its_end_and_in_the_rep
     ("name", "content", "problem"),
     [
         ("a.csv", b"id,label\n1,x\n", "the columns are id, label: none is read. Read are text, messages"),
-        ("a.jsonl", b'{"id": 1}\n', "none of its 1 rows holds text: the columns are id. Read are text"),
+        ("a.jsonl", b'{"id": 1}\n', "its only row holds no text: the columns are id. Read are text"),
         ("a.json", b'[{"text": 3}]', 'line 1, row 1: "text" is a number (3): a string is needed there'),
         ("a.txt", "text".encode("utf-16"), "is UTF-16 text: convert it to UTF-8 first"),
         ("a.jsonl.zst", b"", "is compressed with Zstandard: unpack it first (zstd -d)"),
