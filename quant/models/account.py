@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -16,6 +17,8 @@ from quant.vllm.config import block_count
 LARGEST_REST = 0.05
 #: Matrices with a side shorter than this are no linears: kernels of convolutions, decay rates, gates.
 _SMALLEST_SIDE = 16
+#: Parameters of recurrences and their convolutions, which multiply no vector of features.
+_NO_MATRIX = re.compile(r"(^|\.)(A_log|A|D|dt_bias|\w*conv\w*(\.weight)?|\w+_decay|slope_rate)$")
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,11 @@ def account(
 def rest_problems(weights: Collection[DecoderWeight], shapes: Mapping[str, TensorInfo]) -> list[str]:
     """Why a job must not run: too much of the decoder would stay in 16 bits without a word."""
     total = sum(w.elements for w in weights)
-    rest = [w for w in weights if w.rest and min(shapes[w.name].shape[-2:]) >= _SMALLEST_SIDE]
+    rest = [
+        w
+        for w in weights
+        if w.rest and min(shapes[w.name].shape[-2:]) >= _SMALLEST_SIDE and not _NO_MATRIX.search(w.name)
+    ]
     left = sum(w.rest for w in rest)
     if not total or left <= LARGEST_REST * total:
         return []
