@@ -305,9 +305,12 @@ def _cells(path: Path, batches: Iterable[Any]) -> Iterator[Located]:
     start = 1
     for batch in batches:
         for first in range(0, batch.num_rows, _BATCH):
-            part = batch.slice(first, _BATCH)
-            chosen = [(i, n) for i, n in enumerate(batch.schema.names) if n.strip().lower() in COLUMNS]
-            columns = {name: part.column(i).to_pylist() for i, name in chosen}
+            columns = {}
+            for i, name in enumerate(batch.schema.names):
+                if name.strip().lower() in COLUMNS:
+                    column = batch.column(i).slice(first, _BATCH)
+                    column.validate(full=True)  # what is read of a damaged one may lie outside the file
+                    columns[name] = column.to_pylist()
             for number, cells in enumerate(zip(*columns.values(), strict=True), start + first):
                 yield f"{path}, row {number}", dict(zip(columns, cells, strict=True))
         start += batch.num_rows

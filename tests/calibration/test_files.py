@@ -332,6 +332,21 @@ def test_what_is_wrong_with_a_table_names_columns_and_row(
         list(documents([file]))
 
 
+def test_offsets_outside_a_damaged_table_are_not_followed(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    offsets = pyarrow.py_buffer(b"".join(i.to_bytes(4, "little", signed=True) for i in (0, 1 << 30, 3)))
+    damaged = pyarrow.StringArray.from_buffers(2, offsets, pyarrow.py_buffer(b"abc"))
+    file = stream(tmp_path / "a.arrow", text=damaged)
+    with pytest.raises(TextError, match="a.arrow: is not a readable arrow file"):
+        list(documents([file]))
+    bad = pyarrow.StringArray.from_buffers(
+        1, pyarrow.py_buffer(bytes(4) + b"\1\0\0\0"), pyarrow.py_buffer(b"\xff")
+    )
+    for write, end in TABLES:
+        with pytest.raises(TextError, match="is not a readable .* UTF8"):
+            list(documents([write(tmp_path / f"b{end}", text=bad)]))
+
+
 def test_without_pyarrow_tables_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path / "saved", data=DOCS)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
