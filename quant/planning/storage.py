@@ -257,8 +257,9 @@ def file_bytes(spec: ModelSpec, scheme: Scheme | None = None) -> int:
     parts = [] if scheme is None else list(scheme.stored_tensors(1, 1, 2))
     header = 16
     for weight in spec.weights:
-        base, names = weight.tensor.removesuffix(".weight"), [weight.tensor]
+        names = [weight.tensor]
         if scheme is not None and quantizable(weight, scheme):
+            base = names[0].removesuffix(".weight")
             names = [f"{base}.{last}" for last in parts]
         shape = len(str(list(weight.shape)).replace(" ", ""))
         header += weight.count * sum(
