@@ -24,7 +24,8 @@ class Decoder:
 
     Attributes:
         values: of the config; the text decoder's part first.
-        name: its ``model_type``, of a wrapper that of the text part; empty where none is stated.
+        model_type: of the text part, of a wrapper where that states none; empty where neither does.
+        name: of the family.
         known: whether the family has a row.
         latent: sizes of latent attention; empty where there is none.
         single: a layer is a mixer or an MLP, not both.
@@ -35,8 +36,8 @@ class Decoder:
 
     def __init__(self, config: Mapping[str, Any], where: str):
         self.values = values = Values(config, where)
-        named = values.text("model_type")
-        self.name = WRAPPERS.get(named, named)
+        self.model_type = values.text("model_type")
+        self.name = WRAPPERS.get(self.model_type, self.model_type)
         self.known = self.name in FAMILIES
         self.family = FAMILIES.get(self.name, Family())
         self.hidden = values.count("hidden_size")

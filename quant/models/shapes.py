@@ -47,7 +47,7 @@ def spec_from_config(
     return ModelSpec(
         name=name,
         family=decoder.name or "unknown",
-        model_type=str(next((t for p in parts(config) if (t := p.get("model_type"))), "")),
+        model_type=decoder.model_type,
         architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else "",
         dtype=dtype,
         hidden=decoder.hidden,

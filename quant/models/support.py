@@ -14,8 +14,8 @@ from typing import Any
 
 from quant.models.adapter import ModelRegistry
 from quant.models.spec import ModelSpec
+from quant.models.values import Values
 from quant.schemes import Scheme, row_of
-from quant.vllm.config import parts, stated
 
 #: Methods that need no calibration text, as ``--method`` has them.
 DATA_FREE = frozenset({"minmax", "fp8", "hqq", "none"})
@@ -127,9 +127,9 @@ def scheme_problem(
 def _traits(model: ModelSpec | Mapping[str, Any]) -> tuple[str, bool]:
     """The model type of the text decoder, and whether each of its blocks reads embeddings of its own."""
     if isinstance(model, ModelSpec):
-        return model.model_type, any(w.name.startswith("embed_tokens_per_layer") for w in model.weights)
-    model_type = next((str(t) for p in parts(model) if (t := p.get("model_type"))), "")
-    return model_type, bool(stated(model, "hidden_size_per_layer_input"))
+        return model.model_type, any("embed_tokens_per_layer" in w.name for w in model.weights)
+    values = Values(model, "config.json")
+    return str(values.get("model_type", "")), bool(values.get("hidden_size_per_layer_input"))
 
 
 def _has_row(model_type: str) -> bool:

@@ -205,7 +205,8 @@ def _listed(config: Mapping[str, Any]) -> Callable[[Weight], bool]:
     def listed(weight: Weight) -> bool:
         if not patterns:
             return False
-        names = (*module_names(weight), weight.name.removesuffix(".weight"))
+        name = weight.name.removesuffix(".weight")
+        names = (*module_names(weight), name, name.rpartition(".")[2])
         return any(p.match(name) for p in patterns for name in names)
 
     return listed

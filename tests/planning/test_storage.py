@@ -150,7 +150,7 @@ def test_a_checkpoint_of_several_schemes_is_planned_linear_by_linear() -> None:
         "ignore": ["re:.*layers.31.*"],
     }
     own = source_schemes(replace(spec, quantization=patterns))
-    kept = {w.layer: own(w) for w in spec.weights if w.name == "q_proj"}
+    kept = {w.layer: own(w) for w in spec.weights if w.name == "self_attn.q_proj"}
     assert [kept[i] for i in (0, 7, 8, 31)] == [PRESETS["w4a16"], PRESETS["w4a16"], PRESETS["w8a8-fp8"], None]
     wrapped = {
         "a": {**config["config_groups"]["group_0"], "targets": ["Linear"]},
@@ -160,7 +160,7 @@ def test_a_checkpoint_of_several_schemes_is_planned_linear_by_linear() -> None:
         },
     }
     own = source_schemes(replace(spec, quantization={**config, "config_groups": wrapped}))
-    kept = {w.layer: own(w) for w in spec.weights if w.name == "q_proj"}
+    kept = {w.layer: own(w) for w in spec.weights if w.name == "self_attn.q_proj"}
     assert [kept[i] for i in (2, 3)] == [PRESETS["w4a16"], PRESETS["w8a8-fp8"]]
     plans = [plan(replace(spec, quantization=q), [named_gpu("H100")]) for q in (config, None)]
     fewer = sum(
