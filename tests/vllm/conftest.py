@@ -19,6 +19,16 @@ HERE = Path(__file__).parent
 LARGER = ROOT.parent / "shared" / "data" / "models" / "tinylm-11m"
 
 
+#: What vLLM's CPU kernels of 4-bit weights are made of; without it the build has none.
+AVX512 = Path("/proc/cpuinfo").exists() and "avx512f" in Path("/proc/cpuinfo").read_text()
+
+
+def demand_4_bit_kernels() -> None:
+    """Skips a test by name on a machine whose vLLM has no kernel for packed 4-bit weights."""
+    if not AVX512:
+        pytest.skip("no AVX512 (avx512f in /proc/cpuinfo), of which vLLM's 4-bit kernels are made")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     skip = pytest.mark.skip(reason=f"{PYTHON_VARIABLE} names no Python with vLLM: make test builds one")
     for item in items:

@@ -21,8 +21,14 @@ import psutil
 import pytest
 
 from tests.helpers import ROOT, left_alive
+from tests.vllm.conftest import AVX512
 
-OPTIONS = ("--format", "compressed-tensors", "--symmetric", "--group-size", "128", "--method", "gptq")
+#: What these tests serve: a scheme for which vLLM has kernels on this machine.
+OPTIONS = (
+    ("--format", "compressed-tensors", "--symmetric", "--group-size", "128", "--method", "gptq")
+    if AVX512
+    else ("--scheme", "w8a8-int8", "--method", "minmax", "--outlier-suppression", "none")
+)
 
 
 def _start(path: Path, *options: str, **settings: Any) -> subprocess.Popen[str]:

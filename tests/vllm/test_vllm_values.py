@@ -30,6 +30,7 @@ from quant.serving.reference import (
     prompts,
 )
 from tests.vllm import corrupt
+from tests.vllm.conftest import demand_4_bit_kernels
 
 CT, GPTQ, AWQ = "compressed-tensors", "gptq", "awq"
 #: Whether this machine has the tile instructions that vLLM's FP8 block kernels are made of.
@@ -100,6 +101,8 @@ def test_vllm_computes_with_the_values_that_are_in_the_files(
     vllm_python: str,
     record_property: Callable[[str, object], None],
 ) -> None:
+    if form != "plain":
+        demand_4_bit_kernels()
     path = make("--format", form, f"--{symmetry}", "--group-size", str(group), "--method", method)
     with open_server(path, vllm_python) as server:
         server.start(timeout=300)
@@ -133,6 +136,8 @@ def test_vllm_computes_with_quantized_activations_and_caches_as_the_reference_do
         pytest.skip(
             "this machine has no AMX (amx_tile in /proc/cpuinfo), of which vLLM's FP8 block kernels are made"
         )
+    if case in ("fp8 cache", "mixed"):
+        demand_4_bit_kernels()
     path = make(*options)
     with open_server(path, vllm_python) as server:
         server.start(timeout=300)
