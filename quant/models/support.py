@@ -16,6 +16,7 @@ from quant.models.adapter import ModelRegistry
 from quant.models.spec import ModelSpec
 from quant.models.values import Values
 from quant.schemes import Scheme, row_of
+from quant.vllm.layers import UNREAD_EXPERTS
 
 #: Methods that need no calibration text, as ``--method`` has them.
 DATA_FREE = frozenset({"minmax", "fp8", "hqq", "none"})
@@ -33,7 +34,7 @@ RUN = frozenset(
         # blocks of several kinds
         "lfm2", "qwen3_5_text",
         # mixtures of experts
-        "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "glm4_moe", "gpt_oss", "granitemoe",
+        "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "glm4_moe", "granitemoe",
         "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "llama4_text", "minimax_m2", "mixtral",
         "nemotron_h", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next",
         "qwen3_vl_moe_text",
@@ -76,6 +77,8 @@ def method_problem(
     model_type, _ = _traits(model)
     if reason := layout_problem(model_type):
         return reason
+    if model_type in UNREAD_EXPERTS:
+        return f"vLLM reads no quantized experts of model type {model_type!r} that are written here"
     suppressor = (row_of(scheme).needs if needs is None else needs).get("outlier_suppression", "none")
     activations = scheme.activations
     calibrated = {

@@ -30,8 +30,8 @@ from quant.recipe import Assignment, Recipe
 from quant.schemes import Scheme
 from quant.vllm.cache import CACHE_PROJECTIONS
 from quant.vllm.config import block_count as stated_block_count
-from quant.vllm.config import heads_of, stated_dtype
-from quant.vllm.layers import Linear, shape_problems
+from quant.vllm.config import heads_of, stated_dtype, text_config
+from quant.vllm.layers import Linear, expert_problems, shape_problems
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,8 @@ def plan_job(recipe: Recipe) -> JobPlan:
         problems += [p for linear in linears.values() for p in form.problems(linear)][:8]
     if recipe.target == "vllm" and not mistakes:  # linears of a rule with a mistake are missing
         problems += fused_problems(linears, assignments, everything, form)
+        if form.quant_method is not None:
+            problems += expert_problems(str(text_config(checkpoint.config).get("model_type")), linears)
     if recipe.calibration_dataset and any(calibrated(recipe, a) for a in different):
         problems += empty_texts(recipe.calibration_dataset)
     caches = kv_scales(checkpoint, everything) if recipe.kv_cache_scheme else {}

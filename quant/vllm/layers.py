@@ -85,6 +85,23 @@ def is_head(module: str) -> bool:
     return module.rpartition(".")[2] in ("lm_head", "embed_out") or module == "output"
 
 
+#: Model types of whose experts vLLM 0.32 reads no quantized form that quant writes: its loader looks for the
+#: two fused matrices of an expert under names of their own (`models/gpt_oss.py`).
+UNREAD_EXPERTS = frozenset({"gpt_oss"})
+
+
+def expert_problems(model_type: str, linears: Iterable[str]) -> list[str]:
+    """What vLLM would leave unfilled of a mixture's quantized experts, named by one of them."""
+    experts = [n for n in linears if ".experts." in n]
+    if model_type not in UNREAD_EXPERTS or not experts:
+        return []
+    return [
+        f"{experts[0]}: vLLM's loader of model type {model_type!r} looks for quantized experts under other "
+        "names than those of any format written here, so they would stay empty: serve the published checkpoint, "
+        "leave them out with --ignore '*.experts.*', or use --target other"
+    ]
+
+
 _NO_LINEAR = re.compile(r"(^|\.)(embed\w*|wte|wpe|\w*norm\w*|\w*_embeddings?)$")
 
 
