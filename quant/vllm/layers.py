@@ -97,8 +97,8 @@ def expert_problems(model_type: str, linears: Iterable[str]) -> list[str]:
         return []
     return [
         f"{experts[0]}: vLLM's loader of model type {model_type!r} looks for quantized experts under other "
-        "names than those of any format written here, so they would stay empty: serve the published checkpoint, "
-        "leave them out with --ignore '*.experts.*', or use --target other"
+        "names than those of any format written here, so they would stay empty: serve the published "
+        "checkpoint, leave them out with --ignore '*.experts.*', or use --target other"
     ]
 
 

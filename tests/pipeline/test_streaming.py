@@ -48,7 +48,7 @@ def alone(plan: Any, name: str, scheme: str, options: dict[str, Any]) -> tuple[Q
     manager.quantizers[assignment] = make_quantizer(assignment)
     plan.assignments[name] = assignment
     tensor = manager.pieces.quantize(name)
-    return Quantized(tensor), manager.records.layers[name]["snr_db"]
+    return Quantized(tensor), manager.records.layers[name].snr_db
 
 
 @pytest.mark.parametrize("search", [False, True], ids=["whole ranges", "searched"])
