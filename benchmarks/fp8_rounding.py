@@ -98,7 +98,7 @@ def tensors_of(path: Path, rows: int, length: int) -> Iterator[tuple[str, torch.
     (hidden,), calls = skeleton.embed([tokens])
     for index in range(skeleton.block_count):
         block, seen = skeleton.load_block(index), []
-        for group in skeleton.adapter.groups:
+        for group in skeleton.groups(index):
             for name in group.linears:
                 yield "weights", block.get_submodule(name).weight.detach()
             first = block.get_submodule(group.linears[0])  # the others read the same

@@ -34,8 +34,10 @@ def method_for(scheme: Scheme, model: str | Path, needs: Mapping[str, str] | Non
     if not row.methods:
         raise UsageError(f"missing --method: scheme {scheme.name!r} has no default one; give gptq or minmax")
     file = Path(model) / "config.json"
-    # a directory without one is refused by the job, together with all else that is wrong
-    config = read_json(file, "the config") if file.is_file() else {}
+    if not file.is_file():
+        # refused by the job, together with all else that is wrong
+        return row.methods[0], ""
+    config = read_json(file, "the config")
     methods = makeable_methods(config, scheme, needs)
     if not methods:
         raise UsageError(f"missing --method: {scheme_problem(config, scheme, needs)}")
