@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from quant.serving.process import PYTHON_VARIABLE
 
@@ -27,6 +28,12 @@ def demand_4_bit_kernels() -> None:
     """Skips a test by name on a machine whose vLLM has no kernel for packed 4-bit weights."""
     if not AVX512:
         pytest.skip("no AVX512 (avx512f in /proc/cpuinfo), of which vLLM's 4-bit kernels are made")
+
+
+def demand_8_bit_products() -> None:
+    """Skips a test by name on a CPU where vLLM's products of int8 numbers overflow."""
+    if not torch.cpu._is_vnni_supported():
+        pytest.skip("no AVX512-VNNI, without which the int8 products of vLLM's kernel overflow")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

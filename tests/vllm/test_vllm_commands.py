@@ -19,15 +19,16 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from tests.helpers import ROOT, left_alive
-from tests.vllm.conftest import AVX512, demand_4_bit_kernels
+from tests.vllm.conftest import AVX512
 
 #: What these tests serve: a scheme for which vLLM has kernels on this machine.
 OPTIONS = (
     ("--format", "compressed-tensors", "--symmetric", "--group-size", "128", "--method", "gptq")
     if AVX512
-    else ("--scheme", "w8a8-int8", "--method", "minmax", "--outlier-suppression", "none")
+    else ("--scheme", "w8a8-fp8", "--method", "minmax")
 )
 
 
@@ -130,7 +131,6 @@ def test_a_killed_serve_takes_its_server_along(make: Callable[..., Path], vllm_p
 def test_verify_compares_in_vllm_and_sees_what_only_values_tell(
     make: Callable[..., Path], vllm_python: str
 ) -> None:
-    demand_4_bit_kernels()  # weights alone: activations rounded to int8 go beyond the limit without AVX512
     path = make(*OPTIONS)
     command = [
         sys.executable,
@@ -189,3 +189,12 @@ def test_a_python_without_vllm_is_named(make: Callable[..., Path], vllm_python: 
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "has no vLLM" in err and "--vllm-python" in err
+
+
+@pytest.mark.skipif(torch.cpu._is_vnni_supported(), reason="int8 products are exact on this CPU")
+def test_verify_says_that_products_overflow(make: Callable[..., Path], vllm_python: str) -> None:
+    path = make("--scheme", "w8a8-int8", "--method", "minmax", "--outlier-suppression", "none")
+    command = [sys.executable, str(ROOT / "quantize.py"), "verify", str(path), "--vllm", vllm_python]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 4, done.stderr
+    assert "no VNNI" in done.stderr and "another machine" in done.stderr

@@ -30,7 +30,7 @@ from quant.serving.reference import (
     prompts,
 )
 from tests.vllm import corrupt
-from tests.vllm.conftest import demand_4_bit_kernels
+from tests.vllm.conftest import demand_4_bit_kernels, demand_8_bit_products
 
 CT, GPTQ, AWQ = "compressed-tensors", "gptq", "awq"
 #: Whether this machine has the tile instructions that vLLM's FP8 block kernels are made of.
@@ -138,6 +138,8 @@ def test_vllm_computes_with_quantized_activations_and_caches_as_the_reference_do
         )
     if case in ("fp8 cache", "mixed"):
         demand_4_bit_kernels()
+    if kernel == "CPUInt8ScaledMMLinearKernel":
+        demand_8_bit_products()
     path = make(*options)
     with open_server(path, vllm_python) as server:
         server.start(timeout=300)
