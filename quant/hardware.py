@@ -66,6 +66,8 @@ class Gpu:
     processes: tuple[GpuProcess, ...] = ()
     torch_allocated_bytes: int | None = None
     torch_reserved_bytes: int | None = None
+    #: a CPU's instruction sets, by Linux's names; None where they are not known
+    instructions: frozenset[str] | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,6 +83,7 @@ class Gpu:
             "processes": [{"pid": p.pid, "name": p.name, "used_bytes": p.used_bytes} for p in self.processes],
             "torch_allocated_bytes": self.torch_allocated_bytes,
             "torch_reserved_bytes": self.torch_reserved_bytes,
+            "instructions": None if self.instructions is None else sorted(self.instructions),
             "sources": dict(self.sources),
         }  # fmt: skip
 
@@ -241,6 +244,30 @@ def check_memory(total_bytes: int | None, what: str) -> None:
         )
 
 
+#: Of a CPU's instruction sets those that decide what a program computes with, by Linux's names.
+_TOLD_INSTRUCTIONS = re.compile(r"(avx|amx)\w*|asimd|bf16|i8mm|sve2?")
+
+
+def cpu_instructions(cpuinfo: str | Path = "/proc/cpuinfo") -> frozenset[str] | None:
+    """The vector and matrix instruction sets of the host's CPU, by Linux's names (``avx2``, ``avx512_bf16``,
+    ``amx_tile``; ``asimd`` on Arm).
+
+    Args:
+        cpuinfo: the kernel's table of processors; the first one's flags count.
+
+    Returns:
+        None where the system has no such table, or one without flags.
+    """
+    try:
+        text = Path(cpuinfo).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    flags = re.search(r"^(?:flags|Features)[ \t]*:(.*)$", text, re.MULTILINE)
+    if flags is None:
+        return None
+    return frozenset(filter(_TOLD_INSTRUCTIONS.fullmatch, flags[1].split()))
+
+
 def cpu_device(total_bytes: int | None = None) -> Gpu:
     """The host's CPU as the device: what vLLM's CPU build would have. Needs psutil unless the memory is
     given."""
@@ -253,7 +280,7 @@ def cpu_device(total_bytes: int | None = None) -> Gpu:
         total = free = total_bytes
     return Gpu(
         name="CPU", total_bytes=total, free_bytes=free, used_bytes=total - free, platform="cpu", link="none",
-        kind="cpu",
+        kind="cpu", instructions=cpu_instructions(),
         sources={"memory": "user" if total_bytes else "psutil"},
     )  # fmt: skip
 

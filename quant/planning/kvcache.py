@@ -85,11 +85,14 @@ def layer_bytes(
     return max(1, layer.kv_heads // tensor_parallel) * (layer.key_dim + layer.value_dim) * width
 
 
-def state_bytes(layer: CacheLayer, tensor_parallel: int, width: float, platform: str = "cuda") -> int:
-    """Bytes of a recurrent layer's state for one request on one rank. vLLM's CPU build keeps the state itself
-    in 32 bits."""
+def state_bytes(layer: CacheLayer, tensor_parallel: int, width: float, least: int = 0) -> int:
+    """Bytes of a recurrent layer's state for one request on one rank.
+
+    Args:
+        width: bytes of a value whose dtype the config does not name.
+        least: bytes that every value of the state itself has at least, whatever the config names.
+    """
     convolution, *state = layer.state
-    least = 4 if platform == "cpu" else 0
     total = convolution[0] * (convolution[1] or width) + sum(
         count * max(each or width, least) for count, each in state
     )
@@ -103,7 +106,7 @@ def layout(
     width: float,
     rules: Rules,
     block: int,
-    platform: str = "cuda",
+    least_state: int = 0,
 ) -> CacheLayout:
     """The groups of the given layers.
 
@@ -111,13 +114,14 @@ def layout(
         layers: the cache layers of one pipeline stage, or of the whole model.
         width: bytes of one cached value.
         block: tokens of a block as asked for, before hybrid models enlarge it.
+        least_state: bytes that every value of a recurrent state has at least.
     """
     attention = [c for c in layers if c.kind != "state"]
     states = [c for c in layers if c.kind == "state"]
     if not attention and not states:
         return CacheLayout((), 0, block)
     token = {id(c): layer_bytes(c, tensor_parallel, width, rules, spec) for c in attention}
-    state = max((state_bytes(c, tensor_parallel, width, platform) for c in states), default=0)
+    state = max((state_bytes(c, tensor_parallel, width, least_state) for c in states), default=0)
     if states and attention:  # the attention block grows until its page holds a state
         align = max(block, 128) if any(c.kind == "mla" for c in attention) else block
         block = align * ceil(state / (align * min(token.values())))

@@ -33,7 +33,7 @@ from quant.planning.storage import (
 )
 from quant.schemes import UNQUANTIZED, Scheme
 from quant.units import format_size
-from quant.vllm.kernels import latent_block, shares_memory
+from quant.vllm.kernels import CPU_BLOCK, latent_block, shares_memory, state_width
 from quant.vllm.layers import Linear, shape_problems
 from quant.vllm.releases import VLLM_VERSION, Rules, batch_sizes, rules_for
 
@@ -381,7 +381,7 @@ def plan(
     block = request.block_size or default_block(spec, gpu, rules)
     in_flight = tokens * max(rules.batches_in_flight if gpu.platform != "cpu" else 1, stages)
     sizes = 0 if request.enforce_eager or gpu.platform == "cpu" else graph_sizes(seqs, tokens, rules)
-    whole = layout(spec, spec.cache, ranks, kv_width, rules, block, gpu.platform)
+    whole = layout(spec, spec.cache, ranks, kv_width, rules, block, state_width(gpu))
 
     best: tuple[int, int, int, int, int, CacheLayout] | None = None
     for stage in range(stages):
@@ -393,7 +393,7 @@ def plan(
                 kv_width,
                 rules,
                 block,
-                gpu.platform,
+                state_width(gpu),
             )
             if stages > 1
             else whole
@@ -460,7 +460,7 @@ def plan(
 def default_block(spec: ModelSpec, gpu: Gpu, rules: Rules) -> int:
     """Tokens of a block that the release chooses on that device."""
     if gpu.platform == "cpu":
-        return 16 if any(c.kind == "mla" for c in spec.cache) else 128
+        return latent_block(gpu) if any(c.kind == "mla" for c in spec.cache) else CPU_BLOCK
     return latent_block(gpu) if spec.latent and rules.mla else 16
 
 

@@ -3,6 +3,8 @@ sources: each scheme's ``get_min_capability``, and what a kernel says it can imp
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from quant.hardware import Gpu
@@ -21,6 +23,8 @@ BF16_CAPABILITY, FP8_CACHE_CAPABILITY = (8, 0), (8, 9)
 #: First compute capability whose ranks reduce through memory that NVLink shares, and whose kernels of latent
 #: attention take larger blocks.
 SHARED_MEMORY_CAPABILITY, LARGE_BLOCK_CAPABILITY = (9, 0), (10, 0)
+#: Tokens of an attention block on a CPU.
+CPU_BLOCK = 128
 
 #: lowest compute capability (CUDA) at which vLLM 0.32 computes a scheme: (natively, by unpacking weights on
 #: the way). vLLM's sources, the ``get_min_capability`` of each scheme; None = never. A third number is the
@@ -39,6 +43,62 @@ FORMAT_CAPABILITIES: dict[str, tuple[int | None, int | None, int | None]] = {
 }
 
 
+#: What torch calls AVX512, by Linux's names. vLLM loads one of three builds of its CPU kernels: for AVX2,
+#: for AVX512, and for AVX512 with BF16 (`platforms/cpu.py::import_kernels`).
+_AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
+_AVX512_BF16 = _AVX512 | {"avx512_bf16"}
+#: Tiles: attention, latent attention and mixtures of experts have kernels of their own made of them.
+_AMX = frozenset({"amx_tile"})
+#: What a CPU is taken to have whose instruction sets are not known.
+_ASSUMED = _AVX512_BF16 | {"avx2", "avx512_vnni"}
+
+
+@dataclass(frozen=True)
+class CpuFormat:
+    """How vLLM's CPU build computes with a number format.
+
+    Attributes:
+        state: ``native`` or ``weight-only``.
+        needs: sets of instruction sets of which the CPU must have one; none: it runs on every CPU.
+        without: what happens on other CPUs.
+        fails: whether vLLM stops there; it computes wrongly otherwise.
+    """
+
+    state: str
+    needs: tuple[frozenset[str], ...] = ()
+    without: str = ""
+    fails: bool = True
+
+
+#: Number formats that vLLM's CPU build has; it has no others.
+CPU_FORMATS: Mapping[str, CpuFormat] = {
+    "fp16": CpuFormat("native"),
+    "bf16": CpuFormat("native"),
+    "fp8": CpuFormat("weight-only"),
+    "int4-weights": CpuFormat(
+        "weight-only",
+        (_AVX512, frozenset({"asimd"})),
+        "no AVX512, of which its kernels of 4-bit weights are made",
+    ),
+    # Without VNNI, oneDNN adds pairs of 8-bit products in 16 bits, which overflow for large codes (oneDNN's
+    # documentation, "Nuances of int8 Computations"). With full-range weights vLLM's product came out 13 %
+    # away from that of its own codes; with codes of 50 at most 0.3 %.
+    "int8": CpuFormat(
+        "native",
+        (frozenset({"avx512_vnni"}), frozenset({"avx_vnni"}), frozenset({"asimd"})),
+        "no VNNI, without which the int8 products of its kernel overflow, so that it computes wrongly with a "
+        "sound checkpoint",
+        fails=False,
+    ),
+}
+
+
+def cpu_has(instructions: frozenset[str] | None, *needs: frozenset[str]) -> bool:
+    """Whether a CPU has all of one of the sets of instruction sets; without any set, every CPU does."""
+    here = _ASSUMED if instructions is None else instructions
+    return not needs or any(need <= here for need in needs)
+
+
 def kernel_of(scheme: Scheme) -> str:
     """The number format that a GPU must handle, by its name in :data:`FORMAT_CAPABILITIES`."""
     if scheme.weights.type == "int":
@@ -50,7 +110,7 @@ def kernel_of(scheme: Scheme) -> str:
 def formats_of(gpu: Gpu) -> dict[str, str]:
     """Number formats → how a GPU computes with them in vLLM: ``native``, ``weight-only`` (unpacked on the
     way), ``no``."""
-    return number_formats(gpu.platform, gpu.capability, gpu.architecture)
+    return number_formats(gpu.platform, gpu.capability, gpu.architecture, gpu.instructions)
 
 
 def has_bfloat16(gpu: Gpu) -> bool:
@@ -59,7 +119,9 @@ def has_bfloat16(gpu: Gpu) -> bool:
 
 
 def has_fp8_cache(gpu: Gpu) -> bool:
-    """Whether vLLM keeps a KV cache in FP8 on a GPU."""
+    """Whether vLLM keeps a KV cache in FP8 on a GPU, or on a CPU (`v1/attention/backends/cpu_attn.py`)."""
+    if gpu.platform == "cpu":
+        return cpu_has(gpu.instructions, _AVX512, _AMX)
     return gpu.platform != "cuda" or (gpu.capability or (0, 0)) >= FP8_CACHE_CAPABILITY
 
 
@@ -68,8 +130,19 @@ def shares_memory(gpu: Gpu) -> bool:
     return gpu.link == "nvlink" and (gpu.capability is None or gpu.capability >= SHARED_MEMORY_CAPABILITY)
 
 
+def state_width(gpu: Gpu) -> int:
+    """Bytes that each value of a recurrent state has at least. On CPUs with AVX512-BF16 vLLM keeps them in 32
+    bits for its fast kernels, on others in the model's dtype.
+
+    Source: `platforms/cpu.py::check_and_update_config`.
+    """
+    return 4 if gpu.platform == "cpu" and cpu_has(gpu.instructions, _AVX512_BF16) else 0
+
+
 def latent_block(gpu: Gpu) -> int:
-    """Tokens of a block of latent attention's cache on a GPU."""
+    """Tokens of a block of latent attention's cache on a GPU or CPU."""
+    if gpu.platform == "cpu":  # the kernel without tiles is compiled for one size
+        return CPU_BLOCK if cpu_has(gpu.instructions, _AMX) else 16
     return 64 if gpu.capability is not None and gpu.capability >= LARGE_BLOCK_CAPABILITY else 16
 
 
@@ -97,7 +170,10 @@ def kernel_problem(scheme: Scheme, gpu: Gpu) -> str | None:
 
 
 def number_formats(
-    platform: str, capability: tuple[int, int] | None, architecture: str = ""
+    platform: str,
+    capability: tuple[int, int] | None,
+    architecture: str = "",
+    instructions: frozenset[str] | None = None,
 ) -> dict[str, str]:
     """How a GPU handles every number format.
 
@@ -119,15 +195,9 @@ def number_formats(
             f: "native" if f in native else "weight-only" if f in ("int4-weights", "int8-weights") else "no"
             for f in FORMAT_CAPABILITIES
         }
-    if platform == "cpu":  # vLLM's x86 build with AVX512
-        can = {
-            "fp16": "native",
-            "bf16": "native",
-            "int8": "native",
-            "fp8": "weight-only",
-            "int4-weights": "weight-only",
-        }
-        return {f: can.get(f, "no") for f in FORMAT_CAPABILITIES}
+    if platform == "cpu":
+        have = {f: r.state for f, r in CPU_FORMATS.items() if cpu_has(instructions, *r.needs)}
+        return {f: have.get(f, "no") for f in FORMAT_CAPABILITIES}
     level = capability[0] * 10 + capability[1] if capability else 0
     found = {}
     for name, (native_from, unpacked_from, until) in FORMAT_CAPABILITIES.items():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +14,8 @@ import pytest
 
 from quant.data import load_json
 from quant.errors import QuantError, UsageError
-from quant.hardware import cpu_device, detect, gpu_names, named_gpu, resolve_gpus
-from quant.vllm.kernels import formats_of, number_formats
+from quant.hardware import cpu_device, cpu_instructions, detect, gpu_names, named_gpu, resolve_gpus
+from quant.vllm.kernels import formats_of, has_fp8_cache, latent_block, number_formats, state_width
 
 GIB = 2**30
 
@@ -332,6 +334,53 @@ def test_rocm_and_cpu_have_their_own_formats() -> None:
         formats_of(named_gpu("MI300X"))["fp8"] == "native" and formats_of(named_gpu("MI210"))["fp8"] == "no"
     )
     assert formats_of(cpu_device(64 * GIB))["int8-weights"] == "no"
+
+
+#: Flags as Linux tells them of an EPYC 7763, an EPYC 9654, a Xeon of Cascade Lake, a Core i5-12600, a Xeon of
+#: Sapphire Rapids and a Graviton 3.
+ZEN3 = "fpu sse4_2 avx avx2 fma"
+ZEN4 = f"{ZEN3} avx512f avx512dq avx512bw avx512vl avx512_bf16 avx512_vnni"
+CASCADE = f"{ZEN3} avx512f avx512dq avx512bw avx512vl avx512_vnni"
+ALDER = f"{ZEN3} avx_vnni"
+SAPPHIRE = f"{ZEN4} avx_vnni amx_bf16 amx_tile amx_int8"
+GRAVITON = "fp asimd sve bf16 i8mm"
+
+
+@pytest.mark.parametrize(
+    ("flags", "int4", "int8", "fp8_cache", "state", "latent"),
+    [
+        (ZEN3, "no", "no", False, 0, 16),
+        (ZEN4, "weight-only", "native", True, 4, 16),
+        (CASCADE, "weight-only", "native", True, 0, 16),
+        (ALDER, "no", "native", False, 0, 16),
+        (SAPPHIRE, "weight-only", "native", True, 4, 128),
+        (GRAVITON, "weight-only", "native", False, 0, 16),
+        (None, "weight-only", "native", True, 4, 16),
+    ],
+    ids=["zen3", "zen4", "cascade-lake", "alder-lake", "sapphire-rapids", "graviton3", "unknown"],
+)
+def test_a_cpu_has_the_kernels_of_its_instruction_sets(
+    tmp_path: Path, flags: str | None, int4: str, int8: str, fp8_cache: bool, state: int, latent: int
+) -> None:
+    table = tmp_path / "cpuinfo"
+    if flags is not None:
+        name = "Features" if "asimd" in flags else "flags"
+        lines = ["processor\t: 0", f"{name}\t\t: {flags}", "bugs\t\t: avx512_bf16", "flags : amx_tile"]
+        table.write_text("\n".join(lines))
+    cpu = replace(cpu_device(64 * GIB), instructions=cpu_instructions(table))
+    formats = formats_of(cpu)
+    assert (formats["int4-weights"], formats["int8"]) == (int4, int8)
+    assert formats["bf16"] == "native" and formats["fp8"] == "weight-only"
+    assert (has_fp8_cache(cpu), state_width(cpu), latent_block(cpu)) == (fp8_cache, state, latent)
+
+
+def test_the_host_tells_its_own_instruction_sets() -> None:
+    here = cpu_device(64 * GIB).to_dict()["instructions"]
+    if not Path("/proc/cpuinfo").exists():
+        pytest.skip("no /proc/cpuinfo on this system")
+    torch = pytest.importorskip("torch")
+    assert ("avx512_vnni" in here) == torch.cpu._is_vnni_supported()
+    assert ("avx2" in here) == torch.cpu._is_avx2_supported()
 
 
 def test_planning_without_a_gpu_asks_for_a_name() -> None:

@@ -297,3 +297,14 @@ def test_the_cpu_needs_no_graphs_and_no_profile() -> None:
     p = plan(LLAMA8, [cpu_device(64 * GIB)], None, EngineRequest(context=4096))
     assert p.cuda_graph_bytes == p.activation_bytes == 0 and p.block_tokens == 128
     assert p.kv_cache_bytes == p.requested_bytes - p.weights_bytes - p.other_bytes
+
+
+@pytest.mark.parametrize(("instructions", "tokens"), [({"avx512_bf16"}, 256), (set(), 128)])
+def test_a_cpu_with_bf16_instructions_keeps_recurrent_states_in_32_bits(
+    instructions: set[str], tokens: int
+) -> None:
+    wide = {"avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    cpu = replace(cpu_device(64 * GIB), instructions=frozenset(wide | instructions))
+    # 16,384 values of state and 1,536 of the convolution in 16 bits, over 512 bytes a token
+    spec = model_from_config(TINY["recurrent"], "recurrent")
+    assert plan(spec, [cpu], None, EngineRequest(context=2048)).block_tokens == tokens
