@@ -66,7 +66,7 @@ def plan(out: Output, model_path: Path, kind: str, **request: Any) -> None:
     \b
     quant-deploy plan -m out/Llama-3.1-8B-W4A16 --output compose > compose.yaml
     """
-    from quant.serving.deployment import artefact
+    from quant.serving.artefacts import artefact
 
     if request["port"] == 0:
         raise UsageError("--port is 0: a plan names the port, from 1 to 65535; serve takes a free one for 0")

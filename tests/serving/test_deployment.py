@@ -17,7 +17,8 @@ import yaml
 
 import deploy_vllm
 from quant.errors import CheckpointError, UsageError, VerificationFailed
-from quant.serving.deployment import DeploymentRequest, artefact, plan
+from quant.serving.artefacts import artefact
+from quant.serving.deployment import DeploymentRequest, plan
 from tests.helpers import ROOT, quantize, short_text
 
 
