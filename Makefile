@@ -5,6 +5,9 @@ VLLM_VENV ?= .venv-vllm
 LEGACY_VENV ?= .venv-legacy
 BIN := $(VENV)/bin
 DEMO := .demo
+# Processes that share the tests; more threads in each than one would only wait for each other.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
 .PHONY: demo test unit vllm lint docs clean
 
@@ -31,10 +34,10 @@ demo: $(VENV)/.stamp
 	$(BIN)/quant inspect $(DEMO)/tinylm-4m-w4a16
 
 test: $(VENV)/.stamp $(VLLM_VENV)/.stamp $(LEGACY_VENV)/.stamp
-	QUANT_VLLM_PYTHON=$(abspath $(VLLM_VENV)/bin/python) QUANT_LEGACY_PYTHON=$(abspath $(LEGACY_VENV)/bin/python) $(BIN)/python -m pytest
+	QUANT_VLLM_PYTHON=$(abspath $(VLLM_VENV)/bin/python) QUANT_LEGACY_PYTHON=$(abspath $(LEGACY_VENV)/bin/python) $(PYTEST)
 
 unit: $(VENV)/.stamp
-	$(BIN)/python -m pytest -m "not vllm"
+	$(PYTEST) -m "not vllm"
 
 vllm: $(VENV)/.stamp $(VLLM_VENV)/.stamp
 	QUANT_VLLM_PYTHON=$(abspath $(VLLM_VENV)/bin/python) $(BIN)/python -m pytest tests/vllm

@@ -16,6 +16,15 @@ import pytest  # noqa: E402
 from tests import helpers  # noqa: E402
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps a file's tests in one process, so that they share what they make, and those that start servers;
+    these, the longest, go first."""
+    ring = Path(__file__).parent / "vllm"
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("vllm" if ring in item.path.parents else str(item.path)))
+    items.sort(key=lambda item: item.get_closest_marker("vllm") is None)
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Tiny checkpoints by family and settings, each made once. Tests must not change them: copy first."""
