@@ -57,10 +57,10 @@ class Errors:
     values: int = 0
 
     def add(self, x: torch.Tensor, number: torch.dtype, tile: Tile) -> None:
-        found = rounded(x, number, tile)
-        noise = (found - x).double().square().sum()
+        codes = rounded(x, number, tile)
+        noise = (codes - x).double().square().sum()
         self.ratios.append(float(10 * (x.double().square().sum() / noise).log10()))
-        self.lost += int(((found == 0) & (x != 0)).sum())
+        self.lost += int(((codes == 0) & (x != 0)).sum())
         self.values += int((x != 0).sum())
 
     @property
@@ -130,31 +130,31 @@ def random_tensors() -> Iterator[tuple[str, torch.Tensor]]:
 
 def measure(models: Sequence[Path], rows: int, length: int) -> dict[tuple[str, str, str], Errors]:
     """(what is rounded, what a scale stands for, format) → errors, in the order of the table."""
-    found: dict[tuple[str, str, str], Errors] = {}
+    errors: dict[tuple[str, str, str], Errors] = {}
 
     def add(name: str, x: torch.Tensor, tiles: dict[str, Tile]) -> None:
         for place, tile in tiles.items():
             for word, number in NUMBERS.items():
-                found.setdefault((name, place, word), Errors()).add(x, number, tile)
+                errors.setdefault((name, place, word), Errors()).add(x, number, tile)
 
     for path in models:
         for kind, x in tensors_of(path, rows, length):
             add(f"{kind} of {path.name}", x, WEIGHTS if kind == "weights" else INPUTS)
     for name, x in random_tensors():
         add(name, x, RANDOM)
-    order = list(dict.fromkeys(name for name, _, _ in found))
-    return dict(sorted(found.items(), key=lambda item: order.index(item[0][0])))
+    order = list(dict.fromkeys(name for name, _, _ in errors))
+    return dict(sorted(errors.items(), key=lambda item: order.index(item[0][0])))
 
 
 def table(models: Sequence[Path] = (BUNDLED,), rows: int = 4, length: int = 256) -> str:
     """The table, in markdown."""
-    found = measure(models, rows, length)
+    measured = measure(models, rows, length)
     lines = [
         "| rounded | a scale for each | E4M3 dB | E5M2 dB | E4M3 to zero | E5M2 to zero |",
         "|---|---|---|---|---|---|",
     ]
-    for name, place in dict.fromkeys((n, p) for n, p, _ in found):
-        errors = [found[name, place, word] for word in NUMBERS]
+    for name, place in dict.fromkeys((n, p) for n, p, _ in measured):
+        errors = [measured[name, place, word] for word in NUMBERS]
         ratios = [f"{sum(e.ratios) / len(e.ratios):.1f}" for e in errors]
         lines.append(f"| {' | '.join([name, place, *ratios, *(e.share for e in errors)])} |")
     return "\n".join(lines)

@@ -54,15 +54,15 @@ class Checked(sums.Accumulator):
 
     def finish(self) -> sums.Statistics:
         tokens = self.tokens
-        found = super().finish()
-        assert found.hessian is not None
+        finished = super().finish()
+        assert finished.hessian is not None
         exact = self.exact / tokens
         damped = exact + 0.01 * exact.diagonal().mean() * torch.eye(len(exact), dtype=torch.float64)
         factor = torch.linalg.cholesky(damped)
-        half = torch.linalg.solve_triangular(factor, found.hessian.double() - exact, upper=False)
+        half = torch.linalg.solve_triangular(factor, finished.hessian.double() - exact, upper=False)
         whitened = torch.linalg.solve_triangular(factor, half.t(), upper=False)
         Checked.worst = max(Checked.worst, float(torch.linalg.eigvalsh(whitened).abs().max()))
-        return found
+        return finished
 
 
 def main() -> None:
@@ -86,7 +86,7 @@ def main() -> None:
         means = {}
         for name, way in list(WAYS.items())[: 2 if a.kl_only else None]:
             sums.gram_for = way  # type: ignore[assignment]
-            Checked.worst, found, fallbacks = 0.0, [], 0
+            Checked.worst, divergences, fallbacks = 0.0, [], 0
             for seed in range(a.draws):
                 with tempfile.TemporaryDirectory() as folder:
                     values = dict(
@@ -105,9 +105,9 @@ def main() -> None:
                     fallbacks += len(report.quantization.fallbacks)
                     kl = evaluate(Path(folder) / "out", against=a.model).kl
                     assert kl is not None
-                    found.append(kl.mean)
-            means[name] = statistics.fmean(found)
-            draws = ", ".join(f"{v:.6f}" for v in found)
+                    divergences.append(kl.mean)
+            means[name] = statistics.fmean(divergences)
+            draws = ", ".join(f"{v:.6f}" for v in divergences)
             error = "" if a.kl_only else f", largest error {Checked.worst:.1e}"
             print(
                 f"W{bits} {name:<14} KL {means[name]:.6f} (draws {draws}){error}, fallbacks {fallbacks}",

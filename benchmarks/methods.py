@@ -348,12 +348,12 @@ class Job:
 
     def measure(self, row: Row) -> QuantizedLayers | str:
         """All draws of a row, or why it cannot be made."""
-        found = QuantizedLayers([], [], [], 0.0, [], 0, [])
+        layers = QuantizedLayers([], [], [], 0.0, [], 0, [])
         for draw in range(row.draws or self.a.draws if row.calibrated else 1):
             output = self.work / "output"
             subprocess.run(["rm", "-rf", output, output.with_name("output.work")], check=True)
             try:
-                seconds, peak, found.bits = self.make(row, draw, output)
+                seconds, peak, layers.bits = self.make(row, draw, output)
             except SystemExit as error:
                 return next(
                     (
@@ -365,12 +365,12 @@ class Job:
                 )[:200]
             kl, error, top1 = self.judge(row, output)
             (
-                found.kl.append(kl),
-                found.error.append(error),
-                found.top1.append(top1),
-                found.seconds.append(seconds),
+                layers.kl.append(kl),
+                layers.error.append(error),
+                layers.top1.append(top1),
+                layers.seconds.append(seconds),
             )
-            found.peak = max(found.peak, peak)
+            layers.peak = max(layers.peak, peak)
             if (
                 self.a.vllm_python
                 and draw == 0
@@ -379,10 +379,10 @@ class Job:
                 and self.model.name.startswith("tinylm")
             ):
                 try:
-                    found.loss.append(self.served(output))
+                    layers.loss.append(self.served(output))
                 except SystemExit:
                     pass  # a scheme that vLLM's CPU build has no kernel for
-        return found
+        return layers
 
 
 def stored_bits(output: Path, source: Path) -> float:
@@ -392,15 +392,15 @@ def stored_bits(output: Path, source: Path) -> float:
     from quant.formats import find_format
 
     checkpoint = open_checkpoint(output)
-    found = find_format(checkpoint.config, checkpoint.tensors)
-    if found is None:
+    layers = find_format(checkpoint.config, checkpoint.tensors)
+    if layers is None:
         return 16.0
     own = [
         i.nbytes
         for n, i in checkpoint.tensors.items()
-        if n.rpartition(".")[0] in found.linears and not n.endswith(".bias")
+        if n.rpartition(".")[0] in layers.linears and not n.endswith(".bias")
     ]
-    return 8 * sum(own) / sum(x.n * x.k for x in found.linears.values())
+    return 8 * sum(own) / sum(x.n * x.k for x in layers.linears.values())
 
 
 def main() -> None:
@@ -460,24 +460,29 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             job = Job(a, model, Path(folder))
             for row in rows:
-                found = job.measure(row)
-                if isinstance(found, str):
-                    print(f"| {row.scheme} | {row.label} | not made: {found} |", flush=True)
+                divergence = job.measure(row)
+                if isinstance(divergence, str):
+                    print(f"| {row.scheme} | {row.label} | not made: {divergence} |", flush=True)
                     continue
-                kl, error = statistics.fmean(found.kl), statistics.fmean(found.error)
+                kl, error = statistics.fmean(divergence.kl), statistics.fmean(divergence.error)
                 print(
                     f"| {row.scheme} | {row.label} | {kl:.5f} ± {error:.5f} | "
-                    f"{', '.join(f'{x:.5f}' for x in found.kl)} "
-                    f"| {statistics.fmean(found.top1):.2%} | {found.bits:.3f} | "
-                    f"{statistics.fmean(found.seconds):.0f} | {found.peak >> 20} "
-                    f"| {f'{statistics.fmean(found.loss):+.5f}' if found.loss else ''} |",
+                    f"{', '.join(f'{x:.5f}' for x in divergence.kl)} "
+                    f"| {statistics.fmean(divergence.top1):.2%} | {divergence.bits:.3f} | "
+                    f"{statistics.fmean(divergence.seconds):.0f} | {divergence.peak >> 20} "
+                    f"| {f'{statistics.fmean(divergence.loss):+.5f}' if divergence.loss else ''} |",
                     flush=True,
                 )
                 if a.json:
                     with a.json.open("a") as stream:
                         stream.write(
                             json.dumps(
-                                {"model": model.name, "scheme": row.scheme, "label": row.label, **vars(found)}
+                                {
+                                    "model": model.name,
+                                    "scheme": row.scheme,
+                                    "label": row.label,
+                                    **vars(divergence),
+                                }
                             )
                             + "\n"
                         )

@@ -50,7 +50,7 @@ def main() -> None:
     p.add_argument("--options", nargs="*", default=[], help="more options for our command")
     a = p.parse_args()
     text = a.calibration.read_text(encoding="utf-8")
-    found: dict[tuple[str, int], list[float]] = {}
+    divergences: dict[tuple[str, int], list[float]] = {}
     print(machine(), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -68,7 +68,7 @@ def main() -> None:
                 loader,
             ]
             kl, error = last_json(run(command).output)["kl"]
-            found.setdefault((name, bits), []).append(kl)
+            divergences.setdefault((name, bits), []).append(kl)
             print(f"  {name:<15} W{bits} g128  KL {kl:.5f} ± {error:.5f}", flush=True)
 
         for draw in range(a.draws):
@@ -113,9 +113,9 @@ def main() -> None:
                     )
                     judge(a.gptqmodel_python, "GPTQModel", bits, output, "gptqmodel")
     print("\nmean KL over draws, and the ratio of ours to each peer's")
-    for (name, bits), values in found.items():
+    for (name, bits), values in divergences.items():
         mean = statistics.fmean(values)
-        ratio = statistics.fmean(found["quant", bits]) / mean
+        ratio = statistics.fmean(divergences["quant", bits]) / mean
         print(
             f"  {name:<15} W{bits} g128  {mean:.5f}  (draws {', '.join(f'{v:.5f}' for v in values)})  quant "
             f"/ {name} = {ratio:.3f}"

@@ -40,7 +40,7 @@ def main() -> None:
         }.items():
             checkpoints[name] = work / name.replace(" ", "-")
             run(quantize_command(a.model, checkpoints[name], *options))
-        found = {}
+        perplexities = {}
         for name, path in checkpoints.items():
             command = [
                 a.vllm_python,
@@ -52,14 +52,17 @@ def main() -> None:
                 a.chunks,
                 "--json",
             ]
-            found[name] = last_json(run(command, result="{").output)
-            rise = found[name]["nll"] - found["source"]["nll"]
+            perplexities[name] = last_json(run(command, result="{").output)
+            rise = perplexities[name]["nll"] - perplexities["source"]["nll"]
             print(
-                f"  {name:<20} perplexity {found[name]['perplexity']:.4f}  (loss {rise:+.5f} nats to source)",
+                f"  {name:<20} perplexity {perplexities[name]['perplexity']:.4f}  (loss {rise:+.5f} nats to "
+                "source)",
                 flush=True,
             )
         for name in ("packed W4 g128", "gptq-format W4 g128"):
-            both = zip(found[name]["nll_by_chunk"], found["plain W4 g128"]["nll_by_chunk"], strict=True)
+            both = zip(
+                perplexities[name]["nll_by_chunk"], perplexities["plain W4 g128"]["nll_by_chunk"], strict=True
+            )
             apart = [x - y for x, y in both]
             print(
                 f"  {name} - plain, by chunk: mean {statistics.fmean(apart):+.6f}, largest "

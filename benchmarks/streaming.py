@@ -114,12 +114,12 @@ def convert(source: Path, target: Path, scheme: str) -> None:
     start, cpu = time.perf_counter(), time.process_time()
     recipe = Recipe(model_path=source, output_path=target, method="minmax", scheme=scheme)
     report = QuantizationManager(plan_job(recipe)).run()
-    found = {
+    rows = {
         "seconds": time.perf_counter() - start,
         "cpu": time.process_time() - cpu,
         "phases": dict(report.seconds),
     }
-    print(json.dumps(found), flush=True)
+    print(json.dumps(rows), flush=True)
 
 
 def main() -> None:
@@ -169,12 +169,12 @@ def main() -> None:
                 threads,
             )
             shutil.rmtree(target)
-            found = last_json(ours.output)
-            ratios.append(found["seconds"] / copied)
-            phases = ", ".join(f"{k} {v:.2f}" for k, v in found["phases"].items())
+            result = last_json(ours.output)
+            ratios.append(result["seconds"] / copied)
+            phases = ", ".join(f"{k} {v:.2f}" for k, v in result["phases"].items())
             print(
-                f"{turn + 1}: copy {copied:.2f} s, quant {found['seconds']:.2f} s ({phases}; "
-                f"{found['cpu']:.2f} of CPU), {ratios[-1]:.2f} copies, "
+                f"{turn + 1}: copy {copied:.2f} s, quant {result['seconds']:.2f} s ({phases}; "
+                f"{result['cpu']:.2f} of CPU), {ratios[-1]:.2f} copies, "
                 f"peak {ours.peak_rss_bytes / 2**20:.0f} MiB",
                 flush=True,
             )

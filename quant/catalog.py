@@ -123,8 +123,8 @@ def model_from_directory(path: str | Path) -> ModelSpec:
 
 def catalogue() -> dict[str, dict[str, Any]]:
     """All models of ``configs/models.json`` by hub name; each has ``config`` and ``source``."""
-    found: dict[str, dict[str, Any]] = load_json("models.json")
-    return found
+    entries: dict[str, dict[str, Any]] = load_json("models.json")
+    return entries
 
 
 def _key(name: str) -> str:
@@ -159,9 +159,9 @@ def find_model(name: str) -> ModelSpec:
             break
     candidate = plain
     while True:
-        found = candidate if candidate in entries else keys.get(_key(candidate))
-        if found is None:
-            found = next(
+        listed = candidate if candidate in entries else keys.get(_key(candidate))
+        if listed is None:
+            listed = next(
                 (
                     keys[_key(candidate + tail)]
                     for tail in ("-hf", "-Instruct", "-chat-hf", "-Chat", "-it", "-v0.1")
@@ -169,10 +169,10 @@ def find_model(name: str) -> ModelSpec:
                 ),
                 None,
             )
-        if found is not None:
-            if _key(found) != _key(name):
-                notes.append(f"shapes of {found}")
-            return _entry(found, entries, name, quantization, notes)
+        if listed is not None:
+            if _key(listed) != _key(name):
+                notes.append(f"shapes of {listed}")
+            return _entry(listed, entries, name, quantization, notes)
         shorter = TUNE_MARKS.sub("", candidate)
         if shorter == candidate:
             break
@@ -181,20 +181,20 @@ def find_model(name: str) -> ModelSpec:
 
 
 def _entry(
-    found: str,
+    listed: str,
     entries: Mapping[str, dict[str, Any]],
     name: str,
     quantization: dict[str, Any] | None,
     notes: list[str],
 ) -> ModelSpec:
-    entry = entries[found]
+    entry = entries[listed]
     source = f"{entry['source']} ({entry['note']})" if "note" in entry else entry["source"]
-    spec = spec_from_config(entry["config"], name, f"the catalogue's entry {found}", source)
+    spec = spec_from_config(entry["config"], name, f"the catalogue's entry {listed}", source)
     if "caveat" in entry:
         notes = [*notes, f"the catalogue's entry holds the {entry['caveat']}"]
     if quantization and spec.quantization:
         quantization = None  # the entry knows its own scheme
-    hub = found if _key(found) == _key(name) else ""
+    hub = listed if _key(listed) == _key(name) else ""
     return replace(spec, quantization=quantization or spec.quantization, notes=(*spec.notes, *notes), hub=hub)
 
 
@@ -233,14 +233,14 @@ def _by_size(
     def distance(entry_name: str) -> float:
         """How far an entry is by the size in its own name; the family that the name begins with comes
         first."""
-        found = re.findall(
+        sizes = re.findall(
             r"(?:^|[-_. ])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?=$|[-_. ])",
             entry_name.split("/")[-1],
             re.IGNORECASE,
         )
-        if not found:
+        if not sizes:
             return math.inf
-        size = float(found[0][1]) * (1e9 if found[0][2].lower() == "b" else 1e6) * int(found[0][0] or 1)
+        size = float(sizes[0][1]) * (1e9 if sizes[0][2].lower() == "b" else 1e6) * int(sizes[0][0] or 1)
         return abs(math.log(size / target)) + (
             0.0 if family and _key(entry_name).startswith(family[0]) else 0.3
         )

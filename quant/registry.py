@@ -202,7 +202,7 @@ def no_class(entry: Any, **sets: frozenset[str]) -> str | None:
     if missing := lacks(entry, *sets, "__call__"):
         return missing
     for name, allowed in sets.items():
-        found = getattr(entry, name)
-        if not isinstance(found, (set, frozenset)) or not found <= allowed:
-            return f"{name} is {found!r}: a set of {', '.join(sorted(allowed))}, or an empty one"
+        member = getattr(entry, name)
+        if not isinstance(member, (set, frozenset)) or not member <= allowed:
+            return f"{name} is {member!r}: a set of {', '.join(sorted(allowed))}, or an empty one"
     return None

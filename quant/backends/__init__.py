@@ -57,13 +57,13 @@ class Backend:
 
     def problems(self, recipe: Recipe) -> list[str]:
         """What a recipe asks of it that it does not have."""
-        found = []
+        problems = []
         if recipe.method != self.method:
-            found.append(f"--method is {recipe.method!r}: --backend {self.name} has only {self.method}")
+            problems.append(f"--method is {recipe.method!r}: --backend {self.name} has only {self.method}")
         elif reason := self.refuse(recipe):
-            found.append(f"--backend {self.name}: {reason}")
+            problems.append(f"--backend {self.name}: {reason}")
         if recipe.device is not None:
-            found.append(
+            problems.append(
                 f"--device is not an option of --backend {self.name}, which takes the first GPU that it "
                 "sees: set CUDA_VISIBLE_DEVICES instead"
             )
@@ -72,12 +72,12 @@ class Backend:
             for k in (*_OURS_ALONE, "act_order", "damping")
             if k not in self.keys and getattr(recipe, k) not in (None, [], {})
         ]
-        found += [
+        problems += [
             f"--{k.replace('_', '-')} is not an option of --backend {self.name}: leave it out, or use "
             "--backend native"
             for k in given
         ]
-        return found
+        return problems
 
 
 def _gptq_settings(recipe: Recipe) -> dict[str, Any]:

@@ -59,20 +59,20 @@ def probe(backend: Backend, python: Path) -> list[str]:
             env=_environment(),
             timeout=600,
         )
-        found = json.loads(done.stdout.splitlines()[-1])
-        if not isinstance(found, dict) or not found.keys() & {"error", "cuda"}:
-            raise ValueError(f"it said {str(found)[:60]!r}")
+        versions = json.loads(done.stdout.splitlines()[-1])
+        if not isinstance(versions, dict) or not versions.keys() & {"error", "cuda"}:
+            raise ValueError(f"it said {str(versions)[:60]!r}")
     except (OSError, ValueError, IndexError, subprocess.TimeoutExpired) as error:
         return [
             f"--backend-python {python}: is not a Python that runs "
             f"({str(error)[:120] or type(error).__name__}). {how}"
         ]
-    if "error" in found:
+    if "error" in versions:
         return [
-            f"--backend {backend.name}: {backend.module} cannot be imported by {python} ({found['error']}). "
-            f"{how}"
+            f"--backend {backend.name}: {backend.module} cannot be imported by {python} "
+            f"({versions['error']}). {how}"
         ]
-    if backend.needs_cuda and not found["cuda"]:
+    if backend.needs_cuda and not versions["cuda"]:
         return [
             f"--backend {backend.name}: the library quantizes only on a CUDA GPU, and {python} sees none: "
             "run it on a machine with one, "
@@ -119,9 +119,9 @@ def plan_backend(recipe: Recipe) -> JobPlan:
     Raises:
         Problems, QuantError: everything that is wrong, listed together.
     """
-    found = problems(recipe)
+    against = problems(recipe)
     if recipe.method != BACKENDS[recipe.backend].method:
-        raise Problems(found, exit_code=2)
+        raise Problems(against, exit_code=2)
     try:
         # settings of the library are not those of our method of that name
         plan = replace(
@@ -131,9 +131,9 @@ def plan_backend(recipe: Recipe) -> JobPlan:
         legacy_config(plan.checkpoint.config)
     except QuantError as error:
         more = error.problems if isinstance(error, Problems) else [str(error)]
-        raise Problems([*found, *more], exit_code=2 if found else error.exit_code) from error
-    if found:
-        raise Problems(found, exit_code=2)
+        raise Problems([*against, *more], exit_code=2 if against else error.exit_code) from error
+    if against:
+        raise Problems(against, exit_code=2)
     return plan
 
 

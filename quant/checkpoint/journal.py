@@ -50,10 +50,10 @@ def _undisturbed() -> Iterator[None]:
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested objects as one, keys joined by dots."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, part in value.items():
-        found |= _flat(part, f"{prefix}{key}.") if isinstance(part, dict) else {prefix + key: part}
-    return found
+        flat |= _flat(part, f"{prefix}{key}.") if isinstance(part, dict) else {prefix + key: part}
+    return flat
 
 
 def _is_unit(entry: object) -> bool:

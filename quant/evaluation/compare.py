@@ -59,21 +59,21 @@ def compare(path: str | Path, against: str | Path) -> Comparison:
     here, there = dequantized(open_checkpoint(path)), dequantized(open_checkpoint(against))
     common = set(here.tensors) & set(there.tensors)
     folds = _Folds(Path(path), here, there)
-    found = []
+    tensors = []
     # weights first: norms and biases are judged by them
     for name in sorted(common, key=lambda n: len(here.tensors[n].shape) < 2):
         stored, b = here.read(name), there.read(name).float()
         if stored.shape != b.shape:
-            found.append(TensorDifference(name, False, None, float("inf")))
+            tensors.append(TensorDifference(name, False, None, float("inf")))
             continue
         a, scaled = folds.undone(name, stored, b)
         difference = a - b
         noise, signal = float(difference.square().sum()), float(b.square().sum())
         snr = 10 * torch.log10(torch.tensor(signal / noise)).item() if noise and signal else None
         largest = float(difference.abs().max()) if a.numel() else 0.0
-        found.append(TensorDifference(name, bool(torch.equal(a, b)), snr, largest, scaled))
+        tensors.append(TensorDifference(name, bool(torch.equal(a, b)), snr, largest, scaled))
     return Comparison(
-        tuple(sorted(found, key=lambda t: t.name)),
+        tuple(sorted(tensors, key=lambda t: t.name)),
         tuple(sorted(set(here.tensors) - set(there.tensors))),
         tuple(sorted(set(there.tensors) - set(here.tensors))),
     )

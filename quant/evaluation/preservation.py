@@ -59,8 +59,8 @@ def preservation(source: Path, candidate: Path, device: torch.device) -> Preserv
         (hidden,) = runner.hidden([rows], silent, "check")
         with runner.skeleton.outside():
             both.append(runner.skeleton.logits(rows, hidden).float())
-    wanted, found = both
+    wanted, got = both
     logs = wanted.log_softmax(-1)
-    kl = float((logs.exp() * (logs - found.log_softmax(-1))).sum(-1).mean())
-    difference = float(((found - wanted).abs().amax(-1) / wanted.abs().amax(-1).clamp_min(1e-30)).max())
+    kl = float((logs.exp() * (logs - got.log_softmax(-1))).sum(-1).mean())
+    difference = float(((got - wanted).abs().amax(-1) / wanted.abs().amax(-1).clamp_min(1e-30)).max())
     return Preservation(kl, difference, rows.numel())

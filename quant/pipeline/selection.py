@@ -79,13 +79,13 @@ def selected(
         else:
             chosen = []
             for glob in (g.strip() for g in layers.split(",")):
-                found = [n for n in linears if _glob(n, glob)]
-                if not found:
+                matched = [n for n in linears if _glob(n, glob)]
+                if not matched:
                     problems.append(
                         f"--layers {clipped(glob)} matches no linear of the model: names look like "
                         f"{linears[0]!r}"
                     )
-                chosen += [n for n in found if n not in chosen]
+                chosen += [n for n in matched if n not in chosen]
             chosen.sort(key=linears.index)
     dropped, wrong = _ignored(linears, ignore, others)
     problems += wrong

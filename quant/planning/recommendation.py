@@ -229,7 +229,7 @@ def recommend(
     if not 0 <= margin < 1:
         raise UsageError(f"margin is {margin}: a share of the free memory, from 0 up to but not including 1")
     spec = load_model(model)
-    found = _gpus(gpus, gpu_count, gpu_memory)
+    devices = _gpus(gpus, gpu_count, gpu_memory)
     request = request or EngineRequest()
     if policy == "rule-of-thumb":
         if scheme is not None or scenario is not None:
@@ -238,25 +238,29 @@ def recommend(
                 f"--policy rule-of-thumb contradicts {given}: the rule knows only its own four schemes; "
                 "leave one of them out"
             )
-        return _thumb(spec, found, request)
+        return _thumb(spec, devices, request)
     profile = load_scenario(scenario) if isinstance(scenario, str) else scenario
     notes = [*spec.notes]
     if profile:
         request = profile.request(spec, request)
-        if request.kv_cache_dtype == "fp8" and not has_fp8_cache(found[0]):
+        if request.kv_cache_dtype == "fp8" and not has_fp8_cache(devices[0]):
             request = replace(request, kv_cache_dtype="auto")
-            notes.append(f"{found[0].name} has no FP8: the scenario's FP8 cache is planned in 16 bits")
+            notes.append(f"{devices[0].name} has no FP8: the scenario's FP8 cache is planned in 16 bits")
     if request.context is None:
         request = replace(request, context=min(DEFAULT_CONTEXT, spec.max_context))
         notes.append(f"planned for a context of {request.context:,} tokens; --context asks for another")
-    if len(found) > 1 and request.tensor_parallel is None and 1 <= request.pipeline_parallel <= len(found):
-        ranks = len(found) // request.pipeline_parallel
+    if (
+        len(devices) > 1
+        and request.tensor_parallel is None
+        and 1 <= request.pipeline_parallel <= len(devices)
+    ):
+        ranks = len(devices) // request.pipeline_parallel
         request = replace(
             request, tensor_parallel=next(t for t in range(ranks, 0, -1) if not parallel_problems(spec, t))
         )
-    if len({g.name for g in found}) > 1:
+    if len({g.name for g in devices}) > 1:
         notes.append("the GPUs differ: every one gets the same share, so the smallest decides")
-    gpu = min(found, key=lambda g: (g.total_bytes, g.free_bytes))
+    gpu = min(devices, key=lambda g: (g.total_bytes, g.free_bytes))
     if request.gpu_memory_utilization is None and gpu.platform != "cpu":
         default = rules_for(request.vllm_version, gpu.capability).utilization
         if gpu.total_bytes * default > gpu.free_bytes:
@@ -285,8 +289,8 @@ def recommend(
             f"vLLM's weight-only kernels of {', '.join(sorted(alone))} take bf16 alone: planned with "
             "--dtype bfloat16"
         )
-    request.check(spec, found)
-    plans = tuple(_plan_one(spec, found, gpu, row, request, margin) for row in rows)
+    request.check(spec, devices)
+    plans = tuple(_plan_one(spec, devices, gpu, row, request, margin) for row in rows)
     chosen = _choose(plans, profile)
     reason = _reason(spec, gpu, plans, chosen, request, profile)
     method = None
@@ -309,7 +313,7 @@ def recommend(
                 f"{method_problem(spec, chosen.stored, preferred)}{unlike}"
             )
     return Recommendation(
-        model=spec, gpus=tuple(found), request=request, plans=plans,
+        model=spec, gpus=tuple(devices), request=request, plans=plans,
         recommended=chosen.scheme if chosen else None, method=method,
         reason=reason, commands=commands, engines=_engines(spec, gpu, plans, request, profile),
         scenario=profile.name if profile else None,
@@ -390,30 +394,30 @@ def _plan_one(
         smaller = sorted((g for g in GROUP_SIZES if g != -1 and (g < own or own == -1)), reverse=True)
         grouped = (stored, *(stored.with_group_size(g) for g in smaller))
         stored = next((s for s in grouped if not group_problems(spec, s, request.ranks)), stored)
-    found = plan(spec, gpus, stored, request)
-    meets = found.fits and found.max_concurrency >= request.concurrency
+    planned = plan(spec, gpus, stored, request)
+    meets = planned.fits and planned.max_concurrency >= request.concurrency
     free = gpu.free_bytes
-    needed = found.requested_bytes - found.kv_cache_bytes
-    if found.layout and found.context:
-        in_flight = found.max_num_batched_tokens
+    needed = planned.requested_bytes - planned.kv_cache_bytes
+    if planned.layout and planned.context:
+        in_flight = planned.max_num_batched_tokens
         needed += (
-            found.layout.blocks_for(found.context, in_flight)
+            planned.layout.blocks_for(planned.context, in_flight)
             * request.concurrency
-            * found.layout.bytes_per_block
+            * planned.layout.bytes_per_block
         )
     safe = meets and needed <= free * (1 - margin)
-    why = found.why
-    if found.fits and not meets:
+    why = planned.why
+    if planned.fits and not meets:
         why = (
-            f"holds {found.max_concurrency:.1f} requests of {found.context:,} tokens, "
+            f"holds {planned.max_concurrency:.1f} requests of {planned.context:,} tokens, "
             f"{request.concurrency} asked for"
         )
     elif meets and not safe:
-        why = f"{found.why}; leaves less than {margin:.0%} of the free memory"
+        why = f"{planned.why}; leaves less than {margin:.0%} of the free memory"
     size = file_bytes(spec, stored) if quantized else stored_bytes(spec)
     return SchemePlan(
-        row, stored, found, found.fits, meets, safe, why, loss, quality["source"],
-        speed_bounds(spec, gpu, found, request.concurrency),
+        row, stored, planned, planned.fits, meets, safe, why, loss, quality["source"],
+        speed_bounds(spec, gpu, planned, request.concurrency),
         methods, size,
     )  # fmt: skip
 
@@ -580,16 +584,16 @@ def _commands(
     return (*fetch, shlex.join(parts), serve_command(target, chosen.plan, request))
 
 
-def serve_command(checkpoint: str, found: MemoryPlan, request: EngineRequest) -> str:
+def serve_command(checkpoint: str, planned: MemoryPlan, request: EngineRequest) -> str:
     """``vllm serve`` with the arguments that the plan was made with; defaults are left out.
 
     The context is always given: a default that depends on the model would make another plan than this one.
     """
-    parts = ["vllm", "serve", checkpoint, "--max-model-len", str(found.context)]
-    if found.tensor_parallel > 1:
-        parts += ["--tensor-parallel-size", str(found.tensor_parallel)]
-    if found.pipeline_parallel > 1:
-        parts += ["--pipeline-parallel-size", str(found.pipeline_parallel)]
+    parts = ["vllm", "serve", checkpoint, "--max-model-len", str(planned.context)]
+    if planned.tensor_parallel > 1:
+        parts += ["--tensor-parallel-size", str(planned.tensor_parallel)]
+    if planned.pipeline_parallel > 1:
+        parts += ["--pipeline-parallel-size", str(planned.pipeline_parallel)]
     if request.dtype is not None:
         parts += ["--dtype", request.dtype]
     if request.gpu_memory_utilization is not None:
@@ -683,17 +687,17 @@ def get_optimized_config(
     >>> get_optimized_config("meta-llama/Llama-3.1-8B-Instruct", "chat", "L40S-48GB")["max_model_len"]
     8192
     """
-    found = recommend(model, gpus, scenario=scenario).check()
-    chosen = found.plan
+    recommendation = recommend(model, gpus, scenario=scenario).check()
+    chosen = recommendation.plan
     assert chosen is not None
     return {
-        "scheme": found.recommended, "max_model_len": chosen.context,
+        "scheme": recommendation.recommended, "max_model_len": chosen.context,
         "tensor_parallel_size": chosen.tensor_parallel,
         "pipeline_parallel_size": chosen.pipeline_parallel,
         "gpu_memory_utilization": chosen.gpu_memory_utilization,
         "kv_cache_dtype": chosen.kv_cache_dtype, "max_num_seqs": chosen.max_num_seqs,
         "max_num_batched_tokens": chosen.max_num_batched_tokens,
-        "enforce_eager": found.request.enforce_eager,
+        "enforce_eager": recommendation.request.enforce_eager,
     }  # fmt: skip
 
 

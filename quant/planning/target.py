@@ -70,7 +70,7 @@ def choose(
         )
     request = EngineRequest(tensor_parallel=tensor_parallel, vllm_version=vllm_version)
     count = tensor_parallel if gpu is not None else None
-    found = recommend(
+    recommendation = recommend(
         str(model),
         gpu,
         request,
@@ -78,14 +78,16 @@ def choose(
         output_path=str(output_path),
         gpu_count=count,
     )
-    return found.check()
+    return recommendation.check()
 
 
-def settings(found: Recommendation) -> dict[str, Any]:
+def settings(recommendation: Recommendation) -> dict[str, Any]:
     """Recipe keys of a recommended scheme; what it needs to be good, the job takes along
     (:func:`quant.jobs.complete`)."""
-    chosen: dict[str, Any] = {"method": found.method, "scheme": found.recommended}
-    return chosen if found.group_size is None else {**chosen, "group_size": found.group_size}
+    chosen: dict[str, Any] = {"method": recommendation.method, "scheme": recommendation.recommended}
+    return (
+        chosen if recommendation.group_size is None else {**chosen, "group_size": recommendation.group_size}
+    )
 
 
 def target_problems(scheme: Scheme, form: str, gpu: str | None, vllm_version: str) -> list[str]:

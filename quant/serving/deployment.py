@@ -306,17 +306,17 @@ def _fit_context(
             if "--max-num-batched-tokens" in passed_on
             else None,
         )
-        found = plan(spec, gpus, None, engine)
-        fitting = int(found.max_context * _SURE) // _STEP * _STEP
+        planned = plan(spec, gpus, None, engine)
+        fitting = int(planned.max_context * _SURE) // _STEP * _STEP
         asked = request.max_model_len is not None or "--max-model-len" in passed_on
         if (
-            not found.fits
+            not planned.fits
             and fitting
             and not asked
             and plan(spec, gpus, None, at_context(engine, fitting)).fits
         ):
             held = (
-                f"what {format_size(found.kv_cache_bytes)} of KV cache hold on {gpus[0].name}; the "
+                f"what {format_size(planned.kv_cache_bytes)} of KV cache hold on {gpus[0].name}; the "
                 f"model's own is {spec.max_context:,}"
             )
             chosen["max-model-len"] = Argument("max-model-len", fitting, held)
@@ -324,11 +324,11 @@ def _fit_context(
     # a model the planner does not know, a value only vLLM reads ("auto", "8k")
     except (QuantError, ValueError) as error:
         return [f"whether it fits {gpus[0].name} is not known: {error}"]
-    if found.fits:
+    if planned.fits:
         return []
     return [
-        f"vLLM is expected to refuse this on {gpus[0].name}: {found.why}"
-        + (f". What would do: {found.remedy}" if found.remedy else "")
+        f"vLLM is expected to refuse this on {gpus[0].name}: {planned.why}"
+        + (f". What would do: {planned.remedy}" if planned.remedy else "")
     ]
 
 

