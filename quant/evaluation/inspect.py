@@ -8,7 +8,8 @@ from typing import Any
 from quant.checkpoint.reader import open_checkpoint
 from quant.formats import find_format
 from quant.models.adapter import adapter_for
-from quant.models.roles import block_of, role_of
+from quant.models.place import decoder_list
+from quant.models.roles import block_list, block_of, role_of
 from quant.report.evidence import evidence_of
 from quant.vllm.config import block_count, stated
 
@@ -24,6 +25,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     checkpoint = open_checkpoint(path)
     found = find_format(checkpoint.config, checkpoint.tensors)
     count = block_count(checkpoint.config)
+    decoder = decoder_list(checkpoint.tensors.values(), checkpoint.config)
     parameters: dict[str, int] = {}
     dtypes: dict[str, int] = {}
     for name, info in checkpoint.tensors.items():
@@ -31,17 +33,17 @@ def inspect(path: str | Path) -> dict[str, Any]:
         module = name.rpartition(".")[0]
         if found is not None and module in found.linears and not name.endswith(".bias"):
             continue
-        role = role_of(name, count)
+        role = role_of(name, count, decoder)
         parameters[role] = parameters.get(role, 0) + info.numel
     linears = found.linears.values() if found else []
     for linear in linears:
-        role = role_of(linear.name, count)
+        role = role_of(f"{linear.name}.weight", count, decoder)
         parameters[role] = parameters.get(role, 0) + linear.n * linear.k
     schemes: dict[str, int] = {}
     for linear in linears:
         schemes[str(linear.weights)] = schemes.get(str(linear.weights), 0) + 1
     adapter = adapter_for(checkpoint.config)
-    blocks = {b for n in checkpoint.tensors if role_of(n) != "tower" and (b := block_of(n)) is not None}
+    blocks = {block_of(n) for n in checkpoint.tensors if decoder is not None and block_list(n) == decoder}
     architectures = checkpoint.config.get("architectures")
     return {
         "path": str(checkpoint.path),

@@ -10,6 +10,7 @@ from typing import Any
 
 from quant.checkpoint.header import WIDE_FLOATS, TensorInfo
 from quant.models.linears import LinearRef
+from quant.models.place import decoder_list
 from quant.models.roles import OUTSIDE, block_of, role_of
 from quant.vllm.config import block_count
 
@@ -39,14 +40,14 @@ class DecoderWeight:
 def decoder_matrices(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo]:
     """Floating tensors of two or three dimensions in the blocks of the text decoder, towers and prediction
     heads left out, as the file has them; embeddings and the head lie outside the blocks."""
-    blocks = block_count(config)
+    blocks, decoder = block_count(config), decoder_list(tensors.values(), config)
     return {
         name: info
         for name, info in tensors.items()
         if info.dtype in WIDE_FLOATS
         and len(info.shape) in (2, 3)
         and block_of(name) is not None
-        and role_of(name, blocks) not in OUTSIDE
+        and role_of(name, blocks, decoder) not in OUTSIDE
     }
 
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quant.checkpoint.header import WIDE_FLOATS, TensorInfo
-from quant.models.roles import block_of, not_quantizable
+from quant.models.place import decoder_list
+from quant.models.roles import block_list, block_of, not_quantizable
 from quant.schemes import UNQUANTIZED
 from quant.vllm.config import block_count, parts, text_config
 from quant.vllm.layers import Linear
@@ -181,12 +182,14 @@ def fused_experts(name: str, shape: tuple[int, ...], layout: ExpertLayout) -> tu
 def fused_refs(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, LinearRef]:
     """The linears inside fused tensors of decoder blocks, by the names that they get, in file order."""
     layout, hidden = expert_layout(config), text_config(config).get("hidden_size")
-    blocks = block_count(config)
+    blocks, decoder = block_count(config), decoder_list(tensors.values(), config)
     refs: dict[str, LinearRef] = {}
     for info in tensors.values():
         place = fused_experts(info.name, info.shape, layout)
         index = block_of(info.name)
         if place is None or len(info.shape) != 3 or info.dtype not in WIDE_FLOATS or index is None:
+            continue
+        if block_list(info.name) != decoder:
             continue
         if (blocks is not None and index >= blocks) or not all(info.shape):
             continue
@@ -259,10 +262,10 @@ def _transposed(
 def decoder_refs(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, LinearRef]:
     """All linears of the text decoder's blocks by name, sorted by block and name; experts of fused tensors
     included."""
-    blocks = block_count(config)
+    blocks, decoder = block_count(config), decoder_list(tensors.values(), config)
     refs = fused_refs(tensors, config)
     for info in tensors.values():
-        if not_quantizable(info, blocks) is None:
+        if not_quantizable(info, blocks, decoder) is None:
             module = info.name.removesuffix(".weight")
             refs[module] = LinearRef(module, info.shape[0], info.shape[1], Slice(info.name))
     return dict(sorted(refs.items(), key=lambda item: (block_of(item[0] + "."), item[0])))

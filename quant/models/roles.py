@@ -1,6 +1,7 @@
 """What a tensor is for, told from its name: one table for the planner, `inspect`, `verify` and the pipeline.
 
-Names are those of published files, whatever the family; of config.json only the number of decoder blocks is
+Names are those of published files, whatever the family. What is a block of the text decoder is told by where
+its list of blocks is (:func:`quant.models.place.decoder_list`), and of config.json only their number is
 asked, beyond which a block belongs to a head that predicts further tokens (MTP). No torch.
 """
 
@@ -68,18 +69,33 @@ def block_list(name: str) -> str | None:
     return name[: match.start(1)] if match else None
 
 
-def role_of(name: str, blocks: int | None = None) -> Role:
+def role_of(name: str, blocks: int | None = None, decoder: str | None = None) -> Role:
     """What a tensor is for, by its name, with or without ``.weight``.
 
     Args:
         blocks: the number of decoder blocks; a later one is ``mtp``. None: not known.
+        decoder: what stands before their numbers; blocks of other lists are of a tower, whatever they are
+            called. None: not known, and names alone are asked.
 
     >>> role_of("model.layers.0.mlp.shared_experts.up_proj.weight"), role_of("model.layers.0.mlp.gate.weight")
     ('shared_experts', 'router')
+    >>> role_of("ear.layers.0.mlp.up_proj.weight", 2, "mouth.layers.")
+    'tower'
     """
-    role = _role(_NUMBER.sub("0", name))[0]
+    role = _placed(name, decoder)[0]
     index = block_of(name) if blocks is not None and role != "tower" else None
     return "mtp" if index is not None and blocks is not None and index >= blocks else role
+
+
+def _placed(name: str, decoder: str | None) -> tuple[Role, str]:
+    """The role of a name, and the part of it that says so: inside the decoder's list by what follows the
+    list, inside others by the list itself."""
+    if decoder is None or (listed := block_list(name)) is None:
+        return _role(_NUMBER.sub("0", name))
+    if listed == decoder:
+        return _role(_NUMBER.sub("0", f"layers.{name.removeprefix(decoder)}"))
+    role, part = _role(_NUMBER.sub("0", name))
+    return (role, part) if role in ("tower", "mtp") else ("tower", listed.removesuffix("."))
 
 
 @lru_cache(maxsize=4096)
@@ -94,7 +110,7 @@ def _role(kind: str) -> tuple[Role, str]:
     return "other", ""
 
 
-def not_quantizable(info: TensorInfo, blocks: int | None) -> str | None:
+def not_quantizable(info: TensorInfo, blocks: int | None, decoder: str | None = None) -> str | None:
     """Why a tensor is no linear of a text decoder block, or None when it is one.
 
     Judged by name, shape and dtype alone, so that data-free methods take any architecture.
@@ -102,6 +118,7 @@ def not_quantizable(info: TensorInfo, blocks: int | None) -> str | None:
     Args:
         blocks: number of decoder blocks that config.json states: tensors of a later index belong to
             prediction heads (MTP).
+        decoder: what stands before their numbers, as :func:`role_of` takes it.
     """
     if not info.name.endswith(".weight"):
         return "not a linear's weight"
@@ -111,12 +128,12 @@ def not_quantizable(info: TensorInfo, blocks: int | None) -> str | None:
         return f"stored as {info.dtype}"
     if not all(info.shape):
         return "empty"
-    return no_linear(info.name, blocks)
+    return no_linear(info.name, blocks, decoder)
 
 
-def no_linear(name: str, blocks: int | None) -> str | None:
+def no_linear(name: str, blocks: int | None, decoder: str | None = None) -> str | None:
     """Why a matrix of that name is no linear of a text decoder block, or None when it is one."""
-    role, part = _role(_NUMBER.sub("0", name))
+    role, part = _placed(name, decoder)
     if role in OUTSIDE:
         return f"part of {part}"
     index = block_of(name)

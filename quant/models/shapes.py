@@ -18,6 +18,7 @@ from quant.models.cache import cache_layers, rotary_bytes
 from quant.models.decoder import LATENT, Decoder
 from quant.models.families import MLP_BIAS
 from quant.models.linears import expert_layout, fused_matrix
+from quant.models.place import decoder_list
 from quant.models.roles import block_of, no_linear, role_of
 from quant.models.spec import DTYPE_BYTES, ModelSpec, Weight
 from quant.models.values import LARGEST_DEPTH
@@ -370,13 +371,15 @@ def weights_from_tensors(
         blocks: of the decoder; later ones are drafting (MTP) layers.
     """
     layout, hidden = expert_layout(config), text_config(config).get("hidden_size")
+    tensors = list(tensors)
+    decoder = decoder_list(tensors, config)
     weights = []
     for info in tensors:
         name, shape = info.name, tuple(info.shape)
-        role = role_of(name, blocks)
+        role = role_of(name, blocks, decoder)
         index = block_of(name) if role not in ("tower", "mtp") else None
         count = 1
-        linear = len(shape) == 2 and name.endswith(".weight") and no_linear(name, blocks) is None
+        linear = len(shape) == 2 and name.endswith(".weight") and no_linear(name, blocks, decoder) is None
         if len(shape) == 3 and role == "experts":  # all experts of a layer in one tensor
             count, linear = shape[0], True
             shape = fused_matrix(name, shape, layout, hidden) or shape[1:]

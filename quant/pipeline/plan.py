@@ -14,7 +14,8 @@ from quant.errors import Problems, UsageError
 from quant.formats import Format, FormatRegistry
 from quant.models.account import DecoderWeight, account, decoder_matrices, rest_problems
 from quant.models.linears import LinearRef, built_linears, decoder_refs
-from quant.models.roles import block_of
+from quant.models.place import decoder_list
+from quant.models.roles import block_list, block_of
 from quant.pipeline.checks import (
     assignment_problems,
     check_disk,
@@ -124,7 +125,9 @@ class JobPlan:
 def block_count(checkpoint: Checkpoint) -> int:
     """Number of decoder blocks: as config.json says, else as the tensors' names show."""
     stated = stated_block_count(checkpoint.config)
-    return stated or 1 + max((b for n in checkpoint.tensors if (b := block_of(n)) is not None), default=-1)
+    decoder = decoder_list(checkpoint.tensors.values(), checkpoint.config)
+    listed = (block_of(n) for n in checkpoint.tensors if block_list(n) == decoder)
+    return stated or 1 + max((b for b in listed if b is not None), default=-1)
 
 
 def plan_job(recipe: Recipe) -> JobPlan:

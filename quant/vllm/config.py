@@ -33,6 +33,14 @@ KEYS: dict[str, tuple[str, ...]] = {
         "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "top_k_experts", "moe_topk",
     ),
 }  # fmt: skip
+#: Keys that state how many heads of keys and values some layers have, and how large heads are.
+KV_HEADS = (
+    *KEYS["num_key_value_heads"],
+    "kv_n_heads",
+    "num_global_key_value_heads",
+    "swa_num_key_value_heads",
+)
+HEAD_SIZES = ("head_dim", "global_head_dim", "swa_head_dim", "v_head_dim", "head_size", "kv_channels")
 #: Keys that state how many heads a recurrent layer has.
 STATE_HEADS = ("linear_num_key_heads", "linear_num_value_heads", "mamba_num_heads")
 #: Names of a config's floats → those of a safetensors header.
@@ -156,9 +164,24 @@ def head_size(config: Mapping[str, Any]) -> int | None:
     return whole_number(stated(config, "head_dim")) or (hidden // heads if hidden and heads else None)
 
 
+#: Keys that state the kind of every block, one entry each; Nemotron-H states no other number.
+_KINDS = ("layers_block_type", "hybrid_override_pattern", "layer_types")
+
+
 def block_count(config: Mapping[str, Any]) -> int | None:
     """Number of decoder blocks that config.json states."""
-    return whole_number(stated(config, "num_hidden_layers"))
+    count = whole_number(stated(config, "num_hidden_layers"))
+    kinds = (stated(config, key) for key in _KINDS)
+    return count or next((len(k) for k in kinds if isinstance(k, (list, str)) and k), None)
+
+
+#: Keys that state how many blocks a file has beyond the decoder's, which predict further tokens.
+_DRAFTING = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "num_mtp_layers")
+
+
+def drafting_blocks(config: Mapping[str, Any]) -> int:
+    """Number of blocks that predict further tokens (MTP), as config.json states it; 0 where it does not."""
+    return next((n for key in _DRAFTING if (n := whole_number(stated(config, key)))), 0)
 
 
 @dataclass(frozen=True)

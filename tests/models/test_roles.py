@@ -9,6 +9,7 @@ import pytest
 
 from quant.checkpoint.header import TensorInfo
 from quant.models.linears import decoder_refs
+from quant.models.place import decoder_list
 from quant.models.roles import block_of, not_quantizable, role_of
 
 
@@ -178,3 +179,45 @@ def test_linears_are_sorted_by_block_number_not_by_text() -> None:
     assert [n.removeprefix("model.layers.") for n in refs] == [
         f"{i}.mlp.{p}_proj" for i in (0, 2, 10) for p in ("down", "up")
     ]
+
+
+def listed(**lists: tuple[int, int]) -> dict[str, TensorInfo]:
+    """Files of several lists: name (with _ for a point) → blocks, width."""
+    found = [
+        info(f"{name.replace('_', '.')}.{i}.{last}.weight", width, width)
+        for name, (count, width) in lists.items()
+        for i in range(count)
+        for last in ("self_attn.q_proj", "mlp.up_proj")
+    ]
+    return {x.name: x for x in found}
+
+
+@pytest.mark.parametrize(
+    ("lists", "decoder"),
+    [
+        (
+            {"ear_layers": (2, 64), "mouth_model_layers": (2, 32), "mind_model_layers": (2, 128)},
+            "mind.model.",
+        ),
+        ({"ear_layers": (3, 128), "mind_layers": (2, 128)}, "mind."),  # as wide: by the number of blocks
+        ({"vision_blocks": (2, 128), "mind_layers": (2, 128)}, "mind."),  # a tie: by what they are called
+        ({"mtp_layers": (1, 128), "mind_layers": (3, 128)}, "mind."),  # a drafting block in the list
+        ({"transformer_encoder_layers": (2, 128), "vision_layers": (2, 64)}, "transformer.encoder."),
+    ],
+)
+def test_the_decoder_is_told_by_where_its_blocks_are(lists: dict[str, tuple[int, int]], decoder: str) -> None:
+    headers = listed(**lists)
+    config = {
+        "vision_config": {"num_hidden_layers": 2, "hidden_size": 64},
+        "text_config": {"num_hidden_layers": 2, "hidden_size": 128, "num_nextn_predict_layers": 1},
+    }
+    place = decoder_list(headers.values(), config)
+    assert place == f"{decoder}layers."
+    assert {n.partition("layers.")[0] for n in decoder_refs(headers, config)} == {decoder}
+    others = {n: role_of(n, 2, place) for n in headers if not n.startswith(decoder)}
+    assert set(others.values()) <= {"tower", "mtp"}
+
+
+def test_a_file_of_towers_alone_has_no_decoder() -> None:
+    headers = listed(visual_blocks=(4, 64))
+    assert decoder_list(headers.values(), {"num_hidden_layers": 2, "hidden_size": 128}) is None
