@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -305,6 +306,28 @@ def _weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
+
+
+def _demand_all_shards(path: Path, names: Sequence[str]) -> None:
+    """Of shards without an index, whether all are there that their own names count.
+
+    Raises:
+        CheckpointError: one is missing.
+    """
+    sets: dict[tuple[str, int], set[int]] = {}
+    for name in names:
+        if shard := _SHARD.fullmatch(name):
+            sets.setdefault((shard[1], int(shard[3])), set()).add(int(shard[2]))
+    for (stem, total), found in sets.items():
+        if missing := next((i for i in range(1, total + 1) if i not in found), None):
+            raise CheckpointError(
+                f"{path}: {stem}-{missing:05d}-of-{total:05d}.safetensors is missing: {len(found)} of "
+                f"{total} shards are there, and no {INDEX}: the download is incomplete, fetch that file and "
+                "the index"
+            )
+
+
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Reads config and headers of a model directory (single file, sharded, or a hub cache with symbolic
     links).
@@ -334,6 +357,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         names = ["model.safetensors"]
     else:
         names = sorted(f.name for f in path.glob("*.safetensors") if not f.name.startswith("consolidated"))
+        _demand_all_shards(path, names)
     if not names:
         pickled = sorted(f.name for f in path.iterdir() if f.suffix in _PICKLES)
         if pickled:

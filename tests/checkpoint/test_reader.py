@@ -290,3 +290,13 @@ def test_the_dtype_of_a_checkpoint_is_that_of_most_elements(tmp_path: Path) -> N
     checkpoint = open_checkpoint(tmp_path)
     assert (checkpoint.dtype, checkpoint.read("q").float().tolist()) == ("F8_E4M3", [1.0, 2.0])
     assert torch.equal(load_file(tmp_path / "model.safetensors")["q"].float(), checkpoint.read("q").float())
+
+
+def test_shards_without_an_index_are_all_there_or_refused(sharded: Path) -> None:
+    (sharded / INDEX).unlink()
+    (sharded / "one.safetensors").rename(sharded / "model-00001-of-00003.safetensors")
+    (sharded / "two.safetensors").rename(sharded / "model-00003-of-00003.safetensors")
+    with pytest.raises(CheckpointError, match="model-00002-of-00003.safetensors is missing"):
+        open_checkpoint(sharded)
+    save_file({"d": torch.ones(1)}, sharded / "model-00002-of-00003.safetensors")
+    assert set(open_checkpoint(sharded).tensors) == {*TENSORS, "d"}
