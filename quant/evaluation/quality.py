@@ -24,6 +24,7 @@ from quant.calibration.text import bundled, evaluation_rows
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.devices import device_of
 from quant.errors import CheckpointError, QuantError, VerificationFailed
+from quant.evaluation.agreement import demand_agreement
 from quant.evaluation.simulation import Simulation
 from quant.formats.reading import dequantized
 from quant.models.skeleton import BlockCall, Skeleton
@@ -130,6 +131,7 @@ class Source:
     ):
         self.path = str(path)
         checkpoint = open_checkpoint(path)
+        demand_agreement(checkpoint)
         self.file = Path(text) if text is not None else bundled("wikitext-2-test")
         length = chunk_length(length, checkpoint)
         self.rows = evaluation_rows(
@@ -196,6 +198,7 @@ def evaluate(
     """
     target = device_of(device)
     checkpoint = open_checkpoint(path)
+    demand_agreement(checkpoint)
     if against is not None and not isinstance(against, Source):
         against = Source(against, text, chunk_length(length, checkpoint), chunks, device, progress)
     if against is None:

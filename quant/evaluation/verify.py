@@ -16,6 +16,7 @@ from quant.checkpoint.header import WIDE_FLOATS
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.errors import CheckpointError, QuantError
 from quant.evaluation.accounting import copied_tensors, noted_tensors, side_file_problems, source_problems
+from quant.evaluation.agreement import file_problems
 from quant.evaluation.values import scan_values
 from quant.formats import Format, FormatRegistry, QuantizedLayers, find_format
 from quant.formats.base import config_problems
@@ -103,6 +104,11 @@ def verify(
         result.add("format", [str(error)], "")
         return result
     result.add("config", _config_problems(checkpoint.config), _describe(layers))
+    result.add(
+        "names and shapes",
+        file_problems(checkpoint, layers),
+        "embedding, head, blocks, experts and heads are those that config.json implies",
+    )
     if layers is not None:
         _check_layers(result, checkpoint, layers, target)
     if target == "vllm":

@@ -46,7 +46,8 @@ class Decoder:
         values.count("num_key_value_heads", self.heads)
         heads = heads_of(config)
         assert heads is not None  # both counts stand
-        self.kv_heads, self.state_heads = heads.kv, heads.state
+        self.kv_heads = heads.kv if self.family.grouped else self.heads
+        self.state_heads = heads.state
         if values.get("head_dim") is None and self.hidden % self.heads:
             raise UsageError(
                 f"{where}: hidden_size {self.hidden} is not a multiple of num_attention_heads "

@@ -45,6 +45,10 @@ class Family:
         shared_experts: experts that every token visits, where the config states no number.
         dense_beside_experts: every block has experts and an MLP, with three more norms.
         layer_scalar: every block's output is scaled by one number.
+        lists: what stands before a block's number in a file of the decoder alone; the second as a model
+            without its head is saved.
+        grouped: several query heads may share one of keys and values; else the config's number is not asked.
+        extra_rows: of the embedding, beyond the vocabulary.
     """
 
     mlp: Literal["gated", "plain"] = "gated"
@@ -72,8 +76,13 @@ class Family:
     shared_experts: int = 0
     dense_beside_experts: bool = False
     layer_scalar: bool = False
+    lists: tuple[str, ...] = ("model.layers.", "layers.")
+    grouped: bool = True
+    extra_rows: int = 0
 
 
+#: Where GPT-2 and its relatives have their blocks.
+_TRANSFORMER_H = ("transformer.h.", "h.")
 #: Qwen 2: queries, keys and values have biases, the output projection never.
 _QWEN2 = Family(qkv_bias=True, bias_keys=("qkv_bias",), output_bias_stated=False)
 
@@ -124,7 +133,15 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": Family(
         qkv_bias=True, output_bias=True, windowed=True, window_pattern=2, sinks=True, expert_bias=True
     ),
-    "gpt_neox": Family(mlp="plain", norm="layer", qkv_bias=True, output_bias=True, mlp_bias=True),
+    "gpt_neox": Family(
+        mlp="plain",
+        norm="layer",
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        lists=("gpt_neox.layers.", "layers."),
+        grouped=False,
+    ),
     "gpt2": Family(
         mlp="plain",
         norm="layer",
@@ -135,9 +152,19 @@ FAMILIES: dict[str, Family] = {
         positions=0,
         rotary=False,
         inner_ratio=4,
+        lists=_TRANSFORMER_H,
+        grouped=False,
     ),
     "gptj": Family(
-        mlp="plain", norm="layer", norms=1, mlp_bias=True, head_bias=True, bias_keys=(), inner_ratio=4
+        mlp="plain",
+        norm="layer",
+        norms=1,
+        mlp_bias=True,
+        head_bias=True,
+        bias_keys=(),
+        inner_ratio=4,
+        lists=_TRANSFORMER_H,
+        grouped=False,
     ),
     "opt": Family(
         mlp="plain",
@@ -148,13 +175,25 @@ FAMILIES: dict[str, Family] = {
         tied=True,
         positions=2,
         rotary=False,
+        lists=("model.decoder.layers.", "decoder.layers."),
+        grouped=False,
     ),
-    "falcon": Family(mlp="plain", norm="layer", norms=1, tied=True, inner_ratio=4),
-    "mpt": Family(mlp="plain", norm="layer", tied=True, scale_only=True, rotary=False, inner_ratio=4),
+    "falcon": Family(mlp="plain", norm="layer", norms=1, tied=True, inner_ratio=4, lists=_TRANSFORMER_H),
+    "mpt": Family(
+        mlp="plain",
+        norm="layer",
+        tied=True,
+        scale_only=True,
+        rotary=False,
+        inner_ratio=4,
+        lists=("transformer.blocks.", "blocks."),
+    ),
     "llama4_text": Family(shared_experts=1),
-    "mllama_text_model": Family(),
+    "mllama_text_model": Family(extra_rows=8),
     "minimax_m2": Family(qk_norm="width", score_bias=True),
-    "nemotron_h": Family(mlp="plain", norms=1, rotary=False, score_bias=True),
+    "nemotron_h": Family(
+        mlp="plain", norms=1, rotary=False, score_bias=True, lists=("backbone.layers.", "model.layers.")
+    ),
 }
 
 #: multimodal wrappers whose text part has no model_type of its own → the family of that part

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from quant.checkpoint.reader import Checkpoint
 from quant.errors import QuantError, clipped
+from quant.evaluation.agreement import file_problems
 from quant.formats import Format, FormatRegistry
 from quant.models.roles import block_of
 from quant.models.support import layout_problem
@@ -68,6 +69,7 @@ def source_problems(checkpoint: Checkpoint) -> list[str]:
         )
     if reason := layout_problem(str(checkpoint.config.get("model_type"))):
         problems.append(f"{checkpoint.path}: {reason}")
+    problems += [f"{checkpoint.path}: {line}" for line in file_problems(checkpoint)]
     empty = [
         n
         for n, i in checkpoint.tensors.items()

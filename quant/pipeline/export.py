@@ -13,6 +13,7 @@ from quant.checkpoint.journal import WorkFolder
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.checkpoint.writer import TensorSpec, write_text
 from quant.errors import CheckpointError, Problems, UsageError, VerificationFailed
+from quant.evaluation.agreement import file_problems
 from quant.evaluation.verify import verify
 from quant.formats import Contents, Format, FormatRegistry, QuantizedLayers, find_format
 from quant.formats.base import IncompleteCheckpoint
@@ -82,6 +83,7 @@ def export(
         if problems:
             raise Problems([*problems, str(error)]) from error
         raise
+    problems += [f"{checkpoint.path}: {line}" for line in file_problems(checkpoint, layers)]
     form = FormatRegistry.get(format_name or (layers.format if layers else "plain"))
     if layers is None and form.quant_method is not None:
         raise UsageError(

@@ -1,0 +1,133 @@
+"""What config.json implies of a file: every difference is named, and no file of a family that is saved as it
+is made is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quant.checkpoint.header import TensorInfo
+from quant.checkpoint.reader import open_checkpoint
+from quant.models.implied import implied_problems
+from tests.helpers import FAMILIES, GENERIC
+from tests.models.mixtures import FAMILIES as MIXTURES
+from tests.models.mixtures import save_mixture
+
+Headers = dict[str, TensorInfo]
+Change = Callable[[Headers, dict[str, Any]], Any]
+
+
+@pytest.mark.parametrize("kind", [*FAMILIES, *GENERIC])
+def test_files_of_dense_families_are_what_their_config_implies(
+    kind: str, checkpoints: Callable[..., Path]
+) -> None:
+    checkpoint = open_checkpoint(checkpoints(kind))
+    assert implied_problems(checkpoint.tensors, checkpoint.config) == []
+
+
+def renamed(headers: Headers, name: Callable[[str], str]) -> None:
+    given = dict(headers)
+    headers.clear()
+    headers.update({name(n): replace(i, name=name(n)) for n, i in given.items()})
+
+
+def reshaped(headers: Headers, end: str, *shape: int) -> None:
+    for name in [n for n in headers if n.endswith(end)]:
+        headers[name] = replace(headers[name], shape=shape)
+
+
+def states(**values: Any) -> Change:
+    return lambda headers, config: config.update(values)
+
+
+def without(end: str) -> Change:
+    return lambda headers, config: [headers.pop(n) for n in list(headers) if n.endswith(end)]
+
+
+#: What is changed of a file of two blocks, 4 heads of 16, 2 KV heads, 4096 tokens → what is said of it.
+CHANGES: Mapping[str, tuple[Change, list[str]]] = {
+    "rows padded": (
+        lambda h, c: reshaped(h, "embed_tokens.weight", 4160, 64),
+        ["model.embed_tokens.weight is [4160, 64]", "vocab_size of 4096"],
+    ),
+    "rows of the head": (
+        lambda h, c: reshaped(h, "lm_head.weight", 4000, 64),
+        ["lm_head.weight is [4000, 64]", "vocab_size of 4096"],
+    ),
+    "another width": (
+        states(hidden_size=128, head_dim=16),
+        ["model.embed_tokens.weight is [4096, 64]", "128"],
+    ),
+    "a block too few": (states(num_hidden_layers=3), ["2 of the 3 blocks", "model.layers.2"]),
+    "a block too many": (states(num_hidden_layers=1), ["model.layers.1", "states 1 blocks"]),
+    "no head": (without("lm_head.weight"), ["lm_head.weight", "tie_word_embeddings false"]),
+    "a lost projection": (
+        without("layers.1.mlp.down_proj.weight"),
+        ["model.layers.1.mlp.down_proj", "not in"],
+    ),
+    "a trainer's prefix": (
+        lambda h, c: renamed(h, lambda n: f"module.{n}"),
+        ["module.lm_head.weight: 'module'", "is then lm_head.weight"],
+    ),
+    "a compiler's prefix": (
+        lambda h, c: renamed(h, lambda n: n.replace("model.", "model._orig_mod.")),
+        ["'_orig_mod'", "torch.compile"],
+    ),
+}  # fmt: skip
+#: What only shapes of families that have a row tell, and how it is said of others.
+SIZES: Mapping[str, tuple[Change, list[str]]] = {
+    "KV heads": (
+        lambda h, c: reshaped(h, "k_proj.weight", 48, 64),
+        ["self_attn.k_proj.weight is [48, 64]", "2 KV heads of 16"],
+    ),
+    "another inner width": (states(intermediate_size=128), ["mlp.gate_proj.weight is [96, 64]", "128"]),
+}
+
+
+@pytest.mark.parametrize("change", [*CHANGES, *SIZES])
+@pytest.mark.parametrize("kind", ["llama", "stablelm"])  # with a row of shapes, and without
+def test_what_differs_is_named(kind: str, change: str, checkpoints: Callable[..., Path]) -> None:
+    checkpoint = open_checkpoint(checkpoints(kind))
+    headers, config = dict(checkpoint.tensors), dict(checkpoint.config)
+    edit, parts = (CHANGES | SIZES)[change]
+    edit(headers, config)
+    said = "\n".join(implied_problems(headers, config))
+    assert all(part in said for part in parts), said
+
+
+def test_a_files_blocks_lie_where_the_family_has_them(llama: Path) -> None:
+    checkpoint = open_checkpoint(llama)
+    headers = dict(checkpoint.tensors)
+    renamed(headers, lambda n: f"model.{n}")
+    (line,) = implied_problems(headers, checkpoint.config)
+    assert "model.model.layers.0" in line and "model.layers.0" in line
+    renamed(headers, lambda n: n.removeprefix("model.model."))  # as a model without its head is saved
+    assert implied_problems(headers, checkpoint.config) == []
+
+
+def test_drafting_blocks_and_leftovers_are_no_blocks_too_many(llama: Path) -> None:
+    checkpoint = open_checkpoint(llama)
+    headers = dict(checkpoint.tensors)
+    for name in [n for n in headers if ".layers.1." in n]:
+        headers[name.replace(".1.", ".2.")] = replace(headers[name], name=name.replace(".1.", ".2."))
+    assert "model.layers.2" in implied_problems(headers, checkpoint.config)[0]
+    name = "model.layers.2.eh_proj.weight"
+    headers[name] = replace(headers["lm_head.weight"], name=name, shape=(64, 128))
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    headers[name] = replace(headers["lm_head.weight"], name=name, shape=(8,))
+    assert implied_problems(headers, checkpoint.config) == []
+    counted = implied_problems(headers, {**checkpoint.config, "num_hidden_layers": 3})
+    assert "model.layers.2 predicts further tokens" in counted[0]
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_experts_are_counted(kind: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(save_mixture(tmp_path / kind, kind))
+    assert implied_problems(checkpoint.tensors, checkpoint.config) == []
+    key = next(k for k in ("num_local_experts", "num_experts", "n_routed_experts") if k in checkpoint.config)
+    config = {**checkpoint.config, key: checkpoint.config[key] + 1}
+    assert f"config.json states {config[key]}" in implied_problems(checkpoint.tensors, config)[0]
