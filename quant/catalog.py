@@ -192,10 +192,23 @@ def _entry(
     spec = spec_from_config(entry["config"], name, f"the catalogue's entry {listed}", source)
     if "caveat" in entry:
         notes = [*notes, f"the catalogue's entry holds the {entry['caveat']}"]
-    if quantization and spec.quantization:
-        quantization = None  # the entry knows its own scheme
     hub = listed if _key(listed) == _key(name) else ""
-    return replace(spec, quantization=quantization or spec.quantization, notes=(*spec.notes, *notes), hub=hub)
+    spec = replace(spec, notes=(*spec.notes, *notes), hub=hub)
+    # the entry knows its own scheme
+    return stored_as(spec, quantization) if quantization and not spec.quantization else spec
+
+
+def stored_as(spec: ModelSpec, quantization: Mapping[str, Any]) -> ModelSpec:
+    """A model whose name alone tells how it is stored.
+
+    NVFP4 is published in several ways: of models with recurrent layers attention is in FP8, of others all
+    linears or only the MLP are in NVFP4. Their sizes are uncertain by a tenth, of the others by a hundredth.
+    """
+    config = dict(quantization)
+    nvfp4 = config.get("quant_algo") == "NVFP4"
+    if nvfp4 and any(c.kind == "state" for c in spec.cache):
+        config["quant_algo"] = "MIXED_PRECISION"
+    return replace(spec, quantization=config, uncertainty=spec.uncertainty + (0.1 if nvfp4 else 0.01))
 
 
 def _by_size(

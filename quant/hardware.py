@@ -213,8 +213,8 @@ def named_gpu(name: str, total_bytes: int | None = None) -> Gpu:
     numbers = str(row["capability"])
     capability = tuple(map(int, numbers.split("."))) if not numbers.startswith("gfx") else None
     return Gpu(
-        name=row["name"], total_bytes=total, free_bytes=total - _idle_bytes(total),
-        used_bytes=_idle_bytes(total), capability=capability,  # type: ignore[arg-type]
+        name=row["name"], total_bytes=total, free_bytes=total - idle_bytes(total),
+        used_bytes=idle_bytes(total), capability=capability,  # type: ignore[arg-type]
         architecture=numbers if capability is None else "", platform="rocm" if capability is None else "cuda",
         bandwidth=row["bandwidth_gb_s"] * 1e9, rates={k: v * 1e12 for k, v in row["tflops"].items()},
         link=row["link"], kind=row["kind"],
@@ -225,7 +225,7 @@ def named_gpu(name: str, total_bytes: int | None = None) -> Gpu:
     )  # fmt: skip
 
 
-def _idle_bytes(total_bytes: int) -> int:
+def idle_bytes(total_bytes: int) -> int:
     """What the driver and the process's own CUDA context hold before vLLM's first look: 0.51 GiB of an idle
     H100's 79.19 in its logs, a third of a GiB on small cards."""
     return int(0.3 * GIB + 0.0027 * total_bytes)

@@ -50,6 +50,7 @@ class Tower:
     Attributes:
         tensors: lists everything but the patch embedding.
         width, depth, inner: where its vision_config leaves them out; 0: it must not.
+        crossed: the decoder reads its output by cross attention.
         projections: of its MLP, 3 gated and 2 plain; ``patches`` make one token; ``tokens`` of the largest
             image
             that its processor lets through. 0: not known, and no activations are planned.
@@ -62,6 +63,7 @@ class Tower:
     projections: int = 0
     patches: int = 0
     tokens: int = 0
+    crossed: bool = False
 
 
 def _qwen2(v: _Vision) -> Iterator[_Tensor]:
@@ -180,7 +182,7 @@ TOWERS = {
     "llava_next": Tower(_llava, projections=2, patches=1, tokens=2928),
     "internvl": Tower(_internvl, projections=2, patches=4, tokens=3328),
     "llama4": Tower(_plain, 1408, 34, 5632, projections=2, patches=4, tokens=2584),
-    "mllama": Tower(_mllama, projections=2, patches=1, tokens=6404),
+    "mllama": Tower(_mllama, projections=2, patches=1, tokens=6404, crossed=True),
     "kimi_k25": Tower(_plain, 1152, 27, 4304, projections=2, patches=4, tokens=4096),
     "kimi_vl": Tower(_plain, 1152, 27, 4304, projections=2, patches=4, tokens=1024),
 }
@@ -229,7 +231,7 @@ def vision_weights(
     weights = [Weight(f"vision.{name}", "tower", shape, count=count) for name, shape, count in tensors]
     planned = {
         "hidden": width, "inner": inner, "projections": tower.projections, "patches": tower.patches,
-        "tokens": tower.tokens,
+        "tokens": tower.tokens, "crossed": int(tower.crossed),
     }  # fmt: skip
     approximate = (
         f"the vision tower of {kind} is counted as a plain vision transformer: its size is approximate"

@@ -16,13 +16,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from math import ceil
 from typing import Any
 
 from quant.errors import Problems, UsageError, one_of
 from quant.hardware import Gpu
 from quant.models.spec import DTYPE_BYTES, ModelSpec, Weight
+from quant.planning.accuracy import stated_error
 from quant.planning.kvcache import KV_DTYPES, CacheLayout, layout, longest_context
+from quant.planning.profile import (
+    GIB,
+    Batch,
+    Peak,
+    graph_bytes,
+    graph_sizes,
+    other_memory,
+    profile_peak,
+)
 from quant.planning.storage import (
     ForeignScheme,
     is_quantized,
@@ -33,15 +44,9 @@ from quant.planning.storage import (
 )
 from quant.schemes import UNQUANTIZED, Scheme
 from quant.units import format_size
-from quant.vllm.kernels import CPU_BLOCK, latent_block, shares_memory, state_width
+from quant.vllm.kernels import CPU_BLOCK, latent_block, state_width
 from quant.vllm.layers import Linear, shape_problems
 from quant.vllm.releases import VLLM_VERSION, Rules, batch_sizes, rules_for
-
-GIB = 2**30
-#: resident memory of a worker of vLLM's CPU build that serves an 11 MB model: the interpreter and its
-#: libraries
-CPU_PROCESS_BYTES = int(0.63 * GIB)
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,12 @@ class EngineRequest:
     #: bytes of KV cache given outright: no profiling, utilization ignored
     kv_cache_memory_bytes: int | None = None
     dtype: str | None = None
+    #: the vision tower is left out
+    language_model_only: bool = False
+    #: ``weights``: ranks share the vision tower; ``data``: every rank holds it whole
+    mm_encoder_tp_mode: str = "weights"
+    #: ranks hold whole experts
+    expert_parallel: bool = False
 
     @property
     def ranks(self) -> int:
@@ -199,13 +210,41 @@ class MemoryPlan:
     kv_cache_dtype: str
     vllm_version: str
     weights_by_stage: tuple[int, ...] = ()
+    #: what the weights and the profile leave for the cache; below zero where they take too much
+    room_bytes: int = 0
+    #: what that may be off by, from measured starts of the kind (:mod:`quant.planning.accuracy`)
+    error_bytes: int = 0
+    #: the start is within that error of its limit: what to lower so that it is certain; empty where it is not
+    tight: str = ""
+    #: the longest context that starts even where the plan is off by that error
+    sure_context: int = 0
+    #: it fails only because every sequence needs a block for its recurrent states
+    lacks_states: bool = False
+    #: ``max_num_seqs`` was asked for, not vLLM's default
+    asks_sequences: bool = False
+    #: of the activations, what only the first start takes: it compiles inside the profile
+    compile_bytes: int = 0
     #: bytes of the GPU that nothing of this plan uses
     spare_bytes: int = 0
     layout: CacheLayout | None = None
 
+    @property
+    def verdict(self) -> str:
+        """``fits``, ``tight`` (the plan's own error decides) or ``does not fit``."""
+        return "tight" if self.tight else "fits" if self.fits else "does not fit"
+
+    @property
+    def sure(self) -> bool:
+        """Whether it starts even where the plan is off by its stated error."""
+        return self.fits and not self.tight
+
     def to_dict(self) -> dict[str, Any]:
-        value = {k: v for k, v in asdict(self).items() if k not in ("layout", "weights_by_stage")}
-        value["scheme"] = self.scheme.name
+        value = {
+            k: v
+            for k, v in asdict(self).items()
+            if k not in ("layout", "weights_by_stage", "lacks_states", "asks_sequences")
+        }
+        value["scheme"], value["verdict"] = self.scheme.name, self.verdict
         value["weights_by_stage_bytes"] = list(self.weights_by_stage)
         value["layout"] = self.layout.to_dict() if self.layout else None
         if float(self.kv_bytes_per_token).is_integer():
@@ -243,95 +282,6 @@ def batch_defaults(
     return tokens, seqs
 
 
-def activation_peak(
-    spec: ModelSpec, rules: Rules, tokens: int, seqs: int, ranks: int, width: int, last_stage: bool = True
-) -> int:
-    """Bytes at the peak of the profile run: the larger of the forward pass and the sampler, with the experts'
-    workspace on top.
-
-    The forward pass holds, for every token, the two inner projections and their product (3·I, cut by rank)
-    and four vectors of the hidden size; the sampler ``rules.sampler_bytes`` for every sequence and vocabulary
-    entry.
-    """
-    h = spec.hidden
-    inner = 0 if spec.moe and not any(w.role == "mlp" for w in spec.weights) else spec.intermediate
-    dense = 3 * inner / ranks
-    attention = (2 * spec.heads * spec.head_dim + 2 * spec.kv_heads * spec.head_dim) / ranks
-    if spec.latent:
-        size = spec.latent.get("qk_nope_head_dim", 0) + spec.latent.get("qk_rope_head_dim", 0)
-        attention = spec.heads / ranks * (size + spec.latent.get("v_head_dim", 0)) * 2
-        if not rules.mla:
-            attention = spec.heads / ranks * (3 * 256 + 2 * size)
-    forward = tokens * (max(dense, attention) + 4 * h) * width
-    workspace = 0.0
-    if spec.moe:
-        rows = min(tokens, 32768 if rules.engine == "v0" else tokens) * spec.moe.active
-        workspace = rows * (spec.moe.intermediate / ranks + h) * width + tokens * h * width
-        if rules.engine == "v0":  # freed before the sampler runs
-            forward, workspace = (
-                max(
-                    forward,
-                    workspace + tokens * 4 * h * width + rows * 2 * spec.moe.intermediate / ranks * width,
-                ),
-                0.0,
-            )
-    sampler = seqs * spec.vocabulary * rules.sampler_bytes if last_stage else 0
-    return int(max(forward, sampler) + workspace)
-
-
-def graph_sizes(seqs: int, tokens: int, rules: Rules) -> int:
-    """How many batch sizes are captured as CUDA graphs."""
-    if rules.engine == "v0":
-        return 3 + sum(1 for s in range(8, 257, 8) if s <= max(8, seqs))
-    largest = min(seqs * 2, rules.largest_graph) if rules.graphs_follow_seqs else 512
-    largest = min(largest, tokens)
-    sizes = [s for s in (1, 2, 4, *range(8, 256, 8), *range(256, largest + 1, 16)) if s <= largest]
-    return len(sizes)
-
-
-def graph_bytes(spec: ModelSpec, rules: Rules, sizes: int, ranks: int, layers: int) -> int:
-    """Memory of the captured graphs: a first capture and a share for every further one, both growing with the
-    layers.
-
-    Calibrated on the estimates that vLLM printed for ten models with 102 graphs (51 sizes, two modes):
-    0.55–1.82 GiB.
-    """
-    if not sizes:
-        return 0
-    share = sizes * rules.graph_modes / 102
-    full = 0.35 * GIB + 12.3 * MIB * layers
-    if spec.moe:
-        full += 0.35 * GIB
-    if ranks > 1:
-        full += 0.4 * GIB
-    return int(full * share)
-
-
-def other_memory(rules: Rules, gpu: Gpu, world: int) -> int:
-    """Bytes outside torch's allocator: the CUDA context's growth and libraries, NCCL and all-reduce buffers
-    with several GPUs; on the CPU the process itself."""
-    if gpu.platform == "cpu":
-        return CPU_PROCESS_BYTES
-    if world == 1:
-        return rules.other_bytes
-    return rules.other_bytes_nvlink if shares_memory(gpu) else rules.other_bytes_pcie
-
-
-def multimodal_peak(spec: ModelSpec, rules: Rules, tokens: int, width: int) -> int:
-    """Bytes at the peak of the vision tower's part of the profile run: images worth the batch's tokens, one
-    at least.
-
-    Every patch holds the MLP's inner projections and four vectors of the tower's width; the outputs stay
-    until the end.
-    """
-    shape = spec.vision_shape
-    if not shape or rules.engine != "v1":
-        return 0
-    images = max(tokens // shape["tokens"], 1) * shape["tokens"]
-    patch = shape["projections"] * shape["inner"] + 4 * shape["hidden"]
-    return images * shape["patches"] * patch * width + images * spec.hidden * width
-
-
 def plan(
     spec: ModelSpec,
     gpus: Sequence[Gpu],
@@ -352,109 +302,172 @@ def plan(
     scheme = scheme or UNQUANTIZED
     request = request or EngineRequest()
     request.check(spec, gpus)
-    world = request.ranks * request.pipeline_parallel
-    used = list(gpus[:world])
-    gpu = min(used, key=lambda g: (g.total_bytes, g.free_bytes))
-    rules = rules_for(request.vllm_version, gpu.capability, spec.moe is not None)
-    ranks, stages = request.ranks, request.pipeline_parallel
+    engine = _Engine.of(spec, gpus, scheme, request)
+    stages = [_stage(engine, index) for index in range(request.pipeline_parallel)]
+    tightest = min(stages, key=lambda s: (s.blocks if s.layout.bytes_per_block else 2**62, s.kv))
+    return _judged(engine, tightest)
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """What a request comes to on a model and a GPU: everything that is the same for all pipeline stages."""
+
+    spec: ModelSpec
+    scheme: Scheme
+    request: EngineRequest
+    rules: Rules
+    gpu: Gpu
+    width: int
+    kv_width: float
+    context: int
+    tokens: int
+    seqs: int
+    utilization: float
+    requested: int
+    #: bytes of weights of every stage
+    weights: tuple[int, ...]
+    other: int
+    block: int
+    in_flight: int
+    graph_sizes: int
+    #: the cache of the whole model
+    whole: CacheLayout
+
+    @classmethod
+    def of(cls, spec: ModelSpec, gpus: Sequence[Gpu], scheme: Scheme, request: EngineRequest) -> _Engine:
+        """Raises:
+        UsageError: not a dtype, unknown release or source format.
+        """
+        world = request.ranks * request.pipeline_parallel
+        gpu = min(gpus[:world], key=lambda g: (g.total_bytes, g.free_bytes))
+        rules = model_rules(spec, gpu, request.vllm_version)
+        width = activation_width(spec, request)
+        kv_width = cache_width(spec, scheme, request, width)
+        context = request.context or spec.max_context
+        tokens, seqs = batch_defaults(gpu, rules, context, request, spec)
+        asked = request.gpu_memory_utilization
+        utilization = rules.utilization if asked is None else asked
+        block = request.block_size or default_block(spec, gpu, rules)
+        in_flight = rules.batches_in_flight if gpu.platform != "cpu" else 1
+        eager = request.enforce_eager or gpu.platform == "cpu"
+        return cls(
+            spec=spec, scheme=scheme, request=request, rules=rules, gpu=gpu, width=width, kv_width=kv_width,
+            context=context, tokens=tokens, seqs=seqs, utilization=utilization,
+            requested=ceil(gpu.total_bytes * utilization),
+            weights=tuple(
+                loaded_bytes(
+                    spec, scheme, request.ranks, request.pipeline_parallel, rules, width,
+                    tower="none" if request.language_model_only else request.mm_encoder_tp_mode,
+                    experts_whole=request.expert_parallel,
+                )
+            ),
+            other=other_memory(rules, gpu, world, eager), block=block,
+            in_flight=tokens * max(in_flight, request.pipeline_parallel),
+            graph_sizes=0 if eager else graph_sizes(seqs, tokens, rules),
+            whole=layout(spec, spec.cache, request.ranks, kv_width, rules, block, state_width(gpu)),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One pipeline stage: its weights, the profile's peak, graphs, and what is left for its cache."""
+
+    weights: int
+    peak: Peak
+    graphs: int
+    kv: int
+    blocks: int
+    layout: CacheLayout
+
+
+def _stage(engine: _Engine, index: int) -> _Stage:
+    spec, rules, request = engine.spec, engine.rules, engine.request
+    parts = stage_layers(spec.layers, request.pipeline_parallel, rules)
+    cache = engine.whole
+    if len(parts) > 1:
+        layers = [c for c in spec.cache if c.layer in parts[index]]
+        cache = layout(
+            spec, layers, request.ranks, engine.kv_width, rules, engine.block, state_width(engine.gpu)
+        )
+    batch = Batch(engine.tokens, engine.seqs, engine.width, request.ranks, request.expert_parallel)
+    peak = profile_peak(
+        spec, rules, batch, first=index == 0, last=index == len(parts) - 1,
+        eager=request.enforce_eager, vision=not request.language_model_only,
+    )  # fmt: skip
+    if rules.reserved_profile and request.ranks > 1:
+        held = 2 * len(parts[index]) * engine.tokens * spec.hidden * engine.width
+        peak = replace(peak, warm=peak.warm + held, cold=peak.cold + held)
+    graphs = graph_bytes(spec, rules, engine.graph_sizes, request.ranks, len(parts[index]), engine.tokens)
+    if engine.gpu.platform == "cpu":
+        peak, graphs = Peak(0, 0, 0), 0
+    taken = engine.weights[index] + engine.other + peak.cold + (graphs if rules.graphs_subtracted else 0)
+    kv = engine.requested - taken
+    if request.kv_cache_memory_bytes is not None:
+        kv = request.kv_cache_memory_bytes
+    blocks = kv // cache.bytes_per_block if cache.bytes_per_block and kv > 0 else 0
+    return _Stage(engine.weights[index], peak, graphs, kv, blocks, cache)
+
+
+def _judged(engine: _Engine, stage: _Stage) -> MemoryPlan:
+    """The plan of the stage that decides."""
+    spec, rules, request, gpu = engine.spec, engine.rules, engine.request, engine.gpu
+    start = _Start(engine, stage)
+    why, remedy = start.verdict()
+    if rules.printed_tokens == "requests":
+        printed = int(start.concurrency * engine.context)
+    else:
+        printed = stage.blocks // max(len(stage.layout.groups), 1) * stage.layout.block
+    error = stated_error(spec, rules, gpu, request, stage.weights)
+    tight = "" if request.kv_cache_memory_bytes is not None else start.tightness(error)
+    spare = gpu.total_bytes - engine.requested - (0 if rules.graphs_subtracted else stage.graphs)
+    cache = engine.whole if request.pipeline_parallel == 1 else stage.layout
+    return MemoryPlan(
+        scheme=engine.scheme, fits=not why, tight=tight, lacks_states=bool(why) and start.lacks_states,
+        asks_sequences=request.max_num_seqs is not None,
+        why=why or _fit_sentence(printed, engine.context, start.concurrency), remedy=remedy,
+        weights_bytes=stage.weights, activation_bytes=stage.peak.cold,
+        compile_bytes=stage.peak.cold - stage.peak.warm,
+        cuda_graph_bytes=stage.graphs, other_bytes=engine.other, requested_bytes=engine.requested,
+        total_bytes=gpu.total_bytes, kv_cache_bytes=max(stage.kv, 0), room_bytes=stage.kv, error_bytes=error,
+        kv_bytes_per_token=cache.bytes_per_token(),
+        kv_tokens=printed, kv_blocks=max(stage.blocks, 0), block_tokens=stage.layout.block,
+        max_context=start.longest, sure_context=start.after(-error).longest, context=engine.context,
+        max_concurrency=round(start.concurrency, 4) if stage.kv > 0 else 0.0, max_num_seqs=engine.seqs,
+        max_num_batched_tokens=engine.tokens, gpu_memory_utilization=engine.utilization,
+        tensor_parallel=request.ranks, pipeline_parallel=request.pipeline_parallel,
+        kv_cache_dtype=request.kv_cache_dtype, vllm_version=request.vllm_version,
+        weights_by_stage=engine.weights, spare_bytes=spare, layout=stage.layout,
+    )  # fmt: skip
+
+
+def model_rules(spec: ModelSpec, gpu: Gpu, vllm_version: str) -> Rules:
+    """A release's accounting of such a model on such a GPU."""
+    return rules_for(
+        vllm_version, gpu.capability, spec.moe is not None, architecture=spec.architecture,
+        recurrent=any(c.kind == "state" for c in spec.cache), platform=gpu.platform,
+    )  # fmt: skip
+
+
+def activation_width(spec: ModelSpec, request: EngineRequest) -> int:
+    """Bytes of an activation's value.
+
+    Raises:
+        UsageError: not a dtype.
+    """
     dtype = request.dtype or ("bfloat16" if spec.dtype in ("float32", "float64") else spec.dtype)
     if dtype not in DTYPE_BYTES:
         raise one_of("dtype", dtype, ["bfloat16", "float16", "float32"])
-    width = 2 if DTYPE_BYTES[dtype] == 1 else int(DTYPE_BYTES[dtype])
-    context = request.context or spec.max_context
-    tokens, seqs = batch_defaults(gpu, rules, context, request, spec)
-    utilization = (
-        request.gpu_memory_utilization if request.gpu_memory_utilization is not None else rules.utilization
-    )
-    requested = ceil(gpu.total_bytes * utilization)
-    kv_width = KV_DTYPES[request.kv_cache_dtype] or width
-    if (
-        request.kv_cache_dtype == "auto"
-        and not is_quantized(scheme)
-        and (spec.quantization or {}).get("kv_cache_scheme")
-    ):
-        kv_width = 1  # a checkpoint with KV scales switches the cache to FP8 by itself
+    return 2 if DTYPE_BYTES[dtype] == 1 else int(DTYPE_BYTES[dtype])
 
-    weights = loaded_bytes(spec, scheme, ranks, stages, rules, width)
-    other = other_memory(rules, gpu, world)
-    parts = stage_layers(spec.layers, stages, rules)
-    block = request.block_size or default_block(spec, gpu, rules)
-    in_flight = tokens * max(rules.batches_in_flight if gpu.platform != "cpu" else 1, stages)
-    sizes = 0 if request.enforce_eager or gpu.platform == "cpu" else graph_sizes(seqs, tokens, rules)
-    whole = layout(spec, spec.cache, ranks, kv_width, rules, block, state_width(gpu))
 
-    best: tuple[int, int, int, int, int, CacheLayout] | None = None
-    for stage in range(stages):
-        stage_layout = (
-            layout(
-                spec,
-                [c for c in spec.cache if c.layer in parts[stage]],
-                ranks,
-                kv_width,
-                rules,
-                block,
-                state_width(gpu),
-            )
-            if stages > 1
-            else whole
-        )
-        activation = activation_peak(spec, rules, tokens, seqs, ranks, width, stage == stages - 1)
-        if rules.reserved_profile and ranks > 1:
-            activation += 2 * len(parts[stage]) * tokens * spec.hidden * width
-        activation = max(activation, multimodal_peak(spec, rules, tokens, width) if stage == 0 else 0)
-        graphs = graph_bytes(spec, rules, sizes, ranks, len(parts[stage]))
-        if gpu.platform == "cpu":
-            activation = graphs = 0
-        kv = requested - weights[stage] - other - activation - (graphs if rules.graphs_subtracted else 0)
-        if request.kv_cache_memory_bytes is not None:
-            kv = request.kv_cache_memory_bytes
-        blocks = kv // stage_layout.bytes_per_block if stage_layout.bytes_per_block and kv > 0 else 0
-        candidate = (
-            blocks if stage_layout.bytes_per_block else 2**62,
-            kv,
-            stage,
-            activation,
-            graphs,
-            stage_layout,
-        )
-        if best is None or candidate[:2] < best[:2]:
-            best = candidate
-    assert best is not None
-    blocks, kv, stage, activation, graphs, chosen = best
-
-    usable = blocks - (1 if rules.null_block else 0)
-    longest = longest_context(chosen, usable, in_flight, spec.max_context) if kv > 0 else 0
-    needed = chosen.blocks_for(context, in_flight)
-    if rules.printed_tokens == "requests":
-        concurrency = blocks / needed if needed else float(seqs)
-        printed = int(concurrency * context)
-    else:
-        printed = blocks // max(len(chosen.groups), 1) * chosen.block
-        concurrency = blocks / needed if needed else float(seqs)
-    why, remedy = _Start(
-        spec=spec, scheme=scheme, request=request, rules=rules, gpu=gpu, utilization=utilization,
-        requested=requested,
-        weights=weights[stage], other=other, activation=activation, graphs=graphs, kv=kv, blocks=blocks,
-        usable=usable, needed=needed,
-        longest=longest, context=context, tokens=tokens, seqs=seqs, layout=chosen, whole=whole,
-        in_flight=in_flight,
-    ).verdict()  # fmt: skip
-    spare = gpu.total_bytes - requested - (0 if rules.graphs_subtracted else graphs)
-    return MemoryPlan(
-        scheme=scheme, fits=not why, why=why or _fit_sentence(printed, context, concurrency), remedy=remedy,
-        weights_bytes=weights[stage],
-        activation_bytes=activation, cuda_graph_bytes=graphs, other_bytes=other, requested_bytes=requested,
-        total_bytes=gpu.total_bytes,
-        kv_cache_bytes=max(kv, 0), kv_bytes_per_token=(whole if stages == 1 else chosen).bytes_per_token(),
-        kv_tokens=printed,
-        kv_blocks=max(blocks, 0), block_tokens=chosen.block, max_context=longest, context=context,
-        max_concurrency=round(concurrency, 4) if kv > 0 else 0.0, max_num_seqs=seqs,
-        max_num_batched_tokens=tokens,
-        gpu_memory_utilization=utilization, tensor_parallel=ranks, pipeline_parallel=stages,
-        kv_cache_dtype=request.kv_cache_dtype,
-        vllm_version=request.vllm_version,
-        weights_by_stage=tuple(weights), spare_bytes=spare, layout=chosen,
-    )  # fmt: skip
+def cache_width(spec: ModelSpec, scheme: Scheme, request: EngineRequest, width: int) -> float:
+    """Bytes of a cached value: as asked for, else 1 of a checkpoint with KV scales, which switches the cache
+    to FP8 by itself, else those of an activation."""
+    asked = KV_DTYPES[request.kv_cache_dtype]
+    scaled = (spec.quantization or {}).get("kv_cache_scheme")
+    if not asked and not is_quantized(scheme) and scaled:
+        return 1
+    return asked or width
 
 
 def default_block(spec: ModelSpec, gpu: Gpu, rules: Rules) -> int:
@@ -473,139 +486,183 @@ class _Start:
     """One start with everything that decides whether it succeeds; bytes of one GPU, blocks of the pool,
     lengths in tokens."""
 
-    spec: ModelSpec
-    scheme: Scheme
-    request: EngineRequest
-    rules: Rules
-    gpu: Gpu
-    utilization: float
-    requested: int
-    weights: int
-    other: int
-    activation: int
-    graphs: int
-    kv: int
-    blocks: int
-    usable: int
-    needed: int
-    longest: int
-    context: int
-    tokens: int
-    seqs: int
-    layout: CacheLayout
-    whole: CacheLayout
-    in_flight: int
+    engine: _Engine
+    stage: _Stage
+
+    @property
+    def usable(self) -> int:
+        """Blocks of the pool that requests may hold."""
+        return self.stage.blocks - (1 if self.engine.rules.null_block else 0)
+
+    @cached_property
+    def needed(self) -> int:
+        """Blocks that one request of the whole context holds."""
+        return self.stage.layout.blocks_for(self.engine.context, self.engine.in_flight)
+
+    @cached_property
+    def longest(self) -> int:
+        """The longest context that the pool holds, up to the model's own."""
+        limit = self.engine.spec.max_context
+        if self.stage.kv <= 0:
+            return 0
+        return longest_context(self.stage.layout, self.usable, self.engine.in_flight, limit)
+
+    @property
+    def concurrency(self) -> float:
+        """Requests of the whole context that the pool holds."""
+        return self.stage.blocks / self.needed if self.needed else float(self.engine.seqs)
 
     def verdict(self) -> tuple[str, str]:
         """Why vLLM would not start, and the smallest change that would make it; two empty strings when it
         starts.
 
         The checks run in the order in which vLLM meets them: the cuts at load time, the free memory, the
-        profile, the context, the graphs.
+        profile, the context, the states, the graphs and the sampler's second run.
         """
-        for check in (self._cuts, self._free, self._room, self._context, self._states, self._graphs):
+        for check in (self._cuts, self._free, self._room, self._context, self._states, self._beside):
             found = check()
             if found:
                 return found
         return "", ""
 
+    def tightness(self, error: int) -> str:
+        """What to lower so that the start is certain, where ``error`` bytes more or less would change the
+        verdict; empty where they would not."""
+        if self._cuts() or self._free():
+            return ""
+        less, more = self.after(-error), self.after(error)
+        verdicts = [bool(start.verdict()[0]) for start in (less, more)]
+        if verdicts[0] == verdicts[1]:
+            return ""
+        about = f"within the plan's error of {format_size(error)}"
+        sure = less.longest // 256 * 256
+        if sure and self.engine.spec.max_context >= sure and sure < self.engine.context:
+            return f"{about}; --context {sure} certainly starts"
+        remedy = less.verdict()[1]
+        return f"{about}; to be sure: {remedy}"
+
+    def after(self, change: int) -> _Start:
+        """The same start with a cache that is larger by ``change`` bytes."""
+        kv = self.stage.kv + change
+        each = self.stage.layout.bytes_per_block
+        blocks = kv // each if each and kv > 0 else 0
+        return replace(self, stage=replace(self.stage, kv=kv, blocks=blocks))
+
     @property
     def _given(self) -> bool:
-        return self.request.kv_cache_memory_bytes is not None
+        return self.engine.request.kv_cache_memory_bytes is not None
 
     def _cuts(self) -> tuple[str, str] | None:
-        cuts = group_problems(self.spec, self.scheme, self.request.ranks)
+        e = self.engine
+        cuts = group_problems(e.spec, e.scheme, e.request.ranks)
         if cuts:
             return cuts[0], "another tensor parallel degree, or a smaller group size when quantizing"
-        if self.request.chunked_prefill is False and self.tokens < self.context and self.rules.engine == "v1":
+        if e.request.chunked_prefill is False and e.tokens < e.context and e.rules.engine == "v1":
             why = (
-                f"max_num_batched_tokens {self.tokens} is below the context {self.context} without "
-                "chunked prefill"
+                f"max_num_batched_tokens {e.tokens} is below the context {e.context} without chunked prefill"
             )
-            return why, f"--max-num-batched-tokens {self.context}"
+            return why, f"--max-num-batched-tokens {e.context}"
         return None
 
     def _free(self) -> tuple[str, str] | None:
-        if self.gpu.platform == "cpu" or self._given or self.requested <= self.gpu.free_bytes:
+        gpu, requested = self.engine.gpu, self.engine.requested
+        if gpu.platform == "cpu" or self._given or requested <= gpu.free_bytes:
             return None
-        held = self.gpu.total_bytes - self.gpu.free_bytes
         return (
-            f"{format_size(self.gpu.free_bytes)} free at start, {format_size(self.requested)} asked for "
-            f"(utilization {self.utilization:g} "
-            f"of {format_size(self.gpu.total_bytes)}); {format_size(held)} is held by others",
-            f"--gpu-memory-utilization {largest_utilization(self.gpu):.2f}, or free the GPU",
+            f"{format_size(gpu.free_bytes)} free at start, {format_size(requested)} asked for "
+            f"(utilization {self.engine.utilization:g} of {format_size(gpu.total_bytes)}); "
+            f"{format_size(gpu.total_bytes - gpu.free_bytes)} is held by others",
+            f"--gpu-memory-utilization {largest_utilization(gpu):.2f}, or free the GPU",
         )
 
     def _room(self) -> tuple[str, str] | None:
-        if self.kv > 0 and not (self.whole.bytes_per_block and self.usable <= 0):
+        e, stage = self.engine, self.stage
+        if stage.kv > 0 and not (e.whole.bytes_per_block and self.usable <= 0):
             return None
-        graphs = self.graphs if self.rules.graphs_subtracted else 0
-        used = self.weights + self.other + self.activation + graphs
-        missing = used - self.requested
+        graphs = stage.graphs if e.rules.graphs_subtracted else 0
+        used = stage.weights + e.other + stage.peak.cold + graphs
+        missing = -stage.kv
         if graphs > missing:
             remedy = "--enforce-eager"
-        elif self.weights + self.other < self.requested and self.seqs > 16 and self.activation > missing:
+        elif stage.weights + e.other < e.requested and e.seqs > 16 and stage.peak.cold > missing:
             remedy = (
-                f"--max-num-seqs {max(16, _smaller(self.seqs))} --max-num-batched-tokens "
-                f"{max(512, _smaller(self.tokens))}"
+                f"--max-num-seqs {max(16, _smaller(e.seqs))} --max-num-batched-tokens "
+                f"{max(512, _smaller(e.tokens))}"
             )
         else:
             ranks = next(
-                (t for t in (2, 4, 8, 16) if t > self.request.ranks and not parallel_problems(self.spec, t)),
-                None,
+                (t for t in (2, 4, 8, 16) if t > e.request.ranks and not parallel_problems(e.spec, t)), None
             )
             remedy = f"a smaller scheme, a larger GPU{f', or --tensor-parallel {ranks}' if ranks else ''}"
         return (
-            f"no room for a KV cache: weights {format_size(self.weights)} + activations "
-            f"{format_size(self.activation)} + CUDA graphs "
-            f"{format_size(graphs)} + other {format_size(self.other)} = {format_size(used)}, of "
-            f"{format_size(self.requested)} requested",
+            f"no room for a KV cache: weights {format_size(stage.weights)} + activations "
+            f"{format_size(stage.peak.cold)} + CUDA graphs "
+            f"{format_size(graphs)} + other {format_size(e.other)} = {format_size(used)}, of "
+            f"{format_size(e.requested)} requested",
             remedy,
         )
 
     def _context(self) -> tuple[str, str] | None:
-        if self.rules.whole_model_check and self.request.pipeline_parallel > 1:
-            needed = self.whole.blocks_for(self.context, self.in_flight) * self.whole.bytes_per_block
-            if needed > self.kv:
-                release = ".".join(map(str, self.rules.version[:2]))
+        e, kv = self.engine, self.stage.kv
+        if e.rules.whole_model_check and e.request.pipeline_parallel > 1:
+            needed = e.whole.blocks_for(e.context, e.in_flight) * e.whole.bytes_per_block
+            if needed > kv:
+                release = ".".join(map(str, e.rules.version[:2]))
                 return (
                     f"vLLM {release} compares the KV cache of all stages ({format_size(needed)}) with one "
-                    f"stage's {format_size(self.kv)}",
-                    f"--context {self.longest // self.request.pipeline_parallel}",
+                    f"stage's {format_size(kv)}",
+                    f"--context {self.longest // e.request.pipeline_parallel}",
                 )
         if self.needed > self.usable:
             return (
-                f"one request of {self.context:,} tokens needs "
-                f"{format_size(self.needed * self.layout.bytes_per_block)} of KV cache, "
-                f"{format_size(self.kv)} is there; the longest that fits is {self.longest:,}",
+                f"one request of {e.context:,} tokens needs "
+                f"{format_size(self.needed * self.stage.layout.bytes_per_block)} of KV cache, "
+                f"{format_size(kv)} is there; the longest that fits is {self.longest:,}",
                 f"--context {self.longest} (vLLM: --max-model-len {self.longest})"
                 if self.longest
                 else "a larger GPU or fewer bits",
             )
         return None
 
-    def _states(self) -> tuple[str, str] | None:
-        recurrent = any(g.kind == "state" for g in self.layout.groups)
-        if not (self.rules.state_check and self.graphs and recurrent and self.blocks < self.seqs):
-            return None
-        return (
-            f"{self.blocks} cache blocks for recurrent states, but max_num_seqs is {self.seqs}: every "
-            "decoding sequence needs one when "
-            "CUDA graphs are captured",
-            f"--max-num-seqs {max(1, self.blocks)}, or --enforce-eager",
+    @property
+    def lacks_states(self) -> bool:
+        """Whether the states are what fails first."""
+        return not any(c() for c in (self._cuts, self._free, self._room, self._context)) and bool(
+            self._states()
         )
 
-    def _graphs(self) -> tuple[str, str] | None:
-        if self.rules.graphs_subtracted or not self.graphs or self._given:
-            return None
-        room = self.gpu.free_bytes - self.requested
-        if self.graphs <= room + 0.25 * GIB:
+    def _states(self) -> tuple[str, str] | None:
+        e, blocks = self.engine, self.stage.blocks
+        recurrent = any(g.kind == "state" for g in self.stage.layout.groups)
+        if not (e.rules.state_check and self.stage.graphs and recurrent and blocks < e.seqs):
             return None
         return (
-            f"out of memory while capturing CUDA graphs: {format_size(self.graphs)} needed, "
-            f"{format_size(room)} left outside "
-            f"utilization {self.utilization:g}",
-            "--enforce-eager, or a lower --gpu-memory-utilization",
+            f"{blocks} cache blocks for recurrent states, but max_num_seqs is {e.seqs}: every "
+            "decoding sequence needs one when CUDA graphs are captured",
+            f"--max-num-seqs {max(1, blocks)}, or --enforce-eager",
+        )
+
+    def _beside(self) -> tuple[str, str] | None:
+        """What must fit beside the requested memory: graphs that were not taken out of it, and what the
+        sampler's second run needs beyond its peak in the profile."""
+        e, stage = self.engine, self.stage
+        if e.gpu.platform == "cpu" or self._given:
+            return None
+        graphs = 0 if e.rules.graphs_subtracted else stage.graphs
+        sampler = int(e.rules.sampler_warm_up * stage.peak.sampler)
+        room = e.gpu.free_bytes - e.requested
+        if graphs + sampler <= room + 0.25 * GIB:
+            return None
+        left = f"{format_size(room)} left outside utilization {e.utilization:g}"
+        if graphs > room + 0.25 * GIB or not sampler:
+            return (
+                f"out of memory while capturing CUDA graphs: {format_size(graphs)} needed, {left}",
+                "--enforce-eager, or a lower --gpu-memory-utilization",
+            )
+        return (
+            f"out of memory when the sampler is warmed up with {e.seqs} sequences: CUDA graphs "
+            f"{format_size(graphs)} + {format_size(sampler)} needed, {left}",
+            f"--max-num-seqs {max(16, _smaller(e.seqs))}, or a lower --gpu-memory-utilization",
         )
 
 

@@ -7,7 +7,7 @@ linear. Embeddings, the head, norms and routers stay in the model's own dtype.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil, prod
 from typing import Any
@@ -100,8 +100,28 @@ def _bitsandbytes(config: Mapping[str, Any]) -> SchemeOf:
 
 
 def _modelopt(config: Mapping[str, Any]) -> SchemeOf:
-    fp8 = str(config.get("quant_algo", "")).upper().startswith("FP8")
-    return _covered(config, _foreign("w8a8-fp8" if fp8 else "nvfp4"))
+    """ModelOpt's files: FP8, NVFP4, or both (``MIXED_PRECISION``), where ``quantized_layers`` names each
+    module's. Where that list is missing, attention counts as FP8 and the rest as NVFP4, as in the files
+    that are published."""
+    algorithm = str(config.get("quant_algo", "")).upper()
+    named: Mapping[str, Any] = config.get("quantized_layers") or {}
+    if algorithm != "MIXED_PRECISION" and not named:
+        return _covered(config, _modelopt_scheme(algorithm))
+    listed = _listed(config)
+
+    def scheme(weight: Weight) -> Scheme | None:
+        if not _is_quantizable(weight) or listed(weight):
+            return None
+        if not named:
+            return _modelopt_scheme("FP8" if weight.role == "attention" else "NVFP4")
+        entry = next((named[n] for n in module_names(weight) if n in named), None)
+        return None if entry is None else _modelopt_scheme(str(entry.get("quant_algo", "")).upper())
+
+    return scheme
+
+
+def _modelopt_scheme(algorithm: str) -> ForeignScheme:
+    return _foreign("w8a8-fp8" if algorithm.startswith("FP8") else "nvfp4")
 
 
 def _mxfp4(config: Mapping[str, Any]) -> SchemeOf:
@@ -293,9 +313,14 @@ def stage_layers(layers: int, stages: int, rules: Rules) -> list[range]:
 
 def loaded_bytes(
     spec: ModelSpec, scheme: Scheme | None, tensor_parallel: int, pipeline_parallel: int, rules: Rules,
-    dtype_bytes: int,
+    dtype_bytes: int, *, tower: str = "weights", experts_whole: bool = False,
 ) -> list[int]:  # fmt: skip
     """Bytes of weights on a GPU of each pipeline stage after loading; ``scheme`` None: as they are.
+
+    Args:
+        tower: how ranks share the vision tower: ``weights`` (its linears are cut), ``data`` (every rank holds
+            it whole), ``none`` (it is not loaded).
+        experts_whole: ranks hold whole experts instead of a part of each.
 
     Beyond the file's bytes: vocabularies padded to 64 rows and cut by rank, KV heads repeated when there are
     fewer than ranks, the absorbed copies that latent attention makes of ``kv_b_proj``, the padding of MXFP4
@@ -308,12 +333,13 @@ def loaded_bytes(
     first, last = 0, pipeline_parallel - 1
     from_file = planned is None and bool(spec.quantization) and any(w.stored_bytes for w in spec.weights)
     for weight in spec.weights:
-        if weight.role == "mtp":
+        if weight.role == "mtp" or (weight.role == "tower" and tower == "none"):
             continue
         stored = own(weight) if planned is None else planned if quantizable(weight, planned) else None
         size = _rank_bytes(
-            spec, weight, None if from_file else stored, tensor_parallel, dtype_bytes, rules, from_file
-        )
+            spec, weight, None if from_file else stored, tensor_parallel, dtype_bytes, rules, from_file,
+            tower, experts_whole,
+        )  # fmt: skip
         if weight.layer >= 0:
             stage = next(i for i, r in enumerate(stages) if weight.layer in r)
             totals[stage] += size
@@ -334,11 +360,15 @@ def _rank_bytes(
     width: int,
     rules: Rules,
     from_file: bool,
+    tower: str,
+    experts_whole: bool,
 ) -> float:
     """Bytes of a weight on one rank, stored in a scheme or (None) in ``width`` bytes a value."""
     shape = list(weight.shape)
     share = 1.0
-    if weight.split == "vocab":
+    if weight.role == "experts" and experts_whole:
+        share = 1 / ranks
+    elif weight.split == "vocab":
         shape[0] = _up(shape[0], 64 * ranks) // ranks
     elif weight.split == "kv":
         share = 1 / min(ranks, spec.kv_heads)
@@ -347,7 +377,8 @@ def _rank_bytes(
     elif weight.split == "row" and len(shape) > 1:
         share = 1 / ranks
     elif weight.role == "tower":
-        share = 1 / ranks if rules.engine == "v1" and len(shape) > 1 else 1.0
+        cut = rules.engine == "v1" or spec.vision_shape.get("crossed")
+        share = 1 / ranks if cut and len(shape) > 1 and tower == "weights" else 1.0
     if from_file and weight.stored_bytes:
         changed = prod(shape) / max(prod(weight.shape), 1)
         size = weight.stored_bytes * (changed if weight.split == "vocab" else share)
@@ -355,6 +386,10 @@ def _rank_bytes(
             size *= width / 4
     elif stored is None:
         size = prod(shape) * weight.count * width * share
+        if weight.role == "experts" and len(shape) == 2 and rules.expert_padding:
+            size += _row_padding(shape, weight, ranks, width, rules, experts_whole)
+    elif weight.role == "experts" and experts_whole:
+        size = stored.stored_bytes(shape[0], shape[1], width) * weight.count * share
     else:
         n, k = shape[0], shape[1]
         if kernel_of(stored) == "mxfp4":
@@ -367,6 +402,17 @@ def _rank_bytes(
     if weight.name.removesuffix(".weight").endswith("kv_b_proj") and rules.mla:
         size += prod(weight.shape) * width / ranks  # W_UK and W_UV, absorbed
     return size
+
+
+def _row_padding(
+    shape: Sequence[int], weight: Weight, ranks: int, width: int, rules: Rules, experts_whole: bool
+) -> float:
+    """Bytes that the rows of unquantized experts are lengthened by on one rank, where they are a multiple of
+    512 bytes (``_maybe_pad_weight`` of `unquantized_fused_moe_method.py`)."""
+    cut = 1 if experts_whole else ranks
+    row = shape[1] / (cut if weight.split == "row" else 1)
+    rows = shape[0] * weight.count / (ranks if experts_whole or weight.split == "column" else 1)
+    return rules.expert_padding * rows if row * width % 512 == 0 else 0.0
 
 
 def _mxfp4_padding(n: int, k: int, split: str, ranks: int, rules: Rules) -> tuple[int, int]:

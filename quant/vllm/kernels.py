@@ -23,6 +23,9 @@ BF16_CAPABILITY, FP8_CACHE_CAPABILITY = (8, 0), (8, 9)
 #: First compute capability whose ranks reduce through memory that NVLink shares, and whose kernels of latent
 #: attention take larger blocks.
 SHARED_MEMORY_CAPABILITY, LARGE_BLOCK_CAPABILITY = (9, 0), (10, 0)
+#: Compute capabilities of the parts whose memory is the host's: Orin, Thor, GB10 (NVIDIA's table of compute
+#: capabilities; vLLM asks the driver, ``is_integrated_gpu`` in `platforms/cuda.py`).
+UNIFIED_CAPABILITIES = frozenset({(8, 7), (11, 0), (12, 1)})
 #: Tokens of an attention block on a CPU.
 CPU_BLOCK = 128
 
@@ -137,6 +140,11 @@ def state_width(gpu: Gpu) -> int:
     Source: `platforms/cpu.py::check_and_update_config`.
     """
     return 4 if gpu.platform == "cpu" and cpu_has(gpu.instructions, _AVX512_BF16) else 0
+
+
+def has_unified_memory(gpu: Gpu) -> bool:
+    """Whether a GPU's memory is the host's (Orin, Thor, GB10)."""
+    return gpu.platform == "cuda" and gpu.capability in UNIFIED_CAPABILITIES
 
 
 def latent_block(gpu: Gpu) -> int:

@@ -124,14 +124,15 @@ def test_the_default_share_follows_the_release(version: str, share: float) -> No
 def test_the_sampler_dominates_where_it_sorted_and_the_forward_pass_where_it_does_not() -> None:
     request = EngineRequest(context=4096, max_num_seqs=1024, max_num_batched_tokens=8192)
     sorting, kernel, newest = (
-        plan(LLAMA8, [H100], None, replace(request, vllm_version=v)).activation_bytes
-        for v in ("0.11", "0.19", "0.32")
+        plan(LLAMA8, [H100], None, replace(request, vllm_version=v)) for v in ("0.11", "0.19", "0.32")
     )
-    assert sorting == 1024 * 128256 * 39 and kernel == 1024 * 128256 * 16
-    assert newest == 8192 * (3 * 14336 + 4 * 4096) * 2
+    assert sorting.activation_bytes == 1024 * 128256 * 39
+    assert kernel.activation_bytes == 1024 * 128256 * 16
+    warm = 8192 * (3 * 14336 + 4 * 4096) * 2
+    assert newest.activation_bytes - newest.compile_bytes == warm
 
 
-def test_graphs_come_on_top_before_and_out_of_the_cache_since_0_21() -> None:
+def test_graphs_come_on_top_before_and_out_of_the_cache_since_0_20() -> None:
     before = plan(LLAMA8, [H100], None, EngineRequest(context=4096, vllm_version="0.19"))
     eager = plan(LLAMA8, [H100], None, EngineRequest(context=4096, vllm_version="0.19", enforce_eager=True))
     assert (
@@ -140,7 +141,66 @@ def test_graphs_come_on_top_before_and_out_of_the_cache_since_0_21() -> None:
     )
     after = plan(LLAMA8, [H100], None, EngineRequest(context=4096))
     lazy = plan(LLAMA8, [H100], None, EngineRequest(context=4096, enforce_eager=True))
-    assert lazy.kv_cache_bytes - after.kv_cache_bytes == after.cuda_graph_bytes
+    assert lazy.kv_cache_bytes - after.kv_cache_bytes == after.cuda_graph_bytes + after.compile_bytes
+
+
+@pytest.mark.parametrize(
+    ("release", "ranks", "cold"), [("0.32", 1, True), ("0.32", 2, True), ("0.16", 1, False)]
+)
+def test_the_first_start_compiles_on_a_table_as_large_as_the_embeddings(
+    release: str, ranks: int, cold: bool
+) -> None:
+    request = EngineRequest(
+        context=4096, max_num_seqs=16, max_num_batched_tokens=2048, tensor_parallel=ranks,
+        vllm_version=release,
+    )  # fmt: skip
+    p = plan(LLAMA8, [H100] * ranks, None, request)
+    table = (128256 * 4096 // ranks + 4 * 2048 * 4096) * 2
+    assert (p.compile_bytes > 0) is cold and (not cold or p.activation_bytes == table)
+    assert not plan(LLAMA8, [H100] * ranks, None, replace(request, enforce_eager=True)).compile_bytes
+
+
+def test_hybrids_kept_the_first_runner_until_0_29_and_its_graphs_count_a_pass_over_the_batch() -> None:
+    hybrid = find_model("Qwen/Qwen3.8-27B")
+    a, b = (
+        plan(hybrid, [H100], None, EngineRequest(context=4096, max_num_batched_tokens=t, vllm_version="0.27"))
+        for t in (4096, 8192)
+    )
+    # 128 KiB a token beside the graphs themselves, which are as many
+    assert b.cuda_graph_bytes - a.cuda_graph_bytes == 4096 * 128 * 1024
+    assert rules_for("0.27", (9, 0), False).second_runner
+    assert not rules_for("0.27", (9, 0), False, recurrent=True).second_runner
+    assert rules_for("0.29", (9, 0), True, recurrent=True).second_runner
+
+
+def test_the_verdict_is_tight_where_the_stated_error_decides_and_what_it_offers_is_sure() -> None:
+    gpu = named_gpu("RTX 4090")
+    longest = plan(LLAMA8, [gpu], None, EngineRequest(context=4096)).max_context
+    edge = plan(LLAMA8, [gpu], None, EngineRequest(context=longest))
+    beyond = plan(LLAMA8, [gpu], None, EngineRequest(context=longest + 16))
+    assert edge.fits and not beyond.fits and {edge.verdict, beyond.verdict} == {"tight"} and not edge.sure
+    sure = int(edge.tight.split("--context ")[1].split()[0])
+    assert plan(LLAMA8, [gpu], None, EngineRequest(context=sure)).verdict == "fits"
+    assert plan(LLAMA8, [gpu], None, EngineRequest(context=2 * longest)).verdict == "does not fit"
+
+
+def test_experts_are_whole_on_a_rank_or_cut_and_take_the_same_memory() -> None:
+    mixture = find_model("Qwen/Qwen3-30B-A3B")
+    cut, whole = (
+        plan(mixture, [H100] * 4, None, EngineRequest(context=4096, tensor_parallel=4, expert_parallel=e))
+        for e in (False, True)
+    )
+    assert cut.weights_bytes == whole.weights_bytes
+
+
+def test_a_tower_that_is_not_loaded_or_not_shared_changes_the_weights() -> None:
+    spec = find_model("nvidia/Qwen3.6-27B-NVFP4")
+    tower = 2 * spec.by_role["tower"]
+    shared, data, none = (
+        plan(spec, [H100] * 2, None, EngineRequest(context=4096, tensor_parallel=2, **asked)).weights_bytes  # type: ignore[arg-type]
+        for asked in ({}, {"mm_encoder_tp_mode": "data"}, {"language_model_only": True})
+    )
+    assert data - none == tower and none < shared < data
 
 
 def test_sizes_of_captured_graphs() -> None:
