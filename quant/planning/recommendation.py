@@ -9,7 +9,7 @@ What fits is vLLM's business (:mod:`quant.planning.memory`); the margin affects 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,10 @@ from quant.vllm.releases import rules_for
 MARGIN = 0.10
 #: context planned for when none is asked, capped at the model's own
 DEFAULT_CONTEXT = 8192
+#: sequences planned for where nothing fits with vLLM's own number of them: fewer graphs, a smaller sampler
+_FEW = 16
+#: contexts planned for where none is asked and the usual one does not fit
+_SHORTER = (4096, 2048)
 POLICIES = ("vllm", "rule-of-thumb")
 #: what stands for a document where none tells a scheme's loss
 UNKNOWN = "not known"
@@ -54,7 +58,8 @@ class SchemePlan:
     Attributes:
         stored: what its linears are stored in: the row's scheme, with the largest groups that every rank can
             hold whole.
-        fits: vLLM starts; ``meets``: it also holds the asked concurrency; ``safe``: with the margin left.
+        fits: vLLM starts; ``meets``: it also holds the asked concurrency; ``safe``: with the margin left, and
+            the plan's own error does not reach the limit.
         methods: those that make it of this model, the preferred one first.
     """
 
@@ -246,7 +251,8 @@ def recommend(
         if request.kv_cache_dtype == "fp8" and not has_fp8_cache(devices[0]):
             request = replace(request, kv_cache_dtype="auto")
             notes.append(f"{devices[0].name} has no FP8: the scenario's FP8 cache is planned in 16 bits")
-    if request.context is None:
+    own_context = request.context is None
+    if own_context:
         request = replace(request, context=min(DEFAULT_CONTEXT, spec.max_context))
         notes.append(f"planned for a context of {request.context:,} tokens; --context asks for another")
     if (
@@ -292,6 +298,13 @@ def recommend(
     request.check(spec, devices)
     plans = tuple(_plan_one(spec, devices, gpu, row, request, margin) for row in rows)
     chosen = _choose(plans, profile)
+    if chosen is None:
+        for smaller, said in _smaller(request, own_context):
+            again = tuple(_plan_one(spec, devices, gpu, row, smaller, margin) for row in rows)
+            if (chosen := _choose(again, profile)) is not None:
+                plans, request = again, smaller
+                notes.append(said)
+                break
     reason = _reason(spec, gpu, plans, chosen, request, profile)
     method = None
     commands: tuple[str, ...] = ()
@@ -319,6 +332,18 @@ def recommend(
         scenario=profile.name if profile else None,
         notes=tuple(notes), group_size=chosen.group_size if chosen else None,
     )  # fmt: skip
+
+
+def _smaller(request: EngineRequest, own_context: bool) -> Iterator[tuple[EngineRequest, str]]:
+    """Requests to try where nothing surely fits, each with what to say of it: fewer sequences than vLLM's own
+    number, then a shorter context, where neither was asked for."""
+    if request.max_num_seqs is None and request.concurrency <= _FEW:
+        request = replace(request, max_num_seqs=_FEW)
+        yield request, f"planned with --max-num-seqs {_FEW}: with vLLM's own number nothing surely fits"
+    for context in _SHORTER if own_context else ():
+        if context < (request.context or 0):
+            said = f"planned for {context:,} tokens: with more nothing surely fits"
+            yield replace(request, context=context), said
 
 
 def _gpus(gpus: str | Gpu | Sequence[Gpu] | None, count: int | None, memory: int | None) -> list[Gpu]:
@@ -394,7 +419,7 @@ def _plan_one(
         smaller = sorted((g for g in GROUP_SIZES if g != -1 and (g < own or own == -1)), reverse=True)
         grouped = (stored, *(stored.with_group_size(g) for g in smaller))
         stored = next((s for s in grouped if not group_problems(spec, s, request.ranks)), stored)
-    planned = plan(spec, gpus, stored, request)
+    planned = _with_fitting_states(spec, gpus, stored, request)
     meets = planned.fits and planned.max_concurrency >= request.concurrency
     free = gpu.free_bytes
     needed = planned.requested_bytes - planned.kv_cache_bytes
@@ -405,13 +430,15 @@ def _plan_one(
             * request.concurrency
             * planned.layout.bytes_per_block
         )
-    safe = meets and needed <= free * (1 - margin)
+    safe = meets and planned.sure and needed <= free * (1 - margin)
     why = planned.why
     if planned.fits and not meets:
         why = (
             f"holds {planned.max_concurrency:.1f} requests of {planned.context:,} tokens, "
             f"{request.concurrency} asked for"
         )
+    elif planned.tight:
+        why = f"{planned.why}; tight: {planned.tight}"
     elif meets and not safe:
         why = f"{planned.why}; leaves less than {margin:.0%} of the free memory"
     size = file_bytes(spec, stored) if quantized else stored_bytes(spec)
@@ -422,10 +449,27 @@ def _plan_one(
     )  # fmt: skip
 
 
+def _with_fitting_states(
+    spec: ModelSpec, gpus: Sequence[Gpu], stored: Scheme, request: EngineRequest
+) -> MemoryPlan:
+    """The plan; where only the recurrent states of vLLM's default number of sequences do not fit, with as
+    many sequences as surely do, which its command then asks for."""
+    planned = plan(spec, gpus, stored, request)
+    if planned.fits or not planned.lacks_states or request.max_num_seqs is not None:
+        return planned
+    error = planned.error_bytes // planned.layout.bytes_per_block if planned.layout else 0
+    fewer = (planned.kv_blocks - error) // 8 * 8
+    if fewer < max(request.concurrency, 8):
+        return planned
+    return plan(spec, gpus, stored, replace(request, max_num_seqs=fewer))
+
+
 def _choose(plans: Sequence[SchemePlan], profile: Scenario | None) -> SchemePlan | None:
-    """The plan to take, among those that keep the margin, else among those that hold what was asked."""
+    """The plan to take, among those that keep the margin, else among those that surely hold what was
+    asked."""
     limit = profile.max_loss_percent if profile else 100.0
-    for pool in ([p for p in plans if p.safe], [p for p in plans if p.meets]):
+    sure = [p for p in plans if p.meets and p.plan and p.plan.sure]
+    for pool in ([p for p in plans if p.safe], sure):
         pool = [p for p in pool if p.loss[1] <= limit]
         if not pool:
             continue
@@ -470,6 +514,8 @@ def _reason(
             f"{chosen.plan.kv_tokens:,} tokens on {where} ({asked} asked{margin})"
         )
     running = [p for p in plans if p.fits and p.plan]
+    if edge := next((p.plan for p in running if p.meets and p.plan and p.plan.tight), None):
+        return f"nothing surely fits {asked} on {where}: {edge.scheme.name} is tight, {edge.tight}"
     if running:
         best = max(running, key=lambda p: p.plan.max_concurrency if p.plan else 0.0)
         assert best.plan is not None
@@ -488,12 +534,12 @@ def _reason(
     planned = [p for p in plans if p.plan]
     if not planned:
         return f"no scheme can run on {gpu.name}: {'; '.join(f'{p.scheme}: {p.why}' for p in plans)}"
-    longest = max(planned, key=lambda p: p.plan.max_context if p.plan else 0)
+    longest = max(planned, key=lambda p: p.plan.sure_context if p.plan else 0)
     assert longest.plan is not None
-    if longest.plan.max_context:
+    if longest.plan.sure_context:
         return (
             f"nothing fits {asked} on {where}; {longest.scheme} would with --context "
-            f"{longest.plan.max_context} --concurrency 1"
+            f"{longest.plan.sure_context} --concurrency 1"
         )
     best = min(planned, key=lambda p: p.plan.weights_bytes if p.plan else 0)
     assert best.plan is not None
@@ -536,7 +582,7 @@ def _what_would(spec: ModelSpec, gpu: Gpu, best: SchemePlan, request: EngineRequ
                 )
             )
     for words, count, changed in tries:
-        if plan(spec, [gpu] * count, best.stored, changed).fits:
+        if plan(spec, [gpu] * count, best.stored, changed).sure:
             return f"it would start with {words}"
     return (
         "not even 16 of these GPUs would do: take a smaller model, or llama.cpp with a 4-bit GGUF in "
@@ -600,8 +646,8 @@ def serve_command(checkpoint: str, planned: MemoryPlan, request: EngineRequest) 
         parts += ["--gpu-memory-utilization", f"{request.gpu_memory_utilization:g}"]
     if request.kv_cache_dtype != "auto":
         parts += ["--kv-cache-dtype", request.kv_cache_dtype]
-    if request.max_num_seqs is not None:
-        parts += ["--max-num-seqs", str(request.max_num_seqs)]
+    if request.max_num_seqs is not None or planned.asks_sequences:
+        parts += ["--max-num-seqs", str(planned.max_num_seqs)]
     if request.max_num_batched_tokens is not None:
         parts += ["--max-num-batched-tokens", str(request.max_num_batched_tokens)]
     if request.enforce_eager:

@@ -13,7 +13,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import yaml
 
 import quant
 from quant.catalog import model_from_config
@@ -79,14 +78,35 @@ def test_concurrency_and_context_decide() -> None:
 
 
 def test_the_margin_affects_only_the_choice() -> None:
-    tight = recommend("Qwen/Qwen2.5-32B", "RTX 4090", EngineRequest(context=8192))
-    assert tight.recommended == "w4a16" and not by_scheme(tight)["w4a16"].safe and "margin" in tight.reason
+    narrow = recommend("Qwen/Qwen2.5-32B", "RTX 4090", EngineRequest(context=2048))
+    assert narrow.recommended == "w4a16" and not by_scheme(narrow)["w4a16"].safe and "margin" in narrow.reason
     wide, narrow = (
         recommend("meta-llama/Llama-3.1-8B", "RTX 4090", EngineRequest(context=16384), margin=m)
         for m in (0.0, 0.3)
     )
     assert [p.fits for p in wide.plans] == [p.fits for p in narrow.plans]
     assert wide.recommended == "none" and narrow.recommended == "w8a8-fp8"
+
+
+def test_what_is_recommended_is_never_tight_and_smaller_requests_are_tried_before_nothing_fits() -> None:
+    model, gpu = "meta-llama/Llama-3.1-8B", "RTX 4090"
+    longest = by_scheme(recommend(model, gpu, EngineRequest(context=8192)))["none"].plan
+    assert longest is not None
+    edge = recommend(model, gpu, EngineRequest(context=longest.max_context), scheme="none")
+    assert edge.plans[0].plan is not None and edge.request.max_num_seqs == 16 and edge.plans[0].plan.sure
+    asked = EngineRequest(context=longest.max_context, max_num_seqs=longest.max_num_seqs)
+    tight = recommend(model, gpu, asked, scheme="none")
+    assert tight.recommended is None and "tight" in tight.reason and tight.to_dict()["plans"][0]["tight"]
+    laptop = recommend("Qwen/Qwen2.5-7B-Instruct", "RTX 3070 Ti Laptop")
+    assert laptop.plan is not None and laptop.plan.sure
+    assert f"--max-model-len {laptop.plan.context}" in laptop.commands[-1]
+
+
+def test_recurrent_models_are_served_with_as_many_sequences_as_their_states_hold() -> None:
+    found = recommend("nvidia/Qwen3.6-27B-NVFP4", "RTX 5090", EngineRequest(context=32768))
+    assert found.plan is not None and found.plan.sure
+    assert found.plan.max_num_seqs <= found.plan.kv_blocks
+    assert f"--max-num-seqs {found.plan.max_num_seqs}" in found.commands[-1]
 
 
 def test_commands_are_given_only_for_what_this_build_makes() -> None:
@@ -507,16 +527,20 @@ def benchmark() -> ModuleType:
 @pytest.mark.skipif(not SAMPLES.is_file(), reason="../shared is not there")
 def test_measured_starts_are_reproduced_within_the_limits() -> None:
     program = benchmark()
-    figures = program.summary([program.judge(s) for s in yaml.safe_load(SAMPLES.read_text(encoding="utf-8"))])
+    files = sorted(SAMPLES.parent.glob("vllm_memory_samples*.yaml"))
+    samples = program.read_samples(files, sorted(SAMPLES.parent.glob("model_configs_*.json")))
+    figures = program.summary([program.judge(s) for s in samples])
     assert figures["planned"] == figures["samples"]
-    assert figures["weights_unquantized"]["within"] == figures["weights_unquantized"]["starts"]
-    assert figures["weights_quantized"]["within"] >= 0.9 * figures["weights_quantized"]["starts"]
+    for kind in ("unquantized", "quantized"):
+        assert figures[f"weights_{kind}"]["within"] >= 0.9 * figures[f"weights_{kind}"]["starts"]
     assert figures["kv_bytes_per_token"]["exact"] == figures["kv_bytes_per_token"]["starts"]
     assert figures["non_kv_gib"]["worst_model_median"] <= 0.5 and figures["non_kv_gib"]["p90"] <= 1.5
-    for kind in ("started", "failed"):
-        ours, simple = figures[f"verdicts_{kind}"], figures[f"verdicts_{kind}_naive"]
-        assert ours["right"] >= 0.9 * ours["of"] and ours["right"] >= simple["right"]
-    assert figures["verdicts_failed"]["right"] > 2 * figures["verdicts_failed_naive"]["right"]
+    assert figures["kv_cache_gib"]["median"] <= 0.5 and figures["kv_cache_gib"]["p90"] <= 2
+    assert figures["longest_context"]["median"] <= 0.05
+    started, failed, tight = (figures[k] for k in ("verdicts_started", "verdicts_failed", "tight"))
+    assert started["right"] >= 0.95 * started["of"] and failed["right"] >= 0.8 * failed["of"]
+    assert tight["starts"] <= 0.15 * tight["of"]
+    assert failed["right"] > 2 * figures["verdicts_failed_naive"]["right"]
 
 
 @pytest.mark.parametrize(

@@ -6,18 +6,25 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from quant.hardware import Detection, Gpu
-from quant.planning.recommendation import UNKNOWN, Recommendation
+from quant.planning.recommendation import UNKNOWN, Recommendation, SchemePlan
 from quant.units import format_size
 from quant.vllm.kernels import formats_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_YES, _NO = "[green]✓[/]", "[red]✗[/]"
+_YES, _NO, _TIGHT = "[green]✓[/]", "[red]✗[/]", "[yellow]~[/]"
 
 
 def _rate(value: float | None, unit: str) -> str:
     return "?" if not value else f"{value:,.0f} {unit}"
+
+
+def _mark(one: SchemePlan) -> str:
+    """✓ it holds what was asked, ~ the plan's own error decides whether it starts, ✗ it does not."""
+    if one.plan is not None and one.plan.tight:
+        return _TIGHT
+    return _YES if one.meets else _NO
 
 
 def show_gpus(gpus: Sequence[Gpu], console: Console) -> None:
@@ -114,7 +121,7 @@ def show_detection(detection: Detection, console: Console) -> None:
 
 
 def show_recommendation(recommendation: Recommendation, console: Console) -> None:
-    """Every scheme with ✓ or ✗ and why, the choice in a sentence, then the commands."""
+    """Every scheme with ✓, ~ (tight) or ✗ and why, the choice in a sentence, then the commands."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -173,7 +180,7 @@ def show_recommendation(recommendation: Recommendation, console: Console) -> Non
                 continue
             speed = one.speed
             table.add_row(
-                _YES if one.meets else _NO, name, format_size(one.plan.weights_bytes),
+                _mark(one), name, format_size(one.plan.weights_bytes),
                 format_size(one.plan.kv_cache_bytes),
                 f"{one.plan.kv_tokens:,}",
                 f"{one.plan.max_context:,}", loss, _rate(speed.decode_bound if speed else None, "t/s"),
