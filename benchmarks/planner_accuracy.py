@@ -146,6 +146,12 @@ def gpu_of(sample: dict[str, Any]) -> Gpu | None:
     return replace(gpu, total_bytes=size, free_bytes=free_bytes)
 
 
+def _limits(flags: str) -> dict[str, int]:
+    """Items a prompt may have, as ``--limit-mm-per-prompt`` says: ``image=2,video=0`` or as JSON."""
+    said = re.search(r"--limit-mm-per-prompt[ =](\{.*?\}|\S+)", flags)
+    return {kind: int(n) for kind, n in re.findall(r"(\w+)\W*[=:]\W*(\d+)", said[1])} if said else {}
+
+
 def request_of(sample: dict[str, Any]) -> EngineRequest:
     """vLLM's arguments of a start."""
     asked, flags = sample.get("max_model_len"), str(sample.get("other_flags", ""))
@@ -162,8 +168,9 @@ def request_of(sample: dict[str, Any]) -> EngineRequest:
         dtype={"half": "float16"}.get(sample.get("dtype"),
         sample.get("dtype") if sample.get("dtype") in DTYPE_BYTES else None),
         language_model_only="--language-model-only" in flags,
+        limit_mm_per_prompt=_limits(flags),
         mm_encoder_tp_mode="data" if "--mm-encoder-tp-mode data" in flags else "weights",
-        expert_parallel="--enable-expert-parallel" in flags,
+        enable_expert_parallel="--enable-expert-parallel" in flags,
     )  # fmt: skip
 
 

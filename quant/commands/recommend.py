@@ -11,8 +11,9 @@ import click
 
 from quant.commands import options
 from quant.commands.terminal import Output, common_options
-from quant.commands.types import Size
+from quant.commands.types import ItemLimits, Size
 from quant.errors import UsageError
+from quant.vllm.arguments import TOWER_MODES
 
 if TYPE_CHECKING:
     from quant.planning.memory import EngineRequest
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _FIELDS = (
     "context", "concurrency", "kv_cache_dtype", "tensor_parallel", "pipeline_parallel",
     "gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "vllm_version",
+    "enable_expert_parallel", "language_model_only", "limit_mm_per_prompt", "mm_encoder_tp_mode",
 )  # fmt: skip
 
 
@@ -45,6 +47,24 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--max-num-seqs", type=int, help="Sequences in one batch.")
     @click.option("--max-num-batched-tokens", type=int, help="Tokens in one batch.")
     @click.option("--enforce-eager", is_flag=True, help="No CUDA graphs: less memory, slower decoding.")
+    @click.option(
+        "--enable-expert-parallel", is_flag=True, help="GPUs hold whole experts, not a part of each."
+    )
+    @click.option("--language-model-only", is_flag=True, help="Leave the vision tower out.")
+    @click.option(
+        "--limit-mm-per-prompt",
+        type=ItemLimits(),
+        default="{}",
+        show_default="vLLM's own",
+        help="Images and videos a prompt may have: video=0 saves memory.",
+    )
+    @click.option(
+        "--mm-encoder-tp-mode",
+        type=click.Choice(TOWER_MODES),
+        default="weights",
+        show_default=True,
+        help="GPUs share the vision tower's weights, or each holds it whole (data).",
+    )
     @options.vllm_version
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:

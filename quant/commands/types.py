@@ -23,6 +23,27 @@ class Size(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
+class ItemLimits(click.ParamType):
+    """Items of each kind that a prompt may have, as vLLM writes them: ``image=2,video=0`` or a JSON object;
+    the value is a dict."""
+
+    name = "kind=number,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, int]:
+        import json
+
+        try:
+            said = (
+                json.loads(value) if value.startswith("{") else dict(i.split("=") for i in value.split(","))
+            )
+            limits = {str(kind).strip(): int(number) for kind, number in said.items()}
+        except (TypeError, ValueError):
+            limits = {"": -1}
+        if any(not kind or number < 0 for kind, number in limits.items()):
+            self.fail(f"{value!r} is not such as image=2,video=0", param, ctx)
+        return limits
+
+
 class PathType(click.Path):
     """A path that is not empty: ``-o "$UNSET"`` would mean the current directory."""
 

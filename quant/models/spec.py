@@ -122,7 +122,7 @@ class ModelSpec:
     #: where ``weights`` are a quantized file's tensors: the shapes that its linears have unpacked
     unpacked: tuple[Weight, ...] = ()
     #: the vision tower's shape: hidden, inner, projections (3 gated, 2 plain), patches per token, tokens of
-    #: the largest image, and whether the decoder reads it by cross attention
+    #: the largest image, whether the decoder reads it by cross attention, images' worth of the longest video
     vision_shape: Mapping[str, int] = field(default_factory=dict)
     #: the name on the hub, where the catalogue knows it
     hub: str = ""

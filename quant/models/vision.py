@@ -51,6 +51,8 @@ class Tower:
         tensors: lists everything but the patch embedding.
         width, depth, inner: where its vision_config leaves them out; 0: it must not.
         crossed: the decoder reads its output by cross attention.
+        frames: images' worth of the longest video that vLLM profiles with, where the context holds it (14
+            frames, two to an image's tokens: `models/qwen2_vl.py`).
         projections: of its MLP, 3 gated and 2 plain; ``patches`` make one token; ``tokens`` of the largest
             image
             that its processor lets through. 0: not known, and no activations are planned.
@@ -64,6 +66,7 @@ class Tower:
     patches: int = 0
     tokens: int = 0
     crossed: bool = False
+    frames: int = 1
 
 
 def _qwen2(v: _Vision) -> Iterator[_Tensor]:
@@ -163,12 +166,12 @@ def _plain(v: _Vision) -> Iterator[_Tensor]:
     yield "projector", (v.hidden, v.width), 1
 
 
-_QWEN2_5 = Tower(_qwen2, 1280, 32, 3420, projections=3, patches=4, tokens=16384)
+_QWEN2_5 = Tower(_qwen2, 1280, 32, 3420, projections=3, patches=4, tokens=16384, frames=7)
 _QWEN3 = Tower(_qwen3, projections=2, patches=4, tokens=16384)
 
 #: ``model_type`` of the wrapper → its tower
 TOWERS = {
-    "qwen2_vl": Tower(_qwen2, projections=2, patches=4, tokens=16384),
+    "qwen2_vl": Tower(_qwen2, projections=2, patches=4, tokens=16384, frames=7),
     "qwen2_5_vl": _QWEN2_5,
     "qwen2_5_omni_thinker": _QWEN2_5,
     "qwen3_vl": _QWEN3,
@@ -231,7 +234,7 @@ def vision_weights(
     weights = [Weight(f"vision.{name}", "tower", shape, count=count) for name, shape, count in tensors]
     planned = {
         "hidden": width, "inner": inner, "projections": tower.projections, "patches": tower.patches,
-        "tokens": tower.tokens, "crossed": int(tower.crossed),
+        "tokens": tower.tokens, "crossed": int(tower.crossed), "frames": tower.frames,
     }  # fmt: skip
     approximate = (
         f"the vision tower of {kind} is counted as a plain vision transformer: its size is approximate"

@@ -32,7 +32,7 @@ def kind_of(spec: ModelSpec, rules: Rules, gpu: Gpu, request: EngineRequest) -> 
         return "recurrent"
     if spec.moe:
         return "mixture"
-    if spec.vision and not request.language_model_only:
+    if spec.vision and request.sees:
         return "vision"
     return "dense" if rules.engine == "v1" else "dense, engine V0"
 

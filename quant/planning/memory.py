@@ -14,8 +14,8 @@ vocabulary, seldom on the model's size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from math import ceil
 from typing import Any
@@ -44,6 +44,7 @@ from quant.planning.storage import (
 )
 from quant.schemes import UNQUANTIZED, Scheme
 from quant.units import format_size
+from quant.vllm.arguments import TOWER_MODES
 from quant.vllm.kernels import CPU_BLOCK, latent_block, state_width
 from quant.vllm.layers import Linear, shape_problems
 from quant.vllm.releases import VLLM_VERSION, Rules, batch_sizes, rules_for
@@ -71,10 +72,18 @@ class EngineRequest:
     dtype: str | None = None
     #: the vision tower is left out
     language_model_only: bool = False
+    #: items of a kind that a prompt may have (``image``, ``video``); those not named as many as vLLM allows
+    limit_mm_per_prompt: Mapping[str, int] = field(default_factory=dict)
     #: ``weights``: ranks share the vision tower; ``data``: every rank holds it whole
     mm_encoder_tp_mode: str = "weights"
     #: ranks hold whole experts
-    expert_parallel: bool = False
+    enable_expert_parallel: bool = False
+
+    @property
+    def sees(self) -> bool:
+        """Whether the vision tower is loaded: vLLM leaves it out where no image and no video is allowed."""
+        none = all(self.limit_mm_per_prompt.get(kind) == 0 for kind in ("image", "video"))
+        return not (self.language_model_only or none)
 
     @property
     def ranks(self) -> int:
@@ -127,6 +136,8 @@ class EngineRequest:
                 f"--concurrency {self.concurrency} is above --max-num-seqs {self.max_num_seqs}: raise the "
                 "latter or ask for less"
             )
+        if self.mm_encoder_tp_mode not in TOWER_MODES:
+            found.append(str(one_of("--mm-encoder-tp-mode", self.mm_encoder_tp_mode, list(TOWER_MODES))))
         ranks = self.ranks
         if 1 <= ranks <= 1024:
             found += parallel_problems(spec, ranks)
@@ -357,8 +368,8 @@ class _Engine:
             weights=tuple(
                 loaded_bytes(
                     spec, scheme, request.ranks, request.pipeline_parallel, rules, width,
-                    tower="none" if request.language_model_only else request.mm_encoder_tp_mode,
-                    experts_whole=request.expert_parallel,
+                    tower=request.mm_encoder_tp_mode if request.sees else "none",
+                    experts_whole=request.enable_expert_parallel,
                 )
             ),
             other=other_memory(rules, gpu, world, eager), block=block,
@@ -389,10 +400,13 @@ def _stage(engine: _Engine, index: int) -> _Stage:
         cache = layout(
             spec, layers, request.ranks, engine.kv_width, rules, engine.block, state_width(engine.gpu)
         )
-    batch = Batch(engine.tokens, engine.seqs, engine.width, request.ranks, request.expert_parallel)
+    batch = Batch(
+        engine.tokens, engine.seqs, engine.width, request.ranks, engine.context,
+        experts_whole=request.enable_expert_parallel, video=request.limit_mm_per_prompt.get("video") != 0,
+    )  # fmt: skip
     peak = profile_peak(
         spec, rules, batch, first=index == 0, last=index == len(parts) - 1,
-        eager=request.enforce_eager, vision=not request.language_model_only,
+        eager=request.enforce_eager, vision=request.sees,
     )  # fmt: skip
     if rules.reserved_profile and request.ranks > 1:
         held = 2 * len(parts[index]) * engine.tokens * spec.hidden * engine.width

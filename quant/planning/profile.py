@@ -26,13 +26,16 @@ CPU_PROCESS_BYTES = int(0.63 * GIB)
 @dataclass(frozen=True)
 class Batch:
     """What the profile runs with: tokens and sequences of the largest batch, bytes of an activation's value,
-    ranks of tensor parallelism; ``experts_whole``: ranks hold whole experts (expert parallelism)."""
+    ranks of tensor parallelism, the context; ``experts_whole``: ranks hold whole experts (expert
+    parallelism); ``video``: videos are allowed."""
 
     tokens: int
     seqs: int
     width: int
     ranks: int = 1
+    context: int = 0
     experts_whole: bool = False
+    video: bool = True
 
 
 @dataclass(frozen=True)
@@ -121,9 +124,10 @@ def compile_peak(spec: ModelSpec, rules: Rules, batch: Batch) -> float:
 
 
 def vision_peak(spec: ModelSpec, rules: Rules, batch: Batch) -> int:
-    """Bytes at the peak of the vision tower's part of the profile run: images worth the batch's tokens, one
-    at least (``multimodal/encoder_budget.py``; of V0, ``worker/model_runner.py``). Where cross attention
-    reads them, V0 gave every sequence one (``worker/enc_dec_model_runner.py``).
+    """Bytes at the peak of the vision tower's part of the profile run: items of the kind with the most
+    tokens, image or video, worth the batch's tokens, one at least (``multimodal/encoder_budget.py``; of V0,
+    ``worker/model_runner.py``). Where cross attention reads them, V0 gave every sequence one
+    (``worker/enc_dec_model_runner.py``).
 
     Every patch holds the MLP's inner projections and four vectors of the tower's width; the outputs stay
     until the end.
@@ -131,8 +135,10 @@ def vision_peak(spec: ModelSpec, rules: Rules, batch: Batch) -> int:
     shape = spec.vision_shape
     if not shape or not rules.vision_profiled:
         return 0
-    each = batch.seqs if rules.engine == "v0" and shape.get("crossed") else batch.tokens // shape["tokens"]
-    images = max(each, 1) * shape["tokens"]
+    longest = shape.get("frames", 1) if batch.video and rules.engine == "v1" else 1
+    item = shape["tokens"] * min(longest, max(batch.context // shape["tokens"], 1))
+    each = batch.seqs if rules.engine == "v0" and shape.get("crossed") else batch.tokens // item
+    images = max(each, 1) * item
     patch = shape["projections"] * shape["inner"] + 4 * shape["hidden"]
     return images * shape["patches"] * patch * batch.width + images * spec.hidden * batch.width
 

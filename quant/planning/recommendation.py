@@ -8,6 +8,7 @@ What fits is vLLM's business (:mod:`quant.planning.memory`); the margin affects 
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -650,8 +651,13 @@ def serve_command(checkpoint: str, planned: MemoryPlan, request: EngineRequest) 
         parts += ["--max-num-seqs", str(planned.max_num_seqs)]
     if request.max_num_batched_tokens is not None:
         parts += ["--max-num-batched-tokens", str(request.max_num_batched_tokens)]
-    if request.enforce_eager:
-        parts.append("--enforce-eager")
+    for name in ("enforce_eager", "enable_expert_parallel", "language_model_only"):
+        if getattr(request, name):
+            parts.append(f"--{name.replace('_', '-')}")
+    if request.limit_mm_per_prompt:
+        parts += ["--limit-mm-per-prompt", json.dumps(dict(request.limit_mm_per_prompt))]
+    if request.mm_encoder_tp_mode != "weights":
+        parts += ["--mm-encoder-tp-mode", request.mm_encoder_tp_mode]
     return shlex.join(parts)
 
 

@@ -9,6 +9,9 @@ from typing import Any
 from quant.vllm.config import config_dtype, context_length, quantization_config
 from quant.vllm.kernels import BF16_LAYOUTS
 
+#: How ranks hold a vision tower (``--mm-encoder-tp-mode``).
+TOWER_MODES = ("weights", "data")
+
 
 @dataclass(frozen=True)
 class Argument:

@@ -187,7 +187,12 @@ def test_the_verdict_is_tight_where_the_stated_error_decides_and_what_it_offers_
 def test_experts_are_whole_on_a_rank_or_cut_and_take_the_same_memory() -> None:
     mixture = find_model("Qwen/Qwen3-30B-A3B")
     cut, whole = (
-        plan(mixture, [H100] * 4, None, EngineRequest(context=4096, tensor_parallel=4, expert_parallel=e))
+        plan(
+            mixture,
+            [H100] * 4,
+            None,
+            EngineRequest(context=4096, tensor_parallel=4, enable_expert_parallel=e),
+        )
         for e in (False, True)
     )
     assert cut.weights_bytes == whole.weights_bytes
@@ -368,3 +373,19 @@ def test_a_cpu_with_bf16_instructions_keeps_recurrent_states_in_32_bits(
     # 16,384 values of state and 1,536 of the convolution in 16 bits, over 512 bytes a token
     spec = model_from_config(TINY["recurrent"], "recurrent")
     assert plan(spec, [cpu], None, EngineRequest(context=2048)).block_tokens == tokens
+
+
+def test_a_long_context_makes_the_profile_run_a_long_video_unless_none_is_allowed() -> None:
+    spec = find_model("Qwen/Qwen2.5-VL-7B-Instruct")
+    request = EngineRequest(context=8192, vllm_version="0.19", max_num_seqs=16)
+    short, long, still, blind = (
+        plan(spec, [H100], None, replace(request, **changes)).activation_bytes  # type: ignore[arg-type]
+        for changes in (
+            {},
+            {"context": 120000},
+            {"context": 120000, "limit_mm_per_prompt": {"video": 0}},
+            {"context": 120000, "limit_mm_per_prompt": {"image": 0, "video": 0}},
+        )
+    )
+    # 14 frames, two to an image's 16384 tokens
+    assert long == 7 * short and still == short and blind < short
