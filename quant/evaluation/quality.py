@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from quant.errors import CheckpointError, QuantError, VerificationFailed
 from quant.evaluation.agreement import demand_agreement
 from quant.evaluation.simulation import Simulation
 from quant.formats.reading import dequantized
-from quant.models.skeleton import BlockCall, Skeleton
+from quant.models.skeleton import BlockCall, CannotRun, Skeleton
 from quant.offline import load_tokenizer
 from quant.progress import Event, Progress, silent
 from quant.vllm.config import context_length
@@ -96,7 +96,9 @@ class Runner:
             for index in range(self.skeleton.block_count):
                 block = self.skeleton.load_block(index)
                 rounded = (
-                    self.simulation.inside(block, self.skeleton.block_prefix(index))
+                    self.simulation.inside(
+                        block, self.skeleton.block_prefix(index), self.skeleton.linears(index)
+                    )
                     if self.simulation
                     else nullcontext()
                 )
@@ -175,6 +177,25 @@ def _measured(values: list[float]) -> Measured:
     return Measured(mean, statistics.stdev(values) / math.sqrt(len(values)))
 
 
+@contextmanager
+def only_measured() -> Iterator[None]:
+    """Offers those who cannot have a model run what measures it without.
+
+    Raises:
+        CheckpointError: in the place of :class:`quant.models.skeleton.CannotRun`, which tells how to quantize
+            such a model.
+    """
+    try:
+        yield
+    except CannotRun as error:
+        raise CheckpointError(
+            f"{error.reason}: this model cannot be run here block by block, so neither perplexity nor KL is "
+            "measured: compare its tensors with quant verify --against SOURCE, or measure it in the engine "
+            "that serves it"
+        ) from error
+
+
+@only_measured()
 def evaluate(
     path: str | Path,
     *,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from quant.formats import QuantizedLayers
 from quant.formats.base import FormatRegistry, find_format
 from quant.formats.reading import read_linear
 from quant.models.attention import observed_attention
+from quant.models.binding import BlockLinear
+from quant.models.experts import Routed, Stage, experts_through
 from quant.quantizers.activations import fake_quantize
 from quant.quantizers.floats import nearest_float
 from quant.tensors import InputParameters
@@ -61,40 +63,91 @@ class Simulation:
         return f"simulated {', '.join(kinds)}" if kinds else None
 
     @contextmanager
-    def inside(self, block: nn.Module, prefix: str) -> Iterator[None]:
-        """While it lasts, the block runs with rounded inputs; ``prefix`` starts the names of its tensors in
-        the file."""
+    def inside(
+        self, block: nn.Module, prefix: str, linears: Mapping[str, BlockLinear] | None = None
+    ) -> Iterator[None]:
+        """While it lasts, the block runs with rounded inputs.
+
+        Args:
+            prefix: starts the names of its tensors in the file.
+            linears: where in the block each linear is, by its name behind the prefix
+                (:meth:`quant.models.skeleton.Skeleton.linears`); None: under that name.
+        """
+        routed: dict[tuple[str, Stage], dict[int, Linear]] = {}
         with ExitStack() as stack:
             for name, linear in self._linears.items():
-                if name.startswith(prefix):
-                    module = block.get_submodule(name.removeprefix(prefix))
+                if not name.startswith(prefix):
+                    continue
+                local = name.removeprefix(prefix)
+                place = None if linears is None else linears.get(local)
+                if place is not None and place.place is not None:
+                    stage: Stage = "down" if place.parameter.endswith("down_proj") else "up"
+                    expert = place.place.expert or 0
+                    routed.setdefault((place.module, stage), {}).setdefault(expert, linear)
+                else:
+                    module = block.get_submodule(local if place is None else place.module)
                     stack.callback(module.register_forward_pre_hook(self._hook(linear)).remove)
+            if routed:
+                rounding = {key: self._rounded_experts(experts) for key, experts in routed.items()}
+                stack.enter_context(
+                    experts_through(
+                        block, lambda path, stage, rows: rounding.get((path, stage), lambda x: x)(rows)
+                    )
+                )
             for cache in self._caches:
                 if cache.startswith(prefix):
                     stack.enter_context(observed_attention(block, self._cached(cache)))
             yield
 
     def _hook(self, linear: Linear) -> Any:
+        scheme, numbers = linear.activations, self._numbers(linear)
+        assert scheme is not None
+        return lambda module, inputs: (fake_quantize(inputs[0], scheme, numbers), *inputs[1:])
+
+    def _rounded_experts(self, experts: Mapping[int, Linear]) -> Callable[[Routed], Routed]:
+        """What one product of a layer's experts reads, rounded with each expert's own numbers."""
+        scheme = next(iter(experts.values())).activations
+        assert scheme is not None
+        if not scheme.calibrated:
+            return lambda routed: replace(routed, rows=fake_quantize(routed.rows, scheme))
+        numbers = {expert: self._numbers(linear) for expert, linear in experts.items()}
+
+        def rounded(routed: Routed) -> Routed:
+            rows = routed.rows[routed.index]
+            parts = rows.split(routed.counts.tolist())
+            done = [
+                fake_quantize(part, scheme, numbers[e]) if len(part) and e in numbers else part
+                for e, part in enumerate(parts)
+            ]
+            return replace(routed, rows=torch.cat(done), index=torch.arange(len(rows), device=rows.device))
+
+        return rounded
+
+    def _numbers(self, linear: Linear) -> InputParameters | None:
+        """The calibrated numbers of a linear's input; None where it has none.
+
+        Raises:
+            CheckpointError: the file does not hold them.
+        """
         scheme = linear.activations
         assert scheme is not None and self._found is not None
-        numbers: InputParameters | None = None
-        if scheme.calibrated:
-            numbers = read_linear(
-                FormatRegistry.get(self._found.format), self._found, self._checkpoint, linear.name
-            ).inputs
-            wanted = (
-                ("global_scale",)
-                if scheme.strategy == "tensor_group"
-                else ("scale",)
-                if scheme.symmetric
-                else ("scale", "zero")
+        if not scheme.calibrated:
+            return None
+        form = FormatRegistry.get(self._found.format)
+        numbers = read_linear(form, self._found, self._checkpoint, linear.name).inputs
+        wanted = (
+            ("global_scale",)
+            if scheme.strategy == "tensor_group"
+            else ("scale",)
+            if scheme.symmetric
+            else ("scale", "zero")
+        )
+        if numbers is None or any(getattr(numbers, x) is None for x in wanted):
+            raise CheckpointError(
+                f"{linear.name}: its activations are {scheme}, whose numbers no file holds: the "
+                "checkpoint is incomplete"
             )
-            if numbers is None or any(getattr(numbers, x) is None for x in wanted):
-                raise CheckpointError(
-                    f"{linear.name}: its activations are {scheme}, whose numbers no file holds: the "
-                    "checkpoint is incomplete"
-                )
-        return lambda module, inputs: (fake_quantize(inputs[0], scheme, numbers), *inputs[1:])
+        return numbers
 
     def _cached(self, attention: str) -> Any:
         scales = [self._checkpoint.read(f"{attention}{x}_scale").float() for x in "kv"]

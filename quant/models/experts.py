@@ -99,8 +99,9 @@ def find_experts(block: nn.Module) -> list[Experts]:
     return found
 
 
-#: Called before a product with the module's path, which product it is, and the inputs.
-Stop = Callable[[str, Stage, Routed], None]
+#: Called before a product with the module's path, which product it is, and the inputs; may give others in
+#: their place.
+Stop = Callable[[str, Stage, Routed], "Routed | None"]
 
 
 @contextmanager
@@ -162,12 +163,13 @@ def _sorted_forward(module: Any, experts: Experts, stop: Stop, hidden: torch.Ten
 
 def _two_products(module: Any, experts: Experts, stop: Stop, routed: Routed) -> torch.Tensor:
     """[S, H]: the output of each pair's expert."""
-    stop(experts.path, "up", routed)
+    routed = stop(experts.path, "up", routed) or routed
     first = experts.parameter(experts.projections[-1]).rpartition(".")[2]
     inner = gated(module, product(module, first, experts, routed))
     whole = torch.arange(len(inner), device=inner.device)
-    stop(experts.path, "down", Routed(inner, whole, routed.counts, routed.gates))
-    output = product(module, "down_proj", experts, Routed(inner, whole, routed.counts, routed.gates))
+    between = Routed(inner, whole, routed.counts, routed.gates)
+    between = stop(experts.path, "down", between) or between
+    output = product(module, "down_proj", experts, between)
     return module.post_expert_norm(output) if getattr(module, "has_post_expert_norm", False) else output
 
 

@@ -34,10 +34,28 @@ _TOWER = re.compile(
 _LEFTOVERS = re.compile(
     r"\.(inv_freq|masked_bias|attn\.bias|attention\.bias|cos_cached|sin_cached|rotary_emb\.\w+)$"
 )
-_HOW_TO_ADD = (
-    "add a row for it as docs/adapters.md shows, or use what needs no data (--method minmax "
-    "--outlier-suppression none), which takes any architecture"
-)
+
+
+class CannotRun(CheckpointError):
+    """A model whose blocks cannot be run one by one: ``reason`` says why. The message goes on with what
+    quantizes it all the same; who wanted to run it for something else has another next step to offer.
+
+    Args:
+        row: whether a row of the family could help, which says where its blocks are and what shares an input.
+    """
+
+    def __init__(self, reason: str, row: bool = False):
+        add = "add a row for it as docs/adapters.md shows, or " if row else ""
+        super().__init__(
+            f"{reason}: {add}use what needs no data (--method minmax --outlier-suppression none), which "
+            "takes any architecture"
+        )
+        self.reason = reason
+
+
+def _first_line(error: Exception) -> str:
+    """What a foreign error says, or what it is where it says nothing."""
+    return next((line[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _matters(tensor: str) -> bool:
@@ -198,11 +216,10 @@ class Skeleton:
                     return kind.from_config(part, dtype=self.dtype)
             # an unknown class is a ValueError; a contradictory config fails inside a constructor in any way
             except Exception as error:
-                reason = reason or str(error).splitlines()[0][:200]
-        raise CheckpointError(
+                reason = reason or _first_line(error)
+        raise CannotRun(
             f"{self.checkpoint.path}: model type {self.kind!r} cannot be built as a causal language model "
-            f"({reason}): "
-            f"{_HOW_TO_ADD}"
+            f"({reason})"
         )
 
     @property
@@ -254,7 +271,7 @@ class Skeleton:
                 lists[path] = module
         fitting = [p for p, m in lists.items() if len(m) == count]
         if not fitting:
-            raise CheckpointError(f"model type {self.kind!r} has no list of {count} blocks: {_HOW_TO_ADD}")
+            raise CannotRun(f"model type {self.kind!r} has no list of {count} blocks", row=True)
         return max(fitting, key=lambda path: sum(p.numel() for p in lists[path].parameters()))
 
     def _check_names(self) -> None:
@@ -287,11 +304,9 @@ class Skeleton:
         ]
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise CheckpointError(
+            raise CannotRun(
                 f"{self.checkpoint.path}: the file's tensors and the blocks of model type {self.kind!r} do "
-                "not "
-                f"match one to one: "
-                f"{'; '.join(wrong[:3])}{more}. {_HOW_TO_ADD[0].upper()}{_HOW_TO_ADD[1:]}"
+                f"not match one to one: {'; '.join(wrong[:3])}{more}"
             )
 
     def _expert_shape(self, index: int, parameter: str, projection: str) -> tuple[int, int]:
@@ -321,9 +336,8 @@ class Skeleton:
                 _same(a.args, b.args) and _same(a.kwargs, b.kwargs)
                 for a, b in zip(calls[1], others[1], strict=True)
             ):
-                raise CheckpointError(
-                    f"model type {self.kind!r} calls its blocks with values that depend on the tokens: "
-                    f"{_HOW_TO_ADD}"
+                raise CannotRun(
+                    f"model type {self.kind!r} calls its blocks with values that depend on the tokens"
                 )
             block = self.blocks[index] if loaded else self.load_block(index)
             for path, name in names.items():
@@ -339,10 +353,9 @@ class Skeleton:
         except CheckpointError:
             raise
         except Exception as error:  # whatever a foreign model's code raises
-            raise CheckpointError(
-                f"block {index} of model type {self.kind!r} cannot be run "
-                f"({str(error).splitlines()[0][:160]}): "
-                f"{_HOW_TO_ADD}"
+            raise CannotRun(
+                f"block {index} of model type {self.kind!r} cannot be run ({_first_line(error)})",
+                row=True,
             ) from error
         finally:
             for handle in handles:
@@ -382,9 +395,9 @@ class Skeleton:
                 if stored is None and any(_TOWER.search(n) for n in names):
                     continue  # of a wrapper's other inputs, which no text reaches
                 if stored is None:
-                    raise CheckpointError(
+                    raise CannotRun(
                         f"{self.checkpoint.path}: has no tensor {names[0]!r}, which the model needs, or has "
-                        f"it by another name: {_HOW_TO_ADD}"
+                        "it by another name"
                     )
                 value = self._parameter(self.checkpoint.read(stored))
                 for name in names:
@@ -424,9 +437,7 @@ class Skeleton:
         finally:
             setattr(parent, name, self.blocks)
         if len(calls) != count:
-            raise CheckpointError(
-                f"the model's forward called {len(calls)} of its {count} blocks: {_HOW_TO_ADD}"
-            )
+            raise CannotRun(f"the model's forward called {len(calls)} of its {count} blocks")
         return output, calls[0][0][0], [BlockCall(args[1:], kwargs) for args, kwargs in calls]
 
     def embed(self, batches: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], dict[int, list[BlockCall]]]:

@@ -214,7 +214,8 @@ class Reference:
             for index in range(skeleton.block_count):
                 call = calls[len(tokens)][index]
                 block = skeleton.load_block(index)
-                with self._simulation.inside(block, skeleton.block_prefix(index)):
+                prefix, linears = skeleton.block_prefix(index), skeleton.linears(index)
+                with self._simulation.inside(block, prefix, linears):
                     output = block(hidden, *call.args, **call.kwargs)
                 hidden = output[0] if isinstance(output, tuple) else output
                 skeleton.free_block(index)

@@ -21,6 +21,7 @@ from quant.serving.reference import Reference, kernels
 from quant.tensors import E2M1, InputParameters
 from quant.vllm.layers import Linear
 from tests.helpers import quantize, short_text
+from tests.models.mixtures import save_mixture
 
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 E4M3 = E4M3[torch.isfinite(E4M3)].unique()
@@ -226,3 +227,35 @@ def test_cutting_takes_the_next_number_towards_zero() -> None:
     below = torch.stack([n.where(n.abs() <= values.abs(), 0.0) for n in E4M3])
     below = below.where(below.sign() == values.sign(), 0.0)
     assert torch.equal(cut(values).abs(), below.abs().amax(0))
+
+
+@pytest.mark.parametrize("scheme", ["w8a8-fp8", "nvfp4"])
+def test_each_expert_reads_what_its_own_numbers_round(scheme: str, tmp_path: Path) -> None:
+    source = save_mixture(tmp_path / "model", "qwen3_moe")
+    quantize(source, tmp_path / "out", method="minmax", scheme=scheme, samples=4, sequence_length=32)
+    checkpoint = open_checkpoint(tmp_path / "out")
+    runner = quality.Runner(checkpoint, torch.device("cpu"), simulation.Simulation(checkpoint))
+    skeleton, rounding = runner.skeleton, runner.simulation
+    block = skeleton.load_block(0)
+    experts = block.mlp.experts
+    hidden = torch.randn(6, 64, generator=torch.Generator().manual_seed(3))
+    index, weights = torch.tensor([[0, 2], [1, 2], [3, 0]] * 2), torch.rand(6, 2)
+    with torch.no_grad(), rounding.inside(block, skeleton.block_prefix(0), skeleton.linears(0)):
+        found = experts(hidden, index, weights)
+    kind = PRESETS[scheme].activations
+    wanted = torch.zeros_like(hidden)
+    with torch.no_grad():
+        for token, (chosen, gates) in enumerate(zip(index.tolist(), weights, strict=True)):
+            for expert, gate in zip(chosen, gates, strict=True):
+
+                def read(last: str, expert: int = expert) -> InputParameters | None:
+                    name = f"model.layers.0.mlp.experts.{expert}.{last}.input_global_scale"
+                    numbers = checkpoint.tensors.get(name) and checkpoint.read(name)
+                    return None if numbers is None else InputParameters(global_scale=numbers)
+
+                row = fake_quantize(hidden[token : token + 1], kind, read("gate_proj"))
+                g, u = (row @ experts.gate_up_proj[expert].t()).chunk(2, -1)
+                inner = fake_quantize(torch.nn.functional.silu(g) * u, kind, read("down_proj"))
+                wanted[token] += gate * (inner @ experts.down_proj[expert].t())[0]
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, experts(hidden, index, weights), rtol=1e-4, atol=1e-5)
