@@ -3,11 +3,12 @@ for a stated reason, every side file there."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from quant.checkpoint.reader import STALE, Checkpoint
+from quant.checkpoint.reader import STALE, Checkpoint, SideFile
 from quant.formats import FormatRegistry, QuantizedLayers
 from quant.formats.reading import dequantized
 from quant.models.linears import LinearRef, fused_tensors
@@ -129,16 +130,81 @@ def _same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and bool((one == other).all())
 
 
-def side_file_problems(checkpoint: Checkpoint, source: Checkpoint) -> list[str]:
+def side_file_problems(checkpoint: Checkpoint, source: Checkpoint, own: bool = True) -> list[str]:
     """Side files of the source that are not here as they are there; those that are left out for a reason may
-    be missing."""
+    be missing.
+
+    Args:
+        own: made here, so that they must be there byte for byte. Other programs load a tokenizer and a
+            generation config and save them anew: theirs must say the same.
+    """
     problems = []
     for file in source.side_files():
         if file.dropped or file.relative in STALE:
             continue
         copy = checkpoint.path / file.relative
-        if not copy.is_file():
-            problems.append(f"{file.relative} is missing")
-        elif copy.read_bytes() != file.path.read_bytes():
-            problems.append(f"{file.relative} differs")
+        same = copy.is_file() and copy.read_bytes() == file.path.read_bytes()
+        if same or (not own and _says_the_same(file, checkpoint.path, source)):
+            continue
+        problems.append(f"{file.relative} {'differs' if copy.is_file() else 'is missing'}")
     return problems
+
+
+#: Ends of the names of files that no engine reads.
+_FOR_PEOPLE = (".md", ".txt", ".png", ".jpg", ".jpeg", ".pdf", ".gitattributes", "LICENSE", "NOTICE")
+#: Files that repeat what tokenizer.json holds, which programs of today save alone.
+_IN_TOKENIZER = frozenset(
+    {
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+        "tokenizer.model",
+    }
+)
+#: Keys of a generation config that say nothing of generating, and values that hold where nothing is stated
+#: (transformers' `GenerationConfig`), which are not saved.
+_BOOKKEEPING = frozenset({"transformers_version", "_from_model_config"})
+_UNSTATED: dict[str, Any] = {
+    "do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0,
+    "max_length": 20, "num_beams": 1, "num_return_sequences": 1, "length_penalty": 1.0, "use_cache": True,
+    "output_attentions": False, "output_hidden_states": False, "output_scores": False,
+}  # fmt: skip
+
+
+def _says_the_same(file: SideFile, path: Path, source: Checkpoint) -> bool:
+    """Whether an engine reads from a directory that another program saved what it reads from a side file of
+    the source."""
+    name = file.relative
+    if name in _IN_TOKENIZER and (path / "tokenizer.json").is_file():
+        return name != "tokenizer_config.json" or _template(source.path) in (None, _template(path))
+    if name.endswith(_FOR_PEOPLE):
+        return True
+    if name == "chat_template.jinja":
+        return _template(source.path) == _template(path)
+    if not name.endswith(".json"):
+        return False
+    there, here = _json(file.path), _json(path / name)
+    if name == "generation_config.json":
+        stated = {k: v for k, v in there.items() if k not in _BOOKKEEPING and v is not None}
+        known = {**_UNSTATED, **source.config, **here}
+        return all(known.get(k) == v for k, v in stated.items())
+    return (path / name).is_file() and all(here.get(k) == v for k, v in there.items())
+
+
+def _template(path: Path) -> str | None:
+    """The chat template of a directory, wherever it stands; None where there is none."""
+    if (path / "chat_template.jinja").is_file():
+        return (path / "chat_template.jinja").read_text(encoding="utf-8", errors="replace").strip()
+    stated = _json(path / "tokenizer_config.json").get("chat_template")
+    return stated.strip() if isinstance(stated, str) else None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """An object of JSON; empty where there is none."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -22,6 +22,7 @@ from quant.formats import Format, FormatRegistry, QuantizedLayers, find_format
 from quant.formats.base import config_problems
 from quant.models.linears import built_linears
 from quant.models.roles import role_of
+from quant.report.value import Report
 from quant.vllm.cache import cache_problems
 from quant.vllm.config import heads_of, parts, quantization_config, stated, stated_dtype, text_path
 from quant.vllm.layers import fused_layers, is_head, shape_problems, shared_name
@@ -119,6 +120,7 @@ def verify(
             f"heads and shapes divide for {tensor_parallel} rank(s)",
         )
     origin = None if source is None else open_checkpoint(source)
+    made_here = changed is not None or made is not None
     noted = noted_tensors(checkpoint.path)
     changed, made = noted["folded"] if changed is None else changed, noted["added"] if made is None else made
     copies = (
@@ -140,7 +142,12 @@ def verify(
             else f"all {len(origin.tensors)} are quantized or copied byte for "
             f"byte{f', {len(changed)} with scaling folded in' if changed else ''}",
         )
-        result.add("side files", side_file_problems(checkpoint, origin), "all there, byte for byte")
+        own = made_here or Report.load(checkpoint.path) is not None
+        result.add(
+            "side files",
+            side_file_problems(checkpoint, origin, own),
+            "all there, byte for byte" if own else "all there, and saying the same",
+        )
     return result
 
 

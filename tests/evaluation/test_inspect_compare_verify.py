@@ -15,7 +15,7 @@ from quant.checkpoint.reader import INDEX
 from quant.evaluation.compare import compare
 from quant.evaluation.inspect import inspect
 from quant.evaluation.verify import verify
-from tests.helpers import change_config, copy_model, load_all, read_config, save_all
+from tests.helpers import ROOT, change_config, copy_model, load_all, read_config, save_all
 
 
 @pytest.mark.parametrize("form", ["compressed-tensors", "gptq", "plain"])
@@ -203,6 +203,25 @@ def test_verify_accounts_for_every_tensor_and_side_file_of_the_source(
         "stray is not in the source", "tokenizer.json differs", "generation_config.json is missing",
     ):  # fmt: skip
         assert part in problems
+
+
+def test_side_files_of_another_program_must_say_the_same(tmp_path: Path) -> None:
+    """They load and save them anew: other words of bookkeeping, defaults left out."""
+    source = copy_model(ROOT / "tests/fixtures/peers/source", tmp_path / "source")
+    made = copy_model(ROOT / "tests/fixtures/peers/llmc", tmp_path / "made")
+    stated = json.loads((source / "generation_config.json").read_text())
+    for there, here, same in (
+        ({}, None, True),
+        ({"temperature": 0.6, "top_k": 50}, {"temperature": 0.6, "transformers_version": "4.1"}, True),
+        ({"temperature": 0.6}, {"top_p": 0.9}, False),
+        ({"eos_token_id": [1, 2]}, None, False),
+    ):
+        (source / "generation_config.json").write_text(json.dumps({**stated, **there}))
+        (made / "generation_config.json").unlink(missing_ok=True)
+        if here is not None:
+            (made / "generation_config.json").write_text(json.dumps(here))
+        assert not verify(made, source=source).failed or not same, there
+        assert same or "generation_config.json" in verify(made, source=source).failed[0]
 
 
 def test_the_content_hash_is_of_every_byte(quantized: Callable[..., Path], tmp_path: Path) -> None:
