@@ -45,8 +45,8 @@ from quant.planning.storage import (
 from quant.schemes import UNQUANTIZED, Scheme
 from quant.units import format_size
 from quant.vllm.arguments import TOWER_MODES
-from quant.vllm.kernels import CPU_BLOCK, latent_block, state_width
-from quant.vllm.layers import Linear, shape_problems
+from quant.vllm.kernels import CPU_BLOCK, GROUP_SIZES, latent_block, state_width
+from quant.vllm.layers import DEGREES, Linear, shape_problems
 from quant.vllm.releases import VLLM_VERSION, Rules, batch_sizes, rules_for
 
 
@@ -570,13 +570,29 @@ class _Start:
         e = self.engine
         cuts = group_problems(e.spec, e.scheme, e.request.ranks)
         if cuts:
-            return cuts[0], "another tensor parallel degree, or a smaller group size when quantizing"
+            return cuts[0], self._uncut() or "--pipeline-parallel, which cuts no layer"
         if e.request.chunked_prefill is False and e.tokens < e.context and e.rules.engine == "v1":
             why = (
                 f"max_num_batched_tokens {e.tokens} is below the context {e.context} without chunked prefill"
             )
             return why, f"--max-num-batched-tokens {e.context}"
         return None
+
+    def _uncut(self) -> str:
+        """What else would share the layers out: fewer or more ranks, or smaller groups; empty where neither
+        does."""
+        spec, ranks, scheme = self.engine.spec, self.engine.request.ranks, self.engine.scheme
+        ways = []
+        degrees = [t for t in DEGREES if not group_problems(spec, scheme, t)]
+        if degrees:
+            ways.append(f"--tensor-parallel {min(degrees, key=lambda t: (abs(t - ranks), t))}")
+        if scheme is not None and scheme.weights.type == "int" and scheme.weights.strategy == "group":
+            for group in (g for g in GROUP_SIZES[:0:-1] if g < scheme.weights.group_size):
+                smaller = replace(scheme, weights=replace(scheme.weights, group_size=group))
+                if not group_problems(spec, smaller, ranks):
+                    ways.append(f"--group-size {group} when quantizing")
+                    break
+        return ", or ".join(ways)
 
     def _free(self) -> tuple[str, str] | None:
         gpu, requested = self.engine.gpu, self.engine.requested

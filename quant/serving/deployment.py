@@ -160,7 +160,8 @@ def plan(path: str | Path, request: DeploymentRequest) -> Deployment:
     folder = Path(path).absolute()
     checkpoint = open_checkpoint(folder)
     stated = _vllm_config(folder)
-    parallel = request.tensor_parallel or int(stated.get("tensor-parallel-size", 1))
+    parallel = _passed_on_ranks(request.extra) or request.tensor_parallel
+    parallel = parallel or _ranks(stated.get("tensor-parallel-size", 1), "vllm_config.json")
     checked = verify(folder, tensor_parallel=parallel)
     if not checked.passed:
         more = f" (and {len(checked.failed) - 3} more)" if len(checked.failed) > 3 else ""
@@ -342,6 +343,29 @@ def _values(extra: Sequence[str]) -> dict[str, str]:
                 value if equals else "" if following.startswith("-") else following
             )
     return values
+
+
+def _passed_on_ranks(extra: Sequence[str]) -> int | None:
+    """The degree of tensor parallelism among vLLM's own flags, which win over ours; None where there is none.
+
+    Raises:
+        UsageError: it is no whole number from 1 up.
+    """
+    words = ["--tensor-parallel-size" if w == "-tp" else w for w in extra]
+    stated = _values([w.replace("-tp=", "--tensor-parallel-size=", 1) for w in words])
+    value = stated.get("--tensor-parallel-size")
+    return None if value is None else _ranks(value, "--tensor-parallel-size")
+
+
+def _ranks(value: str | int | float, where: str) -> int:
+    """A degree of tensor parallelism.
+
+    Raises:
+        UsageError: it is no whole number from 1 up.
+    """
+    if not str(value).isdecimal() or not int(value):
+        raise UsageError(f"{where}: tensor-parallel-size is {value!r}: a whole number from 1 up is needed")
+    return int(value)
 
 
 def _check_extra(extra: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from typing import Literal
 
 from quant.schemes import BLOCK, ActivationScheme, Scheme, WeightScheme, scheme_of
 from quant.vllm.config import Heads
+from quant.vllm.kernels import GROUP_SIZES
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ _FOLLOWED = frozenset({"q_proj", "k_proj", "gate_proj", "q_a_proj", "w1"})
 #: Outputs that one word of packed codes or zero points holds: a rank takes whole words.
 _WORD = 8
 #: Degrees of tensor parallelism that a message offers.
-_DEGREES = (*range(1, 9), 12, 16, 32)
+DEGREES = (*range(1, 9), 12, 16, 32)
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,7 @@ def shape_problems(linears: Iterable[Linear], ranks: int = 1, heads: Heads | Non
     """
     problems = []
     if heads is not None and (uneven := _uneven_heads(heads, ranks)):
-        allowed = [t for t in _DEGREES if not _uneven_heads(heads, t)]
+        allowed = [t for t in DEGREES if not _uneven_heads(heads, t)]
         problems.append(f"{uneven} over --tensor-parallel {ranks} do not divide: {_sizes(allowed)}")
         ranks = 1  # what of each linear a rank would get is no question any more
     linears = list(linears)
@@ -285,11 +286,12 @@ def _shape_problem(linear: Linear, ranks: int, heads: Heads | None, fused: bool)
     uncut = _uncut(linear, ranks, heads)
     if uncut is None:
         return None
-    allowed = [t for t in _DEGREES if not _uncut(linear, t, heads)]
+    allowed = [t for t in DEGREES if not _uncut(linear, t, heads)]
     grouped = linear.weights.type == "int" and g != -1 and split_of(linear.name) == "row"
+    smaller = [x for x in GROUP_SIZES[:0:-1] if grouped and x < g and linear.k % (ranks * x) == 0]
     return (
         f"{uncut[0]} over --tensor-parallel {ranks} do not divide{uncut[1]}: {_sizes(allowed)}"
-        f"{'; or a smaller --group-size' if grouped else ''}"
+        f"{f'; or --group-size {smaller[0]}' if smaller else ''}"
     )
 
 

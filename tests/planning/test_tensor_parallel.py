@@ -15,9 +15,10 @@ from quant.catalog import catalogue, find_model
 from quant.checkpoint.header import TensorInfo
 from quant.errors import Problems, VerificationFailed
 from quant.evaluation.verify import verify
+from quant.hardware import named_gpu
 from quant.models.linears import built_linears, decoder_refs
 from quant.pipeline.plan import plan_job
-from quant.planning.memory import group_problems, parallel_problems
+from quant.planning.memory import EngineRequest, group_problems, parallel_problems, plan
 from quant.recipe import Recipe
 from quant.schemes import PRESETS, WeightScheme
 from quant.serving.deployment import DeploymentRequest
@@ -165,3 +166,15 @@ def test_every_command_refuses_ranks_that_do_not_divide_the_heads(
     with pytest.raises(Problems) as refused:
         plan_job(recipe)
     assert said in refused.value.problems
+
+
+def test_a_degree_that_does_not_divide_is_answered_with_what_does() -> None:
+    """Another degree, and smaller groups where they divide; never where none does."""
+    spec = find_model("meta-llama/Llama-2-7b-hf")  # 11008 inputs: 86 groups of 128
+    gpus = [named_gpu("L40S-48GB")] * 8
+    four, eight = (plan(spec, gpus[:n], PRESETS["w4a16"], EngineRequest(tensor_parallel=n)) for n in (4, 8))
+    assert "groups of 128" in four.why
+    assert four.remedy == "--tensor-parallel 2, or --group-size 64 when quantizing"
+    assert eight.remedy == "--tensor-parallel 2, or --group-size 32 when quantizing"
+    sixteen = shape_problems([Linear("x.down_proj", 64, 11008, PRESETS["w4a16"].weights)], 16)
+    assert "--group-size" not in sixteen[0]

@@ -178,6 +178,14 @@ def test_tensor_parallel_is_checked_against_the_shapes(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "extra", [("--tensor-parallel-size", "3"), ("--tensor-parallel-size=3",), ("-tp", "3")]
+)
+def test_tensor_parallel_that_is_passed_on_is_checked_too(folder: Path, extra: tuple[str, ...]) -> None:
+    with pytest.raises(VerificationFailed, match="4 attention heads over --tensor-parallel 3 do not divide"):
+        plan(folder, DeploymentRequest(extra=extra))
+
+
+@pytest.mark.parametrize(
     "extra", [("--port", "1"), ("--api-key=k",), ("--served_model_name", "x"), ("stray",)]
 )
 def test_extra_arguments_cannot_take_over_what_we_must_know(folder: Path, extra: tuple[str, ...]) -> None:
