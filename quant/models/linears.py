@@ -153,7 +153,7 @@ LAYOUTS = (
         ("granitemoe", "granitemoeshared", "granitemoehybrid"),
         {"input_linear": ("gate_proj", "up_proj"), "output_linear": ("down_proj",)},
         container=("block_sparse_moe", "block_sparse_moe.experts"),
-        names=_W123,
+        names=_SAME,
     ),
 )
 
