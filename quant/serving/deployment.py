@@ -26,6 +26,7 @@ from quant.vllm.releases import VLLM_VERSION
 
 if TYPE_CHECKING:
     from quant.hardware import Gpu
+    from quant.vllm.kernels import CpuProblem
 
 #: vLLM asks no hub for a local checkpoint and reports no usage; nothing leaves the machine unasked.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
@@ -248,8 +249,11 @@ def _fit(folder: Path, chosen: dict[str, Argument], request: DeploymentRequest, 
     from quant.vllm.releases import rules_for
 
     gpus = [named_gpu(request.gpu)] * parallel if request.gpu is not None else list(detect().gpus)
-    if not gpus or gpus[0].platform == "cpu":
+    if not gpus:
         return []
+    if gpus[0].platform == "cpu":
+        stated = _values(request.extra) | {f"--{name}": str(a.value) for name, a in chosen.items()}
+        return [x.text for x in cpu_problems(folder, gpus[0], stated.get("--kv-cache-dtype", "auto"))]
     if len(gpus) < parallel:
         return [
             f"tensor parallel {parallel} takes as many GPUs, {len(gpus)} "
@@ -275,6 +279,25 @@ def _fit(folder: Path, chosen: dict[str, Argument], request: DeploymentRequest, 
         if _UNPLANNED & set(passed_on)
         else _fit_context(folder, chosen, request, parallel, gpus, passed_on)
     )
+
+
+def cpu_problems(folder: Path, cpu: Gpu, cache_dtype: str = "auto") -> list[CpuProblem]:
+    """Why vLLM's CPU build does not serve a checkpoint on a CPU, or computes wrongly with it there; empty
+    where nothing is known of the checkpoint."""
+    from quant.formats.base import find_format
+    from quant.vllm import kernels
+
+    checkpoint = open_checkpoint(folder)
+    try:
+        layers = find_format(checkpoint.config, checkpoint.tensors)
+    except CheckpointError:  # of a kind that is not read here
+        layers = None
+    linears: set[str] = set()
+    experts: set[str] = set()
+    for name, linear in layers.linears.items() if layers is not None else ():
+        kernel = kernels.kernel_of(linear.scheme)
+        (experts if ".experts." in name else linears).add(kernel)
+    return kernels.cpu_problems(cpu, linears, experts, cache_dtype)
 
 
 def _fit_context(

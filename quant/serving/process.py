@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,7 +34,8 @@ import psutil
 
 from quant import defaults
 from quant.errors import QuantError, UsageError
-from quant.serving.deployment import OFFLINE, Deployment
+from quant.hardware import cpu_device
+from quant.serving.deployment import OFFLINE, Deployment, cpu_problems
 from quant.serving.failures import Cause, diagnose, quote
 
 PYTHON_VARIABLE = "QUANT_VLLM_PYTHON"
@@ -522,6 +524,8 @@ def serve(
         Interrupted: a signal arrived before it was ready.
     """
     installation = find_vllm(python)
+    if installation.cpu:
+        _check_cpu(deployment, log)
     key = _api_key(deployment)
     port = deployment.port or free_port(deployment.host)
     server = Server(
@@ -559,6 +563,23 @@ def serve(
         if not check:
             server.wait()
     return report
+
+
+def _check_cpu(deployment: Deployment, log: Log) -> None:
+    """Says what this machine's CPU makes of a checkpoint before vLLM takes its time to.
+
+    Raises:
+        ServerError: vLLM would stop.
+    """
+    flags = deployment.flags()
+    cache = next((b for a, b in pairwise(flags) if a == "--kv-cache-dtype"), "auto")
+    problems = cpu_problems(deployment.model_path, cpu_device(), cache)
+    for problem in problems:
+        if problem.fails:
+            raise ServerError(
+                f"{deployment.model_path}: {problem.text}", Cause("no kernel on this CPU", problem.text)
+            )
+        log(f"warning: {problem.text}")
 
 
 def _api_key(deployment: Deployment) -> str | None:

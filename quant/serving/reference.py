@@ -24,12 +24,14 @@ from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.errors import CheckpointError
 from quant.evaluation.simulation import Kernels, Simulation
 from quant.formats.reading import dequantized
+from quant.hardware import cpu_instructions
 from quant.models.skeleton import Skeleton
 from quant.offline import load_tokenizer
 from quant.serving.deployment import DeploymentRequest, plan
 from quant.serving.process import Log, Server, ServerError, cpu_environment, find_vllm, free_port, signals_to
 from quant.vllm.arguments import model_dtype
 from quant.vllm.config import context_length
+from quant.vllm.kernels import CPU_FORMATS, cpu_has
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 12, 64, 32
 #: How many times farther from fp32 than our own 16-bit run vLLM may be, as root mean square over all tokens.
@@ -268,18 +270,11 @@ def kernels(log: Iterable[str]) -> Kernels:
 
 
 def saturation(log: Iterable[str]) -> str | None:
-    """Why products of vLLM's int8 kernel are wrong on this CPU; None where it was not chosen or is exact.
-
-    Without VNNI, oneDNN adds pairs of 8-bit products in 16 bits, which overflow for large codes (oneDNN's
-    documentation, "Nuances of int8 Computations"). With full-range weights vLLM's product came out 13 % away
-    from that of its own codes; with codes of 50 at most 0.3 %.
-    """
-    if torch.cpu._is_vnni_supported() or not any("CPUInt8ScaledMMLinearKernel" in x for x in log):
+    """Why products of vLLM's int8 kernel are wrong on this CPU; None where it was not chosen or is exact."""
+    row = CPU_FORMATS["int8"]
+    if cpu_has(cpu_instructions(), *row.needs) or not any("CPUInt8ScaledMMLinearKernel" in x for x in log):
         return None
-    return (
-        "this CPU has no VNNI, without which the int8 products of vLLM's kernel overflow, so that it "
-        "computes wrongly with a sound checkpoint: compare on another machine"
-    )
+    return f"this CPU has {row.without}: compare on another machine"
 
 
 def _rms(values: torch.Tensor) -> float:

@@ -3,7 +3,7 @@ sources: each scheme's ``get_min_capability``, and what a kernel says it can imp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,58 @@ CPU_FORMATS: Mapping[str, CpuFormat] = {
 }
 
 
+#: The same of routed experts, of which other formats have no kernel on a CPU at all
+#: (`layers/fused_moe/experts/cpu_moe.py`: each asks for tiles).
+_TILES_FOR_EXPERTS = "no AMX, of which its kernels of quantized experts are made"
+CPU_EXPERTS: Mapping[str, CpuFormat] = {
+    "int4-weights": CpuFormat("weight-only", (_AMX,), _TILES_FOR_EXPERTS),
+    "int8": CpuFormat("native", (_AMX, frozenset({"asimd"})), _TILES_FOR_EXPERTS),
+    "fp8": CpuFormat("weight-only", (_AMX,), _TILES_FOR_EXPERTS),
+}
+
+
+@dataclass(frozen=True)
+class CpuProblem:
+    """Why a CPU does not serve what it is asked for. ``fails``: vLLM stops there; it computes wrongly
+    otherwise."""
+
+    text: str
+    fails: bool = True
+
+
+def cpu_problems(
+    gpu: Gpu, kernels: Iterable[str], experts: Iterable[str] = (), cache_dtype: str = "auto"
+) -> list[CpuProblem]:
+    """What stands against serving a checkpoint on a CPU, because of its instruction sets.
+
+    Args:
+        kernels: number formats of its linears, by their names in :data:`FORMAT_CAPABILITIES`.
+        experts: those of its routed experts.
+        cache_dtype: vLLM's ``--kv-cache-dtype``.
+    """
+    found = []
+    for table, wanted in ((CPU_FORMATS, kernels), (CPU_EXPERTS, experts)):
+        for kernel in sorted(set(wanted)):
+            row = table.get(kernel)
+            if row is None:
+                found.append(CpuProblem(f"vLLM's CPU build has no kernel for {kernel}: serve it on a GPU"))
+            elif not cpu_has(gpu.instructions, *row.needs):
+                found.append(
+                    CpuProblem(
+                        f"this CPU has {row.without}: for {kernel} take a machine with another CPU, or a GPU",
+                        row.fails,
+                    )
+                )
+    if cache_dtype.startswith("fp8") and not has_fp8_cache(gpu):
+        found.append(
+            CpuProblem(
+                "this CPU has neither AVX512 nor AMX, one of which vLLM's FP8 KV cache takes there: "
+                "--kv-cache-dtype auto keeps it in 16 bits"
+            )
+        )
+    return found
+
+
 def cpu_has(instructions: frozenset[str] | None, *needs: frozenset[str]) -> bool:
     """Whether a CPU has all of one of the sets of instruction sets; without any set, every CPU does."""
     here = _ASSUMED if instructions is None else instructions
@@ -165,15 +217,22 @@ def kernel_problem(scheme: Scheme, gpu: Gpu) -> str | None:
     if formats.get(kernel, "no") != "no":
         return None
     level = ".".join(map(str, gpu.capability)) if gpu.capability else gpu.architecture or gpu.platform
+    rows = (row for row in SchemeRegistry if formats.get(kernel_of(row.scheme), "no") != "no")
+    loaded = ", ".join(row.name for row in rows) or "unquantized weights only"
+    if gpu.platform != "cuda":
+        reason = ""
+        if gpu.platform == "cpu" and (cpu := CPU_FORMATS.get(kernel)) is not None:
+            reason = f" ({cpu.without})"
+        return (
+            f"--gpu is {gpu.name} ({level}): vLLM has no kernel for {scheme} there{reason}. It loads {loaded}"
+        )
     lowest = min(level for level in FORMAT_CAPABILITIES[kernel][:2] if level is not None) / 10
     end = FORMAT_CAPABILITIES[kernel][2]
     until = f" and below {end / 10}" if end is not None else ""
-    rows = (row for row in SchemeRegistry if formats.get(kernel_of(row.scheme), "no") != "no")
-    loaded = ", ".join(row.name for row in rows)
     return (
         f"--gpu is {gpu.name} ({level}): vLLM has no kernel for {scheme} there; compute capability "
         f"{lowest}{until} is "
-        f"needed. It loads {loaded or 'unquantized weights only'}"
+        f"needed. It loads {loaded}"
     )
 
 

@@ -11,17 +11,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
+from quant.hardware import cpu_instructions
 from quant.serving.process import PYTHON_VARIABLE
+from quant.vllm.kernels import CPU_FORMATS, cpu_has
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 LARGER = ROOT.parent / "shared" / "data" / "models" / "tinylm-11m"
 
 
-#: What vLLM's CPU kernels of 4-bit weights are made of; without it the build has none.
-AVX512 = Path("/proc/cpuinfo").exists() and "avx512f" in Path("/proc/cpuinfo").read_text()
+_INSTRUCTIONS = cpu_instructions()
+#: Whether this CPU has what vLLM's kernels of 4-bit weights are made of; and what its int8 products need.
+AVX512 = cpu_has(_INSTRUCTIONS, *CPU_FORMATS["int4-weights"].needs)
+EXACT_INT8 = cpu_has(_INSTRUCTIONS, *CPU_FORMATS["int8"].needs)
 
 
 def demand_4_bit_kernels() -> None:
@@ -32,7 +35,7 @@ def demand_4_bit_kernels() -> None:
 
 def demand_8_bit_products() -> None:
     """Skips a test by name on a CPU where vLLM's products of int8 numbers overflow."""
-    if not torch.cpu._is_vnni_supported():
+    if not EXACT_INT8:
         pytest.skip("no AVX512-VNNI, without which the int8 products of vLLM's kernel overflow")
 
 

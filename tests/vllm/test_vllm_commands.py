@@ -19,10 +19,9 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 
 from tests.helpers import ROOT, left_alive
-from tests.vllm.conftest import AVX512
+from tests.vllm.conftest import AVX512, EXACT_INT8
 
 #: What these tests serve: a scheme for which vLLM has kernels on this machine.
 OPTIONS = (
@@ -191,7 +190,7 @@ def test_a_python_without_vllm_is_named(make: Callable[..., Path], vllm_python: 
     assert "has no vLLM" in err and "--vllm-python" in err
 
 
-@pytest.mark.skipif(torch.cpu._is_vnni_supported(), reason="int8 products are exact on this CPU")
+@pytest.mark.skipif(EXACT_INT8, reason="int8 products are exact on this CPU")
 def test_verify_says_that_products_overflow(make: Callable[..., Path], vllm_python: str) -> None:
     path = make("--scheme", "w8a8-int8", "--method", "minmax", "--outlier-suppression", "none")
     command = [sys.executable, str(ROOT / "quantize.py"), "verify", str(path), "--vllm", vllm_python]
