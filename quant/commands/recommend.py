@@ -89,12 +89,19 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--policy", default="vllm", show_default=True, help="vllm, or rule-of-thumb (the original design's)."
 )
+@click.option(
+    "--objective",
+    type=click.Choice(("balanced", "quality", "throughput", "latency")),
+    show_default="the scenario's, else balanced",
+    help="What decides among the schemes that fit: the fastest within 1 % of expected loss, the most "
+    "precise, or the fastest within 4 %, for all requests or for one.",
+)
 @click.option("--scenario", metavar="NAME", help="chat, code, high-throughput, low-latency or multi-model.")
 @common_options
 def recommend(
     model_path: Path | None, model: str | None, gpu: str | None, gpu_count: int | None,
     gpu_memory: int | None, engine: EngineRequest,
-    scheme: str | None, policy: str, scenario: str | None, out: Output,
+    scheme: str | None, policy: str, objective: str | None, scenario: str | None, out: Output,
 ) -> None:  # fmt: skip
     """Which scheme fits this model on this or a named GPU, and why. Of a checkpoint only the headers are
     read; --scheme plans just that one, `none` the checkpoint as it is. Exit status 3 when nothing fits.
@@ -115,6 +122,7 @@ def recommend(
         gpu,
         engine,
         scenario=scenario,
+        objective=objective,
         policy=policy,
         scheme=scheme,
         gpu_count=gpu_count,

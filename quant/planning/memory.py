@@ -163,9 +163,12 @@ def parallel_problems(spec: ModelSpec, ranks: int) -> list[str]:
     )
 
 
-def group_problems(spec: ModelSpec, scheme: Scheme | None, ranks: int) -> list[str]:
+def group_problems(
+    spec: ModelSpec, scheme: Scheme | None, ranks: int, *, experts_whole: bool = False
+) -> list[str]:
     """Why vLLM cannot build the model's linears in a scheme, or not over ``ranks``: groups and blocks that do
-    not divide. A linear of the checkpoint that its own groups do not divide was left in 16 bits."""
+    not divide. A linear of the checkpoint that its own groups do not divide was left in 16 bits. With
+    ``experts_whole`` ranks cut no expert."""
     planned = scheme if is_quantized(scheme) else None
     own = source_schemes(spec)
 
@@ -177,8 +180,8 @@ def group_problems(spec: ModelSpec, scheme: Scheme | None, ranks: int) -> list[s
             return UNQUANTIZED
         return source if quantizable(weight, source) else UNQUANTIZED
 
-    linears = [_linear(weight, stored(weight)) for weight in spec.linear_kinds]
-    return shape_problems(linears, ranks, spec.shared_heads)
+    cut = [w for w in spec.linear_kinds if not (experts_whole and w.role == "experts")]
+    return shape_problems([_linear(w, stored(w)) for w in cut], ranks, spec.shared_heads)
 
 
 def _linear(weight: Weight, scheme: Scheme) -> Linear:
@@ -445,7 +448,7 @@ def _judged(engine: _Engine, stage: _Stage) -> MemoryPlan:
         total_bytes=gpu.total_bytes, kv_cache_bytes=max(stage.kv, 0), room_bytes=stage.kv, error_bytes=error,
         kv_bytes_per_token=cache.bytes_per_token(),
         kv_tokens=printed, kv_blocks=max(stage.blocks, 0), block_tokens=stage.layout.block,
-        max_context=start.longest, sure_context=start.after(-error).longest, context=engine.context,
+        max_context=start.longest, sure_context=start.sure_context(error), context=engine.context,
         max_concurrency=round(start.concurrency, 4) if stage.kv > 0 else 0.0, max_num_seqs=engine.seqs,
         max_num_batched_tokens=engine.tokens, gpu_memory_utilization=engine.utilization,
         tensor_parallel=request.ranks, pipeline_parallel=request.pipeline_parallel,
@@ -555,6 +558,12 @@ class _Start:
         remedy = less.verdict()[1]
         return f"{about}; to be sure: {remedy}"
 
+    def sure_context(self, error: int) -> int:
+        """The longest context with ``error`` bytes less; 0 where something else than the context fails."""
+        less = self.after(-error)
+        fails = any(check() for check in (less._cuts, less._free, less._room, less._states, less._beside))
+        return 0 if fails else less.longest
+
     def after(self, change: int) -> _Start:
         """The same start with a cache that is larger by ``change`` bytes."""
         kv = self.stage.kv + change
@@ -568,8 +577,10 @@ class _Start:
 
     def _cuts(self) -> tuple[str, str] | None:
         e = self.engine
-        cuts = group_problems(e.spec, e.scheme, e.request.ranks)
-        if cuts:
+        whole = e.request.enable_expert_parallel
+        if cuts := group_problems(e.spec, e.scheme, e.request.ranks, experts_whole=whole):
+            if e.spec.moe and not group_problems(e.spec, e.scheme, e.request.ranks, experts_whole=True):
+                return cuts[0], "--enable-expert-parallel, which cuts no expert"
             return cuts[0], self._uncut() or "--pipeline-parallel, which cuts no layer"
         if e.request.chunked_prefill is False and e.tokens < e.context and e.rules.engine == "v1":
             why = (

@@ -1,8 +1,10 @@
 """Which scheme to take: every candidate gets a plan, an expected loss and bounds of speed; then one is
 chosen, with its reason.
 
-The choice: the highest quality that fits with the asked context and concurrency and keeps a safety margin of
-the free memory; ties by speed. A scenario may ask for the fastest scheme within an accepted loss instead.
+The choice, of what fits with the asked context and concurrency and keeps a margin of the free memory,
+follows an objective: ``balanced`` (the fastest scheme within 1 % of expected loss, 16 bits where that
+gains nothing), ``quality`` (the most precise), ``throughput`` and ``latency`` (the fastest within an accepted
+loss).
 What fits is vLLM's business (:mod:`quant.planning.memory`); the margin affects only what is chosen.
 """
 
@@ -47,6 +49,16 @@ DEFAULT_CONTEXT = 8192
 _FEW = 16
 #: contexts planned for where none is asked and the usual one does not fit
 _SHORTER = (4096, 2048)
+#: what decides among the schemes that fit → its bound of speed (None: none, the most precise one is taken)
+#: and the expected loss in percent that it may cost
+OBJECTIVES: dict[str, tuple[str | None, float]] = {
+    "balanced": ("served_bound", 1.0),
+    "quality": (None, 100.0),
+    "throughput": ("served_bound", 4.0),
+    "latency": ("decode_bound", 4.0),
+}
+#: a faster scheme is taken for a more precise one where it is faster by more than this share
+_GAIN = 0.1
 POLICIES = ("vllm", "rule-of-thumb")
 #: what stands for a document where none tells a scheme's loss
 UNKNOWN = "not known"
@@ -76,6 +88,8 @@ class SchemePlan:
     speed: Speed | None
     methods: tuple[str, ...]
     checkpoint_bytes: int
+    #: of the checkpoint as it is, in the words of tables
+    dtype: str = AS_IT_IS.name
 
     @property
     def scheme(self) -> str:
@@ -85,6 +99,15 @@ class SchemePlan:
     def makeable(self) -> bool:
         """Whether this build makes it, or nothing needs making."""
         return bool(self.methods) or not is_quantized(self.stored)
+
+    @property
+    def label(self) -> str:
+        """Its name in tables and sentences: the dtype of an unquantized checkpoint, else the scheme's."""
+        return self.dtype if self.scheme == AS_IT_IS.name else self.scheme
+
+    def bound(self, name: str) -> float:
+        """A bound of its speed in tokens a second, 0 where it is not known."""
+        return float(getattr(self.speed, name) or 0.0) if self.speed else 0.0
 
     @property
     def title(self) -> str:
@@ -199,6 +222,7 @@ def recommend(
     request: EngineRequest | None = None,
     *,
     scenario: str | Scenario | None = None,
+    objective: str | None = None,
     policy: str = "vllm",
     scheme: str | None = None,
     makeable_only: bool = False,
@@ -215,6 +239,7 @@ def recommend(
         request: vLLM's arguments; context and concurrency in tokens and sequences. All GPUs share the layers
             where it does not say.
         scenario: a profile whose arguments fill what ``request`` leaves open, and whose objective decides.
+        objective: of :data:`OBJECTIVES`; None: the scenario's, else ``balanced``.
         policy: ``vllm``, or ``rule-of-thumb`` for the original design's rule.
         scheme: plan just this one.
         makeable_only: choose among the checkpoint as it is and the schemes that this build makes of it.
@@ -226,6 +251,8 @@ def recommend(
         QuantError: no GPU here and none named; the checkpoint cannot be read.
 
     >>> recommend("meta-llama/Llama-3.1-8B-Instruct", "L40S-48GB").recommended
+    'w8a8-fp8'
+    >>> recommend("meta-llama/Llama-3.1-8B-Instruct", "L40S-48GB", objective="quality").recommended
     'none'
     >>> recommend("meta-llama/Llama-3.1-70B-Instruct", "H100").recommended
     'w4a16'
@@ -238,14 +265,15 @@ def recommend(
     devices = _gpus(gpus, gpu_count, gpu_memory)
     request = request or EngineRequest()
     if policy == "rule-of-thumb":
-        if scheme is not None or scenario is not None:
-            given = "--scheme" if scheme is not None else "--scenario"
+        asked = {"--scheme": scheme, "--scenario": scenario, "--objective": objective}
+        if given := next((option for option, value in asked.items() if value is not None), None):
             raise UsageError(
                 f"--policy rule-of-thumb contradicts {given}: the rule knows only its own four schemes; "
                 "leave one of them out"
             )
         return _thumb(spec, devices, request)
     profile = load_scenario(scenario) if isinstance(scenario, str) else scenario
+    goal = Goal.of(objective, profile)
     notes = [*spec.notes]
     if profile:
         request = profile.request(spec, request)
@@ -298,15 +326,19 @@ def recommend(
         )
     request.check(spec, devices)
     plans = tuple(_plan_one(spec, devices, gpu, row, request, margin) for row in rows)
-    chosen = _choose(plans, profile)
+    chosen = _choose(plans, goal)
     if chosen is None:
-        for smaller, said in _smaller(request, own_context):
-            again = tuple(_plan_one(spec, devices, gpu, row, smaller, margin) for row in rows)
-            if (chosen := _choose(again, profile)) is not None:
-                plans, request = again, smaller
+        # a scheme whose weights alone are too large needs no second look
+        hopeful = [p.row for p in plans if p.plan and p.plan.weights_bytes < p.plan.requested_bytes]
+        for smaller, said in _smaller(spec, request, gpu, own_context) if hopeful else ():
+            again = tuple(_plan_one(spec, devices, gpu, row, smaller, margin) for row in hopeful)
+            if (chosen := _choose(again, goal)) is not None:
+                others = {p.scheme: p for p in again}
+                plans = tuple(others.get(p.scheme, p) for p in plans)
+                request = smaller
                 notes.append(said)
                 break
-    reason = _reason(spec, gpu, plans, chosen, request, profile)
+    reason = _reason(spec, gpu, plans, chosen, request, goal)
     method = None
     commands: tuple[str, ...] = ()
     if chosen is not None:
@@ -329,18 +361,31 @@ def recommend(
     return Recommendation(
         model=spec, gpus=tuple(devices), request=request, plans=plans,
         recommended=chosen.scheme if chosen else None, method=method,
-        reason=reason, commands=commands, engines=_engines(spec, gpu, plans, request, profile),
+        reason=reason, commands=commands, engines=_engines(gpu, plans, request, goal),
         scenario=profile.name if profile else None,
         notes=tuple(notes), group_size=chosen.group_size if chosen else None,
     )  # fmt: skip
 
 
-def _smaller(request: EngineRequest, own_context: bool) -> Iterator[tuple[EngineRequest, str]]:
-    """Requests to try where nothing surely fits, each with what to say of it: fewer sequences than vLLM's own
-    number, then a shorter context, where neither was asked for."""
+def _smaller(
+    spec: ModelSpec, request: EngineRequest, gpu: Gpu, own_context: bool
+) -> Iterator[tuple[EngineRequest, str]]:
+    """Requests to try where nothing surely fits, each with what to say of it: whole experts where ranks would
+    cut their groups, fewer sequences than vLLM's own number, an FP8 cache, then a shorter context, where they
+    were not asked for."""
+    if spec.moe and request.ranks > 1 and not request.enable_expert_parallel:
+        request = replace(request, enable_expert_parallel=True)
+        yield request, "planned with --enable-expert-parallel: GPUs that cut each expert cannot hold them"
+    asked = request
     if request.max_num_seqs is None and request.concurrency <= _FEW:
         request = replace(request, max_num_seqs=_FEW)
         yield request, f"planned with --max-num-seqs {_FEW}: with vLLM's own number nothing surely fits"
+    if request.kv_cache_dtype == "auto" and gpu.platform != "cpu" and has_fp8_cache(gpu):
+        said = "planned with --kv-cache-dtype fp8: with the cache in 16 bits nothing surely fits"
+        yield replace(asked, kv_cache_dtype="fp8"), said
+        request = replace(request, kv_cache_dtype="fp8")
+        if request.max_num_seqs != asked.max_num_seqs:
+            yield request, f"{said}, nor with more than {_FEW} sequences"
     for context in _SHORTER if own_context else ():
         if context < (request.context or 0):
             said = f"planned for {context:,} tokens: with more nothing surely fits"
@@ -371,6 +416,19 @@ def _asked(scheme: str) -> SchemeRow:
     return replace(row, native=False)
 
 
+def dtype_label(spec: ModelSpec, request: EngineRequest) -> str:
+    """What a checkpoint as it is is called in tables: its dtype, or how it is quantized.
+
+    >>> from quant.catalog import find_model
+    >>> dtype_label(find_model("microsoft/phi-2"), EngineRequest())
+    'fp16'
+    """
+    if spec.quantization:
+        return f"as it is ({source_method(spec.quantization)})"
+    name = request.dtype or spec.dtype
+    return {"bfloat16": "bf16", "float16": "fp16", "float32": "bf16", "float64": "bf16"}.get(name, name)
+
+
 def _plan_one(
     spec: ModelSpec,
     gpus: Sequence[Gpu],
@@ -386,10 +444,13 @@ def _plan_one(
     quantized = is_quantized(row.scheme)
     methods = makeable_methods(spec, row.scheme) if quantized else ()
 
+    unquantized = dtype_label(spec, request)
+
     def refused(why: str) -> SchemePlan:
         return SchemePlan(
-            row, row.scheme, None, False, False, False, why, loss, quality["source"], None, methods, 0
-        )
+            row, row.scheme, None, False, False, False, why, loss, quality["source"], None, methods, 0,
+            unquantized,
+        )  # fmt: skip
 
     if spec.quantization and quantized:
         return refused(
@@ -419,7 +480,9 @@ def _plan_one(
         own = stored.weights.group_size
         smaller = sorted((g for g in GROUP_SIZES if g != -1 and (g < own or own == -1)), reverse=True)
         grouped = (stored, *(stored.with_group_size(g) for g in smaller))
-        stored = next((s for s in grouped if not group_problems(spec, s, request.ranks)), stored)
+        whole = request.enable_expert_parallel
+        fitting = (s for s in grouped if not group_problems(spec, s, request.ranks, experts_whole=whole))
+        stored = next(fitting, stored)
     planned = _with_fitting_states(spec, gpus, stored, request)
     meets = planned.fits and planned.max_concurrency >= request.concurrency
     free = gpu.free_bytes
@@ -446,7 +509,7 @@ def _plan_one(
     return SchemePlan(
         row, stored, planned, planned.fits, meets, safe, why, loss, quality["source"],
         speed_bounds(spec, gpu, planned, request.concurrency),
-        methods, size,
+        methods, size, unquantized,
     )  # fmt: skip
 
 
@@ -465,24 +528,57 @@ def _with_fitting_states(
     return plan(spec, gpus, stored, replace(request, max_num_seqs=fewer))
 
 
-def _choose(plans: Sequence[SchemePlan], profile: Scenario | None) -> SchemePlan | None:
-    """The plan to take, among those that keep the margin, else among those that surely hold what was
-    asked."""
-    limit = profile.max_loss_percent if profile else 100.0
+@dataclass(frozen=True)
+class Goal:
+    """What decides among the schemes that fit: an objective of :data:`OBJECTIVES`, the percent of expected
+    loss that it may cost, and what it is for."""
+
+    objective: str
+    limit: float
+    title: str = ""
+
+    @classmethod
+    def of(cls, objective: str | None, profile: Scenario | None) -> Goal:
+        """The objective asked for, else the scenario's, else ``balanced``.
+
+        Raises:
+            UsageError: no such objective.
+        """
+        name = objective or (profile.objective if profile else "balanced")
+        if name not in OBJECTIVES:
+            raise one_of("--objective", name, list(OBJECTIVES))
+        own = profile is not None and name == profile.objective
+        limit = profile.max_loss_percent if profile and own else OBJECTIVES[name][1]
+        return cls(name, limit, profile.title if profile else "")
+
+
+def _choose(plans: Sequence[SchemePlan], goal: Goal) -> SchemePlan | None:
+    """The plan to take, among those that keep the margin, else among those that surely hold what was asked.
+    Where nothing is within the limit, ``balanced`` takes the most precise that fits."""
     sure = [p for p in plans if p.meets and p.plan and p.plan.sure]
+    bound = OBJECTIVES[goal.objective][0]
     for pool in ([p for p in plans if p.safe], sure):
-        pool = [p for p in pool if p.loss[1] <= limit]
-        if not pool:
-            continue
-        if profile and profile.objective in ("throughput", "latency"):
-            field_name = "batch_decode_bound" if profile.objective == "throughput" else "decode_bound"
-            return max(
-                pool, key=lambda p: (getattr(p.speed, field_name) or 0.0 if p.speed else 0.0, -p.loss[1])
-            )
-        best = min(sum(p.loss) for p in pool)
-        equal = [p for p in pool if sum(p.loss) == best]
-        return max(equal, key=lambda p: (p.makeable, (p.speed.decode_bound or 0.0) if p.speed else 0.0))
+        within = [p for p in pool if p.loss[1] <= goal.limit]
+        if bound is not None and within:
+            return _fastest(within, bound)
+        if pool and (within or goal.objective == "balanced"):
+            return _most_precise(within or pool)
     return None
+
+
+def _fastest(pool: Sequence[SchemePlan], bound: str) -> SchemePlan:
+    """The most precise of the fastest: of what this build makes, where it makes any of them."""
+    made = [p for p in pool if p.makeable] or pool
+    best = max(p.bound(bound) for p in made)
+    equal = [p for p in made if p.bound(bound) >= best * (1 - _GAIN)]
+    return min(equal, key=lambda p: (sum(p.loss), -p.bound(bound)))
+
+
+def _most_precise(pool: Sequence[SchemePlan]) -> SchemePlan:
+    """The least expected loss; ties by what this build makes, then by speed."""
+    best = min(sum(p.loss) for p in pool)
+    equal = [p for p in pool if sum(p.loss) == best]
+    return max(equal, key=lambda p: (p.makeable, p.bound("decode_bound")))
 
 
 def _reason(
@@ -491,7 +587,7 @@ def _reason(
     plans: Sequence[SchemePlan],
     chosen: SchemePlan | None,
     request: EngineRequest,
-    profile: Scenario | None,
+    goal: Goal,
 ) -> str:
     asked = f"{request.concurrency} × {request.context:,} tokens"
     where = (
@@ -501,33 +597,36 @@ def _reason(
     )
     if chosen is not None and chosen.plan is not None:
         margin = "" if chosen.safe else ", though without the safety margin"
-        if profile and profile.objective != "quality":
-            goal = (
-                f"the fastest by its bound for {profile.title} among those within "
-                f"{profile.max_loss_percent:g} % of expected loss"
+        use = f" for {goal.title}" if goal.title else ""
+        fits = [p for p in plans if p.meets and p.plan and p.plan.sure]
+        if OBJECTIVES[goal.objective][0] is None or chosen.loss[1] > goal.limit:
+            reason = "the most precise that holds what was asked"
+        elif chosen is _most_precise([p for p in fits if p.loss[1] <= goal.limit] or fits):
+            reason = (
+                f"the most precise, and none within {goal.limit:g} % of expected loss is faster by a tenth"
             )
         else:
-            goal = "the most precise that holds what was asked"
-        opening = f"{chosen.scheme} holds what was asked" if len(plans) == 1 else f"{chosen.scheme} is {goal}"
+            reason = f"the fastest by its bounds{use} among those within {goal.limit:g} % of expected loss"
+        opening = f"{chosen.label} holds what was asked" if len(plans) == 1 else f"{chosen.label} is {reason}"
         return (
             f"{opening}: {format_size(chosen.plan.weights_bytes)} of weights leave "
             f"{format_size(chosen.plan.kv_cache_bytes)} for "
             f"{chosen.plan.kv_tokens:,} tokens on {where} ({asked} asked{margin})"
         )
     running = [p for p in plans if p.fits and p.plan]
-    if edge := next((p.plan for p in running if p.meets and p.plan and p.plan.tight), None):
-        return f"nothing surely fits {asked} on {where}: {edge.scheme.name} is tight, {edge.tight}"
+    if edge := next((p for p in running if p.meets and p.plan and p.plan.tight), None):
+        assert edge.plan is not None
+        return f"nothing surely fits {asked} on {where}: {edge.label} is tight, {edge.plan.tight}"
     if running:
         best = max(running, key=lambda p: p.plan.max_concurrency if p.plan else 0.0)
         assert best.plan is not None
-        if profile and any(p.meets for p in plans):
-            looser = next(p.scheme for p in plans if p.meets)
+        if looser := next((p.label for p in plans if p.meets), None):
             return (
-                f"nothing fits {asked} on {where} within {profile.max_loss_percent:g} % of expected "
+                f"nothing fits {asked} on {where} within {goal.limit:g} % of expected "
                 f"loss; without that limit {looser} would"
             )
         return (
-            f"nothing holds {asked} on {where}: {best.scheme} starts and holds "
+            f"nothing holds {asked} on {where}: {best.label} starts and holds "
             f"{best.plan.max_concurrency:.1f} requests of "
             f"{request.context:,} tokens; "
             f"ask for --concurrency {max(1, int(best.plan.max_concurrency))}, or add GPUs"
@@ -539,7 +638,7 @@ def _reason(
     assert longest.plan is not None
     if longest.plan.sure_context:
         return (
-            f"nothing fits {asked} on {where}; {longest.scheme} would with --context "
+            f"nothing fits {asked} on {where}; {longest.label} would with --context "
             f"{longest.plan.sure_context} --concurrency 1"
         )
     best = min(planned, key=lambda p: p.plan.weights_bytes if p.plan else 0)
@@ -551,7 +650,7 @@ def _reason(
         + best.plan.cuda_graph_bytes
     )
     return (
-        f"nothing fits on {where}: the smallest, {best.scheme}, needs {format_size(needed)} before any KV "
+        f"nothing fits on {where}: the smallest, {best.label}, needs {format_size(needed)} before any KV "
         "cache; "
         f"{_what_would(spec, gpu, best, request)}"
     )
@@ -661,14 +760,12 @@ def serve_command(checkpoint: str, planned: MemoryPlan, request: EngineRequest) 
     return shlex.join(parts)
 
 
-def _engines(
-    spec: ModelSpec, gpu: Gpu, plans: Sequence[SchemePlan], request: EngineRequest, profile: Scenario | None
-) -> tuple[Engine, ...]:
+def _engines(gpu: Gpu, plans: Sequence[SchemePlan], request: EngineRequest, goal: Goal) -> tuple[Engine, ...]:
     """The engines in order of preference for this need; the first that suits is taken."""
     fits = any(p.meets for p in plans)
     cpu = gpu.platform == "cpu"
     laptop = gpu.kind == "laptop" and request.concurrency == 1
-    latency = bool(profile and profile.objective == "latency")
+    latency = goal.objective == "latency"
     modern = gpu.platform == "cuda" and formats_of(gpu)["fp8"] == "native"
     if cpu:
         vllm = Engine("vLLM", False, "its CPU build serves, slower than llama.cpp for one user")

@@ -309,7 +309,7 @@ def test_a_mixture_is_recommended_a_scheme_that_is_made(tmp_path: Path) -> None:
     file.write_text(json.dumps(catalogue()["mistralai/Mixtral-8x7B-v0.1"]["config"]))
     for gpu, scheme, method in (
         ("L40S-48GB", "w4a16", "gptq"),
-        ("B200", "none", None),
+        ("B200", "w8a8-fp8", "fp8"),
         ("A100-80GB", "w8a16", "minmax"),
     ):
         found = choose(file, tmp_path / "out", gpu=gpu, tensor_parallel=None, vllm_version="0.32")

@@ -62,7 +62,7 @@ def test_verbose_tells_on_stderr_where_facts_are_from_and_how_long_it_took() -> 
     ("arguments", "status", "words"),
     [
         (
-            ("recommend", "--model", "Llama-3.1-8B", "--gpu", "L40S"),
+            ("recommend", "--model", "Llama-3.1-8B", "--gpu", "L40S", "--objective", "quality"),
             0,
             "vllm serve meta-llama/Llama-3.1-8B --max-model-len 8192",
         ),

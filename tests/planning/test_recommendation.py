@@ -52,12 +52,51 @@ def by_scheme(found: Recommendation) -> dict[str, Any]:
 def test_the_most_precise_scheme_that_fits_is_taken(
     model: str, gpu: str, count: int, scheme: str, method: str | None
 ) -> None:
-    found = recommend(model, gpu, gpu_count=count)
+    found = recommend(model, gpu, gpu_count=count, objective="quality")
     assert (found.recommended, found.method) == (scheme, method), found.reason
     chosen = by_scheme(found)[scheme]
     assert chosen.fits and chosen.meets
     better = [p for p in found.plans if sum(p.loss) < sum(chosen.loss)]
     assert not any(p.safe for p in better)
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "count", "concurrency", "objective", "scheme"),
+    [
+        ("meta-llama/Llama-3.1-8B-Instruct", "L40S-48GB", 1, 1, None, "w8a8-fp8"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "H100", 1, 16, None, "w8a8-fp8"),
+        ("meta-llama/Llama-3.1-70B-Instruct", "H100", 4, 8, None, "w8a8-fp8"),
+        # nothing within 1 % fits, nothing is gained
+        ("meta-llama/Llama-3.1-70B-Instruct", "H100", 1, 1, None, "w4a16"),
+        ("Qwen/Qwen2.5-0.5B", "H100", 1, 1, None, "none"),
+        # with 64 at once operations count as well as bytes (arXiv 2411.02355), for one bytes alone
+        ("meta-llama/Llama-3.1-8B-Instruct", "L40S-48GB", 1, 64, "throughput", "w8a8-fp8"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "H100", 1, 64, "throughput", "w8a8-fp8"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "L40S-48GB", 1, 1, "latency", "w4a16"),
+    ],
+)
+def test_an_objective_takes_the_fastest_within_its_loss_and_16_bits_where_nothing_is_gained(
+    model: str, gpu: str, count: int, concurrency: int, objective: str | None, scheme: str
+) -> None:
+    request = EngineRequest(context=2048, concurrency=concurrency)
+    found = recommend(model, gpu, request, gpu_count=count, objective=objective)
+    assert found.recommended == scheme, found.reason
+
+
+def test_an_objective_that_is_none_is_refused_and_the_rule_of_thumb_has_none() -> None:
+    with pytest.raises(UsageError, match="--objective"):
+        recommend("microsoft/phi-2", "L40S", objective="best")
+    with pytest.raises(UsageError, match="contradicts --objective"):
+        recommend("microsoft/phi-2", "L40S", objective="quality", policy="rule-of-thumb")
+
+
+def test_bounds_have_a_least_time_a_layer_and_prompts_of_fp8_files_run_in_fp8() -> None:
+    spec, h200 = quant.find_model("deepseek-ai/DeepSeek-V3"), named_gpu("H200")
+    request = EngineRequest(context=8192, tensor_parallel=8)
+    bound = speed_bounds(spec, h200, quant.planning.plan(spec, [h200] * 8, None, request), 1)
+    assert bound.decode_bound is not None and bound.decode_bound < 1 / (spec.layers * 2 * 8e-6)
+    assert bound.prefill_bound is not None
+    assert bound.prefill_bound > 1.5 * 8 * h200.rates["fp16"] / (2 * spec.active_parameters)
 
 
 def test_schemes_that_the_gpu_does_not_compute_natively_are_refused_with_the_reason() -> None:
@@ -71,8 +110,10 @@ def test_schemes_that_the_gpu_does_not_compute_natively_are_refused_with_the_rea
 
 
 def test_concurrency_and_context_decide() -> None:
-    one = recommend("meta-llama/Llama-3.1-8B", "RTX 4090", EngineRequest(context=8192, concurrency=1))
-    many = recommend("meta-llama/Llama-3.1-8B", "RTX 4090", EngineRequest(context=8192, concurrency=8))
+    one, many = (
+        recommend("meta-llama/Llama-3.1-8B", "RTX 4090", EngineRequest(8192, c), objective="quality")
+        for c in (1, 8)
+    )
     assert one.recommended == "none" and many.recommended == "w8a8-fp8"
     assert by_scheme(many)["none"].fits and not by_scheme(many)["none"].meets
 
@@ -81,7 +122,9 @@ def test_the_margin_affects_only_the_choice() -> None:
     narrow = recommend("Qwen/Qwen2.5-32B", "RTX 4090", EngineRequest(context=2048))
     assert narrow.recommended == "w4a16" and not by_scheme(narrow)["w4a16"].safe and "margin" in narrow.reason
     wide, narrow = (
-        recommend("meta-llama/Llama-3.1-8B", "RTX 4090", EngineRequest(context=16384), margin=m)
+        recommend(
+            "meta-llama/Llama-3.1-8B", "RTX 4090", EngineRequest(context=16384), margin=m, objective="quality"
+        )
         for m in (0.0, 0.3)
     )
     assert [p.fits for p in wide.plans] == [p.fits for p in narrow.plans]
@@ -94,12 +137,28 @@ def test_what_is_recommended_is_never_tight_and_smaller_requests_are_tried_befor
     assert longest is not None
     edge = recommend(model, gpu, EngineRequest(context=longest.max_context), scheme="none")
     assert edge.plans[0].plan is not None and edge.request.max_num_seqs == 16 and edge.plans[0].plan.sure
-    asked = EngineRequest(context=longest.max_context, max_num_seqs=longest.max_num_seqs)
+    asked = EngineRequest(longest.max_context, kv_cache_dtype="bfloat16", max_num_seqs=longest.max_num_seqs)
     tight = recommend(model, gpu, asked, scheme="none")
     assert tight.recommended is None and "tight" in tight.reason and tight.to_dict()["plans"][0]["tight"]
     laptop = recommend("Qwen/Qwen2.5-7B-Instruct", "RTX 3070 Ti Laptop")
     assert laptop.plan is not None and laptop.plan.sure
     assert f"--max-model-len {laptop.plan.context}" in laptop.commands[-1]
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "count", "request_", "words"),
+    [
+        ("Llama-3.1-8B-Instruct", "L4", 1, EngineRequest(8192, 16), "--kv-cache-dtype fp8"),
+        ("Llama-3.1-70B-Instruct", "H100", 4, EngineRequest(32768, 32), "--kv-cache-dtype fp8"),
+        ("Qwen3-235B-A22B-FP8", "H100", 8, EngineRequest(8192), "--enable-expert-parallel"),
+    ],
+)
+def test_an_fp8_cache_and_whole_experts_are_tried_before_nothing_fits(
+    model: str, gpu: str, count: int, request_: EngineRequest, words: str
+) -> None:
+    found = recommend(model, gpu, request_, gpu_count=count)
+    assert found.plan is not None and found.plan.sure and words in found.commands[-1]
+    assert any(words in note for note in found.notes)
 
 
 def test_recurrent_models_are_served_with_as_many_sequences_as_their_states_hold() -> None:
@@ -440,7 +499,7 @@ def test_programs_get_engine_arguments_and_a_reload_that_looks_again() -> None:
         get_optimized_config("meta-llama/Llama-3.1-70B-Instruct", "chat", "RTX 3060")
     released = []
     found = reload("meta-llama/Llama-3.1-8B", lambda: released.append(True), gpus="L40S")
-    assert released == [True] and found.recommended == "none"
+    assert released == [True] and found.recommended == "w8a8-fp8"
     assert quant.recommend is recommend and quant.get_optimized_config is get_optimized_config
 
 

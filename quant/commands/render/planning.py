@@ -167,7 +167,7 @@ def show_recommendation(recommendation: Recommendation, console: Console) -> Non
             table.add_column(heading, no_wrap=heading != "why")
         for one in recommendation.plans:
             chosen = one.scheme == recommendation.recommended
-            name = f"[bold]{one.scheme}[/]" if chosen else one.scheme
+            name = f"[bold]{one.label}[/]" if chosen else one.label
             loss = (
                 "0 %"
                 if one.loss[1] == 0
