@@ -58,3 +58,8 @@ def __getattr__(name: str) -> Any:
         module, _, attribute = _EXPORTS[name].partition(":")
         return getattr(importlib.import_module(module), attribute or name)
     raise AttributeError(f"module 'quant' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion and ``dir(quant)``; those not yet used are not imported."""
+    return sorted({*globals(), *_EXPORTS} - {"Any", "annotations", "importlib"})

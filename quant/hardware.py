@@ -12,11 +12,13 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from quant.data import load_json
 from quant.errors import QuantError, UsageError
+from quant.health import Health, read_health
 from quant.units import LARGEST, format_size
 
 GIB = 2**30
@@ -68,6 +70,8 @@ class Gpu:
     torch_reserved_bytes: int | None = None
     #: a CPU's instruction sets, by Linux's names; None where they are not known
     instructions: frozenset[str] | None = None
+    #: temperature, power, throttling; None of a GPU that is not here
+    health: Health | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,6 +88,7 @@ class Gpu:
             "torch_allocated_bytes": self.torch_allocated_bytes,
             "torch_reserved_bytes": self.torch_reserved_bytes,
             "instructions": None if self.instructions is None else sorted(self.instructions),
+            "health": None if self.health is None else self.health.to_dict(),
             "sources": dict(self.sources),
         }  # fmt: skip
 
@@ -390,7 +395,7 @@ def _read_one(nvml: Any, handle: Any, index: int, driver: str) -> Gpu:
         link=row["link"] if row else "pcie",
         kind=row["kind"] if row else "", index=index,
         uuid=_text(_ask(nvml, "nvmlDeviceGetUUID", handle, default="")), driver=driver,
-        processes=_processes(nvml, handle), sources=sources,
+        processes=_processes(nvml, handle), health=read_health(partial(_ask, nvml), handle), sources=sources,
     )  # fmt: skip
 
 

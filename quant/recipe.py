@@ -265,14 +265,18 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return values
 
 
-def recipe_values(config: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
+def recipe_values(config: Path | None, given: Mapping[str, Any], output: bool = True) -> dict[str, Any]:
     """The values of a job: those of a recipe file, and those given, which win.
+
+    Args:
+        output: whether an output must be named.
 
     Raises:
         QuantError, UsageError: see :func:`read_recipe`; or no model or no output is named by either.
     """
     values = {**(read_recipe(config) if config is not None else {}), **given}
-    if missing := [k for k in ("model_path", "output_path") if k not in values]:
+    needed = ("model_path", "output_path") if output else ("model_path",)
+    if missing := [k for k in needed if k not in values]:
         raise UsageError(
             f"missing {_as_options(missing)}: give {'it' if len(missing) == 1 else 'them'} as options or in "
             "the recipe of --config"

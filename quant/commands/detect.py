@@ -8,6 +8,7 @@ import click
 
 from quant.commands import options
 from quant.commands.terminal import Output, common_options
+from quant.health import HOT, MARGIN
 
 if TYPE_CHECKING:
     from quant.hardware import Gpu
@@ -15,10 +16,16 @@ if TYPE_CHECKING:
 
 @click.command()
 @options.gpu
+@click.option(
+    "--max-temperature",
+    type=click.IntRange(1, 150),
+    show_default=f"{MARGIN} below the driver's slowdown threshold, or {HOT}",
+    help="Degrees Celsius from which to warn.",
+)
 @common_options
-def detect(gpu: str | None, out: Output) -> None:
-    """The GPUs here: memory, who uses it, what each computes natively. Of a named GPU the same facts, with no
-    hardware needed; `list` shows all names.
+def detect(gpu: str | None, max_temperature: int | None, out: Output) -> None:
+    """The GPUs here: memory, who uses it, what each computes natively, temperature, power and what slows it
+    down. Of a named GPU the same facts, with no hardware needed; `list` shows all names.
 
     \b
     quant detect
@@ -43,4 +50,7 @@ def detect(gpu: str | None, out: Output) -> None:
             detection.to_dict() | {"gpus": [gpu_dict(g) for g in gpus]},
             lambda console: planning.show_detection(detection, console),
         )
+        for one in gpus:
+            for warning in one.health.warnings(max_temperature) if one.health is not None else ():
+                out.warn(f"GPU {one.index} ({one.name}): {warning}")
     out.details(planning.gpu_sources(gpus))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -200,7 +201,7 @@ job_options = together(
     click.option(
         "--dry-run",
         is_flag=True,
-        help="Check everything, predict bytes, memory and time, write nothing.",
+        help="Check everything, predict bytes, memory and time, write nothing; takes no --output-path.",
     ),
     fresh,
     click.option(
@@ -275,7 +276,7 @@ def _job(out: Output, asked: dict[str, Any], needs_layers: bool = False) -> None
     from quant.recipe import recipe_values
 
     config, dry_run = asked.pop("config"), asked.pop("dry_run")
-    values = recipe_values(config, {k.removesuffix("_"): v for k, v in given(asked).items()})
+    values = recipe_values(config, {k.removesuffix("_"): v for k, v in given(asked).items()}, not dry_run)
     if needs_layers and "layers" not in values:
         raise UsageError(
             "missing --layers: which ones to quantize, such as 0-3,7 or last:2; quant quantize takes all"
@@ -287,6 +288,10 @@ def _run(out: Output, values: dict[str, Any], dry_run: bool = False) -> None:
     from quant import jobs
     from quant.commands.render import planning, results
 
+    named = "output_path" in values
+    if not named:
+        # a dry run writes nothing; its disk is judged where such an output is most likely to go
+        values = {**values, "output_path": _free_name(values["model_path"])}
     resolved = jobs.resolve(values)
     if not isinstance(resolved, jobs.ResolvedJob):
         value = {**resolved.to_dict(), "output_path": None}
@@ -304,7 +309,21 @@ def _run(out: Output, values: dict[str, Any], dry_run: bool = False) -> None:
         else:
             report = jobs.run(plan, progress, out.outcome.command)
     if dry_run:
+        prediction |= {} if named else {"output_path": None}
         out.result(prediction, lambda console: results.prediction(console, prediction))
         return
     out.seconds = dict(report.seconds)
     out.result(report.to_dict(), lambda console: results.quantization(console, report))
+
+
+def _free_name(model_path: Any) -> Path:
+    """A directory that is not there, for the output of a job that is only tried: here, or in the temporary
+    folder where nothing can be written here."""
+    import os
+    import tempfile
+
+    here = Path.cwd() if os.access(".", os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
+    if here.resolve().is_relative_to(Path(model_path).resolve()):
+        here = Path(model_path).resolve().parent
+    name = f"{Path(model_path).resolve().name}-quantized"
+    return next(p for n in range(10_000) if not (p := here / (f"{name}-{n}" if n else name)).exists())

@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -372,6 +373,13 @@ class Report:
     quantization: Quantization | None = None
     conversion: Conversion | None = None
     provenance: Provenance = field(default_factory=Provenance)
+
+    @property
+    def serve_command(self) -> str | None:
+        """The command that serves the output, quoted for a shell; None of one that vLLM need not load."""
+        if self.quantization is not None and self.quantization.target == "other":
+            return None
+        return shlex.join(["quant-deploy", "serve", "-m", self.output_path])
 
     def to_dict(self) -> dict[str, Any]:
         """One JSON object: what is of a quantization or a conversion stands among the rest."""

@@ -4,13 +4,18 @@ there."""
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
-from tests.helpers import change_config, copy_model, files_of, read_config, short_text, weight_files
+from tests.helpers import ROOT, change_config, copy_model, files_of, read_config, short_text, weight_files
 
 FAST = ["--samples", "4", "--sequence-length", "64", "--group-size", "32"]
 
@@ -150,6 +155,41 @@ def test_a_dry_run_prints_a_prediction_and_writes_nothing(
         cli("quantize", "-m", llama, "-o", tmp_path / "out", "--method", "gptq", *FAST, *text(), "--json").out
     )
     assert made["output_bytes"] == value["output_bytes"]
+
+
+def test_a_dry_run_needs_no_output_path_and_says_that_there_is_none(
+    llama: Path, tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = ["quantize", "-m", llama, "--method", "minmax", "--group-size", "32"]
+    tried = cli(*job, "--dry-run", "--json")
+    value = json.loads(tried.out)
+    assert tried.code == 0 and value["output_path"] is None and value["output_bytes"] > 0
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.chdir(llama)  # where no output may go
+    assert cli(*job, "--dry-run").code == 0
+    assert cli(*job).code == 2  # without it nothing is made
+
+
+def test_the_last_line_serves_the_output_from_any_folder(
+    llama: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    output = tmp_path / "an [i]output[/] of mine"
+    made = cli("quantize", "-m", llama, "-o", output, "--method", "minmax", "--group-size", "32")
+    command = made.out.splitlines()[-1].partition(": ")[2]
+    assert shlex.split(command) == ["quant-deploy", "serve", "-m", str(output)]
+    assert "[i]output[/]" in made.out  # a path is no markup
+    assert shlex.split(command)[1:] == _parsed(shlex.split(command)[1:])
+
+
+def _parsed(words: list[str]) -> list[str]:
+    """A command of quant-deploy as click understands it: its name, and the model that it was given."""
+    import deploy_vllm
+
+    context = click.Context(deploy_vllm.cli)
+    name, command, rest = deploy_vllm.cli.resolve_command(context, words)
+    assert name is not None and command is not None
+    return [name, "-m", str(command.make_context(name, rest, parent=context).params["model_path"])]
 
 
 def test_progress_and_results_go_to_their_own_streams(
@@ -310,3 +350,10 @@ def test_calibration_options_that_nothing_uses_are_said(
     assert result.code == 0 and "--calibration-dataset, --samples, --sequence-length: not used" in result.err
     result = cli("quantize", *given, "-o", tmp_path / "gptq", "--method", "gptq")
     assert result.code == 0 and "not used" not in result.err
+
+
+def test_the_public_names_are_listed_without_importing_what_they_stand_for() -> None:
+    code = "import sys, quant; names = dir(quant); assert set(quant.__all__) <= set(names), names; "
+    code += "assert 'torch' not in sys.modules and 'importlib' not in names; "
+    code += "assert all(getattr(quant, n) is not None for n in quant.__all__)"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})

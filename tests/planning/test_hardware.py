@@ -15,6 +15,7 @@ import pytest
 from quant.data import load_json
 from quant.errors import QuantError, UsageError
 from quant.hardware import cpu_device, cpu_instructions, detect, gpu_names, named_gpu, resolve_gpus
+from quant.health import Health
 from quant.vllm.kernels import formats_of, has_fp8_cache, latent_block, number_formats, state_width
 
 GIB = 2**30
@@ -95,6 +96,24 @@ class FakeNvml:
         if pid == 13:
             raise NVMLError("No Permission")
         return f"/usr/bin/p{pid}"
+
+    def nvmlDeviceGetTemperature(self, board: dict[str, Any], sensor: int) -> int:
+        return board["temperature"] if sensor == 0 and "temperature" in board else self._untold()
+
+    def nvmlDeviceGetTemperatureThreshold(self, board: dict[str, Any], kind: int) -> int:
+        return board["slowdown"] if kind == 1 and "slowdown" in board else self._untold()
+
+    def nvmlDeviceGetPowerUsage(self, board: dict[str, Any]) -> int:
+        return board["power"] if "power" in board else self._untold()
+
+    def nvmlDeviceGetEnforcedPowerLimit(self, board: dict[str, Any]) -> int:
+        return 700_000 if "power" in board else self._untold()
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, board: dict[str, Any]) -> int:
+        return board["reasons"] if "reasons" in board else self._untold()
+
+    def _untold(self) -> int:
+        raise NVMLError_NotSupported("Not Supported")
 
 
 H100 = {"name": "NVIDIA H100 80GB HBM3", "total": 79.6, "used": 3, "capability": (9, 0), "uuid": "GPU-aa11"}
@@ -399,3 +418,18 @@ def test_neither_torch_nor_transformers_is_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
+
+
+def test_health_is_what_the_driver_tells_and_heat_and_throttling_are_warned_of() -> None:
+    told = {"temperature": 84, "slowdown": 87, "power": 651_300, "reasons": 0x1 | 0x4 | 0x40}
+    hot, silent, cool = detect(
+        FakeNvml({**H100, **told}, L40S, {**L40S, "temperature": 84, "reasons": 0x1}), environment={}
+    ).gpus
+    assert hot.health == Health(84, 87, 651.3, 700.0, ("the power limit", "heat (the hardware)"))
+    assert hot.to_dict()["health"]["throttled_by"] == ["the power limit", "heat (the hardware)"]
+    heat, clocks = hot.health.warnings()
+    assert "84 °C is hot (from 82, it slows down at 87)" in heat and "the power limit and heat" in clocks
+    assert silent.health is None and named_gpu("L40S").health is None
+    # without a threshold of the driver's the margin is fixed, and one that is asked for goes before both
+    assert cool.health is not None and cool.health.warnings() == [] and cool.health.throttled_by == ()
+    assert "from 80" in cool.health.warnings(80)[0] and len(hot.health.warnings(90)) == 1

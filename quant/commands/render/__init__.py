@@ -9,12 +9,13 @@ if TYPE_CHECKING:
 
 
 def table(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
-    """Two columns without a frame: what, and the value."""
+    """Two columns without a frame: what, and the value, shown as they are: a path may look like markup."""
     from rich.table import Table
+    from rich.text import Text
 
-    grid = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    grid = Table(title=Text(title), title_justify="left", show_header=False, box=None, pad_edge=False)
     grid.add_column(style="bold")
     grid.add_column(overflow="fold")
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*map(Text, row))
     console.print(grid)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from quant.hardware import Detection, Gpu
+from quant.health import Health
 from quant.planning.recommendation import UNKNOWN, Recommendation, SchemePlan
 from quant.units import format_size
 from quant.vllm.kernels import formats_of
@@ -58,6 +59,8 @@ def show_gpus(gpus: Sequence[Gpu], console: Console) -> None:
             ", ".join(by_state.get("weight-only", [])) or "nothing",
         )
         console.print(f"GPU {gpu.index}: computes natively {native}; as packed weights {packed}")
+        if gpu.health is not None:
+            console.print(f"  {_health(gpu.health)}")
         for process in gpu.processes:
             console.print(
                 f"  {format_size(process.used_bytes)} held by {process.name or 'a process'} (pid "
@@ -68,6 +71,21 @@ def show_gpus(gpus: Sequence[Gpu], console: Console) -> None:
                 f"  torch here: {format_size(gpu.torch_allocated_bytes)} allocated, "
                 f"{format_size(gpu.torch_reserved_bytes)} reserved"
             )
+
+
+def _health(health: Health) -> str:
+    parts = []
+    if health.temperature is not None:
+        slows = health.slowdown_temperature
+        parts.append(f"{health.temperature} °C" + (f" (slows down at {slows})" if slows else ""))
+    if health.power_watts is not None:
+        limit = health.power_limit_watts
+        parts.append(f"{health.power_watts:.0f} W" + (f" of {limit:.0f}" if limit else ""))
+    if health.throttled_by is not None:
+        parts.append(
+            f"held down by {' and '.join(health.throttled_by)}" if health.throttled_by else "not throttled"
+        )
+    return ", ".join(parts)
 
 
 def gpu_sources(gpus: Sequence[Gpu]) -> list[str]:

@@ -103,13 +103,18 @@ def quantization(console: Console, report: Report) -> None:
             )
         )
     rows += _checks(report.verify["checks"])
-    if job.target == "other":
+    if report.serve_command is None:
         rows.append(
             ("serve", "with another engine: this was made for --target other, and vLLM may refuse it")
         )
-    else:
-        rows.append(("serve", f"python deploy_vllm.py serve --model-path {report.output_path}"))
     table(console, "Scaled" if scaled_alone else "Quantized", rows)
+    _serve(console, report)
+
+
+def _serve(console: Console, report: Report) -> None:
+    """The last line: a command to copy, so it is in no table, where it would be broken by the width."""
+    if report.serve_command is not None:
+        console.print(f"serve it: {report.serve_command}", soft_wrap=True, markup=False)
 
 
 def prediction(console: Console, value: Mapping[str, Any]) -> None:
@@ -179,6 +184,7 @@ def export(console: Console, report: Report) -> None:
     if left:
         rows.append(("left out", "\n".join(left)))
     table(console, "Exported", rows + _checks(report.verify["checks"]))
+    _serve(console, report)
 
 
 def verification(console: Console, value: Mapping[str, Any]) -> None:
