@@ -12,11 +12,14 @@ from quant.commands.terminal import run
 
 SUBCOMMANDS = {
     "detect": "quant.commands.detect:detect",
+    "doctor": "quant.commands.doctor:doctor",
     "evaluate": "quant.commands.evaluate:evaluate",
     "export-vllm": "quant.commands.export_vllm:export_vllm",
     "inspect": "quant.commands.inspect:inspect",
     "layer-wise": "quant.commands.quantize:layer_wise",
+    "list": "quant.commands.list:list_",
     "quantize": "quant.commands.quantize:quantize",
+    "recipe": "quant.commands.recipe:recipe",
     "recommend": "quant.commands.recommend:recommend",
     "smooth": "quant.commands.quantize:smooth",
     "verify": "quant.commands.verify:verify",

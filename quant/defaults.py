@@ -1,6 +1,7 @@
 """Defaults of a job, written once and free of torch: the recipe, the methods, the engines and the command
 line's help read them here."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 SAMPLES = 128
@@ -31,3 +32,30 @@ ALPHA = 0.5
 HOST = "127.0.0.1"
 PORT = 8000
 START_TIMEOUT = 1800.0
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """What a list says of a rounding method, whose code needs torch.
+
+    Attributes:
+        calibration: whether it reads calibration text.
+        source: the paper, or empty.
+    """
+
+    about: str
+    calibration: bool
+    source: str = ""
+
+
+#: Values of ``--method``.
+METHODS = {
+    "awq": MethodRow(
+        "scales salient inputs, then rounds to nearest with searched ranges", True, "2306.00978"
+    ),
+    "fp8": MethodRow("minmax with an FP8 scheme", False),
+    "gptq": MethodRow("rounds column by column, later columns take up the error", True, "2210.17323"),
+    "hqq": MethodRow("fits zero points to a heavy-tailed error, no data", False, "Badri and Shaji 2023"),
+    "minmax": MethodRow("rounds to nearest between the extremes", False),
+    "none": MethodRow("leaves weights as they are: smoothing alone", True),
+}

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from quant.commands.types import PATH
 from quant.errors import UsageError
@@ -89,9 +90,25 @@ def the_one(path: Path | None, model_path: Path | None) -> Path:
     return chosen
 
 
+def completed(kind: str) -> Callable[..., list[CompletionItem]]:
+    """What a shell offers where a name of :data:`quant.listing.KINDS` is typed."""
+
+    def complete(ctx: click.Context, param: click.Parameter, begun: str) -> list[CompletionItem]:
+        from quant.listing import listing
+
+        return [
+            CompletionItem(item["name"], help=item["about"] or None)
+            for item in listing(kind)
+            if item["name"].lower().startswith(begun.lower())
+        ]
+
+    return complete
+
+
 gpu = click.option(
     "--gpu",
     metavar="NAME",
+    shell_complete=completed("gpus"),
     help="A GPU by name instead of those here: L40S-48GB, h100, 'RTX 3070 Ti Laptop', cpu; `quant detect "
     "--gpu list` shows all.",
 )
@@ -149,12 +166,26 @@ class _Schemes(click.Option):
 
 def scheme(default: str) -> Decorator:
     own = ", ".join(SCHEMES)
-    return click.option("--scheme", metavar="NAME", show_default=default, help=f"{own}.", cls=_Schemes)
+    return click.option(
+        "--scheme",
+        metavar="NAME",
+        show_default=default,
+        help=f"{own}.",
+        cls=_Schemes,
+        shell_complete=completed("schemes"),
+    )
 
 
 def format_(default: str) -> Decorator:
     """The command receives it as ``format_``, and where it is not given None."""
-    return click.option("--format", "format_", metavar="NAME", show_default=default, help=f"{FORMATS}.")
+    return click.option(
+        "--format",
+        "format_",
+        metavar="NAME",
+        show_default=default,
+        help=f"{FORMATS}.",
+        shell_complete=completed("formats"),
+    )
 
 
 def against(purpose: str) -> Decorator:

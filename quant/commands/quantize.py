@@ -98,6 +98,7 @@ job_options = together(
     click.option(
         "--method",
         metavar="NAME",
+        shell_complete=options.completed("methods"),
         show_default="as recommended for the GPU, or for --scheme",
         help="Rounding method: minmax, gptq, awq, hqq; fp8, which is minmax with an FP8 scheme; none, for "
         "smoothing alone.",

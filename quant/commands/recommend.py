@@ -79,7 +79,10 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command()
 @options.model_path(required=False)
 @click.option(
-    "--model", metavar="NAME", help="A model by name, where there is no checkpoint: Qwen2.5-7B-Instruct."
+    "--model",
+    metavar="NAME",
+    shell_complete=options.completed("models"),
+    help="A model by name, where there is no checkpoint: Qwen2.5-7B-Instruct.",
 )
 @options.gpu
 @click.option("--gpu-count", type=int, help="How many GPUs: all that are here, or one of a named part.")
@@ -96,7 +99,12 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="What decides among the schemes that fit: the fastest within 1 % of expected loss, the most "
     "precise, or the fastest within 4 %, for all requests or for one.",
 )
-@click.option("--scenario", metavar="NAME", help="chat, code, high-throughput, low-latency or multi-model.")
+@click.option(
+    "--scenario",
+    metavar="NAME",
+    shell_complete=options.completed("scenarios"),
+    help="chat, code, high-throughput, low-latency or multi-model.",
+)
 @common_options
 def recommend(
     model_path: Path | None, model: str | None, gpu: str | None, gpu_count: int | None,

@@ -189,6 +189,18 @@ def _second_runner(release: tuple[int, int, int], mixture: bool, architecture: s
     return release >= (0, 25, 0) and (early or not (mixture or recurrent))
 
 
+def is_planned_release(text: str) -> bool:
+    """Whether an installed vLLM is one of the release that is planned for where none is named.
+
+    >>> is_planned_release(f"{VLLM_VERSION}.1+cpu"), is_planned_release("0.6.3"), is_planned_release("dev")
+    (True, False, False)
+    """
+    try:
+        return parse_version(text)[:2] == parse_version(VLLM_VERSION)[:2]
+    except UsageError:
+        return False
+
+
 def rules_for(
     version: str = VLLM_VERSION,
     capability: tuple[int, int] | None = None,

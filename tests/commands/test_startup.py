@@ -55,6 +55,12 @@ def test_commands_that_read_files_never_import_torch(
     assert status == 0 and not packages & {"torch", "transformers", "tokenizers"}
 
 
+@pytest.mark.parametrize("kind", ["schemes", "methods", "formats", "models", "gpus", "scenarios"])
+def test_lists_never_import_torch(kind: str) -> None:
+    status, packages = imported(["list", kind, "--json"])
+    assert status == 0 and not packages & {"torch", "transformers", "tokenizers"}
+
+
 def test_importing_the_package_is_free_of_torch() -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import quant; quant.Scheme; quant.verify; "
