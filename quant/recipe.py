@@ -168,6 +168,7 @@ class Recipe(LayerSettings):
     alpha: float | Literal["auto"] | None = None
     moe_calibration: Literal["routed", "all", "blend"] = defaults.MOE_CALIBRATION
     kv_cache_scheme: Literal["fp8"] | None = None
+    keep_quantized: bool = False
     format: str = defaults.FORMAT
     target: Literal["vllm", "other"] = "vllm"
     calibration_dataset: list[Path] = []

@@ -48,7 +48,11 @@ STALE = {
     "quantize_config.json": "describes an earlier quantization",
     "quant_config.json": "describes an earlier quantization",
     "recipe.yaml": "describes an earlier quantization",
+    "hf_quant_config.json": "describes an earlier quantization",
+    "quanto_qmap.json": "describes an earlier quantization",
 }
+#: Where ModelOpt up to 0.29 says what it did, and where engines look if config.json says nothing.
+MODELOPT_CONFIG = "hf_quant_config.json"
 _SKIPPED_FOLDERS = {".git", ".cache", "__pycache__", ".huggingface"}
 #: Bytes copied at a time: a piece stays in the processor's cache between reading and writing, and its buffer
 #: is never given back to the system.
@@ -71,7 +75,9 @@ class Checkpoint:
 
     Open one with :func:`open_checkpoint`. ``read`` gives a tensor in the stored dtype, ``read_bytes`` its raw
     bytes in pieces. ``computed`` holds functions for tensors that no file stores as such: the weights of a
-    quantized checkpoint, seen dequantized.
+    quantized checkpoint, seen dequantized; ``computed_parts`` likewise, for one part of the first dimension.
+    ``origin`` is then the checkpoint as it is stored. ``quantization_file``: the side file that the
+    ``quantization_config`` in ``config`` is from; empty: config.json's own.
     """
 
     path: Path
@@ -79,6 +85,9 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str] = field(default_factory=dict)
     computed: Mapping[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
+    computed_parts: Mapping[str, Callable[[int], torch.Tensor]] = field(default_factory=dict)
+    origin: Checkpoint | None = None
+    quantization_file: str = ""
 
     def info(self, name: str) -> TensorInfo:
         try:
@@ -87,8 +96,14 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: has no tensor {name!r}") from None
 
     def read_bytes(self, name: str, chunk: int = CHUNK) -> Iterator[bytes]:
-        """The tensor's bytes in pieces of at most ``chunk``."""
+        """The tensor's bytes in pieces of at most ``chunk``.
+
+        Raises:
+            CheckpointError: no file holds them.
+        """
         info = self.info(name)
+        if name in self.computed:
+            raise CheckpointError(f"{self.path}: {name} is computed from quantized tensors, it has no bytes")
         try:
             with info.file.open("rb", buffering=0) as stream:
                 stream.seek(info.start)
@@ -140,6 +155,8 @@ class Checkpoint:
 
         from quant.checkpoint.dtypes import TORCH
 
+        if name in self.computed_parts:
+            return self.computed_parts[name](index)
         if name in self.computed:
             return self.computed[name]()[index].clone()
         info = self.info(name)
@@ -164,6 +181,10 @@ class Checkpoint:
 
         from quant.checkpoint.dtypes import TORCH
 
+        if name in self.computed_parts:
+            for index in range(self.info(name).shape[0]):
+                yield self.computed_parts[name](index).unsqueeze(0)
+            return
         if name in self.computed:
             yield from self.computed[name]().split(rows)
             return
@@ -199,15 +220,18 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.tensors.values())
+        """Bytes of the tensors as they are stored."""
+        return sum(t.nbytes for t in (self.origin or self).tensors.values())
 
     @cached_property
     def dtype(self) -> str:
-        """The dtype that most floating-point elements are stored in, as the header names it."""
+        """The dtype that most floating-point elements are stored in, as the header names it; computed ones
+        do not count where there are others."""
         from quant.checkpoint.header import FLOATS
 
         counts: dict[str, int] = {}
-        for t in self.tensors.values():
+        stored = [t for t in self.tensors.values() if t.name not in self.computed]
+        for t in stored or self.tensors.values():
             if t.dtype in FLOATS:
                 counts[t.dtype] = counts.get(t.dtype, 0) + t.numel
         return max(counts, key=lambda d: counts[d]) if counts else "F32"
@@ -349,6 +373,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not (path / "config.json").exists():
         raise CheckpointError(f"{path}: has no config.json: give the folder of a Hugging Face checkpoint")
     config = read_json(path / "config.json", "the config")
+    stated = _side_quantization(path) if config.get("quantization_config") is None else None
+    if stated is not None:
+        config = {**config, "quantization_config": stated}
     weight_map: dict[str, str] = {}
     if (path / INDEX).exists():
         weight_map = _weight_map(path)
@@ -393,4 +420,28 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             f"{path / INDEX}: says tensor {missing[0]!r} is in {weight_map[missing[0]]}, which does not "
             "hold it"
         )
-    return Checkpoint(path, config, tensors, metadata)
+    return Checkpoint(
+        path, config, tensors, metadata, quantization_file="" if stated is None else MODELOPT_CONFIG
+    )
+
+
+def _side_quantization(path: Path) -> dict[str, Any] | None:
+    """The ``quantization_config`` that ModelOpt's side file stands for, in the words of config.json; None
+    where there is no such file, or where it says that weights are as they were.
+
+    Source: vLLM 0.32 `transformers_utils/config.py::get_config`, `quantization/modelopt.py::from_config`.
+    """
+    file = path / MODELOPT_CONFIG
+    if not file.is_file():
+        return None
+    value = read_json(file, "ModelOpt's quantization config")
+    stated = value.get("quantization", value)
+    if not isinstance(stated, dict):
+        raise CheckpointError(
+            f"{file}: quantization is not an object but {str(stated)[:60]!r}: fetch it again, or remove it "
+            "where the weights are not quantized"
+        )
+    if not stated.get("quant_algo"):
+        return None
+    rest = {k: v for k, v in stated.items() if k != "exclude_modules"}
+    return {**rest, "quant_method": "modelopt", "ignore": stated.get("exclude_modules") or []}

@@ -194,6 +194,12 @@ job_options = together(
         multiple=True,
         help="Leave these unquantized: a glob, or re: and a regular expression; repeatable.",
     ),
+    click.option(
+        "--keep-quantized",
+        is_flag=True,
+        help="Of a source that is quantized already: carry its codes over where --format can hold them, but "
+        "those of --layers.",
+    ),
     click.option("--config", type=PATH, help="Recipe (YAML); options on the command line win."),
     options.device,
     options.tensor_parallel(1),

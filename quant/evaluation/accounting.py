@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quant.checkpoint.reader import STALE, Checkpoint, SideFile
-from quant.formats import FormatRegistry, QuantizedLayers
+from quant.formats import QuantizedLayers
 from quant.formats.reading import dequantized
 from quant.models.linears import LinearRef, fused_tensors
 from quant.report.value import Report, TensorsAccount
@@ -63,11 +63,7 @@ def source_problems(
     source = dequantized(source)
     fused = fused_tensors(source.tensors, source.config)
     apart = {name: refs for name, refs in fused.items() if name not in checkpoint.tensors}
-    own = (
-        {s.name for x in linears.values() for s in FormatRegistry.get(layers.format).specs(x, "BF16")}
-        if layers
-        else set()
-    )
+    own = {s.name for x in linears.values() for s in layers.form.specs(x, "BF16")} if layers else set()
     for name, info in source.tensors.items():
         module = name.removesuffix(".weight")
         if module in linears and name.endswith(".weight"):

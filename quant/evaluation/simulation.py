@@ -13,7 +13,7 @@ from torch import nn
 from quant.checkpoint.reader import Checkpoint
 from quant.errors import CheckpointError
 from quant.formats import QuantizedLayers
-from quant.formats.base import FormatRegistry, find_format
+from quant.formats.base import find_format
 from quant.formats.reading import read_linear
 from quant.models.attention import observed_attention
 from quant.models.binding import BlockLinear
@@ -133,8 +133,7 @@ class Simulation:
         assert scheme is not None and self._found is not None
         if not scheme.calibrated:
             return None
-        form = FormatRegistry.get(self._found.format)
-        numbers = read_linear(form, self._found, self._checkpoint, linear.name).inputs
+        numbers = read_linear(self._found.form, self._found, self._checkpoint, linear.name).inputs
         wanted = (
             ("global_scale",)
             if scheme.strategy == "tensor_group"

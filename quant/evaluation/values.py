@@ -13,7 +13,7 @@ from pathlib import Path
 from quant.checkpoint.header import FLOATS, TensorInfo
 from quant.checkpoint.reader import Checkpoint
 from quant.errors import QuantError
-from quant.formats import FormatRegistry, QuantizedLayers
+from quant.formats import QuantizedLayers
 from quant.formats.base import ValueCheck
 from quant.vllm.cache import CACHE_SCALES
 from quant.vllm.layers import Linear
@@ -108,7 +108,7 @@ def _whole_check(info: TensorInfo, layers: QuantizedLayers | None, target: str) 
     linear = _linear_of(info.name, layers)
     if linear is None or layers is None:
         return None
-    form, last = FormatRegistry.get(layers.format), info.name.rpartition(".")[2]
+    form, last = layers.form, info.name.rpartition(".")[2]
     if form.parts.get(last) == "group_index" and target == "vllm":
         return _natural_order(linear)
     check = form.value_check(linear, last, layers.options) if last in form.parts else None
@@ -139,7 +139,7 @@ def _check_of_numbers(
     last = info.name.rpartition(".")[2]
     role = None
     if layers is not None and _linear_of(info.name, layers) is not None:
-        role = FormatRegistry.get(layers.format).parts.get(last)
+        role = layers.form.parts.get(last)
     single = role in ("global_scale", "inputs") or last in CACHE_SCALES
     multiplier = role == "scales" or single
     if info.dtype == "U8" and multiplier:

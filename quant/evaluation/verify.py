@@ -18,17 +18,21 @@ from quant.errors import CheckpointError, QuantError
 from quant.evaluation.accounting import copied_tensors, noted_tensors, side_file_problems, source_problems
 from quant.evaluation.agreement import file_problems
 from quant.evaluation.values import scan_values
-from quant.formats import Format, FormatRegistry, QuantizedLayers, find_format
+from quant.formats import Format, QuantizedLayers, find_format
 from quant.formats.base import config_problems
+from quant.formats.legacy import repaired
 from quant.models.linears import built_linears
 from quant.models.roles import role_of
 from quant.report.value import Report
 from quant.vllm.cache import cache_problems
 from quant.vllm.config import heads_of, parts, quantization_config, stated, stated_dtype, text_path
 from quant.vllm.layers import fused_layers, is_head, shape_problems, shared_name
+from quant.vllm.names import unread_spellings
 
 #: Findings of one check that are said; more are counted.
 _MOST = 5
+#: Floats that vLLM turns into one another as it loads; a power of two stays what it is.
+_TURNED = {*WIDE_FLOATS, "F8_E8M0"}
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ def verify(
             shape_problems(built, tensor_parallel, heads_of(checkpoint.config)),
             f"heads and shapes divide for {tensor_parallel} rank(s)",
         )
-    origin = None if source is None else open_checkpoint(source)
+    origin = None if source is None else repaired(open_checkpoint(source))[0]
     made_here = changed is not None or made is not None
     noted = noted_tensors(checkpoint.path)
     changed, made = noted["folded"] if changed is None else changed, noted["added"] if made is None else made
@@ -153,7 +157,7 @@ def verify(
 
 def _check_layers(result: Verification, checkpoint: Checkpoint, layers: QuantizedLayers, target: str) -> None:
     """The checks that only a quantized checkpoint has."""
-    form, linears = FormatRegistry.get(layers.format), list(layers.linears.values())
+    form, linears = layers.form, list(layers.linears.values())
     dtype = stated_dtype(checkpoint.config) or ""
     result.add(
         "quantized layers",
@@ -212,7 +216,8 @@ def _refusals(checkpoint: Checkpoint, layers: QuantizedLayers, form: Format) -> 
     refused = list(dict.fromkeys(reason for s in schemes if (reason := form.refuse(s, "vllm"))))
     try:
         config = quantization_config(checkpoint.config) or {}
-        return refused + config_problems(config, layers, _members(checkpoint, layers))
+        unread = unread_spellings(str(checkpoint.config.get("model_type")), layers.stored)
+        return refused + unread + config_problems(config, layers, _members(checkpoint, layers))
     except CheckpointError as error:
         return [*refused, str(error)]
 
@@ -230,8 +235,15 @@ def _members(checkpoint: Checkpoint, layers: QuantizedLayers) -> dict[str, list[
 def _layer_problems(checkpoint: Checkpoint, layers: QuantizedLayers, form: Format, dtype: str) -> list[str]:
     problems = []
     optional = tuple(f".{last}" for last in form.lasts("group_index"))  # natural order needs none
-    if not layers.linears:
-        problems.append("the config says quantized, but no tensor is")
+    if not layers.linears and not layers.stacks:
+        where = checkpoint.quantization_file
+        problems.append(
+            f"{where} says quantized, but no tensor is: vLLM reads that file and would look for scales: "
+            "remove it"
+            if where
+            else "the config says quantized, but no tensor is: vLLM would look for scales: remove its "
+            "quantization_config, or fetch the checkpoint again"
+        )
     for linear in layers.linears.values():
         try:
             specs = form.specs(linear, dtype or checkpoint.tensors[next(iter(checkpoint.tensors))].dtype)
@@ -239,21 +251,28 @@ def _layer_problems(checkpoint: Checkpoint, layers: QuantizedLayers, form: Forma
             problems.append(f"{linear.name}: {error}")
             continue
         for spec in specs:
-            info = checkpoint.tensors.get(spec.name)
+            name = layers.tensor(spec.name)
+            info = checkpoint.tensors.get(name)
             if info is None:
                 if not spec.name.endswith(optional):
-                    problems.append(f"{spec.name} is missing")
-            elif info.shape != spec.shape:
-                problems.append(f"{spec.name} has shape {info.shape}, the contract is {spec.shape}")
+                    problems.append(f"{name} is missing")
+            elif not _same_shape(info.shape, spec.shape):
+                problems.append(f"{name} has shape {info.shape}, the contract is {spec.shape}")
             # vLLM turns floats into one another as it loads
-            elif info.dtype != spec.dtype and not {info.dtype, spec.dtype} <= set(WIDE_FLOATS):
-                problems.append(f"{spec.name} is {info.dtype}, the contract is {spec.dtype}")
+            elif info.dtype != spec.dtype and not {info.dtype, spec.dtype} <= _TURNED:
+                problems.append(f"{name} is {info.dtype}, the contract is {spec.dtype}")
         if f"{linear.name}.weight" in checkpoint.tensors and f"{linear.name}.weight" not in {
             s.name for s in specs
         }:
             problems.append(f"{linear.name}.weight is left beside its quantized form")
         problems += form.problems(linear)
     return problems
+
+
+def _same_shape(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether vLLM loads a tensor of one shape into a parameter of the other: one number has two of them
+    (`parameter.py::PerTensorScaleParameter`, `_assert_and_load`)."""
+    return shape == wanted or (wanted == (1,) and shape == ())
 
 
 def _rounded_scales(checkpoint: Checkpoint, layers: QuantizedLayers, form: Format, dtype: str) -> str:
@@ -292,7 +311,8 @@ def _differing(checkpoint: Checkpoint, layers: QuantizedLayers, lasts: Sequence[
     problems = []
     for names in members.values():
         for last in lasts:
-            tensors = [f"{n}.{last}" for n in names if f"{n}.{last}" in checkpoint.tensors]
+            stored = (layers.tensor(f"{n}.{last}") for n in names)
+            tensors = [t for t in stored if t in checkpoint.tensors]
             if len({b"".join(checkpoint.read_bytes(t)) for t in tensors}) > 1:
                 shards = ", ".join(n.rpartition(".")[2] for n in names)
                 problems.append(f"{names[0].rpartition('.')[0]}: {shards} differ in {last}")

@@ -61,6 +61,7 @@ REVERSED = (0, 4, 1, 5, 2, 6, 3, 7)
 class AWQ(Format):
     name = "awq"
     quant_method = "awq"
+    also = frozenset({"auto-awq", "awq-marlin"})
     parts: ClassVar[Mapping[str, Role]] = {"qweight": "codes", "qzeros": "zeros", "scales": "scales"}
     own_keys = frozenset({"w_bit", "zero_point"})
 

@@ -14,13 +14,14 @@ from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
 from quant.errors import CheckpointError, QuantError, clipped
 from quant.registry import Registry, lacks
-from quant.schemes import Scheme
-from quant.vllm.config import quantization_config
+from quant.schemes import Scheme, WeightScheme
+from quant.vllm.config import quantization_config, source_method
 from quant.vllm.layers import Linear, is_head
 
 if TYPE_CHECKING:
     import torch
 
+    from quant.checkpoint.reader import Checkpoint
     from quant.tensors import QuantizedTensor
 
 #: What a tensor of a linear holds: the fields of :class:`quant.tensors.QuantizedTensor`, and the weight's
@@ -33,15 +34,60 @@ _NAMED = 5
 
 
 @dataclass(frozen=True)
+class Stack:
+    """A matrix of every expert of a layer, quantized as one tensor.
+
+    Attributes:
+        name: of the tensor that it is in an ordinary checkpoint of the family.
+        shape: of that one, [E, …].
+        weights: its numbers.
+        tensors: of the file that it is made of.
+        read: values of one expert, fp32 of ``shape[1:]``.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    weights: WeightScheme
+    tensors: tuple[str, ...]
+    read: Callable[[Checkpoint, int], torch.Tensor]
+
+
+@dataclass(frozen=True)
 class QuantizedLayers:
     """What a checkpoint says of itself: its quantized linears by name, and the format that wrote them.
 
-    ``options`` holds what the format needs to read tensors back (GPTQ's zero-point convention, for one).
+    Attributes:
+        format: its name.
+        linears: by name.
+        options: what the format needs to read tensors back (GPTQ's zero-point convention, for one).
+        stored: tensors whose names differ from the format's own → the names that the file has.
+        stacks: experts that are quantized as one tensor, by the name of the tensor that each stands for.
     """
 
     format: str
     linears: Mapping[str, Linear]
     options: Mapping[str, Any]
+    stored: Mapping[str, str] = field(default_factory=dict)
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
+
+    @property
+    def form(self) -> Format:
+        """The format itself."""
+        return format_of(self.format)
+
+    def tensor(self, name: str) -> str:
+        """The file's name of a tensor, from the format's own."""
+        return self.stored.get(name, name)
+
+    @property
+    def schemes(self) -> dict[str, int]:
+        """How many matrices have which numbers, in words."""
+        counts: dict[str, int] = {}
+        for linear in self.linears.values():
+            counts[str(linear.weights)] = counts.get(str(linear.weights), 0) + 1
+        for stack in self.stacks.values():
+            counts[str(stack.weights)] = counts.get(str(stack.weights), 0) + stack.shape[0]
+        return counts
 
 
 @dataclass(frozen=True)
@@ -71,6 +117,7 @@ class Format(ABC):
         name: what ``--format`` is given.
         quant_method: vLLM's word for it in ``quantization_config``, or None where the result is an ordinary
             checkpoint.
+        also: other words for it.
         parts: the tensors of a linear ``P``, by the last part of their names (``P.qweight``: ``qweight``),
             and what each holds. Readers take these and no others for a part of the linear.
         config_file: a second place for ``quantization_config`` that older readers of the format look in.
@@ -83,6 +130,7 @@ class Format(ABC):
 
     name: ClassVar[str]
     quant_method: ClassVar[str | None]
+    also: ClassVar[frozenset[str]] = frozenset()
     parts: ClassVar[Mapping[str, Role]]
     config_file: ClassVar[str | None] = None
     own_keys: ClassVar[frozenset[str]] = frozenset()
@@ -153,6 +201,32 @@ class Format(ABC):
     def lasts(self, *roles: Role) -> tuple[str, ...]:
         """Last parts of the names of the tensors that have one of these roles."""
         return tuple(last for last, role in self.parts.items() if role in roles)
+
+
+class ForeignFormat(Format):
+    """A format of other programs: read, never written."""
+
+    def refuse(self, scheme: Scheme, target: str) -> str | None:
+        return None
+
+    def pack(self, linear: Linear, tensor: QuantizedTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        raise AssertionError(f"{self.name} is read, not written")
+
+    def config(self, contents: Contents) -> dict[str, Any] | None:
+        raise AssertionError(f"{self.name} is read, not written")
+
+
+#: Formats that are read alone, by name.
+FOREIGN: dict[str, ForeignFormat] = {}
+
+
+def format_of(name: str) -> Format:
+    """The format that read a checkpoint.
+
+    Raises:
+        UsageError: no such format.
+    """
+    return FOREIGN[name] if name in FOREIGN else FormatRegistry.get(name)
 
 
 def _no_format(entry: Any) -> str | None:
@@ -254,24 +328,35 @@ def _understood(method: str) -> Iterator[None]:
         ) from error
 
 
+class UnreadMethod(CheckpointError):
+    """A ``quant_method`` that is not read here, which says nothing of whether an engine serves it."""
+
+    def __init__(self, method: str):
+        self.method = method
+        entries = [*FormatRegistry, *FOREIGN.values()]
+        readable = ", ".join(sorted(f.name for f in entries if f.quant_method))
+        super().__init__(
+            f"the checkpoint is quantized as quant_method {method!r}, which is not read here; read are "
+            f"{readable}: start from the original, or from a checkpoint in one of these"
+        )
+
+
 def find_format(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> QuantizedLayers | None:
     """The format of a checkpoint and its quantized linears, or None where it is not quantized.
 
     Raises:
+        UnreadMethod: no format here has its quant_method.
         CheckpointError: quantized in a way this build does not read.
     """
     quantization = quantization_config(config)
     if quantization is None:
         return None
-    method = str(quantization.get("quant_method", "")).lower().replace("_", "-")
-    for entry in FormatRegistry:
-        if entry.quant_method is not None and entry.quant_method == method:
+    method = source_method(quantization) or ""
+    for entry in [*FormatRegistry, *FOREIGN.values()]:
+        if entry.quant_method is not None and method in {entry.quant_method, *entry.also}:
             with _understood(method):
                 return entry.find(quantization, tensors)
-    readable = ", ".join(sorted(f.quant_method for f in FormatRegistry if f.quant_method))
-    raise CheckpointError(
-        f"the checkpoint is quantized as quant_method {method!r}, which is not read here; read are {readable}"
-    )
+    raise UnreadMethod(method)
 
 
 def config_problems(
@@ -283,7 +368,7 @@ def config_problems(
         CheckpointError: the config cannot be understood.
     """
     with _understood(layers.format):
-        return FormatRegistry.get(layers.format).config_problems(config, layers, members)
+        return layers.form.config_problems(config, layers, members)
 
 
 def head_problems(config: Mapping[str, Any], layers: QuantizedLayers) -> list[str]:

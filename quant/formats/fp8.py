@@ -5,10 +5,12 @@ Contract read from vLLM 0.32 (`quantization/fp8.py::Fp8Config, Fp8LinearMethod`,
 
 ======================  ==================  ==================================================================
 ``P.weight``            float8_e4m3fn       [N, K]
-``P.weight_scale_inv``  fp32 (bf16 read)    [⌈N/128⌉, ⌈K/128⌉] with ``weight_block_size``: a multiplier
+``P.weight_scale_inv``  fp32                [⌈N/128⌉, ⌈K/128⌉] with ``weight_block_size``: a multiplier
 ``P.weight_scale``      fp32                [1] (or a scalar), without
 ``P.input_scale``       fp32                [1], with ``activation_scheme`` static
 ======================  ==================  ==================================================================
+
+Read are other spellings, dtypes and block sizes as well: see :mod:`quant.formats.scaled`.
 
 A file holds one scheme. Linears left alone are listed by their whole names: vLLM compares them exactly. It
 never quantizes the output head. Scales of an FP8 KV cache are read from such a file, but its config has no
@@ -30,9 +32,8 @@ from quant.formats.base import (
     QuantizedLayers,
     Role,
     names_listed,
-    require,
-    suffixed,
 )
+from quant.formats.scaled import INPUT_SCALES, multipliers, scaled_matrices, spelled, stacks
 from quant.schemes import BLOCK, PRESETS, ActivationScheme, Scheme, WeightScheme
 from quant.vllm.layers import Linear, is_head
 
@@ -43,17 +44,16 @@ if TYPE_CHECKING:
 
 _BLOCKS, _TENSOR = PRESETS["fp8-block"], PRESETS["w8a8-fp8-tensor"]
 _STATIC = ActivationScheme(8, "float", "tensor", dynamic=False)
-#: Header dtypes of a multiplier that widen to vLLM's fp32 exactly.
-_MULTIPLIERS = ("F32", "BF16", "F16")
 
 
 def _scale_name(scheme: WeightScheme) -> str:
-    return "weight_scale_inv" if scheme.strategy == "block" else "weight_scale"
+    return "weight_scale_inv" if scheme.strategy in ("block", "group") else "weight_scale"
 
 
 class Fp8(Format):
     name = "fp8"
     quant_method = "fp8"
+    also = frozenset({"deepseek-v4-fp8"})
     parts: ClassVar[Mapping[str, Role]] = {
         "weight": "codes",
         "weight_scale": "scales",
@@ -135,14 +135,14 @@ class Fp8(Format):
         from quant.tensors import InputParameters, QuantizedTensor
 
         name, scheme = linear.name, linear.weights
-        scales = tensors[f"{name}.{_scale_name(scheme)}"].float()
         given = tensors.get(f"{name}.input_scale")
         inputs = (
             None
             if given is None or linear.activations != _STATIC
             else InputParameters(scale=given.float().reshape(1))
         )
-        scales = scales.reshape(1, 1) if scheme.strategy == "tensor" else scales
+        stored, rows = tensors[f"{name}.{_scale_name(scheme)}"], options.get("block", (BLOCK, BLOCK))[0]
+        scales = multipliers(stored, scheme, linear.n, linear.k, rows)
         return QuantizedTensor(tensors[f"{name}.weight"], scales, None, scheme, inputs=inputs)
 
     def config(self, contents: Contents) -> dict[str, Any]:
@@ -164,34 +164,30 @@ class Fp8(Format):
         block, activations = config.get("weight_block_size"), config.get("activation_scheme")
         for key in ("ignored_layers", "modules_to_not_convert"):
             names_listed(config, key)
-        if block is not None and list(block) != [BLOCK, BLOCK]:
-            raise CheckpointError(
-                f"fp8 weight_block_size {block} is not read here; read are {BLOCK} × {BLOCK}, and one scale "
-                "a tensor"
-            )
+        sides = None if block is None else (int(block[0]), int(block[1]))
+        if sides is not None and min(sides) < 1:
+            raise CheckpointError(f"fp8 weight_block_size is {block}: rows and columns of a block are needed")
         if activations not in ("dynamic", "static") or (block is not None and activations == "static"):
             raise CheckpointError(
                 f"fp8 activation_scheme is {activations!r}{' with blocks' if block else ''}: it is dynamic, "
                 "or static with one scale a tensor"
             )
-        scheme = (_TENSOR if block is None else _BLOCKS).weights
-        inputs = _STATIC if activations == "static" else (_TENSOR if block is None else _BLOCKS).activations
-        coded = [n for n in suffixed(tensors, ".weight") if tensors[f"{n}.weight"].dtype == "F8_E4M3"]
-        require(tensors, coded, _scale_name(scheme))
-        linears = {}
-        for name in coded:
-            weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.{_scale_name(scheme)}"]
-            if len(weight.shape) != 2:
-                raise CheckpointError(f"{name}: weight is {weight.shape}: read are [N, K]")
-            n, k = weight.shape
-            wanted = ((), (1,), (1, 1)) if block is None else (scheme.scale_shape(n, k),)
-            if scale.dtype not in _MULTIPLIERS or scale.shape not in wanted:
+        row = _TENSOR if block is None else _BLOCKS
+        inputs = _STATIC if activations == "static" else row.activations
+        linears, stored = {}, {}
+        for x in scaled_matrices(tensors, _scale_name(row.weights), sides):
+            if x.weights.strategy == "group" and x.k % x.weights.group_size:
                 raise CheckpointError(
-                    f"{scale.name} is {scale.dtype} {scale.shape}, the contract for a weight {weight.shape} "
-                    f"is {' or '.join(_MULTIPLIERS)} {wanted[-1]}"
+                    f"{x.name}: {x.k} inputs do not divide into the blocks of {x.weights.group_size} that "
+                    f"weight_block_size states; ragged ones are read of {BLOCK} × {BLOCK} alone"
                 )
-            linears[name] = Linear(name, n, k, scheme, inputs)
-        return QuantizedLayers(self.name, linears, {})
+            linears[x.name] = Linear(x.name, x.n, x.k, x.weights, inputs)
+            stored[f"{x.name}.{_scale_name(x.weights)}"] = x.scale
+            if (number := spelled(tensors, x.name, INPUT_SCALES)) is not None:
+                stored[f"{x.name}.input_scale"] = number
+        stored = {own: name for own, name in stored.items() if own != name}
+        options = {} if sides in (None, (BLOCK, BLOCK)) else {"block": sides}
+        return QuantizedLayers(self.name, linears, options, stored, stacks(tensors, sides))
 
 
 FormatRegistry.add(Fp8.name, Fp8())

@@ -70,6 +70,7 @@ def dynamic_rule(config: Mapping[str, Any], name: str) -> Mapping[str, Any] | No
 class GPTQ(Format):
     name = "gptq"
     quant_method = "gptq"
+    also = frozenset({"auto-gptq", "gptq-marlin"})
     parts: ClassVar[Mapping[str, Role]] = {
         "qweight": "codes",
         "qzeros": "zeros",

@@ -65,7 +65,7 @@ def repaired(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
 def lacking(checkpoint: Checkpoint, layers: QuantizedLayers, inputs: bool = True) -> list[str]:
     """Quantized linears without a tensor that their scheme asks for, a line for each kind of tensor;
     ``inputs``: calibrated numbers of their inputs count too."""
-    form = FormatRegistry.get(layers.format)
+    form = layers.form
     optional = form.lasts("group_index", "shape", *(() if inputs else ("inputs",)))
     wanted = [
         (x.name, s.name.removeprefix(f"{x.name}."))
@@ -75,7 +75,7 @@ def lacking(checkpoint: Checkpoint, layers: QuantizedLayers, inputs: bool = True
     return missing_tensors(
         (name, last)
         for name, last in wanted
-        if last not in optional and f"{name}.{last}" not in checkpoint.tensors
+        if last not in optional and layers.tensor(f"{name}.{last}") not in checkpoint.tensors
     )
 
 

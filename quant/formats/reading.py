@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
+from math import prod
 from typing import TYPE_CHECKING
 
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.reader import Checkpoint
 from quant.errors import CheckpointError
-from quant.formats import FormatRegistry
-from quant.formats.base import Format, QuantizedLayers, find_format
+from quant.formats.base import Format, QuantizedLayers, Stack, find_format
 from quant.vllm.cache import cache_scale
 from quant.vllm.config import without_quantization
 from quant.vllm.layers import Linear
@@ -31,13 +32,13 @@ def read_linear(form: Format, layers: QuantizedLayers, checkpoint: Checkpoint, n
 
     linear = layers.linears[name]
     held = (f"{name}.{last}" for last in form.parts)
-    tensors = {t: checkpoint.read(t) for t in held if t in checkpoint.tensors}
+    tensors = {t: checkpoint.read(layers.tensor(t)) for t in held if layers.tensor(t) in checkpoint.tensors}
     try:
         tensor = form.unpack(linear, tensors, layers.options)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError) as error:
-        raise _unfitting(checkpoint, linear, tensors) from error
+        raise _unfitting(checkpoint, layers, linear, tensors) from error
     scheme, scales, order = tensor.scheme, tensor.scales, tensor.group_index
     kinds = {"U8": (torch.uint8,), "F8_E4M3": (torch.float8_e4m3fn,)}.get(
         scheme.scales, (torch.bfloat16, torch.float16, torch.float32)
@@ -52,15 +53,16 @@ def read_linear(form: Format, layers: QuantizedLayers, checkpoint: Checkpoint, n
         )
     )
     if not fits:
-        raise _unfitting(checkpoint, linear, tensors)
+        raise _unfitting(checkpoint, layers, linear, tensors)
     return tensor
 
 
 def _unfitting(
-    checkpoint: Checkpoint, linear: Linear, tensors: Mapping[str, torch.Tensor]
+    checkpoint: Checkpoint, layers: QuantizedLayers, linear: Linear, tensors: Mapping[str, torch.Tensor]
 ) -> CheckpointError:
     held = ", ".join(
-        f"{n.rpartition('.')[2]} {checkpoint.info(n).dtype} {list(t.shape)}" for n, t in tensors.items()
+        f"{n.rpartition('.')[2]} {checkpoint.info(layers.tensor(n)).dtype} {list(t.shape)}"
+        for n, t in tensors.items()
     )
     return CheckpointError(
         f"{checkpoint.path}: {linear.name}: its tensors do not make a [{linear.n}, {linear.k}] weight of "
@@ -69,27 +71,67 @@ def _unfitting(
     )
 
 
-def dequantized(checkpoint: Checkpoint) -> Checkpoint:
-    """A quantized checkpoint seen as an ordinary one: its linears have fp32 ``weight`` tensors, computed when
-    read. Others are returned as they are."""
-    layers = find_format(checkpoint.config, checkpoint.tensors)
+def quantized_tensors(checkpoint: Checkpoint, layers: QuantizedLayers) -> dict[str, str]:
+    """The tensors of a file that belong to a quantized matrix, and the tensor of an ordinary checkpoint that
+    each is a part of."""
+    owners = {name: f"{own.rpartition('.')[0]}.weight" for own, name in layers.stored.items()}
+    owners |= {name: stack.name for stack in layers.stacks.values() for name in stack.tensors}
+    for name in checkpoint.tensors:
+        module, _, last = name.rpartition(".")
+        if module in layers.linears and (last in layers.form.parts or last == "weight"):
+            owners[name] = f"{module}.weight"
+    return owners
+
+
+def dequantized(checkpoint: Checkpoint, layers: QuantizedLayers | None = None) -> Checkpoint:
+    """A quantized checkpoint seen as an ordinary one: its matrices are fp32 tensors of the names that they
+    have there, computed when they are read, experts one at a time. Others are returned as they are.
+
+    Args:
+        layers: what :func:`quant.formats.find_format` says of it; None: it is asked.
+
+    Raises:
+        CheckpointError: quantized in a way that is not read here.
+    """
+    layers = layers or find_format(checkpoint.config, checkpoint.tensors)
     if layers is None:
         return checkpoint
-    form = FormatRegistry.get(layers.format)
-    config = without_quantization(checkpoint.config)
-    tensors, computed = {}, {}
+    form, found = layers.form, layers
+    tensors: dict[str, TensorInfo] = {}
+    computed: dict[str, Callable[[], torch.Tensor]] = {}
+    parts: dict[str, Callable[[int], torch.Tensor]] = {}
+    owners = quantized_tensors(checkpoint, layers)
     for name, info in checkpoint.tensors.items():
-        module, _, last = name.rpartition(".")
         if cache_scale(name) is not None:
             continue  # numbers of the engine's KV cache: no part of the model
-        if module not in layers.linears or (last not in form.parts and last != "weight"):
+        whole = owners.get(name)
+        if whole is None:
             tensors[name] = info
-        elif f"{module}.weight" not in computed:
-            linear = layers.linears[module]
-            tensors[f"{module}.weight"] = TensorInfo(
-                f"{module}.weight", "F32", (linear.n, linear.k), info.file, 0, 4 * linear.n * linear.k
-            )
-            computed[f"{module}.weight"] = lambda module=module: read_linear(
-                form, layers, checkpoint, module
-            ).dequantize()
-    return replace(checkpoint, config=config, tensors=tensors, computed=computed)
+        elif whole not in computed:
+            if (stack := layers.stacks.get(whole)) is not None:
+                shape: tuple[int, ...] = stack.shape
+                parts[whole] = partial(stack.read, checkpoint)
+                computed[whole] = partial(_stacked, stack, checkpoint)
+            else:
+                linear = layers.linears[whole.removesuffix(".weight")]
+                shape = linear.n, linear.k
+                computed[whole] = partial(_values, form, found, checkpoint, linear.name)
+            tensors[whole] = TensorInfo(whole, "F32", shape, info.file, 0, 4 * prod(shape))
+    return replace(
+        checkpoint,
+        config=without_quantization(checkpoint.config),
+        tensors=tensors,
+        computed=computed,
+        computed_parts=parts,
+        origin=checkpoint,
+    )
+
+
+def _values(form: Format, layers: QuantizedLayers, checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    return read_linear(form, layers, checkpoint, name).dequantize()
+
+
+def _stacked(stack: Stack, checkpoint: Checkpoint) -> torch.Tensor:
+    import torch
+
+    return torch.stack([stack.read(checkpoint, e) for e in range(stack.shape[0])])

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from quant import defaults
 from quant.checkpoint.reader import Checkpoint
 from quant.errors import QuantError, clipped
 from quant.evaluation.agreement import file_problems
@@ -14,12 +15,12 @@ from quant.formats import Format, FormatRegistry
 from quant.models.roles import block_of
 from quant.models.support import layout_problem
 from quant.pipeline.methods import make_suppressor, takes_alpha
+from quant.pipeline.source import QuantizedSource
 from quant.planning.target import target_problems
 from quant.quantizers import QuantizerRegistry
 from quant.recipe import Assignment, Recipe
-from quant.schemes import UNQUANTIZED
+from quant.schemes import UNQUANTIZED, Scheme
 from quant.units import format_size
-from quant.vllm.config import quantization_config
 from quant.vllm.layers import Linear, fused_layers
 
 
@@ -58,7 +59,13 @@ def assignment_problems(recipe: Recipe, assignments: Sequence[Assignment], form:
     return problems
 
 
-def source_problems(checkpoint: Checkpoint) -> list[str]:
+def source_problems(checkpoint: Checkpoint, source: QuantizedSource | None, recipe: Recipe) -> list[str]:
+    """What stands against a source, whatever is to be made of it.
+
+    Args:
+        checkpoint: with the values of its weights.
+        source: what it was, where it is quantized already.
+    """
     problems = []
     architectures = checkpoint.config.get("architectures")
     if not isinstance(architectures, list) or not architectures:
@@ -79,13 +86,38 @@ def source_problems(checkpoint: Checkpoint) -> list[str]:
         problems.append(
             f"{checkpoint.info(empty[0]).file}: {empty[0]} is empty: the source is damaged, fetch it again"
         )
-    quantization = quantization_config(checkpoint.config)
-    if quantization is not None:
-        method = quantization.get("quant_method", "unknown")
+    if source is not None and recipe.backend != defaults.ENGINE:
         problems.append(
-            f"{checkpoint.path}: is already quantized ({method}): quantize the original, or turn it into "
-            "plain weights first with quant export-vllm --format plain"
+            f"{checkpoint.path}: is already quantized ({source.method}), which {recipe.backend} does not "
+            "read: use --backend native, or turn it into plain weights first with quant export-vllm "
+            "--format plain"
         )
+    if source is None and recipe.keep_quantized:
+        problems.append(
+            f"{checkpoint.path}: is not quantized, so there is nothing to keep: leave --keep-quantized out"
+        )
+    return problems
+
+
+def kept_problems(
+    recipe: Recipe, schemes: Collection[Scheme], kept: Collection[Assignment], form: Format
+) -> list[str]:
+    """What stands against codes that are carried over: the file that holds them beside others, and the GPU.
+
+    Args:
+        schemes: of everything that the file will hold.
+    """
+    if not kept:
+        return []
+    problems = []
+    if not form.together(schemes):
+        problems.append(
+            f"--keep-quantized: the file would hold {' and '.join(sorted(map(str, schemes)))}; a {form.name} "
+            "file holds one scheme: use --format compressed-tensors, or leave --keep-quantized out"
+        )
+    if recipe.target == "vllm":
+        for scheme in dict.fromkeys(a.scheme for a in kept):
+            problems += target_problems(scheme, form.name, recipe.gpu, recipe.vllm_version)
     return problems
 
 

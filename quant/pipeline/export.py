@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from quant import defaults
 from quant.checkpoint.dtypes import TORCH
 from quant.checkpoint.journal import WorkFolder
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
@@ -16,7 +17,7 @@ from quant.errors import CheckpointError, Problems, UsageError, VerificationFail
 from quant.evaluation.agreement import file_problems
 from quant.evaluation.verify import verify
 from quant.formats import Contents, Format, FormatRegistry, QuantizedLayers, find_format
-from quant.formats.base import IncompleteCheckpoint
+from quant.formats.base import FOREIGN, IncompleteCheckpoint
 from quant.formats.legacy import lacking, repaired
 from quant.formats.reading import dequantized, read_linear
 from quant.models.linears import built_linears
@@ -24,6 +25,7 @@ from quant.models.roles import block_of
 from quant.pipeline.checks import check_disk, output_problems
 from quant.pipeline.layout import lay_out, unquantized_linears
 from quant.pipeline.memory import peak_rss
+from quant.pipeline.source import as_read, carried
 from quant.pipeline.writing import write_rest, write_unit
 from quant.progress import Event, Progress, silent
 from quant.quantizers.nearest import round_to_nearest
@@ -83,8 +85,15 @@ def export(
         if problems:
             raise Problems([*problems, str(error)]) from error
         raise
+    if layers is not None and not layers.linears and not layers.stacks:
+        repairs.append(
+            f"{checkpoint.quantization_file or 'quantization_config'} left out: no tensor is quantized"
+        )
+        checkpoint, layers = replace(dequantized(checkpoint, layers), origin=None), None
     problems += [f"{checkpoint.path}: {line}" for line in file_problems(checkpoint, layers)]
-    form = FormatRegistry.get(format_name or (layers.format if layers else "plain"))
+    own = layers.format if layers else "plain"
+    # a format of other programs is not written: what it holds goes into the one that holds most
+    form = FormatRegistry.get(format_name or (defaults.FORMAT if own in FOREIGN else own))
     if layers is None and form.quant_method is not None:
         raise UsageError(
             f"{model_path}: is not quantized: quant quantize makes a {form.name} checkpoint of it"
@@ -99,6 +108,11 @@ def export(
             problems += wrong
         if form.quant_method is not None:
             problems += _problems(linears.values(), form, target)
+            problems += [
+                f"{stack.name}: experts in one tensor are carried over into no format written here: quant "
+                "quantize -m rounds them anew, --format plain keeps their values"
+                for stack in list(layers.stacks.values())[:1]
+            ]
     if tensor_parallel > 1:
         problems += _parallel_problems(checkpoint, linears, form, tensor_parallel)
     scheme = (quantization_config(checkpoint.config) or {}).get("kv_cache_scheme")
@@ -140,7 +154,7 @@ def export(
 
     def produce(name: str) -> QuantizedTensor:
         assert layers is not None
-        tensor = read_linear(FormatRegistry.get(layers.format), layers, checkpoint, name)
+        tensor = read_linear(layers.form, layers, checkpoint, name)
         if form.quant_method is None:
             return tensor
         if tensor.group_index is not None and not form.keeps_order(target):
@@ -149,20 +163,16 @@ def export(
             noise = (tensor.dequantize() - value).square().sum()
             requantized[name] = round(float(10 * (value.square().sum() / noise).log10()), 2)
             return tensor
-        if linears[name].weights.scales == "model":
-            scales = tensor.scales.to(TORCH[dtype])
-            if not bool((scales.float() == tensor.scales.float()).all()):
-                changed.append(name)
-            tensor = replace(tensor, scales=scales)
-        if linears[name].weights.symmetric:
-            tensor = replace(tensor, zeros=None, scheme=linears[name].weights)
+        tensor, rounded = carried(tensor, linears[name], TORCH[dtype])
+        if rounded:
+            changed.append(name)
         return tensor
 
     work = WorkFolder(output.absolute(), {"export": str(checkpoint.path), "format": form.name}, fresh=True)
     try:
         for number, unit in enumerate(units):
-            carried = {s.name: checkpoint.read(caches[s.name]) for s in unit.made}
-            files = write_unit(unit, work.path, plain, form, linears, {}, dtype, produce, carried)
+            scales = {s.name: checkpoint.read(caches[s.name]) for s in unit.made}
+            files = write_unit(unit, work.path, plain, form, linears, {}, dtype, produce, scales)
             work.finish_unit(unit.name, files, {})
             progress(Event("export", number + 1, len(units)))
         dropped = write_rest(
@@ -222,32 +232,17 @@ def _as_read(
 ) -> tuple[dict[str, Linear], bool, list[str]]:
     """The linears with what only their tensors tell (symmetry, order); whether any has groups in activation
     order that are kept; and what stands against reading them."""
-    problems: dict[str, None] = {}
-    linears = dict(layers.linears)
-    shifted = ordered = False
-    for name, linear in layers.linears.items():
-        try:
-            tensor = read_linear(FormatRegistry.get(layers.format), layers, checkpoint, name)
-        except CheckpointError as error:
-            problems[str(error)] = None
-            continue
-        linears[name] = replace(linear, weights=tensor.scheme)
-        shifted = shifted or (tensor.zeros is not None and bool(tensor.zeros.any()))
-        if tensor.group_index is None:
-            continue
-        if form.keeps_order(target):
-            ordered = True
-        elif not requantize:
-            problems[
-                "the groups are in activation order (g_idx is not k // group_size), which vLLM has no path "
-                "for: --requantize rounds those linears anew "
-                "(the report says what that costs), --format plain keeps their values; best is to quantize "
-                "the original again with --act-order static"
-            ] = None
-    # AWQ files always have zero points: those of symmetric weights are all in the middle
-    if not shifted:
-        linears = {n: replace(x, weights=replace(x.weights, symmetric=True)) for n, x in linears.items()}
-    return linears, ordered, list(problems)
+    linears, ordered, unread = as_read(checkpoint, layers, layers.linears)
+    problems = list(dict.fromkeys(unread.values()))
+    kept = bool(ordered) and form.keeps_order(target)
+    if ordered and not kept and not requantize:
+        problems.append(
+            "the groups are in activation order (g_idx is not k // group_size), which vLLM has no path "
+            "for: --requantize rounds those linears anew "
+            "(the report says what that costs), --format plain keeps their values; best is to quantize "
+            "the original again with --act-order static"
+        )
+    return linears, kept, problems
 
 
 def _problems(linears: Collection[Linear], form: Format, target: str) -> list[str]:
@@ -258,7 +253,9 @@ def _problems(linears: Collection[Linear], form: Format, target: str) -> list[st
             problems[f"{linear.weights} in format {form.name}: {reason}"] = None
         problems.update(dict.fromkeys(form.problems(linear)))
     for problem in shape_problems(linears):
-        problems[f"{problem}. That takes the original; --format plain keeps this checkpoint's values"] = None
+        problems[
+            f"{problem}. quant quantize makes that of this checkpoint, --format plain keeps its values"
+        ] = None
     if not form.together({x.scheme for x in linears}):
         problems[
             f"the linears have several schemes; a {form.name} file of ours holds one: use --format "
@@ -287,8 +284,8 @@ def _left_out(
         for n in sorted(caches)
     ]
     if form.quant_method is None and layers is not None:
-        numbers = FormatRegistry.get(layers.format).lasts("inputs")
-        names = (f"{n}.{x}" for n in layers.linears for x in numbers)
+        numbers = layers.form.lasts("inputs")
+        names = (layers.tensor(f"{n}.{x}") for n in layers.linears for x in numbers)
         left += [
             {"tensor": n, "reason": f"a {form.name} checkpoint leaves activations as they are"}
             for n in names

@@ -28,6 +28,7 @@ class OutputTensor:
         part: of the source's tensor of another name, of which it is a copy.
         linears: quantized linears whose values replace parts of the source's tensor of this name, in a plain
             file that keeps the source's layout.
+        rounded: the values of a tensor that the source stores quantized, rounded once.
     """
 
     spec: TensorSpec
@@ -35,11 +36,13 @@ class OutputTensor:
     made: bool = False
     part: Slice | None = None
     linears: tuple[str, ...] = ()
+    rounded: bool = False
 
     @property
     def copied(self) -> bool:
         """Whether it is the source's tensor of that name, byte for byte unless scaling is folded in."""
-        return self.linear is None and not self.made and self.part is None and not self.linears
+        made_anew = self.made or self.rounded or bool(self.linears)
+        return self.linear is None and not made_anew and self.part is None
 
 
 @dataclass(frozen=True)
@@ -86,18 +89,20 @@ def lay_out(
     members: dict[int | None, list[OutputTensor]] = {None: []}
     for name in sorted(checkpoint.tensors, key=lambda n: (block_of(n) is None, block_of(n) or 0, n)):
         info = checkpoint.tensors[name]
+        rounded = name in checkpoint.computed
+        stored = dtype if rounded else info.dtype
         module = name.removesuffix(".weight")
         entry = members.setdefault(block_of(name), [])
         held = fused.get(name, [])
         if name.endswith(".weight") and module in linears:
             entry += [OutputTensor(spec, module) for spec in form.specs(linears[module], dtype)]
         elif not any(ref.name in linears for ref in held):
-            entry.append(OutputTensor(TensorSpec(name, info.dtype, info.shape)))
+            entry.append(OutputTensor(TensorSpec(name, stored, info.shape), rounded=rounded))
         elif form.quant_method is None:
             kept = () if held[0].tensor != name else tuple(ref.name for ref in held if ref.name in linears)
-            entry.append(OutputTensor(TensorSpec(name, info.dtype, info.shape), linears=kept))
+            entry.append(OutputTensor(TensorSpec(name, stored, info.shape), linears=kept, rounded=rounded))
         else:
-            entry += _unfused(name, info.dtype, held, linears, form, dtype)
+            entry += _unfused(name, stored, held, linears, form, dtype)
     for index, specs in (made or {}).items():
         members.setdefault(index, []).extend(OutputTensor(spec, made=True) for spec in specs)
     pieces: list[tuple[int | None, list[list[OutputTensor]]]] = []

@@ -17,6 +17,7 @@ import torch
 from quant import defaults
 from quant.calibration.statistics import gram_for
 from quant.calibration.text import Rows
+from quant.checkpoint.dtypes import TORCH
 from quant.checkpoint.header import read_header
 from quant.checkpoint.journal import WorkFolder
 from quant.checkpoint.reader import Checkpoint
@@ -38,6 +39,7 @@ from quant.pipeline.pieces import PieceQuantizer
 from quant.pipeline.plan import JobPlan
 from quant.pipeline.records import Clock, Records
 from quant.pipeline.rows import job_rows, tell_notes
+from quant.pipeline.source import carried
 from quant.pipeline.staged import computed, run_block
 from quant.pipeline.writing import write_rest, write_unit
 from quant.progress import Event, Progress, silent
@@ -46,6 +48,7 @@ from quant.tensors import QuantizedTensor
 from quant.units import format_seconds
 from quant.vllm.arguments import engine_arguments, vllm_config
 from quant.vllm.cache import KV_CACHE
+from quant.vllm.config import without_quantization
 
 #: Tokens of one batch: large enough for full speed of the matrix products, small enough that a batch's
 #: activations are few.
@@ -103,6 +106,8 @@ class QuantizationManager:
             QuantError: with finished work kept for the next run of the same command.
         """
         start = time.perf_counter()
+        for note in self.plan.notes:
+            self.progress(Event("plan", message=note, warning=True))
         rows, skeleton = self.prepare() if self.needs else (None, None)
         if rows is None and (unused := sorted(CALIBRATION & self.plan.recipe.model_fields_set)):
             named = ", ".join(f"--{k.replace('_', '-')}" for k in unused)
@@ -342,6 +347,9 @@ class QuantizationManager:
         quantized now."""
 
         def produce(name: str) -> QuantizedTensor:
+            if (source := plan.source) is not None and name in plan.kept:
+                stored = read_linear(source.layers.form, source.layers, source.checkpoint, name)
+                return carried(stored, plan.kept[name], TORCH[plan.dtype])[0]
             return made.linears.pop(name) if name in made.linears else self.pieces.quantize(name)
 
         plan = self.plan
@@ -350,7 +358,7 @@ class QuantizationManager:
             work.path,
             plan.checkpoint,
             plan.format,
-            plan.linears,
+            plan.written,
             plan.refs,
             plan.dtype,
             produce,
@@ -361,7 +369,8 @@ class QuantizationManager:
 
     def _finish_unit(self, unit: Unit, work: WorkFolder, files: Mapping[Path, str]) -> None:
         """Puts a unit whose files are written and synced into the journal."""
-        names = sorted({t.linear for s in unit.shards for t in s.tensors if t.linear})
+        written = {t.linear for s in unit.shards for t in s.tensors if t.linear is not None}
+        names = sorted(written & set(self.plan.linears))
         work.finish_unit(unit.name, files, self.records.of(unit.name, names))
 
     def _finish(self, work: WorkFolder, rows: Rows | None, start: float) -> Report:
@@ -425,7 +434,10 @@ class QuantizationManager:
                     copied=tuple(n for n in plan.copied if n not in set(changed)),
                     folded=tuple(changed),
                     added=tuple(made),
+                    kept=tuple(f"{n}.weight" for n in plan.kept),
+                    dropped=tuple(plan.source.dropped) if plan.source else (),
                 ),
+                source=plan.source_summary,
                 folds=self.records.folds,
                 experts=self.records.experts,
                 unquantized_linears=tuple(plan.unquantized),
@@ -468,10 +480,10 @@ def worker_count(threads: int) -> int:
 
 def output_config(plan: JobPlan, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The source's config.json with the format's ``quantization_config``; ``settings``: the methods'."""
-    config = dict(plan.checkpoint.config)
+    config = without_quantization(plan.checkpoint.config)
     cache = KV_CACHE if plan.recipe.kv_cache_scheme else None
     quantization = plan.format.config(
-        Contents(list(plan.linears.values()), plan.unquantized, cache, settings)
+        Contents(list(plan.written.values()), plan.unquantized, cache, settings)
     )
     if quantization is not None:
         if plan.recipe.target == "other" and any(plan.format.refuse(s, "vllm") for s in plan.schemes):

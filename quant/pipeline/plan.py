@@ -4,13 +4,13 @@ once."""
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from quant.calibration.files import empty_texts
-from quant.checkpoint.reader import Checkpoint, open_checkpoint
+from quant.checkpoint.reader import Checkpoint
 from quant.checkpoint.writer import TensorSpec
-from quant.errors import Problems, UsageError
+from quant.errors import CheckpointError, Problems, UsageError
 from quant.formats import Format, FormatRegistry
 from quant.models.account import DecoderWeight, account, decoder_matrices, rest_problems
 from quant.models.linears import LinearRef, built_linears, decoder_refs
@@ -20,6 +20,7 @@ from quant.pipeline.checks import (
     assignment_problems,
     check_disk,
     fused_problems,
+    kept_problems,
     output_problems,
     source_problems,
     unlabelled_problems,
@@ -27,6 +28,7 @@ from quant.pipeline.checks import (
 from quant.pipeline.layout import Unit, lay_out, unquantized_linears
 from quant.pipeline.methods import calibrated, make_quantizer, suppressor_of
 from quant.pipeline.selection import matches, select, selected
+from quant.pipeline.source import QuantizedSource, keep_notes, keepable, read_source
 from quant.recipe import Assignment, Recipe
 from quant.schemes import Scheme
 from quant.vllm.cache import CACHE_PROJECTIONS
@@ -43,6 +45,9 @@ class JobPlan:
     Attributes:
         refs: every linear of the decoder's blocks, quantized or not, and where the source stores it.
         linears: those that are quantized; ``assignments`` says how.
+        kept: linears of a quantized source whose codes are carried over.
+        source: what the source was, where it is quantized already; ``checkpoint`` then has its values.
+        notes: what else is to be said of the source.
         unquantized: linears of any part of the model that stay as they are.
         dtype: header name of the dtype that scales, and plain weights, are stored in.
     """
@@ -56,6 +61,22 @@ class JobPlan:
     unquantized: tuple[str, ...]
     units: tuple[Unit, ...]
     dtype: str
+    kept: Mapping[str, Linear] = field(default_factory=dict)
+    source: QuantizedSource | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def written(self) -> dict[str, Linear]:
+        """The linears that the output holds quantized, those carried over included."""
+        return {**self.linears, **self.kept}
+
+    @property
+    def source_summary(self) -> dict[str, Any] | None:
+        """What the source was, where it is quantized already, and what becomes of its matrices."""
+        if self.source is None:
+            return None
+        taken = {self.refs[n].tensor for n in self.linears}
+        return self.source.summary(taken, self.kept) | {"notes": list(self.notes)}
 
     @property
     def schemes(self) -> list[Scheme]:
@@ -79,7 +100,7 @@ class JobPlan:
     @property
     def weights(self) -> list[DecoderWeight]:
         """Every matrix of the decoder and what becomes of it."""
-        return account(self.checkpoint.tensors, self.checkpoint.config, self.refs, self.linears)
+        return account(self.checkpoint.tensors, self.checkpoint.config, self.refs, self.written)
 
     @property
     def bits_per_weight(self) -> float:
@@ -91,7 +112,7 @@ class JobPlan:
             for u in self.units
             for s in u.shards
             for t in s.tensors
-            if t.linear is not None
+            if t.linear in self.refs
             or t.spec.name in matrices
             or (t.part is not None and t.part.tensor in matrices)
         )
@@ -113,6 +134,7 @@ class JobPlan:
             "method": self.recipe.method,
             "scheme": self.scheme_dict(),
             "format": self.format.name,
+            "source_quantization": self.source_summary,
             "linears": len(self.linears),
             "unquantized_linears": list(self.unquantized),
             "bits_per_weight": self.bits_per_weight,
@@ -138,9 +160,13 @@ def plan_job(recipe: Recipe) -> JobPlan:
     """
     # a wrong name or option is a mistake of the request, whatever else is wrong
     make_quantizer(recipe.assignment(recipe.method))
-    checkpoint = open_checkpoint(recipe.model_path)
-    problems = source_problems(checkpoint) + output_problems(recipe.model_path, recipe.output_path)
     form = FormatRegistry.get(recipe.format)
+    problems = output_problems(recipe.model_path, recipe.output_path)
+    try:
+        checkpoint, source, notes = read_source(recipe.model_path)
+    except CheckpointError as error:
+        raise Problems([str(error), *problems]) if problems else error from None
+    problems = source_problems(checkpoint, source, recipe) + problems
     dtype = checkpoint.dtype
     if dtype not in ("BF16", "F16", "F32"):
         problems.append(
@@ -157,7 +183,21 @@ def plan_job(recipe: Recipe) -> JobPlan:
             "tensors (names such as model.layers.0.….weight)"
         )
         raise Problems(problems)
-    assignments, mistakes = assign(recipe, everything, block_count(checkpoint), _other(checkpoint, refs))
+    kept, why_not = _kept(recipe, source, everything, block_count(checkpoint), form)
+    notes += why_not
+    if kept and not set(everything) - set(kept):
+        problems.append(
+            f"{checkpoint.path}: --keep-quantized leaves nothing to quantize, all {len(kept)} linears are "
+            "quantized already: name with --layers what to round anew; quant export-vllm alone turns the "
+            "file into another format"
+        )
+        raise Problems(problems)
+    assignments, mistakes = assign(
+        recipe,
+        [n for n in everything if n not in kept],
+        block_count(checkpoint),
+        [*_other(checkpoint, refs), *kept],
+    )
     problems += mistakes
     linears = {}
     for name, assignment in assignments.items():
@@ -165,14 +205,17 @@ def plan_job(recipe: Recipe) -> JobPlan:
         linears[name] = Linear(name, ref.n, ref.k, assignment.scheme.weights, assignment.scheme.activations)
     different = list(dict.fromkeys(assignments.values())) or [recipe.assignment(recipe.method)]
     problems += assignment_problems(recipe, different, form)
-    built = built_linears(checkpoint.tensors, checkpoint.config, linears)
+    written = {**linears, **kept}
+    carried_over = {n: Assignment("kept", x.scheme) for n, x in kept.items()}
+    problems += kept_problems(recipe, {x.scheme for x in written.values()}, carried_over.values(), form)
+    built = built_linears(checkpoint.tensors, checkpoint.config, written)
     problems += shape_problems(built, recipe.tensor_parallel, heads_of(checkpoint.config))
     if not any("do not divide" in p for p in problems):
         problems += [p for linear in linears.values() for p in form.problems(linear)][:8]
     if recipe.target == "vllm" and not mistakes:  # linears of a rule with a mistake are missing
-        problems += fused_problems(linears, assignments, everything, form)
+        problems += fused_problems(written, {**assignments, **carried_over}, everything, form)
         if form.quant_method is not None:
-            problems += expert_problems(str(text_config(checkpoint.config).get("model_type")), linears)
+            problems += expert_problems(str(text_config(checkpoint.config).get("model_type")), written)
     if recipe.calibration_dataset and any(calibrated(recipe, a) for a in different):
         problems += empty_texts(recipe.calibration_dataset)
     caches = kv_scales(checkpoint, everything) if recipe.kv_cache_scheme else {}
@@ -188,7 +231,7 @@ def plan_job(recipe: Recipe) -> JobPlan:
             "leave --kv-cache-scheme out"
         )
     # of others no shapes are known
-    fitting = [] if any("do not divide" in p for p in problems) else linears.values()
+    fitting = [] if any("do not divide" in p for p in problems) else written.values()
     made = [s.name for x in fitting for s in form.specs(x, dtype)] + [
         s.name for specs in caches.values() for s in specs
     ]
@@ -196,14 +239,41 @@ def plan_job(recipe: Recipe) -> JobPlan:
         account(checkpoint.tensors, checkpoint.config, refs, refs, _named(recipe.ignore, checkpoint)),
         checkpoint.tensors,
     )
-    problems += unlabelled_problems(checkpoint, made, set(linears))
+    problems += unlabelled_problems(checkpoint, made, set(written))
     if problems:
         raise Problems(list(dict.fromkeys(problems)), exit_code=2 if mistakes else 1)
-    unquantized = tuple(unquantized_linears(checkpoint, linears, refs))
-    units = lay_out(checkpoint, linears, form, dtype, caches, refs)
-    plan = JobPlan(recipe, checkpoint, form, refs, linears, assignments, unquantized, units, dtype)
+    unquantized = tuple(unquantized_linears(checkpoint, written, refs))
+    units = lay_out(checkpoint, written, form, dtype, caches, refs)
+    plan = JobPlan(
+        recipe,
+        checkpoint,
+        form,
+        refs,
+        linears,
+        assignments,
+        unquantized,
+        units,
+        dtype,
+        kept,
+        source,
+        tuple(notes),
+    )
     check_disk(recipe.output_path, plan.output_bytes + plan.copied_bytes)
     return plan
+
+
+def _kept(
+    recipe: Recipe, source: QuantizedSource | None, everything: Sequence[str], blocks: int, form: Format
+) -> tuple[dict[str, Linear], list[str]]:
+    """Linears of a quantized source whose codes are carried over: all that the format can hold, but those
+    that ``--layers`` names; and why others are not."""
+    if not recipe.keep_quantized or source is None:
+        return {}, []
+    wanted = set(source.layers.linears)
+    if recipe.layers is not None:
+        wanted -= set(selected(everything, recipe.layers, recipe.ignore, blocks)[0])
+    kept, refused = keepable(source, sorted(wanted), form, recipe.target)
+    return {n: kept[n] for n in source.layers.linears if n in kept}, keep_notes(refused)
 
 
 def _other(checkpoint: Checkpoint, refs: Mapping[str, LinearRef]) -> list[str]:

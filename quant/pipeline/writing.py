@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from quant.vllm.arguments import Argument, vllm_config
 from quant.vllm.layers import Linear
 
 VLLM_CONFIG = "vllm_config.json"
+#: Elements that are rounded at a time.
+_PIECE = 1 << 22
 
 
 def write_unit(
@@ -63,13 +66,17 @@ def write_unit(
                 writer.write(name, packed.pop(name))
 
         def write_other(tensor: OutputTensor, writer: ShardWriter) -> None:
-            name = tensor.spec.name
+            name, wanted = tensor.spec.name, TORCH[tensor.spec.dtype]
             if tensor.linears:
-                writer.write_pieces(name, _refused(source, name, [refs[n] for n in tensor.linears], produce))
+                held = [refs[n] for n in tensor.linears]
+                writer.write_pieces(name, _refused(source, name, held, produce, wanted))
             elif tensor.part is not None:
-                writer.write(name, tensor.part.read(source))
+                writer.write(name, tensor.part.read(source).to(wanted))
             elif changed and name in changed:
                 writer.write(name, changed[name])
+            elif tensor.rounded:
+                pieces = source.read_rows(name, max(1, _PIECE // max(1, prod(tensor.spec.shape[1:]))))
+                writer.write_pieces(name, (_bytes(p.to(wanted)) for p in pieces))
             else:
                 writer.write_pieces(name, source.read_bytes(name))
 
@@ -85,7 +92,11 @@ def write_unit(
 
 
 def _refused(
-    source: Checkpoint, name: str, refs: Iterable[LinearRef], produce: Callable[[str], QuantizedTensor]
+    source: Checkpoint,
+    name: str,
+    refs: Iterable[LinearRef],
+    produce: Callable[[str], QuantizedTensor],
+    dtype: torch.dtype,
 ) -> Iterator[bytes]:
     """The bytes of a fused tensor in the source's layout, with the values of quantized linears in their
     places; one expert at a time."""
@@ -93,10 +104,14 @@ def _refused(
     for ref in refs:
         by_expert.setdefault(ref.weight.expert or 0, []).append(ref)
     for expert in range(source.info(name).shape[0]):
-        slab = source.read_index(name, expert)
+        slab = source.read_index(name, expert).to(dtype).contiguous()
         for ref in by_expert.get(expert, []):
             replace(ref.weight, expert=None).view(slab).copy_(produce(ref.name).dequantize())
-        yield slab.view(torch.uint8).numpy().tobytes()
+        yield _bytes(slab)
+
+
+def _bytes(value: torch.Tensor) -> bytes:
+    return value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _do(jobs: Sequence[Callable[[], None]], workers: Executor | None) -> None:

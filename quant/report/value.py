@@ -143,12 +143,14 @@ class FoldResult:
 @dataclass(frozen=True)
 class TensorsAccount:
     """What became of every tensor of the source: names of those that were quantized, copied byte for byte,
-    had scaling folded into them, or were left out; and of those that were added."""
+    had scaling folded into them, were carried over with the codes that they have in a quantized source, or
+    were left out; and of those that were added."""
 
     quantized: tuple[str, ...] = ()
     copied: tuple[str, ...] = ()
     folded: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, list[str]]:
@@ -177,6 +179,9 @@ class Quantization:
             :func:`quant.pipeline.experts.coverage` has it.
         unquantized_linears: of the decoder, and the head.
         function: how far the output's logits are from the source's, of a job that only scales.
+        source: what the source was, where it is quantized already (``quant_method``, ``format``,
+            ``schemes``), and what became of its matrices (``rounded_anew``, ``kept``, ``dequantized``); or
+            None.
         backend: name, Python, versions and notes of the library that quantized; None of our own methods.
         scratch_bytes, peak_gpu_bytes: the scratch file's largest size, and the GPU's largest memory.
     """
@@ -194,6 +199,7 @@ class Quantization:
     experts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     unquantized_linears: tuple[str, ...] = ()
     function: Mapping[str, Any] | None = None
+    source: Mapping[str, Any] | None = None
     backend: Mapping[str, Any] | None = None
     scratch_bytes: int = 0
     peak_gpu_bytes: int = 0
@@ -219,6 +225,7 @@ class Quantization:
             "experts": {k: dict(c) for k, c in self.experts.items()},
             "unquantized_linears": list(self.unquantized_linears),
             "function": None if self.function is None else dict(self.function),
+            "source": None if self.source is None else dict(self.source),
             "scratch_bytes": self.scratch_bytes,
             "peak_gpu_bytes": self.peak_gpu_bytes,
         }
@@ -243,6 +250,7 @@ class Quantization:
             experts={k: _mapping(c) for k, c in _mapping(value.get("experts")).items()},
             unquantized_linears=_texts(value.get("unquantized_linears")),
             function=_mapping(value.get("function")) or None,
+            source=_mapping(value.get("source")) or None,
             backend=_mapping(value.get("backend")) or None,
             scratch_bytes=_integer(value.get("scratch_bytes")),
             peak_gpu_bytes=_integer(value.get("peak_gpu_bytes")),

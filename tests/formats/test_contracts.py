@@ -310,7 +310,8 @@ def test_compressed_tensors_says_which_side_does_not_fill_words(
 HOSTILE: list[tuple[str, Any, str]] = [
     ("not an object", "gptq", "quantization_config is not an object"),
     ("an unknown method", {"quant_method": "exl2"},
-    r"quantized as quant_method 'exl2', which is not read here; read are awq, compressed-tensors, fp8, gptq"),
+    r"quantized as quant_method 'exl2', which is not read here; read are awq, compressed-tensors, "
+    "fbgemm_fp8, fp8, gptq, modelopt, mxfp4: start from"),
     ("no method", {"bits": 4}, "quantized as quant_method"),
     ("no groups", {"quant_method": "compressed-tensors"}, "no config_groups"),
     ("groups that are numbers", {"quant_method": "compressed-tensors", "config_groups": {"a": 3}},

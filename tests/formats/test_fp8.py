@@ -145,7 +145,8 @@ def test_the_three_forms_are_taken_and_weights_alone_are_not() -> None:
 @pytest.mark.parametrize(
     ("config", "lost", "message"),
     [
-        (DEEPSEEK | {"weight_block_size": [64, 64]}, "", r"weight_block_size \[64, 64\] is not read here"),
+        (DEEPSEEK | {"weight_block_size": [64, 64]}, "", r"\(200, 384\) is .* \(4, 6\)"),
+        (DEEPSEEK | {"weight_block_size": [0, 64]}, "", r"weight_block_size is \[0, 64\]: rows and columns"),
         (DEEPSEEK | {"activation_scheme": "static"}, "", "activation_scheme is 'static' with blocks"),
         (DEEPSEEK | {"activation_scheme": None}, "", "activation_scheme is None"),
         (DEEPSEEK | {"weight_block_size": 128}, "", "cannot be understood"),
@@ -157,7 +158,7 @@ def test_the_three_forms_are_taken_and_weights_alone_are_not() -> None:
         (
             {"quant_method": "fp8", "activation_scheme": "static"},
             "",
-            "has no tensor 'model.layers.0.self_attn.q_proj.weight_scale'",
+            r"weight_scale_inv is F32 \(2, 3\), the contract for a weight \(200, 384\) is .* \(1,\)",
         ),
     ],
 )

@@ -253,7 +253,7 @@ def test_files_of_llm_compressor_become_plain_ones(preset: str, tmp_path: Path) 
 def test_blocks_that_vllm_cannot_load_are_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(
         Problems,
-        match="64 inputs do not divide into groups of 128.*--format plain keeps this checkpoint's values",
+        match="64 inputs do not divide into groups of 128.*--format plain keeps its values",
     ):
         export(PEERS / "llmc-fp8_block", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

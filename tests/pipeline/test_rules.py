@@ -200,12 +200,12 @@ def test_mistakes_of_rules_are_listed_with_all_other_problems(llama: Path, tmp_p
     assert refused.value.exit_code == 2
 
 
-def test_a_wrong_layers_is_listed_with_a_source_that_is_already_quantized(
-    quantized: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_wrong_layers_is_listed_with_an_output_that_is_there(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
     with pytest.raises(Problems) as refused:
-        plan_job(recipe(quantized(layers="0"), tmp_path / "out", layers="9"))
-    assert len(refused.value.problems) == 2 and "is already quantized" in refused.value.problems[0]
+        plan_job(recipe(llama, tmp_path / "out", layers="9"))
+    assert len(refused.value.problems) == 2 and "is not empty" in refused.value.problems[0]
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,27 @@ def _worst(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def _source(source: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What the source was, where it is quantized already, and what that costs."""
+    if source is None:
+        return []
+    schemes = ", ".join(f"{n} × {s}" for s, n in source["schemes"].items())
+    lines = [f"already quantized: {source['quant_method']}, {schemes}"]
+    if source["rounded_anew"]:
+        lines.append(
+            f"{source['rounded_anew']} of its tensors are rounded a second time: errors are against its "
+            "values, and what these lost against their own source comes on top"
+        )
+    if source["kept"]:
+        lines.append(f"{len(source['kept'])} linears keep its codes")
+    if wide := source["dequantized"]:
+        lines.append(
+            f"{len(wide)} of its tensors are stored in 16 bits now: {', '.join(wide[:_WORST])}"
+            f"{', …' if len(wide) > _WORST else ''}; --keep-quantized leaves them as they are"
+        )
+    return [("source", "\n".join([*lines, *source.get("notes", [])]))]
+
+
 def quantization(console: Console, report: Report) -> None:
     """The last lines of ``quant quantize``: what was made, how well, what went otherwise."""
     job = report.quantization
@@ -53,6 +74,7 @@ def quantization(console: Console, report: Report) -> None:
             f"{job.bits_per_weight} bits per weight",
         ),
         ("size", f"{format_size(report.source_bytes)} → {format_size(report.output_bytes)}"),
+        *_source(job.source),
         ("time", format_seconds(report.seconds["total"])),
         (
             "peak memory",
@@ -131,6 +153,7 @@ def prediction(console: Console, value: Mapping[str, Any]) -> None:
                 f"{format_size(value['source_bytes'])}), {format_size(value['side_files_bytes'])} of side "
                 "files",
             ),
+            *_source(value.get("source_quantization")),
             *_cost(value),
         ],
     )

@@ -1,0 +1,83 @@
+"""gpt-oss' own MXFP4: the experts of a layer as two tensors, everything else as it was.
+
+``Q_blocks`` uint8 [E, rows, G, 16]: E2M1 codes of 32 values, the even one in the low half of a byte;
+``Q_scales`` uint8 [E, rows, G]: exponent + 127. In an ordinary checkpoint of the family they are ``Q``
+[E, 32·G, rows]. Source: transformers 5 `integrations/mxfp4.py::convert_moe_packed_tensors`; the numbers are
+those of OCP Microscaling Formats 1.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from quant.checkpoint.header import TensorInfo
+from quant.checkpoint.writer import TensorSpec
+from quant.errors import CheckpointError
+from quant.formats.base import FOREIGN, ForeignFormat, QuantizedLayers, Role, Stack
+from quant.schemes import PRESETS
+from quant.vllm.layers import Linear
+
+if TYPE_CHECKING:
+    import torch
+
+    from quant.checkpoint.reader import Checkpoint
+    from quant.tensors import QuantizedTensor
+
+_WEIGHTS = PRESETS["mxfp4a16"].weights
+
+
+class Mxfp4(ForeignFormat):
+    name = "mxfp4"
+    quant_method = "mxfp4"
+    also = frozenset({"gpt-oss-mxfp4"})
+    #: it has no linears of their own
+    parts: ClassVar[Mapping[str, Role]] = {}
+
+    def specs(self, linear: Linear, dtype: str) -> list[TensorSpec]:
+        raise AssertionError("an MXFP4 checkpoint has stacks of experts, no linears")
+
+    def unpack(
+        self, linear: Linear, tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any]
+    ) -> QuantizedTensor:
+        raise AssertionError("an MXFP4 checkpoint has stacks of experts, no linears")
+
+    def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> QuantizedLayers:
+        found = {}
+        for name, blocks in tensors.items():
+            if not name.endswith("_blocks") or blocks.dtype != "U8":
+                continue
+            stem = name.removesuffix("_blocks")
+            scales = tensors.get(f"{stem}_scales")
+            if scales is None:
+                raise CheckpointError(
+                    f"{name} has no {stem}_scales beside it: the checkpoint is incomplete, fetch its files "
+                    "again"
+                )
+            shape = blocks.shape
+            if len(shape) != 4 or shape[3] != 16 or scales.dtype != "U8" or scales.shape != shape[:3]:
+                raise CheckpointError(
+                    f"{name} is {blocks.dtype} {shape}, {stem}_scales {scales.dtype} {scales.shape}: U8 "
+                    "[E, rows, G, 16] and U8 [E, rows, G] are needed"
+                )
+            experts, rows, groups = shape[:3]
+            found[stem] = Stack(
+                stem, (experts, 32 * groups, rows), _WEIGHTS, (name, scales.name), partial(_expert, stem)
+            )
+        return QuantizedLayers(self.name, {}, {}, stacks=found)
+
+
+def _expert(stem: str, checkpoint: Checkpoint, expert: int) -> torch.Tensor:
+    """Values fp32 [32·G, rows] of one expert."""
+    from quant.formats.packing import unpack_halves
+    from quant.tensors import code_values, scale_values
+
+    blocks = checkpoint.read_index(f"{stem}_blocks", expert)
+    rows, groups = blocks.shape[:2]
+    values = code_values(unpack_halves(blocks.reshape(rows, groups * 16))).view(rows, groups, 32)
+    values.mul_(scale_values(checkpoint.read_index(f"{stem}_scales", expert)).unsqueeze(-1))
+    return values.view(rows, groups * 32).t()
+
+
+FOREIGN[Mxfp4.name] = Mxfp4()

@@ -1,0 +1,226 @@
+"""Checkpoints that other programs have quantized: the values that they stand for, what is made of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quant.checkpoint.reader import open_checkpoint
+from quant.errors import CheckpointError
+from quant.formats import find_format
+from quant.formats.reading import dequantized
+from tests.formats.quantized_sources import KINDS, publish
+from tests.helpers import SHAPE, add_tokenizer, change_config, load_all, randomize, read_config, save_all
+from tests.models.mixtures import FAMILIES
+
+#: Kinds with fused experts → the family that publishes them.
+MIXTURES = {"mxfp4 experts": "gpt_oss", "fp8 experts": "qwen3_moe_fused", "fbgemm experts": "llama4_text"}
+
+
+@pytest.fixture(scope="module")
+def source(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """An ordinary checkpoint that a kind is made of."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    made: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        family = MIXTURES.get(kind)
+        if family is None:
+            return llama
+        if family not in made:
+            # a block of 32 divides both sides of the experts
+            changes = {"intermediate_size": 96} if family == "gpt_oss" else {}
+            config = AutoConfig.for_model(
+                family.removesuffix("_fused"), **{**SHAPE, **FAMILIES[family], **changes}
+            )
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            randomize(model)
+            made[family] = tmp_path_factory.mktemp(family) / "model"
+            fused = {"save_original_format": False} if family.endswith("_fused") else {}
+            model.save_pretrained(made[family], **fused)
+            add_tokenizer(made[family])
+        return made[family]
+
+    return get
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tensor_has_the_value_that_the_file_stands_for(
+    kind: str, source: Callable[[str], Path], tmp_path: Path
+) -> None:
+    values = publish(source(kind), tmp_path / "published", kind)
+    stored = open_checkpoint(tmp_path / "published")
+    seen = dequantized(stored)
+    assert set(seen.tensors) == set(values)
+    assert seen.dtype == "BF16" and seen.nbytes == stored.nbytes
+    assert "quantization_config" not in seen.config
+    assert len(seen.computed) >= 2
+    for name, value in values.items():
+        read = seen.read(name).float()
+        assert tuple(read.shape) == seen.info(name).shape == tuple(value.shape)
+        # a divisor has been stored as a multiplier
+        assert torch.equal(read, value) or (
+            "nvfp4" in kind and torch.allclose(read, value, rtol=3e-7, atol=0.0)
+        ), name
+        if value.ndim == 3:
+            assert torch.equal(seen.read_index(name, 1).float(), value[1])
+            assert torch.equal(torch.cat(list(seen.read_rows(name, 2))).float(), value)
+    with pytest.raises(CheckpointError, match="computed from quantized tensors"):
+        next(iter(seen.read_bytes(next(iter(seen.computed)))))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_job_rounds_the_values_that_the_file_stands_for(
+    kind: str, source: Callable[[str], Path], tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    """As it rounds them from an ordinary fp32 checkpoint; of the source's quantization nothing is left."""
+    values = publish(source(kind), tmp_path / "published", kind)
+    ordinary = tmp_path / "ordinary"
+    publish(source(kind), ordinary, kind)
+    save_all(ordinary, values)
+    change_config(ordinary, quantization_config=...)
+    (ordinary / "hf_quant_config.json").unlink(missing_ok=True)
+    made = {}
+    for folder in (tmp_path / "published", ordinary):
+        options = ["--method", "minmax", "--scheme", "w8a16", "--group-size", "16", "--target", "other"]
+        done = cli("quantize", "-m", folder, "-o", f"{folder}-out", *options, "--json")
+        assert done.code == 0, done.err
+        made[folder.name] = json.loads(done.out), load_all(Path(f"{folder}-out"))
+    report, tensors = made["published"]
+    _, wanted = made["ordinary"]
+    assert tensors.keys() == wanted.keys()
+    for name, value in wanted.items():
+        if "nvfp4" in kind:
+            assert torch.allclose(tensors[name].float(), value.float(), rtol=0.01), name
+        else:
+            assert torch.equal(tensors[name].float(), value.to(tensors[name].dtype).float()), name
+    config = read_config(Path(f"{tmp_path / 'published'}-out"))
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert not (Path(f"{tmp_path / 'published'}-out") / "hf_quant_config.json").exists()
+    was = report["source"]
+    assert was["rounded_anew"] == len(dequantized(open_checkpoint(tmp_path / "published")).computed)
+    assert was["dequantized"] == was["kept"] == []
+    wide = {n for n, t in tensors.items() if n.endswith(".weight") and t.ndim == 2}
+    assert all("embed" in n or "lm_head" in n or "router" in n or ".gate." in n for n in wide)
+
+
+@pytest.mark.parametrize("kind", ["fp8 block .scale", "modelopt old", "mxfp4 experts"])
+def test_calibrated_methods_start_from_it_and_the_result_is_near_its_values(
+    kind: str, source: Callable[[str], Path], tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    from tests.helpers import short_text
+
+    publish(source(kind), tmp_path / "published", kind)
+    options = ["--method", "gptq", "--scheme", "w4a16", "--group-size", "16", "--target", "other"]
+    text = ["--calibration-dataset", short_text(), "--samples", "8", "--sequence-length", "64"]
+    done = cli("quantize", "-m", tmp_path / "published", "-o", tmp_path / "out", *options, *text, "--json")
+    assert done.code == 0, done.err
+    layers = json.loads(done.out)["layers"]
+    errors = [x["error"] for x in layers if x["error"] is not None]
+    assert errors and max(errors) < 0.05
+    compared = cli("verify", "-m", tmp_path / "out", "--against", tmp_path / "published", "--json")
+    assert json.loads(compared.out)
+
+
+def test_linears_that_are_left_alone_keep_their_codes_where_asked(
+    llama: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    """One layer is rounded anew, the other carried over with the bytes that it had; without the option it is
+    stored in 16 bits, and the report names it."""
+    publish(llama, tmp_path / "published", "modelopt channel")
+    common = ["-m", tmp_path / "published", "--method", "minmax", "--scheme", "w4a16", "--group-size", "16"]
+    common += ["--target", "other", "--json"]
+    kept = cli("quantize", *common, "-o", tmp_path / "kept", "--layers", "0", "--keep-quantized")
+    assert kept.code == 0, kept.err
+    report, there = json.loads(kept.out), load_all(tmp_path / "kept")
+    name = "model.layers.1.mlp.up_proj"
+    before = load_all(tmp_path / "published")
+    assert torch.equal(there[f"{name}.weight"].view(torch.uint8), before[f"{name}.weight"].view(torch.uint8))
+    assert torch.equal(there[f"{name}.weight_scale"].flatten(), before[f"{name}.weight_scale"])
+    assert "model.layers.0.mlp.up_proj.weight_packed" in there
+    assert len(report["source"]["kept"]) == 7 == report["source"]["rounded_anew"]
+    assert len(report["tensors"]["kept"]) == 7
+    groups = read_config(tmp_path / "kept")["quantization_config"]["config_groups"].values()
+    assert sorted(g["format"] for g in groups) == ["float-quantized", "pack-quantized"]
+    wide = cli("quantize", *common, "-o", tmp_path / "wide", "--layers", "0")
+    assert wide.code == 0, wide.err
+    assert f"{name}.weight" in json.loads(wide.out)["source"]["dequantized"]
+    assert load_all(tmp_path / "wide")[f"{name}.weight"].dtype == torch.bfloat16
+    nothing = cli("quantize", *common, "-o", tmp_path / "none", "--keep-quantized")
+    assert nothing.code == 1 and "leaves nothing to quantize" in nothing.err
+    ordinary = ["-m", llama, "-o", tmp_path / "x", "--method", "minmax", "--group-size", "16"]
+    assert "there is nothing to keep" in cli("quantize", *ordinary, "--keep-quantized").err
+
+
+@pytest.mark.parametrize("kind", ["modelopt fp8", "fbgemm", "fp8 scalar", "modelopt nvfp4"])
+def test_foreign_codes_go_into_a_format_of_ours_unchanged(
+    kind: str, llama: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    values = publish(llama, tmp_path / "published", kind)
+    done = cli(
+        "export-vllm", "-m", tmp_path / "published", "-o", tmp_path / "out", "--target", "other", "--json"
+    )
+    assert done.code == 0, done.err
+    seen = dequantized(open_checkpoint(tmp_path / "out"))
+    assert set(seen.tensors) == set(values)
+    for name, value in values.items():
+        assert torch.allclose(seen.read(name).float(), value, rtol=1e-6, atol=0.0), name
+    names = {n.rpartition(".")[2] for n in load_all(tmp_path / "out")}
+    assert not names & {"activation_scale", "weight_scale_2", "weight_scale_inv"}
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        ({"weight_scale_inv": None}, {}, "has no tensor 'model.layers.0.self_attn.q_proj.weight_scale_inv'"),
+        ({"weight_scale_inv": (3, 1)}, {}, r"weight_scale_inv is F32 \(3, 1\), the contract for a weight"),
+        ({}, {"weight_block_size": [48, 48]}, "the contract for a weight"),
+        ({}, {"quant_method": "quark"}, "quant_method 'quark', which is not read here"),
+        (
+            {},
+            {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"},
+            "quant_algo 'W4A8_AWQ' is not read here",
+        ),
+    ],
+)
+def test_what_contradicts_itself_or_is_not_known_is_named(
+    change: dict[str, Any], config: dict[str, Any], message: str, llama: Path, tmp_path: Path
+) -> None:
+    publish(llama, tmp_path / "published", "fp8 block")
+    tensors = load_all(tmp_path / "published")
+    for last, shape in change.items():
+        name = f"model.layers.0.self_attn.q_proj.{last}"
+        tensors.pop(name)
+        if shape is not None:
+            tensors[name] = torch.ones(shape)
+    save_all(tmp_path / "published", tensors)
+    stated = read_config(tmp_path / "published")["quantization_config"]
+    change_config(tmp_path / "published", quantization_config={**stated, **config})
+    checkpoint = open_checkpoint(tmp_path / "published")
+    with pytest.raises(CheckpointError, match=message):
+        find_format(checkpoint.config, checkpoint.tensors)
+
+
+def test_a_config_that_is_left_over_is_no_quantization(
+    llama: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    """ModelOpt's file beside ordinary weights: vLLM would read it, so verify fails; a job starts from the
+    weights, and the output does not have it."""
+    values = publish(llama, tmp_path / "left", "modelopt old")
+    save_all(tmp_path / "left", {n: v.bfloat16() for n, v in values.items()})
+    checked = cli("verify", "-m", tmp_path / "left")
+    assert checked.code == 4 and "hf_quant_config.json says quantized, but no tensor is" in checked.err
+    options = ["--method", "minmax", "--scheme", "w8a16", "--group-size", "16", "--target", "other"]
+    done = cli("quantize", "-m", tmp_path / "left", "-o", tmp_path / "out", *options)
+    assert done.code == 0 and "taken as it is" in done.err, done.err
+    assert not (tmp_path / "out" / "hf_quant_config.json").exists()
+    exported = cli("export-vllm", "-m", tmp_path / "left", "-o", tmp_path / "plain", "--format", "plain")
+    assert exported.code == 0, exported.err
+    assert not (tmp_path / "plain" / "hf_quant_config.json").exists()
+    assert "quantization_config" not in read_config(tmp_path / "plain")
