@@ -15,6 +15,7 @@ from quant.errors import QuantError
 from quant.pipeline.plan import JobPlan
 from quant.progress import Event, Progress
 from quant.quantizers import Quantized
+from quant.quantizers.rounding import small_scales
 from quant.report.value import NOT_CALIBRATED, NOT_HELD_OUT, FoldResult, LayerResult
 
 
@@ -73,7 +74,7 @@ class Records:
             tokens=tokens,
             seconds=round(seconds, 3),
             fallback="; ".join(result.fallbacks) or None,
-            notes=tuple(result.notes),
+            notes=(*result.notes, *_small(result)),
         )
         for fallback in result.fallbacks:
             self.progress(Event("quantize", message=f"{name}: {fallback}", warning=True))
@@ -106,3 +107,15 @@ class Records:
                 )
             self.folds[key] = fold
         self.experts |= entry["experts"]
+
+
+def _small(result: Quantized) -> tuple[str, ...]:
+    """What to say of scales that their dtype holds with fewer digits than others."""
+    count, share = small_scales(result.tensor.scales)
+    if not count:
+        return ()
+    return (
+        f"{count} of {result.tensor.scales.numel()} scales lie below 6.1e-05, the smallest normal number of "
+        f"fp16, and are rounded by up to {min(share, 1.0):.1%}: a config.json that states bfloat16 gives "
+        "them all their digits",
+    )

@@ -27,7 +27,7 @@ import torch
 from quant.calibration.statistics import Statistics
 from quant.quantizers.base import Quantized, QuantizerRegistry
 from quant.quantizers.nearest import integers
-from quant.quantizers.rounding import round_weight, rows_at_a_time, weight_parameters
+from quant.quantizers.rounding import round_weight, rows_at_a_time, stored_scale, weight_parameters
 from quant.schemes import WeightScheme
 
 
@@ -115,7 +115,6 @@ class HQQQuantizer:
         zero = torch.zeros_like(scale) if zeros is None else zeros.unsqueeze(-1)
         best_scale, best_zero, least = scale, zero, squared_error(groups, scale, zero, scheme)
         penalty = self.penalty
-        limits = torch.finfo(dtype)
         for _ in range(self.iterations):
             codes = (groups / scale + zero).round_().clamp_(scheme.low, scheme.high)
             error = shrink(groups / scale - (codes - zero), penalty, self.norm).mul_(scale)
@@ -129,13 +128,13 @@ class HQQQuantizer:
             slope = (steps * wanted).sum(-1, keepdim=True) / steps.square().sum(-1, keepdim=True)
             # no slope: all codes equal the zero point, or the wanted values overflow
             slope = torch.where(slope.isfinite() & (slope > 0), slope, best_scale)
-            stored_scale = slope.clamp(limits.tiny, limits.max).to(dtype).float()
+            nearest = stored_scale(slope, dtype)
             if zeros is None:
-                scale = stored_scale
-            cost = squared_error(groups, stored_scale, stored_zero, scheme)
+                scale = nearest
+            cost = squared_error(groups, nearest, stored_zero, scheme)
             better = cost < least
             least = torch.where(better, cost, least)
-            best_scale = torch.where(better, stored_scale, best_scale)
+            best_scale = torch.where(better, nearest, best_scale)
             best_zero = torch.where(better, stored_zero, best_zero)
             penalty *= self.growth
         return best_scale.squeeze(-1), None if zeros is None else best_zero.squeeze(-1)

@@ -30,13 +30,39 @@ def _parameters(
     ``high`` of any shape."""
     levels = scheme.high - scheme.low
     scale = 2 * torch.maximum(-low, high) / levels if scheme.symmetric else (high - low) / levels
-    limits = torch.finfo(dtype)
-    # a group of zeros gets scale 1 (its codes are 0); one too small for the dtype gets the smallest normal
-    # number
-    scale = torch.where(scale == 0, 1.0, scale.clamp(limits.tiny, limits.max)).to(dtype).float()
+    # a group of zeros gets scale 1 (its codes are 0)
+    scale = torch.where(scale == 0, 1.0, stored_scale(scale, dtype))
     if scheme.symmetric:
         return scale, None
     return scale, (scheme.low - low / scale).round_().clamp_(scheme.low, scheme.high)
+
+
+def stored_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers fp32 that ``dtype`` holds of positive scales: the nearest, but never 0 nor infinite.
+
+    fp16 weights of a standard deviation of 2e-5 have scales below its smallest normal number (6.1e-5): they
+    are stored as subnormal ones, which hold fewer digits but which every engine multiplies with. There the
+    next larger number is taken: a step is a large part of a scale, and a smaller one would cut off the range.
+    """
+    limits = torch.finfo(dtype)
+    if dtype != torch.float16:
+        return scale.clamp(limits.smallest_normal, limits.max).to(dtype).float()
+    step = limits.smallest_normal * limits.eps
+    stored = scale.clamp(step, limits.max).to(dtype).float()
+    cut = (stored < scale) & (stored < limits.smallest_normal)
+    return torch.where(cut, stored + step, stored)
+
+
+def small_scales(scales: torch.Tensor) -> tuple[int, float]:
+    """Of stored scales, how many lie below the smallest normal number of fp16, and how large the largest
+    share is that rounding may have changed one of them by; (0, 0) of those in a dtype of more range."""
+    if scales.dtype != torch.float16:
+        return 0, 0.0
+    limits = torch.finfo(scales.dtype)
+    small = scales[scales < limits.smallest_normal].float()
+    if not small.numel():
+        return 0, 0.0
+    return small.numel(), float(limits.smallest_normal * limits.eps / small.min())
 
 
 def _round(

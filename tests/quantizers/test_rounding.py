@@ -4,13 +4,18 @@ numbers."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+from quant.checkpoint.reader import open_checkpoint
+from quant.formats.reading import dequantized
 from quant.quantizers import MinMaxQuantizer
 from quant.quantizers.rounding import group_parameters, round_weight, weight_parameters
 from quant.schemes import WeightScheme
+from tests.helpers import copy_model, load_all, quantize, save_all
 
 SCHEMES = [WeightScheme(b, g, s) for b, g, s in itertools.product((2, 3, 4, 8), (-1, 8, 40), (True, False))]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -154,3 +159,27 @@ def test_groups_along_inputs_that_do_not_divide_are_refused() -> None:
 def test_group_parameters_have_one_scale_a_group(shape: tuple[int, ...]) -> None:
     scales, zeros = group_parameters(torch.ones(shape), WeightScheme(4, 8, False), torch.float32)
     assert zeros is not None and scales.shape == zeros.shape == shape[:-1]
+
+
+@pytest.mark.parametrize("method", ["minmax", "gptq", "hqq"])
+def test_scales_below_the_smallest_normal_fp16_number_keep_small_weights(
+    method: str, checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Weights of a standard deviation of 2e-5 in fp16: their scales are subnormal numbers, and the error is
+    that of the same weights a thousand times larger; the report names them."""
+    source = copy_model(checkpoints("llama", dtype=torch.float16), tmp_path / "model")
+    tensors = load_all(source)
+    name = "model.layers.0.mlp.up_proj"
+    large = torch.randn(96, 64, generator=torch.Generator().manual_seed(1))
+    found = {}
+    for deviation in (2e-2, 2e-5):
+        small = (large * deviation).half()
+        save_all(source, {**tensors, f"{name}.weight": small})
+        out = tmp_path / f"{method}-{deviation}"
+        report = quantize(source, out, method=method, group_size=32, bits=8, target="other")
+        (layer,) = (x for x in report["layers"] if x["name"] == name)
+        read = dequantized(open_checkpoint(out)).read(f"{name}.weight")
+        found[deviation] = float((read - small.float()).norm() / small.float().norm())
+        assert any("below 6.1e-05" in n for n in layer["notes"]) == (deviation == 2e-5)
+    assert found[2e-5] < max(1.5 * found[2e-2], 0.02)
+    assert found[2e-2] < 0.02
