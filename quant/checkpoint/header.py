@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quant.checkpoint.folders import not_itself
 from quant.errors import CheckpointError
 
 #: bytes of one element
@@ -81,7 +82,11 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             size = file.stat().st_size
             if size < 8:
                 raise refuse(f"{size} bytes, fewer than the 8 of the header's length")
-            (length,) = struct.unpack("<Q", stream.read(8))
+            head = stream.read(64)
+            if what := not_itself(head):
+                raise CheckpointError(f"{file}: {what}")
+            (length,) = struct.unpack("<Q", head[:8])
+            stream.seek(8)
             if length > min(size - 8, _LARGEST_HEADER):
                 raise refuse(f"the header claims {length} bytes, the file has {size - 8} after it")
             raw = stream.read(length)

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quant.checkpoint.folders import FOREIGN_WEIGHTS, described, no_model, not_itself
 from quant.checkpoint.header import TensorInfo, read_header
 from quant.errors import CheckpointError
 
@@ -39,7 +40,6 @@ _OTHER_WEIGHTS = (
     ".tflite",
     ".npz",
 )
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 #: Files that describe an earlier quantization: their content is wrong for a new checkpoint, and they are not
 #: copied.
 STALE = {
@@ -285,7 +285,11 @@ def read_json(file: Path, what: str) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: {what} is not JSON: {str(error)[:120]}") from error
+        with file.open("rb") as stream:
+            other = not_itself(stream.read(64))
+        raise CheckpointError(
+            f"{file}: {other}" if other else f"{file}: {what} is not JSON: {str(error)[:120]}"
+        ) from error
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -366,12 +370,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             f"{path}: there is no such directory: give the folder with config.json and the safetensors files"
         )
     if not path.is_dir():
-        raise CheckpointError(
-            f"{path}: is a file: give the folder with config.json and the safetensors files"
-        )
+        raise CheckpointError(f"{path}: {described(path)}")
     path = _resolve_hub_cache(path)
     if not (path / "config.json").exists():
-        raise CheckpointError(f"{path}: has no config.json: give the folder of a Hugging Face checkpoint")
+        raise CheckpointError(f"{path}: {described(path)}")
     config = read_json(path / "config.json", "the config")
     stated = _side_quantization(path) if config.get("quantization_config") is None else None
     if stated is not None:
@@ -383,18 +385,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     elif (path / "model.safetensors").exists():
         names = ["model.safetensors"]
     else:
-        names = sorted(f.name for f in path.glob("*.safetensors") if not f.name.startswith("consolidated"))
+        names = sorted(f.name for f in path.glob("*.safetensors") if not FOREIGN_WEIGHTS.match(f.name))
         _demand_all_shards(path, names)
     if not names:
-        pickled = sorted(f.name for f in path.iterdir() if f.suffix in _PICKLES)
-        if pickled:
-            raise CheckpointError(
-                f"{path}: holds only pickled weights ({pickled[0]}), which can run code when loaded: save "
-                "the model as safetensors first"
-            )
-        raise CheckpointError(
-            f"{path}: has no .safetensors file: the download is incomplete or this is not a model"
-        )
+        raise CheckpointError(f"{path}: {described(path)}")
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     for name in names:
@@ -414,6 +408,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
                     "must say which counts"
                 )
             tensors[tensor] = info
+    if what := no_model(tensors):
+        raise CheckpointError(f"{path}: {what}")
     missing = sorted(set(weight_map) - set(tensors))
     if missing:
         raise CheckpointError(
@@ -429,7 +425,7 @@ def _side_quantization(path: Path) -> dict[str, Any] | None:
     """The ``quantization_config`` that ModelOpt's side file stands for, in the words of config.json; None
     where there is no such file, or where it says that weights are as they were.
 
-    Source: vLLM 0.32 `transformers_utils/config.py::get_config`, `quantization/modelopt.py::from_config`.
+    Source: vLLM's `transformers_utils/config.py::get_config`, `quantization/modelopt.py::from_config`.
     """
     file = path / MODELOPT_CONFIG
     if not file.is_file():

@@ -100,7 +100,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str], int, list[str]]] = {
     ["q_proj.weight_scale is there already"]),
     "words without a config": (
         with_tensors(q_proj__weight_packed=torch.ones(64, 8, dtype=torch.int32)), MINMAX, 1,
-        ["q_proj.weight_packed is there already"]
+        ["holds packed words (model.layers.0.self_attn.q_proj.weight_packed)", "fetch that file"]
     ),
     "a weight without outputs": (
         with_tensors(q_proj__weight=torch.ones(0, 64, dtype=torch.bfloat16)), MINMAX, 1,
