@@ -18,6 +18,7 @@ from typing import Any
 from quant.checkpoint.reader import open_checkpoint, read_json
 from quant.data import load_json
 from quant.errors import UsageError
+from quant.models.roles import leftovers_note
 from quant.models.shapes import spec_from_config, weights_from_tensors
 from quant.models.spec import DTYPE_BYTES, ModelSpec
 
@@ -109,13 +110,23 @@ def model_from_directory(path: str | Path) -> ModelSpec:
     checkpoint = open_checkpoint(directory)
     spec = spec_from_config(checkpoint.config, directory.resolve().name, str(checkpoint.path / "config.json"))
     weights = tuple(weights_from_tensors(checkpoint.tensors.values(), checkpoint.config, spec.layers))
+    note = leftovers_note(checkpoint.tensors.values())
+    notes = (*spec.notes, *([note] if note else []))
     embedded = any(w.role == "embedding" for w in weights)
     tied = spec.tied or (embedded and not any(w.role == "head" for w in weights))
     if tied:  # a head stored beside the embeddings that it repeats is not loaded
         weights = tuple(w for w in weights if w.role != "head")
     unpacked = spec.weights if spec.quantization else ()
     vision = any(w.role == "tower" for w in weights)
-    return replace(spec, weights=weights, tied=tied, vision=vision, unpacked=unpacked, source=str(directory))
+    return replace(
+        spec,
+        weights=weights,
+        tied=tied,
+        vision=vision,
+        unpacked=unpacked,
+        notes=notes,
+        source=str(directory),
+    )
 
 
 # -- by name -------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from quant.formats import Format, QuantizedLayers, find_format
 from quant.formats.base import config_problems
 from quant.formats.legacy import repaired
 from quant.models.linears import built_linears
-from quant.models.roles import role_of
+from quant.models.roles import leftovers_note, role_of
 from quant.report.value import Report
 from quant.vllm.cache import cache_problems
 from quant.vllm.config import heads_of, parts, quantization_config, stated, stated_dtype, text_path
@@ -101,7 +101,8 @@ def verify(
     result.add(
         "files",
         [],
-        f"{len(checkpoint.tensors)} tensors in {len(checkpoint.weight_files)} files, headers valid",
+        f"{len(checkpoint.tensors)} tensors in {len(checkpoint.weight_files)} files, headers valid"
+        + (f"; {note}" if (note := leftovers_note(checkpoint.tensors.values())) else ""),
     )
     try:
         layers = find_format(checkpoint.config, checkpoint.tensors)

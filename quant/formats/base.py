@@ -350,6 +350,11 @@ def find_format(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) ->
     """
     quantization = quantization_config(config)
     if quantization is None:
+        # what MLX wrote has its own key, and its words in uint32
+        if isinstance(config.get("quantization"), Mapping) and any(
+            t.dtype == "U32" for t in tensors.values()
+        ):
+            raise UnreadMethod("mlx")
         return None
     method = source_method(quantization) or ""
     for entry in [*FormatRegistry, *FOREIGN.values()]:

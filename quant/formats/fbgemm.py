@@ -1,7 +1,7 @@
 """FBGEMM's FP8 (Llama 3.1 405B): one multiplier an output, activations by token under an upper bound.
 
 ``P.weight`` float8_e4m3fn [N, K], ``P.weight_scale`` fp32 [N, 1]. Source: transformers 5
-`integrations/fbgemm_fp8.py`, vLLM 0.32 `quantization/fbgemm_fp8.py`.
+`integrations/fbgemm_fp8.py`, vLLM's `quantization/fbgemm_fp8.py`.
 """
 
 from __future__ import annotations

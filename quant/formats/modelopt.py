@@ -1,6 +1,6 @@
 """NVIDIA ModelOpt's checkpoints: FP8, NVFP4 and MXFP8, of one kind or mixed.
 
-For a linear ``P`` of [N, K] (vLLM 0.32 `quantization/modelopt.py`):
+For a linear ``P`` of [N, K] (vLLM's `quantization/modelopt.py`):
 
 =========================  =====================  =============  =============================================
 FP8                        ``P.weight``           float8_e4m3fn  [N, K]

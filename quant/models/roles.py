@@ -8,6 +8,7 @@ asked, beyond which a block belongs to a head that predicts further tokens (MTP)
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Literal
 
@@ -45,6 +46,8 @@ _PARTS: tuple[tuple[Role, str], ...] = (
 _ROLES: tuple[tuple[Role, re.Pattern[str]], ...] = tuple(
     (role, re.compile(rf"(?:^|\.)({pattern})(?:\.|$)")) for role, pattern in _PARTS
 )
+#: Matrices of adapters that a model brings along (Phi-4 multimodal).
+_ADAPTER = re.compile(r"(^|\.)lora_[AB](\.|$)")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|decoder)\.(\d{1,9})\.")
 
@@ -110,6 +113,32 @@ def _role(kind: str) -> tuple[Role, str]:
     return "other", ""
 
 
+#: What older saves hold beside the weights, and no parameter of a model takes: rotary tables and masks.
+_LEFTOVERS = re.compile(
+    r"\.(inv_freq|masked_bias|attn\.bias|attention\.bias|cos_cached|sin_cached|rotary_emb\.\w+)$"
+)
+
+
+def leftover(info: TensorInfo) -> bool:
+    """Whether a tensor is no parameter of any model but a buffer that was saved with the weights: vLLM passes
+    over it. A mask has more dimensions than a bias."""
+    if not _LEFTOVERS.search(info.name):
+        return False
+    return not info.name.endswith("n.bias") or len(info.shape) > 1
+
+
+def leftovers_note(tensors: Iterable[TensorInfo]) -> str | None:
+    """What to say of such tensors in a checkpoint; None where there are none."""
+    names = [t.name for t in tensors if leftover(t)]
+    if not names:
+        return None
+    kinds = sorted({n.rpartition(".")[2] for n in names})
+    return (
+        f"{len(names)} leftover {'buffer' if len(names) == 1 else 'buffers'} ({', '.join(kinds)}, such as "
+        f"{names[0]}): no parameter of the model, ignored"
+    )
+
+
 def not_quantizable(info: TensorInfo, blocks: int | None, decoder: str | None = None) -> str | None:
     """Why a tensor is no linear of a text decoder block, or None when it is one.
 
@@ -134,6 +163,8 @@ def not_quantizable(info: TensorInfo, blocks: int | None, decoder: str | None = 
 def no_linear(name: str, blocks: int | None, decoder: str | None = None) -> str | None:
     """Why a matrix of that name is no linear of a text decoder block, or None when it is one."""
     role, part = _placed(name, decoder)
+    if _ADAPTER.search(name):
+        return "a matrix of an adapter that is part of the model"
     if role in OUTSIDE:
         return f"part of {part}"
     index = block_of(name)

@@ -19,7 +19,7 @@ from quant.models.decoder import LATENT, Decoder
 from quant.models.families import MLP_BIAS
 from quant.models.linears import expert_layout, fused_matrix
 from quant.models.place import decoder_list
-from quant.models.roles import block_of, no_linear, role_of
+from quant.models.roles import block_of, leftover, no_linear, role_of
 from quant.models.spec import DTYPE_BYTES, ModelSpec, Weight
 from quant.models.values import LARGEST_DEPTH
 from quant.models.vision import vision_weights
@@ -375,7 +375,9 @@ def weights_from_tensors(
     decoder = decoder_list(tensors, config)
     weights = []
     for info in tensors:
-        name, shape = info.name, tuple(info.shape)
+        name, shape = info.name, tuple(info.shape) or (1,)
+        if leftover(info):
+            continue
         role = role_of(name, blocks, decoder)
         index = block_of(name) if role not in ("tower", "mtp") else None
         count = 1

@@ -23,6 +23,7 @@ from quant.errors import CheckpointError
 from quant.models.adapter import InputGroup, adapter_for
 from quant.models.binding import BlockLinear, bind
 from quant.models.experts import Routed, Stage, experts_through, find_experts
+from quant.models.roles import leftover
 from quant.offline import load_config, transformers
 from quant.vllm.config import text_config
 
@@ -30,12 +31,6 @@ from quant.vllm.config import text_config
 _TOWER = re.compile(
     r"(^|\.)(visual|vision|audio|image|multi_modal|mm_|connector|embed_vision|embed_audio)\w*(\.|$)"
 )
-#: Leftovers of older saves that no model takes: rotary tables and masks.
-_LEFTOVERS = re.compile(
-    r"\.(inv_freq|masked_bias|attn\.bias|attention\.bias|cos_cached|sin_cached|rotary_emb\.\w+)$"
-)
-
-
 class CannotRun(CheckpointError):
     """A model whose blocks cannot be run one by one: ``reason`` says why. The message goes on with what
     quantizes it all the same; who wanted to run it for something else has another next step to offer.
@@ -56,11 +51,6 @@ class CannotRun(CheckpointError):
 def _first_line(error: Exception) -> str:
     """What a foreign error says, or what it is where it says nothing."""
     return next((line[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _matters(tensor: str) -> bool:
-    """Whether a tensor that no parameter takes would be missed."""
-    return not _LEFTOVERS.search(tensor)
 
 
 @contextmanager
@@ -300,7 +290,7 @@ class Skeleton:
         wrong += [
             f"{n} is in the file only"
             for n in self.binding.unused
-            if len(self.checkpoint.info(n).shape) > 1 and _matters(n)
+            if len(self.checkpoint.info(n).shape) > 1 and not leftover(self.checkpoint.info(n))
         ]
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""

@@ -15,7 +15,7 @@ from quant.formats import Format, FormatRegistry
 from quant.models.account import DecoderWeight, account, decoder_matrices, rest_problems
 from quant.models.linears import LinearRef, built_linears, decoder_refs
 from quant.models.place import decoder_list
-from quant.models.roles import block_list, block_of
+from quant.models.roles import block_list, block_of, leftovers_note
 from quant.pipeline.checks import (
     assignment_problems,
     check_disk,
@@ -74,7 +74,7 @@ class JobPlan:
     def source_summary(self) -> dict[str, Any] | None:
         """What the source was, where it is quantized already, and what becomes of its matrices."""
         if self.source is None:
-            return None
+            return {"notes": list(self.notes)} if self.notes else None
         taken = {self.refs[n].tensor for n in self.linears}
         return self.source.summary(taken, self.kept) | {"notes": list(self.notes)}
 
@@ -166,6 +166,8 @@ def plan_job(recipe: Recipe) -> JobPlan:
         checkpoint, source, notes = read_source(recipe.model_path)
     except CheckpointError as error:
         raise Problems([str(error), *problems]) if problems else error from None
+    if note := leftovers_note(checkpoint.tensors.values()):
+        notes.append(f"{note}, and copied with the rest")
     problems = source_problems(checkpoint, source, recipe) + problems
     dtype = checkpoint.dtype
     if dtype not in ("BF16", "F16", "F32"):

@@ -180,8 +180,8 @@ class Quantization:
         unquantized_linears: of the decoder, and the head.
         function: how far the output's logits are from the source's, of a job that only scales.
         source: what the source was, where it is quantized already (``quant_method``, ``format``,
-            ``schemes``), and what became of its matrices (``rounded_anew``, ``kept``, ``dequantized``); or
-            None.
+            ``schemes``), and what became of its matrices (``rounded_anew``, ``kept``, ``dequantized``); and
+            what else was found in it (``notes``); or None.
         backend: name, Python, versions and notes of the library that quantized; None of our own methods.
         scratch_bytes, peak_gpu_bytes: the scratch file's largest size, and the GPU's largest memory.
     """

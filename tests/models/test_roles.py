@@ -10,7 +10,7 @@ import pytest
 from quant.checkpoint.header import TensorInfo
 from quant.models.linears import decoder_refs
 from quant.models.place import decoder_list
-from quant.models.roles import block_of, not_quantizable, role_of
+from quant.models.roles import block_of, leftover, leftovers_note, not_quantizable, role_of
 
 
 def info(name: str, *shape: int, dtype: str = "BF16") -> TensorInfo:
@@ -221,3 +221,24 @@ def test_the_decoder_is_told_by_where_its_blocks_are(lists: dict[str, tuple[int,
 def test_a_file_of_towers_alone_has_no_decoder() -> None:
     headers = listed(visual_blocks=(4, 64))
     assert decoder_list(headers.values(), {"num_hidden_layers": 2, "hidden_size": 128}) is None
+
+
+def test_buffers_that_older_saves_hold_are_no_weights() -> None:
+    """A mask is told from a bias of the same name by its dimensions."""
+    buffers = [
+        info("gpt_neox.layers.0.attention.bias", 1, 1, 8, 8, dtype="BOOL"),
+        TensorInfo("gpt_neox.layers.0.attention.masked_bias", "F16", (), Path("m"), 0, 0),
+        info("model.layers.0.self_attn.rotary_emb.inv_freq", 16, dtype="F32"),
+        info("model.layers.0.self_attn.rotary_emb.cos_cached", 1, 1, 512, 32),
+    ]
+    weights = [info("h.0.attention.bias", 64), info("model.layers.0.self_attn.q_proj.bias", 64)]
+    assert [leftover(x) for x in buffers] == [True] * 4
+    assert not any(leftover(x) for x in weights)
+    note = leftovers_note([*weights, *buffers])
+    assert note is not None and note.startswith("4 leftover buffers (bias, cos_cached, inv_freq, masked_bias")
+    assert leftovers_note(weights) is None
+
+
+def test_an_adapter_that_is_a_part_of_a_model_is_not_quantized() -> None:
+    assert "an adapter" in str(not_quantizable(info("model.layers.0.qkv_proj.lora_A.vision.weight"), 2))
+    assert not_quantizable(info("model.layers.0.self_attn.qkv_proj.base_layer.weight"), 2) is None

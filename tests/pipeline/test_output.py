@@ -332,7 +332,7 @@ def test_the_report_has_the_keys_of_the_contract_and_is_the_file(tmp_path: Path)
     )
     assert set(contract.split()) <= set(report)
     assert {"name", "scheme", "error", "seconds", "fallback"} <= set(report["layers"][0])
-    assert set(report["tensors"]) == {"quantized", "copied", "folded", "added", "dropped"}
+    assert set(report["tensors"]) == {"quantized", "copied", "folded", "added", "kept", "dropped"}
     assert json.loads((tmp_path / "out" / "quant_report.json").read_text()) == json.loads(json.dumps(report))
     assert report["bits_per_weight"] == pytest.approx(
         4 + 16 / 128 + 8 * 28 * 16 / (4 * (256 * 512 + 256 * 256 + 768 * 768)), abs=1e-3

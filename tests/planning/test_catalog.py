@@ -7,12 +7,13 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from quant.catalog import (
     catalogue,
@@ -30,6 +31,8 @@ from quant.models.roles import role_of
 from quant.models.shapes import spec_from_config, weights_from_tensors
 from quant.models.spec import ModelSpec
 from quant.planning import EngineRequest, plan
+from quant.planning.recommendation import recommend
+from tests.helpers import copy_model, load_all, save_all
 from tests.planning.tiny_models import TINY
 
 #: published counts that include what is no parameter: block scales (MiniMax), or were read from another
@@ -286,3 +289,20 @@ def test_an_index_may_not_leave_its_folder(tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointError, match="inside the model's folder"):
         model_from_directory(tmp_path)
+
+
+def test_numbers_without_a_dimension_and_leftover_buffers_are_planned_with(
+    checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As EleutherAI's Pythia publishes its masks: they count for nothing, and a note says so."""
+    source = copy_model(checkpoints("llama"), tmp_path / "model")
+    tensors = load_all(source)
+    before = model_from_directory(source)
+    place = "model.layers.0.attention."
+    extra = {f"{place}bias": torch.ones(1, 1, 8, 8).bool(), f"{place}masked_bias": torch.tensor(-1e4)}
+    save_all(source, {**tensors, **extra, "model.scale": torch.tensor(1.0)})
+    after = model_from_directory(source)
+    assert after.parameters == before.parameters + 1
+    assert any(n.startswith("2 leftover buffers (bias, masked_bias") for n in after.notes)
+    recommended = recommend(source, "L40S-48GB", EngineRequest(context=128))
+    assert recommended.plans

@@ -43,6 +43,8 @@ def _source(source: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     """What the source was, where it is quantized already, and what that costs."""
     if source is None:
         return []
+    if "schemes" not in source:
+        return [("source", "\n".join(source["notes"]))]
     schemes = ", ".join(f"{n} × {s}" for s, n in source["schemes"].items())
     lines = [f"already quantized: {source['quant_method']}, {schemes}"]
     if source["rounded_anew"]:
