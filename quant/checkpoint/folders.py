@@ -72,8 +72,8 @@ def described(path: Path) -> str:
         if not has_model:
             return (
                 "is the state of a training, without the model's weights in safetensors: merge them "
-                "(DeepSpeed: python zero_to_fp32.py . NEW; FSDP: accelerate merge-weights), or give the folder "
-                "that save_pretrained wrote"
+                "(DeepSpeed: python zero_to_fp32.py . NEW; FSDP: accelerate merge-weights), or give the "
+                "folder that save_pretrained wrote"
             )
     for endings, what, step in _CONTAINERS:
         found = [n for n in names if n.endswith(endings) and not n.startswith(("training_args", "rng_state"))]
