@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from quant.checkpoint.reader import open_checkpoint
 from quant.formats import find_format
+from quant.formats.reading import quantized_tensors
 from quant.models.adapter import adapter_for
 from quant.models.place import decoder_list
 from quant.models.roles import block_list, block_of, role_of
@@ -28,10 +30,10 @@ def inspect(path: str | Path) -> dict[str, Any]:
     decoder = decoder_list(checkpoint.tensors.values(), checkpoint.config)
     parameters: dict[str, int] = {}
     dtypes: dict[str, int] = {}
+    parts = set() if found is None else quantized_tensors(checkpoint, found).keys()
     for name, info in checkpoint.tensors.items():
         dtypes[info.dtype] = dtypes.get(info.dtype, 0) + info.nbytes
-        module = name.rpartition(".")[0]
-        if found is not None and module in found.linears and not name.endswith(".bias"):
+        if name in parts:
             continue
         role = role_of(name, count, decoder)
         parameters[role] = parameters.get(role, 0) + info.numel
@@ -39,9 +41,10 @@ def inspect(path: str | Path) -> dict[str, Any]:
     for linear in linears:
         role = role_of(f"{linear.name}.weight", count, decoder)
         parameters[role] = parameters.get(role, 0) + linear.n * linear.k
-    schemes: dict[str, int] = {}
-    for linear in linears:
-        schemes[str(linear.weights)] = schemes.get(str(linear.weights), 0) + 1
+    for stack in found.stacks.values() if found else []:
+        role = role_of(stack.name, count)
+        parameters[role] = parameters.get(role, 0) + prod(stack.shape)
+    schemes = found.schemes if found else {}
     adapter = adapter_for(checkpoint.config)
     blocks = {block_of(n) for n in checkpoint.tensors if decoder is not None and block_list(n) == decoder}
     architectures = checkpoint.config.get("architectures")

@@ -19,7 +19,7 @@ from quant.evaluation.accounting import copied_tensors, noted_tensors, side_file
 from quant.evaluation.agreement import file_problems
 from quant.evaluation.values import scan_values
 from quant.formats import Format, QuantizedLayers, find_format
-from quant.formats.base import config_problems
+from quant.formats.base import UnreadMethod, config_problems
 from quant.formats.legacy import repaired
 from quant.models.linears import built_linears
 from quant.models.roles import leftovers_note, role_of
@@ -27,6 +27,7 @@ from quant.report.value import Report
 from quant.vllm.cache import cache_problems
 from quant.vllm.config import heads_of, parts, quantization_config, stated, stated_dtype, text_path
 from quant.vllm.layers import fused_layers, is_head, shape_problems, shared_name
+from quant.vllm.methods import method_problem
 from quant.vllm.names import unread_spellings
 
 #: Findings of one check that are said; more are counted.
@@ -104,12 +105,23 @@ def verify(
         f"{len(checkpoint.tensors)} tensors in {len(checkpoint.weight_files)} files, headers valid"
         + (f"; {note}" if (note := leftovers_note(checkpoint.tensors.values())) else ""),
     )
+    unread = ""
     try:
         layers = find_format(checkpoint.config, checkpoint.tensors)
+    except UnreadMethod as error:
+        refused = method_problem(error.method) if target == "vllm" else str(error)
+        unread = (
+            f"quantized as quant_method {error.method!r}, which vLLM loads and which is not read here: its "
+            "quantized tensors are not checked"
+        )
+        result.add("format", [f"{refused}: {error}"] if refused else [], unread)
+        if refused:
+            return result
+        layers = None
     except QuantError as error:
         result.add("format", [str(error)], "")
         return result
-    result.add("config", _config_problems(checkpoint.config), _describe(layers))
+    result.add("config", _config_problems(checkpoint.config), unread or _describe(layers))
     result.add(
         "names and shapes",
         file_problems(checkpoint, layers),
@@ -118,7 +130,8 @@ def verify(
     if layers is not None:
         _check_layers(result, checkpoint, layers, target)
     if target == "vllm":
-        built = built_linears(checkpoint.tensors, checkpoint.config, layers.linears if layers else {})
+        held = layers.linears if layers else {}
+        built = [] if unread else built_linears(checkpoint.tensors, checkpoint.config, held)
         result.add(
             "tensor parallel",
             shape_problems(built, tensor_parallel, heads_of(checkpoint.config)),
@@ -163,7 +176,9 @@ def _check_layers(result: Verification, checkpoint: Checkpoint, layers: Quantize
     result.add(
         "quantized layers",
         _layer_problems(checkpoint, layers, form, dtype),
-        f"{len(linears)} linears have the tensors, dtypes and shapes of "
+        f"{len(linears)} linears"
+        f"{f' and {len(layers.stacks)} stacks of experts' if layers.stacks else ''} "
+        "have the tensors, dtypes and shapes of "
         f"{layers.format}{_rounded_scales(checkpoint, layers, form, dtype)}",
     )
     if target == "vllm":
@@ -196,8 +211,9 @@ def _check_layers(result: Verification, checkpoint: Checkpoint, layers: Quantize
 def _describe(layers: QuantizedLayers | None) -> str:
     if layers is None:
         return "not quantized: an ordinary checkpoint"
-    schemes = ", ".join(dict.fromkeys(str(x.scheme) for x in layers.linears.values()))
-    return f"{layers.format}: {schemes}"
+    schemes = [*(str(x.scheme) for x in layers.linears.values())]
+    schemes += [str(x.weights) for x in layers.stacks.values()]
+    return f"{layers.format}: {', '.join(dict.fromkeys(schemes))}"
 
 
 def _config_problems(config: Mapping[str, Any]) -> list[str]:

@@ -26,7 +26,9 @@ from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
 from quant.errors import CheckpointError
 from quant.formats.base import (
+    FOREIGN,
     Contents,
+    ForeignFormat,
     Format,
     FormatRegistry,
     QuantizedLayers,
@@ -186,8 +188,41 @@ class Fp8(Format):
             if (number := spelled(tensors, x.name, INPUT_SCALES)) is not None:
                 stored[f"{x.name}.input_scale"] = number
         stored = {own: name for own, name in stored.items() if own != name}
-        options = {} if sides in (None, (BLOCK, BLOCK)) else {"block": sides}
-        return QuantizedLayers(self.name, linears, options, stored, stacks(tensors, sides))
+        usual = sides in (None, (BLOCK, BLOCK))
+        return QuantizedLayers(
+            self.name if usual else Fp8Blocks.name,
+            linears,
+            {} if usual else {"block": sides},
+            stored,
+            stacks(tensors, sides),
+        )
 
 
-FormatRegistry.add(Fp8.name, Fp8())
+class Fp8Blocks(ForeignFormat):
+    """The same with blocks of another size than 128 × 128: read, and not judged."""
+
+    name = "fp8-blocks"
+    quant_method = None
+    parts = Fp8.parts
+    keeps_kv_cache = True
+
+    def specs(self, linear: Linear, dtype: str) -> list[TensorSpec]:
+        # the shape of the multipliers has been compared with the size that the config states
+        return [TensorSpec(f"{linear.name}.weight", "F8_E4M3", (linear.n, linear.k))]
+
+    def unpack(
+        self, linear: Linear, tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any]
+    ) -> QuantizedTensor:
+        return _FP8.unpack(linear, tensors, options)
+
+    def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> QuantizedLayers:
+        return _FP8.find(config, tensors)
+
+    def config_problems(
+        self, config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, Sequence[str]]
+    ) -> list[str]:
+        return _FP8.config_problems(config, layers, members)
+
+
+_FP8 = FormatRegistry.add(Fp8.name, Fp8())
+FOREIGN[Fp8Blocks.name] = Fp8Blocks()

@@ -34,10 +34,15 @@ from quant.planning.memory import (
 from quant.planning.rule_of_thumb import rule_of_thumb
 from quant.planning.scenarios import Scenario, load_scenario
 from quant.planning.speed import Speed, speed_bounds
-from quant.planning.storage import file_bytes, is_quantized, source_kernels
+from quant.planning.storage import (
+    file_bytes,
+    is_quantized,
+    requantizable,
+    requantizing_problem,
+    source_kernels,
+)
 from quant.schemes import AS_IT_IS, Scheme, SchemeRegistry, SchemeRow, candidates
 from quant.units import format_size
-from quant.vllm.config import source_method
 from quant.vllm.kernels import BF16_FORMATS, GROUP_SIZES, formats_of, gpu_dict, has_fp8_cache, kernel_of
 from quant.vllm.releases import rules_for
 
@@ -453,10 +458,9 @@ def _plan_one(
         )  # fmt: skip
 
     if spec.quantization and quantized:
-        return refused(
-            f"the checkpoint is already quantized ({source_method(spec.quantization)}): quantize its 16-bit "
-            "source instead"
-        )
+        if reason := requantizing_problem(spec, row.scheme):
+            return refused(reason)
+        spec = requantizable(spec)
     part = (
         f"{gpu.name} "
         f"({'.'.join(map(str, gpu.capability)) if gpu.capability else gpu.architecture or gpu.platform})"

@@ -14,7 +14,7 @@ from typing import Any
 
 from quant.errors import QuantError, UsageError
 from quant.models.spec import DTYPE_BYTES, ModelSpec, Weight
-from quant.schemes import PRESETS, Scheme, WeightScheme
+from quant.schemes import BLOCK, PRESETS, Scheme, WeightScheme
 from quant.vllm.config import source_method
 from quant.vllm.kernels import kernel_of
 from quant.vllm.releases import Rules
@@ -92,6 +92,18 @@ def _awq(config: Mapping[str, Any]) -> SchemeOf:
 
 
 def _fp8(config: Mapping[str, Any]) -> SchemeOf:
+    block = config.get("weight_block_size")
+    if block and list(block) != [BLOCK, BLOCK]:
+        rows, columns = int(block[0]), int(block[1])
+        return _covered(
+            config,
+            ForeignScheme(
+                "fp8-block",
+                WeightScheme(8, columns, True, "float", "group", "F32"),
+                PRESETS["fp8-block"].activations,
+                size=lambda n, k, width: n * k + 4 * ceil(n / rows) * ceil(k / columns),
+            ),
+        )
     return _covered(config, PRESETS["fp8-block" if config.get("weight_block_size") else "w8a8-fp8-tensor"])
 
 
@@ -121,6 +133,8 @@ def _modelopt(config: Mapping[str, Any]) -> SchemeOf:
 
 
 def _modelopt_scheme(algorithm: str) -> ForeignScheme:
+    if algorithm == "MXFP8":
+        return _foreign("mxfp8")
     return _foreign("w8a8-fp8" if algorithm.startswith("FP8") else "nvfp4")
 
 
@@ -164,6 +178,10 @@ _SOURCES: dict[str, Callable[[Mapping[str, Any]], SchemeOf]] = {
     "mxfp4": _mxfp4,
     "gpt-oss-mxfp4": _mxfp4,
     "modelopt": _modelopt,
+    "modelopt-fp4": _modelopt,
+    "modelopt-mxfp8": _modelopt,
+    "modelopt-mixed": _modelopt,
+    "fbgemm-fp8": lambda config: _covered(config, _foreign("w8a8-fp8")),
     "compressed-tensors": _compressed_tensors,
 }
 
@@ -191,6 +209,35 @@ def source_schemes(spec: ModelSpec) -> SchemeOf:
         f"the checkpoint's quant_method is {method!r}: {reason}; give the checkpoint's directory "
         "(--model-path), whose tensors can be counted"
     )
+
+
+def requantizable(spec: ModelSpec) -> ModelSpec:
+    """A model whose checkpoint is quantized already as a job sees it that starts from the values: with
+    nothing quantized, and the shapes that its linears have unpacked."""
+    return replace(spec, weights=spec.unpacked or spec.weights, unpacked=(), quantization=None)
+
+
+def requantizing_problem(spec: ModelSpec, scheme: Scheme) -> str | None:
+    """Why it is no use to quantize a checkpoint that is quantized already to a scheme: it cannot be read
+    here, or gets no smaller; None where neither is so."""
+    from quant.formats import FormatRegistry
+    from quant.formats.base import FOREIGN
+
+    method = source_method(spec.quantization) or ""
+    read = {m for f in (*FormatRegistry, *FOREIGN.values()) for m in (f.quant_method, *f.also)}
+    if method not in read:
+        return f"the checkpoint is already quantized ({method}), which is not read here: quantize its source"
+    try:
+        own = source_schemes(spec)
+    except UsageError as error:
+        return str(error)
+    stored = [s.weights.bits for w in spec.unpacked or spec.weights if (s := own(w)) is not None]
+    if stored and scheme.weights.bits >= max(stored):
+        return (
+            f"the checkpoint is already quantized ({method}) to {max(stored)} bits: as many or more gain no "
+            "room, and lose a little"
+        )
+    return None
 
 
 def source_kernels(spec: ModelSpec) -> frozenset[str]:

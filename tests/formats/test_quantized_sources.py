@@ -12,6 +12,7 @@ import torch
 
 from quant.checkpoint.reader import open_checkpoint
 from quant.errors import CheckpointError
+from quant.evaluation.inspect import inspect
 from quant.formats import find_format
 from quant.formats.reading import dequantized
 from tests.formats.quantized_sources import KINDS, publish
@@ -205,6 +206,32 @@ def test_what_contradicts_itself_or_is_not_known_is_named(
     checkpoint = open_checkpoint(tmp_path / "published")
     with pytest.raises(CheckpointError, match=message):
         find_format(checkpoint.config, checkpoint.tensors)
+
+
+def test_a_method_that_is_not_read_is_not_said_to_be_unservable(
+    llama: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    """vLLM loads Quark's checkpoints, and has no bitsandbytes."""
+    publish(llama, tmp_path / "published", "fp8 tensor")
+    change_config(tmp_path / "published", quantization_config={"quant_method": "quark"})
+    checked = cli("verify", "-m", tmp_path / "published", "--json")
+    said = {c["name"]: c for c in json.loads(checked.out)["checks"]}
+    assert checked.code == 0 and "not checked" in said["format"]["detail"]
+    planned = cli("recommend", "-m", tmp_path / "published", "--gpu", "L40S-48GB")
+    assert planned.code == 0, planned.err
+    change_config(tmp_path / "published", quantization_config={"quant_method": "bitsandbytes"})
+    refused = cli("verify", "-m", tmp_path / "published")
+    assert refused.code == 4 and "has no quant_method 'bitsandbytes'" in refused.err
+
+
+@pytest.mark.parametrize("kind", ["fp8 block 32", "modelopt nvfp4", *MIXTURES])
+def test_inspect_counts_what_the_codes_stand_for(
+    kind: str, source: Callable[[str], Path], tmp_path: Path
+) -> None:
+    publish(source(kind), tmp_path / "published", kind)
+    here, there = inspect(tmp_path / "published"), inspect(source(kind))
+    assert here["parameters_by_role"] == there["parameters_by_role"]
+    assert sum(here["schemes"].values()) == here["quantized_linears"] >= 8
 
 
 def test_a_config_that_is_left_over_is_no_quantization(

@@ -357,9 +357,17 @@ def test_nothing_fits_says_what_would_and_it_does() -> None:
     assert by_scheme(recommend("meta-llama/Llama-3.1-70B", "RTX 4090", gpu_count=4))["w4a16"].fits
 
 
-def test_an_already_quantized_checkpoint_is_not_quantized_again() -> None:
+def test_a_quantized_checkpoint_is_quantized_again_only_to_fewer_bits() -> None:
     plans = by_scheme(recommend("Qwen2.5-7B-Instruct-AWQ", "L40S"))
-    assert plans["none"].fits and "already quantized (awq)" in plans["w4a16"].why
+    assert plans["none"].fits and "already quantized (awq) to 4 bits" in plans["w4a16"].why
+    eight = recommend("Qwen2.5-32B-Instruct-FP8", "RTX 4090", EngineRequest(context=2048))
+    plans = by_scheme(eight)
+    assert not plans["none"].fits and "to 8 bits: as many or more gain no room" in plans["w8a8-fp8"].why
+    assert plans["w4a16"].fits and eight.recommended == "w4a16"
+    plain = by_scheme(recommend("Qwen2.5-32B-Instruct", "RTX 4090", EngineRequest(context=2048)))
+    assert plans["w4a16"].to_dict()["weights_bytes"] == plain["w4a16"].to_dict()["weights_bytes"]
+    unread = by_scheme(recommend("Qwen2.5-7B-Instruct-bnb-4bit", "L40S"))
+    assert "which is not read here" in unread["w4a16"].why
 
 
 def test_mixed_gpus_are_planned_by_the_smallest() -> None:
