@@ -31,6 +31,8 @@ from quant.vllm.config import text_config
 _TOWER = re.compile(
     r"(^|\.)(visual|vision|audio|image|multi_modal|mm_|connector|embed_vision|embed_audio)\w*(\.|$)"
 )
+
+
 class CannotRun(CheckpointError):
     """A model whose blocks cannot be run one by one: ``reason`` says why. The message goes on with what
     quantizes it all the same; who wanted to run it for something else has another next step to offer.
