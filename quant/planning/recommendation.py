@@ -43,6 +43,7 @@ from quant.planning.storage import (
 )
 from quant.schemes import AS_IT_IS, Scheme, SchemeRegistry, SchemeRow, candidates
 from quant.units import format_size
+from quant.vllm.config import source_method
 from quant.vllm.kernels import BF16_FORMATS, GROUP_SIZES, formats_of, gpu_dict, has_fp8_cache, kernel_of
 from quant.vllm.releases import rules_for
 
