@@ -55,6 +55,7 @@ DEFAULT_CONTEXT = 8192
 _FEW = 16
 #: contexts planned for where none is asked and the usual one does not fit
 _SHORTER = (4096, 2048)
+_WHOLE_EXPERTS = "planned with --enable-expert-parallel: GPUs that cut each expert cannot hold them"
 #: what decides among the schemes that fit → its bound of speed (None: none, the most precise one is taken)
 #: and the expected loss in percent that it may cost
 OBJECTIVES: dict[str, tuple[str | None, float]] = {
@@ -330,6 +331,9 @@ def recommend(
             f"vLLM's weight-only kernels of {', '.join(sorted(alone))} take bf16 alone: planned with "
             "--dtype bfloat16"
         )
+    if _cut_by_ranks(spec, request):
+        request = replace(request, enable_expert_parallel=True)
+        notes.append(_WHOLE_EXPERTS)
     request.check(spec, devices)
     plans = tuple(_plan_one(spec, devices, gpu, row, request, margin) for row in rows)
     chosen = _choose(plans, goal)
@@ -373,6 +377,16 @@ def recommend(
     )  # fmt: skip
 
 
+def _cut_by_ranks(spec: ModelSpec, request: EngineRequest) -> bool:
+    """Whether a checkpoint that is quantized already can be served by these ranks only where each holds whole
+    experts: that keeps its values, which rounding it anew would not."""
+    if not spec.moe or spec.quantization is None or request.ranks < 2 or request.enable_expert_parallel:
+        return False
+    return bool(group_problems(spec, None, request.ranks)) and not group_problems(
+        spec, None, request.ranks, experts_whole=True
+    )
+
+
 def _smaller(
     spec: ModelSpec, request: EngineRequest, gpu: Gpu, own_context: bool
 ) -> Iterator[tuple[EngineRequest, str]]:
@@ -381,7 +395,7 @@ def _smaller(
     were not asked for."""
     if spec.moe and request.ranks > 1 and not request.enable_expert_parallel:
         request = replace(request, enable_expert_parallel=True)
-        yield request, "planned with --enable-expert-parallel: GPUs that cut each expert cannot hold them"
+        yield request, _WHOLE_EXPERTS
     asked = request
     if request.max_num_seqs is None and request.concurrency <= _FEW:
         request = replace(request, max_num_seqs=_FEW)
