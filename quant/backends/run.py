@@ -220,6 +220,7 @@ def _quantization(
             folded=tuple(t.name for t in rest if not t.equal),
         ),
         unquantized_linears=tuple(plan.unquantized),
+        plain_in_vllm=plan.plain,
         backend={
             "name": backend.name,
             "python": str(python),

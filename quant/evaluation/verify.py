@@ -22,16 +22,35 @@ from quant.formats import Format, QuantizedLayers, find_format
 from quant.formats.base import UnreadMethod, config_problems
 from quant.formats.legacy import repaired
 from quant.models.linears import built_linears
-from quant.models.roles import leftovers_note, role_of
+from quant.models.roles import leftovers_note
 from quant.report.value import Report
 from quant.vllm.cache import cache_problems
-from quant.vllm.config import heads_of, parts, quantization_config, stated, stated_dtype, text_path
-from quant.vllm.layers import fused_layers, is_head, shape_problems, shared_name
+from quant.vllm.config import (
+    heads_of,
+    model_types,
+    parts,
+    quantization_config,
+    stated,
+    stated_dtype,
+    text_path,
+)
+from quant.vllm.layers import (
+    BuiltLayer,
+    built_layers,
+    built_plain,
+    is_head,
+    module_class,
+    reordered,
+    shape_problems,
+    sharing_layers,
+)
 from quant.vllm.methods import method_problem
 from quant.vllm.names import unread_spellings
 
 #: Findings of one check that are said; more are counted.
 _MOST = 5
+#: Classes of modules with a row for each token.
+_TABLES = ("LMHead", "Embedding")
 #: Floats that vLLM turns into one another as it loads; a power of two stays what it is.
 _TURNED = {*WIDE_FLOATS, "F8_E8M0"}
 
@@ -204,7 +223,7 @@ def _check_layers(result: Verification, checkpoint: Checkpoint, layers: Quantize
             cache_problems(checkpoint.tensors, cache),
             "every attention layer has the scales of its FP8 cache",
         )
-    heads = [f"{x.name} is quantized ({x.scheme})" for x in linears if is_head(x.name)]
+    heads = [f"{x.name} is quantized ({x.scheme})" for x in linears if module_class(x.name) in _TABLES]
     result.add("head and embeddings", _head_problems(checkpoint, layers), "; ".join(heads) or "unquantized")
 
 
@@ -231,6 +250,7 @@ def _refusals(checkpoint: Checkpoint, layers: QuantizedLayers, form: Format) -> 
     """What vLLM does not load in this format, or would read wrongly by its config."""
     schemes = dict.fromkeys(x.scheme for x in layers.linears.values())
     refused = list(dict.fromkeys(reason for s in schemes if (reason := form.refuse(s, "vllm"))))
+    refused += _unread(checkpoint, layers, form)
     try:
         config = quantization_config(checkpoint.config) or {}
         unread = unread_spellings(str(checkpoint.config.get("model_type")), layers.stored)
@@ -239,14 +259,30 @@ def _refusals(checkpoint: Checkpoint, layers: QuantizedLayers, form: Format) -> 
         return [*refused, str(error)]
 
 
-def _members(checkpoint: Checkpoint, layers: QuantizedLayers) -> dict[str, list[str]]:
-    """The layers that vLLM builds, each with the linears of the file that become it, quantized or not."""
+def _unread(checkpoint: Checkpoint, layers: QuantizedLayers, form: Format) -> list[str]:
+    """Quantized linears that vLLM builds in 16 bits, or reads in a wrong order."""
+    matrices = [n.removesuffix(".weight") for n in checkpoint.tensors if n.endswith(".weight")]
+    plain = built_plain({*matrices, *layers.linears}, checkpoint.config, layers.format == "fp8")
+    problems = [f"{n} is quantized: {plain[n]}" for n in layers.linears if n in plain]
+    kinds = model_types(checkpoint.config)
+    for name, linear in layers.linears.items():
+        if reordered(name, linear.scheme, form.name, kinds):
+            problems.append(
+                f"{name}: vLLM's loader reorders its outputs, which {linear.scheme} in format {form.name} "
+                "does not bear"
+            )
+    return problems
+
+
+def _members(checkpoint: Checkpoint, layers: QuantizedLayers) -> dict[str, BuiltLayer]:
+    """The layers that vLLM builds so that they may be quantized, each with the linears of the file that
+    become it, quantized or not."""
     matrices = {
         name.removesuffix(".weight")
         for name, info in checkpoint.tensors.items()
         if name.endswith(".weight") and len(info.shape) == 2
     }
-    return fused_layers(sorted(matrices | set(layers.linears)))
+    return built_layers(sorted(matrices | set(layers.linears)), checkpoint.config)
 
 
 def _layer_problems(checkpoint: Checkpoint, layers: QuantizedLayers, form: Format, dtype: str) -> list[str]:
@@ -311,8 +347,10 @@ def _rounded_scales(checkpoint: Checkpoint, layers: QuantizedLayers, form: Forma
 def _fused_problems(checkpoint: Checkpoint, layers: QuantizedLayers) -> list[str]:
     """Layers that vLLM builds as one although their shards are not of one scheme."""
     problems = []
-    for fused, names in _members(checkpoint, layers).items():
-        schemes = {str(layers.linears[n].scheme) if n in layers.linears else "unquantized" for n in names}
+    for fused, built in _members(checkpoint, layers).items():
+        schemes = {
+            str(layers.linears[n].scheme) if n in layers.linears else "unquantized" for n in built.linears
+        }
         if len(schemes) > 1:
             problems.append(
                 f"{fused}: its shards are {', '.join(sorted(schemes))}: vLLM builds them as one layer"
@@ -322,11 +360,8 @@ def _fused_problems(checkpoint: Checkpoint, layers: QuantizedLayers) -> list[str
 
 def _differing(checkpoint: Checkpoint, layers: QuantizedLayers, lasts: Sequence[str]) -> list[str]:
     """Shards of a fused layer that have several of a number of which vLLM keeps one."""
-    members: dict[str, list[str]] = {}
-    for name in layers.linears:
-        members.setdefault(shared_name(name), []).append(name)
     problems = []
-    for names in members.values():
+    for names in sharing_layers(layers.linears, model_types(checkpoint.config)):
         for last in lasts:
             stored = (layers.tensor(f"{n}.{last}") for n in names)
             tensors = [t for t in stored if t in checkpoint.tensors]
@@ -351,10 +386,18 @@ def _rounded_anew(checkpoint: Checkpoint, layers: QuantizedLayers, form: Format)
 
 
 def _head_problems(checkpoint: Checkpoint, layers: QuantizedLayers) -> list[str]:
+    # `compressed_tensors_embedding.py`: codes are looked up by row
     problems = [
-        f"{n} is quantized: vLLM keeps embeddings in full precision"
-        for n in layers.linears
-        if role_of(n.rpartition(".")[2]) == "embedding"
+        f"{x.name} is quantized ({x.scheme}): of embeddings vLLM takes symmetric weight-only "
+        "integers in compressed-tensors alone"
+        for x in layers.linears.values()
+        if module_class(x.name) == "Embedding"
+        and (
+            layers.format != "compressed-tensors"
+            or x.activations is not None
+            or not x.weights.symmetric
+            or x.weights.type != "int"
+        )
     ]
     if stated(checkpoint.config, "tie_word_embeddings"):
         problems += [

@@ -24,7 +24,7 @@ fits two of them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -46,7 +46,7 @@ from quant.formats.base import (
 )
 from quant.schemes import Scheme, WeightScheme
 from quant.vllm.kernels import GROUP_SIZES
-from quant.vllm.layers import Linear, fused_name, is_head
+from quant.vllm.layers import BuiltLayer, Linear, fused_name, is_head
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +90,7 @@ class AWQ(Format):
         return len({(replace(s.weights, symmetric=True), s.activations) for s in schemes}) <= 1
 
     def config_problems(
-        self, config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, Sequence[str]]
+        self, config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, BuiltLayer]
     ) -> list[str]:
         older = sorted(set(layers.options["packing"].values()) - {"gemm"})
         return [
@@ -156,7 +156,7 @@ class AWQ(Format):
             # paths differ
             "zero_point": True,
             "version": "gemm",
-            "modules_to_not_convert": list(contents.unquantized) if usable else None,
+            "modules_to_not_convert": contents.left_alone() if usable else None,
         }
         # a word of vLLM's, which other readers do not know
         return config | ({"lm_head": True} if any(is_head(x.name) for x in contents.linears) else {})

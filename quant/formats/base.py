@@ -16,7 +16,7 @@ from quant.errors import CheckpointError, QuantError, clipped
 from quant.registry import Registry, lacks
 from quant.schemes import Scheme, WeightScheme
 from quant.vllm.config import quantization_config, source_method
-from quant.vllm.layers import Linear, is_head
+from quant.vllm.layers import BuiltLayer, Linear, ignored_names, is_head
 
 if TYPE_CHECKING:
     import torch
@@ -101,12 +101,19 @@ class Contents:
             None.
         settings: of the method that chose the codes, by name. ``act_order`` is ``static`` where columns were
             visited by importance with groups in natural order, ``group`` where groups follow that order.
+        model_types: of the model's config and its parts, by which vLLM fuses linears.
     """
 
     linears: Sequence[Linear]
     unquantized: Sequence[str] = ()
     kv_cache: Mapping[str, Any] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    model_types: tuple[str, ...] = ()
+
+    def left_alone(self, patterns: bool = False) -> list[str]:
+        """What the config lists of them; see :func:`quant.vllm.layers.ignored_names`."""
+        quantized = {linear.name for linear in self.linears}
+        return ignored_names(self.unquantized, quantized, self.model_types, patterns)
 
 
 class Format(ABC):
@@ -182,14 +189,14 @@ class Format(ABC):
         return False
 
     def config_problems(
-        self, config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, Sequence[str]]
+        self, config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, BuiltLayer]
     ) -> list[str]:
         """What vLLM refuses in a ``quantization_config``, or understands otherwise than the file means it.
 
         Args:
             layers: what :meth:`find` read.
-            members: by the name of the layer that vLLM builds, the linears of the file that become it,
-                quantized or not; see :func:`quant.vllm.layers.fused_layers`.
+            members: by the name of the layer that vLLM builds, the linears of the file that become it;
+                see :func:`quant.vllm.layers.built_layers`.
         """
         return []
 
@@ -365,7 +372,7 @@ def find_format(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) ->
 
 
 def config_problems(
-    config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, Sequence[str]]
+    config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, BuiltLayer]
 ) -> list[str]:
     """:meth:`Format.config_problems` of the format that a checkpoint is in.
 

@@ -33,7 +33,7 @@ for targets.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from quant.checkpoint.header import TensorInfo
@@ -53,7 +53,7 @@ from quant.formats.base import (
 )
 from quant.schemes import BLOCK, PRESETS, ActivationScheme, Scheme, WeightScheme, scheme_of
 from quant.vllm.kernels import GROUP_SIZES
-from quant.vllm.layers import Linear, is_head, is_linear
+from quant.vllm.layers import BuiltLayer, Linear, is_head, module_class
 from quant.vllm.releases import VLLM_VERSION
 
 if TYPE_CHECKING:
@@ -202,12 +202,35 @@ def matches(target: str, name: str) -> bool:
     return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
 
 
+def _matcher(entries: Sequence[str]) -> Callable[[str], bool]:
+    """Whether any of the targets or ignore entries names a module."""
+    exact = {e for e in entries if not e.startswith("re:")}
+    patterns = [re.compile(e[3:]) for e in entries if e.startswith("re:")]
+    return lambda name: name in exact or any(p.match(name) for p in patterns)
+
+
+#: What vLLM calls the classes that :func:`quant.vllm.layers.module_class` tells apart.
+_CLASSES = {"Linear": "linear", "Embedding": "vocabparallelembedding", "LMHead": "parallellmhead"}
+
+
+def by_class(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Class of module → the first config group that targets it: vLLM looks for a target in the class's name
+    (`find_matched_target`), so ``Linear`` is every linear, and no head or embedding is one."""
+    found: dict[str, str] = {}
+    for key, group in groups.items():
+        for target in group.get("targets", []):
+            for kind, name in _CLASSES.items():
+                if target and str(target).lower() in name:
+                    found.setdefault(kind, key)
+    return found
+
+
 def targeted(groups: Mapping[str, Mapping[str, Any]]) -> Callable[..., str | None]:
-    """Name of a linear (or all that it may have) → its config group: the first whose targets name it, else
-    the first for the class Linear; None where there is neither."""
+    """Name of a module (or all that it may have) → its config group: the first whose targets name it, else
+    the first for its class, else the first for the class Linear; None where there is none."""
     exact: dict[str, int] = {}
     patterns: list[tuple[int, str]] = []
-    keys = list(groups)
+    keys, classes = list(groups), by_class(groups)
     for i, key in enumerate(keys):
         for target in groups[key].get("targets", []):
             if target.startswith("re:"):
@@ -218,10 +241,27 @@ def targeted(groups: Mapping[str, Mapping[str, Any]]) -> Callable[..., str | Non
     def group_of(*names: str) -> str | None:
         named = [i for i, target in patterns if any(matches(target, name) for name in names)]
         named += [exact[name] for name in names if name in exact]
-        first = min(named) if named else exact.get("Linear")
-        return None if first is None else keys[first]
+        if named:
+            return keys[min(named)]
+        kinds = (module_class(name) for name in names)
+        return next((classes[k] for k in kinds if k in classes), classes.get("Linear"))
 
     return group_of
+
+
+def _targets(linears: Iterable[Linear], wrapped: bool) -> list[str]:
+    """Targets by which vLLM finds these modules. Embeddings it finds by their class, for many models give
+    them no name; the head of a ``wrapped`` language model by a name that begins with that model's, of which
+    the file may know nothing."""
+    targets: dict[str, None] = {}
+    for linear in linears:
+        kind = module_class(linear.name)
+        targets[linear.name] = None
+        if kind == "Embedding":
+            targets["Embedding"] = None
+        elif kind == "LMHead" and wrapped:
+            targets[rf"re:(.*\.)?{re.escape(linear.name)}$"] = None
+    return list(targets)
 
 
 def group_scheme(group: Mapping[str, Any], layout: str, where: str) -> Scheme:
@@ -307,7 +347,7 @@ class CompressedTensors(Format):
         return True
 
     def config_problems(
-        self, config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, Sequence[str]]
+        self, config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, BuiltLayer]
     ) -> list[str]:
         problems = []
         for name, group in config["config_groups"].items():
@@ -326,38 +366,42 @@ class CompressedTensors(Format):
 
     @staticmethod
     def _name_problems(
-        config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, Sequence[str]]
+        config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, BuiltLayer]
     ) -> list[str]:
         """The config's names and regular expressions, judged as vLLM does: the fused name first, then every
         shard."""
         problems = []
-        ignore = names_listed(config, "ignore")
-        targets = [str(t) for g in config["config_groups"].values() for t in g.get("targets", [])]
-        for fused, names in members.items():
-            by_fused = len(names) > 1 and any(matches(i, fused) for i in ignore)
-            for name in names:
-                ignored = any(matches(i, name) for i in ignore)
-                named = any(matches(t, name) for t in targets)
-                if name in layers.linears and (ignored or by_fused):
+        groups = config["config_groups"]
+        is_ignored = _matcher(names_listed(config, "ignore"))
+        is_target = _matcher([str(t) for g in groups.values() for t in g.get("targets", [])])
+        classes = by_class(groups)
+        for asked, built in members.items():
+            by_asked = asked not in built.linears and is_ignored(asked)
+            for name in built.linears:
+                ignored, claimed = is_ignored(name), module_class(name) in classes
+                named = is_target(name) or is_target(asked)
+                if name in layers.linears and (ignored or by_asked):
                     problems.append(
                         f"{name} is quantized, but the ignore list hits "
-                        f"{'it' if ignored else f'its fused name {fused}'}"
+                        f"{'it' if ignored else f'its fused name {asked}'}"
                     )
-                elif name in layers.linears and is_head(name) and not named:
+                elif name in layers.linears and not named and not claimed:
                     problems.append(
                         f"{name} is quantized, but no target names it: vLLM builds a head, which is no "
                         "Linear to it, in full precision"
+                        if is_head(name)
+                        else f"{name} is quantized, but no target names it"
                     )
-                # by class a target claims every linear but heads and embeddings
                 elif (
                     name not in layers.linears
-                    and not ignored
-                    and not by_fused
-                    and is_linear(name)
-                    and ("Linear" in targets or named)
+                    and not (ignored and not built.by_name)
+                    and not by_asked
+                    and (named or claimed)
                 ):
+                    under = f" under the name {asked}, by which vLLM asks for it" if built.by_name else ""
                     problems.append(
-                        f"{name} is not quantized, but neither ignored: vLLM would look for packed weights"
+                        f"{name} is not quantized, but neither ignored{under}: vLLM would look for packed "
+                        "weights"
                     )
         return problems
 
@@ -489,7 +533,7 @@ class CompressedTensors(Format):
         return QuantizedTensor(codes, scales, zeros, scheme, group_index, divisor, inputs)
 
     def config(self, contents: Contents) -> dict[str, Any]:
-        linears = contents.linears
+        linears, wrapped = contents.linears, len(contents.model_types) > 1
         kinds = list(dict.fromkeys((x.weights, x.activations) for x in linears))
         layouts: list[str] = []
         groups = {}
@@ -497,11 +541,14 @@ class CompressedTensors(Format):
             members = [x for x in linears if (x.weights, x.activations) == kind]
             layouts.append(layout_of(members[0]))
             groups[f"group_{i}"] = {
-                # with one scheme the class name and a complete ignore list (a head is of another class); with
-                # several, names alone: a class would catch what a name missed
-                "targets": ["Linear", *(x.name for x in members if is_head(x.name))]
+                # with one scheme the class name and a complete ignore list (heads and embeddings are of other
+                # classes); with several, names alone: a class would catch what a name missed
+                "targets": [
+                    "Linear",
+                    *_targets((x for x in members if module_class(x.name) != "Linear"), wrapped),
+                ]
                 if len(kinds) == 1
-                else [x.name for x in members],
+                else _targets(members, wrapped),
                 "format": layouts[-1],
                 "weights": arguments(kind[0]),
                 "input_activations": None if kind[1] is None else activation_arguments(kind[1]),
@@ -511,7 +558,7 @@ class CompressedTensors(Format):
             "quant_method": "compressed-tensors",
             "format": layouts[0] if len(set(layouts)) == 1 else "mixed-precision",
             "config_groups": groups,
-            "ignore": list(contents.unquantized),
+            "ignore": contents.left_alone(patterns=True),
             "kv_cache_scheme": None if contents.kv_cache is None else dict(contents.kv_cache),
             "quantization_status": "compressed",
             "sparsity_config": {},

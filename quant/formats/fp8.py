@@ -19,7 +19,7 @@ word for them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from quant.checkpoint.header import TensorInfo
@@ -37,7 +37,7 @@ from quant.formats.base import (
 )
 from quant.formats.scaled import INPUT_SCALES, multipliers, scaled_matrices, spelled, stacks
 from quant.schemes import BLOCK, PRESETS, ActivationScheme, Scheme, WeightScheme
-from quant.vllm.layers import Linear, is_head
+from quant.vllm.layers import BuiltLayer, Linear, is_head, is_linear
 
 if TYPE_CHECKING:
     import torch
@@ -91,17 +91,17 @@ class Fp8(Format):
         return []
 
     def config_problems(
-        self, config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, Sequence[str]]
+        self, config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, BuiltLayer]
     ) -> list[str]:
         """Names that vLLM compares exactly, with its own of a fused layer and with those of the file."""
         ignored = {str(n) for n in config.get("ignored_layers") or config.get("modules_to_not_convert") or []}
         problems = []
-        for fused, names in members.items():
-            for name in names:
-                named = name in ignored or fused in ignored
+        for fused, built in members.items():
+            for name in built.linears:
+                named = fused in ignored or (name in ignored and not built.by_name)
                 if name in layers.linears and named:
                     problems.append(f"{name} is quantized, but ignored_layers names it")
-                elif name not in layers.linears and len(names) > 1 and not named:
+                elif name not in layers.linears and not named and is_linear(name):
                     problems.append(
                         f"{name} is not quantized, but ignored_layers does not name it: vLLM would look for "
                         "its scale"
@@ -156,9 +156,9 @@ class Fp8(Format):
             "quant_method": "fp8",
             "fmt": "e4m3",
             "activation_scheme": "static" if activations == _STATIC else "dynamic",
-            "ignored_layers": list(contents.unquantized),
+            "ignored_layers": contents.left_alone(),
             # transformers' word for the same list
-            "modules_to_not_convert": list(contents.unquantized),
+            "modules_to_not_convert": contents.left_alone(),
         }
         return config | ({"weight_block_size": [BLOCK, BLOCK]} if scheme.strategy == "block" else {})
 
@@ -219,7 +219,7 @@ class Fp8Blocks(ForeignFormat):
         return _FP8.find(config, tensors)
 
     def config_problems(
-        self, config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, Sequence[str]]
+        self, config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, BuiltLayer]
     ) -> list[str]:
         return _FP8.config_problems(config, layers, members)
 

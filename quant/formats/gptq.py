@@ -20,7 +20,7 @@ written: a file of ours has one scheme.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from quant.checkpoint.header import TensorInfo
@@ -41,7 +41,7 @@ from quant.formats.base import (
 )
 from quant.schemes import BITS, Scheme, WeightScheme
 from quant.vllm.kernels import GROUP_SIZES
-from quant.vllm.layers import Linear, is_head
+from quant.vllm.layers import BuiltLayer, Linear, is_head
 from quant.vllm.releases import VLLM_VERSION
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class GPTQ(Format):
         return target != "vllm"  # which drops g_idx
 
     def config_problems(
-        self, config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, Sequence[str]]
+        self, config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, BuiltLayer]
     ) -> list[str]:
         problems = []
         if config.get("desc_act") and config.get("group_size") != -1:
@@ -135,13 +135,13 @@ class GPTQ(Format):
 
     @staticmethod
     def _dynamic_problems(
-        config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, Sequence[str]]
+        config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, BuiltLayer]
     ) -> list[str]:
         """The numbers that the config gives each layer, with its ``dynamic`` rules asked as vLLM does: by the
         fused name, never by a shard's."""
         problems = []
-        for fused, names in members.items():
-            linear = next((layers.linears[n] for n in names if n in layers.linears), None)
+        for fused, built in members.items():
+            linear = next((layers.linears[n] for n in built.linears if n in layers.linears), None)
             if linear is None:
                 continue  # vLLM sees from the tensors which layers are not quantized
             rule = dynamic_rule(config, fused)

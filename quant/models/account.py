@@ -11,13 +11,11 @@ from typing import Any
 from quant.checkpoint.header import WIDE_FLOATS, TensorInfo
 from quant.models.linears import LinearRef
 from quant.models.place import decoder_list
-from quant.models.roles import OUTSIDE, block_of, role_of
+from quant.models.roles import OUTSIDE, SMALLEST_SIDE, block_of, role_of
 from quant.vllm.config import block_count
 
 #: Largest share of a decoder's weights that may stay as they are without having been asked to.
 LARGEST_REST = 0.05
-#: Matrices with a side shorter than this are no linears: kernels of convolutions, decay rates, gates.
-_SMALLEST_SIDE = 16
 #: Parameters of recurrences and their convolutions, which multiply no vector of features.
 _NO_MATRIX = re.compile(r"(^|\.)(A_log|A|D|dt_bias|\w*conv\w*(\.weight)?|\w+_decay|slope_rate)$")
 
@@ -82,7 +80,7 @@ def rest_problems(weights: Collection[DecoderWeight], shapes: Mapping[str, Tenso
     rest = [
         w
         for w in weights
-        if w.rest and min(shapes[w.name].shape[-2:]) >= _SMALLEST_SIDE and not _NO_MATRIX.search(w.name)
+        if w.rest and min(shapes[w.name].shape[-2:]) >= SMALLEST_SIDE and not _NO_MATRIX.search(w.name)
     ]
     left = sum(w.rest for w in rest)
     if not total or left <= LARGEST_REST * total:

@@ -21,6 +21,9 @@ Role = Literal[
     "other",
 ]  # fmt: skip
 
+#: Matrices with a side shorter than this multiply no vector of features: kernels of convolutions, decay
+#: rates, coefficients that mix a few streams.
+SMALLEST_SIDE = 16
 #: Roles of what is no part of the decoder's blocks.
 OUTSIDE: frozenset[Role] = frozenset({"tower", "mtp", "head", "embedding"})
 #: Role → the parts of a name (between two points) that say so. The first row of which any part is in a name
@@ -36,7 +39,7 @@ _PARTS: tuple[tuple[Role, str], ...] = (
     ("head", r"lm_head|embed_out"),
     ("norm", r"(\w*norm\w*|ln_\w+)$"),  # the last part alone
     ("embedding", r"embed(?!\w*projection)\w*|wte|wpe|\w*_embeddings?"),
-    ("router", r"gate|router|shared_expert_gate|wg|e_score_correction_bias|expert_bias"),
+    ("router", r"gate|(\w+_)?router|shared_expert_gate|wg|e_score_correction_bias|expert_bias"),
     ("shared_experts", r"shared_experts?|shared_mlp"),
     ("experts", r"experts|block_sparse_moe\.(input|output)_linear"),
     ("attention", r"\w*attn\w*|\w*attention\w*|mamba|conv"),
@@ -157,6 +160,8 @@ def not_quantizable(info: TensorInfo, blocks: int | None, decoder: str | None = 
         return f"stored as {info.dtype}"
     if not all(info.shape):
         return "empty"
+    if info.shape[1] < SMALLEST_SIDE:
+        return f"of {info.shape[1]} inputs, which are no vector of features"
     return no_linear(info.name, blocks, decoder)
 
 

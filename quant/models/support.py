@@ -16,7 +16,7 @@ from quant.models.adapter import ModelRegistry
 from quant.models.spec import ModelSpec
 from quant.models.values import Values
 from quant.schemes import Scheme, row_of
-from quant.vllm.layers import UNREAD_EXPERTS
+from quant.vllm.layers import UNREAD_EXPERTS, family_problem
 
 #: Methods that need no calibration text, as ``--method`` has them.
 DATA_FREE = frozenset({"minmax", "fp8", "hqq", "none"})
@@ -79,6 +79,8 @@ def method_problem(
         return reason
     if model_type in UNREAD_EXPERTS:
         return f"vLLM reads no quantized experts of model type {model_type!r} that are written here"
+    if reason := family_problem((model_type,), scheme):
+        return reason
     suppressor = (row_of(scheme).needs if needs is None else needs).get("outlier_suppression", "none")
     activations = scheme.activations
     calibrated = {

@@ -178,12 +178,18 @@ def fused_problems(
     assignments: Mapping[str, Assignment],
     everything: Sequence[str],
     form: Format,
+    kinds: Collection[str] = (),
 ) -> list[str]:
-    """vLLM builds q/k/v and gate/up as one layer: all of its shards are quantized alike, or none."""
+    """vLLM builds q/k/v and gate/up as one layer: all of its shards are quantized alike, or none.
+
+    Args:
+        everything: all linears that could be quantized.
+        kinds: the model types of the config and its parts.
+    """
     if form.quant_method is None:
         return []
     problems: dict[str, str] = {}  # one for each kind of fused layer
-    for fused, names in fused_layers(everything).items():
+    for fused, names in fused_layers(everything, kinds).items():
         kind = fused.rpartition(".")[2]
         if kind in problems:
             continue

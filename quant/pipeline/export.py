@@ -34,7 +34,7 @@ from quant.schemes import UNQUANTIZED
 from quant.tensors import QuantizedTensor
 from quant.vllm.arguments import engine_arguments, vllm_config
 from quant.vllm.cache import KV_CACHE, cache_problems, cache_scale
-from quant.vllm.config import heads_of, quantization_config, stated_dtype, without_quantization
+from quant.vllm.config import heads_of, model_types, quantization_config, stated_dtype, without_quantization
 from quant.vllm.layers import Linear, shape_problems
 
 
@@ -145,6 +145,7 @@ def export(
             unquantized_linears(plain, linears),
             scheme if caches and form.kv_cache else None,
             {"act_order": "group" if ordered else "static"},
+            model_types(checkpoint.config),
         )
         if (written := form.config(contents)) is not None:
             config["quantization_config"] = written

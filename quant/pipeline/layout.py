@@ -11,8 +11,8 @@ from quant.checkpoint.reader import Checkpoint
 from quant.checkpoint.writer import TensorSpec, file_bytes
 from quant.formats import Format
 from quant.models.linears import LinearRef, Slice, holders
-from quant.models.roles import block_of, role_of
-from quant.vllm.layers import Linear
+from quant.models.roles import block_of
+from quant.vllm.layers import Linear, is_head, module_class
 
 #: A shard is closed at this size, as transformers does.
 SHARD_BYTES = 5 * 10**9
@@ -160,8 +160,9 @@ def unquantized_linears(
     checkpoint: Checkpoint, linears: Mapping[str, Linear], refs: Mapping[str, LinearRef] | None = None
 ) -> list[str]:
     """Module names to list as ignored: linears of any part of the model that stay as they are; always the
-    head, which may be tied."""
-    names = {"lm_head", *(n for n, ref in (refs or {}).items() if ref.fused)} - set(linears)
+    head, which may be tied, unless one is quantized."""
+    heads = set() if any(is_head(name) for name in linears) else {"lm_head"}
+    names = {*heads, *(n for n, ref in (refs or {}).items() if ref.fused)} - set(linears)
     for name, info in checkpoint.tensors.items():
         module = name.removesuffix(".weight")
         if (
@@ -170,6 +171,6 @@ def unquantized_linears(
             and len(info.shape) == 2
             and info.dtype in FLOATS
         ):
-            if role_of(module.rpartition(".")[2]) != "embedding":
+            if module_class(module) in ("Linear", "LMHead"):
                 names.add(module)
     return sorted(names, key=lambda n: (block_of(n + ".") is None, block_of(n + ".") or 0, n))

@@ -48,7 +48,7 @@ from quant.tensors import QuantizedTensor
 from quant.units import format_seconds
 from quant.vllm.arguments import engine_arguments, vllm_config
 from quant.vllm.cache import KV_CACHE
-from quant.vllm.config import without_quantization
+from quant.vllm.config import model_types, without_quantization
 
 #: Tokens of one batch: large enough for full speed of the matrix products, small enough that a batch's
 #: activations are few.
@@ -441,6 +441,7 @@ class QuantizationManager:
                 folds=self.records.folds,
                 experts=self.records.experts,
                 unquantized_linears=tuple(plan.unquantized),
+                plain_in_vllm=plan.plain,
                 function=None if preserved is None else preserved.to_dict(),
                 scratch_bytes=self.scratch_bytes,
                 peak_gpu_bytes=torch.cuda.max_memory_allocated(self.device) if gpu else 0,
@@ -483,7 +484,13 @@ def output_config(plan: JobPlan, settings: Mapping[str, Any]) -> dict[str, Any]:
     config = without_quantization(plan.checkpoint.config)
     cache = KV_CACHE if plan.recipe.kv_cache_scheme else None
     quantization = plan.format.config(
-        Contents(list(plan.written.values()), plan.unquantized, cache, settings)
+        Contents(
+            list(plan.written.values()),
+            plan.unquantized,
+            cache,
+            settings,
+            model_types(plan.checkpoint.config),
+        )
     )
     if quantization is not None:
         if plan.recipe.target == "other" and any(plan.format.refuse(s, "vllm") for s in plan.schemes):

@@ -19,7 +19,8 @@ from quant.quantizers import Quantized, Quantizer
 from quant.recipe import Assignment
 from quant.schemes import BLOCK
 from quant.tensors import QuantizedTensor, largest_magnitude, sum_of_squares
-from quant.vllm.layers import shared_name
+from quant.vllm.config import model_types
+from quant.vllm.layers import sharing_layers
 
 #: Elements of a weight that are worked on at a time: a CPU's temporaries stay in its cache, a GPU's still
 #: fill it.
@@ -128,21 +129,19 @@ class PieceQuantizer:
 
     @cached_property
     def _shards(self) -> Mapping[str, Sequence[str]]:
-        """By the layer that keeps one number for all of its shards, the linears that are those."""
-        shards: dict[str, list[str]] = {}
-        for name in self.plan.linears:
-            shards.setdefault(shared_name(name), []).append(name)
-        return shards
+        """By linear, all those that share one number with it, itself among them."""
+        groups = sharing_layers(self.plan.linears, model_types(self.plan.checkpoint.config))
+        return {name: names for names in groups for name in names}
 
     def _fused_amax(self, name: str) -> torch.Tensor:
         """Largest magnitude in the layer that vLLM fuses a linear into: its shards get one number for the
         whole tensor."""
-        fused = shared_name(name)
+        shards = self._shards[name]
         with self._amax_lock:
-            if fused not in self._amax:
-                largest = [largest_magnitude(w) for n in self._shards[fused] for _, w, _ in self._pieces(n)]
-                self._amax[fused] = torch.stack(largest).amax()
-            return self._amax[fused]
+            if shards[0] not in self._amax:
+                largest = [largest_magnitude(w) for n in shards for _, w, _ in self._pieces(n)]
+                self._amax[shards[0]] = torch.stack(largest).amax()
+            return self._amax[shards[0]]
 
 
 def _total(parts: list[torch.Tensor]) -> float:

@@ -3,7 +3,7 @@ once."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,8 +33,8 @@ from quant.recipe import Assignment, Recipe
 from quant.schemes import Scheme
 from quant.vllm.cache import CACHE_PROJECTIONS
 from quant.vllm.config import block_count as stated_block_count
-from quant.vllm.config import heads_of, stated_dtype, text_config
-from quant.vllm.layers import Linear, expert_problems, shape_problems
+from quant.vllm.config import heads_of, model_types, stated_dtype, text_config
+from quant.vllm.layers import Linear, built_plain, expert_problems, reordered, shape_problems
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class JobPlan:
         source: what the source was, where it is quantized already; ``checkpoint`` then has its values.
         notes: what else is to be said of the source.
         unquantized: linears of any part of the model that stay as they are.
+        plain: those of the decoder's blocks among them that vLLM builds in 16 bits whatever a config says,
+            each with the reason.
         dtype: header name of the dtype that scales, and plain weights, are stored in.
     """
 
@@ -61,6 +63,7 @@ class JobPlan:
     unquantized: tuple[str, ...]
     units: tuple[Unit, ...]
     dtype: str
+    plain: Mapping[str, str] = field(default_factory=dict)
     kept: Mapping[str, Linear] = field(default_factory=dict)
     source: QuantizedSource | None = None
     notes: tuple[str, ...] = ()
@@ -137,6 +140,7 @@ class JobPlan:
             "source_quantization": self.source_summary,
             "linears": len(self.linears),
             "unquantized_linears": list(self.unquantized),
+            "plain_in_vllm": dict(self.plain),
             "bits_per_weight": self.bits_per_weight,
             "source_bytes": self.checkpoint.nbytes,
             "output_bytes": self.output_bytes,
@@ -178,14 +182,23 @@ def plan_job(recipe: Recipe) -> JobPlan:
         # of the scales; a config may state another dtype than the weights are stored in
         dtype = stated_dtype(checkpoint.config) or dtype
     refs = decoder_refs(checkpoint.tensors, checkpoint.config)
-    everything = list(refs)
+    for_vllm = recipe.target == "vllm" and form.quant_method is not None
+    plain = _plain(checkpoint, refs) if for_vllm else {}
+    everything = [name for name in refs if name not in plain]
+    if plain and not everything:
+        problems.append(
+            f"{checkpoint.path}: there is nothing that vLLM would read quantized: "
+            f"{'; '.join(dict.fromkeys(plain.values()))}: serve it as it is, or use --target other or "
+            "--format plain"
+        )
+        raise Problems(problems)
     if not everything:
         problems.append(
             f"{checkpoint.path}: no linear of a decoder block is found among its {len(checkpoint.tensors)} "
             "tensors (names such as model.layers.0.….weight)"
         )
         raise Problems(problems)
-    kept, why_not = _kept(recipe, source, everything, block_count(checkpoint), form)
+    kept, why_not = _kept(recipe, source, everything, plain, block_count(checkpoint), form)
     notes += why_not
     if kept and not set(everything) - set(kept):
         problems.append(
@@ -198,7 +211,7 @@ def plan_job(recipe: Recipe) -> JobPlan:
         recipe,
         [n for n in everything if n not in kept],
         block_count(checkpoint),
-        [*_other(checkpoint, refs), *kept],
+        [*_other(checkpoint, refs), *plain, *kept],
     )
     problems += mistakes
     linears = {}
@@ -215,7 +228,8 @@ def plan_job(recipe: Recipe) -> JobPlan:
     if not any("do not divide" in p for p in problems):
         problems += [p for linear in linears.values() for p in form.problems(linear)][:8]
     if recipe.target == "vllm" and not mistakes:  # linears of a rule with a mistake are missing
-        problems += fused_problems(written, {**assignments, **carried_over}, everything, form)
+        kinds = model_types(checkpoint.config)
+        problems += fused_problems(written, {**assignments, **carried_over}, everything, form, kinds)
         if form.quant_method is not None:
             problems += expert_problems(str(text_config(checkpoint.config).get("model_type")), written)
     if recipe.calibration_dataset and any(calibrated(recipe, a) for a in different):
@@ -237,6 +251,8 @@ def plan_job(recipe: Recipe) -> JobPlan:
     made = [s.name for x in fitting for s in form.specs(x, dtype)] + [
         s.name for specs in caches.values() for s in specs
     ]
+    if for_vllm:
+        problems += _reordered(written.values(), form, model_types(checkpoint.config))
     problems += rest_problems(
         account(checkpoint.tensors, checkpoint.config, refs, refs, _named(recipe.ignore, checkpoint)),
         checkpoint.tensors,
@@ -256,6 +272,7 @@ def plan_job(recipe: Recipe) -> JobPlan:
         unquantized,
         units,
         dtype,
+        plain,
         kept,
         source,
         tuple(notes),
@@ -264,14 +281,41 @@ def plan_job(recipe: Recipe) -> JobPlan:
     return plan
 
 
+def _plain(checkpoint: Checkpoint, refs: Collection[str]) -> dict[str, str]:
+    """The linears that vLLM builds in 16 bits whatever a config says, with the reasons."""
+    # what stands beside a linear tells what it is, though it be no linear itself
+    beside = (n.removesuffix(".weight") for n in checkpoint.tensors if n.endswith(".weight"))
+    reasons = built_plain(dict.fromkeys([*refs, *beside]), checkpoint.config)
+    return {name: why for name, why in reasons.items() if name in refs}
+
+
+def _reordered(linears: Iterable[Linear], form: Format, kinds: Collection[str]) -> list[str]:
+    """Linears whose outputs vLLM's loader reorders in a way that their quantized form does not bear, one of
+    each kind."""
+    found: dict[str, str] = {}
+    for linear in linears:
+        kind = linear.name.rpartition(".")[2]
+        if kind not in found and reordered(linear.name, linear.scheme, form.name, kinds):
+            found[kind] = (
+                f"{linear.name}: vLLM's loader reorders its outputs, which {linear.scheme} in format "
+                f"{form.name} does not bear: use --scheme w8a8-fp8, or --ignore '{kind}'"
+            )
+    return list(found.values())
+
+
 def _kept(
-    recipe: Recipe, source: QuantizedSource | None, everything: Sequence[str], blocks: int, form: Format
+    recipe: Recipe,
+    source: QuantizedSource | None,
+    everything: Sequence[str],
+    plain: Collection[str],
+    blocks: int,
+    form: Format,
 ) -> tuple[dict[str, Linear], list[str]]:
-    """Linears of a quantized source whose codes are carried over: all that the format can hold, but those
-    that ``--layers`` names; and why others are not."""
+    """Linears of a quantized source whose codes are carried over: all that the format can hold and vLLM
+    reads, but those that ``--layers`` names; and why others are not."""
     if not recipe.keep_quantized or source is None:
         return {}, []
-    wanted = set(source.layers.linears)
+    wanted = set(source.layers.linears) - set(plain)
     if recipe.layers is not None:
         wanted -= set(selected(everything, recipe.layers, recipe.ignore, blocks)[0])
     kept, refused = keepable(source, sorted(wanted), form, recipe.target)

@@ -178,6 +178,7 @@ class Quantization:
         experts: by mixture, how calibration tokens are spread over its experts, as
             :func:`quant.pipeline.experts.coverage` has it.
         unquantized_linears: of the decoder, and the head.
+        plain_in_vllm: those that vLLM builds in 16 bits whatever a config says, each with the reason.
         function: how far the output's logits are from the source's, of a job that only scales.
         source: what the source was, where it is quantized already (``quant_method``, ``format``,
             ``schemes``), and what became of its matrices (``rounded_anew``, ``kept``, ``dequantized``); and
@@ -198,6 +199,7 @@ class Quantization:
     folds: Mapping[str, FoldResult] = field(default_factory=dict)
     experts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     unquantized_linears: tuple[str, ...] = ()
+    plain_in_vllm: Mapping[str, str] = field(default_factory=dict)
     function: Mapping[str, Any] | None = None
     source: Mapping[str, Any] | None = None
     backend: Mapping[str, Any] | None = None
@@ -224,6 +226,7 @@ class Quantization:
             "folds": {k: f.to_dict() for k, f in self.folds.items()},
             "experts": {k: dict(c) for k, c in self.experts.items()},
             "unquantized_linears": list(self.unquantized_linears),
+            "plain_in_vllm": dict(self.plain_in_vllm),
             "function": None if self.function is None else dict(self.function),
             "source": None if self.source is None else dict(self.source),
             "scratch_bytes": self.scratch_bytes,
@@ -249,6 +252,7 @@ class Quantization:
             folds={k: f for k, f in folds.items() if f is not None},
             experts={k: _mapping(c) for k, c in _mapping(value.get("experts")).items()},
             unquantized_linears=_texts(value.get("unquantized_linears")),
+            plain_in_vllm={k: _text(v) for k, v in _mapping(value.get("plain_in_vllm")).items()},
             function=_mapping(value.get("function")) or None,
             source=_mapping(value.get("source")) or None,
             backend=_mapping(value.get("backend")) or None,

@@ -74,6 +74,15 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return next(parts(config))
 
 
+def model_types(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The ``model_type`` of the text decoder and of what surrounds it, outermost last.
+
+    >>> model_types({"model_type": "lfm2_vl", "text_config": {"model_type": "lfm2"}})
+    ('lfm2', 'lfm2_vl')
+    """
+    return tuple(str(t) for part in parts(config) if (t := part.get("model_type")))
+
+
 def stated(config: Mapping[str, Any], key: str) -> Any:
     """What config.json states of a fact, under any of its :data:`KEYS`, the text decoder's part first; None
     where it states nothing."""

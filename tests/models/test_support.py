@@ -139,8 +139,10 @@ def test_families_that_are_known_to_be_run_without_a_row_are(
     model = checkpoints(kind, **SETTINGS.get(kind, NEEDED.get(kind, {})))
     config = helpers.read_config(model)
     assert config["model_type"] == kind and not any(kind in a.model_types for a in ModelRegistry)
-    assert makeable_methods(config, PRESETS["w4a16"]) == ("gptq", "minmax")
-    prepared(model, tmp_path / "out", method="gptq", group_size=32)
+    served = kind != "bloom"  # whose loader in vLLM cannot reorder packed words
+    assert makeable_methods(config, PRESETS["w4a16"]) == (("gptq", "minmax") if served else ())
+    target = "vllm" if served else "other"
+    prepared(model, tmp_path / "out", method="gptq", group_size=32, target=target)
 
 
 @pytest.mark.parametrize("kind", WRAPPERS)

@@ -107,6 +107,9 @@ def quantization(console: Console, report: Report) -> None:
     if left:
         more = f" and {len(left) - _WORST} more in {REPORT}" if len(left) > _WORST else ""
         rows.append(("unquantized", f"{len(left)} linears: {', '.join(left[:_WORST])}{more}"))
+    for why in dict.fromkeys(job.plain_in_vllm.values()):
+        those = [n for n, reason in job.plain_in_vllm.items() if reason == why]
+        rows.append(("16 bits in vLLM", f"{len(those)} linears ({those[0]}, …): {why}"))
     if folds := job.folds.values():
         names = ", ".join(sorted({f.suppressor for f in folds}))
         low, high = min(f.factors[0] for f in folds), max(f.factors[1] for f in folds)

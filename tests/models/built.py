@@ -1,0 +1,63 @@
+"""Tiny models of families whose linears vLLM names, fuses or builds in a way of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tests.helpers import SHAPE
+
+_ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+_SMALL = SHAPE | {"tie_word_embeddings": False}
+_STATES = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}  # fmt: skip
+_TOWER = {
+    "depth": 1, "num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2,
+    "num_attention_heads": 2, "patch_size": 14, "image_size": 28, "out_hidden_size": 64, "in_channels": 3,
+}  # fmt: skip
+#: Family → model type and config.
+BUILT: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_5": ("qwen3_5_text", _SMALL | _STATES | {"head_dim": 32, "num_hidden_layers": 4}),
+    "lfm2": (
+        "lfm2",
+        _SMALL
+        | {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3, "block_auto_adjust_ff_dim": False},
+    ),
+    "jamba": (
+        "jamba",
+        _SMALL
+        | {"num_experts": 2, "mamba_dt_rank": 32, "attn_layer_period": 2, "attn_layer_offset": 1}
+        | {"expert_layer_period": 2, "expert_layer_offset": 1, "use_mamba_kernels": False},
+    ),
+    "gemma3n": (
+        "gemma3n_text",
+        _SMALL
+        | {"vocab_size_per_layer_input": 4096, "hidden_size_per_layer_input": 32, "num_kv_shared_layers": 0}
+        | {"laurel_rank": 32, "altup_num_inputs": 2, "head_dim": 32, "intermediate_size": [96, 96]}
+        | {"activation_sparsity_pattern": [0.0, 0.0], "tie_word_embeddings": True},
+    ),
+    "glm4v": (
+        "glm4v",
+        {"text_config": _SMALL | {"rope_parameters": _ROTARY | {"partial_rotary_factor": 0.5}}}
+        | {"vision_config": _TOWER},
+    ),
+    "granitemoe": ("granitemoe", _SMALL | {"num_local_experts": 2, "num_experts_per_tok": 1}),
+}
+
+#: Family → what published configs state and transformers drops, but vLLM asks for.
+DROPPED: dict[str, dict[str, Any]] = {
+    "lfm2": {"conv_dim": 64, "conv_dim_out": 64, "block_dim": 64, "block_multiple_of": 32}
+    | {"block_ffn_dim_multiplier": 1.0, "block_ff_dim": 96},
+}
+
+
+def built_model(family: str) -> Any:
+    """A bf16 model of a family."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    kind, settings = BUILT[family]
+    maker = AutoModelForImageTextToText if "vision_config" in settings else AutoModelForCausalLM
+    return maker.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.bfloat16)
