@@ -26,7 +26,7 @@ def _head(deployment: Deployment, launch: str, *more: str, contained: bool = Fal
         Argument("port", defaults.PORT, "of the container"),
     ]
     reasons = [*deployment.arguments, *everywhere] if contained else deployment.reasons()
-    lines += [f"  --{a.name} {a.value}: {a.reason}" for a in reasons]
+    lines += [f"  {' '.join(a.words)}: {a.reason}" for a in reasons]
     lines += [f"  {' '.join(deployment.extra)}: as asked"] if deployment.extra else []
     lines += ["", *more] if more else []
     lines += [line for w in deployment.warnings for line in ("", f"WARNING: {w}")]

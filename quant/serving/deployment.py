@@ -105,7 +105,7 @@ class Deployment:
             Argument("host", host or self.host, ""),
             Argument("port", self.port if port is None else port, ""),
         ]
-        return [word for a in planned for word in (f"--{a.name}", str(a.value))] + list(self.extra)
+        return [word for a in planned for word in a.words] + list(self.extra)
 
     @property
     def command(self) -> list[str]:

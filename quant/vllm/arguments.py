@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quant.vllm.config import config_dtype, context_length, quantization_config
+from quant.vllm.config import config_dtype, context_length, quantization_config, source_method
 from quant.vllm.kernels import BF16_LAYOUTS
+from quant.vllm.methods import DEPRECATED
 
 #: How ranks hold a vision tower (``--mm-encoder-tp-mode``).
 TOWER_MODES = ("weights", "data")
@@ -20,6 +21,11 @@ class Argument:
     name: str
     value: str | int | float
     reason: str
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """As words of a command; a flag that is on is its name alone."""
+        return (f"--{self.name}",) if self.value is True else (f"--{self.name}", str(self.value))
 
 
 #: Layouts whose group scales are stored in the model's own dtype; the others have fp32, E4M3 or powers of
@@ -90,6 +96,14 @@ def engine_arguments(
                 "as asked"
                 if max_model_len
                 else "the longest context of config.json: lower it to fit more requests",
+            )
+        )
+    if (method := source_method(quantization_config(config))) in DEPRECATED:
+        arguments.append(
+            Argument(
+                "allow-deprecated-quantization",
+                True,
+                f"vLLM refuses quant_method {method} without it; quant export-vllm writes another",
             )
         )
     if tensor_parallel > 1:

@@ -18,6 +18,10 @@ _LOADED = frozenset(
 )  # fmt: skip
 
 
+#: Refused without ``--allow-deprecated-quantization`` (`config/model.py::_verify_quantization`).
+DEPRECATED = frozenset({"fbgemm-fp8", "fp-quant"})
+
+
 def method_problem(method: str) -> str | None:
     """Why vLLM does not load a checkpoint of a ``quant_method``, or None where it does."""
     if method in _LOADED:

@@ -148,7 +148,10 @@ def _fp8(**more: Any) -> dict[str, Any]:
 
 
 _BLOCKS = _fp8(weight_block_size=[128, 128])
-_OLD = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": []}}
+_OLD = {
+    "producer": {"name": "modelopt"},
+    "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]},
+}
 
 
 def _modelopt(algorithm: str) -> dict[str, Any]:

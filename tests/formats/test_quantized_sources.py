@@ -15,6 +15,8 @@ from quant.errors import CheckpointError
 from quant.evaluation.inspect import inspect
 from quant.formats import find_format
 from quant.formats.reading import dequantized
+from quant.vllm.arguments import engine_arguments
+from quant.vllm.names import unread_spellings
 from tests.formats.quantized_sources import KINDS, publish
 from tests.helpers import SHAPE, add_tokenizer, change_config, load_all, randomize, read_config, save_all
 from tests.models.mixtures import FAMILIES
@@ -222,6 +224,34 @@ def test_a_method_that_is_not_read_is_not_said_to_be_unservable(
     change_config(tmp_path / "published", quantization_config={"quant_method": "bitsandbytes"})
     refused = cli("verify", "-m", tmp_path / "published")
     assert refused.code == 4 and "has no quant_method 'bitsandbytes'" in refused.err
+
+
+def test_what_vllm_asks_of_foreign_files_is_asked_here(
+    llama: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    """Seen in vLLM's own loader: FBGEMM's method needs a flag, ModelOpt's head must be left out by name, and
+    a Llama knows no names of scales but its own."""
+    published = {k: tmp_path / k for k in ("fbgemm", "modelopt fp8", "fp8 scalar")}
+    for kind, folder in published.items():
+        publish(llama, folder, kind)
+    planned = cli("verify", "-m", published["fbgemm"])
+    assert planned.code == 0, planned.err
+    config = read_config(published["fbgemm"])
+    flags = [w for a in engine_arguments(config) for w in a.words]
+    assert flags.count("--allow-deprecated-quantization") == 1 and "True" not in flags
+    assert cli("verify", "-m", published["modelopt fp8"]).code == 0
+    stated = read_config(published["modelopt fp8"])["quantization_config"]
+    change_config(published["modelopt fp8"], quantization_config={**stated, "ignore": []})
+    unlisted = cli("verify", "-m", published["modelopt fp8"])
+    assert unlisted.code == 4 and "lm_head is not quantized, but the list" in unlisted.err
+    spelled = cli("verify", "-m", published["fp8 scalar"])
+    assert spelled.code == 4 and "weight_scale_inv is what vLLM calls weight_scale" in spelled.err
+    change_config(published["fp8 scalar"], model_type="mistral3")
+    config = {**read_config(published["fp8 scalar"]), "model_type": "mistral3"}
+    tensors = open_checkpoint(published["fp8 scalar"]).tensors
+    found = find_format(config, tensors)
+    assert found is not None and unread_spellings("mistral3", found.stored) == []
+    assert len(unread_spellings("llama", found.stored)) == 28
 
 
 @pytest.mark.parametrize("kind", ["fp8 block 32", "modelopt nvfp4", *MIXTURES])
