@@ -53,6 +53,10 @@ MARGIN = 0.10
 DEFAULT_CONTEXT = 8192
 #: sequences planned for where nothing fits with vLLM's own number of them: fewer graphs, a smaller sampler
 _FEW = 16
+#: GPUs of a machine; more are stages on further machines
+_MACHINE = 8
+#: a first start's compilation is told of from so many bytes on
+_COMPILE_SAID = 256 * 2**20
 #: contexts planned for where none is asked and the usual one does not fit
 _SHORTER = (4096, 2048)
 _WHOLE_EXPERTS = "planned with --enable-expert-parallel: GPUs that cut each expert cannot hold them"
@@ -352,6 +356,12 @@ def recommend(
     method = None
     commands: tuple[str, ...] = ()
     if chosen is not None:
+        if chosen.plan is not None and chosen.plan.compile_bytes >= _COMPILE_SAID:
+            more = chosen.plan.kv_cache_bytes + chosen.plan.compile_bytes
+            notes.append(
+                f"the first start compiles, and has {format_size(chosen.plan.kv_cache_bytes)} of KV cache; "
+                f"the next ones find the result cached, and have {format_size(more)}"
+            )
         method = chosen.methods[0] if chosen.methods else None
         if chosen.makeable:
             commands = _commands(spec, model, chosen, method, request, output_path)
@@ -677,7 +687,7 @@ def _reason(
 
 def _what_would(spec: ModelSpec, gpu: Gpu, best: SchemePlan, request: EngineRequest) -> str:
     """The smallest change that makes the smallest scheme start, found by planning it: no graphs, fewer
-    sequences, more GPUs."""
+    sequences, more GPUs of a machine, more machines."""
     assert best.plan is not None
     world = request.ranks * request.pipeline_parallel
     tries: list[tuple[str, int, EngineRequest]] = []
@@ -689,23 +699,25 @@ def _what_would(spec: ModelSpec, gpu: Gpu, best: SchemePlan, request: EngineRequ
         tries.append(
             (words, world, replace(request, max_num_seqs=small, max_num_batched_tokens=max(512, small)))
         )
-    for ranks in (2, 4, 8, 16):
-        if ranks > request.ranks and not parallel_problems(spec, ranks):
-            changed = replace(request, tensor_parallel=ranks)
-            tries.append(
-                (
-                    f"{ranks * request.pipeline_parallel} of these GPUs (--gpu-count "
-                    f"{ranks * request.pipeline_parallel})",
-                    ranks * request.pipeline_parallel,
-                    changed,
-                )
+    for ranks in (r for r in (2, 4, _MACHINE) if r > request.ranks and not parallel_problems(spec, r)):
+        count = ranks * request.pipeline_parallel
+        words = f"{count} of these GPUs (--gpu-count {count})"
+        tries.append((words, count, replace(request, tensor_parallel=ranks)))
+    if request.pipeline_parallel == 1 and not parallel_problems(spec, _MACHINE):
+        for machines in (m for m in (2, 4) if m <= spec.layers):
+            count = machines * _MACHINE
+            words = (
+                f"{machines} machines of {_MACHINE} of these GPUs each: --tensor-parallel {_MACHINE} "
+                f"--pipeline-parallel {machines} (--gpu-count {count})"
             )
+            changed = replace(request, tensor_parallel=_MACHINE, pipeline_parallel=machines)
+            tries.append((words, count, changed))
     for words, count, changed in tries:
         if plan(spec, [gpu] * count, best.stored, changed).sure:
             return f"it would start with {words}"
     return (
-        "not even 16 of these GPUs would do: take a smaller model, or llama.cpp with a 4-bit GGUF in "
-        "host memory"
+        f"not even 4 machines of {_MACHINE} of these GPUs would do: take a smaller model, or llama.cpp with "
+        "a 4-bit GGUF in host memory"
     )
 
 

@@ -90,6 +90,14 @@ def test_an_objective_that_is_none_is_refused_and_the_rule_of_thumb_has_none() -
         recommend("microsoft/phi-2", "L40S", objective="quality", policy="rule-of-thumb")
 
 
+def test_more_than_a_machine_is_said_in_machines_and_the_first_start_beside_the_next() -> None:
+    found = recommend("deepseek-ai/DeepSeek-V3", "H100", gpu_count=8)
+    assert "2 machines of 8" in found.reason and "--pipeline-parallel 2" in found.reason
+    large = recommend("Qwen/Qwen3-14B", "L40S")
+    assert large.plan is not None and large.plan.compile_bytes > 0
+    assert any("first start" in note and "next" in note for note in large.notes)
+
+
 def test_bounds_have_a_least_time_a_layer_and_prompts_of_fp8_files_run_in_fp8() -> None:
     spec, h200 = quant.find_model("deepseek-ai/DeepSeek-V3"), named_gpu("H200")
     request = EngineRequest(context=8192, tensor_parallel=8)
