@@ -20,7 +20,7 @@ Releases up to 0.29 say what they did in ``hf_quant_config.json`` alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -38,7 +38,7 @@ from quant.formats.base import (
 )
 from quant.formats.scaled import BLOCKS, MX, TENSOR, multipliers, scaled_matrices, stacks
 from quant.schemes import PRESETS, ActivationScheme, WeightScheme
-from quant.vllm.layers import Linear, is_head
+from quant.vllm.layers import BuiltLayer, Linear, is_head
 
 if TYPE_CHECKING:
     import torch
@@ -157,7 +157,7 @@ class ModelOpt(ForeignFormat):
         return QuantizedLayers(self.name, dict(sorted(linears.items())), {}, stored, stacks(tensors))
 
     def config_problems(
-        self, config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, Sequence[str]]
+        self, config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, BuiltLayer]
     ) -> list[str]:
         """Names that vLLM leaves out of quantization: wildcards, or parts of its own names. Of a mixed file
         it quantizes what is listed alone."""
@@ -165,13 +165,13 @@ class ModelOpt(ForeignFormat):
         problems = []
         if str(config.get("quant_algo") or "").upper() == "MIXED_PRECISION":
             return []
-        for fused, names in members.items():
-            for name in names:
+        for fused, built in members.items():
+            for name in built.linears:
                 left = any(x in name or x in fused or fnmatchcase(name, x) for x in listed)
                 if name in layers.linears and left:
                     problems.append(f"{name} is quantized, but the list of what is left out names it")
                 # of others vLLM's model classes may say that they are no part of it: routers, towers
-                elif name not in layers.linears and not left and (is_head(name) or len(names) > 1):
+                elif name not in layers.linears and not left and (is_head(name) or len(built.linears) > 1):
                     problems.append(
                         f"{name} is not quantized, but the list of what is left out does not name it: vLLM "
                         "would look for its scale"
