@@ -145,8 +145,12 @@ def _routed_forward(
     gates = weights.reshape(-1)[order]
     output = _two_products(module, experts, stop, Routed(hidden, order // top, counts, gates.float()))
     pairs = hidden.new_zeros(tokens * top, output.shape[1])
-    pairs[order] = output * gates.unsqueeze(-1).to(output.dtype)
-    return pairs.view(tokens, top, -1).float().sum(1).to(hidden.dtype)
+    pairs[order] = output.mul_(gates.unsqueeze(-1).to(output.dtype))
+    del output
+    total = torch.zeros(tokens, pairs.shape[1], device=hidden.device)
+    for choice in pairs.view(tokens, top, -1).unbind(1):  # all of them in fp32 would be the largest of all
+        total += choice
+    return total.to(hidden.dtype)
 
 
 def _sorted_forward(module: Any, experts: Experts, stop: Stop, hidden: torch.Tensor) -> torch.Tensor:

@@ -227,9 +227,19 @@ def _bytes_of(storage: torch.UntypedStorage, device: torch.device | None = None)
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
 
 
+def memory_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, themselves: a numpy view would mark the storage as not
+    resizable for good. The tensor must outlive the view."""
+    return _memory(tensor.data_ptr(), tensor.nbytes)
+
+
 def _view_of(storage: torch.UntypedStorage) -> memoryview:
-    """The bytes themselves: a numpy view would mark the storage as not resizable for good."""
-    return memoryview((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())).cast("B")
+    """:func:`memory_of` of a whole storage."""
+    return _memory(storage.data_ptr(), storage.nbytes())
+
+
+def _memory(address: int, size: int) -> memoryview:
+    return memoryview((ctypes.c_char * size).from_address(address)).cast("B")
 
 
 class Batches:

@@ -4,11 +4,11 @@ go through it."""
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 import torch
 from torch import nn
@@ -19,18 +19,28 @@ from quant.errors import QuantError
 from quant.models.adapter import InputGroup
 from quant.models.attention import observed_attention
 from quant.models.binding import BlockLinear
-from quant.models.experts import Experts, Routed, expert_inner, find_experts
+from quant.models.experts import Routed, find_experts
 from quant.models.skeleton import BlockCall, Skeleton
 from quant.outlier_suppression import Suppressor
 from quant.pipeline.activation_store import ActivationStore, Batches
-from quant.pipeline.experts import STAND_IN, ExpertInputs, coverage, weighted
+from quant.pipeline.experts import (
+    MOST_PRIOR,
+    Aside,
+    ExpertInputs,
+    at_a_time,
+    coverage,
+    expert_statistics,
+    in_chunks,
+    layer_statistics,
+    side_by_side,
+)
 from quant.pipeline.folding import can_take_rows, find_fold, fold_linear, fold_norm
 from quant.pipeline.memory import MAPPED, give_back
 from quant.pipeline.pieces import PIECE
 from quant.pipeline.plan import JobPlan
 from quant.pipeline.records import Clock, Records
 from quant.pipeline.staged import StagedForward, computed, run_block
-from quant.quantizers import Quantized, Quantizer
+from quant.quantizers import Quantized, Quantizer, quantize_many
 from quant.quantizers.activations import input_parameters
 from quant.recipe import Assignment
 from quant.report.value import FoldResult
@@ -156,7 +166,7 @@ class BlockQuantizer:
         # not observed: the K and V of weights that are not quantized yet are none of the cache's
         with computed(block):
             staged.look_ahead()
-        priors: dict[str, torch.Tensor] = {}
+        priors: dict[str, ExpertInputs] = {}
         with computed(block), observed:
             for group in staged.stages():
                 if group.experts:
@@ -203,96 +213,91 @@ class BlockQuantizer:
         prefix: str,
         routed: ExpertInputs,
         held_out: ExpertInputs | None,
-        priors: dict[str, torch.Tensor],
+        priors: dict[str, ExpertInputs],
         made: BlockResult,
     ) -> None:
-        """Quantizes the experts of a layer for one product, one after another.
+        """Quantizes the experts of a layer for one product, as many at a time as memory is set aside for.
 
-        ``priors``: by experts module, rows of the whole layer that stand in for tokens that an expert does
-        not see; noted before the first product, taken through the expert's own weights before the second.
+        ``priors``: by experts module, what the first product read, while the second has a use for it.
         """
         module = block.get_submodule(group.experts)
         experts = next(e for e in find_experts(block) if e.path == group.experts)
-        how = self.plan.recipe.moe_calibration
-        floor = routed.features
-        counts = routed.counts
-        with self.clock.phase("statistics"):
-            if group.stage == "up":
-                self.records.experts[prefix + group.experts] = coverage(counts, floor)
-                if how == "all":
-                    priors[group.experts] = routed.spread(sum(counts.tolist()))
-                elif how == "blend":
-                    priors[group.experts] = routed.spread(floor)
+        how, counts = self.plan.recipe.moe_calibration, routed.counts
+        if group.stage == "up":
+            self.records.experts[prefix + group.experts] = coverage(counts, routed.features)
+            if how != "routed":
+                priors[group.experts] = routed if how == "all" else routed.reduced(MOST_PRIOR)
+        first, aside = priors.get(group.experts), Aside(routed.scratch)
         by_expert: dict[int, list[str]] = {}
         for name in group.linears:
             place = linears[name].place
             assert place is not None and place.expert is not None
             by_expert.setdefault(place.expert, []).append(name)
-        for expert, names in by_expert.items():
+        alike = groupby(
+            by_expert.items(),
+            lambda x: (self.plan.assignments[prefix + x[1][0]], [linears[n].ref.n for n in x[1]]),
+        )
+        for (assignment, sizes), members in alike:
+            needs = self._needs(assignment)
+            prior: Statistics | ExpertInputs | None = first
             start = time.perf_counter()
-            assignment = self._assignment(prefix, replace(group, linears=tuple(names)))
-            one = InputGroup(tuple(names), "")
-            with self.clock.phase("statistics"):
-                statistics, note = self._expert_statistics(
-                    module,
-                    experts,
-                    expert,
-                    group.stage,
-                    routed,
-                    priors.get(group.experts),
-                    self._needs(assignment),
-                )
-                sample = None if held_out is None else held_out.of(expert)[0][-ERROR_TOKENS:]
-            weights = [linears[name].get(block) for name in names]
-            with self.clock.phase("solve"):
-                _demand_finite(statistics, prefix + names[0])
-                results, _ = self._solve_group(one, one, prefix, weights, statistics, 0.0, made, scaled=False)
-                tokens = int(counts[expert])
-                for name, weight, result in zip(names, weights, results, strict=True):
-                    held = sample if sample is not None and len(sample) else None
-                    value, evidence = self._going_on(result.tensor, weight, None, held)
-                    noted = replace(result, notes=(*result.notes, *note))
-                    self.records.add(prefix + name, noted, *evidence, tokens, time.perf_counter() - start)
-                    linears[name].set(block, value)
-        routed.close()
-        if held_out is not None:
-            held_out.close()
+            if first is not None and group.stage == "up":
+                prior = layer_statistics(routed, needs)
+            spent = {"statistics": time.perf_counter() - start, "solve": 0.0}
 
-    def _expert_statistics(
-        self,
-        module: nn.Module,
-        experts: Experts,
-        expert: int,
-        stage: str,
-        routed: ExpertInputs,
-        prior: torch.Tensor | None,
-        needs: frozenset[str],
-    ) -> tuple[Statistics, tuple[str, ...]]:
-        """The statistics of one expert's input, and what to say of them; see
-        :mod:`quant.pipeline.experts`."""
-        how = self.plan.recipe.moe_calibration
-        rows, gates = routed.of(expert)
-        tokens, floor = len(rows), routed.features
-        sums = Accumulator(floor, rows.device, needs)
-        if how == "all" and prior is not None:
-            rows = prior if stage == "up" else expert_inner(module, experts, expert, prior)
-            sums.add(rows)
-            return sums.finish(), ()
-        if tokens:
-            sums.add(weighted(rows, gates) if how == "blend" else rows)
-        if how == "blend" and tokens < floor and prior is not None:
-            missing = max(floor - tokens, 1)
-            spare = prior[:: max(1, len(prior) // missing)][:missing]
-            spare = spare if stage == "up" else expert_inner(module, experts, expert, spare)
-            sums.add(spare * STAND_IN**0.5)
-            return sums.finish(), (
-                f"its router sends it {tokens} of the {floor} tokens that its inputs would take: "
-                f"{len(spare)} tokens of "
-                "the whole layer stand in, with a small weight",
-            )
-        if not tokens:
-            return sums.finish(), ("its router sends it no calibration token",)
-        return sums.finish(), ()
+            def solve(
+                some: dict[int, list[str]],
+                assignment: Assignment = assignment,
+                prior: Statistics | ExpertInputs | None = prior,
+                needs: frozenset[str] = needs,
+            ) -> tuple[list[_Solved], dict[str, float]]:
+                clock = Clock()
+                with torch.no_grad():
+                    with clock.phase("statistics"):
+                        gathered = [
+                            expert_statistics(module, experts, expert, routed, prior, how, needs)
+                            for expert in some
+                        ]
+                        if isinstance(prior, Statistics) and how == "all":
+                            gathered = [(prior.copy(), ())] * len(some)  # of one input, and overwritten
+                    weights = [[linears[n].get(block) for n in names] for names in some.values()]
+                    with clock.phase("solve"):
+                        for (statistics, _), names in zip(gathered, some.values(), strict=True):
+                            _demand_finite(statistics, prefix + names[0])
+                        results = self._rounded(assignment, weights, [s for s, _ in gathered])
+                        done = []
+                        for (expert, names), mine, solved, (_, notes) in zip(
+                            some.items(), weights, results, gathered, strict=True
+                        ):
+                            held = None if held_out is None else held_out.of(expert)[0][-ERROR_TOKENS:]
+                            sample = held if held is not None and len(held) else None
+                            for name, weight, result in zip(names, mine, solved, strict=True):
+                                value, evidence = self._going_on(result.tensor, weight, None, sample)
+                                linears[name].set(block, value)
+                                noted = replace(result, notes=(*result.notes, *notes))
+                                done.append(_Solved(name, expert, noted, evidence))
+                return done, clock.seconds
+
+            with side_by_side(routed.device) as (several, workers):
+                chunks = in_chunks(members, at_a_time(sum(sizes), routed.features, routed.device, workers))
+                outcomes: Iterator[tuple[list[_Solved], dict[str, float]]]
+                outcomes = several(solve, (dict(chunk) for chunk in chunks))
+                for done, seconds in outcomes:
+                    each = sum(seconds.values()) / len(done)
+                    for x in done:
+                        codes = aside.keep(x.result.tensor.codes)
+                        made.linears[prefix + x.name] = replace(x.result.tensor, codes=codes)
+                        tokens = int(counts[x.expert])
+                        self.records.add(prefix + x.name, x.result, *x.evidence, tokens, each)
+                    for phase, value in seconds.items():
+                        spent[phase] += value
+            # the workers' seconds are more than have gone by
+            share = (time.perf_counter() - start) / max(sum(spent.values()), 1e-9)
+            for phase, value in spent.items():
+                self.clock.seconds[phase] += value * share
+        for inputs in (routed, held_out, first):
+            if inputs is not None and (group.stage == "down" or inputs is not first):
+                inputs.close()
 
     def _solve_group(
         self,
@@ -303,57 +308,71 @@ class BlockQuantizer:
         statistics: Statistics,
         norm_offset: float,
         made: BlockResult,
-        scaled: bool = True,
     ) -> tuple[list[Quantized], torch.Tensor | None]:
-        """Suppresses (unless ``scaled`` is False) and quantizes linears that share an input; what they become
-        goes into ``made``.
+        """Suppresses and quantizes linears that share an input; what they become goes into ``made``.
 
         Returns:
             each linear's result, and the factors fp32 [K] that its input will have been divided by, or None.
         """
         assignment = self._assignment(prefix, group)
-        scheme, dtype = assignment.scheme, TORCH[self.plan.dtype]
-        quantizer, suppressor = self.quantizers[assignment], self.suppressors[assignment]
-        sizes = [len(w) for w in weights]
-        stacked = torch.empty(sum(sizes), weights[0].shape[1], device=weights[0].device)
-        for rows, weight in zip(stacked.split(sizes), weights, strict=True):
-            rows.copy_(weight)
+        scheme, suppressor = assignment.scheme, self.suppressors[assignment]
+        stacked = _stacked([weights])
         notes: tuple[str, ...] = ()
         factors = None
-        if suppressor is not None and not scaled:
-            notes = (f"not scaled by {suppressor.name}: the router reads what the experts read",)
-        elif suppressor is not None:
+        if suppressor is not None:
             factors, notes = self._suppress(
-                suppressor, group, whole, prefix, stacked, statistics, scheme, norm_offset, made
-            )
-        elif scheme.weights.bits <= 4 and (spread := statistics.outlier_ratio) > OUTLIERS:
-            notes = (
-                f"a feature of its input is {spread:.0f} times the median one: --outlier-suppression awq "
-                "keeps what small weights make of it",
+                suppressor, group, whole, prefix, stacked[0], statistics, scheme, norm_offset, made
             )
         if factors is not None:
             stacked *= factors
             statistics = statistics.divided(factors)
-        inputs = input_parameters(statistics, scheme.activations)
-        # blocks do not straddle linears
-        if scheme.weights.strategy == "block" and any(n % BLOCK for n in sizes[:-1]):
-            copies = [statistics if i == len(sizes) - 1 else statistics.copy() for i in range(len(sizes))]
-            results = [
-                quantizer(w.clone(), s, scheme.weights, dtype)
-                for w, s in zip(stacked.split(sizes), copies, strict=True)
-            ]
-        else:
-            result = quantizer(stacked, statistics, scheme.weights, dtype)
-            ends = list(accumulate(sizes))
-            results = [
-                replace(result, tensor=result.tensor.rows(end - n, end))
-                for n, end in zip(sizes, ends, strict=True)
-            ]
-        results = [
-            replace(r, tensor=replace(r.tensor, inputs=inputs), notes=(*notes, *r.notes)) for r in results
-        ]
+        (results,) = self._rounded(assignment, [weights], [statistics], stacked, notes)
         made.linears.update({prefix + n: r.tensor for n, r in zip(group.linears, results, strict=True)})
         return results, factors
+
+    def _rounded(
+        self,
+        assignment: Assignment,
+        weights: Sequence[Sequence[torch.Tensor]],
+        statistics: Sequence[Statistics],
+        stacked: torch.Tensor | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> list[list[Quantized]]:
+        """Quantizes sets of linears, of which those of a set share an input and all sets have the same
+        shapes.
+
+        Args:
+            weights: [N, K] of each linear of each set.
+            statistics: of the input of each set.
+            stacked: fp32 [sets, ΣN, K], where they are not simply the weights; overwritten.
+        """
+        scheme, dtype = assignment.scheme, TORCH[self.plan.dtype]
+        quantizer, suppressor = self.quantizers[assignment], self.suppressors[assignment]
+        if stacked is None:
+            stacked = _stacked(weights)
+            if suppressor is not None:
+                notes = (f"not scaled by {suppressor.name}: the router reads what the experts read",)
+        said = [
+            (*notes, *(_outlier_notes(s) if suppressor is None and scheme.weights.bits <= 4 else ()))
+            for s in statistics
+        ]
+        inputs = [input_parameters(s, scheme.activations) for s in statistics]
+        sizes = [len(w) for w in weights[0]]
+        # blocks do not straddle linears
+        if scheme.weights.strategy == "block" and any(n % BLOCK for n in sizes[:-1]):
+            parts = [
+                quantize_many(quantizer, part.clone(), [s.copy() for s in statistics], scheme.weights, dtype)
+                for part in stacked.split(sizes, 1)
+            ]
+            results = [list(one) for one in zip(*parts, strict=True)]
+        else:
+            whole = quantize_many(quantizer, stacked, statistics, scheme.weights, dtype)
+            spans = list(zip(accumulate(sizes, initial=0), accumulate(sizes), strict=False))
+            results = [[replace(r, tensor=r.tensor.rows(*span)) for span in spans] for r in whole]
+        return [
+            [replace(r, tensor=replace(r.tensor, inputs=i), notes=(*told, *r.notes)) for r in one]
+            for one, i, told in zip(results, inputs, said, strict=True)
+        ]
 
     def _suppress(
         self,
@@ -460,8 +479,33 @@ class BlockQuantizer:
         return values, (noise, signal, lost / max(whole, 1e-30) if sample is not None else None)
 
 
-def _fold_key(prefix: str, group: InputGroup) -> str:
-    return prefix + "+".join(group.linears)
+@dataclass(frozen=True)
+class _Solved:
+    """What became of an expert's linear: its name in the block, and the evidence of ``_going_on``."""
+
+    name: str
+    expert: int
+    result: Quantized
+    evidence: tuple[float, float, float | None]
+
+
+def _stacked(weights: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    """fp32 [sets, ΣN, K] of the weights [N, K] of each set."""
+    sizes, first = [len(w) for w in weights[0]], weights[0][0]
+    stacked = torch.empty(len(weights), sum(sizes), first.shape[1], device=first.device)
+    for rows, parts in zip(stacked, weights, strict=True):
+        for target, weight in zip(rows.split(sizes), parts, strict=True):
+            target.copy_(weight)
+    return stacked
+
+
+def _outlier_notes(statistics: Statistics) -> tuple[str, ...]:
+    if (spread := statistics.outlier_ratio) <= OUTLIERS:
+        return ()
+    return (
+        f"a feature of its input is {spread:.0f} times the median one: --outlier-suppression awq "
+        "keeps what small weights make of it",
+    )
 
 
 def _demand_finite(statistics: Statistics, linear: str) -> None:

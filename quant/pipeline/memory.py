@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 #: glibc's ``mallopt`` parameters (malloc.h).
-_MXFAST, _TRIM_THRESHOLD, _MMAP_THRESHOLD = 1, -1, -3
+_MXFAST, _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = 1, -1, -3, -8
 #: While :func:`freed_memory_kept` lasts, smaller blocks are cut from the heap; larger ones are mapped on
 #: their own and given back when they are freed. As high as glibc lets it be.
 MAPPED = 32 << 20
@@ -79,6 +79,7 @@ def freed_memory_kept() -> Iterator[None]:
     library.mallopt(_MMAP_THRESHOLD, MAPPED)
     library.mallopt(_TRIM_THRESHOLD, _KEPT)
     library.mallopt(_MXFAST, 0)  # small blocks that are freed join their neighbours at once
+    library.mallopt(_ARENA_MAX, 1)  # threads share one heap: each would keep what it has freed to itself
     before = library.prctl(_GET_THP_DISABLE, 0, 0, 0, 0)
     library.prctl(_SET_THP_DISABLE, 1, 0, 0, 0)
     try:

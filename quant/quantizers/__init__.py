@@ -1,7 +1,7 @@
 """Rounding methods: pure functions of a weight, the statistics of its input and a scheme."""
 
 from quant.quantizers.awq import AWQQuantizer
-from quant.quantizers.base import Quantized, Quantizer, QuantizerRegistry
+from quant.quantizers.base import Quantized, Quantizer, QuantizerRegistry, quantize_many
 from quant.quantizers.gptq import GPTQQuantizer
 from quant.quantizers.hqq import HQQQuantizer
 from quant.quantizers.identity import IdentityQuantizer
@@ -9,5 +9,5 @@ from quant.quantizers.minmax import MinMaxQuantizer
 
 __all__ = [
     "AWQQuantizer", "GPTQQuantizer", "HQQQuantizer", "IdentityQuantizer", "MinMaxQuantizer", "Quantized",
-    "Quantizer", "QuantizerRegistry",
+    "Quantizer", "QuantizerRegistry", "quantize_many",
 ]  # fmt: skip

@@ -62,6 +62,31 @@ class Quantizer(Protocol):
         ...
 
 
+def quantize_many(
+    quantizer: Quantizer,
+    weights: torch.Tensor,
+    statistics: Sequence[Statistics | None],
+    scheme: WeightScheme,
+    dtype: torch.dtype,
+) -> list[Quantized]:
+    """What a method makes of a batch of weights fp32 [B, N, K] (which may be overwritten), each with the
+    statistics of its own input; the experts of a layer come so. Several may share one and the same
+    :class:`Statistics`.
+
+    A method that is quicker with many at once has them itself, ``many(weights, statistics, scheme, dtype)``;
+    of others they are quantized one after another.
+    """
+    many = getattr(quantizer, "many", None)
+    if many is not None:
+        made: list[Quantized] = many(weights, statistics, scheme, dtype)
+        return made
+    shared = len({id(s) for s in statistics}) < len(statistics)
+    return [
+        quantizer(w, s.copy() if s is not None and shared else s, scheme, dtype)
+        for w, s in zip(weights, statistics, strict=True)
+    ]
+
+
 class BlockMethod(Protocol):
     """A method that works on a whole block at once, where a :class:`Quantizer` sees one weight: learned
     rounding, distillation.

@@ -16,7 +16,8 @@ Everything is kept transposed, [K, N], so that a column of W is one contiguous r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -82,75 +83,171 @@ class GPTQQuantizer:
         dtype: torch.dtype,
         amax: torch.Tensor | None = None,
     ) -> Quantized:
-        if statistics is None or statistics.hessian is None:
-            raise QuantError(
-                "gptq needs calibration text: give --calibration-dataset, or use --method minmax"
-            )
-        diagonal = statistics.hessian.diagonal().clone()
-        fallbacks, notes = [], []
-        dead = diagonal == 0
-        if count := int(dead.sum()):
-            # an input that is always zero has no say in the error: its column is rounded to nearest,
-            # undisturbed by the others
-            notes.append(
-                f"{count} of {len(dead)} inputs are zero on all calibration tokens: their columns are "
-                "rounded to nearest"
-            )
-        order = None if self.act_order == "none" else torch.argsort(diagonal, descending=True, stable=True)
-        factor, damping = factorize(statistics.hessian, self.damping, order)
-        if factor is None:
-            fallbacks.append(
-                f"the Hessian is not positive definite with damping up to {damping:g}: rounded to nearest "
-                "instead"
-            )
-            # errors are weighted alike: the diagonal may be what is wrong
-            tensor = round_to_nearest(
-                weight, scheme, dtype, amax, search=self.clip_search and scheme.type == "int"
-            )
-            return Quantized(tensor, tuple(fallbacks), tuple(notes))
-        if damping > self.damping:
-            fallbacks.append(f"the Hessian needed damping {damping:g} instead of {self.damping:g}")
-        if scheme.type == "float":
-            tensor = self._floats(weight, factor, diagonal, order, scheme, dtype, amax)
-        else:
-            tensor = self._integers(weight, factor, diagonal, order, scheme, scale_dtype(scheme, dtype))
-        return Quantized(tensor, tuple(fallbacks), tuple(notes))
+        return self._solved(weight.unsqueeze(0), [statistics], scheme, dtype, amax)[0]
 
-    def _floats(
+    def many(
         self,
-        weight: torch.Tensor,
-        factor: Factor,
-        diagonal: torch.Tensor,
-        order: torch.Tensor | None,
+        weights: torch.Tensor,
+        statistics: Sequence[Statistics | None],
+        scheme: WeightScheme,
+        dtype: torch.dtype,
+    ) -> list[Quantized]:
+        """:func:`~quant.quantizers.base.quantize_many`, by one column loop. Codes are those that each
+        weight gets alone: on a CPU to the bit as far as its products of matrices do not depend on where their
+        operands lie, on a GPU up to the rounding of batched products, which moves ties."""
+        first = statistics[0]
+        if len(weights) > 1 and all(s is first for s in statistics):  # of one input: more rows of one weight
+            count, n, k = weights.shape
+            # of a scheme with a number for the whole tensor each weight has its own
+            if scheme.strategy in ("group", "channel"):
+                whole = self(weights.view(count * n, k), first, scheme, dtype)
+                return [
+                    replace(whole, tensor=whole.tensor.rows(start, start + n))
+                    for start in range(0, count * n, n)
+                ]
+            statistics = [s if s is None else s.copy() for s in statistics]
+        return self._solved(weights, statistics, scheme, dtype, None)
+
+    def _solved(
+        self,
+        weights: torch.Tensor,
+        statistics: Sequence[Statistics | None],
         scheme: WeightScheme,
         dtype: torch.dtype,
         amax: torch.Tensor | None,
-    ) -> QuantizedTensor:
+    ) -> list[Quantized]:
+        """Weights [B, N, K], each with the statistics of its own input."""
+        hessians = [s.hessian for s in statistics if s is not None and s.hessian is not None]
+        if len(hessians) < len(weights):
+            raise QuantError(
+                "gptq needs calibration text: give --calibration-dataset, or use --method minmax"
+            )
+        diagonals = [h.diagonal().clone() for h in hessians]
+        orders = [
+            None if self.act_order == "none" else torch.argsort(d, descending=True, stable=True)
+            for d in diagonals
+        ]
+        factors = factorize_all(hessians, self.damping, orders)
+        solved = [i for i, (factor, _) in enumerate(factors) if factor is not None]
+        tensors: dict[int, QuantizedTensor] = {}
+        for i in set(range(len(weights))) - set(solved):
+            # errors are weighted alike: the diagonal may be what is wrong
+            search = self.clip_search and scheme.type == "int"
+            tensors[i] = round_to_nearest(weights[i].clone(), scheme, dtype, amax, search=search)
+        if solved:
+            chosen = weights if len(solved) == len(weights) else weights[solved]
+            parts = [factor for factor, _ in factors if factor is not None]
+            given = [diagonals[i] for i in solved], [orders[i] for i in solved]
+            if scheme.type == "float":
+                made = self._floats(chosen, parts, *given, scheme, dtype, amax)
+            else:
+                made = self._integers(chosen, parts, *given, scheme, scale_dtype(scheme, dtype))
+            tensors |= dict(zip(solved, made, strict=True))
+        return [
+            Quantized(tensors[i], self._fallbacks(*factors[i]), _notes(diagonals[i]))
+            for i in range(len(weights))
+        ]
+
+    def _fallbacks(self, factor: Factor | None, damping: float) -> tuple[str, ...]:
+        if factor is None:
+            return (
+                f"the Hessian is not positive definite with damping up to {damping:g}: rounded to nearest "
+                "instead",
+            )
+        if damping > self.damping:
+            return (f"the Hessian needed damping {damping:g} instead of {self.damping:g}",)
+        return ()
+
+    def _floats(
+        self,
+        weights: torch.Tensor,
+        factors: Sequence[Factor],
+        diagonals: Sequence[torch.Tensor],
+        orders: Sequence[torch.Tensor | None],
+        scheme: WeightScheme,
+        dtype: torch.dtype,
+        amax: torch.Tensor | None,
+    ) -> list[QuantizedTensor]:
         # scales come first whatever the order: those of a group that is reached later are of no other kind
-        scales = float_scales(weight, scheme, amax, diagonal, self.clip_search)
-        visits = torch.arange(len(diagonal), device=weight.device) if order is None else order
-        values, _, _ = _solve(
-            weight, factor, scheme, dtype, ((scales.wide.contiguous(), None), visits), None, False
-        )
-        codes = encode(values, scheme.bits)
-        return QuantizedTensor(codes, scales.stored, None, scheme, global_scale=scales.global_scale)
+        scales = [
+            float_scales(w, scheme, amax, d, self.clip_search)
+            for w, d in zip(weights, diagonals, strict=True)
+        ]
+        natural = torch.arange(weights.shape[2], device=weights.device)
+        visits = [natural if order is None else order for order in orders]
+        wide = torch.stack([s.wide for s in scales])
+        values, _, _ = _solve(weights, factors, scheme, dtype, ((wide, None), visits), None, False)
+        return [
+            QuantizedTensor(encode(v, scheme.bits), s.stored, None, scheme, global_scale=s.global_scale)
+            for v, s in zip(values, scales, strict=True)
+        ]
 
     def _integers(
         self,
-        weight: torch.Tensor,
-        factor: Factor,
-        diagonal: torch.Tensor,
-        order: torch.Tensor | None,
+        weights: torch.Tensor,
+        factors: Sequence[Factor],
+        diagonals: Sequence[torch.Tensor],
+        orders: Sequence[torch.Tensor | None],
         scheme: WeightScheme,
         dtype: torch.dtype,
-    ) -> QuantizedTensor:
-        if order is None:
-            importance = diagonal if self.clip_search else None
-            codes, scales, zeros = _solve(weight, factor, scheme, dtype, None, importance, self.clip_search)
+    ) -> list[QuantizedTensor]:
+        visits = [order for order in orders if order is not None]
+        if not visits:
+            importance = diagonals if self.clip_search else None
+            codes, scales, zeros = _solve(weights, factors, scheme, dtype, None, importance, self.clip_search)
         else:
-            fixed = weight_parameters(weight, scheme, dtype, diagonal, self.clip_search)
-            codes, scales, zeros = _solve(weight, factor, scheme, dtype, (fixed, order), None, False)
-        return integers(codes, scales, zeros, scheme, dtype)
+            fixed = [
+                weight_parameters(w, scheme, dtype, d, self.clip_search)
+                for w, d in zip(weights, diagonals, strict=True)
+            ]
+            shifts = [z for _, z in fixed if z is not None]
+            numbers = torch.stack([s for s, _ in fixed]), torch.stack(shifts) if shifts else None
+            codes, scales, zeros = _solve(weights, factors, scheme, dtype, (numbers, visits), None, False)
+        return [
+            integers(codes[i], scales[i], None if zeros is None else zeros[i], scheme, dtype)
+            for i in range(len(weights))
+        ]
+
+
+def _notes(diagonal: torch.Tensor) -> tuple[str, ...]:
+    """What a Hessian's diagonal says of the input."""
+    if not (count := int((diagonal == 0).sum())):
+        return ()
+    # an input that is always zero has no say in the error: its column is rounded to nearest, undisturbed by
+    # the others
+    return (
+        f"{count} of {len(diagonal)} inputs are zero on all calibration tokens: their columns are rounded to "
+        "nearest",
+    )
+
+
+def factorize_all(
+    hessians: Sequence[torch.Tensor], damping: float, orders: Sequence[torch.Tensor | None]
+) -> list[tuple[Factor | None, float]]:
+    """:func:`factorize` of each. On a GPU all are factored at once, which one of them alone would not fill;
+    those that fail go their own way up the ladder."""
+    if len(hessians) == 1 or not hessians[0].is_cuda:
+        return [factorize(h, damping, order) for h, order in zip(hessians, orders, strict=True)]
+    return factorize_together(hessians, damping, orders)
+
+
+def factorize_together(
+    hessians: Sequence[torch.Tensor], damping: float, orders: Sequence[torch.Tensor | None]
+) -> list[tuple[Factor | None, float]]:
+    """:func:`factorize` of each, by one batched Cholesky factorization."""
+    k = len(hessians[0])
+    flipped = torch.empty(len(hessians), k, k, device=hessians[0].device)
+    for target, hessian, order in zip(flipped, hessians, orders, strict=True):
+        _reversed(hessian, order, target)
+    diagonal = flipped.diagonal(dim1=1, dim2=2)
+    diagonal[diagonal == 0] = 1.0
+    diagonal += damping * diagonal.mean(1, keepdim=True)
+    lower, failed = torch.linalg.cholesky_ex(flipped)
+    usable = (failed == 0) & lower.diagonal(dim1=1, dim2=2).isfinite().all(1)
+    return [
+        (Factor(lower[i]), damping) if good else factorize(hessians[i], damping, orders[i])
+        for i, good in enumerate(usable.tolist())
+    ]
 
 
 def factorize(
@@ -165,13 +262,8 @@ def factorize(
     Returns:
         R and the damping that was needed, or None and the last damping tried.
     """
-    k = len(hessian)
-    reverse = torch.arange(k, device=hessian.device) if order is None else order
-    reverse = reverse.flip(0)
     flipped = torch.empty_like(hessian)
-    for start in range(0, k, _ROWS):  # by rows: indexing the whole matrix twice would hold a third copy
-        rows = slice(start, start + _ROWS)
-        torch.index_select(hessian[reverse[rows]], 1, reverse, out=flipped[rows])
+    _reversed(hessian, order, flipped)
     diagonal = flipped.diagonal()
     diagonal[diagonal == 0] = 1.0  # dead inputs: their off-diagonal elements are zero too
     mean = diagonal.mean()
@@ -190,6 +282,15 @@ def factorize(
         if not failed and bool(precise.diagonal().isfinite().all()):
             return Factor(precise.float()), applied
     return None, applied
+
+
+def _reversed(hessian: torch.Tensor, order: torch.Tensor | None, out: torch.Tensor) -> None:
+    """Puts rows and columns of [K, K] into ``out``, those visited last in ``order`` first."""
+    k = len(hessian)
+    reverse = (torch.arange(k, device=hessian.device) if order is None else order).flip(0)
+    for start in range(0, k, _ROWS):  # by rows: indexing the whole matrix twice would hold a third copy
+        rows = slice(start, start + _ROWS)
+        torch.index_select(hessian[reverse[rows]], 1, reverse, out=out[rows])
 
 
 @dataclass(frozen=True)
@@ -211,101 +312,141 @@ class Factor:
 
 
 def _solve(
-    weight: torch.Tensor,
-    factor: Factor,
+    weights: torch.Tensor,
+    factors: Sequence[Factor],
     scheme: WeightScheme,
     dtype: torch.dtype,
-    fixed: tuple[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor] | None,
-    importance: torch.Tensor | None,
+    fixed: tuple[tuple[torch.Tensor, torch.Tensor | None], Sequence[torch.Tensor]] | None,
+    importance: Sequence[torch.Tensor] | None,
     search: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The column loop.
+    """The column loop, of a batch of weights at once: each has its own Hessian and order, and nothing of one
+    enters another. The work on a column, which is short, is shared by the batch; the products of runs of
+    columns are each weight's own on a CPU, so that its codes do not depend on the batch.
 
     Args:
-        weight: fp32 [N, K]; overwritten.
-        factor: R of the columns in the order they are visited.
-        fixed: scales and zeros [N, G] and the order of columns; None: file order, scales taken as groups are
-            reached.
+        weights: fp32 [B, N, K]; overwritten.
+        factors: of each, R of the columns in the order they are visited.
+        fixed: scales and zeros [B, N, G] and each one's order of columns; None: file order, scales taken as
+            groups are reached.
+        importance: what the search for those weights errors with, [K] of each; or None.
 
     Returns:
-        int8 codes [N, K] (of floats their fp32 values), fp32 scales [N, G], fp32 zeros [N, G] or None.
+        int8 codes [B, N, K] (of floats their fp32 values), fp32 scales [B, N, G], fp32 zeros [B, N, G] or
+        None.
     """
-    n, k = weight.shape
-    groups = scheme.groups(k)
+    count, n, k = weights.shape
+    device, groups = weights.device, scheme.groups(k)
     g = scheme.group_size if scheme.group_size != -1 else k
-    order = torch.arange(k, device=weight.device) if fixed is None else fixed[1]
-    errors = transposed(weight, order)  # starts as W, column k becomes W_k - Ŵ_k once it is rounded
-    group_of = (order // g).tolist()
+    orders = [torch.arange(k, device=device)] * count if fixed is None else fixed[1]
+    # [K, B, N]: starts as W, column k becomes W_k - Ŵ_k once it is rounded
+    errors = torch.empty(k, count, n, device=device)
+    for i, order in enumerate(orders):
+        transpose(weights[i], order, errors[:, i])
+    # [G, B, N]: a column's scales of all weights are one run
     if fixed is not None:
-        scales, zeros = fixed[0]
+        scales_t, zeros_t = (None if x is None else x.permute(2, 0, 1).contiguous() for x in fixed[0])
+        assert scales_t is not None
     else:
-        scales = torch.empty(n, groups, device=weight.device)
-        zeros = None if scheme.symmetric else torch.empty(n, groups, device=weight.device)
-    scales_t = scales.t().contiguous()
-    zeros_t = None if zeros is None else zeros.t().contiguous()
-    # rows of tensors are taken all at once: taking each when it is needed costs as much as working on it
-    scale_of, zero_of = scales_t.unbind(), [None] * groups if zeros_t is None else zeros_t.unbind()
+        scales_t = torch.empty(groups, count, n, device=device)
+        zeros_t = None if scheme.symmetric else torch.empty(groups, count, n, device=device)
+    group_of = [order // g for order in orders]
     floats = scheme.type == "float"
-    codes = torch.empty(k, n, dtype=torch.float32 if floats else torch.int8, device=weight.device)
-    inverse = (1.0 / factor.diagonal()).tolist()
-    # [K, N]: Σ_j (W_j - Ŵ_j) · R_jk over the columns j rounded so far, at row k; in the memory of the weight,
-    # which errors hold from now on
-    feedback = weight.reshape(k, n).zero_()
+    codes = torch.empty(k, count, n, dtype=torch.float32 if floats else torch.int8, device=device)
+    inverse = torch.stack([1.0 / f.diagonal() for f in factors], 1).unsqueeze(-1)  # [K, B, 1]
+    # [K, B, N]: Σ_j (W_j - Ŵ_j) · R_jk over the columns j rounded so far, at row k; in the memory of the
+    # weights, which errors hold from now on
+    feedback = weights.reshape(k, count, n).zero_()
 
     for number, start in enumerate(range(0, k, _PANEL)):
         end = min(start + _PANEL, k)
+        panel = slice(start, end)
         if number:
             # as in a recursion by halves: the largest run that ends here and is a power of two of panels
             # feeds back on as many that follow
             run = (number & -number) * _PANEL
-            done, ahead = slice(start - run, start), slice(start, min(start + run, k))
-            feedback[ahead].addmm_(factor.block(done, ahead).t(), errors[done])
-        triangle = factor.block(slice(start, end), slice(start, end))
-        inner = feedback[start:end]
+            _feed_back(
+                feedback, errors, factors, slice(start - run, start), slice(start, min(start + run, k))
+            )
+        triangle = torch.stack([f.block(panel, panel) for f in factors], -1).unsqueeze(-1)  # [P, P, B, 1]
+        scale = zero = None
+        if fixed is not None:  # rows are taken all at once: each when it is needed costs as much as its use
+            scale = _rows_of(scales_t, group_of, panel)
+            zero = None if zeros_t is None else _rows_of(zeros_t, group_of, panel)
+        inner = feedback[panel]
         rounded = torch.empty_like(inner)
-        for i, (error, pushed, code) in enumerate(
-            zip(errors[start:end].unbind(), inner.unbind(), rounded.unbind(), strict=True)
+        for i, (error, pushed, code, factor) in enumerate(
+            zip(
+                errors[panel].unbind(), inner.unbind(), rounded.unbind(), inverse[panel].unbind(), strict=True
+            )
         ):
             c = start + i
-            group = group_of[c]
-            if fixed is None and c % g == 0:
-                s, z = _group_now(errors, factor, slice(c, c + g), scheme, dtype, importance, search)
-                scale_of[group].copy_(s)
-                if zeros_t is not None and z is not None:
-                    zeros_t[group] = z
-            scale, zero = scale_of[group], zero_of[group]
-            torch.add(error, pushed, alpha=inverse[c], out=code).div_(scale)
+            if scale is not None:
+                s, z = scale[i], None if zero is None else zero[i]
+            else:
+                if c % g == 0:
+                    for b, f in enumerate(factors):
+                        weighted = None if importance is None else importance[b]
+                        now = slice(c, c + g)
+                        s, z = _group_now(errors[:, b], f, now, scheme, dtype, weighted, search)
+                        scales_t[c // g, b] = s
+                        if zeros_t is not None and z is not None:
+                            zeros_t[c // g, b] = z
+                s, z = scales_t[c // g], None if zeros_t is None else zeros_t[c // g]
+            torch.addcmul(error, pushed, factor, out=code).div_(s)
             if floats:
                 code.copy_(nearest_float(code, scheme.bits))
-                error.addcmul_(code, scale, value=-1)
-            elif zero is None:
-                error.addcmul_(code.round_().clamp_(scheme.low, scheme.high), scale, value=-1)
+                error.addcmul_(code, s, value=-1)
+            elif z is None:
+                error.addcmul_(code.round_().clamp_(scheme.low, scheme.high), s, value=-1)
             else:
-                code.add_(zero).round_().clamp_(scheme.low, scheme.high)
-                error.addcmul_(code - zero, scale, value=-1)
+                code.add_(z).round_().clamp_(scheme.low, scheme.high)
+                error.addcmul_(code - z, s, value=-1)
             if c + 1 < end:
-                inner[i + 1 :].addr_(triangle[i, i + 1 :], error)
-        codes[start:end] = rounded
-    if fixed is not None:
-        natural = torch.empty_like(codes)
-        natural[order] = codes
-        codes = natural
+                inner[i + 1 :].addcmul_(triangle[i, i + 1 :], error)
+        codes[panel] = rounded
     return (
-        codes.t().contiguous(),
-        scales_t.t().contiguous(),
-        None if zeros_t is None else zeros_t.t().contiguous(),
+        torch.stack(
+            [_in_file_order(codes[:, i], None if fixed is None else orders[i]) for i in range(count)]
+        ),
+        scales_t.permute(1, 2, 0).contiguous(),
+        None if zeros_t is None else zeros_t.permute(1, 2, 0).contiguous(),
     )
 
 
-def transposed(weight: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """fp32 [K, N]: the columns of ``weight`` [N, K] in ``order``, one after another. By bands of rows, which
-    a CPU's cache holds."""
-    n, k = weight.shape
-    columns = torch.empty(k, n, dtype=weight.dtype, device=weight.device)
+def _feed_back(
+    feedback: torch.Tensor, errors: torch.Tensor, factors: Sequence[Factor], done: slice, ahead: slice
+) -> None:
+    """Adds what the errors of columns ``done`` push onto the columns ``ahead``, both [K, B, N]."""
+    if not feedback.is_cuda or len(factors) == 1:
+        for i, factor in enumerate(factors):
+            feedback[ahead, i].addmm_(factor.block(done, ahead).t(), errors[done, i])
+        return
+    blocks = torch.stack([factor.block(done, ahead) for factor in factors])
+    feedback[ahead].transpose(0, 1).baddbmm_(blocks.mT, errors[done].transpose(0, 1))
+
+
+def _rows_of(numbers: torch.Tensor, group_of: Sequence[torch.Tensor], panel: slice) -> torch.Tensor:
+    """[P, B, N]: of numbers [G, B, N] those of the group of each column of a panel."""
+    return torch.stack([numbers[:, i].index_select(0, g[panel]) for i, g in enumerate(group_of)], 1)
+
+
+def _in_file_order(codes: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """[N, K] of codes [K, N] whose columns were visited in ``order``."""
+    if order is None:
+        return codes.t().contiguous()
+    natural = torch.empty(codes.shape, dtype=codes.dtype, device=codes.device)
+    natural[order] = codes
+    return natural.t().contiguous()
+
+
+def transpose(weight: torch.Tensor, order: torch.Tensor, out: torch.Tensor) -> None:
+    """Puts the columns of ``weight`` [N, K] in ``order``, one after another, into ``out`` [K, N]. By bands of
+    rows, which a CPU's cache holds."""
+    n = len(weight)
     band = n if weight.is_cuda else _BAND
     for start in range(0, n, band):
-        columns[:, start : start + band] = weight[start : start + band].index_select(1, order).t()
-    return columns
+        out[:, start : start + band] = weight[start : start + band].index_select(1, order).t()
 
 
 def _group_now(

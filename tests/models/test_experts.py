@@ -14,7 +14,9 @@ from quant.formats.reading import dequantized
 from quant.models.experts import Routed, experts_through, find_experts
 from quant.models.linears import decoder_refs, expert_layout
 from quant.models.skeleton import Skeleton
-from tests.helpers import load_all, quantize
+from quant.pipeline import blocks
+from quant.pipeline.experts import at_a_time
+from tests.helpers import load_all, quantize, weight_files
 from tests.models.mixtures import FAMILIES, mixture, save_mixture
 
 TOKENS = torch.randint(3, 4000, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -116,3 +118,40 @@ def test_a_plain_checkpoint_keeps_the_layout_of_its_source(tmp_path: Path) -> No
             AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32)(TOKENS).logits for p in (folder, out)
         ]
     assert float((logits[0] - logits[1]).norm() / logits[0].norm()) < 0.5
+
+
+@pytest.mark.parametrize("how", ["routed", "all", "blend"])
+def test_how_many_experts_are_solved_together_does_not_show(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_mixture(tmp_path / "m", "qwen3_moe_fused")
+    for several in (1, 3):  # of 4: the last is on its own
+        monkeypatch.setattr(blocks, "at_a_time", lambda *_, several=several: several)
+        quantize(
+            folder, tmp_path / str(several), method="gptq", group_size=16, moe_calibration=how, target="other"
+        )
+    assert weight_files(tmp_path / "1") == weight_files(tmp_path / "3")
+
+
+def test_inputs_of_experts_are_the_same_from_memory_and_from_the_scratch_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_mixture(tmp_path / "m", "mixtral")
+    for resident in (0, 1 << 20):
+        monkeypatch.setattr("quant.pipeline.experts.RESIDENT", resident)
+        quantize(
+            folder,
+            tmp_path / str(resident),
+            method="gptq",
+            group_size=16,
+            moe_calibration="all",
+            target="other",
+        )
+    assert weight_files(tmp_path / "0") == weight_files(tmp_path / str(1 << 20))
+
+
+def test_experts_that_are_solved_together_fit_what_is_set_aside() -> None:
+    cpu = torch.device("cpu")
+    assert at_a_time(1536, 2048, cpu) == 4 and at_a_time(64, 64, cpu) == 128
+    assert at_a_time(28672, 8192, cpu) == 1, "one at least"
+    assert at_a_time(1536, 2048, torch.device("cuda")) > 16

@@ -3,12 +3,15 @@ of the inverse, in fp64."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 
 from quant.calibration.statistics import Statistics
 from quant.errors import QuantError
-from quant.quantizers import GPTQQuantizer, MinMaxQuantizer
+from quant.quantizers import AWQQuantizer, GPTQQuantizer, MinMaxQuantizer, Quantizer, quantize_many
+from quant.quantizers.gptq import factorize, factorize_together
 from quant.quantizers.rounding import group_parameters, weight_parameters
 from quant.schemes import WeightScheme
 from quant.tensors import QuantizedTensor
@@ -23,6 +26,10 @@ CASES = [
     (136, 5, 8, False, 2, "static"),
     (72, 17, -1, False, 8, "none"),
 ]
+
+
+#: NVFP4: floats in groups, with a number for the whole tensor.
+FP4 = WeightScheme(4, 16, type="float", strategy="tensor_group", scales="F8_E4M3")
 
 
 def hessian_of(k: int, tokens: int = 2000, seed: int = 0) -> torch.Tensor:
@@ -250,3 +257,51 @@ def test_without_statistics_gptq_says_what_it_needs() -> None:
             match="gptq needs calibration text: give --calibration-dataset, or use --method minmax",
         ):
             GPTQQuantizer()(torch.ones(2, 8), missing, WeightScheme(4, 8), torch.float16)
+
+
+@pytest.mark.parametrize(
+    "scheme", [WeightScheme(4, 32), WeightScheme(3, 64, False), WeightScheme(8, -1), FP4]
+)
+@pytest.mark.parametrize("order", ["none", "static"])
+def test_weights_that_are_solved_together_get_the_codes_that_each_gets_alone(
+    order: Literal["none", "static"], scheme: WeightScheme
+) -> None:
+    """Among them one with dead inputs and one whose Hessian is of no use, which must not touch the others."""
+    quantizer, k = GPTQQuantizer(act_order=order), 192
+    weights = torch.stack([weight_of(40, k) * (i + 1) for i in range(4)])
+    hessians = [hessian_of(k, seed=i) for i in range(4)]
+    hessians[1][:, 5] = hessians[1][5] = 0
+    hessians[2].fill_(torch.nan)
+    given = [statistics(h) for h in hessians]
+    together = quantize_many(quantizer, weights.clone(), given, scheme, torch.bfloat16)
+    for weight, hessian, made in zip(weights, hessians, together, strict=True):
+        alone = quantizer(weight.clone(), statistics(hessian), scheme, torch.bfloat16)
+        assert torch.equal(made.tensor.codes, alone.tensor.codes)
+        assert torch.equal(made.tensor.scales.float(), alone.tensor.scales.float())
+        assert (made.fallbacks, made.notes) == (alone.fallbacks, alone.notes)
+    assert together[1].notes and together[2].fallbacks and not together[3].fallbacks
+
+
+@pytest.mark.parametrize("quantizer", [GPTQQuantizer(), AWQQuantizer()], ids=str)
+def test_several_weights_may_share_one_input(quantizer: Quantizer) -> None:
+    weights, hessian = torch.stack([weight_of(24, 96), weight_of(24, 96) * 2]), hessian_of(96)
+    for scheme in (WeightScheme(4, 32), FP4):
+        together = quantize_many(
+            quantizer, weights.clone(), [statistics(hessian)] * 2, scheme, torch.bfloat16
+        )
+        for weight, made in zip(weights, together, strict=True):
+            alone = quantizer(weight.clone(), statistics(hessian), scheme, torch.bfloat16)
+            assert torch.equal(made.tensor.codes, alone.tensor.codes)
+
+
+def test_factors_made_together_are_those_made_one_by_one() -> None:
+    hessians = [hessian_of(64, seed=i) for i in range(3)]
+    hessians[1] -= 0.02 * hessians[1].diagonal().mean() * torch.eye(64)  # needs more damping
+    hessians[2][:, 7] = hessians[2][7] = 0
+    orders = [torch.argsort(h.diagonal(), descending=True) for h in hessians]
+    together = factorize_together([h.clone() for h in hessians], 0.01, [*orders])
+    for hessian, order, (factor, damping) in zip(hessians, orders, together, strict=True):
+        alone, wanted = factorize(hessian.clone(), 0.01, order)
+        assert factor is not None and alone is not None and damping == wanted
+        torch.testing.assert_close(factor.reversed_lower.tril(), alone.reversed_lower.tril())
+    assert together[1][1] > 0.01
