@@ -18,12 +18,13 @@ sys.path.insert(0, str(ROOT))  # benchmarks run from a checkout, installed or no
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished process: its output, wall seconds and largest resident memory (of it or any of its children)
-    in bytes."""
+    """A finished process: its output, wall seconds, largest resident memory (of it or any of its children) in
+    bytes, and the seconds that it had of all cores together."""
 
     output: str
     seconds: float
     peak_rss_bytes: int
+    cpu_seconds: float
 
 
 def run(command: list[str | Path], threads: int | None = None, result: str = "") -> Finished:
@@ -54,7 +55,8 @@ def run(command: list[str | Path], threads: int | None = None, result: str = "")
     said = bool(result) and any(line.startswith(result) for line in re.split(r"[\r\n]", output))
     if process.returncode and not said:
         raise SystemExit(f"failed ({process.returncode}): {' '.join(map(str, command))}\n{output[-2000:]}")
-    return Finished(output, time.perf_counter() - start, usage.ru_maxrss * 1024)
+    cpu = usage.ru_utime + usage.ru_stime
+    return Finished(output, time.perf_counter() - start, usage.ru_maxrss * 1024, cpu)
 
 
 def result_line(output: str) -> str:

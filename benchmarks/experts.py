@@ -1,0 +1,318 @@
+#!/usr/bin/env python3
+"""Time and memory of GPTQ on two blocks of Qwen3-30B-A3B's shape, beside the least that their arithmetic
+takes on this machine, and beside llm-compressor.
+
+    python benchmarks/experts.py [--samples 64] [--length 512] [--llmcompressor-python PYTHON]
+
+The weights are random, 128 experts a block of which a token takes 8. The floor is what the matrix products
+alone would take at the speeds that products of these shapes are measured to have here, with as many threads,
+just before and just after: one forward pass through every linear (bf16), the lower halves of the Hessians
+(int8 where the CPU multiplies 8-bit integers, else fp32), and of every Hessian the Cholesky factorization,
+K³/3, and of every weight the feedback of its columns on each other, N·K² (both fp32). What is not in it:
+reading, routing, attention's own products, scales, rounding, judging, packing and writing. On a machine that
+others use, compare the CPU seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import ROOT, Finished, last_json, machine, result_line, run
+
+GIB = 2**30
+TOKENIZER = ROOT / "examples/tinylm-4m"
+#: The least seconds that a product's speed is measured over.
+MEASURED = 0.5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the blocks."""
+
+    hidden: int = 2048
+    intermediate: int = 768
+    experts: int = 128
+    top: int = 8
+    heads: int = 32
+    kv_heads: int = 4
+    head: int = 128
+    blocks: int = 2
+
+    def config(self) -> dict:
+        return {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "hidden_size": self.hidden,
+            "intermediate_size": 3 * self.hidden,
+            "moe_intermediate_size": self.intermediate,
+            "num_experts": self.experts,
+            "num_experts_per_tok": self.top,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "num_hidden_layers": self.blocks,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head,
+            "hidden_act": "silu",
+            "vocab_size": json.loads((TOKENIZER / "config.json").read_text())["vocab_size"],
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1e6,
+            "tie_word_embeddings": True,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "torch_dtype": "bfloat16",
+        }
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of one block's tensors."""
+        wide, narrow = self.heads * self.head, self.kv_heads * self.head
+        attention = {
+            "q_proj": (wide, self.hidden),
+            "k_proj": (narrow, self.hidden),
+            "v_proj": (narrow, self.hidden),
+            "o_proj": (self.hidden, wide),
+            "q_norm": (self.head,),
+            "k_norm": (self.head,),
+        }
+        expert = {
+            "gate_proj": (self.intermediate, self.hidden),
+            "up_proj": (self.intermediate, self.hidden),
+            "down_proj": (self.hidden, self.intermediate),
+        }
+        return {
+            "input_layernorm": (self.hidden,),
+            **{f"self_attn.{n}": s for n, s in attention.items()},
+            "post_attention_layernorm": (self.hidden,),
+            "mlp.gate": (self.experts, self.hidden),
+            **{f"mlp.experts.{e}.{n}": s for e in range(self.experts) for n, s in expert.items()},
+        }
+
+    def products(self) -> list[tuple[int, tuple[int, ...], float]]:
+        """Of one block: how many Hessians of how many inputs K there are, the outputs N of the linears that
+        share each, and what share of the tokens each sees."""
+        wide, narrow = self.heads * self.head, self.kv_heads * self.head
+        routed = self.top / self.experts
+        return [
+            (1, (self.hidden, wide + 2 * narrow), 1.0),
+            (1, (wide, self.hidden), 1.0),
+            (self.experts, (self.hidden, 2 * self.intermediate), routed),
+            (self.experts, (self.intermediate, self.hidden), routed),
+        ]
+
+
+def make_checkpoint(folder: Path, shape: Shape) -> None:
+    """Random weights in bf16, with the bundled model's tokenizer."""
+    import torch
+
+    from quant.checkpoint.writer import ShardWriter, TensorSpec, write_text
+
+    config = shape.config()
+    specs = [TensorSpec("model.embed_tokens.weight", "BF16", (config["vocab_size"], shape.hidden))]
+    specs += [
+        TensorSpec(f"model.layers.{block}.{name}.weight", "BF16", size)
+        for block in range(shape.blocks)
+        for name, size in shape.tensors().items()
+    ]
+    specs.append(TensorSpec("model.norm.weight", "BF16", (shape.hidden,)))
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    with ShardWriter(folder / "model.safetensors", specs) as writer:
+        for spec in specs:
+            value = torch.randn(spec.shape, generator=generator)
+            value = value * 0.02 if len(spec.shape) > 1 else 1 + value * 0.1
+            writer.write(spec.name, value.bfloat16())
+    write_text(folder / "config.json", json.dumps(config, indent=2))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TOKENIZER / file, folder / file)
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Seconds of one call, over enough of them; CPU seconds divided by the threads, so that others' work on
+    the machine does not count."""
+    import torch
+
+    work()
+    calls, start, cpu = 0, time.perf_counter(), time.process_time()
+    while time.perf_counter() - start < MEASURED:
+        work()
+        calls += 1
+    return (time.process_time() - cpu) / torch.get_num_threads() / calls
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Operations a second of the three kinds of product."""
+
+    forward: float
+    gram: float
+    solve: float
+
+    def __str__(self) -> str:
+        return f"{self.forward / 1e9:.0f}, {self.gram / 1e9:.0f} and {self.solve / 1e9:.0f} G operations/s"
+
+
+def measured_speeds(shape: Shape, tokens: int) -> Speeds:
+    """What this machine does on an expert's matrices."""
+    import torch
+
+    rows = max(256, tokens * shape.top // shape.experts)
+    x, w = torch.randn(rows, shape.hidden), torch.randn(2 * shape.intermediate, shape.hidden)
+    narrow, matrix = x.bfloat16(), w.bfloat16()
+    forward = seconds_of(lambda: torch.nn.functional.linear(narrow, matrix))
+    if torch.cpu._is_vnni_supported():
+        codes = (x * 30).clamp(-127, 127).to(torch.int8)
+        gram = seconds_of(lambda: torch._int_mm(codes.t(), codes))
+    else:
+        gram = seconds_of(lambda: x.t() @ x)
+    panel, columns = torch.randn(512, 512), torch.randn(512, 2 * shape.intermediate)
+    solve = seconds_of(lambda: panel @ columns)
+    return Speeds(
+        2 * x.numel() * len(w) / forward,
+        2 * rows * shape.hidden**2 / gram,
+        2 * panel.numel() * columns.shape[1] / solve,
+    )
+
+
+def floor_seconds(shape: Shape, tokens: int, speeds: Speeds) -> dict[str, float]:
+    """Seconds of the products of all blocks, by kind."""
+    seconds = dict.fromkeys(("forward", "Hessians", "solves"), 0.0)
+    for block in range(shape.blocks):
+        for number, (count, (k, n), share) in enumerate(shape.products()):
+            # nothing reads what the last block makes, so its last linears are not run
+            if block < shape.blocks - 1 or number < len(shape.products()) - 1:
+                seconds["forward"] += count * share * tokens * 2 * k * n / speeds.forward
+            seconds["Hessians"] += count * share * tokens * k * k / speeds.gram
+            seconds["solves"] += count * (k**3 / 3 + n * k * k) / speeds.solve
+    return seconds
+
+
+def convert(source: Path, target: Path, text: Path, samples: int, length: int, options: list[str]) -> None:
+    """The measured child: quantizes, and prints seconds and CPU seconds of the blocks, from the first one's
+    read to the last one's sync, by phase."""
+    from quant.pipeline.memory import prepare_torch
+
+    prepare_torch()
+    from quant.pipeline.manager import QuantizationManager
+    from quant.pipeline.plan import plan_job
+    from quant.pipeline.records import Clock
+    from quant.recipe import Recipe
+
+    settings = dict(pair.split("=", 1) for pair in options)
+    recipe = Recipe(
+        model_path=source, output_path=target, method="gptq", scheme="w4a16", samples=samples,
+        sequence_length=length, calibration_dataset=[str(text)], target="other", **settings,
+    )  # fmt: skip
+    manager = QuantizationManager(plan_job(recipe))
+    processor, phase = Clock(), Clock.phase
+
+    @contextmanager
+    def both(clock: Clock, name: str) -> Iterator[None]:
+        start = time.process_time()
+        with phase(clock, name):
+            yield
+        processor.seconds[name] += time.process_time() - start
+
+    Clock.phase = both  # type: ignore[method-assign]
+    report = manager.run()
+    # the passes through the blocks are what is left of the loop
+    parts = ("embed", "load", "statistics", "solve", "write")
+    processor.seconds["forward"] = processor.seconds["quantize"] - sum(processor.seconds[p] for p in parts)
+    print(json.dumps({"seconds": dict(report.seconds), "cpu": dict(processor.seconds)}), flush=True)
+
+
+def told(name: str, seconds: float, cpu: float, done: Finished, floor: float, threads: int) -> str:
+    """A line of the table."""
+    return (
+        f"{name:<15} {seconds:7.1f} s ({seconds / floor:.2f} of the floor), {cpu:.1f} s of CPU "
+        f"({cpu / threads / floor:.2f}); whole program {done.seconds:.1f} s, peak "
+        f"{done.peak_rss_bytes / GIB:.2f} GiB"
+    )
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--samples", type=int, default=64)
+    p.add_argument("--length", type=int, default=512)
+    p.add_argument("--experts", type=int, default=Shape.experts, help="fewer, for a quick look")
+    p.add_argument("--blocks", type=int, default=Shape.blocks)
+    p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    p.add_argument("--folder", type=Path, help="where the files go (default: temporary files')")
+    p.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="more of the recipe")
+    p.add_argument("--llmcompressor-python", type=Path)
+    p.add_argument("--only-peer", action="store_true", help="leave ours out")
+    p.add_argument("--convert", nargs=3, type=Path, help=argparse.SUPPRESS)
+    a = p.parse_args()
+    if a.convert:
+        return convert(*a.convert, a.samples, a.length, a.options)
+    import torch
+
+    torch.set_num_threads(a.threads)
+    shape, tokens = Shape(experts=a.experts, blocks=a.blocks), a.samples * a.length
+    print(f"{machine()}, {a.threads} threads; {a.samples} × {a.length} calibration tokens", flush=True)
+    with tempfile.TemporaryDirectory(dir=a.folder) as name:
+        folder = Path(name)
+        make_checkpoint(folder / "source", shape)
+        text = folder / "text.txt"
+        text.write_text(calibration_text(), encoding="utf-8")
+        before = measured_speeds(shape, tokens)
+        lines: list[tuple[str, float, float, Finished]] = []
+        if not a.only_peer:
+            done = run(
+                [
+                    sys.executable, ROOT / "benchmarks/experts.py", "--convert", folder / "source",
+                    folder / "ours", text, "--samples", str(a.samples), "--length", str(a.length),
+                    "--options", *a.options,
+                ],
+                a.threads,
+            )  # fmt: skip
+            report = last_json(done.output)
+            seconds, cpu = report["seconds"], report["cpu"]
+            lines.append(("quant", seconds["quantize"], cpu["quantize"], done))
+            phases = ", ".join(f"{k} {seconds[k]:.1f} ({cpu.get(k, 0):.1f})" for k in seconds if k != "total")
+            print(f"ours by phase, seconds (of CPU): {phases}", flush=True)
+            shutil.rmtree(folder / "ours")
+        if a.llmcompressor_python:
+            done = run(
+                [
+                    a.llmcompressor_python, ROOT / "benchmarks/peers.py", folder / "source", folder / "peer",
+                    "--method", "gptq", "--text", text, "--samples", str(a.samples),
+                    "--length", str(a.length),
+                ],
+                a.threads,
+            )  # fmt: skip
+            seconds, cpu = map(float, result_line(done.output).split()[1:])
+            lines.append(("llm-compressor", seconds, cpu, done))
+        after = measured_speeds(shape, tokens)
+    best = Speeds(*(max(getattr(s, f) for s in (before, after)) for f in ("forward", "gram", "solve")))
+    floor = floor_seconds(shape, tokens, best)
+    whole = sum(floor.values())
+    print(f"forward, Hessian and solving products run at {best}")
+    print(f"floor           {whole:7.1f} s: {', '.join(f'{k} {v:.1f}' for k, v in floor.items())}")
+    for entry in lines:
+        print(told(*entry, whole, a.threads), flush=True)
+
+
+def calibration_text() -> str:
+    """The package's own Wikipedia sample."""
+    import gzip
+
+    from quant.calibration.text import bundled
+
+    with gzip.open(bundled("wikipedia"), "rt", encoding="utf-8") as stream:
+        return stream.read()
+
+
+if __name__ == "__main__":
+    main()
