@@ -44,7 +44,15 @@ from quant.planning.storage import (
 from quant.schemes import AS_IT_IS, Scheme, SchemeRegistry, SchemeRow, candidates
 from quant.units import format_size
 from quant.vllm.config import source_method
-from quant.vllm.kernels import BF16_FORMATS, GROUP_SIZES, formats_of, gpu_dict, has_fp8_cache, kernel_of
+from quant.vllm.kernels import (
+    BF16_FORMATS,
+    GROUP_SIZES,
+    cpu_problems,
+    formats_of,
+    gpu_dict,
+    has_fp8_cache,
+    kernel_of,
+)
 from quant.vllm.releases import rules_for
 
 #: share of the free memory that the chosen plan leaves unused
@@ -495,6 +503,8 @@ def _plan_one(
         state = formats_of(gpu).get(kernel, "no")
         if state == "no":
             return refused(f"{part} has no kernel for {kernel}")
+        if spec.moe and gpu.platform == "cpu" and (missing_kernels := cpu_problems(gpu, (), [kernel])):
+            return refused(missing_kernels[0].text)
         if row.native and state != "native":
             return refused(f"{part} computes {kernel} only as packed weights")
     # whose kernels of quantized checkpoints are not tabled

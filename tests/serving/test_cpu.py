@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from quant.hardware import cpu_device
+from quant.planning.recommendation import recommend
 from quant.schemes import PRESETS
 from quant.serving import process
 from quant.serving.deployment import DeploymentRequest, plan
@@ -121,3 +122,13 @@ def test_a_scheme_for_a_cpu_is_refused_by_what_the_cpu_lacks(on: Callable[[froze
     assert "AVX512" in said and "capability" not in said and "w8a8-fp8" in said
     on(AVX512)
     assert kernel_problem(PRESETS["w4a16"], cpu_device(2**36)) is None
+
+
+def test_quantized_experts_are_recommended_for_cpus_with_tiles_alone(
+    on: Callable[[frozenset[str]], None],
+) -> None:
+    for instructions, refused in ((AVX512, True), (AMX, False)):
+        on(instructions)
+        for name, moe in (("mistralai/Mixtral-8x7B-v0.1", True), ("mistralai/Mistral-7B-v0.1", False)):
+            (found,) = recommend(name, cpu_device(2**39), scheme="w4a16").plans
+            assert ("no AMX" in found.why) == (moe and refused), (name, found.why)
