@@ -162,8 +162,10 @@ def is_head(module: str) -> bool:
     return module.rpartition(".")[2] in ("lm_head", "embed_out") or module == "output"
 
 
-#: Model types of whose experts vLLM 0.32 reads no quantized form that quant writes: its loader looks for the
-#: two fused matrices of an expert under names of their own (`models/gpt_oss.py`).
+#: Model types of whose experts vLLM 0.32 reads no quantized form that quant writes. Of gpt-oss it reads
+#: symmetric weight-only integers as ``experts.{i}.w13_weight_packed`` and ``w13_weight_scale``, gate and up
+#: rows interleaved as in the source, and ``w2_…`` likewise (`models/gpt_oss.py::GptOssRoutedExperts`); no
+#: zero points, no FP8 with biases (`fused_moe/oracle/fp8.py`), no global scales, no ``weight_shape``.
 UNREAD_EXPERTS = frozenset({"gpt_oss"})
 
 
@@ -173,9 +175,10 @@ def expert_problems(model_type: str, linears: Iterable[str]) -> list[str]:
     if model_type not in UNREAD_EXPERTS or not experts:
         return []
     return [
-        f"{experts[0]}: vLLM's loader of model type {model_type!r} looks for quantized experts under other "
-        "names than those of any format written here, so they would stay empty: serve the published "
-        "checkpoint, leave them out with --ignore '*.experts.*', or use --target other"
+        f"{experts[0]}: vLLM's loader of model type {model_type!r} takes quantized experts as one matrix of "
+        "interleaved gate and up rows under names of its own (experts.0.w13_weight_packed), which no format "
+        "here writes, so these would stay empty: serve the published checkpoint, leave them out with "
+        "--ignore '*.experts.*', or use --target other"
     ]
 
 
