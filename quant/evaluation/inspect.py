@@ -8,6 +8,7 @@ from typing import Any
 
 from quant.checkpoint.reader import open_checkpoint
 from quant.formats import find_format
+from quant.formats.legacy import repaired
 from quant.formats.reading import quantized_tensors
 from quant.models.adapter import adapter_for
 from quant.models.place import decoder_list
@@ -24,7 +25,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it cannot be read.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint, _ = repaired(open_checkpoint(path))
     found = find_format(checkpoint.config, checkpoint.tensors)
     count = block_count(checkpoint.config)
     decoder = decoder_list(checkpoint.tensors.values(), checkpoint.config)

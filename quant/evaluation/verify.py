@@ -126,7 +126,20 @@ def verify(
     )
     unread = ""
     try:
-        layers = find_format(checkpoint.config, checkpoint.tensors)
+        mended, _ = repaired(checkpoint)
+        layers = find_format(mended.config, mended.tensors)
+        if layers is not None and layers.linears and quantization_config(checkpoint.config) is None:
+            result.add(
+                "format",
+                [
+                    f"config.json says nothing of the quantization ({_describe(layers)}), a file beside it "
+                    "does: vLLM reads config.json alone: quant export-vllm writes it there"
+                ],
+                "",
+            )
+            return result
+        if quantization_config(checkpoint.config) is None:
+            layers = None  # a file of an earlier quantization, which vLLM does not read
     except UnreadMethod as error:
         refused = method_problem(error.method) if target == "vllm" else str(error)
         unread = (

@@ -12,6 +12,7 @@ from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.reader import Checkpoint
 from quant.errors import CheckpointError
 from quant.formats.base import Format, QuantizedLayers, Stack, find_format
+from quant.formats.legacy import repaired
 from quant.vllm.cache import cache_scale
 from quant.vllm.config import without_quantization
 from quant.vllm.layers import Linear
@@ -93,7 +94,9 @@ def dequantized(checkpoint: Checkpoint, layers: QuantizedLayers | None = None) -
     Raises:
         CheckpointError: quantized in a way that is not read here.
     """
-    layers = layers or find_format(checkpoint.config, checkpoint.tensors)
+    if layers is None:
+        checkpoint, _ = repaired(checkpoint)  # an older program's config may stand in a file of its own
+        layers = find_format(checkpoint.config, checkpoint.tensors)
     if layers is None:
         return checkpoint
     form, found = layers.form, layers

@@ -226,6 +226,21 @@ def test_a_method_that_is_not_read_is_not_said_to_be_unservable(
     assert refused.code == 4 and "has no quant_method 'bitsandbytes'" in refused.err
 
 
+def test_a_config_in_a_file_of_its_own_is_read_and_verify_says_that_vllm_does_not(
+    cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    """As AutoGPTQ wrote it; a job reads it all the same, and a plain folder with such a file stays plain."""
+    folder = Path(__file__).parents[1] / "fixtures" / "peers" / "auto-gptq"
+    found = inspect(folder)
+    assert found["format"] == "gptq" and found["quantized_linears"] == 14
+    checked = cli("verify", "-m", folder)
+    assert checked.code == 4 and "vLLM reads config.json alone: quant export-vllm" in checked.err
+    options = ["--method", "minmax", "--scheme", "w8a16", "--group-size", "32", "--target", "other"]
+    done = cli("quantize", "-m", folder, "-o", tmp_path / "out", *options, "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["source"]["rounded_anew"] == 14
+
+
 def test_what_vllm_asks_of_foreign_files_is_asked_here(
     llama: Path, tmp_path: Path, cli: Callable[..., Any]
 ) -> None:
