@@ -21,6 +21,7 @@ SUBCOMMANDS = {
     "quantize": "quant.commands.quantize:quantize",
     "recipe": "quant.commands.recipe:recipe",
     "recommend": "quant.commands.recommend:recommend",
+    "report": "quant.commands.report:report",
     "smooth": "quant.commands.quantize:smooth",
     "verify": "quant.commands.verify:verify",
 }

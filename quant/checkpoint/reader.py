@@ -44,6 +44,8 @@ _OTHER_WEIGHTS = (
 #: copied.
 STALE = {
     "quant_report.json": "describes the source; the output has its own",
+    "quant_report.html": "describes the source; the output has its own",
+    "quant_evaluation.json": "was measured of the source",
     "vllm_config.json": "describes the source; the output has its own",
     "quantize_config.json": "describes an earlier quantization",
     "quant_config.json": "describes an earlier quantization",
@@ -53,6 +55,8 @@ STALE = {
 }
 #: Where ModelOpt up to 0.29 says what it did, and where engines look if config.json says nothing.
 MODELOPT_CONFIG = "hf_quant_config.json"
+#: Files that every output has of its own, and that hold what the source's say: never copied, never missing.
+REWRITTEN = frozenset({"README.md"})
 _SKIPPED_FOLDERS = {".git", ".cache", "__pycache__", ".huggingface"}
 #: Bytes copied at a time: a piece stays in the processor's cache between reading and writing, and its buffer
 #: is never given back to the system.

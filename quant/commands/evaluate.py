@@ -39,6 +39,11 @@ from quant.errors import Problems, QuantError, UsageError
     type=PATH,
     help="Picture of bits per weight against KL: a .html file, or a .png (takes matplotlib).",
 )
+@click.option(
+    "--save",
+    is_flag=True,
+    help="Keep the numbers in the checkpoint's folder, and renew its page and model card with them.",
+)
 @options.device
 @common_options
 def evaluate(
@@ -48,6 +53,7 @@ def evaluate(
     against: Path | None,
     max_perplexity_increase: float | None,
     plot: Path | None,
+    save: bool,
     **measured: Any,
 ) -> None:
     """Perplexity with its standard error; against a source, KL divergence and top-1 agreement. Several
@@ -73,19 +79,33 @@ def evaluate(
             raise UsageError("--plot needs --against: it draws the KL divergence from that checkpoint")
         check_plot(plot)
     if len(paths) < 2 and plot is None:
-        _one(
-            out,
-            options.the_one(paths[0] if paths else None, model_path),
-            against,
-            max_perplexity_increase,
-            measured,
-        )
+        one = options.the_one(paths[0] if paths else None, model_path)
+        _demand_reports([one] if save else [])
+        _one(out, one, against, max_perplexity_increase, measured, save)
         return
     several = [*paths, *([model_path] if model_path else [])] or [options.the_one(None, None)]
-    _several(out, several, against, max_perplexity_increase, plot, measured)
+    _demand_reports(several if save else [])
+    _several(out, several, against, max_perplexity_increase, plot, measured, save)
 
 
-def _one(out: Output, path: Path, against: Path | None, most: float | None, measured: dict[str, Any]) -> None:
+def _demand_reports(paths: list[Path]) -> None:
+    """Refuses what the numbers cannot be kept beside, before minutes are spent on them."""
+    from quant.report.files import savable
+
+    if problems := [p for path in paths if (p := savable(path))]:
+        raise Problems(problems)
+
+
+def _save(out: Output, path: str | Path, value: dict[str, Any]) -> None:
+    from quant.report.files import save_evaluation
+
+    written = save_evaluation(path, value)
+    out.note(f"kept in {', '.join(map(str, written))}")
+
+
+def _one(
+    out: Output, path: Path, against: Path | None, most: float | None, measured: dict[str, Any], save: bool
+) -> None:
     from quant.commands.render import results
     from quant.evaluation.quality import evaluate as measure
 
@@ -93,6 +113,8 @@ def _one(out: Output, path: Path, against: Path | None, most: float | None, meas
         result = measure(path, against=against, progress=progress, **measured)
     value = result.to_dict()
     out.result(value, lambda console: results.evaluation(console, value))
+    if save:
+        _save(out, path, value)
     result.demand(most)
 
 
@@ -103,6 +125,7 @@ def _several(
     most: float | None,
     plot: Path | None,
     measured: dict[str, Any],
+    save: bool,
 ) -> None:
     """Each checkpoint's numbers as they are known, with ``--json`` one object a line; what fails does not
     stop the others."""
@@ -122,6 +145,8 @@ def _several(
             done.append(one)
             if out.json:
                 out.result(one.to_dict(), lambda c: None)
+            if save:
+                _save(out, one.evaluation.path, one.evaluation.to_dict())
     if done and not out.json:
         values = [one.to_dict() for one in done]
         out.result(values, lambda console: results.comparison(console, values))

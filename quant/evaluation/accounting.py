@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quant.checkpoint.reader import STALE, Checkpoint, SideFile
+from quant.checkpoint.reader import REWRITTEN, STALE, Checkpoint, SideFile
 from quant.formats import QuantizedLayers
 from quant.formats.reading import dequantized
 from quant.models.linears import LinearRef, fused_tensors
@@ -136,7 +136,7 @@ def side_file_problems(checkpoint: Checkpoint, source: Checkpoint, own: bool = T
     """
     problems = []
     for file in source.side_files():
-        if file.dropped or file.relative in STALE:
+        if file.dropped or file.relative in STALE or file.relative in REWRITTEN:
             continue
         copy = checkpoint.path / file.relative
         same = copy.is_file() and copy.read_bytes() == file.path.read_bytes()

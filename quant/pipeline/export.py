@@ -12,7 +12,7 @@ from quant import defaults
 from quant.checkpoint.dtypes import TORCH
 from quant.checkpoint.journal import WorkFolder
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
-from quant.checkpoint.writer import TensorSpec, write_text
+from quant.checkpoint.writer import TensorSpec
 from quant.errors import CheckpointError, Problems, UsageError, VerificationFailed
 from quant.evaluation.agreement import file_problems
 from quant.evaluation.verify import verify
@@ -29,7 +29,8 @@ from quant.pipeline.source import as_read, carried
 from quant.pipeline.writing import write_rest, write_unit
 from quant.progress import Event, Progress, silent
 from quant.quantizers.nearest import round_to_nearest
-from quant.report.value import REPORT, Conversion, Provenance, Quantization, Report
+from quant.report.files import write_report
+from quant.report.value import Conversion, Provenance, Quantization, Report
 from quant.schemes import UNQUANTIZED
 from quant.tensors import QuantizedTensor
 from quant.vllm.arguments import engine_arguments, vllm_config
@@ -220,7 +221,9 @@ def export(
             ),
             provenance=Provenance.here(command),
         )
-        write_text(work.path / REPORT, report.to_json())
+        write_report(
+            work.path, report, origin, [checkpoint.path, *([] if source is None else [Path(source)])]
+        )
         work.publish()
     finally:
         work.finished.clear()  # an export is a copy: it starts over rather than resuming

@@ -21,7 +21,6 @@ from quant.checkpoint.dtypes import TORCH
 from quant.checkpoint.header import read_header
 from quant.checkpoint.journal import WorkFolder
 from quant.checkpoint.reader import Checkpoint
-from quant.checkpoint.writer import write_text
 from quant.devices import device_of
 from quant.errors import QuantError, UsageError, VerificationFailed
 from quant.evaluation.preservation import preservation
@@ -43,7 +42,8 @@ from quant.pipeline.source import carried
 from quant.pipeline.staged import computed, run_block
 from quant.pipeline.writing import write_rest, write_unit
 from quant.progress import Event, Progress, silent
-from quant.report.value import REPORT, Provenance, Quantization, Report, TensorsAccount
+from quant.report.files import write_report
+from quant.report.value import Provenance, Quantization, Report, TensorsAccount
 from quant.tensors import QuantizedTensor
 from quant.units import format_seconds
 from quant.vllm.arguments import engine_arguments, vllm_config
@@ -448,7 +448,7 @@ class QuantizationManager:
             ),
             provenance=Provenance.here(self.command, torch.cuda.get_device_name(self.device) if gpu else ""),
         )
-        write_text(work.path / REPORT, report.to_json())
+        write_report(work.path, report, checkpoint)
         return report
 
     def _method_settings(self) -> dict[str, str]:

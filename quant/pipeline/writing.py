@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from quant.checkpoint.dtypes import TORCH
-from quant.checkpoint.reader import INDEX, STALE, Checkpoint
+from quant.checkpoint.reader import INDEX, REWRITTEN, STALE, Checkpoint
 from quant.checkpoint.writer import ShardWriter, write_text
 from quant.errors import DiskFull
 from quant.formats import Format
@@ -151,7 +151,8 @@ def write_rest(
     if fallback is not None:
         for file in Checkpoint(fallback, {}, {}).side_files():
             target = folder / file.relative
-            if not file.dropped and file.relative not in STALE and not target.exists():
+            own = file.relative in STALE or file.relative in REWRITTEN
+            if not file.dropped and not own and not target.exists():
                 _copy(file.path, target)
     if sum(len(u.shards) for u in units) > 1:
         total = sum(t.spec.nbytes for u in units for s in u.shards for t in s.tensors)
@@ -170,6 +171,8 @@ def copy_side_files(source: Checkpoint, folder: Path) -> list[dict[str, str]]:
     """Copies every side file byte for byte; returns those left out with the reason."""
     dropped = []
     for file in source.side_files():
+        if file.relative in REWRITTEN:
+            continue
         if reason := file.dropped or STALE.get(file.relative):
             dropped.append({"file": file.relative, "reason": reason})
             continue

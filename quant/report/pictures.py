@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from quant.errors import QuantError, UsageError
+from quant.report.charts import Box, colours, log_ticks, place_labels, ticks
+from quant.report.value import Report
 
 #: One checkpoint: keys of :meth:`quant.evaluation.comparison.Compared.to_dict`.
 Measured = Mapping[str, Any]
@@ -47,6 +49,8 @@ class _Point:
     bits: float
     kl: float
     error: float
+    #: drawn in one colour: the rounding method where the checkpoint's report names it, else the scheme
+    group: str
 
 
 def _points(done: Sequence[Measured]) -> list[_Point]:
@@ -64,13 +68,19 @@ def _points(done: Sequence[Measured]) -> list[_Point]:
         bits, kl = one["bits_per_weight"], one["kl"]
         if bits is not None and kl is not None and math.isfinite(kl["mean"]):
             error = kl["standard_error"] if math.isfinite(kl["standard_error"]) else 0.0
-            points.append(_Point("/".join(part[-depth:]), bits, kl["mean"], error))
+            points.append(_Point("/".join(part[-depth:]), bits, kl["mean"], error, _group(one)))
     if not points:
         raise QuantError(
             "--plot: no checkpoint has both a KL divergence that is a number and linears under the source's "
             "names: nothing is drawn"
         )
     return points
+
+
+def _group(one: Measured) -> str:
+    report = Report.load(one["path"])
+    methods = report.quantization.methods if report is not None and report.quantization is not None else ()
+    return " and ".join(methods) or str(one["scheme"])
 
 
 def plot(path: Path, done: Sequence[Measured]) -> None:
@@ -92,11 +102,19 @@ def _draw_png(path: Path, points: Sequence[_Point], title: str) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    shades = colours([p.group for p in points])
     for p in points:
-        axes.errorbar([p.bits], [p.kl], yerr=[p.error], fmt="o", capsize=3)
+        known = axes.get_legend_handles_labels()[1]
+        label = None if p.group in known else p.group
+        axes.errorbar(
+            [p.bits], [p.kl], yerr=[p.error], fmt="o", capsize=3, color=shades[p.group], label=label
+        )
         axes.annotate(p.label, (p.bits, p.kl), textcoords="offset points", xytext=(6, 4), fontsize=8)
     if all(p.kl > 0 for p in points):
         axes.set_yscale("log")
+    else:
+        axes.axhline(0, linestyle="--", color="#666", linewidth=1)
+    axes.legend(title="the source itself has KL 0", fontsize=8, title_fontsize=8)
     axes.set(xlabel="bits per weight", ylabel="KL divergence, nats per token", title=title)
     axes.margins(0.15)
     axes.grid(alpha=0.3)
@@ -105,20 +123,6 @@ def _draw_png(path: Path, points: Sequence[_Point], title: str) -> None:
 
 _WIDTH, _HEIGHT = 860, 520
 _LEFT, _RIGHT, _TOP, _BOTTOM = 90, 170, 20, 50
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Four to nine round numbers within a range."""
-    step = 10 ** math.floor(math.log10((high - low) / 4))
-    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 9)
-    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten within a range, or powers alone where those are many."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [m * 10.0**p for p in powers for m in ((1, 2, 5) if len(powers) <= 4 else (1,))]
-    return [t for t in ticks if low <= t <= high]
 
 
 def _svg(points: Sequence[_Point]) -> str:
@@ -152,10 +156,10 @@ def _svg(points: Sequence[_Point]) -> str:
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="bits per weight against KL '
         'divergence">'
     ]
-    for t in _ticks(left, right):
+    for t in ticks(left, right):
         out.append(f'<line class="grid" x1="{x(t)}" x2="{x(t)}" y1="{_TOP}" y2="{base}"/>')
         out.append(f'<text x="{x(t)}" y="{base + 18}" text-anchor="middle">{t:g}</text>')
-    for t in _log_ticks(10**bottom, 10**top) if logarithmic else _ticks(bottom, top):
+    for t in log_ticks(10**bottom, 10**top) if logarithmic else ticks(bottom, top):
         out.append(f'<line class="grid" x1="{_LEFT}" x2="{edge}" y1="{y(t)}" y2="{y(t)}"/>')
         out.append(f'<text x="{_LEFT - 8}" y="{y(t) + 4}" text-anchor="end">{t:g}</text>')
     out.append(f'<path class="axis" d="M{_LEFT} {_TOP}V{base}H{edge}"/>')
@@ -167,15 +171,59 @@ def _svg(points: Sequence[_Point]) -> str:
         f'<text transform="translate(20 {middle}) rotate(-90)" text-anchor="middle">KL divergence, nats per '
         "token</text>"
     )
+    if bottom <= 0 <= top and not logarithmic:
+        out.append(f'<line class="source" x1="{_LEFT}" x2="{edge}" y1="{y(0)}" y2="{y(0)}"/>')
+        zero = y(0) - 4
+    else:  # zero has no place on a logarithmic axis
+        out.append(f'<line class="source" x1="{_LEFT}" x2="{edge}" y1="{base - 2}" y2="{base - 2}"/>')
+        zero = base - 6.0
+    out.append(f'<text x="{_LEFT + 6}" y="{zero}" class="note">the source: KL 0</text>')
+    shades = colours([p.group for p in points])
     for p, (low, high) in zip(points, ends, strict=True):
-        label = html.escape(p.label)
-        out.append(f'<line class="error" x1="{x(p.bits)}" x2="{x(p.bits)}" y1="{y(low)}" y2="{y(high)}"/>')
+        at, shade = x(p.bits), shades[p.group]
+        caps = "".join(f"M{at - 4} {y(end)}h8" for end in (low, high))
         out.append(
-            f'<circle cx="{x(p.bits)}" cy="{y(p.kl)}" r="4"><title>{label}: {p.bits:.3f} bits, KL '
-            f"{p.kl:.5f}</title></circle>"
+            f'<path class="error" stroke="{shade}" d="M{at} {y(low)}V{y(high)}{caps}"/>' if p.error else ""
         )
-        out.append(f'<text x="{x(p.bits) + 8}" y="{y(p.kl) - 6}">{label}</text>')
-    return "\n".join([*out, "</svg>"])
+    places = [(x(p.bits), y(p.kl)) for p in points]
+    note = Box(_LEFT, zero - 12, 110, 16)
+    legend = Box(_WIDTH - 155, _TOP, 155, 16 * len(shades) + 4)
+    boxes = place_labels(
+        places, [p.label for p in points], Box(_LEFT, _TOP, _WIDTH - _LEFT - 4, base - _TOP), [note, legend]
+    )
+    for p, (cx, cy), (box, far) in zip(points, places, boxes, strict=True):
+        label = html.escape(p.label)
+        out.append(
+            f'<circle class="point" cx="{cx}" cy="{cy}" r="4" fill="{shades[p.group]}"><title>{label}: '
+            f"{p.bits:.3f} bits, KL {p.kl:.5f}</title></circle>"
+        )
+        middle = round(box.top + box.height / 2, 1)
+        if far:
+            end = box.left if box.left > cx else box.left + box.width
+            out.append(f'<line class="lead" x1="{cx}" y1="{cy}" x2="{round(end, 1)}" y2="{middle}"/>')
+        out.append(f'<text class="label" x="{round(box.left, 1)}" y="{middle + 4}">{label}</text>')
+    for number, (group, shade) in enumerate(shades.items()):
+        place = _TOP + 8 + 16 * number
+        out.append(f'<rect x="{_WIDTH - 150}" y="{place - 5}" width="10" height="10" fill="{shade}"/>')
+        out.append(f'<text x="{_WIDTH - 135}" y="{place + 4}">{html.escape(group)}</text>')
+    return "\n".join(filter(None, [*out, "</svg>"]))
+
+
+def svg_of(done: Sequence[Measured]) -> str:
+    """The picture alone, for a page that has :data:`SVG_STYLE`.
+
+    Raises:
+        QuantError: nothing can be drawn.
+    """
+    return _svg(_points(done))
+
+
+#: How the parts of the picture look.
+SVG_STYLE = """
+.grid { stroke: #ddd } .axis { fill: none; stroke: #222 }
+.error { stroke-width: 1.5; fill: none } .source { stroke: #666; stroke-dasharray: 5 4 }
+.lead { stroke: #bbb } .note { fill: #666 } svg { font-family: ui-monospace, monospace }
+"""
 
 
 def _html(done: Sequence[Measured], points: Sequence[_Point], title: str) -> str:
@@ -196,9 +244,7 @@ def _html(done: Sequence[Measured], points: Sequence[_Point], title: str) -> str
 <style>
 body {{ font: 14px system-ui, sans-serif; margin: 2em; max-width: 1100px; color: #222 }}
 svg {{ width: 100%; max-width: {_WIDTH}px; font-size: 12px }}
-.grid {{ stroke: #ddd }} .axis {{ fill: none; stroke: #222 }}
-.error {{ stroke: #1f5fa8; stroke-width: 1.5 }} circle {{ fill: #1f5fa8 }}
-td, th {{ text-align: right; padding: .2em .8em }}
+{SVG_STYLE}td, th {{ text-align: right; padding: .2em .8em }}
 td:nth-child(-n+2), th:nth-child(-n+2) {{ text-align: left }}
 </style>
 <h1>{html.escape(title)}</h1>

@@ -236,6 +236,19 @@ def kernel_problem(scheme: Scheme, gpu: Gpu) -> str | None:
     )
 
 
+#: Compute capabilities of parts that serve, oldest first, with names that people know them by (NVIDIA's table
+#: of compute capabilities).
+GPU_GENERATIONS: Mapping[tuple[int, int], str] = {
+    (7, 5): "T4, RTX 20",
+    (8, 0): "A100",
+    (8, 6): "A10, RTX 30",
+    (8, 9): "L4, L40S, RTX 40",
+    (9, 0): "H100, H200",
+    (10, 0): "B200",
+    (12, 0): "RTX 50, RTX PRO 6000",
+}
+
+
 def number_formats(
     platform: str,
     capability: tuple[int, int] | None,

@@ -70,11 +70,11 @@ def test_the_html_is_one_file_whose_points_stand_where_the_numbers_say(name: str
         for (x2, y2), other in zip(places, drawn, strict=True):
             assert (x < x2) == (one.bits_per_weight < other.bits_per_weight)  # type: ignore[operator]
             assert (y > y2) == (one.evaluation.kl.mean < other.evaluation.kl.mean)  # type: ignore[union-attr]
-    labels = [t.text for t in svg.iter("text")]
+    labels = [t.text for t in svg.iter("text") if t.get("class") == "label"]
     wanted = {"usual": ["a", "b", '<c> & "d"'], "alike": ["x/a", "y/a"]}.get(
         name, [c.evaluation.path.rpartition("/")[2] for c in drawn]
     )
-    assert labels[-len(drawn) :] == wanted
+    assert labels == wanted
     ticks = [float(t.text) for t in svg.iter("text") if t.text and re.fullmatch(r"[-\d.e]+", t.text)]
     assert len(ticks) >= 4
 
@@ -91,3 +91,21 @@ def test_the_png_is_a_picture(name: str, tmp_path: Path) -> None:
     raw = (tmp_path / "p.png").read_bytes()
     assert raw[:8] == b"\x89PNG\r\n\x1a\n" and len(raw) > 10_000
     assert "matplotlib.pyplot" not in sys.modules  # no window system, no global state
+
+
+def test_labels_of_points_close_together_are_all_readable(tmp_path: Path) -> None:
+    crowd = [compared(f"out/checkpoint-{i:02}", 4.1 + i / 1000, 0.005 + i / 1e5) for i in range(12)]
+    plot(tmp_path / "p.html", [one.to_dict() for one in crowd])
+    page = (tmp_path / "p.html").read_text(encoding="utf-8")
+    svg = ET.fromstring(re.search(r"<svg.*?</svg>", page, re.S)[0])  # type: ignore[index]
+    width, height = map(float, svg.attrib["viewBox"].split()[2:])
+    boxes = []
+    for text in svg.iter("text"):
+        if text.get("class") == "label":
+            left, base = float(text.attrib["x"]), float(text.attrib["y"])
+            boxes.append((left, base - 11, left + 6.6 * len(text.text or ""), base + 2))
+    assert len(boxes) == 12 and len(re.findall('class="error"', page)) >= 12 and "KL 0" in page
+    for i, (left, top, right, bottom) in enumerate(boxes):
+        assert 0 <= left and right <= width and 0 <= top and bottom <= height
+        for other in boxes[:i]:
+            assert right <= other[0] or other[2] <= left or bottom <= other[1] or other[3] <= top

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quant.commands.render import table
+from quant.commands.render.tables import Column, draw
 from quant.report.evidence import worst
 from quant.report.value import REPORT, Report
 from quant.units import format_seconds, format_size
@@ -258,41 +259,40 @@ def evaluation(console: Console, value: Mapping[str, Any]) -> None:
 
 def comparison(console: Console, values: Sequence[Mapping[str, Any]]) -> None:
     """Several evaluations against one source: a row each."""
-    from rich.table import Table
-
     first = values[0]
     against = f" against {first['against']}" if first["against"] else ""
-    grid = Table(
-        title=f"{first['text']}, {first['chunks']} chunks, {first['tokens']:,} tokens{against}",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
+    console.print(
+        f"{first['text']}, {first['chunks']} chunks, {first['tokens']:,} tokens{against}", markup=False
     )
-    for heading in ("path", "scheme", "bits/weight", "size", "perplexity", "KL, nats per token", "top-1"):
-        grid.add_column(
-            heading, overflow="fold", justify="left" if heading in ("path", "scheme") else "right"
-        )
 
     def shown(m: Mapping[str, float] | None, form: str) -> str:
-        return "" if m is None else f"{m['mean']:{form}} ± {m['standard_error']:{form}}"
+        return "-" if m is None else f"{m['mean']:{form}} ± {m['standard_error']:{form}}"
 
+    rows = [
+        {
+            "path": v["path"],
+            "scheme": v["scheme"],
+            "bits": v["bits_per_weight"],
+            "bytes": v["total_bytes"],
+            **v,
+        }
+        for v in values
+    ]
     if first["source_perplexity"]:
-        grid.add_row(
-            str(first["against"]), "source", "", "", shown(first["source_perplexity"], ".4f"), "", ""
-        )
-    for v in values:
-        bits = "" if v["bits_per_weight"] is None else f"{v['bits_per_weight']:.3f}"
-        size = format_size(v["total_bytes"])
-        grid.add_row(
-            v["path"],
-            v["scheme"],
-            bits,
-            size,
-            shown(v["perplexity"], ".4f"),
-            shown(v["kl"], ".5f"),
-            shown(v["top1"], ".2%"),
-        )
-    console.print(grid)
+        source = {"path": str(first["against"]), "scheme": "source", "bits": None, "bytes": None}
+        rows.insert(0, source | {"perplexity": first["source_perplexity"], "kl": None, "top1": None})
+    draw(
+        console,
+        [
+            Column("path", [r["path"] for r in rows]),
+            Column("scheme", [r["scheme"] for r in rows], 2),
+            Column("bits/weight", ["-" if r["bits"] is None else f"{r['bits']:.3f}" for r in rows], 3, True),
+            Column("size", ["-" if r["bytes"] is None else format_size(r["bytes"]) for r in rows], 4, True),
+            Column("perplexity", [shown(r["perplexity"], ".4f") for r in rows], 0, True),
+            Column("KL, nats per token", [shown(r["kl"], ".5f") for r in rows], 0, True),
+            Column("top-1", [shown(r["top1"], ".2%") for r in rows], 1, True),
+        ],
+    )
 
 
 def inspection(console: Console, value: Mapping[str, Any]) -> None:
@@ -322,5 +322,28 @@ def inspection(console: Console, value: Mapping[str, Any]) -> None:
             ("format", value["format"]),
             ("schemes", schemes),
             *(_worst(value["worst_layers"]) if value["worst_layers"] else []),
+        ],
+    )
+
+
+def outputs(console: Console, values: Sequence[Mapping[str, Any]]) -> None:
+    """Several outputs, a row each."""
+    from quant.report.compare import measured
+
+    def cells(key: str) -> list[str]:
+        return [str(v[key]) for v in values]
+
+    draw(
+        console,
+        [
+            Column("output", cells("path")),
+            Column("scheme", cells("scheme")),
+            Column("method", cells("method"), 1),
+            Column("bits", [f"{b:.3f}" if (b := v["bits_per_weight"]) else "-" for v in values], 0, True),
+            Column("size", [format_size(v["total_bytes"]) for v in values], 0, True),
+            Column("KL, nats", [measured(v["kl"], ".5f") or "-" for v in values], 0, True),
+            Column("top-1", [measured(v["top1"], ".2%") or "-" for v in values], 2, True),
+            Column("worst layer", [f"{e:.2%}" if (e := v["worst_error"]) else "-" for v in values], 3, True),
+            Column("made in", [format_seconds(v["seconds"] or 0) for v in values], 4, True),
         ],
     )

@@ -1,0 +1,123 @@
+"""What lies beside the tensors of an output for people: its report, its page, its model card, and what was
+measured of it later."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quant.checkpoint.reader import Checkpoint, open_checkpoint
+from quant.checkpoint.writer import write_text
+from quant.errors import QuantError, UsageError
+from quant.report.card import CARD, card, source_card
+from quant.report.page import PAGE, page
+from quant.report.value import REPORT, Report
+
+#: What ``quant evaluate --save`` measured.
+EVALUATION = "quant_evaluation.json"
+
+
+def write_report(folder: Path, report: Report, source: Checkpoint, others: Sequence[Path] = ()) -> None:
+    """Writes the report, the page and the model card of a finished output.
+
+    Args:
+        folder: where the output is now; the report says where it will be.
+        source: what it was made from.
+        others: folders whose card is taken where the source has none.
+    """
+    write_text(folder / REPORT, report.to_json())
+    text = source_card([source.path, *others])
+    write_text(folder / CARD, card(report, source.config, text, None))
+    write_text(folder / PAGE, page(report, open_checkpoint(folder), None))
+
+
+def load_evaluation(folder: str | Path) -> dict[str, Any] | None:
+    """What was measured of an output; None where nothing was, or nothing that can be read."""
+    try:
+        value = json.loads((Path(folder) / EVALUATION).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) and _whole(value) else None
+
+
+def _whole(value: Mapping[str, Any]) -> bool:
+    def measured(x: object) -> bool:
+        numbers = [x.get("mean"), x.get("standard_error")] if isinstance(x, dict) else [None]
+        return all(isinstance(n, (int, float)) for n in numbers)
+
+    return (
+        isinstance(value.get("text"), str)
+        and isinstance(value.get("tokens"), int)
+        and isinstance(value.get("chunks"), int)
+        and measured(value.get("perplexity"))
+        and all(value.get(k) is None or measured(value[k]) for k in ("kl", "top1", "source_perplexity"))
+    )
+
+
+def savable(folder: str | Path) -> str | None:
+    """Why numbers cannot be kept beside a checkpoint, or None."""
+    if Report.load(folder) is not None:
+        return None
+    return (
+        f"{folder}: --save keeps the numbers beside a {REPORT}, and there is none: it was not made by quant "
+        "quantize or export-vllm; take --json instead"
+    )
+
+
+def save_evaluation(folder: str | Path, value: Mapping[str, Any]) -> list[Path]:
+    """Keeps what was measured beside the output, and renews its page and its card.
+
+    Args:
+        value: as :meth:`quant.evaluation.quality.Evaluation.to_dict` has it.
+
+    Returns:
+        the files that were written.
+
+    Raises:
+        QuantError: the folder has no report of ours.
+    """
+    folder = Path(folder)
+    report = Report.load(folder)
+    if report is None:
+        raise QuantError(savable(folder))
+    checkpoint = open_checkpoint(folder)
+    write_text(folder / EVALUATION, json.dumps(dict(value), indent=2) + "\n")
+    kept = load_evaluation(folder)
+    write_text(folder / PAGE, page(report, checkpoint, kept))
+    kl = {**kept["kl"], "text": kept["text"]} if kept is not None and kept.get("kl") else None
+    old = source_card([folder])
+    write_text(folder / CARD, card(report, checkpoint.config, old, kl))
+    return [folder / name for name in (EVALUATION, PAGE, CARD)]
+
+
+def write_page(
+    folders: Sequence[Path], values: Sequence[Mapping[str, Any]], output: Path | None = None
+) -> Path:
+    """Writes the page of one output, or of several; returns where.
+
+    Args:
+        values: of :func:`quant.report.compare.summaries`.
+        output: the file; None: the page in the only folder.
+
+    Raises:
+        UsageError: a file that is there and no page, or a folder that is not there.
+    """
+    from quant.report.compare import comparison_page
+
+    if len(folders) == 1:
+        report = Report.load(folders[0])
+        assert report is not None  # its summary was made of it
+        text = page(report, open_checkpoint(folders[0]), load_evaluation(folders[0]))
+        output = folders[0] / PAGE if output is None else output
+    else:
+        text = comparison_page(values)
+    assert output is not None
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        kind = "is a folder" if output.is_dir() else "lies in a folder that is not there"
+        raise UsageError(f"--output is {str(output)!r}: it {kind}: name an .html file")
+    if output.exists() and not output.read_bytes()[:15].lower().startswith(b"<!doctype html"):
+        raise UsageError(f"--output is {str(output)!r}: a file is there that is no page: name another one")
+    write_text(output, text)
+    return output

@@ -1,0 +1,270 @@
+"""A job as one page, and several outputs beside one another: HTML that needs nothing else, no network and no
+script."""
+
+from __future__ import annotations
+
+import html
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quant.checkpoint.reader import Checkpoint
+from quant.formats import find_format
+from quant.models.place import decoder_list
+from quant.models.roles import block_of, role_of
+from quant.report.charts import colours, layers_chart
+from quant.report.value import Quantization, Report
+from quant.units import format_seconds, format_size
+from quant.vllm.config import block_count
+from quant.vllm.kernels import GPU_GENERATIONS, kernel_of, number_formats
+
+PAGE = "quant_report.html"
+
+_STYLE = """
+:root { color-scheme: light }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1.5rem; max-width: 960px }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin-top: 2rem }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .8rem }
+.facts div { border: 1px solid #ddd; border-radius: 6px; padding: .6rem .8rem }
+.facts b { display: block; font-size: 1.15rem; overflow-wrap: anywhere }
+.facts span { color: #666; font-size: .85rem }
+table { border-collapse: collapse; width: 100%; font-size: .9rem }
+.wide { overflow-x: auto }
+td, th { text-align: left; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid #eee }
+td { overflow-wrap: anywhere } td.n, th.n { text-align: right; white-space: nowrap }
+pre { background: #f5f5f5; padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere }
+svg { width: 100%; height: auto; font-size: 12px; font-family: ui-monospace, monospace }
+.grid { stroke: #e5e5e5 } .axis { fill: none; stroke: #222 }
+.key i { display: inline-block; width: .7em; height: .7em }
+.key span { margin-right: 1.2em; white-space: nowrap } .no { color: #a33 } .muted { color: #666 }
+"""
+
+
+def document(title: str, body: Sequence[str], style: str = "") -> str:
+    """One HTML file."""
+    return (
+        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}{style}</style>\n"
+        + "\n".join(body)
+        + "\n</html>\n"
+    )
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
+    """``numbers``: columns that are aligned to the right. Cells are text, not HTML."""
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return (
+            "<tr>"
+            + "".join(
+                f"<{tag}{' class=n' if i in numbers else ''}>{html.escape(c)}</{tag}>"
+                for i, c in enumerate(cells)
+            )
+            + "</tr>"
+        )
+
+    head = [line("th", heads)] if any(heads) else []
+    return "<div class=wide><table>" + "\n".join([*head, *(line("td", r) for r in rows)]) + "</table></div>"
+
+
+def page(report: Report, checkpoint: Checkpoint, evaluation: Mapping[str, Any] | None) -> str:
+    """The page of one output.
+
+    Args:
+        checkpoint: the output; its headers are read.
+        evaluation: what ``quant evaluate --save`` measured, or None.
+    """
+    job = report.quantization
+    name = Path(report.output_path).name
+    body = [f"<h1>{html.escape(name)}</h1>", f"<p class=muted>from {html.escape(report.source_path)}</p>"]
+    body.append(_facts(report, evaluation))
+    if job is not None:
+        body += _errors(job)
+    body += ["<h2>Bits and bytes</h2>", _roles(checkpoint)]
+    body += _quality(report, evaluation)
+    body += _kernels(checkpoint)
+    if job is not None:
+        body += _fallbacks(job)
+    body += ["<h2>Time</h2>", _times(report)]
+    body += _commands(report)
+    return document(f"{name}: what quant made", body)
+
+
+def _facts(report: Report, evaluation: Mapping[str, Any] | None) -> str:
+    job = report.quantization
+    facts = [("size", f"{format_size(report.source_bytes)} → {format_size(report.output_bytes)}")]
+    if job is not None:
+        facts.append(("scheme", str(job.scheme.get("name", "?"))))
+        facts.append(("method", " and ".join(job.methods)))
+        if job.bits_per_weight is not None:
+            facts.append(("bits per weight", f"{job.bits_per_weight:g}"))
+    facts.append(("format", report.format))
+    kl = (evaluation or {}).get("kl")
+    facts.append(("KL to the source, nats", _measured(kl, ".5f") if kl else "not measured"))
+    facts.append(("time", format_seconds(report.seconds.get("total", 0.0))))
+    facts.append(("peak memory", format_size(report.peak_rss_bytes)))
+    cells = (f"<div><b>{html.escape(v)}</b><span>{html.escape(k)}</span></div>" for k, v in facts)
+    return f"<div class=facts>{''.join(cells)}</div>"
+
+
+def _measured(value: Mapping[str, Any], form: str) -> str:
+    error = value.get("standard_error")
+    known = isinstance(error, (int, float)) and math.isfinite(error)
+    return f"{value['mean']:{form}}" + (f" ± {error:{form}}" if known else "")
+
+
+def _errors(job: Quantization) -> list[str]:
+    """The error of each layer as a plot, the worst as a table."""
+
+    def known(key: str) -> list[tuple[int, str, float]]:
+        return [
+            (block, x.name, value)
+            for x in job.layers
+            if (value := getattr(x, key)) is not None
+            and math.isfinite(value)
+            and (block := block_of(f"{x.name}.weight")) is not None
+        ]
+
+    errors = [v for v in known("error") if v[2] > 0]
+    ratios = known("snr_db")
+    if not errors and not ratios:
+        return []
+    values = errors or ratios
+    axis = "relative output error" if errors else "signal-to-noise ratio, dB"
+    kinds = colours([n.rpartition(".")[2] for _, n, _ in values])
+    key = "".join(f'<span><i style="background:{c}"></i> {html.escape(k)}</span>' for k, c in kinds.items())
+    said = (
+        "‖y' - y‖² / ‖y‖² of each layer's output on calibration rows that were held out"
+        if errors
+        else "of each layer's weights; output errors were not measured, for no calibration text was used"
+    )
+    worst = sorted(values, key=lambda v: v[2], reverse=bool(errors))[:10]
+    shown = [[n, f"{v:.3%}" if errors else f"{v:.2f} dB"] for _, n, v in worst]
+    return [
+        "<h2>Error by layer</h2>",
+        f"<p class=muted>{html.escape(said)}</p>",
+        layers_chart(values, axis, kinds, bool(errors)),
+        f"<p class=key>{key}</p>",
+        f"<details><summary>the {len(worst)} worst</summary>{table(['layer', axis], shown, [1])}</details>",
+    ]
+
+
+def role_bytes(checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
+    """By what tensors are for: weights, and bytes with scales, zero points and all else; largest first."""
+    layers = find_format(checkpoint.config, checkpoint.tensors)
+    blocks = block_count(checkpoint.config)
+    decoder = decoder_list(checkpoint.tensors.values(), checkpoint.config)
+    linears = layers.linears if layers is not None else {}
+    weights: dict[str, int] = {}
+    stored: dict[str, int] = {}
+    for linear in linears.values():
+        role = role_of(f"{linear.name}.weight", blocks, decoder)
+        weights[role] = weights.get(role, 0) + linear.n * linear.k
+    for name, info in checkpoint.tensors.items():
+        module = name.rpartition(".")[0]
+        inside = module in linears and not name.endswith(".bias")
+        role = role_of(f"{module}.weight" if inside else name, blocks, decoder)
+        stored[role] = stored.get(role, 0) + info.nbytes
+        if not inside:
+            weights[role] = weights.get(role, 0) + info.numel
+    return sorted(((r, weights.get(r, 0), n) for r, n in stored.items()), key=lambda x: -x[2])
+
+
+def _roles(checkpoint: Checkpoint) -> str:
+    found = role_bytes(checkpoint)
+    total = sum(n for *_, n in found) or 1
+    rows = [
+        [
+            role.replace("_", " "),
+            f"{w:,}",
+            format_size(n),
+            f"{n / total:.1%}",
+            f"{8 * n / w:.2f}" if w else "",
+        ]
+        for role, w, n in found
+    ]
+    return table(["what", "weights", "bytes", "share", "bits a weight"], rows, [1, 2, 3, 4])
+
+
+def _quality(report: Report, evaluation: Mapping[str, Any] | None) -> list[str]:
+    if evaluation is None:
+        command = shlex.join(
+            ["quant", "evaluate", report.output_path, "--against", report.source_path, "--save"]
+        )
+        return ["<h2>Quality</h2>", "<p>Not measured. This measures it and puts it here:</p>", _pre(command)]
+    rows = [["text", f"{evaluation['text']}, {evaluation['chunks']} chunks, {evaluation['tokens']:,} tokens"]]
+    for key, words, form in (
+        ("kl", "KL divergence to the source, nats per token", ".5f"),
+        ("top1", "same most likely token", ".2%"),
+        ("perplexity", "perplexity", ".4f"),
+        ("source_perplexity", "the source's", ".4f"),
+    ):
+        if evaluation.get(key):
+            rows.append([words, _measured(evaluation[key], form)])
+    return ["<h2>Quality</h2>", table(["", ""], rows), "<p class=muted>± one standard error over chunks</p>"]
+
+
+_STATES = {
+    "native": "computes in this format",
+    "weight-only": "unpacks the weights on the way",
+    "no": "does not load it",
+}
+
+
+def _kernels(checkpoint: Checkpoint) -> list[str]:
+    """How vLLM computes the checkpoint's schemes on each generation of GPUs."""
+    layers = find_format(checkpoint.config, checkpoint.tensors)
+    schemes = list(dict.fromkeys(x.scheme for x in layers.linears.values())) if layers is not None else []
+    if not schemes:
+        return []
+    rows = [
+        [str(s), parts, _STATES[number_formats("cuda", level).get(kernel_of(s), "no")]]
+        for s in schemes
+        for level, parts in GPU_GENERATIONS.items()
+    ]
+    return ["<h2>In vLLM</h2>", table(["scheme", "GPU", "vLLM"], rows)]
+
+
+def _fallbacks(job: Quantization) -> list[str]:
+    found = [[n, f] for n, f in job.fallbacks.items()]
+    notes = [[x.name, n] for x in job.layers for n in x.notes]
+    left = [[n, "left as it is"] for n in job.unquantized_linears]
+    out = ["<h2>What went otherwise</h2>"]
+    if not found and not notes:
+        out.append("<p>Nothing: no layer fell back to another method.</p>")
+    for words, rows in (("fell back", found), ("notes", notes), ("unquantized", left)):
+        if rows:
+            more = table(["layer", words], rows)
+            out.append(
+                f"<details{' open' if rows is found else ''}><summary>{words}: {len(rows)}</summary>"
+                f"{more}</details>"
+            )
+    return out
+
+
+def _times(report: Report) -> str:
+    rows = [[k, format_seconds(v)] for k, v in report.seconds.items() if k != "total"]
+    return table(
+        ["phase", "time"], [*rows, ["in all", format_seconds(report.seconds.get("total", 0.0))]], [1]
+    )
+
+
+def _pre(command: str) -> str:
+    return f"<pre>{html.escape(command)}</pre>"
+
+
+def _commands(report: Report) -> list[str]:
+    made = report.provenance
+    out = ["<h2>Commands</h2>"]
+    if made.command:
+        out += ["<p>made by</p>", _pre(shlex.join(made.command))]
+    if report.serve_command is not None:
+        out += ["<p>serve it</p>", _pre(report.serve_command)]
+    verify = shlex.join(["quant", "verify", report.output_path, "--source", report.source_path])
+    out += ["<p>check it</p>", _pre(verify)]
+    versions = f"quant {made.quant}, torch {made.torch}, transformers {made.transformers}"
+    where = "; ".join([versions, made.machine, made.date])
+    return [*out, f"<p class=muted>{html.escape(where)}</p>"]
