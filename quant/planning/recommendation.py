@@ -61,6 +61,8 @@ MARGIN = 0.10
 DEFAULT_CONTEXT = 8192
 #: sequences planned for where nothing fits with vLLM's own number of them: fewer graphs, a smaller sampler
 _FEW = 16
+#: what a checkpoint that is quantized already is called in tables
+_QUANTIZED = "as it is"
 #: GPUs of a machine; more are stages on further machines
 _MACHINE = 8
 #: a first start's compilation is told of from so many bytes on
@@ -123,6 +125,11 @@ class SchemePlan:
     def label(self) -> str:
         """Its name in tables and sentences: the dtype of an unquantized checkpoint, else the scheme's."""
         return self.dtype if self.scheme == AS_IT_IS.name else self.scheme
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is a checkpoint that is quantized already."""
+        return self.scheme == AS_IT_IS.name and self.dtype.startswith(_QUANTIZED)
 
     def bound(self, name: str) -> float:
         """A bound of its speed in tokens a second, 0 where it is not known."""
@@ -349,17 +356,20 @@ def recommend(
     request.check(spec, devices)
     plans = tuple(_plan_one(spec, devices, gpu, row, request, margin) for row in rows)
     chosen = _choose(plans, goal)
-    if chosen is None:
-        # a scheme whose weights alone are too large needs no second look
-        hopeful = [p.row for p in plans if p.plan and p.plan.weights_bytes < p.plan.requested_bytes]
-        for smaller, said in _smaller(spec, request, gpu, own_context) if hopeful else ():
-            again = tuple(_plan_one(spec, devices, gpu, row, smaller, margin) for row in hopeful)
-            if (chosen := _choose(again, goal)) is not None:
-                others = {p.scheme: p for p in again}
-                plans = tuple(others.get(p.scheme, p) for p in plans)
-                request = smaller
-                notes.append(said)
-                break
+    # a scheme whose weights alone are too large needs no second look; a file that is quantized already gets
+    # one before another is made of it at a loss
+    hopeful = [p.row for p in plans if p.plan and p.plan.weights_bytes < p.plan.requested_bytes]
+    if chosen is not None:
+        lossy = spec.quantization and chosen.loss[1] > goal.limit
+        hopeful = [row for row in hopeful if lossy and row.name == AS_IT_IS.name]
+    for smaller, said in _smaller(request, gpu, own_context and chosen is None) if hopeful else ():
+        again = tuple(_plan_one(spec, devices, gpu, row, smaller, margin) for row in hopeful)
+        if (other := _choose(again, goal)) is not None:
+            chosen, request = other, smaller
+            replanned = {p.scheme: p for p in again}
+            plans = tuple(replanned.get(p.scheme, p) for p in plans)
+            notes.append(said)
+            break
     reason = _reason(spec, gpu, plans, chosen, request, goal)
     method = None
     commands: tuple[str, ...] = ()
@@ -405,15 +415,9 @@ def _cut_by_ranks(spec: ModelSpec, request: EngineRequest) -> bool:
     )
 
 
-def _smaller(
-    spec: ModelSpec, request: EngineRequest, gpu: Gpu, own_context: bool
-) -> Iterator[tuple[EngineRequest, str]]:
-    """Requests to try where nothing surely fits, each with what to say of it: whole experts where ranks would
-    cut their groups, fewer sequences than vLLM's own number, an FP8 cache, then a shorter context, where they
-    were not asked for."""
-    if spec.moe and request.ranks > 1 and not request.enable_expert_parallel:
-        request = replace(request, enable_expert_parallel=True)
-        yield request, _WHOLE_EXPERTS
+def _smaller(request: EngineRequest, gpu: Gpu, own_context: bool) -> Iterator[tuple[EngineRequest, str]]:
+    """Requests to try where nothing surely fits, each with what to say of it: fewer sequences than vLLM's own
+    number, an FP8 cache, then a shorter context, where they were not asked for."""
     asked = request
     if request.max_num_seqs is None and request.concurrency <= _FEW:
         request = replace(request, max_num_seqs=_FEW)
@@ -462,7 +466,7 @@ def dtype_label(spec: ModelSpec, request: EngineRequest) -> str:
     'fp16'
     """
     if spec.quantization:
-        return f"as it is ({source_method(spec.quantization)})"
+        return f"{_QUANTIZED} ({source_method(spec.quantization)})"
     name = request.dtype or spec.dtype
     return {"bfloat16": "bf16", "float16": "fp16", "float32": "bf16", "float64": "bf16"}.get(name, name)
 
@@ -596,12 +600,12 @@ def _choose(plans: Sequence[SchemePlan], goal: Goal) -> SchemePlan | None:
     Where nothing is within the limit, ``balanced`` takes the most precise that fits."""
     sure = [p for p in plans if p.meets and p.plan and p.plan.sure]
     bound = OBJECTIVES[goal.objective][0]
-    for pool in ([p for p in plans if p.safe], sure):
-        within = [p for p in pool if p.loss[1] <= goal.limit]
-        if bound is not None and within:
-            return _fastest(within, bound)
-        if pool and (within or goal.objective == "balanced"):
-            return _most_precise(within or pool)
+    # a file that is quantized already is not made again for the sake of a margin
+    for pool in ([p for p in sure if p.safe or p.ready], sure):
+        if within := [p for p in pool if p.loss[1] <= goal.limit]:
+            return _most_precise(within) if bound is None else _fastest(within, bound)
+        if pool and goal.objective == "balanced":
+            return _most_precise(pool)
     return None
 
 

@@ -91,7 +91,7 @@ def test_an_objective_that_is_none_is_refused_and_the_rule_of_thumb_has_none() -
 
 
 def test_more_than_a_machine_is_said_in_machines_and_the_first_start_beside_the_next() -> None:
-    found = recommend("deepseek-ai/DeepSeek-V3", "H100", gpu_count=8)
+    found = recommend("deepseek-ai/DeepSeek-V3", "H100", gpu_count=8, scheme="none")
     assert "2 machines of 8" in found.reason and "--pipeline-parallel 2" in found.reason
     large = recommend("Qwen/Qwen3-14B", "L40S")
     assert large.plan is not None and large.plan.compile_bytes > 0
