@@ -119,7 +119,7 @@ def bind(model: nn.Module, blocks_path: str, count: int, checkpoint: Checkpoint)
     wanted = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers())
     names = {**wanted, **buffers}
-    renamed = _renamings(model)
+    renamed = renamings_of(model)
     blocks: nn.ModuleList = model.get_submodule(blocks_path)  # type: ignore[assignment]
     experts = {
         f"{blocks_path}.{i}.{e.path}": (i, e) for i, block in enumerate(blocks) for e in find_experts(block)
@@ -133,7 +133,7 @@ def bind(model: nn.Module, blocks_path: str, count: int, checkpoint: Checkpoint)
     held: dict[str, dict[tuple[int, str], LinearRef]] = {}
     linears: list[dict[str, BlockLinear]] = [{} for _ in range(count)]
     unused = []
-    converters, made_of = _converters(model), dict[str, tuple[Any, dict[str, list[str]]]]()
+    converters, made_of = converters_of(model), dict[str, tuple[Any, dict[str, list[str]]]]()
     for tensor in checkpoint.tensors:
         name = renamed(_moved(tensor, list_prefix, f"{blocks_path}."))
         for candidate in (name, f"{getattr(model, 'base_model_prefix', '')}.{name}"):
@@ -181,7 +181,7 @@ def bind(model: nn.Module, blocks_path: str, count: int, checkpoint: Checkpoint)
                 )
         elif name in names:
             tensors[name] = tensor
-        elif (match := _converted(converters, name, names)) is not None:
+        elif (match := converter_of(converters, name, names)) is not None:
             converter, target, pattern = match
             made_of.setdefault(target, (converter, {}))[1].setdefault(pattern, []).append(tensor)
         elif index is not None and index < count:
@@ -220,7 +220,7 @@ def _projection_of(ref: LinearRef, experts: Experts) -> str:
     return _PROJECTIONS.get(ref.name.rpartition(".")[2], "")
 
 
-def _renamings(model: nn.Module) -> Callable[[str], str]:
+def renamings_of(model: nn.Module) -> Callable[[str], str]:
     """transformers' own way from a file's name to the model's."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -238,7 +238,7 @@ def _renamings(model: nn.Module) -> Callable[[str], str]:
     return renamed
 
 
-def _converters(model: nn.Module) -> list[Any]:
+def converters_of(model: nn.Module) -> list[Any]:
     """transformers' ways to make one parameter of several tensors."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -249,7 +249,7 @@ def _converters(model: nn.Module) -> list[Any]:
     return [t for t in transforms if isinstance(t, WeightConverter)]
 
 
-def _converted(
+def converter_of(
     converters: Sequence[Any], name: str, names: Mapping[str, object]
 ) -> tuple[Any, str, str] | None:
     """The converter that takes a tensor, the parameter that it makes, and the pattern that matched."""

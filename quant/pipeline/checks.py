@@ -76,7 +76,7 @@ def source_problems(checkpoint: Checkpoint, source: QuantizedSource | None, reci
         )
     if reason := layout_problem(str(checkpoint.config.get("model_type"))):
         problems.append(f"{checkpoint.path}: {reason}")
-    problems += [f"{checkpoint.path}: {line}" for line in file_problems(checkpoint)]
+    problems += [f"{checkpoint.path}: {line}" for line in file_problems(checkpoint, build=True)]
     empty = [
         n
         for n, i in checkpoint.tensors.items()

@@ -12,6 +12,7 @@ import pytest
 
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.reader import open_checkpoint
+from quant.models.built import built_problems
 from quant.models.implied import implied_problems
 from tests.helpers import FAMILIES, GENERIC
 from tests.models.mixtures import FAMILIES as MIXTURES
@@ -27,6 +28,7 @@ def test_files_of_dense_families_are_what_their_config_implies(
 ) -> None:
     checkpoint = open_checkpoint(checkpoints(kind))
     assert implied_problems(checkpoint.tensors, checkpoint.config) == []
+    assert built_problems(checkpoint) == []
 
 
 def renamed(headers: Headers, name: Callable[[str], str]) -> None:
@@ -99,6 +101,33 @@ def test_what_differs_is_named(kind: str, change: str, checkpoints: Callable[...
     assert all(part in said for part in parts), said
 
 
+@pytest.mark.parametrize(
+    ("edit", "parts"),
+    [
+        (lambda h: renamed(h, lambda n: f"foo.{n}"), ["'foo.lm_head.weight'", "StableLmForCausalLM"]),
+        (
+            lambda h: h.pop("model.layers.1.input_layernorm.weight"),
+            ["layers.1.input_layernorm.weight", "not in the file"],
+        ),
+        (
+            lambda h: reshaped(h, "model.norm.weight", 32),
+            ["model.norm.weight is [32]", "[64] by config.json"],
+        ),
+    ],
+    ids=["a prefix", "a lost norm", "a norm of another width"],
+)
+def test_every_parameter_is_compared_where_transformers_knows_the_class(
+    edit: Callable[[Headers], Any], parts: list[str], checkpoints: Callable[..., Path]
+) -> None:
+    checkpoint = open_checkpoint(checkpoints("stablelm"))
+    headers = dict(checkpoint.tensors)
+    edit(headers)
+    said = "\n".join(built_problems(replace(checkpoint, tensors=headers)))
+    assert all(part in said for part in parts), said
+    unknown = {**checkpoint.config, "architectures": ["OfSomeoneElse"]}
+    assert built_problems(replace(checkpoint, tensors=headers, config=unknown)) == []
+
+
 def test_a_files_blocks_lie_where_the_family_has_them(llama: Path) -> None:
     checkpoint = open_checkpoint(llama)
     headers = dict(checkpoint.tensors)
@@ -128,6 +157,7 @@ def test_drafting_blocks_and_leftovers_are_no_blocks_too_many(llama: Path) -> No
 def test_experts_are_counted(kind: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(save_mixture(tmp_path / kind, kind))
     assert implied_problems(checkpoint.tensors, checkpoint.config) == []
+    assert built_problems(checkpoint) == []
     key = next(k for k in ("num_local_experts", "num_experts", "n_routed_experts") if k in checkpoint.config)
     config = {**checkpoint.config, key: checkpoint.config[key] + 1}
     assert f"config.json states {config[key]}" in implied_problems(checkpoint.tensors, config)[0]

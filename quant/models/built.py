@@ -1,0 +1,128 @@
+"""What transformers builds from a config.json, without weights, beside a file's headers.
+
+:mod:`quant.models.implied` judges what a config says whatever the family; where transformers has the class
+that the config names, every parameter of it is known, towers and norms included. Imported when torch is there
+anyway.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from quant.checkpoint.reader import Checkpoint
+from quant.models.binding import converter_of, converters_of, renamings_of
+from quant.offline import load_config, transformers
+
+#: Share of a class's parameters that a file must have for the two to be compared: below it the file is named
+#: in another way, as a program of its own does.
+_COMPARABLE = 0.5
+
+
+def built_model(checkpoint: Checkpoint) -> nn.Module | None:
+    """The model that config.json names, on the meta device; None where transformers has no such class, or
+    cannot build it so."""
+    names = checkpoint.config.get("architectures")
+    auto = transformers()
+    kind = getattr(auto, str(names[0]), None) if isinstance(names, list) and names else None
+    if not isinstance(kind, type) or not issubclass(kind, auto.PreTrainedModel):
+        return None
+    try:
+        config = load_config(checkpoint.path)
+        for part in (config, config.get_text_config()):
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config
+        with torch.device("meta"), torch.no_grad():
+            model = kind(config)
+        return model if isinstance(model, nn.Module) else None
+    except Exception:  # what a foreign constructor raises; others say what is wrong with a config
+        return None
+
+
+def built_problems(checkpoint: Checkpoint) -> list[str]:
+    """What a file has otherwise than the class that its config.json names, a line for each kind: parameters
+    of other shapes, matrices that are missing, vectors that only some blocks have; empty where they agree, or
+    where transformers does not know the class or names its parameters in another way.
+
+    Args:
+        checkpoint: with the values of its weights, dequantized where it is quantized.
+    """
+    model = built_model(checkpoint)
+    if model is None:
+        return []
+    wanted = dict(model.named_parameters(remove_duplicate=False))
+    filled = _filled(checkpoint, model, wanted)
+    if not filled and "auto_map" not in checkpoint.config:
+        first = next(iter(checkpoint.tensors))
+        return [
+            f"none of the file's tensors has a name of {type(model).__name__}: {first!r} is the first, where "
+            f"the class has {next(iter(wanted))!r}: rename them, or repair architectures in config.json"
+        ]
+    if len(filled) < _COMPARABLE * len(wanted):
+        return []
+    lines: dict[str, list[str]] = {}
+    for name, tensor in filled.items():
+        shape = tuple(wanted[name].shape)
+        if tensor is not None and (stored := checkpoint.info(tensor).shape) != shape:
+            line = f"{tensor} is {list(stored)} in the file, {list(shape)} by config.json"
+            lines.setdefault(_kind(name) + str(stored), []).append(line)
+    kinds = {_kind(name) for name in filled}
+    for name in _missing(model, wanted, filled):
+        if wanted[name].ndim > 1 or _kind(name) in kinds:
+            line = f"{name} {list(wanted[name].shape)} is not in the file, and config.json implies it"
+            lines.setdefault(_kind(name), []).append(line)
+    return [
+        f"{same[0]}{f' (and {len(same) - 1} more like it)' if len(same) > 1 else ''}: config.json and the "
+        "file do not match one to one: fetch both again, or repair config.json"
+        for same in lines.values()
+    ]
+
+
+def _filled(checkpoint: Checkpoint, model: nn.Module, wanted: Mapping[str, Any]) -> dict[str, str | None]:
+    """The parameters that a file fills, each with the tensor that is equal to it, None of those that are made
+    of several."""
+    renamed, converters = renamings_of(model), converters_of(model)
+    base = str(getattr(model, "base_model_prefix", ""))
+    filled: dict[str, str | None] = {}
+    seen: set[str] = set()
+    for tensor in checkpoint.tensors:
+        kind = _EXPERT.sub(".experts.0.", tensor)
+        if kind in seen:
+            continue  # experts are counted elsewhere
+        seen.add(kind)
+        name = renamed(tensor)
+        names = (name, f"{base}.{name}", name.removeprefix(f"{base}."))
+        found = next((n for n in names if n in wanted), None)
+        if found is not None:
+            filled[found] = tensor
+            continue
+        for candidate in names:
+            if (match := converter_of(converters, candidate, wanted)) is not None:
+                filled[match[1]] = None
+                break
+    return filled
+
+
+def _missing(model: nn.Module, wanted: Mapping[str, Any], filled: Collection[str]) -> Iterable[str]:
+    """Parameters that nothing fills: neither a tensor, nor another parameter that they are tied to."""
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    tied |= {source: name for name, source in tied.items()}
+    known = {id(wanted[name]) for name in filled}
+    ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    for name, parameter in wanted.items():
+        same = name in filled or id(parameter) in known or tied.get(name) in filled
+        if not same and not any(p.search(name) for p in ignored):
+            yield name
+
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
+def _kind(name: str) -> str:
+    """A name without its numbers: what parameters of several blocks have in common."""
+    return _NUMBER.sub("*", name)
