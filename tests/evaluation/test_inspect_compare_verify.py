@@ -15,7 +15,8 @@ from quant.checkpoint.reader import INDEX
 from quant.evaluation.compare import compare
 from quant.evaluation.inspect import inspect
 from quant.evaluation.verify import verify
-from tests.helpers import ROOT, change_config, copy_model, load_all, read_config, save_all
+from tests.helpers import ROOT, change_config, copy_model, load_all, quantize, read_config, save_all
+from tests.models.mixtures import save_mixture
 
 
 @pytest.mark.parametrize("form", ["compressed-tensors", "gptq", "plain"])
@@ -222,6 +223,18 @@ def test_side_files_of_another_program_must_say_the_same(tmp_path: Path) -> None
             (made / "generation_config.json").write_text(json.dumps(here))
         assert not verify(made, source=source).failed or not same, there
         assert same or "generation_config.json" in verify(made, source=source).failed[0]
+
+
+def test_fused_experts_that_stay_in_16_bits_must_be_ignored(tmp_path: Path) -> None:
+    """vLLM builds experts quantized unless the config lists them, in whatever form they are stored."""
+    source = save_mixture(tmp_path / "model", "qwen3_moe_fused")
+    quantize(source, tmp_path / "out", group_size=32, ignore=["*.experts.*"])
+    assert not verify(tmp_path / "out", source=source).failed
+    config = read_config(tmp_path / "out")["quantization_config"]
+    config["ignore"] = [n for n in config["ignore"] if ".experts." not in n]
+    change_config(tmp_path / "out", quantization_config=config)
+    (failed,) = verify(tmp_path / "out").failed
+    assert "model.layers.0.mlp.experts.0.down_proj is not quantized, but neither ignored" in failed
 
 
 def test_the_content_hash_is_of_every_byte(quantized: Callable[..., Path], tmp_path: Path) -> None:
