@@ -23,6 +23,22 @@ from quant.offline import load_config, transformers
 _COMPARABLE = 0.5
 
 
+#: Largest number of layers or experts that is built: each is a Python object.
+_MOST_MODULES = 2**14
+
+
+def _largest(part: Any) -> int:
+    """The largest number of layers, blocks or experts that a config states at any depth."""
+    if not isinstance(part, Mapping):
+        return 0
+    own = (
+        v
+        for k, v in part.items()
+        if isinstance(v, int) and any(word in k for word in ("layer", "depth", "block", "expert"))
+    )
+    return max((*own, *(_largest(v) for v in part.values())), default=0)
+
+
 def built_model(checkpoint: Checkpoint) -> nn.Module | None:
     """The model that config.json names, on the meta device; None where transformers has no such class, or
     cannot build it so."""
@@ -30,6 +46,8 @@ def built_model(checkpoint: Checkpoint) -> nn.Module | None:
     auto = transformers()
     kind = getattr(auto, str(names[0]), None) if isinstance(names, list) and names else None
     if not isinstance(kind, type) or not issubclass(kind, auto.PreTrainedModel):
+        return None
+    if _largest(checkpoint.config) > _MOST_MODULES:
         return None
     try:
         config = load_config(checkpoint.path)

@@ -254,24 +254,24 @@ def _count_problems(file: _File) -> Iterator[str]:
     if count is None or "block_configs" in config:  # a pruned model's blocks may be empty
         return
     have = set(file.blocks)
-    missing = sorted(set(range(count)) - have)
+    inside = sum(i < count for i in have)  # a count may be absurd: no list of that length
     key = "num_hidden_layers"
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+    if inside < count:
+        first = next(i for i in range(count) if i not in have)
+        more = f" (and {count - inside - 1} more)" if count - inside > 1 else ""
         yield (
-            f"the file has {len(have & set(range(count)))} of the {count} blocks that config.json states "
-            f"({key}): {file.decoder}{missing[0]} is not there{more}: fetch the missing files, or repair "
-            "config.json"
+            f"{key} is {count} in config.json, and the file has {inside} of those blocks: "
+            f"{file.decoder}{first} is not there{more}: fetch the missing files, or repair config.json"
         )
     drafting = {i for i in have if any(_DRAFTING.search(f".{n}") for n in file.blocks[i])}
-    if extra := sorted(have - drafting - set(range(count))):
+    if extra := sorted(i for i in have - drafting if i >= count):
         yield (
             f"the file has {file.decoder}{extra[0]}, which is no block that predicts further tokens, and "
             f"config.json states {count} blocks ({key}), beyond which engines read none: repair config.json"
         )
-    if inside := sorted(drafting & set(range(count))):
+    if counted := sorted(i for i in drafting if i < count):
         yield (
-            f"{file.decoder}{inside[0]} predicts further tokens, and config.json counts it among the "
+            f"{file.decoder}{counted[0]} predicts further tokens, and config.json counts it among the "
             f"{count} blocks of the decoder ({key}): repair config.json"
         )
 
@@ -283,18 +283,21 @@ def _expert_problems(file: _File) -> Iterator[str]:
     if wanted is None:
         return  # a number for each block, or none
     idle = whole_number(stated(file.config, "zero_expert_num")) or 0  # they compute nothing
+    allowed = (wanted, wanted + idle)
 
     def counted() -> Iterator[tuple[str, str]]:
         for index, names in file.blocks.items():
             numbers = {int(m[1]) for n in names if (m := _EXPERT.search(f".{n}"))}
-            fused = (s[0] for n, s in names.items() if len(s) == 3 and role_of(f"layers.0.{n}") == "experts")
-            numbers |= {expert for count in fused for expert in range(count)}
-            if numbers and numbers not in (set(range(wanted)), set(range(wanted + idle))):
-                named = sorted(numbers ^ set(range(wanted)))[0]
+            fused = {s[0] for n, s in names.items() if len(s) == 3 and role_of(f"layers.0.{n}") == "experts"}
+            alone = {len(numbers)} if numbers else set()
+            counts = sorted((alone | fused).difference(allowed))
+            gap = bool(numbers) and max(numbers) >= len(numbers)
+            if counts or gap:
                 yield (
                     "experts",
-                    f"{file.decoder}{index} has {len(numbers)} experts in the file, config.json states "
-                    f"{wanted}: expert {named} is {'beyond' if named >= wanted else 'not there'}: {_ANEW}",
+                    f"{file.decoder}{index} has {counts[0] if counts else len(numbers)} experts in the file"
+                    f"{', not numbered one after another' if gap else ''}, config.json states {wanted}: "
+                    f"{_ANEW}",
                 )
 
     yield from _kinds(counted())

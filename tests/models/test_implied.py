@@ -64,7 +64,10 @@ CHANGES: Mapping[str, tuple[Change, list[str]]] = {
         states(hidden_size=128, head_dim=16),
         ["model.embed_tokens.weight is [4096, 64]", "128"],
     ),
-    "a block too few": (states(num_hidden_layers=3), ["2 of the 3 blocks", "model.layers.2"]),
+    "a block too few": (
+        states(num_hidden_layers=3),
+        ["num_hidden_layers is 3", "has 2 of those", "model.layers.2"],
+    ),
     "a block too many": (states(num_hidden_layers=1), ["model.layers.1", "states 1 blocks"]),
     "no head": (without("lm_head.weight"), ["lm_head.weight", "tie_word_embeddings false"]),
     "a lost projection": (
@@ -161,3 +164,12 @@ def test_experts_are_counted(kind: str, tmp_path: Path) -> None:
     key = next(k for k in ("num_local_experts", "num_experts", "n_routed_experts") if k in checkpoint.config)
     config = {**checkpoint.config, key: checkpoint.config[key] + 1}
     assert f"config.json states {config[key]}" in implied_problems(checkpoint.tensors, config)[0]
+
+
+def test_absurd_numbers_make_no_absurd_lists(llama: Path) -> None:
+    """Neither a list of so many blocks, nor a model."""
+    checkpoint = open_checkpoint(llama)
+    config = {**checkpoint.config, "num_hidden_layers": 10**9, "num_experts": 10**9}
+    assert "num_hidden_layers is 1000000000" in implied_problems(checkpoint.tensors, config)[0]
+    towered = {**checkpoint.config, "vision_config": {"depth": 10**9}}
+    assert built_problems(replace(checkpoint, config=towered)) == []
