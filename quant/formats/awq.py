@@ -40,6 +40,7 @@ from quant.formats.base import (
     ValueCheck,
     constant_words,
     head_problems,
+    names_listed,
     require,
     suffixed,
     word_problems,
@@ -56,6 +57,22 @@ if TYPE_CHECKING:
 #: Output 8c + ORDER[i] lies in nibble i of word c; output 8c + j in nibble REVERSED[j].
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 REVERSED = (0, 4, 1, 5, 2, 6, 3, 7)
+
+
+def _left_out(config: Mapping[str, Any], layers: QuantizedLayers) -> list[str]:
+    """Quantized linears that ``modules_to_not_convert`` leaves out: vLLM looks for its entries inside the
+    names of linears, and of the layers that it fuses of them (`quant_utils.py::is_layer_skipped`)."""
+    listed = names_listed(config, "modules_to_not_convert")
+    problems = []
+    for name in layers.linears:
+        asked = [fused_name(name), *([] if ".experts." in name else [name])]
+        hit = next((x for x in listed if any(x in n for n in asked)), None)
+        if hit is not None:
+            problems.append(
+                f"{name} is quantized, but modules_to_not_convert has {hit!r}, which is a part of "
+                f"{' or of '.join(dict.fromkeys(asked))}: vLLM would build it in 16 bits. List whole names"
+            )
+    return problems
 
 
 class AWQ(Format):
@@ -97,7 +114,7 @@ class AWQ(Format):
             f"the words are packed as AutoAWQ's {packing}: vLLM reads every AWQ file as gemm; quant "
             "export-vllm converts it"
             for packing in older
-        ] + head_problems(config, layers)
+        ] + [*head_problems(config, layers), *_left_out(config, layers)]
 
     def value_check(self, linear: Linear, last: str, options: Mapping[str, Any]) -> ValueCheck | None:
         packed = options["packing"][linear.name] == "gemm"  # the others pad, and store floats

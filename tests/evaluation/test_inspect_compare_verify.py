@@ -225,6 +225,20 @@ def test_side_files_of_another_program_must_say_the_same(tmp_path: Path) -> None
         assert same or "generation_config.json" in verify(made, source=source).failed[0]
 
 
+@pytest.mark.parametrize(
+    ("listed", "hit"), [(["mlp.gate"], "gate_up_proj"), (["v_proj"], "v_proj"), (["lm_head"], ""), ([], "")]
+)
+def test_an_awq_list_that_is_a_part_of_a_quantized_name_is_named(
+    listed: list[str], hit: str, quantized: Callable[..., Path], tmp_path: Path
+) -> None:
+    """vLLM looks for its entries inside names, those of fused layers included."""
+    folder = copy_model(quantized(format="awq", scheme="w4a16-asym"), tmp_path / "m")
+    config = read_config(folder)["quantization_config"]
+    change_config(folder, quantization_config={**config, "modules_to_not_convert": listed})
+    failed = "; ".join(verify(folder).failed)
+    assert bool(failed) == bool(hit) and hit in failed
+
+
 def test_fused_experts_that_stay_in_16_bits_must_be_ignored(tmp_path: Path) -> None:
     """vLLM builds experts quantized unless the config lists them, in whatever form they are stored."""
     source = save_mixture(tmp_path / "model", "qwen3_moe_fused")
