@@ -16,6 +16,7 @@ from torch import nn
 
 from quant.checkpoint.reader import Checkpoint
 from quant.models.binding import converter_of, converters_of, renamings_of
+from quant.models.roles import block_list, block_of
 from quant.offline import load_config, transformers
 
 #: Share of a class's parameters that a file must have for the two to be compared: below it the file is named
@@ -34,7 +35,7 @@ def _largest(part: Any) -> int:
     own = (
         v
         for k, v in part.items()
-        if isinstance(v, int) and any(word in k for word in ("layer", "depth", "block", "expert"))
+        if isinstance(v, int) and k.endswith(("layer", "layers", "depth", "blocks", "experts"))
     )
     return max((*own, *(_largest(v) for v in part.values())), default=0)
 
@@ -73,7 +74,7 @@ def built_problems(checkpoint: Checkpoint) -> list[str]:
     if model is None:
         return []
     wanted = dict(model.named_parameters(remove_duplicate=False))
-    filled = _filled(checkpoint, model, wanted)
+    filled, unknown = _filled(checkpoint, model, wanted)
     if not filled and "auto_map" not in checkpoint.config:
         first = next(iter(checkpoint.tensors))
         return [
@@ -90,6 +91,8 @@ def built_problems(checkpoint: Checkpoint) -> list[str]:
             lines.setdefault(_kind(name) + str(stored), []).append(line)
     kinds = {_kind(name) for name in filled}
     for name in _missing(model, wanted, filled):
+        if _block(name) in unknown:
+            continue  # it may be there under another name
         if wanted[name].ndim > 1 or _kind(name) in kinds:
             line = f"{name} {list(wanted[name].shape)} is not in the file, and config.json implies it"
             lines.setdefault(_kind(name), []).append(line)
@@ -100,14 +103,17 @@ def built_problems(checkpoint: Checkpoint) -> list[str]:
     ]
 
 
-def _filled(checkpoint: Checkpoint, model: nn.Module, wanted: Mapping[str, Any]) -> dict[str, str | None]:
+def _filled(
+    checkpoint: Checkpoint, model: nn.Module, wanted: Mapping[str, Any]
+) -> tuple[dict[str, str | None], set[str]]:
     """The parameters that a file fills, each with the tensor that is equal to it, None of those that are made
-    of several."""
+    of several; and the blocks in which the file has matrices that fill none."""
     renamed, converters = renamings_of(model), converters_of(model)
     base = str(getattr(model, "base_model_prefix", ""))
     filled: dict[str, str | None] = {}
+    unknown: set[str] = set()
     seen: set[str] = set()
-    for tensor in checkpoint.tensors:
+    for tensor, info in checkpoint.tensors.items():
         kind = _EXPERT.sub(".experts.0.", tensor)
         if kind in seen:
             continue  # experts are counted elsewhere
@@ -115,14 +121,19 @@ def _filled(checkpoint: Checkpoint, model: nn.Module, wanted: Mapping[str, Any])
         name = renamed(tensor)
         names = (name, f"{base}.{name}", name.removeprefix(f"{base}."))
         found = next((n for n in names if n in wanted), None)
+        made = (match for n in names if (match := converter_of(converters, n, wanted)) is not None)
         if found is not None:
             filled[found] = tensor
-            continue
-        for candidate in names:
-            if (match := converter_of(converters, candidate, wanted)) is not None:
-                filled[match[1]] = None
-                break
-    return filled
+        elif (match := next(made, None)) is not None:
+            filled[match[1]] = None
+        elif len(info.shape) > 1 and block_list(name) is not None:
+            unknown |= {_block(n) for n in names}
+    return filled, unknown
+
+
+def _block(name: str) -> str:
+    """The block of a parameter, with what stands before its number; empty outside of blocks."""
+    return f"{block_list(name) or ''}{'' if block_of(name) is None else block_of(name)}"
 
 
 def _missing(model: nn.Module, wanted: Mapping[str, Any], filled: Collection[str]) -> Iterable[str]:
