@@ -220,6 +220,7 @@ class BlockQuantizer:
 
         ``priors``: by experts module, what the first product read, while the second has a use for it.
         """
+        give_back()  # what the passes have freed lies beside what a layer of experts takes
         module = block.get_submodule(group.experts)
         experts = next(e for e in find_experts(block) if e.path == group.experts)
         how, counts = self.plan.recipe.moe_calibration, routed.counts
