@@ -48,9 +48,11 @@ lint: $(VENV)/.stamp
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/make_reference.py --check
+	$(BIN)/python docs/make_models.py --check
 
 docs: $(VENV)/.stamp
 	$(BIN)/python docs/make_reference.py
+	$(BIN)/python docs/make_models.py
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(LEGACY_VENV) $(DEMO) build dist *.egg-info

@@ -67,10 +67,8 @@ def source_problems(
     for name, info in source.tensors.items():
         module = name.removesuffix(".weight")
         if module in linears and name.endswith(".weight"):
-            if info.shape != (linears[module].n, linears[module].k):
-                problems.append(
-                    f"{name} is {info.shape} in the source, {(linears[module].n, linears[module].k)} here"
-                )
+            if info.shape != linears[module].stored_shape:
+                problems.append(f"{name} is {info.shape} in the source, {linears[module].stored_shape} here")
             continue
         copy = checkpoint.tensors.get(name)
         if name in apart:

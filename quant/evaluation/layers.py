@@ -13,6 +13,7 @@ from torch import nn
 from quant.checkpoint.reader import open_checkpoint
 from quant.devices import device_of
 from quant.formats.reading import dequantized
+from quant.models.calls import call_block
 from quant.models.skeleton import Skeleton
 
 
@@ -51,13 +52,13 @@ def output_errors(
             wanted: dict[str, torch.Tensor] = {}
             found: dict[str, torch.Tensor] = {}
             output = hidden
-            for skeleton, call, seen in ((there, calls, wanted), (here, own_calls, found)):
+            for skeleton, (call,), seen in ((there, calls, wanted), (here, own_calls, found)):
                 block = skeleton.load_block(index)
                 with _outputs(block, seen):
-                    result = block(hidden, *call[len(hidden)][index].args, **call[len(hidden)][index].kwargs)
+                    result = call_block(block, hidden, call[index])
                 skeleton.free_block(index)
                 if skeleton is there:
-                    output = result[0] if isinstance(result, tuple) else result
+                    output = result
             prefix = there.block_prefix(index)
             errors |= {
                 prefix + n: _relative(found[n], y, n in sources) for n, y in wanted.items() if n in found

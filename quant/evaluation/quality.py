@@ -27,7 +27,8 @@ from quant.errors import CheckpointError, QuantError, VerificationFailed
 from quant.evaluation.agreement import demand_agreement
 from quant.evaluation.simulation import Simulation
 from quant.formats.reading import dequantized
-from quant.models.skeleton import BlockCall, CannotRun, Skeleton
+from quant.models.calls import call_block
+from quant.models.skeleton import CannotRun, Skeleton
 from quant.offline import load_tokenizer
 from quant.progress import Event, Progress, silent
 from quant.vllm.config import context_length
@@ -104,9 +105,7 @@ class Runner:
                 )
                 with rounded:
                     for b, states in enumerate(hidden):
-                        call: BlockCall = calls[len(states)][index]
-                        output = block(states, *call.args, **call.kwargs)
-                        hidden[b] = output[0] if isinstance(output, tuple) else output
+                        hidden[b] = call_block(block, states, calls[b][index])
                 self.skeleton.free_block(index)
                 progress(Event(phase, index + 1, self.skeleton.block_count))
         return hidden

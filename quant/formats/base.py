@@ -7,7 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from quant.checkpoint.header import TensorInfo
@@ -16,7 +16,7 @@ from quant.errors import CheckpointError, QuantError, clipped
 from quant.registry import Registry, lacks
 from quant.schemes import Scheme, WeightScheme
 from quant.vllm.config import quantization_config, source_method
-from quant.vllm.layers import BuiltLayer, Linear, ignored_names, is_head
+from quant.vllm.layers import BuiltLayer, Linear, ignored_names, is_head, stored_transposed
 
 if TYPE_CHECKING:
     import torch
@@ -367,8 +367,28 @@ def find_format(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) ->
     for entry in [*FormatRegistry, *FOREIGN.values()]:
         if entry.quant_method is not None and method in {entry.quant_method, *entry.also}:
             with _understood(method):
-                return entry.find(quantization, tensors)
+                return _turned(entry, quantization, config, tensors)
     raise UnreadMethod(method)
+
+
+def _turned(
+    entry: Format,
+    quantization: Mapping[str, Any],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo],
+) -> QuantizedLayers:
+    """:meth:`Format.find` for a format that need not know which families store weights [K, N]."""
+    turned = {
+        name: replace(info, shape=info.shape[::-1])
+        for name, info in tensors.items()
+        if name.endswith(".weight") and stored_transposed(config, name.removesuffix(".weight"))
+    }
+    layers = entry.find(quantization, {**tensors, **turned} if turned else tensors)
+    linears = {
+        name: replace(linear, transposed=True) if stored_transposed(config, name) else linear
+        for name, linear in layers.linears.items()
+    }
+    return replace(layers, linears=linears)
 
 
 def config_problems(

@@ -436,7 +436,9 @@ class CompressedTensors(Format):
             specs = [TensorSpec(f"{name}.weight_packed", "U8", (n, k // 2)), scale_spec]
         else:
             specs = [
-                TensorSpec(f"{name}.weight", "I8" if scheme.type == "int" else "F8_E4M3", (n, k)),
+                TensorSpec(
+                    f"{name}.weight", "I8" if scheme.type == "int" else "F8_E4M3", linear.stored_shape
+                ),
                 scale_spec,
             ]
         if scheme.strategy == "tensor_group":
@@ -469,7 +471,7 @@ class CompressedTensors(Format):
         elif tensor.codes.dtype == torch.uint8:
             packed["weight_packed"] = pack_halves(tensor.codes)
         else:
-            packed["weight"] = tensor.codes
+            packed["weight"] = tensor.codes.t().contiguous() if linear.transposed else tensor.codes
         packed["weight_scale"] = scales.float() if scheme.scales == "F32" else scales
         if tensor.global_scale is not None:
             packed["weight_global_scale"] = tensor.global_scale.float()
@@ -521,6 +523,7 @@ class CompressedTensors(Format):
             codes = unpack_halves(tensors[f"{name}.weight_packed"])
         else:
             codes = tensors[f"{name}.weight"]
+            codes = codes.t() if linear.transposed else codes
         if scheme.strategy == "tensor":
             scales = scales.reshape(1, 1)
         elif scales.ndim == 1:

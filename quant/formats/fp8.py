@@ -112,7 +112,7 @@ class Fp8(Format):
         n, k, scheme, name = linear.n, linear.k, linear.weights, linear.name
         scale = (1,) if scheme.strategy == "tensor" else scheme.scale_shape(n, k)
         specs = [
-            TensorSpec(f"{name}.weight", "F8_E4M3", (n, k)),
+            TensorSpec(f"{name}.weight", "F8_E4M3", linear.stored_shape),
             TensorSpec(f"{name}.{_scale_name(scheme)}", "F32", scale),
         ]
         if linear.activations == _STATIC:
@@ -122,7 +122,7 @@ class Fp8(Format):
     def pack(self, linear: Linear, tensor: QuantizedTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         name, scales = linear.name, tensor.scales.float()
         packed = {
-            f"{name}.weight": tensor.codes,
+            f"{name}.weight": tensor.codes.t().contiguous() if linear.transposed else tensor.codes,
             f"{name}.{_scale_name(tensor.scheme)}": scales.reshape(1)
             if tensor.scheme.strategy == "tensor"
             else scales,
@@ -145,7 +145,9 @@ class Fp8(Format):
         )
         stored, rows = tensors[f"{name}.{_scale_name(scheme)}"], options.get("block", (BLOCK, BLOCK))[0]
         scales = multipliers(stored, scheme, linear.n, linear.k, rows)
-        return QuantizedTensor(tensors[f"{name}.weight"], scales, None, scheme, inputs=inputs)
+        codes = tensors[f"{name}.weight"]
+        codes = codes.t().contiguous() if linear.transposed else codes
+        return QuantizedTensor(codes, scales, None, scheme, inputs=inputs)
 
     def config(self, contents: Contents) -> dict[str, Any]:
         kinds = {(x.weights, x.activations) for x in contents.linears}

@@ -38,10 +38,11 @@ class Plain(Format):
         return True  # the values are in natural order, whatever the groups were
 
     def specs(self, linear: Linear, dtype: str) -> list[TensorSpec]:
-        return [TensorSpec(f"{linear.name}.weight", dtype, (linear.n, linear.k))]
+        return [TensorSpec(f"{linear.name}.weight", dtype, linear.stored_shape)]
 
     def pack(self, linear: Linear, tensor: QuantizedTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        return {f"{linear.name}.weight": tensor.dequantize().to(dtype)}
+        value = tensor.dequantize().to(dtype)
+        return {f"{linear.name}.weight": value.t().contiguous() if linear.transposed else value}
 
     def unpack(
         self, linear: Linear, tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any]

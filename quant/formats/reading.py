@@ -72,6 +72,12 @@ def _unfitting(
     )
 
 
+def read_weight(form: Format, layers: QuantizedLayers, checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """A linear's weight, fp32, laid out as the family's files have it."""
+    value = read_linear(form, layers, checkpoint, name).dequantize()
+    return value.t().contiguous() if layers.linears[name].transposed else value
+
+
 def quantized_tensors(checkpoint: Checkpoint, layers: QuantizedLayers) -> dict[str, str]:
     """The tensors of a file that belong to a quantized matrix, and the tensor of an ordinary checkpoint that
     each is a part of."""
@@ -117,8 +123,8 @@ def dequantized(checkpoint: Checkpoint, layers: QuantizedLayers | None = None) -
                 computed[whole] = partial(_stacked, stack, checkpoint)
             else:
                 linear = layers.linears[whole.removesuffix(".weight")]
-                shape = linear.n, linear.k
-                computed[whole] = partial(_values, form, found, checkpoint, linear.name)
+                shape = linear.stored_shape
+                computed[whole] = partial(read_weight, form, found, checkpoint, linear.name)
             tensors[whole] = TensorInfo(whole, "F32", shape, info.file, 0, 4 * prod(shape))
     return replace(
         checkpoint,
@@ -128,10 +134,6 @@ def dequantized(checkpoint: Checkpoint, layers: QuantizedLayers | None = None) -
         computed_parts=parts,
         origin=checkpoint,
     )
-
-
-def _values(form: Format, layers: QuantizedLayers, checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    return read_linear(form, layers, checkpoint, name).dequantize()
 
 
 def _stacked(stack: Stack, checkpoint: Checkpoint) -> torch.Tensor:

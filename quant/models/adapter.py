@@ -25,7 +25,11 @@ class InputGroup:
             before o_proj, up_proj before down_proj). Scaling of the input can be folded there.
         fused: vLLM's name of the layer made of these linears; empty where each stays alone.
         experts: of routed experts, the module that computes them; then each expert has an input of its own.
-        stage: which of an expert's two products: ``up`` (gate and up projection) or ``down``.
+        stage: which of an expert's two products: ``up`` (gate and up projection) or ``down``. The source of
+            the second is the up projection of any of them: each expert's own makes its input.
+        norm_offset: of a source that is a norm; None: the family's.
+        readers: matrices beside the blocks' linears that read the same input (a router); groups that have one
+            norm for a source read one input, too.
     """
 
     linears: tuple[str, ...]
@@ -33,6 +37,8 @@ class InputGroup:
     fused: str = ""
     experts: str = ""
     stage: str = ""
+    norm_offset: float | None = None
+    readers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

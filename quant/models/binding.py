@@ -41,7 +41,7 @@ class BlockLinear:
     Attributes:
         ref: the same in the file.
         parameter: the parameter inside the block that holds its weight.
-        place: which part of it; None: the whole, [N, K] as ``nn.Linear`` has it.
+        place: which part of it, or how it is laid out; None: the whole, [N, K] as ``nn.Linear`` has it.
     """
 
     ref: LinearRef
@@ -52,6 +52,11 @@ class BlockLinear:
     def module(self) -> str:
         """The module inside the block whose parameter it is."""
         return self.parameter.rpartition(".")[0]
+
+    @property
+    def shared(self) -> bool:
+        """Whether the parameter holds other linears as well."""
+        return self.place is not None and self.place.expert is not None
 
     def get(self, block: nn.Module) -> torch.Tensor:
         """The weight [N, K] as a view."""
@@ -110,7 +115,7 @@ class Binding:
     @cached_property
     def modules(self) -> tuple[Mapping[str, str], ...]:
         """By block, module path of each plain linear → its name inside the block as the file has it."""
-        return tuple({x.module: n for n, x in block.items() if x.place is None} for block in self.linears)
+        return tuple({x.module: n for n, x in block.items() if not x.shared} for block in self.linears)
 
 
 def bind(model: nn.Module, blocks_path: str, count: int, checkpoint: Checkpoint) -> Binding:
@@ -145,10 +150,13 @@ def bind(model: nn.Module, blocks_path: str, count: int, checkpoint: Checkpoint)
         expert = _EXPERT.match(name)
         if name in names and not any(r.fused for r in parts):
             tensors[name] = tensor
-            plain = isinstance(model.get_submodule(module), nn.Linear) if last == "weight" else False
+            kind = type(model.get_submodule(module)).__name__ if last == "weight" else ""
+            plain = kind == "Conv1D" or (bool(kind) and isinstance(model.get_submodule(module), nn.Linear))
             if plain and index is not None and index < count and parts:
                 local = parts[0].name.removeprefix(f"{list_prefix}{index}.")
-                linears[index][local] = BlockLinear(parts[0], name.removeprefix(f"{blocks_path}.{index}."))
+                parameter = name.removeprefix(f"{blocks_path}.{index}.")
+                place = Slice(parameter, transposed=True) if kind == "Conv1D" else None
+                linears[index][local] = BlockLinear(parts[0], parameter, place)
         elif expert is not None and expert[1] in experts and expert[3] in _PROJECTIONS and parts:
             _hold(
                 held,

@@ -73,10 +73,27 @@ class Experts:
         return Slice(self.parameter(projection), expert, first, step, count, self.transposed)
 
 
-#: Modules that do not say of themselves how they store their experts: class → transposed, and whether the
-#: module is given the tokens of all experts, zero where the router sends none (Llama 4), instead of the
-#: router's choice.
-_UNDECLARED = {"Llama4TextExperts": (True, True)}
+@dataclass(frozen=True)
+class _Undeclared:
+    """What a module does not say of itself.
+
+    Attributes:
+        transposed: how it stores its experts.
+        sorted: it is given the tokens of all experts, zero where the router sends none, instead of the
+            router's choice.
+        identities: choices beyond its last expert stand for experts that return what they are given.
+    """
+
+    transposed: bool = False
+    sorted: bool = False
+    identities: bool = False
+
+
+#: Modules that do not say of themselves how they store their experts, by class.
+_UNDECLARED = {
+    "Llama4TextExperts": _Undeclared(transposed=True, sorted=True),
+    "LongcatFlashExperts": _Undeclared(identities=True),
+}
 
 
 def find_experts(block: nn.Module) -> list[Experts]:
@@ -88,14 +105,15 @@ def find_experts(block: nn.Module) -> list[Experts]:
         down = parameters.get("down_proj")
         if first is None or down is None or first.ndim != 3 or down.ndim != 3 or not path:
             continue
-        declared = hasattr(module, "is_transposed")
-        if not declared and type(module).__name__ not in _UNDECLARED:
+        declared, row = hasattr(module, "is_transposed"), _UNDECLARED.get(type(module).__name__)
+        if not declared and row is None:
             continue
-        transposed = module.is_transposed if declared else _UNDECLARED[type(module).__name__][0]
+        transposed = row.transposed if row else module.is_transposed
         gated = "gate_up_proj" in parameters
         projections = ("gate_proj", "up_proj") if gated else ("up_proj",)
         interleaved = declared and not module.is_concatenated
-        found.append(Experts(path, len(first), projections, bool(transposed), bool(interleaved)))
+        # the first product may have rows for experts that there are not (LongCat's identities)
+        found.append(Experts(path, len(down), projections, bool(transposed), bool(interleaved)))
     return found
 
 
@@ -112,7 +130,8 @@ def experts_through(block: nn.Module, stop: Stop) -> Iterator[None]:
     try:
         for experts in find_experts(block):
             module = block.get_submodule(experts.path)
-            forward = _sorted_forward if type(module).__name__ in _UNDECLARED else _routed_forward
+            row = _UNDECLARED.get(type(module).__name__)
+            forward = _sorted_forward if row and row.sorted else _routed_forward
             restore.append(partial(_put_back, module, module.__dict__.get("forward")))
             module.forward = partial(forward, module, experts, stop)
         yield
@@ -136,17 +155,20 @@ def _routed_forward(
     index: torch.Tensor,
     weights: torch.Tensor,
 ) -> torch.Tensor:
-    """What an experts module computes: hidden [T, H], the experts that the router chose [T, top] (``E``
-    stands for none) and their weights [T, top]; returns [T, H]."""
+    """What an experts module computes: hidden [T, H], the experts that the router chose [T, top] (from ``E``
+    on: none, or the token itself) and their weights [T, top]; returns [T, H]."""
     tokens, top = index.shape
+    row = _UNDECLARED.get(type(module).__name__)
     chosen, order = index.reshape(-1).sort(stable=True)
     counts = torch.bincount(chosen, minlength=experts.count + 1)[: experts.count]
-    order = order[: int(counts.sum())]  # pairs without an expert come last
+    order, rest = order.tensor_split([int(counts.sum())])  # pairs without an expert come last
     gates = weights.reshape(-1)[order]
     output = _two_products(module, experts, stop, Routed(hidden, order // top, counts, gates.float()))
     pairs = hidden.new_zeros(tokens * top, output.shape[1])
     pairs[order] = output.mul_(gates.unsqueeze(-1).to(output.dtype))
     del output
+    if row is not None and row.identities:
+        pairs[rest] = hidden[rest // top] * weights.reshape(-1)[rest].unsqueeze(-1).to(hidden.dtype)
     total = torch.zeros(tokens, pairs.shape[1], device=hidden.device)
     for choice in pairs.view(tokens, top, -1).unbind(1):  # all of them in fp32 would be the largest of all
         total += choice

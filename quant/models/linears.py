@@ -19,7 +19,7 @@ from quant.models.place import decoder_list
 from quant.models.roles import block_list, block_of, not_quantizable
 from quant.schemes import UNQUANTIZED
 from quant.vllm.config import block_count, parts, text_config
-from quant.vllm.layers import Linear
+from quant.vllm.layers import Linear, stored_transposed
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Slice:
     """Part of a file tensor: of expert ``expert`` in the first dimension (None: the tensor has no such
-    dimension) the outputs ``first``, ``first + step``, … (``count`` of them). ``transposed``: outputs are the
-    last dimension but in the tensor they are stored as [K, N]."""
+    dimension) the outputs ``first``, ``first + step``, … (``count`` of them; 0: all). ``transposed``: outputs
+    are the last dimension but in the tensor they are stored as [K, N]."""
 
     tensor: str
     expert: int | None = None
@@ -56,14 +56,17 @@ class Slice:
         )
         if self.transposed:
             stored = stored.t()
-        return stored[self.first : self.first + self.step * self.count : self.step].contiguous()
+        return self._outputs(stored).contiguous()
 
     def view(self, value: torch.Tensor) -> torch.Tensor:
         """The same part of a tensor in memory that is laid out as the file's, as a view, outputs first."""
         part = value if self.expert is None else value[self.expert]
         if self.transposed:
             part = part.t()
-        return part if self.whole else part[self.first : self.first + self.step * self.count : self.step]
+        return self._outputs(part)
+
+    def _outputs(self, value: torch.Tensor) -> torch.Tensor:
+        return value[self.first : self.first + self.step * self.count : self.step] if self.count else value
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,11 @@ class LinearRef:
     def tensor(self) -> str:
         """The file tensor that holds the weight."""
         return self.weight.tensor
+
+    @property
+    def turned(self) -> bool:
+        """Whether it is a tensor of its own that is stored [K, N]."""
+        return self.weight.transposed and not self.fused
 
     @property
     def fused(self) -> bool:
@@ -267,7 +275,9 @@ def decoder_refs(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -
     for info in tensors.values():
         if not_quantizable(info, blocks, decoder) is None:
             module = info.name.removesuffix(".weight")
-            refs[module] = LinearRef(module, info.shape[0], info.shape[1], Slice(info.name))
+            turned = stored_transposed(config, module)
+            n, k = info.shape[::-1] if turned else info.shape
+            refs[module] = LinearRef(module, n, k, Slice(info.name, transposed=turned))
     return dict(sorted(refs.items(), key=lambda item: (block_of(item[0] + "."), item[0])))
 
 

@@ -24,6 +24,7 @@ from quant.models.spec import DTYPE_BYTES, ModelSpec, Weight
 from quant.models.values import LARGEST_DEPTH
 from quant.models.vision import vision_weights
 from quant.vllm.config import config_dtype, parts, quantization_config, text_config
+from quant.vllm.layers import stored_transposed
 
 
 def spec_from_config(
@@ -385,6 +386,8 @@ def weights_from_tensors(
         if len(shape) == 3 and role == "experts":  # all experts of a layer in one tensor
             count, linear = shape[0], True
             shape = fused_matrix(name, shape, layout, hidden) or shape[1:]
+        elif linear and stored_transposed(config, name.removesuffix(".weight")):
+            shape = shape[::-1]
         size = int(prod(info.shape) * DTYPE_BYTES.get(info.dtype, 2))
         layer = -1 if index is None else index
         weights.append(Weight(name, role, shape, linear, layer, count, size, info.dtype))

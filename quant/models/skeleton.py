@@ -9,9 +9,8 @@ tables, masks and per-layer attention kinds are the model's, not ours.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,15 +21,19 @@ from quant.checkpoint.reader import Checkpoint
 from quant.errors import CheckpointError
 from quant.models.adapter import InputGroup, adapter_for
 from quant.models.binding import BlockLinear, bind
-from quant.models.experts import Routed, Stage, experts_through, find_experts
+from quant.models.calls import BlockCall, CallSharing, call_block
+from quant.models.experts import Experts, Routed, Stage, experts_through, find_experts
 from quant.models.roles import leftover
+from quant.models.sources import SourceFinder
 from quant.offline import load_config, transformers
-from quant.vllm.config import text_config
+from quant.vllm.config import head_size, text_config
 
 #: Modules of a wrapper that no text goes through.
 _TOWER = re.compile(
     r"(^|\.)(visual|vision|audio|image|multi_modal|mm_|connector|embed_vision|embed_audio)\w*(\.|$)"
 )
+#: Tokens that a block is run on to see what makes its inputs.
+_SOURCE_TOKENS = 8
 
 
 class CannotRun(CheckpointError):
@@ -83,27 +86,32 @@ class _TakesFirst(Exception):
 
 class _Recorder(nn.Module):
     """Stands in for a block: keeps what it is called with and passes the hidden states on, in a tuple of as
-    many values as the model wants. The last one stops the forward pass, or goes on with the ``result`` that
-    the blocks would have given."""
+    many values as the model wants. The ``last`` one stops the forward pass, or goes on with the ``result``
+    that the blocks would have given."""
 
     def __init__(
         self,
         block: nn.Module,
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]],
+        index: int,
+        calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]],
         last: bool,
         result: torch.Tensor | None,
         values: int,
     ):
         super().__init__()
         object.__setattr__(self, "_block", block)
-        self._calls, self._last, self._result, self._values = calls, last, result, values
+        self._index, self._calls, self._last, self._result = index, calls, last, result
+        self._values = values
 
     def forward(
         self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
-        if self._calls and not self._values and hidden_states.shape == self._calls[-1][0][0].shape[1:]:
+        before = next(reversed(self._calls.values()), None)
+        if before and not self._values and hidden_states.shape == before[0][0].shape[1:]:
             raise _TakesFirst
-        self._calls.append(((hidden_states, *args), kwargs))
+        if self._index in self._calls:
+            raise CheckpointError(f"the model's forward calls block {self._index} more than once")
+        self._calls[self._index] = ((hidden_states, *args), kwargs)
         if self._last and self._result is None:
             raise _Recorded
         output = self._result if self._last and self._result is not None else hidden_states
@@ -115,25 +123,6 @@ class _Recorder(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.__dict__["_block"], name)
-
-
-@dataclass(frozen=True)
-class BlockCall:
-    """What a block is called with besides the hidden states; the same for all batches of one shape."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two arguments of a block are equal, tensors inside them by value."""
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    return type(a) is type(b)
 
 
 def _all_finite(value: torch.Tensor) -> bool:
@@ -185,8 +174,14 @@ class Skeleton:
         self.blocks_path = self._row.blocks if self._row else self._find_blocks()
         self.blocks: nn.ModuleList = self.model.get_submodule(self.blocks_path)  # type: ignore[assignment]
         self.binding = bind(self.model, self.blocks_path, len(self.blocks), checkpoint)
+        self._left_out = [
+            re.compile(pattern)
+            for module in self.model.modules()
+            for pattern in getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
+        ]
         self._check_names()
         self._values = 0  # in the tuple that the model wants from a block; 0: it wants the states alone
+        self._last: int | None = None  # the last block that is called; None until a pass has shown it
         self._aliases: dict[int, list[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             # a tied head is the embedding under a second name
@@ -198,13 +193,19 @@ class Skeleton:
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)
         self._traced: dict[Any, tuple[InputGroup, ...]] = {}
+        self._sourced: dict[Any, tuple[InputGroup, ...]] = {}
 
     def _build(self, config: Any) -> nn.Module:
         """The text decoder as a model of its own; for a wrapper whose decoder has no such class, the
         wrapper."""
         auto = transformers()
         text = config.get_text_config()
-        tries = [(auto.AutoModelForCausalLM, text)] if text is not config else []
+        tries = []
+        if text is not config:
+            tries.append((auto.AutoModelForCausalLM, text))
+            head = any(name.endswith("lm_head.weight") for name in self.checkpoint.tensors)
+            if getattr(config, "tie_word_embeddings", False) and not head:
+                text.tie_word_embeddings = True  # as the wrapper says
         tries += [(auto.AutoModelForCausalLM, config)]
         if text is not config:
             tries += [(auto.AutoModelForImageTextToText, config)]
@@ -250,25 +251,67 @@ class Skeleton:
         """
         if self._row is not None:
             return self._row.groups
-        block = self.blocks[index]
-        kind = (
-            type(block),
-            tuple(self.linears(index)),
-            tuple((n, p.shape) for n, p in block.named_parameters()),
-        )
+        kind = self._kind(index)
         if kind not in self._traced:
             self._traced[kind] = self._trace(index)
         return self._traced[kind]
 
+    def sourced_groups(self, index: int) -> tuple[InputGroup, ...]:
+        """:meth:`groups` with what makes their inputs, where a family without a row shows it; see
+        :mod:`quant.models.sources`."""
+        groups = self.groups(index)
+        if self._row is not None or not groups:
+            return groups
+        kind = self._kind(index)
+        if kind not in self._sourced:
+            self._sourced[kind] = self._find_sources(index, groups)
+        return self._sourced[kind]
+
+    def _kind(self, index: int) -> tuple[Any, ...]:
+        """What blocks that are laid out alike have in common."""
+        block = self.blocks[index]
+        return (
+            type(block),
+            tuple(self.linears(index)),
+            tuple((n, p.shape) for n, p in block.named_parameters()),
+        )
+
+    def _find_sources(self, index: int, groups: tuple[InputGroup, ...]) -> tuple[InputGroup, ...]:
+        count = min(_SOURCE_TOKENS, self.vocabulary)
+        hidden, calls = self.embed([torch.arange(count)[None]])
+        self.give_state(index, hidden, calls)
+        loaded = not any(p.is_meta for p in self.blocks[index].parameters())
+        block = self.blocks[index] if loaded else self.load_block(index)
+        path, prefix = f"{self.blocks_path}.{index}.", self.block_prefix(index)
+        stored = {
+            parameter.removeprefix(path): tensor.removeprefix(prefix)
+            for parameter, tensor in self.binding.tensors.items()
+            if parameter.startswith(path) and tensor.startswith(prefix)
+        }
+        try:
+            with torch.no_grad():
+                return SourceFinder(
+                    block,
+                    lambda: call_block(block, hidden[0].clone(), calls[0][index].trial()),
+                    self.linears(index),
+                    self.binding.modules[index],
+                    stored,
+                    head_size(self.checkpoint.config) or 1,
+                ).sourced(groups)
+        finally:
+            if not loaded:
+                self.free_block(index)
+
     def _find_blocks(self) -> str:
-        """Path of the list of modules as long as config.json says, of a family without a row; of several the
-        one with the most parameters."""
+        """Path of the list of modules as long as config.json says (which may count two layers to each,
+        LongCat), of a family without a row; of several the one with the most parameters."""
         count = getattr(self.config, "num_hidden_layers", None)
         lists: dict[str, nn.ModuleList] = {}
         for path, module in self.model.named_modules():
             if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{p}.") for p in lists):
                 lists[path] = module
         fitting = [p for p, m in lists.items() if len(m) == count]
+        fitting = fitting or [p for p, m in lists.items() if count and len(m) and count % len(m) == 0]
         if not fitting:
             raise CannotRun(f"model type {self.kind!r} has no list of {count} blocks", row=True)
         return max(fitting, key=lambda path: sum(p.numel() for p in lists[path].parameters()))
@@ -282,7 +325,7 @@ class Skeleton:
                 tensor, parts = self.binding.tensors.get(full), self.binding.experts.get(full)
                 if parts is not None:
                     place = {p: self._expert_shape(index, full, p) for _, p in parts}
-                    short = len(parts) < len(parameter) * len(place)
+                    short = len(parts) < self._experts_of(index, full).count * len(place)
                     wrong += [f"{full} lacks experts in the file"] if short else []
                     wrong += [
                         f"{ref.name} is {(ref.n, ref.k)} in the file, {place[p]} in the model"
@@ -299,7 +342,9 @@ class Skeleton:
         wrong += [
             f"{n} is in the file only"
             for n in self.binding.unused
-            if len(self.checkpoint.info(n).shape) > 1 and not leftover(self.checkpoint.info(n))
+            if len(self.checkpoint.info(n).shape) > 1
+            and not leftover(self.checkpoint.info(n))
+            and not self._leaves_out(n)
         ]
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -308,13 +353,21 @@ class Skeleton:
                 f"not match one to one: {'; '.join(wrong[:3])}{more}"
             )
 
+    def _leaves_out(self, tensor: str) -> bool:
+        """Whether the model says itself that it has no parameter for a tensor of its files, as Gemma 3n and 4
+        of the keys and values of layers that read another layer's."""
+        return any(pattern.search(tensor) for pattern in self._left_out)
+
     def _expert_shape(self, index: int, parameter: str, projection: str) -> tuple[int, int]:
         """N and K of an expert's projection in the model."""
         value = self.model.get_parameter(parameter)
-        local = parameter.removeprefix(f"{self.blocks_path}.{index}.")
-        experts = next(e for e in find_experts(self.blocks[index]) if e.parameter(projection) == local)
-        part = experts.place(projection, 0, value.shape).view(value)
+        part = self._experts_of(index, parameter).place(projection, 0, value.shape).view(value)
         return part.shape[0], part.shape[1]
+
+    def _experts_of(self, index: int, parameter: str) -> Experts:
+        """The experts module of a block that has a parameter."""
+        path = parameter.removeprefix(f"{self.blocks_path}.{index}.").rpartition(".")[0]
+        return next(e for e in find_experts(self.blocks[index]) if e.path == path)
 
     def _trace(self, index: int) -> tuple[InputGroup, ...]:
         """Which linears of a block share an input, found by running it on two tokens and comparing the
@@ -329,15 +382,10 @@ class Skeleton:
             groups.setdefault((path, stage), [])
 
         try:
-            (hidden,), calls = self.embed([torch.zeros(1, 2, dtype=torch.int64)])
-            _, others = self.embed([torch.ones(1, 2, dtype=torch.int64)])
-            if not all(
-                _same(a.args, b.args) and _same(a.kwargs, b.kwargs)
-                for a, b in zip(calls[1], others[1], strict=True)
-            ):
-                raise CannotRun(
-                    f"model type {self.kind!r} calls its blocks with values that depend on the tokens"
-                )
+            hidden, calls = self.embed([torch.zeros(1, 2, dtype=torch.int64)])
+            if not calls[0][index].runs:
+                return ()
+            self.give_state(index, hidden, calls)
             block = self.blocks[index] if loaded else self.load_block(index)
             for path, name in names.items():
 
@@ -347,7 +395,7 @@ class Skeleton:
 
                 handles.append(block.get_submodule(path).register_forward_pre_hook(note))
             with torch.no_grad(), experts_through(block, expert):
-                output = block(hidden, *calls[1][index].args, **calls[1][index].kwargs)
+                output = block(hidden[0], *calls[0][index].args, **calls[0][index].kwargs)
                 self._values = len(output) if isinstance(output, tuple) else 0
         except CheckpointError:
             raise
@@ -409,14 +457,15 @@ class Skeleton:
 
     def _run_outside(
         self, module: nn.Module, tokens: torch.Tensor, result: torch.Tensor | None
-    ) -> tuple[Any, torch.Tensor, list[BlockCall]]:
+    ) -> tuple[Any, torch.Tensor, list[tuple[tuple[Any, ...], dict[str, Any]] | None]]:
         """Runs ``module`` (the whole model, or it without its head) on token ids [B, T] with recorders for
-        blocks."""
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        blocks; the values that each is called with, None of one that is not called, are not copied."""
+        calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         parent_path, _, name = self.blocks_path.rpartition(".")
         parent, count, output = self.model.get_submodule(parent_path), len(self.blocks), None
+        last = count - 1 if self._last is None else self._last
         recorders = (
-            _Recorder(b, calls, i == count - 1, result, self._values) for i, b in enumerate(self.blocks)
+            _Recorder(b, i, calls, i == last, result, self._values) for i, b in enumerate(self.blocks)
         )
         setattr(parent, name, nn.ModuleList(recorders))
         try:
@@ -435,32 +484,42 @@ class Skeleton:
             return self._run_outside(module, tokens, result)
         finally:
             setattr(parent, name, self.blocks)
-        if len(calls) != count:
-            raise CannotRun(f"the model's forward called {len(calls)} of its {count} blocks")
-        return output, calls[0][0][0], [BlockCall(args[1:], kwargs) for args, kwargs in calls]
+        if not calls:
+            raise CannotRun(f"the model's forward called none of its {count} blocks")
+        if self._last is None:
+            self._last = max(calls)
+            if result is not None and self._last != last:
+                return self._run_outside(module, tokens, result)
+        return (
+            output,
+            calls[min(calls)][0][0],
+            [None if (call := calls.get(i)) is None else (call[0][1:], call[1]) for i in range(count)],
+        )
 
-    def embed(self, batches: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], dict[int, list[BlockCall]]]:
+    def embed(self, batches: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[list[BlockCall]]]:
         """Runs everything before the blocks.
 
         Args:
             batches: token ids, int64 [B, T] each.
 
         Returns:
-            hidden states [B, T, H] of each batch, and by batch size the call of every block.
+            hidden states of each batch, as the model's own embedding makes them ([B, T, H]; Gemma 3n: [P, B,
+            T, H], P versions of each), and by batch the call of every block.
         """
-        calls: dict[int, list[BlockCall]] = {}
-        return list(self.embedded(batches, calls)), calls
+        calls: list[list[BlockCall]] = []
+        return list(self.embedded(batches, calls.append)), calls
 
     def embedded(
-        self, batches: Sequence[torch.Tensor], calls: dict[int, list[BlockCall]]
+        self, batches: Sequence[torch.Tensor], keep: Callable[[list[BlockCall]], None]
     ) -> Iterator[torch.Tensor]:
         """:meth:`embed` batch by batch, for those who do not want all hidden states in memory at once;
-        ``calls`` is filled on the way."""
+        ``keep`` is given each batch's calls on the way."""
         base = getattr(self.model, str(self.model.base_model_prefix), self.model)
+        sharing = CallSharing()
         with self.outside():
             for batch in batches:
                 _, states, recorded = self._run_outside(base, batch, None)
-                calls.setdefault(len(batch), recorded)
+                keep(sharing.calls(states, recorded))
                 yield states
 
     def logits(self, batch: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -468,6 +527,42 @@ class Skeleton:
         :meth:`outside`."""
         output, _, _ = self._run_outside(self.model, batch, hidden)
         return output.logits
+
+    def give_state(
+        self, index: int, hidden: Sequence[torch.Tensor], calls: Sequence[Sequence[BlockCall]]
+    ) -> None:
+        """Makes a block that reads what an earlier one leaves (keys and values) fit to run by itself, on
+        states [B, T, H] that have not gone through the blocks before it: those nearest before it are run,
+        until it has what it reads. Nothing is done for other blocks.
+
+        Args:
+            hidden, calls: as :meth:`embed` gives them.
+        """
+        if not any(call[index].state for call in calls):
+            return
+        states = min(range(len(hidden)), key=lambda b: hidden[b].numel())
+        loaded = not any(p.is_meta for p in self.blocks[index].parameters())
+        for earlier in range(index, -1, -1):
+            if earlier < index:
+                block = self.load_block(earlier)
+                try:
+                    with torch.no_grad():
+                        for batch, call in zip(hidden, calls, strict=True):
+                            call_block(block, batch.clone(), call[earlier])
+                except (KeyError, TypeError):  # it reads what a still earlier one leaves, and leaves nothing
+                    continue
+                finally:
+                    self.free_block(earlier)
+            block = self.blocks[index] if loaded else self.load_block(index)
+            try:
+                with torch.no_grad():
+                    call_block(block, hidden[states].clone(), calls[states][index].trial())
+                return
+            except (KeyError, TypeError):  # what it looks for is not there
+                continue
+            finally:
+                if not loaded:
+                    self.free_block(index)
 
     def load_block(self, index: int, replaced: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
         """Fills a block from the checkpoint, or from ``replaced`` (file tensor name → value) where it has the
@@ -488,7 +583,7 @@ class Skeleton:
                 value = replaced[tensor] if replaced and tensor in replaced else self._finite(tensor)
                 self._set(prefix + name, self._parameter(value))
                 continue
-            whole = torch.empty(block.get_parameter(name).shape, dtype=self.dtype, device=self.device)
+            whole = torch.zeros(block.get_parameter(name).shape, dtype=self.dtype, device=self.device)
             for linear in self.linears(index).values():
                 if linear.parameter == name and linear.place is not None:
                     kept = replaced.get(f"{linear.ref.name}.weight") if replaced else None

@@ -20,10 +20,7 @@ from quant.vllm.layers import UNREAD_EXPERTS, family_problem
 
 #: Methods that need no calibration text, as ``--method`` has them.
 DATA_FREE = frozenset({"minmax", "fp8", "hqq", "none"})
-#: Model types whose linears are transformers' Conv1D: groups would run along the outputs.
-TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
-#: Model types of text decoders without a row whose blocks are worked out by running one of each kind. What
-#: makes a linear's input is not known there, so nothing can be folded into it.
+#: Model types of text decoders without a row whose blocks are worked out by running one of each kind.
 RUN = frozenset(
     {
         "apertus", "arcee", "bloom", "cohere", "cohere2", "ernie4_5", "exaone4", "falcon", "gemma",
@@ -33,6 +30,8 @@ RUN = frozenset(
         "starcoder2",
         # blocks of several kinds
         "lfm2", "qwen3_5_text",
+        # transposed weights; embeddings of each token for each block
+        "gpt2", "gemma3n_text",
         # mixtures of experts
         "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "glm4_moe", "granitemoe",
         "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "llama4_text", "minimax_m2", "mixtral",
@@ -42,21 +41,9 @@ RUN = frozenset(
 )  # fmt: skip
 
 
-def layout_problem(model_type: str) -> str | None:
-    """Why no method can quantize a model type, or None."""
-    if model_type not in TRANSPOSED:
-        return None
-    return (
-        f"model type {model_type!r} stores its weights transposed, [inputs, outputs], which is not "
-        "supported: choose a model whose linears are stored as [outputs, inputs]"
-    )
-
-
 def calibration_problem(model: ModelSpec | Mapping[str, Any]) -> str | None:
     """Why a model's text decoder cannot be run block by block, as far as its config tells, or None."""
-    model_type, per_token = _traits(model)
-    if per_token:
-        return f"the blocks of model type {model_type!r} are called with values of each token"
+    model_type = _model_type(model)
     if model_type in RUN or _has_row(model_type):
         return None
     return (
@@ -74,9 +61,7 @@ def method_problem(
         model: a spec, or config.json.
         needs: recipe keys that the job has beside the scheme; None: those that the scheme needs to be good.
     """
-    model_type, _ = _traits(model)
-    if reason := layout_problem(model_type):
-        return reason
+    model_type = _model_type(model)
     if model_type in UNREAD_EXPERTS:
         return f"vLLM reads no quantized experts of model type {model_type!r} that are written here"
     if reason := family_problem((model_type,), scheme):
@@ -94,11 +79,6 @@ def method_problem(
     for what, needed in calibrated.items():
         if needed and (reason := calibration_problem(model)):
             return f"{what}, and {reason}"
-    if suppressor != "none" and not _has_row(model_type):
-        return (
-            f"{scheme.name} needs --outlier-suppression {suppressor} to be good, and what makes the inputs "
-            f"of model type {model_type!r} is not known: docs/adapters.md shows how to add a row"
-        )
     return None
 
 
@@ -129,12 +109,13 @@ def scheme_problem(
     return method_problem(model, scheme, next((m for m in methods if m in DATA_FREE), methods[0]), needs)
 
 
-def _traits(model: ModelSpec | Mapping[str, Any]) -> tuple[str, bool]:
-    """The model type of the text decoder, and whether each of its blocks reads embeddings of its own."""
-    if isinstance(model, ModelSpec):
-        return model.model_type, any("embed_tokens_per_layer" in w.name for w in model.weights)
-    values = Values(model, "config.json")
-    return str(values.get("model_type", "")), bool(values.get("hidden_size_per_layer_input"))
+def _model_type(model: ModelSpec | Mapping[str, Any]) -> str:
+    """The model type of the text decoder."""
+    return (
+        model.model_type
+        if isinstance(model, ModelSpec)
+        else str(Values(model, "config.json").get("model_type", ""))
+    )
 
 
 def _has_row(model_type: str) -> bool:

@@ -8,12 +8,13 @@ import mmap
 import os
 import tempfile
 from bisect import bisect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 
 from quant.errors import DiskFull, QuantError
+from quant.models.calls import BlockCall
 from quant.units import format_size
 
 #: Bytes that are written to the scratch file at a time. Of larger writes Linux keeps the page cache in larger
@@ -254,14 +255,14 @@ class Batches:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def smallest(self) -> torch.Tensor:
-        """A copy of a batch of the fewest rows."""
-        rows = [len(entry[0]) for entry in self._entries if entry is not None]
-        index = rows.index(min(rows))
+    def smallest(self) -> tuple[int, torch.Tensor]:
+        """The number of a batch of the fewest rows, and a copy of it."""
+        sizes = [entry[0].numel() for entry in self._entries if entry is not None]
+        index = sizes.index(min(sizes))
         hidden = self.take(index)
         copy = hidden.clone()
         self.put(index, hidden)
-        return copy
+        return index, copy
 
     def take(self, index: int) -> torch.Tensor:
         """Hands a batch over: it is no longer held here."""
@@ -273,3 +274,38 @@ class Batches:
 
     def put(self, index: int, hidden: torch.Tensor) -> None:
         self._entries[index] = (hidden, self._store.put(hidden))
+
+
+class Calls:
+    """What each batch calls a block with; tensors that belong to one batch alone are set aside while nothing
+    reads them."""
+
+    def __init__(self, store: ActivationStore, batches: Iterable[Sequence[BlockCall]] = ()):
+        self._store = store
+        self._calls: list[Sequence[BlockCall]] = []
+        self._aside: list[dict[int, tuple[torch.Tensor, Callable[[], None]]]] = []
+        for calls in batches:
+            self.append(calls)
+
+    def append(self, calls: Sequence[BlockCall]) -> None:
+        """Takes over the calls of all blocks in the next batch."""
+        self._calls.append(calls)
+        self._aside.append({})
+        for block in range(len(calls)):
+            self.put(len(self._calls) - 1, block)
+
+    def take(self, batch: int, block: int) -> BlockCall:
+        """The call of a block, ready to be made."""
+        call, aside = self._calls[batch][block], self._aside[batch]
+        for tensor in call.movable():
+            if (entry := aside.pop(tensor.untyped_storage()._cdata, None)) is not None:
+                entry[1]()
+        return call
+
+    def put(self, batch: int, block: int) -> None:
+        """Sets aside what belongs to the batch alone."""
+        aside = self._aside[batch]
+        for tensor in self._calls[batch][block].movable():
+            key = tensor.untyped_storage()._cdata
+            if key not in aside:
+                aside[key] = tensor, self._store.put(tensor)

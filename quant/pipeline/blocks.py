@@ -4,7 +4,7 @@ go through it."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,9 +20,11 @@ from quant.models.adapter import InputGroup
 from quant.models.attention import observed_attention
 from quant.models.binding import BlockLinear
 from quant.models.experts import Routed, find_experts
-from quant.models.skeleton import BlockCall, Skeleton
+from quant.models.skeleton import Skeleton
+from quant.models.sources import expert_source
 from quant.outlier_suppression import Suppressor
-from quant.pipeline.activation_store import ActivationStore, Batches
+from quant.outlier_suppression.base import Place
+from quant.pipeline.activation_store import ActivationStore, Batches, Calls
 from quant.pipeline.experts import (
     MOST_PRIOR,
     Aside,
@@ -34,7 +36,7 @@ from quant.pipeline.experts import (
     layer_statistics,
     side_by_side,
 )
-from quant.pipeline.folding import can_take_rows, find_fold, fold_linear, fold_norm
+from quant.pipeline.folding import Fold, can_take_rows, find_fold, fold_linear, fold_norm
 from quant.pipeline.memory import MAPPED, give_back
 from quant.pipeline.pieces import PIECE
 from quant.pipeline.plan import JobPlan
@@ -51,17 +53,20 @@ from quant.vllm.config import head_size
 #: An input feature this many times as large as the median one is an outlier: its weights may be small and
 #: still matter, and few bits round them away.
 OUTLIERS = 32.0
+#: Linears of a group whose weights are looked at where factors are chosen for several groups at once.
+_SPREAD = 32
 #: Tokens of the held-out row that a layer's error is measured on.
 ERROR_TOKENS = 256
 
 
 @dataclass
 class BlockResult:
-    """What a block's quantization makes: linears by file name, source tensors with new values, scales of the
-    KV cache."""
+    """What a block's quantization makes: linears by file name, source tensors with new values, factors by the
+    norm that several groups of linears read, scales of the KV cache."""
 
     linears: dict[str, QuantizedTensor] = field(default_factory=dict)
     changed: dict[str, torch.Tensor] = field(default_factory=dict)
+    folded: dict[str, torch.Tensor] = field(default_factory=dict)
     _cache: torch.Tensor | None = None
 
     def observe_cache(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,11 +100,12 @@ class BlockResult:
 @dataclass(frozen=True)
 class BlockQuantizer:
     """Quantizes the linears of one block after another, each with the quantizer and the suppressor of its
-    assignment."""
+    assignment; those whose inputs no pass shows by ``rounded``, from their weights alone."""
 
     plan: JobPlan
     quantizers: Mapping[Assignment, Quantizer]
     suppressors: Mapping[Assignment, Suppressor | None]
+    rounded: Callable[[str], QuantizedTensor]
     records: Records
     clock: Clock
 
@@ -121,14 +127,16 @@ class BlockQuantizer:
         index: int,
         block: nn.Module,
         batches: Batches,
-        calls: Mapping[int, BlockCall],
+        calls: Calls,
         store: ActivationStore,
         held_out: int | None,
         need_outputs: bool,
     ) -> BlockResult:
         """Quantizes the chosen linears of one block and leaves its outputs in ``batches``."""
         prefix, linears = skeleton.block_prefix(index), skeleton.linears(index)
-        chosen = self._chosen_groups(skeleton.groups(index), prefix)
+        scaling = any(self.suppressors.values())
+        every = skeleton.sourced_groups(index) if scaling else skeleton.groups(index)
+        chosen = self._chosen_groups(every, prefix)
         groups = list(chosen)
         sums: dict[InputGroup, Accumulator] = {}
         samples: dict[InputGroup, torch.Tensor] = {}
@@ -151,16 +159,21 @@ class BlockQuantizer:
                 sums[group].add(inputs)
 
         made = BlockResult()
+        seen = {name for group in groups for name in group.linears}
+        for name, linear in linears.items():
+            if prefix + name in self.plan.linears and name not in seen:
+                made.linears[prefix + name] = self.rounded(prefix + name)
+                linear.set(block, made.linears[prefix + name].dequantize().to(linear.get(block).dtype))
         cache = [spec.name for unit in self.plan.units if unit.block == index for spec in unit.made]
         observed = observed_attention(block, made.observe_cache) if cache else nullcontext()
         if not groups:
             with computed(block), observed:
-                run_block(block, batches, calls)
+                run_block(block, index, batches, calls)
             made.finish_cache(cache)
             return made
 
-        modules = {name: linear.module for name, linear in linears.items() if linear.place is None}
-        staged = StagedForward(block, groups, batches, calls, store, observe, need_outputs, modules)
+        modules = {name: linear.module for name, linear in linears.items() if not linear.shared}
+        staged = StagedForward(block, index, groups, batches, calls, store, observe, need_outputs, modules)
         clock = self.clock.seconds
         before, other = time.perf_counter(), clock["statistics"] + clock["solve"]
         # not observed: the K and V of weights that are not quantized yet are none of the cache's
@@ -168,12 +181,14 @@ class BlockQuantizer:
             staged.look_ahead()
         priors: dict[str, ExpertInputs] = {}
         with computed(block), observed:
-            for group in staged.stages():
+            for key in staged.stages():
+                group = key
                 if group.experts:
                     self._solve_experts(
                         block,
                         linears,
                         group,
+                        self._kin(chosen[group], every, linears, block),
                         prefix,
                         routed.pop(group),
                         routed_samples.pop(group, None),
@@ -191,9 +206,10 @@ class BlockQuantizer:
                         # them
                         give_back()
                     _demand_finite(statistics, prefix + group.linears[0])
-                    results, factors = self._solve_group(
-                        group, chosen[group], prefix, weights, statistics, skeleton.norm_offset, made
-                    )
+                    if group.norm_offset is None:
+                        group = replace(group, norm_offset=skeleton.norm_offset)
+                    kin = self._kin(chosen[key], every, linears, block)
+                    results, factors = self._solve_group(group, kin, prefix, weights, statistics, made)
                 for name, weight, result in zip(group.linears, weights, results, strict=True):
                     with self.clock.phase("solve"):
                         value, evidence = self._going_on(result.tensor, weight, factors, samples.get(group))
@@ -210,6 +226,7 @@ class BlockQuantizer:
         block: nn.Module,
         linears: Mapping[str, BlockLinear],
         group: InputGroup,
+        kin: _Kin,
         prefix: str,
         routed: ExpertInputs,
         held_out: ExpertInputs | None,
@@ -229,6 +246,7 @@ class BlockQuantizer:
             if how != "routed":
                 priors[group.experts] = routed if how == "all" else routed.reduced(MOST_PRIOR)
         first, aside = priors.get(group.experts), Aside(routed.scratch)
+        common, said = self._layer_factors(block, linears, group, kin, prefix, routed, made)
         by_expert: dict[int, list[str]] = {}
         for name in group.linears:
             place = linears[name].place
@@ -265,15 +283,28 @@ class BlockQuantizer:
                     with clock.phase("solve"):
                         for (statistics, _), names in zip(gathered, some.values(), strict=True):
                             _demand_finite(statistics, prefix + names[0])
-                        results = self._rounded(assignment, weights, [s for s, _ in gathered])
+                        scaled = [s for s, _ in gathered]
+                        factors = self._expert_factors(
+                            group, common, [*some.values()], linears, prefix, weights, scaled, made
+                        )
+                        stacked = _stacked(weights)
+                        divided: dict[int, Statistics] = {}  # several experts may share theirs
+                        for index, factor in enumerate(factors):
+                            if factor is not None:
+                                stacked[index] *= factor
+                                key = id(scaled[index])
+                                if key not in divided:
+                                    divided[key] = scaled[index].divided(factor)
+                                scaled[index] = divided[key]
+                        results = self._rounded(assignment, weights, scaled, stacked, said)
                         done = []
-                        for (expert, names), mine, solved, (_, notes) in zip(
-                            some.items(), weights, results, gathered, strict=True
+                        for (expert, names), mine, solved, (_, notes), factor in zip(
+                            some.items(), weights, results, gathered, factors, strict=True
                         ):
                             held = None if held_out is None else held_out.of(expert)[0][-ERROR_TOKENS:]
                             sample = held if held is not None and len(held) else None
                             for name, weight, result in zip(names, mine, solved, strict=True):
-                                value, evidence = self._going_on(result.tensor, weight, None, sample)
+                                value, evidence = self._going_on(result.tensor, weight, factor, sample)
                                 linears[name].set(block, value)
                                 noted = replace(result, notes=(*result.notes, *notes))
                                 done.append(_Solved(name, expert, noted, evidence))
@@ -300,14 +331,67 @@ class BlockQuantizer:
             if inputs is not None and (group.stage == "down" or inputs is not first):
                 inputs.close()
 
+    def _layer_factors(
+        self,
+        block: nn.Module,
+        linears: Mapping[str, BlockLinear],
+        group: InputGroup,
+        kin: _Kin,
+        prefix: str,
+        routed: ExpertInputs,
+        made: BlockResult,
+    ) -> tuple[torch.Tensor | None, tuple[str, ...]]:
+        """Factors for what all experts of a layer read before the first product, whoever it is sent to; and
+        what to say of them."""
+        assignment = self._assignment(prefix, group)
+        suppressor = self.suppressors[assignment]
+        if suppressor is None or group.stage != "up":
+            return None, ()
+        with self.clock.phase("statistics"):
+            statistics = layer_statistics(routed, self._needs(assignment))
+        weights = [linears[n].get(block) for n in _spread(group.linears, _SPREAD)]
+        with self.clock.phase("solve"):
+            return self._suppress(
+                suppressor, group, kin, prefix, _stacked([weights])[0], statistics, assignment.scheme, made
+            )
+
+    def _expert_factors(
+        self,
+        group: InputGroup,
+        common: torch.Tensor | None,
+        experts: Sequence[Sequence[str]],
+        linears: Mapping[str, BlockLinear],
+        prefix: str,
+        weights: Sequence[Sequence[torch.Tensor]],
+        statistics: Sequence[Statistics],
+        made: BlockResult,
+    ) -> list[torch.Tensor | None]:
+        """For each of some experts, given by their linears, the factors of its input, fp32 [K]: those of the
+        whole layer before the first product; before the second its own, folded into the rows of its up
+        projection."""
+        if group.stage == "up" or not group.source:
+            return [common] * len(experts)
+        factors: list[torch.Tensor | None] = []
+        for (name, *_), mine, seen in zip(experts, weights, statistics, strict=True):
+            assignment, source = self.plan.assignments[prefix + name], expert_source(name, linears)
+            suppressor, up = self.suppressors[assignment], made.linears.get(f"{prefix}{source}")
+            known = suppressor is not None and "linear" in suppressor.sources and source is not None
+            if not known or up is None or not can_take_rows(up) or not seen.tokens:
+                factors.append(None)
+                continue
+            assert suppressor is not None and source is not None
+            fold = Fold(InputGroup((name,), source), prefix, Place("linear", True), 0.0)
+            stacked = _stacked([mine])[0]
+            factors.append(self._folded(suppressor, fold, False, stacked, seen, assignment.scheme, made)[0])
+        return factors
+
     def _solve_group(
         self,
         group: InputGroup,
-        whole: InputGroup,
+        kin: _Kin,
         prefix: str,
         weights: Sequence[torch.Tensor],
         statistics: Statistics,
-        norm_offset: float,
         made: BlockResult,
     ) -> tuple[list[Quantized], torch.Tensor | None]:
         """Suppresses and quantizes linears that share an input; what they become goes into ``made``.
@@ -322,7 +406,7 @@ class BlockQuantizer:
         factors = None
         if suppressor is not None:
             factors, notes = self._suppress(
-                suppressor, group, whole, prefix, stacked[0], statistics, scheme, norm_offset, made
+                suppressor, group, kin, prefix, stacked[0], statistics, scheme, made
             )
         if factors is not None:
             stacked *= factors
@@ -351,8 +435,6 @@ class BlockQuantizer:
         quantizer, suppressor = self.quantizers[assignment], self.suppressors[assignment]
         if stacked is None:
             stacked = _stacked(weights)
-            if suppressor is not None:
-                notes = (f"not scaled by {suppressor.name}: the router reads what the experts read",)
         said = [
             (*notes, *(_outlier_notes(s) if suppressor is None and scheme.weights.bits <= 4 else ()))
             for s in statistics
@@ -379,21 +461,26 @@ class BlockQuantizer:
         self,
         suppressor: Suppressor,
         group: InputGroup,
-        whole: InputGroup,
+        kin: _Kin,
         prefix: str,
         stacked: torch.Tensor,
         statistics: Statistics,
         scheme: Scheme,
-        norm_offset: float,
         made: BlockResult,
     ) -> tuple[torch.Tensor | None, tuple[str, ...]]:
-        """The factors that a suppressor proposes, folded; or None and why not."""
+        """The factors that a suppressor proposes, folded; or None and why not. Groups that read the output of
+        one norm get what the first of them was given."""
+        if (known := made.folded.get(group.source)) is not None:
+            return known, (f"scaled with the others that read {group.source}",)
+        if kin.several:
+            group = replace(group, linears=tuple(n for n in kin.whole.linears if self._scaled(prefix + n)))
+            stacked = torch.cat([stacked, *kin.rows()])
         fold = find_fold(
             group,
-            whole,
+            kin.whole,
             prefix,
             self.plan.checkpoint,
-            norm_offset,
+            group.norm_offset or 0.0,
             head_size(self.plan.checkpoint.config) or 1,
             self.plan.recipe.exact_folds,
             stacked.device,
@@ -404,21 +491,61 @@ class BlockQuantizer:
             return None, ()
         if fold.place.source == "linear" and not can_take_rows(made.linears.get(fold.source)):
             return None, (f"not scaled by {suppressor.name}: {group.source} has no scale for each output",)
+        return self._folded(suppressor, fold, kin.several, stacked, statistics, scheme, made)
+
+    def _scaled(self, linear: str) -> bool:
+        """Whether a linear is quantized, and has a suppressor."""
+        assignment = self.plan.assignments.get(linear)
+        return assignment is not None and self.suppressors[assignment] is not None
+
+    def _folded(
+        self,
+        suppressor: Suppressor,
+        fold: Fold,
+        several: bool,
+        stacked: torch.Tensor,
+        statistics: Statistics,
+        scheme: Scheme,
+        made: BlockResult,
+    ) -> tuple[torch.Tensor, tuple[str, ...]]:
+        """What a suppressor proposes, folded; ``several``: other groups will be scaled likewise."""
+        group = fold.group
         proposed = suppressor(stacked, statistics, scheme, TORCH[self.plan.dtype], fold.place)
         make = fold_norm if fold.place.source == "norm" else partial(fold_linear, done=made.linears)
         factors, changed = make(fold, proposed.factors, self.plan.checkpoint)
         made.changed.update(changed)
-        self.records.folds[prefix + "+".join(group.linears)] = FoldResult(
+        if several:
+            made.folded[group.source] = factors
+        self.records.folds[fold.prefix + (group.source if several else "+".join(group.linears))] = FoldResult(
             suppressor=suppressor.name,
             kind=fold.place.source,
             source=fold.source,
-            linears=tuple(prefix + n for n in group.linears),
+            linears=tuple(fold.prefix + n for n in (*group.linears, *group.readers)),
             norm_offset=fold.norm_offset,
             changed=tuple(sorted(changed)),
             factors=(float(factors.min()), float(factors.max())),
             notes=tuple(proposed.notes),
         )
         return factors, proposed.notes
+
+    def _kin(
+        self,
+        group: InputGroup,
+        every: Sequence[InputGroup],
+        linears: Mapping[str, BlockLinear],
+        block: nn.Module,
+    ) -> _Kin:
+        """All that reads what a group reads."""
+        others = [g for g in every if g != group and g.source == group.source and g.stage != "down"]
+        if not group.source or group.stage == "down" or not others:
+            return _Kin(group, False, lambda: [])
+
+        def rows() -> list[torch.Tensor]:
+            names = [n for other in others for n in _spread(other.linears, _SPREAD)]
+            return [linears[n].get(block).float() for n in names]
+
+        names = dict.fromkeys(n for g in (group, *others) for n in g.linears)
+        return _Kin(replace(group, linears=tuple(names)), True, rows)
 
     def _assignment(self, prefix: str, group: InputGroup) -> Assignment:
         return self.plan.assignments[prefix + group.linears[0]]
@@ -435,7 +562,7 @@ class BlockQuantizer:
             for name in group.linears:
                 if prefix + name in self.plan.linears:
                     alike.setdefault(self.plan.assignments[prefix + name], []).append(name)
-            chosen |= {InputGroup(tuple(names), group.source, group.fused): group for names in alike.values()}
+            chosen |= {replace(group, linears=tuple(names)): group for names in alike.values()}
         return chosen
 
     def _going_on(
@@ -488,6 +615,21 @@ class _Solved:
     expert: int
     result: Quantized
     evidence: tuple[float, float, float | None]
+
+
+@dataclass(frozen=True)
+class _Kin:
+    """All linears that read one input (``whole``), in several groups or in one; ``rows``: weights [N, K] of a
+    part of the other groups'."""
+
+    whole: InputGroup
+    several: bool
+    rows: Callable[[], list[torch.Tensor]]
+
+
+def _spread(names: Sequence[str], most: int) -> list[str]:
+    """At most so many of the names, at even distances."""
+    return list(names[:: max(1, -(-len(names) // most))])
 
 
 def _stacked(weights: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:

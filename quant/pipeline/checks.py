@@ -13,7 +13,6 @@ from quant.errors import QuantError, clipped
 from quant.evaluation.agreement import file_problems
 from quant.formats import Format, FormatRegistry
 from quant.models.roles import block_of
-from quant.models.support import layout_problem
 from quant.pipeline.methods import make_suppressor, takes_alpha
 from quant.pipeline.source import QuantizedSource
 from quant.planning.target import target_problems
@@ -74,8 +73,6 @@ def source_problems(checkpoint: Checkpoint, source: QuantizedSource | None, reci
             "model's class is needed, such as "
             '["LlamaForCausalLM"]: engines choose the model by it'
         )
-    if reason := layout_problem(str(checkpoint.config.get("model_type"))):
-        problems.append(f"{checkpoint.path}: {reason}")
     problems += [f"{checkpoint.path}: {line}" for line in file_problems(checkpoint, build=True)]
     empty = [
         n

@@ -19,8 +19,9 @@ from quant.calibration.text import Rows
 from quant.checkpoint.dtypes import TORCH
 from quant.errors import QuantError
 from quant.evaluation.preservation import ROWS, TOKENS
-from quant.models.skeleton import BlockCall, Skeleton
-from quant.pipeline.activation_store import ActivationStore, Batches
+from quant.models.calls import BlockCall
+from quant.models.skeleton import Skeleton
+from quant.pipeline.activation_store import ActivationStore, Batches, Calls
 from quant.pipeline.checks import check_disk
 from quant.pipeline.manager import QuantizationManager, batch_rows, memory_exhausted, worker_count
 from quant.pipeline.memory import freed_memory_kept, peak_rss
@@ -142,9 +143,10 @@ def _try_blocks(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, pr
     share = (tokens + extra + ahead) / (tried + extra + ahead)
     kinds = _kinds(plan, skeleton)
     seconds, most = 0.0, 0
-    calls: dict[int, list[BlockCall]] = {}
+    calls: list[list[BlockCall]] = []
     start = time.perf_counter()
-    embedding = skeleton.embedded([*trial, *([rows.held_out] if rows.held_out is not None else [])], calls)
+    texts = [*trial, *([rows.held_out] if rows.held_out is not None else [])]
+    embedding = skeleton.embedded(texts, calls.append)
     embedded = [next(embedding)]  # reads embeddings and head, once in a job
     first = time.perf_counter() - start
     start = time.perf_counter()
@@ -157,14 +159,15 @@ def _try_blocks(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, pr
         progress(Event("trial", number, len(kinds)))
         store = ActivationStore(_RESIDENT, None)
         try:
+            skeleton.give_state(index, embedded, calls)
             batches = Batches(store, (h.clone() for h in embedded))
-            block_calls = {b: c[index] for b, c in calls.items()}
+            block_calls = Calls(store, calls)
             start = time.perf_counter()
             block = skeleton.load_block(index)
             loaded = time.perf_counter() - start
             with computed(block):
                 # kernels are loaded and memory is claimed, once in a job
-                run_block(block, batches, block_calls)
+                run_block(block, index, batches, block_calls)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             clock.seconds.clear()

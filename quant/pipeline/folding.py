@@ -8,13 +8,15 @@ is quantized already takes only powers of two, which its scales hold exactly; no
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from quant.checkpoint.reader import Checkpoint
 from quant.models.adapter import InputGroup
+from quant.models.linears import LinearRef
+from quant.models.sources import shared_heads
 from quant.outlier_suppression.base import Place, norm_factors
 from quant.report.value import FoldResult
 from quant.tensors import QuantizedTensor
@@ -55,9 +57,11 @@ def find_fold(
     """The fold of a group's input, or why there is none.
 
     Args:
-        group: the linears that will be scaled alike; whole: all that read the same input.
+        group: the linears that will be scaled alike.
+        whole: all that read the same input, in several groups where there are more.
         head_size: features of an attention head, to match heads with the KV heads they share.
-        exact: factors of norms must be powers of two as well.
+        exact: factors of norms must be powers of two as well, as they must where matrices that stay in 16
+            bits read the input.
     """
     if not group.source:
         return "the model's adapter does not say what makes the input"
@@ -67,18 +71,15 @@ def find_fold(
     weight = checkpoint.tensors.get(f"{prefix}{group.source}.weight")
     if weight is None:
         return f"the file has no {prefix}{group.source}.weight"
-    inputs = checkpoint.info(f"{prefix}{group.linears[0]}.weight").shape[1]
     if len(weight.shape) == 1:
-        return Fold(group, prefix, Place("norm", exact), norm_offset)
+        return Fold(group, prefix, Place("norm", exact or bool(group.readers)), norm_offset)
+    inputs = checkpoint.info(f"{prefix}{group.linears[0]}.weight").shape[1]
     outputs = weight.shape[0]
     if outputs == inputs:
         return Fold(group, prefix, Place("linear", True), 0.0)
     if not group.source.endswith("v_proj") or outputs % head_size or inputs % outputs:
         return f"{group.source} makes {outputs} outputs for {inputs} inputs in a way that is not known"
-    index = torch.arange(inputs, device=device)
-    shared = inputs // outputs  # query heads that read one KV head
-    tied = index // (head_size * shared) * head_size + index % head_size
-    return Fold(group, prefix, Place("linear", True, tied), 0.0)
+    return Fold(group, prefix, Place("linear", True, shared_heads(inputs, outputs, head_size, device)), 0.0)
 
 
 def fold_norm(
@@ -98,6 +99,9 @@ def fold_norm(
     if bias in checkpoint.tensors:
         value = checkpoint.read(bias).to(factors.device)
         changed[bias] = (value.float() / exact).to(value.dtype)
+    for reader in fold.group.readers:  # factors are powers of two
+        value = checkpoint.read(f"{fold.prefix}{reader}.weight").to(factors.device)
+        changed[f"{fold.prefix}{reader}.weight"] = (value.float() * exact).to(value.dtype)
     return exact, changed
 
 
@@ -108,14 +112,16 @@ def fold_linear(
     quantized source is replaced in ``done``. Outputs whose scales would leave the range of their dtype keep a
     factor of 1."""
     factors = fold.place.fit(factors.clamp(1 / _LARGEST, _LARGEST))
-    outputs = checkpoint.info(f"{fold.source}.weight").shape[0]
+    quantized = done.get(fold.source)
+    outputs = (
+        len(quantized.scales) if quantized is not None else checkpoint.info(f"{fold.source}.weight").shape[0]
+    )
     rows = torch.ones(outputs, device=factors.device)
     index = (
         fold.place.tied if fold.place.tied is not None else torch.arange(len(factors), device=factors.device)
     )
     rows[index] = factors
     changed = {}
-    quantized = done.get(fold.source)
     if quantized is not None:
         rows, scaled = _divided(quantized.scales, rows)
         done[fold.source] = replace(quantized, scales=scaled)
@@ -149,6 +155,7 @@ def unfolded(
     folds: Iterable[FoldResult],
     source: Checkpoint,
     written: Checkpoint,
+    refs: Mapping[str, LinearRef],
 ) -> None:
     """Puts the weights of a finished block, read back from its shards, in the form in which the block ran:
     norm folds are undone, so that the replay multiplies what the first run did. Folds into linears are powers
@@ -158,6 +165,11 @@ def unfolded(
             name = f"{fold.source}.weight"
             factors = norm_factors(source.read(name), written.read(name), fold.norm_offset)
             for linear in fold.linears:
-                weights[f"{linear}.weight"] = weights[f"{linear}.weight"] / factors
+                ref = refs.get(linear)
+                if (weight := weights.get(f"{linear}.weight")) is not None:
+                    weights[f"{linear}.weight"] = weight / factors
+                elif ref is not None and ref.tensor in weights:  # a part of a tensor in a plain file
+                    ref.weight.view(weights[ref.tensor]).div_(factors)
+                # else it is read as the source has it
         else:
             weights.update({n: written.read(n) for n in fold.changed})

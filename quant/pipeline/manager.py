@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
@@ -26,9 +26,10 @@ from quant.errors import QuantError, UsageError, VerificationFailed
 from quant.evaluation.preservation import preservation
 from quant.evaluation.verify import verify
 from quant.formats import Contents
-from quant.formats.reading import read_linear
-from quant.models.skeleton import BlockCall, Skeleton
-from quant.pipeline.activation_store import ActivationStore, Batches
+from quant.formats.reading import read_linear, read_weight
+from quant.models.account import LARGEST_REST
+from quant.models.skeleton import Skeleton
+from quant.pipeline.activation_store import ActivationStore, Batches, Calls
 from quant.pipeline.blocks import BlockQuantizer, BlockResult
 from quant.pipeline.folding import unfolded
 from quant.pipeline.layout import Unit
@@ -90,8 +91,10 @@ class QuantizationManager:
         self.suppressors = {a: suppressor_of(a, recipe.alpha) for a in self.quantizers}
         self.device = device_of(recipe.device)
         self.clock, self.records = Clock(), Records(plan, progress)
-        self.blocks = BlockQuantizer(plan, self.quantizers, self.suppressors, self.records, self.clock)
         self.pieces = PieceQuantizer(plan, self.quantizers, self.device, self.records)
+        self.blocks = BlockQuantizer(
+            plan, self.quantizers, self.suppressors, self.pieces.quantize, self.records, self.clock
+        )
         self.scratch_bytes = 0
 
     @property
@@ -118,6 +121,10 @@ class QuantizationManager:
                     warning=True,
                 )
             )
+        for reason in dict.fromkeys(self.plan.left.values()):
+            names = [n for n, r in self.plan.left.items() if r == reason]
+            message = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
+            self.progress(Event("quantize", message=f"left in 16 bits: {message}: {reason}", warning=True))
         work = WorkFolder(
             self.plan.recipe.output_path.absolute(), self._fingerprint(rows), self.plan.recipe.fresh
         )
@@ -161,13 +168,11 @@ class QuantizationManager:
             for group in skeleton.groups(b)
             for n in group.linears
         }
-        unknown = [n for n in self.plan.linears if n not in known]
-        if unknown:
-            raise QuantError(
-                f"{', '.join(unknown[:3])} {'is' if len(unknown) == 1 else 'are'} not among the linears "
-                "that a block is seen to run, so there is no "
-                "calibration for it: leave it with --ignore, or use --method minmax"
-            )
+        if any(self.suppressors.values()):
+            for index in range(skeleton.block_count):
+                skeleton.sourced_groups(index)
+        if problem := unseen_problem(self.plan, skeleton, known):
+            raise QuantError(problem)
         return rows, skeleton
 
     def _fingerprint(self, rows: Rows | None) -> dict[str, Any]:
@@ -201,8 +206,8 @@ class QuantizationManager:
                     *rows.tokens.split(batch_rows(self.device, rows.tokens.shape[1])),
                     *([rows.held_out] if rows.held_out is not None else []),
                 ]
-                calls: dict[int, list[BlockCall]] = {}
-                batches = Batches(store, skeleton.embedded(tokens, calls))
+                calls = Calls(store)
+                batches = Batches(store, skeleton.embedded(tokens, calls.append))
                 held_out = len(tokens) - 1 if rows.held_out is not None else None
             for unit in self._units(work):
                 if unit.block is None or unit.block >= skeleton.block_count:
@@ -210,13 +215,12 @@ class QuantizationManager:
                         self._write(unit, work, BlockResult())
                     continue
                 last = unit.block == skeleton.block_count - 1
-                block_calls = {b: c[unit.block] for b, c in calls.items()}
                 if unit.name in work.finished:
                     if not last:
                         with self.clock.phase("replay"):
                             block = skeleton.load_block(unit.block, self._finished_weights(unit, work))
                             with computed(block):
-                                run_block(block, batches, block_calls)
+                                run_block(block, unit.block, batches, calls)
                 else:
                     with self.clock.phase("load"):
                         block = skeleton.load_block(unit.block)
@@ -225,7 +229,7 @@ class QuantizationManager:
                         unit.block,
                         block,
                         batches,
-                        block_calls,
+                        calls,
                         store,
                         held_out,
                         need_outputs=not last,
@@ -255,15 +259,16 @@ class QuantizationManager:
         else:
             layers = self.plan.format.find(config, headers)
             weights = {
-                f"{name}.weight": read_linear(self.plan.format, layers, written, name).dequantize()
+                f"{name}.weight": read_weight(self.plan.format, layers, written, name)
                 for name in layers.linears
             }
-        names = {t.linear for s in unit.shards for t in s.tensors}
+        names = {n for s in unit.shards for t in s.tensors for n in (t.linear, *t.linears) if n}
         unfolded(
             weights,
-            [fold for fold in self.records.folds.values() if fold.linears[0] in names],
+            [fold for fold in self.records.folds.values() if names & set(fold.linears)],
             self.plan.checkpoint,
             written,
+            self.plan.refs,
         )
         return weights
 
@@ -442,6 +447,7 @@ class QuantizationManager:
                 experts=self.records.experts,
                 unquantized_linears=tuple(plan.unquantized),
                 plain_in_vllm=plan.plain,
+                left=plan.left,
                 function=None if preserved is None else preserved.to_dict(),
                 scratch_bytes=self.scratch_bytes,
                 peak_gpu_bytes=torch.cuda.max_memory_allocated(self.device) if gpu else 0,
@@ -455,6 +461,31 @@ class QuantizationManager:
         """Settings of the methods that a format may have a word for."""
         orders = (str(getattr(q, "act_order", "none")) for q in self.quantizers.values())
         return {"act_order": next((order for order in orders if order != "none"), "none")}
+
+
+def unseen_problem(plan: JobPlan, skeleton: Skeleton, known: Collection[str]) -> str | None:
+    """Why a job cannot be run of whose linears a pass shows only the inputs of ``known``, or None.
+
+    The others are rounded from their weights alone. Of those that the model reads they must be a small part;
+    of no account are linears that it does not read at all, and blocks that it passes by.
+    """
+    unseen = [n for n in plan.linears if n not in known]
+    calibrated = [n for n in unseen if (a := plan.linears[n].activations) is not None and a.calibrated]
+    read = {
+        skeleton.block_prefix(b) + n
+        for b in range(skeleton.block_count)
+        if skeleton.groups(b)
+        for n in skeleton.linears(b)
+    }
+    stray = calibrated or [n for n in unseen if n in read]
+    total = sum(w.elements for w in plan.weights)
+    if not calibrated and sum(plan.linears[n].n * plan.linears[n].k for n in stray) <= LARGEST_REST * total:
+        return None
+    return (
+        f"{', '.join(stray[:3])}{f' and {len(stray) - 3} more' if len(stray) > 3 else ''} "
+        f"{'is' if len(stray) == 1 else 'are'} not among the linears that a block is seen to run, so there "
+        "is no calibration for it: leave it with --ignore, or use --method minmax"
+    )
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from quant.errors import CheckpointError
 from quant.pipeline.plan import JobPlan
 from quant.pipeline.records import Records
 from quant.quantizers import Quantized, Quantizer
+from quant.quantizers.minmax import MinMaxQuantizer
 from quant.recipe import Assignment
 from quant.schemes import BLOCK
 from quant.tensors import QuantizedTensor, largest_magnitude, sum_of_squares
@@ -25,6 +26,8 @@ from quant.vllm.layers import sharing_layers
 #: Elements of a weight that are worked on at a time: a CPU's temporaries stay in its cache, a GPU's still
 #: fill it.
 PIECE = {"cpu": 1 << 18, "cuda": 1 << 24}
+#: What becomes of a linear whose inputs a calibrated job does not see.
+UNSEEN = "no calibration token is seen to reach it: rounded to the nearest number"
 
 
 class Assembled:
@@ -80,7 +83,7 @@ class PieceQuantizer:
 
     def quantize(self, name: str) -> QuantizedTensor:
         """Quantizes one linear by pieces of its rows, which are independent; of the source no more than a
-        piece is in memory.
+        piece is in memory. A method that asks for statistics gives way to rounding to the nearest.
 
         Raises:
             CheckpointError: its weight holds NaN or infinity.
@@ -90,16 +93,21 @@ class PieceQuantizer:
         start = time.perf_counter()
         amax = self._fused_amax(name) if weights.strategy in ("tensor", "tensor_group") else None
         shared = {} if amax is None else {"amax": amax}
+        quantizer = self.quantizers[assignment]
+        fallbacks: tuple[str, ...] = ()
+        if quantizer.needs:
+            quantizer, fallbacks = MinMaxQuantizer(), (UNSEEN,)
         signal, noise = [], []
         whole = Assembled(self.plan.linears[name].n)
         for stored, weight, squares in self._pieces(name):
-            result = self.quantizers[assignment](weight, None, weights, TORCH[self.plan.dtype], **shared)
+            result = quantizer(weight, None, weights, TORCH[self.plan.dtype], **shared)
             signal.append(squares)
             # a dtype holds the difference of two of its numbers exactly where neither is more than twice the
             # other, or one is 0
             noise.append(sum_of_squares(result.tensor.dequantize().to(stored.dtype).sub_(stored).float()))
             whole.add(result)
         quantized = whole.finish()
+        quantized = replace(quantized, fallbacks=(*fallbacks, *quantized.fallbacks))
         self.records.add(name, quantized, _total(noise), _total(signal), None, 0, time.perf_counter() - start)
         return quantized.tensor
 

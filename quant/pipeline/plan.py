@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from quant.calibration.files import empty_texts
@@ -12,7 +13,7 @@ from quant.checkpoint.reader import Checkpoint
 from quant.checkpoint.writer import TensorSpec
 from quant.errors import CheckpointError, Problems, UsageError
 from quant.formats import Format, FormatRegistry
-from quant.models.account import DecoderWeight, account, decoder_matrices, rest_problems
+from quant.models.account import LARGEST_REST, DecoderWeight, account, decoder_matrices, rest_problems
 from quant.models.linears import LinearRef, built_linears, decoder_refs
 from quant.models.place import decoder_list
 from quant.models.roles import block_list, block_of, leftovers_note
@@ -51,6 +52,7 @@ class JobPlan:
         unquantized: linears of any part of the model that stay as they are.
         plain: those of the decoder's blocks among them that vLLM builds in 16 bits whatever a config says,
             each with the reason.
+        left: those of them that the job was not asked to leave, each with the reason.
         dtype: header name of the dtype that scales, and plain weights, are stored in.
     """
 
@@ -67,6 +69,7 @@ class JobPlan:
     kept: Mapping[str, Linear] = field(default_factory=dict)
     source: QuantizedSource | None = None
     notes: tuple[str, ...] = ()
+    left: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def written(self) -> dict[str, Linear]:
@@ -141,6 +144,7 @@ class JobPlan:
             "linears": len(self.linears),
             "unquantized_linears": list(self.unquantized),
             "plain_in_vllm": dict(self.plain),
+            "left": dict(self.left),
             "bits_per_weight": self.bits_per_weight,
             "source_bytes": self.checkpoint.nbytes,
             "output_bytes": self.output_bytes,
@@ -217,7 +221,11 @@ def plan_job(recipe: Recipe) -> JobPlan:
     linears = {}
     for name, assignment in assignments.items():
         ref = refs[name]
-        linears[name] = Linear(name, ref.n, ref.k, assignment.scheme.weights, assignment.scheme.activations)
+        scheme = assignment.scheme
+        linears[name] = Linear(name, ref.n, ref.k, scheme.weights, scheme.activations, ref.turned)
+    left = {} if recipe.layers is not None else ungrouped(linears, checkpoint)
+    for name in left:
+        del linears[name], assignments[name]
     different = list(dict.fromkeys(assignments.values())) or [recipe.assignment(recipe.method)]
     problems += assignment_problems(recipe, different, form)
     written = {**linears, **kept}
@@ -276,6 +284,7 @@ def plan_job(recipe: Recipe) -> JobPlan:
         kept,
         source,
         tuple(notes),
+        left,
     )
     check_disk(recipe.output_path, plan.output_bytes + plan.copied_bytes)
     return plan
@@ -334,6 +343,20 @@ def _named(patterns: Sequence[str], checkpoint: Checkpoint) -> set[str]:
     names = [n.removesuffix(".weight") for n in decoder_matrices(checkpoint.tensors, checkpoint.config)]
     chosen = {n for p in patterns for n in names if matches(n, p)}
     return {n for n in checkpoint.tensors if n.removesuffix(".weight") in chosen}
+
+
+def ungrouped(linears: Mapping[str, Linear], checkpoint: Checkpoint) -> dict[str, str]:
+    """Linears whose inputs do not divide into the groups of their scheme, each with that reason, where they
+    are a small part of the decoder (the low-rank matrices of Gemma 3n) and may be left; empty where they are
+    more, which is for the request to settle."""
+    found = {
+        name: f"{linear.k} inputs do not divide into groups of {linear.weights.group_size}"
+        for name, linear in linears.items()
+        if linear.weights.strategy in ("group", "tensor_group") and linear.k % linear.weights.group_size
+    }
+    total = sum(prod(i.shape) for i in decoder_matrices(checkpoint.tensors, checkpoint.config).values())
+    share = sum(linears[name].n * linears[name].k for name in found) / max(total, 1)
+    return found if share <= LARGEST_REST and len(found) < len(linears) else {}
 
 
 def assign(

@@ -15,7 +15,7 @@ goes ahead without stopping shows what is read after each stop.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -29,9 +29,9 @@ from torch.utils._pytree import tree_iter
 from quant.errors import QuantError
 from quant.models.adapter import InputGroup
 from quant.models.attention import attention_through, staircase_attention
+from quant.models.calls import BlockCall, call_block
 from quant.models.experts import Routed, Stage, experts_through
-from quant.models.skeleton import BlockCall
-from quant.pipeline.activation_store import ActivationStore, Batches
+from quant.pipeline.activation_store import ActivationStore, Batches, Calls
 
 #: What tensors of the same place in the block's code have in common, whatever the batch.
 _Kind = tuple[torch.Size, torch.dtype]
@@ -46,10 +46,12 @@ class _Batch(greenlet):
     code may hold while it waits: what the block's linears, norms and attention are given."""
 
     seen: list[weakref.ref[torch.Tensor]]
+    call: BlockCall
 
-    def held(self) -> list[torch.Tensor]:
-        """Those of ``seen`` that are alive, in their order; two views of one storage are one."""
-        alive = [t for r in self.seen if (t := r()) is not None]
+    def held(self, others: Collection[int]) -> list[torch.Tensor]:
+        """Those of ``seen`` that are alive, in their order; two views of one storage are one. Storages in
+        ``others`` are not the batch's to set aside."""
+        alive = [t for r in self.seen if (t := r()) is not None and t.untyped_storage()._cdata not in others]
         held = list({t.untyped_storage().data_ptr(): t for t in alive}.values())
         self.seen = [weakref.ref(t) for t in held]
         return held
@@ -127,27 +129,22 @@ def computed(block: nn.Module) -> Iterator[None]:
         yield
 
 
-def run_block(block: nn.Module, batches: Batches, calls: Mapping[int, BlockCall]) -> None:
-    """Replaces every batch by the block's output."""
+def run_block(block: nn.Module, index: int, batches: Batches, calls: Calls) -> None:
+    """Replaces every batch by the output of block ``index``."""
     with torch.no_grad():
-        for index in range(len(batches)):
-            batches.put(index, _call(block, batches.take(index), calls))
-
-
-def _call(block: nn.Module, hidden: torch.Tensor, calls: Mapping[int, BlockCall]) -> torch.Tensor:
-    call = calls[len(hidden)]
-    output = block(hidden, *call.args, **call.kwargs)
-    return output[0] if isinstance(output, tuple) else output
+        for batch in range(len(batches)):
+            batches.put(batch, call_block(block, batches.take(batch), calls.take(batch, index)))
+            calls.put(batch, index)
 
 
 class StagedForward:
     """The pass. Iterate over :meth:`stages`; when it ends, ``batches`` holds the block's outputs.
 
     Args:
-        block: filled, on its device.
+        block: filled, on its device; ``index`` is its number.
         groups: the groups of linears to stop at; of experts one for each of a module's two products.
         batches: inputs of the block, replaced by its outputs.
-        calls: by batch size, what the block is called with.
+        calls: what the blocks are called with.
         observe: called with (group, batch index, inputs [B, T, K]) as each batch arrives at a group.
         need_outputs: False for the last block, whose last linear nobody reads: its batches are dropped there.
         modules: by the names of plain linears in ``groups``, their modules' paths inside the block, where
@@ -157,15 +154,16 @@ class StagedForward:
     def __init__(
         self,
         block: nn.Module,
+        index: int,
         groups: Sequence[InputGroup],
         batches: Batches,
-        calls: Mapping[int, BlockCall],
+        calls: Calls,
         store: ActivationStore,
         observe: Callable[[InputGroup, int, torch.Tensor | Routed], None],
         need_outputs: bool = True,
         modules: Mapping[str, str] | None = None,
     ):
-        self._block, self._batches, self._calls = block, batches, calls
+        self._block, self._index, self._batches, self._calls = block, index, batches, calls
         self._store, self._observe = store, observe
         self._groups = {n: group for group in groups for n in group.linears if not group.experts}
         self._experts = {(group.experts, group.stage): group for group in groups if group.experts}
@@ -179,10 +177,9 @@ class StagedForward:
         """Runs a copy of the smallest batch through the block as it is, to learn what batches that wait need
         not keep. Nothing is observed or replaced."""
         with torch.no_grad(), self._stops(), _Reads() as self._reads:
-            batch = _Batch(lambda h: _call(self._block, h, self._calls))
-            hidden = self._batches.smallest()
-            batch.seen = [weakref.ref(hidden)]
-            batch.switch(hidden)
+            number, hidden = self._batches.smallest()
+            self._batch(self._calls.take(number, self._index).trial(), hidden).switch(hidden)
+            self._calls.put(number, self._index)
         self._unread, self._reads = self._reads.unread(), None
 
     def stages(self) -> Generator[InputGroup, None, None]:
@@ -250,18 +247,23 @@ class StagedForward:
             return
         if self._reads is not None:
             if group not in self._reads.stops:
-                self._reads.stop(group, batch.held())
+                self._reads.stop(group, batch.held(batch.call.storages()))
         elif group not in self._finished:
             assert batch.parent is not None
             batch.parent.switch((group, routed))
 
     def _start(self, index: int) -> _Waiting | None:
         hidden = self._batches.take(index)
-        batch = _Batch(lambda h: _call(self._block, h, self._calls))
-        batch.seen = [weakref.ref(hidden)]
+        batch = self._batch(self._calls.take(index, self._index), hidden)
         return self._arrived(index, batch, batch.switch(hidden))
 
+    def _batch(self, call: BlockCall, hidden: torch.Tensor) -> _Batch:
+        batch = _Batch(lambda h: call_block(self._block, h, call))
+        batch.call, batch.seen = call, [weakref.ref(hidden)]
+        return batch
+
     def _resume(self, index: int, waiting: _Waiting) -> _Waiting | None:
+        self._calls.take(index, self._index)
         # not kept: each holds the storage that it fills, which the block is about to be done with
         while waiting.restore:
             waiting.restore.pop()()
@@ -270,10 +272,13 @@ class StagedForward:
     def _arrived(self, index: int, batch: _Batch, message: Any) -> _Waiting | None:
         if batch.dead:
             self._batches.put(index, message)
+            self._calls.put(index, self._index)
             return None
         group, inputs = message
         self._observe(group, index, inputs)
-        return _Waiting(batch, group, self._put_aside(group, batch.held()))
+        held = batch.held(batch.call.storages())
+        self._calls.put(index, self._index)
+        return _Waiting(batch, group, self._put_aside(group, held))
 
     def _put_aside(self, group: InputGroup, held: Sequence[torch.Tensor]) -> list[Callable[[], None]]:
         if not self._need_outputs and len(self._finished) == self._count - 1:
@@ -299,7 +304,7 @@ class _Stop:
         assert isinstance(batch, _Batch)
         if staged._reads is not None:
             if group not in staged._reads.stops:
-                staged._reads.stop(group, batch.held())
+                staged._reads.stop(group, batch.held(batch.call.storages()))
         elif group not in staged._finished:
             assert batch.parent is not None
             batch.parent.switch((group, inputs))

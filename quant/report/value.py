@@ -178,7 +178,8 @@ class Quantization:
         experts: by mixture, how calibration tokens are spread over its experts, as
             :func:`quant.pipeline.experts.coverage` has it.
         unquantized_linears: of the decoder, and the head.
-        plain_in_vllm: those that vLLM builds in 16 bits whatever a config says, each with the reason.
+        plain_in_vllm: those of them that vLLM builds in 16 bits whatever a config says, each with the reason.
+        left: those of them that the job was not asked to leave, each with the reason.
         function: how far the output's logits are from the source's, of a job that only scales.
         source: what the source was, where it is quantized already (``quant_method``, ``format``,
             ``schemes``), and what became of its matrices (``rounded_anew``, ``kept``, ``dequantized``); and
@@ -200,6 +201,7 @@ class Quantization:
     experts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     unquantized_linears: tuple[str, ...] = ()
     plain_in_vllm: Mapping[str, str] = field(default_factory=dict)
+    left: Mapping[str, str] = field(default_factory=dict)
     function: Mapping[str, Any] | None = None
     source: Mapping[str, Any] | None = None
     backend: Mapping[str, Any] | None = None
@@ -227,6 +229,7 @@ class Quantization:
             "experts": {k: dict(c) for k, c in self.experts.items()},
             "unquantized_linears": list(self.unquantized_linears),
             "plain_in_vllm": dict(self.plain_in_vllm),
+            "left": dict(self.left),
             "function": None if self.function is None else dict(self.function),
             "source": None if self.source is None else dict(self.source),
             "scratch_bytes": self.scratch_bytes,
@@ -253,6 +256,7 @@ class Quantization:
             experts={k: _mapping(c) for k, c in _mapping(value.get("experts")).items()},
             unquantized_linears=_texts(value.get("unquantized_linears")),
             plain_in_vllm={k: _text(v) for k, v in _mapping(value.get("plain_in_vllm")).items()},
+            left={n: _text(r) for n, r in _mapping(value.get("left")).items()},
             function=_mapping(value.get("function")) or None,
             source=_mapping(value.get("source")) or None,
             backend=_mapping(value.get("backend")) or None,

@@ -25,6 +25,7 @@ from quant.errors import CheckpointError
 from quant.evaluation.simulation import Kernels, Simulation
 from quant.formats.reading import dequantized
 from quant.hardware import cpu_instructions
+from quant.models.calls import call_block
 from quant.models.skeleton import Skeleton
 from quant.offline import load_tokenizer
 from quant.serving.deployment import DeploymentRequest, plan
@@ -211,20 +212,19 @@ class Reference:
         """Log-probabilities in fp32 of a run in ``dtype``: of each token but the first, and of the likeliest,
         both [rows, T - 1]."""
         skeleton = Skeleton(self._values, torch.device("cpu"), dtype)
-        (hidden,), calls = skeleton.embed([tokens])
+        texts = tokens.split(1)
+        hidden, calls = skeleton.embed(texts)
         with torch.no_grad():
             for index in range(skeleton.block_count):
-                call = calls[len(tokens)][index]
                 block = skeleton.load_block(index)
                 prefix, linears = skeleton.block_prefix(index), skeleton.linears(index)
                 with self._simulation.inside(block, prefix, linears):
-                    output = block(hidden, *call.args, **call.kwargs)
-                hidden = output[0] if isinstance(output, tuple) else output
+                    hidden = [call_block(block, h, c[index]) for h, c in zip(hidden, calls, strict=True)]
                 skeleton.free_block(index)
             said, most = [], []
             with skeleton.outside():
                 # one row at a time: logits are wide
-                for row, states in zip(tokens.split(1), hidden.split(1), strict=True):
+                for row, states in zip(texts, hidden, strict=True):
                     logs = skeleton.logits(row, states)[:, :-1].float().log_softmax(-1)
                     said.append(logs.gather(-1, row[:, 1:, None])[..., 0])
                     most.append(logs.amax(-1))

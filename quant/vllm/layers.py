@@ -19,18 +19,41 @@ from quant.vllm.kernels import GROUP_SIZES
 @dataclass(frozen=True)
 class Linear:
     """A quantized linear as a format sees it: ``name`` without ``.weight``, N outputs, K inputs, the schemes
-    of its weights and activations."""
+    of its weights and activations; ``transposed``: a tensor that is called ``<name>.weight`` is stored
+    [K, N], see :data:`TRANSPOSED`."""
 
     name: str
     n: int
     k: int
     weights: WeightScheme
     activations: ActivationScheme | None = None
+    transposed: bool = False
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """The shape of a tensor that is called ``<name>.weight``."""
+        return (self.k, self.n) if self.transposed else (self.n, self.k)
 
     @property
     def scheme(self) -> Scheme:
         """Weights and activations together, under their name."""
         return scheme_of(self.weights, self.activations)
+
+
+#: Model types whose blocks multiply by weights that their files store [K, N] (transformers' `Conv1D`), and
+#: the linears that do. vLLM turns every tensor of theirs whose name ends in ``.weight`` as it loads
+#: (`models/gpt2.py::_transpose_conv1d`), codes too; what a format calls otherwise it takes as it is.
+TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+_CONV1D = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
+
+
+def stored_transposed(config: Mapping[str, Any], module: str) -> bool:
+    """Whether the files of a model store a linear's weight [K, N].
+
+    >>> stored_transposed({"model_type": "gpt2"}, "h.0.attn.c_attn"), stored_transposed({}, "h.0.attn.c_attn")
+    (True, False)
+    """
+    return config.get("model_type") in TRANSPOSED and module.rpartition(".")[2] in _CONV1D
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,8 @@ def test_a_block_computes_the_same_and_other_attention_is_left_alone(
     monkeypatch.setattr(attention, "causal", lambda *a: calls.append(1) or causal(*a))
     skeleton = Skeleton(open_checkpoint(checkpoints(kind)), torch.device("cpu"), torch.float32)
     tokens = torch.randint(0, 4000, (2, 96), generator=torch.Generator().manual_seed(0))
-    (hidden,), calls_by_size = skeleton.embed([tokens])
-    call, block = calls_by_size[2][0], skeleton.load_block(0)
+    (hidden,), ((call, *_),) = skeleton.embed([tokens])
+    block = skeleton.load_block(0)
 
     def run() -> torch.Tensor:
         with torch.no_grad():
@@ -98,8 +98,8 @@ def test_unusual_attention_computes_the_same_while_it_is_watched(
 ) -> None:
     skeleton = Skeleton(open_checkpoint(checkpoints(kind, **changes)), torch.device("cpu"), torch.float32)
     tokens = torch.randint(2, 4096, (2, 100), generator=torch.Generator().manual_seed(0))
-    (hidden,), calls = skeleton.embed([tokens])
-    block, call = skeleton.load_block(0), calls[2][0]
+    (hidden,), ((call, *_),) = skeleton.embed([tokens])
+    block = skeleton.load_block(0)
 
     def run() -> torch.Tensor:
         output = block(hidden, *call.args, **call.kwargs)

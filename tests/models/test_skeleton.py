@@ -14,7 +14,7 @@ from quant.errors import CheckpointError
 from quant.models import ModelRegistry
 from quant.models.adapter import adapter_for
 from quant.models.skeleton import Skeleton
-from quant.pipeline.activation_store import ActivationStore, Batches
+from quant.pipeline.activation_store import ActivationStore, Batches, Calls
 from quant.pipeline.staged import run_block
 from tests.helpers import FAMILIES, GENERIC, change_config, copy_model, load_all, save_all
 
@@ -27,7 +27,7 @@ def blockwise_logits(skeleton: Skeleton, batches: list[torch.Tensor]) -> torch.T
     store = ActivationStore(1 << 30, Path("unused"))
     held = Batches(store, hidden)
     for index in range(skeleton.block_count):
-        run_block(skeleton.load_block(index), held, {size: c[index] for size, c in calls.items()})
+        run_block(skeleton.load_block(index), index, held, Calls(store, calls))
         skeleton.free_block(index)
     with skeleton.outside(), torch.no_grad():
         return torch.cat([skeleton.logits(b, held.take(i)) for i, b in enumerate(batches)])
@@ -200,11 +200,11 @@ def test_a_config_that_makes_no_model_is_an_error_in_words(
         Skeleton(open_checkpoint(folder), CPU)
 
 
-def test_a_block_call_that_depends_on_the_tokens_is_refused_not_reused(
-    checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+def test_values_that_blocks_are_called_with_go_with_their_batch(
+    checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Arguments of a block are recorded once for all batches; a family that passes per-token ones must not
-    get those of another batch."""
+    """What all batches share is kept once; values of each token are the batch's own, and set aside between
+    blocks."""
     from transformers.models.stablelm.modeling_stablelm import StableLmModel
 
     plain = StableLmModel.forward
@@ -213,5 +213,18 @@ def test_a_block_call_that_depends_on_the_tokens_is_refused_not_reused(
         return plain(self, input_ids=input_ids, per_token={"values": [input_ids * 2]}, **kwargs)
 
     monkeypatch.setattr(StableLmModel, "forward", forward)
-    with pytest.raises(CheckpointError, match="'stablelm' .*depend on the tokens.*--method minmax"):
-        Skeleton(open_checkpoint(checkpoints("stablelm")), CPU).groups(0)
+    skeleton = Skeleton(open_checkpoint(checkpoints("stablelm")), CPU)
+    assert skeleton.groups(0)
+    hidden, recorded = skeleton.embed([*TOKENS.split(1)])
+    store = ActivationStore(0, tmp_path / "scratch")
+    calls = Calls(store, recorded)
+    for batch, tokens in enumerate(TOKENS.split(1)):
+        (own,) = recorded[batch][0].kwargs["per_token"]["values"]
+        assert bool(own.untyped_storage().nbytes()) is (batch == 0)  # what only the first has is not known
+        for block in range(skeleton.block_count):
+            call = calls.take(batch, block)
+            assert torch.equal(call.kwargs["per_token"]["values"][0], tokens * 2)
+            first = recorded[0][0].kwargs["position_embeddings"]
+            assert all(a is b for a, b in zip(call.kwargs["position_embeddings"], first, strict=True))
+            calls.put(batch, block)
+    store.close()

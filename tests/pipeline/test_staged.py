@@ -15,8 +15,9 @@ from torch import nn
 from quant.checkpoint.reader import open_checkpoint
 from quant.errors import QuantError
 from quant.models.adapter import InputGroup
-from quant.models.skeleton import BlockCall, Skeleton
-from quant.pipeline.activation_store import ActivationStore, Batches
+from quant.models.calls import BlockCall, call_block
+from quant.models.skeleton import Skeleton
+from quant.pipeline.activation_store import ActivationStore, Batches, Calls
 from quant.pipeline.staged import StagedForward, run_block
 from tests.helpers import FAMILIES
 
@@ -39,9 +40,10 @@ def run_staged(
     seen: dict[str, list[torch.Tensor]] = {}
     staged = StagedForward(
         block,
+        0,
         groups,
         batches,
-        {b: c[0] for b, c in calls.items()},
+        Calls(store, calls),
         store,
         lambda g, i, x: seen.setdefault(g.linears[0], []).append(x.clone()),
         need_outputs,
@@ -70,7 +72,7 @@ def run_plainly(folder: Path, block: nn.Module) -> tuple[list[torch.Tensor], dic
         for g in skeleton.groups(0)
     ]
     with torch.no_grad():
-        outputs = [block(h, *(c := calls[len(h)][0]).args, **c.kwargs) for h in hidden]
+        outputs = [call_block(block, h, c[0]) for h, c in zip(hidden, calls, strict=True)]
     for handle in handles:
         handle.remove()
     return outputs, seen
@@ -129,7 +131,9 @@ def staged_over(
     batches = Batches(store, [torch.full((1, 5, 4), float(i)) for i in range(count)])
     groups = [InputGroup((name,), "") for name in linears]
     return (
-        StagedForward(block, groups, batches, {1: BlockCall((), {})}, store, lambda *a: None),
+        StagedForward(
+            block, 0, groups, batches, Calls(store, [[BlockCall()]] * count), store, lambda *a: None
+        ),
         batches,
         store,
     )
@@ -226,7 +230,7 @@ def test_run_block_replaces_every_batch_by_the_blocks_output(tmp_path: Path) -> 
     block = Block()
     store = ActivationStore(TINY, tmp_path / "scratch")
     batches = Batches(store, [torch.full((1, 500, 4), float(i)) for i in range(3)])
-    run_block(block, batches, {1: BlockCall((), {})})
+    run_block(block, 0, batches, Calls(store, [[BlockCall()]] * 3))
     with torch.no_grad():
         assert all(torch.equal(batches.take(i), block(torch.full((1, 500, 4), float(i)))) for i in range(3))
     store.close()
@@ -255,7 +259,7 @@ def test_what_the_code_names_but_reads_no_more_is_not_kept(llama: Path, tmp_path
     hidden, calls = skeleton.embed([tokens])
     batches = Batches(store, hidden)
     block = skeleton.load_block(0)
-    staged = StagedForward(block, skeleton.groups(0), batches, {2: calls[2][0]}, store, lambda *a: None)
+    staged = StagedForward(block, 0, skeleton.groups(0), batches, Calls(store, calls), store, lambda *a: None)
     staged.look_ahead()
     config, counts = open_checkpoint(llama).config, []
     size = tokens.numel() * hidden[0].element_size()
@@ -287,7 +291,7 @@ def test_a_tensor_that_only_some_batches_read_is_noticed(tmp_path: Path) -> None
     batches = Batches(store, [torch.ones(1, 5, 4), torch.ones(2, 5, 4)])
     groups = [InputGroup((name,), "") for name in ("first", "second")]
     staged = StagedForward(
-        block, groups, batches, {1: BlockCall((), {}), 2: BlockCall((), {})}, store, lambda *a: None
+        block, 0, groups, batches, Calls(store, [[BlockCall()]] * 2), store, lambda *a: None
     )
     staged.look_ahead()
     list(staged.stages())
@@ -300,7 +304,7 @@ def test_batches_that_stop_for_good_keep_nothing(tmp_path: Path) -> None:
     batches = Batches(store, [torch.ones(1, 500, 4)])
     groups = [InputGroup((name,), "") for name in ("first", "second")]
     staged = StagedForward(
-        Block(), groups, batches, {1: BlockCall((), {})}, store, lambda *a: None, need_outputs=False
+        Block(), 0, groups, batches, Calls(store, [[BlockCall()]]), store, lambda *a: None, need_outputs=False
     )
     stored = watched(store)
     stages = staged.stages()
@@ -319,14 +323,14 @@ def test_waiting_batches_hold_no_activations(
     queries, keys, values."""
     skeleton = Skeleton(open_checkpoint(checkpoints(kind)), CPU)
     store = ActivationStore(0, tmp_path / "scratch")
-    calls: dict[int, list[BlockCall]] = {}
+    calls = Calls(store)
     size = 7
     tokens = [
         torch.randint(2, 4096, (size, 24), generator=torch.Generator().manual_seed(i)) for i in range(3)
     ]
-    batches = Batches(store, skeleton.embedded(tokens, calls))
+    batches = Batches(store, skeleton.embedded(tokens, calls.append))
     block = skeleton.load_block(0)
-    staged = StagedForward(block, skeleton.groups(0), batches, {size: calls[size][0]}, store, lambda *a: None)
+    staged = StagedForward(block, 0, skeleton.groups(0), batches, calls, store, lambda *a: None)
     for group in staged.stages():
         held = [
             t.shape
