@@ -292,14 +292,16 @@ def _list_prefix(
     names: Mapping[str, object],
 ) -> str | None:
     """The prefix under which the file lists the decoder's blocks: of all lists the one whose tensors are the
-    model's."""
+    model's. A deep tower has many of the same names beside others, a prediction head few, but all of them."""
     lists: dict[str, list[str]] = {}
     for tensor in checkpoint.tensors:
         if (place := block_list(tensor)) is not None:
             lists.setdefault(place, []).append(tensor)
 
-    def fitting(prefix: str) -> int:
+    def fitting(prefix: str) -> float:
         mine = [renamed(_moved(t, prefix, f"{blocks_path}.")) for t in lists[prefix]]
-        return sum(n in names or bool(_EXPERT.match(n)) for n in mine)
+        # a numbered part of a block is an expert of it, a norm of a numbered block is none
+        fit = sum(n in names or bool((e := _EXPERT.match(n)) and e[1] != blocks_path) for n in mine)
+        return fit * fit / len(mine)
 
     return max(lists, key=fitting, default=None)
