@@ -212,7 +212,7 @@ class BlockQuantizer:
                     results, factors = self._solve_group(group, kin, prefix, weights, statistics, made)
                 for name, weight, result in zip(group.linears, weights, results, strict=True):
                     with self.clock.phase("solve"):
-                        value, evidence = self._going_on(result.tensor, weight, factors, samples.get(group))
+                        value, evidence = self._going_on(result.tensor, weight, factors, samples.get(key))
                     self.records.add(
                         prefix + name, result, *evidence, statistics.tokens, time.perf_counter() - start
                     )

@@ -53,7 +53,7 @@ def stored_transposed(config: Mapping[str, Any], module: str) -> bool:
     >>> stored_transposed({"model_type": "gpt2"}, "h.0.attn.c_attn"), stored_transposed({}, "h.0.attn.c_attn")
     (True, False)
     """
-    return config.get("model_type") in TRANSPOSED and module.rpartition(".")[2] in _CONV1D
+    return str(config.get("model_type")) in TRANSPOSED and module.rpartition(".")[2] in _CONV1D
 
 
 @dataclass(frozen=True)
