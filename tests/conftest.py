@@ -16,6 +16,14 @@ import pytest  # noqa: E402
 from tests import helpers  # noqa: E402
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--rewrite-screens",
+        action="store_true",
+        help="Write tests/commands/screens.txt anew from what the commands print now.",
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keeps a file's tests in one process, so that they share what they make, and those that start servers;
     these, the longest, go first."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import click
 
@@ -97,13 +97,52 @@ def _colour(stream: Any) -> bool:
     return bool(stream.isatty()) and "NO_COLOR" not in os.environ
 
 
+#: Columns of what goes into a file or a pipe that no terminal is at either end of.
+_UNSEEN = 140
+
+
+class _Trimmed:
+    """A stream whose lines end without blanks: what pads a column is of use on a screen alone."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write("\n".join(line.rstrip(" ") for line in text.split("\n")))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _columns() -> int | None:
+    """The width to draw in; None: the terminal's. What is piped is read on the terminal of the other streams,
+    such as in a pager, where there is one."""
+    stated = os.environ.get("COLUMNS", "")
+    if stated.isdigit() and int(stated) > 0:
+        return int(stated)
+    if sys.stdout.isatty():
+        return None
+    for stream in (sys.stderr, sys.stdin):
+        try:
+            if stream.isatty() and (width := os.get_terminal_size(stream.fileno()).columns):
+                return width
+        except (OSError, ValueError, AttributeError):
+            continue
+    return _UNSEEN
+
+
 def console() -> Console:
-    """A rich console on stdout; without colour when piped or when NO_COLOR is set, and never narrower than a
-    report needs."""
+    """A rich console on stdout, as wide as where it is read; without colour when piped or when NO_COLOR is
+    set, and then without blanks at the ends of lines."""
     from rich.console import Console
 
+    piped = not sys.stdout.isatty()
     return Console(
-        no_color=not _colour(sys.stdout), highlight=False, width=None if sys.stdout.isatty() else 140
+        file=cast(TextIO, _Trimmed(sys.stdout)) if piped else None,
+        no_color=not _colour(sys.stdout),
+        highlight=False,
+        width=_columns(),
     )
 
 

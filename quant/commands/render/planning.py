@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from quant.commands.render.tables import Column, draw
 from quant.hardware import Detection, Gpu
 from quant.health import Health
+from quant.planning.memory import MemoryPlan
 from quant.planning.recommendation import UNKNOWN, Recommendation, SchemePlan
 from quant.units import format_size
 from quant.vllm.kernels import formats_of
@@ -30,26 +32,29 @@ def _mark(one: SchemePlan) -> str:
 
 def show_gpus(gpus: Sequence[Gpu], console: Console) -> None:
     """One table of GPUs, then what each computes natively."""
-    from rich.table import Table
 
-    table = Table(box=None, pad_edge=False)
-    for heading in ("GPU", "name", "total", "used", "free", "compute", "bandwidth", "driver"):
-        table.add_column(heading, no_wrap=heading != "name")
-    for gpu in gpus:
-        level = ".".join(map(str, gpu.capability)) if gpu.capability else gpu.architecture or "-"
-        band = f"{gpu.bandwidth / 1e9:,.0f} GB/s" if gpu.bandwidth else "?"
-        name = f"{gpu.name} ({gpu.mig})" if gpu.mig else gpu.name
-        table.add_row(
-            str(gpu.index),
-            name,
-            format_size(gpu.total_bytes),
-            format_size(gpu.used_bytes),
-            format_size(gpu.free_bytes),
-            level,
-            band,
-            gpu.driver or "-",
-        )
-    console.print(table)
+    def level(gpu: Gpu) -> str:
+        return ".".join(map(str, gpu.capability)) if gpu.capability else gpu.architecture or "-"
+
+    draw(
+        console,
+        [
+            Column("GPU", [str(g.index) for g in gpus]),
+            Column("name", [f"{g.name} ({g.mig})" if g.mig else g.name for g in gpus]),
+            Column("total", [format_size(g.total_bytes) for g in gpus], 0, True),
+            Column("used", [format_size(g.used_bytes) for g in gpus], 2, True),
+            Column("free", [format_size(g.free_bytes) for g in gpus], 0, True),
+            Column("compute", [level(g) for g in gpus], 1),
+            Column(
+                "bandwidth",
+                [f"{g.bandwidth / 1e9:,.0f} GB/s" if g.bandwidth else "?" for g in gpus],
+                3,
+                True,
+            ),
+            Column("driver", [g.driver or "-" for g in gpus], 4),
+        ],
+        key=1,
+    )
     for gpu in gpus:
         by_state: dict[str, list[str]] = {}
         for number, state in formats_of(gpu).items():
@@ -117,7 +122,9 @@ def show_nothing_to_quantize(recommendation: Recommendation, console: Console) -
         "Nothing was written. To serve it as it is:",
         *recommendation.commands,
     ]
-    console.print("\n".join(lines), soft_wrap=True, markup=False)
+    said, commands = lines[:2], lines[2:]
+    console.print("\n".join(said), soft_wrap=not console.is_terminal, markup=False)
+    console.print("\n".join(commands), soft_wrap=True, markup=False)
 
 
 def show_detection(detection: Detection, console: Console) -> None:
@@ -138,10 +145,47 @@ def show_detection(detection: Detection, console: Console) -> None:
     )
 
 
+def _plans(console: Console, recommendation: Recommendation) -> None:
+    """A row for each scheme."""
+    plans = recommendation.plans
+
+    def loss(one: SchemePlan) -> str:
+        if one.loss[1] == 0:
+            return "0 %"
+        return "?" if one.loss_source == UNKNOWN else f"{one.loss[0]:g}–{one.loss[1]:g} %"
+
+    def planned(form: Callable[[MemoryPlan], str]) -> list[str]:
+        return ["-" if one.plan is None else form(one.plan) for one in plans]
+
+    def rates(name: str) -> list[str]:
+        return [
+            "-" if one.plan is None else _rate(getattr(one.speed, name) if one.speed else None, "t/s")
+            for one in plans
+        ]
+
+    draw(
+        console,
+        [
+            Column("", [_NO if one.plan is None else _mark(one) for one in plans], markup=True),
+            Column("scheme", [one.scheme for one in plans]),
+            Column("weights", planned(lambda p: format_size(p.weights_bytes)), 0, True),
+            Column("KV cache", planned(lambda p: format_size(p.kv_cache_bytes)), 4, True),
+            Column("KV tokens", planned(lambda p: f"{p.kv_tokens:,}"), 1, True),
+            Column("longest", planned(lambda p: f"{p.max_context:,}"), 2, True),
+            Column("loss", [loss(one) for one in plans], 0, True),
+            Column("decode ≤", rates("decode_bound"), 3, True),
+            Column("batch ≤", rates("batch_decode_bound"), 5, True),
+            Column("prefill ≤", rates("prefill_bound"), 6, True),
+        ],
+        Column("why", [one.why for one in plans]),
+        emphasis=[n for n, one in enumerate(plans) if one.scheme == recommendation.recommended],
+        key=1,
+    )
+
+
 def show_recommendation(recommendation: Recommendation, console: Console) -> None:
     """Every scheme with ✓, ~ (tight) or ✗ and why, the choice in a sentence, then the commands."""
     from rich.markup import escape
-    from rich.table import Table
 
     gpu, request, model = recommendation.gpus[0], recommendation.request, recommendation.model
     count = f"{len(recommendation.gpus)} × " if len(recommendation.gpus) > 1 else ""
@@ -151,14 +195,17 @@ def show_recommendation(recommendation: Recommendation, console: Console) -> Non
         f"{count}{gpu.name}, {format_size(gpu.total_bytes)}"
     )
     if recommendation.thumb:
-        table = Table(box=None, pad_edge=False)
-        for heading in ("", "scheme", "needed", "why"):
-            table.add_column(heading)
-        for row in recommendation.thumb:
-            table.add_row(
-                _YES if row["fits"] else _NO, row["scheme"], f"{row['needed_bytes'] / 1e9:.2f} GB", row["why"]
-            )
-        console.print(table)
+        thumb = recommendation.thumb
+        draw(
+            console,
+            [
+                Column("", [_YES if row["fits"] else _NO for row in thumb], markup=True),
+                Column("scheme", [row["scheme"] for row in thumb]),
+                Column("needed", [f"{row['needed_bytes'] / 1e9:.2f} GB" for row in thumb], 0, True),
+            ],
+            Column("why", [row["why"] for row in thumb]),
+            key=1,
+        )
     else:
         parts = [
             f"context {request.context:,}",
@@ -168,50 +215,15 @@ def show_recommendation(recommendation: Recommendation, console: Console) -> Non
         parts += [f"tensor parallel {request.ranks}"] if request.ranks > 1 else []
         parts += [f"pipeline parallel {request.pipeline_parallel}"] if request.pipeline_parallel > 1 else []
         console.print(", ".join(parts))
-        table = Table(box=None, pad_edge=False)
-        for heading in (
-            "",
-            "scheme",
-            "weights",
-            "KV cache",
-            "KV tokens",
-            "longest",
-            "loss",
-            "decode ≤",
-            "batch ≤",
-            "prefill ≤",
-            "why",
-        ):
-            table.add_column(heading, no_wrap=heading != "why")
-        for one in recommendation.plans:
-            chosen = one.scheme == recommendation.recommended
-            name = f"[bold]{one.label}[/]" if chosen else one.label
-            loss = (
-                "0 %"
-                if one.loss[1] == 0
-                else "?"
-                if one.loss_source == UNKNOWN
-                else f"{one.loss[0]:g}–{one.loss[1]:g} %"
-            )
-            if one.plan is None:
-                table.add_row(_NO, name, "-", "-", "-", "-", loss, "-", "-", "-", one.why)
-                continue
-            speed = one.speed
-            table.add_row(
-                _mark(one), name, format_size(one.plan.weights_bytes),
-                format_size(one.plan.kv_cache_bytes),
-                f"{one.plan.kv_tokens:,}",
-                f"{one.plan.max_context:,}", loss, _rate(speed.decode_bound if speed else None, "t/s"),
-                _rate(speed.batch_decode_bound if speed else None, "t/s"),
-                _rate(speed.prefill_bound if speed else None, "t/s"), one.why,
-            )  # fmt: skip
-        console.print(table)
+        _plans(console, recommendation)
     console.print()
-    console.print(recommendation.reason, soft_wrap=True)
+    # words wrap on a screen; a pipe gets them as one line, to be searched
+    flowing = not console.is_terminal
+    console.print(recommendation.reason, soft_wrap=flowing, markup=False)
     if recommendation.recommended is not None and not recommendation.thumb:
         engine = next(e for e in recommendation.engines if e.suits)
         console.print(f"serve with {engine.name}: {engine.why}")
     for line in recommendation.notes:
-        console.print(f"[dim]note: {escape(line)}[/]", soft_wrap=True)
+        console.print(f"[dim]note: {escape(line)}[/]", soft_wrap=flowing)
     for command in recommendation.commands:
         console.print(f"  {command}", soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,159 @@
+"""What commands print at 80, 120 and 200 columns, in a terminal and piped: kept as text in ``screens.txt``,
+which ``pytest tests/commands/test_screens.py --rewrite-screens`` writes anew; and what holds at any width."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from quant.commands.render.results import comparison
+from quant.commands.render.tables import Column, draw
+from tests.helpers import ROOT
+
+SCREENS = Path(__file__).with_name("screens.txt")
+WIDTHS = (80, 120, 200)
+#: Commands whose words depend on no machine and on no accounting of memory.
+COMMANDS = (
+    ["list", "methods"], ["list", "formats"], ["list", "gpus", "L4"], ["list", "scenarios", "low-lat"],
+    ["detect", "--gpu", "L40S-48GB"],
+    ["recommend", "--model", "Qwen2.5-7B-Instruct", "--gpu", "T4", "--policy", "rule-of-thumb"],
+)  # fmt: skip
+PLANNED = ["recommend", "--model", "Qwen2.5-32B-Instruct", "--gpu", "L40S-48GB", "--context", "16384"]
+_PROGRAM = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import quantize
+for words in json.loads(sys.argv[2]):
+    print("$ quant", *words, flush=True)
+    try: quantize.main(words)
+    except SystemExit: pass
+    sys.stdout.flush()
+"""
+
+
+def shown(commands: Any, width: int, terminal: bool) -> str:
+    """What the commands print on a terminal of that width, without colours; or into a pipe beside one."""
+    words = [sys.executable, "-c", _PROGRAM, str(ROOT), json.dumps(commands)]
+    environment = {k: v for k, v in os.environ.items() if k != "COLUMNS"} | {"NO_COLOR": "1", "TERM": "xterm"}
+    if not terminal:
+        environment["COLUMNS"] = str(width)
+        return subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
+    process = subprocess.Popen(words, env=environment, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    pieces = []
+    while True:
+        try:
+            piece = os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not piece:
+            break
+        pieces.append(piece)
+    os.close(ours)
+    assert process.wait() == 0
+    text = b"".join(pieces).decode().replace("\r\n", "\n")
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+@pytest.fixture(scope="module")
+def screens() -> dict[tuple[int, bool], str]:
+    return {(w, t): shown([*COMMANDS, PLANNED], w, t) for w in WIDTHS for t in (False, True)}
+
+
+def test_screens_are_those_that_are_kept(
+    screens: dict[tuple[int, bool], str], request: pytest.FixtureRequest
+) -> None:
+    text = "".join(
+        f"==== {width} columns, {'a terminal' if terminal else 'piped'}\n{_kept(printed)}"
+        for (width, terminal), printed in screens.items()
+    )
+    if request.config.getoption("--rewrite-screens"):
+        SCREENS.write_text(text, encoding="utf-8")
+    assert text == SCREENS.read_text(encoding="utf-8"), "--rewrite-screens keeps these, if they are right"
+
+
+def _kept(printed: str) -> str:
+    """All but the plan, whose numbers change with the accounting; blanks at a terminal's line ends are not
+    seen."""
+    before = printed[: printed.index(f"$ quant {' '.join(PLANNED)}")]
+    return "".join(line.rstrip() + "\n" for line in before.splitlines())
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("terminal", [False, True], ids=["piped", "terminal"])
+def test_a_plan_fits_its_width_and_cuts_no_number(
+    screens: dict[tuple[int, bool], str], width: int, terminal: bool, cli: Callable[..., Any]
+) -> None:
+    printed = screens[width, terminal]
+    plan = printed[printed.index(f"$ quant {' '.join(PLANNED)}") :]
+    head = plan.index("   scheme")
+    table = plan[head : plan.index("\n\n", head)]
+    assert all(len(line) <= width for line in table.splitlines()) and "…" not in plan
+    if not terminal:
+        assert not [line for line in printed.splitlines() if line != line.rstrip()]
+    value = json.loads(cli(*PLANNED, "--json").out)
+    for one in value["plans"]:
+        assert one["scheme"] in table
+        if one["kv_tokens"] and "KV tokens" in table:
+            assert f"{one['kv_tokens']:,}" in table
+    assert ("prefill" in table.splitlines()[0]) == (width > 80)
+    assert ("Wider terminals" in table) == (width == 80)
+    # a command to copy is one line whatever the width, as a terminal's own wrapping leaves it
+    assert f"  {value['recommended']['commands'][-1]}\n" in plan or all(
+        f"  {c}\n" in plan for c in value["recommended"]["commands"]
+    )
+
+
+@pytest.mark.parametrize("width", [24, 40, 60, 80, 120, 200])
+def test_no_cell_is_cut_at_any_width(width: int, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["short", "a-much-longer-name-than-fits"]
+    numbers = ["1,234,567,890", "9"]
+    notes = ["words " * 12, "one [i]word[/]"]
+    draw(
+        Console(width=width, no_color=True),
+        [
+            Column("name", names),
+            Column("left out first", numbers, 2, True),
+            Column("tokens", numbers, 1, True),
+            Column("kept", ["1.5 GiB", "22 GiB"], 0, True),
+        ],
+        Column("why", notes),
+    )
+    text = capsys.readouterr().out
+    assert all(len(line) <= max(width, 34) for line in text.splitlines())
+    assert (
+        all(x in text for x in (*names, "1.5 GiB", "22 GiB", "one [i]word[/]")) and text.count("words") == 12
+    )
+    if "left out first" in text.splitlines()[0]:
+        assert "1,234,567,890" in text
+    assert not [x for x in re.findall(r"[\d,]{5,}", text) if x != "1,234,567,890"]
+
+
+def test_an_evaluation_of_several_keeps_its_numbers_at_eighty_columns(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    measured = {"mean": 12.3456, "standard_error": 0.1234}
+    one = {
+        "path": "out/a-checkpoint-with-a-name", "against": "models/source", "text": "t.txt", "chunks": 3,
+        "tokens": 99, "scheme": "w4a16 (W4 g128 symmetric)", "bits_per_weight": 4.126, "total_bytes": 2**30,
+        "perplexity": measured, "source_perplexity": measured, "kl": measured, "top1": measured,
+    }  # fmt: skip
+    comparison(Console(width=80, no_color=True), [one])
+    text = capsys.readouterr().out
+    assert "12.3456 ± 0.1234" in text and "12.34560 ± 0.12340" in text
+    assert all(len(line) <= 80 for line in text.splitlines())
