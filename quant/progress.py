@@ -10,13 +10,14 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Event:
     """``done`` of ``total`` units of ``phase``; ``message`` is a finished line worth keeping, ``warning`` one
-    that must be seen."""
+    that must be seen; ``detail`` is what is worked on now, such as a linear's name."""
 
     phase: str
     done: float = 0
     total: float = 0
     message: str = ""
     warning: bool = False
+    detail: str = ""
 
 
 Progress = Callable[[Event], None]

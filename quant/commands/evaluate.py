@@ -107,9 +107,10 @@ def _one(
     out: Output, path: Path, against: Path | None, most: float | None, measured: dict[str, Any], save: bool
 ) -> None:
     from quant.commands.render import results
-    from quant.evaluation.quality import evaluate as measure
 
     with out.progress() as progress:
+        from quant.evaluation.quality import evaluate as measure  # brings torch, which takes seconds
+
         result = measure(path, against=against, progress=progress, **measured)
     value = result.to_dict()
     out.result(value, lambda console: results.evaluation(console, value))
@@ -130,7 +131,6 @@ def _several(
     """Each checkpoint's numbers as they are known, with ``--json`` one object a line; what fails does not
     stop the others."""
     from quant.commands.render import results
-    from quant.evaluation.comparison import compare_outputs, demand
     from quant.report.pictures import plot as draw
 
     done, failures = [], []
@@ -141,6 +141,8 @@ def _several(
             out.result({"path": path, "error": str(error), "exit_code": error.exit_code}, lambda c: None)
 
     with out.progress() as progress:
+        from quant.evaluation.comparison import compare_outputs, demand  # brings torch
+
         for one in compare_outputs(paths, against=against, progress=progress, failed=failed, **measured):
             done.append(one)
             if out.json:

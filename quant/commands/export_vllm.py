@@ -40,13 +40,14 @@ def export_vllm(
     \b
     quant export-vllm -m old-gptq-model -o out --format compressed-tensors
     """
-    from quant.pipeline.memory import prepare_torch
-
-    prepare_torch()
     from quant.commands.render import results
-    from quant.pipeline.export import export
 
     with out.progress() as progress:
+        from quant.pipeline.memory import prepare_torch
+
+        prepare_torch()
+        from quant.pipeline.export import export
+
         report = export(
             model_path,
             output_path,

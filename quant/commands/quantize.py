@@ -13,6 +13,7 @@ from quant.commands.options import by_method, given, together
 from quant.commands.terminal import Output, common_options
 from quant.commands.types import PATH, Alpha
 from quant.errors import UsageError, clipped
+from quant.progress import Event
 from quant.schemes import DEFAULT_SCHEME, PRESETS, SCHEMES, ActivationScheme
 
 
@@ -292,29 +293,33 @@ def _job(out: Output, asked: dict[str, Any], needs_layers: bool = False) -> None
 
 
 def _run(out: Output, values: dict[str, Any], dry_run: bool = False) -> None:
-    from quant import jobs
     from quant.commands.render import planning, results
 
     named = "output_path" in values
     if not named:
         # a dry run writes nothing; its disk is judged where such an output is most likely to go
         values = {**values, "output_path": _free_name(values["model_path"])}
-    resolved = jobs.resolve(values)
-    if not isinstance(resolved, jobs.ResolvedJob):
-        value = {**resolved.to_dict(), "output_path": None}
-        out.result(value, lambda console: planning.show_nothing_to_quantize(resolved, console))
-        out.details(planning.sources(resolved))
-        return
-    for note in resolved.notes:
-        out.note(note)
-    if resolved.recommendation is not None:
-        out.details(planning.sources(resolved.recommendation))
-    plan = jobs.plan(resolved.recipe)
     with out.progress() as progress:
-        if dry_run:
-            prediction = jobs.estimate(plan, progress)
-        else:
-            report = jobs.run(plan, progress, out.outcome.command)
+        from quant import jobs  # brings torch, which takes seconds
+
+        progress(Event("planning"))
+        resolved = jobs.resolve(values)
+        if isinstance(resolved, jobs.ResolvedJob):
+            for note in resolved.notes:
+                progress(Event("planning", message=note))
+            if resolved.recommendation is not None:
+                out.details(planning.sources(resolved.recommendation))
+            plan = jobs.plan(resolved.recipe)
+            if dry_run:
+                prediction = jobs.estimate(plan, progress)
+            else:
+                report = jobs.run(plan, progress, out.outcome.command)
+    if not isinstance(resolved, jobs.ResolvedJob):
+        nothing = resolved
+        value = {**nothing.to_dict(), "output_path": None}
+        out.result(value, lambda console: planning.show_nothing_to_quantize(nothing, console))
+        out.details(planning.sources(nothing))
+        return
     if dry_run:
         prediction |= {} if named else {"output_path": None}
         out.result(prediction, lambda console: results.prediction(console, prediction))

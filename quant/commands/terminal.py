@@ -7,7 +7,9 @@ import functools
 import json
 import math
 import os
+import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ import click
 
 from quant.errors import QuantError
 from quant.progress import Event
-from quant.units import format_seconds
+from quant.units import format_seconds, format_size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,10 +85,10 @@ class Output:
         )
 
     @contextmanager
-    def progress(self) -> Iterator[Callable[[Event], None]]:
+    def progress(self, phase: str = "starting") -> Iterator[Callable[[Event], None]]:
         """A listener for the library's events: a live bar on a terminal, plain lines when piped, nothing when
-        quiet."""
-        listener = _Progress(self)
+        quiet. What is done inside before its first event counts as ``phase``."""
+        listener = _Progress(self, phase)
         try:
             yield listener
         finally:
@@ -146,29 +148,71 @@ def console() -> Console:
     )
 
 
-class _Progress:
-    """One line a finished message; between them a bar with the time left, drawn over itself on a terminal."""
+#: Seconds between two drawings of the live line; and of silence after which a pipe gets a line.
+_REDRAWN, _SILENT = 0.5, 2.0
 
-    def __init__(self, output: Output):
-        self.output, self.phase, self.start = output, "", time.monotonic()
+
+class _Progress:
+    """One line a finished message; between them where the work is: on a terminal a line drawn over itself, in
+    a pipe a plain line whenever nothing was said for a while. A thread draws, so that a long step of the
+    library is no silence."""
+
+    def __init__(self, output: Output, phase: str):
+        self.output, self.start, self.began = output, time.monotonic(), time.monotonic()
+        self.event, self.phase = Event(phase), phase
         self.live = sys.stderr.isatty() and not output.quiet
-        self.last = 0.0
+        self.spoken = time.monotonic()
+        self._lock, self._stop = threading.RLock(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
+        if not output.quiet:
+            self._thread.start()
 
     def __call__(self, event: Event) -> None:
-        if event.phase != self.phase:
-            self._end_phase()
-            self.phase, self.start = event.phase, time.monotonic()
-        if event.warning:
-            self._clear()
-            self.output.warn(event.message)
-        elif event.message:
-            self._clear()
-            self.output.note(event.message + self._left(event))
-        elif self.live and time.monotonic() - self.last > 0.1:
-            self.last = time.monotonic()
-            share = event.done / event.total if event.total else 0
-            bar = ("█" * round(24 * share)).ljust(24, "░")
-            click.echo(f"\r\033[2K{event.phase} {bar} {share:4.0%}{self._left(event)}", nl=False, err=True)
+        with self._lock:
+            if event.phase != self.phase:
+                self._end_phase()
+                self.phase, self.start = event.phase, time.monotonic()
+                self.event = Event(event.phase)
+            if not event.warning:
+                # a message may come without a count, and a count without what is worked on
+                known = event if event.total else self.event
+                self.event = Event(event.phase, known.done, known.total, detail=event.detail)
+            if event.warning:
+                self._clear()
+                self.output.warn(event.message)
+            elif event.message:
+                self._clear()
+                self.output.note(event.message + self._left(event))
+            if event.message:
+                self.spoken = time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_REDRAWN):
+            with self._lock:
+                if self._stop.is_set():
+                    return
+                if self.live:
+                    width = shutil.get_terminal_size().columns
+                    click.echo(f"\r\033[2K{self._line(True)[: width - 1]}", nl=False, err=True)
+                elif time.monotonic() - self.spoken >= _SILENT:
+                    click.echo(self._line(False), err=True)
+                    self.spoken = time.monotonic()
+
+    def _line(self, bar: bool) -> str:
+        """Where the work is: the phase, how much of it is done, what is worked on, time and memory."""
+        event = self.event
+        parts = [self.phase]
+        if event.total:
+            share = min(event.done / event.total, 1)
+            drawn = "█" * round(20 * share)
+            parts.append(
+                f"{drawn.ljust(20, '░')} {share:.0%}" if bar else f"{event.done:g} of {event.total:g}"
+            )
+        parts += [event.detail] if event.detail else []
+        parts.append(format_seconds(time.monotonic() - self.began))
+        if memory := _memory():
+            parts.append(f"{format_size(memory)} of memory")
+        return " · ".join(parts) + self._left(event)
 
     def _left(self, event: Event) -> str:
         spent = time.monotonic() - self.start
@@ -181,13 +225,25 @@ class _Progress:
             click.echo("\r\033[2K", nl=False, err=True)
 
     def _end_phase(self) -> None:
-        if self.phase:
-            spent = self.output.seconds.get(self.phase, 0.0) + time.monotonic() - self.start
-            self.output.seconds[self.phase] = spent
+        spent = self.output.seconds.get(self.phase, 0.0) + time.monotonic() - self.start
+        self.output.seconds[self.phase] = spent
 
     def close(self) -> None:
-        self._end_phase()
-        self._clear()
+        self._stop.set()
+        with self._lock:
+            self._end_phase()
+            self._clear()
+        if self._thread.is_alive():
+            self._thread.join()
+
+
+def _memory() -> int:
+    """Bytes of this process that are in memory; 0 where that cannot be told."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:

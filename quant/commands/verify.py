@@ -10,6 +10,7 @@ from quant.commands import options
 from quant.commands.terminal import Output, common_options
 from quant.commands.types import PATH
 from quant.errors import VerificationFailed
+from quant.progress import Event
 
 
 @click.command()
@@ -42,17 +43,20 @@ def verify(
     from quant.commands.render import results
     from quant.evaluation.verify import verify as check
 
-    result = check(checkpoint, tensor_parallel=tensor_parallel, source=source or against, target=target)
-    value = result.to_dict()
-    if against is not None and result.passed:
-        from quant.evaluation.compare import compare
+    with out.progress("files and tensors") as progress:
+        result = check(checkpoint, tensor_parallel=tensor_parallel, source=source or against, target=target)
+        value = result.to_dict()
+        if against is not None and result.passed:
+            progress(Event("against the source"))
+            from quant.evaluation.compare import compare
 
-        value["tensors"] = compare(checkpoint, against).to_dict()
-    if vllm_python is not None and result.passed:
-        from quant.serving.reference import check_in_vllm
+            value["tensors"] = compare(checkpoint, against).to_dict()
+        if vllm_python is not None and result.passed:
+            progress(Event("in vLLM"))
+            from quant.serving.reference import check_in_vllm
 
-        value["vllm"] = check_in_vllm(checkpoint, vllm_python)
-        value["passed"] = value["passed"] and value["vllm"]["passed"]
+            value["vllm"] = check_in_vllm(checkpoint, vllm_python)
+            value["passed"] = value["passed"] and value["vllm"]["passed"]
     out.result(value, lambda console: results.verification(console, value))
     if not value["passed"]:
         failed = result.failed or [value["vllm"]["detail"]]

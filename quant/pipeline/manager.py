@@ -158,6 +158,7 @@ class QuantizationManager:
             QuantError: too little text, a model that cannot be run block by block, or linears that no group
                 of the model's adapter has.
         """
+        self.progress(Event("text"))
         with self.clock.phase("text"):
             rows = job_rows(self.plan)
         tell_notes(rows, self.progress)
@@ -201,6 +202,7 @@ class QuantizationManager:
         lines."""
         store = ActivationStore(self.resident_bytes(), work.path / "activations.bin")
         try:
+            self.progress(Event("quantize", detail="embedding"))
             with self.clock.phase("embed"):
                 tokens = [
                     *rows.tokens.split(batch_rows(self.device, rows.tokens.shape[1])),
@@ -318,6 +320,7 @@ class QuantizationManager:
         units = self.plan.units
         for number, unit in enumerate(units):
             start, before = time.perf_counter(), unit.name in work.finished
+            self.progress(Event("quantize", number, len(units), detail=unit.name))
             yield unit
             errors = [
                 layer.error
@@ -386,6 +389,7 @@ class QuantizationManager:
             config = output_config(plan, self._method_settings())
             arguments = engine_arguments(config, tensor_parallel=plan.recipe.tensor_parallel)
             dropped = write_rest(work.path, checkpoint, plan.units, plan.format, config, arguments)
+        self.progress(Event("verify"))
         with self.clock.phase("verify"):
             changed = sorted({n for f in self.records.folds.values() for n in f.changed})
             made = sorted({t.name for u in plan.units for t in u.made})

@@ -76,6 +76,7 @@ class Records:
             fallback="; ".join(result.fallbacks) or None,
             notes=(*result.notes, *_small(result)),
         )
+        self.progress(Event("quantize", detail=name))
         for fallback in result.fallbacks:
             self.progress(Event("quantize", message=f"{name}: {fallback}", warning=True))
 

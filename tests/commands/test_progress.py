@@ -1,0 +1,66 @@
+"""How a long command tells where it is: a line drawn over itself on a terminal, plain lines in a pipe, and no
+silence in either."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import pytest
+
+from quant.commands import terminal
+from quant.commands.terminal import Output
+from quant.progress import Event
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "_REDRAWN", 0.01)
+    monkeypatch.setattr(terminal, "_SILENT", 0.05)
+
+
+def _wait(capsys: pytest.CaptureFixture[str], words: str) -> str:
+    """What was printed until these words came."""
+    text, until = "", time.monotonic() + 20
+    while words not in text and time.monotonic() < until:
+        time.sleep(0.02)
+        text += capsys.readouterr().err
+    return text
+
+
+def test_a_pipe_gets_lines_while_the_library_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    with Output().progress() as progress:
+        assert _wait(capsys, "\n").startswith("starting · ")  # before the first event
+        progress(Event("quantize", 3, 10, detail="block 3"))
+        progress(Event("quantize", detail="model.layers.3.mlp.up_proj"))
+        text = _wait(capsys, "up_proj")
+        assert "quantize · 3 of 10 · model.layers.3.mlp.up_proj · " in text and "of memory" in text
+        progress(Event("quantize", 4, 10, message="block 3 written"))
+        progress(Event("verify"))
+        text = _wait(capsys, "verify · ")
+        assert "block 3 written\n" in text
+        assert "\r" not in text and "\033" not in text and "verify · 4 of 10" not in text
+    capsys.readouterr()
+    time.sleep(0.2)
+    assert capsys.readouterr().err == ""  # it ends with the command
+
+
+def test_a_terminal_gets_one_line_that_is_drawn_over(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    with Output().progress() as progress:
+        progress(Event("quantize", 5, 10, detail="a.very.long.name.of.a.linear.that.does.not.fit"))
+        text = _wait(capsys, "██████████░░░░░░░░░░ 5 of 10")
+    text += capsys.readouterr().err
+    assert "\n" not in text and text.endswith("\r\033[2K")  # nothing of it stays
+    assert all(len(line.removeprefix("\033[2K")) < 40 for line in text.split("\r"))
+
+
+def test_quiet_is_silent_but_for_warnings(capsys: pytest.CaptureFixture[str]) -> None:
+    with Output(quiet=True).progress() as progress:
+        progress(Event("quantize", 1, 2, message="block 0 written"))
+        time.sleep(0.2)
+        progress(Event("quantize", message="a layer fell back", warning=True))
+    assert capsys.readouterr().err == "warning: a layer fell back\n"
