@@ -10,6 +10,7 @@ from typing import Any
 
 from quant import defaults
 from quant.checkpoint.reader import open_checkpoint
+from quant.hub import model_name
 from quant.jobs import ResolvedJob, complete, resolve
 from quant.planning.target import method_for
 from quant.recipe import Recipe, Rule, make_recipe
@@ -118,7 +119,7 @@ def starter_recipe(
         recipe, notes = complete(make_recipe(made))
         head = [f"Not needed to fit: {resolved.reason}", "This recipe makes it smaller all the same.", *notes]
     name = recipe.resolved_scheme(recipe.method).name
-    output = str(output_path or f"{Path(model_path).resolve().name}-{name}")
+    output = str(output_path or f"{model_name(Path(model_path))}-{name}")
     given = recipe.model_copy(update={"output_path": Path(output)})
     return _text(given, set(recipe.model_fields_set) | {"method", "scheme"}, head)
 

@@ -11,12 +11,12 @@ import click
 from quant import defaults
 from quant.commands import options
 from quant.commands.terminal import Output, common_options
-from quant.commands.types import PATH
+from quant.commands.types import MODEL, PATH
 from quant.errors import Problems, QuantError, UsageError
 
 
 @click.command()
-@click.argument("paths", metavar="[PATH]...", type=PATH, nargs=-1)
+@click.argument("paths", metavar="[PATH]...", type=MODEL, nargs=-1)
 @options.model_path(required=False)
 @options.against("KL divergence and top-1 agreement")
 @click.option("--text", type=PATH, show_default="the bundled wikitext-2 test", help="Text to evaluate on.")

@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
-from quant.commands.types import PATH
+from quant.commands.types import MODEL, PATH, ModelType
 from quant.errors import UsageError
 from quant.schemes import SCHEMES, SchemeRegistry
 from quant.vllm.releases import VLLM_VERSION, rules_for
@@ -45,13 +45,14 @@ def given(names: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def model_path(required: bool = True) -> Decorator:
+def model_path(required: bool = True, download: bool = True) -> Decorator:
+    """``download``: whether a model by Hub id is fetched that the cache lacks; plans need headers alone."""
     return click.option(
         "-m",
         "--model-path",
-        type=PATH,
+        type=ModelType(download),
         required=required,
-        help="Checkpoint directory, in Hugging Face's layout.",
+        help="Checkpoint directory, or Hub id (org/name[@revision]: the local cache first).",
     )
 
 
@@ -69,7 +70,7 @@ def one_checkpoint(command: Callable[..., Any]) -> Callable[..., Any]:
     """A checkpoint directory as the argument or as ``--model-path``; the command receives it as
     ``checkpoint``."""
 
-    @click.argument("path", type=PATH, required=False)
+    @click.argument("path", type=MODEL, required=False)
     @model_path(required=False)
     @functools.wraps(command)
     def wrapped(*args: Any, path: Path | None, model_path: Path | None, **kwargs: Any) -> Any:
@@ -189,11 +190,11 @@ def format_(default: str) -> Decorator:
 
 
 def against(purpose: str) -> Decorator:
-    return click.option("--against", type=PATH, help=f"Source checkpoint to compare with: {purpose}.")
+    return click.option("--against", type=MODEL, help=f"Source checkpoint to compare with: {purpose}.")
 
 
 def source(purpose: str) -> Decorator:
-    return click.option("--source", type=PATH, help=f"Checkpoint that it was made from: {purpose}.")
+    return click.option("--source", type=MODEL, help=f"Checkpoint that it was made from: {purpose}.")
 
 
 def by_method(otherwise: object, values: dict[str, Any]) -> str:

@@ -294,7 +294,10 @@ def _job(out: Output, asked: dict[str, Any], needs_layers: bool = False) -> None
 
 def _run(out: Output, values: dict[str, Any], dry_run: bool = False) -> None:
     from quant.commands.render import planning, results
+    from quant.hub import local_model
 
+    if isinstance(values["model_path"], str):  # of a recipe file: options are directories already
+        values = {**values, "model_path": str(local_model(values["model_path"]))}
     named = "output_path" in values
     if not named:
         # a dry run writes nothing; its disk is judged where such an output is most likely to go
@@ -337,5 +340,7 @@ def _free_name(model_path: Any) -> Path:
     here = Path.cwd() if os.access(".", os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
     if here.resolve().is_relative_to(Path(model_path).resolve()):
         here = Path(model_path).resolve().parent
-    name = f"{Path(model_path).resolve().name}-quantized"
+    from quant.hub import model_name
+
+    name = f"{model_name(Path(model_path))}-quantized"
     return next(p for n in range(10_000) if not (p := here / (f"{name}-{n}" if n else name)).exists())

@@ -22,7 +22,7 @@ def recipe() -> None:
 
 
 @recipe.command()
-@options.model_path()
+@options.model_path(download=False)
 @click.option("-o", "--output-path", type=PATH, help="Output directory that the recipe names.")
 @options.gpu
 @options.tensor_parallel("the GPUs here, or 1")

@@ -77,7 +77,7 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command()
-@options.model_path(required=False)
+@options.model_path(required=False, download=False)
 @click.option(
     "--model",
     metavar="NAME",

@@ -56,6 +56,26 @@ class PathType(click.Path):
         return super().convert(value, param, ctx)
 
 
+class ModelType(PathType):
+    """A checkpoint directory, or ``org/name[@revision]`` of the Hub; the value is a directory.
+
+    Args:
+        download: whether a model that the cache lacks is fetched.
+    """
+
+    def __init__(self, download: bool = True) -> None:
+        super().__init__()
+        self.download = download
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = super().convert(value, param, ctx)
+        if ctx is not None and ctx.resilient_parsing:  # a shell completes; nothing is run
+            return path
+        from quant.hub import local_model
+
+        return local_model(path, self.download)
+
+
 class Alpha(click.ParamType):
     """A number, or ``auto``."""
 
@@ -66,3 +86,4 @@ class Alpha(click.ParamType):
 
 
 PATH = PathType()
+MODEL = ModelType()

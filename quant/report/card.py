@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from quant.hub import repository_of
 from quant.report.value import Report
 from quant.units import format_size
 
@@ -25,9 +26,8 @@ def base_model(source: Path, config: Mapping[str, Any], metadata: Mapping[str, A
     """The Hub id of what a checkpoint was made from, where it is known: by the folder of the hub's cache that
     it lies in; by its own card, where that is of a quantized copy; by what config.json says it is from.
     """
-    for part in source.absolute().parts:
-        if part.startswith("models--") and part.count("--") >= 2:
-            return part.removeprefix("models--").replace("--", "/", 1)
+    if (repository := repository_of(source)) is not None:
+        return repository
     stated = metadata.get("base_model")
     if metadata.get("base_model_relation") == "quantized":
         stated = stated[0] if isinstance(stated, list) and stated else stated

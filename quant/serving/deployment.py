@@ -20,6 +20,7 @@ from quant import defaults
 from quant.checkpoint.reader import open_checkpoint
 from quant.errors import CheckpointError, Problems, QuantError, UsageError, VerificationFailed
 from quant.evaluation.verify import verify
+from quant.hub import model_name, repository_of
 from quant.units import format_size
 from quant.vllm.arguments import Argument, engine_arguments
 from quant.vllm.releases import VLLM_VERSION
@@ -192,7 +193,7 @@ def plan(path: str | Path, request: DeploymentRequest) -> Deployment:
         elif wanted == 1:
             chosen.pop(key, None)
     warnings = _fit(folder, chosen, request, parallel)
-    name = request.name or folder.name
+    name = request.name or (model_name(folder) if repository_of(folder) else folder.name)
     chosen["served-model-name"] = Argument(
         "served-model-name", name, "what clients call the model, wherever it lies"
     )

@@ -1,0 +1,133 @@
+"""Models by Hub id: the local cache first, then a download where one is allowed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from quant.errors import CheckpointError, UsageError
+
+#: ``org/name`` or ``org/name@revision``, as the Hub allows them.
+HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+#: Files of a repository that no command reads: weights in other containers, and other frameworks' copies.
+_NOT_READ = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.ot", "original/*"]
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a model is named by Hub id: it looks like one, and nothing on the disk has that name.
+
+    >>> is_hub_id("Qwen/Qwen3-8B@main"), is_hub_id("models"), is_hub_id("/a/b"), is_hub_id("./a")
+    (True, False, False, False)
+    """
+    return HUB_ID.fullmatch(text) is not None and not Path(text).exists()
+
+
+def repository_of(path: Path) -> str | None:
+    """The Hub id of a directory inside the Hub's cache; None of any other.
+
+    >>> repository_of(Path("/c/models--org--name/snapshots/0f"))
+    'org/name'
+    """
+    for part in path.absolute().parts:
+        if part.startswith("models--") and part.count("--") >= 2:
+            return part.removeprefix("models--").replace("--", "/", 1)
+    return None
+
+
+def model_name(path: Path) -> str:
+    """What to call a model directory: its own name, or the repository's where the Hub's cache names it by
+    commit."""
+    repository = repository_of(path)
+    return path.resolve().name if repository is None else repository.partition("/")[2]
+
+
+def local_model(model: str | Path, download: bool = True) -> Path:
+    """The directory of a model that is named by path or Hub id.
+
+    Args:
+        model: a path, or ``org/name[@revision]``. What is there as a path is one.
+        download: whether what the cache lacks may be fetched; HF_HUB_OFFLINE forbids it as well.
+
+    Returns:
+        the path as it is, or the snapshot in the cache.
+
+    Raises:
+        UsageError: a revision that is not one.
+        CheckpointError: not in the cache and not to be fetched; or no such model, no access, no network.
+    """
+    text = str(model)
+    if not is_hub_id(text):
+        return Path(model)
+    match = HUB_ID.fullmatch(text)
+    assert match is not None
+    repo, revision = match["repo"], match["revision"]
+    if revision is not None and ".." in revision:
+        raise UsageError(f"{text}: {revision!r} is no revision: give a branch, a tag or a commit")
+    import huggingface_hub as hub
+    from huggingface_hub import constants, errors
+
+    cached: Path | None
+    try:
+        cached = Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
+    except errors.HFValidationError as error:
+        raise UsageError(f"{text}: no Hub id: {_line(error)}") from error
+    except (errors.LocalEntryNotFoundError, OSError, ValueError):
+        cached = None
+    if cached is not None and _whole(cached):
+        return cached
+    where = (
+        f"there is no such directory, and {'only a part of it is' if cached else 'it is not'} in the cache"
+    )
+    if constants.HF_HUB_OFFLINE:
+        raise CheckpointError(
+            f"{text}: {where} {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids fetching it: unset "
+            f"that, or fetch it elsewhere with hf download {repo}"
+        )
+    if not download:
+        if cached is not None and (cached / "config.json").exists():
+            return cached
+        raise CheckpointError(
+            f"{text}: {where} {constants.HF_HUB_CACHE}; plans fetch nothing: hf download {repo}, or --model "
+            f"{repo} for a plan by name"
+        )
+    try:
+        return Path(hub.snapshot_download(repo, revision=revision, ignore_patterns=_NOT_READ))
+    except errors.GatedRepoError as error:
+        raise CheckpointError(
+            f"{text}: its owners give access on request: ask for it on the model's page, then hf auth login"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(
+            f"{text}: the model has no revision {revision!r}: leave it out for the newest"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{text}: there is no such directory, and no such model on the Hub that you may see: check the "
+            "spelling; for a private one, hf auth login"
+        ) from error
+    except Exception as error:  # what a network does is of many kinds
+        raise CheckpointError(
+            f"{text}: {where} {constants.HF_HUB_CACHE}, and fetching it failed ({_line(error)}): check the "
+            "network, then run the same command again: what was fetched is kept"
+        ) from error
+
+
+def _line(error: BaseException) -> str:
+    words: list[Any] = " ".join(str(error).split()).split(". ")
+    return f"{type(error).__name__}: {str(words[0])[:160]}"
+
+
+def _whole(folder: Path) -> bool:
+    """Whether a snapshot has the config and all weight files that its index names."""
+    if not (folder / "config.json").exists():
+        return False
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return any(folder.glob("*.safetensors"))
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return all((folder / str(name)).exists() for name in set(names))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return True  # the reader says what is wrong with it
