@@ -5,9 +5,9 @@ VLLM_VENV ?= .venv-vllm
 LEGACY_VENV ?= .venv-legacy
 BIN := $(VENV)/bin
 DEMO := .demo
-# Processes that share the tests; more threads in each than one would only wait for each other.
+# Processes that share the tests, a file's in one; more threads in each would only wait for each other.
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test unit vllm lint docs clean
 

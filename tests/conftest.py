@@ -25,11 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keeps a file's tests in one process, so that they share what they make, and those that start servers;
-    these, the longest, go first."""
-    ring = Path(__file__).parent / "vllm"
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("vllm" if ring in item.path.parents else str(item.path)))
+    """Puts the files that start servers, the longest, first."""
     items.sort(key=lambda item: item.get_closest_marker("vllm") is None)
 
 
