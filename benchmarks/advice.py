@@ -134,32 +134,32 @@ def advise(case: Case) -> Recommendation:
     return recommend(case.model, case.gpu, request, gpu_count=case.count, objective=case.objective)
 
 
-def precision(found: Recommendation) -> str:
+def precision(recommendation: Recommendation) -> str:
     """What the advice is called in recipes; empty where nothing fits."""
-    if found.recommended is None:
+    if recommendation.recommended is None:
         return ""
-    if found.recommended in PRECISIONS:
-        return PRECISIONS[found.recommended]
-    method = str((found.model.quantization or {}).get("quant_method", ""))
+    if recommendation.recommended in PRECISIONS:
+        return PRECISIONS[recommendation.recommended]
+    method = str((recommendation.model.quantization or {}).get("quant_method", ""))
     return METHODS.get(method, method) or "bf16"
 
 
-def source_of(case: Case, found: Recommendation) -> str:
+def source_of(case: Case, recommendation: Recommendation) -> str:
     """The public source and what it takes, with ✓ where ours is one of it."""
     if case.objective in ("latency", "throughput"):
         name, taken = PAPER, FOR_ONE if case.objective == "latency" else FOR_MANY
     else:
         file, taken = OFFERED[case.model]
         name = f"recipe {file}"
-    return f"{'✓ ' if precision(found) in taken.split() else ''}{name}: {taken.replace(' ', ', ')}"
+    return f"{'✓ ' if precision(recommendation) in taken.split() else ''}{name}: {taken.replace(' ', ', ')}"
 
 
-def table(found: list[tuple[Case, Recommendation]]) -> str:
+def table(advised: list[tuple[Case, Recommendation]]) -> str:
     lines = [
         "| model | GPU | need | advice | context, cache | why | source |",
         "|---|---|---|---|---|---|---|",
     ]
-    for case, one in found:
+    for case, one in advised:
         chosen = next((p for p in one.plans if p.scheme == one.recommended), None)
         gpus = f"{case.count} × {one.gpus[0].name}" if case.count > 1 else one.gpus[0].name
         room = "" if one.plan is None else f"{one.plan.context:,}, {one.plan.kv_cache_bytes / 2**30:.1f} GiB"
@@ -195,12 +195,12 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"write {DOCS.relative_to(ROOT)}")
     parser.add_argument("--vllm", metavar="PYTHON", help="a Python with vLLM, to parse the commands")
     options = parser.parse_args()
-    found = [(case, advise(case)) for case in cases()]
-    text = table(found)
-    agreed = sum(source_of(case, one).startswith("✓") for case, one in found)
-    line = f"{len(found)} scenarios, {agreed} with one of the precisions that the source takes."
+    advised = [(case, advise(case)) for case in cases()]
+    text = table(advised)
+    agreed = sum(source_of(case, one).startswith("✓") for case, one in advised)
+    line = f"{len(advised)} scenarios, {agreed} with one of the precisions that the source takes."
     if options.vllm:
-        commands = [c for _, one in found for c in one.commands if c.startswith("vllm serve")]
+        commands = [c for _, one in advised for c in one.commands if c.startswith("vllm serve")]
         bad = refused(commands, options.vllm)
         for command, words in bad.items():
             print(f"refused: {command}: {words}", file=sys.stderr)

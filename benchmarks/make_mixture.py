@@ -210,15 +210,20 @@ def main() -> None:
     else:
         model = upcycled(a.source, a.experts, a.top, a.seed)
         train(model, rows, 80 if a.steps is None else a.steps, a.rate, BALANCE, a.seed)
-    found = judged(model, held_out)
+    verdict = judged(model, held_out)
     model.bfloat16().save_pretrained(a.output)
     for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         if (source / file).exists():
             shutil.copyfile(source / file, a.output / file)
-    shares = [s for layer in found["shares"] for s in layer]
+    shares = [s for layer in verdict["shares"] for s in layer]
     print(
         json.dumps(
-            {"loss": found["loss"], "least": min(shares), "largest": max(shares), "shares": found["shares"]}
+            {
+                "loss": verdict["loss"],
+                "least": min(shares),
+                "largest": max(shares),
+                "shares": verdict["shares"],
+            }
         )
     )
 

@@ -180,11 +180,11 @@ def predict(sample: dict[str, Any]) -> tuple[ModelSpec, Gpu | None, MemoryPlan]:
         spec = replace(spec, max_context=request.context)  # extended by rope scaling on the command line
     anywhere = gpu or replace(named_gpu("H100"), total_bytes=2**42, free_bytes=2**42)
     gpus = [anywhere] * (request.ranks * request.pipeline_parallel)
-    found = plan(spec, gpus, None, request)
+    planned = plan(spec, gpus, None, request)
     # vLLM takes the longest context that fits
-    if sample.get("max_model_len") in (-1, "auto") and found.max_context:
-        found = plan(spec, gpus, None, replace(request, context=found.max_context))
-    return spec, gpu, found
+    if sample.get("max_model_len") in (-1, "auto") and planned.max_context:
+        planned = plan(spec, gpus, None, replace(request, context=planned.max_context))
+    return spec, gpu, planned
 
 
 def non_kv(sample: dict[str, Any]) -> float | None:
@@ -199,24 +199,24 @@ def non_kv(sample: dict[str, Any]) -> float | None:
     return None
 
 
-def printed_cache(sample: dict[str, Any], found: MemoryPlan) -> float | None:
+def printed_cache(sample: dict[str, Any], planned: MemoryPlan) -> float | None:
     """GiB of KV cache that the start printed, or its printed tokens hold."""
     if "kv_cache_gib" in sample:
         return float(sample["kv_cache_gib"])
     tokens = sample.get("kv_tokens")
-    return tokens * found.kv_bytes_per_token / GIB if tokens else None
+    return tokens * planned.kv_bytes_per_token / GIB if tokens else None
 
 
-def longest_error(sample: dict[str, Any], spec: ModelSpec, found: MemoryPlan) -> float | None:
+def longest_error(sample: dict[str, Any], spec: ModelSpec, planned: MemoryPlan) -> float | None:
     """Relative error of the longest context; None where vLLM printed no estimate, or none below the model's
     own."""
     printed = sample.get("est_max_model_len")
     if not printed or printed >= spec.max_context:
         return None
-    return found.max_context / printed - 1
+    return planned.max_context / printed - 1
 
 
-def token_error(sample: dict[str, Any], found: MemoryPlan) -> float | None:
+def token_error(sample: dict[str, Any], planned: MemoryPlan) -> float | None:
     """Relative error of the predicted bytes per token, 0 within the print's rounding; None where the start
     printed too little."""
     tokens = sample.get("kv_tokens") or (
@@ -227,8 +227,10 @@ def token_error(sample: dict[str, Any], found: MemoryPlan) -> float | None:
     if not tokens or "kv_cache_gib" not in sample:
         return None
     measured = sample["kv_cache_gib"] * GIB
-    slack = 0.0051 * GIB + (found.layout.bytes_per_block * len(found.layout.groups) if found.layout else 0)
-    predicted = found.kv_bytes_per_token * tokens
+    slack = 0.0051 * GIB + (
+        planned.layout.bytes_per_block * len(planned.layout.groups) if planned.layout else 0
+    )
+    predicted = planned.kv_bytes_per_token * tokens
     return 0.0 if abs(predicted - measured) <= slack else predicted / measured - 1
 
 
@@ -286,39 +288,42 @@ def judge(sample: dict[str, Any]) -> dict[str, Any]:
         "status": sample.get("status", "?"),
     }
     try:
-        spec, gpu, found = predict(sample)
+        spec, gpu, planned = predict(sample)
     except QuantError as error:
         return {**row, "skipped": str(error)}
     row["quantized"] = spec.quantization is not None
     simple, simple_fits = naive(sample, spec, gpu)
     if "weights_gib" in sample:
         measured = sample["weights_gib"]
-        predicted = [w / GIB for w in found.weights_by_stage]
+        predicted = [w / GIB for w in planned.weights_by_stage]
         closest = min((w for w in predicted), key=lambda w: abs(w - measured))
         row["weights"] = (measured, closest, closest / measured - 1)
-        bits, world = source_bits(spec), len(predicted) * found.tensor_parallel
+        bits, world = source_bits(spec), len(predicted) * planned.tensor_parallel
         row["weights_params"] = spec.parameters * bits / 8 / GIB / world / measured - 1
         # the rule halves the 16-bit file's "32" bits once for each step
         rule = {16: "fp16", 8: "int8"}.get(int(bits), "int4")
         row["weights_rule"] = 2 * spec.parameters * bits / 32 * OVERHEADS[rule] / GIB / world / measured - 1
-    row["tokens"] = token_error(sample, found)
+    row["tokens"] = token_error(sample, planned)
     used = non_kv(sample)
     if used is not None:
-        value = (found.activation_bytes + found.other_bytes) / GIB
+        value = (planned.activation_bytes + planned.other_bytes) / GIB
         row["non_kv"] = (used, value, value - used)
         row["non_kv_naive"] = 2.0 - used
     if gpu is not None:
         rules = model_rules(spec, gpu, release_of(sample))
         row["kind"] = kind_of(spec, rules, gpu, request_of(sample))
         row["release"], row["device"] = release_group(rules), device_group(gpu)
-        row["stated"], row["unsure"] = found.error_bytes / GIB, spec.uncertainty * found.weights_bytes / GIB
-        if (cache := printed_cache(sample, found)) is not None:
-            row["kv"] = (cache, found.room_bytes / GIB, found.room_bytes / GIB - cache)
-        row["longest"] = longest_error(sample, spec, found)
+        row["stated"], row["unsure"] = (
+            planned.error_bytes / GIB,
+            spec.uncertainty * planned.weights_bytes / GIB,
+        )
+        if (cache := printed_cache(sample, planned)) is not None:
+            row["kv"] = (cache, planned.room_bytes / GIB, planned.room_bytes / GIB - cache)
+        row["longest"] = longest_error(sample, spec, planned)
     if gpu is not None and sample.get("status") not in NOT_MEMORY:
         row["ok"] = sample["status"] == "ok"
-        row["verdict"], row["why"] = found.verdict, found.tight or found.why
-        row["right"] = (found.fits is row["ok"]) if not found.tight else within(row)
+        row["verdict"], row["why"] = planned.verdict, planned.tight or planned.why
+        row["right"] = (planned.fits is row["ok"]) if not planned.tight else within(row)
         row["verdict_naive"] = simple_fits
     row["stored_gib"] = stored_bytes(spec) / GIB
     row["naive_weights_gib"] = simple
@@ -514,11 +519,11 @@ def into_docs(tables: dict[str, str]) -> None:
 
 def groups(rows: list[dict[str, Any]], by: str) -> list[tuple[str, list[dict[str, Any]]]]:
     """The judged rows by their value of ``by``, in order of its first appearance."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    gathered: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if by in row:
-            found.setdefault(row[by], []).append(row)
-    return sorted(found.items())
+            gathered.setdefault(row[by], []).append(row)
+    return sorted(gathered.items())
 
 
 def error_table(rows: list[dict[str, Any]]) -> str:

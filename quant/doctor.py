@@ -100,13 +100,13 @@ def _packages() -> list[Finding]:
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        found = _version(requirement.name)
-        if found is None:
+        installed = _version(requirement.name)
+        if installed is None:
             wrong.append((f"{requirement.name} is missing", text))
-        elif not requirement.specifier.contains(found, prereleases=True):
-            wrong.append((f"{requirement.name} is {found}, {requirement.specifier} is needed", text))
+        elif not requirement.specifier.contains(installed, prereleases=True):
+            wrong.append((f"{requirement.name} is {installed}, {requirement.specifier} is needed", text))
         else:
-            right.append(f"{requirement.name} {found}")
+            right.append(f"{requirement.name} {installed}")
     if not wrong:
         return [Finding("packages", "ok", ", ".join(right))]
     names = " ".join(repr(text.partition(";")[0].strip()) for _, text in wrong)
@@ -142,11 +142,11 @@ def _torch_build() -> tuple[str | None, str | None, str | None]:
 
 
 def _torch(gpus: tuple[Gpu, ...]) -> Finding:
-    found, cuda, hip = _torch_build()
-    if found is None:
+    installed, cuda, hip = _torch_build()
+    if installed is None:
         return Finding("torch", "problem", "not installed", "pip install torch")
     built = f"for CUDA {cuda}" if cuda else f"for ROCm {hip}" if hip else "for CPUs alone"
-    words = f"{found}, built {built}"
+    words = f"{installed}, built {built}"
     if not gpus:
         return Finding("torch", "ok", words)
     if not cuda:
@@ -222,15 +222,15 @@ def _vllm(python: str | Path | None) -> Finding:
         )
     except QuantError as error:
         return Finding("vllm", "problem", str(error), f"set {PYTHON_VARIABLE} or --vllm-python to it")
-    found = installation.version
-    words = f"{found} in the environment of {chosen}"
-    if is_planned_release(found):
+    installed = installation.version
+    words = f"{installed} in the environment of {chosen}"
+    if is_planned_release(installed):
         return Finding("vllm", "ok", words)
     return Finding(
         "vllm",
         "warning",
         f"{words}; plans and checks are for {VLLM_VERSION} unless told otherwise",
-        f"name it: --vllm-version {'.'.join(found.partition('+')[0].split('.')[:2])}",
+        f"name it: --vllm-version {'.'.join(installed.partition('+')[0].split('.')[:2])}",
     )
 
 

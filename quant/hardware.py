@@ -166,8 +166,8 @@ def _row(name: str) -> dict[str, Any] | None:
 def _cited(row: Mapping[str, Any], fact: str) -> str:
     """The documents that a fact of a table row was read in, as a person would look them up."""
     known = load_json("gpus.json")["sources"]
-    found = [known[i] for i in row["sources"][fact]]
-    return "; ".join(f"{s['what']}, {s['address']} ({s['version']})" for s in found) or UNCHECKED
+    documents = [known[i] for i in row["sources"][fact]]
+    return "; ".join(f"{s['what']}, {s['address']} ({s['version']})" for s in documents) or UNCHECKED
 
 
 def _rate_sources(row: Mapping[str, Any]) -> dict[str, str]:
@@ -414,12 +414,12 @@ def _read_slice(nvml: Any, handle: Any, whole: Gpu, number: int) -> Gpu:
 
 
 def _processes(nvml: Any, handle: Any) -> tuple[GpuProcess, ...]:
-    found = {}
+    processes = {}
     for question in ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses"):
         for process in _ask(nvml, question, handle, default=None) or ():
             name = _ask(nvml, "nvmlSystemGetProcessName", process.pid, default="")
-            found[process.pid] = GpuProcess(process.pid, _text(name), int(process.usedGpuMemory or 0))
-    return tuple(sorted(found.values(), key=lambda p: -p.used_bytes))
+            processes[process.pid] = GpuProcess(process.pid, _text(name), int(process.usedGpuMemory or 0))
+    return tuple(sorted(processes.values(), key=lambda p: -p.used_bytes))
 
 
 def _visible(gpus: Sequence[Gpu], variable: str | None) -> tuple[list[Gpu], str]:

@@ -51,21 +51,21 @@ class Health:
 
     def warnings(self, hot: int | None = None) -> list[str]:
         """What a user should know before a long job, with what to do; ``hot``: see :meth:`hot_from`."""
-        found = []
+        warnings = []
         if self.temperature is not None and self.temperature >= self.hot_from(hot):
             slows = (
                 "" if self.slowdown_temperature is None else f", it slows down at {self.slowdown_temperature}"
             )
-            found.append(
+            warnings.append(
                 f"{self.temperature} °C is hot (from {self.hot_from(hot)}{slows}): check fans and airflow, "
                 "or lower the limit with nvidia-smi --power-limit"
             )
         if self.throttled_by:
-            found.append(
+            warnings.append(
                 f"its clocks are held down by {' and '.join(self.throttled_by)}: speeds are below those "
                 "planned for while that lasts"
             )
-        return found
+        return warnings
 
 
 def read_health(ask: Callable[..., Any], handle: Any) -> Health | None:

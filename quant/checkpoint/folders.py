@@ -76,9 +76,11 @@ def described(path: Path) -> str:
                 "folder that save_pretrained wrote"
             )
     for endings, what, step in _CONTAINERS:
-        found = [n for n in names if n.endswith(endings) and not n.startswith(("training_args", "rng_state"))]
-        if found:
-            return f"holds only {what} ({found[0]}): {step.format(path=path)}"
+        matching = [
+            n for n in names if n.endswith(endings) and not n.startswith(("training_args", "rng_state"))
+        ]
+        if matching:
+            return f"holds only {what} ({matching[0]}): {step.format(path=path)}"
     inside = [n for n in names if (path / n / "config.json").is_file()]
     if inside:
         return f"has no model itself; one lies in {path / inside[-1]}: give that folder"

@@ -248,7 +248,7 @@ class Checkpoint:
         """Every other file of the directory, sorted: tokenizer, templates, custom code. ``config.json`` and
         the index are not among them."""
         used = {f.name for f in self.weight_files} | {INDEX, "config.json"}
-        found = []
+        beside = []
         for folder, folders, files in os.walk(self.path, followlinks=False):
             folders[:] = sorted(f for f in folders if f not in _SKIPPED_FOLDERS)
             for name in sorted([*files, *(f for f in folders if (Path(folder) / f).is_symlink())]):
@@ -264,8 +264,8 @@ class Checkpoint:
                     dropped = "not a regular file"
                 else:
                     dropped = ""
-                found.append(SideFile(relative, path, dropped))
-        return found
+                beside.append(SideFile(relative, path, dropped))
+        return beside
 
 
 def _resolve_hub_cache(path: Path) -> Path:
@@ -351,10 +351,10 @@ def _demand_all_shards(path: Path, names: Sequence[str]) -> None:
     for name in names:
         if shard := _SHARD.fullmatch(name):
             sets.setdefault((shard[1], int(shard[3])), set()).add(int(shard[2]))
-    for (stem, total), found in sets.items():
-        if missing := next((i for i in range(1, total + 1) if i not in found), None):
+    for (stem, total), numbers in sets.items():
+        if missing := next((i for i in range(1, total + 1) if i not in numbers), None):
             raise CheckpointError(
-                f"{path}: {stem}-{missing:05d}-of-{total:05d}.safetensors is missing: {len(found)} of "
+                f"{path}: {stem}-{missing:05d}-of-{total:05d}.safetensors is missing: {len(numbers)} of "
                 f"{total} shards are there, and no {INDEX}: the download is incomplete, fetch that file and "
                 "the index"
             )
@@ -396,9 +396,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     for name in names:
-        found, meta = read_header(path / name)
+        header, meta = read_header(path / name)
         metadata.update(meta)
-        for tensor, info in found.items():
+        for tensor, info in header.items():
             if weight_map and weight_map.get(tensor) != name:
                 if tensor in weight_map:
                     continue  # a copy in a second file: the index says which one counts

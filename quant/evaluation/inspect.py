@@ -26,26 +26,26 @@ def inspect(path: str | Path) -> dict[str, Any]:
         CheckpointError: it cannot be read.
     """
     checkpoint, _ = repaired(open_checkpoint(path))
-    found = find_format(checkpoint.config, checkpoint.tensors)
+    layers = find_format(checkpoint.config, checkpoint.tensors)
     count = block_count(checkpoint.config)
     decoder = decoder_list(checkpoint.tensors.values(), checkpoint.config)
     parameters: dict[str, int] = {}
     dtypes: dict[str, int] = {}
-    parts = set() if found is None else quantized_tensors(checkpoint, found).keys()
+    parts = set() if layers is None else quantized_tensors(checkpoint, layers).keys()
     for name, info in checkpoint.tensors.items():
         dtypes[info.dtype] = dtypes.get(info.dtype, 0) + info.nbytes
         if name in parts:
             continue
         role = role_of(name, count, decoder)
         parameters[role] = parameters.get(role, 0) + info.numel
-    linears = found.linears.values() if found else []
+    linears = layers.linears.values() if layers else []
     for linear in linears:
         role = role_of(f"{linear.name}.weight", count, decoder)
         parameters[role] = parameters.get(role, 0) + linear.n * linear.k
-    for stack in found.stacks.values() if found else []:
+    for stack in layers.stacks.values() if layers else []:
         role = role_of(stack.name, count)
         parameters[role] = parameters.get(role, 0) + prod(stack.shape)
-    schemes = found.schemes if found else {}
+    schemes = layers.schemes if layers else {}
     adapter = adapter_for(checkpoint.config)
     blocks = {block_of(n) for n in checkpoint.tensors if decoder is not None and block_list(n) == decoder}
     architectures = checkpoint.config.get("architectures")
@@ -62,7 +62,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "bytes_by_dtype": dict(sorted(dtypes.items(), key=lambda x: -x[1])),
         "files": [{"name": f.name, "file_bytes": f.stat().st_size} for f in checkpoint.weight_files],
         "tied_head": bool(stated(checkpoint.config, "tie_word_embeddings")),
-        "format": found.format if found else "plain",
+        "format": layers.format if layers else "plain",
         "schemes": schemes,
         "quantized_linears": len(schemes) and sum(schemes.values()),
         "worst_layers": evidence_of(checkpoint.path),

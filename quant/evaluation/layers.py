@@ -50,9 +50,9 @@ def output_errors(
     with torch.no_grad():
         for index in range(there.block_count):
             wanted: dict[str, torch.Tensor] = {}
-            found: dict[str, torch.Tensor] = {}
+            inputs: dict[str, torch.Tensor] = {}
             output = hidden
-            for skeleton, (call,), seen in ((there, calls, wanted), (here, own_calls, found)):
+            for skeleton, (call,), seen in ((there, calls, wanted), (here, own_calls, inputs)):
                 block = skeleton.load_block(index)
                 with _outputs(block, seen):
                     result = call_block(block, hidden, call[index])
@@ -61,7 +61,7 @@ def output_errors(
                     output = result
             prefix = there.block_prefix(index)
             errors |= {
-                prefix + n: _relative(found[n], y, n in sources) for n, y in wanted.items() if n in found
+                prefix + n: _relative(inputs[n], y, n in sources) for n, y in wanted.items() if n in inputs
             }
             hidden = output
     return errors
@@ -85,9 +85,9 @@ def _outputs(block: nn.Module, seen: dict[str, torch.Tensor]) -> Iterator[Mappin
             handle.remove()
 
 
-def _relative(found: torch.Tensor, wanted: torch.Tensor, scaled: bool) -> float:
+def _relative(got: torch.Tensor, wanted: torch.Tensor, scaled: bool) -> float:
     """Error of ``found`` [T, N] relative to ``wanted``; ``scaled``: at the least-squares factor of each
     column."""
     if scaled:
-        found = found * ((found * wanted).sum(0) / found.square().sum(0).clamp_min(1e-30))
-    return float((found - wanted).square().sum() / wanted.square().sum().clamp_min(1e-30))
+        got = got * ((got * wanted).sum(0) / got.square().sum(0).clamp_min(1e-30))
+    return float((got - wanted).square().sum() / wanted.square().sum().clamp_min(1e-30))

@@ -216,13 +216,13 @@ _CLASSES = {"Linear": "linear", "Embedding": "vocabparallelembedding", "LMHead":
 def by_class(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Class of module → the first config group that targets it: vLLM looks for a target in the class's name
     (`find_matched_target`), so ``Linear`` is every linear, and no head or embedding is one."""
-    found: dict[str, str] = {}
+    groups_of: dict[str, str] = {}
     for key, group in groups.items():
         for target in group.get("targets", []):
             for kind, name in _CLASSES.items():
                 if target and str(target).lower() in name:
-                    found.setdefault(kind, key)
-    return found
+                    groups_of.setdefault(kind, key)
+    return groups_of
 
 
 def targeted(groups: Mapping[str, Mapping[str, Any]]) -> Callable[..., str | None]:

@@ -44,9 +44,9 @@ class FbgemmFp8(ForeignFormat):
     def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> QuantizedLayers:
         names_listed(config, "modules_to_not_convert")
         inputs = PRESETS["w8a8-fp8"].activations
-        found = scaled_matrices(tensors, "weight_scale")
-        linears = {x.name: Linear(x.name, x.n, x.k, x.weights, inputs) for x in found}
-        stored = {f"{x.name}.weight_scale": x.scale for x in found}
+        matrices = scaled_matrices(tensors, "weight_scale")
+        linears = {x.name: Linear(x.name, x.n, x.k, x.weights, inputs) for x in matrices}
+        stored = {f"{x.name}.weight_scale": x.scale for x in matrices}
         stored = {own: name for own, name in stored.items() if own != name}
         return QuantizedLayers(self.name, linears, {}, stored, stacks(tensors))
 

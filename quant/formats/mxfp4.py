@@ -44,7 +44,7 @@ class Mxfp4(ForeignFormat):
         raise AssertionError("an MXFP4 checkpoint has stacks of experts, no linears")
 
     def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> QuantizedLayers:
-        found = {}
+        linears = {}
         for name, blocks in tensors.items():
             if not name.endswith("_blocks") or blocks.dtype != "U8":
                 continue
@@ -62,10 +62,10 @@ class Mxfp4(ForeignFormat):
                     "[E, rows, G, 16] and U8 [E, rows, G] are needed"
                 )
             experts, rows, groups = shape[:3]
-            found[stem] = Stack(
+            linears[stem] = Stack(
                 stem, (experts, 32 * groups, rows), _WEIGHTS, (name, scales.name), partial(_expert, stem)
             )
-        return QuantizedLayers(self.name, {}, {}, stacks=found)
+        return QuantizedLayers(self.name, {}, {}, stacks=linears)
 
 
 def _expert(stem: str, checkpoint: Checkpoint, expert: int) -> torch.Tensor:

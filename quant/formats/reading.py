@@ -105,7 +105,7 @@ def dequantized(checkpoint: Checkpoint, layers: QuantizedLayers | None = None) -
         layers = find_format(checkpoint.config, checkpoint.tensors)
     if layers is None:
         return checkpoint
-    form, found = layers.form, layers
+    form, read = layers.form, layers
     tensors: dict[str, TensorInfo] = {}
     computed: dict[str, Callable[[], torch.Tensor]] = {}
     parts: dict[str, Callable[[int], torch.Tensor]] = {}
@@ -124,7 +124,7 @@ def dequantized(checkpoint: Checkpoint, layers: QuantizedLayers | None = None) -
             else:
                 linear = layers.linears[whole.removesuffix(".weight")]
                 shape = linear.stored_shape
-                computed[whole] = partial(read_weight, form, found, checkpoint, linear.name)
+                computed[whole] = partial(read_weight, form, read, checkpoint, linear.name)
             tensors[whole] = TensorInfo(whole, "F32", shape, info.file, 0, 4 * prod(shape))
     return replace(
         checkpoint,

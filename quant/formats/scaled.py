@@ -72,15 +72,15 @@ def scaled_matrices(
     missing = [(n, wanted) for n in coded if spelled(tensors, n, SCALES) is None]
     if missing:
         raise IncompleteCheckpoint(missing)
-    found = []
+    matrices = []
     for name in coded:
         weight = tensors[f"{name}.weight"]
         if len(weight.shape) != 2:
             raise CheckpointError(f"{name}: weight is {weight.shape}: read are [N, K]")
         n, k = weight.shape
         scale = tensors[spelled(tensors, name, SCALES) or ""]
-        found.append(Scaled(name, n, k, weights_of(scale, n, k, block), scale.name))
-    return found
+        matrices.append(Scaled(name, n, k, weights_of(scale, n, k, block), scale.name))
+    return matrices
 
 
 def weights_of(scale: TensorInfo, n: int, k: int, block: tuple[int, int] | None) -> WeightScheme:
@@ -142,7 +142,7 @@ def stacks(tensors: Mapping[str, TensorInfo], block: tuple[int, int] | None = No
     Raises:
         CheckpointError: multipliers that fit no way of sharing them.
     """
-    found = {}
+    stacked = {}
     for name, info in tensors.items():
         if info.dtype != "F8_E4M3" or len(info.shape) != 3:
             continue
@@ -166,14 +166,14 @@ def stacks(tensors: Mapping[str, TensorInfo], block: tuple[int, int] | None = No
             for end in (*_STACK_SCALES, "_activation_scale", "_input_scale")
             if name + end in tensors
         ]
-        found[name] = Stack(
+        stacked[name] = Stack(
             name,
             (experts, rows, columns),
             weights,
             (name, *own),
             partial(_expert, name, scale.name, sides),
         )
-    return found
+    return stacked
 
 
 def _sides(

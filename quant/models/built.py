@@ -120,10 +120,10 @@ def _filled(
         seen.add(kind)
         name = renamed(tensor)
         names = (name, f"{base}.{name}", name.removeprefix(f"{base}."))
-        found = next((n for n in names if n in wanted), None)
+        name_in_model = next((n for n in names if n in wanted), None)
         made = (match for n in names if (match := converter_of(converters, n, wanted)) is not None)
-        if found is not None:
-            filled[found] = tensor
+        if name_in_model is not None:
+            filled[name_in_model] = tensor
         elif (match := next(made, None)) is not None:
             filled[match[1]] = None
         elif len(info.shape) > 1 and block_list(name) is not None:

@@ -98,7 +98,7 @@ _UNDECLARED = {
 
 def find_experts(block: nn.Module) -> list[Experts]:
     """The experts modules of a block."""
-    found = []
+    modules = []
     for path, module in block.named_modules():
         parameters = dict(module.named_parameters(recurse=False))
         first = parameters.get("gate_up_proj", parameters.get("up_proj"))
@@ -113,8 +113,8 @@ def find_experts(block: nn.Module) -> list[Experts]:
         projections = ("gate_proj", "up_proj") if gated else ("up_proj",)
         interleaved = declared and not module.is_concatenated
         # the first product may have rows for experts that there are not (LongCat's identities)
-        found.append(Experts(path, len(down), projections, bool(transposed), bool(interleaved)))
-    return found
+        modules.append(Experts(path, len(down), projections, bool(transposed), bool(interleaved)))
+    return modules
 
 
 #: Called before a product with the module's path, which product it is, and the inputs; may give others in

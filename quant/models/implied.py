@@ -88,13 +88,13 @@ class _File:
     @cached_property
     def blocks(self) -> dict[int, dict[str, tuple[int, ...]]]:
         """By block of the decoder, shapes by the names inside it."""
-        found: dict[int, dict[str, tuple[int, ...]]] = {}
+        blocks: dict[int, dict[str, tuple[int, ...]]] = {}
         for name, shape in self.shapes.items():
             if self.decoder is not None and block_list(name) == self.decoder:
                 index = block_of(name)
                 assert index is not None
-                found.setdefault(index, {})[name.removeprefix(f"{self.decoder}{index}.")] = shape
-        return dict(sorted(found.items()))
+                blocks.setdefault(index, {})[name.removeprefix(f"{self.decoder}{index}.")] = shape
+        return dict(sorted(blocks.items()))
 
     @cached_property
     def apart(self) -> set[int]:
@@ -144,10 +144,10 @@ def _part_of(name: str, linears: Mapping[str, Linear]) -> bool:
     return module in linears and last != "bias"
 
 
-def _kinds(found: Iterable[tuple[str, str]]) -> Iterator[str]:
+def _kinds(keyed: Iterable[tuple[str, str]]) -> Iterator[str]:
     """Lines, of those with one key the first with the number of the others."""
     lines: dict[str, list[str]] = {}
-    for key, line in found:
+    for key, line in keyed:
         lines.setdefault(key, []).append(line)
     for same in lines.values():
         yield f"{same[0]}{f' (and {len(same) - 1} more like it)' if len(same) > 1 else ''}"
@@ -413,7 +413,7 @@ def _size_problems(file: _File) -> Iterator[str]:
     query projection is explained, and of MLPs. A projection that is explained in some block is not judged in
     blocks of other kinds."""
     fits: set[str] = set()
-    found: list[tuple[str, str]] = []
+    keyed: list[tuple[str, str]] = []
     explain = (*_heads_explain(file), *_widths_explain(file))
     for index, names in file.blocks.items():
         for local, shape in names.items():
@@ -426,8 +426,8 @@ def _size_problems(file: _File) -> Iterator[str]:
                     fits.add(local)
                 elif verdict is not None and index not in file.apart:
                     name = f"{file.decoder}{index}.{local}"
-                    found.append((local, f"{name} is {list(shape)} in the file, {verdict}: {_ANEW}"))
-    yield from _kinds((local, line) for local, line in found if local not in fits)
+                    keyed.append((local, f"{name} is {list(shape)} in the file, {verdict}: {_ANEW}"))
+    yield from _kinds((local, line) for local, line in keyed if local not in fits)
 
 
 #: Of a module, the last part of a name, its shape and the names beside it: what the config says against it,

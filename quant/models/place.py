@@ -58,9 +58,9 @@ def decoder_list(tensors: Iterable[TensorInfo], config: Mapping[str, Any]) -> st
         # of a packed file few tensors keep the width of the model, but its norms do
         return role != "mtp", 8 * one.wide > one.tensors, as_many, role != "tower", one.elements
 
-    found = max(lists, key=fits, default=None)
-    if found is not None:
-        decodes, wide, as_many, named, _ = fits(found)
+    fitting = max(lists, key=fits, default=None)
+    if fitting is not None:
+        decodes, wide, as_many, named, _ = fits(fitting)
         if not named and not (decodes and wide and as_many):
             return None  # a file of towers alone
-    return found
+    return fitting

@@ -78,25 +78,25 @@ class SourceFinder:
 
         places = [place_of(group) for group in groups]
         proved: dict[_Place, InputGroup | None] = {}
-        found = []
+        sourced = []
         for index, (group, place) in enumerate(zip(groups, places, strict=True)):
             if group.stage == "down":
-                found.append(self._behind_experts(group))
+                sourced.append(self._behind_experts(group))
                 continue
             if place is None:
-                found.append(group)
+                sourced.append(group)
                 continue
             if place not in proved:
                 kin = [g for g, p in zip(groups, places, strict=True) if p == place]
                 proved[place] = self._behind_norm(kin, place, seen)
             norm = proved[place]
             if norm is not None:
-                found.append(
+                sourced.append(
                     replace(group, source=norm.source, norm_offset=norm.norm_offset, readers=norm.readers)
                 )
             else:
-                found.append(self._behind_linear(group, groups[:index]))
-        return tuple(found)
+                sourced.append(self._behind_linear(group, groups[:index]))
+        return tuple(sourced)
 
     def _watch(self) -> _Seen:
         seen, handles = _Seen(), []
@@ -296,9 +296,9 @@ def _factors(count: int, like: torch.Tensor) -> torch.Tensor:
     return torch.exp2(exponents * 6.0 - 3.0).to(like.device, like.dtype)
 
 
-def _differs(found: torch.Tensor, wanted: torch.Tensor, by: float) -> bool:
-    found, wanted = found.float(), wanted.float()
-    return not bool((found - wanted).norm() <= by * wanted.norm())
+def _differs(got: torch.Tensor, wanted: torch.Tensor, by: float) -> bool:
+    got, wanted = got.float(), wanted.float()
+    return not bool((got - wanted).norm() <= by * wanted.norm())
 
 
 def expert_source(down: str, linears: Mapping[str, object]) -> str | None:

@@ -127,14 +127,14 @@ def unlabelled_problems(checkpoint: Checkpoint, made: Iterable[str], linears: Co
         if n.endswith(".weight") and len(i.shape) == 2 and block_of(n) is not None
     }
     codes = [n for n, i in weights.items() if i.dtype not in ("BF16", "F16", "F32", "F64")]
-    found = [n for n in made if n in checkpoint.tensors and n.removesuffix(".weight") not in linears]
+    unlabelled = [n for n in made if n in checkpoint.tensors and n.removesuffix(".weight") not in linears]
     return [
         f"{checkpoint.path}: {names[0]}{f' (and {len(names) - 1} more)' if len(names) > 1 else ''} {why}: "
         "it looks quantized, and its config.json has no "
         "quantization_config: quantize the original"
         for names, why in (
             (codes, f"is stored as {checkpoint.info(codes[0]).dtype}" if codes else ""),
-            (found, "is there already"),
+            (unlabelled, "is there already"),
         )
         if names
     ]

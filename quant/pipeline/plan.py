@@ -301,15 +301,15 @@ def _plain(checkpoint: Checkpoint, refs: Collection[str]) -> dict[str, str]:
 def _reordered(linears: Iterable[Linear], form: Format, kinds: Collection[str]) -> list[str]:
     """Linears whose outputs vLLM's loader reorders in a way that their quantized form does not bear, one of
     each kind."""
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for linear in linears:
         kind = linear.name.rpartition(".")[2]
-        if kind not in found and reordered(linear.name, linear.scheme, form.name, kinds):
-            found[kind] = (
+        if kind not in reasons and reordered(linear.name, linear.scheme, form.name, kinds):
+            reasons[kind] = (
                 f"{linear.name}: vLLM's loader reorders its outputs, which {linear.scheme} in format "
                 f"{form.name} does not bear: use --scheme w8a8-fp8, or --ignore '{kind}'"
             )
-    return list(found.values())
+    return list(reasons.values())
 
 
 def _kept(
@@ -349,14 +349,14 @@ def ungrouped(linears: Mapping[str, Linear], checkpoint: Checkpoint) -> dict[str
     """Linears whose inputs do not divide into the groups of their scheme, each with that reason, where they
     are a small part of the decoder (the low-rank matrices of Gemma 3n) and may be left; empty where they are
     more, which is for the request to settle."""
-    found = {
+    reasons = {
         name: f"{linear.k} inputs do not divide into groups of {linear.weights.group_size}"
         for name, linear in linears.items()
         if linear.weights.strategy in ("group", "tensor_group") and linear.k % linear.weights.group_size
     }
     total = sum(prod(i.shape) for i in decoder_matrices(checkpoint.tensors, checkpoint.config).values())
-    share = sum(linears[name].n * linears[name].k for name in found) / max(total, 1)
-    return found if share <= LARGEST_REST and len(found) < len(linears) else {}
+    share = sum(linears[name].n * linears[name].k for name in reasons) / max(total, 1)
+    return reasons if share <= LARGEST_REST and len(reasons) < len(linears) else {}
 
 
 def assign(
@@ -405,10 +405,10 @@ def assign(
 def kv_scales(checkpoint: Checkpoint, everything: Sequence[str]) -> dict[int, list[TensorSpec]]:
     """By block, the scales of an FP8 KV cache: one number each for K and V, beside the projections they come
     from."""
-    found: dict[int, list[TensorSpec]] = {}
+    scales: dict[int, list[TensorSpec]] = {}
     for name in everything:
         attention, _, last = name.rpartition(".")
         block = block_of(name + ".")
         if block is not None and last in CACHE_PROJECTIONS:
-            found[block] = [TensorSpec(f"{attention}.{x}_scale", "F32", (1,)) for x in "kv"]
-    return found
+            scales[block] = [TensorSpec(f"{attention}.{x}_scale", "F32", (1,)) for x in "kv"]
+    return scales

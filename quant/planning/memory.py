@@ -96,11 +96,11 @@ class EngineRequest:
         Raises:
             Problems: exit status 2.
         """
-        found: list[str] = []
+        problems: list[str] = []
 
         def whole(name: str, value: int | None, low: int, high: int) -> None:
             if value is not None and not low <= value <= high:
-                found.append(f"--{name} is {value}: must be from {low} to {high}")
+                problems.append(f"--{name} is {value}: must be from {low} to {high}")
 
         whole("context", self.context, 1, 2**31)
         whole("concurrency", self.concurrency, 1, 2**20)
@@ -109,14 +109,14 @@ class EngineRequest:
         whole("tensor-parallel", self.tensor_parallel, 1, 1024)
         whole("pipeline-parallel", self.pipeline_parallel, 1, 1024)
         if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
-            found.append(
+            problems.append(
                 f"--gpu-memory-utilization is {self.gpu_memory_utilization}: a share of the GPU's whole "
                 "memory, above 0 and at most 1"
             )
         if self.kv_cache_dtype not in KV_DTYPES:
-            found.append(str(one_of("--kv-cache-dtype", self.kv_cache_dtype, list(KV_DTYPES))))
+            problems.append(str(one_of("--kv-cache-dtype", self.kv_cache_dtype, list(KV_DTYPES))))
         if self.context is not None and self.context > spec.max_context:
-            found.append(
+            problems.append(
                 f"--context is {self.context}: {spec.name} has positions for {spec.max_context}; give at "
                 "most that, or a checkpoint whose "
                 "config.json extends it (rope scaling)"
@@ -126,34 +126,34 @@ class EngineRequest:
             and self.max_num_batched_tokens
             and self.max_num_batched_tokens < self.max_num_seqs
         ):
-            found.append(
+            problems.append(
                 f"--max-num-batched-tokens {self.max_num_batched_tokens} is below --max-num-seqs "
                 f"{self.max_num_seqs}: vLLM refuses to "
                 "start; every sequence needs at least one token"
             )
         if self.max_num_seqs and self.concurrency > self.max_num_seqs:
-            found.append(
+            problems.append(
                 f"--concurrency {self.concurrency} is above --max-num-seqs {self.max_num_seqs}: raise the "
                 "latter or ask for less"
             )
         if self.mm_encoder_tp_mode not in TOWER_MODES:
-            found.append(str(one_of("--mm-encoder-tp-mode", self.mm_encoder_tp_mode, list(TOWER_MODES))))
+            problems.append(str(one_of("--mm-encoder-tp-mode", self.mm_encoder_tp_mode, list(TOWER_MODES))))
         ranks = self.ranks
         if 1 <= ranks <= 1024:
-            found += parallel_problems(spec, ranks)
+            problems += parallel_problems(spec, ranks)
         if self.pipeline_parallel > spec.layers:
-            found.append(
+            problems.append(
                 f"--pipeline-parallel is {self.pipeline_parallel}: {spec.name} has {spec.layers} layers, at "
                 "most one stage each"
             )
         if ranks * self.pipeline_parallel > len(gpus):
             needed = ranks * self.pipeline_parallel
-            found.append(
+            problems.append(
                 f"tensor parallel {ranks} × pipeline parallel {self.pipeline_parallel} needs {needed} GPUs, "
                 f"{len(gpus)} given (--gpu-count)"
             )
-        if found:
-            raise Problems(found, exit_code=2)
+        if problems:
+            raise Problems(problems, exit_code=2)
 
 
 def parallel_problems(spec: ModelSpec, ranks: int) -> list[str]:
@@ -537,9 +537,9 @@ class _Start:
         profile, the context, the states, the graphs and the sampler's second run.
         """
         for check in (self._cuts, self._free, self._room, self._context, self._states, self._beside):
-            found = check()
-            if found:
-                return found
+            shortfall = check()
+            if shortfall:
+                return shortfall
         return "", ""
 
     def tightness(self, error: int) -> str:

@@ -47,7 +47,7 @@ def place_labels(
     """
     marks = [Box(x - 5, y - 5, 10, 10) for x, y in points]
     used = [*taken]
-    found: list[tuple[Box, bool]] = []
+    placed: list[tuple[Box, bool]] = []
     for (x, y), label in zip(points, labels, strict=True):
         width = max(len(label) * _CHARACTER, 1)
         best: Box | None = None
@@ -72,10 +72,10 @@ def place_labels(
             if best is not None:
                 break
         if best is None:  # more labels than room: beneath one another at the edge
-            best = Box(area.left + area.width - width, area.top + _LINE * len(found), width, _LINE)
+            best = Box(area.left + area.width - width, area.top + _LINE * len(placed), width, _LINE)
         used.append(best)
-        found.append((best, abs(best.top + _LINE / 2 - y) > _LINE))
-    return found
+        placed.append((best, abs(best.top + _LINE / 2 - y) > _LINE))
+    return placed
 
 
 def layers_chart(
@@ -137,5 +137,5 @@ def ticks(low: float, high: float) -> list[float]:
 def log_ticks(low: float, high: float) -> list[float]:
     """1, 2 and 5 times the powers of ten within a range, or powers alone where those are many."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    found = [m * 10.0**p for p in powers for m in ((1, 2, 5) if len(powers) <= 4 else (1,))]
-    return [t for t in found if low <= t <= high]
+    values = [m * 10.0**p for p in powers for m in ((1, 2, 5) if len(powers) <= 4 else (1,))]
+    return [t for t in values if low <= t <= high]

@@ -22,7 +22,7 @@ def summaries(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
     Raises:
         Problems: folders without a report of ours; all of them.
     """
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     problems = []
     for folder in folders:
         report = Report.load(folder)
@@ -34,7 +34,7 @@ def summaries(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
             continue
         job, measured = report.quantization, load_evaluation(folder)
         errors = [x.error for x in job.layers if x.error is not None] if job is not None else []
-        found.append(
+        rows.append(
             {
                 "path": str(folder),
                 "source": report.source_path,
@@ -56,7 +56,7 @@ def summaries(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
         )
     if problems:
         raise Problems(problems)
-    return found
+    return rows
 
 
 def notes(values: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -174,8 +174,8 @@ def role_bytes(checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
 
 
 def _roles(checkpoint: Checkpoint) -> str:
-    found = role_bytes(checkpoint)
-    total = sum(n for *_, n in found) or 1
+    sizes = role_bytes(checkpoint)
+    total = sum(n for *_, n in sizes) or 1
     rows = [
         [
             role.replace("_", " "),
@@ -184,7 +184,7 @@ def _roles(checkpoint: Checkpoint) -> str:
             f"{n / total:.1%}",
             f"{8 * n / w:.2f}" if w else "",
         ]
-        for role, w, n in found
+        for role, w, n in sizes
     ]
     return table(["what", "weights", "bytes", "share", "bits a weight"], rows, [1, 2, 3, 4])
 
@@ -229,17 +229,17 @@ def _kernels(checkpoint: Checkpoint) -> list[str]:
 
 
 def _fallbacks(job: Quantization) -> list[str]:
-    found = [[n, f] for n, f in job.fallbacks.items()]
+    lines = [[n, f] for n, f in job.fallbacks.items()]
     notes = [[x.name, n] for x in job.layers for n in x.notes]
     left = [[n, "left as it is"] for n in job.unquantized_linears]
     out = ["<h2>What went otherwise</h2>"]
-    if not found and not notes:
+    if not lines and not notes:
         out.append("<p>Nothing: no layer fell back to another method.</p>")
-    for words, rows in (("fell back", found), ("notes", notes), ("unquantized", left)):
+    for words, rows in (("fell back", lines), ("notes", notes), ("unquantized", left)):
         if rows:
             more = table(["layer", words], rows)
             out.append(
-                f"<details{' open' if rows is found else ''}><summary>{words}: {len(rows)}</summary>"
+                f"<details{' open' if rows is lines else ''}><summary>{words}: {len(rows)}</summary>"
                 f"{more}</details>"
             )
     return out

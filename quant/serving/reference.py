@@ -335,7 +335,7 @@ def check_in_vllm(path: str | Path, python: str | Path, *, log: Log = lambda lin
             }
         answers = ask(server, rows)
     reference = Reference(folder, kernels(server.lines))
-    found = reference.compare(answers).to_dict()
-    if not found["passed"] and (reason := saturation(server.lines)):
-        found["detail"] += f"; {reason}"
-    return found | {"load_seconds": round(server.load_seconds, 2)}
+    comparison = reference.compare(answers).to_dict()
+    if not comparison["passed"] and (reason := saturation(server.lines)):
+        comparison["detail"] += f"; {reason}"
+    return comparison | {"load_seconds": round(server.load_seconds, 2)}

@@ -112,16 +112,16 @@ def quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
         CheckpointError: it is not an object.
     """
     outside_in = reversed(list(parts(config)))
-    found = next((q for part in outside_in if (q := part.get("quantization_config"))), None)
-    found = found or config.get("compression_config")
-    if not found:
+    section = next((q for part in outside_in if (q := part.get("quantization_config"))), None)
+    section = section or config.get("compression_config")
+    if not section:
         return None
-    if not isinstance(found, dict):
+    if not isinstance(section, dict):
         raise CheckpointError(
-            f"config.json: quantization_config is not an object but {str(found)[:60]!r}: repair it, or fetch "
-            "the checkpoint again"
+            f"config.json: quantization_config is not an object but {str(section)[:60]!r}: repair it, or "
+            "fetch the checkpoint again"
         )
-    return found
+    return section
 
 
 def source_method(quantization: Mapping[str, Any] | None) -> str | None:

@@ -125,27 +125,27 @@ def cpu_problems(
         experts: those of its routed experts.
         cache_dtype: vLLM's ``--kv-cache-dtype``.
     """
-    found = []
+    problems = []
     for table, wanted in ((CPU_FORMATS, kernels), (CPU_EXPERTS, experts)):
         for kernel in sorted(set(wanted)):
             row = table.get(kernel)
             if row is None:
-                found.append(CpuProblem(f"vLLM's CPU build has no kernel for {kernel}: serve it on a GPU"))
+                problems.append(CpuProblem(f"vLLM's CPU build has no kernel for {kernel}: serve it on a GPU"))
             elif not cpu_has(gpu.instructions, *row.needs):
-                found.append(
+                problems.append(
                     CpuProblem(
                         f"this CPU has {row.without}: for {kernel} take a machine with another CPU, or a GPU",
                         row.fails,
                     )
                 )
     if cache_dtype.startswith("fp8") and not has_fp8_cache(gpu):
-        found.append(
+        problems.append(
             CpuProblem(
                 "this CPU has neither AVX512 nor AMX, one of which vLLM's FP8 KV cache takes there: "
                 "--kv-cache-dtype auto keeps it in 16 bits"
             )
         )
-    return found
+    return problems
 
 
 def cpu_has(instructions: frozenset[str] | None, *needs: frozenset[str]) -> bool:
@@ -279,14 +279,14 @@ def number_formats(
         have = {f: r.state for f, r in CPU_FORMATS.items() if cpu_has(instructions, *r.needs)}
         return {f: have.get(f, "no") for f in FORMAT_CAPABILITIES}
     level = capability[0] * 10 + capability[1] if capability else 0
-    found = {}
+    formats = {}
     for name, (native_from, unpacked_from, until) in FORMAT_CAPABILITIES.items():
         if until is not None and level >= until:
-            found[name] = "no"
+            formats[name] = "no"
         elif native_from is not None and level >= native_from:
-            found[name] = "native"
+            formats[name] = "native"
         elif unpacked_from is not None and level >= unpacked_from:
-            found[name] = "weight-only"
+            formats[name] = "weight-only"
         else:
-            found[name] = "no"
-    return found
+            formats[name] = "no"
+    return formats

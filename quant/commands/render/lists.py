@@ -22,16 +22,16 @@ def kinds(console: Console, counts: Mapping[str, int], about: Mapping[str, str])
     )
 
 
-def items(console: Console, kind: str, found: Sequence[Mapping[str, Any]]) -> None:
+def items(console: Console, kind: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """The things of one kind, a row each."""
-    if not found:
+    if not rows:
         console.print(f"none of the {kind} has that in its name: quant list {kind} shows all")
         return
 
     def column(heading: str, key: str, weight: int = 0, right: bool = False) -> Column:
-        return Column(heading, [_cell(x[key]) for x in found], weight, right)
+        return Column(heading, [_cell(x[key]) for x in rows], weight, right)
 
-    about = Column("", [x["about"] for x in found])
+    about = Column("", [x["about"] for x in rows])
     name = column(kind.removesuffix("s"), "name")
     if kind == "schemes":
         columns = [
@@ -50,7 +50,7 @@ def items(console: Console, kind: str, found: Sequence[Mapping[str, Any]]) -> No
                         *([f"with {v}" for v in x["needs"].values()]),
                     ]
                 )
-                for x in found
+                for x in rows
             ],
         )
     elif kind == "methods":
@@ -67,15 +67,15 @@ def items(console: Console, kind: str, found: Sequence[Mapping[str, Any]]) -> No
             name,
             column("type", "type", 1),
             column("layers", "layers", 2, True),
-            Column("context", [f"{x['context']:,}" if x["context"] else "?" for x in found], 1, True),
+            Column("context", [f"{x['context']:,}" if x["context"] else "?" for x in rows], 1, True),
         ]
     elif kind == "gpus":
         columns = [
-            Column("GPU", [x["name"] for x in found]),
-            Column("memory", [format_size(x["memory_bytes"]) for x in found], 0, True),
+            Column("GPU", [x["name"] for x in rows]),
+            Column("memory", [format_size(x["memory_bytes"]) for x in rows], 0, True),
             column("compute", "capability", 1),
             Column(
-                "bandwidth", [f"{x['bandwidth_bytes_per_second'] / 1e9:,.0f} GB/s" for x in found], 2, True
+                "bandwidth", [f"{x['bandwidth_bytes_per_second'] / 1e9:,.0f} GB/s" for x in rows], 2, True
             ),
             column("computes natively", "native", 3),
         ]
@@ -83,7 +83,7 @@ def items(console: Console, kind: str, found: Sequence[Mapping[str, Any]]) -> No
         columns = [
             name,
             column("objective", "objective", 1),
-            Column("arguments", [" ".join(f"{k}={v}" for k, v in x["defaults"].items()) for x in found], 2),
+            Column("arguments", [" ".join(f"{k}={v}" for k, v in x["defaults"].items()) for x in rows], 2),
         ]
     draw(console, columns, about)
 
@@ -99,11 +99,11 @@ def _cell(value: Any) -> str:
 _MARKS = {"ok": "[green]✓[/]", "note": "-", "warning": "[yellow]![/]", "problem": "[red]✗[/]"}
 
 
-def findings(console: Console, found: Sequence[Finding]) -> None:
+def findings(console: Console, results: Sequence[Finding]) -> None:
     """Each thing with its mark, and beneath it the next step."""
     draw(
         console,
-        [Column("", [_MARKS[f.state] for f in found], markup=True), Column("", [f.name for f in found])],
-        Column("", [f.found + (f" → {f.next}" if f.next else "") for f in found]),
+        [Column("", [_MARKS[f.state] for f in results], markup=True), Column("", [f.name for f in results])],
+        Column("", [f.found + (f" → {f.next}" if f.next else "") for f in results]),
         key=1,
     )

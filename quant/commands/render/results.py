@@ -21,21 +21,21 @@ def _checks(checks: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     return [(("✓ " if c["passed"] else "✗ ") + c["name"], c["detail"]) for c in checks]
 
 
-def _worst(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _worst(job: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The worst layers by both measures, and why one of them is not there."""
     rows = []
-    if found["by_error"]:
+    if job["by_error"]:
         lines = [
             f"{x['name']}: {x['error']:.2%}" + ("" if x["snr_db"] is None else f", {x['snr_db']} dB")
-            for x in found["by_error"]
+            for x in job["by_error"]
         ]
         rows.append(
             ("largest errors", "relative output error on held-out calibration rows\n" + "\n".join(lines))
         )
-    elif found["error_missing"]:
-        rows.append(("largest errors", f"not measured: {found['error_missing']}"))
-    if found["by_snr"]:
-        lines = [f"{x['name']}: {x['snr_db']:.2f} dB, {x['scheme']}" for x in found["by_snr"]]
+    elif job["error_missing"]:
+        rows.append(("largest errors", f"not measured: {job['error_missing']}"))
+    if job["by_snr"]:
+        lines = [f"{x['name']}: {x['snr_db']:.2f} dB, {x['scheme']}" for x in job["by_snr"]]
         rows.append(("lowest SNR", "signal-to-noise ratio of the weight\n" + "\n".join(lines)))
     return rows
 
