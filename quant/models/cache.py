@@ -46,10 +46,9 @@ def _gated_delta(decoder: Decoder, layer: int, kind: str) -> CacheLayer:
 
 
 def _kda(decoder: Decoder, layer: int, kind: str) -> CacheLayer:
-    linear = decoder.values.part("linear_attn_config")
-    width = linear.count("num_heads") * linear.count("head_dim")
-    convolution = 3 * width * (linear.count("short_conv_kernel_size") - 1)
-    return CacheLayer(layer, "state", state=((convolution, 0), (width * linear.count("head_dim"), 4)))
+    heads, size, kernel = decoder.kda
+    width = heads * size
+    return CacheLayer(layer, "state", state=((3 * width * (kernel - 1), 0), (width * size, 4)))
 
 
 def _mamba(decoder: Decoder, layer: int, kind: str) -> CacheLayer:

@@ -88,14 +88,15 @@ class Decoder:
         values, n = self.values, self.layers
         if pattern := values.text("hybrid_override_pattern"):
             return [_LETTERS.get(letter, "mlp") for letter in pattern]
-        linear = values.part("linear_attn_config")
-        if full := linear.items("full_attn_layers"):
+        if full := values.part("linear_attn_config").items("full_attn_layers"):
             return ["mla" if i + 1 in full else "kda" for i in range(n)]
-        if "kv_lora_rank" in self.latent:
-            return ["mla"] * n
         types = values.get("layer_types")
-        if isinstance(types, list) and len(types) == n:
-            return [str(t) for t in types]
+        types = [str(t) for t in types] if isinstance(types, list) and len(types) == n else []
+        if "kv_lora_rank" in self.latent:
+            recurrent = values.get("linear_head_dim") is not None
+            return ["kda" if recurrent and t == "linear_attention" else "mla" for t in types or [""] * n]
+        if types:
+            return types
         if interval := values.count("full_attention_interval", 0, least=0):
             return ["full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(n)]
         if crossing := values.items("cross_attention_layers"):
@@ -105,6 +106,18 @@ class Decoder:
             rotary = stated if len(stated) == n else [(i + 1) % 4 for i in range(n)]
             return ["chunked_attention" if rotary[i] else "full_attention" for i in range(n)]
         return self._windowed()
+
+    @cached_property
+    def kda(self) -> tuple[int, int, int]:
+        """Heads, head size and convolution of layers of Kimi's delta attention, as their authors' configs and
+        as transformers' own call them."""
+        linear = self.values.part("linear_attn_config")
+        if linear.get("num_heads") is not None:
+            names = ("num_heads", "head_dim", "short_conv_kernel_size")
+        else:
+            linear, names = self.values, ("linear_num_heads", "linear_head_dim", "linear_conv_kernel_dim")
+        heads, size, kernel = (linear.count(name) for name in names)
+        return heads, size, kernel
 
     def _windowed(self) -> list[str]:
         """Full and sliding attention, where nothing but a window and its pattern is stated."""

@@ -481,6 +481,8 @@ def _widths_explain(file: _File) -> Iterator[_Judge]:
     widths = set(_numbers(file.config, keys))
     shared = set(_numbers(file.config, {"n_shared_experts", "num_shared_experts"}))
     wanted = {w * m for w in widths for m in (1, 2, *shared)}
+    if stated(file.config, "model_type") == "recurrent_gemma":
+        wanted |= {w // 2 for w in widths}  # whose number counts the gate's half and the other's
     if wanted:  # older families have four times the hidden size, whatever a config says besides
         wanted |= {4 * n for n in _numbers(file.config, KEYS["hidden_size"])}
 

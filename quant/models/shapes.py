@@ -231,9 +231,8 @@ def _gated_delta(decoder: Decoder, layer: int, kind: str) -> Iterator[Weight]:
 
 
 def _kda(decoder: Decoder, layer: int, kind: str) -> Iterator[Weight]:
-    h, linear = decoder.hidden, decoder.values.part("linear_attn_config")
-    heads, dim = linear.count("num_heads"), linear.count("head_dim")
-    width, kernel = heads * dim, linear.count("short_conv_kernel_size")
+    h, (heads, dim, kernel) = decoder.hidden, decoder.kda
+    width = heads * dim
     for name in "qkv":
         yield from _linear(f"self_attn.{name}_proj", width, h)
         yield _tensor(f"self_attn.{name}_conv1d", width, 1, kernel)

@@ -42,7 +42,7 @@ KV_HEADS = (
 )
 HEAD_SIZES = ("head_dim", "global_head_dim", "swa_head_dim", "v_head_dim", "head_size", "kv_channels")
 #: Keys that state how many heads a recurrent layer has.
-STATE_HEADS = ("linear_num_key_heads", "linear_num_value_heads", "mamba_num_heads")
+STATE_HEADS = ("linear_num_key_heads", "linear_num_value_heads", "linear_num_heads", "mamba_num_heads")
 #: Names of a config's floats → those of a safetensors header.
 HEADER_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
