@@ -12,6 +12,7 @@ from quant.checkpoint.reader import REWRITTEN, STALE, Checkpoint, SideFile
 from quant.formats import QuantizedLayers
 from quant.formats.reading import dequantized
 from quant.models.linears import LinearRef, fused_tensors
+from quant.models.stacking import stacked
 from quant.report.value import Report, TensorsAccount
 from quant.vllm.layers import Linear
 
@@ -60,7 +61,7 @@ def source_problems(
     """
     problems = []
     linears = layers.linears if layers else {}
-    source = dequantized(source)
+    source = stacked(dequantized(source), checkpoint.tensors)
     fused = fused_tensors(source.tensors, source.config)
     apart = {name: refs for name, refs in fused.items() if name not in checkpoint.tensors}
     own = {s.name for x in linears.values() for s in layers.form.specs(x, "BF16")} if layers else set()

@@ -10,6 +10,7 @@ import torch
 
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.formats.reading import dequantized
+from quant.models.stacking import apart
 from quant.report.value import Report
 
 #: How far the projection of a column on the source's may be from 1: upwards, and downwards at 8 and at 2
@@ -57,6 +58,7 @@ def compare(path: str | Path, against: str | Path) -> Comparison:
         CheckpointError: one of them cannot be read.
     """
     here, there = dequantized(open_checkpoint(path)), dequantized(open_checkpoint(against))
+    here, there = apart(here, there.tensors), apart(there, here.tensors)
     common = set(here.tensors) & set(there.tensors)
     folds = _Folds(Path(path), here, there)
     tensors = []

@@ -129,6 +129,7 @@ class ExpertLayout:
         transposed: stored as [E, K, N], where shapes alone do not tell.
         interleaved: rows of the gate and the up projection alternate.
         fused_only: transformers reads these checkpoints fused alone, so plain exports are written so.
+        ending: what follows the names of fused weights.
     """
 
     model_types: tuple[str, ...] = ()
@@ -138,6 +139,7 @@ class ExpertLayout:
     transposed: bool = False
     interleaved: bool = False
     fused_only: bool = True
+    ending: str = ""
 
 
 _GATED = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
@@ -154,7 +156,7 @@ LAYOUTS = (
     ExpertLayout(("llama4_text", "llama4"), _GATED, names=_SAME, transposed=True),
     ExpertLayout(("gpt_oss",), _GATED, names=_SAME, transposed=True, interleaved=True),
     ExpertLayout(("qwen3_vl_moe_text", "qwen3_vl_moe"), _GATED, names=_SAME, transposed=True),
-    ExpertLayout(("qwen3_5_moe_text", "qwen3_5_moe"), _GATED, names=_SAME),
+    ExpertLayout(("qwen3_5_moe_text", "qwen3_5_moe"), _GATED, names=_SAME, fused_only=False),
     ExpertLayout(("gemma4_text", "gemma4"), _GATED, names=_SAME),
     ExpertLayout(("mixtral", "minimax", "minimax_m2", "phimoe"), _GATED, names=_W123, fused_only=False),
     ExpertLayout(
@@ -162,6 +164,7 @@ LAYOUTS = (
         {"input_linear": ("gate_proj", "up_proj"), "output_linear": ("down_proj",)},
         container=("block_sparse_moe", "block_sparse_moe.experts"),
         names=_SAME,
+        ending=".weight",
     ),
 )
 

@@ -22,6 +22,7 @@ from quant.formats.legacy import lacking, repaired
 from quant.formats.reading import dequantized, read_linear
 from quant.models.linears import built_linears
 from quant.models.roles import block_of
+from quant.models.stacking import stacked
 from quant.pipeline.checks import check_disk, output_problems
 from quant.pipeline.layout import lay_out, unquantized_linears
 from quant.pipeline.memory import peak_rss
@@ -133,6 +134,8 @@ def export(
         )
     dtype = stated_dtype(checkpoint.config) or "BF16"
     plain = dequantized(checkpoint)
+    if form.quant_method is None and layers is not None:
+        plain = stacked(plain)
     made: dict[int, list[TensorSpec]] = {}
     for name, original in caches.items() if kept else ():
         info = checkpoint.info(original)

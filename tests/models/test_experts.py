@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from quant.checkpoint.reader import open_checkpoint
+from quant.evaluation.compare import compare
 from quant.evaluation.verify import verify
 from quant.formats.reading import dequantized
 from quant.models.experts import Routed, experts_through, find_experts
@@ -16,6 +17,7 @@ from quant.models.linears import decoder_refs, expert_layout
 from quant.models.skeleton import Skeleton
 from quant.pipeline import blocks
 from quant.pipeline.experts import at_a_time
+from quant.pipeline.export import export
 from tests.helpers import load_all, quantize, weight_files
 from tests.models.mixtures import FAMILIES, mixture, save_mixture
 
@@ -118,6 +120,26 @@ def test_a_plain_checkpoint_keeps_the_layout_of_its_source(tmp_path: Path) -> No
             AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32)(TOKENS).logits for p in (folder, out)
         ]
     assert float((logits[0] - logits[1]).norm() / logits[0].norm()) < 0.5
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_plain_export_is_what_transformers_reads_of_the_family(family: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder, out, plain = save_mixture(tmp_path / "m", family), tmp_path / "out", tmp_path / "plain"
+    quantize(folder, out, bits=8, group_size=16, target="other")
+    export(out, plain, "plain", target="other")
+    loaded, about = AutoModelForCausalLM.from_pretrained(plain, output_loading_info=True)
+    assert not any(about.values()), "no parameter is left to chance"
+    theirs = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+    for name, value in loaded.named_parameters():
+        error = (value.float() - theirs[name].float()).norm()
+        assert error <= 0.02 * theirs[name].float().norm(), name
+    assert verify(plain, source=out, target="other").failed == []
+    for one, other in ((plain, out), (out, folder)):
+        found = compare(one, other)
+        assert not found.only_here and not found.only_there, "experts are compared in any layout"
+        assert min(t.snr_db or 99.0 for t in found.tensors) > 30
 
 
 @pytest.mark.parametrize("how", ["routed", "all", "blend"])
