@@ -156,7 +156,11 @@ def judged(model: Any, rows: torch.Tensor) -> dict[str, Any]:
 @torch.no_grad()
 def starve(model: Any, rows: torch.Tensor, share: float) -> None:
     """Moves the first expert's row of every router until it gets ``share`` of the pairs, layer by layer from
-    the front, because a layer changes what the next one is sent."""
+    the front, because a layer changes what the next one is sent.
+
+    It moves along the direction on which the router's inputs differ least, the least-squares solution of
+    x · d = 1: nearly a bias, so that the tokens that stay are those which want the expert most. Along the
+    mean they would be those that lie far from it, such as the first of a row, on which all others depend."""
     top = model.config.num_experts_per_tok
     for layer in model.model.layers:
         seen: list[torch.Tensor] = []
@@ -165,8 +169,9 @@ def starve(model: Any, rows: torch.Tensor, share: float) -> None:
             model(batch)
         hook.remove()
         inputs, router = torch.cat([x.reshape(-1, x.shape[-1]) for x in seen]), layer.mlp.gate.weight
-        mean = inputs.mean(0)
-        direction, before = mean / mean.square().sum(), router[0].clone()
+        gram = inputs.t() @ inputs / len(inputs)
+        gram += 1e-4 * gram.diagonal().mean() * torch.eye(len(gram))
+        direction, before = torch.linalg.solve(gram, inputs.mean(0)), router[0].clone()
         low, high = -50.0, 50.0
         for _ in range(30):
             middle = (low + high) / 2
