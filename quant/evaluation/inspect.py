@@ -43,7 +43,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         role = role_of(f"{linear.name}.weight", count, decoder)
         parameters[role] = parameters.get(role, 0) + linear.n * linear.k
     for stack in layers.stacks.values() if layers else []:
-        role = role_of(stack.name, count)
+        role = role_of(stack.name, count, decoder)
         parameters[role] = parameters.get(role, 0) + prod(stack.shape)
     schemes = layers.schemes if layers else {}
     adapter = adapter_for(checkpoint.config)
