@@ -21,7 +21,6 @@ def output_errors(
     path: str | Path,
     against: str | Path,
     tokens: torch.Tensor,
-    device: str | None = None,
     *,
     scaled: bool = False,
 ) -> dict[str, float]:
@@ -41,7 +40,7 @@ def output_errors(
     Raises:
         CheckpointError: one of them cannot be read, or cannot be run block by block.
     """
-    where = device_of(device)
+    where = device_of(None)
     here, there = (Skeleton(dequantized(open_checkpoint(p)), where, torch.float32) for p in (path, against))
     (hidden,), calls = there.embed([tokens])
     _, own_calls = here.embed([tokens])

@@ -129,7 +129,7 @@ def bind(model: nn.Module, blocks_path: str, count: int, checkpoint: Checkpoint)
     experts = {
         f"{blocks_path}.{i}.{e.path}": (i, e) for i, block in enumerate(blocks) for e in find_experts(block)
     }
-    list_prefix = _list_prefix(checkpoint, blocks_path, count, renamed, names)
+    list_prefix = _list_prefix(checkpoint, blocks_path, renamed, names)
     refs = decoder_refs(checkpoint.tensors, checkpoint.config)
     by_tensor: dict[str, list[LinearRef]] = {}
     for ref in refs.values():
@@ -175,7 +175,7 @@ def bind(model: nn.Module, blocks_path: str, count: int, checkpoint: Checkpoint)
             and (home := next((p for p in (module, name.rpartition(".")[0]) if p in experts), None))
         ):
             for ref in parts:
-                projection = _projection_of(ref, experts[home][1])
+                projection = _projection_of(ref)
                 _hold(
                     held,
                     linears,
@@ -224,7 +224,7 @@ def _hold(
     linears[index][local] = BlockLinear(ref, parameter, experts.place(projection, expert, shape))
 
 
-def _projection_of(ref: LinearRef, experts: Experts) -> str:
+def _projection_of(ref: LinearRef) -> str:
     return _PROJECTIONS.get(ref.name.rpartition(".")[2], "")
 
 
@@ -287,7 +287,6 @@ def _moved(tensor: str, list_prefix: str | None, blocks_prefix: str) -> str:
 def _list_prefix(
     checkpoint: Checkpoint,
     blocks_path: str,
-    count: int,
     renamed: Callable[[str], str],
     names: Mapping[str, object],
 ) -> str | None:

@@ -52,7 +52,7 @@ class JobPlan:
         unquantized: linears of any part of the model that stay as they are.
         plain: those of the decoder's blocks among them that vLLM builds in 16 bits whatever a config says,
             each with the reason.
-        left: those of them that the job was not asked to leave, each with the reason.
+        left: those of the decoder's blocks that no group of the scheme fits, each with that reason.
         dtype: header name of the dtype that scales, and plain weights, are stored in.
     """
 
@@ -242,7 +242,7 @@ def plan_job(recipe: Recipe) -> JobPlan:
             problems += expert_problems(str(text_config(checkpoint.config).get("model_type")), written)
     if recipe.calibration_dataset and any(calibrated(recipe, a) for a in different):
         problems += empty_texts(recipe.calibration_dataset)
-    caches = kv_scales(checkpoint, everything) if recipe.kv_cache_scheme else {}
+    caches = kv_scales(everything) if recipe.kv_cache_scheme else {}
     if recipe.kv_cache_scheme and not caches:
         problems.append(
             f"{checkpoint.path}: no layer has any of {', '.join(CACHE_PROJECTIONS)}, beside which vLLM "
@@ -251,8 +251,7 @@ def plan_job(recipe: Recipe) -> JobPlan:
     if recipe.kv_cache_scheme and (latent := [n for n in everything if n.endswith(".kv_a_proj_with_mqa")]):
         problems.append(
             f"{latent[0]}: of latent attention vLLM caches the latent itself, and what is measured here are "
-            "the keys and values made from it: "
-            "leave --kv-cache-scheme out"
+            "the keys and values made from it: leave --kv-cache-scheme out"
         )
     # of others no shapes are known
     fitting = [] if any("do not divide" in p for p in problems) else written.values()
@@ -402,7 +401,7 @@ def assign(
     return left, problems
 
 
-def kv_scales(checkpoint: Checkpoint, everything: Sequence[str]) -> dict[int, list[TensorSpec]]:
+def kv_scales(everything: Sequence[str]) -> dict[int, list[TensorSpec]]:
     """By block, the scales of an FP8 KV cache: one number each for K and V, beside the projections they come
     from."""
     scales: dict[int, list[TensorSpec]] = {}

@@ -7,6 +7,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+#: Last lines of a log that an error shows.
+_QUOTED = 12
+
 
 @dataclass(frozen=True)
 class Cause:
@@ -176,14 +179,14 @@ def diagnose(log: Sequence[str]) -> Cause | None:
     return None
 
 
-def quote(log: Sequence[str], count: int = 12) -> str:
+def quote(log: Sequence[str]) -> str:
     """The last lines of a log as they belong into an error: the last exception if there is one, then the
     end."""
     lines = [line for line in log if line.strip() and "leaked" not in line]
     raised = [
         line for line in lines if re.match(r"(?:[A-Za-z_]+\.)*[A-Za-z_]*(?:Error|Exception)\b", _bare(line))
     ]
-    end = lines[-count:]
+    end = lines[-_QUOTED:]
     # the exception of the engine's process comes long before the server's own "engine core initialization
     # failed"
     chosen = [line for line in raised[:1] if line not in end] + end

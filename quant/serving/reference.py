@@ -12,7 +12,7 @@ moves log-probabilities by far more.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -281,15 +281,13 @@ def _rms(values: torch.Tensor) -> float:
     return float(values.double().square().mean().sqrt())
 
 
-def open_server(
-    path: Path, python: str | Path, log: Log = lambda line: None, flags: Sequence[str] = FLAGS
-) -> Server:
+def open_server(path: Path, python: str | Path, log: Log = lambda line: None) -> Server:
     """A server for comparisons on a free port, not started yet: every weight tracked, activations of 4-bit
     layers left in 16 bits."""
     installation = find_vllm(python)
     longest = context_length(open_checkpoint(path).config)
     length = min(PROMPT_TOKENS + NEW_TOKENS, longest or PROMPT_TOKENS + NEW_TOKENS)
-    deployment = plan(path, DeploymentRequest(max_model_len=length, extra=tuple(flags)))
+    deployment = plan(path, DeploymentRequest(max_model_len=length, extra=FLAGS))
     port = free_port(deployment.host)
     return Server(
         deployment.model_path,

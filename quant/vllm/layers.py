@@ -421,15 +421,16 @@ def reordered(linear: str, scheme: Scheme, form: str, kinds: Collection[str]) ->
     return any(not row.bears(scheme, form) for row in rows)
 
 
-def family_problem(kinds: Collection[str], scheme: Scheme, form: str = "compressed-tensors") -> str | None:
-    """Why vLLM cannot serve a scheme of any model of a family, as far as its model types tell, or None."""
+def family_problem(kinds: Collection[str], scheme: Scheme) -> str | None:
+    """Why vLLM cannot serve a scheme of any model of a family in compressed-tensors, as far as its model
+    types tell, or None."""
     if not _MAMBA1.isdisjoint(kinds):
         return f"vLLM builds every linear of model type {min(_MAMBA1.intersection(kinds))!r} in 16 bits"
     for row in _REORDERED:
-        if not row.model_types.isdisjoint(kinds) and not row.bears(scheme, form):
+        if not row.model_types.isdisjoint(kinds) and not row.bears(scheme, "compressed-tensors"):
             return (
                 f"vLLM's loader of model type {min(row.model_types.intersection(kinds))!r} reorders the "
-                f"outputs of {' and '.join(row.linears)}, which {scheme.name} in format {form} does not bear"
+                f"outputs of {' and '.join(row.linears)}, which {scheme.name} does not bear"
             )
     return None
 
