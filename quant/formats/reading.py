@@ -67,8 +67,8 @@ def _unfitting(
     )
     return CheckpointError(
         f"{checkpoint.path}: {linear.name}: its tensors do not make a [{linear.n}, {linear.k}] weight of "
-        f"{linear.weights} ({held}): "
-        "config.json and files belong to different checkpoints, or are damaged: fetch them again"
+        f"{linear.weights} ({held}): config.json and files belong to different checkpoints, or are damaged: "
+        "fetch them again"
     )
 
 

@@ -36,7 +36,7 @@ from quant.vllm.config import (
 from quant.vllm.layers import Linear, is_head
 
 #: What programs that train or compile a model put before or into the names of its parameters.
-_WRAPPERS = {
+_PREFIXES = {
     "module": "DistributedDataParallel and DeepSpeed",
     "_orig_mod": "torch.compile",
     "_fsdp_wrapped_module": "FSDP",
@@ -65,6 +65,7 @@ class _File:
         infos: headers of the tensors that are not parts of quantized linears, codes of a format that is not
             read here among them.
         config: config.json.
+        decoder: what stands before the number of a block of the decoder, as :func:`decoder_list` has it.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -157,11 +158,11 @@ def _wrapped(tensors: Mapping[str, TensorInfo]) -> str | None:
     """What a program that wrapped the model left in the names of its tensors."""
     for name in tensors:
         pieces = name.split(".")
-        word = next((p for i, p in enumerate(pieces) if p in _WRAPPERS and (p != "module" or i == 0)), None)
+        word = next((p for i, p in enumerate(pieces) if p in _PREFIXES and (p != "module" or i == 0)), None)
         if word is not None:
             good = ".".join(p for p in pieces if p != word)
             return (
-                f"{name}: {word!r} in its name was put there by {_WRAPPERS[word]}, and no engine looks for "
+                f"{name}: {word!r} in its name was put there by {_PREFIXES[word]}, and no engine looks for "
                 f"it: save the model itself (the tensor is then {good})"
             )
     return None

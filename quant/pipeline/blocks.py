@@ -659,7 +659,6 @@ def _demand_finite(statistics: Statistics, linear: str) -> None:
     if not statistics.finite:
         raise QuantError(
             f"{linear}: its inputs hold NaN or infinity on calibration tokens: the model overflows or its "
-            "weights or "
-            "config.json are damaged: run quant evaluate on the source; --method minmax --scheme w4a16 "
-            "needs no inputs"
+            "weights or config.json are damaged: run quant evaluate on the source; --method minmax "
+            "--scheme w4a16 needs no inputs"
         )

@@ -412,8 +412,8 @@ class QuantizationManager:
             if preserved is not None and not preserved.preserved:
                 raise VerificationFailed(
                     f"{work.path}: the output is another function than the source: KL {preserved.kl:.2g} "
-                    "nats per token, logits differ by "
-                    f"{preserved.difference:.2%} at most. It was not published"
+                    f"nats per token, logits differ by {preserved.difference:.2%} at most. It was not "
+                    "published"
                 )
         report = Report(
             output_path=str(plan.recipe.output_path),

@@ -171,15 +171,16 @@ class Quantization:
         scheme: of most linears, as :meth:`quant.schemes.Scheme.to_dict` has it.
         target: who must load the output: ``vllm`` or ``other``.
         settings: of the recipe, those that decide the output.
-        bits_per_weight: stored, of the quantized linears.
+        bits_per_weight: stored, of all matrices of the decoder, those that stay as they are included.
         calibration: rows, length in tokens, digest and notes of the calibration text; None without.
         layers, tensors: what became of each.
         folds: by the linears that share the scaled input.
         experts: by mixture, how calibration tokens are spread over its experts, as
             :func:`quant.pipeline.experts.coverage` has it.
-        unquantized_linears: of the decoder, and the head.
-        plain_in_vllm: those of them that vLLM builds in 16 bits whatever a config says, each with the reason.
-        left: those of them that the job was not asked to leave, each with the reason.
+        unquantized_linears: of any part of the model.
+        plain_in_vllm: those of the decoder's blocks that vLLM builds in 16 bits whatever a config says, each
+            with the reason.
+        left: those of the decoder's blocks that no group of the scheme fits, each with that reason.
         function: how far the output's logits are from the source's, of a job that only scales.
         source: what the source was, where it is quantized already (``quant_method``, ``format``,
             ``schemes``), and what became of its matrices (``rounded_anew``, ``kept``, ``dequantized``); and

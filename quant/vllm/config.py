@@ -201,8 +201,7 @@ class Heads:
         attention: query heads.
         kv: heads of keys and values; fewer than ranks are repeated.
         state: heads of recurrent layers, and groups of several that share a state: linear attention's keys
-            and
-            values, Mamba's.
+            and values, Mamba's.
     """
 
     attention: int

@@ -231,8 +231,7 @@ def kernel_problem(scheme: Scheme, gpu: Gpu) -> str | None:
     until = f" and below {end / 10}" if end is not None else ""
     return (
         f"--gpu is {gpu.name} ({level}): vLLM has no kernel for {scheme} there; compute capability "
-        f"{lowest}{until} is "
-        f"needed. It loads {loaded}"
+        f"{lowest}{until} is needed. It loads {loaded}"
     )
 
 
