@@ -9,8 +9,9 @@ from typing import Any
 
 from quant.errors import CheckpointError, UsageError
 
-#: ``org/name`` or ``org/name@revision``, as the Hub allows them.
-HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+#: ``org/name``, and ``org/name@revision``, as the Hub allows them.
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(rf"(?P<repo>{REPOSITORY.pattern})(?:@(?P<revision>[\w./-]+))?")
 #: Files of a repository that no command reads: weights in other containers, and other frameworks' copies.
 _NOT_READ = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.ot", "original/*"]
 
@@ -21,7 +22,7 @@ def is_hub_id(text: str) -> bool:
     >>> is_hub_id("Qwen/Qwen3-8B@main"), is_hub_id("models"), is_hub_id("/a/b"), is_hub_id("./a")
     (True, False, False, False)
     """
-    return HUB_ID.fullmatch(text) is not None and not Path(text).exists()
+    return _HUB_ID.fullmatch(text) is not None and not Path(text).exists()
 
 
 def repository_of(path: Path) -> str | None:
@@ -60,7 +61,7 @@ def local_model(model: str | Path, download: bool = True) -> Path:
     text = str(model)
     if not is_hub_id(text):
         return Path(model)
-    match = HUB_ID.fullmatch(text)
+    match = _HUB_ID.fullmatch(text)
     assert match is not None
     repo, revision = match["repo"], match["revision"]
     if revision is not None and ".." in revision:

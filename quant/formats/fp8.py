@@ -35,8 +35,8 @@ from quant.formats.base import (
     Role,
     names_listed,
 )
-from quant.formats.scaled import INPUT_SCALES, multipliers, scaled_matrices, spelled, stacks
-from quant.schemes import BLOCK, PRESETS, ActivationScheme, Scheme, WeightScheme
+from quant.formats.scaled import INPUT_SCALES, STATIC, multipliers, scaled_matrices, spelled, stacks
+from quant.schemes import BLOCK, PRESETS, Scheme, WeightScheme
 from quant.vllm.layers import BuiltLayer, Linear, is_head, is_linear
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from quant.tensors import QuantizedTensor
 
 _BLOCKS, _TENSOR = PRESETS["fp8-block"], PRESETS["w8a8-fp8-tensor"]
-_STATIC = ActivationScheme(8, "float", "tensor", dynamic=False)
 
 
 def _scale_name(scheme: WeightScheme) -> str:
@@ -72,9 +71,7 @@ class Fp8(Format):
             )
         if scheme.activations is None:
             return "a native fp8 file always has FP8 activations: use --format compressed-tensors"
-        known = (
-            (_BLOCKS.activations,) if scheme.weights == _BLOCKS.weights else (_TENSOR.activations, _STATIC)
-        )
+        known = (_BLOCKS.activations,) if scheme.weights == _BLOCKS.weights else (_TENSOR.activations, STATIC)
         if scheme.activations not in known:
             return (
                 f"a native fp8 file has no word for activations {scheme.activations}: use --format "
@@ -115,7 +112,7 @@ class Fp8(Format):
             TensorSpec(f"{name}.weight", "F8_E4M3", linear.stored_shape),
             TensorSpec(f"{name}.{_scale_name(scheme)}", "F32", scale),
         ]
-        if linear.activations == _STATIC:
+        if linear.activations == STATIC:
             specs.append(TensorSpec(f"{name}.input_scale", "F32", (1,)))
         return specs
 
@@ -140,7 +137,7 @@ class Fp8(Format):
         given = tensors.get(f"{name}.input_scale")
         inputs = (
             None
-            if given is None or linear.activations != _STATIC
+            if given is None or linear.activations != STATIC
             else InputParameters(scale=given.float().reshape(1))
         )
         stored, rows = tensors[f"{name}.{_scale_name(scheme)}"], options.get("block", (BLOCK, BLOCK))[0]
@@ -157,7 +154,7 @@ class Fp8(Format):
         config: dict[str, Any] = {
             "quant_method": "fp8",
             "fmt": "e4m3",
-            "activation_scheme": "static" if activations == _STATIC else "dynamic",
+            "activation_scheme": "static" if activations == STATIC else "dynamic",
             "ignored_layers": contents.left_alone(),
             # transformers' word for the same list
             "modules_to_not_convert": contents.left_alone(),
@@ -177,7 +174,7 @@ class Fp8(Format):
                 "or static with one scale a tensor"
             )
         row = _TENSOR if block is None else _BLOCKS
-        inputs = _STATIC if activations == "static" else row.activations
+        inputs = STATIC if activations == "static" else row.activations
         linears, stored = {}, {}
         for x in scaled_matrices(tensors, _scale_name(row.weights), sides):
             if x.weights.strategy == "group" and x.k % x.weights.group_size:

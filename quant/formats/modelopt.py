@@ -36,7 +36,7 @@ from quant.formats.base import (
     names_listed,
     suffixed,
 )
-from quant.formats.scaled import BLOCKS, MX, TENSOR, multipliers, scaled_matrices, stacks
+from quant.formats.scaled import BLOCKS, MX, STATIC, TENSOR, multipliers, scaled_matrices, stacks
 from quant.schemes import PRESETS, ActivationScheme, WeightScheme
 from quant.vllm.layers import BuiltLayer, Linear, is_head
 
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from quant.tensors import QuantizedTensor
 
 _NVFP4 = PRESETS["nvfp4"]
-_STATIC = ActivationScheme(8, "float", "tensor", dynamic=False)
 #: Ways of storing numbers that are read, as ``quant_algo`` names them.
 _ALGORITHMS = (
     "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "FP8_BLOCK_SCALES", "NVFP4", "W4A16_NVFP4", "MXFP8",
@@ -204,7 +203,7 @@ class ModelOpt(ForeignFormat):
 def _inputs(weights: WeightScheme, static: bool) -> ActivationScheme | None:
     """How the inputs of an FP8 linear are rounded."""
     if weights == TENSOR:
-        return _STATIC if static else PRESETS["w8a8-fp8-tensor"].activations
+        return STATIC if static else PRESETS["w8a8-fp8-tensor"].activations
     name = "mxfp8" if weights == MX else "fp8-block" if weights == BLOCKS else "w8a8-fp8"
     return PRESETS[name].activations
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from quant.checkpoint.header import TensorInfo
 from quant.errors import CheckpointError
 from quant.formats.base import IncompleteCheckpoint, Stack, suffixed
-from quant.schemes import BLOCK, PRESETS, WeightScheme
+from quant.schemes import BLOCK, PRESETS, ActivationScheme, WeightScheme
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +37,8 @@ MULTIPLIERS = ("F32", "BF16", "F16", "F8_E8M0")
 
 TENSOR, BLOCKS = PRESETS["w8a8-fp8-tensor"].weights, PRESETS["fp8-block"].weights
 CHANNEL, MX = PRESETS["w8a8-fp8"].weights, PRESETS["mxfp8"].weights
+#: Inputs that are divided by one number of the file.
+STATIC = ActivationScheme(8, "float", "tensor", dynamic=False)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quant.hub import repository_of
+from quant.hub import REPOSITORY, repository_of
 from quant.report.value import Report
 from quant.units import format_size
 
@@ -19,7 +19,6 @@ CARD = "README.md"
 _BEGIN, _END = "<!-- written by quant -->", "<!-- the source's card follows -->"
 #: Metadata that hold for a quantized copy as well.
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def base_model(source: Path, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> str | None:
@@ -31,10 +30,10 @@ def base_model(source: Path, config: Mapping[str, Any], metadata: Mapping[str, A
     stated = metadata.get("base_model")
     if metadata.get("base_model_relation") == "quantized":
         stated = stated[0] if isinstance(stated, list) and stated else stated
-        if isinstance(stated, str) and _HUB_ID.fullmatch(stated):
+        if isinstance(stated, str) and REPOSITORY.fullmatch(stated):
             return stated
     name = config.get("_name_or_path")
-    if isinstance(name, str) and _HUB_ID.fullmatch(name) and not Path(name).exists():
+    if isinstance(name, str) and REPOSITORY.fullmatch(name) and not Path(name).exists():
         return name
     return None
 
