@@ -19,9 +19,7 @@ from typing import Any
 from quant.data import load_json
 from quant.errors import QuantError, UsageError
 from quant.health import Health, read_health
-from quant.units import LARGEST, format_size
-
-GIB = 2**30
+from quant.units import GIB, LARGEST, format_size
 
 #: what stands for a document where the table names none: the figure was entered from memory
 UNCHECKED = "unchecked"

@@ -7,10 +7,11 @@ import re
 
 from quant.errors import UsageError
 
+MIB, GIB = 2**20, 2**30
 _UNITS = {
     "": 1, "B": 1,
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+    "KIB": 2**10, "MIB": MIB, "GIB": GIB, "TIB": 2**40,
 }  # fmt: skip
 
 #: Larger than any memory or disk that will be met: a value beyond it is a typing error.

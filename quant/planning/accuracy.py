@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 from quant.data import load_json
 from quant.hardware import Gpu
 from quant.models.spec import ModelSpec
+from quant.units import GIB
 from quant.vllm.kernels import has_unified_memory
 from quant.vllm.releases import Rules
 
 if TYPE_CHECKING:
     from quant.planning.memory import EngineRequest
-
-GIB = 2**30
 
 
 def kind_of(spec: ModelSpec, rules: Rules, gpu: Gpu, request: EngineRequest) -> str:

@@ -26,7 +26,6 @@ from quant.models.spec import DTYPE_BYTES, ModelSpec, Weight
 from quant.planning.accuracy import stated_error
 from quant.planning.kvcache import KV_DTYPES, CacheLayout, layout, longest_context
 from quant.planning.profile import (
-    GIB,
     Batch,
     Peak,
     graph_bytes,
@@ -43,7 +42,7 @@ from quant.planning.storage import (
     stage_layers,
 )
 from quant.schemes import UNQUANTIZED, Scheme
-from quant.units import format_size
+from quant.units import GIB, format_size
 from quant.vllm.arguments import TOWER_MODES
 from quant.vllm.kernels import CPU_BLOCK, GROUP_SIZES, latent_block, state_width
 from quant.vllm.layers import DEGREES, Linear, shape_problems

@@ -13,11 +13,10 @@ from math import prod
 
 from quant.hardware import Gpu
 from quant.models.spec import ModelSpec
+from quant.units import GIB, MIB
 from quant.vllm.kernels import has_unified_memory, shares_memory
 from quant.vllm.releases import Rules
 
-GIB = 2**30
-MIB = 2**20
 #: resident memory of a worker of vLLM's CPU build that serves an 11 MB model: the interpreter and its
 #: libraries
 CPU_PROCESS_BYTES = int(0.63 * GIB)

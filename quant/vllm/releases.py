@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quant.errors import UsageError
+from quant.units import GIB
 from quant.vllm.kernels import BF16_CAPABILITY
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 #: The release that is planned for and checked against where none is named.
 VLLM_VERSION = "0.32"
-
-_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ _HISTORY: dict[str, tuple[tuple[tuple[int, int, int], Any], ...]] = {
     "whole_model_check": (((0, 0, 0), False), ((0, 10, 0), True), ((0, 15, 0), False)),
     "small_gpu_seqs": (((0, 0, 0), 256), ((0, 8, 0), 1024), ((0, 8, 4), 256)),
     "large_includes_a100": (((0, 0, 0), True), ((0, 9, 1), False)),
-    "largest_gpu_bytes": (((0, 0, 0), 0), ((0, 28, 0), 160 * _GIB)),
+    "largest_gpu_bytes": (((0, 0, 0), 0), ((0, 28, 0), 160 * GIB)),
     "chunk_tokens": (((0, 0, 0), 512), ((0, 6, 4), 2048)),
     "graphs_follow_seqs": (((0, 0, 0), False), ((0, 11, 0), True)),
 }
@@ -232,7 +231,7 @@ def rules_for(
     nvlink = 0.6 if release < (0, 15, 0) else 1.0 if release < (0, 18, 0) else 2.1
     return Rules(
         version=release, engine="v1" if v1 else "v0", hybrid=v1 and release >= (0, 9, 2),
-        mla_alignment=256 if not v1 and values["mla"] else 1, large_gpu_bytes=70 * _GIB,
+        mla_alignment=256 if not v1 and values["mla"] else 1, large_gpu_bytes=70 * GIB,
         second_runner=second,
         graph_token_bytes=128 * 1024 if recurrent and not second and release >= (0, 26, 0) else 0,
         held_counted=v1 and release < (0, 9, 0),
@@ -242,9 +241,9 @@ def rules_for(
         # 0.55 on one
         sampler_warm_up=0.5 if v1 and values["sampler_bytes"] == _SORTING else 0.0,
         # ROCm loads code objects and hipBLASLt's workspaces into the process (a start on an MI300X)
-        other_bytes=int((1.0 if platform == "rocm" else 0.25 if v1 else 0.06) * _GIB),
-        other_bytes_nvlink=int(nvlink * _GIB),
-        other_bytes_pcie=int((0.45 if v1 else 0.25) * _GIB), other_bytes_unified=6 * _GIB,
+        other_bytes=int((1.0 if platform == "rocm" else 0.25 if v1 else 0.06) * GIB),
+        other_bytes_nvlink=int(nvlink * GIB),
+        other_bytes_pcie=int((0.45 if v1 else 0.25) * GIB), other_bytes_unified=6 * GIB,
         largest_graph=1024 if generation == 10 else 512,
         mxfp4_inner=64 if generation == 9 and release >= (0, 12, 0) else 128, **values,
     )  # fmt: skip
