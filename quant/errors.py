@@ -78,6 +78,18 @@ def clipped(value: object, most: int = 100) -> str:
     return shown if len(shown) <= most else shown[: most // 2] + "…"
 
 
+def first_line(error: BaseException, most: int = 300) -> str:
+    """What a foreign error says first, or what it is where it says nothing.
+
+    >>> first_line(ValueError("1 mistake:\\n  a is no number")), first_line(KeyError())
+    ('1 mistake: a is no number', 'KeyError')
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):  # a heading: what is wrong comes below it
+        lines = [" ".join(lines)]
+    return (lines[0] if lines else type(error).__name__)[:most]
+
+
 def one_of(what: str, value: object, allowed: Sequence[str]) -> UsageError:
     """The error for a name that is not in a list, with the nearest names first.
 

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from quant.checkpoint.reader import read_json
-from quant.errors import CheckpointError, clipped
+from quant.errors import CheckpointError, clipped, first_line
 
 _MOST_LAYERS = 100_000
 
@@ -39,7 +39,7 @@ def load_tokenizer(path: Path) -> Any:
     # transformers raises ValueError, OSError, KeyError, JSON and tokenizers' own errors here
     except Exception as error:
         raise CheckpointError(
-            f"{path}: its tokenizer cannot be loaded ({_first_line(error)}): tokenizer.json or "
+            f"{path}: its tokenizer cannot be loaded ({first_line(error)}): tokenizer.json or "
             "tokenizer.model with tokenizer_config.json is needed"
         ) from error
 
@@ -60,12 +60,5 @@ def load_config(path: Path) -> Any:
         return transformers().AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # transformers raises ValueError, KeyError and validation errors of its own
         raise CheckpointError(
-            f"{path / 'config.json'}: transformers cannot use it: {_first_line(error)}"
+            f"{path / 'config.json'}: transformers cannot use it: {first_line(error)}"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if len(lines) > 1 and lines[0].endswith(":"):  # a heading: what is wrong comes below it
-        lines = [" ".join(lines)]
-    return (lines[0] if lines else type(error).__name__)[:300]

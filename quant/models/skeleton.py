@@ -18,7 +18,7 @@ from torch import nn
 
 from quant.checkpoint.dtypes import TORCH
 from quant.checkpoint.reader import Checkpoint
-from quant.errors import CheckpointError
+from quant.errors import CheckpointError, first_line
 from quant.models.adapter import InputGroup, adapter_for
 from quant.models.binding import BlockLinear, bind
 from quant.models.calls import BlockCall, CallSharing, call_block
@@ -51,11 +51,6 @@ class CannotRun(CheckpointError):
             "takes any architecture"
         )
         self.reason = reason
-
-
-def _first_line(error: Exception) -> str:
-    """What a foreign error says, or what it is where it says nothing."""
-    return next((line[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextmanager
@@ -216,7 +211,7 @@ class Skeleton:
                     return kind.from_config(part, dtype=self.dtype)
             # an unknown class is a ValueError; a contradictory config fails inside a constructor in any way
             except Exception as error:
-                reason = reason or _first_line(error)
+                reason = reason or first_line(error, 200)
         raise CannotRun(
             f"{self.checkpoint.path}: model type {self.kind!r} cannot be built as a causal language model "
             f"({reason})"
@@ -401,7 +396,7 @@ class Skeleton:
             raise
         except Exception as error:  # whatever a foreign model's code raises
             raise CannotRun(
-                f"block {index} of model type {self.kind!r} cannot be run ({_first_line(error)})",
+                f"block {index} of model type {self.kind!r} cannot be run ({first_line(error, 200)})",
                 row=True,
             ) from error
         finally:
