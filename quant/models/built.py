@@ -16,7 +16,8 @@ from torch import nn
 
 from quant.checkpoint.reader import Checkpoint
 from quant.models.binding import converter_of, converters_of, renamings_of
-from quant.models.roles import block_list, block_of
+from quant.models.implied import ANEW, one_of_each
+from quant.models.roles import block_list, block_of, kind_of
 from quant.offline import load_config, transformers
 
 #: Share of a class's parameters that a file must have for the two to be compared: below it the file is named
@@ -83,24 +84,20 @@ def built_problems(checkpoint: Checkpoint) -> list[str]:
         ]
     if len(filled) < _COMPARABLE * len(wanted):
         return []
-    lines: dict[str, list[str]] = {}
+    differences: list[tuple[str, str]] = []
     for name, tensor in filled.items():
         shape = tuple(wanted[name].shape)
         if tensor is not None and (stored := checkpoint.info(tensor).shape) != shape:
-            line = f"{tensor} is {list(stored)} in the file, {list(shape)} by config.json"
-            lines.setdefault(_kind(name) + str(stored), []).append(line)
-    kinds = {_kind(name) for name in filled}
+            line = f"{tensor} is {list(stored)} in the file, {list(shape)} by config.json: {ANEW}"
+            differences.append((kind_of(name) + str(stored), line))
+    kinds = {kind_of(name) for name in filled}
     for name in _missing(model, wanted, filled):
         if _block(name) in unknown:
             continue  # it may be there under another name
-        if wanted[name].ndim > 1 or _kind(name) in kinds:
-            line = f"{name} {list(wanted[name].shape)} is not in the file, and config.json implies it"
-            lines.setdefault(_kind(name), []).append(line)
-    return [
-        f"{same[0]}{f' (and {len(same) - 1} more like it)' if len(same) > 1 else ''}: config.json and the "
-        "file do not match one to one: fetch both again, or repair config.json"
-        for same in lines.values()
-    ]
+        if wanted[name].ndim > 1 or kind_of(name) in kinds:
+            line = f"{name} {list(wanted[name].shape)} is not in the file, and config.json implies it: {ANEW}"
+            differences.append((kind_of(name), line))
+    return list(one_of_each(differences))
 
 
 def _filled(
@@ -148,10 +145,4 @@ def _missing(model: nn.Module, wanted: Mapping[str, Any], filled: Collection[str
             yield name
 
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-
-
-def _kind(name: str) -> str:
-    """A name without its numbers: what parameters of several blocks have in common."""
-    return _NUMBER.sub("*", name)

@@ -53,7 +53,8 @@ _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImag
 _EXPERT = re.compile(r"\.experts\.(\d{1,9})\.")
 #: Tensors of a block that predicts further tokens.
 _DRAFTING = re.compile(r"(^|\.)(eh_proj|enorm|hnorm|shared_head|embed_tokens)(\.|$)")
-_ANEW = "config.json and the file do not match one to one: fetch both again, or repair config.json"
+#: What to do where the two differ.
+ANEW = "config.json and the file do not match one to one: fetch both again, or repair config.json"
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def _part_of(name: str, linears: Mapping[str, Linear]) -> bool:
     return module in linears and last != "bias"
 
 
-def _kinds(keyed: Iterable[tuple[str, str]]) -> Iterator[str]:
+def one_of_each(keyed: Iterable[tuple[str, str]]) -> Iterator[str]:
     """Lines, of those with one key the first with the number of the others."""
     lines: dict[str, list[str]] = {}
     for key, line in keyed:
@@ -216,12 +217,12 @@ def _table_problems(file: _File) -> Iterator[str]:
         if rows and shape[0] not in rows:
             yield (
                 f"{name} is {list(shape)} in the file, and {what} of a vocab_size of {_any(rows)} has as "
-                f"many rows: {_ANEW}"
+                f"many rows: {ANEW}"
             )
         if widths and shape[1] not in widths:
             yield (
                 f"{name} is {list(shape)} in the file, and {what} of a hidden_size of {_any(widths)} has as "
-                f"many columns: {_ANEW}"
+                f"many columns: {ANEW}"
             )
     headless = tables["the head"] is None and not any(
         is_head(n.rpartition(".")[0]) or ".output_layer." in n for n in file.infos if not n.endswith(".bias")
@@ -298,10 +299,10 @@ def _expert_problems(file: _File) -> Iterator[str]:
                     "experts",
                     f"{file.decoder}{index} has {counts[0] if counts else len(numbers)} experts in the file"
                     f"{', not numbered one after another' if gap else ''}, config.json states {wanted}: "
-                    f"{_ANEW}",
+                    f"{ANEW}",
                 )
 
-    yield from _kinds(counted())
+    yield from one_of_each(counted())
 
 
 def _known_problems(file: _File) -> Iterator[str]:
@@ -350,18 +351,18 @@ def _known_problems(file: _File) -> Iterator[str]:
                 yield (
                     f"{local} missing",
                     f"{file.decoder}{weight.layer}.{local} {list(weight.shape)} is not in the file, and "
-                    f"config.json implies it: {_ANEW}",
+                    f"config.json implies it: {ANEW}",
                 )
             elif shape != weight.shape:
                 yield (
                     f"{local} {shape}",
                     f"{file.decoder}{weight.layer}.{local} is {list(shape)} in the file, "
-                    f"{list(weight.shape)} by config.json{_by(decoder, local)}: {_ANEW}",
+                    f"{list(weight.shape)} by config.json{_by(decoder, local)}: {ANEW}",
                 )
 
         yield from _expert_shapes(file, decoder)
 
-    yield from _kinds(compared())
+    yield from one_of_each(compared())
 
 
 def _expert_shapes(file: _File, decoder: Decoder) -> Iterator[tuple[str, str]]:
@@ -380,7 +381,7 @@ def _expert_shapes(file: _File, decoder: Decoder) -> Iterator[tuple[str, str]]:
                 yield (
                     f"expert {last} {shape}",
                     f"{file.decoder}{index}.{local} is {list(shape)} in the file, {list(wanted)} by "
-                    f"config.json: {_ANEW}",
+                    f"config.json: {ANEW}",
                 )
 
 
@@ -427,8 +428,8 @@ def _size_problems(file: _File) -> Iterator[str]:
                     fits.add(local)
                 elif verdict is not None and index not in file.apart:
                     name = f"{file.decoder}{index}.{local}"
-                    keyed.append((local, f"{name} is {list(shape)} in the file, {verdict}: {_ANEW}"))
-    yield from _kinds((local, line) for local, line in keyed if local not in fits)
+                    keyed.append((local, f"{name} is {list(shape)} in the file, {verdict}: {ANEW}"))
+    yield from one_of_each((local, line) for local, line in keyed if local not in fits)
 
 
 #: Of a module, the last part of a name, its shape and the names beside it: what the config says against it,

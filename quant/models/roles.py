@@ -75,6 +75,15 @@ def block_list(name: str) -> str | None:
     return name[: match.start(1)] if match else None
 
 
+def kind_of(name: str) -> str:
+    """A name with 0 for each of its numbers: what tensors of several blocks, or of several experts, share.
+
+    >>> kind_of("model.layers.12.mlp.experts.3.w1.weight")
+    'model.layers.0.mlp.experts.0.w1.weight'
+    """
+    return _NUMBER.sub("0", name)
+
+
 def role_of(name: str, blocks: int | None = None, decoder: str | None = None) -> Role:
     """What a tensor is for, by its name, with or without ``.weight``.
 
@@ -97,10 +106,10 @@ def _placed(name: str, decoder: str | None) -> tuple[Role, str]:
     """The role of a name, and the part of it that says so: inside the decoder's list by what follows the
     list, inside others by the list itself."""
     if decoder is None or (listed := block_list(name)) is None:
-        return _role(_NUMBER.sub("0", name))
+        return _role(kind_of(name))
     if listed == decoder:
-        return _role(_NUMBER.sub("0", f"layers.{name.removeprefix(decoder)}"))
-    role, part = _role(_NUMBER.sub("0", name))
+        return _role(kind_of(f"layers.{name.removeprefix(decoder)}"))
+    role, part = _role(kind_of(name))
     return (role, part) if role in ("tower", "mtp") else ("tower", listed.removesuffix("."))
 
 

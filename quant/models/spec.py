@@ -5,14 +5,13 @@ The values alone; :mod:`quant.models.shapes` lists them from a config.json or fr
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Any, Literal
 
-from quant.models.roles import Role
+from quant.models.roles import Role, kind_of
 from quant.vllm.config import Heads, source_method
 from quant.vllm.layers import Split, split_of
 
@@ -23,8 +22,6 @@ DTYPE_BYTES = {
     "I16": 2, "I8": 1, "U8": 1,
     "U16": 2, "U32": 4, "U64": 8, "BOOL": 1, "F4": 0.5,
 }  # fmt: skip
-
-_NUMBER = re.compile(r"\.\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -145,7 +142,7 @@ class ModelSpec:
         blocks: dict[int, dict[tuple[str, tuple[int, ...]], Weight]] = {}
         for weight in self.unpacked or self.weights:
             if weight.linear and len(weight.shape) == 2:
-                key = (_NUMBER.sub(".", weight.name), weight.shape)
+                key = (kind_of(weight.name), weight.shape)
                 blocks.setdefault(weight.layer, {}).setdefault(key, weight)
         kinds: dict[frozenset[tuple[str, tuple[int, ...]]], dict[tuple[str, tuple[int, ...]], Weight]] = {}
         for block in blocks.values():
