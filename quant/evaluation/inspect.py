@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from quant.checkpoint.reader import open_checkpoint
 from quant.formats import find_format
 from quant.formats.legacy import repaired
-from quant.formats.reading import quantized_tensors
 from quant.models.adapter import adapter_for
 from quant.models.place import decoder_list
-from quant.models.roles import block_list, block_of, role_of
+from quant.models.roles import block_list, block_of
+from quant.report.contents import contents
 from quant.report.evidence import evidence_of
-from quant.vllm.config import block_count, stated
+from quant.vllm.config import stated
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -27,24 +26,11 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """
     checkpoint, _ = repaired(open_checkpoint(path))
     layers = find_format(checkpoint.config, checkpoint.tensors)
-    count = block_count(checkpoint.config)
     decoder = decoder_list(checkpoint.tensors.values(), checkpoint.config)
-    parameters: dict[str, int] = {}
+    parameters = {role: part.weights for role, part in contents(checkpoint).items() if part.weights}
     dtypes: dict[str, int] = {}
-    parts = set() if layers is None else quantized_tensors(checkpoint, layers).keys()
-    for name, info in checkpoint.tensors.items():
+    for info in checkpoint.tensors.values():
         dtypes[info.dtype] = dtypes.get(info.dtype, 0) + info.nbytes
-        if name in parts:
-            continue
-        role = role_of(name, count, decoder)
-        parameters[role] = parameters.get(role, 0) + info.numel
-    linears = layers.linears.values() if layers else []
-    for linear in linears:
-        role = role_of(f"{linear.name}.weight", count, decoder)
-        parameters[role] = parameters.get(role, 0) + linear.n * linear.k
-    for stack in layers.stacks.values() if layers else []:
-        role = role_of(stack.name, count, decoder)
-        parameters[role] = parameters.get(role, 0) + prod(stack.shape)
     schemes = layers.schemes if layers else {}
     adapter = adapter_for(checkpoint.config)
     blocks = {block_of(n) for n in checkpoint.tensors if decoder is not None and block_list(n) == decoder}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from quant.errors import Problems, QuantError
 from quant.report.files import load_evaluation
-from quant.report.page import document, table
+from quant.report.page import document, mean_and_error, table
 from quant.report.pictures import SVG_STYLE, svg_of
 from quant.report.value import REPORT, Report
 from quant.units import format_seconds, format_size
@@ -76,14 +75,6 @@ def notes(values: Sequence[Mapping[str, Any]]) -> list[str]:
     return said
 
 
-def measured(value: Mapping[str, Any] | None, form: str) -> str:
-    """A mean with its standard error, or nothing."""
-    if value is None:
-        return ""
-    error = value["standard_error"]
-    return f"{value['mean']:{form}}" + (f" ± {error:{form}}" if math.isfinite(error) else "")
-
-
 def comparison_page(values: Sequence[Mapping[str, Any]]) -> str:
     """The page of several outputs; ``values``: of :func:`summaries`."""
     body = [f"<h1>{len(values)} outputs</h1>"]
@@ -114,8 +105,8 @@ def comparison_page(values: Sequence[Mapping[str, Any]]) -> str:
             v["scheme"],
             "" if v["bits_per_weight"] is None else f"{v['bits_per_weight']:.3f}",
             format_size(v["total_bytes"]),
-            measured(v["kl"], ".5f"),
-            measured(v["top1"], ".2%"),
+            mean_and_error(v["kl"], ".5f"),
+            mean_and_error(v["top1"], ".2%"),
             "" if v["worst_error"] is None else f"{v['worst_error']:.2%}",
             str(v["fallbacks"]),
             "" if v["seconds"] is None else format_seconds(v["seconds"]),

@@ -12,12 +12,11 @@ from typing import Any
 
 from quant.checkpoint.reader import Checkpoint
 from quant.formats import find_format
-from quant.models.place import decoder_list
-from quant.models.roles import block_of, role_of
+from quant.models.roles import block_of
 from quant.report.charts import colours, layers_chart
+from quant.report.contents import contents
 from quant.report.value import Quantization, Report
 from quant.units import format_seconds, format_size
-from quant.vllm.config import block_count
 from quant.vllm.kernels import GPU_GENERATIONS, kernel_of, number_formats
 
 PAGE = "quant_report.html"
@@ -103,14 +102,17 @@ def _facts(report: Report, evaluation: Mapping[str, Any] | None) -> str:
             facts.append(("bits per weight", f"{job.bits_per_weight:g}"))
     facts.append(("format", report.format))
     kl = (evaluation or {}).get("kl")
-    facts.append(("KL to the source, nats", _measured(kl, ".5f") if kl else "not measured"))
+    facts.append(("KL to the source, nats", mean_and_error(kl, ".5f") if kl else "not measured"))
     facts.append(("time", format_seconds(report.seconds.get("total", 0.0))))
     facts.append(("peak memory", format_size(report.peak_rss_bytes)))
     cells = (f"<div><b>{html.escape(v)}</b><span>{html.escape(k)}</span></div>" for k, v in facts)
     return f"<div class=facts>{''.join(cells)}</div>"
 
 
-def _measured(value: Mapping[str, Any], form: str) -> str:
+def mean_and_error(value: Mapping[str, Any] | None, form: str) -> str:
+    """A mean with its standard error, as far as they are known."""
+    if value is None:
+        return ""
     error = value.get("standard_error")
     known = isinstance(error, (int, float)) and math.isfinite(error)
     return f"{value['mean']:{form}}" + (f" ± {error:{form}}" if known else "")
@@ -152,39 +154,18 @@ def _errors(job: Quantization) -> list[str]:
     ]
 
 
-def role_bytes(checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
-    """By what tensors are for: weights, and bytes with scales, zero points and all else; largest first."""
-    layers = find_format(checkpoint.config, checkpoint.tensors)
-    blocks = block_count(checkpoint.config)
-    decoder = decoder_list(checkpoint.tensors.values(), checkpoint.config)
-    linears = layers.linears if layers is not None else {}
-    weights: dict[str, int] = {}
-    stored: dict[str, int] = {}
-    for linear in linears.values():
-        role = role_of(f"{linear.name}.weight", blocks, decoder)
-        weights[role] = weights.get(role, 0) + linear.n * linear.k
-    for name, info in checkpoint.tensors.items():
-        module = name.rpartition(".")[0]
-        inside = module in linears and not name.endswith(".bias")
-        role = role_of(f"{module}.weight" if inside else name, blocks, decoder)
-        stored[role] = stored.get(role, 0) + info.nbytes
-        if not inside:
-            weights[role] = weights.get(role, 0) + info.numel
-    return sorted(((r, weights.get(r, 0), n) for r, n in stored.items()), key=lambda x: -x[2])
-
-
 def _roles(checkpoint: Checkpoint) -> str:
-    sizes = role_bytes(checkpoint)
-    total = sum(n for *_, n in sizes) or 1
+    shares = sorted(contents(checkpoint).items(), key=lambda x: -x[1].stored)
+    total = sum(part.stored for _, part in shares) or 1
     rows = [
         [
             role.replace("_", " "),
-            f"{w:,}",
-            format_size(n),
-            f"{n / total:.1%}",
-            f"{8 * n / w:.2f}" if w else "",
+            f"{part.weights:,}",
+            format_size(part.stored),
+            f"{part.stored / total:.1%}",
+            f"{8 * part.stored / part.weights:.2f}" if part.weights else "",
         ]
-        for role, w, n in sizes
+        for role, part in shares
     ]
     return table(["what", "weights", "bytes", "share", "bits a weight"], rows, [1, 2, 3, 4])
 
@@ -203,7 +184,7 @@ def _quality(report: Report, evaluation: Mapping[str, Any] | None) -> list[str]:
         ("source_perplexity", "the source's", ".4f"),
     ):
         if evaluation.get(key):
-            rows.append([words, _measured(evaluation[key], form)])
+            rows.append([words, mean_and_error(evaluation[key], form)])
     return ["<h2>Quality</h2>", table(["", ""], rows), "<p class=muted>± one standard error over chunks</p>"]
 
 

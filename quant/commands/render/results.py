@@ -328,7 +328,7 @@ def inspection(console: Console, value: Mapping[str, Any]) -> None:
 
 def outputs(console: Console, values: Sequence[Mapping[str, Any]]) -> None:
     """Several outputs, a row each."""
-    from quant.report.compare import measured
+    from quant.report.page import mean_and_error
 
     def cells(key: str) -> list[str]:
         return [str(v[key]) for v in values]
@@ -341,8 +341,8 @@ def outputs(console: Console, values: Sequence[Mapping[str, Any]]) -> None:
             Column("method", cells("method"), 1),
             Column("bits", [f"{b:.3f}" if (b := v["bits_per_weight"]) else "-" for v in values], 0, True),
             Column("size", [format_size(v["total_bytes"]) for v in values], 0, True),
-            Column("KL, nats", [measured(v["kl"], ".5f") or "-" for v in values], 0, True),
-            Column("top-1", [measured(v["top1"], ".2%") or "-" for v in values], 2, True),
+            Column("KL, nats", [mean_and_error(v["kl"], ".5f") or "-" for v in values], 0, True),
+            Column("top-1", [mean_and_error(v["top1"], ".2%") or "-" for v in values], 2, True),
             Column("worst layer", [f"{e:.2%}" if (e := v["worst_error"]) else "-" for v in values], 3, True),
             Column("made in", [format_seconds(v["seconds"] or 0) for v in values], 4, True),
         ],
