@@ -47,7 +47,7 @@ from quant.formats.base import (
 )
 from quant.schemes import Scheme, WeightScheme
 from quant.vllm.kernels import GROUP_SIZES
-from quant.vllm.layers import BuiltLayer, Linear, fused_name, is_head
+from quant.vllm.layers import BuiltLayer, Linear, fused_layers, is_head
 
 if TYPE_CHECKING:
     import torch
@@ -59,13 +59,16 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 REVERSED = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
-def _left_out(config: Mapping[str, Any], layers: QuantizedLayers) -> list[str]:
+def _left_out(
+    config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, BuiltLayer]
+) -> list[str]:
     """Quantized linears that ``modules_to_not_convert`` leaves out: vLLM looks for its entries inside the
     names of linears, and of the layers that it fuses of them (`quant_utils.py::is_layer_skipped`)."""
     listed = names_listed(config, "modules_to_not_convert")
+    layer_of = {name: layer for layer, built in members.items() for name in built.linears}
     problems = []
     for name in layers.linears:
-        asked = [fused_name(name), *([] if ".experts." in name else [name])]
+        asked = [layer_of.get(name, name), *([] if ".experts." in name else [name])]
         hit = next((x for x in listed if any(x in n for n in asked)), None)
         if hit is not None:
             problems.append(
@@ -114,7 +117,7 @@ class AWQ(Format):
             f"the words are packed as AutoAWQ's {packing}: vLLM reads every AWQ file as gemm; quant "
             "export-vllm converts it"
             for packing in older
-        ] + [*head_problems(config, layers), *_left_out(config, layers)]
+        ] + [*head_problems(config, layers), *_left_out(config, layers, members)]
 
     def value_check(self, linear: Linear, last: str, options: Mapping[str, Any]) -> ValueCheck | None:
         packed = options["packing"][linear.name] == "gemm"  # the others pad, and store floats
@@ -163,7 +166,8 @@ class AWQ(Format):
         # linear of a block. Readers look for the names as parts of others, so a list whose entries are parts
         # of quantized names (a router `mlp.gate`) would hit those too.
         listed = [n for n in contents.unquantized if not is_head(n)]
-        quantized = {x for linear in contents.linears for x in (linear.name, fused_name(linear.name))}
+        names = [linear.name for linear in contents.linears]
+        quantized = {*names, *fused_layers(names, contents.model_types)}
         usable = bool(listed) and not any(n in q for n in listed for q in quantized)
         config = {
             "quant_method": "awq",
