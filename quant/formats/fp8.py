@@ -198,7 +198,7 @@ class Fp8(Format):
 
 
 class Fp8Blocks(ForeignFormat):
-    """The same with blocks of another size than 128 × 128: read, and not judged."""
+    """The same with blocks of another size than 128 × 128: read alone."""
 
     name = "fp8-blocks"
     quant_method = None
