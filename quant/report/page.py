@@ -212,7 +212,8 @@ def _kernels(checkpoint: Checkpoint) -> list[str]:
 def _fallbacks(job: Quantization) -> list[str]:
     lines = [[n, f] for n, f in job.fallbacks.items()]
     notes = [[x.name, n] for x in job.layers for n in x.notes]
-    left = [[n, "left as it is"] for n in job.unquantized_linears]
+    why = {**job.plain_in_vllm, **job.left}
+    left = [[n, why.get(n, "left as it is")] for n in job.unquantized_linears]
     out = ["<h2>What went otherwise</h2>"]
     if not lines and not notes:
         out.append("<p>Nothing: no layer fell back to another method.</p>")
