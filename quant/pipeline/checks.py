@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from quant import defaults
+from quant.checkpoint.header import WIDE_FLOATS
 from quant.checkpoint.reader import Checkpoint
 from quant.errors import QuantError, clipped
 from quant.evaluation.agreement import file_problems
@@ -126,7 +127,7 @@ def unlabelled_problems(checkpoint: Checkpoint, made: Iterable[str], linears: Co
         for n, i in checkpoint.tensors.items()
         if n.endswith(".weight") and len(i.shape) == 2 and block_of(n) is not None
     }
-    codes = [n for n, i in weights.items() if i.dtype not in ("BF16", "F16", "F32", "F64")]
+    codes = [n for n, i in weights.items() if i.dtype not in WIDE_FLOATS]
     unlabelled = [n for n in made if n in checkpoint.tensors and n.removesuffix(".weight") not in linears]
     return [
         f"{checkpoint.path}: {names[0]}{f' (and {len(names) - 1} more)' if len(names) > 1 else ''} {why}: "
