@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from quant.checkpoint.header import TensorInfo
+from quant.checkpoint.header import WIDE_FLOATS, TensorInfo
 from quant.checkpoint.writer import TensorSpec
 from quant.errors import CheckpointError, QuantError, clipped
 from quant.registry import Registry, lacks
@@ -348,6 +348,10 @@ class UnreadMethod(CheckpointError):
         )
 
 
+#: Header dtypes of codes that nothing but a scale makes values of.
+_INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
+
+
 def find_format(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> QuantizedLayers | None:
     """The format of a checkpoint and its quantized linears, or None where it is not quantized.
 
@@ -362,6 +366,16 @@ def find_format(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) ->
             t.dtype == "U32" for t in tensors.values()
         ):
             raise UnreadMethod("mlx")
+        for info in tensors.values():
+            scale = scale_beside(info, tensors)
+            integers = info.name.endswith(".weight") and len(info.shape) == 2 and info.dtype in _INTEGERS
+            if scale is not None or integers:
+                raise CheckpointError(
+                    f"{info.name} is stored as {info.dtype}{f', beside {scale}' if scale else ''}: the file "
+                    "is quantized, and config.json has no quantization_config that says how: fetch "
+                    "config.json (and hf_quant_config.json or quantize_config.json, where there is one) of "
+                    "this checkpoint again"
+                )
         return None
     method = source_method(quantization) or ""
     for entry in [*FormatRegistry, *FOREIGN.values()]:
@@ -388,7 +402,36 @@ def _turned(
         name: replace(linear, transposed=True) if stored_transposed(config, name) else linear
         for name, linear in layers.linears.items()
     }
+    held = {name for stack in layers.stacks.values() for name in stack.tensors}
+    unread = [
+        name
+        for name, info in tensors.items()
+        if name.rpartition(".")[0] not in linears
+        and name not in held
+        and (
+            (name.endswith(".weight") and len(info.shape) == 2 and info.dtype not in WIDE_FLOATS)
+            or (info.dtype.startswith("F8_") and scale_beside(info, tensors) is not None)
+        )
+    ]
+    if unread:
+        more = f" (and {len(unread) - 1} more)" if len(unread) > 1 else ""
+        raise CheckpointError(
+            f"{unread[0]} is stored as {tensors[unread[0]].dtype}{more}, which is not read of quant_method "
+            f"{entry.quant_method!r}: quantize the original"
+        )
     return replace(layers, linears=linears)
+
+
+def scale_beside(info: TensorInfo, tensors: Collection[str]) -> str | None:
+    """The multiplier that lies beside a matrix of codes, in any format's spelling; None where there is none,
+    or where the matrix holds values."""
+    if len(info.shape) < 2 or info.dtype in WIDE_FLOATS:
+        return None
+    module, name = info.name.rpartition(".")[0], info.name
+    spellings = [f"{name}{end}" for end in ("_scale", "_scale_inv", "_weight_scale", "_weight_scale_inv")]
+    spellings += [f"{module}.{last}" for last in ("weight_scale", "weight_scale_inv", "scale", "scales")]
+    spellings.append(f"{name.removesuffix('_blocks')}_scales")
+    return next((s for s in spellings if s in tensors and s != name), None)
 
 
 def config_problems(

@@ -392,7 +392,8 @@ def test_the_config_is_found_where_vllm_looks_for_it() -> None:
     ):
         found = find_format(place, tensors)
         assert found is not None and list(found.linears) == [NAME]
-    assert find_format({"text_config": {}}, tensors) is None
+    with pytest.raises(CheckpointError, match="config.json has no quantization_config"):
+        find_format({"text_config": {}}, tensors)
 
 
 def test_several_schemes_are_written_by_name_and_found_again() -> None:

@@ -4,14 +4,17 @@ anything is written."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from quant.errors import QuantError
+from quant.checkpoint.header import TensorInfo
+from quant.errors import CheckpointError, QuantError
 from quant.evaluation.verify import verify
+from quant.formats import find_format
 from quant.pipeline.export import export
 from tests.helpers import change_config, copy_model, load_all, read_config, save_all
 
@@ -79,3 +82,47 @@ def test_a_list_of_names_that_is_none_fails_the_check(
     change_config(folder, quantization_config=read_config(folder)["quantization_config"] | {key: value})
     found = verify(folder)
     assert not found.passed and f"quantization_config has {key}" in found.failed[0]
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype", "scale"),
+    [
+        ("mlp.up_proj.weight", (8, 8), "F8_E5M2", "mlp.up_proj.weight_scale"),
+        ("mlp.experts.gate_up_proj", (2, 8, 8), "F8_E5M2", "mlp.experts.gate_up_proj_scale_inv"),
+        ("mlp.up_proj.weight", (8, 8), "I8", "mlp.up_proj.SCB"),
+    ],
+)
+def test_codes_that_nothing_reads_are_never_taken_for_values(
+    name: str, shape: tuple[int, ...], dtype: str, scale: str, labelled: bool
+) -> None:
+    """An FP8 checkpoint whose config.json was replaced by the original's, or with codes of another kind than
+    its method has."""
+    tensors = {
+        f"model.layers.0.{n}": TensorInfo(f"model.layers.0.{n}", d, s, Path(), 0, 0)
+        for n, d, s in ((name, dtype, shape), (scale, "F32", (1,)))
+    }
+    method = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    with pytest.raises(CheckpointError, match=f"is stored as {dtype}"):
+        find_format({"quantization_config": method} if labelled else {}, tensors)
+
+
+@pytest.mark.parametrize(
+    ("codes", "dtype", "scale"),
+    [
+        ("weight", "F8_E4M3", "weight_scale_inv"),
+        ("weight", "F8_E4M3", "scale"),
+        ("weight_packed", "I32", "weight_scale"),
+        ("qweight", "I32", "scales"),
+        ("down_proj_blocks", "U8", "down_proj_scales"),
+    ],
+)
+def test_a_quantized_file_without_a_word_in_its_config_is_no_plain_one(
+    codes: str, dtype: str, scale: str
+) -> None:
+    held = {f"x.{codes}": (dtype, (8, 8)), f"x.{scale}": ("F32", (8, 1))}
+    tensors = {n: TensorInfo(n, d, s, Path(), 0, 0) for n, (d, s) in held.items()}
+    with pytest.raises(CheckpointError, match=rf"x\.{codes} is stored as {dtype}, beside x\.{scale}"):
+        find_format({}, tensors)
+    alone = {f"x.{codes}": replace(tensors[f"x.{codes}"], dtype="BF16")}
+    assert find_format({}, alone) is None
