@@ -286,6 +286,11 @@ def _expert_problems(file: _File) -> Iterator[str]:
         return  # a number for each block, or none
     idle = whole_number(stated(file.config, "zero_expert_num")) or 0  # they compute nothing
     allowed = (wanted, wanted + idle)
+    chosen = whole_number(stated(file.config, "active"))
+    if chosen is not None and chosen > max(allowed):
+        yield (
+            f"config.json states {chosen} experts a token of {max(allowed)} (num_experts_per_tok): repair it"
+        )
 
     def counted() -> Iterator[tuple[str, str]]:
         for index, names in file.blocks.items():
@@ -301,6 +306,14 @@ def _expert_problems(file: _File) -> Iterator[str]:
                     f"{', not numbered one after another' if gap else ''}, config.json states {wanted}: "
                     f"{ANEW}",
                 )
+            for name, shape in names.items():
+                router = name.endswith(".weight") and len(shape) == 2 and "shared" not in name
+                if router and role_of(f"layers.0.{name}") == "router" and shape[0] not in allowed:
+                    yield (
+                        "router",
+                        f"{file.decoder}{index}.{name} is {list(shape)} in the file, and the router of "
+                        f"{wanted} experts has as many rows: {_ANEW}",
+                    )
 
     yield from one_of_each(counted())
 
