@@ -195,7 +195,7 @@ def fused_problems(
         schemes = dict.fromkeys(str(linears[n].scheme) for n in inside)
         if len(schemes) > 1:
             problems[kind] = (
-                f"{fused}: vLLM fuses {', '.join(n.rsplit('.', 1)[-1] for n in names)} into one layer, but "
+                f"{fused}: vLLM fuses {_last_parts(names)} into one layer, but "
                 f"they would become {' and '.join(schemes)}: "
                 "give them one scheme"
             )
@@ -206,7 +206,7 @@ def fused_problems(
             "tensor_group",
         ):
             problems[kind] = (
-                f"{fused}: {', '.join(n.rsplit('.', 1)[-1] for n in inside)} share one number in scheme "
+                f"{fused}: {_last_parts(inside)} share one number in scheme "
                 f"{next(iter(schemes))}, "
                 "but are made by "
                 f"{' and '.join(methods)}{'' if len(methods) > 1 else ' with different settings'}: give "
@@ -214,13 +214,24 @@ def fused_problems(
             )
             continue
         if inside and len(inside) < len(names):
-            out = [n.rsplit(".", 1)[-1] for n in names if n not in linears]
+            out = [n for n in names if n not in linears]
             problems[kind] = (
-                f"{fused}: vLLM fuses {', '.join(n.rsplit('.', 1)[-1] for n in names)} into one layer, but "
-                f"{', '.join(out)} would stay unquantized: "
+                f"{fused}: vLLM fuses {_last_parts(names)} into one layer, but "
+                f"{_last_parts(out)} would stay unquantized: "
                 "select all of them or none, or use --target other"
             )
     return list(problems.values())
+
+
+def _last_parts(names: Sequence[str]) -> str:
+    """Members of a fused layer, short: ``gate_proj, up_proj``; of a layer's experts, which share their last
+    parts, ``gate_proj, up_proj of experts 3, 5, 6 and 14 more``."""
+    lasts = ", ".join(dict.fromkeys(n.rpartition(".")[2] for n in names))
+    numbers = list(dict.fromkeys(n.split(".")[-2] for n in names if ".experts." in n))
+    if not numbers:
+        return lasts
+    more = f" and {len(numbers) - 3} more" if len(numbers) > 3 else ""
+    return f"{lasts} of expert{'s' if len(numbers) > 1 else ''} {', '.join(numbers[:3])}{more}"
 
 
 def check_disk(output_path: Path, needed: int, scratch: int = 0) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from quant.checkpoint.reader import open_checkpoint
+from quant.errors import Problems
 from quant.evaluation.compare import compare
 from quant.evaluation.verify import verify
 from quant.formats.reading import dequantized
@@ -120,6 +121,15 @@ def test_a_plain_checkpoint_keeps_the_layout_of_its_source(tmp_path: Path) -> No
             AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32)(TOKENS).logits for p in (folder, out)
         ]
     assert float((logits[0] - logits[1]).norm() / logits[0].norm()) < 0.5
+
+
+def test_an_expert_that_alone_would_stay_is_named_by_its_number(tmp_path: Path) -> None:
+    folder = save_mixture(tmp_path / "m", "qwen3_moe")
+    with pytest.raises(Problems) as error:
+        quantize(folder, tmp_path / "out", group_size=16, ignore=["*.experts.3.*"])
+    problem = next(p for p in error.value.problems if "would stay unquantized" in p)
+    assert "vLLM fuses down_proj, gate_proj, up_proj of experts 0, 1, 2 and 1 more into one layer" in problem
+    assert "but down_proj, gate_proj, up_proj of expert 3 would stay unquantized" in problem
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
