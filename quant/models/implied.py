@@ -312,7 +312,7 @@ def _expert_problems(file: _File) -> Iterator[str]:
                     yield (
                         "router",
                         f"{file.decoder}{index}.{name} is {list(shape)} in the file, and the router of "
-                        f"{wanted} experts has as many rows: {_ANEW}",
+                        f"{wanted} experts has as many rows: {ANEW}",
                     )
 
     yield from one_of_each(counted())
