@@ -118,13 +118,18 @@ def recommend(
     quant recommend --model-path ./Llama-3.1-8B-Instruct
     quant recommend --model Qwen2.5-32B-Instruct --gpu L40S-48GB --context 16384 --concurrency 4
     """
+    from quant.checkpoint.reader import open_checkpoint
     from quant.commands.render import planning
+    from quant.evaluation.agreement import demand_agreement
     from quant.planning.recommendation import recommend as choose
 
     if (model_path is None) == (model is None):
         raise UsageError("give the model once: --model-path DIRECTORY, or --model NAME")
     if model == "":
         raise UsageError("--model is empty: give a name such as Qwen2.5-7B-Instruct")
+    if model_path is not None and any(model_path.glob("*.safetensors")):
+        # what is printed would be refused by the command that it is for
+        demand_agreement(open_checkpoint(model_path), build=False)
     recommendation = choose(
         model_path if model_path is not None else str(model),
         gpu,

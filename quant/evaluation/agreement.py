@@ -38,11 +38,12 @@ def file_problems(
     return built_problems(dequantized(checkpoint))
 
 
-def demand_agreement(*checkpoints: Checkpoint) -> None:
-    """
+def demand_agreement(*checkpoints: Checkpoint, build: bool = True) -> None:
+    """``build``: as in :func:`file_problems`.
+
     Raises:
         Problems: of any of these checkpoints, :func:`file_problems`.
     """
-    problems = [f"{c.path}: {line}" for c in checkpoints for line in file_problems(c, build=True)]
+    problems = [f"{c.path}: {line}" for c in checkpoints for line in file_problems(c, build=build)]
     if problems:
         raise Problems(problems)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import helpers
 from tests.helpers import REFERENCE, ROOT, cpu_seconds
 
 MODEL = ROOT.parent / "shared" / "data" / "models" / "tinylm-11m"
@@ -92,7 +93,7 @@ def test_verbose_tells_on_stderr_where_facts_are_from_and_how_long_it_took() -> 
             "--tensor-parallel-size 2",
         ),
         (("recommend", "--model", "Llama-3.1-8B", "--gpu", "L40S", "--gpu-memory", "20GiB"), 0, "20.0 GiB"),
-        (("recommend", "--model", "gpt2", "--gpu", "T4", "--scheme", "w4a16"), 0, "[inputs, outputs]"),
+        (("recommend", "--model", "gpt2", "--gpu", "T4", "--scheme", "w4a16"), 0, "--method gptq"),
     ],
 )
 def test_recommend(arguments: tuple[str, ...], status: int, words: str) -> None:
@@ -187,3 +188,12 @@ def test_neither_torch_nor_transformers_is_imported(arguments: tuple[str, ...]) 
         [sys.executable, "-c", program, str(ROOT), *arguments], capture_output=True, text=True, check=False
     )
     assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_a_directory_that_quantize_would_refuse_is_not_recommended_anything(
+    llama: Path, tmp_path: Path
+) -> None:
+    model = helpers.copy_model(llama, tmp_path / "model")
+    helpers.change_config(model, num_hidden_layers=3)
+    done = quant("recommend", "-m", str(model), "--gpu", "T4")
+    assert done.returncode == 1 and "num_hidden_layers" in done.stderr and not done.stdout

@@ -167,7 +167,7 @@ def _plans(console: Console, recommendation: Recommendation) -> None:
         console,
         [
             Column("", [_NO if one.plan is None else _mark(one) for one in plans], markup=True),
-            Column("scheme", [one.scheme for one in plans]),
+            Column("scheme", [one.label for one in plans]),
             Column("weights", planned(lambda p: format_size(p.weights_bytes)), 0, True),
             Column("KV cache", planned(lambda p: format_size(p.kv_cache_bytes)), 4, True),
             Column("KV tokens", planned(lambda p: f"{p.kv_tokens:,}"), 1, True),
