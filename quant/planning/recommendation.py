@@ -692,6 +692,8 @@ def _reason(
         + best.plan.other_bytes
         + best.plan.cuda_graph_bytes
     )
+    if group_problems(spec, best.stored, request.ranks, experts_whole=request.enable_expert_parallel):
+        return f"nothing runs on {where}, and not for want of memory: {best.label}: {best.why}"
     return (
         f"nothing fits on {where}: the smallest, {best.label}, needs {format_size(needed)} before any KV "
         "cache; "
