@@ -27,7 +27,7 @@ def test_every_file_is_a_recipe_a_scenario_or_a_table() -> None:
     every = {p.relative_to(ROOT / "configs") for p in (ROOT / "configs").rglob("*") if p.is_file()}
     # planned one by one in tests/planning/test_recommendation.py
     scenarios = set((ROOT / "configs/scenarios").glob("*.yaml"))
-    tables = {Path(n) for n in ("gpus.json", "models.json", "quality.json")}
+    tables = {Path(n) for n in ("gpus.json", "models.json", "planner_errors.json", "quality.json")}
     assert every == tables | {p.relative_to(ROOT / "configs") for p in {*RECIPES, *scenarios}}
     for path in scenarios:
         assert re.match(r"# .*(quant recommend|vllm serve) ", path.read_text(encoding="utf-8")), path
