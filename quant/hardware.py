@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -205,6 +206,13 @@ def named_gpu(name: str, total_bytes: int | None = None) -> Gpu:
     if row is None:
         import difflib
 
+        several = re.fullmatch(r"(\d+) *[xX×*] *(.+)", name.strip())
+        if several and _row(several[2]):
+            count, one = several.groups()
+            raise UsageError(
+                f"--gpu is {name!r}: it names one part: give --gpu {shlex.quote(one)}, and how many with "
+                f"--gpu-count {count} (recommend) or --tensor-parallel {count} (quantize, plan, serve)"
+            )
         near = {_plain(n): n for n in gpu_names()}
         offered = [near[n] for n in difflib.get_close_matches(_plain(name), list(near), n=4, cutoff=0.0)]
         raise UsageError(

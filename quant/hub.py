@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def local_model(model: str | Path, download: bool = True) -> Path:
 
 def _line(error: BaseException) -> str:
     words: list[Any] = " ".join(str(error).split()).split(". ")
-    return f"{type(error).__name__}: {str(words[0])[:160]}"
+    return f"{type(error).__name__}: {textwrap.shorten(str(words[0]), 160, placeholder=' …')}"
 
 
 def _whole(folder: Path) -> bool:

@@ -57,10 +57,29 @@ def format_size(count: float) -> str:
     raise AssertionError
 
 
+def format_count(count: float) -> str:
+    """Decimal units, as parameters are counted.
+
+    >>> format_count(7_615_616_512), format_count(4_196_608)
+    ('7.62 B', '4.20 M')
+    """
+    return f"{count / 1e9:.2f} B" if count >= 1e8 else f"{count / 1e6:.2f} M"
+
+
+def format_share(share: float) -> str:
+    """A share in percent with two decimals, or two digits where these would not show it.
+
+    >>> format_share(0.0074), format_share(0.0000421), format_share(0.0), format_share(1e-9)
+    ('0.74%', '0.0042%', '0.00%', '0.00%')
+    """
+    percent = 100 * share
+    return f"{percent:.2f}%" if percent >= 0.05 or percent < 1e-4 else f"{percent:.2g}%"
+
+
 def format_seconds(seconds: float) -> str:
     """
     >>> format_seconds(7.25), format_seconds(75), format_seconds(3700)
-    ('7.2 s', '1 min 15 s', '1 h 2 min')
+    ('7.2 s', '1 min 15 s', '1 h 1 min')
     """
     if seconds < 60:
         return f"{seconds:.1f} s"

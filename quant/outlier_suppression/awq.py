@@ -84,6 +84,10 @@ class AWQScaling:
                 tried.append((float(((error @ hessian) * error).sum()), how, factors))
         unscaled = tried[0][0]
         loss, how, factors = min(tried, key=lambda candidate: candidate[0])
+        if how == "alpha 0":
+            return Suppression(
+                factors, ("not scaled: no factors tried make the output error of rounding less",)
+            )
         saved = 1 - loss / unscaled if unscaled else 0.0
         return Suppression(factors, (f"scaled with {how}: {saved:.0%} less output error of rounding",))
 

@@ -46,7 +46,7 @@ from quant.progress import Event, Progress, silent
 from quant.report.files import write_report
 from quant.report.value import Provenance, Quantization, Report, TensorsAccount
 from quant.tensors import QuantizedTensor
-from quant.units import format_seconds
+from quant.units import format_seconds, format_share
 from quant.vllm.arguments import engine_arguments, vllm_config
 from quant.vllm.cache import KV_CACHE
 from quant.vllm.config import model_types, without_quantization
@@ -327,7 +327,7 @@ class QuantizationManager:
                 for layer in self.records.layers.values()
                 if layer.unit == unit.name and layer.error is not None
             ]
-            error = f", relative error {max(errors):.2%} at most" if errors else ""
+            error = f", relative error {format_share(max(errors))} at most" if errors else ""
             self.progress(
                 Event(
                     "quantize",

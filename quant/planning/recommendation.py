@@ -705,6 +705,8 @@ def _what_would(spec: ModelSpec, gpu: Gpu, best: SchemePlan, request: EngineRequ
     """The smallest change that makes the smallest scheme start, found by planning it: no graphs, fewer
     sequences, more GPUs of a machine, more machines."""
     assert best.plan is not None
+    if gpu.platform == "cpu":
+        return "take a machine with more memory, a smaller model, or llama.cpp with a 4-bit GGUF"
     world = request.ranks * request.pipeline_parallel
     tries: list[tuple[str, int, EngineRequest]] = []
     if not request.enforce_eager:

@@ -365,6 +365,18 @@ def test_nothing_fits_says_what_would_and_it_does() -> None:
     assert by_scheme(recommend("meta-llama/Llama-3.1-70B", "RTX 4090", gpu_count=4))["w4a16"].fits
 
 
+def test_what_would_fit_a_model_too_large_for_a_cpu_is_not_more_gpus() -> None:
+    found = recommend("meta-llama/Llama-3.1-70B", "cpu", gpu_memory=24 * 2**30)
+    with pytest.raises(NothingFits, match="take a machine with more memory") as raised:
+        found.check()
+    assert "GPU" not in str(raised.value)
+
+
+def test_several_gpus_in_a_name_are_told_apart_from_a_part_that_is_not_known() -> None:
+    with pytest.raises(UsageError, match="give --gpu H100, and how many with --gpu-count 2 "):
+        recommend("meta-llama/Llama-3.1-70B", "2xH100")
+
+
 def test_a_quantized_checkpoint_is_quantized_again_only_to_fewer_bits() -> None:
     plans = by_scheme(recommend("Qwen2.5-7B-Instruct-AWQ", "L40S"))
     assert plans["none"].fits and "already quantized (awq) to 4 bits" in plans["w4a16"].why

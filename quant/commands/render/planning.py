@@ -10,7 +10,7 @@ from quant.hardware import Detection, Gpu
 from quant.health import Health
 from quant.planning.memory import MemoryPlan
 from quant.planning.recommendation import UNKNOWN, Recommendation, SchemePlan
-from quant.units import format_size
+from quant.units import format_count, format_size
 from quant.vllm.kernels import formats_of
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def show_recommendation(recommendation: Recommendation, console: Console) -> Non
     count = f"{len(recommendation.gpus)} × " if len(recommendation.gpus) > 1 else ""
     about = f" (± {model.uncertainty:.0%})" if model.uncertainty else ""
     console.print(
-        f"[bold]{model.name}[/]: {model.parameters / 1e9:.2f} B parameters{about}, {model.dtype}; "
+        f"[bold]{model.name}[/]: {format_count(model.parameters)} parameters{about}, {model.dtype}; "
         f"{count}{gpu.name}, {format_size(gpu.total_bytes)}"
     )
     if recommendation.thumb:

@@ -9,7 +9,7 @@ from quant.commands.render import table
 from quant.commands.render.tables import Column, draw
 from quant.report.evidence import worst
 from quant.report.value import REPORT, Report
-from quant.units import format_seconds, format_size
+from quant.units import format_seconds, format_share, format_size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +26,8 @@ def _worst(job: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = []
     if job["by_error"]:
         lines = [
-            f"{x['name']}: {x['error']:.2%}" + ("" if x["snr_db"] is None else f", {x['snr_db']} dB")
+            f"{x['name']}: {format_share(x['error'])}"
+            + ("" if x["snr_db"] is None else f", {x['snr_db']:.2f} dB")
             for x in job["by_error"]
         ]
         rows.append(
@@ -116,6 +117,7 @@ def quantization(console: Console, report: Report) -> None:
         low, high = min(f.factors[0] for f in folds), max(f.factors[1] for f in folds)
         how = (
             "every factor is 1, which changes nothing"
+            + (": they are powers of two, and 1 is the nearest for all of them" if scaled_alone else "")
             if low == high == 1
             else f"divided by factors from {low:.3g} to {high:.3g}"
         )
