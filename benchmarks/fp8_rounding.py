@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks run from a checkout, installed or no
 
 from quant.calibration.text import bundled, calibration_rows  # noqa: E402
 from quant.checkpoint.reader import open_checkpoint  # noqa: E402
+from quant.models.calls import call_block  # noqa: E402
 from quant.models.skeleton import Skeleton  # noqa: E402
 from quant.offline import load_tokenizer  # noqa: E402
 from quant.schemes import BLOCK  # noqa: E402
@@ -95,7 +96,7 @@ def tensors_of(path: Path, rows: int, length: int) -> Iterator[tuple[str, torch.
         load_tokenizer(path), [bundled("wikipedia")], rows, length, vocabulary=vocabulary
     ).tokens
     skeleton = Skeleton(checkpoint, torch.device("cpu"), torch.float32)
-    (hidden,), calls = skeleton.embed([tokens])
+    (hidden,), (calls,) = skeleton.embed([tokens])
     for index in range(skeleton.block_count):
         block, seen = skeleton.load_block(index), []
         for group in skeleton.groups(index):
@@ -105,10 +106,8 @@ def tensors_of(path: Path, rows: int, length: int) -> Iterator[tuple[str, torch.
             first.register_forward_pre_hook(
                 lambda module, inputs, seen=seen: seen.append(inputs[0].flatten(0, -2))
             )
-        call = calls[len(hidden)][index]
         with torch.no_grad():
-            result = block(hidden, *call.args, **call.kwargs)
-        hidden = result[0] if isinstance(result, tuple) else result
+            hidden = call_block(block, hidden, calls[index])
         skeleton.free_block(index)
         yield from (("inputs", x) for x in seen)
 
