@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from quant.checkpoint.header import WIDE_FLOATS, TensorInfo
@@ -378,7 +379,8 @@ def find_format(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) ->
                 )
         return None
     method = source_method(quantization) or ""
-    for entry in [*FormatRegistry, *FOREIGN.values()]:
+    # other packages' formats are imported last, where no other reads the file
+    for entry in chain(FormatRegistry.loaded(), FOREIGN.values(), FormatRegistry):
         if entry.quant_method is not None and method in {entry.quant_method, *entry.also}:
             with _understood(method):
                 return _turned(entry, quantization, config, tensors)

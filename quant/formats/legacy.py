@@ -43,7 +43,7 @@ def repaired(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
     elif inside:
         done.append(f"second quantization_config removed from {wrapper}")
     if quantization is None:
-        words = {last for form in FormatRegistry for last in form.lasts("codes")} - {"weight"}
+        words = {last for form in FormatRegistry.loaded() for last in form.lasts("codes")} - {"weight"}
         packed = next((n for n in checkpoint.tensors if n.rpartition(".")[2] in words), None)
         if packed:
             raise CheckpointError(
