@@ -94,7 +94,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str], int, list[str]]] = {
     ["model.layers.1.self_attn", "its inputs hold NaN or infinity", "quant evaluate"]),
     "codes without a config": (
         with_tensors(q_proj__weight=torch.ones(64, 64, dtype=torch.int8)), MINMAX, 1,
-        ["self_attn.q_proj.weight is stored as I8", "looks quantized", "quantize the original"],
+        ["self_attn.q_proj.weight is stored as I8", "the file is quantized", "says how: fetch config.json"],
     ),
     "scales without a config": (with_tensors(q_proj__weight_scale=torch.ones(64, 1)), MINMAX, 1,
     ["q_proj.weight_scale is there already"]),
