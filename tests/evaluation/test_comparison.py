@@ -73,8 +73,13 @@ def asked(*arguments: Any) -> list[Any]:
 
 
 def test_json_is_one_object_a_path_and_text_one_table(
-    llama: Path, outputs: list[Path], cli: Callable[..., Any], tmp_path: Path
+    llama: Path,
+    outputs: list[Path],
+    cli: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "250")  # for all columns beside long paths
     result = cli(
         *asked(*outputs[:2], "-m", outputs[2], "--against", llama, "--json", "--plot", tmp_path / "p.html")
     )
@@ -153,8 +158,13 @@ def test_bad_requests_are_said_at_once_before_anything_runs(
 
 
 def test_a_checkpoint_that_cannot_be_run_does_not_take_the_others_along(
-    llama: Path, outputs: list[Path], cli: Callable[..., Any], tmp_path: Path
+    llama: Path,
+    outputs: list[Path],
+    cli: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "250")  # for all columns beside long paths
     broken = copy_model(outputs[3], tmp_path / "broken")
     tensors = load_all(broken)
     tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = math.nan
