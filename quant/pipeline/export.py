@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from quant import defaults
 from quant.checkpoint.dtypes import TORCH
@@ -24,7 +25,7 @@ from quant.models.linears import built_linears
 from quant.models.roles import block_of
 from quant.models.stacking import stacked
 from quant.pipeline.checks import check_disk, output_problems
-from quant.pipeline.layout import lay_out, unquantized_linears
+from quant.pipeline.layout import Unit, lay_out, unquantized_linears
 from quant.pipeline.memory import peak_rss
 from quant.pipeline.source import as_read, carried
 from quant.pipeline.writing import write_rest, write_unit
@@ -74,10 +75,134 @@ def export(
         Problems, QuantError: what stands against it, all together, before anything is written.
     """
     start = time.perf_counter()
-    output = Path(output_path)
-    checkpoint, repairs = repaired(open_checkpoint(model_path))
-    problems = output_problems(Path(model_path), output)
-    if source is not None and not Path(source).is_dir():
+    output, made_from = Path(output_path), Path(source) if source is not None else None
+    job = _plan(Path(model_path), output, format_name, made_from, requantize, tensor_parallel, target)
+    arguments = engine_arguments(job.config, tensor_parallel=tensor_parallel, max_model_len=max_model_len)
+    work = WorkFolder(
+        output.absolute(), {"export": str(job.checkpoint.path), "format": job.form.name}, fresh=True
+    )
+    try:
+        for number, unit in enumerate(job.units):
+            scales = {s.name: job.checkpoint.read(job.caches[s.name]) for s in unit.made}
+            files = write_unit(
+                unit, work.path, job.plain, job.form, job.linears, {}, job.dtype, job.produce, scales
+            )
+            work.finish_unit(unit.name, files, {})
+            progress(Event("export", number + 1, len(job.units)))
+        dropped = write_rest(work.path, job.checkpoint, job.units, job.form, job.config, arguments, made_from)
+        result = verify(work.path, tensor_parallel=tensor_parallel, target=target)
+        if result.failed:
+            raise VerificationFailed(
+                f"{work.path}: the output failed its own verification: {'; '.join(result.failed[:5])}. It "
+                "was not published"
+            )
+        # of a checkpoint that was only just made, the source is what it was made from
+        origin = job.checkpoint if quantization is None or source is None else open_checkpoint(source)
+        report = Report(
+            output_path=str(output),
+            source_path=str(origin.path),
+            format=job.form.name,
+            source_bytes=origin.nbytes,
+            output_bytes=sum(f.stat().st_size for f in work.path.glob("*.safetensors")),
+            seconds={
+                **(seconds or {}),
+                "total": round(time.perf_counter() - start + (seconds or {}).get("quantize", 0.0), 3),
+            },
+            peak_rss_bytes=peak_rss(),
+            side_files_dropped=tuple(dropped),
+            vllm=vllm_config(arguments),
+            verify=result.to_dict() | {"path": str(output)},  # where it is published
+            output_hash=result.content_hash,
+            quantization=quantization,
+            conversion=job.conversion(),
+            provenance=Provenance.here(command),
+        )
+        sources = [job.checkpoint.path, *([] if made_from is None else [made_from])]
+        write_report(work.path, report, origin, sources)
+        work.publish()
+    finally:
+        work.finished.clear()  # an export is a copy: it starts over rather than resuming
+        work.release()
+    return report
+
+
+@dataclass
+class _Job:
+    """An export that nothing stands against.
+
+    Attributes:
+        checkpoint: what is read; ``plain``: the same with the values of its quantized linears.
+        layers: its quantized linears, or None.
+        linears: as the output's format will store them.
+        caches: by name in the output, tensors of an FP8 KV cache's scales that it keeps.
+        config: the output's config.json.
+        left: tensors that the format has no place for, each with the reason.
+        changed, requantized: filled as linears are produced: those whose scales the model's dtype rounded,
+            and decibels by linear that was rounded anew.
+    """
+
+    checkpoint: Checkpoint
+    plain: Checkpoint
+    layers: QuantizedLayers | None
+    form: Format
+    target: str
+    linears: Mapping[str, Linear]
+    caches: Mapping[str, str]
+    units: tuple[Unit, ...]
+    config: Mapping[str, Any]
+    dtype: str
+    repairs: Sequence[str]
+    left: Sequence[Mapping[str, str]]
+    changed: list[str] = field(default_factory=list)
+    requantized: dict[str, float] = field(default_factory=dict)
+
+    def produce(self, name: str) -> QuantizedTensor:
+        """A linear as the output has it."""
+        assert self.layers is not None
+        tensor = read_linear(self.layers.form, self.layers, self.checkpoint, name)
+        if self.form.quant_method is None:
+            return tensor
+        if tensor.group_index is not None and not self.form.keeps_order(self.target):
+            value = tensor.dequantize()
+            tensor = round_to_nearest(value, self.linears[name].weights, TORCH[self.dtype], search=True)
+            noise = (tensor.dequantize() - value).square().sum()
+            self.requantized[name] = round(float(10 * (value.square().sum() / noise).log10()), 2)
+            return tensor
+        tensor, rounded = carried(tensor, self.linears[name], TORCH[self.dtype])
+        if rounded:
+            self.changed.append(name)
+        return tensor
+
+    def conversion(self) -> Conversion:
+        """What the report says of it once all is written."""
+        return Conversion(
+            source_format=self.layers.format if self.layers else "plain",
+            linears=len(self.linears),
+            scales_rounded=tuple(self.changed),
+            requantized=self.requantized,
+            repairs=tuple(self.repairs),
+            kv_cache_scales=len(self.caches),
+            tensors_dropped=tuple(self.left),
+        )
+
+
+def _plan(
+    path: Path,
+    output: Path,
+    format_name: str | None,
+    source: Path | None,
+    requantize: bool,
+    tensor_parallel: int,
+    target: str,
+) -> _Job:
+    """Reads headers, and what of the tensors tells how they are stored; writes nothing.
+
+    Raises:
+        Problems, QuantError: what stands against it, all together.
+    """
+    checkpoint, repairs = repaired(open_checkpoint(path))
+    problems = output_problems(path, output)
+    if source is not None and not source.is_dir():
         problems.append(f"--source is {str(source)!r}: there is no such directory")
     try:
         layers = find_format(checkpoint.config, checkpoint.tensors)
@@ -97,9 +222,7 @@ def export(
     # a format of other programs is not written: what it holds goes into the one that holds most
     form = FormatRegistry.get(format_name or (defaults.FORMAT if own in FOREIGN else own))
     if layers is None and form.quant_method is not None:
-        raise UsageError(
-            f"{model_path}: is not quantized: quant quantize makes a {form.name} checkpoint of it"
-        )
+        raise UsageError(f"{path}: is not quantized: quant quantize makes a {form.name} checkpoint of it")
     linears = dict(layers.linears) if layers else {}
     ordered = False
     if layers is not None:
@@ -127,7 +250,6 @@ def export(
         problems += cache_problems(checkpoint.tensors, scheme)
     if problems:
         raise Problems(problems)
-    left = _left_out(checkpoint, layers, form, [] if kept else list(caches.values()))
     if scheme and not caches:
         repairs.append(
             "kv_cache_scheme removed: the checkpoint has no scales for it, and vLLM would take 1.0"
@@ -153,85 +275,20 @@ def export(
         )
         if (written := form.config(contents)) is not None:
             config["quantization_config"] = written
-    arguments = engine_arguments(config, tensor_parallel=tensor_parallel, max_model_len=max_model_len)
-    changed: list[str] = []
-    requantized: dict[str, float] = {}
-
-    def produce(name: str) -> QuantizedTensor:
-        assert layers is not None
-        tensor = read_linear(layers.form, layers, checkpoint, name)
-        if form.quant_method is None:
-            return tensor
-        if tensor.group_index is not None and not form.keeps_order(target):
-            value = tensor.dequantize()
-            tensor = round_to_nearest(value, linears[name].weights, TORCH[dtype], search=True)
-            noise = (tensor.dequantize() - value).square().sum()
-            requantized[name] = round(float(10 * (value.square().sum() / noise).log10()), 2)
-            return tensor
-        tensor, rounded = carried(tensor, linears[name], TORCH[dtype])
-        if rounded:
-            changed.append(name)
-        return tensor
-
-    work = WorkFolder(output.absolute(), {"export": str(checkpoint.path), "format": form.name}, fresh=True)
-    try:
-        for number, unit in enumerate(units):
-            scales = {s.name: checkpoint.read(caches[s.name]) for s in unit.made}
-            files = write_unit(unit, work.path, plain, form, linears, {}, dtype, produce, scales)
-            work.finish_unit(unit.name, files, {})
-            progress(Event("export", number + 1, len(units)))
-        dropped = write_rest(
-            work.path,
-            checkpoint,
-            units,
-            form,
-            config,
-            arguments,
-            Path(source) if source is not None else None,
-        )
-        result = verify(work.path, tensor_parallel=tensor_parallel, target=target)
-        if result.failed:
-            raise VerificationFailed(
-                f"{work.path}: the output failed its own verification: {'; '.join(result.failed[:5])}. It "
-                "was not published"
-            )
-        # of a checkpoint that was only just made, the source is what it was made from
-        origin = checkpoint if quantization is None or source is None else open_checkpoint(source)
-        report = Report(
-            output_path=str(output),
-            source_path=str(origin.path),
-            format=form.name,
-            source_bytes=origin.nbytes,
-            output_bytes=sum(f.stat().st_size for f in work.path.glob("*.safetensors")),
-            seconds={
-                **(seconds or {}),
-                "total": round(time.perf_counter() - start + (seconds or {}).get("quantize", 0.0), 3),
-            },
-            peak_rss_bytes=peak_rss(),
-            side_files_dropped=tuple(dropped),
-            vllm=vllm_config(arguments),
-            verify=result.to_dict() | {"path": str(output)},  # where it is published
-            output_hash=result.content_hash,
-            quantization=quantization,
-            conversion=Conversion(
-                source_format=layers.format if layers else "plain",
-                linears=len(linears),
-                scales_rounded=tuple(changed),
-                requantized=requantized,
-                repairs=tuple(repairs),
-                kv_cache_scales=len(caches) if kept else 0,
-                tensors_dropped=tuple(left),
-            ),
-            provenance=Provenance.here(command),
-        )
-        write_report(
-            work.path, report, origin, [checkpoint.path, *([] if source is None else [Path(source)])]
-        )
-        work.publish()
-    finally:
-        work.finished.clear()  # an export is a copy: it starts over rather than resuming
-        work.release()
-    return report
+    return _Job(
+        checkpoint=checkpoint,
+        plain=plain,
+        layers=layers,
+        form=form,
+        target=target,
+        linears=linears,
+        caches=caches if kept else {},
+        units=units,
+        config=config,
+        dtype=dtype,
+        repairs=repairs,
+        left=_left_out(checkpoint, layers, form, [] if kept else list(caches.values())),
+    )
 
 
 def _as_read(

@@ -300,59 +300,15 @@ def recommend(
         return _thumb(spec, devices, request)
     profile = load_scenario(scenario) if isinstance(scenario, str) else scenario
     goal = Goal.of(objective, profile)
-    notes = [*spec.notes]
     if profile:
         request = profile.request(spec, request)
-        if request.kv_cache_dtype == "fp8" and not has_fp8_cache(devices[0]):
-            request = replace(request, kv_cache_dtype="auto")
-            notes.append(f"{devices[0].name} has no FP8: the scenario's FP8 cache is planned in 16 bits")
     own_context = request.context is None
-    if own_context:
-        request = replace(request, context=min(DEFAULT_CONTEXT, spec.max_context))
-        notes.append(f"planned for a context of {request.context:,} tokens; --context asks for another")
-    if (
-        len(devices) > 1
-        and request.tensor_parallel is None
-        and 1 <= request.pipeline_parallel <= len(devices)
-    ):
-        ranks = len(devices) // request.pipeline_parallel
-        request = replace(
-            request, tensor_parallel=next(t for t in range(ranks, 0, -1) if not parallel_problems(spec, t))
-        )
-    if len({g.name for g in devices}) > 1:
-        notes.append("the GPUs differ: every one gets the same share, so the smallest decides")
     gpu = min(devices, key=lambda g: (g.total_bytes, g.free_bytes))
-    if request.gpu_memory_utilization is None and gpu.platform != "cpu":
-        default = rules_for(request.vllm_version, gpu.capability).utilization
-        if gpu.total_bytes * default > gpu.free_bytes:
-            share = largest_utilization(gpu)
-            request = replace(request, gpu_memory_utilization=share)
-            notes.append(
-                f"{format_size(gpu.total_bytes - gpu.free_bytes)} is held by others: utilization "
-                f"{share:.2f} instead of {default:.2f}"
-            )
     rows = candidates() if scheme is None else [_asked(scheme)]
     if makeable_only:
         rows = [row for row in rows if not is_quantized(row.scheme) or makeable_methods(spec, row.scheme)]
-    wanted = source_kernels(spec)
-    if scheme is not None and is_quantized(rows[0].scheme):
-        kernel = kernel_of(rows[0].scheme)
-        wanted |= {kernel}
-        if formats_of(gpu).get(kernel) == "weight-only" and rows[0].scheme.activations is not None:
-            unpacked = (
-                f"{gpu.name} computes {kernel} only as packed weights: activations stay in 16 bits, prompts "
-                "gain no speed"
-            )
-            notes.append(unpacked)
-    if (alone := wanted & BF16_FORMATS) and spec.dtype == "float16" and request.dtype is None:
-        request = replace(request, dtype="bfloat16")
-        notes.append(
-            f"vLLM's weight-only kernels of {', '.join(sorted(alone))} take bf16 alone: planned with "
-            "--dtype bfloat16"
-        )
-    if _cut_by_ranks(spec, request):
-        request = replace(request, enable_expert_parallel=True)
-        notes.append(_WHOLE_EXPERTS)
+    notes = [*spec.notes]
+    request = _completed(spec, devices, gpu, request, profile, None if scheme is None else rows[0], notes)
     request.check(spec, devices)
     plans = tuple(_plan_one(spec, devices, gpu, row, request, margin) for row in rows)
     chosen = _choose(plans, goal)
@@ -370,39 +326,105 @@ def recommend(
             plans = tuple(replanned.get(p.scheme, p) for p in plans)
             notes.append(said)
             break
-    reason = _reason(spec, gpu, plans, chosen, request, goal)
-    method = None
     commands: tuple[str, ...] = ()
+    method = None
     if chosen is not None:
-        if chosen.plan is not None and chosen.plan.compile_bytes >= _COMPILE_SAID:
-            more = chosen.plan.kv_cache_bytes + chosen.plan.compile_bytes
-            notes.append(
-                f"the first start compiles, and has {format_size(chosen.plan.kv_cache_bytes)} of KV cache; "
-                f"the next ones find the result cached, and have {format_size(more)}"
-            )
+        notes += _notes_on(spec, chosen)
         method = chosen.methods[0] if chosen.methods else None
         if chosen.makeable:
             commands = _commands(spec, model, chosen, method, request, output_path)
-        else:
-            made = ", ".join(row.name for row in SchemeRegistry if makeable_methods(spec, row.scheme))
-            notes.append(
-                f"this build does not make {chosen.scheme} of this model: "
-                f"{scheme_problem(spec, chosen.stored)}; take a published {chosen.scheme} checkpoint"
-                f"{f', or one of {made}' if made else ''}"
-            )
-        if method is not None and method != (preferred := chosen.row.methods[0]):
-            unlike = "; the loss is that of calibrated checkpoints" if method in DATA_FREE else ""
-            notes.append(
-                f"--method {method} instead of {preferred}: "
-                f"{method_problem(spec, chosen.stored, preferred)}{unlike}"
-            )
     return Recommendation(
         model=spec, gpus=tuple(devices), request=request, plans=plans,
         recommended=chosen.scheme if chosen else None, method=method,
-        reason=reason, commands=commands, engines=_engines(gpu, plans, request, goal),
-        scenario=profile.name if profile else None,
+        reason=_reason(spec, gpu, plans, chosen, request, goal), commands=commands,
+        engines=_engines(gpu, plans, request, goal), scenario=profile.name if profile else None,
         notes=tuple(notes), group_size=chosen.group_size if chosen else None,
     )  # fmt: skip
+
+
+def _completed(
+    spec: ModelSpec,
+    devices: Sequence[Gpu],
+    gpu: Gpu,
+    request: EngineRequest,
+    profile: Scenario | None,
+    asked: SchemeRow | None,
+    notes: list[str],
+) -> EngineRequest:
+    """The request with what it leaves open: the context, the ranks, a share of the memory that others leave,
+    the dtype that kernels need, whole experts; and without a cache that the GPU lacks.
+
+    Args:
+        gpu: the smallest of the devices, which decides.
+        asked: the one scheme that is planned, or None.
+        notes: what is to be said of it is added.
+    """
+    if profile and request.kv_cache_dtype == "fp8" and not has_fp8_cache(devices[0]):
+        request = replace(request, kv_cache_dtype="auto")
+        notes.append(f"{devices[0].name} has no FP8: the scenario's FP8 cache is planned in 16 bits")
+    if request.context is None:
+        request = replace(request, context=min(DEFAULT_CONTEXT, spec.max_context))
+        notes.append(f"planned for a context of {request.context:,} tokens; --context asks for another")
+    several = len(devices) > 1 and 1 <= request.pipeline_parallel <= len(devices)
+    if several and request.tensor_parallel is None:
+        most = len(devices) // request.pipeline_parallel
+        ranks = next(t for t in range(most, 0, -1) if not parallel_problems(spec, t))
+        request = replace(request, tensor_parallel=ranks)
+    if len({g.name for g in devices}) > 1:
+        notes.append("the GPUs differ: every one gets the same share, so the smallest decides")
+    if request.gpu_memory_utilization is None and gpu.platform != "cpu":
+        default = rules_for(request.vllm_version, gpu.capability).utilization
+        if gpu.total_bytes * default > gpu.free_bytes:
+            share = largest_utilization(gpu)
+            request = replace(request, gpu_memory_utilization=share)
+            notes.append(
+                f"{format_size(gpu.total_bytes - gpu.free_bytes)} is held by others: utilization "
+                f"{share:.2f} instead of {default:.2f}"
+            )
+    kernels = source_kernels(spec)
+    if asked is not None and is_quantized(asked.scheme):
+        kernel = kernel_of(asked.scheme)
+        kernels |= {kernel}
+        if formats_of(gpu).get(kernel) == "weight-only" and asked.scheme.activations is not None:
+            notes.append(
+                f"{gpu.name} computes {kernel} only as packed weights: activations stay in 16 bits, prompts "
+                "gain no speed"
+            )
+    if (alone := kernels & BF16_FORMATS) and spec.dtype == "float16" and request.dtype is None:
+        request = replace(request, dtype="bfloat16")
+        notes.append(
+            f"vLLM's weight-only kernels of {', '.join(sorted(alone))} take bf16 alone: planned with "
+            "--dtype bfloat16"
+        )
+    if _cut_by_ranks(spec, request):
+        request = replace(request, enable_expert_parallel=True)
+        notes.append(_WHOLE_EXPERTS)
+    return request
+
+
+def _notes_on(spec: ModelSpec, chosen: SchemePlan) -> list[str]:
+    """What is to be said of the choice: its first start, who makes it, and another method than the usual."""
+    notes = []
+    if chosen.plan is not None and chosen.plan.compile_bytes >= _COMPILE_SAID:
+        more = chosen.plan.kv_cache_bytes + chosen.plan.compile_bytes
+        notes.append(
+            f"the first start compiles, and has {format_size(chosen.plan.kv_cache_bytes)} of KV cache; "
+            f"the next ones find the result cached, and have {format_size(more)}"
+        )
+    if not chosen.makeable:
+        made = ", ".join(row.name for row in SchemeRegistry if makeable_methods(spec, row.scheme))
+        notes.append(
+            f"this build does not make {chosen.scheme} of this model: "
+            f"{scheme_problem(spec, chosen.stored)}; take a published {chosen.scheme} checkpoint"
+            f"{f', or one of {made}' if made else ''}"
+        )
+    if chosen.methods and (method := chosen.methods[0]) != (preferred := chosen.row.methods[0]):
+        unlike = "; the loss is that of calibrated checkpoints" if method in DATA_FREE else ""
+        notes.append(
+            f"--method {method} instead of {preferred}: "
+            f"{method_problem(spec, chosen.stored, preferred)}{unlike}"
+        )
+    return notes
 
 
 def _cut_by_ranks(spec: ModelSpec, request: EngineRequest) -> bool:
