@@ -27,6 +27,15 @@ SUPPRESSORS = {"awq": "awq"}
 #: smooth_quant
 ALPHA = 0.5
 
+#: What decides among the schemes that fit → its bound of speed (None: none, the most precise one is taken)
+#: and the expected loss in percent that it may cost.
+OBJECTIVES: dict[str, tuple[str | None, float]] = {
+    "balanced": ("served_bound", 1.0),
+    "quality": (None, 100.0),
+    "throughput": ("served_bound", 4.0),
+    "latency": ("decode_bound", 4.0),
+}
+
 #: Where a server listens; seconds to wait for its /health: large models load for minutes, and compiling and
 #: graph capture come on top.
 HOST = "127.0.0.1"

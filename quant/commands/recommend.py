@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from quant import defaults
 from quant.commands import options
 from quant.commands.terminal import Output, common_options
 from quant.commands.types import ItemLimits, Size
@@ -94,10 +95,11 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option(
     "--objective",
-    type=click.Choice(("balanced", "quality", "throughput", "latency")),
+    type=click.Choice(tuple(defaults.OBJECTIVES)),
     show_default="the scenario's, else balanced",
-    help="What decides among the schemes that fit: the fastest within 1 % of expected loss, the most "
-    "precise, or the fastest within 4 %, for all requests or for one.",
+    help="What decides among the schemes that fit: the fastest within "
+    f"{defaults.OBJECTIVES['balanced'][1]:g} % of expected loss, the most precise, or the fastest within "
+    f"{defaults.OBJECTIVES['throughput'][1]:g} %, for all requests or for one.",
 )
 @click.option(
     "--scenario",

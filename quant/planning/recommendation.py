@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from quant import defaults
 from quant.catalog import load_model, stored_bytes
 from quant.data import load_json
 from quant.errors import NothingFits, UsageError, one_of
@@ -70,14 +71,6 @@ _COMPILE_SAID = 256 * 2**20
 #: contexts planned for where none is asked and the usual one does not fit
 _SHORTER = (4096, 2048)
 _WHOLE_EXPERTS = "planned with --enable-expert-parallel: GPUs that cut each expert cannot hold them"
-#: what decides among the schemes that fit → its bound of speed (None: none, the most precise one is taken)
-#: and the expected loss in percent that it may cost
-OBJECTIVES: dict[str, tuple[str | None, float]] = {
-    "balanced": ("served_bound", 1.0),
-    "quality": (None, 100.0),
-    "throughput": ("served_bound", 4.0),
-    "latency": ("decode_bound", 4.0),
-}
 #: a faster scheme is taken for a more precise one where it is faster by more than this share
 _GAIN = 0.1
 POLICIES = ("vllm", "rule-of-thumb")
@@ -265,7 +258,7 @@ def recommend(
         request: vLLM's arguments; context and concurrency in tokens and sequences. All GPUs share the layers
             where it does not say.
         scenario: a profile whose arguments fill what ``request`` leaves open, and whose objective decides.
-        objective: of :data:`OBJECTIVES`; None: the scenario's, else ``balanced``.
+        objective: of :data:`quant.defaults.OBJECTIVES`; None: the scenario's, else ``balanced``.
         policy: ``vllm``, or ``rule-of-thumb`` for the original design's rule.
         scheme: plan just this one.
         makeable_only: choose among the checkpoint as it is and the schemes that this build makes of it.
@@ -595,8 +588,8 @@ def _with_fitting_states(
 
 @dataclass(frozen=True)
 class Goal:
-    """What decides among the schemes that fit: an objective of :data:`OBJECTIVES`, the percent of expected
-    loss that it may cost, and what it is for."""
+    """What decides among the schemes that fit: an objective of :data:`quant.defaults.OBJECTIVES`, the percent
+    of expected loss that it may cost, and what it is for."""
 
     objective: str
     limit: float
@@ -610,10 +603,10 @@ class Goal:
             UsageError: no such objective.
         """
         name = objective or (profile.objective if profile else "balanced")
-        if name not in OBJECTIVES:
-            raise one_of("--objective", name, list(OBJECTIVES))
+        if name not in defaults.OBJECTIVES:
+            raise one_of("--objective", name, list(defaults.OBJECTIVES))
         own = profile is not None and name == profile.objective
-        limit = profile.max_loss_percent if profile and own else OBJECTIVES[name][1]
+        limit = profile.max_loss_percent if profile and own else defaults.OBJECTIVES[name][1]
         return cls(name, limit, profile.title if profile else "")
 
 
@@ -621,7 +614,7 @@ def _choose(plans: Sequence[SchemePlan], goal: Goal) -> SchemePlan | None:
     """The plan to take, among those that keep the margin, else among those that surely hold what was asked.
     Where nothing is within the limit, ``balanced`` takes the most precise that fits."""
     sure = [p for p in plans if p.meets and p.plan and p.plan.sure]
-    bound = OBJECTIVES[goal.objective][0]
+    bound = defaults.OBJECTIVES[goal.objective][0]
     # a file that is quantized already is not made again for the sake of a margin
     for pool in ([p for p in sure if p.safe or p.ready], sure):
         if within := [p for p in pool if p.loss[1] <= goal.limit]:
@@ -664,7 +657,7 @@ def _reason(
         margin = "" if chosen.safe else ", though without the safety margin"
         use = f" for {goal.title}" if goal.title else ""
         fits = [p for p in plans if p.meets and p.plan and p.plan.sure]
-        if OBJECTIVES[goal.objective][0] is None or chosen.loss[1] > goal.limit:
+        if defaults.OBJECTIVES[goal.objective][0] is None or chosen.loss[1] > goal.limit:
             reason = "the most precise that holds what was asked"
         elif chosen is _most_precise([p for p in fits if p.loss[1] <= goal.limit] or fits):
             reason = (
