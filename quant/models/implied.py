@@ -286,8 +286,8 @@ def _expert_problems(file: _File) -> Iterator[str]:
         return  # a number for each block, or none
     idle = whole_number(stated(file.config, "zero_expert_num")) or 0  # they compute nothing
     allowed = (wanted, wanted + idle)
-    chosen = whole_number(stated(file.config, "active"))
-    if chosen is not None and chosen > max(allowed):
+    chosen = stated(file.config, "active")
+    if isinstance(chosen, (int, float)) and not 1 <= chosen <= max(allowed):
         yield (
             f"config.json states {chosen} experts a token of {max(allowed)} (num_experts_per_tok): repair it"
         )

@@ -29,7 +29,7 @@ from quant.models.calls import call_block
 from quant.models.skeleton import Skeleton
 from quant.offline import load_tokenizer
 from quant.serving.deployment import DeploymentRequest, plan
-from quant.serving.process import Log, Server, ServerError, cpu_environment, find_vllm, free_port, signals_to
+from quant.serving.process import Server, ServerError, cpu_environment, find_vllm, free_port, signals_to
 from quant.vllm.arguments import model_dtype
 from quant.vllm.config import context_length
 from quant.vllm.kernels import CPU_FORMATS, cpu_has
@@ -281,7 +281,7 @@ def _rms(values: torch.Tensor) -> float:
     return float(values.double().square().mean().sqrt())
 
 
-def open_server(path: Path, python: str | Path, log: Log = lambda line: None) -> Server:
+def open_server(path: Path, python: str | Path) -> Server:
     """A server for comparisons on a free port, not started yet: every weight tracked, activations of 4-bit
     layers left in 16 bits."""
     installation = find_vllm(python)
@@ -297,17 +297,15 @@ def open_server(path: Path, python: str | Path, log: Log = lambda line: None) ->
         port=port,
         name=deployment.name,
         environment=cpu_environment(exact=True) if installation.cpu else {},
-        log=log,
     )
 
 
-def check_in_vllm(path: str | Path, python: str | Path, *, log: Log = lambda line: None) -> dict[str, Any]:
+def check_in_vllm(path: str | Path, python: str | Path) -> dict[str, Any]:
     """Loads a checkpoint in the vLLM of another environment and compares what it computes with the values in
     the files.
 
     Args:
         python: interpreter of the environment with vLLM.
-        log: receives the server's log lines.
 
     Returns:
         ``passed``, ``detail`` in words, and the numbers of :class:`Comparison`. A checkpoint that vLLM
@@ -320,7 +318,7 @@ def check_in_vllm(path: str | Path, python: str | Path, *, log: Log = lambda lin
     folder = Path(path).absolute()
     reference = Reference(folder)
     rows = prompts(folder, longest=context_length(reference.checkpoint.config))
-    server = open_server(folder, python, log)
+    server = open_server(folder, python)
     with signals_to(server), server:
         try:
             server.start()

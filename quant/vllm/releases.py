@@ -44,8 +44,6 @@ class Rules:
     #: default of gpu_memory_utilization
     utilization: float
     sampler_bytes: int
-    #: the second model runner (``v1/worker/gpu/model_runner.py``) serves the model
-    second_runner: bool
     #: CUDA-graph memory is taken from the KV cache, or comes on top of the requested memory
     graphs_subtracted: bool
     #: graphs of recurrent models: bytes for every batched token that the estimate's first decoding sample
@@ -232,7 +230,6 @@ def rules_for(
     return Rules(
         version=release, engine="v1" if v1 else "v0", hybrid=v1 and release >= (0, 9, 2),
         mla_alignment=256 if not v1 and values["mla"] else 1, large_gpu_bytes=70 * GIB,
-        second_runner=second,
         graph_token_bytes=128 * 1024 if recurrent and not second and release >= (0, 26, 0) else 0,
         held_counted=v1 and release < (0, 9, 0),
         expert_padding=256 if platform == "rocm" and v1 else 0,

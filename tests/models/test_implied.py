@@ -164,10 +164,11 @@ def test_experts_are_counted(kind: str, tmp_path: Path) -> None:
     key = next(k for k in ("num_local_experts", "num_experts", "n_routed_experts") if k in checkpoint.config)
     config = {**checkpoint.config, key: checkpoint.config[key] + 1}
     assert f"config.json states {config[key]}" in implied_problems(checkpoint.tensors, config)[0]
-    config = {**checkpoint.config, "num_experts_per_tok": 5}
-    assert implied_problems(checkpoint.tensors, config) == [
-        "config.json states 5 experts a token of 4 (num_experts_per_tok): repair it"
-    ]
+    for chosen in (0, 5):
+        config = {**checkpoint.config, "num_experts_per_tok": chosen}
+        assert implied_problems(checkpoint.tensors, config) == [
+            f"config.json states {chosen} experts a token of 4 (num_experts_per_tok): repair it"
+        ]
     router = next(
         n for n in checkpoint.tensors if n.endswith(("gate.weight", "router.layer.weight", "router.weight"))
     )
