@@ -168,9 +168,9 @@ def test_hybrids_kept_the_first_runner_until_0_29_and_its_graphs_count_a_pass_ov
     )
     # 128 KiB a token beside the graphs themselves, which are as many
     assert b.cuda_graph_bytes - a.cuda_graph_bytes == 4096 * 128 * 1024
-    assert rules_for("0.27", (9, 0), False).second_runner
-    assert not rules_for("0.27", (9, 0), False, recurrent=True).second_runner
-    assert rules_for("0.29", (9, 0), True, recurrent=True).second_runner
+    assert not rules_for("0.27", (9, 0), False).graph_token_bytes
+    assert rules_for("0.27", (9, 0), False, recurrent=True).graph_token_bytes == 128 * 1024
+    assert not rules_for("0.29", (9, 0), True, recurrent=True).graph_token_bytes
 
 
 def test_the_verdict_is_tight_where_the_stated_error_decides_and_what_it_offers_is_sure() -> None:
