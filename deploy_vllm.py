@@ -10,7 +10,11 @@ import click
 from quant.commands.group import LazyGroup
 from quant.commands.terminal import run
 
-SUBCOMMANDS = {"plan": "quant.commands.deploy:plan", "serve": "quant.commands.deploy:serve"}
+SUBCOMMANDS = {
+    "plan": "quant.commands.deploy:plan",
+    "serve": "quant.commands.deploy:serve",
+    "bench": "quant.commands.bench:bench",
+}
 
 
 def _original_form(arguments: list[str]) -> list[str]:

@@ -308,7 +308,7 @@ def calibration_text() -> str:
     """The package's own Wikipedia sample."""
     import gzip
 
-    from quant.calibration.text import bundled
+    from quant.calibration.files import bundled
 
     with gzip.open(bundled("wikipedia"), "rt", encoding="utf-8") as stream:
         return stream.read()

@@ -31,7 +31,8 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks run from a checkout, installed or not
 
-from quant.calibration.text import bundled, calibration_rows  # noqa: E402
+from quant.calibration.files import bundled  # noqa: E402
+from quant.calibration.text import calibration_rows  # noqa: E402
 from quant.checkpoint.reader import open_checkpoint  # noqa: E402
 from quant.models.calls import call_block  # noqa: E402
 from quant.models.skeleton import Skeleton  # noqa: E402

@@ -41,7 +41,7 @@ HELD_OUT = 16
 
 def texts(files: list[Path]) -> str:
     """The files' text, or that of the calibration text that the package brings."""
-    from quant.calibration.text import bundled
+    from quant.calibration.files import bundled
 
     parts = []
     for file in files or [bundled("wikipedia")]:

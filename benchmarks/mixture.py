@@ -118,7 +118,7 @@ def dequantized_peer(source: Path, folder: Path) -> Path:
 
 def text_of(name: str) -> str:
     """A text of the package."""
-    from quant.calibration.text import bundled
+    from quant.calibration.files import bundled
 
     with gzip.open(bundled(name), "rt", encoding="utf-8") as stream:
         return stream.read()

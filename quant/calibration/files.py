@@ -16,6 +16,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import resources
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, cast
@@ -489,6 +490,11 @@ def documents(
                     yield from documents_of(_READERS[kind](file), str(file), tally)
             except (OSError, EOFError, zlib.error) as error:
                 raise TextError(f"{file}: cannot be read: {error}") from error
+
+
+def bundled(name: str) -> Path:
+    """Path of a text that ships with the package: ``wikipedia`` or ``wikitext-2-test``."""
+    return Path(str(resources.files("quant.calibration.data") / f"{name}.txt.gz"))
 
 
 def empty_texts(paths: Sequence[Path]) -> list[str]:

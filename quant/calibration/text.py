@@ -12,7 +12,6 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +49,6 @@ class Rows:
             "digest": self.digest,
             "notes": list(self.notes),
         }
-
-
-def bundled(name: str) -> Path:
-    """Path of a text that ships with the package: ``wikipedia`` or ``wikitext-2-test``."""
-    return Path(str(resources.files("quant.calibration.data") / f"{name}.txt.gz"))
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from quant.calibration.text import bundled, evaluation_rows
+from quant.calibration.files import bundled
+from quant.calibration.text import evaluation_rows
 from quant.checkpoint.reader import open_checkpoint
 from quant.evaluation.quality import Runner
 from quant.offline import load_tokenizer

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from quant import defaults
-from quant.calibration.text import bundled, evaluation_rows
+from quant.calibration.files import bundled
+from quant.calibration.text import evaluation_rows
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.devices import device_of
 from quant.errors import CheckpointError, QuantError, VerificationFailed

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from quant import defaults
-from quant.calibration.text import Rows, bundled, calibration_rows
+from quant.calibration.files import bundled
+from quant.calibration.text import Rows, calibration_rows
 from quant.errors import UsageError
 from quant.offline import load_tokenizer
 from quant.pipeline.plan import JobPlan

@@ -139,3 +139,57 @@ def log_ticks(low: float, high: float) -> list[float]:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     values = [m * 10.0**p for p in powers for m in ((1, 2, 5) if len(powers) <= 4 else (1,))]
     return [t for t in values if low <= t <= high]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points in the order of their load, each with what is written beside it."""
+
+    name: str
+    colour: str
+    points: tuple[tuple[float, float, str], ...]
+
+
+def curves_chart(curves: Sequence[Curve], across: str, up: str) -> str:
+    """Curves from a common origin at zero, each point labelled; no label covers a point or another.
+
+    Args:
+        curves: finite values, none negative.
+        across, up: what the axes are.
+    """
+    width, height, left, bottom, top, right = 860.0, 340.0, 76.0, 44.0, 16.0, 20.0
+    far = max(x for c in curves for x, _, _ in c.points) * 1.06 or 1.0
+    high = max(y for c in curves for _, y, _ in c.points) * 1.12 or 1.0
+
+    def x(value: float) -> float:
+        return round(left + value / far * (width - left - right), 1)
+
+    def y(value: float) -> float:
+        return round(height - bottom - value / high * (height - bottom - top), 1)
+
+    out = [f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{html.escape(up)}">']
+    for tick in ticks(0, high):
+        out.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y(tick)}" y2="{y(tick)}"/>')
+        out.append(f'<text x="{left - 6}" y="{y(tick) + 4}" text-anchor="end">{tick:g}</text>')
+    for tick in ticks(0, far):
+        out.append(f'<text x="{x(tick)}" y="{height - bottom + 16}" text-anchor="middle">{tick:g}</text>')
+    out.append(f'<path class="axis" d="M{left} {top}V{height - bottom}H{width - right}"/>')
+    out.append(
+        f'<text x="{(left + width) / 2}" y="{height - 8}" text-anchor="middle">{html.escape(across)}</text>'
+        f'<text transform="translate(16 {(height - bottom + top) / 2}) rotate(-90)" text-anchor="middle">'
+        f"{html.escape(up)}</text>"
+    )
+    area = Box(left + 4, top, width - left - right, height - bottom - top)
+    points = [(x(a), y(b)) for c in curves for a, b, _ in c.points]
+    labels = [label for c in curves for *_, label in c.points]
+    for curve in curves:
+        path = "L".join(f"{x(a)} {y(b)}" for a, b, _ in curve.points)
+        out.append(f'<path d="M{path}" fill="none" stroke="{curve.colour}" stroke-width="2"/>')
+        for a, b, label in curve.points:
+            out.append(
+                f'<circle cx="{x(a)}" cy="{y(b)}" r="4" fill="{curve.colour}"><title>'
+                f"{html.escape(f'{curve.name}, {label}: {a:.4g}, {b:.4g}')}</title></circle>"
+            )
+    for (box, _), label in zip(place_labels(points, labels, area), labels, strict=True):
+        out.append(f'<text x="{box.left:.1f}" y="{box.top + 11:.1f}">{html.escape(label)}</text>')
+    return "\n".join([*out, "</svg>"])

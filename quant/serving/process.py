@@ -495,6 +495,46 @@ def cpu_environment(*, exact: bool = False) -> dict[str, str]:
     return environment | ({"VLLM_CPU_INT4_W4A8": "0"} if exact else {})
 
 
+@contextmanager
+def running(
+    deployment: Deployment,
+    *,
+    python: str | Path | None = None,
+    timeout: float = defaults.START_TIMEOUT,
+    exact: bool = False,
+    log: Log = lambda line: None,
+) -> Iterator[tuple[Server, Installation]]:
+    """A vLLM that serves a checkpoint while the body runs; afterwards no process of it is left.
+
+    Args:
+        python: interpreter of the environment with vLLM; see :func:`default_python`.
+        timeout: seconds to wait for /health.
+        exact: see :func:`cpu_environment`.
+
+    Raises:
+        ServerError: it did not start.
+        Interrupted: a signal arrived before it was ready.
+    """
+    installation = find_vllm(python)
+    if installation.cpu:
+        _check_cpu(deployment, log)
+    port = deployment.port or free_port(deployment.host)
+    server = Server(
+        deployment.model_path,
+        deployment.flags(port=port),
+        python=installation.python,
+        host=deployment.host,
+        port=port,
+        name=deployment.name,
+        api_key=_api_key(deployment),
+        environment=cpu_environment(exact=exact) if installation.cpu else {},
+        log=log,
+    )
+    with signals_to(server), server:
+        server.start(timeout)
+        yield server, installation
+
+
 def serve(
     deployment: Deployment,
     *,
@@ -505,14 +545,11 @@ def serve(
     log: Log = lambda line: None,
     ready: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:
-    """Starts vLLM on a checkpoint, tries one completion and reports; then serves until SIGINT or SIGTERM,
-    unless ``check``.
+    """Starts vLLM on a checkpoint (:func:`running`), tries one completion and reports; then serves until
+    SIGINT or SIGTERM, unless ``check``.
 
     Args:
-        python: interpreter of the environment with vLLM; see :func:`default_python`.
-        timeout: seconds to wait for /health.
         check: stop after the completion.
-        exact: see :func:`cpu_environment`.
         ready: receives the report when the server is ready.
 
     Returns:
@@ -523,24 +560,7 @@ def serve(
         ServerError: it did not start, or died. Whatever happens, no process of it is left.
         Interrupted: a signal arrived before it was ready.
     """
-    installation = find_vllm(python)
-    if installation.cpu:
-        _check_cpu(deployment, log)
-    key = _api_key(deployment)
-    port = deployment.port or free_port(deployment.host)
-    server = Server(
-        deployment.model_path,
-        deployment.flags(port=port),
-        python=installation.python,
-        host=deployment.host,
-        port=port,
-        name=deployment.name,
-        api_key=key,
-        environment=cpu_environment(exact=exact) if installation.cpu else {},
-        log=log,
-    )
-    with signals_to(server), server:
-        server.start(timeout)
+    with running(deployment, python=python, timeout=timeout, exact=exact, log=log) as (server, installation):
         completion = server.complete()
         report = {
             "model_path": str(deployment.model_path),

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from quant.calibration.text import bundled, evaluation_rows
+from quant.calibration.files import bundled
+from quant.calibration.text import evaluation_rows
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.errors import CheckpointError
 from quant.evaluation.simulation import Kernels, Simulation

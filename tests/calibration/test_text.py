@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from quant.calibration.files import documents
+from quant.calibration.files import bundled, documents
 from quant.calibration.records import TextError
-from quant.calibration.text import bundled, calibration_rows, evaluation_rows, token_runs
+from quant.calibration.text import calibration_rows, evaluation_rows, token_runs
 from quant.offline import load_tokenizer
 from tests.helpers import TINYLM
 

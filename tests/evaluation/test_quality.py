@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from quant.calibration.text import bundled, evaluation_rows
+from quant.calibration.files import bundled
+from quant.calibration.text import evaluation_rows
 from quant.errors import QuantError, VerificationFailed
 from quant.evaluation.quality import evaluate
 from quant.offline import load_tokenizer

@@ -1,0 +1,416 @@
+"""Asking an OpenAI-compatible endpoint, one streamed request at a time, and keeping when each piece of the
+answer came. No torch, and nothing of one engine: vLLM, SGLang, llama.cpp's server, TGI and TensorRT-LLM
+answer alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import ssl
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from quant.errors import QuantError, UsageError, clipped, first_line
+
+if TYPE_CHECKING:
+    import httpx2 as httpx
+
+#: Seconds without a byte of the answer after which a request counts as stalled.
+STALL = 120.0
+#: Bytes of an answer that is no stream which are read to say what it was.
+_LOOKED_AT = 2000
+
+
+class EndpointError(QuantError):
+    """The endpoint does not answer, or not as an OpenAI-compatible one does."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where requests go.
+
+    Attributes:
+        url: address up to the ``/v1`` of its routes, without it.
+        model: the name that requests carry.
+        chat: whether /v1/chat/completions is asked instead of /v1/completions.
+        api_key: sent as a bearer token; never printed or written.
+        ca: file of certificates to trust instead of the system's; ``insecure`` trusts any.
+        stall: seconds without a byte after which a request is given up.
+    """
+
+    url: str
+    model: str = ""
+    chat: bool = False
+    api_key: str | None = field(default=None, repr=False)
+    ca: str | None = None
+    insecure: bool = False
+    stall: float = STALL
+
+    @property
+    def route(self) -> str:
+        return f"{self.url}/v1/{'chat/' if self.chat else ''}completions"
+
+    @property
+    def local(self) -> bool:
+        """Whether it is on this machine, whose GPUs are then the endpoint's."""
+        return urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
+
+    def client(self, connections: int | None = None) -> httpx.AsyncClient:
+        """A client with this endpoint's key, trust and patience; to be closed by its context.
+
+        Args:
+            connections: how many are kept open, or None for as many as there are requests.
+        """
+        import httpx2 as httpx
+
+        verify: ssl.SSLContext | bool = not self.insecure
+        if self.ca is not None and not self.insecure:
+            verify = _context(self.ca)
+        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        return httpx.AsyncClient(
+            headers=headers,
+            timeout=httpx.Timeout(self.stall, connect=min(self.stall, 30.0)),
+            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+            verify=verify,
+            # no proxy stands between us and a server of this machine
+            trust_env=not self.local,
+        )
+
+
+def _context(ca: str) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=ca)
+    except (OSError, ssl.SSLError) as error:
+        raise UsageError(f"--ca is {ca!r}: not a file of certificates ({first_line(error)})") from error
+
+
+def endpoint_url(text: str) -> str:
+    """The address of an endpoint as people write it, without a trailing slash or ``/v1``.
+
+    >>> endpoint_url("http://host:8000/v1/"), endpoint_url("localhost:8000")
+    ('http://host:8000', 'http://localhost:8000')
+
+    Raises:
+        UsageError: not an http or https address.
+    """
+    given = text if "://" in text else f"http://{text}"
+    try:
+        parts = urlsplit(given)
+        sound = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port)
+    except ValueError:  # a port that is no number or beyond 65535
+        sound = None
+    if not sound or parts.query or parts.fragment or any(c.isspace() for c in text):
+        raise UsageError(f"--url is {clipped(text)}: give an address such as http://127.0.0.1:8000")
+    if parts.username or parts.password:
+        raise UsageError("--url holds a user name or password: give the key by --api-key-env instead")
+    return given.rstrip("/").removesuffix("/v1")
+
+
+def api_key(variable: str | None) -> str | None:
+    """The key that an environment variable holds.
+
+    Raises:
+        UsageError: it is not set or empty.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable)
+    if not key:
+        raise UsageError(
+            f"--api-key-env is {variable}: that variable is not set or empty: export it with the key first"
+        )
+    return key
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What one request asks.
+
+    Attributes:
+        text: of a completion; token ids where the endpoint takes them; messages for a chat.
+        tokens: how many tokens it was made to have; 0 where nobody counted.
+        output_tokens: how many are asked for at most.
+    """
+
+    text: str | tuple[int, ...] | tuple[Mapping[str, Any], ...]
+    tokens: int
+    output_tokens: int
+
+    def body(self, endpoint: Endpoint, sampling: Mapping[str, Any]) -> dict[str, Any]:
+        """The JSON body of a streamed request."""
+        content: Any = list(self.text) if isinstance(self.text, tuple) else self.text
+        if endpoint.chat and isinstance(content, str):
+            content = [{"role": "user", "content": content}]
+        return {
+            "model": endpoint.model,
+            "messages" if endpoint.chat else "prompt": content,
+            "max_tokens": self.output_tokens,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **sampling,
+        }
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One request as it went; times are seconds of :func:`time.perf_counter`.
+
+    Attributes:
+        scheduled: when it was to be sent: latencies count from here, so that a client or server that is late
+            cannot hide it (coordinated omission).
+        sent: when it was.
+        stamps: when each piece of the answer came that holds generated text.
+        ended: when the last of those came, or when the request failed.
+        prompt_tokens, output_tokens: as the endpoint counted them, else as they were meant.
+        error: the kind of failure (:data:`KINDS`), empty where there is none; ``detail`` is its text.
+        counted: whether the endpoint itself told ``output_tokens``.
+        text: what was generated.
+    """
+
+    scheduled: float
+    sent: float
+    stamps: tuple[float, ...]
+    ended: float
+    prompt_tokens: int
+    output_tokens: int
+    error: str = ""
+    detail: str = ""
+    counted: bool = False
+    text: str = ""
+
+    @property
+    def ttft(self) -> float:
+        """Seconds to the first token."""
+        return self.stamps[0] - self.scheduled
+
+    @property
+    def e2el(self) -> float:
+        """Seconds to the last token."""
+        return self.ended - self.scheduled
+
+    @property
+    def tpot(self) -> float | None:
+        """Seconds per output token after the first, (E2E - TTFT) / (n - 1); None of a single token."""
+        return (self.ended - self.stamps[0]) / (self.output_tokens - 1) if self.output_tokens > 1 else None
+
+    @property
+    def itl(self) -> tuple[float, ...]:
+        """Seconds between two pieces of the answer."""
+        return tuple(b - a for a, b in zip(self.stamps, self.stamps[1:], strict=False))
+
+
+#: Kind of failure → what it means and what to do.
+KINDS = {
+    "connect": "no connection: is the server up, and is this its address?",
+    "tls": "the encrypted connection failed: check the certificate, --ca, or http against https",
+    "timeout": "no answer in time: the server is overloaded or hangs; --stall waits longer",
+    "401": "the key was refused: give it by --api-key-env",
+    "404": "the endpoint does not have that model or route",
+    "429": "the endpoint limits requests: lower the rate or the concurrency",
+    "4xx": "the request was refused",
+    "5xx": "the server failed",
+    "no stream": "the answer is not a stream of JSON events",
+    "error event": "the server reported an error within its answer",
+    "cut off": "the answer ended before it was complete",
+    "empty": "an answer without a token",
+}
+
+
+def _status_kind(status: int) -> str:
+    if status in (401, 403):
+        return "401"
+    return str(status) if str(status) in KINDS else "4xx" if status < 500 else "5xx"
+
+
+class _Failed(Exception):
+    def __init__(self, kind: str, detail: str):
+        super().__init__(kind)
+        self.kind, self.detail = kind, detail
+
+
+async def _events(response: httpx.Response) -> AsyncIterator[tuple[float, bytes]]:
+    """The data of a stream of server-sent events, each with the time at which its end came."""
+    rest = b""
+    async for piece in response.aiter_raw():
+        now = time.perf_counter()
+        rest += piece
+        if len(rest) > 1 << 24:
+            raise _Failed("no stream", "16 MiB without the end of an event")
+        *lines, rest = rest.split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield now, line[5:].strip()
+
+
+@dataclass
+class _Answer:
+    """What has been read of an answer so far."""
+
+    stamps: list[float] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)
+    usage: Mapping[str, Any] = field(default_factory=dict)
+    finished: bool = False
+
+    def take(self, now: float, data: bytes) -> None:
+        """One event.
+
+        Raises:
+            _Failed: it is no JSON object, or reports an error.
+        """
+        if data == b"[DONE]":
+            self.finished = True
+            return
+        try:
+            event = json.loads(data)
+        except ValueError as error:
+            raise _Failed("no stream", data[:200].decode(errors="replace")) from error
+        if not isinstance(event, dict):
+            raise _Failed("no stream", data[:200].decode(errors="replace"))
+        if event.get("error"):
+            raise _Failed("error event", clipped(event["error"], 300))
+        if isinstance(event.get("usage"), dict):
+            self.usage = event["usage"]
+        choices = event.get("choices")
+        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+            return
+        choice = choices[0]
+        delta = choice["delta"] if isinstance(choice.get("delta"), dict) else choice
+        text = delta.get("text", delta.get("content")) or delta.get("reasoning_content") or ""
+        last = bool(choice.get("finish_reason"))
+        # a chat opens with the role alone; a piece may be empty text, as half a character is
+        if text or "text" in delta or delta.get("tool_calls") or (last and self.stamps):
+            self.stamps.append(now)
+            self.parts.append(str(text))
+        self.finished = self.finished or last
+
+
+async def ask(
+    client: httpx.AsyncClient,
+    endpoint: Endpoint,
+    prompt: Prompt,
+    *,
+    scheduled: float | None = None,
+    sampling: Mapping[str, Any] | None = None,
+) -> Trace:
+    """Sends one request and reads its answer; a failure of any kind is in the trace, never raised.
+
+    Args:
+        scheduled: when it should have been sent; None: now.
+        sampling: further keys of the request's body, such as the temperature.
+    """
+    answer, sent = _Answer(), time.perf_counter()
+    trace = Trace(sent if scheduled is None else scheduled, sent, (), sent, prompt.tokens, 0)
+    kind, detail = "", ""
+    try:
+        await _read(client, endpoint, prompt.body(endpoint, sampling or {}), answer)
+        if not answer.stamps:
+            kind, detail = "empty", "the stream ended without a token"
+        elif not answer.finished:
+            kind, detail = "cut off", f"the stream ended after {len(answer.stamps)} pieces without its end"
+    except _Failed as failure:
+        kind, detail = failure.kind, failure.detail
+    except Exception as error:  # whatever a transport raises is one failed request, not the end of the run
+        kind, detail = _transport_kind(error, bool(answer.stamps)), first_line(error)
+    told = answer.usage.get("completion_tokens")
+    asked = answer.usage.get("prompt_tokens")
+    counted = isinstance(told, int) and told > 0
+    return replace(
+        trace,
+        stamps=tuple(answer.stamps),
+        ended=answer.stamps[-1] if answer.stamps and not kind else time.perf_counter(),
+        prompt_tokens=asked if isinstance(asked, int) else prompt.tokens,
+        output_tokens=int(told) if counted and told is not None else len(answer.stamps),
+        counted=counted,
+        error=kind,
+        detail=detail,
+        text="".join(answer.parts),
+    )
+
+
+async def _read(
+    client: httpx.AsyncClient, endpoint: Endpoint, body: Mapping[str, Any], answer: _Answer
+) -> None:
+    async with client.stream("POST", endpoint.route, json=body) as response:
+        if response.status_code != 200:
+            said = (await response.aread())[:_LOOKED_AT].decode(errors="replace")
+            raise _Failed(_status_kind(response.status_code), f"{response.status_code}: {_message(said)}")
+        kind = response.headers.get("content-type", "")
+        if "event-stream" not in kind:
+            said = (await response.aread())[:200].decode(errors="replace")
+            raise _Failed("no stream", f"{kind or 'no content type'}: {said}")
+        async for now, data in _events(response):
+            answer.take(now, data)
+
+
+def _message(said: str) -> str:
+    """What an error's body says, whichever engine wrote it."""
+    try:
+        value = json.loads(said)
+        error = value.get("error", value)
+        inner = error.get("message", error) if isinstance(error, dict) else error
+        return clipped(str(inner), 300)
+    except (ValueError, AttributeError):
+        return clipped(said, 300)
+
+
+def _transport_kind(error: Exception, begun: bool) -> str:
+    import httpx2 as httpx
+
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, ssl.SSLError) or "SSL" in str(chain) or "CERTIFICATE" in str(chain):
+            return "tls"
+        chain = chain.__cause__ or chain.__context__
+    if isinstance(error, httpx.TimeoutException):
+        return "timeout"
+    if isinstance(error, httpx.ConnectError):
+        return "connect"
+    return "cut off" if begun or isinstance(error, httpx.TransportError) else "no stream"
+
+
+async def get_json(client: httpx.AsyncClient, endpoint: Endpoint, path: str, body: Any = None) -> Any:
+    """GET, or POST of ``body``, answered by JSON.
+
+    Raises:
+        EndpointError: no answer, an error status, or no JSON; with what to do.
+    """
+    try:
+        response = await client.request("GET" if body is None else "POST", endpoint.url + path, json=body)
+    except Exception as error:
+        kind = _transport_kind(error, False)
+        raise EndpointError(f"{endpoint.url}{path}: {first_line(error)}: {KINDS[kind]}") from error
+    said = response.text[:_LOOKED_AT]
+    if response.status_code != 200:
+        kind = _status_kind(response.status_code)
+        raise EndpointError(
+            f"{endpoint.url}{path} answered {response.status_code} ({_message(said)}): {KINDS[kind]}"
+        )
+    try:
+        return response.json()
+    except ValueError as error:
+        raise EndpointError(
+            f"{endpoint.url}{path} answered no JSON ({clipped(said, 80)}): is that an OpenAI-compatible "
+            "endpoint? Give its address up to /v1"
+        ) from error
+
+
+async def resolve(client: httpx.AsyncClient, endpoint: Endpoint) -> Endpoint:
+    """The endpoint with the model's name: the one asked for, or the first that it has.
+
+    Raises:
+        EndpointError: it does not answer, or does not have that model.
+    """
+    listed = await get_json(client, endpoint, "/v1/models")
+    data = listed.get("data") if isinstance(listed, dict) else None
+    names = [str(m["id"]) for m in data or [] if isinstance(m, dict) and "id" in m]
+    if not names:
+        raise EndpointError(f"{endpoint.url}/v1/models names no model: {clipped(listed)}")
+    if endpoint.model and endpoint.model not in names:
+        raise EndpointError(
+            f"--model is {endpoint.model!r}: {endpoint.url} serves {', '.join(names[:10])}: name one of them"
+        )
+    return replace(endpoint, model=endpoint.model or names[0])

@@ -1,0 +1,158 @@
+"""What the server says of itself while it is loaded: its ``/metrics`` in Prometheus's text form, under one
+name whichever engine it is, and its GPUs through NVML where they are this machine's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from quant.hardware import detect
+from quant.serving.client import Endpoint
+
+if TYPE_CHECKING:
+    import httpx2 as httpx
+
+#: Seconds between two looks.
+PERIOD = 0.5
+
+#: Figure → the series of each engine that hold it: vLLM 0.32, SGLang, llama.cpp's server, TGI.
+GAUGES: dict[str, tuple[str, ...]] = {
+    "running": ("vllm:num_requests_running", "sglang:num_running_reqs", "llamacpp:requests_processing",
+                "tgi_batch_current_size"),
+    "queue": ("vllm:num_requests_waiting", "sglang:num_queue_reqs", "llamacpp:requests_deferred",
+              "tgi_queue_size"),
+    "kv_cache_usage": ("vllm:kv_cache_usage_perc", "sglang:token_usage", "llamacpp:kv_cache_usage_ratio"),
+}  # fmt: skip
+COUNTERS: dict[str, tuple[str, ...]] = {
+    "preemptions": ("vllm:num_preemptions_total", "sglang:num_retracted_reqs_total"),
+    "prompt_tokens": ("vllm:prompt_tokens_total", "sglang:prompt_tokens_total",
+                      "llamacpp:prompt_tokens_total"),
+    "output_tokens": ("vllm:generation_tokens_total", "sglang:generation_tokens_total",
+                      "llamacpp:tokens_predicted_total"),
+    "prefix_queries": ("vllm:prefix_cache_queries_total",),
+    "prefix_hits": ("vllm:prefix_cache_hits_total",),
+    "drafts": ("vllm:spec_decode_num_drafts_total",),
+    "draft_tokens": ("vllm:spec_decode_num_draft_tokens_total",),
+    "accepted_tokens": ("vllm:spec_decode_num_accepted_tokens_total",),
+}  # fmt: skip
+#: Figures of several engines in one server that are shares and are not added up.
+_SHARES = {"kv_cache_usage"}
+
+_SAMPLE = re.compile(r"([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{.*\})?\s+(\S+)(?:\s+\d+)?\s*")
+
+
+def parse_metrics(text: str) -> dict[str, list[float]]:
+    """Samples of each series, all its labels together.
+
+    >>> parse_metrics('# HELP a b\\na{x="1"} 2\\na{x="2"} 3.5\\nb NaN\\n')
+    {'a': [2.0, 3.5]}
+    """
+    series: dict[str, list[float]] = {}
+    for line in text.splitlines():
+        match = None if line.startswith("#") else _SAMPLE.fullmatch(line)
+        if match is None:
+            continue
+        try:
+            value = float(match[2])
+        except ValueError:
+            continue
+        if math.isfinite(value):
+            series.setdefault(match[1], []).append(value)
+    return series
+
+
+def figures(series: Mapping[str, list[float]]) -> dict[str, float]:
+    """The known figures of one look, under our names."""
+    known: dict[str, float] = {}
+    for name, candidates in (GAUGES | COUNTERS).items():
+        values = next((series[c] for c in candidates if c in series), None)
+        if values:
+            known[name] = max(values) if name in _SHARES else math.fsum(values)
+    return known
+
+
+async def read_metrics(client: httpx.AsyncClient, endpoint: Endpoint) -> dict[str, list[float]]:
+    """The endpoint's series now; none where it does not tell."""
+    try:
+        response = await client.get(f"{endpoint.url}/metrics", timeout=5.0)
+    except Exception:  # a server that is too busy to tell, or has none: the load test goes on
+        return {}
+    return parse_metrics(response.text) if response.status_code == 200 else {}
+
+
+@dataclass
+class ServerView:
+    """What was seen of a server from one moment to another."""
+
+    looks: list[dict[str, float]] = field(default_factory=list)
+    gpus: list[dict[str, float]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any] | None:
+        """Means and maxima of gauges, differences of counters and the shares made of them; None where the
+        server told nothing and no GPU is here."""
+        value: dict[str, Any] = {}
+        for name in GAUGES:
+            seen = [look[name] for look in self.looks if name in look]
+            if seen:
+                value[name] = {"mean": math.fsum(seen) / len(seen), "max": max(seen)}
+        for name in COUNTERS:
+            seen = [look[name] for look in self.looks if name in look]
+            if len(seen) > 1:
+                value[name] = seen[-1] - seen[0]
+        if value.get("prefix_queries"):
+            value["prefix_hit_rate"] = value["prefix_hits"] / value["prefix_queries"]
+        if value.get("draft_tokens"):
+            value["acceptance_rate"] = value["accepted_tokens"] / value["draft_tokens"]
+            value["tokens_per_step"] = 1 + value["accepted_tokens"] / value["drafts"]
+        for name in ("used_bytes", "power_watts"):
+            seen = [look[name] for look in self.gpus if name in look]
+            if seen:
+                value[f"gpu_{name}"] = {"mean": math.fsum(seen) / len(seen), "max": max(seen)}
+        return value or None
+
+
+def _gpus() -> dict[str, float]:
+    """Memory in use and power of this machine's GPUs together; empty without one."""
+    seen = detect().gpus
+    if not seen:
+        return {}
+    look = {"used_bytes": float(sum(g.used_bytes or 0 for g in seen))}
+    watts = [g.health.power_watts for g in seen if g.health and g.health.power_watts is not None]
+    return look | ({"power_watts": math.fsum(watts)} if watts else {})
+
+
+@asynccontextmanager
+async def observed(client: httpx.AsyncClient, endpoint: Endpoint) -> AsyncIterator[ServerView]:
+    """Looks at a server before, while and after the body runs."""
+    view, stop = ServerView(), asyncio.Event()
+    has_gpus = endpoint.local and bool(_gpus())
+
+    async def look() -> None:
+        seen = figures(await read_metrics(client, endpoint))
+        if seen:
+            view.looks.append(seen)
+        if has_gpus:  # in a thread: the driver may take its time
+            view.gpus.append(await asyncio.to_thread(_gpus))
+
+    async def repeat() -> None:
+        while not stop.is_set():
+            try:
+                await asyncio.wait_for(stop.wait(), PERIOD)
+            except TimeoutError:
+                await look()
+
+    await look()
+    task = asyncio.create_task(repeat()) if view.looks or view.gpus else None
+    try:
+        yield view
+    finally:
+        stop.set()
+        if task is not None:
+            await task
+            await look()

@@ -1,0 +1,276 @@
+"""Load tests by other well-kept tools, each run in a child process of its own environment, and their results
+read into the same report.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quant.errors import QuantError, UsageError, clipped
+from quant.progress import Event, Progress, silent
+from quant.serving.bench import BenchRequest, TargetResult
+from quant.serving.client import Endpoint
+from quant.serving.load import Level
+from quant.serving.measures import PERCENTILES
+
+_METRICS = ("ttft", "tpot", "itl", "e2el")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One load as a tool is asked for it."""
+
+    endpoint: Endpoint
+    request: BenchRequest
+    level: Level
+    requests: int
+    tokenizer: str
+    folder: Path
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Input and output tokens, which must be fixed: each tool has a way of its own to vary them.
+
+        Raises:
+            UsageError: a distribution was asked for.
+        """
+        asked = self.request.prompts.input_tokens, self.request.prompts.output_tokens
+        if any(lengths.kind != "fixed" for lengths in asked):
+            raise UsageError("--tool takes fixed --input-tokens and --output-tokens, such as 512 and 128")
+        return int(asked[0].low), int(asked[1].low)
+
+
+#: The parts of vLLM's ``bench serve`` alone: its own command asks for a package's name that some builds lack.
+_VLLM_BENCH = (
+    "from vllm.benchmarks.serve import add_cli_args, main; "
+    "from vllm.utils.argparse_utils import FlexibleArgumentParser; "
+    "parser = FlexibleArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
+)
+
+
+def _vllm_command(job: Job) -> list[str]:
+    given, made = job.lengths
+    command = [
+        "-c", _VLLM_BENCH, "--base-url", job.endpoint.url,
+        "--backend", "openai-chat" if job.endpoint.chat else "openai",
+        "--endpoint", job.endpoint.route.removeprefix(job.endpoint.url),
+        "--model", job.tokenizer, "--served-model-name", job.endpoint.model, "--tokenizer", job.tokenizer,
+        "--dataset-name", "random", "--random-input-len", str(given), "--random-output-len", str(made),
+        "--num-prompts", str(job.requests), "--num-warmups", str(job.request.warm_up),
+        "--seed", str(job.request.prompts.seed), "--percentile-metrics", ",".join(_METRICS),
+        "--metric-percentiles", ",".join(map(str, PERCENTILES)),
+        "--save-result", "--result-dir", str(job.folder), "--result-filename", "result.json",
+        *[f"--{k.replace('_', '-')}={v}" for k, v in job.request.sampling.items() if k == "temperature"],
+    ]  # fmt: skip
+    if job.level.concurrency is not None:
+        command += ["--max-concurrency", str(job.level.concurrency)]
+    if job.level.rate is not None:
+        command += ["--request-rate", str(job.level.rate)]
+        command += [] if job.level.poisson else ["--burstiness", "1e6"]
+    if job.request.ignore_eos:
+        command.append("--ignore-eos")
+    if job.request.limits:
+        command += ["--goodput", *(f"{k}:{v:g}" for k, v in job.request.limits.items())]
+    return command
+
+
+def _vllm_result(job: Job) -> dict[str, Any]:
+    found = json.loads((job.folder / "result.json").read_text())
+    value = {k: v for k, v in found.items() if not isinstance(v, (list, dict))}
+    errors = {"failed": int(value["failed"])} if value.get("failed") else {}
+    return value | {"errors": errors}
+
+
+def _guidellm_command(job: Job) -> list[str]:
+    given, made = job.lengths
+    load = ["concurrent", "--rate", str(job.level.concurrency)]
+    if job.level.rate is not None:
+        load = ["poisson" if job.level.poisson else "constant", "--rate", str(job.level.rate)]
+    return [
+        "-m", "guidellm", "benchmark", "run", "--target", job.endpoint.url, "--model", job.endpoint.model,
+        "--profile", *load, "--max-requests", str(job.requests), "--processor", job.tokenizer,
+        "--data", f"prompt_tokens={given},output_tokens={made}",
+        "--outputs", "json", "--output-dir", str(job.folder), "--disable-console",
+    ]  # fmt: skip
+
+
+def _guidellm_result(job: Job) -> dict[str, Any]:
+    files = list(job.folder.glob("*.json"))
+    found = json.loads(files[0].read_text())["benchmarks"][0]
+    metrics = found["metrics"]
+
+    def figures(name: str, key: str, unit: float) -> dict[str, float]:
+        part = metrics[key]["successful"]
+        at = part["percentiles"]
+        return {
+            f"mean_{name}_ms": unit * part["mean"],
+            f"std_{name}_ms": unit * part["std_dev"],
+            f"median_{name}_ms": unit * part["median"],
+            **{f"p{p}_{name}_ms": unit * at[f"p{p}"] for p in PERCENTILES},
+        }
+
+    totals = metrics["request_totals"]
+    return {
+        "duration": found.get("duration"),
+        "completed": totals["successful"],
+        "failed": totals["errored"],
+        "errors": {"failed": totals["errored"]} if totals["errored"] else {},
+        "request_throughput": metrics["requests_per_second"]["successful"]["mean"],
+        "output_throughput": metrics["output_tokens_per_second"]["successful"]["mean"],
+        **figures("ttft", "time_to_first_token_ms", 1.0),
+        **figures("itl", "inter_token_latency_ms", 1.0),
+        # guidellm's own time_per_output_token divides whole answers by all tokens; its inter-token latency
+        # is what others call TPOT: (last - first) / (n - 1)
+        **figures("tpot", "inter_token_latency_ms", 1.0),
+        **figures("e2el", "request_latency", 1000.0),
+    }
+
+
+def _aiperf_command(job: Job) -> list[str]:
+    given, made = job.lengths
+    load = ["--concurrency", str(job.level.concurrency)]
+    if job.level.rate is not None:
+        load = ["--request-rate", str(job.level.rate)]
+        load += ["--request-rate-mode", "poisson" if job.level.poisson else "constant"]
+    ending = [w for key in ("ignore_eos:true", f"min_tokens:{made}") for w in ("--extra-inputs", key)]
+    return [
+        "-m", "aiperf", "profile", "--url", job.endpoint.url, "--model", job.endpoint.model, "--streaming",
+        "--endpoint-type", "chat" if job.endpoint.chat else "completions", *load,
+        "--request-count", str(job.requests), "--warmup-request-count", str(max(job.request.warm_up, 1)),
+        "--isl", str(given), "--osl", str(made), *(ending if job.request.ignore_eos else []),
+        "--tokenizer", job.tokenizer, "--artifact-dir", str(job.folder), "--ui", "none",
+    ]  # fmt: skip
+
+
+def _aiperf_result(job: Job) -> dict[str, Any]:
+    files = list(job.folder.rglob("profile_export_aiperf.json"))
+    found = json.loads(files[0].read_text())
+
+    def figures(name: str, key: str) -> dict[str, float]:
+        part = found[key]
+        return {
+            f"mean_{name}_ms": part["avg"],
+            f"std_{name}_ms": part["std"],
+            f"median_{name}_ms": part["p50"],
+            **{f"p{p}_{name}_ms": part[f"p{p}"] for p in PERCENTILES},
+        }
+
+    failed = int((found.get("error_request_count") or {}).get("avg") or 0)
+    return {
+        "duration": (found.get("benchmark_duration") or {}).get("avg"),
+        "completed": int(found["request_count"]["avg"]),
+        "failed": failed,
+        "errors": {"failed": failed} if failed else {},
+        "request_throughput": found["request_throughput"]["avg"],
+        "output_throughput": found["output_token_throughput"]["avg"],
+        **figures("ttft", "time_to_first_token"),
+        **figures("itl", "inter_token_latency"),
+        **figures("tpot", "inter_token_latency"),  # per request (last - first) / (n - 1), as TPOT is here
+        **figures("e2el", "request_latency"),
+    }
+
+
+#: Tool → the words behind its Python for a load, and how its result is read.
+TOOLS: dict[str, tuple[Callable[[Job], list[str]], Callable[[Job], dict[str, Any]]]] = {
+    "vllm": (_vllm_command, _vllm_result),
+    "guidellm": (_guidellm_command, _guidellm_result),
+    "aiperf": (_aiperf_command, _aiperf_result),
+}
+
+
+def run_tool(
+    tool: str,
+    python: str | Path | None,
+    endpoint: Endpoint,
+    request: BenchRequest,
+    *,
+    name: str = "",
+    facts: Mapping[str, Any] | None = None,
+    progress: Progress = silent,
+) -> TargetResult:
+    """Loads an endpoint with another tool.
+
+    Args:
+        python: interpreter that has the tool; None: the one of QUANT_VLLM_PYTHON, or this.
+
+    Raises:
+        UsageError: no load is stated, or the tool cannot do what is asked.
+        QuantError: it is not there, fails, or its result cannot be read.
+    """
+    if not request.levels:
+        raise UsageError("--tool takes loads that are stated: give --concurrency or --rate")
+    if request.prompts.file is not None or request.prompts.shared_prefix:
+        raise UsageError("--tool makes prompts of its own: leave --prompts and --shared-prefix out")
+    from quant.serving.process import default_python
+
+    chosen = str(python or default_python())
+    endpoint, root = _resolved(endpoint)
+    levels = []
+    for level in request.levels:
+        with tempfile.TemporaryDirectory(prefix="quant-bench-") as folder:
+            job = Job(endpoint, request, level, request.count(level), root, Path(folder))
+            progress(Event(f"{tool}: {level}", detail=f"{job.requests} requests"))
+            levels.append(_one(tool, chosen, job))
+    return TargetResult(
+        name or endpoint.model, endpoint, tuple(levels), facts or {}, (f"measured by {tool}",)
+    )
+
+
+def _resolved(endpoint: Endpoint) -> tuple[Endpoint, str]:
+    """The endpoint with its model's name, and the tokenizer to take: the checkpoint that it serves where it
+    tells its path, else the model's name."""
+    import asyncio
+
+    from quant.serving.client import get_json, resolve
+
+    async def ask() -> tuple[Endpoint, str]:
+        async with endpoint.client() as client:
+            known = await resolve(client, endpoint)
+            listed = await get_json(client, known, "/v1/models")
+            own: dict[str, Any] = next((m for m in listed["data"] if m.get("id") == known.model), {})
+            return known, str(own.get("root") or known.model)
+
+    return asyncio.run(ask())
+
+
+def _one(tool: str, python: str, job: Job) -> dict[str, Any]:
+    command, read = TOOLS[tool]
+    words = [python, *command(job)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
+    if Path(python).absolute() != Path(sys.executable).absolute():
+        environment.pop("PYTHONPATH", None)
+    if job.endpoint.api_key:
+        environment["OPENAI_API_KEY"] = job.endpoint.api_key
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace", env=environment)
+    except OSError as error:
+        raise UsageError(f"--tool-python is {python!r}: it does not run: {error.strerror}") from error
+    if done.returncode:
+        said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()][-8:]
+        raise QuantError(
+            f"{tool} ended with status {done.returncode}; give the Python that has it with --tool-python:\n"
+            + "\n".join(f"  {line}" for line in said)
+            + f"\n  its command: {shlex.join(words)}"
+        )
+    try:
+        value = read(job)
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise QuantError(
+            f"{tool}'s result is not in a form that is known here ({type(error).__name__}: "
+            f"{clipped(str(error))}): its release may be newer"
+        ) from error
+    level = {"text": str(job.level), "concurrency": job.level.concurrency, "rate": job.level.rate}
+    empty = {
+        "output_throughput_ci95": None, "request_goodput": None, "server": None,
+        "client": {"p99_delay_ms": None, "cpu_share": None, "saturated": False},
+    }  # fmt: skip
+    return {"level": level, **empty, **value}

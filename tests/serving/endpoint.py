@@ -1,0 +1,199 @@
+"""An OpenAI-compatible server of the tests: it streams tokens at stated moments and misbehaves as told. What
+is tested is the client; the real server's tests are in tests/vllm."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+_STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+@dataclass
+class Behaviour:
+    """How the server answers.
+
+    Attributes:
+        ttft, itl: seconds to the first token and between two.
+        fault: see ``_FAULTS``; ``every``: it shows in each n-th request.
+        slots: requests at a time, the others wait; 0: all.
+        stall_at, stall: the whole server stands still for so many seconds once, so many after its start.
+        counted: whether it tells its usage.
+    """
+
+    ttft: float = 0.01
+    itl: float = 0.002
+    fault: str = ""
+    every: int = 1
+    slots: int = 0
+    key: str = ""
+    counted: bool = True
+    tokenizes: bool = True
+    refuses: tuple[str, ...] = ()
+    answer: Callable[[int], str] = lambda i: f" w{i}"
+    seen: Counter[str] = field(default_factory=Counter)
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+
+
+class FakeEndpoint:
+    """The server; ``url`` is its address."""
+
+    def __init__(self, behaviour: Behaviour):
+        self.behaviour = behaviour
+        self.url = ""
+        self.running = self.most = 0
+
+    async def serve(self, ready: threading.Event, stop: asyncio.Event) -> None:
+        b = self.behaviour
+        self.slots = asyncio.Semaphore(b.slots or 10**6)
+        server = await asyncio.start_server(self._connection, "127.0.0.1", 0, backlog=4096)
+        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        ready.set()
+        await stop.wait()
+        server.close()
+
+    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                first = await reader.readexactly(1)
+                if first == b"\x16":  # a TLS hello
+                    return await _plain(writer, 400, "not TLS")
+                head = (first + await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+                line, *headers = head.split("\r\n")
+                fields = {k.lower(): v.strip() for k, _, v in (h.partition(":") for h in headers) if v}
+                body = await reader.readexactly(int(fields.get("content-length", 0)))
+                await self._answer(line.split()[1], fields, json.loads(body) if body else {}, writer)
+        except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    async def _answer(
+        self, path: str, fields: dict[str, str], body: Any, writer: asyncio.StreamWriter
+    ) -> None:
+        b = self.behaviour
+        b.seen[path] += 1
+        if b.key and fields.get("authorization") != f"Bearer {b.key}":
+            return await _plain(writer, 401, {"error": {"message": "no"}})
+        if path == "/v1/models":
+            return await _plain(writer, 200, {"data": [{"id": "m", "max_model_len": 4096}]})
+        if path == "/metrics":
+            text = f"vllm:num_requests_running {self.running}\nvllm:num_preemptions_total 3\n"
+            return await _plain(writer, 200, text)
+        if path == "/tokenize" and b.tokenizes and "prompt" in body:
+            return await _plain(writer, 200, {"tokens": list(range(len(body["prompt"]) // 4))})
+        if path.startswith("/v1/") and path.endswith("completions"):
+            b.bodies.append(body)
+            if any(key in body for key in b.refuses):
+                return await _plain(writer, 400, {"error": {"message": f"unknown {b.refuses}"}})
+            if b.fault and b.seen["asked"] % b.every == b.every - 1:
+                b.seen["asked"] += 1
+                return await self._fault(body, writer)
+            b.seen["asked"] += 1
+            async with self.slots:
+                self.running += 1
+                self.most = max(self.most, self.running)
+                try:
+                    return await self._stream(body, writer, path.endswith("chat/completions"))
+                finally:
+                    self.running -= 1
+        await _plain(writer, 404, {"error": {"message": "no such route"}})
+
+    async def _stream(
+        self, body: Any, writer: asyncio.StreamWriter, chat: bool, upto: int | None = None
+    ) -> None:
+        b = self.behaviour
+        tokens = body["max_tokens"] if upto is None else upto
+        prompt = body.get("prompt", body.get("messages"))
+        if not body.get("stream"):
+            usage = {"prompt_tokens": len(prompt) // 4, "completion_tokens": 1}
+            return await _plain(writer, 200, {"choices": [{"text": " x"}], "usage": usage})
+        writer.write(_STREAM)
+        begun = time.perf_counter()
+        for i in range(tokens):
+            await asyncio.sleep(max(0.0, begun + b.ttft + i * b.itl - time.perf_counter()))
+            last = upto is None and i == tokens - 1
+            part = {"delta": {"content": b.answer(i)}} if chat else {"text": b.answer(i)}
+            _event(writer, {"choices": [part | {"finish_reason": "length" if last else None}]})
+        if upto is None:
+            if b.counted:
+                usage = {"prompt_tokens": len(prompt), "completion_tokens": tokens}
+                _event(writer, {"choices": [], "usage": usage})
+            _chunk(writer, b"data: [DONE]\n\n")
+            writer.write(b"0\r\n\r\n")
+            await writer.drain()
+
+    async def _fault(self, body: Any, writer: asyncio.StreamWriter) -> None:
+        kind = self.behaviour.fault
+        if kind.isdigit():
+            return await _plain(writer, int(kind), {"error": {"message": "because"}})
+        if kind == "html":
+            return await _plain(writer, 200, "<html>gateway</html>", "text/html")
+        if kind == "garbage":
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: 14\r\n\r\n")
+            writer.write(b"data: \x00\xff{{{\n\n")
+            return await writer.drain()
+        if kind == "event":
+            writer.write(_STREAM)
+            _event(writer, {"error": {"message": "out of blocks"}})
+            writer.write(b"0\r\n\r\n")
+            return await writer.drain()
+        if kind == "cut":
+            await self._stream(body, writer, False, upto=2)
+            writer.close()
+        elif kind == "drop":
+            writer.close()
+        elif kind == "hang":
+            await asyncio.sleep(30)
+            writer.close()
+
+
+def _chunk(writer: asyncio.StreamWriter, data: bytes) -> None:
+    writer.write(b"%x\r\n%s\r\n" % (len(data), data))
+
+
+def _event(writer: asyncio.StreamWriter, value: Any) -> None:
+    _chunk(writer, b"data: %s\n\n" % json.dumps(value).encode())
+
+
+async def _plain(writer: asyncio.StreamWriter, status: int, value: Any, kind: str = "") -> None:
+    data = value.encode() if isinstance(value, str) else json.dumps(value).encode()
+    kind = kind or ("text/plain" if isinstance(value, str) else "application/json")
+    head = f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(data)}\r\n\r\n"
+    writer.write(head.encode() + data)
+    await writer.drain()
+
+
+@contextmanager
+def endpoint(**behaviour: Any) -> Iterator[FakeEndpoint]:
+    """Runs a server in a thread."""
+    fake, ready = FakeEndpoint(Behaviour(**behaviour)), threading.Event()
+    loop, stop = asyncio.new_event_loop(), asyncio.Event()
+
+    def run() -> None:
+        async def main() -> None:
+            await fake.serve(ready, stop)
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            await asyncio.sleep(0.01)  # the transports end their connections in a later turn
+
+        loop.run_until_complete(main())
+        loop.close()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    assert ready.wait(10)
+    try:
+        yield fake
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(10)
