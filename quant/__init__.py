@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 #: public name → module that defines it, with its name there where that is another
 _EXPORTS: dict[str, str] = {
+    "Destination": "quant.upload",
     "EngineRequest": "quant.planning.memory",
     "GPTQQuantizer": "quant.quantizers",
     "Gpu": "quant.hardware",
@@ -45,6 +46,7 @@ _EXPORTS: dict[str, str] = {
     "plan_job": "quant.jobs:plan",
     "quantize": "quant.jobs",
     "recommend": "quant.planning.recommendation",
+    "push_to_hub": "quant.upload:upload",
     "reload": "quant.planning.recommendation",
     "resolve": "quant.jobs",
     "verify": "quant.evaluation.verify",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from quant.errors import CheckpointError, UsageError
+from quant.errors import CheckpointError, UsageError, clipped
 
 #: ``org/name``, and ``org/name@revision``, as the Hub allows them.
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -24,6 +27,60 @@ def is_hub_id(text: str) -> bool:
     (True, False, False, False)
     """
     return _HUB_ID.fullmatch(text) is not None and not Path(text).exists()
+
+
+def parse_hub_id(text: str, what: str) -> tuple[str, str | None]:
+    """Repository and revision of ``org/name[@revision]``.
+
+    >>> parse_hub_id("org/name@w4a16", "--push-to-hub")
+    ('org/name', 'w4a16')
+
+    Raises:
+        UsageError: it is none; ``what`` begins the message.
+    """
+    match = _HUB_ID.fullmatch(text)
+    if match is None:
+        raise UsageError(f"{what} is {clipped(text)}: ORG/NAME is needed, or ORG/NAME@BRANCH")
+    repo, revision = match["repo"], match["revision"]
+    if revision is not None and ".." in revision:
+        raise UsageError(f"{text}: {revision!r} is no revision: give a branch, a tag or a commit")
+    return repo, revision
+
+
+#: Whether the network is forbidden by this program, for transformers, and not by the user.
+_forbidden_here = False
+
+
+def forbid_network() -> None:
+    """Makes the Hub's client, and with it transformers, work from local files alone, but within
+    :func:`online`. What the user forbids stays forbidden there too."""
+    global _forbidden_here
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE:
+        _forbidden_here = True
+        constants.HF_HUB_OFFLINE = True
+    os.environ["HF_HUB_OFFLINE"] = "1"  # child processes
+
+
+def set_offline() -> bool:
+    """Whether the user forbids the network (HF_HUB_OFFLINE)."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE) and not _forbidden_here
+
+
+@contextmanager
+def online() -> Iterator[None]:
+    """Lifts what :func:`forbid_network` set, for a download or an upload that the user asks for."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = set_offline()
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def repository_of(path: Path) -> str | None:
@@ -62,11 +119,7 @@ def local_model(model: str | Path, download: bool = True) -> Path:
     text = str(model)
     if not is_hub_id(text):
         return Path(model)
-    match = _HUB_ID.fullmatch(text)
-    assert match is not None
-    repo, revision = match["repo"], match["revision"]
-    if revision is not None and ".." in revision:
-        raise UsageError(f"{text}: {revision!r} is no revision: give a branch, a tag or a commit")
+    repo, revision = parse_hub_id(text, "the model")
     import huggingface_hub as hub
     from huggingface_hub import constants, errors
 
@@ -74,7 +127,7 @@ def local_model(model: str | Path, download: bool = True) -> Path:
     try:
         cached = Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
     except errors.HFValidationError as error:
-        raise UsageError(f"{text}: no Hub id: {_line(error)}") from error
+        raise UsageError(f"{text}: no Hub id: {error_line(error)}") from error
     except (errors.LocalEntryNotFoundError, OSError, ValueError):
         cached = None
     if cached is not None and _whole(cached):
@@ -82,7 +135,7 @@ def local_model(model: str | Path, download: bool = True) -> Path:
     where = (
         f"there is no such directory, and {'only a part of it is' if cached else 'it is not'} in the cache"
     )
-    if constants.HF_HUB_OFFLINE:
+    if set_offline():
         raise CheckpointError(
             f"{text}: {where} {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids fetching it: unset "
             f"that, or fetch it elsewhere with hf download {repo}"
@@ -95,7 +148,8 @@ def local_model(model: str | Path, download: bool = True) -> Path:
             f"{repo} for a plan by name"
         )
     try:
-        return Path(hub.snapshot_download(repo, revision=revision, ignore_patterns=_NOT_READ))
+        with online():
+            return Path(hub.snapshot_download(repo, revision=revision, ignore_patterns=_NOT_READ))
     except errors.GatedRepoError as error:
         raise CheckpointError(
             f"{text}: its owners give access on request: ask for it on the model's page, then hf auth login"
@@ -111,12 +165,13 @@ def local_model(model: str | Path, download: bool = True) -> Path:
         ) from error
     except Exception as error:  # what a network does is of many kinds
         raise CheckpointError(
-            f"{text}: {where} {constants.HF_HUB_CACHE}, and fetching it failed ({_line(error)}): check the "
-            "network, then run the same command again: what was fetched is kept"
+            f"{text}: {where} {constants.HF_HUB_CACHE}, and fetching it failed ({error_line(error)}): check "
+            "the network, then run the same command again: what was fetched is kept"
         ) from error
 
 
-def _line(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
+    """What an error of the Hub's client says, on one line."""
     words: list[Any] = " ".join(str(error).split()).split(". ")
     return f"{type(error).__name__}: {textwrap.shorten(str(words[0]), 160, placeholder=' …')}"
 

@@ -9,18 +9,20 @@ or run. The commands, batches and programs call these.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quant import defaults
-from quant.errors import UsageError
+from quant.errors import Problems, QuantError, UsageError
 from quant.pipeline.memory import prepare_torch
 from quant.planning.recommendation import Recommendation
 from quant.planning.target import choose, method_for, settings
 from quant.progress import Event, Progress, silent
 from quant.recipe import Assignment, Recipe, Rule, make_recipe
 from quant.schemes import row_of
+from quant.upload import destination_of, made_already, upload, upload_problem
 
 if TYPE_CHECKING:
     from quant.pipeline.plan import JobPlan
@@ -148,12 +150,25 @@ def _note(scheme: str, suppressor: str) -> str:
 
 def plan(recipe: Recipe) -> JobPlan:
     """Checks a job for its engine, completed by :func:`complete`, and lays out its output. Headers are read,
-    no tensors.
+    no tensors; where the output is to be uploaded, the Hub is asked whether it may be.
 
     Raises:
         Problems, QuantError: everything that is wrong, listed together.
     """
-    recipe, _ = complete(recipe)
+    to = destination_of(recipe)
+    refused = None if to is None else upload_problem(to)
+    try:
+        planned = _planned(complete(recipe)[0])
+    except QuantError as error:
+        if refused is None:
+            raise
+        raise Problems([*getattr(error, "problems", [str(error)]), refused], error.exit_code) from error
+    if refused is not None:
+        raise QuantError(refused)
+    return planned
+
+
+def _planned(recipe: Recipe) -> JobPlan:
     prepare_torch()
     if recipe.backend != defaults.ENGINE:
         from quant.backends.run import plan_backend
@@ -179,6 +194,19 @@ def estimate(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
     return estimate(plan, progress)
 
 
+def made(recipe: Recipe) -> Report | None:
+    """The report of an output that this job made before and that only waits to be uploaded, or None.
+
+    Raises:
+        QuantError: the output has changed since.
+    """
+    recipe, _ = complete(recipe)
+    if destination_of(recipe) is None:
+        return None
+    settings = json.loads(json.dumps(recipe.settings()))
+    return made_already(recipe.output_path, recipe.model_path, {"settings": settings})
+
+
 def run(plan: JobPlan, progress: Progress = silent, command: Sequence[str] | None = None) -> Report:
     """Runs a planned job; returns the report that is also written into the output directory.
 
@@ -198,12 +226,15 @@ def run(plan: JobPlan, progress: Progress = silent, command: Sequence[str] | Non
 
 
 def quantize(recipe: Recipe, progress: Progress = silent) -> Report:
-    """Completes, plans and runs a job; returns its report.
+    """Completes, plans and runs a job, and uploads its output where the recipe says so; returns its report.
 
     Raises:
-        QuantError: see :func:`plan` and :func:`run`.
+        QuantError: see :func:`plan`, :func:`run` and :func:`quant.upload.upload`.
     """
     recipe, notes = complete(recipe)
     for note in notes:
         progress(Event("plan", message=note))
-    return run(plan(recipe), progress)
+    report = made(recipe) or run(plan(recipe), progress)
+    if (to := destination_of(recipe)) is not None:
+        upload(recipe.output_path, to, progress)
+    return report

@@ -10,6 +10,7 @@ from typing import Any
 
 from quant.checkpoint.reader import read_json
 from quant.errors import CheckpointError, clipped, first_line
+from quant.hub import forbid_network
 
 _MOST_LAYERS = 100_000
 
@@ -17,7 +18,7 @@ _MOST_LAYERS = 100_000
 @cache
 def transformers() -> ModuleType:
     """The transformers package, set to work from local files only."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    forbid_network()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
 

@@ -109,6 +109,8 @@ class LayerSettings(BaseModel):
 #: Keys that a scheme, and a method, decide: a rule that names another one takes none of these from the job.
 _OF_SCHEME = ("scheme", "bits", "group_size", "symmetric", "activations", "symmetric_activations")
 _OF_METHOD = ("act_order", "damping", "clip_search", "options")
+#: Keys that say where the finished output is uploaded to.
+UPLOAD = ("push_to_hub", "private", "commit_message", "replace_on_hub")
 
 
 class Rule(LayerSettings):
@@ -186,6 +188,10 @@ class Recipe(LayerSettings):
     fresh: bool = False
     backend: Literal["native", "auto-gptq", "autoawq"] = defaults.ENGINE
     backend_python: Path | None = None
+    push_to_hub: str | None = None
+    private: bool = False
+    commit_message: str | None = None
+    replace_on_hub: bool = False
 
     @property
     def exact_folds(self) -> bool:
@@ -196,7 +202,7 @@ class Recipe(LayerSettings):
     def settings(self) -> dict[str, Any]:
         """What decides the output's bytes, for the fingerprint: everything but where it goes and whether it
         resumes."""
-        skipped = {"output_path", "fresh", "model_path", "backend_python"}
+        skipped = {"output_path", "fresh", "model_path", "backend_python", *UPLOAD}
         return {
             k: (v if not isinstance(v, (Path, list, dict)) else str(v))
             for k, v in self.model_dump().items()

@@ -72,6 +72,10 @@ _KEYS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
             ("gpu", "the GPU that will serve it: quant list gpus"),
             ("tensor_parallel", "GPUs that share every layer"),
             ("vllm_version", "release of vLLM that will serve it"),
+            ("push_to_hub", "org/name[@branch]: the verified output is uploaded there"),
+            ("private", "push_to_hub: a new repository is private"),
+            ("commit_message", "push_to_hub: of the commit"),
+            ("replace_on_hub", "push_to_hub: replace a model that the repository holds already"),
         ),
     ),
 )

@@ -138,6 +138,29 @@ gpu_memory_utilization = click.option(
 )
 
 
+#: Where a finished output is uploaded to; each is an argument of :func:`quant.upload.destination`.
+upload = together(
+    click.option(
+        "--push-to-hub",
+        metavar="ORG/NAME",
+        help="Upload the verified output to that repository of the Hub, or ORG/NAME@BRANCH; token and "
+        "name are checked before the work begins.",
+    ),
+    click.option("--private", is_flag=True, help="--push-to-hub: a new repository is private."),
+    click.option(
+        "--commit-message",
+        metavar="TEXT",
+        show_default="what is uploaded",
+        help="--push-to-hub: of the commit.",
+    ),
+    click.option(
+        "--replace-on-hub",
+        is_flag=True,
+        help="--push-to-hub: replace a model that the repository holds already.",
+    ),
+)
+
+
 def tensor_parallel(default: int | str = 1) -> Decorator:
     """``default``: a degree, or in words what None stands for."""
     return click.option(

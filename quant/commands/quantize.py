@@ -212,6 +212,7 @@ job_options = together(
         help="Check everything, predict bytes, memory and time, write nothing; takes no --output-path.",
     ),
     fresh,
+    options.upload,
     click.option(
         "--backend",
         type=click.Choice([defaults.ENGINE, *defaults.LEGACY_ENGINES]),
@@ -267,6 +268,7 @@ def layer_wise(out: Output, **asked: Any) -> None:
 @calibration_options
 @options.device
 @fresh
+@options.upload
 @common_options
 def smooth(out: Output, method: str, **asked: Any) -> None:
     """Scale inputs into the weights that read them, and quantize nothing: a checkpoint in the source's dtype
@@ -294,6 +296,7 @@ def _job(out: Output, asked: dict[str, Any], needs_layers: bool = False) -> None
 
 def _run(out: Output, values: dict[str, Any], dry_run: bool = False) -> None:
     from quant.commands.render import planning, results
+    from quant.commands.uploading import finish
     from quant.hub import local_model
 
     if isinstance(values["model_path"], str):  # of a recipe file: options are directories already
@@ -304,6 +307,7 @@ def _run(out: Output, values: dict[str, Any], dry_run: bool = False) -> None:
         values = {**values, "output_path": _free_name(values["model_path"])}
     with out.progress() as progress:
         from quant import jobs  # brings torch, which takes seconds
+        from quant.upload import destination_of
 
         progress(Event("planning"))
         resolved = jobs.resolve(values)
@@ -312,11 +316,16 @@ def _run(out: Output, values: dict[str, Any], dry_run: bool = False) -> None:
                 progress(Event("planning", message=note))
             if resolved.recommendation is not None:
                 out.details(planning.sources(resolved.recommendation))
-            plan = jobs.plan(resolved.recipe)
-            if dry_run:
-                prediction = jobs.estimate(plan, progress)
+            report = None if dry_run else jobs.made(resolved.recipe)
+            if report is not None:
+                message = f"{report.output_path}: made already, {report.provenance.date}: uploading it"
+                progress(Event("planning", message=message))
             else:
-                report = jobs.run(plan, progress, out.outcome.command)
+                plan = jobs.plan(resolved.recipe)
+                if dry_run:
+                    prediction = jobs.estimate(plan, progress)
+                else:
+                    report = jobs.run(plan, progress, out.outcome.command)
     if not isinstance(resolved, jobs.ResolvedJob):
         nothing = resolved
         value = {**nothing.to_dict(), "output_path": None}
@@ -327,8 +336,9 @@ def _run(out: Output, values: dict[str, Any], dry_run: bool = False) -> None:
         prediction |= {} if named else {"output_path": None}
         out.result(prediction, lambda console: results.prediction(console, prediction))
         return
+    assert report is not None
     out.seconds = dict(report.seconds)
-    out.result(report.to_dict(), lambda console: results.quantization(console, report))
+    finish(out, report, destination_of(resolved.recipe), results.quantization)
 
 
 def _free_name(model_path: Any) -> Path:

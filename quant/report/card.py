@@ -58,18 +58,25 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
     return metadata, body.strip()
 
 
-def card(report: Report, config: Mapping[str, Any], source_card: str, kl: Mapping[str, Any] | None) -> str:
+def card(
+    report: Report,
+    config: Mapping[str, Any],
+    source_card: str,
+    kl: Mapping[str, Any] | None,
+    repository: str | None = None,
+) -> str:
     """The text of README.md. Nothing in it varies between runs of one job.
 
     Args:
         config: config.json of the source.
         source_card: the source's README.md, or empty.
         kl: ``mean`` and ``standard_error`` in nats per token, with ``text``; None where it was not measured.
+        repository: the Hub id that it is uploaded to, by which vLLM then serves it.
     """
     metadata, body = split_card(source_card)
     job, source = report.quantization, Path(report.source_path)
     origin = base_model(source, config, metadata)
-    name = Path(report.output_path).name
+    name = repository.partition("/")[2] if repository else Path(report.output_path).name
     schemes = list(dict.fromkeys(x.scheme for x in job.layers)) if job is not None else []
     scheme = str(job.scheme.get("name", "")) if job is not None else ""
     made = job is not None and job.methods != ("none",)
@@ -115,8 +122,18 @@ def card(report: Report, config: Mapping[str, Any], source_card: str, kl: Mappin
         ]
     if report.serve_command is not None:
         arguments = " ".join(f"--{k} {v}" for k, v in report.vllm.items() if not isinstance(v, (dict, list)))
-        lines += ["## Serve", "", "```sh", f"vllm serve ./{_word(name)} {arguments}".rstrip(), "```", ""]
-        lines += ["or `quant-deploy serve -m` this folder, which fits the context to the GPU.", ""]
+        lines += [
+            "## Serve",
+            "",
+            "```sh",
+            f"vllm serve {repository or f'./{_word(name)}'} {arguments}".rstrip(),
+            "```",
+            "",
+        ]
+        what = (
+            f"`quant-deploy serve -m {repository}`" if repository else "`quant-deploy serve -m` this folder"
+        )
+        lines += [f"or {what}, which fits the context to the GPU.", ""]
     if job is not None and (settings := _settings(job.settings)):
         lines += ["## Recipe", "", "```yaml", settings, "```", ""]
     lines.append(_END)

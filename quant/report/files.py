@@ -56,6 +56,13 @@ def _whole(value: Mapping[str, Any]) -> bool:
     )
 
 
+def measured_kl(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The divergence of :func:`load_evaluation` with the text that it was measured on, as a card has it."""
+    if evaluation is None or not evaluation.get("kl"):
+        return None
+    return {**evaluation["kl"], "text": evaluation["text"]}
+
+
 def savable(folder: str | Path) -> str | None:
     """Why numbers cannot be kept beside a checkpoint, or None."""
     if Report.load(folder) is not None:
@@ -86,9 +93,8 @@ def save_evaluation(folder: str | Path, value: Mapping[str, Any]) -> list[Path]:
     write_text(folder / EVALUATION, json.dumps(dict(value), indent=2) + "\n")
     kept = load_evaluation(folder)
     write_text(folder / PAGE, page(report, checkpoint, kept))
-    kl = {**kept["kl"], "text": kept["text"]} if kept is not None and kept.get("kl") else None
     old = source_card([folder])
-    write_text(folder / CARD, card(report, checkpoint.config, old, kl))
+    write_text(folder / CARD, card(report, checkpoint.config, old, measured_kl(kept)))
     return [folder / name for name in (EVALUATION, PAGE, CARD)]
 
 
