@@ -22,6 +22,7 @@ class Behaviour:
 
     Attributes:
         ttft, itl: seconds to the first token and between two.
+        root: folder of the checkpoint that it says it serves.
         fault: see ``_FAULTS``; ``every``: it shows in each n-th request.
         slots: requests at a time, the others wait; 0: all.
         stall_at, stall: the whole server stands still for so many seconds once, so many after its start.
@@ -34,6 +35,7 @@ class Behaviour:
     every: int = 1
     slots: int = 0
     key: str = ""
+    root: str = ""
     counted: bool = True
     tokenizes: bool = True
     refuses: tuple[str, ...] = ()
@@ -83,7 +85,9 @@ class FakeEndpoint:
         if b.key and fields.get("authorization") != f"Bearer {b.key}":
             return await _plain(writer, 401, {"error": {"message": "no"}})
         if path == "/v1/models":
-            return await _plain(writer, 200, {"data": [{"id": "m", "max_model_len": 4096}]})
+            return await _plain(
+                writer, 200, {"data": [{"id": "m", "root": b.root or None, "max_model_len": 4096}]}
+            )
         if path == "/metrics":
             text = f"vllm:num_requests_running {self.running}\nvllm:num_preemptions_total 3\n"
             return await _plain(writer, 200, text)
