@@ -38,6 +38,21 @@ class CheckpointError(QuantError):
     """A checkpoint directory that cannot be read as it claims to be."""
 
 
+class SourceFault(CheckpointError):
+    """What a job found in its source on the way: the same command would end there again, so that nothing of
+    its work is kept."""
+
+
+class NotFinite(SourceFault):
+    """A tensor of a source that holds NaN or infinity."""
+
+    def __init__(self, file: object, tensor: str):
+        super().__init__(
+            f"{file}: {tensor} holds NaN or infinity: the source is damaged, fetch it again; quant verify "
+            "lists every such tensor"
+        )
+
+
 class DiskFull(QuantError):
     """The disk has no room for what is about to be written."""
 

@@ -114,7 +114,8 @@ def local_model(model: str | Path, download: bool = True) -> Path:
 
     Raises:
         UsageError: a revision that is not one.
-        CheckpointError: not in the cache and not to be fetched; or no such model, no access, no network.
+        CheckpointError: not in the cache and not to be fetched, also because its first part is a directory
+            here, so that a path is meant; or no such model, no access, no network.
     """
     text = str(model)
     if not is_hub_id(text):
@@ -132,6 +133,11 @@ def local_model(model: str | Path, download: bool = True) -> Path:
         cached = None
     if cached is not None and _whole(cached):
         return cached
+    if cached is None and Path(repo).parent.is_dir():
+        raise CheckpointError(
+            f"{text}: there is no such directory in {Path(repo).parent.resolve()}; of a Hub model by that "
+            f"name the cache has nothing: hf download {repo} puts it there"
+        )
     where = (
         f"there is no such directory, and {'only a part of it is' if cached else 'it is not'} in the cache"
     )

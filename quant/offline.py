@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -51,7 +52,8 @@ def load_config(path: Path) -> Any:
     Raises:
         CheckpointError: a model type that this transformers does not know, or invalid values.
     """
-    stated = read_json(path / "config.json", "the config").get("num_hidden_layers")
+    config = read_json(path / "config.json", "the config")
+    stated = config.get("num_hidden_layers")
     if isinstance(stated, int) and stated > _MOST_LAYERS:  # transformers makes lists of that length
         raise CheckpointError(
             f"{path / 'config.json'}: num_hidden_layers is {clipped(stated)}: no model has so many: repair "
@@ -61,5 +63,16 @@ def load_config(path: Path) -> Any:
         return transformers().AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # transformers raises ValueError, KeyError and validation errors of its own
         raise CheckpointError(
-            f"{path / 'config.json'}: transformers cannot use it: {first_line(error)}"
+            f"{path / 'config.json'}: transformers cannot use it: {_reason(config, error)}: what needs no "
+            "model in memory takes it all the same (quant verify; quant quantize --method minmax, fp8 or hqq)"
         ) from error
+
+
+def _reason(config: Mapping[str, Any], error: Exception) -> str:
+    """Why a config is refused, in words for what happens often."""
+    kind, package = config.get("model_type"), transformers()
+    if kind is None or kind in package.CONFIG_MAPPING:
+        return first_line(error).rstrip(".")
+    if "auto_map" in config:
+        return f"model_type {clipped(kind)} is a class of the model's own (auto_map), which is never run here"
+    return f"it knows no model_type {clipped(kind)} in release {package.__version__}"

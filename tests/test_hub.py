@@ -50,6 +50,17 @@ def test_a_directory_of_that_name_goes_first(
     assert local_model("org/tiny") == Path("org/tiny")
 
 
+def test_a_name_below_a_directory_is_a_path(
+    cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("out", "org"):
+        (tmp_path / folder).mkdir()
+    with pytest.raises(CheckpointError, match=f"out/nothing: there is no such directory in {tmp_path}/out"):
+        local_model("out/nothing")
+    assert local_model("org/tiny") == cached  # what the cache has is found all the same
+
+
 def test_offline_says_where_was_looked_and_what_to_do(cached: Path) -> None:
     for name in ("org/other", "org/tiny@v2"):
         with pytest.raises(CheckpointError, match="not in the cache .*HF_HUB_OFFLINE.*hf download org/"):

@@ -187,6 +187,10 @@ class WorkFolder:
         sync_folder(self.output.parent)
         self.release()
 
+    def abandon(self) -> None:
+        """Gives up what is finished: the folder goes when the lock does."""
+        self.finished.clear()
+
     def release(self) -> None:
         """Lets go of the lock. Finished work stays; a folder in which nothing was finished goes."""
         if self._lock >= 0:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from quant.checkpoint.header import FLOATS, TensorInfo
 from quant.checkpoint.reader import Checkpoint
-from quant.errors import QuantError
+from quant.errors import NotFinite, QuantError
 from quant.formats import QuantizedLayers
 from quant.formats.base import ValueCheck
+from quant.models.roles import leftover
 from quant.vllm.cache import CACHE_SCALES
 from quant.vllm.layers import Linear
 
@@ -81,7 +82,8 @@ def _scan_file(
         digest.update(stream.read(tensors[0].start) if tensors else b"")
     for info in tensors:
         whole = _whole_check(info, layers, target)
-        check = whole or _check_of_numbers(info, layers)
+        # of a mask that no engine reads infinity is a value like others
+        check = whole or (None if leftover(info) else _check_of_numbers(info, layers))
         # what the format tests is a pattern over the whole tensor; floats are judged piece by piece
         chunk = _CHUNK if whole is None else max(1, info.nbytes)
         original: Iterator[bytes] | None = None
@@ -129,6 +131,20 @@ def _natural_order(linear: Linear) -> ValueCheck:
     size = linear.k // linear.weights.groups(linear.k)
     natural = (np.arange(linear.k) // size).astype("<i4").tobytes()
     return lambda data: None if data == natural else "is reordered: vLLM drops it and reads wrong values"
+
+
+def finite_pieces(checkpoint: Checkpoint, name: str) -> Iterator[bytes]:
+    """The bytes of a tensor as the file has them, in pieces.
+
+    Raises:
+        NotFinite: it holds NaN or infinity, and is no leftover buffer.
+    """
+    info = checkpoint.info(name)
+    check = None if leftover(info) else _check_of_numbers(info, None)
+    for piece in checkpoint.read_bytes(name):
+        if check is not None and check(piece):
+            raise NotFinite(info.file, name)
+        yield piece
 
 
 def _check_of_numbers(

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from quant.checkpoint.header import FLOATS, TensorInfo
-from quant.errors import UsageError
+from quant.errors import UsageError, clipped
 from quant.models.decoder import Decoder
 from quant.models.families import FAMILIES, WRAPPERS, Family
 from quant.models.place import decoder_list
@@ -24,8 +24,10 @@ from quant.models.roles import block_list, block_of, role_of
 from quant.models.shapes import decoder_weights
 from quant.vllm.config import (
     HEAD_SIZES,
+    HEADER_DTYPES,
     KEYS,
     KV_HEADS,
+    TORCH_DTYPES,
     block_count,
     heads_of,
     parts,
@@ -131,6 +133,7 @@ def implied_problems(
     if file.decoder is None:
         return []
     problems = [
+        *_dtype_problems(file),
         *_place_problems(file),
         *_table_problems(file),
         *_count_problems(file),
@@ -167,6 +170,24 @@ def _wrapped(tensors: Mapping[str, TensorInfo]) -> str | None:
                 f"it: save the model itself (the tensor is then {good})"
             )
     return None
+
+
+def _dtype_problems(file: _File) -> Iterator[str]:
+    """A dtype that torch has not: transformers looks it up there, and so every engine that reads by it."""
+    stated_names = {
+        p[k]: k for p in parts(file.config) for k in ("dtype", "torch_dtype") if isinstance(p.get(k), str)
+    }
+    for name, key in stated_names.items():
+        if TORCH_DTYPES.fullmatch(name):
+            continue
+        sizes = dict.fromkeys(HEADER_DTYPES, 0)
+        for own, header in HEADER_DTYPES.items():
+            sizes[own] = sum(i.numel for i in file.infos.values() if i.dtype == header)
+        most = max(sizes, key=lambda n: sizes[n])
+        yield (
+            f"{key} is {clipped(name)} in config.json, which is no dtype of torch, and engines look it up "
+            f"there: set it to {most}{', which most weights are stored in' if sizes[most] else ''}"
+        )
 
 
 def _place_problems(file: _File) -> Iterator[str]:

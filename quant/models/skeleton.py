@@ -18,7 +18,7 @@ from torch import nn
 
 from quant.checkpoint.dtypes import TORCH
 from quant.checkpoint.reader import Checkpoint
-from quant.errors import CheckpointError, first_line
+from quant.errors import CheckpointError, NotFinite, first_line
 from quant.models.adapter import InputGroup, adapter_for
 from quant.models.binding import BlockLinear, bind
 from quant.models.calls import BlockCall, CallSharing, call_block
@@ -26,6 +26,7 @@ from quant.models.experts import Experts, Routed, Stage, experts_through, find_e
 from quant.models.roles import leftover
 from quant.models.sources import SourceFinder
 from quant.offline import load_config, transformers
+from quant.tensors import all_finite
 from quant.vllm.config import head_size, text_config
 
 #: Modules of a wrapper that no text goes through.
@@ -118,13 +119,6 @@ class _Recorder(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.__dict__["_block"], name)
-
-
-def _all_finite(value: torch.Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity. A finite sum says so at less cost than looking at
-    each."""
-    total = value.sum(dtype=torch.float32)
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(value).all())
 
 
 def compute_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
@@ -429,7 +423,12 @@ class Skeleton:
 
     @contextmanager
     def outside(self) -> Iterator[None]:
-        """Holds everything but the blocks in memory: embeddings, final norm, head."""
+        """Holds everything but the blocks in memory: embeddings, final norm, head.
+
+        Raises:
+            CannotRun: the file lacks one.
+            NotFinite: one holds NaN or infinity.
+        """
         kept = {names[0]: self.model.get_parameter(names[0]) for names in self._outside}
         try:
             for names in self._outside:
@@ -441,7 +440,7 @@ class Skeleton:
                         f"{self.checkpoint.path}: has no tensor {names[0]!r}, which the model needs, or has "
                         "it by another name"
                     )
-                value = self._parameter(self.checkpoint.read(stored))
+                value = self._parameter(self._finite(stored))
                 for name in names:
                     self._set(name, value)
             yield
@@ -564,7 +563,7 @@ class Skeleton:
         name.
 
         Raises:
-            CheckpointError: a weight with NaN or infinity.
+            NotFinite: a weight with NaN or infinity.
         """
         block, prefix = self.blocks[index], f"{self.blocks_path}.{index}."
         for name in [n for n, _ in block.named_parameters()]:
@@ -586,11 +585,8 @@ class Skeleton:
                         kept = linear.ref.weight.view(replaced[linear.ref.tensor])
                     value = kept if kept is not None else linear.ref.read(self.checkpoint)
                     # one by one: of all at once the check itself would take half of their memory
-                    if not _all_finite(value):
-                        raise CheckpointError(
-                            f"{self.checkpoint.path}: {linear.ref.name} holds NaN or infinity: the source "
-                            "is damaged, fetch it again"
-                        )
+                    if not all_finite(value):
+                        raise NotFinite(self.checkpoint.info(linear.ref.tensor).file, linear.ref.tensor)
                     linear.place.view(whole).copy_(value)
             self._set(prefix + name, nn.Parameter(whole, requires_grad=False))
         for name, buffer in block.named_buffers():
@@ -602,15 +598,11 @@ class Skeleton:
         """A tensor of the file.
 
         Raises:
-            CheckpointError: it holds NaN or infinity.
+            NotFinite: it holds NaN or infinity.
         """
         value = self.checkpoint.read(tensor)
-        if not _all_finite(value):
-            raise CheckpointError(
-                f"{self.checkpoint.info(tensor).file}: {tensor} holds NaN or infinity: the source is "
-                "damaged, fetch "
-                "it again"
-            )
+        if not all_finite(value):
+            raise NotFinite(self.checkpoint.info(tensor).file, tensor)
         return value
 
     def free_block(self, index: int) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from quant.calibration.statistics import Accumulator, Statistics
 from quant.checkpoint.dtypes import TORCH
-from quant.errors import QuantError
+from quant.errors import QuantError, SourceFault
 from quant.models.adapter import InputGroup
 from quant.models.attention import observed_attention
 from quant.models.binding import BlockLinear
@@ -81,6 +81,7 @@ class BlockResult:
 
         Raises:
             QuantError: the block has names for them, but no attention that could be observed.
+            SourceFault: keys or values hold NaN or infinity.
         """
         for name in names:
             if self._cache is None:
@@ -90,7 +91,7 @@ class BlockResult:
                 )
             largest = self._cache[0 if name.endswith("k_scale") else 1]
             if not bool(torch.isfinite(largest)):
-                raise QuantError(
+                raise SourceFault(
                     f"{name}: the cache's values hold NaN or infinity on calibration tokens: run quant "
                     "evaluate on the source"
                 )
@@ -654,10 +655,10 @@ def _outlier_notes(statistics: Statistics) -> tuple[str, ...]:
 def _demand_finite(statistics: Statistics, linear: str) -> None:
     """
     Raises:
-        QuantError: an input that holds NaN or infinity.
+        SourceFault: an input that holds NaN or infinity.
     """
     if not statistics.finite:
-        raise QuantError(
+        raise SourceFault(
             f"{linear}: its inputs hold NaN or infinity on calibration tokens: the model overflows or its "
             "weights or config.json are damaged: run quant evaluate on the source; --method minmax "
             "--scheme w4a16 needs no inputs"

@@ -94,7 +94,7 @@ def estimate(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
         logits = 4 * ROWS * TOKENS * int(text_config(plan.checkpoint.config).get("vocab_size") or 0)
         cost = replace(cost, peak_rss=cost.peak_rss + _LOGITS * logits)
     _check_memory(cost.peak_rss, memory.total)
-    check_disk(plan.recipe.output_path, plan.output_bytes + plan.copied_bytes, cost.scratch)
+    check_disk(plan.recipe.output_path, plan.disk_bytes, cost.scratch)
     value.update(
         scratch_bytes=cost.scratch, peak_rss_bytes=cost.peak_rss, peak_gpu_bytes=cost.peak_gpu,
         available_bytes=memory.available,

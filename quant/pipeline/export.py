@@ -103,7 +103,7 @@ def export(
             source_path=str(origin.path),
             format=job.form.name,
             source_bytes=origin.nbytes,
-            output_bytes=sum(f.stat().st_size for f in work.path.glob("*.safetensors")),
+            output_bytes=sum(t.spec.nbytes for u in job.units for s in u.shards for t in s.tensors),
             seconds={
                 **(seconds or {}),
                 "total": round(time.perf_counter() - start + (seconds or {}).get("quantize", 0.0), 3),
@@ -121,7 +121,7 @@ def export(
         write_report(work.path, report, origin, sources)
         work.publish()
     finally:
-        work.finished.clear()  # an export is a copy: it starts over rather than resuming
+        work.abandon()  # an export is a copy: it starts over rather than resuming
         work.release()
     return report
 

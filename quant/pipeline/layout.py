@@ -95,7 +95,9 @@ def lay_out(
         entry = members.setdefault(block_of(name), [])
         held = fused.get(name, [])
         if name.endswith(".weight") and module in linears:
-            entry += [OutputTensor(spec, module) for spec in form.specs(linears[module], dtype)]
+            # values stay in the dtype that each tensor is stored in; scales have the model's
+            own = stored if form.quant_method is None else dtype
+            entry += [OutputTensor(spec, module) for spec in form.specs(linears[module], own)]
         elif not any(ref.name in linears for ref in held):
             entry.append(OutputTensor(TensorSpec(name, stored, info.shape), rounded=rounded))
         elif form.quant_method is None:

@@ -22,7 +22,7 @@ from quant.checkpoint.header import read_header
 from quant.checkpoint.journal import WorkFolder
 from quant.checkpoint.reader import Checkpoint
 from quant.devices import device_of
-from quant.errors import QuantError, UsageError, VerificationFailed
+from quant.errors import QuantError, SourceFault, UsageError, VerificationFailed
 from quant.evaluation.preservation import preservation
 from quant.evaluation.verify import verify
 from quant.formats import Contents
@@ -106,7 +106,8 @@ class QuantizationManager:
         """Quantizes, writes, verifies, publishes; returns the report.
 
         Raises:
-            QuantError: with finished work kept for the next run of the same command.
+            QuantError: with finished work kept for the next run of the same command, unless the fault is
+                the source's.
         """
         start = time.perf_counter()
         for note in self.plan.notes:
@@ -147,6 +148,9 @@ class QuantizationManager:
                     self._data_free(work)
             report = self._finish(work, rows, start)
             work.publish()
+        except SourceFault:
+            work.abandon()
+            raise
         finally:
             work.release()
         return report
@@ -404,7 +408,7 @@ class QuantizationManager:
             if verification.failed:
                 raise VerificationFailed(
                     f"{work.path}: the output failed its own verification: "
-                    f"{'; '.join(verification.failed[:5])}. It was not published"
+                    f"{'; '.join(verification.failed[:5])}. It was not published; --fresh makes it anew"
                 )
             preserved = (
                 preservation(checkpoint.path, work.path, self.device) if plan.methods == ["none"] else None
@@ -420,7 +424,7 @@ class QuantizationManager:
             source_path=str(checkpoint.path),
             format=plan.format.name,
             source_bytes=checkpoint.nbytes,
-            output_bytes=sum(f.stat().st_size for f in work.path.glob("*.safetensors")),
+            output_bytes=plan.output_bytes,
             seconds={k: round(v, 3) for k, v in self.clock.seconds.items()}
             | {"total": round(time.perf_counter() - start, 3)},
             peak_rss_bytes=peak_rss(),

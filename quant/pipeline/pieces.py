@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 
 from quant.checkpoint.dtypes import TORCH
-from quant.errors import CheckpointError
+from quant.errors import NotFinite
 from quant.pipeline.plan import JobPlan
 from quant.pipeline.records import Records
 from quant.quantizers import Quantized, Quantizer
@@ -86,7 +86,7 @@ class PieceQuantizer:
         piece is in memory. A method that asks for statistics gives way to rounding to the nearest.
 
         Raises:
-            CheckpointError: its weight holds NaN or infinity.
+            NotFinite: its weight holds NaN or infinity.
         """
         assignment = self.plan.assignments[name]
         weights = assignment.scheme.weights
@@ -116,7 +116,7 @@ class PieceQuantizer:
         on the device; and the sum of its squares.
 
         Raises:
-            CheckpointError: it holds NaN or infinity.
+            NotFinite: it holds NaN or infinity.
         """
         size = PIECE.get(self.device.type, PIECE["cuda"])
         block = BLOCK if self.plan.assignments[name].scheme.weights.strategy == "block" else 1
@@ -128,11 +128,7 @@ class PieceQuantizer:
             squares = sum_of_squares(weight)
             # a sum of squares is finite only if every number is; those of large numbers may overflow
             if not bool(torch.isfinite(squares)) and not bool(torch.isfinite(weight).all()):
-                raise CheckpointError(
-                    f"{self.plan.checkpoint.info(ref.tensor).file}: {ref.tensor} holds NaN or infinity: the "
-                    "source is "
-                    "damaged, fetch it again"
-                )
+                raise NotFinite(self.plan.checkpoint.info(ref.tensor).file, ref.tensor)
             yield stored, weight, squares
 
     @cached_property

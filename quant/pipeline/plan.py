@@ -101,7 +101,13 @@ class JobPlan:
 
     @property
     def output_bytes(self) -> int:
-        return sum(s.nbytes for u in self.units for s in u.shards)
+        """Bytes of the output's tensors."""
+        return sum(t.spec.nbytes for u in self.units for s in u.shards for t in s.tensors)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of its files, those that are copied beside the weights among them."""
+        return sum(s.nbytes for u in self.units for s in u.shards) + self.copied_bytes
 
     @property
     def weights(self) -> list[DecoderWeight]:
@@ -180,7 +186,9 @@ def plan_job(recipe: Recipe) -> JobPlan:
     dtype = checkpoint.dtype
     if dtype not in ("BF16", "F16", "F32"):
         problems.append(
-            f"{checkpoint.path}: most weights are stored as {dtype}: quantizing starts from BF16, F16 or F32"
+            f"{checkpoint.path}: most weights are stored as {dtype}: quantizing starts from BF16, F16 or "
+            "F32: load it in transformers with dtype=torch.bfloat16, save_pretrained it elsewhere, and "
+            "quantize that"
         )
     if form.quant_method is not None:
         # of the scales; a config may state another dtype than the weights are stored in
@@ -285,7 +293,7 @@ def plan_job(recipe: Recipe) -> JobPlan:
         tuple(notes),
         left,
     )
-    check_disk(recipe.output_path, plan.output_bytes + plan.copied_bytes)
+    check_disk(recipe.output_path, plan.disk_bytes)
     return plan
 
 

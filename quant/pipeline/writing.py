@@ -20,12 +20,13 @@ import torch
 
 from quant.checkpoint.dtypes import TORCH
 from quant.checkpoint.reader import INDEX, REWRITTEN, STALE, Checkpoint
-from quant.checkpoint.writer import ShardWriter, write_text
-from quant.errors import DiskFull
+from quant.checkpoint.writer import ShardWriter, TensorSpec, write_text
+from quant.errors import DiskFull, NotFinite, SourceFault
+from quant.evaluation.values import finite_pieces
 from quant.formats import Format
 from quant.models.linears import LinearRef
 from quant.pipeline.layout import OutputTensor, Unit, weight_map
-from quant.tensors import QuantizedTensor
+from quant.tensors import QuantizedTensor, all_finite
 from quant.vllm.arguments import Argument, vllm_config
 from quant.vllm.layers import Linear
 
@@ -60,10 +61,11 @@ def write_unit(
         ]
         claimed()
 
-        def write_linear(linear: str, names: Sequence[str], writer: ShardWriter) -> None:
-            packed = form.pack(linears[linear], produce(linear), TORCH[dtype])
-            for name in names:
-                writer.write(name, packed.pop(name))
+        def write_linear(linear: str, specs: Sequence[TensorSpec], writer: ShardWriter) -> None:
+            own = specs[0].dtype if form.quant_method is None else dtype
+            packed = form.pack(linears[linear], produce(linear), TORCH[own])
+            for spec in specs:
+                writer.write(spec.name, packed.pop(spec.name))
 
         def write_other(tensor: OutputTensor, writer: ShardWriter) -> None:
             name, wanted = tensor.spec.name, TORCH[tensor.spec.dtype]
@@ -71,20 +73,20 @@ def write_unit(
                 held = [refs[n] for n in tensor.linears]
                 writer.write_pieces(name, _refused(source, name, held, produce, wanted))
             elif tensor.part is not None:
-                writer.write(name, tensor.part.read(source).to(wanted))
+                writer.write(name, _narrowed(tensor.part.read(source), wanted, source, tensor.part.tensor))
             elif changed and name in changed:
                 writer.write(name, changed[name])
             elif tensor.rounded:
                 pieces = source.read_rows(name, max(1, _PIECE // max(1, prod(tensor.spec.shape[1:]))))
-                writer.write_pieces(name, (_bytes(p.to(wanted)) for p in pieces))
+                writer.write_pieces(name, (_bytes(_narrowed(p, wanted, source, name)) for p in pieces))
             else:
-                writer.write_pieces(name, source.read_bytes(name))
+                writer.write_pieces(name, finite_pieces(source, name))
 
         jobs: list[Callable[[], None]] = []
         for shard, writer in zip(unit.shards, writers, strict=True):
             for linear, tensors in groupby(shard.tensors, lambda t: t.linear):
                 if linear is not None:
-                    jobs.append(partial(write_linear, linear, [t.spec.name for t in tensors], writer))
+                    jobs.append(partial(write_linear, linear, [t.spec for t in tensors], writer))
                 else:
                     jobs += [partial(write_other, t, writer) for t in tensors]
         _do(jobs, workers)
@@ -104,10 +106,29 @@ def _refused(
     for ref in refs:
         by_expert.setdefault(ref.weight.expert or 0, []).append(ref)
     for expert in range(source.info(name).shape[0]):
-        slab = source.read_index(name, expert).to(dtype).contiguous()
+        slab = _narrowed(source.read_index(name, expert), dtype, source, name).contiguous()
         for ref in by_expert.get(expert, []):
             replace(ref.weight, expert=None).view(slab).copy_(produce(ref.name).dequantize())
         yield _bytes(slab)
+
+
+def _narrowed(value: torch.Tensor, dtype: torch.dtype, source: Checkpoint, name: str) -> torch.Tensor:
+    """Values of a tensor of the source in the dtype that they are written in.
+
+    Raises:
+        NotFinite: the source's are not finite.
+        SourceFault: they are, and ``dtype`` has no room for them.
+    """
+    made = value.to(dtype)
+    if made.is_floating_point() and not all_finite(made):
+        if not all_finite(value):
+            raise NotFinite(source.info(name).file, name)
+        raise SourceFault(
+            f"{source.info(name).file}: {name} holds values of up to {float(value.abs().max()):.3g}, which "
+            f"{str(dtype).removeprefix('torch.')} has no room for: state bfloat16 as dtype in the source's "
+            "config.json"
+        )
+    return made
 
 
 def _bytes(value: torch.Tensor) -> bytes:

@@ -363,7 +363,7 @@ class Report:
         output_path: where it is published.
         source_path: the checkpoint that it was made from.
         format: its format's name in the registry.
-        source_bytes, output_bytes: of tensors, and of weight files.
+        source_bytes, output_bytes: of the tensors as they are stored; files are larger by their headers.
         seconds: by phase, and ``total``.
         peak_rss_bytes: largest resident memory of the process.
         side_files_dropped: ``file`` and ``reason`` of the source's files that are not in the output.

@@ -708,12 +708,12 @@ def _shape_problem(linear: Linear, ranks: int, heads: Heads | None, followed: bo
         else:
             fits = [x for x in (128, 64, 32, 16, 8) if linear.k % x == 0 and x < g]
             use = f"--group-size {fits[0]} or -1" if fits else "--group-size -1"
-        return f"{linear.k} inputs do not divide into groups of {g}: use {use}, or {ignore}"
+        return f"{linear.k} inputs do not divide into groups of {g}: quantize with {use}, or {ignore}"
     ragged = next((s for s in _shards(linear, 1, heads, followed) if s.followed and s.outputs % BLOCK), None)
     if block and ragged:
         return (
             f"{ragged.outputs} outputs do not divide into blocks of {BLOCK}, which vLLM demands of all "
-            f"shards of a fused layer but the last: use --scheme w8a8-fp8, or {ignore}"
+            f"shards of a fused layer but the last: quantize with --scheme w8a8-fp8, or {ignore}"
         )
     uncut = _uncut(linear, ranks, heads)
     if uncut is None:
@@ -723,7 +723,7 @@ def _shape_problem(linear: Linear, ranks: int, heads: Heads | None, followed: bo
     smaller = [x for x in GROUP_SIZES[:0:-1] if grouped and x < g and linear.k % (ranks * x) == 0]
     return (
         f"{uncut[0]} over --tensor-parallel {ranks} do not divide{uncut[1]}: {_sizes(allowed)}"
-        f"{f'; or --group-size {smaller[0]}' if smaller else ''}"
+        f"{f'; or quantize with --group-size {smaller[0]}' if smaller else ''}"
     )
 
 

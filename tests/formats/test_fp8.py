@@ -194,7 +194,8 @@ def test_blocks_that_vllm_cannot_cut_are_named() -> None:
     assert shape_problems(linears(down_proj=(200, 256)), 1) == []
     (ragged,) = shape_problems(linears(down_proj=(256, 200)), 1)
     assert ragged.startswith(
-        "model.layers.*.mlp.down_proj: 200 inputs do not divide into groups of 128: use --scheme w8a8-fp8"
+        "model.layers.*.mlp.down_proj: 200 inputs do not divide into groups of 128: quantize with "
+        "--scheme w8a8-fp8"
     )
     (shard,) = shape_problems(linears(gate_proj=(200, 256), up_proj=(200, 256)), 1)
     assert shard.startswith("model.layers.*.mlp.gate_proj: 200 outputs do not divide into blocks of 128")

@@ -14,7 +14,10 @@ import pytest
 import torch
 
 from quant.checkpoint.reader import INDEX, open_checkpoint
+from quant.errors import NotFinite
+from quant.evaluation.inspect import inspect as inspect_checkpoint
 from quant.formats.reading import dequantized
+from quant.pipeline.export import export
 from quant.pipeline.plan import plan_job
 from quant.pipeline.records import Records
 from quant.quantizers import Quantized
@@ -181,7 +184,9 @@ def test_every_tensor_of_the_source_is_quantized_or_copied_and_the_report_says_w
     assert made == sorted(
         n.removesuffix("weight") + s for n in report["tensors"]["quantized"] for s in suffixes[form]
     )
-    assert report["output_bytes"] == sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    # of tensors, as every command counts them
+    assert report["output_bytes"] == inspect_checkpoint(folder)["total_bytes"]
+    assert report["source_bytes"] == inspect_checkpoint(llama)["total_bytes"]
 
 
 def test_side_files_are_byte_for_byte_and_config_is_written_last(llama: Path, tmp_path: Path) -> None:
@@ -310,19 +315,44 @@ def test_shards_close_at_their_size_and_never_inside_a_linear(
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
-def test_a_nan_weight_stops_the_job_and_leaves_no_output(llama: Path, tmp_path: Path) -> None:
-    from quant.errors import CheckpointError
-
+@pytest.mark.parametrize(
+    "tensor",
+    ["model.layers.1.mlp.down_proj.weight", "model.layers.1.input_layernorm.weight",
+     "model.embed_tokens.weight", "model.norm.weight"],
+)  # fmt: skip
+@pytest.mark.parametrize("method", ["minmax", "gptq", "none", "export"])
+def test_a_source_that_holds_nan_is_named_and_leaves_nothing(
+    method: str, tensor: str, llama: Path, tmp_path: Path
+) -> None:
+    """Also tensors that are copied; and no unfinished work, which no settings could finish."""
     source = copy_model(llama, tmp_path / "source")
     tensors = load_all(source)
-    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = torch.nan
+    tensors[tensor].view(-1)[5] = -torch.inf
     save_all(source, tensors)
-    for method in ("minmax", "gptq"):
-        with pytest.raises(
-            CheckpointError, match="model.layers.1.mlp.down_proj.weight holds NaN or infinity"
-        ):
-            quantize(source, tmp_path / method, method=method, group_size=32)
-        assert not (tmp_path / method).exists()
+    with pytest.raises(NotFinite, match=f"{tensor} holds NaN or infinity: the source is damaged"):
+        if method == "export":
+            export(source, tmp_path / "out")
+        elif method == "none":
+            quantize(
+                source, tmp_path / "out", method=method, format="plain", outlier_suppression="smooth_quant"
+            )
+        else:
+            quantize(source, tmp_path / "out", method=method, group_size=32)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+def test_leftover_masks_may_hold_infinity_and_plain_values_keep_their_dtype(
+    llama: Path, tmp_path: Path
+) -> None:
+    source = copy_model(llama, tmp_path / "source")
+    tensors = load_all(source)
+    mask, wide = "model.layers.0.self_attn.masked_bias", "model.layers.1.mlp.up_proj.weight"
+    tensors |= {mask: torch.tensor(-torch.inf), wide: tensors[wide].double()}
+    save_all(source, tensors)
+    quantize(source, tmp_path / "out", method="none", format="plain", outlier_suppression="smooth_quant")
+    made = load_all(tmp_path / "out")
+    assert torch.equal(made[mask], tensors[mask]) and made[wide].dtype == torch.float64
+    assert bool((torch.frexp(made[wide] / tensors[wide]).mantissa == 0.5).all())  # scaled by powers of two
 
 
 def test_the_report_has_the_keys_of_the_contract_and_is_the_file(tmp_path: Path) -> None:

@@ -47,7 +47,8 @@ def test_a_group_size_that_does_not_divide_names_the_layers_and_one_that_does(
 ) -> None:
     (problem,) = problems_of(llama, tmp_path / "out", group_size=64)
     assert problem.startswith(
-        "model.layers.*.mlp.down_proj: 96 inputs do not divide into groups of 64: use --group-size 32 or -1"
+        "model.layers.*.mlp.down_proj: 96 inputs do not divide into groups of 64: quantize with "
+        "--group-size 32 or -1"
     )
     (problem,) = problems_of(llama, tmp_path / "out", group_size=64, layers="down_proj")
     assert "or --ignore 'down_proj'" in problem
@@ -168,7 +169,7 @@ def test_a_dry_run_counts_the_scratch_file(
     )
     scratch = estimate(plan)["scratch_bytes"]
     assert scratch > 0
-    room = plan.output_bytes + plan.copied_bytes + scratch
+    room = plan.disk_bytes + scratch
     for free in (room, room - 1):
         monkeypatch.setattr("shutil.disk_usage", lambda folder, free=free: type("Usage", (), {"free": free}))
         with (
