@@ -38,6 +38,14 @@ deployment_options = together(
 )
 
 
+#: Kinds of :data:`quant.serving.artefacts.ARTEFACTS`, which is not imported for --help; a test holds both
+#: together.
+KINDS = [
+    "shell", "compose", "systemd", "kubernetes", "leaderworkerset", "kserve", "ray-serve", "production-stack",
+    "monitoring", "alerts", "dashboard",
+]  # fmt: skip
+
+
 def _planned(out: Output, model_path: Path, request: dict[str, Any]) -> Deployment:
     from quant.serving.deployment import DeploymentRequest
     from quant.serving.deployment import plan as make_plan
@@ -53,25 +61,46 @@ def _planned(out: Output, model_path: Path, request: dict[str, Any]) -> Deployme
 @click.option(
     "--output",
     "kind",
-    type=click.Choice(["shell", "compose", "kubernetes", "systemd"]),
+    type=click.Choice(KINDS),
     default="shell",
     show_default=True,
-    help="What to print.",
+    help="What to print; monitoring is the alerts and the dashboard as objects of a cluster.",
+)
+@click.option(
+    "--claim", metavar="NAME", help="PersistentVolumeClaim that holds the checkpoint, in a cluster."
+)
+@click.option("--claim-path", default="", help="Where in the claim it lies.")
+@click.option(
+    "--nodes", type=click.IntRange(1), default=1, show_default=True, help="Machines of a leaderworkerset."
+)
+@click.option(
+    "--price-per-hour",
+    type=click.FloatRange(0, min_open=True),
+    help="Of all its hardware: the dashboard shows the cost of a million tokens.",
 )
 @common_options
-def plan(out: Output, model_path: Path, kind: str, **request: Any) -> None:
+def plan(
+    out: Output,
+    model_path: Path,
+    kind: str,
+    claim: str | None,
+    claim_path: str,
+    nodes: int,
+    price_per_hour: float | None,
+    **request: Any,
+) -> None:
     """The exact vllm serve command for a checkpoint, and why each flag has its value. The context is fitted
     to the GPU.
 
     \b
     quant-deploy plan -m out/Llama-3.1-8B-W4A16 --output compose > compose.yaml
     """
-    from quant.serving.artefacts import artefact
+    from quant.serving.artefacts import Placement, artefact
 
     if request["port"] == 0:
         raise UsageError("--port is 0: a plan names the port, from 1 to 65535; serve takes a free one for 0")
     deployment = _planned(out, model_path, request)
-    text = artefact(deployment, kind)
+    text = artefact(deployment, kind, Placement(claim, claim_path.strip("/"), nodes, price_per_hour))
     out.result(
         deployment.to_dict() | {"output": kind, "artefact": text}, lambda c: click.echo(text, nl=False)
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quant import defaults
-from quant.checkpoint.reader import open_checkpoint
+from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.errors import CheckpointError, Problems, QuantError, UsageError, VerificationFailed
 from quant.evaluation.verify import verify
 from quant.hub import model_name, repository_of
@@ -98,6 +98,15 @@ class Deployment:
     extra: tuple[str, ...]
     api_key_env: str | None
     warnings: tuple[str, ...]
+    #: kind of hardware it is planned for (:attr:`quant.hardware.Gpu.platform`), and bytes of the tensors
+    platform: str = "cuda"
+    checkpoint_bytes: int = 0
+
+    @property
+    def ranks(self) -> int:
+        """GPUs that it takes: tensor times pipeline parallel."""
+        pipeline = _values(self.extra).get("--pipeline-parallel-size", "1")
+        return self.tensor_parallel * (int(pipeline) if pipeline.isdigit() else 1)
 
     def flags(self, *, host: str | None = None, port: int | None = None) -> list[str]:
         """Everything behind the model, as words of a command."""
@@ -171,6 +180,7 @@ def plan(path: str | Path, request: DeploymentRequest) -> Deployment:
             f"{path}: vLLM cannot serve it: {'; '.join(checked.failed[:3])}{more}. quant verify {path} "
             "lists every check"
         )
+    _check_kernels(checkpoint, request.gpu)
     derived = engine_arguments(checkpoint.config, tensor_parallel=parallel)
     chosen = {a.name: a for a in derived}
     chosen |= {
@@ -216,7 +226,37 @@ def plan(path: str | Path, request: DeploymentRequest) -> Deployment:
         request.extra,
         request.api_key_env,
         tuple(warnings),
+        _platform(request.gpu),
+        checkpoint.nbytes,
     )
+
+
+def _check_kernels(checkpoint: Checkpoint, gpu: str | None) -> None:
+    """
+    Raises:
+        VerificationFailed: vLLM has no kernel for a scheme of the checkpoint on the GPU that is named; what
+            the CPU build lacks is told by :func:`cpu_problems`.
+    """
+    from quant.formats import find_format
+    from quant.hardware import named_gpu
+    from quant.vllm.kernels import kernel_problem
+
+    device = named_gpu(gpu) if gpu is not None else None
+    layers = find_format(checkpoint.config, checkpoint.tensors)
+    if device is None or device.platform == "cpu" or layers is None:
+        return
+    for scheme in dict.fromkeys(x.scheme for x in layers.linears.values()):
+        if problem := kernel_problem(scheme, device):
+            raise VerificationFailed(f"{checkpoint.path}: {problem}")
+
+
+def _platform(gpu: str | None) -> str:
+    """The kind of hardware that is named or here; NVIDIA's where neither is."""
+    from quant.hardware import detect, named_gpu
+
+    if gpu is not None:
+        return named_gpu(gpu).platform
+    return next((g.platform for g in detect().gpus), "cuda")
 
 
 #: vLLM's own flags under which the accounting of memory does not hold.

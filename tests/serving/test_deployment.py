@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,8 +17,9 @@ import torch
 import yaml
 
 import deploy_vllm
+from quant.commands.deploy import KINDS
 from quant.errors import CheckpointError, UsageError, VerificationFailed
-from quant.serving.artefacts import artefact
+from quant.serving.artefacts import ARTEFACTS, Placement, artefact
 from quant.serving.deployment import DeploymentRequest, plan
 from tests.helpers import ROOT, quantize, short_text
 
@@ -244,7 +246,7 @@ def test_the_compose_file_publishes_on_the_wished_address_only(
         and service["volumes"][0]["read_only"]
     )
     words = service["command"]
-    assert _after(words, "--model") == service["volumes"][0]["target"]
+    assert words[0] == service["volumes"][0]["target"] and "--model" not in words  # vllm serve's own form
     assert (_after(words, "--host"), _after(words, "--port"), _after(words, "--tensor-parallel-size")) == (
         "0.0.0.0",
         "8000",
@@ -299,6 +301,114 @@ def test_the_systemd_unit_quotes_for_systemd(folder: Path) -> None:
         unit.write_text(text)
         done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True)
         assert "vllm-test.service" not in done.stderr.replace("EnvironmentFile", ""), done.stderr
+
+
+def _objects(deployment: Any, kind: str, **placement: Any) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(artefact(deployment, kind, Placement(**placement))))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "image", "resource"),
+    [
+        ("L40S-48GB", "vllm/vllm-openai:v", "nvidia.com/gpu"),
+        ("MI300X", "vllm/vllm-openai-rocm:v", "amd.com/gpu"),
+        ("cpu", "vllm/vllm-openai-cpu:v", None),
+    ],
+)
+def test_each_platform_gets_its_own_image_and_resources(
+    gpu: str, image: str, resource: str | None, made_of: Callable[..., Path]
+) -> None:
+    made = plan(made_of("w8a8-int8"), DeploymentRequest(gpu=gpu))
+    workload, _ = _objects(made, "kubernetes")
+    (container,) = workload["spec"]["template"]["spec"]["containers"]
+    assert container["image"].startswith(image)
+    assert container["resources"].get("limits", {}) == ({resource: 1} if resource else {})
+    tolerated = [t["key"] for t in workload["spec"]["template"]["spec"].get("tolerations", [])]
+    assert tolerated == ([resource] if resource else [])
+    ((service,),) = [list(o["services"].values()) for o in _objects(made, "compose")]
+    assert service["image"].startswith(image)
+    assert ("deploy" in service) is (resource == "nvidia.com/gpu")
+    assert ("/dev/kfd" in service.get("devices", [])) is (resource == "amd.com/gpu")
+
+
+def test_a_part_without_the_kernel_is_refused_as_recommend_does(folder: Path) -> None:
+    with pytest.raises(VerificationFailed, match="no kernel for w4a16.* there"):
+        plan(folder, DeploymentRequest(gpu="V100-32GB"))
+
+
+@pytest.mark.parametrize("claim", [None, "models"])
+def test_kubernetes_own_schemas_accept_the_objects(folder: Path, claim: str | None) -> None:
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    made = plan(folder, DeploymentRequest(api_key_env="KEY", gpu="L40S-48GB"))
+    placement = {"claim": claim, "path": "llama"} if claim else {}
+    objects = _objects(made, "kubernetes", **placement)
+    objects += [o for o in _objects(made, "monitoring") if o["kind"] == "ConfigMap"]
+    for value in objects:
+        kubernetes_validate.validate(value, "1.31", strict=True)
+    mount = objects[0]["spec"]["template"]["spec"]["containers"][0]["volumeMounts"][0]
+    assert mount.get("subPath") == ("llama" if claim else None)
+    # the pods of a LeaderWorkerSet are pods like any others
+    made = plan(folder, DeploymentRequest(extra=("--pipeline-parallel-size", "2")))
+    workload, service = _objects(made, "leaderworkerset", nodes=2)
+    template = workload["spec"]["leaderWorkerTemplate"]
+    for part in ("leaderTemplate", "workerTemplate"):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": template[part]["spec"]}
+        kubernetes_validate.validate(pod, "1.31", strict=True)
+    kubernetes_validate.validate(service, "1.31", strict=True)
+    leader, worker = (template[p]["spec"]["containers"][0] for p in ("leaderTemplate", "workerTemplate"))
+    assert "--headless" in worker["args"] and "--headless" not in leader["args"] and "ports" not in worker
+    assert _after(leader["args"], "--master-addr") == "$(LWS_LEADER_ADDRESS)"  # the kubelet replaces it
+    assert service["spec"]["selector"].items() <= template["leaderTemplate"]["metadata"]["labels"].items()
+    with pytest.raises(UsageError, match="--nodes is 3 for 2 GPUs"):
+        artefact(made, "leaderworkerset", Placement(nodes=3))
+
+
+def test_expressions_of_alerts_and_panels_are_promql_over_series_that_vllm_has(folder: Path) -> None:
+    promql = pytest.importorskip("promql_parser")
+    made = plan(folder, DeploymentRequest(name='odd"name'))
+    (rules,) = _objects(made, "alerts")
+    shown = json.loads(artefact(made, "dashboard", Placement(price=2.5)))
+    expressions = [r["expr"] for g in rules["groups"] for r in g["rules"]]
+    expressions += [t["expr"] for p in shown["panels"] for t in p["targets"]]
+    for expression in expressions:
+        promql.parse(expression)  # raises where it is none
+    assert sum("2.5 / 3600" in e for e in expressions) == 1
+    series = set(re.findall(r"vllm:([a-z_0-9]+)", " ".join(expressions)))
+    exported = set((Path(__file__).parent / "vllm_series.txt").read_text().split())
+    assert series <= exported, series - exported
+    monitor, rule, config = _objects(made, "monitoring")
+    workload = _objects(made, "kubernetes")[0]
+    labels = workload["spec"]["template"]["metadata"]["labels"]
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    assert rule["spec"] == rules and json.loads(next(iter(config["data"].values())))["panels"]
+    places = [tuple(p["gridPos"][k] for k in "xy") for p in shown["panels"]]
+    assert len(set(places)) == len(places)
+
+
+def test_other_stacks_get_the_same_arguments(folder: Path) -> None:
+    made = plan(
+        folder, DeploymentRequest(max_model_len=512, extra=("--max-num-seqs", "8"), api_key_env="KEY")
+    )
+    (ray,) = _objects(made, "ray-serve")
+    (config,) = ray["applications"][0]["args"]["llm_configs"]
+    assert config["model_loading_config"] == {"model_id": made.name, "model_source": str(folder)}
+    assert config["engine_kwargs"]["max_model_len"] == 512 and config["engine_kwargs"]["max_num_seqs"] == 8
+    (values,) = _objects(made, "production-stack")
+    (model,) = values["servingEngineSpec"]["modelSpec"]
+    arguments = model["vllmConfig"]["extraArgs"]
+    assert _after(arguments, "--max-model-len") == "512" and "--host" not in arguments
+    assert f"{model['repository']}:{model['tag']}".startswith("vllm/vllm-openai:v")
+    with pytest.raises(UsageError, match="--claim"):
+        artefact(made, "kserve")
+    (service,) = _objects(made, "kserve", claim="models", path="llama")
+    assert service["spec"]["model"] == {"uri": "pvc://models/llama", "name": made.name}
+    (main,) = service["spec"]["template"]["containers"]
+    given = next(e["value"] for e in main["env"] if e["name"] == "VLLM_ADDITIONAL_ARGS")
+    assert _after(shlex.split(given), "--max-model-len") == "512" and "--port" not in given
+
+
+def test_every_kind_can_be_asked_for() -> None:
+    assert set(KINDS) == set(ARTEFACTS)
 
 
 @pytest.mark.parametrize("kind", ["shell", "compose", "kubernetes", "systemd"])
