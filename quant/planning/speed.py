@@ -46,24 +46,31 @@ def speed_bounds(spec: ModelSpec, gpu: Gpu, plan: MemoryPlan, concurrency: int) 
     if not gpu.bandwidth:
         return Speed(None, None, None)
     ranks = plan.tensor_parallel
-    cache = plan.kv_bytes_per_token * plan.context / 2
-    reduced = 2 * spec.layers * ALL_REDUCE_SECONDS.get(gpu.link, 0.0) if ranks > 1 else 0.0
     compute = _compute_seconds(spec, gpu, plan.scheme)
 
     def step(sequences: int) -> float:
-        """Seconds of one decoding step of so many sequences."""
-        experts = 1.0
-        if spec.moe:  # a batch touches more experts: each token picks its own
-            share = 1 - (1 - spec.moe.active / spec.moe.experts) ** sequences
-            experts = share * spec.moe.experts / spec.moe.active
-        read = (_bytes_read(spec, plan.scheme, experts) / ranks + sequences * cache) / gpu.bandwidth
-        computed = sequences * (compute or 0.0) / ranks
-        return max(read, computed, spec.layers * LAYER_SECONDS) + reduced
+        return step_seconds(spec, gpu, plan, sequences)
 
     batch = concurrency / step(concurrency)
     prefill = ranks / compute if compute else None
     served = 1 / (PROMPT_TOKENS / prefill + 1 / batch) if prefill else batch
     return Speed(1 / step(1), batch, prefill, served)
+
+
+def step_seconds(spec: ModelSpec, gpu: Gpu, plan: MemoryPlan, sequences: int, tokens: int = 1) -> float:
+    """The least seconds of one pass over ``tokens`` tokens of each of some sequences, each with half the
+    planned context in its cache; for a GPU whose bandwidth is known."""
+    ranks = plan.tensor_parallel
+    cache = plan.kv_bytes_per_token * plan.context / 2
+    reduced = 2 * spec.layers * ALL_REDUCE_SECONDS.get(gpu.link, 0.0) if ranks > 1 else 0.0
+    compute = _compute_seconds(spec, gpu, plan.scheme) or 0.0
+    experts = 1.0
+    if spec.moe:  # a batch touches more experts: each token picks its own
+        share = 1 - (1 - spec.moe.active / spec.moe.experts) ** (sequences * tokens)
+        experts = share * spec.moe.experts / spec.moe.active
+    read = (_bytes_read(spec, plan.scheme, experts) / ranks + sequences * cache) / gpu.bandwidth
+    computed = sequences * tokens * compute / ranks
+    return max(read, computed, spec.layers * LAYER_SECONDS) + reduced
 
 
 def _read_weights(spec: ModelSpec) -> Iterator[Weight]:

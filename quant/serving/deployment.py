@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from quant.hub import model_name, repository_of
 from quant.units import format_size
 from quant.vllm.arguments import Argument, engine_arguments
 from quant.vllm.releases import VLLM_VERSION
+from quant.vllm.speculation import translated
 
 if TYPE_CHECKING:
     from quant.hardware import Gpu
@@ -163,6 +164,8 @@ def plan(path: str | Path, request: DeploymentRequest) -> Deployment:
         UsageError: an extra argument that one of our own options sets, or a GPU that is not known.
     """
     request.check()
+    extra, renamed = translated(request.extra)
+    request = replace(request, extra=extra)
     _check_extra(request.extra)
     if request.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", request.api_key_env):
         raise UsageError(
@@ -202,7 +205,7 @@ def plan(path: str | Path, request: DeploymentRequest) -> Deployment:
             chosen[key] = Argument(key, wanted, why)
         elif wanted == 1:
             chosen.pop(key, None)
-    warnings = _fit(folder, chosen, request, parallel)
+    warnings = renamed + _fit(folder, chosen, request, parallel)
     name = request.name or (model_name(folder) if repository_of(folder) else folder.name)
     chosen["served-model-name"] = Argument(
         "served-model-name", name, "what clients call the model, wherever it lies"

@@ -431,6 +431,18 @@ class Server:
             raise ServerError(f"{path} answered {str(value)[:200]}: a JSON object was expected")
         return value
 
+    def text(self, path: str, timeout: float = 30.0) -> str:
+        """GET of plain text.
+
+        Raises:
+            ServerError: no answer, or an error status.
+        """
+        try:
+            with self._opener.open(self.url + path, timeout=timeout) as answer:
+                return str(answer.read().decode(errors="replace"))
+        except (OSError, http.client.HTTPException) as error:
+            raise ServerError(f"{self.url}{path} did not answer: {error}") from error
+
     def complete(self, prompt: str = PROMPT, max_tokens: int = 32) -> Completion:
         """One greedy completion."""
         begun = time.monotonic()

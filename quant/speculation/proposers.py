@@ -1,0 +1,155 @@
+"""Who guesses: n-grams of the text so far, or a smaller model of the same tokenizer."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from quant.checkpoint.reader import open_checkpoint
+from quant.errors import CheckpointError, UsageError, first_line
+from quant.formats import find_format
+from quant.offline import transformers
+from quant.pipeline.export import export
+from quant.speculation.sampling import Sampling, draw
+
+
+class Model:
+    """A whole causal model with a cache of what it has read, for one sequence; in the dtype of the
+    checkpoint, on a CPU fp32 for fp16.
+
+    Args:
+        scratch: folder for the dequantized values of a quantized checkpoint.
+
+    Raises:
+        CheckpointError: one that transformers does not build, or whose cache cannot be cut back (recurrent
+            states).
+    """
+
+    def __init__(self, path: Path, device: torch.device, scratch: Path):
+        checkpoint = open_checkpoint(path)
+        folder = path
+        if find_format(checkpoint.config, checkpoint.tensors) is not None:
+            folder = scratch / f"{path.name}-values"
+            export(path, folder, "plain", target="other")
+        package = transformers()
+        try:
+            self.model = package.AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto").eval()
+        except Exception as error:  # transformers raises many kinds
+            raise CheckpointError(
+                f"{path}: the whole model cannot be built here ({first_line(error)}): measure it in vLLM "
+                "instead (--vllm-python)"
+            ) from error
+        if self.model.dtype == torch.float16 and device.type == "cpu":
+            self.model = self.model.float()
+        self.model.to(device)
+        self.device = device
+        self.vocabulary = int(self.model.get_output_embeddings().weight.shape[0])
+        self.path = path
+        self.seconds: dict[int, list[float]] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the sequence."""
+        self._cache = transformers().DynamicCache(config=self.model.config)
+        self._read: list[int] = []
+        if any(getattr(layer, "is_sliding", False) for layer in self._cache.layers):
+            # a window that has moved on cannot be cut back: keep everything, the mask forgets
+            self._cache = transformers().DynamicCache()
+
+    @torch.no_grad()
+    def logits(self, tokens: list[int], last: int) -> torch.Tensor:
+        """fp32 logits [last, V] after each of the last tokens of a sequence; what it shares with the sequence
+        before is not computed again."""
+        shared = 0
+        while shared < min(len(self._read), len(tokens) - last) and self._read[shared] == tokens[shared]:
+            shared += 1
+        if shared < len(self._read):
+            try:
+                self._cache.crop(shared - len(self._read))  # negative: so many are removed
+            except Exception as error:
+                raise CheckpointError(
+                    f"{self.path}: its states cannot be cut back to an earlier token ({first_line(error)}): "
+                    "measure it in vLLM instead (--vllm-python)"
+                ) from error
+        new = tokens[shared:]
+        begun = time.perf_counter()
+        out: Any = self.model(
+            torch.tensor([new], device=self.device),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=last,
+        )
+        result = out.logits[0, -last:].float()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds.setdefault(len(new), []).append(time.perf_counter() - begun)
+        self._read = list(tokens)
+        return result.cpu()
+
+
+class Proposer(Protocol):
+    """Guesses what comes next."""
+
+    def propose(self, tokens: list[int], k: int) -> tuple[list[int], torch.Tensor | None]:
+        """At most k tokens, and the probabilities [k, V] that they were drawn with (None: without chance)."""
+        ...
+
+
+@dataclass(frozen=True)
+class NGram:
+    """Proposes what followed the longest n-gram of the end, where it stood first in the text
+    (vLLM's ``ngram``: prompt lookup, Saxena 2023)."""
+
+    longest: int = 5
+    shortest: int = 2
+
+    def propose(self, tokens: list[int], k: int) -> tuple[list[int], None]:
+        for n in range(min(self.longest, len(tokens) - 1), self.shortest - 1, -1):
+            end = tokens[-n:]
+            for start in range(len(tokens) - n):
+                if tokens[start : start + n] == end:
+                    return tokens[start + n : start + n + k], None
+        return [], None
+
+
+@dataclass
+class Draft:
+    """A smaller model. ``sampling`` None: its likeliest token each time, as vLLM's draft models do by
+    default; else it draws as the target does, and its probabilities count in the judgement."""
+
+    model: Model
+    sampling: Sampling | None = None
+    generator: torch.Generator = field(default_factory=torch.Generator)
+
+    def propose(self, tokens: list[int], k: int) -> tuple[list[int], torch.Tensor | None]:
+        proposed: list[int] = []
+        rows = []
+        for _ in range(k):
+            logits = self.model.logits(tokens + proposed, 1)[0]
+            if self.sampling is None:
+                proposed.append(int(logits.argmax()))
+            else:
+                rows.append(self.sampling.probabilities(logits))
+                proposed.append(draw(rows[-1], self.generator))
+        return proposed, torch.stack(rows) if rows else None
+
+
+def check_pair(target: Path, draft: Path) -> None:
+    """
+    Raises:
+        UsageError: the two do not have one vocabulary: a draft's token would mean another to the target.
+    """
+    from quant.offline import load_tokenizer
+
+    ours, theirs = load_tokenizer(target).get_vocab(), load_tokenizer(draft).get_vocab()
+    if ours == theirs:
+        return
+    other = sorted(set(ours.items()) ^ set(theirs.items()), key=lambda x: x[1])[:3]
+    raise UsageError(
+        f"--draft is {draft}: its tokenizer has {len(theirs)} tokens, the target's {len(ours)}, and they "
+        f"differ (such as {', '.join(repr(t) for t, _ in other)}): take a smaller model of the same family"
+    )

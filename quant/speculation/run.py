@@ -1,0 +1,368 @@
+"""``quant-deploy speculate``: measures what proposers are worth to a checkpoint, chooses, and proves it in
+vLLM."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from quant.calibration.files import bundled
+from quant.calibration.text import evaluation_rows
+from quant.catalog import load_model
+from quant.checkpoint.reader import open_checkpoint
+from quant.errors import QuantError, UsageError
+from quant.offline import load_tokenizer
+from quant.planning.memory import EngineRequest, plan
+from quant.planning.speed import step_seconds
+from quant.progress import Event, Progress, silent
+from quant.speculation.measure import (
+    Acceptance,
+    Latencies,
+    measure,
+    measured_latencies,
+    table,
+)
+from quant.speculation.proposers import Draft, Model, NGram, Proposer, check_pair
+from quant.speculation.sampling import Sampling
+from quant.vllm.config import context_length
+from quant.vllm.speculation import native_heads
+
+#: Gain below which speculation is not worth its memory and its risk under load.
+WORTH = 1.05
+
+
+@dataclass(frozen=True)
+class SpeculationRequest:
+    """What is asked.
+
+    Attributes:
+        draft: a smaller checkpoint of the same tokenizer.
+        most: the largest number of proposals that is tried.
+        ngram: longest and shortest n-gram.
+        text: file that prompts are cut from; None: the bundled one.
+        gpu: plan latencies and memory for it instead of measuring passes here.
+        concurrency: sequences at a time, for the plan.
+    """
+
+    draft: Path | None = None
+    most: int = 5
+    ngram: tuple[int, int] = (5, 2)
+    prompts: int = 8
+    prompt_tokens: int = 64
+    new_tokens: int = 64
+    sampling: Sampling = Sampling()
+    text: Path | None = None
+    gpu: str | None = None
+    concurrency: int = 1
+    device: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to speculate.
+
+    Attributes:
+        config: vLLM's ``--speculative-config``; None: plain decoding.
+        rows: tokens of a step and times as fast by number of proposals.
+        memory: what the draft takes of the GPU, where one is named.
+        note: why it was not measured, where it was not.
+    """
+
+    name: str
+    config: dict[str, Any] | None
+    acceptance: Acceptance | None
+    rows: tuple[dict[str, float], ...] = ()
+    memory: dict[str, Any] | None = None
+    note: str = ""
+
+    @property
+    def best(self) -> dict[str, float] | None:
+        return max(self.rows, key=lambda r: r["speed_up"], default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "speculative_config": self.config,
+            "acceptance": None if self.acceptance is None else self.acceptance.to_dict(),
+            "rows": list(self.rows),
+            "best": self.best,
+            "memory": self.memory,
+            "note": self.note,
+        }
+
+
+def speculate(path: Path, request: SpeculationRequest, progress: Progress = silent) -> dict[str, Any]:
+    """Measures and chooses.
+
+    Returns:
+        ``candidates``, ``chosen`` (its name, or None), ``speculative_config``, ``reason``, ``latencies``
+        (where they are from), and what was asked.
+
+    Raises:
+        UsageError: a draft of another tokenizer, or prompts that are longer than the context.
+        CheckpointError: a model that cannot be run whole here.
+    """
+    if request.draft is not None:
+        check_pair(path, request.draft)
+    prompts = _prompts(path, request)
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="quant-speculate-")))
+        from quant.devices import device_of
+
+        device = device_of(request.device)
+        progress(Event("loading", detail=str(path)))
+        target = Model(path, device, scratch)
+        draft = None if request.draft is None else Model(request.draft, device, scratch)
+        candidates = [_ngram(target, request, prompts, path, progress)]
+        if draft is not None:
+            candidates.append(_draft(target, draft, request, prompts, path, progress))
+    candidates += _native(path)
+    chosen = max(
+        (c for c in candidates if c.best is not None and c.best["speed_up"] >= WORTH),
+        key=lambda c: c.best["speed_up"] if c.best else 0.0,
+        default=None,
+    )
+    return {
+        "checkpoint": str(path),
+        "draft": None if request.draft is None else str(request.draft),
+        "sampling": vars(request.sampling),
+        "prompts": len(prompts),
+        "candidates": [c.to_dict() for c in candidates],
+        "chosen": None if chosen is None else chosen.name,
+        "speculative_config": None if chosen is None else chosen.config,
+        "reason": _reason(chosen, candidates, request),
+        "latencies": f"planned for {request.gpu}" if request.gpu else "passes measured here, one sequence",
+    }
+
+
+def _prompts(path: Path, request: SpeculationRequest) -> list[list[int]]:
+    longest = context_length(open_checkpoint(path).config)
+    needed = request.prompt_tokens + request.new_tokens + request.most + 1
+    if longest is not None and needed > longest:
+        raise UsageError(
+            f"--prompt-tokens {request.prompt_tokens} and --new-tokens {request.new_tokens} with "
+            f"{request.most} proposals take {needed} tokens of context, the model has {longest}: lower them"
+        )
+    file = bundled("wikitext-2-test") if request.text is None else request.text
+    rows = evaluation_rows(load_tokenizer(path), file, request.prompt_tokens, request.prompts)
+    return [[int(t) for t in row] for row in rows.tolist()]
+
+
+def _measured(
+    name: str,
+    target: Model,
+    proposer: Proposer,
+    request: SpeculationRequest,
+    prompts: Sequence[Sequence[int]],
+    progress: Progress,
+) -> Acceptance:
+    def done(count: int) -> None:
+        progress(Event(name, count, len(prompts), detail="prompts"))
+
+    done(0)
+    target.reset()
+    found = measure(
+        target, proposer, prompts, request.new_tokens, request.most, request.sampling, request.seed, done
+    )
+    progress(
+        Event(
+            name,
+            len(prompts),
+            len(prompts),
+            f"{name}: {found.rate:.1%} of {found.draft_tokens} proposed tokens accepted, "
+            f"{found.tokens_per_step:.2f} tokens a step",
+        )
+    )
+    return found
+
+
+def _ngram(
+    target: Model,
+    request: SpeculationRequest,
+    prompts: Sequence[Sequence[int]],
+    path: Path,
+    progress: Progress,
+) -> Candidate:
+    found = _measured("ngram", target, NGram(*request.ngram), request, prompts, progress)
+    rows = table(found, _latencies(path, None, target, None, request), request.most)
+    best = max(rows, key=lambda r: r["speed_up"])
+    config = {
+        "method": "ngram",
+        "num_speculative_tokens": int(best["k"]),
+        "prompt_lookup_max": request.ngram[0],
+        "prompt_lookup_min": request.ngram[1],
+    }
+    return Candidate("ngram", config, found, tuple(rows))
+
+
+def _draft(
+    target: Model,
+    draft: Model,
+    request: SpeculationRequest,
+    prompts: Sequence[Sequence[int]],
+    path: Path,
+    progress: Progress,
+) -> Candidate:
+    assert request.draft is not None
+    found = _measured("draft model", target, Draft(draft), request, prompts, progress)
+    rows = table(found, _latencies(path, request.draft, target, draft, request), request.most)
+    best = max(rows, key=lambda r: r["speed_up"])
+    config = {
+        "method": "draft_model",
+        "model": str(request.draft.absolute()),
+        "num_speculative_tokens": int(best["k"]),
+    }
+    memory = None if request.gpu is None else _memory(path, request.draft, request)
+    return Candidate("draft model", config, found, tuple(rows), memory)
+
+
+def _native(path: Path) -> list[Candidate]:
+    """The prediction heads that the checkpoint has itself: they run in vLLM alone."""
+    heads = native_heads(open_checkpoint(path))
+    if heads is None:
+        return []
+    config = {"method": "mtp", "num_speculative_tokens": heads}
+    note = "the checkpoint's own prediction heads: not run here, --vllm-python measures them in vLLM"
+    return [Candidate("mtp", config, None, note=note)]
+
+
+def _latencies(
+    path: Path, draft: Path | None, target: Model, draft_model: Model | None, request: SpeculationRequest
+) -> Latencies:
+    if request.gpu is None:
+        return measured_latencies(target, draft_model)
+    from quant.hardware import named_gpu
+
+    gpu, n = named_gpu(request.gpu), request.concurrency
+    spec, engine = load_model(path), EngineRequest()
+    planned = plan(spec, [gpu], None, engine)
+
+    def seconds(tokens: int) -> float:
+        return step_seconds(spec, gpu, planned, n, tokens)
+
+    proposal = 0.0
+    if draft is not None:
+        small = load_model(draft)
+        proposal = step_seconds(small, gpu, plan(small, [gpu], None, engine), n, 1)
+    return Latencies(seconds, proposal, f"planned for {gpu.name}")
+
+
+def _memory(path: Path, draft: Path, request: SpeculationRequest) -> dict[str, Any]:
+    """What the draft's weights and cache leave of the target's KV cache on the GPU."""
+    from quant.hardware import named_gpu
+
+    assert request.gpu is not None
+    gpu = named_gpu(request.gpu)
+    alone = plan(load_model(path), [gpu], None, EngineRequest())
+    small = plan(load_model(draft), [gpu], None, EngineRequest())
+    left = max(alone.kv_cache_bytes - small.weights_bytes, 0)
+    each = alone.kv_bytes_per_token + small.kv_bytes_per_token
+    tokens = int(left / each) if each else 0
+    return {
+        "draft_weights_bytes": small.weights_bytes,
+        "draft_kv_bytes_per_token": small.kv_bytes_per_token,
+        "kv_tokens_without": alone.kv_tokens,
+        "kv_tokens_with": tokens,
+        "fits": bool(tokens >= min(alone.context, alone.kv_tokens) and alone.fits),
+    }
+
+
+def _reason(chosen: Candidate | None, candidates: Sequence[Candidate], request: SpeculationRequest) -> str:
+    if chosen is not None and chosen.best is not None:
+        return (
+            f"{chosen.name} with {int(chosen.best['k'])} tokens: {chosen.best['tokens_per_step']:.2f} tokens "
+            f"a step, {chosen.best['speed_up']:.2f} times as fast"
+        )
+    rows = [c.best["speed_up"] for c in candidates if c.best is not None]
+    most = f"the best is {max(rows):.2f} times as fast" if rows else "nothing was measured"
+    under = (
+        f" at {request.concurrency} sequences at a time, where passes are bound by compute"
+        if request.concurrency > 1
+        else ""
+    )
+    return f"none pays{under}: {most}, below {WORTH:g}"
+
+
+# -- the proof in vLLM ---------------------------------------------------------------------------------------
+
+
+def prove(
+    path: Path, result: dict[str, Any], request: SpeculationRequest, python: str | Path | None, log: Any
+) -> dict[str, Any]:
+    """Serves the checkpoint without and with the chosen speculation, and compares.
+
+    Returns:
+        ``same`` (whether greedy texts are equal), the counters of vLLM with its acceptance rate and tokens a
+        step, and those that were predicted.
+
+    Raises:
+        QuantError: there is nothing to prove; vLLM does not start.
+    """
+    from quant.serving.deployment import DeploymentRequest
+    from quant.serving.deployment import plan as plan_deployment
+    from quant.serving.process import running
+    from quant.serving.server_metrics import COUNTERS, parse_metrics
+
+    config = result["speculative_config"] or next(
+        (c["speculative_config"] for c in result["candidates"] if c["name"] == "mtp"), None
+    )
+    if config is None:
+        raise QuantError("nothing to prove in vLLM: no speculation pays")
+    prompts = _prompts(path, request)
+    texts: list[list[list[int]]] = []
+    counters: dict[str, float] = {}
+    for words in ((), ("--speculative-config", json.dumps(config))):
+        extra = ("--enforce-eager", "--no-enable-prefix-caching", *words)
+        deployment = plan_deployment(path, DeploymentRequest(port=0, gpu=request.gpu, extra=extra))
+        with running(deployment, python=python, exact=True, log=log) as (server, _):
+            rows = []
+            for prompt in prompts:
+                body = {
+                    "model": server.name, "prompt": prompt, "max_tokens": request.new_tokens,
+                    "temperature": 0, "ignore_eos": True, "return_token_ids": True,
+                }  # fmt: skip
+                rows.append(list(server.request("/v1/completions", body)["choices"][0]["token_ids"]))
+            texts.append(rows)
+            if words:
+                series = parse_metrics(server.text("/metrics"))
+                names = ("drafts", "draft_tokens", "accepted_tokens")
+                counters = {n: sum(series.get(COUNTERS[n][0], [0.0])) for n in names}
+    plain, fast = texts
+    same = sum(a == b for a, b in zip(plain, fast, strict=True))
+    made = sum(len(x) for x in fast)
+    steps = made - counters["accepted_tokens"]
+    return {
+        "same": same == len(plain),
+        "equal_texts": same,
+        "texts": len(plain),
+        **counters,
+        "acceptance_rate": counters["accepted_tokens"] / counters["draft_tokens"]
+        if counters["draft_tokens"]
+        else 0.0,
+        "tokens_per_step": made / steps if steps else 1.0,
+    }
+
+
+def predicted(result: dict[str, Any], path: Path, request: SpeculationRequest) -> Acceptance | None:
+    """What the chosen speculation was predicted to do in vLLM: measured again with exactly its proposals."""
+    config = result["speculative_config"]
+    if config is None:
+        return None
+    request = replace(request, most=int(config["num_speculative_tokens"]), sampling=Sampling())
+    with tempfile.TemporaryDirectory(prefix="quant-speculate-") as folder:
+        from quant.devices import device_of
+
+        device = device_of(request.device)
+        target = Model(path, device, Path(folder))
+        proposer: Proposer = NGram(*request.ngram)
+        if config["method"] == "draft_model":
+            proposer = Draft(Model(Path(config["model"]), device, Path(folder)))
+        return measure(
+            target, proposer, _prompts(path, request), request.new_tokens, request.most, Sampling()
+        )
