@@ -17,6 +17,12 @@ from quant.errors import UsageError, VerificationFailed
 @options.one_checkpoint
 @click.option("--draft", type=MODEL, help="Smaller checkpoint of the same tokenizer that guesses.")
 @click.option(
+    "--method",
+    type=click.Choice(["ngram", "draft_model"]),
+    show_default="what gains most, if any",
+    help="Take this one.",
+)
+@click.option(
     "--tokens", type=click.IntRange(1, 32), default=5, show_default=True, help="Most tokens guessed at once."
 )
 @click.option(

@@ -42,6 +42,7 @@ class SpeculationRequest:
 
     Attributes:
         draft: a smaller checkpoint of the same tokenizer.
+        method: ``ngram`` or ``draft_model`` to take that one whatever it gains; None: what gains most.
         most: the largest number of proposals that is tried.
         ngram: longest and shortest n-gram.
         text: file that prompts are cut from; None: the bundled one.
@@ -50,6 +51,7 @@ class SpeculationRequest:
     """
 
     draft: Path | None = None
+    method: str | None = None
     most: int = 5
     ngram: tuple[int, int] = (5, 2)
     prompts: int = 8
@@ -110,6 +112,8 @@ def speculate(path: Path, request: SpeculationRequest, progress: Progress = sile
     """
     if request.draft is not None:
         check_pair(path, request.draft)
+    elif request.method == "draft_model":
+        raise UsageError("--method is draft_model: name the draft with --draft")
     prompts = _prompts(path, request)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="quant-speculate-")))
@@ -119,12 +123,14 @@ def speculate(path: Path, request: SpeculationRequest, progress: Progress = sile
         progress(Event("loading", detail=str(path)))
         target = Model(path, device, scratch)
         draft = None if request.draft is None else Model(request.draft, device, scratch)
-        candidates = [_ngram(target, request, prompts, path, progress)]
-        if draft is not None:
+        candidates = []
+        if request.method in (None, "ngram"):
+            candidates.append(_ngram(target, request, prompts, path, progress))
+        if draft is not None and request.method in (None, "draft_model"):
             candidates.append(_draft(target, draft, request, prompts, path, progress))
     candidates += _native(path)
     chosen = max(
-        (c for c in candidates if c.best is not None and c.best["speed_up"] >= WORTH),
+        (c for c in candidates if c.best and (request.method or c.best["speed_up"] >= WORTH)),
         key=lambda c: c.best["speed_up"] if c.best else 0.0,
         default=None,
     )
