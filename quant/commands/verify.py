@@ -25,6 +25,7 @@ from quant.progress import Event
     help="Python of an environment with vLLM: load it there, compare log-probabilities.",
 )
 @options.target
+@options.vllm_version
 @common_options
 def verify(
     out: Output,
@@ -34,6 +35,7 @@ def verify(
     against: Path | None,
     vllm_python: Path | None,
     target: str,
+    vllm_version: str,
 ) -> None:
     """Check that vLLM will load a checkpoint, without vLLM. Exit status 4 when it will not.
 
@@ -44,7 +46,13 @@ def verify(
     from quant.evaluation.verify import verify as check
 
     with out.progress("files and tensors") as progress:
-        result = check(checkpoint, tensor_parallel=tensor_parallel, source=source or against, target=target)
+        result = check(
+            checkpoint,
+            tensor_parallel=tensor_parallel,
+            source=source or against,
+            target=target,
+            vllm_version=vllm_version,
+        )
         value = result.to_dict()
         if against is not None and result.passed:
             progress(Event("against the source"))

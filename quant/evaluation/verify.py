@@ -24,6 +24,7 @@ from quant.formats.legacy import repaired
 from quant.models.linears import built_linears, fused_refs
 from quant.models.roles import leftovers_note
 from quant.report.value import Report
+from quant.vllm.architectures import architecture_problem
 from quant.vllm.cache import cache_problems
 from quant.vllm.config import (
     heads_of,
@@ -46,6 +47,7 @@ from quant.vllm.layers import (
 )
 from quant.vllm.methods import method_problem
 from quant.vllm.names import unread_spellings
+from quant.vllm.releases import VLLM_VERSION
 
 #: Findings of one check that are said; more are counted.
 _MOST = 5
@@ -100,6 +102,7 @@ def verify(
     tensor_parallel: int = 1,
     source: str | Path | None = None,
     target: str = "vllm",
+    vllm_version: str | None = VLLM_VERSION,
     changed: Sequence[str] | None = None,
     made: Sequence[str] | None = None,
 ) -> Verification:
@@ -109,6 +112,7 @@ def verify(
         tensor_parallel: the degree it will be served with.
         source: the checkpoint it was made from, to account for every tensor and side file.
         target: ``vllm``, or ``other`` to leave out what only vLLM demands.
+        vllm_version: the release that must have the model's class; None: it is not asked.
         changed: tensors of the source into which scaling was folded; None: those that the report in the
             directory names.
         made: tensors that calibration added; None: likewise.
@@ -161,6 +165,9 @@ def verify(
     )
     if layers is not None:
         _check_layers(result, checkpoint, layers, target)
+    if target == "vllm" and vllm_version is not None:
+        reason = architecture_problem(checkpoint.config, vllm_version)
+        result.add("model class", [reason] if reason else [], f"one that vLLM {vllm_version} serves")
     if target == "vllm":
         held = layers.linears if layers else {}
         built = [] if unread else built_linears(checkpoint.tensors, checkpoint.config, held)

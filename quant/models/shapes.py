@@ -73,6 +73,7 @@ def spec_from_config(
         uncertainty=0.0 if decoder.known else 0.1,
         latent=decoder.latent,
         state_heads=decoder.state_heads,
+        config=config,
     )
 
 

@@ -129,6 +129,8 @@ class ModelSpec:
     latent: Mapping[str, int] = field(default_factory=dict)
     #: heads of recurrent layers, as :class:`quant.vllm.config.Heads` counts them
     state_heads: tuple[int, ...] = ()
+    #: config.json itself
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def shared_heads(self) -> Heads:

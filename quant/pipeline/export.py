@@ -35,10 +35,12 @@ from quant.report.files import write_report
 from quant.report.value import Conversion, Provenance, Quantization, Report
 from quant.schemes import UNQUANTIZED
 from quant.tensors import QuantizedTensor
+from quant.vllm.architectures import architecture_problem
 from quant.vllm.arguments import engine_arguments, vllm_config
 from quant.vllm.cache import KV_CACHE, cache_problems, cache_scale
 from quant.vllm.config import heads_of, model_types, quantization_config, stated_dtype, without_quantization
 from quant.vllm.layers import Linear, shape_problems
+from quant.vllm.releases import VLLM_VERSION
 
 
 def export(
@@ -90,7 +92,8 @@ def export(
             work.finish_unit(unit.name, files, {})
             progress(Event("export", number + 1, len(job.units)))
         dropped = write_rest(work.path, job.checkpoint, job.units, job.form, job.config, arguments, made_from)
-        result = verify(work.path, tensor_parallel=tensor_parallel, target=target)
+        release = VLLM_VERSION if job.form.quant_method is not None else None
+        result = verify(work.path, tensor_parallel=tensor_parallel, target=target, vllm_version=release)
         if result.failed:
             raise VerificationFailed(
                 f"{work.path}: the output failed its own verification: {'; '.join(result.failed[:5])}. It "
@@ -223,6 +226,9 @@ def _plan(
     form = FormatRegistry.get(format_name or (defaults.FORMAT if own in FOREIGN else own))
     if layers is None and form.quant_method is not None:
         raise UsageError(f"{path}: is not quantized: quant quantize makes a {form.name} checkpoint of it")
+    if form.quant_method is not None and target == "vllm":
+        reason = architecture_problem(checkpoint.config)
+        problems += [f"{checkpoint.path}: {reason}: use --target other"] if reason else []
     linears = dict(layers.linears) if layers else {}
     ordered = False
     if layers is not None:

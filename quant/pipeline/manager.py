@@ -402,6 +402,7 @@ class QuantizationManager:
                 tensor_parallel=plan.recipe.tensor_parallel,
                 source=checkpoint.path,
                 target=plan.recipe.target,
+                vllm_version=None if plan.format.quant_method is None else plan.recipe.vllm_version,
                 changed=changed,
                 made=made,
             )

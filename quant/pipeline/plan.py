@@ -32,6 +32,7 @@ from quant.pipeline.selection import matches, select, selected
 from quant.pipeline.source import QuantizedSource, keep_notes, keepable, read_source
 from quant.recipe import Assignment, Recipe
 from quant.schemes import Scheme
+from quant.vllm.architectures import architecture_problem
 from quant.vllm.cache import CACHE_PROJECTIONS
 from quant.vllm.config import block_count as stated_block_count
 from quant.vllm.config import heads_of, model_types, stated_dtype, text_config
@@ -195,6 +196,8 @@ def plan_job(recipe: Recipe) -> JobPlan:
         dtype = stated_dtype(checkpoint.config) or dtype
     refs = decoder_refs(checkpoint.tensors, checkpoint.config)
     for_vllm = recipe.target == "vllm" and form.quant_method is not None
+    if for_vllm and (reason := architecture_problem(checkpoint.config, recipe.vllm_version)):
+        problems.append(f"{checkpoint.path}: {reason}: use --target other to make it all the same")
     plain = _plain(checkpoint, refs) if for_vllm else {}
     everything = [name for name in refs if name not in plain]
     if plain and not everything:

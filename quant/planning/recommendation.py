@@ -44,6 +44,7 @@ from quant.planning.storage import (
 )
 from quant.schemes import AS_IT_IS, Scheme, SchemeRegistry, SchemeRow, candidates
 from quant.units import format_size
+from quant.vllm.architectures import architecture_problem
 from quant.vllm.config import source_method
 from quant.vllm.kernels import (
     BF16_FORMATS,
@@ -509,6 +510,8 @@ def _plan_one(
             unquantized,
         )  # fmt: skip
 
+    if reason := architecture_problem(spec.config, request.vllm_version):
+        return refused(reason)
     if spec.quantization and quantized:
         if reason := requantizing_problem(spec, row.scheme):
             return refused(reason)
@@ -691,7 +694,13 @@ def _reason(
         )
     planned = [p for p in plans if p.plan]
     if not planned:
-        return f"no scheme can run on {gpu.name}: {'; '.join(f'{p.scheme}: {p.why}' for p in plans)}"
+        reasons: dict[str, list[str]] = {}
+        for p in plans:
+            reasons.setdefault(p.why, []).append(p.scheme)
+        if len(reasons) == 1:
+            return f"no scheme can run on {gpu.name}: {plans[0].why}"
+        said = "; ".join(f"{', '.join(schemes)}: {why}" for why, schemes in reasons.items())
+        return f"no scheme can run on {gpu.name}: {said}"
     longest = max(planned, key=lambda p: p.plan.sure_context if p.plan else 0)
     assert longest.plan is not None
     if longest.plan.sure_context:

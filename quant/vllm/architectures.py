@@ -1,0 +1,99 @@
+"""Which model classes vLLM has. ``architectures.json`` beside this file says it of the release that is
+planned for; ``docs/make_architectures.py`` makes it from an installed vLLM.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from quant.vllm.config import parts, stated
+from quant.vllm.releases import VLLM_VERSION, parse_version
+
+#: What the names of classes that write text end in: of those, the table has all that transformers knew.
+_WRITING = ("CausalLM", "ConditionalGeneration", "LMHeadModel")
+#: Keys of blocks that keep a state instead of keys and values.
+_STATES = (
+    "mamba_d_state", "ssm_state_size", "state_size", "lru_width", "attn_layer_indices", "linear_num_heads",
+)  # fmt: skip
+#: Keys that list the kind of every block.
+_KINDS = ("layer_types", "layers_block_type")
+
+
+@lru_cache(maxsize=1)
+def _table() -> dict[str, Any]:
+    return dict(json.loads(Path(__file__).with_name("architectures.json").read_text(encoding="utf-8")))
+
+
+def _without_attention(config: Mapping[str, Any]) -> str | None:
+    """A kind of block in a config that is no attention, or None."""
+    for key in _KINDS:
+        kinds = stated(config, key)
+        for kind in kinds if isinstance(kinds, list) else ():
+            if not str(kind).endswith("attention") or str(kind).startswith("linear"):
+                return str(kind)
+    return next((key for key in _STATES if stated(config, key) is not None), None)
+
+
+def architecture_problem(config: Mapping[str, Any], vllm_version: str = VLLM_VERSION) -> str | None:
+    """Why no class of vLLM's serves a model, as far as its config tells, or None.
+
+    Of earlier releases only is known which classes they had last; of code that a checkpoint brings along,
+    nothing.
+
+    Args:
+        config: config.json, whose first of ``architectures`` decides where vLLM has none of them.
+
+    Source: `models/registry.py::_ModelRegistry.resolve_model_cls` and, of what transformers runs,
+    `models/transformers/base.py::Base._create_attention_instances`.
+
+    >>> architecture_problem({"architectures": ["LlamaForCausalLM"]})
+    >>> architecture_problem({"architectures": ["MptForCausalLM"]}, "0.28.0")
+    >>> architecture_problem({"architectures": ["MptForCausalLM"]})
+    'MptForCausalLM was in vLLM until 0.28.0, and is not in 0.32'
+    """
+    outside_in = reversed(list(parts(config)))
+    said = next((a for part in outside_in if isinstance(a := part.get("architectures"), list) and a), [])
+    names = [name for name in said if isinstance(name, str)]
+    table = _table()
+    if not names or any(name in table["built"] for name in names):
+        return None
+    name, release = names[0], parse_version(vllm_version)
+    planned = parse_version(table["vllm"])
+    last = table["last_release"].get(name)
+    if release < planned and (last is None or release <= parse_version(last)):
+        return None
+    if name in table["through_transformers"]:
+        return _backend_problem(name, config, last)
+    if last is not None:
+        return f"{name} was in vLLM until {last}, and is not in {VLLM_VERSION}"
+    if name in table["plugins"]:
+        return f"{name} is no part of vLLM {VLLM_VERSION}: a plugin has it ({table['plugins'][name]})"
+    if name in table["not_through_transformers"]:
+        return (
+            f"vLLM {VLLM_VERSION} has no class for {name}, and cannot run transformers' (its attention is "
+            "its own)"
+        )
+    if config.get("auto_map") or not name.endswith(_WRITING):
+        return None
+    return (
+        f"neither vLLM {VLLM_VERSION} nor transformers {table['transformers']}, whose models it can run, has "
+        f"a class {name}"
+    )
+
+
+def _backend_problem(name: str, config: Mapping[str, Any], last: str | None) -> str | None:
+    """Why vLLM cannot run transformers' class of a model that it has no class for."""
+    ended = f" (the last with one was {last})" if last else ""
+    if any(part.get("is_encoder_decoder") for part in parts(config)):
+        reason = "it has an encoder and a decoder"
+    elif stated(config, "cross_attention_layers"):
+        reason = "it reads images by cross attention"
+    elif kind := _without_attention(config):
+        reason = f"it has blocks without attention ({kind})"
+    else:
+        return None
+    return f"vLLM {VLLM_VERSION} has no class for {name}{ended}, and cannot run transformers': {reason}"
