@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quant import defaults
+from quant.checkpoint.reader import read_json
 from quant.errors import Problems, QuantError, UsageError
 from quant.pipeline.memory import prepare_torch
 from quant.planning.recommendation import Recommendation
@@ -23,6 +24,8 @@ from quant.progress import Event, Progress, silent
 from quant.recipe import Assignment, Recipe, Rule, make_recipe
 from quant.schemes import row_of
 from quant.upload import destination_of, made_already, upload, upload_problem
+from quant.vllm.config import text_config
+from quant.vllm.layers import ONE_FORM
 
 if TYPE_CHECKING:
     from quant.pipeline.plan import JobPlan
@@ -84,8 +87,23 @@ def resolve(values: Mapping[str, Any]) -> ResolvedJob | Recommendation:
                 return recommendation
             chosen = settings(recommendation)
             notes = (f"{recommendation.recommended} by {recommendation.method}: {recommendation.reason}",)
-    recipe, needed = complete(make_recipe({**chosen, **values}))
-    return ResolvedJob(recipe, (*notes, *needed), recommendation)
+    recipe, form = _formatted(make_recipe({**chosen, **values}))
+    recipe, needed = complete(recipe)
+    return ResolvedJob(recipe, (*notes, *form, *needed), recommendation)
+
+
+def _formatted(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
+    """A recipe that names no format, in the one that vLLM reads the family's quantized experts in; and a
+    sentence on that."""
+    file = recipe.model_path / "config.json"
+    if "format" in recipe.model_fields_set or recipe.target != "vllm" or not file.is_file():
+        return recipe, ()
+    kind = str(text_config(read_json(file, "the config")).get("model_type"))
+    form, scheme = ONE_FORM.get(kind, (recipe.format, ""))
+    if recipe.resolved_scheme(recipe.method).name != scheme:
+        return recipe, ()
+    note = f"--format {form}: the one in which vLLM reads quantized experts of model type {kind!r}"
+    return recipe.model_copy(update={"format": form}), (note,)
 
 
 def complete(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:

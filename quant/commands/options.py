@@ -19,7 +19,10 @@ from quant.vllm.releases import VLLM_VERSION, rules_for
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-FORMATS = "compressed-tensors, fp8, awq, gptq or plain (dequantized values in the source's dtype)"
+FORMATS = (
+    "compressed-tensors, fp8, awq, gptq, mxfp4 (gpt-oss' own) or plain (dequantized values in the source's "
+    "dtype)"
+)
 
 
 def together(*options: Decorator) -> Decorator:

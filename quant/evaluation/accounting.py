@@ -65,6 +65,7 @@ def source_problems(
     fused = fused_tensors(source.tensors, source.config)
     apart = {name: refs for name, refs in fused.items() if name not in checkpoint.tensors}
     own = {s.name for x in linears.values() for s in layers.form.specs(x, "BF16")} if layers else set()
+    own |= {n for stack in layers.stacks.values() for n in stack.tensors} if layers else set()
     for name, info in source.tensors.items():
         module = name.removesuffix(".weight")
         if module in linears and name.endswith(".weight"):
@@ -72,7 +73,10 @@ def source_problems(
                 problems.append(f"{name} is {info.shape} in the source, {linears[module].stored_shape} here")
             continue
         copy = checkpoint.tensors.get(name)
-        if name in apart:
+        if layers is not None and (stack := layers.stacks.get(name)) is not None:
+            if info.shape != stack.shape:
+                problems.append(f"{name} is {info.shape} in the source, {stack.shape} here")
+        elif name in apart:
             problems += _apart_problems(checkpoint, source, linears, name, apart[name])
         elif copy is None:
             problems.append(f"{name} of the source is lost")

@@ -156,6 +156,8 @@ def _check_of_numbers(
     role = None
     if layers is not None and _linear_of(info.name, layers) is not None:
         role = layers.form.parts.get(last)
+    if layers is not None and any(info.name in stack.tensors[1:] for stack in layers.stacks.values()):
+        role = "scales"
     single = role in ("global_scale", "inputs") or last in CACHE_SCALES
     multiplier = role == "scales" or single
     if info.dtype == "U8" and multiplier:

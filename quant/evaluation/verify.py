@@ -39,6 +39,7 @@ from quant.vllm.layers import (
     BuiltLayer,
     built_layers,
     built_plain,
+    expert_problem,
     is_head,
     module_class,
     reordered,
@@ -285,6 +286,8 @@ def _unread(checkpoint: Checkpoint, layers: QuantizedLayers, form: Format) -> li
     plain = built_plain({*matrices, *layers.linears}, checkpoint.config, layers.format == "fp8")
     problems = [f"{n} is quantized: {plain[n]}" for n in layers.linears if n in plain]
     kinds = model_types(checkpoint.config)
+    reason = expert_problem(next(iter(kinds), ""), layers.linears.values(), layers.format)
+    problems += [reason] if reason else []
     for name, linear in layers.linears.items():
         if reordered(name, linear.scheme, form.name, kinds):
             problems.append(

@@ -132,6 +132,7 @@ class Format(ABC):
         own_keys: keys of a ``quantization_config`` that only this format has, by which a config of an older
             program that names no method is recognised.
         kv_cache: whether its config has a word for calibrated scales of an FP8 KV cache.
+        stacked: whether it has all experts of a layer in the tensors of :meth:`stack_specs`, and names none.
         keeps_kv_cache: whether files of it hold such scales without a word in the config; they are kept where
             a file of the format is written anew.
     """
@@ -144,6 +145,7 @@ class Format(ABC):
     own_keys: ClassVar[frozenset[str]] = frozenset()
     kv_cache: ClassVar[bool] = False
     keeps_kv_cache: ClassVar[bool] = False
+    stacked: ClassVar[bool] = False
 
     @abstractmethod
     def refuse(self, scheme: Scheme, target: str) -> str | None:
@@ -178,6 +180,16 @@ class Format(ABC):
     def problems(self, linear: Linear) -> list[str]:
         """What the format cannot hold of a linear whose scheme it takes: its shape, or its place in the
         model."""
+        return []
+
+    def leaves(self, name: str) -> str | None:
+        """Why a linear stays in 16 bits in every file of the format, or None."""
+        return None
+
+    def stack_specs(self, name: str, experts: int, rows: int, columns: int) -> list[TensorSpec]:
+        """The tensors that replace a fused one of all experts of a layer, ``rows`` outputs and ``columns``
+        inputs each: those of :meth:`pack` of one of them, by the last part of the name, with a first
+        dimension of experts."""
         return []
 
     def together(self, schemes: Collection[Scheme]) -> bool:

@@ -8,6 +8,7 @@ those of OCP Microscaling Formats 1.0.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,8 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
 from quant.errors import CheckpointError
-from quant.formats.base import FOREIGN, ForeignFormat, QuantizedLayers, Role, Stack
-from quant.schemes import PRESETS
+from quant.formats.base import Contents, Format, FormatRegistry, QuantizedLayers, Role, Stack
+from quant.schemes import PRESETS, Scheme
 from quant.vllm.layers import Linear
 
 if TYPE_CHECKING:
@@ -26,22 +27,57 @@ if TYPE_CHECKING:
     from quant.tensors import QuantizedTensor
 
 _WEIGHTS = PRESETS["mxfp4a16"].weights
+_GROUP = _WEIGHTS.group_size
 
 
-class Mxfp4(ForeignFormat):
+class Mxfp4(Format):
     name = "mxfp4"
     quant_method = "mxfp4"
     also = frozenset({"gpt-oss-mxfp4"})
-    #: it has no linears of their own
-    parts: ClassVar[Mapping[str, Role]] = {}
+    stacked = True
+    #: of one expert; a file has those of all experts in one tensor, see :meth:`stack_specs`
+    parts: ClassVar[Mapping[str, Role]] = {"blocks": "codes", "scales": "scales"}
+
+    def refuse(self, scheme: Scheme, target: str) -> str | None:
+        return None if scheme.weights == _WEIGHTS and scheme.activations is None else "use --scheme mxfp4a16"
+
+    def leaves(self, name: str) -> str | None:
+        return None if ".experts." in name else f"--format {self.name} has a place for routed experts alone"
 
     def specs(self, linear: Linear, dtype: str) -> list[TensorSpec]:
-        raise AssertionError("an MXFP4 checkpoint has stacks of experts, no linears")
+        groups = linear.k // _GROUP
+        return [
+            TensorSpec(f"{linear.name}.blocks", "U8", (linear.n, groups, _GROUP // 2)),
+            TensorSpec(f"{linear.name}.scales", "U8", (linear.n, groups)),
+        ]
+
+    def stack_specs(self, name: str, experts: int, rows: int, columns: int) -> list[TensorSpec]:
+        groups = columns // _GROUP
+        return [
+            TensorSpec(f"{name}_blocks", "U8", (experts, rows, groups, _GROUP // 2)),
+            TensorSpec(f"{name}_scales", "U8", (experts, rows, groups)),
+        ]
+
+    def pack(self, linear: Linear, tensor: QuantizedTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        from quant.formats.packing import pack_halves
+
+        blocks = pack_halves(tensor.codes).view(linear.n, linear.k // _GROUP, _GROUP // 2)
+        return {f"{linear.name}.blocks": blocks, f"{linear.name}.scales": tensor.scales}
 
     def unpack(
         self, linear: Linear, tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any]
     ) -> QuantizedTensor:
-        raise AssertionError("an MXFP4 checkpoint has stacks of experts, no linears")
+        from quant.formats.packing import unpack_halves
+        from quant.tensors import QuantizedTensor
+
+        codes = unpack_halves(tensors[f"{linear.name}.blocks"].reshape(linear.n, linear.k // 2))
+        return QuantizedTensor(codes, tensors[f"{linear.name}.scales"], None, _WEIGHTS)
+
+    def config(self, contents: Contents) -> dict[str, Any]:
+        # as published files have it: one pattern for all blocks, attention as a whole
+        left = (re.sub(r"\.\d+\.", ".*.", x) for x in contents.unquantized if ".experts." not in x)
+        named = dict.fromkeys(re.sub(r"(?<=\.self_attn)\..*", "", x) for x in left)
+        return {"quant_method": self.quant_method, "modules_to_not_convert": [*named]}
 
     def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> QuantizedLayers:
         linears = {}
@@ -80,4 +116,4 @@ def _expert(stem: str, checkpoint: Checkpoint, expert: int) -> torch.Tensor:
     return values.view(rows, groups * 32).t()
 
 
-FOREIGN[Mxfp4.name] = Mxfp4()
+FormatRegistry.add(Mxfp4.name, Mxfp4())

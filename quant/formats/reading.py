@@ -120,7 +120,7 @@ def dequantized(checkpoint: Checkpoint, layers: QuantizedLayers | None = None) -
             if (stack := layers.stacks.get(whole)) is not None:
                 shape: tuple[int, ...] = stack.shape
                 parts[whole] = partial(stack.read, checkpoint)
-                computed[whole] = partial(_stacked, stack, checkpoint)
+                computed[whole] = partial(read_stack, stack, checkpoint)
             else:
                 linear = layers.linears[whole.removesuffix(".weight")]
                 shape = linear.stored_shape
@@ -136,7 +136,8 @@ def dequantized(checkpoint: Checkpoint, layers: QuantizedLayers | None = None) -
     )
 
 
-def _stacked(stack: Stack, checkpoint: Checkpoint) -> torch.Tensor:
+def read_stack(stack: Stack, checkpoint: Checkpoint) -> torch.Tensor:
+    """The values of all experts of a stack, fp32, as the tensor of an ordinary checkpoint of the family."""
     import torch
 
     return torch.stack([stack.read(checkpoint, e) for e in range(stack.shape[0])])

@@ -16,7 +16,7 @@ from quant.models.adapter import ModelRegistry
 from quant.models.spec import ModelSpec
 from quant.models.values import Values
 from quant.schemes import Scheme, row_of
-from quant.vllm.layers import UNREAD_EXPERTS, family_problem
+from quant.vllm.layers import family_problem, one_form_problem
 
 #: Methods that need no calibration text, as ``--method`` has them.
 DATA_FREE = frozenset({"minmax", "fp8", "hqq", "none"})
@@ -33,7 +33,7 @@ RUN = frozenset(
         # transposed weights; embeddings of each token for each block
         "gpt2", "gemma3n_text",
         # mixtures of experts
-        "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "glm4_moe", "granitemoe",
+        "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "glm4_moe", "gpt_oss", "granitemoe",
         "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "llama4_text", "minimax_m2", "mixtral",
         "nemotron_h", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next",
         "qwen3_vl_moe_text",
@@ -62,9 +62,7 @@ def method_problem(
         needs: recipe keys that the job has beside the scheme; None: those that the scheme needs to be good.
     """
     model_type = _model_type(model)
-    if model_type in UNREAD_EXPERTS:
-        return f"vLLM reads no quantized experts of model type {model_type!r} that are written here"
-    if reason := family_problem((model_type,), scheme):
+    if reason := one_form_problem(model_type, scheme) or family_problem((model_type,), scheme):
         return reason
     suppressor = (row_of(scheme).needs if needs is None else needs).get("outlier_suppression", "none")
     activations = scheme.activations

@@ -13,6 +13,7 @@ from quant.checkpoint.reader import Checkpoint
 from quant.errors import QuantError, clipped
 from quant.evaluation.agreement import file_problems
 from quant.formats import Format, FormatRegistry
+from quant.models.linears import LinearRef, holders
 from quant.models.roles import block_of
 from quant.pipeline.methods import make_suppressor, takes_alpha
 from quant.pipeline.source import QuantizedSource
@@ -139,6 +140,17 @@ def unlabelled_problems(checkpoint: Checkpoint, made: Iterable[str], linears: Co
         )
         if names
     ]
+
+
+def stack_problems(refs: Iterable[LinearRef], written: Collection[str], form: Format) -> list[str]:
+    """Experts that a format has in one tensor for a layer, and that are not all to be quantized."""
+    return [
+        f"{name}: --format {form.name} has all of its experts in one tensor, and "
+        f"{sum(x.name in written for x in held)} of {len(held)} linears are quantized: select all of them or "
+        "none"
+        for name, held in holders(refs).items()
+        if 0 < sum(x.name in written for x in held) < len(held)
+    ][:1]
 
 
 def output_problems(model_path: Path, output_path: Path) -> list[str]:

@@ -29,6 +29,7 @@ class OutputTensor:
         linears: quantized linears whose values replace parts of the source's tensor of this name, in a plain
             file that keeps the source's layout.
         rounded: the values of a tensor that the source stores quantized, rounded once.
+        stack: the source's fused tensor of experts, of whose ``linears`` it holds codes or scales.
     """
 
     spec: TensorSpec
@@ -37,6 +38,7 @@ class OutputTensor:
     part: Slice | None = None
     linears: tuple[str, ...] = ()
     rounded: bool = False
+    stack: str = ""
 
     @property
     def copied(self) -> bool:
@@ -98,8 +100,10 @@ def lay_out(
             # values stay in the dtype that each tensor is stored in; scales have the model's
             own = stored if form.quant_method is None else dtype
             entry += [OutputTensor(spec, module) for spec in form.specs(linears[module], own)]
-        elif not any(ref.name in linears for ref in held):
+        elif not any(ref.name in linears for ref in held) or (form.stacked and held[0].tensor != name):
             entry.append(OutputTensor(TensorSpec(name, stored, info.shape), rounded=rounded))
+        elif form.stacked:
+            entry += _stacked(name, held, form)
         elif form.quant_method is None:
             kept = () if held[0].tensor != name else tuple(ref.name for ref in held if ref.name in linears)
             entry.append(OutputTensor(TensorSpec(name, stored, info.shape), linears=kept, rounded=rounded))
@@ -149,8 +153,17 @@ def _unfused(
             yield OutputTensor(TensorSpec(f"{ref.name}.weight", stored, (ref.n, ref.k)), part=ref.weight)
 
 
+def _stacked(name: str, held: Sequence[LinearRef], form: Format) -> Iterator[OutputTensor]:
+    """The tensors that a format has in the place of a fused one."""
+    rows = sum(ref.n for ref in held if ref.weight.expert == 0)
+    experts = 1 + max(ref.weight.expert or 0 for ref in held)
+    for spec in form.stack_specs(name, experts, rows, held[0].k):
+        yield OutputTensor(spec, linears=tuple(ref.name for ref in held), stack=name)
+
+
 def _same_linear(a: OutputTensor, b: OutputTensor) -> bool:
-    return a.linear is not None and a.linear == b.linear
+    """Whether two tensors are parts of one linear or stack, which one shard holds."""
+    return (a.linear or a.stack or None) is not None and (a.linear, a.stack) == (b.linear, b.stack)
 
 
 def weight_map(units: Iterable[Unit]) -> dict[str, str]:

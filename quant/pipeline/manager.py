@@ -26,7 +26,7 @@ from quant.errors import QuantError, SourceFault, UsageError, VerificationFailed
 from quant.evaluation.preservation import preservation
 from quant.evaluation.verify import verify
 from quant.formats import Contents
-from quant.formats.reading import read_linear, read_weight
+from quant.formats.reading import read_linear, read_stack, read_weight
 from quant.models.account import LARGEST_REST
 from quant.models.skeleton import Skeleton
 from quant.pipeline.activation_store import ActivationStore, Batches, Calls
@@ -268,6 +268,7 @@ class QuantizationManager:
                 f"{name}.weight": read_weight(self.plan.format, layers, written, name)
                 for name in layers.linears
             }
+            weights |= {name: read_stack(stack, written) for name, stack in layers.stacks.items()}
         names = {n for s in unit.shards for t in s.tensors for n in (t.linear, *t.linears) if n}
         unfolded(
             weights,
@@ -381,7 +382,7 @@ class QuantizationManager:
 
     def _finish_unit(self, unit: Unit, work: WorkFolder, files: Mapping[Path, str]) -> None:
         """Puts a unit whose files are written and synced into the journal."""
-        written = {t.linear for s in unit.shards for t in s.tensors if t.linear is not None}
+        written = {n for s in unit.shards for t in s.tensors for n in (t.linear, *t.linears) if n}
         names = sorted(written & set(self.plan.linears))
         work.finish_unit(unit.name, files, self.records.of(unit.name, names))
 

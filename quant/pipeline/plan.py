@@ -24,6 +24,7 @@ from quant.pipeline.checks import (
     kept_problems,
     output_problems,
     source_problems,
+    stack_problems,
     unlabelled_problems,
 )
 from quant.pipeline.layout import Unit, lay_out, unquantized_linears
@@ -36,7 +37,14 @@ from quant.vllm.architectures import architecture_problem
 from quant.vllm.cache import CACHE_PROJECTIONS
 from quant.vllm.config import block_count as stated_block_count
 from quant.vllm.config import heads_of, model_types, stated_dtype, text_config
-from quant.vllm.layers import Linear, built_plain, expert_problems, reordered, shape_problems
+from quant.vllm.layers import (
+    Linear,
+    built_plain,
+    expert_problem,
+    form_problem,
+    reordered,
+    shape_problems,
+)
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,7 @@ class JobPlan:
             for s in u.shards
             for t in s.tensors
             if t.linear in self.refs
+            or t.stack
             or t.spec.name in matrices
             or (t.part is not None and t.part.tensor in matrices)
         )
@@ -194,11 +203,15 @@ def plan_job(recipe: Recipe) -> JobPlan:
     if form.quant_method is not None:
         # of the scales; a config may state another dtype than the weights are stored in
         dtype = stated_dtype(checkpoint.config) or dtype
+    kind = str(text_config(checkpoint.config).get("model_type"))
+    if reason := form_problem(kind, form.name):
+        raise Problems([*problems, f"{checkpoint.path}: {reason}"])
     refs = decoder_refs(checkpoint.tensors, checkpoint.config)
     for_vllm = recipe.target == "vllm" and form.quant_method is not None
     if for_vllm and (reason := architecture_problem(checkpoint.config, recipe.vllm_version)):
         problems.append(f"{checkpoint.path}: {reason}: use --target other to make it all the same")
     plain = _plain(checkpoint, refs) if for_vllm else {}
+    plain |= {n: reason for n in refs if n not in plain and (reason := form.leaves(n))}
     everything = [name for name in refs if name not in plain]
     if plain and not everything:
         problems.append(
@@ -250,7 +263,11 @@ def plan_job(recipe: Recipe) -> JobPlan:
         kinds = model_types(checkpoint.config)
         problems += fused_problems(written, {**assignments, **carried_over}, everything, form, kinds)
         if form.quant_method is not None:
-            problems += expert_problems(str(text_config(checkpoint.config).get("model_type")), written)
+            reason = expert_problem(kind, written.values(), form.name)
+            advice = "use that, leave them out with --ignore '*.experts.*', or use --target other"
+            problems += [f"{reason}: {advice}"] if reason else []
+    if form.stacked:
+        problems += stack_problems(refs.values(), written, form)
     if recipe.calibration_dataset and any(calibrated(recipe, a) for a in different):
         problems += empty_texts(recipe.calibration_dataset)
     caches = kv_scales(everything) if recipe.kv_cache_scheme else {}

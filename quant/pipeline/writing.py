@@ -67,6 +67,16 @@ def write_unit(
             for spec in specs:
                 writer.write(spec.name, packed.pop(spec.name))
 
+        def write_stack(tensors: Sequence[OutputTensor], writer: ShardWriter) -> None:
+            def pack(linear: str) -> Mapping[str, torch.Tensor]:
+                return form.pack(linears[linear], produce(linear), TORCH[dtype])
+
+            specs, held = [t.spec for t in tensors], [refs[n] for n in tensors[0].linears]
+            kept = {s.name: torch.empty(s.shape, dtype=TORCH[s.dtype]) for s in specs[1:]}
+            writer.write_pieces(specs[0].name, _stack(specs, held, pack, list(form.parts), kept))
+            for name, value in kept.items():
+                writer.write(name, value)
+
         def write_other(tensor: OutputTensor, writer: ShardWriter) -> None:
             name, wanted = tensor.spec.name, TORCH[tensor.spec.dtype]
             if tensor.linears:
@@ -84,13 +94,41 @@ def write_unit(
 
         jobs: list[Callable[[], None]] = []
         for shard, writer in zip(unit.shards, writers, strict=True):
-            for linear, tensors in groupby(shard.tensors, lambda t: t.linear):
-                if linear is not None:
+            for (linear, stack), tensors in groupby(shard.tensors, lambda t: (t.linear, t.stack)):
+                if stack:
+                    jobs.append(partial(write_stack, list(tensors), writer))
+                elif linear is not None:
                     jobs.append(partial(write_linear, linear, [t.spec for t in tensors], writer))
                 else:
                     jobs += [partial(write_other, t, writer) for t in tensors]
         _do(jobs, workers)
     return {writer.path: writer.digest for writer in writers}
+
+
+def _stack(
+    specs: Sequence[TensorSpec],
+    held: Iterable[LinearRef],
+    pack: Callable[[str], Mapping[str, torch.Tensor]],
+    lasts: Iterable[str],
+    kept: Mapping[str, torch.Tensor],
+) -> Iterator[bytes]:
+    """The bytes of the codes of a stack of experts, one expert at a time; outputs lie where the source's
+    fused tensor has them.
+
+    Args:
+        specs: of the stack's tensors, codes first.
+        pack: the tensors of a linear.
+        lasts: the last parts of their names, in the order of ``specs``.
+        kept: the other tensors of the stack, which are filled.
+    """
+    codes = torch.empty(specs[0].shape[1:], dtype=TORCH[specs[0].dtype])
+    for expert, members in groupby(held, lambda ref: ref.weight.expert or 0):
+        slabs = [codes, *(kept[s.name][expert] for s in specs[1:])]
+        for ref in members:
+            place, packed = replace(ref.weight, expert=None, transposed=False), pack(ref.name)
+            for slab, last in zip(slabs, lasts, strict=True):
+                place.view(slab).copy_(packed[f"{ref.name}.{last}"])
+        yield _bytes(codes)
 
 
 def _refused(

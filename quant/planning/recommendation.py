@@ -55,6 +55,7 @@ from quant.vllm.kernels import (
     has_fp8_cache,
     kernel_of,
 )
+from quant.vllm.layers import ONE_FORM, family_problem, one_form_problem
 from quant.vllm.releases import rules_for
 
 #: share of the free memory that the chosen plan leaves unused
@@ -298,7 +299,7 @@ def recommend(
         request = profile.request(spec, request)
     own_context = request.context is None
     gpu = min(devices, key=lambda g: (g.total_bytes, g.free_bytes))
-    rows = candidates() if scheme is None else [_asked(scheme)]
+    rows = _candidates(spec) if scheme is None else [_asked(scheme)]
     if makeable_only:
         rows = [row for row in rows if not is_quantized(row.scheme) or makeable_methods(spec, row.scheme)]
     notes = [*spec.notes]
@@ -334,6 +335,13 @@ def recommend(
         engines=_engines(gpu, plans, request, goal), scenario=profile.name if profile else None,
         notes=tuple(notes), group_size=chosen.group_size if chosen else None,
     )  # fmt: skip
+
+
+def _candidates(spec: ModelSpec) -> list[SchemeRow]:
+    """What is recommended unasked, and the one scheme of a family whose experts vLLM reads in no other."""
+    rows = candidates()
+    _, only = ONE_FORM.get(spec.model_type, ("", ""))
+    return rows if not only or any(row.name == only for row in rows) else [*rows, SchemeRegistry.get(only)]
 
 
 def _completed(
@@ -521,6 +529,9 @@ def _plan_one(
         f"({'.'.join(map(str, gpu.capability)) if gpu.capability else gpu.architecture or gpu.platform})"
     )
     if quantized:
+        kind = spec.model_type
+        if reason := one_form_problem(kind, row.scheme) or family_problem((kind,), row.scheme):
+            return refused(reason)
         kernel = kernel_of(row.scheme)
         state = formats_of(gpu).get(kernel, "no")
         if state == "no":
@@ -544,7 +555,11 @@ def _plan_one(
         whole = request.enable_expert_parallel
         fitting = (s for s in grouped if not group_problems(spec, s, request.ranks, experts_whole=whole))
         stored = next(fitting, stored)
-    planned = _with_fitting_states(spec, gpus, stored, request)
+    laid_out = stored
+    if quantized and spec.model_type in ONE_FORM:  # all but the experts stays in 16 bits
+        form, _ = ONE_FORM[spec.model_type]
+        spec, laid_out = replace(spec, quantization={"quant_method": form}), AS_IT_IS.scheme
+    planned = _with_fitting_states(spec, gpus, laid_out, request)
     meets = planned.fits and planned.max_concurrency >= request.concurrency
     free = gpu.free_bytes
     needed = planned.requested_bytes - planned.kv_cache_bytes
@@ -566,7 +581,7 @@ def _plan_one(
         why = f"{planned.why}; tight: {planned.tight}"
     elif meets and not safe:
         why = f"{planned.why}; leaves less than {margin:.0%} of the free memory"
-    size = file_bytes(spec, stored) if quantized else stored_bytes(spec)
+    size = file_bytes(spec, stored) if is_quantized(laid_out) else stored_bytes(spec)
     return SchemePlan(
         row, stored, planned, planned.fits, meets, safe, why, loss, quality["source"],
         speed_bounds(spec, gpu, planned, request.concurrency),

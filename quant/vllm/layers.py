@@ -185,24 +185,45 @@ def is_head(module: str) -> bool:
     return module.rpartition(".")[2] in ("lm_head", "embed_out") or module == "output"
 
 
-#: Model types of whose experts vLLM 0.32 reads no quantized form that quant writes. Of gpt-oss it reads
-#: symmetric weight-only integers as ``experts.{i}.w13_weight_packed`` and ``w13_weight_scale``, gate and up
-#: rows interleaved as in the source, and ``w2_…`` likewise (`models/gpt_oss.py::GptOssRoutedExperts`); no
-#: zero points, no FP8 with biases (`fused_moe/oracle/fp8.py`), no global scales, no ``weight_shape``.
-UNREAD_EXPERTS = frozenset({"gpt_oss"})
+#: Model types of whose experts vLLM reads one form alone → that format, and its scheme. gpt-oss: MXFP4 as
+#: published (`models/gpt_oss.py::_load_weights_mxfp4`). Its loader has names for others, too, of which none
+#: computes right: of weight-only integers the kernel that takes a hidden size of 2880 leaves the biases out
+#: (`experts/triton_moe.py::TritonWNA16Experts`; Marlin takes multiples of 128), FP8 is refused with biases
+#: (`oracle/fp8.py`), and scales of INT8 get to the first rank alone (`GptOssRoutedExperts`).
+ONE_FORM = {"gpt_oss": ("mxfp4", "mxfp4a16")}
 
 
-def expert_problems(model_type: str, linears: Iterable[str]) -> list[str]:
-    """What vLLM would leave unfilled of a mixture's quantized experts, named by one of them."""
-    experts = [n for n in linears if ".experts." in n]
-    if model_type not in UNREAD_EXPERTS or not experts:
-        return []
-    return [
-        f"{experts[0]}: vLLM's loader of model type {model_type!r} takes quantized experts as one matrix of "
-        "interleaved gate and up rows under names of its own (experts.0.w13_weight_packed), which no format "
-        "here writes, so these would stay empty: serve the published checkpoint, leave them out with "
-        "--ignore '*.experts.*', or use --target other"
-    ]
+def one_form_problem(model_type: str, scheme: Scheme) -> str | None:
+    """Why vLLM serves no experts of a family in a scheme, where it reads one form of them alone; or None."""
+    form, only = ONE_FORM.get(model_type, ("", scheme.name))
+    if scheme.name == only:
+        return None
+    return (
+        f"of model type {model_type!r} vLLM computes quantized experts right as --scheme {only} in --format "
+        f"{form} alone (biases are left out or refused elsewhere)"
+    )
+
+
+def form_problem(model_type: str, form: str) -> str | None:
+    """Why no file of a family is written in a format that is one family's alone, or None."""
+    families = [kind for kind, (name, _) in ONE_FORM.items() if name == form]
+    if not families or model_type in families:
+        return None
+    return (
+        f"--format {form} is that of model type {', '.join(families)} alone: use --format compressed-tensors"
+    )
+
+
+def expert_problem(model_type: str, linears: Iterable[Linear], form: str) -> str | None:
+    """What vLLM would read wrongly of a mixture's quantized experts, said of one of them; or None."""
+    expert = next((x for x in linears if ".experts." in x.name), None)
+    wanted = ONE_FORM.get(model_type)
+    if expert is None or wanted is None:
+        return None
+    reason = one_form_problem(model_type, expert.scheme)
+    if reason is None and form != wanted[0]:
+        reason = f"of model type {model_type!r} vLLM reads quantized experts in --format {wanted[0]} alone"
+    return None if reason is None else f"{expert.name}: {reason}"
 
 
 #: Last path components of what vLLM builds as an embedding; and, besides those, of what has no matrix of
@@ -485,6 +506,10 @@ _SHARED_ROOTS = frozenset({
 })  # fmt: skip
 
 
+#: Model types in whose lists vLLM renames what ends in ``.down_proj`` as it does weights, and then asks for
+#: an expert's projections by their old names (`models/gpt_oss.py`, ``hf_to_vllm_mapper``); expressions it
+#: leaves alone.
+_RENAMED_EXPERTS = frozenset({"gpt_oss"})
 #: Fused layers of decoder blocks that vLLM knows the shards of in every family, so that those are enough.
 _RESOLVED = frozenset({"qkv_proj", "gate_up_proj", "fused_qkv_a_proj", "experts"})
 
@@ -514,6 +539,9 @@ def ignored_names(
         resolved = fused.rpartition(".")[2] in _RESOLVED and _root(fused, quantized) is None
         if len(shards) > 1 and not resolved and not any(s in quantized for s in shards):
             names[fused] = None
+    if patterns and not _RENAMED_EXPERTS.isdisjoint(kinds):
+        heads = dict.fromkeys(n.split(".experts.")[0] for n in unquantized if ".experts." in n)
+        names |= {rf"re:{re.escape(head)}\.experts\.\d+\.(gate|up|down)_proj$": None for head in heads}
     if patterns:
         taken = {*quantized, *fused_layers(quantized, kinds)}
         for root in dict.fromkeys(r for n in unquantized if (r := _root(n, quantized)) is not None):

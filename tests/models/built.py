@@ -45,7 +45,27 @@ BUILT: dict[str, tuple[str, dict[str, Any]]] = {
         | {"vision_config": _TOWER},
     ),
     "granitemoe": ("granitemoe", _SMALL | {"num_local_experts": 2, "num_experts_per_tok": 1}),
+    "gpt_oss": (
+        "gpt_oss",
+        _SMALL | {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 32, "sliding_window": 16},
+    ),
+    # of which vLLM has no class: transformers' modules, with its own linears and experts in their places
+    "ministral": ("ministral", _SMALL | {"head_dim": 32, "sliding_window": 16}),
+    "phimoe": ("phimoe", _SMALL | {"num_local_experts": 2, "num_experts_per_tok": 1}),
 }
+#: Families that vLLM has no class for, and whose blocks it cannot run in transformers' modules.
+UNSERVED: dict[str, tuple[str, dict[str, Any]]] = {
+    "minimax": (
+        "minimax",
+        _SMALL
+        | {"num_local_experts": 2, "num_experts_per_tok": 1}
+        | {"layer_types": ["linear_attention", "full_attention"]},
+    ),
+    "mpt": ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 4096, "max_seq_len": 256}),
+}
+
+#: Family → what it is quantized to, where that is not w4a16.
+ASKED: dict[str, dict[str, Any]] = {"gpt_oss": {"scheme": "mxfp4a16", "format": "mxfp4"}}
 
 #: Family → what published configs state and transformers drops, but vLLM asks for.
 DROPPED: dict[str, dict[str, Any]] = {
@@ -58,6 +78,6 @@ def built_model(family: str) -> Any:
     """A bf16 model of a family."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    kind, settings = BUILT[family]
+    kind, settings = (BUILT | UNSERVED)[family]
     maker = AutoModelForImageTextToText if "vision_config" in settings else AutoModelForCausalLM
     return maker.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.bfloat16)

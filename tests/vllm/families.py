@@ -66,6 +66,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"text_config": {"rope_parameters": _SECTIONS}, "vision_config": _QWEN_VISION},
     ),
     "qwen3_next": ("qwen3_next", _EXPERTS | _DELTA),
+    # vLLM has no class of it, and runs transformers' own
+    "ministral": ("ministral", {"sliding_window": 16}),
 }
 #: More of them, which are loaded and not served: experts are all that is different.
 LOADED: dict[str, tuple[str, dict[str, Any]]] = FAMILIES | {
@@ -117,7 +119,7 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = FAMILIES | {
 }  # fmt: skip
 #: Names of routed experts' linears: without AMX, vLLM's CPU build has no kernel for quantized ones.
 EXPERTS = r"re:.*\.experts\..*"
-MIXTURES = frozenset(LOADED) - {"gemma3", "qwen2_5_vl", "nemotron_h"}
+MIXTURES = frozenset(LOADED) - {"gemma3", "ministral", "qwen2_5_vl", "nemotron_h"}
 
 
 def save_family(folder: Path, name: str) -> Path:
