@@ -44,7 +44,8 @@ from quant.planning.storage import (
 )
 from quant.schemes import AS_IT_IS, Scheme, SchemeRegistry, SchemeRow, candidates
 from quant.units import format_size
-from quant.vllm.architectures import architecture_problem
+from quant.vllm.architectures import architecture_problem, text_alone
+from quant.vllm.arguments import NO_IMAGES, NO_IMAGES_WHY
 from quant.vllm.config import source_method
 from quant.vllm.kernels import (
     BF16_FORMATS,
@@ -398,6 +399,9 @@ def _completed(
             f"vLLM's weight-only kernels of {', '.join(sorted(alone))} take bf16 alone: planned with "
             "--dtype bfloat16"
         )
+    if text_alone(spec.config) and not request.limit_mm_per_prompt:
+        request = replace(request, limit_mm_per_prompt=json.loads(NO_IMAGES[1]))
+        notes.append(f"{NO_IMAGES_WHY}: planned for text alone")
     if _cut_by_ranks(spec, request):
         request = replace(request, enable_expert_parallel=True)
         notes.append(_WHOLE_EXPERTS)

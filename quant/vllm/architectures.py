@@ -55,10 +55,7 @@ def architecture_problem(config: Mapping[str, Any], vllm_version: str = VLLM_VER
     >>> architecture_problem({"architectures": ["MptForCausalLM"]})
     'MptForCausalLM was in vLLM until 0.28.0, and is not in 0.32'
     """
-    outside_in = reversed(list(parts(config)))
-    said = next((a for part in outside_in if isinstance(a := part.get("architectures"), list) and a), [])
-    names = [name for name in said if isinstance(name, str)]
-    table = _table()
+    names, table = _classes(config), _table()
     if not names or any(name in table["built"] for name in names):
         return None
     name, release = names[0], parse_version(vllm_version)
@@ -85,13 +82,29 @@ def architecture_problem(config: Mapping[str, Any], vllm_version: str = VLLM_VER
     )
 
 
+def text_alone(config: Mapping[str, Any]) -> bool:
+    """Whether vLLM serves a multimodal model, but stops where it may be given images: it runs transformers'
+    class of it, whose processor does not say how many tokens an image becomes.
+
+    >>> text_alone({"architectures": ["MllamaForConditionalGeneration"], "vision_config": {}})
+    True
+    """
+    name = next(iter(_classes(config)), "")
+    return "vision_config" in config and name in _table()["text_alone"] and not architecture_problem(config)
+
+
+def _classes(config: Mapping[str, Any]) -> list[str]:
+    """The names under ``architectures``, of the outermost part that has some."""
+    outside_in = reversed(list(parts(config)))
+    said = next((a for part in outside_in if isinstance(a := part.get("architectures"), list) and a), [])
+    return [name for name in said if isinstance(name, str)]
+
+
 def _backend_problem(name: str, config: Mapping[str, Any], last: str | None) -> str | None:
     """Why vLLM cannot run transformers' class of a model that it has no class for."""
     ended = f" (the last with one was {last})" if last else ""
     if any(part.get("is_encoder_decoder") for part in parts(config)):
         reason = "it has an encoder and a decoder"
-    elif stated(config, "cross_attention_layers"):
-        reason = "it reads images by cross attention"
     elif kind := _without_attention(config):
         reason = f"it has blocks without attention ({kind})"
     else:

@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from quant.vllm.architectures import text_alone
 from quant.vllm.config import config_dtype, context_length, quantization_config, source_method
 from quant.vllm.kernels import BF16_LAYOUTS
 from quant.vllm.methods import DEPRECATED
 
+#: The argument that keeps images out, and its value.
+NO_IMAGES = ("limit-mm-per-prompt", '{"image": 0}')
+NO_IMAGES_WHY = "vLLM runs transformers' class of this model, and stops where that may be given images"
 #: How ranks hold a vision tower (``--mm-encoder-tp-mode``).
 TOWER_MODES = ("weights", "data")
 
@@ -106,6 +110,8 @@ def engine_arguments(
                 f"vLLM refuses quant_method {method} without it; quant export-vllm writes another",
             )
         )
+    if text_alone(config):
+        arguments.append(Argument(*NO_IMAGES, NO_IMAGES_WHY))
     if tensor_parallel > 1:
         arguments.append(
             Argument("tensor-parallel-size", tensor_parallel, "as asked; shapes were checked for it")

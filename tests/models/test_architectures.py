@@ -16,7 +16,8 @@ from quant.pipeline.plan import plan_job
 from quant.planning import recommend
 from quant.planning.memory import EngineRequest
 from quant.serving.deployment import DeploymentRequest, plan
-from quant.vllm.architectures import architecture_problem
+from quant.vllm.architectures import architecture_problem, text_alone
+from quant.vllm.arguments import engine_arguments
 from tests.helpers import change_config, make_checkpoint, quantize, recipe
 
 #: What config.json says → words of the reason; None: it is served, or not known not to be.
@@ -55,6 +56,19 @@ def test_reasons(name: str) -> None:
         assert reason is None
     else:
         assert re.search(words, str(reason))
+
+
+def test_images_are_kept_out_where_vllm_would_stop_at_them() -> None:
+    """Llama 3.2 Vision: served through transformers, whose processor counts no tokens of images."""
+    config = {"architectures": ["MllamaForConditionalGeneration"], "vision_config": {"depth": 2}}
+    assert architecture_problem(config) is None and text_alone(config)
+    arguments = {a.name: a.value for a in engine_arguments(config)}
+    assert arguments["limit-mm-per-prompt"] == '{"image": 0}'
+    found = recommend("meta-llama/Llama-3.2-11B-Vision-Instruct", "L40S-48GB")
+    assert found.commands[-1].endswith("""--limit-mm-per-prompt '{"image": 0}'""")
+    for other in ("AyaVisionForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"):
+        assert not text_alone(config | {"architectures": [other]})
+    assert not text_alone({"architectures": ["MllamaForCausalLM"]})
 
 
 def test_earlier_releases_have_what_they_had() -> None:
