@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from quant.errors import UsageError
 
@@ -74,6 +76,26 @@ def format_share(share: float) -> str:
     """
     percent = 100 * share
     return f"{percent:.2f}%" if percent >= 0.05 or percent < 1e-4 else f"{percent:.2g}%"
+
+
+def mean_and_error(value: Mapping[str, Any] | None, form: str) -> str:
+    """``mean`` ± ``standard_error``, as far as they are known; ``form``: ``.5f`` or ``.2%``, more decimals
+    where the error has no digit in those.
+
+    >>> mean_and_error({"mean": 0.0034, "standard_error": 0.00006}, ".5f")
+    '0.00340 ± 0.00006'
+    >>> mean_and_error({"mean": 0.00023, "standard_error": 0.0000042}, ".5f")
+    '0.000230 ± 0.000004'
+    """
+    if value is None:
+        return "-"
+    mean, error, digits, kind = value["mean"], value.get("standard_error"), int(form[1:-1]), form[-1]
+    if not isinstance(error, (int, float)) or not math.isfinite(error):
+        return f"{mean:{form}}"
+    shown = error * (100 if kind == "%" else 1)
+    if 0 < shown < 10.0**-digits:
+        digits = min(-math.floor(math.log10(shown)), digits + 4)
+    return f"{mean:.{digits}{kind}} ± {error:.{digits}{kind}}"
 
 
 def format_seconds(seconds: float) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from quant.hub import REPOSITORY, repository_of
 from quant.report.value import Report
-from quant.units import format_size
+from quant.units import format_size, mean_and_error
 
 CARD = "README.md"
 #: What a card of ours begins its part with, and ends it.
@@ -107,7 +107,7 @@ def card(
         rows.append(
             (
                 "KL divergence to the source",
-                f"{kl['mean']:.5f} ± {kl['standard_error']:.5f} nats per token ({Path(kl['text']).name})",
+                f"{mean_and_error(kl, '.5f')} nats per token ({Path(kl['text']).name})",
             )
         )
     lines = ["---", _front(head), "---", _BEGIN, f"# {name}", ""]

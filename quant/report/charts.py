@@ -7,8 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-#: One colour for each method, told apart by people who see red and green alike (Okabe and Ito 2008).
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+#: One colour for each method, told apart by people who see red and green alike (Okabe and Ito 2008), with a
+#: grey for its black, which a dark page would hide.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8c")
 #: Points per character of a label at 12 points, for its width.
 _CHARACTER, _LINE = 6.6, 14.0
 

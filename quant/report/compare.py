@@ -9,10 +9,10 @@ from typing import Any
 
 from quant.errors import Problems, QuantError
 from quant.report.files import load_evaluation
-from quant.report.page import document, mean_and_error, table
+from quant.report.page import document, table
 from quant.report.pictures import SVG_STYLE, svg_of
 from quant.report.value import REPORT, Report
-from quant.units import format_seconds, format_size
+from quant.units import format_seconds, format_share, format_size, mean_and_error
 
 
 def summaries(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
@@ -77,12 +77,14 @@ def notes(values: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def comparison_page(values: Sequence[Mapping[str, Any]]) -> str:
     """The page of several outputs; ``values``: of :func:`summaries`."""
-    body = [f"<h1>{len(values)} outputs</h1>"]
+    sources = dict.fromkeys(str(v["source"]) for v in values)
+    of = f" of {Path(next(iter(sources))).name}" if len(sources) == 1 else ""
+    body = [f"<h1>{len(values)} outputs{html.escape(of)}</h1>"]
     said = notes(values)
     if said:
         body.append("<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in said) + "</ul>")
     try:
-        body += ["<h2>Bits per weight against KL</h2>", svg_of(values)]
+        body += ["<h2>Bits per weight against KL</h2>", f"<div class=wide>{svg_of(values)}</div>"]
     except QuantError:  # nothing has both
         body.pop()
         body.append("<p class=muted>No output has both bits per weight and a measured KL to draw.</p>")
@@ -107,7 +109,7 @@ def comparison_page(values: Sequence[Mapping[str, Any]]) -> str:
             format_size(v["total_bytes"]),
             mean_and_error(v["kl"], ".5f"),
             mean_and_error(v["top1"], ".2%"),
-            "" if v["worst_error"] is None else f"{v['worst_error']:.2%}",
+            "-" if v["worst_error"] is None else format_share(v["worst_error"]),
             str(v["fallbacks"]),
             "" if v["seconds"] is None else format_seconds(v["seconds"]),
         ]

@@ -16,28 +16,33 @@ from quant.models.roles import block_of
 from quant.report.charts import colours, layers_chart
 from quant.report.contents import contents
 from quant.report.value import Quantization, Report
-from quant.units import format_seconds, format_size
+from quant.units import format_seconds, format_size, mean_and_error
 from quant.vllm.kernels import GPU_GENERATIONS, kernel_of, number_formats
 
 PAGE = "quant_report.html"
 
 _STYLE = """
-:root { color-scheme: light }
+:root { color-scheme: light dark; --line: #e2e2e2; --box: #f5f5f5; --quiet: #666; --ink: #222; --paper: #fff }
+@media (prefers-color-scheme: dark) {
+  :root { --line: #3a3a3a; --box: #262626; --quiet: #a0a0a0; --ink: #ddd; --paper: #181818 }
+}
 body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1.5rem; max-width: 960px }
+body { color: var(--ink); background: var(--paper) }
 h1 { font-size: 1.5rem; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin-top: 2rem }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .8rem }
-.facts div { border: 1px solid #ddd; border-radius: 6px; padding: .6rem .8rem }
+.facts div { border: 1px solid var(--line); border-radius: 6px; padding: .6rem .8rem }
 .facts b { display: block; font-size: 1.15rem; overflow-wrap: anywhere }
-.facts span { color: #666; font-size: .85rem }
+.facts span { color: var(--quiet); font-size: .85rem }
 table { border-collapse: collapse; width: 100%; font-size: .9rem }
-.wide { overflow-x: auto }
-td, th { text-align: left; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid #eee }
-td { overflow-wrap: anywhere } td.n, th.n { text-align: right; white-space: nowrap }
-pre { background: #f5f5f5; padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere }
-svg { width: 100%; height: auto; font-size: 12px; font-family: ui-monospace, monospace }
-.grid { stroke: #e5e5e5 } .axis { fill: none; stroke: #222 }
+.wide { overflow-x: auto } .muted { color: var(--quiet); overflow-wrap: anywhere }
+td, th { text-align: left; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line) }
+td { overflow-wrap: break-word; white-space: pre-wrap } td.n, th.n { text-align: right }
+td.n { white-space: nowrap }
+pre { background: var(--box); padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere }
+svg { width: 100%; min-width: 640px; height: auto; font: 12px ui-monospace, monospace; fill: currentColor }
+.grid { stroke: var(--line) } .axis { fill: none; stroke: var(--ink) }
 .key i { display: inline-block; width: .7em; height: .7em }
-.key span { margin-right: 1.2em; white-space: nowrap } .no { color: #a33 } .muted { color: #666 }
+.key span { margin-right: 1.2em; white-space: nowrap }
 """
 
 
@@ -109,15 +114,6 @@ def _facts(report: Report, evaluation: Mapping[str, Any] | None) -> str:
     return f"<div class=facts>{''.join(cells)}</div>"
 
 
-def mean_and_error(value: Mapping[str, Any] | None, form: str) -> str:
-    """A mean with its standard error, as far as they are known."""
-    if value is None:
-        return ""
-    error = value.get("standard_error")
-    known = isinstance(error, (int, float)) and math.isfinite(error)
-    return f"{value['mean']:{form}}" + (f" ± {error:{form}}" if known else "")
-
-
 def _errors(job: Quantization) -> list[str]:
     """The error of each layer as a plot, the worst as a table."""
 
@@ -148,7 +144,7 @@ def _errors(job: Quantization) -> list[str]:
     return [
         "<h2>Error by layer</h2>",
         f"<p class=muted>{html.escape(said)}</p>",
-        layers_chart(values, axis, kinds, bool(errors)),
+        f"<div class=wide>{layers_chart(values, axis, kinds, bool(errors))}</div>",
         f"<p class=key>{key}</p>",
         f"<details><summary>the {len(worst)} worst</summary>{table(['layer', axis], shown, [1])}</details>",
     ]
@@ -167,7 +163,7 @@ def _roles(checkpoint: Checkpoint) -> str:
         ]
         for role, part in shares
     ]
-    return table(["what", "weights", "bytes", "share", "bits a weight"], rows, [1, 2, 3, 4])
+    return table(["what", "weights", "bytes", "share", "bits per weight"], rows, [1, 2, 3, 4])
 
 
 def _quality(report: Report, evaluation: Mapping[str, Any] | None) -> list[str]:
@@ -176,7 +172,8 @@ def _quality(report: Report, evaluation: Mapping[str, Any] | None) -> list[str]:
             ["quant", "evaluate", report.output_path, "--against", report.source_path, "--save"]
         )
         return ["<h2>Quality</h2>", "<p>Not measured. This measures it and puts it here:</p>", _pre(command)]
-    rows = [["text", f"{evaluation['text']}, {evaluation['chunks']} chunks, {evaluation['tokens']:,} tokens"]]
+    text = Path(str(evaluation["text"])).name
+    rows = [["text", f"{text}, {evaluation['chunks']} chunks, {evaluation['tokens']:,} tokens"]]
     for key, words, form in (
         ("kl", "KL divergence to the source, nats per token", ".5f"),
         ("top1", "same most likely token", ".2%"),
@@ -201,12 +198,13 @@ def _kernels(checkpoint: Checkpoint) -> list[str]:
     schemes = list(dict.fromkeys(x.scheme for x in layers.linears.values())) if layers is not None else []
     if not schemes:
         return []
-    rows = [
-        [str(s), parts, _STATES[number_formats("cuda", level).get(kernel_of(s), "no")]]
-        for s in schemes
-        for level, parts in GPU_GENERATIONS.items()
-    ]
-    return ["<h2>In vLLM</h2>", table(["scheme", "GPU", "vLLM"], rows)]
+    parts: dict[tuple[str, str], list[str]] = {}
+    for s in schemes:
+        for level, gpus in GPU_GENERATIONS.items():
+            state = _STATES[number_formats("cuda", level).get(kernel_of(s), "no")]
+            parts.setdefault((str(s), state), []).append(gpus)
+    rows = [[scheme, state, "; ".join(gpus)] for (scheme, state), gpus in parts.items()]
+    return ["<h2>In vLLM</h2>", table(["scheme", "vLLM", "on"], rows)]
 
 
 def _fallbacks(job: Quantization) -> list[str]:
@@ -227,8 +225,17 @@ def _fallbacks(job: Quantization) -> list[str]:
     return out
 
 
+#: Phases that are parts of ``quantize``.
+_PARTS = ("embed", "replay", "load", "statistics", "solve", "forward", "write")
+
+
 def _times(report: Report) -> str:
-    rows = [[k, format_seconds(v)] for k, v in report.seconds.items() if k != "total"]
+    known = {k: format_seconds(v) for k, v in report.seconds.items() if v >= 0.05}
+    inside = [[f"    of it {k}", known[k]] for k in _PARTS if k in known and "quantize" in known]
+    rows = []
+    for k, v in known.items():
+        if k != "total" and (k not in _PARTS or not inside):
+            rows += [[k, v], *(inside if k == "quantize" else [])]
     return table(
         ["phase", "time"], [*rows, ["in all", format_seconds(report.seconds.get("total", 0.0))]], [1]
     )

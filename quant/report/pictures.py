@@ -14,6 +14,7 @@ from typing import Any
 from quant.errors import QuantError, UsageError
 from quant.report.charts import Box, colours, log_ticks, place_labels, ticks
 from quant.report.value import Report
+from quant.units import mean_and_error
 
 #: One checkpoint: keys of :meth:`quant.evaluation.comparison.Compared.to_dict`.
 Measured = Mapping[str, Any]
@@ -220,9 +221,11 @@ def svg_of(done: Sequence[Measured]) -> str:
 
 #: How the parts of the picture look.
 SVG_STYLE = """
-.grid { stroke: #ddd } .axis { fill: none; stroke: #222 }
-.error { stroke-width: 1.5; fill: none } .source { stroke: #666; stroke-dasharray: 5 4 }
-.lead { stroke: #bbb } .note { fill: #666 } svg { font-family: ui-monospace, monospace }
+.grid { stroke: var(--line, #ddd) } .axis { fill: none; stroke: var(--ink, #222) }
+.error { stroke-width: 1.5; fill: none } .source { stroke: var(--quiet, #666); stroke-dasharray: 5 4 }
+.lead { stroke: var(--quiet, #bbb) } .note { fill: var(--quiet, #666) }
+svg { font-family: ui-monospace, monospace }
+.label, .note { paint-order: stroke; stroke: var(--paper, #fff); stroke-width: 4px; stroke-linejoin: round }
 """
 
 
@@ -233,7 +236,7 @@ def _html(done: Sequence[Measured], points: Sequence[_Point], title: str) -> str
         cells = [one["path"], one["scheme"], bits, f"{one['total_bytes']:,}"]
         for key, form in (("perplexity", ".4f"), ("kl", ".5f"), ("top1", ".2%")):
             m = one[key]
-            cells.append("" if m is None else f"{m['mean']:{form}} ± {m['standard_error']:{form}}")
+            cells.append(mean_and_error(m, form))
         rows.append("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>")
     heads = "".join(
         f"<th>{h}</th>"

@@ -9,7 +9,7 @@ from quant.commands.render import table
 from quant.commands.render.tables import Column, draw
 from quant.report.evidence import worst
 from quant.report.value import REPORT, Report
-from quant.units import format_seconds, format_share, format_size
+from quant.units import format_seconds, format_share, format_size, mean_and_error
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -241,20 +241,17 @@ def verification(console: Console, value: Mapping[str, Any]) -> None:
 
 
 def evaluation(console: Console, value: Mapping[str, Any]) -> None:
-    def shown(m: Mapping[str, float], form: str) -> str:
-        return f"{m['mean']:{form}} ± {m['standard_error']:{form}}"
-
     rows = [
         ("text", f"{value['text']}, {value['chunks']} chunks, {value['tokens']:,} tokens"),
-        ("perplexity", shown(value["perplexity"], ".4f")),
+        ("perplexity", mean_and_error(value["perplexity"], ".4f")),
         *([("activations", value["activations"])] if value["activations"] else []),
     ]
     if value["against"]:
         rows += [
-            ("source's", shown(value["source_perplexity"], ".4f")),
+            ("source's", mean_and_error(value["source_perplexity"], ".4f")),
             ("rise", f"{value['perplexity_increase']:+.2%}"),
-            ("KL to source", f"{shown(value['kl'], '.5f')} nats per token"),
-            ("top-1 agreement", shown(value["top1"], ".2%")),
+            ("KL to source", f"{mean_and_error(value['kl'], '.5f')} nats per token"),
+            ("top-1 agreement", mean_and_error(value["top1"], ".2%")),
         ]
     table(console, value["path"], rows)
 
@@ -266,9 +263,6 @@ def comparison(console: Console, values: Sequence[Mapping[str, Any]]) -> None:
     console.print(
         f"{first['text']}, {first['chunks']} chunks, {first['tokens']:,} tokens{against}", markup=False
     )
-
-    def shown(m: Mapping[str, float] | None, form: str) -> str:
-        return "-" if m is None else f"{m['mean']:{form}} ± {m['standard_error']:{form}}"
 
     rows = [
         {
@@ -290,9 +284,9 @@ def comparison(console: Console, values: Sequence[Mapping[str, Any]]) -> None:
             Column("scheme", [r["scheme"] for r in rows], 2),
             Column("bits/weight", ["-" if r["bits"] is None else f"{r['bits']:.3f}" for r in rows], 3, True),
             Column("size", ["-" if r["bytes"] is None else format_size(r["bytes"]) for r in rows], 4, True),
-            Column("perplexity", [shown(r["perplexity"], ".4f") for r in rows], 0, True),
-            Column("KL, nats per token", [shown(r["kl"], ".5f") for r in rows], 0, True),
-            Column("top-1", [shown(r["top1"], ".2%") for r in rows], 1, True),
+            Column("perplexity", [mean_and_error(r["perplexity"], ".4f") for r in rows], 0, True),
+            Column("KL, nats per token", [mean_and_error(r["kl"], ".5f") for r in rows], 0, True),
+            Column("top-1", [mean_and_error(r["top1"], ".2%") for r in rows], 1, True),
         ],
     )
 
@@ -330,11 +324,11 @@ def inspection(console: Console, value: Mapping[str, Any]) -> None:
 
 def outputs(console: Console, values: Sequence[Mapping[str, Any]]) -> None:
     """Several outputs, a row each."""
-    from quant.report.page import mean_and_error
 
     def cells(key: str) -> list[str]:
         return [str(v[key]) for v in values]
 
+    errors = ["-" if (e := v["worst_error"]) is None else format_share(e) for v in values]
     draw(
         console,
         [
@@ -343,9 +337,9 @@ def outputs(console: Console, values: Sequence[Mapping[str, Any]]) -> None:
             Column("method", cells("method"), 1),
             Column("bits", [f"{b:.3f}" if (b := v["bits_per_weight"]) else "-" for v in values], 0, True),
             Column("size", [format_size(v["total_bytes"]) for v in values], 0, True),
-            Column("KL, nats", [mean_and_error(v["kl"], ".5f") or "-" for v in values], 0, True),
-            Column("top-1", [mean_and_error(v["top1"], ".2%") or "-" for v in values], 2, True),
-            Column("worst layer", [f"{e:.2%}" if (e := v["worst_error"]) else "-" for v in values], 3, True),
+            Column("KL, nats", [mean_and_error(v["kl"], ".5f") for v in values], 0, True),
+            Column("top-1", [mean_and_error(v["top1"], ".2%") for v in values], 2, True),
+            Column("worst layer", errors, 3, True),
             Column("made in", [format_seconds(v["seconds"] or 0) for v in values], 4, True),
         ],
     )
