@@ -190,7 +190,8 @@ class Server:
         python: interpreter of the environment with vLLM.
         api_key: sent with every request, and given to the server through its environment.
         environment: variables set for the server on top of ours.
-        log: receives every line that the server prints, from another thread.
+        log: receives every line that the server prints, from another thread, until we ask it to end: what
+            vLLM says then, tracebacks of its own processes among it, is of no fault. ``lines`` keeps it.
     """
 
     def __init__(
@@ -230,6 +231,7 @@ class Server:
         self._reader: threading.Thread | None = None
         self._members: dict[int, psutil.Process] = {}
         self._signal: int | None = None
+        self._ending = False
         # no proxy of the environment stands between us and our own child
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -260,7 +262,7 @@ class Server:
             Interrupted: :meth:`interrupt` was called meanwhile.
         """
         _bind(self.host, self.port)
-        begun = time.monotonic()
+        begun, self._ending = time.monotonic(), False
         self._process = subprocess.Popen(
             self.command,
             stdin=subprocess.DEVNULL,
@@ -316,10 +318,34 @@ class Server:
             time.sleep(0.2)
 
     def interrupt(self, number: int) -> None:
-        """Asks the server to end; safe to call from a signal handler."""
+        """Asks the server to end because a signal asked us; safe to call from a signal handler."""
         self._signal = number
+        self.ask_to_end()
+
+    def ask_to_end(self) -> None:
+        """Sends SIGTERM and returns at once."""
         if self._process is not None and self._process.poll() is None:
+            self._ending = True
             self._send(signal.SIGTERM)
+
+    @property
+    def alive(self) -> bool:
+        """Whether its first process runs."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory of all its processes together; pages that they share count in each."""
+        if self._process is None:
+            return 0
+        self._note_members()
+        total = 0
+        for process in [psutil.Process(self._process.pid), *self._members.values()] if self.alive else []:
+            try:
+                total += process.memory_info().rss
+            except psutil.NoSuchProcess:
+                pass
+        return total
 
     def stop(self) -> None:
         """Ends every process of the server: asked first, killed after a while. Does nothing when none is
@@ -328,7 +354,7 @@ class Server:
             return
         self._note_members()
         if self._process.poll() is None:
-            self._send(signal.SIGTERM)
+            self.ask_to_end()
             try:
                 self._process.wait(GRACE)
             except subprocess.TimeoutExpired:
@@ -373,7 +399,8 @@ class Server:
             for line in stream:
                 line = line.rstrip()
                 self.lines.append(line)
-                self._log(line)
+                if not self._ending:
+                    self._log(line)
 
     def _failure(self, what: str) -> ServerError:
         assert self._process is not None
@@ -514,6 +541,7 @@ def running(
     python: str | Path | None = None,
     timeout: float = defaults.START_TIMEOUT,
     exact: bool = False,
+    api_key: str | None = None,
     log: Log = lambda line: None,
 ) -> Iterator[tuple[Server, Installation]]:
     """A vLLM that serves a checkpoint while the body runs; afterwards no process of it is left.
@@ -522,6 +550,7 @@ def running(
         python: interpreter of the environment with vLLM; see :func:`default_python`.
         timeout: seconds to wait for /health.
         exact: see :func:`cpu_environment`.
+        api_key: the key it asks for, instead of the one that the deployment's variable holds.
 
     Raises:
         ServerError: it did not start.
@@ -538,7 +567,7 @@ def running(
         host=deployment.host,
         port=port,
         name=deployment.name,
-        api_key=_api_key(deployment),
+        api_key=api_key or _api_key(deployment),
         environment=cpu_environment(exact=exact) if installation.cpu else {},
         log=log,
     )

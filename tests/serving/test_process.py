@@ -79,6 +79,33 @@ def test_a_signal_while_starting_stops_at_once(monkeypatch: pytest.MonkeyPatch) 
     assert stop.value.exit_code == 130 and time.monotonic() - begun < 10
 
 
+def test_what_a_server_says_after_our_request_to_end_is_kept_and_not_passed_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM's engine ends with a traceback when its server is stopped in order."""
+    code = """
+import signal, sys, time
+def end(*_):
+    print("Traceback (most recent call last):\\nEngineDeadError", flush=True)
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end)
+print("ready", flush=True)
+time.sleep(600)
+"""
+    seen: list[str] = []
+    with _server(code, monkeypatch, grace=20) as server:
+
+        def log(line: str) -> None:
+            seen.append(line)
+            server.interrupt(signal.SIGTERM)
+
+        server._log = log
+        with pytest.raises(Interrupted):
+            server.start(timeout=60)
+    assert seen == ["ready"]
+    assert list(server.lines)[-1] == "EngineDeadError"
+
+
 def test_no_key_stands_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PORT", "1")
     server = Server(Path("m"), ["--x"], python="p", host="::", port=1, name="m", api_key="s3cret")
