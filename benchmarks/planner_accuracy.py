@@ -45,9 +45,10 @@ sys.path.insert(0, str(ROOT))
 from quant.catalog import NAME_MARKS, catalogue, find_model, stored_as, stored_bytes  # noqa: E402
 from quant.data import load_json  # noqa: E402
 from quant.errors import QuantError  # noqa: E402
-from quant.hardware import USABLE_SHARE, Gpu, gpu_names, idle_bytes, named_gpu  # noqa: E402
+from quant.hardware import Gpu, gpu_names, idle_bytes, named_gpu  # noqa: E402
 from quant.models.shapes import spec_from_config  # noqa: E402
 from quant.models.spec import DTYPE_BYTES, ModelSpec  # noqa: E402
+from quant.parts import USABLE_SHARE  # noqa: E402
 from quant.planning.accuracy import kind_of  # noqa: E402
 from quant.planning.memory import EngineRequest, MemoryPlan, model_rules, plan  # noqa: E402
 from quant.planning.rule_of_thumb import OVERHEADS  # noqa: E402

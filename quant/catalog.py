@@ -1,23 +1,25 @@
 """What a model's name, config.json or directory says of it, before anything is downloaded or loaded.
 
-``configs/models.json`` holds the config facts of public models, each with its source, with a note on how it
-was read, and with a caveat where a part of the model is missing. A name that is not
-there is tried without the marks that quantizers add (``-AWQ``, ``-GPTQ-Int4``, ``.w4a16``), then without the
-marks of a fine-tune, and at last by the size that it names; what was assumed is in :attr:`ModelSpec.notes`
-and :attr:`ModelSpec.uncertainty`.
+A Hub id gives its own config.json's facts, from the local cache or, where that is asked for, from the Hub.
+``configs/models.json`` holds the config facts of other public models, each with its source, with a note on
+how it was read, and with a caveat where a part of the model is missing. A name that is not there is tried
+without the marks that quantizers add (``-AWQ``, ``-GPTQ-Int4``, ``.w4a16``), then without the marks of a
+fine-tune; what was assumed is in :attr:`ModelSpec.notes` and :attr:`ModelSpec.uncertainty`. No name is
+answered with a model of another size.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from quant.checkpoint.reader import open_checkpoint, read_json
 from quant.data import load_json
-from quant.errors import UsageError
+from quant.errors import UsageError, any_of
+from quant.hub import cached_snapshot, config_of, is_hub_id, is_whole, model_name, repository_of
 from quant.models.roles import leftovers_note
 from quant.models.shapes import spec_from_config, weights_from_tensors
 from quant.models.spec import DTYPE_BYTES, ModelSpec
@@ -100,15 +102,15 @@ def model_from_directory(path: str | Path) -> ModelSpec:
         UsageError: config.json lacks what planning needs.
     """
     directory = Path(path)
-    if (directory / "config.json").is_file() and not any(directory.glob("*.safetensors*")):
-        spec = spec_from_config(
-            read_json(directory / "config.json", "the config"),
-            directory.resolve().name,
-            str(directory / "config.json"),
-        )
-        return replace(spec, notes=(*spec.notes, "no safetensors files: sizes are computed from config.json"))
+    file, name = directory / "config.json", model_name(directory)
+    some = any(directory.glob("*.safetensors*"))
+    if file.is_file() and (not some or (repository_of(directory) and not is_whole(directory))):
+        spec = spec_from_config(read_json(file, "the config"), name, str(file))
+        cached = repository_of(directory) is not None
+        lacks = "not all of its weights are in the cache" if cached else "no safetensors files"
+        return replace(spec, notes=(*spec.notes, f"{lacks}: sizes are computed from config.json"))
     checkpoint = open_checkpoint(directory)
-    spec = spec_from_config(checkpoint.config, directory.resolve().name, str(checkpoint.path / "config.json"))
+    spec = spec_from_config(checkpoint.config, name, str(checkpoint.path / "config.json"))
     weights = tuple(weights_from_tensors(checkpoint.tensors.values(), checkpoint.config, spec.layers))
     note = leftovers_note(checkpoint.tensors.values())
     notes = (*spec.notes, *([note] if note else []))
@@ -144,16 +146,23 @@ def _key(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", re.sub(r"^meta-", "", name.split("/")[-1].lower()))
 
 
-def find_model(name: str) -> ModelSpec:
-    """A model by its hub name, without the organisation if need be.
+def find_model(name: str, online: bool = False) -> ModelSpec:
+    """A model by its name: a Hub id whose config.json is in the local cache or may be fetched, else as the
+    catalogue has it, with its owner or without.
+
+    Args:
+        online: whether the config.json of a Hub id is fetched where the cache lacks it.
 
     >>> find_model("Qwen2.5-7B-Instruct-AWQ").quantization["quant_method"]
     'awq'
 
     Raises:
-        UsageError: neither a known name nor a size in it; the nearest known names are offered.
+        UsageError: not a known name; those that are most like it are offered.
+        CheckpointError: the config of a Hub id cannot be fetched, or cannot be read.
     """
     name = name.strip().rstrip("/")
+    if (exact := _of_hub(name, online)) is not None:
+        return exact
     entries = catalogue()
     keys: dict[str, str] = {}
     for known in entries:
@@ -168,27 +177,54 @@ def find_model(name: str) -> ModelSpec:
             if config:
                 notes.append(f"stored as {config['quant_method']}, by its name")
             break
+    listed = _base(plain, keys)
+    if listed is None:
+        raise _unknown(name, plain, list(entries))
+    if _key(listed) != _key(name):
+        notes.append(f"shapes and context of {listed}: its own context may be another")
+    return _entry(listed, entries, name, quantization, notes)
+
+
+def _of_hub(name: str, online: bool) -> ModelSpec | None:
+    """The model of a Hub id by its own config.json, with the sizes of its files where all of them are in the
+    cache; None where the config is neither there nor may be fetched."""
+    if not is_hub_id(name):
+        return None
+    snapshot = config_of(name) if online else cached_snapshot(name)
+    if snapshot is None or not (snapshot / "config.json").is_file():
+        return None
+    return replace(model_from_directory(snapshot), name=name, hub=name)
+
+
+def _base(plain: str, keys: Mapping[str, str]) -> str | None:
+    """The entry whose shapes a name has, once the marks of a fine-tune are taken off, one by one."""
     candidate = plain
     while True:
-        listed = candidate if candidate in entries else keys.get(_key(candidate))
-        if listed is None:
-            listed = next(
-                (
-                    keys[_key(candidate + tail)]
-                    for tail in ("-hf", "-Instruct", "-chat-hf", "-Chat", "-it", "-v0.1")
-                    if _key(candidate + tail) in keys
-                ),
-                None,
-            )
-        if listed is not None:
-            if _key(listed) != _key(name):
-                notes.append(f"shapes of {listed}")
-            return _entry(listed, entries, name, quantization, notes)
+        for tail in ("", "-hf", "-Instruct", "-chat-hf", "-Chat", "-it", "-v0.1"):
+            if (listed := keys.get(_key(candidate + tail))) is not None:
+                return listed
         shorter = TUNE_MARKS.sub("", candidate)
         if shorter == candidate:
-            break
+            return None
         candidate = shorter
-    return _by_size(name, plain, quantization, entries, list(keys.values()))
+
+
+def _unknown(name: str, plain: str, known: Sequence[str]) -> UsageError:
+    """The error for a name that is not known, with those that are most like it."""
+    import difflib
+
+    by_key: dict[str, str] = {}
+    for entry in known:
+        by_key.setdefault(_key(entry), entry)
+    near = [by_key[k] for k in difflib.get_close_matches(_key(plain), list(by_key), n=3, cutoff=0.6)]
+    meant = f" Did you mean {any_of(near)}?" if near else ""
+    hub = (
+        "--online reads its config.json from the Hub" if is_hub_id(name) else "give its Hub id with --online"
+    )
+    return UsageError(
+        f"--model is {name!r}: not in the catalogue (quant list models).{meant} Otherwise {hub}, or "
+        "--model-path takes the checkpoint's directory"
+    )
 
 
 def _entry(
@@ -203,10 +239,17 @@ def _entry(
     spec = spec_from_config(entry["config"], name, f"the catalogue's entry {listed}", source)
     if "caveat" in entry:
         notes = [*notes, f"the catalogue's entry holds the {entry['caveat']}"]
-    hub = listed if _key(listed) == _key(name) else ""
-    spec = replace(spec, notes=(*spec.notes, *notes), hub=hub)
+    spec = replace(spec, notes=(*spec.notes, *notes), hub=_hub_of(name, listed))
     # the entry knows its own scheme
     return stored_as(spec, quantization) if quantization and not spec.quantization else spec
+
+
+def _hub_of(name: str, listed: str) -> str:
+    """A model's name on the Hub: its own where it has an owner, the entry's where that is the model."""
+    if _key(listed) != _key(name):
+        return name if is_hub_id(name) else ""
+    owner = name.rpartition("/")[0]
+    return listed if not owner or owner.lower() == listed.rpartition("/")[0].lower() else name
 
 
 def stored_as(spec: ModelSpec, quantization: Mapping[str, Any]) -> ModelSpec:
@@ -222,90 +265,11 @@ def stored_as(spec: ModelSpec, quantization: Mapping[str, Any]) -> ModelSpec:
     return replace(spec, quantization=config, uncertainty=spec.uncertainty + (0.1 if nvfp4 else 0.01))
 
 
-def _by_size(
-    name: str,
-    plain: str,
-    quantization: dict[str, Any] | None,
-    entries: Mapping[str, dict[str, Any]],
-    known: list[str],
-) -> ModelSpec:
-    """A model whose name tells only its size: the shapes of the nearest known model, with as many layers as
-    give that size."""
-    sizes = re.findall(r"(?:^|[-_. ])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?=$|[-_. ])", plain, re.IGNORECASE)
-    if not sizes:
-        import difflib
-
-        by_tail = {k.split("/")[-1].lower(): k for k in known}
-        near = difflib.get_close_matches(plain.split("/")[-1].lower(), list(by_tail), n=4, cutoff=0.3)
-        hint = f"; nearest: {', '.join(by_tail[n] for n in near)}" if near else ""
-        raise UsageError(
-            f"--model is {name!r}: not in the catalogue, and no size (such as 7B) in its name{hint}. "
-            "Give one of them, or the checkpoint's directory with --model-path"
-        )
-    times, number, unit = sizes[0]
-    target = float(number) * (1e9 if unit.lower() == "b" else 1e6) * (int(times) if times else 1)
-    if not 1e6 <= target <= 1e14:
-        raise UsageError(
-            f"--model is {name!r}: a size of {number}{unit} is no model; sizes from 1M to 100000B can be "
-            "planned"
-        )
-    active = re.search(r"[-_]A(\d+(?:\.\d+)?)B", plain)
-    mixture = bool(times or active)
-    family = re.match(r"[a-z]+", _key(plain))
-    import math
-
-    def distance(entry_name: str) -> float:
-        """How far an entry is by the size in its own name; the family that the name begins with comes
-        first."""
-        sizes = re.findall(
-            r"(?:^|[-_. ])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?=$|[-_. ])",
-            entry_name.split("/")[-1],
-            re.IGNORECASE,
-        )
-        if not sizes:
-            return math.inf
-        size = float(sizes[0][1]) * (1e9 if sizes[0][2].lower() == "b" else 1e6) * int(sizes[0][0] or 1)
-        return abs(math.log(size / target)) + (
-            0.0 if family and _key(entry_name).startswith(family[0]) else 0.3
-        )
-
-    spec = None
-    for entry_name in sorted(known, key=distance):
-        candidate = spec_from_config(entries[entry_name]["config"], name, entry_name)
-        plain_cache = all(c.kind in ("full", "sliding") for c in candidate.cache)
-        if (
-            plain_cache
-            and not candidate.vision
-            and (candidate.moe is not None) == mixture
-            and not candidate.quantization
-        ):
-            spec = candidate
-            break
-    assert spec is not None
-    block = sum(w.parameters for w in spec.weights if w.layer == spec.layers - 1)
-    outside = sum(w.parameters for w in spec.weights if w.layer < 0)
-    layers = max(1, round((target - outside) / block)) if target > outside + block else 1
-    weights = [w for w in spec.weights if w.layer < 0]
-    last = [w for w in spec.weights if w.layer == spec.layers - 1]
-    weights += [replace(w, layer=i) for i in range(layers) for w in last]
-    scale = target / sum(w.parameters for w in weights)
-    cache = tuple(replace(spec.cache[i % len(spec.cache)], layer=i) for i in range(layers))
-    notes = (
-        f"{name} is not in the catalogue: sized by the {number}{unit.upper()} in its name, with the shapes "
-        f"of {entry_name} "
-        f"({layers} layers); sizes may be off by 15 %, the KV cache by a factor of 4",
-    )
-    if not 0.8 < scale < 1.25:
-        weights = [replace(w, shape=(max(1, round(w.shape[0] * scale)), *w.shape[1:])) for w in weights]
-    return replace(
-        spec, name=name, layers=layers, weights=tuple(weights), cache=cache, quantization=quantization,
-        uncertainty=0.15, source="name",
-        notes=notes,
-    )  # fmt: skip
-
-
-def load_model(model: str | Path | ModelSpec | Mapping[str, Any]) -> ModelSpec:
+def load_model(model: str | Path | ModelSpec | Mapping[str, Any], online: bool = False) -> ModelSpec:
     """A model given in any way: a spec, a config mapping, a directory, a config.json, or a name.
+
+    Args:
+        online: as :func:`find_model`.
 
     Raises:
         UsageError, CheckpointError: as the function for that way does.
@@ -321,7 +285,7 @@ def load_model(model: str | Path | ModelSpec | Mapping[str, Any]) -> ModelSpec:
         return model_from_config(path)
     if isinstance(model, Path):
         return model_from_directory(path)
-    return find_model(model)
+    return find_model(model, online)
 
 
 def stored_bytes(spec: ModelSpec) -> int:

@@ -105,6 +105,14 @@ def first_line(error: BaseException, most: int = 300) -> str:
     return (lines[0] if lines else type(error).__name__)[:most]
 
 
+def any_of(names: Sequence[str]) -> str:
+    """
+    >>> any_of(["a"]), any_of(["a", "b", "c"])
+    ('a', 'a, b or c')
+    """
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+
+
 def one_of(what: str, value: object, allowed: Sequence[str]) -> UsageError:
     """The error for a name that is not in a list, with the nearest names first.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,14 +19,13 @@ from typing import Any
 from quant.data import load_json
 from quant.errors import QuantError, UsageError
 from quant.health import Health, read_health
+from quant.parts import MOST, USABLE_SHARE, Part, find_part, named_row, plain, rows
 from quant.units import GIB, LARGEST, format_size
 
 #: what stands for a document where the table names none: the figure was entered from memory
 UNCHECKED = "unchecked"
-
-#: of the nominal memory of a part whose driver's total is not known; the known ones that keep no ECC in it
-#: have 0.95 to 1
-USABLE_SHARE = 0.985
+#: Kind of a GPU of which the memory alone is known.
+UNNAMED = "unnamed"
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,8 @@ class Gpu:
     #: temperature, power, throttling; None of a GPU that is not here
     health: Health | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
+    #: what a name that fits several parts was taken for
+    note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -88,7 +88,7 @@ class Gpu:
             "torch_reserved_bytes": self.torch_reserved_bytes,
             "instructions": None if self.instructions is None else sorted(self.instructions),
             "health": None if self.health is None else self.health.to_dict(),
-            "sources": dict(self.sources),
+            "sources": dict(self.sources), "note": self.note or None,
         }  # fmt: skip
 
 
@@ -125,41 +125,9 @@ class Detection:
 # -- named GPUs ----------------------------------------------------------------------------------------------
 
 
-def _plain(name: str) -> str:
-    """A GPU name for comparing: ``NVIDIA GeForce RTX 4090`` and ``rtx-4090`` become the same.
-
-    >>> _plain("NVIDIA GeForce RTX 3070 Ti Laptop GPU")
-    'rtx3070tilaptop'
-    """
-    text = re.sub(
-        r"\b(nvidia|geforce|amd|instinct|radeon|tesla|gpu|graphics|generation|sxm\d?|hbm\d?e?|oam)\b",
-        " ",
-        name.lower().replace("-", " "),
-    )
-    return re.sub(r"[^a-z0-9]", "", text)
-
-
 def gpu_names() -> list[str]:
     """The names of all parts in the table, in its order."""
-    return [row["name"] for row in load_json("gpus.json")["gpus"]]
-
-
-def _row(name: str) -> dict[str, Any] | None:
-    """The table row of a name as a person or a driver writes it; the memory size may be left out or added."""
-    rows: list[dict[str, Any]] = load_json("gpus.json")["gpus"]
-    wanted = _plain(name)
-    for row in rows:
-        if wanted in {_plain(n) for n in (row["name"], *row["aliases"])}:
-            return row
-    bare = re.sub(r"\d+gi?b$", "", wanted)
-    for row in rows:
-        size = row["memory_gib"]
-        names = {re.sub(r"\d+gi?b$", "", _plain(n)) for n in (row["name"], *row["aliases"])}
-        if bare in names and (
-            bare == wanted or wanted.removeprefix(bare).rstrip("bi").rstrip("g") == str(size)
-        ):
-            return row
-    return None
+    return [row["name"] for row in rows()]
 
 
 def _cited(row: Mapping[str, Any], fact: str) -> str:
@@ -181,7 +149,7 @@ def _memory_of(row: Mapping[str, Any]) -> tuple[int, dict[str, str]]:
             "nominal_memory": _cited(row, "memory"),
         }
     share, of = USABLE_SHARE, "parts of this size"
-    if (other := _row(row.get("memory_like", ""))) is not None:
+    if (other := named_row(row.get("memory_like", ""))) is not None:
         share, of = other["reported_gib"] / other["memory_gib"], str(other["name"])
     return int(row["memory_gib"] * share * GIB), {
         "memory": f"estimated: {share:.1%} of the nominal size, as on {of}",
@@ -190,7 +158,8 @@ def _memory_of(row: Mapping[str, Any]) -> tuple[int, dict[str, str]]:
 
 
 def named_gpu(name: str, total_bytes: int | None = None) -> Gpu:
-    """A GPU that need not be here: ``L40S-48GB``, ``h100``, ``RTX 3070 Ti Laptop``.
+    """A GPU that need not be here: ``L40S-48GB``, ``h100``, ``RTX 3070 Ti Laptop``; where the name says how
+    many, one of them.
 
     Args:
         total_bytes: the memory that the driver reports, where it is not the table's (a modified card, a
@@ -199,26 +168,39 @@ def named_gpu(name: str, total_bytes: int | None = None) -> Gpu:
     Raises:
         UsageError: no such part (the nearest names are offered), or a memory size that no machine has.
     """
-    check_memory(total_bytes, "--gpu-memory")
-    if _plain(name) == "cpu":
-        return cpu_device(total_bytes)
-    row = _row(name)
-    if row is None:
-        import difflib
+    return named_gpus(name, total_bytes)[0]
 
-        several = re.fullmatch(r"(\d+) *[xX×*] *(.+)", name.strip())
-        if several and _row(several[2]):
-            count, one = several.groups()
-            raise UsageError(
-                f"--gpu is {name!r}: it names one part: give --gpu {shlex.quote(one)}, and how many with "
-                f"--gpu-count {count} (recommend) or --tensor-parallel {count} (quantize, plan, serve)"
-            )
-        near = {_plain(n): n for n in gpu_names()}
-        offered = [near[n] for n in difflib.get_close_matches(_plain(name), list(near), n=4, cutoff=0.0)]
-        raise UsageError(
-            f"--gpu is {name!r}: not in the table; nearest: {', '.join(offered)}. "
-            "Give one of them, or the nearest part with --gpu-memory; `quant detect --gpu list` shows all"
-        )
+
+def named_gpus(name: str, total_bytes: int | None = None, count: int | None = None) -> list[Gpu]:
+    """The GPUs of a name that may say how many they are: ``2xL4``; one where neither it nor ``count`` does.
+
+    Args:
+        count: how many, as another option says it.
+
+    Raises:
+        UsageError: as :func:`named_gpu`; or a number in the name that is not ``count``.
+    """
+    check_memory(total_bytes, "--gpu-memory")
+    if plain(name) == "cpu":
+        return [replace(cpu_device(total_bytes), index=i) for i in range(count or 1)]
+    part = find_part(name)
+    if count is not None and part.count not in (None, count):
+        raise UsageError(f"--gpu {name} is {part.count} GPUs, and {count} are asked for: give one number")
+    gpu = _gpu_of(part, total_bytes)
+    return [replace(gpu, index=i) for i in range(count or part.count or 1)]
+
+
+def count_in(name: str | None) -> int | None:
+    """How many GPUs a name says; None where it says no number.
+
+    Raises:
+        UsageError: no such part.
+    """
+    return None if name is None or plain(name) == "cpu" else find_part(name).count
+
+
+def _gpu_of(part: Part, total_bytes: int | None) -> Gpu:
+    row = part.row
     reported, memory_sources = _memory_of(row)
     total = total_bytes or reported
     numbers = str(row["capability"])
@@ -228,7 +210,7 @@ def named_gpu(name: str, total_bytes: int | None = None) -> Gpu:
         used_bytes=idle_bytes(total), capability=capability,  # type: ignore[arg-type]
         architecture=numbers if capability is None else "", platform="rocm" if capability is None else "cuda",
         bandwidth=row["bandwidth_gb_s"] * 1e9, rates={k: v * 1e12 for k, v in row["tflops"].items()},
-        link=row["link"], kind=row["kind"],
+        link=row["link"], kind=row["kind"], note=part.note,
         sources={
             **({"memory": "user"} if total_bytes else memory_sources), "bandwidth": _cited(row, "bandwidth"),
             "capability": _cited(row, "capability"), **_rate_sources(row),
@@ -382,7 +364,7 @@ def _read_one(nvml: Any, handle: Any, index: int, driver: str) -> Gpu:
     name = _text(nvml.nvmlDeviceGetName(handle))
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
     capability = _ask(nvml, "nvmlDeviceGetCudaComputeCapability", handle)
-    row = _row(name)
+    row = named_row(name)
     bandwidth = 0.0
     sources = {"memory": "nvml", "capability": "nvml"}
     if row:
@@ -470,36 +452,42 @@ def _with_torch(gpu: Gpu, ordinal: int) -> Gpu:
 def resolve_gpus(
     name: str | None = None, count: int | None = None, total_bytes: int | None = None, nvml: Any = None
 ) -> list[Gpu]:
-    """The GPUs to plan for: ``count`` of the named part, or those here.
+    """The GPUs to plan for: ``count`` of the named part, or those here; where there are none, ``count`` of
+    ``total_bytes`` each, of which nothing else is known.
 
     Raises:
-        UsageError: unknown name; a memory size without a name; a count beyond what is here.
-        QuantError: no name was given and there is no GPU.
+        UsageError: unknown name; a count beyond what is here, or another than the name's.
+        QuantError: neither name nor memory was given and there is no GPU.
     """
-    if count is not None and not 1 <= count <= 1024:
-        raise UsageError(f"--gpu-count is {count}: must be from 1 to 1024")
+    if count is not None and not 1 <= count <= MOST:
+        raise UsageError(f"--gpu-count is {count}: must be from 1 to {MOST}")
     if name:
-        gpu = named_gpu(name, total_bytes)
-        return [replace(gpu, index=i) for i in range(count or 1)]
+        return named_gpus(name, total_bytes, count)
     here = detect(nvml)
     if total_bytes is not None:
         check_memory(total_bytes, "--gpu-memory")
         if not here.gpus:
-            raise UsageError(
-                "--gpu-memory needs --gpu NAME where there is no GPU: memory alone says nothing of speed "
-                "and number formats"
-            )
+            return [replace(unnamed_gpu(total_bytes), index=i) for i in range(count or 1)]
         return [
             replace(g, total_bytes=total_bytes, free_bytes=min(g.free_bytes, total_bytes))
             for g in here.gpus[: count or None]
         ]
     if not here.gpus:
         raise QuantError(
-            f"{here.note}. Name one to plan for (--gpu L40S-48GB; `quant detect --gpu list` shows all), or "
-            "--gpu cpu"
+            f"{here.note}. Name one to plan for (--gpu L40S-48GB; `quant detect --gpu list` shows all), give "
+            "its memory alone (--gpu-memory 24GiB), or --gpu cpu"
         )
     if count and count > len(here.gpus):
         raise UsageError(
             f"--gpu-count is {count}, but {len(here.gpus)} here: name the part with --gpu to plan for more"
         )
     return list(here.gpus[: count or None])
+
+
+def unnamed_gpu(total_bytes: int) -> Gpu:
+    """A GPU of which the memory alone is known: no capability, no speed."""
+    return Gpu(
+        name="unnamed GPU", total_bytes=total_bytes,
+        free_bytes=total_bytes - idle_bytes(total_bytes), used_bytes=idle_bytes(total_bytes), kind=UNNAMED,
+        sources={"memory": "user"},
+    )  # fmt: skip

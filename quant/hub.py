@@ -102,6 +102,58 @@ def model_name(path: Path) -> str:
     return path.resolve().name if repository is None else repository.partition("/")[2]
 
 
+def cached_snapshot(text: str) -> Path | None:
+    """The snapshot of a Hub id in the local cache, whatever of it is there; None where nothing is.
+
+    Read without the Hub's client, which takes longer to import than a plan to make.
+    """
+    from huggingface_hub import constants
+
+    repo, revision = parse_hub_id(text, "the model")
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    try:
+        commit = (folder / "refs" / (revision or "main")).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        commit = revision or ""
+    snapshot = folder / "snapshots" / commit
+    return snapshot if re.fullmatch(r"[0-9a-f]{7,64}", commit) and snapshot.is_dir() else None
+
+
+def config_of(model: str | Path) -> Path:
+    """The directory of a model's config.json, fetched where a Hub id's is not in the cache; of a path itself.
+
+    Raises:
+        CheckpointError, UsageError: as :func:`fetched_config`.
+    """
+    if not is_hub_id(str(model)):
+        return Path(model)
+    snapshot = cached_snapshot(str(model))
+    there = snapshot is not None and (snapshot / "config.json").is_file()
+    return snapshot if snapshot is not None and there else fetched_config(str(model))
+
+
+def fetched_config(text: str) -> Path:
+    """The snapshot of a Hub id in the cache, once its config.json was fetched: nothing else is.
+
+    Raises:
+        CheckpointError: HF_HUB_OFFLINE forbids it; or no such model, no access, no config.json, no network.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub import constants
+
+    repo, revision = parse_hub_id(text, "the model")
+    if set_offline():
+        raise CheckpointError(
+            f"{text}: its config.json is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE "
+            "forbids fetching it: unset that, or leave --online out for a plan by the catalogue"
+        )
+    try:
+        with online():
+            return Path(hub.hf_hub_download(repo, "config.json", revision=revision)).parent
+    except Exception as error:  # what a network does is of many kinds
+        raise _refused(text, revision, "its config.json is not in the cache", error) from error
+
+
 def local_model(model: str | Path, download: bool = True) -> Path:
     """The directory of a model that is named by path or Hub id.
 
@@ -131,7 +183,7 @@ def local_model(model: str | Path, download: bool = True) -> Path:
         raise UsageError(f"{text}: no Hub id: {error_line(error)}") from error
     except (errors.LocalEntryNotFoundError, OSError, ValueError):
         cached = None
-    if cached is not None and _whole(cached):
+    if cached is not None and is_whole(cached):
         return cached
     if cached is None and Path(repo).parent.is_dir():
         raise CheckpointError(
@@ -141,39 +193,50 @@ def local_model(model: str | Path, download: bool = True) -> Path:
     where = (
         f"there is no such directory, and {'only a part of it is' if cached else 'it is not'} in the cache"
     )
+    if not download:
+        if cached is not None and (cached / "config.json").exists():
+            return cached
+        raise CheckpointError(
+            f"{text}: {where} {constants.HF_HUB_CACHE}; plans fetch nothing without --online: "
+            f"hf download {repo}, or that for a plan by its config.json, or --model {repo} for one by name"
+        )
     if set_offline():
         raise CheckpointError(
             f"{text}: {where} {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids fetching it: unset "
             f"that, or fetch it elsewhere with hf download {repo}"
         )
-    if not download:
-        if cached is not None and (cached / "config.json").exists():
-            return cached
-        raise CheckpointError(
-            f"{text}: {where} {constants.HF_HUB_CACHE}; plans fetch nothing: hf download {repo}, or --model "
-            f"{repo} for a plan by name"
-        )
     try:
         with online():
             return Path(hub.snapshot_download(repo, revision=revision, ignore_patterns=_NOT_READ))
-    except errors.GatedRepoError as error:
-        raise CheckpointError(
-            f"{text}: its owners give access on request: ask for it on the model's page, then hf auth login"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise CheckpointError(
-            f"{text}: the model has no revision {revision!r}: leave it out for the newest"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{text}: there is no such directory, and no such model on the Hub that you may see: check the "
-            "spelling; for a private one, hf auth login"
-        ) from error
     except Exception as error:  # what a network does is of many kinds
-        raise CheckpointError(
-            f"{text}: {where} {constants.HF_HUB_CACHE}, and fetching it failed ({error_line(error)}): check "
-            "the network, then run the same command again: what was fetched is kept"
-        ) from error
+        raise _refused(text, revision, where, error) from error
+
+
+def _refused(text: str, revision: str | None, where: str, error: Exception) -> CheckpointError:
+    """What to say of a failed request to the Hub: whether it is the model, the access, or the network.
+
+    Args:
+        where: what is not where.
+    """
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.GatedRepoError):
+        said = "its owners give access on request: ask for it on the model's page, then hf auth login"
+    elif isinstance(error, errors.RevisionNotFoundError):
+        said = f"the model has no revision {revision!r}: leave it out for the newest"
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        said = (
+            "there is no such directory, and no such model on the Hub that you may see: check the spelling; "
+            "for a private one, hf auth login"
+        )
+    elif isinstance(error, errors.RemoteEntryNotFoundError):
+        said = "the model has no config.json, by which plans are made: give one that has, or its directory"
+    else:
+        said = (
+            f"{where} {constants.HF_HUB_CACHE}, and fetching it failed ({error_line(error)}): check the "
+            "network, then run the same command again: what was fetched is kept"
+        )
+    return CheckpointError(f"{text}: {said}")
 
 
 def error_line(error: BaseException) -> str:
@@ -182,7 +245,7 @@ def error_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {textwrap.shorten(str(words[0]), 160, placeholder=' …')}"
 
 
-def _whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
     """Whether a snapshot has the config and all weight files that its index names."""
     if not (folder / "config.json").exists():
         return False

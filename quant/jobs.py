@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from quant import defaults
 from quant.checkpoint.reader import read_json
 from quant.errors import Problems, QuantError, UsageError
+from quant.hardware import named_gpu
 from quant.pipeline.memory import prepare_torch
 from quant.planning.recommendation import Recommendation
 from quant.planning.target import choose, method_for, settings
@@ -89,6 +90,8 @@ def resolve(values: Mapping[str, Any]) -> ResolvedJob | Recommendation:
             notes = (f"{recommendation.recommended} by {recommendation.method}: {recommendation.reason}",)
     recipe, form = _formatted(make_recipe({**chosen, **values}))
     recipe, needed = complete(recipe)
+    if recipe.gpu is not None and (taken := named_gpu(recipe.gpu).note):
+        notes = (taken, *notes)
     return ResolvedJob(recipe, (*notes, *form, *needed), recommendation)
 
 

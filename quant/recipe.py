@@ -6,14 +6,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from quant import defaults
 from quant.errors import Problems, QuantError, UsageError, clipped, one_of
+from quant.hardware import count_in
 from quant.schemes import UNQUANTIZED, Scheme, default_scheme, resolve_scheme
+from quant.units import parse_tokens
 from quant.vllm.releases import VLLM_VERSION
 
 #: `--method fp8` is rounding to the nearest FP8 number, by this method.
@@ -160,6 +162,16 @@ class Rule(LayerSettings):
         return LayerSettings(**values).assignment(self.method or job.method)
 
 
+def _tokens(value: Any) -> Any:
+    """A number of tokens as people write it (``2k``); all else is left to be judged."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_tokens(value)
+    except UsageError:
+        return value
+
+
 class Recipe(LayerSettings):
     """One quantization. Field names are the option names of ``quant quantize`` with underscores."""
 
@@ -175,7 +187,7 @@ class Recipe(LayerSettings):
     target: Literal["vllm", "other"] = "vllm"
     calibration_dataset: list[Path] = []
     samples: int = Field(defaults.SAMPLES, ge=1, le=100_000)
-    sequence_length: int | None = Field(None, ge=8, le=10_000_000)
+    sequence_length: Annotated[int | None, BeforeValidator(_tokens)] = Field(None, ge=8, le=10_000_000)
     shuffle: bool = False
     chat_template: bool | None = None
     layers: str | None = None
@@ -229,6 +241,8 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
             f"--backend-python belongs to --backend {' or '.join(defaults.LEGACY_ENGINES)}: name one, or "
             "leave it out"
         )
+    if "tensor_parallel" not in values and (ranks := _count_of(values.get("gpu"))) is not None:
+        values = {**values, "tensor_parallel": ranks}
     try:
         return Recipe(**values)
     except ValidationError as error:
@@ -251,6 +265,15 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
             problems.append(f"{name} is {clipped(e['input'])}: {e['msg'][0].lower()}{e['msg'][1:]}{quotes}")
         problems = list(dict.fromkeys(problems))
         raise Problems(problems, exit_code=2) from error
+
+
+def _count_of(gpu: Any) -> int | None:
+    """How many GPUs the target's name says; None where it says none, or is no part's, which is told with all
+    else that is wrong."""
+    try:
+        return count_in(gpu) if isinstance(gpu, str) else None
+    except UsageError:
+        return None
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

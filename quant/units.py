@@ -41,6 +41,47 @@ def parse_size(text: str | int, what: str = "size") -> int:
     return int(value)
 
 
+class Tokens(int):
+    """A number of tokens that was written with a k or M, which people mean in thousands as well as in 1024s.
+
+    ``Tokens(131072)`` of ``128k`` has the ``least`` 128,000.
+    """
+
+    least: int
+
+
+def parse_tokens(text: str | int, what: str = "tokens") -> Tokens:
+    """A number of tokens from ``"32768"``, ``"32k"`` (of 1024) or ``"1M"`` (of 1024²).
+
+    >>> parse_tokens("32k"), parse_tokens("1M"), parse_tokens("8_192")
+    (32768, 1048576, 8192)
+
+    Raises:
+        UsageError: not a whole number of tokens.
+    """
+    match = re.fullmatch(r"\s*(-?\d[\d_,]*(?:\.\d+)?)\s*([kKmM]?)\s*", str(text))
+    number = float(re.sub("[_,]", "", match[1])) if match else 0.5
+    power = {"": 0, "k": 1, "m": 2}[match[2].lower()] if match else 0
+    if not number * 1024**power == round(number * 1024**power):
+        raise UsageError(
+            f"{what} is {str(text)!r}: give a whole number of tokens, or one with k or M, such as 32k"
+        )
+    tokens = Tokens(number * 1024**power)
+    tokens.least = int(number * 1000**power)
+    return tokens
+
+
+def meant_tokens(tokens: int, longest: int | None) -> int:
+    """A number of tokens, or the longest context of a model where that is what was meant.
+
+    >>> meant_tokens(parse_tokens("128k"), 128000), meant_tokens(parse_tokens("128k"), 40960)
+    (128000, 131072)
+    """
+    if isinstance(tokens, Tokens) and longest is not None and tokens.least <= longest < tokens:
+        return longest
+    return int(tokens)
+
+
 def format_size(count: float) -> str:
     """Binary units, three significant digits.
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from huggingface_hub import constants, errors
@@ -14,6 +19,8 @@ from huggingface_hub import constants, errors
 from quant import hub
 from quant.errors import CheckpointError
 from quant.hub import local_model
+from tests.helpers import ROOT
+from tests.planning.tiny_models import TINY
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -121,3 +128,89 @@ def test_commands_take_hub_ids(cached: Path, tmp_path: Path, cli: Callable[..., 
     assert cli("quantize", "--config", tmp_path / "job.yaml", "--group-size", "32").code == 0
     refused = cli("quantize", "-m", "org/none", "-o", tmp_path / "no", *job)
     assert refused.code == 1 and "Traceback" not in refused.err and "hf download org/none" in refused.err
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """Answers as the Hub does for the config.json of one model, and refuses others as it refuses them."""
+
+    config = b"{}"
+    asked: ClassVar[list[str]] = []
+    refusals: ClassVar[dict[str, tuple[int, str]]] = {
+        "/acme/Gated": (403, "GatedRepo"),
+        "/acme/Bare": (404, "EntryNotFound"),
+        "/acme/Found-1B/resolve/v9": (404, "RevisionNotFound"),
+        "/acme/Nobody": (404, "RepoNotFound"),
+    }
+
+    def do_GET(self) -> None:
+        self.asked.append(f"{self.command} {self.path}")
+        status, code = next((r for p, r in self.refusals.items() if self.path.startswith(p)), (200, ""))
+        body = b"" if code else self.config
+        self.send_response(status)
+        if code:
+            self.send_header("X-Error-Code", code)
+        self.send_header("ETag", '"0f"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """``quant recommend`` with a Hub of its own and an empty cache."""
+    _Hub.config = json.dumps(TINY["gqa"] | {"max_position_embeddings": 65536}).encode()
+    _Hub.asked.clear()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+    environment |= {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0", "NO_COLOR": "1"}
+
+    def recommend(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "quantize.py"), "recommend", "--gpu", "T4", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=environment | more, check=False)
+
+    yield recommend
+    server.shutdown()
+    server.server_close()
+
+
+def test_online_reads_the_config_of_a_hub_id_once(
+    served: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    assert "--online" in served("--model", "acme/Found-1B").stderr and not _Hub.asked
+    first = served("--model", "acme/Found-1B", "--online", "--context", "64k", "--scheme", "w4a16")
+    assert first.returncode == 0 and "context 65,536" in first.stdout
+    assert "hf download acme/Found-1B --local-dir Found-1B" in first.stdout
+    assert any(a.startswith("GET /acme/Found-1B/resolve/main/config.json") for a in _Hub.asked)
+    _Hub.asked.clear()
+    for option in ("--model", "-m"):  # from the cache now
+        again = served(option, "acme/Found-1B", "--context", "64k", HF_HUB_OFFLINE="1")
+        assert again.returncode == 0 and "context 65,536" in again.stdout and not _Hub.asked
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("acme/Gated-1B", "access on request"),
+        ("acme/Bare-1B", "no config.json"),
+        ("acme/Found-1B@v9", "no revision 'v9'"),
+        ("acme/Nobody-1B", "no such model on the Hub"),
+    ],
+)
+def test_what_the_hub_refuses_a_plan_is_said(
+    served: Callable[..., subprocess.CompletedProcess[str]], name: str, said: str
+) -> None:
+    refused = served("--model", name, "--online")
+    assert refused.returncode == 1 and said in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_offline_wins_over_online(served: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    refused = served("--model", "acme/Found-1B", "--online", HF_HUB_OFFLINE="1")
+    assert refused.returncode == 1 and "HF_HUB_OFFLINE forbids" in refused.stderr and not _Hub.asked

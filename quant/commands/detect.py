@@ -33,7 +33,7 @@ def detect(gpu: str | None, max_temperature: int | None, out: Output) -> None:
     """
     from quant.commands.render import planning
     from quant.hardware import detect as look
-    from quant.hardware import gpu_names, named_gpu
+    from quant.hardware import gpu_names, named_gpus
     from quant.vllm.kernels import gpu_dict
 
     if gpu == "list":
@@ -41,7 +41,9 @@ def detect(gpu: str | None, max_temperature: int | None, out: Output) -> None:
         out.result({"names": names}, lambda console: console.print("\n".join(names)))
         return
     if gpu is not None:
-        gpus: tuple[Gpu, ...] = (named_gpu(gpu),)
+        gpus: tuple[Gpu, ...] = tuple(named_gpus(gpu))
+        if gpus[0].note:
+            out.note(gpus[0].note)
         out.result({"gpus": [gpu_dict(g) for g in gpus]}, lambda console: planning.show_gpus(gpus, console))
     else:
         detection = look()

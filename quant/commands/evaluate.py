@@ -11,7 +11,7 @@ import click
 from quant import defaults
 from quant.commands import options
 from quant.commands.terminal import Output, common_options
-from quant.commands.types import MODEL, PATH
+from quant.commands.types import MODEL, PATH, TokenCount
 from quant.errors import Problems, QuantError, UsageError
 
 
@@ -22,7 +22,7 @@ from quant.errors import Problems, QuantError, UsageError
 @click.option("--text", type=PATH, show_default="the bundled wikitext-2 test", help="Text to evaluate on.")
 @click.option(
     "--length",
-    type=click.IntRange(8),
+    type=TokenCount(8),
     show_default=f"the smaller of {defaults.EVALUATION_LENGTH} and the model's",
     help="Tokens a chunk.",
 )

@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
-from quant.commands.types import MODEL, PATH, ModelType
+from quant.commands.types import MODEL, PATH, ModelType, TokenCount
 from quant.errors import UsageError
 from quant.schemes import SCHEMES, SchemeRegistry
 from quant.vllm.releases import VLLM_VERSION, rules_for
@@ -113,8 +113,8 @@ gpu = click.option(
     "--gpu",
     metavar="NAME",
     shell_complete=completed("gpus"),
-    help="A GPU by name instead of those here: L40S-48GB, h100, 'RTX 3070 Ti Laptop', cpu; `quant detect "
-    "--gpu list` shows all.",
+    help="A GPU by name instead of those here, and how many: L40S-48GB, 4090, 2xH100, 'RTX 3070 Ti Laptop', "
+    "cpu; `quant detect --gpu list` shows all.",
 )
 
 vllm_version = click.option(
@@ -177,7 +177,10 @@ def tensor_parallel(default: int | str = 1) -> Decorator:
 
 def max_model_len(default: str) -> Decorator:
     return click.option(
-        "--max-model-len", type=click.IntRange(1), show_default=default, help="Context to serve, in tokens."
+        "--max-model-len",
+        type=TokenCount(1),
+        show_default=default,
+        help="Context to serve, in tokens: 32768, 32k, 1M.",
     )
 
 

@@ -11,7 +11,7 @@ from quant import defaults
 from quant.commands import options
 from quant.commands.options import by_method, given, together
 from quant.commands.terminal import Output, common_options
-from quant.commands.types import PATH, Alpha
+from quant.commands.types import PATH, TOKENS, Alpha
 from quant.errors import UsageError, clipped
 from quant.progress import Event
 from quant.schemes import DEFAULT_SCHEME, PRESETS, SCHEMES, ActivationScheme
@@ -76,7 +76,7 @@ calibration_options = together(
     ),
     click.option(
         "--sequence-length",
-        type=int,
+        type=TOKENS,
         show_default=f"the smaller of {defaults.SEQUENCE_LENGTH} and the model's",
         help="Tokens a row.",
     ),

@@ -12,7 +12,7 @@ import click
 from quant import defaults
 from quant.commands import options
 from quant.commands.terminal import Output, common_options
-from quant.commands.types import ItemLimits, Size
+from quant.commands.types import TOKENS, ItemLimits, Size
 from quant.errors import UsageError
 from quant.vllm.arguments import TOWER_MODES
 
@@ -31,7 +31,9 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """vLLM's arguments as planning options; the command receives them as one :class:`EngineRequest` in
     ``engine``."""
 
-    @click.option("--context", type=int, help="Tokens of the longest request (vLLM's --max-model-len).")
+    @click.option(
+        "--context", type=TOKENS, help="Tokens of the longest request (vLLM's --max-model-len): 32k, 1M."
+    )
     @click.option(
         "--concurrency",
         type=int,
@@ -46,7 +48,7 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--pipeline-parallel", type=int, default=1, show_default=True, help="Stages of layers.")
     @options.gpu_memory_utilization
     @click.option("--max-num-seqs", type=int, help="Sequences in one batch.")
-    @click.option("--max-num-batched-tokens", type=int, help="Tokens in one batch.")
+    @click.option("--max-num-batched-tokens", type=TOKENS, help="Tokens in one batch.")
     @click.option("--enforce-eager", is_flag=True, help="No CUDA graphs: less memory, slower decoding.")
     @click.option(
         "--enable-expert-parallel", is_flag=True, help="GPUs hold whole experts, not a part of each."
@@ -83,11 +85,21 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "--model",
     metavar="NAME",
     shell_complete=options.completed("models"),
-    help="A model by name, where there is no checkpoint: Qwen2.5-7B-Instruct.",
+    help="A model by name, where there is no checkpoint: Qwen2.5-7B-Instruct; or by Hub id.",
+)
+@click.option(
+    "--online",
+    is_flag=True,
+    is_eager=True,
+    help="Read the config.json of a Hub id from the Hub where the cache lacks it; weights are not fetched.",
 )
 @options.gpu
-@click.option("--gpu-count", type=int, help="How many GPUs: all that are here, or one of a named part.")
-@click.option("--gpu-memory", type=Size(), help="Memory of one GPU where it is not the table's: 40GiB.")
+@click.option("--gpu-count", type=int, help="How many GPUs: all that are here, or as --gpu says.")
+@click.option(
+    "--gpu-memory",
+    type=Size(),
+    help="Memory of one GPU where it is not the table's: 40GiB; alone, a plan for any GPU of that size.",
+)
 @engine_options
 @options.scheme("the best of all that may be recommended")
 @click.option(
@@ -109,7 +121,7 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @common_options
 def recommend(
-    model_path: Path | None, model: str | None, gpu: str | None, gpu_count: int | None,
+    model_path: Path | None, model: str | None, online: bool, gpu: str | None, gpu_count: int | None,
     gpu_memory: int | None, engine: EngineRequest,
     scheme: str | None, policy: str, objective: str | None, scenario: str | None, out: Output,
 ) -> None:  # fmt: skip
@@ -142,6 +154,7 @@ def recommend(
         scheme=scheme,
         gpu_count=gpu_count,
         gpu_memory=gpu_memory,
+        online=online,
     )
     out.result(
         recommendation.to_dict(), lambda console: planning.show_recommendation(recommendation, console)

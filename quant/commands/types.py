@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from quant.errors import QuantError
-from quant.units import parse_size
+from quant.units import parse_size, parse_tokens
 
 
 class Size(click.ParamType):
@@ -21,6 +21,27 @@ class Size(click.ParamType):
             return parse_size(value, f"--{param.name.replace('_', '-')}" if param and param.name else "size")
         except QuantError as error:
             self.fail(str(error), param, ctx)
+
+
+class TokenCount(click.ParamType):
+    """A number of tokens such as ``32768``, ``32k`` or ``1M``; the value is a
+    :class:`~quant.units.Tokens`."""
+
+    name = "tokens"
+
+    def __init__(self, least: int | None = None) -> None:
+        self.least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, int):
+            return value
+        try:
+            tokens = parse_tokens(value, f"--{param.name.replace('_', '-')}" if param and param.name else "")
+        except QuantError as error:
+            self.fail(str(error), param, ctx)
+        if self.least is not None and tokens < self.least:
+            self.fail(f"{value} is less than {self.least}", param, ctx)
+        return tokens
 
 
 class ItemLimits(click.ParamType):
@@ -71,8 +92,10 @@ class ModelType(PathType):
         path = super().convert(value, param, ctx)
         if ctx is not None and ctx.resilient_parsing:  # a shell completes; nothing is run
             return path
-        from quant.hub import local_model
+        from quant.hub import config_of, local_model
 
+        if not self.download and ctx is not None and ctx.params.get("online"):
+            return config_of(path)
         return local_model(path, self.download)
 
 
@@ -87,3 +110,4 @@ class Alpha(click.ParamType):
 
 PATH = PathType()
 MODEL = ModelType()
+TOKENS = TokenCount()

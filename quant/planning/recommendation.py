@@ -21,7 +21,8 @@ from quant import defaults
 from quant.catalog import load_model, stored_bytes
 from quant.data import load_json
 from quant.errors import NothingFits, UsageError, one_of
-from quant.hardware import Gpu, cpu_device, resolve_gpus
+from quant.hardware import UNNAMED, Gpu, cpu_device, resolve_gpus
+from quant.hub import cached_snapshot, repository_of
 from quant.models.spec import ModelSpec
 from quant.models.support import DATA_FREE, makeable_methods, method_problem, scheme_problem
 from quant.planning.memory import (
@@ -43,7 +44,7 @@ from quant.planning.storage import (
     source_kernels,
 )
 from quant.schemes import AS_IT_IS, Scheme, SchemeRegistry, SchemeRow, candidates
-from quant.units import format_size
+from quant.units import format_size, meant_tokens
 from quant.vllm.architectures import architecture_problem, text_alone
 from quant.vllm.arguments import NO_IMAGES, NO_IMAGES_WHY
 from quant.vllm.config import source_method
@@ -55,6 +56,7 @@ from quant.vllm.kernels import (
     gpu_dict,
     has_fp8_cache,
     kernel_of,
+    parts_needed,
 )
 from quant.vllm.layers import ONE_FORM, family_problem, one_form_problem
 from quant.vllm.releases import rules_for
@@ -76,6 +78,8 @@ _SHORTER = (4096, 2048)
 _WHOLE_EXPERTS = "planned with --enable-expert-parallel: GPUs that cut each expert cannot hold them"
 #: a faster scheme is taken for a more precise one where it is faster by more than this share
 _GAIN = 0.1
+#: stands in commands for the owner of a model on the Hub that is not known
+_OWNER = "OWNER"
 POLICIES = ("vllm", "rule-of-thumb")
 #: what stands for a document where none tells a scheme's loss
 UNKNOWN = "not known"
@@ -107,6 +111,8 @@ class SchemePlan:
     checkpoint_bytes: int
     #: of the checkpoint as it is, in the words of tables
     dtype: str = AS_IT_IS.name
+    #: what the GPU must be, where that is not known; empty where every one would do
+    condition: str = ""
 
     @property
     def scheme(self) -> str:
@@ -252,6 +258,7 @@ def recommend(
     gpu_memory: int | None = None,
     margin: float = MARGIN,
     output_path: str | None = None,
+    online: bool = False,
 ) -> Recommendation:
     """Which scheme this model should be served in.
 
@@ -267,6 +274,7 @@ def recommend(
         makeable_only: choose among the checkpoint as it is and the schemes that this build makes of it.
         margin: share of the free memory to leave unused by the chosen plan.
         output_path: where the commands write and serve from.
+        online: whether the config.json of a Hub id is fetched where the cache lacks it.
 
     Raises:
         UsageError, Problems: the request is wrong or contradicts itself (exit status 2).
@@ -283,7 +291,7 @@ def recommend(
         raise one_of("--policy", policy, POLICIES)
     if not 0 <= margin < 1:
         raise UsageError(f"margin is {margin}: a share of the free memory, from 0 up to but not including 1")
-    spec = load_model(model)
+    spec = load_model(model, online)
     devices = _gpus(gpus, gpu_count, gpu_memory)
     request = request or EngineRequest()
     if policy == "rule-of-thumb":
@@ -303,7 +311,12 @@ def recommend(
     rows = _candidates(spec) if scheme is None else [_asked(scheme)]
     if makeable_only:
         rows = [row for row in rows if not is_quantized(row.scheme) or makeable_methods(spec, row.scheme)]
-    notes = [*spec.notes]
+    notes = [*([devices[0].note] if devices[0].note else []), *spec.notes]
+    if gpu.kind == UNNAMED:
+        notes.append(
+            "memory alone is planned: name the GPU (--gpu) for its speed and what it computes; chosen among "
+            "what every GPU from compute capability 7.5 on serves"
+        )
     request = _completed(spec, devices, gpu, request, profile, None if scheme is None else rows[0], notes)
     request.check(spec, devices)
     plans = tuple(_plan_one(spec, devices, gpu, row, request, margin) for row in rows)
@@ -329,6 +342,11 @@ def recommend(
         method = chosen.methods[0] if chosen.methods else None
         if chosen.makeable:
             commands = _commands(spec, model, chosen, method, request, output_path)
+        if any(f"{_OWNER}/" in command for command in commands):
+            notes.append(
+                f"{_OWNER} stands for who publishes {spec.name} on the Hub, which its name does not tell: "
+                "give owner/name for commands that run as they are"
+            )
     return Recommendation(
         model=spec, gpus=tuple(devices), request=request, plans=plans,
         recommended=chosen.scheme if chosen else None, method=method,
@@ -365,6 +383,8 @@ def _completed(
     if profile and request.kv_cache_dtype == "fp8" and not has_fp8_cache(devices[0]):
         request = replace(request, kv_cache_dtype="auto")
         notes.append(f"{devices[0].name} has no FP8: the scenario's FP8 cache is planned in 16 bits")
+    if request.context is not None:
+        request = replace(request, context=meant_tokens(request.context, spec.max_context))
     if request.context is None:
         request = replace(request, context=min(DEFAULT_CONTEXT, spec.max_context))
         notes.append(f"planned for a context of {request.context:,} tokens; --context asks for another")
@@ -450,7 +470,8 @@ def _smaller(request: EngineRequest, gpu: Gpu, own_context: bool) -> Iterator[tu
     if request.max_num_seqs is None and request.concurrency <= _FEW:
         request = replace(request, max_num_seqs=_FEW)
         yield request, f"planned with --max-num-seqs {_FEW}: with vLLM's own number nothing surely fits"
-    if request.kv_cache_dtype == "auto" and gpu.platform != "cpu" and has_fp8_cache(gpu):
+    known = gpu.platform != "cpu" and gpu.kind != UNNAMED
+    if request.kv_cache_dtype == "auto" and known and has_fp8_cache(gpu):
         said = "planned with --kv-cache-dtype fp8: with the cache in 16 bits nothing surely fits"
         yield replace(asked, kv_cache_dtype="fp8"), said
         request = replace(request, kv_cache_dtype="fp8")
@@ -542,7 +563,7 @@ def _plan_one(
             return refused(f"{part} has no kernel for {kernel}")
         if spec.moe and gpu.platform == "cpu" and (missing_kernels := cpu_problems(gpu, (), [kernel])):
             return refused(missing_kernels[0].text)
-        if row.native and state != "native":
+        if row.native and state not in ("native", "unknown"):
             return refused(f"{part} computes {kernel} only as packed weights")
     # whose kernels of quantized checkpoints are not tabled
     elif gpu.platform != "rocm":
@@ -563,6 +584,7 @@ def _plan_one(
     if quantized and spec.model_type in ONE_FORM:  # all but the experts stays in 16 bits
         form, _ = ONE_FORM[spec.model_type]
         spec, laid_out = replace(spec, quantization={"quant_method": form}), AS_IT_IS.scheme
+    condition = _condition(spec, gpu, row) if gpu.kind == UNNAMED else ""
     planned = _with_fitting_states(spec, gpus, laid_out, request)
     meets = planned.fits and planned.max_concurrency >= request.concurrency
     free = gpu.free_bytes
@@ -585,12 +607,21 @@ def _plan_one(
         why = f"{planned.why}; tight: {planned.tight}"
     elif meets and not safe:
         why = f"{planned.why}; leaves less than {margin:.0%} of the free memory"
+    if condition:
+        why = f"{why}; takes {condition}"
     size = file_bytes(spec, stored) if is_quantized(laid_out) else stored_bytes(spec)
     return SchemePlan(
         row, stored, planned, planned.fits, meets, safe, why, loss, quality["source"],
         speed_bounds(spec, gpu, planned, request.concurrency),
-        methods, size, unquantized,
+        methods, size, unquantized, condition,
     )  # fmt: skip
+
+
+def _condition(spec: ModelSpec, gpu: Gpu, row: SchemeRow) -> str:
+    """The GPUs that a scheme takes, where it is planned for memory alone."""
+    if is_quantized(row.scheme):
+        return parts_needed(kernel_of(row.scheme), row.native)
+    return "; ".join(filter(None, (parts_needed(kernel, False) for kernel in sorted(source_kernels(spec)))))
 
 
 def _with_fitting_states(
@@ -635,7 +666,7 @@ class Goal:
 def _choose(plans: Sequence[SchemePlan], goal: Goal) -> SchemePlan | None:
     """The plan to take, among those that keep the margin, else among those that surely hold what was asked.
     Where nothing is within the limit, ``balanced`` takes the most precise that fits."""
-    sure = [p for p in plans if p.meets and p.plan and p.plan.sure]
+    sure = [p for p in plans if p.meets and p.plan and p.plan.sure and not p.condition]
     bound = defaults.OBJECTIVES[goal.objective][0]
     # a file that is quantized already is not made again for the sake of a margin
     for pool in ([p for p in sure if p.safe or p.ready], sure):
@@ -679,7 +710,8 @@ def _reason(
         margin = "" if chosen.safe else ", though without the safety margin"
         use = f" for {goal.title}" if goal.title else ""
         fits = [p for p in plans if p.meets and p.plan and p.plan.sure]
-        if defaults.OBJECTIVES[goal.objective][0] is None or chosen.loss[1] > goal.limit:
+        slow = not chosen.bound("decode_bound")  # its speed is not known
+        if defaults.OBJECTIVES[goal.objective][0] is None or chosen.loss[1] > goal.limit or slow:
             reason = "the most precise that holds what was asked"
         elif chosen is _most_precise([p for p in fits if p.loss[1] <= goal.limit] or fits):
             reason = (
@@ -792,14 +824,16 @@ def _commands(
 ) -> tuple[str, ...]:
     """The exact commands: make the checkpoint (unless it is served as it is), then serve it."""
     assert chosen.plan is not None
-    source = spec.hub or (str(model) if isinstance(model, (str, Path)) else spec.name)
+    source, _, revision = _source(spec, model).partition("@")
+    of_revision = ["--revision", revision] if revision else []
     if chosen.scheme == "none":
-        return (serve_command(source, chosen.plan, request),)
+        return (shlex.join([*shlex.split(serve_command(source, chosen.plan, request)), *of_revision]),)
     target = output_path or f"{Path(source).name}-{chosen.scheme}"
     fetch: tuple[str, ...] = ()
     # known by name only: quantizing needs its tensors
     if isinstance(model, str) and not Path(model).is_dir():
-        fetch = (shlex.join(["hf", "download", source, "--local-dir", Path(source).name]),)
+        there = ["--local-dir", Path(source).name]
+        fetch = (shlex.join(["hf", "download", source, *of_revision, *there]),)
         source = Path(source).name
     parts = [
         "quant",
@@ -820,6 +854,16 @@ def _commands(
     if request.ranks > 1:
         parts += ["--tensor-parallel", str(request.ranks)]
     return (*fetch, shlex.join(parts), serve_command(target, chosen.plan, request))
+
+
+def _source(spec: ModelSpec, model: object) -> str:
+    """What commands call the model: its Hub id where it has one, else its path. A name without an owner gets
+    :data:`_OWNER` before it."""
+    if isinstance(model, Path) and (repository := repository_of(model)):
+        return repository if cached_snapshot(repository) == model else str(model)
+    if spec.hub or not isinstance(model, (str, Path)):
+        return spec.hub or spec.name
+    return str(model) if Path(model).exists() else f"{_OWNER}/{str(model).strip()}"
 
 
 def serve_command(checkpoint: str, planned: MemoryPlan, request: EngineRequest) -> str:

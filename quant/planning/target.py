@@ -9,7 +9,7 @@ from typing import Any
 
 from quant.checkpoint.reader import read_json
 from quant.errors import UsageError
-from quant.hardware import detect, named_gpu
+from quant.hardware import count_in, detect, named_gpu
 from quant.models.support import makeable_methods, method_problem, scheme_problem
 from quant.planning.memory import EngineRequest
 from quant.planning.recommendation import Recommendation, recommend
@@ -69,7 +69,7 @@ def choose(
             f"(--gpu L40S-48GB), or give --method {method}"
         )
     request = EngineRequest(tensor_parallel=tensor_parallel, vllm_version=vllm_version)
-    count = tensor_parallel if gpu is not None else None
+    count = tensor_parallel if gpu is not None and count_in(gpu) is None else None
     recommendation = recommend(
         str(model),
         gpu,

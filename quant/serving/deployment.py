@@ -20,9 +20,11 @@ from quant import defaults
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.errors import CheckpointError, Problems, QuantError, UsageError, VerificationFailed
 from quant.evaluation.verify import verify
+from quant.hardware import count_in
 from quant.hub import model_name, repository_of
-from quant.units import format_size
+from quant.units import format_size, meant_tokens
 from quant.vllm.arguments import Argument, engine_arguments
+from quant.vllm.config import context_length
 from quant.vllm.releases import VLLM_VERSION
 from quant.vllm.speculation import translated
 
@@ -174,6 +176,8 @@ def plan(path: str | Path, request: DeploymentRequest) -> Deployment:
     folder = Path(path).absolute()
     checkpoint = open_checkpoint(folder)
     stated = _vllm_config(folder)
+    if request.tensor_parallel is None and not _passed_on_ranks(request.extra):
+        request = replace(request, tensor_parallel=count_in(request.gpu))
     parallel = _passed_on_ranks(request.extra) or request.tensor_parallel
     parallel = parallel or _ranks(stated.get("tensor-parallel-size", 1), "vllm_config.json")
     checked = verify(folder, tensor_parallel=parallel)
@@ -196,7 +200,8 @@ def plan(path: str | Path, request: DeploymentRequest) -> Deployment:
             chosen[key] = Argument(key, value, "vllm_config.json of the checkpoint says so")
     asked = {
         "tensor-parallel-size": request.tensor_parallel,
-        "max-model-len": request.max_model_len,
+        "max-model-len": request.max_model_len
+        and meant_tokens(request.max_model_len, context_length(checkpoint.config)),
         "gpu-memory-utilization": request.gpu_memory_utilization,
     }
     for key, wanted in asked.items():
@@ -287,21 +292,25 @@ def _fit(folder: Path, chosen: dict[str, Argument], request: DeploymentRequest, 
     Raises:
         UsageError: there is no GPU of that name.
     """
-    from quant.hardware import detect, named_gpu
+    from quant.hardware import detect, named_gpus
     from quant.planning.memory import largest_utilization
     from quant.vllm.kernels import BF16_CAPABILITY, has_bfloat16
     from quant.vllm.releases import rules_for
 
-    gpus = [named_gpu(request.gpu)] * parallel if request.gpu is not None else list(detect().gpus)
+    if request.gpu is not None:
+        gpus = named_gpus(request.gpu, count=None if count_in(request.gpu) else parallel)
+    else:
+        gpus = list(detect().gpus)
     if not gpus:
         return []
+    taken = [gpus[0].note] if gpus[0].note else []
     if gpus[0].platform == "cpu":
         stated = _values(request.extra) | {f"--{name}": str(a.value) for name, a in chosen.items()}
         return [x.text for x in cpu_problems(folder, gpus[0], stated.get("--kv-cache-dtype", "auto"))]
     if len(gpus) < parallel:
         return [
             f"tensor parallel {parallel} takes as many GPUs, {len(gpus)} "
-            f"{'is' if len(gpus) == 1 else 'are'} here"
+            f"{'is' if len(gpus) == 1 else 'are'} {'here' if request.gpu is None else 'named'}"
         ]
     gpu = min(gpus[:parallel], key=lambda g: g.free_bytes)
     if not has_bfloat16(gpu) and chosen["dtype"].value == "bfloat16":
@@ -318,11 +327,9 @@ def _fit(folder: Path, chosen: dict[str, Argument], request: DeploymentRequest, 
     if share is None and gpu.total_bytes * default > gpu.free_bytes:
         held = f"{format_size(gpu.total_bytes - gpu.free_bytes)} of {gpu.name} is held by others"
         chosen["gpu-memory-utilization"] = Argument("gpu-memory-utilization", largest_utilization(gpu), held)
-    return (
-        []
-        if _UNPLANNED & set(passed_on)
-        else _fit_context(folder, chosen, request, parallel, gpus, passed_on)
-    )
+    if _UNPLANNED & set(passed_on):
+        return taken
+    return [*taken, *_fit_context(folder, chosen, request, parallel, gpus, passed_on)]
 
 
 def cpu_problems(folder: Path, cpu: Gpu, cache_dtype: str = "auto") -> list[CpuProblem]:

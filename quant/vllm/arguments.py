@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from quant.units import meant_tokens
 from quant.vllm.architectures import text_alone
 from quant.vllm.config import config_dtype, context_length, quantization_config, source_method
 from quant.vllm.kernels import BF16_LAYOUTS
@@ -91,6 +92,8 @@ def engine_arguments(
     """Arguments for ``vllm serve`` that the checkpoint itself decides; vLLM finds the quantization in
     config.json."""
     arguments = [Argument("dtype", model_dtype(config), _why_dtype(config))]
+    if max_model_len is not None:
+        max_model_len = meant_tokens(max_model_len, context_length(config))
     length = max_model_len or context_length(config)
     if length:
         arguments.append(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quant.hardware import Gpu
+from quant.hardware import UNNAMED, Gpu
 from quant.schemes import Scheme, SchemeRegistry
 
 #: Group sizes of 4- and 8-bit integers that every kernel from compute capability 7.5 up takes; others run on
@@ -164,7 +164,9 @@ def kernel_of(scheme: Scheme) -> str:
 
 def formats_of(gpu: Gpu) -> dict[str, str]:
     """Number formats → how a GPU computes with them in vLLM: ``native``, ``weight-only`` (unpacked on the
-    way), ``no``."""
+    way), ``no``; ``unknown`` all of a GPU of which the memory alone is known."""
+    if gpu.kind == UNNAMED:
+        return dict.fromkeys(FORMAT_CAPABILITIES, "unknown")
     return number_formats(gpu.platform, gpu.capability, gpu.architecture, gpu.instructions)
 
 
@@ -174,9 +176,12 @@ def has_bfloat16(gpu: Gpu) -> bool:
 
 
 def has_fp8_cache(gpu: Gpu) -> bool:
-    """Whether vLLM keeps a KV cache in FP8 on a GPU, or on a CPU (`v1/attention/backends/cpu_attn.py`)."""
+    """Whether vLLM keeps a KV cache in FP8 on a GPU, or on a CPU (`v1/attention/backends/cpu_attn.py`); one
+    of which the memory alone is known counts as one that does."""
     if gpu.platform == "cpu":
         return cpu_has(gpu.instructions, _AVX512, _AMX)
+    if gpu.kind == UNNAMED:
+        return True
     return gpu.platform != "cuda" or (gpu.capability or (0, 0)) >= FP8_CACHE_CAPABILITY
 
 
@@ -246,6 +251,26 @@ GPU_GENERATIONS: Mapping[tuple[int, int], str] = {
     (10, 0): "B200",
     (12, 0): "RTX 50, RTX PRO 6000",
 }
+
+
+def parts_needed(kernel: str, native: bool) -> str:
+    """The GPUs that compute with a number format, in words; empty where every generation that serves does.
+
+    Args:
+        native: whether unpacking the weights on the way does not count.
+
+    >>> parts_needed("fp8", True), parts_needed("int4-weights", False)
+    ('compute capability 8.9 on (L4, L40S, RTX 40)', '')
+    """
+    own, unpacked, until = FORMAT_CAPABILITIES[kernel]
+    lowest = min(level for level in (own, None if native else unpacked) if level is not None)
+    oldest = min(GPU_GENERATIONS)
+    first = (max(lowest // 10, oldest[0]), lowest % 10)
+    if first <= oldest and until is None:
+        return ""
+    end = f", below {until // 10}.{until % 10}" if until is not None else ""
+    names = GPU_GENERATIONS.get(first)
+    return f"compute capability {first[0]}.{first[1]} on{end}{f' ({names})' if names else ''}"
 
 
 def number_formats(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -156,23 +157,42 @@ def test_names_are_found_with_their_own_quantization(
 
 
 @pytest.mark.parametrize(
-    ("name", "size"),
+    ("name", "meant"),
     [
-        ("someone/mystery-13b-v2", 13e9),
-        ("acme-8x7B-moe", 56e9),
-        ("tiny-350M", 0.35e9),
-        ("new-100B-A5B", 100e9),
+        ("Qwen3-9B", "Qwen/Qwen3-8B"),
+        ("llama-3-9b", "meta-llama/Meta-Llama-3-8B"),
+        ("Lama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"),
+        ("lama-2-hf", "meta-llama/Llama-2-7b-hf"),
+        ("someone/mystery-13b-v2", ""),
+        ("new-100B-A5B", ""),
     ],
 )
-def test_an_unknown_name_is_sized_by_the_number_in_it_and_says_so(name: str, size: float) -> None:
-    spec = find_model(name)
-    assert spec.parameters == pytest.approx(size, rel=0.1)
-    assert spec.uncertainty > 0 and "not in the catalogue" in spec.notes[0]
+def test_no_unknown_name_is_answered_with_another_model(name: str, meant: str) -> None:
+    with pytest.raises(UsageError, match="not in the catalogue") as refused:
+        find_model(name)
+    said = str(refused.value)
+    assert "--online" in said and "--model-path" in said
+    assert (meant in said) if meant else "Did you mean" not in said
 
 
-def test_a_name_without_a_size_offers_the_nearest_names() -> None:
-    with pytest.raises(UsageError, match="Llama-2-7b-hf"):
-        find_model("lama-2-hf")
+@pytest.mark.parametrize(
+    ("name", "hub"),
+    [
+        ("Qwen3-8B", "Qwen/Qwen3-8B"),
+        ("qwen/qwen3-8b", "Qwen/Qwen3-8B"),
+        ("unsloth/Qwen3-8B", "unsloth/Qwen3-8B"),
+        ("TheBloke/Llama-2-13B-chat-GPTQ", "TheBloke/Llama-2-13B-chat-GPTQ"),
+    ],
+)
+def test_commands_keep_the_owner(name: str, hub: str) -> None:
+    found = recommend(name, "L40S", EngineRequest(context=2048))
+    assert hub in shlex.split(found.commands[0]) and not any("OWNER" in note for note in found.notes)
+
+
+def test_a_name_without_a_known_owner_says_so_in_its_commands() -> None:
+    found = recommend("Qwen2.5-7B-Instruct-AWQ", "L40S")
+    assert "OWNER/Qwen2.5-7B-Instruct-AWQ" in found.commands[0]
+    assert any("OWNER stands for" in note for note in found.notes)
 
 
 @pytest.mark.parametrize(

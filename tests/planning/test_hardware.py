@@ -307,7 +307,12 @@ def test_a_named_part_says_where_each_fact_came_from() -> None:
         ("rtx 4060 ti 16gb", "RTX-4060-Ti-16GB"), ("NVIDIA H20", "H20-96GB"), ("Tesla T4", "T4"),
         ("amd instinct mi300x", "MI300X"),
         ("B200-192GB", "B200-180GB"), ("NVIDIA GB200", "GB200-186GB"),
-        ("NVIDIA GH200 144G HBM3e", "GH200-141GB"),
+        ("NVIDIA GH200 144G HBM3e", "GH200-141GB"), ("RTX4090-24GB", "RTX-4090"), ("T4-16GB", "T4"),
+        ("4090", "RTX-4090"), ("3090 Ti", "RTX-3090-Ti"), ("4070TiSuper", "RTX-4070-Ti-Super"),
+        ("DGX Spark", "DGX-Spark-GB10"), ("2xL4", "L4"), ("A100 40GB", "A100-40GB"),
+        ("a100_40gb", "A100-40GB"), ("h100-sxm", "H100-80GB"), ("RTX PRO 6000", "RTX-PRO-6000-Blackwell"),
+        ("4090 laptop", "RTX-4090-Laptop-16GB"), ("L40S-44GB", "L40S-48GB"), ("A100-40", "A100-40GB"),
+        ("7900 XTX", "RX-7900-XTX"), ("6000 Ada", "RTX-6000-Ada"), ("H100:8", "H100-80GB"),
     ],
 )  # fmt: skip
 def test_names_are_found_however_they_are_written(written: str, meant: str) -> None:
@@ -318,6 +323,49 @@ def test_every_name_and_alias_of_the_table_leads_to_its_own_row() -> None:
     for row in load_json("gpus.json")["gpus"]:
         for name in (row["name"], *row["aliases"]):
             assert named_gpu(name).name == row["name"], name
+
+
+@pytest.mark.parametrize(
+    ("written", "count", "name"),
+    [
+        ("2xL4", 2, "L4"), ("2 x H100", 2, "H100-80GB"), ("8 H100", 8, "H100-80GB"),
+        ("H200x8", 8, "H200-141GB"),
+        ("4*A100-80GB", 4, "A100-80GB"), ("2x 3090", 2, "RTX-3090"), ("RX 7900 XTX", 1, "RX-7900-XTX"),
+        ("L4:2", 2, "L4"), ("8xA100 40GB", 8, "A100-40GB"),
+    ],
+)  # fmt: skip
+def test_a_name_may_say_how_many(written: str, count: int, name: str) -> None:
+    assert [g.name for g in resolve_gpus(written)] == [name] * count
+    assert [g.index for g in resolve_gpus(written)] == list(range(count))
+
+
+def test_a_number_that_another_option_contradicts_is_refused() -> None:
+    assert len(resolve_gpus("2xL4", 2)) == 2
+    with pytest.raises(UsageError, match="--gpu 2xL4 is 2 GPUs, and 4 are asked for"):
+        resolve_gpus("2xL4", 4)
+
+
+@pytest.mark.parametrize(
+    ("written", "taken", "others"),
+    [
+        ("A100", "A100-80GB", "A100-40GB"),
+        ("4060 Ti", "RTX-4060-Ti-8GB", "RTX-4060-Ti-16GB"),
+        ("RTX 6000", "Quadro-RTX-6000", "RTX-6000-Ada"),
+        ("A100-80GB", "A100-80GB", ""),
+        ("H100 SXM", "H100-80GB", ""),
+        ("4090", "RTX-4090", ""),
+    ],
+)
+def test_a_name_of_several_parts_says_which_it_took(written: str, taken: str, others: str) -> None:
+    gpu = named_gpu(written)
+    assert gpu.name == taken
+    assert (f"is taken as {taken}" in gpu.note and others in gpu.note) if others else not gpu.note
+
+
+@pytest.mark.parametrize("written", ["4090 48GB", "RTX 4090 D", "RTX 4070 Ti Max", "RTX", "24GB", "", "xtx"])
+def test_a_name_that_says_more_than_the_table_knows_is_no_part(written: str) -> None:
+    with pytest.raises(UsageError, match="--gpu-memory"):
+        named_gpu(written)
 
 
 def test_an_unknown_gpu_offers_the_nearest_names() -> None:

@@ -108,7 +108,7 @@ def test_recommend(arguments: tuple[str, ...], status: int, words: str) -> None:
         (("recommend", "--gpu", "L40S"), "--model-path DIRECTORY, or --model NAME"),
         (("recommend", "--model", "a-7b", "--model-path", "b", "--gpu", "L40S"), "give the model once"),
         (("recommend", "--model", "Llama-3.1-8B", "--gpu", "L40Z"), "nearest:"),
-        (("recommend", "--model", "Lama", "--gpu", "L40S"), "nearest:"),
+        (("recommend", "--model", "Lama", "--gpu", "L40S"), "Did you mean"),
         (
             (
                 "recommend",

@@ -17,12 +17,13 @@ import pytest
 import quant
 from quant.catalog import model_from_config
 from quant.data import config_path, load_json
-from quant.errors import NothingFits, Problems, UsageError
+from quant.errors import NothingFits, Problems, QuantError, UsageError
 from quant.hardware import named_gpu
 from quant.planning import EngineRequest, Recommendation, get_optimized_config, recommend, reload
 from quant.planning.rule_of_thumb import rule_of_thumb
 from quant.planning.scenarios import load_scenario, scenario_names
 from quant.planning.speed import speed_bounds
+from quant.units import GIB, parse_tokens
 from quant.vllm.kernels import kernel_of
 from tests.planning.tiny_models import TINY
 
@@ -372,9 +373,11 @@ def test_what_would_fit_a_model_too_large_for_a_cpu_is_not_more_gpus() -> None:
     assert "GPU" not in str(raised.value)
 
 
-def test_several_gpus_in_a_name_are_told_apart_from_a_part_that_is_not_known() -> None:
-    with pytest.raises(UsageError, match="give --gpu H100, and how many with --gpu-count 2 "):
-        recommend("meta-llama/Llama-3.1-70B", "2xH100")
+def test_several_gpus_in_a_name_are_as_many() -> None:
+    named, counted = (
+        recommend("meta-llama/Llama-3.1-70B", n, gpu_count=c) for n, c in (("2xH100", None), ("H100", 2))
+    )
+    assert named.to_dict() == counted.to_dict() and "--tensor-parallel-size 2" in named.commands[-1]
 
 
 def test_a_quantized_checkpoint_is_quantized_again_only_to_fewer_bits() -> None:
@@ -630,13 +633,40 @@ def test_measured_starts_are_reproduced_within_the_limits() -> None:
     assert failed["right"] > 2 * figures["verdicts_failed_naive"]["right"]
 
 
+def test_memory_alone_is_planned_for_and_nothing_is_chosen_that_some_gpu_lacks() -> None:
+    found = recommend("meta-llama/Llama-3.1-70B", gpu_memory=24 * GIB, gpu_count=4)
+    plans = {p.scheme: p for p in found.plans}
+    assert found.recommended == "w8a16" and plans["w8a8-fp8"].meets
+    assert "takes compute capability 8.9 on (L4" in plans["w8a8-fp8"].why
+    assert not plans["w4a16"].condition and plans["nvfp4"].condition
+    named = recommend("meta-llama/Llama-3.1-70B", "L4", gpu_memory=24 * GIB, gpu_count=4)
+    same = next(p for p in named.plans if p.scheme == "w4a16")
+    assert plans["w4a16"].plan and same.plan and plans["w4a16"].plan.weights_bytes == same.plan.weights_bytes
+    assert plans["w4a16"].bound("decode_bound") == 0 and "faster" not in found.reason
+    assert any("name the GPU" in note for note in found.notes)
+    assert recommend("openai/gpt-oss-20b", gpu_memory=24 * GIB, scheme="w8a8-fp8").recommended is None
+
+
+def test_a_context_in_thousands_is_the_models_own_where_that_is_meant() -> None:
+    own = recommend("Qwen2.5-VL-7B-Instruct", "H100", EngineRequest(context=parse_tokens("128k")))
+    assert own.request.context == 128_000
+    assert (
+        recommend("Qwen2.5-7B", "H100", EngineRequest(context=parse_tokens("32k"))).request.context == 32768
+    )
+    with pytest.raises(QuantError, match="positions for 40960"):
+        recommend("Qwen3-8B", "H100", EngineRequest(context=parse_tokens("128k")))
+
+
 @pytest.mark.parametrize(
     "name",
     [
         "catalog",
         "data",
+        "errors",
         "hardware",
+        "parts",
         "schemes",
+        "units",
         *(f"models.{m}" for m in ("linears", "roles", "support")),
         *(f"vllm.{m}" for m in ("releases", "kernels", "layers", "cache", "config")),
         *(f"planning.{m}" for m in ("recommendation", "rule_of_thumb", "storage")),
