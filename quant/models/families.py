@@ -128,8 +128,11 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v2": Family(),
     "deepseek_v3": Family(score_bias=True),
     "deepseek_v32": Family(score_bias=True),
+    "glm_moe_dsa": Family(score_bias=True),
     "kimi_k2": Family(score_bias=True),
     "kimi_linear": Family(score_bias=True),
+    "glm4_moe": Family(qk_norm="head", output_bias_stated=False, score_bias=True),
+    "seed_oss": Family(output_bias_stated=False),
     "gpt_oss": Family(
         qkv_bias=True, output_bias=True, windowed=True, window_pattern=2, sinks=True, expert_bias=True
     ),
