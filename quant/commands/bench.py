@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quant import defaults
 from quant.commands import options
 from quant.commands.options import together
 from quant.commands.terminal import Output, common_options
-from quant.commands.types import MODEL, PATH
+from quant.commands.types import PATH
 from quant.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,7 +23,13 @@ if TYPE_CHECKING:
 
 #: Where an endpoint is and how it is asked.
 endpoint_options = together(
-    click.option("--model", metavar="NAME", show_default="the first it serves", help="Model to ask for."),
+    click.option(
+        "--served-model",
+        "model",
+        metavar="NAME",
+        show_default="the first it serves",
+        help="Model to ask for.",
+    ),
     click.option("--chat", is_flag=True, help="Ask /v1/chat/completions instead of /v1/completions."),
     click.option("--api-key-env", metavar="NAME", help="Environment variable that holds the API key."),
     click.option("--ca", type=PATH, help="File of certificates to trust instead of the system's."),
@@ -41,14 +46,7 @@ endpoint_options = together(
 
 @click.command()
 @click.option("--url", "urls", multiple=True, help="Endpoint, such as http://127.0.0.1:8000; repeatable.")
-@click.option(
-    "-m",
-    "--model-path",
-    "checkpoints",
-    multiple=True,
-    type=MODEL,
-    help="Checkpoint to start vLLM on and stop afterwards; repeatable.",
-)
+@options.model_path(required=False, many="checkpoints")
 @endpoint_options
 @click.option(
     "--concurrency",
@@ -80,7 +78,7 @@ endpoint_options = together(
 )
 @click.option("--output-tokens", default="128", show_default=True, help="Tokens of an answer, likewise.")
 @click.option("--prompts", type=PATH, help="File of prompts: one a line, or .jsonl with prompt or messages.")
-@click.option("--text", type=PATH, show_default="the bundled one", help="Text that prompts are cut from.")
+@click.option("--text", type=PATH, show_default="the bundled one", help="Text to cut prompts from.")
 @click.option(
     "--shared-prefix", type=click.IntRange(0), default=0, show_default=True, help="Tokens all prompts share."
 )
@@ -96,19 +94,8 @@ endpoint_options = together(
     help="Load with this tool instead of our own client, and report its figures.",
 )
 @click.option("--tool-python", type=PATH, show_default="--vllm-python's", help="Python that has the tool.")
-@click.option(
-    "--vllm-python",
-    type=PATH,
-    show_default="the variable QUANT_VLLM_PYTHON, or this one",
-    help="Python of the environment with vLLM, for --model-path.",
-)
-@click.option(
-    "--timeout",
-    type=click.FloatRange(0, min_open=True),
-    default=defaults.START_TIMEOUT,
-    show_default=True,
-    help="Seconds that a started vLLM has to become healthy.",
-)
+@options.vllm_python
+@options.start_timeout
 @click.option("--output", type=PATH, help="Folder for bench.json, bench.csv and bench.html.")
 @options.gpu
 @common_options

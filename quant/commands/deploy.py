@@ -11,7 +11,6 @@ from quant import defaults
 from quant.commands import options
 from quant.commands.options import together
 from quant.commands.terminal import Output, common_options
-from quant.commands.types import PATH
 from quant.errors import UsageError
 
 if TYPE_CHECKING:
@@ -108,19 +107,8 @@ def plan(
 
 @click.command()
 @deployment_options
-@click.option(
-    "--vllm-python",
-    type=PATH,
-    show_default="the variable QUANT_VLLM_PYTHON, or this one",
-    help="Python of the environment with vLLM.",
-)
-@click.option(
-    "--timeout",
-    type=click.FloatRange(0, min_open=True),
-    default=defaults.START_TIMEOUT,
-    show_default=True,
-    help="Seconds to wait until it is healthy.",
-)
+@options.vllm_python
+@options.start_timeout
 @click.option("--check", is_flag=True, help="Stop after the test completion.")
 @click.option(
     "--exact-activations",

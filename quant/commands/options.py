@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
+from quant import defaults
 from quant.commands.types import MODEL, PATH, ModelType, TokenCount
 from quant.errors import UsageError
 from quant.schemes import SCHEMES, SchemeRegistry
@@ -48,11 +49,14 @@ def given(names: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def model_path(required: bool = True, download: bool = True) -> Decorator:
-    """``download``: whether a model by Hub id is fetched that the cache lacks; plans need headers alone."""
+def model_path(required: bool = True, download: bool = True, many: str | None = None) -> Decorator:
+    """``download``: whether a model by Hub id is fetched that the cache lacks; plans need headers alone.
+    ``many``: the option repeats, and the command receives a tuple by this name."""
     return click.option(
         "-m",
         "--model-path",
+        many or "model_path",
+        multiple=many is not None,
         type=ModelType(download),
         required=required,
         help="Checkpoint directory, or Hub id (org/name[@revision]: the local cache first).",
@@ -127,6 +131,21 @@ target = click.option(
     default="vllm",
     show_default=True,
     help="Who must load it: other allows what vLLM refuses.",
+)
+
+vllm_python = click.option(
+    "--vllm-python",
+    type=PATH,
+    show_default="the variable QUANT_VLLM_PYTHON, or this one",
+    help="Python of the environment with vLLM.",
+)
+
+start_timeout = click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=defaults.START_TIMEOUT,
+    show_default=True,
+    help="Seconds to wait until it is healthy.",
 )
 
 device = click.option(

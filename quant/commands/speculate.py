@@ -17,7 +17,8 @@ from quant.errors import UsageError, VerificationFailed
 @options.one_checkpoint
 @click.option("--draft", type=MODEL, help="Smaller checkpoint of the same tokenizer that guesses.")
 @click.option(
-    "--method",
+    "--proposer",
+    "method",
     type=click.Choice(["ngram", "draft_model"]),
     show_default="what gains most, if any",
     help="Take this one.",
@@ -36,21 +37,30 @@ from quant.errors import UsageError, VerificationFailed
 @click.option(
     "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="Of sampling."
 )
-@click.option("--text", type=PATH, show_default="the bundled wikitext-2 test", help="Text of the prompts.")
-@click.option("--prompts", type=click.IntRange(1), default=8, show_default=True, help="Prompts measured.")
+@click.option(
+    "--text", type=PATH, show_default="the bundled wikitext-2 test", help="Text to cut prompts from."
+)
+@click.option(
+    "--prompt-count",
+    "prompts",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Prompts measured.",
+)
 @click.option("--prompt-tokens", type=click.IntRange(8), default=64, show_default=True, help="Of each.")
 @click.option("--new-tokens", type=click.IntRange(2), default=64, show_default=True, help="Of each answer.")
 @click.option(
-    "--concurrency",
+    "--sequences",
+    "concurrency",
     type=click.IntRange(1),
     default=1,
     show_default=True,
     help="Sequences at a time, for --gpu: speculation pays little where many are served.",
 )
 @options.gpu
-@click.option(
-    "--vllm-python", type=PATH, help="Python with vLLM: prove the choice there, without and with it."
-)
+@click.option("--prove", is_flag=True, help="Serve it in vLLM without and with the choice, and compare.")
+@options.vllm_python
 @click.option("--seed", type=int, default=0, show_default=True, help="Of sampling.")
 @options.device
 @common_options
@@ -61,18 +71,19 @@ def speculate(
     tokens: int,
     temperature: float,
     top_p: float,
+    prove: bool,
     vllm_python: Path | None,
     **given: Any,
 ) -> None:
     """Which speculative decoding pays for a checkpoint: acceptance measured by exact rejection sampling on
-    real text, speed-up from it, vLLM's --speculative-config; with --vllm-python proved there.
+    real text, speed-up from it, vLLM's --speculative-config; with --prove proved there.
 
     \b
     quant-deploy speculate out/Llama-3.1-8B-W4A16 --draft out/Llama-3.2-1B-W4A16 --gpu L40S-48GB
     """
     from quant.commands.render import speculation as render
     from quant.speculation.measure import grid
-    from quant.speculation.run import SpeculationRequest, predicted, prove
+    from quant.speculation.run import SpeculationRequest, predicted, prove_in_vllm
     from quant.speculation.run import speculate as run
     from quant.speculation.sampling import Sampling
 
@@ -82,14 +93,14 @@ def speculate(
     )  # fmt: skip
     with out.progress("loading") as progress:
         value = run(checkpoint, request, progress)
-        if vllm_python is not None:
+        if prove:
             from quant.progress import Event
 
             found = predicted(value, checkpoint, request)
             value["predicted"] = None if found is None else found.to_dict()
             progress(Event("proving in vLLM", detail="without and with the speculation"))
             log = lambda line: out.details([line])  # noqa: E731
-            value["vllm"] = prove(checkpoint, value, request, vllm_python, log)
+            value["vllm"] = prove_in_vllm(checkpoint, value, request, vllm_python, log)
     value["expected_tokens"] = grid((0.3, 0.5, 0.6, 0.7, 0.8, 0.9), (1, 2, 3, 4, 5, 8))
     out.result(value, lambda console: render.speculation(console, value, out.verbose))
     if not value.get("vllm", {"same": True})["same"]:

@@ -411,6 +411,7 @@ async def resolve(client: httpx.AsyncClient, endpoint: Endpoint) -> Endpoint:
         raise EndpointError(f"{endpoint.url}/v1/models names no model: {clipped(listed)}")
     if endpoint.model and endpoint.model not in names:
         raise EndpointError(
-            f"--model is {endpoint.model!r}: {endpoint.url} serves {', '.join(names[:10])}: name one of them"
+            f"--served-model is {endpoint.model!r}: {endpoint.url} serves {', '.join(names[:10])}: "
+            "name one of them"
         )
     return replace(endpoint, model=endpoint.model or names[0])

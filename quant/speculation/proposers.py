@@ -41,7 +41,7 @@ class Model:
         except Exception as error:  # transformers raises many kinds
             raise CheckpointError(
                 f"{path}: the whole model cannot be built here ({first_line(error)}): measure it in vLLM "
-                "instead (--vllm-python)"
+                "instead (--prove)"
             ) from error
         if self.model.dtype == torch.float16 and device.type == "cpu":
             self.model = self.model.float()
@@ -73,7 +73,7 @@ class Model:
             except Exception as error:
                 raise CheckpointError(
                     f"{self.path}: its states cannot be cut back to an earlier token ({first_line(error)}): "
-                    "measure it in vLLM instead (--vllm-python)"
+                    "measure it in vLLM instead (--prove)"
                 ) from error
         new = tokens[shared:]
         begun = time.perf_counter()

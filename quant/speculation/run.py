@@ -113,7 +113,7 @@ def speculate(path: Path, request: SpeculationRequest, progress: Progress = sile
     if request.draft is not None:
         check_pair(path, request.draft)
     elif request.method == "draft_model":
-        raise UsageError("--method is draft_model: name the draft with --draft")
+        raise UsageError("--proposer is draft_model: name the draft with --draft")
     prompts = _prompts(path, request)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="quant-speculate-")))
@@ -234,7 +234,7 @@ def _native(path: Path) -> list[Candidate]:
     if heads is None:
         return []
     config = {"method": "mtp", "num_speculative_tokens": heads}
-    note = "the checkpoint's own prediction heads: not run here, --vllm-python measures them in vLLM"
+    note = "the checkpoint's own prediction heads: not run here, --prove measures them in vLLM"
     return [Candidate("mtp", config, None, note=note)]
 
 
@@ -298,7 +298,7 @@ def _reason(chosen: Candidate | None, candidates: Sequence[Candidate], request: 
 # -- the proof in vLLM ---------------------------------------------------------------------------------------
 
 
-def prove(
+def prove_in_vllm(
     path: Path, result: dict[str, Any], request: SpeculationRequest, python: str | Path | None, log: Any
 ) -> dict[str, Any]:
     """Serves the checkpoint without and with the chosen speculation, and compares.

@@ -208,7 +208,7 @@ def test_a_wrong_request_is_refused_in_one_line(
     [
         (lambda url: [url.rsplit(":", 1)[0] + ":9", "-q"], "is the server up"),
         (lambda url: [url.replace("http:", "https:")], "encrypted connection failed"),
-        (lambda url: [url, "--model", "other"], "serves m"),
+        (lambda url: [url, "--served-model", "other"], "serves m"),
     ],
 )
 def test_an_endpoint_that_cannot_be_asked_is_named_with_the_next_step(
