@@ -38,7 +38,10 @@ _PANEL = 32
 #: Rows of the Hessian that are put in order at a time.
 _ROWS = 128
 #: Rows of a weight that are transposed at a time on a CPU.
-_BAND = 32
+_BAND = 256
+#: Columns of a Hessian that are factored on a CPU before what they push onto all before them is applied; and
+#: of those that are factored by LAPACK.
+_WIDE, _NARROW = 192, 64
 #: Each rung multiplies the damping by ten; a Hessian that is not positive definite at the last one is not
 #: usable.
 _RUNGS = 4
@@ -238,14 +241,17 @@ def factorize_together(
     k = len(hessians[0])
     flipped = torch.empty(len(hessians), k, k, device=hessians[0].device)
     for target, hessian, order in zip(flipped, hessians, orders, strict=True):
-        _reversed(hessian, order, target)
-    diagonal = flipped.diagonal(dim1=1, dim2=2)
-    diagonal[diagonal == 0] = 1.0
-    diagonal += damping * diagonal.mean(1, keepdim=True)
+        reverse = _visits(order, hessian).flip(0)
+        for start in range(0, k, _ROWS):  # indexing the whole matrix twice would hold a third copy
+            rows = slice(start, start + _ROWS)
+            torch.index_select(hessian[reverse[rows]], 1, reverse, out=target[rows])
+    _damp(flipped.diagonal(dim1=1, dim2=2), damping)
     lower, failed = torch.linalg.cholesky_ex(flipped)
+    del flipped
     usable = (failed == 0) & lower.diagonal(dim1=1, dim2=2).isfinite().all(1)
+    upper = lower.flip(1, 2)
     return [
-        (Factor(lower[i]), damping) if good else factorize(hessians[i], damping, orders[i])
+        (Factor(upper[i]), damping) if good else factorize(hessians[i], damping, orders[i])
         for i, good in enumerate(usable.tolist())
     ]
 
@@ -253,8 +259,8 @@ def factorize_together(
 def factorize(
     hessian: torch.Tensor, damping: float, order: torch.Tensor | None
 ) -> tuple[Factor | None, float]:
-    """R with R·Rᵀ = H + damping · mean(diag H) · I, rows and columns taken in ``order``. ``hessian`` is
-    overwritten.
+    """R with R·Rᵀ = H + damping · mean(diag H) · I, rows and columns taken in ``order``. R takes the place of
+    ``hessian``.
 
     Factored in fp32; where that fails, in fp64 with the same damping, and then with ten times more until the
     last rung.
@@ -262,53 +268,100 @@ def factorize(
     Returns:
         R and the damping that was needed, or None and the last damping tried.
     """
-    flipped = torch.empty_like(hessian)
-    _reversed(hessian, order, flipped)
-    diagonal = flipped.diagonal()
-    diagonal[diagonal == 0] = 1.0  # dead inputs: their off-diagonal elements are zero too
-    mean = diagonal.mean()
-    applied = 0.0
+    wanted = damping
     for rung in range(_RUNGS):
         wanted = damping * 10**rung
-        diagonal += (wanted - applied) * mean
-        applied = wanted
-        # the result goes where the Hessian was, seen as LAPACK's column-major matrix
-        lower, failed = torch.linalg.cholesky_ex(
-            flipped, out=(hessian.t(), torch.empty((), dtype=torch.int32, device=hessian.device))
-        )
+        ordered = _ordered(hessian, order)
+        _damp(ordered.diagonal(), wanted)
+        if _factored(ordered):
+            hessian.set_(ordered)  # type: ignore[call-overload]  # or two matrices would wait for the solve
+            return Factor(hessian), wanted
+        visits = _visits(order, hessian)
+        precise = hessian[visits][:, visits].double()
+        _damp(precise.diagonal(), wanted)
+        lower, failed = torch.linalg.cholesky_ex(precise.flip(0, 1))
         if not failed and bool(lower.diagonal().isfinite().all()):
-            return Factor(lower), applied
-        precise, failed = torch.linalg.cholesky_ex(flipped.double())
-        if not failed and bool(precise.diagonal().isfinite().all()):
-            return Factor(precise.float()), applied
-    return None, applied
+            return Factor(lower.flip(0, 1).float()), wanted
+    return None, wanted
 
 
-def _reversed(hessian: torch.Tensor, order: torch.Tensor | None, out: torch.Tensor) -> None:
-    """Puts rows and columns of [K, K] into ``out``, those visited last in ``order`` first."""
-    k = len(hessian)
-    reverse = (torch.arange(k, device=hessian.device) if order is None else order).flip(0)
-    for start in range(0, k, _ROWS):  # by rows: indexing the whole matrix twice would hold a third copy
+def _visits(order: torch.Tensor | None, hessian: torch.Tensor) -> torch.Tensor:
+    return torch.arange(len(hessian), device=hessian.device) if order is None else order
+
+
+def _ordered(hessian: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """[K, K] with rows and columns in ``order``; what is below the diagonal is of no account."""
+    if order is None:
+        return hessian.clone()
+    ordered = torch.empty_like(hessian)
+    for start in range(0, len(hessian), _ROWS):  # indexing the whole matrix twice would hold a third copy
         rows = slice(start, start + _ROWS)
-        torch.index_select(hessian[reverse[rows]], 1, reverse, out=out[rows])
+        ordered[rows, start:] = hessian[order[rows]].index_select(1, order[start:])
+    return ordered
+
+
+def _damp(diagonal: torch.Tensor, damping: float) -> None:
+    """Adds to the diagonal [..., K] of a matrix a share of its mean. Dead inputs, whose other elements are
+    zero too, get 1 before."""
+    diagonal[diagonal == 0] = 1.0
+    diagonal += damping * diagonal.mean(-1, keepdim=True)
+
+
+def _factored(matrix: torch.Tensor) -> bool:
+    """Puts R, upper triangular with R·Rᵀ = H, in the place of the upper triangle of H [K, K], which is all
+    that is read; or returns False, and H is lost.
+
+    On a CPU by products of matrices, some columns after others, from the last to the first: torch clears the
+    other triangle behind LAPACK's routine, against the order of the memory, which takes half as long again.
+    """
+    k = len(matrix)
+    wide = k if matrix.is_cuda else _WIDE
+    for stop in range(k, 0, -wide):
+        begin = max(stop - wide, 0)
+        done = matrix[:stop, stop:]
+        panel = torch.addmm(matrix[:stop, begin:stop], done, done[begin:].t(), alpha=-1)
+        if not _factored_panel(panel):
+            return False
+        matrix[:stop, begin:stop] = panel
+    return True
+
+
+def _factored_panel(panel: torch.Tensor) -> bool:
+    """:func:`_factored` of the last columns, [S, W], of a matrix [S, S] that the columns behind have been
+    applied to."""
+    above, width = len(panel) - panel.shape[1], panel.shape[1]
+    narrow = width if panel.is_cuda else _NARROW
+    for stop in range(width, 0, -narrow):
+        start = max(stop - narrow, 0)
+        top, bottom = above + start, above + stop
+        if stop < width:
+            done = panel[:bottom, stop:]
+            panel[:bottom, start:stop].addmm_(done, done[top:].t(), alpha=-1)
+        square = panel[top:bottom, start:stop]
+        # the lower Cholesky factor of a matrix read backwards is R read backwards
+        lower, failed = torch.linalg.cholesky_ex(square.flip(0, 1))
+        if failed or not bool(lower.diagonal().isfinite().all()):
+            return False
+        factor = square.copy_(lower.flip(0, 1))
+        if top:
+            one = torch.eye(stop - start, device=panel.device)
+            inverse = torch.linalg.solve_triangular(factor, one, upper=True)
+            panel[:top, start:stop] = panel[:top, start:stop] @ inverse.t()
+    return True
 
 
 @dataclass(frozen=True)
 class Factor:
-    """The upper triangular R of the H in question, kept as the lower Cholesky factor of H with rows and
-    columns reversed: the one is the other read backwards."""
+    """R of the H in question in the upper triangle of ``upper`` [K, K]; what is below is of no account."""
 
-    reversed_lower: torch.Tensor
+    upper: torch.Tensor
 
     def block(self, rows: slice, columns: slice) -> torch.Tensor:
-        """R[rows, columns], copied; both slices have a start and a stop."""
-        k = len(self.reversed_lower)
-        return self.reversed_lower[k - rows.stop : k - rows.start, k - columns.stop : k - columns.start].flip(
-            0, 1
-        )
+        """R[rows, columns]; below the diagonal, anything."""
+        return self.upper[rows, columns]
 
     def diagonal(self) -> torch.Tensor:
-        return self.reversed_lower.diagonal().flip(0)
+        return self.upper.diagonal()
 
 
 def _solve(
@@ -433,10 +486,7 @@ def _rows_of(numbers: torch.Tensor, group_of: Sequence[torch.Tensor], panel: sli
 
 def _in_file_order(codes: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
     """[N, K] of codes [K, N] whose columns were visited in ``order``."""
-    if order is None:
-        return codes.t().contiguous()
-    natural = torch.empty(codes.shape, dtype=codes.dtype, device=codes.device)
-    natural[order] = codes
+    natural = codes if order is None else codes.index_select(0, torch.argsort(order))
     return natural.t().contiguous()
 
 
@@ -446,7 +496,8 @@ def transpose(weight: torch.Tensor, order: torch.Tensor, out: torch.Tensor) -> N
     n = len(weight)
     band = n if weight.is_cuda else _BAND
     for start in range(0, n, band):
-        out[:, start : start + band] = weight[start : start + band].index_select(1, order).t()
+        # transposed first: then whole runs are put in order, not single numbers
+        out[:, start : start + band] = weight[start : start + band].t().contiguous().index_select(0, order)
 
 
 def _group_now(
