@@ -33,6 +33,8 @@ STATISTICS = frozenset({"hessian", "range", "sample"})
 #: Rows and columns of a block of the triangle, large enough for full speed; and of those along its diagonal,
 #: half of which are of no use.
 _PANEL, _SMALL = 2048, 512
+#: Rows and columns of what is mirrored at a time.
+_SQUARE = 256
 #: Most tokens of a sample.
 _SAMPLE = 512
 #: Code of a feature's largest magnitude: the bf16 rounding of step and quotient must not push it beyond 127.
@@ -128,7 +130,9 @@ class Accumulator:
 
     def add(self, inputs: torch.Tensor) -> None:
         """Adds a batch [..., K] of any floating dtype."""
-        x = inputs.reshape(-1, inputs.shape[-1])
+        self._add(inputs.reshape(-1, inputs.shape[-1]), whole=False)
+
+    def _add(self, x: torch.Tensor, whole: bool) -> None:
         if self._sample is not None:
             self._sample = torch.cat([self._sample, x[-self.tokens % self._stride :: self._stride].float()])
             # rows are stride tokens apart, from the first on: every other one stays
@@ -139,7 +143,15 @@ class Accumulator:
             low, high = self._range
             self._range = (torch.minimum(low, x.amin(0).float()), torch.maximum(high, x.amax(0).float()))
         if self._gram is not None:
-            self._gram.add(x)
+            (self._gram.add_whole if whole else self._gram.add)(x)
+
+    @classmethod
+    def of(cls, inputs: torch.Tensor, needs: Iterable[str]) -> Statistics:
+        """The statistics of one batch [T, K] alone, which is not copied."""
+        sums = cls(inputs.shape[1], inputs.device, needs)
+        if len(inputs):
+            sums._add(inputs, whole=True)
+        return sums.finish()
 
     def finish(self) -> Statistics:
         """The statistics; the sums are handed over, not copied."""
@@ -165,16 +177,25 @@ class Gram:
         for rows, columns in _lower(x.shape[1]):
             self.total[rows, columns] += torch.mm(x[:, rows].t(), x[:, columns], **options)
 
+    def add_whole(self, x: torch.Tensor) -> None:
+        """:meth:`add` of all that there is: nothing needs to wait for more."""
+        self.add(x)
+
     def finish(self) -> torch.Tensor:
         """fp32 [K, K], whole and symmetric; the sum is handed over."""
         total = self.total
         del self.total
-        # mirror by panels: a whole transposed copy would double the peak
-        for start in range(0, len(total), _SMALL):
-            end = start + _SMALL
-            total[:start, start:end] = total[start:end, :start].t()
-            square = total[start:end, start:end]
-            square.copy_(square.tril() + square.tril(-1).t())
+        position = torch.arange(min(_SQUARE, len(total)), device=total.device)
+        lower = position[:, None] >= position
+        # mirrored by squares, which a cache holds: a whole transposed copy would double the peak
+        for start in range(0, len(total), _SQUARE):
+            rows = slice(start, start + _SQUARE)
+            for left in range(0, start, _SQUARE):
+                columns = slice(left, left + _SQUARE)
+                total[columns, rows] = total[rows, columns].contiguous().t().contiguous()
+            square = total[rows, rows]
+            size = len(square)
+            square.copy_(torch.where(lower[:size, :size], square, square.t()))
         return total
 
 
@@ -187,9 +208,9 @@ class Int8Gram(Gram):
         # made once, because fresh memory costs more than what is done in it: inputs that wait for a run to be
         # full, their codes, products of one block
         self._inputs: torch.Tensor | None = None
-        self._codes = torch.empty(_RUN, features, dtype=torch.int8, device=device)
+        self._codes: torch.Tensor | None = None
         self._filled = 0
-        most = min(features, _PANEL) ** 2
+        most = max((r.stop - r.start) * (c.stop - c.start) for r, c in _lower(features))
         self._sums = torch.empty(most, dtype=torch.int32, device=device)
         self._scaled = torch.empty(most, device=device)
 
@@ -208,6 +229,13 @@ class Int8Gram(Gram):
             if self._filled == _RUN:
                 self._flush()
 
+    def add_whole(self, x: torch.Tensor) -> None:
+        for run in x.split(_RUN):
+            largest = run.new_zeros(run.shape[1])
+            for strip in run.split(_STRIP):  # whose magnitudes stay in the cache
+                torch.maximum(largest, strip.abs().amax(0), out=largest)
+            self._add_run(run, largest)
+
     def _flush(self) -> None:
         if self._inputs is not None and self._filled:
             self._add_run(self._inputs[: self._filled], self._largest)
@@ -220,6 +248,8 @@ class Int8Gram(Gram):
         return super().finish()
 
     def _add_run(self, x: torch.Tensor, largest: torch.Tensor) -> None:
+        if self._codes is None or len(self._codes) < len(x):
+            self._codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
         codes, steps = int8_codes(x, largest, self._codes[: len(x)])
         power = torch.empty_like(steps)
         for rows, columns in _lower(x.shape[1]):

@@ -39,6 +39,7 @@ from quant.calibration.statistics import Accumulator, Statistics
 from quant.errors import DiskFull
 from quant.models.experts import Experts, Routed, expert_inner
 from quant.pipeline.activation_store import memory_of
+from quant.tensors import QuantizedTensor
 from quant.units import format_size
 
 T = TypeVar("T")
@@ -46,6 +47,8 @@ R = TypeVar("R")
 Calibration = Literal["routed", "all", "blend"]
 #: Bytes of an expert layer's inputs, and of what its weights become, that stay in memory.
 RESIDENT = 64 << 20
+#: Where tensors begin in memory that holds several, in bytes.
+_ALIGNED = 64
 #: Bytes that experts which are solved together may take; and on a CPU, whose caches hold few columns, their
 #: outputs.
 TOGETHER = {"cpu": 256 << 20, "cuda": 4 << 30}
@@ -60,10 +63,14 @@ class Aside:
     """Tensors that are kept for later: :data:`RESIDENT` bytes of a CPU's in memory, the rest in files without
     a name, whose pages are read when they are asked for.
 
+    Those in memory have a region of their own: in the heap they would lie between the buffers that come and
+    go, which then fit nowhere, and the heap grows by a few MiB with each.
+
     ``folder``: of those files; None: the system's folder for such files.
     """
 
     folder: Path | None = None
+    _region: torch.Tensor | None = None
     _held: int = 0
     _maps: list[mmap.mmap] = field(default_factory=list)
 
@@ -73,10 +80,18 @@ class Aside:
         Raises:
             DiskFull: there is no room for what memory is not meant for.
         """
-        if tensor.is_cuda or not tensor.numel() or self._held + tensor.nbytes <= RESIDENT:
-            self._held += tensor.nbytes
+        if tensor.is_cuda or not tensor.numel():
             return tensor.clone()
-        whole = tensor.contiguous()
+        size = RESIDENT if self._region is None else len(self._region)
+        if self._held + tensor.nbytes > size:
+            return self._on_file(tensor.contiguous())
+        if self._region is None:  # pages are claimed as they are first written
+            self._region = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+        place = self._region[self._held : self._held + tensor.nbytes]
+        self._held += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
+        return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def _on_file(self, whole: torch.Tensor) -> torch.Tensor:
         try:
             # a file for each, gone with its map: nothing is left to close when the work ends early
             with tempfile.TemporaryFile(dir=self.folder, buffering=0) as file:
@@ -91,7 +106,12 @@ class Aside:
                 f"layer of experts ({error.strerror or error}): free some room, or use fewer --samples or a "
                 "shorter --sequence-length"
             ) from error
-        return torch.frombuffer(self._maps[-1], dtype=tensor.dtype).view(tensor.shape)
+        return torch.frombuffer(self._maps[-1], dtype=whole.dtype).view(whole.shape)
+
+    def keep_weight(self, tensor: QuantizedTensor) -> QuantizedTensor:
+        """The same weight, whose numbers are kept."""
+        zeros = None if tensor.zeros is None else self.keep(tensor.zeros)
+        return replace(tensor, codes=self.keep(tensor.codes), scales=self.keep(tensor.scales), zeros=zeros)
 
     def give_back(self) -> None:
         """Pages of the files that were read count as memory in use until they are given back."""
@@ -207,27 +227,41 @@ def expert_statistics(
             some of them. None with ``routed``.
     """
     if isinstance(prior, ExpertInputs):
-        sums, wanted = Accumulator(routed.features, routed.device, needs), PRIOR * routed.features
-        for rows in prior.batches():
-            if how == "blend":
-                rows = rows[:: max(1, len(rows) // wanted)][:wanted]
-            sums.add(expert_inner(module, experts, expert, rows))
-        prior = sums.finish()
+        prior = _inner_statistics(module, experts, expert, prior, routed.features, how, needs)
     if how == "all" and prior is not None:
         return prior, ()
     rows, gates = routed.of(expert)
     floor = routed.features
-    # gates weigh errors; they are no part of what the expert reads
-    power = Accumulator(floor, routed.device, needs & {"hessian"})
-    seen = Accumulator(floor, routed.device, needs - {"hessian"})
-    if len(rows):
-        power.add(weighted(rows, gates) if how == "blend" else rows)
-        seen.add(rows)
-    own = replace(seen.finish(), hessian=power.finish().hessian)
+    own = Accumulator.of(rows, needs - {"hessian"})
+    if "hessian" in needs:
+        # gates weigh errors; they are no part of what the expert reads
+        seen = weighted(rows, gates) if how == "blend" else rows
+        own = replace(own, hessian=Accumulator.of(seen, {"hessian"}).hessian)
     few = (f"its router sends it {len(rows)} calibration tokens, its input has {floor} features",)
     if how == "blend" and prior is not None:
         return blended(own, prior), few if len(rows) < floor else ()
     return own, few if len(rows) < floor else ()
+
+
+def _inner_statistics(
+    module: nn.Module,
+    experts: Experts,
+    expert: int,
+    tokens: ExpertInputs,
+    features: int,
+    how: Calibration,
+    needs: frozenset[str],
+) -> Statistics:
+    """The statistics of what an expert's second product reads, of ``features``, of tokens of its whole layer,
+    as the first reads them: of all of them, or with ``blend`` of as many as will count."""
+    if how == "blend":
+        wanted = PRIOR * features
+        rows = torch.cat([r[:: max(1, len(r) // wanted)][:wanted] for r in tokens.batches()])
+        return Accumulator.of(expert_inner(module, experts, expert, rows), needs)
+    sums = Accumulator(features, tokens.device, needs)
+    for rows in tokens.batches():
+        sums.add(expert_inner(module, experts, expert, rows))
+    return sums.finish()
 
 
 def blended(own: Statistics, prior: Statistics) -> Statistics:
