@@ -16,7 +16,7 @@ from quant.formats.reading import dequantized
 from quant.models.experts import Routed, experts_through, find_experts
 from quant.models.linears import decoder_refs, expert_layout
 from quant.models.skeleton import Skeleton
-from quant.pipeline import blocks
+from quant.pipeline import expert_solves
 from quant.pipeline.experts import at_a_time
 from quant.pipeline.export import export
 from tests.helpers import load_all, quantize, weight_files
@@ -158,7 +158,7 @@ def test_how_many_experts_are_solved_together_does_not_show(
 ) -> None:
     folder = save_mixture(tmp_path / "m", "qwen3_moe_fused")
     for several in (1, 3):  # of 4: the last is on its own
-        monkeypatch.setattr(blocks, "at_a_time", lambda *_, several=several: several)
+        monkeypatch.setattr(expert_solves, "at_a_time", lambda *_, several=several: several)
         quantize(
             folder, tmp_path / str(several), method="gptq", group_size=16, moe_calibration=how, target="other"
         )

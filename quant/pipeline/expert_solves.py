@@ -1,0 +1,294 @@
+"""The experts of a mixture, quantized: those of equal shape a few at a time, on every core."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+
+import torch
+from torch import nn
+
+from quant.calibration.statistics import Statistics
+from quant.models.adapter import InputGroup
+from quant.models.experts import Experts, find_experts
+from quant.models.sources import expert_source
+from quant.outlier_suppression.base import Place
+from quant.pipeline.experts import (
+    MOST_PRIOR,
+    Aside,
+    Calibration,
+    ExpertInputs,
+    at_a_time,
+    coverage,
+    expert_statistics,
+    in_chunks,
+    layer_statistics,
+    side_by_side,
+)
+from quant.pipeline.folding import Fold, can_take_rows
+from quant.pipeline.group_solves import (
+    SPREAD,
+    BlockUnderWay,
+    GroupSolver,
+    Kin,
+    demand_finite,
+    spread,
+    stacked_weights,
+)
+from quant.pipeline.memory import give_back
+from quant.pipeline.records import Clock
+from quant.quantizers import Quantized
+from quant.recipe import Assignment
+
+#: Tokens of the held-out row that a layer's error is measured on.
+ERROR_TOKENS = 256
+#: What is done at once: experts, and the names of the linears of each that read the same.
+_Some = dict[int, list[str]]
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """What became of an expert's linear: its name in the block, and the evidence of
+    :meth:`GroupSolver.going_on`."""
+
+    name: str
+    expert: int
+    result: Quantized
+    evidence: tuple[float, float, float | None]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The experts of a layer before one product.
+
+    Attributes:
+        work: the block they are in.
+        group: the linears that are to be quantized.
+        module, experts: what holds them.
+        routed: what each expert reads; ``held_out``: of the row that errors are measured on, or None.
+        first: what is known of the whole layer's tokens before its first product, or None.
+        factors, said: what every expert's input is divided by before the first product, fp32 [K], or None;
+            and what to say of it.
+    """
+
+    work: BlockUnderWay
+    group: InputGroup
+    module: nn.Module
+    experts: Experts
+    routed: ExpertInputs
+    held_out: ExpertInputs | None
+    first: ExpertInputs | None
+    factors: torch.Tensor | None = None
+    said: tuple[str, ...] = ()
+
+    def by_expert(self) -> _Some:
+        """The linears of each expert."""
+        found: _Some = {}
+        for name in self.group.linears:
+            place = self.work.linears[name].place
+            assert place is not None and place.expert is not None
+            found.setdefault(place.expert, []).append(name)
+        return found
+
+    def sample(self, expert: int) -> torch.Tensor | None:
+        """[≤ 256, K], what an expert reads of the held-out row, or None."""
+        held = None if self.held_out is None else self.held_out.of(expert)[0][-ERROR_TOKENS:]
+        return held if held is not None and len(held) else None
+
+
+@dataclass(frozen=True)
+class ExpertSolver:
+    """Quantizes the experts of a block's layers; ``priors``: by experts module, what the first product read,
+    while the second has a use for it."""
+
+    solver: GroupSolver
+    clock: Clock
+    priors: dict[str, ExpertInputs] = field(default_factory=dict)
+
+    @property
+    def how(self) -> Calibration:
+        return self.solver.plan.recipe.moe_calibration
+
+    def solve(
+        self,
+        work: BlockUnderWay,
+        group: InputGroup,
+        kin: Kin,
+        routed: ExpertInputs,
+        held_out: ExpertInputs | None,
+    ) -> None:
+        """Quantizes the experts of a layer for one product, as many at a time as memory is set aside for;
+        what they read is closed."""
+        give_back()  # what the passes have freed lies beside what a layer of experts takes
+        module = work.block.get_submodule(group.experts)
+        experts = next(e for e in find_experts(work.block) if e.path == group.experts)
+        if group.stage == "up":
+            self.solver.records.experts[work.prefix + group.experts] = coverage(
+                routed.counts, routed.features
+            )
+            if self.how != "routed":
+                self.priors[group.experts] = routed if self.how == "all" else routed.reduced(MOST_PRIOR)
+        layer = _Layer(work, group, module, experts, routed, held_out, self.priors.get(group.experts))
+        factors, said = self._layer_factors(layer, kin)
+        layer, aside = replace(layer, factors=factors, said=said), Aside(routed.scratch)
+        plan = self.solver.plan
+        alike = groupby(
+            layer.by_expert().items(),
+            lambda x: (plan.assignments[work.prefix + x[1][0]], [work.linears[n].ref.n for n in x[1]]),
+        )
+        for (assignment, sizes), members in alike:
+            self._solve_alike(layer, assignment, sum(sizes), members, aside)
+        for inputs in (routed, held_out, layer.first):
+            if inputs is not None and (group.stage == "down" or inputs is not layer.first):
+                inputs.close()
+        give_back()  # and what this has freed, beside what the passes take
+
+    def _solve_alike(
+        self,
+        layer: _Layer,
+        assignment: Assignment,
+        outputs: int,
+        members: Iterator[tuple[int, list[str]]],
+        aside: Aside,
+    ) -> None:
+        """Quantizes experts of equal shape ([outputs, K] each) and assignment."""
+        start, device = time.perf_counter(), layer.routed.device
+        prior: Statistics | ExpertInputs | None = layer.first
+        if prior is not None and layer.group.stage == "up":
+            prior = layer_statistics(layer.routed, self.solver.needs(assignment))
+        spent = {"statistics": time.perf_counter() - start, "solve": 0.0}
+        counts, prefix = layer.routed.counts, layer.work.prefix
+
+        def solve(some: _Some) -> tuple[list[_Solved], dict[str, float]]:
+            with torch.no_grad():
+                return self._solve_some(layer, assignment, some, prior)
+
+        with side_by_side(device) as (several, workers):
+            chunks = in_chunks(members, at_a_time(outputs, layer.routed.features, device, workers))
+            done: list[_Solved]
+            seconds: dict[str, float]
+            for done, seconds in several(solve, (dict(chunk) for chunk in chunks)):
+                each = sum(seconds.values()) / len(done)
+                for x in done:
+                    layer.work.made.linears[prefix + x.name] = aside.keep_weight(x.result.tensor)
+                    tokens = int(counts[x.expert])
+                    self.solver.records.add(prefix + x.name, x.result, *x.evidence, tokens, each)
+                for phase, value in seconds.items():
+                    spent[phase] += value
+        # the workers' seconds are more than have gone by
+        share = (time.perf_counter() - start) / max(sum(spent.values()), 1e-9)
+        for phase, value in spent.items():
+            self.clock.seconds[phase] += value * share
+
+    def _solve_some(
+        self,
+        layer: _Layer,
+        assignment: Assignment,
+        some: _Some,
+        prior: Statistics | ExpertInputs | None,
+    ) -> tuple[list[_Solved], dict[str, float]]:
+        """Quantizes some experts at once, and puts their new weights in place; seconds by phase."""
+        clock, work = Clock(), layer.work
+        with clock.phase("statistics"):
+            statistics, notes = self._statistics(layer, assignment, some, prior)
+        weights = [work.weights(names) for names in some.values()]
+        done = []
+        with clock.phase("solve"):
+            for seen, names in zip(statistics, some.values(), strict=True):
+                demand_finite(seen, work.prefix + names[0])
+            factors = self._factors(layer, [*some.values()], weights, statistics)
+            stacked, statistics = _divided(stacked_weights(weights), statistics, factors)
+            results = self.solver.rounded(assignment, weights, statistics, stacked, layer.said)
+            for (expert, names), mine, solved, told, factor in zip(
+                some.items(), weights, results, notes, factors, strict=True
+            ):
+                sample = layer.sample(expert)
+                for name, weight, result in zip(names, mine, solved, strict=True):
+                    value, evidence = self.solver.going_on(result.tensor, weight, factor, sample)
+                    work.linears[name].set(work.block, value)
+                    noted = replace(result, notes=(*result.notes, *told))
+                    done.append(_Solved(name, expert, noted, evidence))
+        return done, clock.seconds
+
+    def _statistics(
+        self,
+        layer: _Layer,
+        assignment: Assignment,
+        some: _Some,
+        prior: Statistics | ExpertInputs | None,
+    ) -> tuple[list[Statistics], list[tuple[str, ...]]]:
+        """Of what each of some experts reads, and what to say of them."""
+        if isinstance(prior, Statistics) and self.how == "all":
+            return [prior.copy()] * len(some), [()] * len(some)  # of one input, and overwritten
+        needs = self.solver.needs(assignment)
+        gathered = [
+            expert_statistics(layer.module, layer.experts, expert, layer.routed, prior, self.how, needs)
+            for expert in some
+        ]
+        return [seen for seen, _ in gathered], [notes for _, notes in gathered]
+
+    def _layer_factors(self, layer: _Layer, kin: Kin) -> tuple[torch.Tensor | None, tuple[str, ...]]:
+        """Factors for what all experts of a layer read before the first product, whoever it is sent to; and
+        what to say of them."""
+        solver, work, group = self.solver, layer.work, layer.group
+        assignment = solver.assignment(work.prefix, group)
+        suppressor = solver.suppressors[assignment]
+        if suppressor is None or group.stage != "up":
+            return None, ()
+        with self.clock.phase("statistics"):
+            statistics = layer_statistics(layer.routed, solver.needs(assignment))
+        weights = stacked_weights([work.weights(spread(group.linears, SPREAD))])[0]
+        with self.clock.phase("solve"):
+            return solver.suppress(
+                suppressor, group, kin, work.prefix, weights, statistics, assignment.scheme, work.made
+            )
+
+    def _factors(
+        self,
+        layer: _Layer,
+        experts: Sequence[Sequence[str]],
+        weights: Sequence[Sequence[torch.Tensor]],
+        statistics: Sequence[Statistics],
+    ) -> list[torch.Tensor | None]:
+        """For each of some experts, given by their linears, the factors of its input, fp32 [K]: those of the
+        whole layer before the first product; before the second its own, folded into the rows of its up
+        projection."""
+        if layer.group.stage == "up" or not layer.group.source:
+            return [layer.factors] * len(experts)
+        return [
+            self._own_factors(layer.work, name, mine, seen)
+            for (name, *_), mine, seen in zip(experts, weights, statistics, strict=True)
+        ]
+
+    def _own_factors(
+        self, work: BlockUnderWay, name: str, weights: Sequence[torch.Tensor], seen: Statistics
+    ) -> torch.Tensor | None:
+        solver = self.solver
+        assignment, source = solver.plan.assignments[work.prefix + name], expert_source(name, work.linears)
+        suppressor, up = solver.suppressors[assignment], work.made.linears.get(f"{work.prefix}{source}")
+        if suppressor is None or source is None or "linear" not in suppressor.sources:
+            return None
+        if up is None or not can_take_rows(up) or not seen.tokens:
+            return None
+        fold = Fold(InputGroup((name,), source), work.prefix, Place("linear", True), 0.0)
+        stacked = stacked_weights([weights])[0]
+        return solver.folded(suppressor, fold, False, stacked, seen, assignment.scheme, work.made)[0]
+
+
+def _divided(
+    stacked: torch.Tensor, statistics: Sequence[Statistics], factors: Sequence[torch.Tensor | None]
+) -> tuple[torch.Tensor, list[Statistics]]:
+    """Weights fp32 [B, N, K], times the factors of each, and the statistics of inputs that are divided by
+    them; in place. Several may share theirs."""
+    divided: dict[int, Statistics] = {}
+    made = list(statistics)
+    for index, factor in enumerate(factors):
+        if factor is not None:
+            stacked[index] *= factor
+            key = id(statistics[index])
+            if key not in divided:
+                divided[key] = statistics[index].divided(factor)
+            made[index] = divided[key]
+    return stacked, made
