@@ -44,6 +44,9 @@ from quant.recipe import Assignment
 
 #: Tokens of the held-out row that a layer's error is measured on.
 ERROR_TOKENS = 256
+#: Sets of experts that are solved before the heap's free parts are given back. Small things that outlive a
+#: set lie among its buffers, and the heap grows for the next one's.
+GIVEN_BACK = 16
 #: What is done at once: experts, and the names of the linears of each that read the same.
 _Some = dict[int, list[str]]
 
@@ -169,7 +172,10 @@ class ExpertSolver:
             chunks = in_chunks(members, at_a_time(outputs, layer.routed.features, device, workers))
             done: list[_Solved]
             seconds: dict[str, float]
-            for done, seconds in several(solve, (dict(chunk) for chunk in chunks)):
+            outcomes = several(solve, (dict(chunk) for chunk in chunks))
+            for number, (done, seconds) in enumerate(outcomes, 1):
+                if not number % GIVEN_BACK:
+                    give_back()
                 each = sum(seconds.values()) / len(done)
                 for x in done:
                     layer.work.made.linears[prefix + x.name] = aside.keep_weight(x.result.tensor)
