@@ -4,8 +4,8 @@ takes on this machine, and beside llm-compressor.
 
     python benchmarks/experts.py [--samples 64] [--length 512] [--llmcompressor-python PYTHON]
 
-llm-compressor takes some ten times as long: --experts 16 --samples 8 gives each expert of both programs as many
-tokens.
+llm-compressor, which shows all tokens to every expert, takes long: with --experts 16 --samples 8 an expert
+is sent as many tokens.
 
 The weights are random, 128 experts a block of which a token takes 8. The floor is what the matrix products
 alone would take at the speeds that products of these shapes are measured to have here, with as many threads,
