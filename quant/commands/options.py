@@ -125,6 +125,12 @@ vllm_version = click.option(
     "--vllm-version", default=VLLM_VERSION, show_default=True, help="Release of vLLM that will serve it."
 )
 
+made_for = click.option(
+    "--vllm-version",
+    show_default="the release that it was made for",
+    help="Release of vLLM that will serve it.",
+)
+
 target = click.option(
     "--target",
     type=click.Choice(["vllm", "other"]),

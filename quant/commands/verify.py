@@ -25,7 +25,7 @@ from quant.progress import Event
     help="Python of an environment with vLLM: load it there, compare log-probabilities.",
 )
 @options.target
-@options.vllm_version
+@options.made_for
 @common_options
 def verify(
     out: Output,
@@ -35,7 +35,7 @@ def verify(
     against: Path | None,
     vllm_python: Path | None,
     target: str,
-    vllm_version: str,
+    vllm_version: str | None,
 ) -> None:
     """Check that vLLM will load a checkpoint, without vLLM. Exit status 4 when it will not.
 

@@ -103,7 +103,8 @@ def verify(
     tensor_parallel: int = 1,
     source: str | Path | None = None,
     target: str = "vllm",
-    vllm_version: str | None = VLLM_VERSION,
+    vllm_version: str | None = None,
+    served: bool = True,
     changed: Sequence[str] | None = None,
     made: Sequence[str] | None = None,
 ) -> Verification:
@@ -113,7 +114,9 @@ def verify(
         tensor_parallel: the degree it will be served with.
         source: the checkpoint it was made from, to account for every tensor and side file.
         target: ``vllm``, or ``other`` to leave out what only vLLM demands.
-        vllm_version: the release that must have the model's class; None: it is not asked.
+        vllm_version: the release that must have the model's class; None: the one that the report in the
+            directory names, else the planned one.
+        served: it is asked for one.
         changed: tensors of the source into which scaling was folded; None: those that the report in the
             directory names.
         made: tensors that calibration added; None: likewise.
@@ -166,9 +169,10 @@ def verify(
     )
     if layers is not None:
         _check_layers(result, checkpoint, layers, target)
-    if target == "vllm" and vllm_version is not None:
-        reason = architecture_problem(checkpoint.config, vllm_version)
-        result.add("model class", [reason] if reason else [], f"one that vLLM {vllm_version} serves")
+    if target == "vllm" and served:
+        release = vllm_version or _made_for(checkpoint.path)
+        reason = architecture_problem(checkpoint.config, release)
+        result.add("model class", [reason] if reason else [], f"one that vLLM {release} serves")
     if target == "vllm":
         held = layers.linears if layers else {}
         built = [] if unread else built_linears(checkpoint.tensors, checkpoint.config, held)
@@ -207,6 +211,14 @@ def verify(
             "all there, byte for byte" if own else "all there, and saying the same",
         )
     return result
+
+
+def _made_for(folder: Path) -> str:
+    """The release of vLLM that a checkpoint was made for, as the report beside it says; else the planned
+    one."""
+    report = Report.load(folder)
+    settings = report.quantization.settings if report is not None and report.quantization else {}
+    return str(settings.get("vllm_version") or VLLM_VERSION)
 
 
 def _check_layers(result: Verification, checkpoint: Checkpoint, layers: QuantizedLayers, target: str) -> None:

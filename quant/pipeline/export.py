@@ -40,7 +40,6 @@ from quant.vllm.arguments import engine_arguments, vllm_config
 from quant.vllm.cache import KV_CACHE, cache_problems, cache_scale
 from quant.vllm.config import heads_of, model_types, quantization_config, stated_dtype, without_quantization
 from quant.vllm.layers import Linear, shape_problems
-from quant.vllm.releases import VLLM_VERSION
 
 
 def export(
@@ -92,8 +91,8 @@ def export(
             work.finish_unit(unit.name, files, {})
             progress(Event("export", number + 1, len(job.units)))
         dropped = write_rest(work.path, job.checkpoint, job.units, job.form, job.config, arguments, made_from)
-        release = VLLM_VERSION if job.form.quant_method is not None else None
-        result = verify(work.path, tensor_parallel=tensor_parallel, target=target, vllm_version=release)
+        served = job.form.quant_method is not None
+        result = verify(work.path, tensor_parallel=tensor_parallel, target=target, served=served)
         if result.failed:
             raise VerificationFailed(
                 f"{work.path}: the output failed its own verification: {'; '.join(result.failed[:5])}. It "

@@ -403,7 +403,8 @@ class QuantizationManager:
                 tensor_parallel=plan.recipe.tensor_parallel,
                 source=checkpoint.path,
                 target=plan.recipe.target,
-                vllm_version=None if plan.format.quant_method is None else plan.recipe.vllm_version,
+                vllm_version=plan.recipe.vllm_version,
+                served=plan.format.quant_method is not None,
                 changed=changed,
                 made=made,
             )

@@ -97,6 +97,14 @@ def test_all_commands_say_the_same(tmp_path: Path) -> None:
     assert recommend(str(source), "L40S-48GB", EngineRequest(vllm_version="0.28.0")).recommended
 
 
+def test_what_is_made_for_a_release_is_served_by_it(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source")
+    change_config(source, architectures=["MptForCausalLM"])
+    quantize(source, tmp_path / "out", group_size=32, vllm_version="0.28.0")
+    assert verify(tmp_path / "out").passed and plan(tmp_path / "out", DeploymentRequest())
+    assert not verify(tmp_path / "out", vllm_version="0.32").passed
+
+
 def test_target_other_makes_it_and_plain_values_need_no_class(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source")
     change_config(source, architectures=["MptForCausalLM"])
