@@ -1,7 +1,7 @@
 """What the traces of a load test say: latencies, throughput and goodput as vLLM's ``bench serve`` defines
 them, with the uncertainty of each. Pure functions of numbers.
 
-Definitions (vLLM 0.32, ``vllm/benchmarks/serve.py``): TTFT is from sending to the first token; TPOT
+Definitions (vLLM's own, ``vllm/benchmarks/serve.py``): TTFT is from sending to the first token; TPOT
 (E2E - TTFT) / (n - 1) of each request with n > 1 output tokens; ITL the time between two pieces of an answer;
 E2EL from sending to the last token; throughputs are totals over the time from the first request's start to
 the last one's end. Here "sending" is the moment a request was scheduled for.

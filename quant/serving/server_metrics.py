@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 #: Seconds between two looks.
 PERIOD = 0.5
 
-#: Figure → the series of each engine that hold it: vLLM 0.32, SGLang, llama.cpp's server, TGI.
+#: Figure → the series of each engine that hold it: vLLM, SGLang, llama.cpp's server, TGI.
 GAUGES: dict[str, tuple[str, ...]] = {
     "running": ("vllm:num_requests_running", "sglang:num_running_reqs", "llamacpp:requests_processing",
                 "tgi_batch_current_size"),
