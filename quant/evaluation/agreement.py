@@ -29,7 +29,9 @@ def file_problems(
             layers = find_format(checkpoint.config, checkpoint.tensors)
         except QuantError:
             readable = False  # the other tensors can be judged all the same
-    problems = implied_problems(checkpoint.tensors, checkpoint.config, layers.linears if layers else None)
+    linears = layers.linears if layers else {}
+    stacks = {n: (x.shape, x.tensors) for n, x in (layers.stacks if layers else {}).items()}
+    problems = implied_problems(checkpoint.tensors, checkpoint.config, linears, stacks)
     if problems or not build or not readable:
         return problems
     from quant.formats.reading import dequantized

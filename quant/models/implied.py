@@ -19,6 +19,7 @@ from quant.checkpoint.header import FLOATS, TensorInfo
 from quant.errors import UsageError, clipped
 from quant.models.decoder import Decoder
 from quant.models.families import FAMILIES, WRAPPERS, Family
+from quant.models.naming import name_problems
 from quant.models.place import decoder_list
 from quant.models.roles import block_list, block_of, role_of
 from quant.models.shapes import decoder_weights
@@ -112,7 +113,10 @@ class _File:
 
 
 def implied_problems(
-    tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], linears: Mapping[str, Linear] | None = None
+    tensors: Mapping[str, TensorInfo],
+    config: Mapping[str, Any],
+    linears: Mapping[str, Linear] | None = None,
+    stacks: Mapping[str, tuple[tuple[int, ...], Collection[str]]] | None = None,
 ) -> list[str]:
     """What a file has otherwise than its config.json implies, a line for each kind of difference, naming a
     tensor, its shape and what the config says; empty where they agree.
@@ -120,11 +124,15 @@ def implied_problems(
     Args:
         tensors: headers of the file.
         linears: its quantized linears, by name.
+        stacks: its tensors of all experts of a layer that are quantized, by the names that they have in an
+            ordinary file: the shape there, and the tensors that they are made of.
     """
-    quantized = linears or {}
-    infos = {n: i for n, i in tensors.items() if not _part_of(n, quantized)}
+    quantized, held = linears or {}, stacks or {}
+    parts_of_stacks = {n for _, made_of in held.values() for n in made_of}
+    infos = {n: i for n, i in tensors.items() if not _part_of(n, quantized) and n not in parts_of_stacks}
     shapes = {n: i.shape for n, i in infos.items() if i.dtype in FLOATS}
     shapes |= {f"{n}.weight": (x.n, x.k) for n, x in quantized.items()}
+    shapes |= {n: shape for n, (shape, _) in held.items()}
     if wrapped := _wrapped(tensors):
         return [wrapped]  # every other name would be wrong by it
     if stated(config, "is_encoder_decoder"):
@@ -139,6 +147,8 @@ def implied_problems(
         *_count_problems(file),
         *_expert_problems(file),
     ]
+    if named := list(one_of_each(name_problems(file.blocks, config, file.decoder))):
+        return [*problems, *named]  # what is missing and of what shape is a question of names
     known = list(_known_problems(file))
     return [*problems, *(known or [*_size_problems(file), *_lost_problems(file)])]
 
