@@ -9,15 +9,23 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from math import gcd
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from quant.checkpoint.header import WIDE_FLOATS, TensorInfo
 from quant.checkpoint.writer import TensorSpec
 from quant.errors import CheckpointError, QuantError, clipped
 from quant.registry import Registry, lacks
-from quant.schemes import Scheme, WeightScheme
+from quant.schemes import BLOCK, PRESETS, ActivationScheme, Scheme, WeightScheme
 from quant.vllm.config import quantization_config, source_method
-from quant.vllm.layers import BuiltLayer, Linear, ignored_names, is_head, stored_transposed
+from quant.vllm.layers import (
+    BuiltLayer,
+    Linear,
+    experts_transposed,
+    ignored_names,
+    is_head,
+    stored_transposed,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -35,22 +43,161 @@ _NAMED = 5
 
 
 @dataclass(frozen=True)
+class StackPart:
+    """One expert of a stack.
+
+    Attributes:
+        codes: [rows, columns] as the file has them: float8, or E2M1 codes as uint8.
+        scales: [⌈rows / sides[0]⌉, ⌈columns / sides[1]⌉], as :func:`quant.tensors.scale_values` takes them.
+        sides: rows and columns that share one.
+        divisor: fp32 [1], of all scales (NVFP4); None: none.
+        inputs: fp32 [1], the scale of static activations, of E2M1 codes its divisor; None: none.
+        zeros: zero points, as the scales; None: none.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    sides: tuple[int, int]
+    divisor: torch.Tensor | None = None
+    inputs: torch.Tensor | None = None
+    zeros: torch.Tensor | None = None
+
+    @property
+    def turned(self) -> StackPart:
+        """The same with rows and columns exchanged."""
+        zeros = None if self.zeros is None else self.zeros.t()
+        return replace(
+            self, codes=self.codes.t(), scales=self.scales.t(), zeros=zeros, sides=self.sides[::-1]
+        )
+
+    def values(self) -> torch.Tensor:
+        """fp32 [rows, columns]."""
+        from quant.tensors import code_values, scale_values
+
+        values = code_values(self.codes.contiguous())
+        if self.zeros is not None:
+            values -= self._spread(self.zeros.float())
+        return values.mul_(self._spread(scale_values(self.scales, self.divisor)))
+
+    def _spread(self, shared: torch.Tensor) -> torch.Tensor:
+        """A number for each code, from those that several share."""
+        rows, columns = self.codes.shape
+        spread = shared.repeat_interleave(self.sides[0], 0)[:rows]
+        return spread.repeat_interleave(self.sides[1], 1)[:, :columns]
+
+
+@dataclass(frozen=True)
 class Stack:
     """A matrix of every expert of a layer, quantized as one tensor.
 
     Attributes:
         name: of the tensor that it is in an ordinary checkpoint of the family.
-        shape: of that one, [E, …].
+        shape: of that one, [E, rows, columns].
         weights: its numbers.
         tensors: of the file that it is made of.
-        read: values of one expert, fp32 of ``shape[1:]``.
+        sides: rows and columns of an expert that share a multiplier.
+        part: one expert, laid out as ``shape``.
+        inputs: how its inputs are rounded; None: not at all.
+        inputs_last: the file has inputs as columns, whatever an ordinary file of the family has.
     """
 
     name: str
     shape: tuple[int, int, int]
     weights: WeightScheme
     tensors: tuple[str, ...]
-    read: Callable[[Checkpoint, int], torch.Tensor]
+    sides: tuple[int, int]
+    part: Callable[[Checkpoint, int], StackPart]
+    inputs: ActivationScheme | None = None
+    inputs_last: bool = False
+
+    @property
+    def turned(self) -> Stack:
+        """The same with rows and columns exchanged."""
+        experts, rows, columns = self.shape
+        own = self.part
+        return replace(
+            self,
+            shape=(experts, columns, rows),
+            sides=self.sides[::-1],
+            part=lambda checkpoint, expert: own(checkpoint, expert).turned,
+        )
+
+    def read(self, checkpoint: Checkpoint, expert: int) -> torch.Tensor:
+        """Values of one expert, fp32 of ``shape[1:]``."""
+        return self.part(checkpoint, expert).values()
+
+
+@dataclass(frozen=True)
+class StackSlice:
+    """A linear [N, K] of one expert of a stack: of the outputs ``first``, ``first + step``, … ``n`` of them.
+
+    Attributes:
+        transposed: outputs are the columns of the stack's parts, not their rows.
+    """
+
+    stack: Stack
+    expert: int
+    n: int
+    k: int
+    first: int = 0
+    step: int = 1
+    transposed: bool = False
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Outputs and inputs that share a multiplier."""
+        return self.stack.sides[::-1] if self.transposed else self.stack.sides
+
+    @property
+    def scheme(self) -> WeightScheme | None:
+        """Its numbers where its codes stand by themselves; None where it shares multipliers with other
+        linears, or one for each input has no place in any scheme."""
+        outputs, inputs = self.sides
+        total = self.stack.shape[2 if self.transposed else 1]
+        weights = self.stack.weights
+        if weights.type == "int" or weights.strategy in ("group", "tensor_group"):
+            return weights if outputs == 1 or weights.strategy == "tensor" else None
+        if outputs >= total and inputs >= self.k:
+            return PRESETS["w8a8-fp8-tensor"].weights
+        if outputs == 1 and inputs >= self.k:
+            return PRESETS["w8a8-fp8"].weights
+        ragged = outputs > 1 and (self.step > 1 or self.first % outputs)
+        if ragged or inputs < 8 or inputs % 8:
+            return None
+        if (outputs, inputs) == (BLOCK, BLOCK):
+            return PRESETS["fp8-block"].weights
+        group = gcd(self.k, inputs)  # a ragged last block is in groups as well
+        return None if group % 8 else WeightScheme(8, group, True, "float", "group", "F32")
+
+    def read(self, checkpoint: Checkpoint) -> QuantizedTensor:
+        """Its codes and scales as they are stored."""
+        from quant.tensors import InputParameters, QuantizedTensor
+
+        scheme = self.scheme
+        assert scheme is not None
+        part = self.stack.part(checkpoint, self.expert)
+        part = part.turned if self.transposed else part
+        outputs = part.sides[0]
+        taken = slice(self.first, self.first + self.step * self.n, self.step)
+        if scheme.strategy == "tensor":
+            scales = part.scales
+        elif outputs == 1:
+            scales = part.scales[taken]
+        elif scheme.strategy == "block":
+            scales = part.scales[self.first // outputs : -(-(self.first + self.n) // outputs)]
+        else:
+            scales = part.scales.repeat_interleave(outputs, 0)[taken]
+        if scheme.strategy == "group" and part.sides[1] != scheme.group_size:
+            each = part.sides[1] // scheme.group_size
+            scales = scales.repeat_interleave(each, 1)[:, : self.k // scheme.group_size]
+        inputs = None
+        if part.inputs is not None and self.stack.inputs is not None and self.stack.inputs.calibrated:
+            four = scheme.bits == 4
+            inputs = InputParameters(**{"global_scale" if four else "scale": part.inputs.reshape(1)})
+        scales = scales.reshape(scheme.scale_shape(self.n, self.k)).contiguous()
+        codes = part.codes[taken].contiguous()
+        zeros = None if part.zeros is None else part.zeros[taken].contiguous()
+        return QuantizedTensor(codes, scales, zeros, scheme, None, part.divisor, inputs)
 
 
 @dataclass(frozen=True)
@@ -63,6 +210,7 @@ class QuantizedLayers:
         options: what the format needs to read tensors back (GPTQ's zero-point convention, for one).
         stored: tensors whose names differ from the format's own → the names that the file has.
         stacks: experts that are quantized as one tensor, by the name of the tensor that each stands for.
+        slices: linears that are parts of such a tensor, by name: those of stacks that are taken apart.
     """
 
     format: str
@@ -70,6 +218,7 @@ class QuantizedLayers:
     options: Mapping[str, Any]
     stored: Mapping[str, str] = field(default_factory=dict)
     stacks: Mapping[str, Stack] = field(default_factory=dict)
+    slices: Mapping[str, StackSlice] = field(default_factory=dict)
 
     @property
     def form(self) -> Format:
@@ -416,6 +565,11 @@ def _turned(
         name: replace(linear, transposed=True) if stored_transposed(config, name) else linear
         for name, linear in layers.linears.items()
     }
+    # files that keep groups of inputs beside one another have the inputs last, whatever the family
+    stacks = {
+        name: stack.turned if stack.inputs_last and experts_transposed(config) else stack
+        for name, stack in layers.stacks.items()
+    }
     held = {name for stack in layers.stacks.values() for name in stack.tensors}
     unread = [
         name
@@ -433,7 +587,7 @@ def _turned(
             f"{unread[0]} is stored as {tensors[unread[0]].dtype}{more}, which is not read of quant_method "
             f"{entry.quant_method!r}: quantize the original"
         )
-    return replace(layers, linears=linears)
+    return replace(layers, linears=linears, stacks=stacks)
 
 
 def scale_beside(info: TensorInfo, tensors: Collection[str]) -> str | None:

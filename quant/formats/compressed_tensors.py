@@ -51,6 +51,7 @@ from quant.formats.base import (
     suffixed,
     word_problems,
 )
+from quant.formats.stacked import stacked_linears
 from quant.schemes import BLOCK, PRESETS, ActivationScheme, Scheme, WeightScheme, scheme_of
 from quant.vllm.kernels import GROUP_SIZES
 from quant.vllm.layers import BuiltLayer, Linear, is_head, module_class
@@ -362,6 +363,12 @@ class CompressedTensors(Format):
                 problems.append(f"config_groups.{name} has activation order {order!r}, which vLLM refuses")
         if config.get("sparsity_config"):
             problems.append(f"sparsity_config is not empty: vLLM {VLLM_VERSION} has no sparse kernels left")
+        problems += [
+            f"{stack.name} holds the packed experts of a layer in one tensor, of which vLLM makes other "
+            "values than the file's: quant export-vllm writes one expert a name"
+            for stack in layers.stacks.values()
+            if any(name.endswith("_packed") for name in stack.tensors)
+        ]
         return problems + self._name_problems(config, layers, members)
 
     @staticmethod
@@ -587,18 +594,34 @@ class CompressedTensors(Format):
         coded += [
             n for n in suffixed(tensors, ".weight") if tensors[f"{n}.weight"].dtype in ("I8", "F8_E4M3")
         ]
-        require(tensors, sorted(coded), "weight_scale")
-        linears = {}
         group_of = targeted(groups)
-        for name in sorted(coded):
-            key = group_of(name)
-            if key is None:
-                raise CheckpointError(f"{name} has quantized weights, but no config group targets it")
-            group = groups[key]
-            linears[name] = self._linear(
-                name, group, str(group.get("format") or config.get("format")), tensors
-            )
-        return QuantizedLayers(self.name, linears, {})
+        stacks = stacked_linears(
+            self, tensors, lambda name, parts: self._grouped(name, groups, group_of, config, parts)
+        )
+        stacked = {n.rpartition(".")[0] for stack in stacks.values() for n in stack.tensors}
+        coded = [n for n in coded if n not in stacked]
+        require(tensors, sorted(coded), "weight_scale")
+        linears = {n: self._grouped(n, groups, group_of, config, tensors) for n in sorted(coded)}
+        return QuantizedLayers(self.name, linears, {}, stacks=stacks)
+
+    def _grouped(
+        self,
+        name: str,
+        groups: Mapping[str, Any],
+        group_of: Callable[..., str | None],
+        config: Mapping[str, Any],
+        tensors: Mapping[str, TensorInfo],
+    ) -> Linear:
+        """One linear, by the config group that targets it.
+
+        Raises:
+            CheckpointError: there is none; or the two contradict each other.
+        """
+        key = group_of(name)
+        if key is None:
+            raise CheckpointError(f"{name} has quantized weights, but no config group targets it")
+        group = groups[key]
+        return self._linear(name, group, str(group.get("format") or config.get("format")), tensors)
 
     def _linear(
         self, name: str, group: Mapping[str, Any], layout: str, tensors: Mapping[str, TensorInfo]

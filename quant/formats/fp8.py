@@ -140,8 +140,8 @@ class Fp8(Format):
             if given is None or linear.activations != STATIC
             else InputParameters(scale=given.float().reshape(1))
         )
-        stored, rows = tensors[f"{name}.{_scale_name(scheme)}"], options.get("block", (BLOCK, BLOCK))[0]
-        scales = multipliers(stored, scheme, linear.n, linear.k, rows)
+        stored, sides = tensors[f"{name}.{_scale_name(scheme)}"], options.get("block", (BLOCK, BLOCK))
+        scales = multipliers(stored, scheme, linear.n, linear.k, sides)
         codes = tensors[f"{name}.weight"]
         codes = codes.t().contiguous() if linear.transposed else codes
         return QuantizedTensor(codes, scales, None, scheme, inputs=inputs)
@@ -177,11 +177,6 @@ class Fp8(Format):
         inputs = STATIC if activations == "static" else row.activations
         linears, stored = {}, {}
         for x in scaled_matrices(tensors, _scale_name(row.weights), sides):
-            if x.weights.strategy == "group" and x.k % x.weights.group_size:
-                raise CheckpointError(
-                    f"{x.name}: {x.k} inputs do not divide into the blocks of {x.weights.group_size} that "
-                    f"weight_block_size states; ragged ones are read of {BLOCK} × {BLOCK} alone"
-                )
             linears[x.name] = Linear(x.name, x.n, x.k, x.weights, inputs)
             stored[f"{x.name}.{_scale_name(x.weights)}"] = x.scale
             if (number := spelled(tensors, x.name, INPUT_SCALES)) is not None:

@@ -70,6 +70,7 @@ def lacking(checkpoint: Checkpoint, layers: QuantizedLayers, inputs: bool = True
     wanted = [
         (x.name, s.name.removeprefix(f"{x.name}."))
         for x in layers.linears.values()
+        if x.name not in layers.slices  # whose tensors were found with the stack's
         for s in form.specs(x, "BF16")
     ]
     return missing_tensors(

@@ -22,6 +22,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from quant.checkpoint.header import WIDE_FLOATS, TensorInfo
@@ -33,16 +35,29 @@ from quant.formats.base import (
     IncompleteCheckpoint,
     QuantizedLayers,
     Role,
+    Stack,
+    StackPart,
     names_listed,
     suffixed,
 )
-from quant.formats.scaled import BLOCKS, MX, STATIC, TENSOR, multipliers, scaled_matrices, stacks
+from quant.formats.scaled import (
+    BLOCKS,
+    MX,
+    STATIC,
+    TENSOR,
+    multipliers,
+    number_of,
+    ordinary_name,
+    scaled_matrices,
+    stacks,
+)
 from quant.schemes import PRESETS, ActivationScheme, WeightScheme
 from quant.vllm.layers import BuiltLayer, Linear, is_head
 
 if TYPE_CHECKING:
     import torch
 
+    from quant.checkpoint.reader import Checkpoint
     from quant.tensors import QuantizedTensor
 
 _NVFP4 = PRESETS["nvfp4"]
@@ -136,24 +151,20 @@ class ModelOpt(ForeignFormat):
             if x.scale != f"{x.name}.weight_scale":
                 stored[f"{x.name}.weight_scale"] = x.scale
         for name in suffixed(tensors, ".weight_scale_2"):
-            linears[name] = self._nvfp4(name, tensors)
+            if len(getattr(tensors.get(f"{name}.weight"), "shape", ())) != 3:
+                linears[name] = self._nvfp4(name, tensors)
         packed = next(
             (
                 n
                 for n, i in tensors.items()
-                if n.endswith("weight") and i.dtype == "U8" and n[:-7] not in linears
+                if n.endswith("weight") and i.dtype == "U8" and len(i.shape) == 2 and n[:-7] not in linears
             ),
             None,
         )
         if packed:
             raise IncompleteCheckpoint([(packed.removesuffix(".weight"), "weight_scale_2")])
-        three = next((n for n, i in tensors.items() if i.dtype == "U8" and len(i.shape) == 3), None)
-        if three:
-            raise CheckpointError(
-                f"{three}: NVFP4 experts in one tensor are not read here; read are those with a tensor each: "
-                "start from the original"
-            )
-        return QuantizedLayers(self.name, dict(sorted(linears.items())), {}, stored, stacks(tensors))
+        stacked = stacks(tensors) | nvfp4_stacks(tensors)
+        return QuantizedLayers(self.name, dict(sorted(linears.items())), {}, stored, stacked)
 
     def config_problems(
         self, config: Mapping[str, Any], layers: QuantizedLayers, members: Mapping[str, BuiltLayer]
@@ -198,6 +209,65 @@ class ModelOpt(ForeignFormat):
             raise CheckpointError(f"{number.name} is {number.shape}: one number is needed")
         static = f"{name}.input_scale" in tensors
         return Linear(name, n, 2 * half, _NVFP4.weights, _NVFP4.activations if static else None)
+
+
+def nvfp4_stacks(tensors: Mapping[str, TensorInfo]) -> dict[str, Stack]:
+    """Experts of a layer in one NVFP4 tensor: codes uint8, two in a byte along the inputs, which are the last
+    dimension or (Llama 4) the one before; multipliers E4M3 of 16 inputs each, laid out alike; and one for
+    each expert, or for all.
+
+    Raises:
+        CheckpointError: numbers that are missing, or do not fit the codes.
+    """
+    found = {}
+    for name, codes in tensors.items():
+        stem = name.removesuffix(".weight")
+        if codes.dtype != "U8" or len(codes.shape) != 3 or stem.endswith(("_blocks", "_scale", "_scales")):
+            continue
+        joint = f"{stem}." if stem != name else f"{stem}_"
+        scale, second = (tensors.get(f"{joint}{x}") for x in ("weight_scale", "weight_scale_2"))
+        if scale is None or second is None:
+            raise CheckpointError(
+                f"{name} is {codes.dtype} {codes.shape}, and {joint}weight_scale and {joint}weight_scale_2 "
+                "are not both beside it: the checkpoint is incomplete, fetch its files again"
+            )
+        experts, rows, columns = codes.shape
+        last = scale.shape == (experts, rows, columns // 8) and columns % 8 == 0
+        before = scale.shape == (experts, rows // 8, columns) and rows % 8 == 0
+        if scale.dtype != "F8_E4M3" or last == before or prod(second.shape) not in (1, experts):
+            raise CheckpointError(
+                f"{name} is {codes.dtype} {codes.shape}, its multipliers {scale.dtype} {scale.shape} and "
+                f"{second.shape}: F8_E4M3 [E, N, K/16] or [E, K/16, N] and one an expert are needed"
+            )
+        number = f"{joint}input_scale" if f"{joint}input_scale" in tensors else None
+        own = (name, scale.name, second.name, *([number] if number else []))
+        whole = ordinary_name(name)
+        found[whole] = Stack(
+            whole,
+            (experts, rows, 2 * columns) if last else (experts, 2 * rows, columns),
+            _NVFP4.weights,
+            own,
+            (1, 16) if last else (16, 1),
+            partial(_expert, name, scale.name, second.name, number, last),
+            _NVFP4.activations if number else None,
+            inputs_last=last,
+        )
+    return found
+
+
+def _expert(
+    name: str, scale: str, second: str, number: str | None, last: bool, checkpoint: Checkpoint, expert: int
+) -> StackPart:
+    """One expert of :func:`nvfp4_stacks`."""
+    from quant.formats.packing import unpack_halves
+
+    codes, scales = checkpoint.read_index(name, expert), checkpoint.read_index(scale, expert)
+    if not last:
+        codes, scales = codes.t().contiguous(), scales.t()
+    divisor = number_of(checkpoint, second, expert).reciprocal()
+    inputs = None if number is None else number_of(checkpoint, number, expert).reciprocal()
+    part = StackPart(unpack_halves(codes), scales, (1, 16), divisor, inputs)
+    return part if last else part.turned
 
 
 def _inputs(weights: WeightScheme, static: bool) -> ActivationScheme | None:

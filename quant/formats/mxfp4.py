@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
 from quant.errors import CheckpointError
-from quant.formats.base import Contents, Format, FormatRegistry, QuantizedLayers, Role, Stack
+from quant.formats.base import Contents, Format, FormatRegistry, QuantizedLayers, Role, Stack, StackPart
 from quant.schemes import PRESETS, Scheme
 from quant.vllm.layers import Linear
 
@@ -99,21 +99,24 @@ class Mxfp4(Format):
                 )
             experts, rows, groups = shape[:3]
             linears[stem] = Stack(
-                stem, (experts, 32 * groups, rows), _WEIGHTS, (name, scales.name), partial(_expert, stem)
+                stem,
+                (experts, 32 * groups, rows),
+                _WEIGHTS,
+                (name, scales.name),
+                (32, 1),
+                partial(_expert, stem),
             )
         return QuantizedLayers(self.name, {}, {}, stacks=linears)
 
 
-def _expert(stem: str, checkpoint: Checkpoint, expert: int) -> torch.Tensor:
-    """Values fp32 [32·G, rows] of one expert."""
+def _expert(stem: str, checkpoint: Checkpoint, expert: int) -> StackPart:
+    """One expert, [32·G, rows]."""
     from quant.formats.packing import unpack_halves
-    from quant.tensors import code_values, scale_values
 
     blocks = checkpoint.read_index(f"{stem}_blocks", expert)
     rows, groups = blocks.shape[:2]
-    values = code_values(unpack_halves(blocks.reshape(rows, groups * 16))).view(rows, groups, 32)
-    values.mul_(scale_values(checkpoint.read_index(f"{stem}_scales", expert)).unsqueeze(-1))
-    return values.view(rows, groups * 32).t()
+    codes = unpack_halves(blocks.reshape(rows, groups * 16))
+    return StackPart(codes, checkpoint.read_index(f"{stem}_scales", expert), (1, 32)).turned
 
 
 FormatRegistry.add(Mxfp4.name, Mxfp4())

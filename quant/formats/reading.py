@@ -31,6 +31,8 @@ def read_linear(form: Format, layers: QuantizedLayers, checkpoint: Checkpoint, n
     """
     import torch
 
+    if (place := layers.slices.get(name)) is not None:
+        return place.read(checkpoint)
     linear = layers.linears[name]
     held = (f"{name}.{last}" for last in form.parts)
     tensors = {t: checkpoint.read(layers.tensor(t)) for t in held if layers.tensor(t) in checkpoint.tensors}
@@ -110,9 +112,14 @@ def dequantized(checkpoint: Checkpoint, layers: QuantizedLayers | None = None) -
     computed: dict[str, Callable[[], torch.Tensor]] = {}
     parts: dict[str, Callable[[int], torch.Tensor]] = {}
     owners = quantized_tensors(checkpoint, layers)
+    taken = {name for place in layers.slices.values() for name in place.stack.tensors}
+    for module, place in layers.slices.items():
+        part, file = f"{module}.weight", checkpoint.info(place.stack.tensors[0]).file
+        tensors[part] = TensorInfo(part, "F32", (place.n, place.k), file, 0, 4 * place.n * place.k)
+        computed[part] = partial(read_weight, form, read, checkpoint, module)
     for name, info in checkpoint.tensors.items():
-        if cache_scale(name) is not None:
-            continue  # numbers of the engine's KV cache: no part of the model
+        if name in taken or cache_scale(name) is not None:
+            continue  # parts of the linears above; numbers of the engine's KV cache: no part of the model
         whole = owners.get(name)
         if whole is None:
             tensors[name] = info

@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from math import ceil
+from math import ceil, gcd
 from typing import TYPE_CHECKING
 
 from quant.checkpoint.header import TensorInfo
 from quant.errors import CheckpointError
-from quant.formats.base import IncompleteCheckpoint, Stack, suffixed
+from quant.formats.base import IncompleteCheckpoint, Stack, StackPart, suffixed
 from quant.schemes import BLOCK, PRESETS, ActivationScheme, WeightScheme
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 #: Last parts of a multiplier's name, and of the number of a static activation's.
 SCALES = ("weight_scale_inv", "weight_scale", "scale_inv", "scale")
 INPUT_SCALES = ("input_scale", "activation_scale")
-#: What follows the name of a tensor of all experts.
-_STACK_SCALES = ("_scale_inv", "_weight_scale_inv", "_scale", "_weight_scale")
+#: What follows the name of a tensor of all experts, after ``_`` (after a point, where that is called weight).
+_SPELLINGS = ("scale_inv", "weight_scale_inv", "scale", "weight_scale")
 #: Header dtypes of a multiplier; each widens to fp32 exactly.
 MULTIPLIERS = ("F32", "BF16", "F16", "F8_E8M0")
 
@@ -39,6 +39,10 @@ TENSOR, BLOCKS = PRESETS["w8a8-fp8-tensor"].weights, PRESETS["fp8-block"].weight
 CHANNEL, MX = PRESETS["w8a8-fp8"].weights, PRESETS["mxfp8"].weights
 #: Inputs that are divided by one number of the file.
 STATIC = ActivationScheme(8, "float", "tensor", dynamic=False)
+#: How inputs are rounded where the file says nothing of them.
+_DYNAMIC = {
+    PRESETS[name].weights: PRESETS[name].activations for name in ("w8a8-fp8-tensor", "fp8-block", "w8a8-fp8")
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,11 @@ def scaled_matrices(
         IncompleteCheckpoint: one has no multiplier.
         CheckpointError: a multiplier of another shape or dtype than the weight's.
     """
-    coded = [n for n in suffixed(tensors, ".weight") if tensors[f"{n}.weight"].dtype == "F8_E4M3"]
+    coded = [
+        n
+        for n in suffixed(tensors, ".weight")
+        if tensors[f"{n}.weight"].dtype == "F8_E4M3" and len(tensors[f"{n}.weight"].shape) != 3
+    ]
     missing = [(n, wanted) for n in coded if spelled(tensors, n, SCALES) is None]
     if missing:
         raise IncompleteCheckpoint(missing)
@@ -98,7 +106,7 @@ def weights_of(scale: TensorInfo, n: int, k: int, block: tuple[int, int] | None)
         fits = shape == (ceil(n / block[0]), ceil(k / block[1])) and scale.dtype in MULTIPLIERS
         if not fits:
             raise _unfitting(scale, n, k, (ceil(n / block[0]), ceil(k / block[1])))
-        return BLOCKS if block == (BLOCK, BLOCK) else WeightScheme(8, block[1], True, "float", "group", "F32")
+        return BLOCKS if block == (BLOCK, BLOCK) else grouped(k, block[1], scale.name)
     if scale.dtype in ("U8", "F8_E8M0") and shape == (n, ceil(k / 32)) and k % 32 == 0:
         return MX
     if scale.dtype in MULTIPLIERS:
@@ -118,22 +126,41 @@ def _unfitting(scale: TensorInfo, n: int, k: int, wanted: tuple[int, ...]) -> Ch
     )
 
 
+def grouped(k: int, inputs: int, scale: str) -> WeightScheme:
+    """The numbers of a weight of ``k`` inputs of which blocks of ``inputs`` share a multiplier, the last of
+    them maybe fewer: in groups of a size that divides both.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    size = gcd(k, inputs)
+    if size % 8:
+        raise CheckpointError(
+            f"{scale}: blocks of {inputs} inputs do not share {k} inputs out by eights, which is not read "
+            "here: start from the original"
+        )
+    return WeightScheme(8, size, True, "float", "group", "F32")
+
+
 def multipliers(
-    stored: torch.Tensor, scheme: WeightScheme, n: int, k: int, rows: int = BLOCK
+    stored: torch.Tensor, scheme: WeightScheme, n: int, k: int, sides: tuple[int, int] = (BLOCK, BLOCK)
 ) -> torch.Tensor:
     """Multipliers as :class:`quant.tensors.QuantizedTensor` has them, from those of a file.
 
     Args:
         stored: in any of the shapes that :func:`weights_of` takes.
-        rows: that share one, of blocks of another size than 128 × 128.
+        sides: rows and columns that share one, of blocks of another size than 128 × 128.
     """
     import torch
 
     if scheme == MX:
         return stored.reshape(n, k // 32).view(torch.uint8)
     values = stored.float()
-    if scheme.strategy == "group":  # blocks of another size: each row gets its own multipliers
-        return values.reshape(ceil(n / rows), -1).repeat_interleave(rows, 0)[:n].contiguous()
+    if scheme.strategy == "group":  # blocks of another size: each row and group gets its own multipliers
+        rows, columns = sides
+        spread = values.reshape(ceil(n / rows), -1).repeat_interleave(rows, 0)[:n]
+        each = columns // scheme.group_size
+        return spread.repeat_interleave(each, 1)[:, : k // scheme.group_size].contiguous()
     return values.reshape(scheme.scale_shape(n, k))
 
 
@@ -146,14 +173,16 @@ def stacks(tensors: Mapping[str, TensorInfo], block: tuple[int, int] | None = No
     """
     stacked = {}
     for name, info in tensors.items():
-        if info.dtype != "F8_E4M3" or len(info.shape) != 3:
-            continue
-        scale = next((tensors[name + end] for end in _STACK_SCALES if name + end in tensors), None)
+        if info.dtype != "F8_E4M3" or len(info.shape) != 3 or name.endswith("_scale"):
+            continue  # NVFP4's multipliers are E4M3, too
+        stem = name.removesuffix(".weight")
+        joint = f"{stem}_" if stem == name else f"{stem}."
+        spellings, numbers = ([joint + x for x in lasts] for lasts in (_SPELLINGS, INPUT_SCALES))
+        scale = next((tensors[x] for x in spellings if x in tensors), None)
         if scale is None:
             raise CheckpointError(
                 f"{name} is {info.dtype} {info.shape}, and none of its multipliers "
-                f"({', '.join(name + end for end in _STACK_SCALES)}) is there: the checkpoint is incomplete, "
-                "fetch its files again"
+                f"({', '.join(spellings)}) is there: the checkpoint is incomplete, fetch its files again"
             )
         experts, rows, columns = info.shape
         sides = (_sides(scale.shape, info.shape, block)) if scale.dtype in MULTIPLIERS else None
@@ -163,17 +192,17 @@ def stacks(tensors: Mapping[str, TensorInfo], block: tuple[int, int] | None = No
                 f"{' or '.join(MULTIPLIERS)} an expert, an output or a block"
             )
         weights = TENSOR if sides == (rows, columns) else BLOCKS if min(sides) > 1 else CHANNEL
-        own = [
-            name + end
-            for end in (*_STACK_SCALES, "_activation_scale", "_input_scale")
-            if name + end in tensors
-        ]
-        stacked[name] = Stack(
-            name,
+        number = next((x for x in numbers if x in tensors), None)
+        own = [x for x in (*spellings, *numbers) if x in tensors]
+        whole = ordinary_name(name)
+        stacked[whole] = Stack(
+            whole,
             (experts, rows, columns),
             weights,
             (name, *own),
-            partial(_expert, name, scale.name, sides),
+            sides,
+            partial(_expert, name, scale.name, sides, number),
+            STATIC if number is not None else _DYNAMIC[weights],
         )
     return stacked
 
@@ -194,13 +223,26 @@ def _sides(
 
 
 def _expert(
-    name: str, scale: str, sides: tuple[int, int], checkpoint: Checkpoint, expert: int
-) -> torch.Tensor:
-    """Values fp32 [rows, columns] of one expert of a stack."""
-    from quant.tensors import code_values
+    name: str, scale: str, sides: tuple[int, int], number: str | None, checkpoint: Checkpoint, expert: int
+) -> StackPart:
+    """One expert [rows, columns] of a stack; ``number``: the tensor of its static activations' scale."""
+    codes = checkpoint.read_index(name, expert)
+    shared = checkpoint.read_index(scale, expert).float().reshape(ceil(codes.shape[0] / sides[0]), -1)
+    inputs = None if number is None else number_of(checkpoint, number, expert)
+    return StackPart(codes, shared, sides, inputs=inputs)
 
-    values = code_values(checkpoint.read_index(name, expert))
-    rows, columns = values.shape
-    shared = checkpoint.read_index(scale, expert).float().reshape(ceil(rows / sides[0]), -1)
-    spread = shared.repeat_interleave(sides[0], 0)[:rows].repeat_interleave(sides[1], 1)[:, :columns]
-    return values.mul_(spread)
+
+def ordinary_name(name: str) -> str:
+    """What an ordinary checkpoint calls a tensor of all experts, from the name of its codes: parameters of
+    modules that are no linears have no ``.weight``, but Granite's have."""
+    stem = name.removesuffix(".weight")
+    return name if stem.endswith("_linear") else stem
+
+
+def number_of(checkpoint: Checkpoint, name: str, expert: int) -> torch.Tensor:
+    """fp32 [1]: of a tensor of one number for each expert, or for all, that of one; of an expert's several
+    the largest, which holds for all of its inputs."""
+    shape = checkpoint.info(name).shape
+    each = len(shape) > 0 and shape[0] > 1
+    value = checkpoint.read_index(name, expert) if each else checkpoint.read(name)
+    return value.float().reshape(-1).amax().reshape(1)

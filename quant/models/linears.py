@@ -19,7 +19,7 @@ from quant.models.place import decoder_list
 from quant.models.roles import block_list, block_of, not_quantizable
 from quant.schemes import UNQUANTIZED
 from quant.vllm.config import block_count, parts, text_config
-from quant.vllm.layers import Linear, stored_transposed
+from quant.vllm.layers import EXPERTS_TRANSPOSED, Linear, stored_transposed
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +126,6 @@ class ExpertLayout:
         container: module that the fused tensors belong to, and the module under which vLLM numbers the
             experts.
         names: projection → vLLM's name of it.
-        transposed: stored as [E, K, N], where shapes alone do not tell.
         interleaved: rows of the gate and the up projection alternate.
         fused_only: transformers reads these checkpoints fused alone, so plain exports are written so.
         ending: what follows the names of fused weights.
@@ -136,10 +135,14 @@ class ExpertLayout:
     tensors: Mapping[str, tuple[str, ...]] = ()  # type: ignore[assignment]
     container: tuple[str, str] = ("experts", "experts")
     names: Mapping[str, str] = ()  # type: ignore[assignment]
-    transposed: bool = False
     interleaved: bool = False
     fused_only: bool = True
     ending: str = ""
+
+    @property
+    def transposed(self) -> bool:
+        """Stored as [E, K, N], where shapes alone do not tell."""
+        return not EXPERTS_TRANSPOSED.isdisjoint(self.model_types)
 
 
 _GATED = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
@@ -153,9 +156,9 @@ _DEFAULT = ExpertLayout((), _GATED, names=_SAME, fused_only=False)
 #: ``models/<family>/modeling_*.py`` and its ``conversion_mapping.py``; vLLM's names:
 #: ``model_executor/models/<family>.py::get_expert_mapping``.
 LAYOUTS = (
-    ExpertLayout(("llama4_text", "llama4"), _GATED, names=_SAME, transposed=True),
-    ExpertLayout(("gpt_oss",), _GATED, names=_SAME, transposed=True, interleaved=True),
-    ExpertLayout(("qwen3_vl_moe_text", "qwen3_vl_moe"), _GATED, names=_SAME, transposed=True),
+    ExpertLayout(("llama4_text", "llama4"), _GATED, names=_SAME),
+    ExpertLayout(("gpt_oss",), _GATED, names=_SAME, interleaved=True),
+    ExpertLayout(("qwen3_vl_moe_text", "qwen3_vl_moe"), _GATED, names=_SAME),
     ExpertLayout(("qwen3_5_moe_text", "qwen3_5_moe"), _GATED, names=_SAME, fused_only=False),
     ExpertLayout(("gemma4_text", "gemma4"), _GATED, names=_SAME),
     ExpertLayout(("mixtral", "minimax", "minimax_m2", "phimoe"), _GATED, names=_W123, fused_only=False),

@@ -21,13 +21,13 @@ from quant.formats import Contents, Format, FormatRegistry, QuantizedLayers, fin
 from quant.formats.base import FOREIGN, IncompleteCheckpoint
 from quant.formats.legacy import lacking, repaired
 from quant.formats.reading import dequantized, read_linear
-from quant.models.linears import built_linears
+from quant.models.linears import LinearRef, built_linears, fused_refs
 from quant.models.roles import block_of
 from quant.models.stacking import stacked
 from quant.pipeline.checks import check_disk, output_problems
 from quant.pipeline.layout import Unit, lay_out, unquantized_linears
 from quant.pipeline.memory import peak_rss
-from quant.pipeline.source import as_read, carried
+from quant.pipeline.source import as_read, carried, taken_apart, without_shared_biases
 from quant.pipeline.writing import write_rest, write_unit
 from quant.progress import Event, Progress, silent
 from quant.quantizers.nearest import round_to_nearest
@@ -86,7 +86,7 @@ def export(
         for number, unit in enumerate(job.units):
             scales = {s.name: job.checkpoint.read(job.caches[s.name]) for s in unit.made}
             files = write_unit(
-                unit, work.path, job.plain, job.form, job.linears, {}, job.dtype, job.produce, scales
+                unit, work.path, job.plain, job.form, job.linears, job.refs, job.dtype, job.produce, scales
             )
             work.finish_unit(unit.name, files, {})
             progress(Event("export", number + 1, len(job.units)))
@@ -136,6 +136,7 @@ class _Job:
         checkpoint: what is read; ``plain``: the same with the values of its quantized linears.
         layers: its quantized linears, or None.
         linears: as the output's format will store them.
+        refs: where ``plain`` has those that the format stores all of a layer in one tensor.
         caches: by name in the output, tensors of an FP8 KV cache's scales that it keeps.
         config: the output's config.json.
         left: tensors that the format has no place for, each with the reason.
@@ -149,6 +150,7 @@ class _Job:
     form: Format
     target: str
     linears: Mapping[str, Linear]
+    refs: Mapping[str, LinearRef]
     caches: Mapping[str, str]
     units: tuple[Unit, ...]
     config: Mapping[str, Any]
@@ -228,6 +230,13 @@ def _plan(
     if form.quant_method is not None and target == "vllm":
         reason = architecture_problem(checkpoint.config)
         problems += [f"{checkpoint.path}: {reason}: use --target other"] if reason else []
+    plain, refs = dequantized(checkpoint, layers), dict[str, LinearRef]()
+    if layers is not None and layers.stacks and form.quant_method is not None:
+        layers = taken_apart(layers, plain)
+        if form.stacked:  # as they are stored, all of a layer in one tensor
+            refs = fused_refs(plain.tensors, plain.config)
+        else:
+            plain = without_shared_biases(plain, dequantized(checkpoint, layers))
     linears = dict(layers.linears) if layers else {}
     ordered = False
     if layers is not None:
@@ -239,8 +248,9 @@ def _plan(
         if form.quant_method is not None:
             problems += _problems(linears.values(), form, target)
             problems += [
-                f"{stack.name}: experts in one tensor are carried over into no format written here: quant "
-                "quantize -m rounds them anew, --format plain keeps their values"
+                f"{stack.name}: its experts share multipliers with one another or between their "
+                "projections, which no format written here holds: quant quantize -m rounds them anew, "
+                "--format plain keeps their values"
                 for stack in list(layers.stacks.values())[:1]
             ]
     if tensor_parallel > 1:
@@ -260,14 +270,13 @@ def _plan(
             "kv_cache_scheme removed: the checkpoint has no scales for it, and vLLM would take 1.0"
         )
     dtype = stated_dtype(checkpoint.config) or "BF16"
-    plain = dequantized(checkpoint)
     if form.quant_method is None and layers is not None:
         plain = stacked(plain)
     made: dict[int, list[TensorSpec]] = {}
     for name, original in caches.items() if kept else ():
         info = checkpoint.info(original)
         made.setdefault(block_of(name) or 0, []).append(TensorSpec(name, info.dtype, info.shape))
-    units = lay_out(plain, linears, form, dtype, made)
+    units = lay_out(plain, linears, form, dtype, made, refs)
     check_disk(output, sum(s.nbytes for u in units for s in u.shards))
     config = without_quantization(plain.config)
     if linears:
@@ -287,6 +296,7 @@ def _plan(
         form=form,
         target=target,
         linears=linears,
+        refs=refs,
         caches=caches if kept else {},
         units=units,
         config=config,

@@ -187,7 +187,8 @@ def plan_job(recipe: Recipe) -> JobPlan:
     form = FormatRegistry.get(recipe.format)
     problems = output_problems(recipe.model_path, recipe.output_path)
     try:
-        checkpoint, source, notes = read_source(recipe.model_path)
+        apart = recipe.keep_quantized and not form.stacked
+        checkpoint, source, notes = read_source(recipe.model_path, apart)
     except CheckpointError as error:
         raise Problems([str(error), *problems]) if problems else error from None
     if note := leftovers_note(checkpoint.tensors.values()):

@@ -5,14 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.errors import CheckpointError
 from quant.formats import Format, QuantizedLayers, find_format
+from quant.formats.base import Stack, StackSlice
 from quant.formats.legacy import repaired
 from quant.formats.reading import dequantized, read_linear
+from quant.models.linears import fused_tensors
 from quant.vllm.cache import cache_scale
 from quant.vllm.config import quantization_config, source_method
 from quant.vllm.layers import Linear
@@ -69,9 +73,12 @@ class QuantizedSource:
         return sorted(n for n in self.checkpoint.tensors if n in numbers or cache_scale(n) is not None)
 
 
-def read_source(path: Path) -> tuple[Checkpoint, QuantizedSource | None, list[str]]:
+def read_source(path: Path, apart: bool = False) -> tuple[Checkpoint, QuantizedSource | None, list[str]]:
     """A job's source with the values of its weights, and what it was where it is quantized; and what was
     found to be left over.
+
+    Args:
+        apart: experts that are quantized in one tensor become linears of their own, whose codes can be kept.
 
     Raises:
         CheckpointError: it cannot be read, or not in the way it is quantized.
@@ -83,6 +90,9 @@ def read_source(path: Path) -> tuple[Checkpoint, QuantizedSource | None, list[st
     notes = [f"source: {x}" for x in repairs]
     method = source_method(quantization_config(stored.config)) or ""
     values = dequantized(stored, layers)
+    if apart and layers.stacks:
+        layers = taken_apart(layers, values)
+        values = without_shared_biases(values, dequantized(stored, layers))
     if not layers.linears and not layers.stacks:
         where = stored.quantization_file or "config.json"
         return (
@@ -94,6 +104,53 @@ def read_source(path: Path) -> tuple[Checkpoint, QuantizedSource | None, list[st
             ],
         )
     return values, QuantizedSource(stored, layers, method), notes
+
+
+def taken_apart(layers: QuantizedLayers, values: Checkpoint) -> QuantizedLayers:
+    """The same with the experts of stacks as linears of their own, wherever each has multipliers of its own.
+
+    Args:
+        values: the checkpoint dequantized, whose layout of fused experts tells what a stack holds.
+    """
+    refs = fused_tensors(values.tensors, values.config)
+    linears, slices, whole = dict(layers.linears), dict[str, StackSlice](), dict[str, Stack]()
+    for name, stack in layers.stacks.items():
+        places = {
+            ref.name: StackSlice(
+                stack, ref.weight.expert or 0, ref.n, ref.k, ref.weight.first, ref.weight.step,
+                ref.weight.transposed,
+            )
+            for ref in refs.get(name, [])
+        }  # fmt: skip
+        if not places or any(place.scheme is None for place in places.values()):
+            whole[name] = stack
+            continue
+        slices |= places
+        for module, place in places.items():
+            assert place.scheme is not None
+            linears[module] = Linear(module, place.n, place.k, place.scheme, stack.inputs)
+    return replace(layers, linears=linears, stacks=whole, slices=slices)
+
+
+def without_shared_biases(fused: Checkpoint, apart: Checkpoint) -> Checkpoint:
+    """``apart``, in which experts are linears of their own, with their biases taken apart likewise.
+
+    Args:
+        fused: the same checkpoint with the experts in fused tensors.
+    """
+    tensors, computed = dict(apart.tensors), dict(apart.computed)
+    for refs in fused_tensors(fused.tensors, fused.config).values():
+        for ref in refs:
+            if ref.bias is None or f"{ref.name}.weight" not in tensors:
+                continue
+            info = fused.info(ref.bias.tensor)
+            tensors.pop(ref.bias.tensor, None)
+            size = info.nbytes * ref.n // max(1, info.numel)
+            tensors[f"{ref.name}.bias"] = TensorInfo(
+                f"{ref.name}.bias", info.dtype, (ref.n,), info.file, 0, size
+            )
+            computed[f"{ref.name}.bias"] = partial(ref.bias.read, fused)
+    return replace(apart, tensors=tensors, computed=computed)
 
 
 def as_read(
@@ -157,7 +214,9 @@ def keepable(
         else:
             refused[name] = reason
     refused |= {
-        stack.name: "experts in one tensor have no place in a format that names each"
+        stack.name: f"--format {form.name} stores all experts of a layer in one tensor, which is made anew"
+        if form.stacked
+        else "its experts share multipliers with one another or between their projections"
         for stack in source.layers.stacks.values()
     }
     return kept, refused

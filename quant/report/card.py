@@ -98,7 +98,9 @@ def card(
         rows += [("scheme", ", ".join(schemes) or scheme), ("method", " and ".join(job.methods))]
         if job.bits_per_weight is not None:
             rows.append(("bits per weight", f"{job.bits_per_weight:g}"))
-    rows.append(("size", f"{format_size(report.source_bytes)} → {format_size(report.output_bytes)}"))
+    rows.append(
+        ("size", f"{format_size(report.source_bytes)} → {format_size(report.output_bytes)} of tensors")
+    )
     if job is not None and job.calibration:
         rows.append(
             ("calibration", f"{job.calibration.get('rows')} rows of {job.calibration.get('length')} tokens")

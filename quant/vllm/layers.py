@@ -56,6 +56,17 @@ def stored_transposed(config: Mapping[str, Any], module: str) -> bool:
     return str(config.get("model_type")) in TRANSPOSED and module.rpartition(".")[2] in _CONV1D
 
 
+#: Model types whose ordinary files hold the experts of a layer as [E, K, N].
+EXPERTS_TRANSPOSED = frozenset(
+    {"llama4_text", "llama4", "gpt_oss", "qwen3_vl_moe_text", "qwen3_vl_moe"}
+)  # fmt: skip
+
+
+def experts_transposed(config: Mapping[str, Any]) -> bool:
+    """Whether ordinary files of a model hold fused experts with the outputs last."""
+    return not EXPERTS_TRANSPOSED.isdisjoint(model_types(config))
+
+
 @dataclass(frozen=True)
 class Fusion:
     """A layer that vLLM builds as one from several linears of a module.

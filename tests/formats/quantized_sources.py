@@ -133,6 +133,39 @@ def stacked_rows(weight: torch.Tensor) -> Made:
     return {"": made["weight"], "_scale": scale}, values
 
 
+def stacked_nvfp4(inputs_last: bool, each: bool):
+    """Experts [E, K, N]; in the file two inputs share a byte, of the last dimension or of the one before;
+    ``each``: every expert has its own second multiplier."""
+
+    def make(weight: torch.Tensor) -> Made:
+        experts, k, n = weight.shape
+        rows = weight.transpose(1, 2)
+        second = (rows.abs().amax((1, 2)) if each else rows.abs().amax().reshape(1)) / (448 * 6)
+        groups = rows.reshape(experts, n, k // 16, 16) / second.view(-1, 1, 1, 1)
+        scale = (groups.abs().amax(-1) / 6).clamp(2**-9, 448).to(E4M3)
+        codes = _e2m1(groups / scale.float().unsqueeze(-1))
+        values = _number(codes) * scale.float().unsqueeze(-1) * second.view(-1, 1, 1, 1)
+        packed = _halves(codes.reshape(experts, n, k))
+        made = {
+            "": packed if inputs_last else packed.transpose(1, 2),
+            "_weight_scale": scale if inputs_last else scale.view(torch.uint8).transpose(1, 2).view(E4M3),
+            "_weight_scale_2": second if each else second.reshape(()),
+            "_input_scale": torch.tensor(0.01),
+        }
+        return made, values.reshape(experts, n, k).transpose(1, 2)
+
+    return make
+
+
+def row_blocks(weight: torch.Tensor) -> Made:
+    """Blocks of one output and 48 inputs, the last of fewer."""
+    n, k = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, -k % 48)).reshape(n, -1, 48)
+    scales = (padded.abs().amax(-1) / 448).clamp_min(1e-12)
+    made, values = _e4m3(weight, scales.repeat_interleave(48, 1)[:, :k])
+    return {**made, "weight_scale_inv": scales}, values
+
+
 @dataclass(frozen=True)
 class Kind:
     """How a kind of checkpoint is made: of its linears, of its fused experts; and what its config says."""
@@ -182,6 +215,10 @@ KINDS: dict[str, Kind] = {
         experts=stacked_mxfp4,
     ),
     "fp8 experts": Kind(_BLOCKS, block(128), stacked_block),
+    "fp8 rows": Kind(_fp8(weight_block_size=[1, 48]), row_blocks),
+    "modelopt nvfp4 experts": Kind(_modelopt("NVFP4"), experts=stacked_nvfp4(False, False)),
+    "modelopt nvfp4 rows": Kind(_modelopt("NVFP4"), experts=stacked_nvfp4(True, True)),
+    "fp8 experts wide": Kind(_BLOCKS, block(128), stacked_block),
     "fbgemm experts": Kind(
         {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": []},
         experts=stacked_rows,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from quant.errors import CheckpointError
 from quant.evaluation.inspect import inspect
 from quant.formats import find_format
 from quant.formats.reading import dequantized
+from quant.models.stacking import stacked
 from quant.vllm.arguments import engine_arguments
 from quant.vllm.names import unread_spellings
 from tests.formats.quantized_sources import KINDS, publish
@@ -22,7 +24,11 @@ from tests.helpers import SHAPE, add_tokenizer, change_config, load_all, randomi
 from tests.models.mixtures import FAMILIES
 
 #: Kinds with fused experts → the family that publishes them.
-MIXTURES = {"mxfp4 experts": "gpt_oss", "fp8 experts": "qwen3_moe_fused", "fbgemm experts": "llama4_text"}
+MIXTURES = {
+    "mxfp4 experts": "gpt_oss", "fp8 experts": "qwen3_moe_fused", "fbgemm experts": "llama4_text",
+    "fp8 experts wide": "qwen3_moe_fused_wide", "modelopt nvfp4 experts": "llama4_text",
+    "modelopt nvfp4 rows": "gpt_oss",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +43,21 @@ def source(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
         if family is None:
             return llama
         if family not in made:
-            # a block of 32 divides both sides of the experts
-            changes = {"intermediate_size": 96} if family == "gpt_oss" else {}
+            # a block of 32 divides both sides of the experts; of 128 each projection, or not
+            wide = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32, "num_key_value_heads": 4}
+            changes = {
+                "gpt_oss": {"intermediate_size": 96},
+                "qwen3_moe_fused_wide": {**wide, "moe_intermediate_size": 128},
+                "qwen3_moe_fused": {**wide, "moe_intermediate_size": 96},
+            }
+            known = family.removesuffix("_wide")
             config = AutoConfig.for_model(
-                family.removesuffix("_fused"), **{**SHAPE, **FAMILIES[family], **changes}
+                known.removesuffix("_fused"), **{**SHAPE, **FAMILIES[known], **changes.get(family, {})}
             )
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
             randomize(model)
             made[family] = tmp_path_factory.mktemp(family) / "model"
-            fused = {"save_original_format": False} if family.endswith("_fused") else {}
+            fused = {"save_original_format": False} if known.endswith("_fused") else {}
             model.save_pretrained(made[family], **fused)
             add_tokenizer(made[family])
         return made[family]
@@ -72,8 +84,8 @@ def test_every_tensor_has_the_value_that_the_file_stands_for(
             "nvfp4" in kind and torch.allclose(read, value, rtol=3e-7, atol=0.0)
         ), name
         if value.ndim == 3:
-            assert torch.equal(seen.read_index(name, 1).float(), value[1])
-            assert torch.equal(torch.cat(list(seen.read_rows(name, 2))).float(), value)
+            assert torch.equal(seen.read_index(name, 1).float(), read[1])
+            assert torch.equal(torch.cat(list(seen.read_rows(name, 2))).float(), read)
     with pytest.raises(CheckpointError, match="computed from quantized tensors"):
         next(iter(seen.read_bytes(next(iter(seen.computed)))))
 
@@ -176,6 +188,92 @@ def test_foreign_codes_go_into_a_format_of_ours_unchanged(
         assert torch.allclose(seen.read(name).float(), value, rtol=1e-6, atol=0.0), name
     names = {n.rpartition(".")[2] for n in load_all(tmp_path / "out")}
     assert not names & {"activation_scale", "weight_scale_2", "weight_scale_inv"}
+
+
+@pytest.mark.parametrize("kind", [k for k in MIXTURES if k != "fp8 experts"])
+def test_codes_of_experts_in_one_tensor_are_kept_one_expert_a_name(
+    kind: str, source: Callable[[str], Path], tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    """By export, and by a job that rounds the first block anew: the values are those of the file, bit for bit
+    where the second multiplier is not a divisor now."""
+    values = publish(source(kind), tmp_path / "published", kind)
+    common = ["-m", tmp_path / "published", "--target", "other", "--format", "compressed-tensors", "--json"]
+    scheme = ["--method", "minmax", "--scheme", "w8a16", "--group-size", "16"]
+    for name, command in (
+        ("exported", ["export-vllm"]),
+        ("kept", ["quantize", *scheme, "--keep-quantized", "--layers", "0"]),
+    ):
+        done = cli(*command, *common, "-o", tmp_path / name)
+        assert done.code == 0, done.err
+        made = load_all(tmp_path / name)
+        assert not any(t.ndim == 3 for t in made.values())
+        seen = stacked(dequantized(open_checkpoint(tmp_path / name)), open_checkpoint(source(kind)).tensors)
+        experts = [n for n, v in values.items() if v.ndim == 3 and (name == "exported" or ".1." in n)]
+        assert experts
+        for expert in experts:
+            read = seen.read(expert).float()
+            assert torch.equal(read, values[expert]) or (
+                "nvfp4" in kind and torch.allclose(read, values[expert], rtol=3e-7, atol=0.0)
+            ), expert
+    assert len(json.loads(done.out)["source"]["kept"]) >= 2
+
+
+@pytest.mark.parametrize(
+    ("scheme", "joint"), [("w4a16", "_"), ("w4a16-asym", "."), ("w8a8-fp8", "."), ("nvfp4a16", "_")]
+)
+def test_stacked_experts_of_compressed_tensors_are_taken_apart_as_they_are(
+    scheme: str, joint: str, source: Callable[[str], Path], tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    """What was stacked from a file of ours becomes that file again; packed, vLLM cannot read it."""
+    options = ["--method", "minmax", "--scheme", scheme]
+    made = cli("quantize", "-m", source("fp8 experts wide"), "-o", tmp_path / "made", *options)
+    assert made.code == 0, made.err
+    wanted = load_all(tmp_path / "made")
+    stacked_file, rows = {}, dict[str, dict[str, list[torch.Tensor]]]()
+    for name in sorted(wanted):
+        module, mark, rest = name.partition(".experts.")
+        if not mark:
+            stacked_file[name] = wanted[name]
+            continue
+        _, projection, part = rest.split(".")
+        rows.setdefault(f"{module}.experts|{part}", {}).setdefault(projection, []).append(wanted[name])
+    for key, parts in rows.items():
+        module, part = key.split("|")
+        end = f".{part}" if joint == "." else part.removeprefix("weight")
+        whole = {p: torch.stack([t.view(torch.uint8) if "F8" in str(t.dtype).upper() else t for t in ts])
+                 for p, ts in parts.items()}  # fmt: skip
+        dtype = parts["down_proj"][0].dtype
+        if part == "weight_shape":
+            continue
+        both = [whole["gate_proj"], whole["up_proj"]]
+        one = part == "weight_global_scale"  # gate and up share it
+        gate_up = both[0] if one else torch.cat(both, 1)
+        for last, value in (("gate_up_proj", gate_up), ("down_proj", whole["down_proj"])):
+            stacked_file[f"{module}.{last}{end}"] = value.view(dtype) if value.dtype != dtype else value
+    weights = shutil.ignore_patterns("*.safetensors", "*.index.json")
+    shutil.copytree(tmp_path / "made", tmp_path / "stacked", ignore=weights)
+    save_all(tmp_path / "stacked", stacked_file)
+    done = cli("verify", tmp_path / "stacked")
+    assert (done.code == 4 and "one expert a name" in done.err) == any("packed" in n for n in stacked_file)
+    done = cli("export-vllm", "-m", tmp_path / "stacked", "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    out = load_all(tmp_path / "out")
+    assert out.keys() == wanted.keys()
+    assert all(torch.equal(out[n].view(torch.uint8), wanted[n].view(torch.uint8)) for n in wanted)
+
+
+def test_multipliers_that_projections_share_are_not_kept(
+    source: Callable[[str], Path], tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    """Gate and up in one block of 128 outputs: said why, and rounded anew with the rest."""
+    publish(source("fp8 experts"), tmp_path / "published", "fp8 experts")
+    done = cli("export-vllm", "-m", tmp_path / "published", "-o", tmp_path / "exported")
+    assert done.code == 1 and "experts.gate_up_proj: its experts share multipliers" in done.err
+    options = ["--method", "minmax", "--group-size", "16", "--target", "other", "--keep-quantized"]
+    done = cli("quantize", "-m", tmp_path / "published", "-o", tmp_path / "kept", *options)
+    assert done.code == 0 and "gate_up_proj and 1 more cannot be kept" in done.err, done.err
+    assert "share multipliers" in done.err
+    assert "model.layers.0.mlp.experts.3.up_proj.weight_packed" in load_all(tmp_path / "kept")
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def quantization(console: Console, report: Report) -> None:
             f"{', '.join(schemes)}; {' and '.join(job.methods)}, {report.format}, "
             f"{job.bits_per_weight} bits per weight",
         ),
-        ("size", f"{format_size(report.source_bytes)} → {format_size(report.output_bytes)}"),
+        ("size", f"{format_size(report.source_bytes)} → {format_size(report.output_bytes)} of tensors"),
         *_source(job.source),
         ("time", format_seconds(report.seconds["total"])),
         (
@@ -189,7 +189,7 @@ def export(console: Console, report: Report) -> None:
     rows = [
         ("output", report.output_path),
         ("format", f"{done.source_format} → {report.format}, {done.linears} quantized linears"),
-        ("size", f"{format_size(report.source_bytes)} → {format_size(report.output_bytes)}"),
+        ("size", f"{format_size(report.source_bytes)} → {format_size(report.output_bytes)} of tensors"),
         (
             "scales",
             f"rounded to the model's dtype in {len(done.scales_rounded)} linears"
