@@ -127,7 +127,8 @@ def _expert(
             f"{linear.name}: groups in activation order are not read of experts in one tensor: start from "
             "the original"
         )
-    inputs = tensor.inputs and (
-        tensor.inputs.scale if tensor.inputs.scale is not None else tensor.inputs.global_scale
-    )
+    numbers = tensor.inputs
+    inputs = None
+    if numbers is not None:
+        inputs = numbers.global_scale if numbers.scale is None else numbers.scale
     return StackPart(tensor.codes, tensor.scales, _sides(linear), tensor.global_scale, inputs, tensor.zeros)
