@@ -159,7 +159,7 @@ def _check_of_numbers(
     if layers is not None and any(info.name in stack.tensors[1:] for stack in layers.stacks.values()):
         role = "scales"
     single = role in ("global_scale", "inputs") or last in CACHE_SCALES
-    multiplier = role == "scales" or single
+    multiplier = role == "scales" or single or (layers is not None and info.name in _stack_scales(layers))
     if info.dtype == "U8" and multiplier:
         return _exponents
     if info.dtype == "F8_E4M3":
@@ -167,6 +167,11 @@ def _check_of_numbers(
     if info.dtype not in FLOATS or info.dtype.startswith("F8"):
         return None
     return _floats(info.dtype, nonzero=multiplier, positive=single)
+
+
+def _stack_scales(layers: QuantizedLayers) -> set[str]:
+    """The multipliers of experts in one tensor."""
+    return {n for x in layers.stacks.values() for n in x.tensors if "scale" in n.rpartition(".")[2]}
 
 
 def _exponents(piece: bytes) -> str | None:

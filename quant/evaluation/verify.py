@@ -7,6 +7,7 @@ says what, which value, which rule.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,8 @@ from quant.vllm.releases import VLLM_VERSION
 
 #: Findings of one check that are said; more are counted.
 _MOST = 5
+#: Options in advice that those who make a checkpoint have, and those who verify one have not.
+_ADVISED = re.compile(r"--(?:format|scheme|ignore|group-size|symmetric|method)\b")
 #: Classes of modules with a row for each token.
 _TABLES = ("LMHead", "Embedding")
 #: Floats that vLLM turns into one another as it loads; a power of two stays what it is.
@@ -86,7 +89,10 @@ class Verification:
     def add(self, name: str, problems: Iterable[str], good: str) -> None:
         wrong = list(problems)
         more = f" (and {len(wrong) - _MOST} more)" if len(wrong) > _MOST else ""
-        self.checks.append(Check(name, not wrong, "; ".join(wrong[:_MOST]) + more if wrong else good))
+        said = "; ".join(wrong[:_MOST]) + more
+        named = dict.fromkeys(_ADVISED.findall(said))
+        whose = f" ({', '.join(named)}: of quant quantize and quant export-vllm)" if named else ""
+        self.checks.append(Check(name, not wrong, said + whose if wrong else good))
 
     def to_dict(self) -> dict[str, Any]:
         return {

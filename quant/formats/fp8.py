@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
-from quant.errors import CheckpointError
+from quant.errors import CheckpointError, clipped
 from quant.formats.base import (
     FOREIGN,
     Contents,
@@ -165,9 +165,13 @@ class Fp8(Format):
         block, activations = config.get("weight_block_size"), config.get("activation_scheme")
         for key in ("ignored_layers", "modules_to_not_convert"):
             names_listed(config, key)
-        sides = None if block is None else (int(block[0]), int(block[1]))
-        if sides is not None and min(sides) < 1:
-            raise CheckpointError(f"fp8 weight_block_size is {block}: rows and columns of a block are needed")
+        whole = isinstance(block, list) and len(block) == 2 and all(type(x) is int and x > 0 for x in block)
+        if block is not None and not whole:
+            raise CheckpointError(
+                f"fp8 weight_block_size is {clipped(block)}: rows and columns of a block are needed, such as "
+                "[128, 128]: repair config.json"
+            )
+        sides = None if block is None else (block[0], block[1])
         if activations not in ("dynamic", "static") or (block is not None and activations == "static"):
             raise CheckpointError(
                 f"fp8 activation_scheme is {activations!r}{' with blocks' if block else ''}: it is dynamic, "

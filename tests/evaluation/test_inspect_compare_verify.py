@@ -282,3 +282,14 @@ def test_scales_of_another_float_type_load_and_are_mentioned(
     result = verify(folder)
     assert result.passed
     assert any("scales are F16, which vLLM rounds to the model's BF16" in c.detail for c in result.checks)
+
+
+def test_advice_says_whose_options_it_names() -> None:
+    from quant.evaluation.verify import Verification
+
+    result = Verification("x")
+    result.add("shapes", ["320 inputs: quantize with --scheme w8a8-fp8, or --ignore 'down_proj'"], "good")
+    result.add("ranks", ["6 heads over --tensor-parallel 4 do not divide"], "good")
+    shapes, ranks = result.checks
+    assert shapes.detail.endswith("(--scheme, --ignore: of quant quantize and quant export-vllm)")
+    assert ranks.detail.endswith("do not divide")  # verify's own option

@@ -262,6 +262,17 @@ def test_stacked_experts_of_compressed_tensors_are_taken_apart_as_they_are(
     assert all(torch.equal(out[n].view(torch.uint8), wanted[n].view(torch.uint8)) for n in wanted)
 
 
+def test_zero_multipliers_of_experts_in_one_tensor_are_told(
+    source: Callable[[str], Path], tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    publish(source("fp8 experts wide"), tmp_path / "published", "fp8 experts wide")
+    tensors = load_all(tmp_path / "published")
+    tensors["model.layers.0.mlp.experts.down_proj_scale_inv"][1] = 0
+    save_all(tmp_path / "published", tensors)
+    done = cli("verify", tmp_path / "published")
+    assert done.code == 4 and "down_proj_scale_inv holds 1 zero scales" in done.err, done.err
+
+
 def test_multipliers_that_projections_share_are_not_kept(
     source: Callable[[str], Path], tmp_path: Path, cli: Callable[..., Any]
 ) -> None:
@@ -282,6 +293,7 @@ def test_multipliers_that_projections_share_are_not_kept(
         ({"weight_scale_inv": None}, {}, "has no tensor 'model.layers.0.self_attn.q_proj.weight_scale_inv'"),
         ({"weight_scale_inv": (3, 1)}, {}, r"weight_scale_inv is F32 \(3, 1\), the contract for a weight"),
         ({}, {"weight_block_size": [48, 48]}, "the contract for a weight"),
+        ({}, {"weight_block_size": [128]}, r"weight_block_size is \[128\]: rows and columns of a block"),
         ({}, {"quant_method": "quark"}, "quant_method 'quark', which is not read here"),
         (
             {},
