@@ -183,7 +183,7 @@ def _wrapped(tensors: Mapping[str, TensorInfo]) -> str | None:
 
 
 def _dtype_problems(file: _File) -> Iterator[str]:
-    """A dtype that torch has not: transformers looks it up there, and so every engine that reads by it."""
+    """A dtype that torch has not, where transformers looks it up, or that no engine computes in."""
     stated_names = {
         p[k]: k for p in parts(file.config) for k in ("dtype", "torch_dtype") if isinstance(p.get(k), str)
     }
@@ -195,8 +195,8 @@ def _dtype_problems(file: _File) -> Iterator[str]:
             sizes[own] = sum(i.numel for i in file.infos.values() if i.dtype == header)
         most = max(sizes, key=lambda n: sizes[n])
         yield (
-            f"{key} is {clipped(name)} in config.json, which is no dtype of torch, and engines look it up "
-            f"there: set it to {most}{', which most weights are stored in' if sizes[most] else ''}"
+            f"{key} is {clipped(name)} in config.json, which is no dtype that engines run a model in: set "
+            f"it to {most}{', which most weights are stored in' if sizes[most] else ''}"
         )
 
 

@@ -35,7 +35,9 @@ def family_of(config: Mapping[str, Any]) -> str | None:
     classes of its own (``auto_map``)."""
     table = load_json(TABLE)
     kinds = (p.get("model_type") for p in parts(config))
-    return None if "auto_map" in config else next((k for k in kinds if k in table), None)
+    return (
+        None if "auto_map" in config else next((k for k in kinds if isinstance(k, str) and k in table), None)
+    )
 
 
 def family_names(config: Mapping[str, Any], kind: str) -> frozenset[str]:

@@ -46,10 +46,8 @@ HEAD_SIZES = ("head_dim", "global_head_dim", "swa_head_dim", "v_head_dim", "head
 STATE_HEADS = ("linear_num_key_heads", "linear_num_value_heads", "linear_num_heads", "mamba_num_heads")
 #: Names of a config's floats → those of a safetensors header.
 HEADER_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-#: Names that torch has for the numbers of a model.
-TORCH_DTYPES = re.compile(
-    r"(torch\.)?(bfloat16|float(16|32|64)?|half|double|float8_\w+|float4_\w+|u?int(8|16|32|64))"
-)
+#: Names that torch has for numbers that a model is run or stored in.
+TORCH_DTYPES = re.compile(r"(torch\.)?(bfloat16|float(16|32)?|half|float8_\w+|float4_\w+|u?int(8|16|32|64))")
 
 
 def text_path(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -81,6 +81,14 @@ def test_names_of_another_family_are_told(case: str, model: Callable[[str], Path
     assert any(strange in line and "no matrix in a block of model_type" in line for line in said), said
 
 
+@pytest.mark.parametrize("model_type", [["qwen3_moe"], {"a": 1}, 7, None])
+def test_model_types_that_are_no_words_are_of_no_family(
+    model_type: object, model: Callable[[str], Path]
+) -> None:
+    checkpoint = open_checkpoint(model("llama"))
+    assert implied_problems(checkpoint.tensors, {**checkpoint.config, "model_type": model_type}) == []
+
+
 @pytest.mark.parametrize(
     "command",
     [["verify"], ["recommend", "--gpu", "L40S-48GB", "-m"], ["evaluate"],
