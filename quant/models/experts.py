@@ -22,6 +22,7 @@ from quant.models.linears import Slice
 
 #: The two products of an expert: into the intermediate size (gate and up together), and out of it.
 Stage = Literal["up", "down"]
+STAGES: tuple[Stage, ...] = ("up", "down")
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,27 @@ def experts_through(block: nn.Module, stop: Stop) -> Iterator[None]:
             forward = _sorted_forward if row and row.sorted else _routed_forward
             restore.append(partial(_put_back, module, module.__dict__.get("forward")))
             module.forward = partial(forward, module, experts, stop)
+        yield
+    finally:
+        for back in restore:
+            back()
+
+
+@contextmanager
+def experts_passed_over(block: nn.Module, seen: Callable[[str], None]) -> Iterator[None]:
+    """While it lasts, experts of the block need no weights: ``seen`` is called with the module's path, and
+    what it returns are zeros of the shape that it is given."""
+    restore: list[Callable[[], None]] = []
+
+    def forward(path: str, hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        seen(path)
+        return torch.zeros_like(hidden)
+
+    try:
+        for experts in find_experts(block):
+            module = block.get_submodule(experts.path)
+            restore.append(partial(_put_back, module, module.__dict__.get("forward")))
+            module.forward = partial(forward, experts.path)
         yield
     finally:
         for back in restore:

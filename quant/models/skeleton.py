@@ -22,7 +22,7 @@ from quant.errors import CheckpointError, NotFinite, first_line
 from quant.models.adapter import InputGroup, adapter_for
 from quant.models.binding import BlockLinear, bind
 from quant.models.calls import BlockCall, CallSharing, call_block
-from quant.models.experts import Experts, Routed, Stage, experts_through, find_experts
+from quant.models.experts import STAGES, Experts, experts_passed_over, find_experts
 from quant.models.roles import leftover
 from quant.models.sources import SourceFinder
 from quant.offline import load_config, transformers
@@ -367,15 +367,16 @@ class Skeleton:
         loaded = not any(p.is_meta for p in self.blocks[index].parameters())
         handles = []
 
-        def expert(path: str, stage: Stage, routed: Routed) -> None:
-            groups.setdefault((path, stage), [])
+        def experts(path: str) -> None:
+            for stage in STAGES:
+                groups.setdefault((path, stage), [])
 
         try:
             hidden, calls = self.embed([torch.zeros(1, 2, dtype=torch.int64)])
             if not calls[0][index].runs:
                 return ()
             self.give_state(index, hidden, calls)
-            block = self.blocks[index] if loaded else self.load_block(index)
+            block = self.blocks[index] if loaded else self.load_block(index, experts=False)
             for path, name in names.items():
 
                 def note(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
@@ -383,7 +384,7 @@ class Skeleton:
                     groups.setdefault(id(args[0]), []).append(name)
 
                 handles.append(block.get_submodule(path).register_forward_pre_hook(note))
-            with torch.no_grad(), experts_through(block, expert):
+            with torch.no_grad(), experts_passed_over(block, experts):
                 output = block(hidden[0], *calls[0][index].args, **calls[0][index].kwargs)
                 self._values = len(output) if isinstance(output, tuple) else 0
         except CheckpointError:
@@ -558,9 +559,11 @@ class Skeleton:
                 if not loaded:
                     self.free_block(index)
 
-    def load_block(self, index: int, replaced: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
+    def load_block(
+        self, index: int, replaced: Mapping[str, torch.Tensor] | None = None, *, experts: bool = True
+    ) -> nn.Module:
         """Fills a block from the checkpoint, or from ``replaced`` (file tensor name → value) where it has the
-        name.
+        name; without ``experts`` those stay empty.
 
         Raises:
             NotFinite: a weight with NaN or infinity.
@@ -576,6 +579,8 @@ class Skeleton:
                 tensor = self.binding.tensors[prefix + name]
                 value = replaced[tensor] if replaced and tensor in replaced else self._finite(tensor)
                 self._set(prefix + name, self._parameter(value))
+                continue
+            if not experts:
                 continue
             whole = torch.zeros(block.get_parameter(name).shape, dtype=self.dtype, device=self.device)
             for linear in self.linears(index).values():

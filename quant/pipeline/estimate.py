@@ -2,15 +2,17 @@
 its tokens and tensors.
 
 The trial runs the job's own code: no formula knows what a method costs on a machine, and least of all one
-that another package brings.
+that another package brings. It takes seconds: where one block alone would take longer, as those of large
+models on a CPU do, its work is counted (:mod:`quant.pipeline.counted`) and the answer says so.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from quant.models.calls import BlockCall
 from quant.models.skeleton import Skeleton
 from quant.pipeline.activation_store import ActivationStore, Batches, Calls
 from quant.pipeline.checks import check_disk
+from quant.pipeline.counted import BlockWork, Counter
 from quant.pipeline.manager import QuantizationManager, batch_rows, memory_exhausted, worker_count
 from quant.pipeline.memory import freed_memory_kept, peak_rss
 from quant.pipeline.pieces import PieceQuantizer
@@ -38,6 +41,13 @@ from quant.vllm.config import text_config
 _BATCHES = 4
 #: Bytes of a trial's activations that stay in memory; what is more goes to a temporary file.
 _RESIDENT = 1 << 30
+#: Seconds that trying blocks may take, by the count of their work, which blocks of few weights do not need;
+#: and weights of one assignment that are tried where nothing needs calibration: more of them take no longer
+#: by the weight.
+TRIAL_SECONDS, _FEW, _TRIED = 10.0, 1 << 22, 1 << 25
+#: Hidden states of a token that wait at once: those that went into a block, and those that a part of it adds
+#: to.
+_WAITING = 2
 #: Tensors of fp32 logits that comparing two models has at once.
 _LOGITS = 6
 #: What reading and writing take where nothing else does.
@@ -49,17 +59,18 @@ _READ, _WRITTEN = 1e9, 5e8
 @dataclass(frozen=True)
 class Cost:
     """What a job takes: ``seconds``, largest resident memory and scratch file in bytes, largest memory on the
-    GPU in bytes (0 without one)."""
+    GPU in bytes (0 without one); ``tried``: not counted alone."""
 
     seconds: float
     peak_rss: int
     scratch: int = 0
     peak_gpu: int = 0
+    tried: bool = True
 
 
 def estimate(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
     """The plan as a dict with ``output_bytes`` (exact), and ``scratch_bytes``, ``peak_rss_bytes``,
-    ``peak_gpu_bytes`` and ``seconds``.
+    ``peak_gpu_bytes``, ``seconds`` and ``tried``.
 
     Everything that :meth:`QuantizationManager.run` checks before it starts is checked here: the model is
     built without weights and the text is read. One block of each kind (shapes, and what is done to them) is
@@ -85,7 +96,7 @@ def estimate(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
                 torch.cuda.mem_get_info(manager.device)[1] if manager.device.type == "cuda" else memory.total
             )
             _check_memory(_least(plan, skeleton), there)
-            cost = _try_blocks(manager, rows, skeleton, progress)
+            cost = _of_blocks(manager, rows, skeleton, progress)
         else:
             prepared, cost = 0.0, _try_linears(manager, progress)
     seconds = prepared + cost.seconds + plan.checkpoint.nbytes / _READ + plan.output_bytes / _WRITTEN
@@ -98,7 +109,7 @@ def estimate(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
     value.update(
         scratch_bytes=cost.scratch, peak_rss_bytes=cost.peak_rss, peak_gpu_bytes=cost.peak_gpu,
         available_bytes=memory.available,
-        seconds=round(seconds, 1), calibration_tokens=tokens,
+        seconds=round(seconds, 1), tried=cost.tried, calibration_tokens=tokens,
     )  # fmt: skip
     return value
 
@@ -127,6 +138,36 @@ def _least(plan: JobPlan, skeleton: Skeleton) -> int:
     return largest
 
 
+def _of_blocks(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, progress: Progress) -> Cost:
+    """By a trial of a block of each kind, or by the count of their work where that would take too long."""
+    counter, kinds = Counter(manager, skeleton), _kinds(manager.plan, skeleton)
+    tried = sum(t.numel() for t in _trial_rows(manager, rows))
+    sizes = [sum(p.numel() for p in skeleton.blocks[index].parameters()) for index, _ in kinds]
+    if sum(sizes) <= _FEW or sum(counter.block(index, tried).seconds for index, _ in kinds) <= TRIAL_SECONDS:
+        return _try_blocks(manager, rows, skeleton, progress)
+    tokens = rows.tokens.numel() + (0 if rows.held_out is None else rows.held_out.numel())
+    works = [(counter.block(index, tokens), count) for index, count in kinds]
+    return _counted(manager, skeleton, tokens, works)
+
+
+def _counted(
+    manager: QuantizationManager, skeleton: Skeleton, tokens: int, works: list[tuple[BlockWork, int]]
+) -> Cost:
+    hidden = skeleton.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+    waiting = _WAITING * tokens * hidden * skeleton.dtype.itemsize
+    resident = min(waiting, manager.resident_bytes())
+    seconds, memory = sum(w.seconds * count for w, count in works), max(w.memory for w, _ in works)
+    if manager.device.type != "cpu":
+        return Cost(seconds, peak_rss() + waiting - resident, 0, memory + resident, tried=False)
+    return Cost(seconds, peak_rss() + memory + resident, waiting - resident, tried=False)
+
+
+def _trial_rows(manager: QuantizationManager, rows: Rows) -> list[torch.Tensor]:
+    """The batches that a trial takes through a block."""
+    each = batch_rows(manager.device, rows.tokens.shape[1])
+    return [*rows.tokens[: _BATCHES * each].split(each)]
+
+
 def _try_blocks(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, progress: Progress) -> Cost:
     """Quantizes one block of each kind with a few batches of rows.
 
@@ -135,7 +176,7 @@ def _try_blocks(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, pr
     """
     plan, device, clock = manager.plan, manager.device, manager.clock
     length = rows.tokens.shape[1]
-    trial = [*rows.tokens[: _BATCHES * batch_rows(device, length)].split(batch_rows(device, length))]
+    trial = _trial_rows(manager, rows)
     held_out = None if rows.held_out is None else len(trial)
     tried, tokens = sum(t.numel() for t in trial), rows.tokens.numel()
     extra = length if rows.held_out is not None else 0
@@ -212,9 +253,9 @@ def _kinds(plan: JobPlan, skeleton: Skeleton) -> list[tuple[int, int]]:
 
 
 def _try_linears(manager: QuantizationManager, progress: Progress) -> Cost:
-    """Quantizes the largest linears of each assignment, as many at once as the job does; the others take as
-    long by the weight."""
-    plan, seconds = manager.plan, 0.0
+    """Quantizes some linears of each assignment, as many at once as the job does; the others take as long by
+    the weight, and as much memory."""
+    plan, seconds, most = manager.plan, 0.0, 0
     threads = torch.get_num_threads()
     workers = worker_count(threads)
     members: dict[Hashable, list[str]] = {}
@@ -224,27 +265,37 @@ def _try_linears(manager: QuantizationManager, progress: Progress) -> Cost:
     def weights(name: str) -> int:
         return plan.linears[name].n * plan.linears[name].k
 
-    def make(pieces: PieceQuantizer, names: list[str], pool: ThreadPoolExecutor) -> None:
-        list(
-            pool.map(
-                lambda n: plan.format.pack(plan.linears[n], pieces.quantize(n), TORCH[plan.dtype]), names
-            )
-        )
+    def make(pieces: PieceQuantizer, name: str) -> int:
+        """Bytes that a linear holds in the end, as codes and as packed tensors."""
+        made = pieces.quantize(name)
+        packed = plan.format.pack(plan.linears[name], made, TORCH[plan.dtype])
+        return made.codes.nbytes + sum(t.nbytes for t in packed.values())
 
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(workers) as pool:
             for number, names in enumerate(members.values()):
                 progress(Event("trial", number, len(members)))
-                chosen = sorted(names, key=weights)[-workers:]
-                make(manager.pieces, chosen, pool)  # kernels are loaded and memory is claimed, once in a job
+                chosen = _some(names, weights, workers)
+                # kernels are loaded and memory is claimed, once in a job
+                held = [*pool.map(partial(make, manager.pieces), chosen)]
                 fresh = PieceQuantizer(plan, manager.quantizers, manager.device, manager.records)
                 start = time.perf_counter()
-                make(fresh, chosen, pool)
-                seconds += (
-                    (time.perf_counter() - start) * sum(map(weights, names)) / sum(map(weights, chosen))
-                )
+                list(pool.map(partial(make, fresh), chosen))
+                taken, tried = time.perf_counter() - start, sum(map(weights, chosen))
+                seconds += taken * sum(map(weights, names)) / tried
+                largest = sum(sorted(map(weights, names))[-workers:])
+                most = max(most, sum(held) * (largest - tried) // tried)
     finally:
         torch.set_num_threads(threads)
-    gpu = torch.cuda.max_memory_allocated(manager.device) if manager.device.type == "cuda" else 0
-    return Cost(seconds, peak_rss() + _BUFFERS, 0, gpu)
+    on_gpu = manager.device.type == "cuda"
+    gpu = torch.cuda.max_memory_allocated(manager.device) + max(most, 0) if on_gpu else 0
+    return Cost(seconds, peak_rss() + _BUFFERS + max(most, 0), 0, gpu)
+
+
+def _some(names: list[str], weights: Callable[[str], int], workers: int) -> list[str]:
+    """The largest linears that are tried in seconds, one for each worker; the smallest where all are
+    larger."""
+    sizes = sorted(names, key=weights)
+    small = [n for n in sizes if weights(n) * workers <= _TRIED]
+    return small[-workers:] or sizes[:1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -80,7 +81,7 @@ class JobPlan:
     notes: tuple[str, ...] = ()
     left: Mapping[str, str] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def written(self) -> dict[str, Linear]:
         """The linears that the output holds quantized, those carried over included."""
         return {**self.linears, **self.kept}
@@ -108,7 +109,7 @@ class JobPlan:
             return self.schemes[0].to_dict()
         return {"name": "mixed", "parts": [s.to_dict() for s in self.schemes]}
 
-    @property
+    @cached_property
     def output_bytes(self) -> int:
         """Bytes of the output's tensors."""
         return sum(t.spec.nbytes for u in self.units for s in u.shards for t in s.tensors)
@@ -118,12 +119,12 @@ class JobPlan:
         """Bytes of its files, those that are copied beside the weights among them."""
         return sum(s.nbytes for u in self.units for s in u.shards) + self.copied_bytes
 
-    @property
+    @cached_property
     def weights(self) -> list[DecoderWeight]:
         """Every matrix of the decoder and what becomes of it."""
         return account(self.checkpoint.tensors, self.checkpoint.config, self.refs, self.written)
 
-    @property
+    @cached_property
     def bits_per_weight(self) -> float:
         """Stored bits per weight of the decoder's matrices, those that stay as they are included."""
         weights = self.weights

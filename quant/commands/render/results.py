@@ -167,6 +167,10 @@ def prediction(console: Console, value: Mapping[str, Any]) -> None:
     )
 
 
+#: What is said of a time that no trial has shown.
+_COUNTED = ", by a count of the work: trying one block would take longer than this answer may"
+
+
 def _cost(value: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What a job takes, where it is known: nothing is predicted for another program."""
     if "seconds" not in value:
@@ -179,7 +183,7 @@ def _cost(value: Mapping[str, Any]) -> list[tuple[str, str]]:
             "available"
             + (f"; GPU about {format_size(value['peak_gpu_bytes'])}" if value["peak_gpu_bytes"] else ""),
         ),
-        ("time", f"about {format_seconds(value['seconds'])}"),
+        ("time", f"about {format_seconds(value['seconds'])}{'' if value['tried'] else _COUNTED}"),
     ]
 
 

@@ -1,0 +1,168 @@
+"""What a calibrated job takes where even a trial of one block would take minutes: work is counted, and the
+job's own code is timed on one small matrix.
+
+Products of a forward pass take two operations a weight and token; sums of statistics grow with tokens × K²,
+solves of weights [N, K] with N·K², what needs no Hessian with N·K. On the small matrix a step's fixed costs
+weigh more than on a large one, so a count errs on the long side.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from quant.calibration.statistics import Accumulator, Statistics
+from quant.checkpoint.dtypes import TORCH
+from quant.models.adapter import InputGroup
+from quant.models.experts import find_experts
+from quant.models.skeleton import Skeleton
+from quant.outlier_suppression.base import Place
+from quant.pipeline.manager import QuantizationManager
+from quant.quantizers import quantize_many
+from quant.recipe import Assignment
+from quant.vllm.config import stated
+
+#: Outputs and inputs of the matrices that a method is timed on, as many tokens as inputs: the next one where
+#: that is likely to take less than so many seconds.
+_SIZES, _TIMED_SECONDS = ((64, 256), (128, 512), (256, 1024), (512, 2048)), 1.0
+#: Sides of the product that is timed.
+_SIDE = 2048
+#: Bytes of a weight while it is solved: fp32 with its errors and codes.
+_SOLVED = 9
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds that an assignment takes on a device: of its statistics by token · K², of its solves by
+    N · K^``power``, suppression included."""
+
+    statistics: float
+    solve: float
+    power: int
+
+
+@dataclass(frozen=True)
+class BlockWork:
+    """What one block takes: seconds, and bytes of memory beside the activations that wait."""
+
+    seconds: float
+    memory: int
+
+
+class Counter:
+    """Counts the work of a job's blocks; each rate is measured once.
+
+    Args:
+        manager: of the job, whose quantizers and suppressors are timed.
+    """
+
+    def __init__(self, manager: QuantizationManager, skeleton: Skeleton):
+        self._manager, self._skeleton = manager, skeleton
+        self._rates: dict[Assignment, Rates] = {}
+        self._product: float | None = None
+
+    def block(self, index: int, tokens: int) -> BlockWork:
+        """The work of a block that ``tokens`` go through.
+
+        Raises:
+            CheckpointError: a block that cannot be run to see which linears share an input.
+        """
+        skeleton, plan = self._skeleton, self._manager.plan
+        block, prefix = skeleton.blocks[index], skeleton.block_prefix(index)
+        experts = {e.path: e.count for e in find_experts(block)}
+        active = self._active(sum(experts.values()) // max(len(experts), 1)) if experts else 1.0
+        routed = sum(
+            p.numel() for n, p in block.named_parameters() if n.rpartition(".")[0] in experts and p.ndim == 3
+        )
+        whole = sum(p.numel() for p in block.parameters())
+        seconds = tokens * (whole - routed + routed * active) * self._product_seconds()
+        largest = 0
+        for group in skeleton.groups(index):
+            chosen = [n for n in group.linears if prefix + n in plan.linears]
+            if not chosen:
+                continue
+            k = plan.linears[prefix + chosen[0]].k
+            outputs = [plan.linears[prefix + n].n for n in chosen]
+            rates = self._of(plan.assignments[prefix + chosen[0]])
+            seen = tokens * self._passes(group, experts, active)
+            seconds += rates.statistics * seen * k * k + rates.solve * sum(outputs) * k**rates.power
+            together = max(outputs) * 2 if group.experts else sum(outputs)
+            largest = max(largest, _SOLVED * together * k + (4 * k * k if rates.power == 2 else 0))
+        # weights, their codes until they are written, and the largest group's solve
+        return BlockWork(seconds, whole * (skeleton.dtype.itemsize + 1) + largest)
+
+    def _passes(self, group: InputGroup, experts: Mapping[str, int], active: float) -> float:
+        """How many times a token is summed for a group: by the experts that it is sent to, and once for what
+        their statistics are blended with."""
+        if not group.experts:
+            return 1.0
+        return experts[group.experts] * active + (self._manager.plan.recipe.moe_calibration != "routed")
+
+    def _active(self, experts: int) -> float:
+        """The share of a layer's experts that a token is sent to; all where config.json does not say."""
+        chosen = stated(self._skeleton.checkpoint.config, "active")
+        return min(chosen / experts, 1.0) if isinstance(chosen, int) and chosen > 0 else 1.0
+
+    def _product_seconds(self) -> float:
+        if self._product is None:
+            x = torch.ones(_SIDE, _SIDE, dtype=self._skeleton.dtype, device=self._manager.device)
+            self._product = self._timed(lambda: x @ x) / _SIDE**3
+        return self._product
+
+    def _of(self, assignment: Assignment) -> Rates:
+        if assignment not in self._rates:
+            self._rates[assignment] = self._measured(assignment)
+        return self._rates[assignment]
+
+    def _measured(self, assignment: Assignment) -> Rates:
+        """Of the largest matrix that takes a second at the most."""
+        rates, expected = None, 0.0
+        for n, k in _SIZES:
+            if rates is not None and expected > _TIMED_SECONDS:
+                break
+            start = time.perf_counter()
+            rates = self._on(assignment, n, k)
+            expected = 8 * (time.perf_counter() - start)  # as n · k² grows
+        assert rates is not None
+        return rates
+
+    def _on(self, assignment: Assignment, n: int, k: int) -> Rates:
+        manager = self._manager
+        quantizer, suppressor = manager.quantizers[assignment], manager.suppressors[assignment]
+        needs = manager.blocks.solver.needs(assignment)
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(k, k, generator=generator).to(manager.device, self._skeleton.dtype)
+        weight = torch.randn(n, k, generator=generator).to(manager.device)
+        dtype = TORCH[manager.plan.dtype]
+
+        def summed() -> Statistics:
+            sums = Accumulator(k, manager.device, needs)
+            sums.add(inputs)
+            return sums.finish()
+
+        def solve() -> None:
+            statistics = summed()
+            if suppressor is not None:
+                suppressor(weight, statistics, assignment.scheme, dtype, Place("norm"))
+            quantize_many(quantizer, weight.clone()[None], [statistics], assignment.scheme.weights, dtype)
+
+        adding = self._timed(summed)
+        power = 2 if "hessian" in needs else 1
+        solving = max(self._timed(solve) - adding, 0.0)
+        return Rates(adding / k**3, solving / (n * k**power), power)
+
+    def _timed(self, work: Callable[[], object]) -> float:
+        """Seconds of something that has been done once before: kernels are loaded by then."""
+        work()
+        self._settle()
+        start = time.perf_counter()
+        work()
+        self._settle()
+        return time.perf_counter() - start
+
+    def _settle(self) -> None:
+        if self._manager.device.type == "cuda":
+            torch.cuda.synchronize(self._manager.device)
