@@ -48,6 +48,7 @@ from quant.formats.base import (
 from quant.schemes import Scheme, WeightScheme
 from quant.vllm.kernels import GROUP_SIZES
 from quant.vllm.layers import BuiltLayer, Linear, fused_layers, is_head
+from quant.vllm.lists import part
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +70,7 @@ def _left_out(
     problems = []
     for name in layers.linears:
         asked = [layer_of.get(name, name), *([] if ".experts." in name else [name])]
-        hit = next((x for x in listed if any(x in n for n in asked)), None)
+        hit = next((x for x in listed if any(part(x, n) for n in asked)), None)
         if hit is not None:
             problems.append(
                 f"{name} is quantized, but modules_to_not_convert has {hit!r}, which is a part of "

@@ -55,6 +55,7 @@ from quant.formats.stacked import stacked_linears
 from quant.schemes import BLOCK, PRESETS, ActivationScheme, Scheme, WeightScheme, scheme_of
 from quant.vllm.kernels import GROUP_SIZES
 from quant.vllm.layers import BuiltLayer, Linear, is_head, module_class
+from quant.vllm.lists import whole_or_pattern
 from quant.vllm.releases import VLLM_VERSION
 
 if TYPE_CHECKING:
@@ -197,12 +198,6 @@ def read_activations(inputs: Mapping[str, Any] | None, where: str) -> Activation
     )
 
 
-def matches(target: str, name: str) -> bool:
-    """Whether a target or ignore entry names a module: exactly, or as ``re:`` with ``re.match``, as vLLM
-    compares them."""
-    return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
-
-
 def _matcher(entries: Sequence[str]) -> Callable[[str], bool]:
     """Whether any of the targets or ignore entries names a module."""
     exact = {e for e in entries if not e.startswith("re:")}
@@ -240,7 +235,7 @@ def targeted(groups: Mapping[str, Mapping[str, Any]]) -> Callable[..., str | Non
                 exact.setdefault(target, i)
 
     def group_of(*names: str) -> str | None:
-        named = [i for i, target in patterns if any(matches(target, name) for name in names)]
+        named = [i for i, target in patterns if any(whole_or_pattern(target, name) for name in names)]
         named += [exact[name] for name in names if name in exact]
         if named:
             return keys[min(named)]

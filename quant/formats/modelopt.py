@@ -21,7 +21,6 @@ Releases up to 0.29 say what they did in ``hf_quant_config.json`` alone.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -53,6 +52,7 @@ from quant.formats.scaled import (
 )
 from quant.schemes import PRESETS, ActivationScheme, WeightScheme
 from quant.vllm.layers import BuiltLayer, Linear, is_head
+from quant.vllm.lists import part_or_wildcard
 
 if TYPE_CHECKING:
     import torch
@@ -177,7 +177,7 @@ class ModelOpt(ForeignFormat):
             return []
         for fused, built in members.items():
             for name in built.linears:
-                left = any(x in name or x in fused or fnmatchcase(name, x) for x in listed)
+                left = any(part_or_wildcard(x, n) for x in listed for n in (name, fused))
                 if name in layers.linears and left:
                     problems.append(f"{name} is quantized, but the list of what is left out names it")
                 # of others vLLM's model classes may say that they are no part of it: routers, towers

@@ -24,7 +24,7 @@ from quant.models.spec import DTYPE_BYTES, ModelSpec, Weight
 from quant.models.values import LARGEST_DEPTH
 from quant.models.vision import vision_weights
 from quant.vllm.config import config_dtype, parts, quantization_config, text_config
-from quant.vllm.layers import stored_transposed
+from quant.vllm.layers import built_plain, stored_transposed
 
 
 def spec_from_config(
@@ -87,8 +87,11 @@ def decoder_weights(decoder: Decoder) -> Iterator[Weight]:
     if width != h:
         yield _tensor("project_in", h, width)
         yield _tensor("project_out", width, h)
+    disabled = {"disable_quant_module": values.get("disable_quant_module")}
     for layer, kind in enumerate(decoder.kinds):
-        yield from (replace(w, layer=layer) for w in _block(decoder, layer, kind))
+        block = [replace(w, layer=layer) for w in _block(decoder, layer, kind)]
+        plain = built_plain((w.name for w in block if len(w.shape) == 2), disabled)
+        yield from (replace(w, linear=False) if w.linear and w.name in plain else w for w in block)
     if values.get("do_layer_norm_before", True):
         yield from _norm(decoder, "norm")
     if not decoder.tied:
@@ -373,6 +376,8 @@ def weights_from_tensors(
     """
     layout, hidden = expert_layout(config), text_config(config).get("hidden_size")
     tensors = list(tensors)
+    others = (t for t in tensors if _matrix(t) and ".experts." not in t.name)
+    plain = built_plain((t.name.removesuffix(".weight") for t in others), config)
     decoder = decoder_list(tensors, config)
     weights = []
     for info in tensors:
@@ -382,13 +387,18 @@ def weights_from_tensors(
         role = role_of(name, blocks, decoder)
         index = block_of(name) if role not in ("tower", "mtp") else None
         count = 1
-        linear = len(shape) == 2 and name.endswith(".weight") and no_linear(name, blocks, decoder) is None
+        linear = _matrix(info) and no_linear(name, blocks, decoder) is None
         if len(shape) == 3 and role == "experts":  # all experts of a layer in one tensor
             count, linear = shape[0], True
             shape = fused_matrix(name, shape, layout, hidden) or shape[1:]
         elif linear and stored_transposed(config, name.removesuffix(".weight")):
             shape = shape[::-1]
+        linear = linear and name.removesuffix(".weight") not in plain
         size = int(prod(info.shape) * DTYPE_BYTES.get(info.dtype, 2))
         layer = -1 if index is None else index
         weights.append(Weight(name, role, shape, linear, layer, count, size, info.dtype))
     return weights
+
+
+def _matrix(info: TensorInfo) -> bool:
+    return len(info.shape) == 2 and info.name.endswith(".weight")

@@ -17,6 +17,7 @@ from quant.models.spec import DTYPE_BYTES, ModelSpec, Weight
 from quant.schemes import BLOCK, PRESETS, Scheme, WeightScheme
 from quant.vllm.config import source_method
 from quant.vllm.kernels import kernel_of
+from quant.vllm.lists import left_out
 from quant.vllm.releases import Rules
 
 _EXPERTS = re.compile(r"(?<![^.])experts\.")
@@ -263,20 +264,8 @@ def module_names(weight: Weight) -> tuple[str, ...]:
 
 def _listed(config: Mapping[str, Any]) -> Callable[[Weight], bool]:
     """Which weights a source's list leaves unquantized."""
-    keys = ("ignore", "ignored_layers", "modules_to_not_convert", "llm_int8_skip_modules")
-    entries = [str(entry) for entry in next((config[k] for k in keys if config.get(k)), [])]
-    patterns = [
-        re.compile(e[3:] if e.startswith("re:") else re.escape(e).replace(r"\*", ".*") + "$") for e in entries
-    ]
-
-    def listed(weight: Weight) -> bool:
-        if not patterns:
-            return False
-        name = weight.name.removesuffix(".weight")
-        names = (*module_names(weight), name, name.rpartition(".")[2])
-        return any(p.match(name) for p in patterns for name in names)
-
-    return listed
+    listed = left_out(config)
+    return lambda weight: listed(*module_names(weight))
 
 
 def _covered(config: Mapping[str, Any], scheme: Scheme) -> SchemeOf:

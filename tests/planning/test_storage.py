@@ -8,19 +8,22 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from quant.catalog import find_model, model_from_directory, stored_bytes
-from quant.checkpoint.header import read_header
+from quant.checkpoint.header import TensorInfo, read_header
 from quant.errors import UsageError
 from quant.formats import Contents, FormatRegistry
 from quant.hardware import named_gpu
+from quant.models.shapes import weights_from_tensors
 from quant.planning import plan
 from quant.planning.storage import checkpoint_bytes, file_bytes, source_kernels, source_schemes
 from quant.schemes import PRESETS, SCHEMES, Scheme, WeightScheme, resolve_scheme
 from quant.vllm.layers import Linear
+from quant.vllm.lists import left_out
 from tests.helpers import load_all, quantize, short_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -269,3 +272,41 @@ def test_a_directory_as_it_is_costs_its_file() -> None:
         assert info.dtype == "BF16", name
         sizes += 2 * info.numel
     assert checkpoint_bytes(spec) == sizes
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "left"),
+    [
+        ({"quant_method": "awq", "modules_to_not_convert": ["visual"]}, "model.visual.merger.0", True),
+        # a part of the name of the layer that it is fused into
+        ({"quant_method": "awq", "modules_to_not_convert": ["gate"]}, "a.mlp.up_proj", True),
+        ({"quant_method": "fp8", "ignored_layers": ["q_proj"]}, "a.attn.q_proj", False),
+        ({"quant_method": "fp8", "modules_to_not_convert": ["a.attn.q_proj"]}, "a.attn.q_proj", True),
+        ({"quant_method": "compressed-tensors", "ignore": ["re:.*attn.*"]}, "a.attn.o_proj", True),
+        ({"quant_method": "compressed-tensors", "ignore": ["attn"]}, "a.attn.o_proj", False),
+        ({"quant_method": "modelopt", "ignore": ["a.*.attn*"]}, "a.3.attn.o_proj", True),
+        ({"quant_method": "modelopt", "exclude_modules": ["router"]}, "a.router.proj", True),
+        ({"quant_method": "bitsandbytes", "llm_int8_skip_modules": ["o_proj"]}, "a.o_proj", True),
+        ({"quant_method": "bitsandbytes", "llm_int8_skip_modules": ["_proj"]}, "a.o_proj", False),
+    ],
+)
+def test_each_methods_list_is_compared_as_vllm_compares_it(
+    config: dict[str, Any], name: str, left: bool
+) -> None:
+    assert left_out(config)(f"x.{name}", name) is left
+
+
+def test_what_vllm_builds_in_16_bits_is_planned_in_16_bits() -> None:
+    """Mixers of Mamba 1, told by what stands beside, and the keys of sparse attention's indexer."""
+    shapes = {"mamba.in_proj": (512, 128), "mamba.x_proj": (40, 256), "mamba.dt_proj": (256, 8),
+              "mamba.out_proj": (128, 256), "feed_forward.up_proj": (512, 128)}  # fmt: skip
+    infos = [
+        TensorInfo(f"model.layers.0.{n}.weight", "BF16", s, Path("x"), 0, 2 * s[0] * s[1])
+        for n, s in shapes.items()
+    ]
+    weights = weights_from_tensors(infos, {"hidden_size": 128, "num_hidden_layers": 1}, 1)
+    assert [w.name for w in weights if w.linear] == ["model.layers.0.feed_forward.up_proj.weight"]
+    indexer = [w for w in find_model("deepseek-ai/DeepSeek-V3.2").weights if ".indexer.w" in w.name]
+    assert {w.name.rpartition(".")[2]: w.linear for w in indexer if w.layer == 5} == {
+        "wq_b": True, "wk": False, "weights_proj": False,
+    }  # fmt: skip
