@@ -9,7 +9,7 @@ number.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from math import ceil
@@ -389,7 +389,24 @@ def default_scheme(method: str) -> str:
 def scheme_of(weights: WeightScheme, activations: ActivationScheme | None = None) -> Scheme:
     """The scheme that these numbers make, under the name of the preset they are, or of the nearest one. Of
     other packages' schemes those count that were asked for by name."""
-    presets = [row.scheme for row in SchemeRegistry.loaded()]
+    rows = SchemeRegistry.loaded()
+    # a mixture has tens of thousands of linears
+    return _named(weights, activations, tuple(map(id, rows)))[0]
+
+
+@lru_cache(maxsize=1024)
+def _named(
+    weights: WeightScheme, activations: ActivationScheme | None, _: tuple[int, ...]
+) -> tuple[Scheme, list[SchemeRow]]:
+    """:func:`scheme_of`, told apart by the identities of the rows that are loaded; which come along, so that
+    no other row gets the identity of one that is remembered."""
+    rows = SchemeRegistry.loaded()
+    return _nearest(weights, activations, [row.scheme for row in rows]), rows
+
+
+def _nearest(
+    weights: WeightScheme, activations: ActivationScheme | None, presets: Sequence[Scheme]
+) -> Scheme:
     for preset in (UNQUANTIZED, *presets):
         if (preset.weights, preset.activations) == (weights, activations):
             return preset

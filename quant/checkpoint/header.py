@@ -52,10 +52,11 @@ class TensorInfo:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [k for k, _ in pairs]
-    if len(set(names)) != len(names):
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        names = [k for k, _ in pairs]
         raise ValueError(f"a name appears twice: {next(n for n in names if names.count(n) > 1)!r}")
-    return dict(pairs)
+    return made
 
 
 def _is_text(name: str) -> bool:
