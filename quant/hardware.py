@@ -462,7 +462,13 @@ def resolve_gpus(
     if count is not None and not 1 <= count <= MOST:
         raise UsageError(f"--gpu-count is {count}: must be from 1 to {MOST}")
     if name:
-        return named_gpus(name, total_bytes, count)
+        gpus = named_gpus(name, total_bytes, count)
+        if gpus[0].platform == "cpu" and len(gpus) > 1:
+            raise UsageError(
+                f"--gpu-count is {len(gpus)}: --gpu cpu is the whole machine, all of its CPUs and memory: leave "
+                "--gpu-count out"
+            )
+        return gpus
     here = detect(nvml)
     if total_bytes is not None:
         check_memory(total_bytes, "--gpu-memory")

@@ -22,8 +22,9 @@ from typing import Any
 
 from quant.errors import Problems, UsageError, one_of
 from quant.hardware import Gpu
-from quant.models.spec import DTYPE_BYTES, ModelSpec, Weight
+from quant.models.spec import DTYPE_BYTES, ModelSpec
 from quant.planning.accuracy import stated_error
+from quant.planning.cuts import group_problems, parallel_problems
 from quant.planning.kvcache import KV_DTYPES, CacheLayout, layout, longest_context
 from quant.planning.profile import (
     Batch,
@@ -34,18 +35,15 @@ from quant.planning.profile import (
     profile_peak,
 )
 from quant.planning.storage import (
-    ForeignScheme,
     is_quantized,
     loaded_bytes,
-    quantizable,
-    source_schemes,
     stage_layers,
 )
 from quant.schemes import UNQUANTIZED, Scheme
 from quant.units import GIB, format_size
 from quant.vllm.arguments import TOWER_MODES
 from quant.vllm.kernels import CPU_BLOCK, GROUP_SIZES, latent_block, state_width
-from quant.vllm.layers import DEGREES, Linear, shape_problems
+from quant.vllm.layers import DEGREES
 from quant.vllm.releases import VLLM_VERSION, Rules, batch_sizes, rules_for
 
 
@@ -145,7 +143,12 @@ class EngineRequest:
                 f"--pipeline-parallel is {self.pipeline_parallel}: {spec.name} has {spec.layers} layers, at "
                 "most one stage each"
             )
-        if ranks * self.pipeline_parallel > len(gpus):
+        if ranks * self.pipeline_parallel > len(gpus) and gpus and gpus[0].platform == "cpu":
+            problems.append(
+                f"tensor parallel {ranks} × pipeline parallel {self.pipeline_parallel}: a machine's CPUs are "
+                "planned as one device: leave --tensor-parallel and --pipeline-parallel out"
+            )
+        elif ranks * self.pipeline_parallel > len(gpus):
             needed = ranks * self.pipeline_parallel
             problems.append(
                 f"tensor parallel {ranks} × pipeline parallel {self.pipeline_parallel} needs {needed} GPUs, "
@@ -153,39 +156,6 @@ class EngineRequest:
             )
         if problems:
             raise Problems(problems, exit_code=2)
-
-
-def parallel_problems(spec: ModelSpec, ranks: int) -> list[str]:
-    """Why vLLM cannot cut this model, in 16 bits, into ``ranks``: empty when it can."""
-    return shape_problems(
-        [_linear(weight, UNQUANTIZED) for weight in spec.linear_kinds], ranks, spec.shared_heads
-    )
-
-
-def group_problems(
-    spec: ModelSpec, scheme: Scheme | None, ranks: int, *, experts_whole: bool = False
-) -> list[str]:
-    """Why vLLM cannot build the model's linears in a scheme, or not over ``ranks``: groups and blocks that do
-    not divide. A linear of the checkpoint that its own groups do not divide was left in 16 bits. With
-    ``experts_whole`` ranks cut no expert."""
-    planned = scheme if is_quantized(scheme) else None
-    own = source_schemes(spec)
-
-    def stored(weight: Weight) -> Scheme:
-        if planned is not None:
-            return planned
-        source = own(weight)
-        if source is None or (isinstance(source, ForeignScheme) and source.padded):
-            return UNQUANTIZED
-        return source if quantizable(weight, source) else UNQUANTIZED
-
-    cut = [w for w in spec.linear_kinds if not (experts_whole and w.role == "experts")]
-    return shape_problems([_linear(w, stored(w)) for w in cut], ranks, spec.shared_heads)
-
-
-def _linear(weight: Weight, scheme: Scheme) -> Linear:
-    n, k = weight.shape
-    return Linear(weight.tensor.removesuffix(".weight"), n, k, scheme.weights, scheme.activations)
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,8 @@ from quant.hardware import UNNAMED, Gpu, cpu_device, resolve_gpus
 from quant.hub import cached_snapshot, repository_of
 from quant.models.spec import ModelSpec
 from quant.models.support import DATA_FREE, makeable_methods, method_problem, scheme_problem
-from quant.planning.memory import (
-    EngineRequest,
-    MemoryPlan,
-    group_problems,
-    largest_utilization,
-    parallel_problems,
-    plan,
-)
+from quant.planning.cuts import cpu_misfits, group_problems, parallel_problems
+from quant.planning.memory import EngineRequest, MemoryPlan, largest_utilization, plan
 from quant.planning.rule_of_thumb import rule_of_thumb
 from quant.planning.scenarios import Scenario, load_scenario
 from quant.planning.speed import Speed, speed_bounds
@@ -584,6 +578,8 @@ def _plan_one(
     if quantized and spec.model_type in ONE_FORM:  # all but the experts stays in 16 bits
         form, _ = ONE_FORM[spec.model_type]
         spec, laid_out = replace(spec, quantization={"quant_method": form}), AS_IT_IS.scheme
+    if misfits := cpu_misfits(spec, stored, gpu):
+        return refused(misfits[0])
     condition = _condition(spec, gpu, row) if gpu.kind == UNNAMED else ""
     planned = _with_fitting_states(spec, gpus, laid_out, request)
     meets = planned.fits and planned.max_concurrency >= request.concurrency

@@ -337,6 +337,8 @@ def cpu_problems(folder: Path, cpu: Gpu, cache_dtype: str = "auto") -> list[CpuP
     where nothing is known of the checkpoint."""
     from quant.formats.base import find_format
     from quant.vllm import kernels
+    from quant.vllm.config import model_types
+    from quant.vllm.layers import layer_shapes
 
     checkpoint = open_checkpoint(folder)
     try:
@@ -345,10 +347,14 @@ def cpu_problems(folder: Path, cpu: Gpu, cache_dtype: str = "auto") -> list[CpuP
         layers = None
     linears: set[str] = set()
     experts: set[str] = set()
-    for name, linear in layers.linears.items() if layers is not None else ():
+    quantized = layers.linears if layers is not None else {}
+    for name, linear in quantized.items():
         kernel = kernels.kernel_of(linear.scheme)
         (experts if ".experts." in name else linears).add(kernel)
-    return kernels.cpu_problems(cpu, linears, experts, cache_dtype)
+    built = layer_shapes(quantized.values(), model_types(checkpoint.config))
+    misfits = kernels.cpu_shape_problems((kernels.kernel_of(x.scheme), name, n, k) for name, x, n, k in built)
+    problems = kernels.cpu_problems(cpu, linears, experts, cache_dtype)
+    return [*problems, *map(kernels.CpuProblem, misfits)]
 
 
 def _fit_context(
@@ -382,7 +388,8 @@ def _fit_context(
             else None,
         )
         planned = plan(spec, gpus, None, engine)
-        fitting = int(planned.max_context * _SURE) // _STEP * _STEP
+        sure = planned.sure_context or planned.max_context
+        fitting = min(int(planned.max_context * _SURE), sure) // _STEP * _STEP
         asked = request.max_model_len is not None or "--max-model-len" in passed_on
         if (
             not planned.fits
@@ -399,12 +406,19 @@ def _fit_context(
     # a model the planner does not know, a value only vLLM reads ("auto", "8k")
     except (QuantError, ValueError) as error:
         return [f"whether it fits {gpus[0].name} is not known: {error}"]
-    if planned.fits:
+    if planned.sure:
         return []
+    if planned.tight:
+        return [f"{gpus[0].name} is tight: whether vLLM starts is {_in_its_words(planned.tight)}"]
     return [
-        f"vLLM is expected to refuse this on {gpus[0].name}: {planned.why}"
-        + (f". What would do: {planned.remedy}" if planned.remedy else "")
+        f"vLLM is expected to refuse this on {gpus[0].name}: {_in_its_words(planned.why)}"
+        + (f". What would do: {_in_its_words(planned.remedy)}" if planned.remedy else "")
     ]
+
+
+def _in_its_words(text: str) -> str:
+    """What the planner says, with vLLM's name of the context's option, as a deployment has it."""
+    return re.sub(r"--context (\d+)( \(vLLM: --max-model-len \d+\))?", r"--max-model-len \1", text)
 
 
 def _values(extra: Sequence[str]) -> dict[str, str]:

@@ -64,12 +64,14 @@ class CpuFormat:
         state: ``native`` or ``weight-only``.
         needs: sets of instruction sets of which the CPU must have one; none: it runs on every CPU.
         without: what happens on other CPUs.
+        multiple: what a layer's outputs and inputs must be multiples of.
         fails: whether vLLM stops there; it computes wrongly otherwise.
     """
 
     state: str
     needs: tuple[frozenset[str], ...] = ()
     without: str = ""
+    multiple: int = 1
     fails: bool = True
 
 
@@ -82,6 +84,7 @@ CPU_FORMATS: Mapping[str, CpuFormat] = {
         "weight-only",
         (_AVX512, frozenset({"asimd"})),
         "no AVX512, of which its kernels of 4-bit weights are made",
+        multiple=32,  # `kernels/linear/mixed_precision/cpu.py::can_implement`
     ),
     # Without VNNI, oneDNN adds pairs of 8-bit products in 16 bits, which overflow for large codes (oneDNN's
     # documentation, "Nuances of int8 Computations"). With full-range weights vLLM's product came out 13 %
@@ -146,6 +149,25 @@ def cpu_problems(
             )
         )
     return problems
+
+
+def cpu_shape_problems(layers: Iterable[tuple[str, str, int, int]]) -> list[str]:
+    """Layers whose sizes the kernels of vLLM's CPU build do not take, one of each kind.
+
+    Args:
+        layers: number format, name, outputs (of a fused layer all), inputs.
+    """
+    problems: dict[str, str] = {}
+    for kernel, name, n, k in layers:
+        unit = CPU_FORMATS[kernel].multiple if kernel in CPU_FORMATS else 1
+        if wrong := [f"{size} {what}" for size, what in ((n, "outputs"), (k, "inputs")) if size % unit]:
+            last = name.rpartition(".")[2]
+            problems.setdefault(
+                last,
+                f"{name} has {' and '.join(wrong)}, and vLLM's CPU kernel of {kernel} takes multiples of "
+                f"{unit}: quantize it with --scheme w8a8-int8, or serve it on a GPU",
+            )
+    return list(problems.values())
 
 
 def cpu_has(instructions: frozenset[str] | None, *needs: frozenset[str]) -> bool:

@@ -7,7 +7,7 @@ Source: the ``packed_modules_mapping`` of its model classes and the parallel lin
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -544,10 +544,11 @@ def ignored_names(
     >>> ignored_names(["a.visual.qkv"], ["a.layers.0.q_proj"], patterns=True)[1]
     're:(.*\\\\.)?visual(\\\\..*)?$'
     """
+    lists = _lists(quantized)
     names: dict[str, None] = dict.fromkeys(unquantized)
     names |= dict.fromkeys(asked_name(name, kinds) for name in unquantized)
     for fused, shards in fused_layers([*unquantized, *quantized], kinds).items():
-        resolved = fused.rpartition(".")[2] in _RESOLVED and _root(fused, quantized) is None
+        resolved = fused.rpartition(".")[2] in _RESOLVED and _root(fused, lists) is None
         if len(shards) > 1 and not resolved and not any(s in quantized for s in shards):
             names[fused] = None
     if patterns and not _RENAMED_EXPERTS.isdisjoint(kinds):
@@ -555,17 +556,21 @@ def ignored_names(
         names |= {rf"re:{re.escape(head)}\.experts\.\d+\.(gate|up|down)_proj$": None for head in heads}
     if patterns:
         taken = {*quantized, *fused_layers(quantized, kinds)}
-        for root in dict.fromkeys(r for n in unquantized if (r := _root(n, quantized)) is not None):
+        for root in dict.fromkeys(r for n in unquantized if (r := _root(n, lists)) is not None):
             pattern = rf"(.*\.)?{re.escape(root)}(\..*)?$"
             if not any(re.match(pattern, name) for name in taken):
                 names[f"re:{pattern}"] = None
     return [name for name in names if name not in quantized]
 
 
-def _root(module: str, quantized: Collection[str]) -> str | None:
-    """The path component by which a module's part of the model differs from the decoder's blocks; None of a
-    module inside them, and of a head."""
-    lists = {tuple(re.split(r"\.\d+\.", name, maxsplit=1)[0].split(".")) for name in quantized}
+def _lists(quantized: Iterable[str]) -> set[tuple[str, ...]]:
+    """The path components of the lists of blocks that linears are in."""
+    return {tuple(x.split(".")) for x in {re.split(r"\.\d+\.", name, maxsplit=1)[0] for name in quantized}}
+
+
+def _root(module: str, lists: Collection[tuple[str, ...]]) -> str | None:
+    """The path component by which a module's part of the model differs from the decoder's blocks, which are
+    in ``lists``; None of a module inside them, and of a head."""
     path = tuple(module.split("."))
     if is_head(module) or any(path[: len(x)] == x for x in lists):
         return None
@@ -764,6 +769,17 @@ def _shape_problem(linear: Linear, ranks: int, heads: Heads | None, followed: bo
         f"{uncut[0]} over --tensor-parallel {ranks} do not divide{uncut[1]}: {_sizes(allowed)}"
         f"{f'; or quantize with --group-size {smaller[0]}' if smaller else ''}"
     )
+
+
+def layer_shapes(
+    linears: Iterable[Linear], kinds: Collection[str] = ()
+) -> Iterator[tuple[str, Linear, int, int]]:
+    """The layers that vLLM builds of linears, routed experts aside: name, one of its linears, outputs of all
+    together, inputs."""
+    by_name = {x.name: x for x in linears if ".experts." not in x.name}
+    for name, members in fused_layers(by_name, kinds).items():
+        first = by_name[members[0]]
+        yield name, first, sum(by_name[m].n for m in members), first.k
 
 
 def _sizes(allowed: list[int]) -> str:

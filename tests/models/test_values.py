@@ -15,7 +15,7 @@ from quant.errors import QuantError, UsageError
 from quant.evaluation.inspect import inspect
 from quant.evaluation.verify import verify
 from quant.models.values import LARGEST_DEPTH, Values
-from quant.planning.memory import group_problems
+from quant.planning.cuts import group_problems
 from quant.schemes import PRESETS
 from tests.planning.tiny_models import TINY
 

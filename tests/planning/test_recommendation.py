@@ -366,6 +366,23 @@ def test_nothing_fits_says_what_would_and_it_does() -> None:
     assert by_scheme(recommend("meta-llama/Llama-3.1-70B", "RTX 4090", gpu_count=4))["w4a16"].fits
 
 
+def test_4_bits_on_a_cpu_take_layers_of_multiples_of_32() -> None:
+    """Of queries, keys and values as vLLM fuses them: `kernels/linear/mixed_precision/cpu.py`."""
+    shapes = {"hidden_size": 160, "num_attention_heads": 8, "num_key_value_heads": 1}
+    for size, taken in ((20, False), (32, True)):
+        config = {**TINY["gqa"], **shapes, "head_dim": size}
+        found = recommend(config, "cpu", gpu_memory=64 * 2**30, scheme="w4a16").plans[0]
+        assert found.fits is taken
+        assert ("qkv_proj has 200 outputs" in found.why and "multiples of 32" in found.why) is not taken
+
+
+def test_a_machines_cpus_are_one_device() -> None:
+    with pytest.raises(UsageError, match="--gpu-count is 4: --gpu cpu is the whole machine"):
+        recommend("Qwen/Qwen3-0.6B", "cpu", gpu_count=4)
+    with pytest.raises(Problems, match="planned as one device: leave --tensor-parallel"):
+        recommend("Qwen/Qwen3-0.6B", "cpu", EngineRequest(tensor_parallel=2), gpu_memory=64 * 2**30)
+
+
 def test_what_would_fit_a_model_too_large_for_a_cpu_is_not_more_gpus() -> None:
     found = recommend("meta-llama/Llama-3.1-70B", "cpu", gpu_memory=24 * 2**30)
     with pytest.raises(NothingFits, match="take a machine with more memory") as raised:

@@ -18,7 +18,8 @@ from quant.evaluation.verify import verify
 from quant.hardware import named_gpu
 from quant.models.linears import built_linears, decoder_refs
 from quant.pipeline.plan import plan_job
-from quant.planning.memory import EngineRequest, group_problems, parallel_problems, plan
+from quant.planning.cuts import group_problems, parallel_problems
+from quant.planning.memory import EngineRequest, plan
 from quant.recipe import Recipe
 from quant.schemes import PRESETS, WeightScheme
 from quant.serving.deployment import DeploymentRequest

@@ -20,7 +20,7 @@ import deploy_vllm
 from quant.commands.deploy import KINDS
 from quant.errors import CheckpointError, UsageError, VerificationFailed
 from quant.serving.artefacts import ARTEFACTS, Placement, artefact
-from quant.serving.deployment import DeploymentRequest, plan
+from quant.serving.deployment import DeploymentRequest, _in_its_words, plan
 from tests.helpers import ROOT, quantize, short_text
 
 
@@ -507,3 +507,19 @@ def test_a_context_that_nobody_asked_for_is_lowered_to_what_the_gpu_holds(tmp_pa
 def test_a_gpu_that_is_none_is_a_usage_error(folder: Path) -> None:
     with pytest.raises(UsageError, match="GTX-9999"):
         plan(folder, DeploymentRequest(gpu="GTX-9999"))
+
+
+def test_a_start_that_the_plans_own_error_decides_is_told_with_what_to_lower(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, asked = ROOT / "examples/tinylm-4m", DeploymentRequest(gpu="T4", max_model_len=256)
+    assert not plan(folder, asked).warnings
+    monkeypatch.setattr("quant.planning.memory.stated_error", lambda *_: 1 << 40)
+    (warning,) = plan(folder, asked).warnings
+    assert warning.startswith("T4 is tight: whether vLLM starts is within the plan's error of 1.00 TiB")
+    assert "to be sure: " in warning
+
+
+def test_a_remedy_names_the_contexts_option_as_vllm_does() -> None:
+    assert _in_its_words("--context 512 (vLLM: --max-model-len 512)") == "--max-model-len 512"
+    assert _in_its_words("--context 256 certainly starts") == "--max-model-len 256 certainly starts"
