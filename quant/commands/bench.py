@@ -14,7 +14,7 @@ import click
 from quant.commands import options
 from quant.commands.options import together
 from quant.commands.terminal import Output, common_options
-from quant.commands.types import PATH
+from quant.commands.types import PATH, TokenCount
 from quant.errors import UsageError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ endpoint_options = together(
 @click.option("--prompts", type=PATH, help="File of prompts: one a line, or .jsonl with prompt or messages.")
 @click.option("--text", type=PATH, show_default="the bundled one", help="Text to cut prompts from.")
 @click.option(
-    "--shared-prefix", type=click.IntRange(0), default=0, show_default=True, help="Tokens all prompts share."
+    "--shared-prefix", type=TokenCount(0), default=0, show_default=True, help="Tokens all prompts share."
 )
 @click.option("--stop-at-eos", is_flag=True, help="Let answers end by themselves.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="Of sampling.")

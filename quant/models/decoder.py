@@ -18,6 +18,16 @@ LATENT = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
 #: Letters of Nemotron-H's pattern → kinds of layers: each is one mixer, or one MLP.
 _LETTERS = {"M": "mamba", "*": "full_attention", "-": "mlp", "E": "moe"}
 
+#: Kinds of layers whose weights and caches are computed.
+_KNOWN_KINDS = frozenset(
+    {
+        "full_attention", "sliding_attention", "chunked_attention", "linear_attention", "cross_attention",
+        "mla", "kda", "mamba", "mlp", "moe",
+    }
+)  # fmt: skip
+#: How keys begin that size what a layer has in the place of attention, or beside it.
+_PARTS_OF_LAYERS = ("mamba_", "ssm_", "conv_", "lru_", "rwkv_", "attn_type_list", "layers_block_type")
+
 
 class Decoder:
     """The facts of one config, checked as they are read.
@@ -106,6 +116,15 @@ class Decoder:
             rotary = stated if len(stated) == n else [(i + 1) % 4 for i in range(n)]
             return ["chunked_attention" if rotary[i] else "full_attention" for i in range(n)]
         return self._windowed()
+
+    @property
+    def unknown_layers(self) -> str:
+        """What the config says of its layers that is not understood: kinds, or sizes of recurrent and
+        convolutional parts in a family without a row. Empty where nothing is."""
+        kinds = sorted({k for k in self.kinds if k not in _KNOWN_KINDS})
+        if kinds or self.known:
+            return ", ".join(kinds)
+        return ", ".join(self.values.named(_PARTS_OF_LAYERS)[:3])
 
     @cached_property
     def kda(self) -> tuple[int, int, int]:

@@ -44,6 +44,12 @@ def spec_from_config(
     if dtype not in DTYPE_BYTES:
         notes.append(f"config.json names no dtype ({dtype or 'absent'}): bfloat16 is assumed")
         dtype = "bfloat16"
+    if decoder.unknown_layers:
+        notes.append(
+            f"its layers have parts that are not known here ({decoder.unknown_layers}): planned as "
+            "attention, and no verdict is sure: start vLLM and see, or name what to make with --method and "
+            "--scheme"
+        )
     towers, vision_shape, said = vision_weights(config, where, decoder.hidden)
     architectures = next((a for p in reversed(list(parts(config))) if (a := p.get("architectures"))), None)
     return ModelSpec(
@@ -72,6 +78,7 @@ def spec_from_config(
         notes=(*notes, *said),
         uncertainty=0.0 if decoder.known else 0.1,
         latent=decoder.latent,
+        unknown_layers=decoder.unknown_layers,
         state_heads=decoder.state_heads,
         config=config,
     )

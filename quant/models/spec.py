@@ -127,6 +127,8 @@ class ModelSpec:
     #: relative uncertainty of the sizes: 0 where they come from shapes or files
     uncertainty: float = 0.0
     latent: Mapping[str, int] = field(default_factory=dict)
+    #: what config.json says of the layers that is not understood; empty where nothing is
+    unknown_layers: str = ""
     #: heads of recurrent layers, as :class:`quant.vllm.config.Heads` counts them
     state_heads: tuple[int, ...] = ()
     #: config.json itself
@@ -150,6 +152,11 @@ class ModelSpec:
         for block in blocks.values():
             kinds.setdefault(frozenset(block), block)
         return tuple(weight for block in kinds.values() for weight in block.values())
+
+    @property
+    def selects(self) -> bool:
+        """Whether attention selects the tokens that it reads by an indexer (DeepSeek V3.2)."""
+        return any("self_attn.indexer." in w.name for w in self.weights)
 
     @property
     def parameters(self) -> int:

@@ -8,7 +8,7 @@ from math import isfinite
 from typing import Any
 
 from quant.errors import UsageError, clipped
-from quant.vllm.config import KEYS, stated
+from quant.vllm.config import KEYS, parts, stated
 
 #: A dimension beyond this is a typing error in the config, not a model; so are more layers than the second.
 LARGEST_DIMENSION, LARGEST_DEPTH = 2**31, 2**14
@@ -28,6 +28,10 @@ class Values:
         """What the config states of ``key``, under any of its names, whatever it is."""
         value = stated(self._config, key)
         return default if value is None else value
+
+    def named(self, starts: tuple[str, ...]) -> list[str]:
+        """Keys of the config's parts that begin so and state something."""
+        return sorted({k for p in parts(self._config) for k, v in p.items() if k.startswith(starts) and v})
 
     def count(
         self, key: str, default: int | None = None, least: int = 1, most: int = LARGEST_DIMENSION

@@ -405,6 +405,8 @@ def _judged(engine: _Engine, stage: _Stage) -> MemoryPlan:
         printed = stage.blocks // max(len(stage.layout.groups), 1) * stage.layout.block
     error = stated_error(spec, rules, gpu, request, stage.weights)
     tight = "" if request.kv_cache_memory_bytes is not None else start.tightness(error)
+    if spec.unknown_layers:
+        tight = f"what its layers take is not known ({spec.unknown_layers})"
     spare = gpu.total_bytes - engine.requested - (0 if rules.graphs_subtracted else stage.graphs)
     cache = engine.whole if request.pipeline_parallel == 1 else stage.layout
     return MemoryPlan(

@@ -14,6 +14,7 @@ import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,11 @@ from quant.vllm.kernels import (
     cpu_problems,
     formats_of,
     gpu_dict,
+    has_bfloat16,
     has_fp8_cache,
     kernel_of,
     parts_needed,
+    serving_problem,
 )
 from quant.vllm.layers import ONE_FORM, family_problem, one_form_problem
 from quant.vllm.releases import rules_for
@@ -300,7 +303,7 @@ def recommend(
     goal = Goal.of(objective, profile)
     if profile:
         request = profile.request(spec, request)
-    own_context = request.context is None
+    own_context, own_ranks = request.context is None, request.tensor_parallel is None
     gpu = min(devices, key=lambda g: (g.total_bytes, g.free_bytes))
     rows = _candidates(spec) if scheme is None else [_asked(scheme)]
     if makeable_only:
@@ -321,7 +324,10 @@ def recommend(
     if chosen is not None:
         lossy = spec.quantization and chosen.loss[1] > goal.limit
         hopeful = [row for row in hopeful if lossy and row.name == AS_IT_IS.name]
-    for smaller, said in _smaller(request, gpu, own_context and chosen is None) if hopeful else ():
+    others = _smaller(request, gpu, own_context and chosen is None)
+    if chosen is None and own_ranks:
+        others = chain(others, _stages(spec, request))
+    for smaller, said in others if hopeful else ():
         again = tuple(_plan_one(spec, devices, gpu, row, smaller, margin) for row in hopeful)
         if (other := _choose(again, goal)) is not None:
             chosen, request = other, smaller
@@ -332,7 +338,7 @@ def recommend(
     commands: tuple[str, ...] = ()
     method = None
     if chosen is not None:
-        notes += _notes_on(spec, chosen)
+        notes += _notes_on(spec, chosen, gpu)
         method = chosen.methods[0] if chosen.methods else None
         if chosen.makeable:
             commands = _commands(spec, model, chosen, method, request, output_path)
@@ -383,6 +389,8 @@ def _completed(
         request = replace(request, context=min(DEFAULT_CONTEXT, spec.max_context))
         notes.append(f"planned for a context of {request.context:,} tokens; --context asks for another")
     several = len(devices) > 1 and 1 <= request.pipeline_parallel <= len(devices)
+    if several and request.tensor_parallel is None and request.pipeline_parallel == 1:
+        request = _over_machines(spec, len(devices), request, notes)
     if several and request.tensor_parallel is None:
         most = len(devices) // request.pipeline_parallel
         ranks = next(t for t in range(most, 0, -1) if not parallel_problems(spec, t))
@@ -422,9 +430,42 @@ def _completed(
     return request
 
 
-def _notes_on(spec: ModelSpec, chosen: SchemePlan) -> list[str]:
-    """What is to be said of the choice: its first start, who makes it, and another method than the usual."""
-    notes = []
+def _over_machines(spec: ModelSpec, count: int, request: EngineRequest, notes: list[str]) -> EngineRequest:
+    """The request where so many GPUs are several machines: a stage of the layers on each, so that only
+    activations cross the network."""
+    machines, rest = divmod(count, _MACHINE)
+    if machines < 2 or rest or machines > spec.layers or parallel_problems(spec, _MACHINE):
+        return request
+    notes.append(
+        f"planned as {machines} machines of {_MACHINE} GPUs: every machine holds a stage of the layers, and "
+        "the command is run on the first of a Ray cluster that they form"
+    )
+    return replace(request, tensor_parallel=_MACHINE, pipeline_parallel=machines)
+
+
+def _route(spec: ModelSpec, chosen: SchemePlan, gpu: Gpu) -> str:
+    """How a checkpoint that is quantized already gets to run on a GPU; empty where that needs no word."""
+    if not spec.quantization:
+        return ""
+    method = source_method(spec.quantization)
+    if not chosen.ready:
+        return (
+            f"made from the {method} checkpoint: its weights are dequantized as they are read, then rounded "
+            f"to {chosen.scheme}; that loss is in addition to their own"
+        )
+    packed = sorted(k for k in source_kernels(spec) if formats_of(gpu).get(k) == "weight-only")
+    if not packed or "fp8" not in packed:
+        return ""
+    return (
+        f"{gpu.name} does not compute in FP8: vLLM unpacks these weights on the way (Marlin, W8A16) and "
+        "computes in 16 bits: they take the memory of FP8, and prompts gain no speed"
+    )
+
+
+def _notes_on(spec: ModelSpec, chosen: SchemePlan, gpu: Gpu) -> list[str]:
+    """What is to be said of the choice: how it gets to run, its first start, who makes it, and another method
+    than the usual."""
+    notes = [route] if (route := _route(spec, chosen, gpu)) else []
     if chosen.plan is not None and chosen.plan.compile_bytes >= _COMPILE_SAID:
         more = chosen.plan.kv_cache_bytes + chosen.plan.compile_bytes
         notes.append(
@@ -477,6 +518,21 @@ def _smaller(request: EngineRequest, gpu: Gpu, own_context: bool) -> Iterator[tu
             yield replace(request, context=context), said
 
 
+def _stages(spec: ModelSpec, request: EngineRequest) -> Iterator[tuple[EngineRequest, str]]:
+    """The same GPUs in stages of fewer ranks, which cut groups that all of them would not divide."""
+    if request.pipeline_parallel > 1:
+        return
+    for ranks in (t for t in range(request.ranks - 1, 0, -1) if request.ranks % t == 0):
+        stages = request.ranks // ranks
+        if stages <= spec.layers and not parallel_problems(spec, ranks):
+            changed = replace(request, tensor_parallel=ranks, pipeline_parallel=stages)
+            yield (
+                changed,
+                f"planned as {stages} stages of {ranks} GPU{'s' if ranks > 1 else ''}: over {request.ranks} "
+                "that share every layer nothing surely fits",
+            )
+
+
 def _gpus(gpus: str | Gpu | Sequence[Gpu] | None, count: int | None, memory: int | None) -> list[Gpu]:
     if isinstance(gpus, Gpu):
         return [replace(gpus, index=i) for i in range(count or 1)]
@@ -501,8 +557,8 @@ def _asked(scheme: str) -> SchemeRow:
     return replace(row, native=False)
 
 
-def dtype_label(spec: ModelSpec, request: EngineRequest) -> str:
-    """What a checkpoint as it is is called in tables: its dtype, or how it is quantized.
+def dtype_label(spec: ModelSpec, request: EngineRequest, gpu: Gpu | None = None) -> str:
+    """What a checkpoint as it is is called in tables: the dtype that it is served in, or how it is quantized.
 
     >>> from quant.catalog import find_model
     >>> dtype_label(find_model("microsoft/phi-2"), EngineRequest())
@@ -511,6 +567,8 @@ def dtype_label(spec: ModelSpec, request: EngineRequest) -> str:
     if spec.quantization:
         return f"{_QUANTIZED} ({source_method(spec.quantization)})"
     name = request.dtype or spec.dtype
+    if request.dtype is None and gpu is not None and not has_bfloat16(gpu):
+        return "fp16"  # vLLM falls back to it
     return {"bfloat16": "bf16", "float16": "fp16", "float32": "bf16", "float64": "bf16"}.get(name, name)
 
 
@@ -529,7 +587,7 @@ def _plan_one(
     quantized = is_quantized(row.scheme)
     methods = makeable_methods(spec, row.scheme) if quantized else ()
 
-    unquantized = dtype_label(spec, request)
+    unquantized = dtype_label(spec, request, gpu)
 
     def refused(why: str) -> SchemePlan:
         return SchemePlan(
@@ -547,6 +605,9 @@ def _plan_one(
         f"{gpu.name} "
         f"({'.'.join(map(str, gpu.capability)) if gpu.capability else gpu.architecture or gpu.platform})"
     )
+    method = None if quantized else source_method(spec.quantization)
+    if (reason := serving_problem(gpu, method, spec.selects)) is not None:
+        return refused(f"{part}: {reason}")
     if quantized:
         kind = spec.model_type
         if reason := one_form_problem(kind, row.scheme) or family_problem((kind,), row.scheme):

@@ -20,6 +20,7 @@ import numpy as np
 
 from quant.errors import UsageError
 from quant.serving.client import Trace
+from quant.units import parse_tokens
 
 PERCENTILES = (50, 90, 95, 99)
 #: Level of every interval that is given.
@@ -287,11 +288,12 @@ class Lengths:
         try:
             if text.startswith("lognormal:"):
                 _, median, sigma = text.split(":")
-                made = cls("lognormal", float(median), float(sigma))
+                made = cls("lognormal", float(parse_tokens(median)), float(sigma))
             else:
                 first, _, last = text.partition("-")
-                made = cls("uniform" if last else "fixed", float(int(first)), float(int(last or first)))
-        except ValueError:
+                low, high = parse_tokens(first), parse_tokens(last or first)
+                made = cls("uniform" if last else "fixed", float(low), float(high))
+        except (ValueError, UsageError):
             made = cls("", 0, 0)
         sound = 1 <= made.low <= 1e7 and made.high <= 1e7
         if not sound or (made.kind != "lognormal" and made.high < made.low) or made.high <= 0:

@@ -46,6 +46,20 @@ FORMAT_CAPABILITIES: dict[str, tuple[int | None, int | None, int | None]] = {
 }
 
 
+#: Compute capability that vLLM demands of a GPU for a checkpoint by its ``quant_method``, where no number
+#: format above says it (``get_min_capability`` of each method's config).
+METHOD_CAPABILITIES: Mapping[str, tuple[int, int]] = {
+    "mxfp4": (8, 0),
+    "fbgemm-fp8": (8, 0),
+    "experts-int8": (8, 0),
+    "torchao": (7, 5),
+}
+#: Generations with kernels of attention that selects its tokens by an indexer (DeepSeek V3.2, GLM 5): the
+#: first number of a compute capability (``supports_compute_capability`` of the sparse backends in
+#: `v1/attention/backends/mla`).
+SELECTING_GENERATIONS = frozenset({9, 10, 12})
+
+
 #: What torch calls AVX512, by Linux's names. vLLM loads one of three builds of its CPU kernels: for AVX2,
 #: for AVX512, and for AVX512 with BF16 (`platforms/cpu.py::import_kernels`).
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
@@ -224,6 +238,29 @@ def state_width(gpu: Gpu) -> int:
 def has_unified_memory(gpu: Gpu) -> bool:
     """Whether a GPU's memory is the host's (Orin, Thor, GB10)."""
     return gpu.platform == "cuda" and gpu.capability in UNIFIED_CAPABILITIES
+
+
+def serving_problem(gpu: Gpu, method: str | None, selects: bool) -> str | None:
+    """Why a GPU does not serve a model at all, whatever scheme it is quantized to, or not as it is stored.
+
+    Args:
+        method: the ``quant_method`` of the checkpoint as it is; None where it is unquantized, or is planned
+            in another scheme.
+        selects: its attention selects tokens by an indexer.
+    """
+    if gpu.platform == "cpu" and selects:
+        return "attention that selects its tokens by an indexer has no kernel on a CPU"
+    if gpu.platform != "cuda" or gpu.capability is None:
+        return None
+    if selects and gpu.capability[0] not in SELECTING_GENERATIONS:
+        return (
+            "attention that selects its tokens by an indexer has kernels for compute capabilities "
+            f"{', '.join(f'{n}.x' for n in sorted(SELECTING_GENERATIONS))} alone"
+        )
+    least = METHOD_CAPABILITIES.get(method or "")
+    if least is not None and gpu.capability < least:
+        return f"vLLM serves {method} checkpoints from compute capability {least[0]}.{least[1]} on"
+    return None
 
 
 def latent_block(gpu: Gpu) -> int:

@@ -750,7 +750,8 @@ def _shape_problem(linear: Linear, ranks: int, heads: Heads | None, followed: bo
         if linear.weights.type == "float":
             use = "--scheme w8a8-fp8"
         else:
-            fits = [x for x in (128, 64, 32, 16, 8) if linear.k % x == 0 and x < g]
+            cut = ranks if split_of(linear.name) == "row" and linear.k % ranks == 0 else 1
+            fits = [x for x in GROUP_SIZES[:0:-1] if linear.k // cut % x == 0 and x < g]
             use = f"--group-size {fits[0]} or -1" if fits else "--group-size -1"
         return f"{linear.k} inputs do not divide into groups of {g}: quantize with {use}, or {ignore}"
     ragged = next((s for s in _shards(linear, 1, heads, followed) if s.followed and s.outputs % BLOCK), None)

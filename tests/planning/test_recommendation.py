@@ -278,7 +278,8 @@ def test_ranks_that_would_cut_blocks_are_refused() -> None:
             "num_key_value_heads": 8,
         }
         spec = model_from_config({**config, "head_dim": 128}, "m")
-        (found,) = recommend(spec, "H100", EngineRequest(context=4096), scheme="fp8-block", gpu_count=4).plans
+        request = EngineRequest(context=4096, tensor_parallel=4)
+        (found,) = recommend(spec, "H100", request, scheme="fp8-block", gpu_count=4).plans
         assert found.fits == (not why) and why in found.why
         (found,) = recommend(
             model_from_config({**config, "head_dim": 64}, "m"),
@@ -662,6 +663,64 @@ def test_memory_alone_is_planned_for_and_nothing_is_chosen_that_some_gpu_lacks()
     assert plans["w4a16"].bound("decode_bound") == 0 and "faster" not in found.reason
     assert any("name the GPU" in note for note in found.notes)
     assert recommend("openai/gpt-oss-20b", gpu_memory=24 * GIB, scheme="w8a8-fp8").recommended is None
+
+
+def test_groups_that_all_gpus_cannot_cut_are_planned_in_stages() -> None:
+    """GLM-4.5-Air's dense MLP has 10,944 inputs: 2 GPUs hold whole groups of 32 of it, 4 none of any size."""
+    found = recommend("zai-org/GLM-4.5-Air", "4x4090", EngineRequest(context=16384))
+    assert found.recommended == "w4a16" and found.plan is not None
+    assert (found.plan.tensor_parallel, found.plan.pipeline_parallel) == (2, 2)
+    assert any("2 stages of 2 GPUs" in note for note in found.notes)
+    asked = recommend("zai-org/GLM-4.5-Air", "4x4090", EngineRequest(context=16384, tensor_parallel=4))
+    assert asked.recommended is None
+    assert "groups of 128: quantize with --group-size -1," in by_scheme(asked)["w4a16"].why
+
+
+def test_several_machines_hold_stages_and_that_is_said() -> None:
+    found = recommend("deepseek-ai/DeepSeek-V3", "16xA100-80GB")
+    assert found.recommended == "none" and found.plan is not None
+    assert (found.plan.tensor_parallel, found.plan.pipeline_parallel) == (8, 2)
+    assert any("2 machines of 8 GPUs" in note and "Ray" in note for note in found.notes)
+    assert any("Marlin, W8A16" in note for note in found.notes)
+
+
+def test_the_route_of_a_checkpoint_in_fp8_on_a_gpu_without_it_is_said() -> None:
+    small = recommend("deepseek-ai/DeepSeek-V3", "8xA100-80GB")
+    assert small.recommended == "w4a16" and "quant quantize" in small.commands[1]
+    assert any("dequantized as they are read" in note for note in small.notes)
+    hopper = recommend("Qwen/Qwen3-32B-FP8", "H100")
+    assert hopper.recommended == "none" and not any("Marlin" in note for note in hopper.notes)
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "why"),
+    [
+        ("openai/gpt-oss-20b", "T4", "mxfp4 checkpoints from compute capability 8.0"),
+        ("deepseek-ai/DeepSeek-V3.2", "8xA100", "capabilities 9.x, 10.x, 12.x alone"),
+        ("zai-org/GLM-5", "8xL40S", "capabilities 9.x, 10.x, 12.x alone"),
+    ],
+)
+def test_a_model_without_kernels_on_a_gpu_is_refused_there(model: str, gpu: str, why: str) -> None:
+    found = recommend(model, gpu)
+    assert found.recommended is None and why in by_scheme(found)["none"].why
+
+
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [({"layer_types": ["conv", "full_attention"] * 2}, "conv"), ({"mamba_d_state": 16}, "mamba_d_state")],
+)
+def test_layers_of_unknown_kinds_get_no_sure_verdict(odd: dict[str, Any], said: str) -> None:
+    plain = {**TINY["gqa"], "model_type": "novel"}
+    assert recommend(model_from_config(plain), "L4", EngineRequest(context=128)).recommended is not None
+    found = recommend(model_from_config(plain | odd), "L4", EngineRequest(context=128))
+    plan = by_scheme(found)["none"].plan
+    assert found.recommended is None and plan is not None and not plan.sure and said in plan.tight
+    assert said in found.reason and any("no verdict is sure" in note for note in found.notes)
+
+
+def test_sixteen_bits_are_called_what_the_gpu_serves_them_in() -> None:
+    labels = {gpu: by_scheme(recommend("Llama-3.2-1B", gpu))["none"].label for gpu in ("T4", "V100", "A100")}
+    assert labels == {"T4": "fp16", "V100": "fp16", "A100": "bf16"}
 
 
 def test_a_context_in_thousands_is_the_models_own_where_that_is_meant() -> None:
