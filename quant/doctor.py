@@ -153,7 +153,7 @@ def _torch(gpus: tuple[Gpu, ...]) -> Finding:
         return Finding(
             "torch",
             "warning",
-            f"{words}, while {len(gpus)} NVIDIA GPU(s) are here: jobs would run on the CPU",
+            f"{words}, while NVIDIA GPUs are here ({len(gpus)}): jobs would run on the CPU",
             "install the CUDA build of torch (pytorch.org/get-started names the command)",
         )
     driver = _driver_cuda()
@@ -274,8 +274,9 @@ def _hub(environment: Mapping[str, str]) -> list[Finding]:
         Finding(
             "hub cache",
             "ok",
-            f"{place}: {len(models)} model(s), {format_size(shutil.disk_usage(above).free)} free"
-            + ("" if place.is_dir() else "; made with the first download"),
+            f"{place}: {f'{len(models)} models' if len(models) != 1 else '1 model'}, "
+            f"{format_size(shutil.disk_usage(above).free)} free"
+            + ("" if place.is_dir() else "; the folder is made with the first download"),
         )
     ]
     if _truth(environment.get("HF_HUB_OFFLINE")) or _truth(environment.get("TRANSFORMERS_OFFLINE")):

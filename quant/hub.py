@@ -154,6 +154,18 @@ def fetched_config(text: str) -> Path:
         raise _refused(text, revision, "its config.json is not in the cache", error) from error
 
 
+def named(path: str | Path) -> str:
+    """How a command names a model directory: by Hub id where it is what the cache has of main, else by its
+    path."""
+    folder = Path(path).absolute()
+    repository = repository_of(folder)
+    try:
+        newest = (folder.parent.parent / "refs" / "main").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return str(path)
+    return repository if repository is not None and folder.name == newest else str(path)
+
+
 def local_model(model: str | Path, download: bool = True) -> Path:
     """The directory of a model that is named by path or Hub id.
 

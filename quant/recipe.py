@@ -307,10 +307,8 @@ def recipe_values(config: Path | None, given: Mapping[str, Any], output: bool = 
     values = {**(read_recipe(config) if config is not None else {}), **given}
     needed = ("model_path", "output_path") if output else ("model_path",)
     if missing := [k for k in needed if k not in values]:
-        raise UsageError(
-            f"missing {_as_options(missing)}: give {'it' if len(missing) == 1 else 'them'} as options or in "
-            "the recipe of --config"
-        )
+        them = "it as an option" if len(missing) == 1 else "them as options"
+        raise UsageError(f"missing {_as_options(missing)}: give {them} or in the recipe of --config")
     return values
 
 

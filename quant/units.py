@@ -109,6 +109,14 @@ def format_count(count: float) -> str:
     return f"{count / 1e9:.2f} B" if count >= 1e8 else f"{count / 1e6:.2f} M"
 
 
+def format_requests(count: float) -> str:
+    """
+    >>> format_requests(1.46), format_requests(6600.78)
+    ('1.5', '6,600')
+    """
+    return f"{count:.1f}" if count < 100 else f"{math.floor(count):,}"
+
+
 def format_share(share: float) -> str:
     """A share in percent with two decimals, or two digits where these would not show it.
 

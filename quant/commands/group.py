@@ -8,6 +8,9 @@ from typing import Any
 
 import click
 
+#: Characters of a first sentence, which are all of it.
+_WHOLE = 1000
+
 
 class LazyGroup(click.Group):
     """A group that imports a subcommand when it is run, completed or listed with its help.
@@ -37,6 +40,13 @@ class LazyGroup(click.Group):
         module, _, attribute = self._subcommands[cmd_name].partition(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """A sentence for each subcommand, wrapped where the line ends, never cut."""
+        commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        rows = [(n, c.get_short_help_str(_WHOLE)) for n, c in commands.items() if c is not None]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0].startswith("-") and args[0] not in ("--help", "--version", "-h"):

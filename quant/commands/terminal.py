@@ -118,20 +118,25 @@ class _Trimmed:
 
 
 def _columns() -> int | None:
-    """The width to draw in; None: the terminal's. What is piped is read on the terminal of the other streams,
-    such as in a pager, where there is one."""
+    """The width of the terminal that what is printed is read on; None where there is none. What is piped is
+    read on that of the other streams, such as in a pager."""
     stated = os.environ.get("COLUMNS", "")
     if stated.isdigit() and int(stated) > 0:
         return int(stated)
     if sys.stdout.isatty():
-        return None
+        return shutil.get_terminal_size().columns
     for stream in (sys.stderr, sys.stdin):
         try:
             if stream.isatty() and (width := os.get_terminal_size(stream.fileno()).columns):
                 return width
         except (OSError, ValueError, AttributeError):
             continue
-    return _UNSEEN
+    return None
+
+
+def unseen() -> bool:
+    """Whether what is printed goes where no width is known, to be searched rather than read."""
+    return _columns() is None
 
 
 def console() -> Console:
@@ -144,7 +149,7 @@ def console() -> Console:
         file=cast(TextIO, _Trimmed(sys.stdout)) if piped else None,
         no_color=not _colour(sys.stdout),
         highlight=False,
-        width=_columns(),
+        width=_columns() or _UNSEEN,
     )
 
 

@@ -185,7 +185,7 @@ def verify(
         result.add(
             "tensor parallel",
             shape_problems(built, tensor_parallel, heads_of(checkpoint.config)),
-            f"heads and shapes divide for {tensor_parallel} rank(s)",
+            f"heads and shapes divide for {tensor_parallel} rank{'s' if tensor_parallel > 1 else ''}",
         )
     origin = None if source is None else repaired(open_checkpoint(source))[0]
     made_here = changed is not None or made is not None

@@ -325,7 +325,7 @@ class QuantizationManager:
         units = self.plan.units
         for number, unit in enumerate(units):
             start, before = time.perf_counter(), unit.name in work.finished
-            self.progress(Event("quantize", number, len(units), detail=unit.name))
+            self.progress(Event("quantize", number, len(units), detail=_shown(unit)))
             yield unit
             errors = [
                 layer.error
@@ -338,7 +338,7 @@ class QuantizationManager:
                     "quantize",
                     number + 1,
                     len(units),
-                    message=f"{unit.name:>9} {'replayed' if before else 'written'} in "
+                    message=f"{_shown(unit)} {'replayed' if before else 'written'} in "
                     f"{format_seconds(time.perf_counter() - start)}{error}",
                 )
             )
@@ -472,6 +472,11 @@ class QuantizationManager:
         """Settings of the methods that a format may have a word for."""
         orders = (str(getattr(q, "act_order", "none")) for q in self.quantizers.values())
         return {"act_order": next((order for order in orders if order != "none"), "none")}
+
+
+def _shown(unit: Unit) -> str:
+    """A unit as progress names it."""
+    return unit.name if unit.block is not None else "embedding, head"
 
 
 def unseen_problem(plan: JobPlan, skeleton: Skeleton, known: Collection[str]) -> str | None:

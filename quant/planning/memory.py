@@ -40,7 +40,7 @@ from quant.planning.storage import (
     stage_layers,
 )
 from quant.schemes import UNQUANTIZED, Scheme
-from quant.units import GIB, format_size
+from quant.units import GIB, format_requests, format_size
 from quant.vllm.arguments import TOWER_MODES
 from quant.vllm.kernels import CPU_BLOCK, GROUP_SIZES, latent_block, state_width
 from quant.vllm.layers import DEGREES
@@ -466,7 +466,7 @@ def default_block(spec: ModelSpec, gpu: Gpu, rules: Rules) -> int:
 
 
 def _fit_sentence(tokens: int, context: int, concurrency: float) -> str:
-    return f"{tokens:,} tokens of KV cache: {concurrency:.1f} requests of {context:,} tokens"
+    return f"{tokens:,} tokens of KV cache: {format_requests(concurrency)} requests of {context:,} tokens"
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from quant.catalog import load_model, stored_bytes
 from quant.data import load_json
 from quant.errors import NothingFits, UsageError, one_of
 from quant.hardware import UNNAMED, Gpu, cpu_device, resolve_gpus
-from quant.hub import cached_snapshot, repository_of
+from quant.hub import named, repository_of
 from quant.models.spec import ModelSpec
 from quant.models.support import DATA_FREE, makeable_methods, method_problem, scheme_problem
 from quant.planning.cuts import cpu_misfits, group_problems, parallel_problems
@@ -39,7 +39,7 @@ from quant.planning.storage import (
     source_kernels,
 )
 from quant.schemes import AS_IT_IS, Scheme, SchemeRegistry, SchemeRow, candidates
-from quant.units import format_size, meant_tokens
+from quant.units import format_requests, format_size, meant_tokens
 from quant.vllm.architectures import architecture_problem, text_alone
 from quant.vllm.arguments import NO_IMAGES, NO_IMAGES_WHY
 from quant.vllm.config import source_method
@@ -657,7 +657,7 @@ def _plan_one(
     why = planned.why
     if planned.fits and not meets:
         why = (
-            f"holds {planned.max_concurrency:.1f} requests of {planned.context:,} tokens, "
+            f"holds {format_requests(planned.max_concurrency)} requests of {planned.context:,} tokens, "
             f"{request.concurrency} asked for"
         )
     elif planned.tight:
@@ -796,7 +796,7 @@ def _reason(
             )
         return (
             f"nothing holds {asked} on {where}: {best.label} starts and holds "
-            f"{best.plan.max_concurrency:.1f} requests of "
+            f"{format_requests(best.plan.max_concurrency)} requests of "
             f"{request.context:,} tokens; "
             f"ask for --concurrency {max(1, int(best.plan.max_concurrency))}, or add GPUs"
         )
@@ -916,8 +916,8 @@ def _commands(
 def _source(spec: ModelSpec, model: object) -> str:
     """What commands call the model: its Hub id where it has one, else its path. A name without an owner gets
     :data:`_OWNER` before it."""
-    if isinstance(model, Path) and (repository := repository_of(model)):
-        return repository if cached_snapshot(repository) == model else str(model)
+    if isinstance(model, Path) and repository_of(model):
+        return named(model)
     if spec.hub or not isinstance(model, (str, Path)):
         return spec.hub or spec.name
     return str(model) if Path(model).exists() else f"{_OWNER}/{str(model).strip()}"
@@ -964,7 +964,7 @@ def _engines(gpu: Gpu, plans: Sequence[SchemePlan], request: EngineRequest, goal
         vllm = Engine("vLLM", False, "its CPU build serves, slower than llama.cpp for one user")
         llama = Engine("llama.cpp / Ollama", True, "runs a 4-bit GGUF on the CPU")
     else:
-        vllm = Engine("vLLM", fits, "the plan above is vLLM's" if fits else "no plan holds what was asked")
+        vllm = Engine("vLLM", fits, "it holds what was asked" if fits else "no plan holds what was asked")
         why = (
             "one user on a laptop"
             if laptop

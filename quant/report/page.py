@@ -12,6 +12,7 @@ from typing import Any
 
 from quant.checkpoint.reader import Checkpoint
 from quant.formats import find_format
+from quant.hub import named
 from quant.models.roles import block_of
 from quant.report.charts import colours, layers_chart
 from quant.report.contents import contents
@@ -83,7 +84,10 @@ def page(report: Report, checkpoint: Checkpoint, evaluation: Mapping[str, Any] |
     """
     job = report.quantization
     name = Path(report.output_path).name
-    body = [f"<h1>{html.escape(name)}</h1>", f"<p class=muted>from {html.escape(report.source_path)}</p>"]
+    body = [
+        f"<h1>{html.escape(name)}</h1>",
+        f"<p class=muted>from {html.escape(named(report.source_path))}</p>",
+    ]
     body.append(_facts(report, evaluation))
     if job is not None:
         body += _errors(job)
@@ -169,7 +173,7 @@ def _roles(checkpoint: Checkpoint) -> str:
 def _quality(report: Report, evaluation: Mapping[str, Any] | None) -> list[str]:
     if evaluation is None:
         command = shlex.join(
-            ["quant", "evaluate", report.output_path, "--against", report.source_path, "--save"]
+            ["quant", "evaluate", report.output_path, "--against", named(report.source_path), "--save"]
         )
         return ["<h2>Quality</h2>", "<p>Not measured. This measures it and puts it here:</p>", _pre(command)]
     text = Path(str(evaluation["text"])).name
@@ -252,7 +256,7 @@ def _commands(report: Report) -> list[str]:
         out += ["<p>made by</p>", _pre(shlex.join(made.command))]
     if report.serve_command is not None:
         out += ["<p>serve it</p>", _pre(report.serve_command)]
-    verify = shlex.join(["quant", "verify", report.output_path, "--source", report.source_path])
+    verify = shlex.join(["quant", "verify", report.output_path, "--source", named(report.source_path)])
     out += ["<p>check it</p>", _pre(verify)]
     versions = f"quant {made.quant}, torch {made.torch}, transformers {made.transformers}"
     where = "; ".join([versions, made.machine, made.date])

@@ -102,7 +102,7 @@ def test_the_doctor_finds_vllm_and_the_cache_where_they_are(tmp_path: Path) -> N
         text=True,
     )
     shown = {f["name"]: f for f in json.loads(done.stdout)["findings"]}
-    assert f"{tmp_path / 'hub'}: 1 model(s)" in shown["hub cache"]["found"]
+    assert f"{tmp_path / 'hub'}: 1 model, " in shown["hub cache"]["found"]
     assert "offline" in shown["hub"]["found"]
 
 

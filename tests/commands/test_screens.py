@@ -21,39 +21,79 @@ from rich.console import Console
 
 from quant.commands.render.results import comparison
 from quant.commands.render.tables import Column, draw
-from tests.helpers import ROOT
+from tests.helpers import ROOT, TINYLM
 
 SCREENS = Path(__file__).with_name("screens.txt")
 WIDTHS = (80, 120, 200)
-#: Commands whose words depend on no machine and on no accounting of memory.
+#: What each screen shows: commands whose words depend on no machine and on no accounting of memory; "end of"
+#: one that worked for long is drawn from the report that it wrote.
 COMMANDS = (
     ["list", "methods"], ["list", "formats"], ["list", "gpus", "L4"], ["list", "scenarios", "low-lat"],
     ["detect", "--gpu", "L40S-48GB"],
     ["recommend", "--model", "Qwen2.5-7B-Instruct", "--gpu", "T4", "--policy", "rule-of-thumb"],
+    ["end of", "quantize", "out/w4a16"], ["end of", "evaluate", "out/w4a16"],
+    ["inspect", "out/w4a16"], ["inspect", "model"], ["verify", "out/fp8", "--source", "model"],
+    ["report", "out/w4a16", "out/fp8"], ["deploy", "plan", "-m", "out/fp8"],
 )  # fmt: skip
 PLANNED = ["recommend", "--model", "Qwen2.5-32B-Instruct", "--gpu", "L40S-48GB", "--context", "16384"]
 _PROGRAM = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-import quantize
+import deploy_vllm, quantize
+from quant.commands.render import results
+from quant.commands.terminal import console
+from quant.report.files import load_evaluation
+from quant.report.value import Report
 for words in json.loads(sys.argv[2]):
-    print("$ quant", *words, flush=True)
-    try: quantize.main(words)
+    print("$", *(["quant"] if words[0] != "end of" else []), *words, flush=True)
+    try:
+        if words[:2] == ["end of", "quantize"]: results.quantization(console(), Report.load(words[2]))
+        elif words[0] == "end of": results.evaluation(console(), load_evaluation(words[2]))
+        elif words[0] == "deploy": deploy_vllm.main(words[1:])
+        else: quantize.main(words)
     except SystemExit: pass
     sys.stdout.flush()
+    sys.stderr.flush()
 """
+#: What varies between machines and runs, and what is kept of it.
+_VARIES = (
+    (r"\d+\.\d s\b", "# s"),
+    (r"(peak memory +)\S+ \S+", r"\1# MiB"),
+    (r"(\d\.\d\d)\d+(?= ±|%| ± |\n| nats)", r"\1#"),
+    (r"(± \d\.\d\d)\d+", r"\1#"),
+)
 
 
-def shown(commands: Any, width: int, terminal: bool) -> str:
-    """What the commands print on a terminal of that width, without colours; or into a pipe beside one."""
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, two outputs of it, and what one of them lost."""
+    folder = tmp_path_factory.mktemp("screens")
+    (folder / "model").symlink_to(TINYLM)
+    jobs = [
+        ["quantize", "-m", "model", "-o", "out/w4a16", "--method", "minmax", "-q"],
+        ["quantize", "-m", "model", "-o", "out/fp8", "--method", "fp8", "-q"],
+        ["evaluate", "out/w4a16", "--against", "model", "--chunks", "2", "--length", "64", "--save", "-q"],
+    ]
+    shown(jobs, 80, False, folder)
+    return folder
+
+
+def shown(commands: Any, width: int, terminal: bool, folder: Path) -> str:
+    """What the commands print on a terminal of that width; or into pipes that are read at it."""
     words = [sys.executable, "-c", _PROGRAM, str(ROOT), json.dumps(commands)]
-    environment = {k: v for k, v in os.environ.items() if k != "COLUMNS"} | {"NO_COLOR": "1", "TERM": "xterm"}
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR")}
+    environment |= {"TERM": "xterm", "COLORTERM": "truecolor"}
     if not terminal:
         environment["COLUMNS"] = str(width)
-        return subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
+        run = subprocess.run(
+            words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder
+        )
+        assert run.returncode == 0
+        return run.stdout
+    environment["NO_COLOR"] = "1"
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
-    process = subprocess.Popen(words, env=environment, stdin=theirs, stdout=theirs, stderr=theirs)
+    process = subprocess.Popen(words, env=environment, stdin=theirs, stdout=theirs, stderr=theirs, cwd=folder)
     os.close(theirs)
     pieces = []
     while True:
@@ -66,20 +106,19 @@ def shown(commands: Any, width: int, terminal: bool) -> str:
         pieces.append(piece)
     os.close(ours)
     assert process.wait() == 0
-    text = b"".join(pieces).decode().replace("\r\n", "\n")
-    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+    return b"".join(pieces).decode().replace("\r\n", "\n")
 
 
 @pytest.fixture(scope="module")
-def screens() -> dict[tuple[int, bool], str]:
-    return {(w, t): shown([*COMMANDS, PLANNED], w, t) for w in WIDTHS for t in (False, True)}
+def screens(workshop: Path) -> dict[tuple[int, bool], str]:
+    return {(w, t): shown([*COMMANDS, PLANNED], w, t, workshop) for w in WIDTHS for t in (False, True)}
 
 
 def test_screens_are_those_that_are_kept(
-    screens: dict[tuple[int, bool], str], request: pytest.FixtureRequest
+    screens: dict[tuple[int, bool], str], request: pytest.FixtureRequest, workshop: Path
 ) -> None:
     text = "".join(
-        f"==== {width} columns, {'a terminal' if terminal else 'piped'}\n{_kept(printed)}"
+        f"==== {width} columns, {'a terminal' if terminal else 'piped'}\n{_kept(printed, workshop)}"
         for (width, terminal), printed in screens.items()
     )
     if request.config.getoption("--rewrite-screens"):
@@ -87,11 +126,31 @@ def test_screens_are_those_that_are_kept(
     assert text == SCREENS.read_text(encoding="utf-8"), "--rewrite-screens keeps these, if they are right"
 
 
-def _kept(printed: str) -> str:
-    """All but the plan, whose numbers change with the accounting; blanks at a terminal's line ends are not
-    seen."""
-    before = printed[: printed.index(f"$ quant {' '.join(PLANNED)}")]
+def _kept(printed: str, folder: Path) -> str:
+    """All but the plan, whose numbers change with the accounting, and but what varies; without how a terminal
+    shows letters, and without blanks at a terminal's line ends, which are not seen."""
+    before = printed[: printed.index(f"$ quant {' '.join(PLANNED)}")].replace(str(folder), "/job")
+    before = re.sub(r"\x1b\[[0-9;]*[mK]|\r", "", before)
+    for pattern, kept in _VARIES:
+        before = re.sub(pattern, kept, before)
     return "".join(line.rstrip() + "\n" for line in before.splitlines())
+
+
+#: Lines to copy, which are whole whatever the width: commands, and the script that a deployment is.
+_COPIED = re.compile(r"\$ |  (vllm|quant|hf) |serve it: |measure it: |#|export |exec ")
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_what_is_printed_fits_its_width_and_has_colours_on_a_terminal_alone(
+    screens: dict[tuple[int, bool], str], width: int
+) -> None:
+    piped, terminal = screens[width, False], screens[width, True]
+    assert "\x1b" not in piped and "\r" not in piped
+    assert not re.search(r"\x1b\[[0-9;]*\b(3[0-7]|4[0-7]|38|9[0-7])\b[0-9;]*m", terminal)  # NO_COLOR
+    for printed in (piped, re.sub(r"\x1b\[[0-9;]*[mK]", "", terminal)):
+        long = [x for x in printed.splitlines() if len(x) > width and not _COPIED.match(x)]
+        assert not [x for x in long if not x.startswith(("error: ", "  1. ", "  2. "))], long
+    assert not [line for line in piped.splitlines() if line != line.rstrip()]
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -100,12 +159,10 @@ def test_a_plan_fits_its_width_and_cuts_no_number(
     screens: dict[tuple[int, bool], str], width: int, terminal: bool, cli: Callable[..., Any]
 ) -> None:
     printed = screens[width, terminal]
-    plan = printed[printed.index(f"$ quant {' '.join(PLANNED)}") :]
+    plan = re.sub(r"\x1b\[[0-9;]*m", "", printed[printed.index(f"$ quant {' '.join(PLANNED)}") :])
     head = plan.index("   scheme")
     table = plan[head : plan.index("\n\n", head)]
     assert all(len(line) <= width for line in table.splitlines()) and "…" not in plan
-    if not terminal:
-        assert not [line for line in printed.splitlines() if line != line.rstrip()]
     value = json.loads(cli(*PLANNED, "--json").out)
     for one in value["plans"]:
         assert ("bf16" if one["scheme"] == "none" else one["scheme"]) in table

@@ -8,6 +8,16 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+def prose(console: Console, text: str, style: str = "") -> None:
+    """Words, wrapped to the width that they are read at; where there is none, such as in a log, in one line,
+    to be searched."""
+    from rich.text import Text
+
+    from quant.commands.terminal import unseen
+
+    console.print(Text(text, style), soft_wrap=unseen())
+
+
 def table(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
     """Two columns without a frame: what, and the value, shown as they are: a path may look like markup."""
     from rich.table import Table

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from quant.commands.render import prose
 from quant.commands.render.tables import Column, draw
 from quant.hardware import Detection, Gpu
 from quant.health import Health
@@ -123,7 +124,8 @@ def show_nothing_to_quantize(recommendation: Recommendation, console: Console) -
         *recommendation.commands,
     ]
     said, commands = lines[:2], lines[2:]
-    console.print("\n".join(said), soft_wrap=not console.is_terminal, markup=False)
+    for line in said:
+        prose(console, line)
     console.print("\n".join(commands), soft_wrap=True, markup=False)
 
 
@@ -185,8 +187,6 @@ def _plans(console: Console, recommendation: Recommendation) -> None:
 
 def show_recommendation(recommendation: Recommendation, console: Console) -> None:
     """Every scheme with ✓, ~ (tight) or ✗ and why, the choice in a sentence, then the commands."""
-    from rich.markup import escape
-
     gpu, request, model = recommendation.gpus[0], recommendation.request, recommendation.model
     count = f"{len(recommendation.gpus)} × " if len(recommendation.gpus) > 1 else ""
     about = f" (± {model.uncertainty:.0%})" if model.uncertainty else ""
@@ -217,13 +217,14 @@ def show_recommendation(recommendation: Recommendation, console: Console) -> Non
         console.print(", ".join(parts))
         _plans(console, recommendation)
     console.print()
-    # words wrap on a screen; a pipe gets them as one line, to be searched
-    flowing = not console.is_terminal
-    console.print(recommendation.reason, soft_wrap=flowing, markup=False)
+    prose(console, recommendation.reason)
     if recommendation.recommended is not None and not recommendation.thumb:
         engine = next(e for e in recommendation.engines if e.suits)
-        console.print(f"serve with {engine.name}: {engine.why}")
+        prose(console, f"serve with {engine.name}: {engine.why}")
+        if engine.name != "vLLM":  # whose commands those below are
+            vllm = next(e for e in recommendation.engines if e.name == "vLLM")
+            prose(console, f"or with vLLM: {vllm.why}")
     for line in recommendation.notes:
-        console.print(f"[dim]note: {escape(line)}[/]", soft_wrap=flowing)
+        prose(console, f"note: {line}", "dim")
     for command in recommendation.commands:
         console.print(f"  {command}", soft_wrap=True, highlight=False, markup=False)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quant.commands.render import table
 from quant.commands.render.tables import Column, draw
+from quant.hub import named
 from quant.report.evidence import worst
 from quant.report.value import REPORT, Report
 from quant.units import format_seconds, format_share, format_size, mean_and_error
@@ -36,7 +39,11 @@ def _worst(job: Mapping[str, Any]) -> list[tuple[str, str]]:
     elif job["error_missing"]:
         rows.append(("largest errors", f"not measured: {job['error_missing']}"))
     if job["by_snr"]:
-        lines = [f"{x['name']}: {x['snr_db']:.2f} dB, {x['scheme']}" for x in job["by_snr"]]
+        several = len({x["scheme"] for x in job["by_snr"]}) > 1
+        lines = [
+            f"{x['name']}: {x['snr_db']:.2f} dB" + (f", {x['scheme']}" if several else "")
+            for x in job["by_snr"]
+        ]
         rows.append(("lowest SNR", "signal-to-noise ratio of the weight\n" + "\n".join(lines)))
     return rows
 
@@ -66,12 +73,15 @@ def _source(source: Mapping[str, Any] | None) -> list[tuple[str, str]]:
 
 def quantization(console: Console, report: Report) -> None:
     """The last lines of ``quant quantize``: what was made, how well, what went otherwise."""
+    from quant.report.page import PAGE
+
     job = report.quantization
     assert job is not None
     schemes = dict.fromkeys(x.scheme for x in job.layers)
     scaled_alone = job.methods == ("none",)
     rows = [
         ("output", report.output_path),
+        ("report", str(Path(report.output_path) / PAGE)),
         (
             "scheme",
             f"{', '.join(schemes)}; {' and '.join(job.methods)}, {report.format}, "
@@ -138,6 +148,8 @@ def quantization(console: Console, report: Report) -> None:
             ("serve", "with another engine: this was made for --target other, and vLLM may refuse it")
         )
     table(console, "Scaled" if scaled_alone else "Quantized", rows)
+    measure = ["quant", "evaluate", report.output_path, "--against", named(report.source_path), "--save"]
+    console.print(f"measure it: {shlex.join(measure)}", soft_wrap=True, markup=False)
     _serve(console, report)
 
 
@@ -246,7 +258,7 @@ def verification(console: Console, value: Mapping[str, Any]) -> None:
 
 def evaluation(console: Console, value: Mapping[str, Any]) -> None:
     rows = [
-        ("text", f"{value['text']}, {value['chunks']} chunks, {value['tokens']:,} tokens"),
+        ("text", f"{Path(value['text']).name}, {value['chunks']} chunks, {value['tokens']:,} tokens"),
         ("perplexity", mean_and_error(value["perplexity"], ".4f")),
         *([("activations", value["activations"])] if value["activations"] else []),
     ]
@@ -257,7 +269,7 @@ def evaluation(console: Console, value: Mapping[str, Any]) -> None:
             ("KL to source", f"{mean_and_error(value['kl'], '.5f')} nats per token"),
             ("top-1 agreement", mean_and_error(value["top1"], ".2%")),
         ]
-    table(console, value["path"], rows)
+    table(console, named(value["path"]), rows)
 
 
 def comparison(console: Console, values: Sequence[Mapping[str, Any]]) -> None:
@@ -300,7 +312,7 @@ def inspection(console: Console, value: Mapping[str, Any]) -> None:
     architectures = ", ".join(value["architectures"] or ["no architecture named"])
     table(
         console,
-        value["path"],
+        named(value["path"]),
         [
             (
                 "model",
