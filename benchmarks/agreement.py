@@ -1,0 +1,70 @@
+#!/usr/bin/env python3
+"""Whether what `recommend` prints runs, for every model of the catalogue on six GPUs.
+
+    python benchmarks/agreement.py [--gpu-count N] [--skip N] [MODEL ...]
+
+Each distinct command is dry-run on a stand-in of the model: its config.json, and safetensors headers with
+holes where the values would be. What the job would write stands in for itself in the same way, and the
+printed ``vllm serve`` of it goes through ``quant-deploy plan``. Disks and memory count as large enough, and
+no trial is made of what a block takes. Ends with 1 where anything disagrees.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from quant.catalog import catalogue  # noqa: E402
+from quant.planning.recommendation import recommend  # noqa: E402
+from tests.agreement import GPUS, disagreements, room_for_everything  # noqa: E402
+from tests.stand_ins import stand_in  # noqa: E402
+
+
+def judge(name: str, count: int) -> tuple[int, int, list[str]]:
+    """Recommendations that print commands, distinct jobs among them, and what disagrees."""
+    done: dict[str, Any] = {}
+    printed, problems = 0, []
+    with tempfile.TemporaryDirectory() as folder:
+        source = stand_in(name, Path(folder) / name.rpartition("/")[2])
+        for gpu in GPUS:
+            recommendation = recommend(name, gpu, gpu_count=count)
+            printed += bool(recommendation.commands)
+            found = disagreements(recommendation, gpu, source, Path(folder) / "made", done)
+            problems += [f"{gpu}: {p}" for p in found]
+    return printed, len(done), problems
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="*", help="parts of names; all models where none is given")
+    parser.add_argument("--gpu-count", type=int, default=1, help="GPUs of each kind")
+    parser.add_argument("--skip", type=int, default=0, help="models to leave out, from the first")
+    options = parser.parse_args()
+    chosen = [n for n in catalogue() if not options.models or any(m in n for m in options.models)]
+    warnings.simplefilter("ignore")
+    totals = [0, 0, 0]
+    with room_for_everything(seconds=0):
+        for number, name in enumerate(chosen[options.skip :], options.skip):
+            start = time.process_time()
+            printed, made, problems = judge(name, options.gpu_count)
+            totals = [a + b for a, b in zip(totals, (printed, made, len(problems)), strict=True)]
+            seconds = time.process_time() - start
+            print(f"{number} {name}: {printed} printed, {made} jobs, {seconds:.1f} s", flush=True)
+            for problem in dict.fromkeys(problems):
+                print(f"  {problem}", flush=True)
+    print(f"{totals[0]} recommendations with commands, {totals[1]} distinct jobs, {totals[2]} disagreements")
+    sys.exit(1 if totals[2] else 0)
+
+
+if __name__ == "__main__":
+    main()
