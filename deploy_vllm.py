@@ -14,6 +14,7 @@ SUBCOMMANDS = {
     "plan": "quant.commands.deploy:plan",
     "serve": "quant.commands.deploy:serve",
     "bench": "quant.commands.bench:bench",
+    "check": "quant.commands.check:check",
     "speculate": "quant.commands.speculate:speculate",
 }
 

@@ -14,7 +14,7 @@ import quantize
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Served for real in tests/vllm; set-up commands are what CI itself runs.
-ELSEWHERE = ("make ", "python deploy_vllm.py serve", "python deploy_vllm.py bench", "pip install")
+ELSEWHERE = ("make ", "pip install", *(f"python deploy_vllm.py {c}" for c in ("serve", "bench", "check")))
 
 
 def blocks(text: str) -> list[str]:

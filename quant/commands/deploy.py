@@ -110,12 +110,7 @@ def plan(
 @options.vllm_python
 @options.start_timeout
 @click.option("--check", is_flag=True, help="Stop after the test completion.")
-@click.option(
-    "--exact-activations",
-    is_flag=True,
-    help="On CPUs with AMX: leave activations of 4-bit layers in 16 bits, which vLLM rounds to int8 for "
-    "speed.",
-)
+@options.exact_activations
 @common_options
 def serve(
     out: Output,

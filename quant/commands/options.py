@@ -189,6 +189,14 @@ upload = together(
 )
 
 
+exact_activations = click.option(
+    "--exact-activations",
+    is_flag=True,
+    help="On CPUs with AMX: leave activations of 4-bit layers in 16 bits, which vLLM rounds to int8 for "
+    "speed.",
+)
+
+
 def tensor_parallel(default: int | str = 1) -> Decorator:
     """``default``: a degree, or in words what None stands for."""
     return click.option(

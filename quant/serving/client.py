@@ -5,6 +5,7 @@ answer alike.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import ssl
@@ -26,7 +27,12 @@ _LOOKED_AT = 2000
 
 
 class EndpointError(QuantError):
-    """The endpoint does not answer, or not as an OpenAI-compatible one does."""
+    """The endpoint does not answer, or not as an OpenAI-compatible one does; ``kind`` is one of :data:`KINDS`
+    where a request failed."""
+
+    def __init__(self, message: str, kind: str = ""):
+        super().__init__(message)
+        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -220,7 +226,8 @@ KINDS = {
 }
 
 
-def _status_kind(status: int) -> str:
+def status_kind(status: int) -> str:
+    """The kind of failure (:data:`KINDS`) that an error status is."""
     if status in (401, 403):
         return "401"
     return str(status) if str(status) in KINDS else "4xx" if status < 500 else "5xx"
@@ -295,26 +302,31 @@ async def ask(
     *,
     scheduled: float | None = None,
     sampling: Mapping[str, Any] | None = None,
+    limit: float | None = None,
 ) -> Trace:
     """Sends one request and reads its answer; a failure of any kind is in the trace, never raised.
 
     Args:
         scheduled: when it should have been sent; None: now.
         sampling: further keys of the request's body, such as the temperature.
+        limit: seconds that the whole answer may take; a slow one that never stalls would go on for long.
     """
     answer, sent = _Answer(), time.perf_counter()
     trace = Trace(sent if scheduled is None else scheduled, sent, (), sent, prompt.tokens, 0)
     kind, detail = "", ""
     try:
-        await _read(client, endpoint, prompt.body(endpoint, sampling or {}), answer)
+        async with asyncio.timeout(limit):
+            await _read(client, endpoint, prompt.body(endpoint, sampling or {}), answer)
         if not answer.stamps:
             kind, detail = "empty", "the stream ended without a token"
         elif not answer.finished:
             kind, detail = "cut off", f"the stream ended after {len(answer.stamps)} pieces without its end"
     except _Failed as failure:
         kind, detail = failure.kind, failure.detail
+    except TimeoutError:
+        kind, detail = "timeout", f"not ended after {limit:g} s, {len(answer.stamps)} pieces came"
     except Exception as error:  # whatever a transport raises is one failed request, not the end of the run
-        kind, detail = _transport_kind(error, bool(answer.stamps)), first_line(error)
+        kind, detail = transport_kind(error, bool(answer.stamps)), first_line(error)
     told = answer.usage.get("completion_tokens")
     asked = answer.usage.get("prompt_tokens")
     counted = isinstance(told, int) and told > 0
@@ -337,7 +349,7 @@ async def _read(
     async with client.stream("POST", endpoint.route, json=body) as response:
         if response.status_code != 200:
             said = (await response.aread())[:_LOOKED_AT].decode(errors="replace")
-            raise _Failed(_status_kind(response.status_code), f"{response.status_code}: {_message(said)}")
+            raise _Failed(status_kind(response.status_code), f"{response.status_code}: {said_by(said)}")
         kind = response.headers.get("content-type", "")
         if "event-stream" not in kind:
             said = (await response.aread())[:200].decode(errors="replace")
@@ -346,7 +358,7 @@ async def _read(
             answer.take(now, data)
 
 
-def _message(said: str) -> str:
+def said_by(said: str) -> str:
     """What an error's body says, whichever engine wrote it."""
     try:
         value = json.loads(said)
@@ -357,7 +369,8 @@ def _message(said: str) -> str:
         return clipped(said, 300)
 
 
-def _transport_kind(error: Exception, begun: bool) -> str:
+def transport_kind(error: Exception, begun: bool = False) -> str:
+    """The kind of failure (:data:`KINDS`) that a transport's error is; ``begun``: whether an answer had."""
     import httpx2 as httpx
 
     chain: BaseException | None = error
@@ -381,20 +394,21 @@ async def get_json(client: httpx.AsyncClient, endpoint: Endpoint, path: str, bod
     try:
         response = await client.request("GET" if body is None else "POST", endpoint.url + path, json=body)
     except Exception as error:
-        kind = _transport_kind(error, False)
-        raise EndpointError(f"{endpoint.url}{path}: {first_line(error)}: {KINDS[kind]}") from error
+        kind = transport_kind(error)
+        raise EndpointError(f"{endpoint.url}{path}: {first_line(error)}: {KINDS[kind]}", kind) from error
     said = response.text[:_LOOKED_AT]
     if response.status_code != 200:
-        kind = _status_kind(response.status_code)
+        kind = status_kind(response.status_code)
         raise EndpointError(
-            f"{endpoint.url}{path} answered {response.status_code} ({_message(said)}): {KINDS[kind]}"
+            f"{endpoint.url}{path} answered {response.status_code} ({said_by(said)}): {KINDS[kind]}", kind
         )
     try:
         return response.json()
     except ValueError as error:
         raise EndpointError(
             f"{endpoint.url}{path} answered no JSON ({clipped(said, 80)}): is that an OpenAI-compatible "
-            "endpoint? Give its address up to /v1"
+            "endpoint? Give its address up to /v1",
+            "no stream",
         ) from error
 
 

@@ -132,26 +132,33 @@ async def run_level(
     sampling: Mapping[str, Any] | None = None,
     limits: Mapping[str, float] | None = None,
     seed: int = 0,
+    seconds: float | None = None,
     done: Callable[[int], None] = lambda count: None,
 ) -> Run:
     """Sends every prompt once under a load and waits for all answers.
 
     Args:
+        seconds: for which requests are sent at most by a closed loop, and that each answer may take: the load
+            ends after twice as long whatever the server does.
         done: told how many have ended, each time one does.
     """
     traces: list[Trace] = []
 
     async def one(prompt: Prompt, scheduled: float | None) -> None:
-        traces.append(await ask(client, endpoint, prompt, scheduled=scheduled, sampling=sampling))
+        traces.append(
+            await ask(client, endpoint, prompt, scheduled=scheduled, sampling=sampling, limit=seconds)
+        )
         done(len(traces))
 
     async with watched() as health:
         if level.rate is None:
             assert level.concurrency is not None
-            waiting = iter(prompts)
+            waiting, begun = iter(prompts), time.perf_counter()
 
             async def worker() -> None:
                 for prompt in waiting:
+                    if seconds is not None and time.perf_counter() - begun > seconds:
+                        return
                     await one(prompt, None)
 
             await asyncio.gather(*(worker() for _ in range(min(level.concurrency, len(prompts)))))

@@ -322,11 +322,19 @@ class Server:
         self._signal = number
         self.ask_to_end()
 
-    def ask_to_end(self) -> None:
-        """Sends SIGTERM and returns at once."""
+    def ask_to_end(self, first_alone: bool = False) -> None:
+        """Sends SIGTERM and returns at once.
+
+        Args:
+            first_alone: to its first process alone, as a container's runtime does, which then ends the others
+                in order; else to all, which is sooner.
+        """
         if self._process is not None and self._process.poll() is None:
             self._ending = True
-            self._send(signal.SIGTERM)
+            if first_alone:
+                self._process.terminate()
+            else:
+                self._send(signal.SIGTERM)
 
     @property
     def alive(self) -> bool:

@@ -11,11 +11,10 @@ moves log-probabilities by far more.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -34,6 +33,7 @@ from quant.serving.process import Server, ServerError, cpu_environment, find_vll
 from quant.vllm.arguments import model_dtype
 from quant.vllm.config import context_length
 from quant.vllm.kernels import CPU_FORMATS, cpu_has
+from quant.vllm.log import on_cpu, weight_only
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 12, 64, 32
 #: How many times farther from fp32 than our own 16-bit run vLLM may be, as root mean square over all tokens.
@@ -52,14 +52,6 @@ FLAGS = (
     '{"enable_weights_track": true}',
     "--enforce-eager",
     "--no-enable-prefix-caching",
-)
-
-
-#: vLLM's line about a kernel that computes with FP8, NVFP4 or MX weights and leaves activations in 16 bits,
-#: on hardware without such numbers.
-_WEIGHT_ONLY = re.compile(
-    r"(Selected|Using) (Marlin(FP8|NvFp4|MxFp4|Mxfp8)\w*|\w*NvFp4W4A16\w*|CPUFp8(Block|PerTensor)Scaled\w*) "
-    r"for "
 )
 
 
@@ -156,15 +148,19 @@ def prompts(path: Path, *, longest: int | None = None) -> torch.Tensor:
     return evaluation_rows(load_tokenizer(path), bundled("wikitext-2-test"), length, PROMPTS)
 
 
-def ask(server: Server, rows: torch.Tensor, new_tokens: int = NEW_TOKENS) -> Answers:
-    """Scores and continues rows of token ids through the server's completions endpoint.
+class Asked(Protocol):
+    """What answers requests for a model: a server of ours, or whatever else does."""
 
-    Raises:
-        ServerError: an answer without the tokens and log-probabilities asked for, or with numbers that JSON
-            has no word for (NaN).
-    """
-    body = {
-        "model": server.name,
+    name: str
+
+    def request(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]: ...
+
+
+def question(name: str, rows: torch.Tensor, new_tokens: int = NEW_TOKENS) -> dict[str, Any]:
+    """The body of a completion request that scores rows of token ids and continues them greedily, as vLLM
+    reads it."""
+    return {
+        "model": name,
         "prompt": rows.tolist(),
         "max_tokens": new_tokens,
         "temperature": 0,
@@ -173,7 +169,15 @@ def ask(server: Server, rows: torch.Tensor, new_tokens: int = NEW_TOKENS) -> Ans
         "logprobs": 0,
         "return_token_ids": True,
     }
-    answer = server.request("/v1/completions", body)
+
+
+def answers_in(answer: Mapping[str, Any], rows: torch.Tensor) -> Answers:
+    """What an answer to :func:`question` says of its rows.
+
+    Raises:
+        ServerError: it lacks the tokens and log-probabilities asked for, or holds numbers that JSON has no
+            word for (NaN).
+    """
     try:
         choices = sorted(answer["choices"], key=lambda c: c["index"])
         tokens = [row.tolist() + list(c["token_ids"]) for row, c in zip(rows, choices, strict=True)]
@@ -185,11 +189,67 @@ def ask(server: Server, rows: torch.Tensor, new_tokens: int = NEW_TOKENS) -> Ans
             ]
             logs.append(scored + [float(x) for x in choice["logprobs"]["token_logprobs"]])
         return Answers(torch.tensor(tokens), torch.tensor(logs), rows.shape[1])
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise ServerError(
             f"/v1/completions did not answer with tokens and log-probabilities ({type(error).__name__}: "
             f"{error})"
         ) from error
+
+
+def echo_question(name: str, rows: torch.Tensor) -> dict[str, Any]:
+    """The body of a completion request that scores rows without continuing them, as OpenAI's own API once
+    did: ``echo`` with ``logprobs``."""
+    return {
+        "model": name,
+        "prompt": rows.tolist(),
+        "max_tokens": 1,  # the least that every engine takes
+        "temperature": 0,
+        "echo": True,
+        "logprobs": 1,
+    }
+
+
+def echoed_in(answer: Mapping[str, Any], rows: torch.Tensor) -> Answers:
+    """What an answer to :func:`echo_question` says of its rows.
+
+    Raises:
+        ServerError: it scores another number of tokens than were sent.
+    """
+    try:
+        choices = sorted(answer["choices"], key=lambda c: c["index"])
+        said = [c["logprobs"]["token_logprobs"] for c in choices]
+        length = rows.shape[1]
+        if len(said) != len(rows) or any(len(row) not in (length, length + 1) for row in said):
+            raise ValueError(f"{list(map(len, said))[:4]} log-probabilities of {length} tokens")
+        logs = [[float(x) for x in row[1:length]] for row in said]
+        return Answers(rows, torch.tensor(logs), length)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise ServerError(
+            f"/v1/completions did not echo the prompt's log-probabilities ({type(error).__name__}: {error})"
+        ) from error
+
+
+def ask(server: Asked, rows: torch.Tensor, new_tokens: int = NEW_TOKENS) -> Answers:
+    """Scores and continues rows of token ids through a completions endpoint, all in one request.
+
+    Raises:
+        ServerError: see :func:`answers_in`.
+    """
+    return answers_in(server.request("/v1/completions", question(server.name, rows, new_tokens)), rows)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a checkpoint's values make of tokens: fp32 [rows, T - 1] log-probabilities of every token but the
+    first, computed in fp32 (``exact``) and in the model's dtype (``rounded``), and of the likeliest token
+    (``most``)."""
+
+    exact: torch.Tensor
+    most: torch.Tensor
+    rounded: torch.Tensor
+
+    def rows(self, which: slice) -> Truth:
+        return Truth(self.exact[which], self.most[which], self.rounded[which])
 
 
 class Reference:
@@ -231,31 +291,54 @@ class Reference:
                     most.append(logs.amax(-1))
         return torch.cat(said), torch.cat(most)
 
+    def truth(self, tokens: torch.Tensor) -> Truth:
+        """What the values say of rows of tokens [rows, T]; equal rows are computed once."""
+        distinct, where = torch.unique(tokens, dim=0, return_inverse=True)
+        exact, most = self.logs(distinct, torch.float32)
+        rounded, _ = self.logs(distinct, self.dtype)
+        return Truth(exact[where], most[where], rounded[where])
+
     def compare(self, answers: Answers, like: Comparison | None = None) -> Comparison:
         """Judges what vLLM said.
 
         Args:
             like: take the noise of this comparison of the same answers, instead of another run.
         """
-        exact, most = self.logs(answers.tokens, torch.float32)
-        # NaN must fail: it is replaced by infinity before any maximum
-        away = (answers.logs - exact).abs().nan_to_num(torch.inf)
         if like is None:
-            noise = (self.logs(answers.tokens, self.dtype)[0] - exact).abs()
-            noise_rms, noise_worst = _rms(noise), float(noise.max())
-        else:
-            noise_rms, noise_worst = like.noise, like.noise_worst
-        chosen = (most - exact)[:, answers.prompt - 1 :]
-        return Comparison(
-            deviation=_rms(away),
-            worst=float(away.max()),
-            noise=noise_rms,
-            noise_worst=noise_worst,
-            ties=int((chosen > 0).sum()),
-            gap=float(chosen.max()),
-            generated=chosen.numel(),
-            tokens=away.numel(),
-        )
+            return judge(answers, self.truth(answers.tokens))
+        exact, most = self.logs(answers.tokens, torch.float32)
+        compared = judge(answers, Truth(exact, most, exact))
+        return replace(compared, noise=like.noise, noise_worst=like.noise_worst)
+
+
+def judge(answers: Answers, truth: Truth) -> Comparison:
+    """What an engine said beside what the values say of the same tokens."""
+    # NaN must fail: it is replaced by infinity before any maximum
+    away = (answers.logs - truth.exact).abs().nan_to_num(torch.inf)
+    noise = (truth.rounded - truth.exact).abs()
+    chosen = (truth.most - truth.exact)[:, answers.prompt - 1 :]
+    return Comparison(
+        deviation=_rms(away),
+        worst=float(away.max()),
+        noise=_rms(noise),
+        noise_worst=float(noise.max()),
+        ties=int((chosen > 0).sum()),
+        gap=float(chosen.max()) if chosen.numel() else 0.0,
+        generated=chosen.numel(),
+        tokens=away.numel(),
+    )
+
+
+def difference(one: Answers, other: Answers) -> tuple[float, float, int]:
+    """How far two sets of answers to the same prompts are apart, up to where their tokens part, which greedy
+    decoding may do at a tie.
+
+    Returns:
+        root mean square and maximum in nats, and the number of rows that part.
+    """
+    same = (one.tokens == other.tokens).cumprod(1).bool()
+    away = (one.logs - other.logs).abs().nan_to_num(torch.inf)[same[:, 1:]]
+    return _rms(away), float(away.max()), int((~same[:, -1]).sum())
 
 
 def kernels(log: Iterable[str]) -> Kernels:
@@ -265,9 +348,7 @@ def kernels(log: Iterable[str]) -> Kernels:
     Kernels(activations=False, nearest_cache=True)
     """
     lines = list(log)
-    return Kernels(
-        not any(_WEIGHT_ONLY.search(x) for x in lines), not any("device_config=cpu" in x for x in lines)
-    )
+    return Kernels(not weight_only(lines), not on_cpu(lines))
 
 
 def saturation(log: Iterable[str]) -> str | None:

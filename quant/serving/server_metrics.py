@@ -67,6 +67,34 @@ def parse_metrics(text: str) -> dict[str, list[float]]:
     return series
 
 
+#: The series of vLLM whose labels describe its KV cache.
+_CACHE = re.compile(r"vllm:cache_config_info\{(.*)\}")
+
+
+def cache_tokens(text: str) -> int | None:
+    """Tokens that the KV caches of a vLLM hold together, as its metrics' labels say; None where they do not.
+
+    >>> cache_tokens('vllm:cache_config_info{block_size="16",num_gpu_blocks="100"} 1.0')
+    1600
+    """
+    total = 0
+    for line in text.splitlines():
+        if match := _CACHE.match(line):
+            labels = dict(re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', match[1]))
+            stated = labels.get("kv_cache_size_tokens", "")
+            if stated.isdigit():
+                total += int(stated)
+            elif labels.get("num_gpu_blocks", "").isdigit() and labels.get("block_size", "").isdigit():
+                total += int(labels["num_gpu_blocks"]) * int(labels["block_size"])
+    return total or None
+
+
+def resident_bytes(text: str) -> float | None:
+    """Memory of the server's own process, as Prometheus's clients tell it; None where it is not told."""
+    values = parse_metrics(text).get("process_resident_memory_bytes")
+    return max(values) if values else None
+
+
 def figures(series: Mapping[str, list[float]]) -> dict[str, float]:
     """The known figures of one look, under our names."""
     known: dict[str, float] = {}

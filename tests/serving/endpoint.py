@@ -11,8 +11,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from tests.serving.engine import Engine
+
+#: What it does otherwise than it should: drop the chat template; compute wrongly while several are served;
+#: accept what is malformed; fail at it; close on it; write prompts into its log; other answers every time.
+_LIES = ("template", "batch", "lax", "fragile", "closes", "logs", "random", "schema")
 _STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
@@ -25,6 +31,8 @@ class Behaviour:
         root: folder of the checkpoint that it says it serves.
         fault: see ``_FAULTS``; ``every``: it shows in each n-th request.
         slots: requests at a time, the others wait; 0: all.
+        engine: what computes the answers; None: words that mean nothing.
+        lies: see ``_LIES``.
         stall_at, stall: the whole server stands still for so many seconds once, so many after its start.
         counted: whether it tells its usage.
     """
@@ -39,6 +47,9 @@ class Behaviour:
     counted: bool = True
     tokenizes: bool = True
     refuses: tuple[str, ...] = ()
+    engine: Engine | None = None
+    lies: tuple[str, ...] = ()
+    length: int = 4096
     answer: Callable[[int], str] = lambda i: f" w{i}"
     seen: Counter[str] = field(default_factory=Counter)
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -51,6 +62,7 @@ class FakeEndpoint:
         self.behaviour = behaviour
         self.url = ""
         self.running = self.most = 0
+        self.log: list[str] = []
 
     async def serve(self, ready: threading.Event, stop: asyncio.Event) -> None:
         b = self.behaviour
@@ -71,7 +83,11 @@ class FakeEndpoint:
                 line, *headers = head.split("\r\n")
                 fields = {k.lower(): v.strip() for k, _, v in (h.partition(":") for h in headers) if v}
                 body = await reader.readexactly(int(fields.get("content-length", 0)))
-                await self._answer(line.split()[1], fields, json.loads(body) if body else {}, writer)
+                try:
+                    value = json.loads(body) if body else {}
+                except (ValueError, RecursionError):
+                    value = None
+                await self._answer(line.split()[1], fields, value, writer)
         except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError):
             pass
         finally:
@@ -86,11 +102,23 @@ class FakeEndpoint:
             return await _plain(writer, 401, {"error": {"message": "no"}})
         if path == "/v1/models":
             return await _plain(
-                writer, 200, {"data": [{"id": "m", "root": b.root or None, "max_model_len": 4096}]}
+                writer, 200, {"data": [{"id": "m", "root": b.root or None, "max_model_len": b.length}]}
             )
+        if path == "/health":
+            return await _plain(writer, 200, "")
         if path == "/metrics":
-            text = f"vllm:num_requests_running {self.running}\nvllm:num_preemptions_total 3\n"
-            return await _plain(writer, 200, text)
+            return await _plain(writer, 200, _METRICS.format(running=self.running))
+        if path.startswith("/v1/") and (reason := _refusal(body, b.length)) and "lax" not in b.lies:
+            if "closes" in b.lies:
+                return writer.close()
+            status = 500 if "fragile" in b.lies else 404 if "model" in reason else 400
+            return await _plain(writer, status, {"error": {"message": reason}})
+        if path == "/tokenize" and b.engine is not None and "messages" in body:
+            return await _plain(
+                writer, 200, {"tokens": b.engine.chat(body["messages"], "template" in b.lies)}
+            )
+        if path == "/tokenize" and b.engine is not None and "prompt" in body:
+            return await _plain(writer, 200, {"tokens": b.engine.encode(body["prompt"])})
         if path == "/tokenize" and b.tokenizes and "prompt" in body:
             return await _plain(writer, 200, {"tokens": list(range(len(body["prompt"]) // 4))})
         if path.startswith("/v1/") and path.endswith("completions"):
@@ -105,10 +133,31 @@ class FakeEndpoint:
                 self.running += 1
                 self.most = max(self.most, self.running)
                 try:
+                    if b.engine is not None and not body.get("stream"):
+                        return await self._compute(body, writer)
                     return await self._stream(body, writer, path.endswith("chat/completions"))
                 finally:
                     self.running -= 1
         await _plain(writer, 404, {"error": {"message": "no such route"}})
+
+    async def _compute(self, body: Any, writer: asyncio.StreamWriter) -> None:
+        """The engine's own answer to a request that is not streamed."""
+        b = self.behaviour
+        assert b.engine is not None
+        if "logs" in b.lies:
+            self.log.append(str(body))
+        if "messages" in body:
+            tokens = b.engine.chat(body["messages"], "template" in b.lies)
+        else:
+            tokens = b.engine.encode(body["prompt"])
+        await asyncio.sleep(0.01)  # others may come meanwhile
+        wrong = "batch" in b.lies and self.running > 1
+        value = await asyncio.to_thread(b.engine.complete, tokens, body, wrong)
+        if "random" in b.lies:
+            value["choices"][0]["text"] = str(b.seen["asked"])
+        if "schema" in b.lies and ("response_format" in body or "tools" in body):
+            value["choices"][0] |= {"text": "{blue", "message": {"content": "{blue"}}
+        await _plain(writer, 200, value)
 
     async def _stream(
         self, body: Any, writer: asyncio.StreamWriter, chat: bool, upto: int | None = None
@@ -157,6 +206,33 @@ class FakeEndpoint:
         elif kind == "hang":
             await asyncio.sleep(30)
             writer.close()
+
+
+_METRICS = """vllm:num_requests_running {running}
+vllm:num_requests_waiting 0
+vllm:kv_cache_usage_perc 0.1
+vllm:prompt_tokens_total 5
+vllm:generation_tokens_total 5
+vllm:num_preemptions_total 3
+process_resident_memory_bytes 1000000
+"""
+
+
+def _refusal(body: Any, length: int) -> str:
+    """What a sound server has against a request; empty where it has nothing."""
+    if not isinstance(body, dict):
+        return "no object"
+    prompt, most = body.get("prompt", "a"), body.get("max_tokens", 1)
+    ids = prompt if isinstance(prompt, list) else []
+    while ids and isinstance(ids[0], list) and not isinstance(ids[0], bool) and len(ids[0]) > 1:
+        ids = ids[0]
+    if not isinstance(prompt, (str, list)) or not all(isinstance(i, int) and 0 <= i < 10**6 for i in ids):
+        return "no prompt"
+    if len(prompt) > length * 16 or len(ids) > length:
+        return "beyond the context"
+    if not isinstance(most, int) or most < 1 or body.get("temperature", 0) < 0:
+        return "out of range"
+    return "" if body.get("model", "m") == "m" else "no such model"
 
 
 def _chunk(writer: asyncio.StreamWriter, data: bytes) -> None:

@@ -45,8 +45,15 @@ def _start(path: Path, *options: str, **settings: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings)
 
 
+def _check(*options: str, **settings: Any) -> tuple[int, dict[str, Any], str]:
+    command = [sys.executable, str(ROOT / "deploy_vllm.py"), "check", "--json", "-q", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, **settings)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, json.loads(done.stdout), done.stderr
+
+
 def test_serve_answers_until_a_signal_and_leaves_no_process(
-    make: Callable[..., Path], vllm_python: str
+    make: Callable[..., Path], source: Path, vllm_python: str
 ) -> None:
     path = make(*OPTIONS)
     environment = os.environ | {"KEY": "s3cret"}
@@ -73,6 +80,12 @@ def test_serve_answers_until_a_signal_and_leaves_no_process(
         with pytest.raises(urllib.error.HTTPError, match="401") as refused:
             urllib.request.urlopen(report["url"] + "/v1/models", timeout=10)
         refused.value.close()
+        # what it was made from is not what it serves
+        options = ("--url", report["url"], "--checkpoint", str(source), "--only", "fidelity")
+        code, found, said = _check(*options, "--api-key-env", "KEY", env=environment)
+        failed = {f["name"] for f in found["findings"] if f["status"] == "FAIL"}
+        assert code == 4 and "log-probabilities, 1 at a time" in failed, found
+        assert failed <= {f"log-probabilities, {n} at a time" for n in (1, 32)}
         members = psutil.Process(process.pid).children(recursive=True)
         assert any("EngineCore" in " ".join(m.cmdline()) for m in members)
         process.send_signal(signal.SIGINT)
@@ -112,6 +125,43 @@ def test_check_stops_by_itself_and_a_signal_while_loading_stops_too(
     process.communicate(timeout=60)
     assert process.returncode == 130
     assert left_alive(members, 1) == []
+
+
+#: Loads that a CPU carries: what is tested is that each check comes to its end and finds what is there.
+_PROFILE = """
+performance: {input_tokens: 64, output_tokens: 16, requests: 16, concurrency: 4, seconds: 60, ttft_p95_ms: 60000,
+              stream_tokens_per_second: 0.1, sustained_concurrency: 2, long_prompts: {4096: 60000}}
+fidelity: {concurrency: 32, repeats: 3}
+operation: {growth_per_hour: 1000GiB}
+"""
+
+
+def test_check_finds_a_sound_server_sound(
+    make: Callable[..., Path], vllm_python: str, tmp_path: Path
+) -> None:
+    profile, output = tmp_path / "cpu.yaml", tmp_path / "report.json"
+    profile.write_text(_PROFILE)
+    code, value, said = _check(
+        "--checkpoint", str(make(*OPTIONS)), "--profile", str(profile), "--soak", "4s", "--output", str(output),
+        "--", "--enforce-eager", "--shutdown-timeout", "60",
+    )  # fmt: skip
+    by_name = {f["name"]: f for f in value["findings"]}
+    assert code == 0, [f for f in value["findings"] if f["status"] in ("FAIL", "WARN")]
+    assert value["passed"] and json.loads(output.read_text())["passed"]
+    skipped = {name for name, f in by_name.items() if f["status"] == "SKIP"}
+    assert skipped <= {
+        "chat template", "tool calls", "JSON mode", "a prompt of 4,096 tokens", "memory of the GPUs",
+        "KV cache as planned", "the gateway limits the rate", "filters stop what they must", "memory over time",
+    }  # fmt: skip
+    # vLLM's health stays good while it ends, and a busy machine may delay this program
+    warned = {name for name, f in by_name.items() if f["status"] == "WARN"}
+    assert warned <= {"not ready while it ends", "the client keeps up", "disk room of temporary files"}, (
+        warned
+    )
+    assert by_name["log-probabilities, 32 at a time"]["value"] > 0
+    assert by_name["requests under way are finished"]["value"] == 512
+    assert "Kernel" in by_name["kernels as planned"]["detail"] and value["kv_cache_tokens"] > 1024
+    assert 0 < by_name["starts again"]["value"] < 600
 
 
 def test_a_killed_serve_takes_its_server_along(make: Callable[..., Path], vllm_python: str) -> None:

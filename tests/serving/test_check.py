@@ -1,0 +1,260 @@
+"""The production checklist against an endpoint of the tests that is sound, and against the same with one lie
+each; the real server's run is in tests/vllm."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy_vllm import main
+from quant.serving.check.operation import slope
+from quant.serving.check.profile import parse_duration, profile_names, read_profile
+from quant.serving.check.run import CheckRequest, check_endpoint
+from quant.serving.check.value import CheckReport
+from quant.serving.client import Endpoint
+from tests.serving.endpoint import FakeEndpoint, endpoint
+from tests.serving.engine import TEMPLATE, Engine
+
+#: Loads of a few requests.
+PROFILE = """
+performance:
+  {input_tokens: 24, output_tokens: 6, requests: 12, concurrency: 4, seconds: 2, ttft_p95_ms: 500,
+   ttft_p99_ms: 1000, stream_tokens_per_second: 30, sustained_concurrency: 2,
+   long_prompts: {64: 500, 9999: 500}}
+fidelity: {concurrency: 4, repeats: 3}
+security: {rate_limit_requests: 20}
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with a chat template."""
+    path = Path(shutil.copytree(llama, tmp_path_factory.mktemp("check") / "model"))
+    file = path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": TEMPLATE}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint: Path) -> Engine:
+    return Engine(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("profile") / "quick.yaml"
+    path.write_text(PROFILE)
+    return path
+
+
+def _report(
+    fake: FakeEndpoint, profile: Path, checkpoint: Path | None, *groups: str, **given: Any
+) -> CheckReport:
+    request = CheckRequest(read_profile(str(profile)), checkpoint, groups=groups, **given)
+    key = fake.behaviour.key or None
+    return check_endpoint(Endpoint(fake.url, stall=5.0, api_key=key), request)
+
+
+def _statuses(report: CheckReport) -> dict[str, str]:
+    assert not any("not understood" in f.detail for f in report.findings), report.findings
+    return {f.name: f.status for f in report.findings}
+
+
+def test_a_sound_endpoint_passes(checkpoint: Path, engine: Engine, profile: Path) -> None:
+    with endpoint(engine=engine, length=256, key="k") as fake:
+        report = _report(fake, profile, checkpoint)
+    statuses = _statuses(report)
+    skipped = {name for name, status in statuses.items() if status == "SKIP"}
+    statuses.pop("the client keeps up", None)  # of a busy machine
+    assert set(statuses.values()) == {"PASS", "SKIP"}, report.findings
+    assert skipped == {
+        "kernels as planned", "a prompt of 9,999 tokens", "memory of the GPUs", "KV cache as planned",
+        "the gateway limits the rate", "filters stop what they must", "prompts are not in the log",
+        "memory over time", "requests under way are finished", "starts again",
+    }  # fmt: skip
+    assert all(f.detail for f in report.findings)  # a SKIP has its reason
+
+
+@pytest.mark.parametrize(
+    ("lies", "group", "failed"),
+    [
+        (("batch",), "fidelity", {"log-probabilities, 4 at a time", "the same alone and in a batch"}),
+        (
+            ("template", "random", "schema"),
+            "fidelity",
+            {"chat template", "greedy text repeats", "JSON mode", "tool calls"},
+        ),
+        (("lax",), "security", {"malformed requests get 4xx"}),
+        (("fragile",), "security", {"malformed requests get 4xx"}),
+        (("closes",), "security", {"malformed requests get 4xx"}),
+    ],
+)
+def test_each_lie_is_the_right_fail(
+    lies: tuple[str, ...], group: str, failed: set[str], checkpoint: Path, engine: Engine, profile: Path
+) -> None:
+    with endpoint(engine=engine, length=256, lies=lies) as fake:
+        report = _report(fake, profile, checkpoint, group)
+    assert {n for n, s in _statuses(report).items() if s == "FAIL"} == failed, report.findings
+    assert all(f.todo for f in report.findings if f.status == "FAIL")
+
+
+def test_weights_of_another_checkpoint_are_told(
+    checkpoints: Callable[..., Path], checkpoint: Path, profile: Path
+) -> None:
+    with endpoint(engine=Engine(checkpoints("llama", num_hidden_layers=1)), length=256) as fake:
+        statuses = _statuses(_report(fake, profile, checkpoint, "fidelity"))
+    assert statuses["log-probabilities, 1 at a time"] == statuses["log-probabilities, 4 at a time"] == "FAIL"
+    assert statuses["the same alone and in a batch"] == "PASS"  # wrong, but always alike
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "errors"),
+    [
+        ({"fault": "500"}, "5xx"),
+        ({"fault": "cut"}, "cut off"),
+        ({"fault": "garbage"}, "no stream"),
+        ({"fault": "429", "every": 3}, "429"),
+        ({"fault": "drop"}, "cut off"),
+        ({"fault": "hang"}, "timeout"),
+        ({"itl": 5.0}, "timeout"),
+    ],
+)
+def test_what_fails_under_load_is_counted_by_kind_and_ends(
+    behaviour: dict[str, Any], errors: str, profile: Path
+) -> None:
+    with endpoint(**behaviour) as fake:
+        report = _report(fake, profile, None, "performance")
+    answered = next(f for f in report.findings if f.name == "requests are answered")
+    assert answered.status == "FAIL" and errors in answered.todo
+    statuses = _statuses(report)
+    assert statuses["requests at a time within the limits"] == "FAIL"
+    if "itl" in behaviour:  # its first tokens come at once
+        assert statuses["TTFT P95"] == "PASS" and statuses["tokens/s of a stream"] == "FAIL"
+    elif behaviour["fault"] not in ("cut", "429"):
+        assert statuses["TTFT P95"] == "FAIL"
+
+
+def _runs(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any, str]:
+    with pytest.raises(SystemExit) as stop:
+        main(["check", *arguments, "--json"])
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    return int(stop.value.code or 0), json.loads(said.out), said.err
+
+
+def test_a_key_that_is_refused_is_a_fail_and_an_open_door_is_told(
+    profile: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with endpoint(key="right") as fake:
+        code, value, err = _runs(capsys, "--url", fake.url, "--api-key", "wrong")
+        assert code == 4 and value["counts"]["FAIL"] == 1 and not value["counts"]["PASS"]
+        assert value["findings"][0]["name"] == "the right key is taken" and "right key" in err
+        assert _statuses(_report(fake, profile, None, "security"))["a wrong key is refused"] == "PASS"
+    with endpoint() as fake:  # it takes any key
+        code, value, _ = _runs(
+            capsys, "--url", fake.url, "--api-key", "any", "--only", "security", "--profile", str(profile)
+        )
+    failed = {f["name"] for f in value["findings"] if f["status"] == "FAIL"}
+    assert code == 4 and failed == {"a missing key is refused", "a wrong key is refused"}
+
+
+def test_a_gateway_probes_and_a_log_are_looked_at(
+    checkpoint: Path, engine: Engine, profile: Path, tmp_path: Path
+) -> None:
+    log, probes = tmp_path / "server.log", tmp_path / "probes.jsonl"
+    log.write_text("INFO Using CPUWNA16LinearKernel for CompressedTensorsWNA16\n")
+    probes.write_text('{"prompt": "a", "blocked": true}\n{"prompt": "b", "absent": "[a-z]"}\n')
+    with endpoint(engine=engine, length=256) as fake, endpoint(fault="429", every=5) as gateway:
+        given = {"gateway": gateway.url, "probes": probes, "log": log}
+        report = _report(fake, profile, checkpoint, "security", **given)
+    statuses = _statuses(report)
+    assert statuses["the gateway limits the rate"] == "PASS"
+    assert statuses["filters stop what they must"] == "FAIL"
+    assert statuses["prompts are not in the log"] == "PASS"
+    with endpoint(engine=engine, length=256, lies=("logs",)) as fake:
+        fake.log = _Appended(log)
+        statuses = _statuses(_report(fake, profile, None, "security", log=log, gateway=fake.url))
+    assert statuses["prompts are not in the log"] == "FAIL"
+    assert statuses["the gateway limits the rate"] == "FAIL"
+
+
+class _Appended(list[str]):
+    """A log that is a file too."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path = path
+
+    def append(self, line: str) -> None:
+        with self.path.open("a") as file:
+            file.write(line + "\n")
+
+
+def test_a_slope_is_told_from_noise() -> None:
+    import random
+
+    noise = random.Random(0)
+    times = [float(t) for t in range(0, 600, 3)]
+    flat = [1e9 + noise.gauss(0, 1e6) for _ in times]
+    rate, half = slope(times, flat)
+    assert abs(rate) < half < 50e6
+    rate, half = slope(times, [v + 1e9 * t / 3600 for v, t in zip(flat, times, strict=True)])
+    assert rate - half > 0.9e9 and rate == pytest.approx(1e9, rel=0.05)
+
+
+def test_profiles_are_read_and_every_mistake_is_listed(tmp_path: Path) -> None:
+    assert profile_names() == ["batch", "chat"]
+    assert read_profile("chat").performance.ttft_p95_ms == 500
+    assert read_profile("batch").performance.tokens_per_second == 1000
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "performance: {ttft_p95: 5, requests: many, seconds: -1}\nsecurty: {}\nresources: {free_disk: 5 XB}"
+    )
+    with pytest.raises(Exception, match="5 problems") as error:
+        read_profile(str(path))
+    said = str(error.value)
+    assert "did you mean 'ttft_p95_ms'" in said and "requests is 'many'" in said and "'security'" in said
+    assert parse_duration("90s", "--soak") == 90 and parse_duration("10m", "--soak") == 600
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ([], 2, "--url of an endpoint"),
+        (["--url", "http://127.0.0.1:9"], 1, "is the server up"),
+        (["--url", "ftp://x"], 2, "give an address such as"),
+        (["--url", "http://a", "--profile", "caht"], 2, "did you mean 'chat'"),
+        (["--url", "http://a", "--soak", "soon"], 2, "30s, 10m"),
+        (["--url", "http://a", "--log", "missing.log"], 2, "--log is"),
+        (["--url", "http://a", "--probes", "missing.jsonl"], 2, "--probes is"),
+        (["--url", "http://a", "--", "--enforce-eager"], 2, "started here"),
+        (["--url", "http://a", "--output", "no/such/folder/x.json"], 2, "--output is"),
+    ],
+)
+def test_a_wrong_request_is_refused_in_one_line(
+    arguments: list[str], code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["check", *arguments])
+    said = capsys.readouterr().err
+    assert int(stop.value.code or 0) == code and words in said and "Traceback" not in said
+
+
+def test_the_screen_says_what_to_do(
+    profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--only", "security", "--profile", str(profile), "--output", str(tmp_path / "r.json"), "-q"]
+    for width in ("100", "50"):
+        monkeypatch.setenv("COLUMNS", width)
+        with endpoint(lies=("lax",)) as fake, pytest.raises(SystemExit) as stop:
+            main(["check", "--url", fake.url, *arguments])
+        out = capsys.readouterr().out
+        assert stop.value.code == 4
+        assert "FAIL" in out and "→ " in out and "SKIP" in out
+        assert max(map(len, out.splitlines()[1:-1])) <= int(width)
+    assert json.loads((tmp_path / "r.json").read_text())["passed"] is False
