@@ -129,8 +129,8 @@ def test_check_stops_by_itself_and_a_signal_while_loading_stops_too(
 
 #: Loads that a CPU carries: what is tested is that each check comes to its end and finds what is there.
 _PROFILE = """
-performance: {input_tokens: 64, output_tokens: 16, requests: 16, concurrency: 4, seconds: 60, ttft_p95_ms: 60000,
-              stream_tokens_per_second: 0.1, sustained_concurrency: 2, long_prompts: {4096: 60000}}
+performance: {input_tokens: 64, output_tokens: 16, requests: 16, concurrency: 4, seconds: 60,
+              ttft_p95_ms: 60000, stream_tokens_per_second: 0.1, sustained_concurrency: 2, long_prompts: {4096: 60000}}
 fidelity: {concurrency: 32, repeats: 3}
 operation: {growth_per_hour: 1000GiB}
 """
@@ -142,8 +142,8 @@ def test_check_finds_a_sound_server_sound(
     profile, output = tmp_path / "cpu.yaml", tmp_path / "report.json"
     profile.write_text(_PROFILE)
     code, value, said = _check(
-        "--checkpoint", str(make(*OPTIONS)), "--profile", str(profile), "--soak", "4s", "--output", str(output),
-        "--", "--enforce-eager", "--shutdown-timeout", "60",
+        "--checkpoint", str(make(*OPTIONS)), "--profile", str(profile), "--soak", "4s",
+        "--output", str(output), "--", "--enforce-eager", "--shutdown-timeout", "60",
     )  # fmt: skip
     by_name = {f["name"]: f for f in value["findings"]}
     assert code == 0, [f for f in value["findings"] if f["status"] in ("FAIL", "WARN")]
@@ -151,7 +151,8 @@ def test_check_finds_a_sound_server_sound(
     skipped = {name for name, f in by_name.items() if f["status"] == "SKIP"}
     assert skipped <= {
         "chat template", "tool calls", "JSON mode", "a prompt of 4,096 tokens", "memory of the GPUs",
-        "KV cache as planned", "the gateway limits the rate", "filters stop what they must", "memory over time",
+        "KV cache as planned", "the gateway limits the rate", "filters stop what they must",
+        "memory over time",
     }  # fmt: skip
     # vLLM's health stays good while it ends, and a busy machine may delay this program
     warned = {name for name, f in by_name.items() if f["status"] == "WARN"}
