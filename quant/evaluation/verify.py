@@ -46,6 +46,7 @@ from quant.vllm.layers import (
     reordered,
     shape_problems,
     sharing_layers,
+    unfound_expert,
 )
 from quant.vllm.methods import method_problem
 from quant.vllm.names import unread_spellings
@@ -305,7 +306,8 @@ def _unread(checkpoint: Checkpoint, layers: QuantizedLayers, form: Format) -> li
     problems = [f"{n} is quantized: {plain[n]}" for n in layers.linears if n in plain]
     kinds = model_types(checkpoint.config)
     reason = expert_problem(next(iter(kinds), ""), layers.linears.values(), layers.format)
-    problems += [reason] if reason else []
+    unfound = unfound_expert(kinds, layers.linears)
+    problems += [p for p in (reason, unfound) if p]
     for name, linear in layers.linears.items():
         if reordered(name, linear.scheme, form.name, kinds):
             problems.append(

@@ -161,7 +161,12 @@ LAYOUTS = (
     ExpertLayout(("qwen3_vl_moe_text", "qwen3_vl_moe"), _GATED, names=_SAME),
     ExpertLayout(("qwen3_5_moe_text", "qwen3_5_moe"), _GATED, names=_SAME, fused_only=False),
     ExpertLayout(("gemma4_text", "gemma4"), _GATED, names=_SAME),
-    ExpertLayout(("mixtral", "minimax", "minimax_m2", "phimoe"), _GATED, names=_W123, fused_only=False),
+    ExpertLayout(
+        ("mixtral", "minimax", "minimax_m2", "phimoe", "lfm2_moe", "deepseek_v4"),
+        _GATED,
+        names=_W123,
+        fused_only=False,
+    ),
     ExpertLayout(
         ("granitemoe", "granitemoeshared", "granitemoehybrid"),
         {"input_linear": ("gate_proj", "up_proj"), "output_linear": ("down_proj",)},

@@ -215,6 +215,22 @@ def one_form_problem(model_type: str, scheme: Scheme) -> str | None:
     )
 
 
+#: Model types whose loader knows an expert's projections as ``w1``, ``w3`` and ``w2`` alone (``ckpt_names``
+#: of `models/lfm2_moe.py`, `minimax_m2.py`, `models/deepseek_v4`; Mixtral's maps both): others stay empty
+#: without a word.
+_NUMBERED = frozenset({"lfm2_moe", "minimax_m2", "deepseek_v4"})
+
+
+def unfound_expert(kinds: Collection[str], linears: Iterable[str]) -> str | None:
+    """What vLLM's loader would not find of a mixture's quantized experts, said of one of them; or None."""
+    if _NUMBERED.isdisjoint(kinds):
+        return None
+    wrong = (n for n in linears if ".experts." in n and n.endswith(("gate_proj", "up_proj", "down_proj")))
+    return next(
+        (f"{n}: vLLM looks for experts as w1, w3 and w2, and leaves these empty" for n in wrong), None
+    )
+
+
 def form_problem(model_type: str, form: str) -> str | None:
     """Why no file of a family is written in a format that is one family's alone, or None."""
     families = [kind for kind, (name, _) in ONE_FORM.items() if name == form]

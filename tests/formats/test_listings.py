@@ -15,12 +15,14 @@ import pytest
 
 from docs.make_models import make
 from quant.errors import Problems
+from quant.evaluation.verify import verify
 from quant.pipeline.layout import Unit
 from quant.pipeline.manager import output_config
 from quant.pipeline.plan import JobPlan, plan_job
 from quant.recipe import make_recipe
-from tests.helpers import ROOT
+from tests.helpers import ROOT, load_all, quantize, save_all
 
+GROUP = 32
 LISTING = json.loads((ROOT / "tests/fixtures/llm_compressor.json").read_text(encoding="utf-8"))
 SCHEMES: dict[str, dict[str, Any]] = LISTING["schemes"]
 #: Families of whose experts it writes other names than their own files have: we keep those. vLLM's loader of
@@ -103,6 +105,23 @@ def test_tensors_and_config_are_those_of_llm_compressor(family: str, folder: Pat
         assert group["targets"] == stated["group"]["targets"] == ["Linear"]
         for part in ("weights", "input_activations"):
             assert _said(group[part]) == _said(stated["group"][part])
+
+
+def test_experts_under_names_that_vllm_does_not_look_for_are_not_passed(folder: Path) -> None:
+    """What llm-compressor calls LFM2-MoE's: real vLLM leaves all of them empty."""
+    make("lfm2_moe", folder / "renamed.source")
+    out = folder / "renamed"
+    quantize(folder / "renamed.source", out, group_size=GROUP)
+    assert verify(out).passed
+    theirs = {ours: theirs for theirs, ours in _THEIR_NAMES.items()}
+    tensors = {
+        re.sub(r"(\.experts\.\d+\.)(w[123])\.", lambda m: f"{m[1]}{theirs[m[2]]}.", name): t
+        for name, t in load_all(out).items()
+    }
+    for file in [*out.glob("*.safetensors"), *out.glob("*.index.json")]:
+        file.unlink()
+    save_all(out, tensors)
+    assert any("looks for experts as w1" in problem for problem in verify(out).failed)
 
 
 def test_what_vllm_cannot_read_is_not_written_as_llm_compressor_writes_it(folder: Path) -> None:
