@@ -39,7 +39,7 @@ from quant.vllm.architectures import architecture_problem
 from quant.vllm.arguments import engine_arguments, vllm_config
 from quant.vllm.cache import KV_CACHE, cache_problems, cache_scale
 from quant.vllm.config import heads_of, model_types, quantization_config, stated_dtype, without_quantization
-from quant.vllm.layers import Linear, shape_problems
+from quant.vllm.layers import Linear, expert_problem, form_problem, shape_problems
 
 
 def export(
@@ -247,6 +247,10 @@ def _plan(
             problems += wrong
         if form.quant_method is not None:
             problems += _problems(linears.values(), form, target)
+            kind = next(iter(model_types(checkpoint.config)), "")
+            reasons = [form_problem(kind, form.name)]
+            reasons += [expert_problem(kind, linears.values(), form.name)] if target == "vllm" else []
+            problems += [f"{reason}: --format plain keeps the values" for reason in reasons if reason]
             problems += [
                 f"{stack.name}: its experts share multipliers with one another or between their "
                 "projections, which no format written here holds: quant quantize -m rounds them anew, "

@@ -262,6 +262,20 @@ def test_stacked_experts_of_compressed_tensors_are_taken_apart_as_they_are(
     assert all(torch.equal(out[n].view(torch.uint8), wanted[n].view(torch.uint8)) for n in wanted)
 
 
+def test_a_form_that_is_one_familys_alone_is_written_as_it_was_and_in_no_other(
+    source: Callable[[str], Path], tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    publish(source("mxfp4 experts"), tmp_path / "published", "mxfp4 experts")
+    done = cli("export-vllm", "-m", tmp_path / "published", "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    before, after = load_all(tmp_path / "published"), load_all(tmp_path / "out")
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    other = ["--format", "compressed-tensors"]
+    done = cli("export-vllm", "-m", tmp_path / "published", "-o", tmp_path / "other", *other)
+    assert done.code == 1 and "in --format mxfp4 alone" in done.err
+    assert not (tmp_path / "other.work").exists()
+
+
 def test_zero_multipliers_of_experts_in_one_tensor_are_told(
     source: Callable[[str], Path], tmp_path: Path, cli: Callable[..., Any]
 ) -> None:
