@@ -130,7 +130,8 @@ def test_check_stops_by_itself_and_a_signal_while_loading_stops_too(
 #: Loads that a CPU carries: what is tested is that each check comes to its end and finds what is there.
 _PROFILE = """
 performance: {input_tokens: 64, output_tokens: 16, requests: 16, concurrency: 4, seconds: 60,
-              ttft_p95_ms: 60000, stream_tokens_per_second: 0.1, sustained_concurrency: 2, long_prompts: {4096: 60000}}
+              ttft_p95_ms: 60000, stream_tokens_per_second: 0.1, sustained_concurrency: 2,
+              long_prompts: {4096: 60000}}
 fidelity: {concurrency: 32, repeats: 3}
 operation: {growth_per_hour: 1000GiB}
 """
@@ -160,7 +161,8 @@ def test_check_finds_a_sound_server_sound(
         warned
     )
     assert by_name["log-probabilities, 32 at a time"]["value"] > 0
-    assert by_name["requests under way are finished"]["value"] == 512
+    drained = by_name["requests under way are finished"]
+    assert drained["value"] == drained["threshold"] > 100
     assert "Kernel" in by_name["kernels as planned"]["detail"] and value["kv_cache_tokens"] > 1024
     assert 0 < by_name["starts again"]["value"] < 600
 

@@ -103,10 +103,14 @@ def _compared(context: Context, answers: Sequence[Answers]) -> list[Comparison]:
     from quant.evaluation.simulation import Kernels
     from quant.serving.reference import Reference, judge, kernels
 
-    known = [kernels(context.start_of_log)] if context.start_of_log else []
+    ways = [Kernels(), Kernels(activations=False), Kernels(False, nearest_cache=False)]
+    if context.start_of_log:
+        ways = [kernels(context.start_of_log)]
+    elif not _rounds_inputs(context):
+        ways = ways[:1]
     tokens = torch.cat([a.tokens for a in answers])
     best: list[Comparison] = []
-    for way in known or [Kernels(), Kernels(activations=False), Kernels(False, nearest_cache=False)]:
+    for way in ways:
         truth = Reference(context.needs_checkpoint(), way).truth(tokens)
         found, at = [], 0
         for part in answers:
@@ -117,6 +121,18 @@ def _compared(context: Context, answers: Sequence[Answers]) -> list[Comparison]:
         if all(c.passed for c in found):
             return found
     return best
+
+
+def _rounds_inputs(context: Context) -> bool:
+    """Whether the checkpoint's scheme rounds inputs or the KV cache, which some kernels leave undone."""
+    from quant.checkpoint.reader import open_checkpoint
+    from quant.formats.base import find_format
+
+    checkpoint = open_checkpoint(context.needs_checkpoint())
+    layers = find_format(checkpoint.config, checkpoint.tensors)
+    linears = [] if layers is None else layers.linears.values()
+    settings = checkpoint.config.get("quantization_config") or {}
+    return bool(settings.get("kv_cache_scheme")) or any(x.scheme.activations is not None for x in linears)
 
 
 async def log_probabilities(context: Context) -> list[Finding]:

@@ -26,6 +26,8 @@ _LOOK, _MEMORY_LOOKS = 0.05, 200
 _HOUR = 3600.0
 #: Tokens that the request under way is asked for while the server is told to end.
 _DRAINED = 512
+#: Seconds that it may take at the speed of the load.
+_DRAINING = 5.0
 
 
 async def health(context: Context) -> list[Finding]:
@@ -127,8 +129,9 @@ async def soak(context: Context) -> list[Finding]:
             )  # fmt: skip
             traces += run.summary.traces
             if not run.summary.good:
+                looking.cancel()
                 break
-        await looking
+        await asyncio.wait([looking])
     finally:
         looking.cancel()
     return [_growth(context, times, values), _errors(traces)]
@@ -166,7 +169,7 @@ async def drain(context: Context) -> list[Finding]:
     if context.server is None:
         raise Skip("the server is not ours to stop: give --checkpoint without --url, and it starts one")
     limit = context.profile.operation.drain_seconds
-    most = _DRAINED if context.length is None else min(_DRAINED, context.length - 16)
+    most = _some_seconds_of_tokens(context)
     prompt = Prompt("The history of the town begins", 0, most)
     sampling = {"temperature": 0, "ignore_eos": True}
     under_way = asyncio.create_task(
@@ -212,6 +215,13 @@ async def drain(context: Context) -> list[Finding]:
     ]
 
 
+def _some_seconds_of_tokens(context: Context) -> int:
+    """As many as the load's streams had in a few seconds, within what the context allows."""
+    speed = context.facts.get("load", {}).get("median_tpot_ms")
+    wanted = _DRAINED if not speed or not math.isfinite(speed) else int(1000 * _DRAINING / speed)
+    return max(16, min(wanted, _DRAINED, (context.length or 2 * _DRAINED) - 16))
+
+
 async def _until_begun(context: Context) -> None:
     """Waits until the server works on the request, or for two seconds where it does not tell."""
     for _ in range(40):
@@ -229,12 +239,13 @@ async def _while_ending(context: Context, until: float) -> tuple[float, int]:
         were answered then.
     """
     told, ready, accepted = time.perf_counter(), 0.0, 0
+    body = {"model": context.endpoint.model, "prompt": "a", "max_tokens": 1}
     while context.server is not None and context.server.alive and time.perf_counter() < until:
         try:
             reply = await context.send("GET", "/health", limit=2.0)
             if reply.status == 200 and time.perf_counter() - told > 1.0:
                 ready = time.perf_counter() - told
-                new = await context.complete("a")
+                new = await context.send("POST", "/v1/completions", body, limit=2.0)
                 accepted += new.status == 200
         except Unexpected:
             pass
