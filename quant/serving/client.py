@@ -315,15 +315,14 @@ async def ask(
     trace = Trace(sent if scheduled is None else scheduled, sent, (), sent, prompt.tokens, 0)
     kind, detail = "", ""
     try:
-        async with asyncio.timeout(limit):
-            await _read(client, endpoint, prompt.body(endpoint, sampling or {}), answer)
+        await asyncio.wait_for(_read(client, endpoint, prompt.body(endpoint, sampling or {}), answer), limit)
         if not answer.stamps:
             kind, detail = "empty", "the stream ended without a token"
         elif not answer.finished:
             kind, detail = "cut off", f"the stream ended after {len(answer.stamps)} pieces without its end"
     except _Failed as failure:
         kind, detail = failure.kind, failure.detail
-    except TimeoutError:
+    except asyncio.TimeoutError:
         kind, detail = "timeout", f"not ended after {limit:g} s, {len(answer.stamps)} pieces came"
     except Exception as error:  # whatever a transport raises is one failed request, not the end of the run
         kind, detail = transport_kind(error, bool(answer.stamps)), first_line(error)

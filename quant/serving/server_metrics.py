@@ -172,7 +172,7 @@ async def observed(client: httpx.AsyncClient, endpoint: Endpoint) -> AsyncIterat
         while not stop.is_set():
             try:
                 await asyncio.wait_for(stop.wait(), PERIOD)
-            except TimeoutError:
+            except asyncio.TimeoutError:
                 await look()
 
     await look()

@@ -187,12 +187,14 @@ class Context:
         limit = self.endpoint.stall if limit is None else limit
         url = (base or self.endpoint.url) + path
         try:
-            async with asyncio.timeout(limit):
-                response = await (client or self.client).request(
+            response = await asyncio.wait_for(
+                (client or self.client).request(
                     method, url, json=body, content=content, headers={**sent, **(headers or {})}
-                )
-                text = response.text
-        except TimeoutError as error:
+                ),
+                limit,
+            )
+            text = response.text
+        except asyncio.TimeoutError as error:
             raise Unexpected(f"{path} was not answered within {limit:g} s: {KINDS['timeout']}") from error
         except Exception as error:  # whatever a transport raises
             kind = transport_kind(error)

@@ -180,10 +180,9 @@ async def _reach(context: Context) -> Finding | None:
     """
     endpoint = context.endpoint
     try:
-        async with asyncio.timeout(2 * endpoint.stall):
-            context.endpoint = await resolve(context.client, endpoint)
-            listed = (await context.send("GET", "/v1/models")).object()
-    except TimeoutError:
+        context.endpoint = await asyncio.wait_for(resolve(context.client, endpoint), 2 * endpoint.stall)
+        listed = (await context.send("GET", "/v1/models")).object()
+    except asyncio.TimeoutError:
         error: QuantError = EndpointError(f"{endpoint.url}/v1/models does not end its answer", "timeout")
     except Unexpected as failed:
         error = EndpointError(str(failed), "5xx")
@@ -201,15 +200,18 @@ async def _reach(context: Context) -> Finding | None:
     return Finding(name, "FAIL", str(error), todo="nothing else can be checked until it answers", group=group)
 
 
+async def _of(row: Check, context: Context) -> Sequence[Finding]:
+    return await row.run(context)
+
+
 async def _walk(context: Context, row: Check) -> Sequence[Finding]:
     """One row: whatever the endpoint answers, a finding, and an end in time."""
     seconds = row.seconds(context)
     try:
-        async with asyncio.timeout(seconds if math.isfinite(seconds) else None):
-            return await row.run(context)
+        return await asyncio.wait_for(_of(row, context), seconds if math.isfinite(seconds) else None)
     except Skip as reason:
         return [Finding(row.name, "SKIP", str(reason))]
-    except TimeoutError:
+    except asyncio.TimeoutError:
         text = f"no end within {format_seconds(seconds)}"
         return [Finding(row.name, "FAIL", text, todo="the endpoint is overloaded or hangs: see its log")]
     except QuantError as error:
