@@ -32,7 +32,9 @@ def test_every_file_is_a_recipe_a_scenario_or_a_table() -> None:
     checks = set((ROOT / "configs/checks").glob("*.yaml"))
     assert every == tables | {p.relative_to(ROOT / "configs") for p in {*RECIPES, *scenarios, *checks}}
     for path in scenarios | checks:
-        assert re.match(r"# .*(quant recommend|quant-deploy check|vllm serve) ", path.read_text(encoding="utf-8")), path
+        assert re.match(
+            r"# .*(quant recommend|quant-deploy check|vllm serve) ", path.read_text(encoding="utf-8")
+        ), path
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.name)
