@@ -31,38 +31,38 @@ class _Section(BaseModel):
 class Performance(_Section):
     """Load, and limits of what it gives; None: not judged."""
 
-    input_tokens: int = Field(512, ge=1)
-    output_tokens: int = Field(128, ge=2)
-    requests: int = Field(100, ge=1)
-    concurrency: int = Field(8, ge=1)
-    seconds: float = Field(120.0, gt=0)
-    ttft_p95_ms: float | None = Field(None, gt=0)
-    ttft_p99_ms: float | None = Field(None, gt=0)
-    stream_tokens_per_second: float | None = Field(None, gt=0)
-    tokens_per_second: float | None = Field(None, gt=0)
-    sustained_concurrency: int | None = Field(None, ge=1)
+    input_tokens: int = Field(default=512, ge=1)
+    output_tokens: int = Field(default=128, ge=2)
+    requests: int = Field(default=100, ge=1)
+    concurrency: int = Field(default=8, ge=1)
+    seconds: float = Field(default=120.0, gt=0)
+    ttft_p95_ms: float | None = Field(default=None, gt=0)
+    ttft_p99_ms: float | None = Field(default=None, gt=0)
+    stream_tokens_per_second: float | None = Field(default=None, gt=0)
+    tokens_per_second: float | None = Field(default=None, gt=0)
+    sustained_concurrency: int | None = Field(default=None, ge=1)
     long_prompts: dict[int, float] = {}
 
 
 class Fidelity(_Section):
-    concurrency: int = Field(32, ge=1, le=1024)
-    repeats: int = Field(4, ge=2, le=100)
+    concurrency: int = Field(default=32, ge=1, le=1024)
+    repeats: int = Field(default=4, ge=2, le=100)
 
 
 class Resources(_Section):
-    gpu_memory_share: float = Field(0.98, gt=0, le=1)
-    kv_tokens_share: float = Field(0.9, gt=0)
+    gpu_memory_share: float = Field(default=0.98, gt=0, le=1)
+    kv_tokens_share: float = Field(default=0.9, gt=0)
     free_disk: Size = 0
 
 
 class Security(_Section):
-    certificate_days: float = Field(30.0, ge=0)
-    rate_limit_requests: int = Field(200, ge=1, le=100_000)
+    certificate_days: float = Field(default=30.0, ge=0)
+    rate_limit_requests: int = Field(default=200, ge=1, le=100_000)
 
 
 class Operation(_Section):
-    restart_seconds: float = Field(600.0, gt=0)
-    drain_seconds: float = Field(60.0, gt=0)
+    restart_seconds: float = Field(default=600.0, gt=0)
+    drain_seconds: float = Field(default=60.0, gt=0)
     growth_per_hour: Size = 256 * 2**20
 
 
@@ -70,11 +70,11 @@ class Profile(_Section):
     """Thresholds by group of checks."""
 
     title: str = ""
-    performance: Performance = Field(default_factory=Performance)
-    fidelity: Fidelity = Field(default_factory=Fidelity)
-    resources: Resources = Field(default_factory=Resources)
-    security: Security = Field(default_factory=Security)
-    operation: Operation = Field(default_factory=Operation)
+    performance: Performance = Performance()
+    fidelity: Fidelity = Fidelity()
+    resources: Resources = Resources()
+    security: Security = Security()
+    operation: Operation = Operation()
 
 
 def profile_names() -> list[str]:
