@@ -154,3 +154,19 @@ def test_no_tokens_give_zeros_not_nan() -> None:
 def test_a_statistic_that_does_not_exist_is_an_error() -> None:
     with pytest.raises(ValueError, match="no such statistic: kurtosis"):
         Accumulator(4, CPU, {"kurtosis", "hessian"})
+
+
+@pytest.mark.parametrize("gram", [module.Gram, Int8Gram])
+@pytest.mark.parametrize("tokens", [0, 1, 9000])
+def test_one_batch_alone_gives_the_same_bits_as_in_parts(
+    gram: type[module.Gram], tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "gram_for", gram)
+    rows = torch.randn(tokens, 40, generator=torch.Generator().manual_seed(1)).bfloat16()
+    parts = Accumulator(40, CPU, module.STATISTICS)
+    if tokens:
+        parts.add(rows)
+    alone, wanted = Accumulator.of(rows, module.STATISTICS), parts.finish()
+    assert alone.tokens == tokens
+    for name in ("hessian", "minimum", "maximum", "sample"):
+        assert torch.equal(getattr(alone, name), getattr(wanted, name)), name

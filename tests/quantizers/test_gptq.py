@@ -305,3 +305,16 @@ def test_factors_made_together_are_those_made_one_by_one() -> None:
         assert factor is not None and alone is not None and damping == wanted
         torch.testing.assert_close(factor.upper.triu(), alone.upper.triu())
     assert together[1][1] > 0.01
+
+
+@pytest.mark.parametrize("spoilt", [None, 3, 200, 440])
+def test_a_factor_of_many_columns_multiplies_to_its_hessian(spoilt: int | None) -> None:
+    hessian, order = hessian_of(450), torch.randperm(450, generator=torch.Generator().manual_seed(0))
+    if spoilt is not None:  # whichever panel it is found in, the next rung starts from the Hessian itself
+        hessian[spoilt, spoilt] = -0.02 * hessian.diagonal().mean()
+    factor, damping = factorize(hessian.clone(), 0.01, order)
+    assert factor is not None and (damping > 0.01) == (spoilt is not None)
+    wanted = hessian[order][:, order].double()
+    wanted += damping * wanted.diagonal().mean() * torch.eye(450)
+    upper = factor.upper.triu().double()
+    torch.testing.assert_close(upper @ upper.t(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.max()))
