@@ -42,6 +42,7 @@ from quant.vllm.layers import (
     built_plain,
     expert_problem,
     is_head,
+    misplaced_experts,
     module_class,
     reordered,
     shape_problems,
@@ -176,6 +177,9 @@ def verify(
     )
     if layers is not None:
         _check_layers(result, checkpoint, layers, target)
+    kinds = model_types(checkpoint.config)
+    if target == "vllm" and served and (misplaced := misplaced_experts(kinds, checkpoint.tensors)):
+        result.add("modules", [misplaced], "")
     if target == "vllm" and served:
         release = vllm_version or _made_for(checkpoint.path)
         reason = architecture_problem(checkpoint.config, release)

@@ -43,6 +43,7 @@ from quant.vllm.layers import (
     built_plain,
     expert_problem,
     form_problem,
+    misplaced_experts,
     reordered,
     shape_problems,
 )
@@ -212,6 +213,8 @@ def plan_job(recipe: Recipe) -> JobPlan:
     for_vllm = recipe.target == "vllm" and form.quant_method is not None
     if for_vllm and (reason := architecture_problem(checkpoint.config, recipe.vllm_version)):
         problems.append(f"{checkpoint.path}: {reason}: use --target other to make it all the same")
+    if for_vllm and (reason := misplaced_experts(model_types(checkpoint.config), checkpoint.tensors)):
+        problems.append(f"{reason}, or use --target other")
     plain = _plain(checkpoint, refs) if for_vllm else {}
     plain |= {n: reason for n in refs if n not in plain and (reason := form.leaves(n))}
     everything = [name for name in refs if name not in plain]

@@ -231,6 +231,26 @@ def unfound_expert(kinds: Collection[str], linears: Iterable[str]) -> str | None
     )
 
 
+#: Model types whose mixtures vLLM builds as ``block_sparse_moe``, as their published files have them;
+#: transformers 5 holds them as ``mlp``, and can save them so (`models/mixtral.py`, `minimax_m2.py`).
+_SPARSE_BLOCKS = frozenset({"mixtral", "minimax_m2"})
+
+
+def misplaced_experts(kinds: Collection[str], tensors: Iterable[str]) -> str | None:
+    """What stops vLLM's loader at a mixture that lies where its class has none; or None."""
+    if _SPARSE_BLOCKS.isdisjoint(kinds):
+        return None
+    name = next((n for n in tensors if re.search(r"\.\d+\.mlp\.experts\.", n)), None)
+    return (
+        None
+        if name is None
+        else (
+            f"{name}: vLLM has no such module, but block_sparse_moe: the file was saved under transformers' own "
+            "names: save it in the original format (save_pretrained without save_original_format=False)"
+        )
+    )
+
+
 def form_problem(model_type: str, form: str) -> str | None:
     """Why no file of a family is written in a format that is one family's alone, or None."""
     families = [kind for kind, (name, _) in ONE_FORM.items() if name == form]

@@ -19,7 +19,7 @@ from quant.models.skeleton import Skeleton
 from quant.pipeline import expert_solves
 from quant.pipeline.experts import at_a_time
 from quant.pipeline.export import export
-from tests.helpers import load_all, quantize, weight_files
+from tests.helpers import add_tokenizer, load_all, quantize, weight_files
 from tests.models.mixtures import FAMILIES, mixture, save_mixture
 
 TOKENS = torch.randint(3, 4000, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -187,3 +187,13 @@ def test_experts_that_are_solved_together_fit_what_is_set_aside() -> None:
     assert at_a_time(1536, 2048, cpu) == 4 and at_a_time(64, 64, cpu) == 128
     assert at_a_time(28672, 8192, cpu) == 1, "one at least"
     assert at_a_time(1536, 2048, torch.device("cuda")) > 16
+
+
+def test_a_mixture_under_names_that_vllm_has_no_modules_for_is_refused(tmp_path: Path) -> None:
+    """As transformers 5 holds Mixtral in memory: real vLLM stops at ``layers.0.mlp``."""
+    mixture("mixtral").bfloat16().save_pretrained(tmp_path / "m", save_original_format=False)
+    add_tokenizer(tmp_path / "m")
+    with pytest.raises(Problems, match=r"block_sparse_moe.*--target other"):
+        quantize(tmp_path / "m", tmp_path / "out", group_size=16)
+    quantize(tmp_path / "m", tmp_path / "out", group_size=16, target="other")
+    assert any("block_sparse_moe" in problem for problem in verify(tmp_path / "out").failed)
