@@ -15,7 +15,7 @@ from typing import Any
 
 from quant.data import load_json
 from quant.models.linears import expert_layout
-from quant.models.roles import kind_of, role_of
+from quant.models.roles import ADAPTER, kind_of, role_of
 from quant.vllm.config import parts
 from quant.vllm.layers import FUSIONS
 
@@ -85,8 +85,10 @@ def name_problems(
     strange: dict[str, tuple[int, str]] = {}
     for index, shapes in blocks.items():
         for name, shape in shapes.items():
-            local = kind_of(f"layers.0.{name}").removeprefix("layers.0.")
-            judged = len(shape) > 1 and not _NUMBERS.search(name.removesuffix(".weight").rpartition(".")[2])
+            # a matrix that an adapter lies beside is the family's own
+            local = kind_of(f"layers.0.{name}").removeprefix("layers.0.").replace(".base_layer.", ".")
+            last = name.removesuffix(".weight").rpartition(".")[2]
+            judged = len(shape) > 1 and not _NUMBERS.search(last) and not ADAPTER.search(name)
             made = given.issuperset(p for p in local.removesuffix(".weight").split(".") if not p.isdigit())
             if judged and not made and local not in allowed and role_of(f"layers.0.{name}") in _JUDGED:
                 strange.setdefault(local, (index, name))

@@ -50,7 +50,7 @@ _ROLES: tuple[tuple[Role, re.Pattern[str]], ...] = tuple(
     (role, re.compile(rf"(?:^|\.)({pattern})(?:\.|$)")) for role, pattern in _PARTS
 )
 #: Matrices of adapters that a model brings along (Phi-4 multimodal).
-_ADAPTER = re.compile(r"(^|\.)lora_[AB](\.|$)")
+ADAPTER = re.compile(r"(^|\.)lora_[AB](\.|$)")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|decoder)\.(\d{1,9})\.")
 
@@ -177,7 +177,7 @@ def not_quantizable(info: TensorInfo, blocks: int | None, decoder: str | None = 
 def no_linear(name: str, blocks: int | None, decoder: str | None = None) -> str | None:
     """Why a matrix of that name is no linear of a text decoder block, or None when it is one."""
     role, part = _placed(name, decoder)
-    if _ADAPTER.search(name):
+    if ADAPTER.search(name):
         return "a matrix of an adapter that is part of the model"
     if role in OUTSIDE:
         return f"part of {part}"
