@@ -27,14 +27,14 @@ def test_every_file_is_a_recipe_a_scenario_or_a_table() -> None:
     every = {p.relative_to(ROOT / "configs") for p in (ROOT / "configs").rglob("*") if p.is_file()}
     # planned one by one in tests/planning/test_recommendation.py
     scenarios = set((ROOT / "configs/scenarios").glob("*.yaml"))
-    tables = {Path(n) for n in ("gpus.json", "models.json", "planner_errors.json", "quality.json")}
+    names = ("block_names.json", "gpus.json", "models.json", "planner_errors.json", "quality.json")
+    tables = {Path(n) for n in names}
     # read one by one in tests/serving/test_check.py
     checks = set((ROOT / "configs/checks").glob("*.yaml"))
     assert every == tables | {p.relative_to(ROOT / "configs") for p in {*RECIPES, *scenarios, *checks}}
     for path in scenarios | checks:
-        assert re.match(
-            r"# .*(quant recommend|quant-deploy check|vllm serve) ", path.read_text(encoding="utf-8")
-        ), path
+        first = path.read_text(encoding="utf-8")
+        assert re.match(r"# .*(quant recommend|quant-deploy check|vllm serve) ", first), path
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.name)
