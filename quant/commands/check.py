@@ -48,7 +48,7 @@ GROUPS = ("fidelity", "performance", "resources", "security", "operation")
     type=PATH,
     help="Prompts for a filter: .jsonl of {'prompt', 'blocked': true} or {'prompt', 'absent': PATTERN}.",
 )
-@click.option("--output", type=PATH, help="File for the JSON report.")
+@click.option("--output", type=PATH, help="File to write: the JSON report.")
 @options.vllm_python
 @options.start_timeout
 @options.exact_activations

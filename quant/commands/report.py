@@ -17,7 +17,7 @@ from quant.errors import UsageError
     "--output",
     type=PATH,
     show_default="quant_report.html in a single OUT",
-    help="HTML file to write.",
+    help="File to write: the HTML page.",
 )
 @common_options
 def report(out: Output, outputs: tuple[Path, ...], output: Path | None) -> None:

@@ -27,6 +27,8 @@ PURPOSES = {
     "--source": "Checkpoint that it was made from: ",
     "--text": "Text to ",
     "--seed": "Of ",
+    "--output": "File to write: ",
+    "--url": "Endpoint, such as http://127.0.0.1:8000",
 }
 #: What means something else in one subcommand, as scripts rely on: smoothing where the others round; a kind
 #: of artefact and a folder where the others name a file; several loads one after another.
