@@ -245,8 +245,8 @@ def misplaced_experts(kinds: Collection[str], tensors: Iterable[str]) -> str | N
         None
         if name is None
         else (
-            f"{name}: vLLM has no such module, but block_sparse_moe: the file was saved under transformers' own "
-            "names: save it in the original format (save_pretrained without save_original_format=False)"
+            f"{name}: vLLM has no such module, but block_sparse_moe: the file was saved under transformers' "
+            "own names: save it in the original format (save_pretrained without save_original_format=False)"
         )
     )
 
