@@ -149,7 +149,11 @@ def test_the_three_forms_are_taken_and_weights_alone_are_not() -> None:
         (DEEPSEEK | {"weight_block_size": [0, 64]}, "", r"weight_block_size is \[0, 64\]: rows and columns"),
         (DEEPSEEK | {"activation_scheme": "static"}, "", "activation_scheme is 'static' with blocks"),
         (DEEPSEEK | {"activation_scheme": None}, "", "activation_scheme is None"),
-        (DEEPSEEK | {"weight_block_size": 128}, "", "cannot be understood"),
+        (
+            DEEPSEEK | {"weight_block_size": 128},
+            "",
+            "weight_block_size is 128: rows and columns of a block are needed",
+        ),
         (
             DEEPSEEK,
             "weight_scale_inv",
