@@ -318,21 +318,29 @@ def recommend(
     request.check(spec, devices)
     plans = tuple(_plan_one(spec, devices, gpu, row, request, margin) for row in rows)
     chosen = _choose(plans, goal)
-    # a scheme whose weights alone are too large needs no second look; a file that is quantized already gets
-    # one before another is made of it at a loss
-    hopeful = [p.row for p in plans if p.plan and p.plan.weights_bytes < p.plan.requested_bytes]
+    # a scheme whose weights alone are too large needs no second look; what is within the limit gets one
+    # before another is made at a loss, of a file that is quantized already that file
+    hopeful = [p for p in plans if p.plan and p.plan.weights_bytes < p.plan.requested_bytes]
     if chosen is not None:
-        lossy = spec.quantization and chosen.loss[1] > goal.limit
-        hopeful = [row for row in hopeful if lossy and row.name == AS_IT_IS.name]
-    others = _smaller(request, gpu, own_context and chosen is None)
+        lossy = chosen.loss[1] > goal.limit and (spec.quantization or goal.objective == "balanced")
+        hopeful = [
+            p
+            for p in hopeful
+            if lossy and (p.ready if spec.quantization else p.loss[1] <= goal.limit and not p.condition)
+        ]
+    what = "nothing" if chosen is None else f"nothing within {goal.limit:g} % of expected loss"
+    others = _smaller(request, gpu, own_context and chosen is None, what)
     if chosen is None and own_ranks:
         others = chain(others, _stages(spec, request))
     for smaller, said in others if hopeful else ():
-        again = tuple(_plan_one(spec, devices, gpu, row, smaller, margin) for row in hopeful)
-        if (other := _choose(again, goal)) is not None:
+        again = tuple(_plan_one(spec, devices, gpu, p.row, smaller, margin) for p in hopeful)
+        other = _choose(again, goal)
+        if other is not None and (chosen is None or other.ready or other.safe >= chosen.safe):
             chosen, request = other, smaller
             replanned = {p.scheme: p for p in again}
-            plans = tuple(replanned.get(p.scheme, p) for p in plans)
+            plans = tuple(
+                replanned.get(row.name) or _plan_one(spec, devices, gpu, row, smaller, margin) for row in rows
+            )
             notes.append(said)
             break
     commands: tuple[str, ...] = ()
@@ -498,16 +506,19 @@ def _cut_by_ranks(spec: ModelSpec, request: EngineRequest) -> bool:
     )
 
 
-def _smaller(request: EngineRequest, gpu: Gpu, own_context: bool) -> Iterator[tuple[EngineRequest, str]]:
+def _smaller(
+    request: EngineRequest, gpu: Gpu, own_context: bool, what: str = "nothing"
+) -> Iterator[tuple[EngineRequest, str]]:
     """Requests to try where nothing surely fits, each with what to say of it: fewer sequences than vLLM's own
-    number, an FP8 cache, then a shorter context, where they were not asked for."""
+    number, an FP8 cache, then a shorter context, where they were not asked for. ``what`` is said not to fit.
+    """
     asked = request
     if request.max_num_seqs is None and request.concurrency <= _FEW:
         request = replace(request, max_num_seqs=_FEW)
-        yield request, f"planned with --max-num-seqs {_FEW}: with vLLM's own number nothing surely fits"
+        yield request, f"planned with --max-num-seqs {_FEW}: with vLLM's own number {what} surely fits"
     known = gpu.platform != "cpu" and gpu.kind != UNNAMED
     if request.kv_cache_dtype == "auto" and known and has_fp8_cache(gpu):
-        said = "planned with --kv-cache-dtype fp8: with the cache in 16 bits nothing surely fits"
+        said = f"planned with --kv-cache-dtype fp8: with the cache in 16 bits {what} surely fits"
         yield replace(asked, kv_cache_dtype="fp8"), said
         request = replace(request, kv_cache_dtype="fp8")
         if request.max_num_seqs != asked.max_num_seqs:

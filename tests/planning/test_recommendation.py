@@ -665,6 +665,18 @@ def test_memory_alone_is_planned_for_and_nothing_is_chosen_that_some_gpu_lacks()
     assert recommend("openai/gpt-oss-20b", gpu_memory=24 * GIB, scheme="w8a8-fp8").recommended is None
 
 
+def test_an_fp8_cache_is_tried_before_four_bits_where_quality_counts() -> None:
+    request = EngineRequest(context=8192, concurrency=4)
+    found = recommend("Llama-3.3-70B-Instruct", "2xL40S", request)
+    assert found.recommended == "w8a8-fp8" and found.request.kv_cache_dtype == "fp8"
+    assert {p.plan.kv_cache_dtype for p in found.plans if p.plan} == {"fp8"}
+    assert any("in 16 bits nothing within 1 % of expected loss surely fits" in n for n in found.notes)
+    own = recommend("Llama-3.3-70B-Instruct", "2xL40S", replace(request, kv_cache_dtype="fp8"))
+    assert found.plan == own.plan
+    fast = recommend("Llama-3.3-70B-Instruct", "2xL40S", request, objective="latency")
+    assert fast.recommended == "w4a16" and fast.request.kv_cache_dtype == "auto"
+
+
 def test_groups_that_all_gpus_cannot_cut_are_planned_in_stages() -> None:
     """GLM-4.5-Air's dense MLP has 10,944 inputs: 2 GPUs hold whole groups of 32 of it, 4 none of any size."""
     found = recommend("zai-org/GLM-4.5-Air", "4x4090", EngineRequest(context=16384))
