@@ -32,7 +32,7 @@ COMMANDS = (
     ["detect", "--gpu", "L40S-48GB"],
     ["recommend", "--model", "Qwen2.5-7B-Instruct", "--gpu", "T4", "--policy", "rule-of-thumb"],
     ["end of", "quantize", "out/w4a16"], ["end of", "evaluate", "out/w4a16"],
-    ["inspect", "out/w4a16"], ["inspect", "model"], ["verify", "out/fp8", "--source", "model"],
+    ["inspect", "out/w4a16"], ["inspect", "model"], ["verify", "out/fp8", "--source", "model", "-q"],
     ["report", "out/w4a16", "out/fp8"], ["deploy", "plan", "-m", "out/fp8"],
 )  # fmt: skip
 PLANNED = ["recommend", "--model", "Qwen2.5-32B-Instruct", "--gpu", "L40S-48GB", "--context", "16384"]
