@@ -29,7 +29,7 @@ from quant.planning.recommendation import Recommendation
 from quant.serving.deployment import DeploymentRequest, plan
 from tests.stand_ins import write_files
 
-GPUS = ("RTX 4090", "L40S", "A100", "H100", "B200", "MI300X")
+GPUS = ("RTX 4090", "L40S", "A100-80GB", "H100-80GB", "B200", "MI300X")
 #: Share by which the bytes that were planned from a config may differ from those of the job: shapes that a
 #: config leaves unsaid, and small tensors without a role.
 BYTES = 0.02
