@@ -34,6 +34,7 @@ from quant.planning.speed import Speed, speed_bounds
 from quant.planning.storage import (
     file_bytes,
     is_quantized,
+    loaded_schemes,
     requantizable,
     requantizing_problem,
     source_kernels,
@@ -52,6 +53,7 @@ from quant.vllm.kernels import (
     has_bfloat16,
     has_fp8_cache,
     kernel_of,
+    kernel_problem,
     parts_needed,
     serving_problem,
 )
@@ -638,6 +640,8 @@ def _plan_one(
             return refused(
                 f"{part} has no kernel for {', '.join(missing)}, which the checkpoint is quantized to"
             )
+    elif reason := next(filter(None, (kernel_problem(x, gpu) for x in loaded_schemes(spec))), None):
+        return refused(f"the checkpoint as it is: {reason}")
     stored = row.scheme
     if quantized and stored.group_size_is_free:
         own = stored.weights.group_size

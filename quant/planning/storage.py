@@ -252,6 +252,14 @@ def source_kernels(spec: ModelSpec) -> frozenset[str]:
     )
 
 
+def loaded_schemes(spec: ModelSpec) -> list[Scheme]:
+    """The schemes that a checkpoint which is already quantized has its linears in, as far as their kernels
+    are those of our own files: gpt-oss' experts have their own."""
+    own = source_schemes(spec)
+    schemes = dict.fromkeys(own(w) for w in spec.unpacked or spec.weights)
+    return [s for s in schemes if s is not None and not (isinstance(s, ForeignScheme) and s.padded)]
+
+
 def module_names(weight: Weight) -> tuple[str, ...]:
     """What a file may call the module of a weight, whose own name is the end of it where only a config is
     known: in a causal language model, and in the text part of a wrapper."""

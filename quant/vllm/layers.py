@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from quant.schemes import BLOCK, ActivationScheme, Scheme, WeightScheme, scheme_of
-from quant.vllm.config import Heads, model_types, stated
+from quant.vllm.config import Heads, model_types, quantization_config, source_method, stated
 from quant.vllm.kernels import GROUP_SIZES
 
 
@@ -358,8 +358,18 @@ _PLAIN = (
 )
 
 
+#: Model types whose tower and projector are given no quantization by a compressed-tensors config, whatever it
+#: lists, and the components by which those are told (`models/kimi_k25.py::_maybe_ignore_quant_config`).
+_PLAIN_TOWERS = {"kimi_k25": ("vision_tower", "mm_projector")}
 #: Model types whose blocks are mixers of Mamba 1 alone.
 _MAMBA1 = frozenset({"mamba", "falcon_mamba"})
+
+
+def _plain_towers(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the names of a model's tower and projector begin with, where neither is quantized."""
+    if source_method(quantization_config(config)) != "compressed-tensors":
+        return ()
+    return next((_PLAIN_TOWERS[k] for k in model_types(config) if k in _PLAIN_TOWERS), ())
 
 
 def built_plain(
@@ -377,6 +387,7 @@ def built_plain(
     modules = _members(linears)
     disabled = stated(config, "disable_quant_module")
     parts = {str(x) for x in disabled} if isinstance(disabled, (list, tuple)) else set()
+    towers = _plain_towers(config)
     reasons: dict[str, str] = {}
     for name in linears:
         module, _, last = name.rpartition(".")
@@ -395,6 +406,8 @@ def built_plain(
             reasons[name] = row.why
         elif named := next((part for part in name.split(".") if part in parts), None):
             reasons[name] = f"config.json has {named!r} in disable_quant_module (models/longcat_flash.py)"
+        elif name.split(".")[0] in towers:
+            reasons[name] = "of a compressed-tensors file its tower is built in 16 bits (models/kimi_k25.py)"
     return reasons
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
 from typing import Any
 
 from quant.vllm.config import source_method
@@ -60,6 +60,8 @@ IGNORE_LISTS: Mapping[str, IgnoreList] = {
     "bitsandbytes": IgnoreList(("llm_int8_skip_modules",), component),
 }
 _OTHER = IgnoreList(_MODULES, whole)
+#: Ways for which any part of a name is enough, and what makes an entry a wildcard.
+_PARTS, _WILD = (part, part_or_wildcard), frozenset("*?[")
 
 
 def left_out(config: Mapping[str, Any]) -> Callable[..., bool]:
@@ -76,13 +78,25 @@ def left_out(config: Mapping[str, Any]) -> Callable[..., bool]:
     """
     row = IGNORE_LISTS.get(source_method(config) or "", _OTHER)
     entries = [str(entry) for entry in next((config[k] for k in row.keys if config.get(k)), [])]
-    compared = [e for e in entries if row.names is not whole_or_pattern or e.startswith("re:")]
+    exact = frozenset(entries)  # there may be hundreds, and many thousands of names
     if row.names is whole:
-        compared = []
-    exact = frozenset(entries)  # of a mixture there are hundreds, and many thousands of names
+        compared: list[str] = []
+    elif row.names is whole_or_pattern:
+        compared = [e for e in entries if e.startswith("re:")]
+    else:
+        compared = entries if row.names is component else []
+    wild = [translate(e) for e in entries if row.names is part_or_wildcard and not _WILD.isdisjoint(e)]
+    wildcards = re.compile("|".join(wild) or "(?!)")
+    inside = re.compile("|".join(map(re.escape, entries)) if row.names in _PARTS and entries else "(?!)")
 
     def listed(*names: str) -> bool:
         asked = dict.fromkeys(n for name in names for n in (name, fused_name(name)))
-        return any(n in exact or any(row.names(entry, n) for entry in compared) for n in asked)
+        return any(
+            n in exact
+            or inside.search(n) is not None
+            or wildcards.match(n) is not None
+            or any(row.names(entry, n) for entry in compared)
+            for n in asked
+        )
 
     return listed
