@@ -465,7 +465,7 @@ def resolve_gpus(
         gpus = named_gpus(name, total_bytes, count)
         if gpus[0].platform == "cpu" and len(gpus) > 1:
             raise UsageError(
-                f"--gpu-count is {len(gpus)}: --gpu cpu is all of this machine: leave --gpu-count out"
+                f"--gpu-count is {len(gpus)}: --gpu cpu is the whole machine: leave --gpu-count out"
             )
         return gpus
     here = detect(nvml)
