@@ -159,6 +159,7 @@ def recommend(
     out.result(
         recommendation.to_dict(), lambda console: planning.show_recommendation(recommendation, console)
     )
+    out.details(planning.speeds(recommendation))
     out.details(planning.sources(recommendation))
     if recommendation.recommended is None:
         raise click.exceptions.Exit(3)

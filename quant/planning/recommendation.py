@@ -30,7 +30,7 @@ from quant.planning.cuts import cpu_misfits, group_problems, parallel_problems
 from quant.planning.memory import EngineRequest, MemoryPlan, largest_utilization, plan
 from quant.planning.rule_of_thumb import rule_of_thumb
 from quant.planning.scenarios import Scenario, load_scenario
-from quant.planning.speed import Speed, speed_bounds
+from quant.planning.speed import Speed
 from quant.planning.storage import (
     file_bytes,
     is_quantized,
@@ -39,6 +39,7 @@ from quant.planning.storage import (
     requantizing_problem,
     source_kernels,
 )
+from quant.planning.throughput import speed_of
 from quant.schemes import AS_IT_IS, Scheme, SchemeRegistry, SchemeRow, candidates
 from quant.units import format_requests, format_size, meant_tokens
 from quant.vllm.architectures import architecture_problem, text_alone
@@ -684,7 +685,7 @@ def _plan_one(
     size = file_bytes(spec, stored) if is_quantized(laid_out) else stored_bytes(spec)
     return SchemePlan(
         row, stored, planned, planned.fits, meets, safe, why, loss, quality["source"],
-        speed_bounds(spec, gpu, planned, request.concurrency),
+        speed_of(spec, gpu, planned, request),
         methods, size, unquantized, condition,
     )  # fmt: skip
 

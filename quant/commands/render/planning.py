@@ -20,8 +20,65 @@ if TYPE_CHECKING:
 _YES, _NO, _TIGHT = "[green]✓[/]", "[red]✗[/]", "[yellow]~[/]"
 
 
-def _rate(value: float | None, unit: str) -> str:
-    return "?" if not value else f"{value:,.0f} {unit}"
+def _rate(value: float | None) -> str:
+    return "?" if not value else f"{_rounded(value):,.10g} t/s"
+
+
+def _rounded(value: float) -> float:
+    """A predicted figure with as many digits as it deserves: two."""
+    return float(f"{value:.2g}")
+
+
+def _speed(one: SchemePlan, about: str, bound: str) -> str:
+    """What a speed will be about, else its bound; the bound alone where ``about`` is empty."""
+    if one.plan is None or one.speed is None:
+        return "-"
+    if about and one.speed.about is not None:
+        return f"~{_rate(getattr(one.speed.about, about))}"
+    limit = getattr(one.speed, bound)
+    return f"≤{_rate(limit)}" if limit else "?"
+
+
+def _about(recommendation: Recommendation) -> str:
+    """A sentence of how fast the chosen plan will be about, or why none says so; empty where nothing is
+    chosen."""
+    one = next((p for p in recommendation.plans if p.scheme == recommendation.recommended), None)
+    if one is None or one.plan is None or one.speed is None:
+        return ""
+    about = one.speed.about
+    if about is None:
+        return f"speed: {one.speed.unknown}" + (
+            "; the table has its bounds" if one.speed.decode_bound else ""
+        )
+    streams = ""
+    if about.sequences > 1:
+        streams = f", {_rate(about.batch)} (± {about.batch_error:.0%}) for {about.sequences} together"
+    return (
+        f"speed: about {_rate(about.decode)} (± {about.decode_error:.0%}) for one stream{streams}, the first "
+        f"token after {about.first_token_seconds:.2g} s, with half of {one.plan.context:,} tokens cached; so "
+        "near came nine in ten published figures of the kind"
+    )
+
+
+def speeds(recommendation: Recommendation) -> list[str]:
+    """What each scheme's speed will be about, with the roofline's bound beside it."""
+    lines = []
+    for one in recommendation.plans:
+        if one.plan is None or one.speed is None:
+            continue
+        speed, about = one.speed, one.speed.about
+        together = f"{recommendation.request.concurrency} together"
+        pairs = (
+            ("one stream", about and about.decode, speed.decode_bound),
+            (together, about and about.batch, speed.batch_decode_bound),
+            ("with prompts", about and about.served, speed.served_bound),
+        )
+        told = [f"{n} {f'about {_rate(a)}, ' if a else ''}at most {_rate(b)}" for n, a, b in pairs]
+        why = f" ({speed.unknown})" if speed.unknown else ""
+        lines.append(
+            f"speed of {one.label}: {'; '.join(told)}; prompts at most {_rate(speed.prefill_bound)}{why}"
+        )
+    return lines
 
 
 def _mark(one: SchemePlan) -> str:
@@ -159,11 +216,8 @@ def _plans(console: Console, recommendation: Recommendation) -> None:
     def planned(form: Callable[[MemoryPlan], str]) -> list[str]:
         return ["-" if one.plan is None else form(one.plan) for one in plans]
 
-    def rates(name: str) -> list[str]:
-        return [
-            "-" if one.plan is None else _rate(getattr(one.speed, name) if one.speed else None, "t/s")
-            for one in plans
-        ]
+    def rates(about: str, bound: str) -> list[str]:
+        return [_speed(one, about, bound) for one in plans]
 
     draw(
         console,
@@ -175,9 +229,9 @@ def _plans(console: Console, recommendation: Recommendation) -> None:
             Column("KV tokens", planned(lambda p: f"{p.kv_tokens:,}"), 1, True),
             Column("longest", planned(lambda p: f"{p.max_context:,}"), 2, True),
             Column("loss", [loss(one) for one in plans], 0, True),
-            Column("decode ≤", rates("decode_bound"), 3, True),
-            Column("batch ≤", rates("batch_decode_bound"), 5, True),
-            Column("prefill ≤", rates("prefill_bound"), 6, True),
+            Column("decode", rates("decode", "decode_bound"), 3, True),
+            Column("batch", rates("batch", "batch_decode_bound"), 5, True),
+            Column("prefill", rates("", "prefill_bound"), 6, True),
         ],
         Column("why", [one.why for one in plans]),
         emphasis=[n for n, one in enumerate(plans) if one.scheme == recommendation.recommended],
@@ -224,6 +278,8 @@ def show_recommendation(recommendation: Recommendation, console: Console) -> Non
         if engine.name != "vLLM":  # whose commands those below are
             vllm = next(e for e in recommendation.engines if e.name == "vLLM")
             prose(console, f"or with vLLM: {vllm.why}")
+    if about := _about(recommendation):
+        prose(console, about)
     for line in recommendation.notes:
         prose(console, f"note: {line}", "dim")
     for command in recommendation.commands:
