@@ -49,15 +49,15 @@ def export_vllm(
     """
     from quant.commands.render import results
     from quant.commands.uploading import finish
-    from quant.upload import destination, exported_already, upload_problem
 
-    to = destination(push_to_hub, private, commit_message, replace_on_hub)
     with out.progress() as progress:
         from quant.pipeline.memory import prepare_torch
 
         prepare_torch()
         from quant.pipeline.export import export
+        from quant.upload import destination, exported_already, upload_problem
 
+        to = destination(push_to_hub, private, commit_message, replace_on_hub)
         report = None
         if to is not None:
             report = exported_already(output_path, model_path, format_, tensor_parallel, max_model_len)

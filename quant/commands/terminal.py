@@ -3,7 +3,9 @@ something is drawn."""
 
 from __future__ import annotations
 
+import atexit
 import functools
+import gc
 import json
 import math
 import os
@@ -25,6 +27,10 @@ from quant.units import format_seconds, format_size
 if TYPE_CHECKING:
     from rich.console import Console
 
+
+#: The interpreter looks through all that torch and transformers made for cycles before it ends, which takes
+#: seconds in which a command that has said everything seems to hang; the system takes the memory back anyway.
+atexit.register(gc.freeze)
 
 #: Seconds below which a phase is not listed.
 _WORTH_SAYING = 0.05
@@ -166,7 +172,7 @@ class _Progress:
         self.output, self.start, self.began = output, time.monotonic(), time.monotonic()
         self.event, self.phase = Event(phase), phase
         self.live = sys.stderr.isatty() and not output.quiet
-        self.spoken = time.monotonic()
+        self.spoken = time.monotonic() - _SILENT / 2  # the program's own start was silent already
         self._lock, self._stop = threading.RLock(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
         if not output.quiet:
