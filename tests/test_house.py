@@ -81,3 +81,11 @@ def test_the_check_sees_what_it_looks_for() -> None:
         assert compared(ast.parse(text)), text
     for text in ("gpu.capability is None", "x.shape == (n, k)", "names[0] == 'a'"):
         assert not compared(ast.parse(text)), text
+
+
+def test_every_package_is_one_that_is_installed() -> None:
+    """A room that pyproject.toml does not list is missing from the wheel, and there alone."""
+    listed = re.search(r"^packages = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.S | re.M)
+    assert listed is not None
+    rooms = {".".join(f.parent.relative_to(ROOT).parts) for f in (ROOT / "quant").rglob("__init__.py")}
+    assert rooms - set(re.findall(r'"([\w.]+)"', listed[1])) == set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from quant.commands import options
 from quant.commands.options import together
 from quant.commands.terminal import Output, common_options
 from quant.errors import UsageError
+from quant.progress import Event
 
 if TYPE_CHECKING:
     from quant.serving.deployment import Deployment
@@ -131,19 +133,34 @@ def serve(
 
     deployment = _planned(out, model_path, request)
 
+    # what vLLM compiles and captures takes minutes in which its log is silent
+    waiting = ExitStack()
+    progress = waiting.enter_context(out.progress("starting vLLM"))
+    started = False
+
+    def log(line: str) -> None:
+        if started:
+            out.note(line)
+        else:
+            progress(Event("starting vLLM", message=line))
+
     def ready(value: dict[str, Any]) -> None:
+        nonlocal started
+        started = True
+        waiting.close()
         out.result(value, lambda console: render.serving(console, value))
         if not check:
             out.note(f"serving {value['model']} on {value['url']}; Ctrl-C stops it")
 
     out.note(f"starting vLLM on {deployment.model_path}")
-    start(
-        deployment,
-        python=vllm_python,
-        timeout=timeout,
-        check=check,
-        exact=exact_activations,
-        log=out.note,
-        ready=ready,
-    )
+    with waiting:
+        start(
+            deployment,
+            python=vllm_python,
+            timeout=timeout,
+            check=check,
+            exact=exact_activations,
+            log=log,
+            ready=ready,
+        )
     out.note("stopped")
