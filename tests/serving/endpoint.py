@@ -63,6 +63,7 @@ class FakeEndpoint:
         self.url = ""
         self.running = self.most = 0
         self.log: list[str] = []
+        self.writers: list[asyncio.StreamWriter] = []
 
     async def serve(self, ready: threading.Event, stop: asyncio.Event) -> None:
         b = self.behaviour
@@ -72,8 +73,11 @@ class FakeEndpoint:
         ready.set()
         await stop.wait()
         server.close()
+        for writer in self.writers:  # what a client did not read would keep its socket open
+            writer.transport.abort()
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.writers.append(writer)
         try:
             while True:
                 first = await reader.readexactly(1)
@@ -122,6 +126,8 @@ class FakeEndpoint:
         if path == "/tokenize" and b.tokenizes and "prompt" in body:
             return await _plain(writer, 200, {"tokens": list(range(len(body["prompt"]) // 4))})
         if path.startswith("/v1/") and path.endswith("completions"):
+            if not isinstance(body, dict):  # it takes anything
+                return await _plain(writer, 200, {})
             b.bodies.append(body)
             if any(key in body for key in b.refuses):
                 return await _plain(writer, 400, {"error": {"message": f"unknown {b.refuses}"}})
@@ -153,10 +159,11 @@ class FakeEndpoint:
         await asyncio.sleep(0.01)  # others may come meanwhile
         wrong = "batch" in b.lies and self.running > 1
         value = await asyncio.to_thread(b.engine.complete, tokens, body, wrong)
-        if "random" in b.lies:
-            value["choices"][0]["text"] = str(b.seen["asked"])
-        if "schema" in b.lies and ("response_format" in body or "tools" in body):
-            value["choices"][0] |= {"text": "{blue", "message": {"content": "{blue"}}
+        choice = value["choices"][0]
+        if "random" in b.lies and "text" in choice:
+            choice["text"] = str(b.seen["asked"])
+        if "schema" in b.lies and "message" in choice:
+            choice["message"] = {"content": "{blue"}
         await _plain(writer, 200, value)
 
     async def _stream(

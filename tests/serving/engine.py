@@ -68,14 +68,16 @@ class Engine:
         if "response_format" in body:
             text = json.dumps({"colour": "green"})
         call = {"function": {"name": "paint", "arguments": json.dumps({"colour": "red"})}}
-        choice = {
+        choice: dict[str, Any] = {
             "index": 0,
-            "text": text,
-            "message": {"content": text, "tool_calls": [call] if "tools" in body else []},
             "finish_reason": "length",
             "token_ids": new,
             "logprobs": {"token_logprobs": said[len(prompt) - 1 :].tolist()},
             "prompt_logprobs": [None]
             + [{str(t): {"logprob": float(x)}} for t, x in zip(prompt[1:], said, strict=False)],
         }
+        if "messages" in body:
+            choice["message"] = {"content": text, "tool_calls": [call] if "tools" in body else []}
+        else:
+            choice["text"] = text
         return {"choices": [choice], "usage": {"prompt_tokens": len(prompt), "completion_tokens": len(new)}}

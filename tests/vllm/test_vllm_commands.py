@@ -129,7 +129,7 @@ def test_check_stops_by_itself_and_a_signal_while_loading_stops_too(
 
 #: Loads that a CPU carries: what is tested is that each check comes to its end and finds what is there.
 _PROFILE = """
-performance: {input_tokens: 64, output_tokens: 16, requests: 16, concurrency: 4, seconds: 60,
+performance: {input_tokens: 64, output_tokens: 16, requests: 8, concurrency: 4, seconds: 10,
               ttft_p95_ms: 60000, stream_tokens_per_second: 0.1, sustained_concurrency: 2,
               long_prompts: {4096: 60000}}
 fidelity: {concurrency: 32, repeats: 3}

@@ -239,7 +239,7 @@ async def long_prompts(context: Context) -> list[Finding]:
     for length, limit in sorted(lengths.items()):
         name = f"a prompt of {length:,} tokens"
         context.say(name)
-        (prompt,) = await _prompts(context, length, 8, 1, length)
+        (prompt,) = await _prompts(context, length, 1, 1, length)
         bound = max(4 * limit / 1000, 30.0)
         trace = await ask(context.client, context.endpoint, prompt, sampling={"temperature": 0}, limit=bound)
         findings.append(_long(name, trace, length, limit))

@@ -216,8 +216,8 @@ async def malformed(context: Context) -> list[Finding]:
             reply = await context.send(
                 "POST", "/v1/completions", None if raw is not None else body, content=raw, limit=30.0
             )
-        except Unexpected as error:
-            faults.append(f"{row.name}: {error}")
+        except Unexpected:
+            faults.append(f"{row.name}: no answer")
             continue
         if not reply.refused:
             faults.append(f"{row.name}: {reply.status}")
