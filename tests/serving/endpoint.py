@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import threading
 import time
 from collections import Counter
@@ -33,6 +34,7 @@ class Behaviour:
         slots: requests at a time, the others wait; 0: all.
         engine: what computes the answers; None: words that mean nothing.
         lies: see ``_LIES``.
+        certificate: files of a certificate and its key: it speaks TLS.
         stall_at, stall: the whole server stands still for so many seconds once, so many after its start.
         counted: whether it tells its usage.
     """
@@ -50,6 +52,7 @@ class Behaviour:
     engine: Engine | None = None
     lies: tuple[str, ...] = ()
     length: int = 4096
+    certificate: tuple[str, str] | None = None
     answer: Callable[[int], str] = lambda i: f" w{i}"
     seen: Counter[str] = field(default_factory=Counter)
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -68,8 +71,12 @@ class FakeEndpoint:
     async def serve(self, ready: threading.Event, stop: asyncio.Event) -> None:
         b = self.behaviour
         self.slots = asyncio.Semaphore(b.slots or 10**6)
-        server = await asyncio.start_server(self._connection, "127.0.0.1", 0, backlog=4096)
-        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        encryption = None
+        if b.certificate is not None:
+            encryption = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            encryption.load_cert_chain(*b.certificate)
+        server = await asyncio.start_server(self._connection, "127.0.0.1", 0, backlog=4096, ssl=encryption)
+        self.url = f"http{'s' if encryption else ''}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         ready.set()
         await stop.wait()
         server.close()

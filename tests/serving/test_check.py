@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from quant.serving.check.operation import slope
 from quant.serving.check.profile import parse_duration, profile_names, read_profile
 from quant.serving.check.run import CheckRequest, check_endpoint
 from quant.serving.check.value import CheckReport
-from quant.serving.client import Endpoint
+from quant.serving.client import Endpoint, EndpointError
 from tests.serving.endpoint import FakeEndpoint, endpoint
 from tests.serving.engine import TEMPLATE, Engine
 
@@ -198,6 +199,24 @@ class _Appended(list[str]):
     def append(self, line: str) -> None:
         with self.path.open("a") as file:
             file.write(line + "\n")
+
+
+def test_a_certificate_is_looked_at(profile: Path, tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl, which makes the certificate")
+    certificate, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    made = "req -x509 -newkey rsa:2048 -nodes -days 5 -subj /CN=x -addext subjectAltName=IP:127.0.0.1"
+    subprocess.run(
+        ["openssl", *made.split(), "-keyout", key, "-out", certificate], capture_output=True, check=True
+    )
+    request = CheckRequest(read_profile(str(profile)), groups=("security",))
+    with endpoint(certificate=(certificate, key)) as fake:
+        trusted = _statuses(check_endpoint(Endpoint(fake.url, ca=certificate), request))
+        blind = _statuses(check_endpoint(Endpoint(fake.url, insecure=True), request))
+        with pytest.raises(EndpointError, match="--ca"):
+            check_endpoint(Endpoint(fake.url), request)
+    assert trusted["encrypted"] == "WARN"  # it ends in five days
+    assert blind["encrypted"] == "FAIL"
 
 
 def test_a_slope_is_told_from_noise() -> None:

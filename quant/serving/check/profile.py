@@ -41,7 +41,7 @@ class Performance(_Section):
     stream_tokens_per_second: float | None = Field(default=None, gt=0)
     tokens_per_second: float | None = Field(default=None, gt=0)
     sustained_concurrency: int | None = Field(default=None, ge=1)
-    long_prompts: dict[int, float] = {}
+    long_prompts: dict[Annotated[int, Field(gt=0)], Annotated[float, Field(gt=0)]] = {}
 
 
 class Fidelity(_Section):
