@@ -11,54 +11,42 @@ What fits is vLLM's business (:mod:`quant.planning.memory`); the margin affects 
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from quant import defaults
 from quant.catalog import load_model, stored_bytes
 from quant.data import load_json
 from quant.errors import NothingFits, UsageError, one_of
 from quant.hardware import UNNAMED, Gpu, cpu_device, resolve_gpus
-from quant.hub import named, repository_of
 from quant.models.spec import ModelSpec
 from quant.models.support import DATA_FREE, makeable_methods, method_problem, scheme_problem
-from quant.planning.cuts import cpu_misfits, group_problems, parallel_problems
-from quant.planning.memory import EngineRequest, MemoryPlan, largest_utilization, plan
+from quant.planning.choice import MACHINE, Goal, choose, reason_of
+from quant.planning.cuts import group_problems, parallel_problems
+from quant.planning.launch import OWNER, Engine, commands_for, engines_for
+from quant.planning.memory import EngineRequest, MemoryPlan, largest_utilization
 from quant.planning.rule_of_thumb import rule_of_thumb
 from quant.planning.scenarios import Scenario, load_scenario
-from quant.planning.speed import Speed
+from quant.planning.scheme_plans import PLAN_KEYS, SchemePlan, plan_scheme
 from quant.planning.storage import (
-    file_bytes,
     is_quantized,
-    loaded_schemes,
-    requantizable,
-    requantizing_problem,
     source_kernels,
 )
-from quant.planning.throughput import speed_of
-from quant.schemes import AS_IT_IS, Scheme, SchemeRegistry, SchemeRow, candidates
-from quant.units import format_requests, format_size, meant_tokens
-from quant.vllm.architectures import architecture_problem, text_alone
+from quant.schemes import AS_IT_IS, SchemeRegistry, SchemeRow, candidates
+from quant.units import format_size, meant_tokens
+from quant.vllm.architectures import text_alone
 from quant.vllm.arguments import NO_IMAGES, NO_IMAGES_WHY
 from quant.vllm.config import source_method
 from quant.vllm.kernels import (
     BF16_FORMATS,
-    GROUP_SIZES,
-    cpu_problems,
     formats_of,
     gpu_dict,
-    has_bfloat16,
     has_fp8_cache,
     kernel_of,
-    kernel_problem,
-    parts_needed,
-    serving_problem,
 )
-from quant.vllm.layers import ONE_FORM, family_problem, one_form_problem
+from quant.vllm.layers import ONE_FORM
 from quant.vllm.releases import rules_for
 
 #: share of the free memory that the chosen plan leaves unused
@@ -67,119 +55,12 @@ MARGIN = 0.10
 DEFAULT_CONTEXT = 8192
 #: sequences planned for where nothing fits with vLLM's own number of them: fewer graphs, a smaller sampler
 _FEW = 16
-#: what a checkpoint that is quantized already is called in tables
-_QUANTIZED = "as it is"
-#: GPUs of a machine; more are stages on further machines
-_MACHINE = 8
 #: a first start's compilation is told of from so many bytes on
 _COMPILE_SAID = 256 * 2**20
 #: contexts planned for where none is asked and the usual one does not fit
 _SHORTER = (4096, 2048)
 _WHOLE_EXPERTS = "planned with --enable-expert-parallel: GPUs that cut each expert cannot hold them"
-#: a faster scheme is taken for a more precise one where it is faster by more than this share
-_GAIN = 0.1
-#: stands in commands for the owner of a model on the Hub that is not known
-_OWNER = "OWNER"
 POLICIES = ("vllm", "rule-of-thumb")
-#: what stands for a document where none tells a scheme's loss
-UNKNOWN = "not known"
-
-
-@dataclass(frozen=True)
-class SchemePlan:
-    """A candidate with its plan.
-
-    Attributes:
-        stored: what its linears are stored in: the row's scheme, with the largest groups that every rank can
-            hold whole.
-        fits: vLLM starts; ``meets``: it also holds the asked concurrency; ``safe``: with the margin left, and
-            the plan's own error does not reach the limit.
-        methods: those that make it of this model, the preferred one first.
-    """
-
-    row: SchemeRow
-    stored: Scheme
-    plan: MemoryPlan | None
-    fits: bool
-    meets: bool
-    safe: bool
-    why: str
-    loss: tuple[float, float]
-    loss_source: str
-    speed: Speed | None
-    methods: tuple[str, ...]
-    checkpoint_bytes: int
-    #: of the checkpoint as it is, in the words of tables
-    dtype: str = AS_IT_IS.name
-    #: what the GPU must be, where that is not known; empty where every one would do
-    condition: str = ""
-
-    @property
-    def scheme(self) -> str:
-        return self.row.name
-
-    @property
-    def makeable(self) -> bool:
-        """Whether this build makes it, or nothing needs making."""
-        return bool(self.methods) or not is_quantized(self.stored)
-
-    @property
-    def label(self) -> str:
-        """Its name in tables and sentences: the dtype of an unquantized checkpoint, else the scheme's."""
-        return self.dtype if self.scheme == AS_IT_IS.name else self.scheme
-
-    @property
-    def ready(self) -> bool:
-        """Whether it is a checkpoint that is quantized already."""
-        return self.scheme == AS_IT_IS.name and self.dtype.startswith(_QUANTIZED)
-
-    def bound(self, name: str) -> float:
-        """A bound of its speed in tokens a second, 0 where it is not known."""
-        return float(getattr(self.speed, name) or 0.0) if self.speed else 0.0
-
-    @property
-    def title(self) -> str:
-        return self.row.title or str(self.row.scheme)
-
-    @property
-    def group_size(self) -> int | None:
-        """The group size, where it is not the scheme's own."""
-        size = self.stored.weights.group_size
-        return None if size == self.row.scheme.weights.group_size else size
-
-    def to_dict(self) -> dict[str, Any]:
-        value: dict[str, Any] = self.plan.to_dict() if self.plan else {}
-        value.update(
-            scheme=self.scheme, title=self.title, fits=self.fits, meets_request=self.meets,
-            keeps_margin=self.safe, why=self.why,
-            remedy=self.plan.remedy if self.plan else "", expected_loss_percent=list(self.loss),
-            expected_loss_source=self.loss_source,
-            speed=self.speed.to_dict() if self.speed else None, makeable=self.makeable,
-            checkpoint_bytes=self.checkpoint_bytes,
-            group_size=self.group_size,
-        )  # fmt: skip
-        for key in _PLAN_KEYS:
-            value.setdefault(key, None)
-        return value
-
-
-_PLAN_KEYS = (
-    "weights_bytes", "kv_bytes_per_token", "kv_cache_bytes", "kv_tokens", "max_context", "max_concurrency",
-    "activation_bytes",
-    "cuda_graph_bytes", "other_bytes",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Engine:
-    """A serving engine and whether it suits the need."""
-
-    name: str
-    suits: bool
-    why: str
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
 
 
 @dataclass(frozen=True)
@@ -319,8 +200,8 @@ def recommend(
         )
     request = _completed(spec, devices, gpu, request, profile, None if scheme is None else rows[0], notes)
     request.check(spec, devices)
-    plans = tuple(_plan_one(spec, devices, gpu, row, request, margin) for row in rows)
-    chosen = _choose(plans, goal)
+    plans = tuple(plan_scheme(spec, devices, gpu, row, request, margin) for row in rows)
+    chosen = choose(plans, goal)
     # a scheme whose weights alone are too large needs no second look; what is within the limit gets one
     # before another is made at a loss, of a file that is quantized already that file
     hopeful = [p for p in plans if p.plan and p.plan.weights_bytes < p.plan.requested_bytes]
@@ -336,13 +217,14 @@ def recommend(
     if chosen is None and own_ranks:
         others = chain(others, _stages(spec, request))
     for smaller, said in others if hopeful else ():
-        again = tuple(_plan_one(spec, devices, gpu, p.row, smaller, margin) for p in hopeful)
-        other = _choose(again, goal)
+        again = tuple(plan_scheme(spec, devices, gpu, p.row, smaller, margin) for p in hopeful)
+        other = choose(again, goal)
         if other is not None and (chosen is None or other.ready or other.safe >= chosen.safe):
             chosen, request = other, smaller
             replanned = {p.scheme: p for p in again}
             plans = tuple(
-                replanned.get(row.name) or _plan_one(spec, devices, gpu, row, smaller, margin) for row in rows
+                replanned.get(row.name) or plan_scheme(spec, devices, gpu, row, smaller, margin)
+                for row in rows
             )
             notes.append(said)
             break
@@ -352,17 +234,17 @@ def recommend(
         notes += _notes_on(spec, chosen, gpu)
         method = chosen.methods[0] if chosen.methods else None
         if chosen.makeable:
-            commands = _commands(spec, model, chosen, method, request, output_path)
-        if any(f"{_OWNER}/" in command for command in commands):
+            commands = commands_for(spec, model, chosen, method, request, output_path)
+        if any(f"{OWNER}/" in command for command in commands):
             notes.append(
-                f"{_OWNER} stands for who publishes {spec.name} on the Hub, which its name does not tell: "
+                f"{OWNER} stands for who publishes {spec.name} on the Hub, which its name does not tell: "
                 "give owner/name for commands that run as they are"
             )
     return Recommendation(
         model=spec, gpus=tuple(devices), request=request, plans=plans,
         recommended=chosen.scheme if chosen else None, method=method,
-        reason=_reason(spec, gpu, plans, chosen, request, goal), commands=commands,
-        engines=_engines(gpu, plans, request, goal), scenario=profile.name if profile else None,
+        reason=reason_of(spec, gpu, plans, chosen, request, goal), commands=commands,
+        engines=engines_for(gpu, plans, request, goal), scenario=profile.name if profile else None,
         notes=tuple(notes), group_size=chosen.group_size if chosen else None,
     )  # fmt: skip
 
@@ -444,14 +326,14 @@ def _completed(
 def _over_machines(spec: ModelSpec, count: int, request: EngineRequest, notes: list[str]) -> EngineRequest:
     """The request where so many GPUs are several machines: a stage of the layers on each, so that only
     activations cross the network."""
-    machines, rest = divmod(count, _MACHINE)
-    if machines < 2 or rest or machines > spec.layers or parallel_problems(spec, _MACHINE):
+    machines, rest = divmod(count, MACHINE)
+    if machines < 2 or rest or machines > spec.layers or parallel_problems(spec, MACHINE):
         return request
     notes.append(
-        f"planned as {machines} machines of {_MACHINE} GPUs: every machine holds a stage of the layers, and "
+        f"planned as {machines} machines of {MACHINE} GPUs: every machine holds a stage of the layers, and "
         "the command is run on the first of a Ray cluster that they form"
     )
-    return replace(request, tensor_parallel=_MACHINE, pipeline_parallel=machines)
+    return replace(request, tensor_parallel=MACHINE, pipeline_parallel=machines)
 
 
 def _route(spec: ModelSpec, chosen: SchemePlan, gpu: Gpu) -> str:
@@ -571,438 +453,6 @@ def _asked(scheme: str) -> SchemeRow:
     return replace(row, native=False)
 
 
-def dtype_label(spec: ModelSpec, request: EngineRequest, gpu: Gpu | None = None) -> str:
-    """What a checkpoint as it is is called in tables: the dtype that it is served in, or how it is quantized.
-
-    >>> from quant.catalog import find_model
-    >>> dtype_label(find_model("microsoft/phi-2"), EngineRequest())
-    'fp16'
-    """
-    if spec.quantization:
-        return f"{_QUANTIZED} ({source_method(spec.quantization)})"
-    name = request.dtype or spec.dtype
-    if request.dtype is None and gpu is not None and not has_bfloat16(gpu):
-        return "fp16"  # vLLM falls back to it
-    return {"bfloat16": "bf16", "float16": "fp16", "float32": "bf16", "float64": "bf16"}.get(name, name)
-
-
-def _plan_one(
-    spec: ModelSpec,
-    gpus: Sequence[Gpu],
-    gpu: Gpu,
-    row: SchemeRow,
-    request: EngineRequest,
-    margin: float,
-) -> SchemePlan:
-    quality = load_json("quality.json")["schemes"].get(
-        row.name, {"loss_percent": [0, 100], "source": UNKNOWN}
-    )
-    loss = (float(quality["loss_percent"][0]), float(quality["loss_percent"][1]))
-    quantized = is_quantized(row.scheme)
-    methods = makeable_methods(spec, row.scheme) if quantized else ()
-
-    unquantized = dtype_label(spec, request, gpu)
-
-    def refused(why: str) -> SchemePlan:
-        return SchemePlan(
-            row, row.scheme, None, False, False, False, why, loss, quality["source"], None, methods, 0,
-            unquantized,
-        )  # fmt: skip
-
-    if reason := architecture_problem(spec.config, request.vllm_version):
-        return refused(reason)
-    if spec.quantization and quantized:
-        if reason := requantizing_problem(spec, row.scheme):
-            return refused(reason)
-        spec = requantizable(spec)
-    part = (
-        f"{gpu.name} "
-        f"({'.'.join(map(str, gpu.capability)) if gpu.capability else gpu.architecture or gpu.platform})"
-    )
-    method = None if quantized else source_method(spec.quantization)
-    if (reason := serving_problem(gpu, method, spec.selects)) is not None:
-        return refused(f"{part}: {reason}")
-    if quantized:
-        kind = spec.model_type
-        if reason := one_form_problem(kind, row.scheme) or family_problem((kind,), row.scheme):
-            return refused(reason)
-        kernel = kernel_of(row.scheme)
-        state = formats_of(gpu).get(kernel, "no")
-        if state == "no":
-            return refused(f"{part} has no kernel for {kernel}")
-        if spec.moe and gpu.platform == "cpu" and (missing_kernels := cpu_problems(gpu, (), [kernel])):
-            return refused(missing_kernels[0].text)
-        if row.native and state not in ("native", "unknown"):
-            return refused(f"{part} computes {kernel} only as packed weights")
-    # whose kernels of quantized checkpoints are not tabled
-    elif gpu.platform != "rocm":
-        missing = sorted(k for k in source_kernels(spec) if formats_of(gpu).get(k) == "no")
-        if missing:
-            return refused(
-                f"{part} has no kernel for {', '.join(missing)}, which the checkpoint is quantized to"
-            )
-    elif reason := next(filter(None, (kernel_problem(x, gpu) for x in loaded_schemes(spec))), None):
-        return refused(f"the checkpoint as it is: {reason}")
-    stored = row.scheme
-    if quantized and stored.group_size_is_free:
-        own = stored.weights.group_size
-        smaller = sorted((g for g in GROUP_SIZES if g != -1 and (g < own or own == -1)), reverse=True)
-        grouped = (stored, *(stored.with_group_size(g) for g in smaller))
-        whole = request.enable_expert_parallel
-        fitting = (s for s in grouped if not group_problems(spec, s, request.ranks, experts_whole=whole))
-        stored = next(fitting, stored)
-    laid_out = stored
-    if quantized and spec.model_type in ONE_FORM:  # all but the experts stays in 16 bits
-        form, _ = ONE_FORM[spec.model_type]
-        spec, laid_out = replace(spec, quantization={"quant_method": form}), AS_IT_IS.scheme
-    if misfits := cpu_misfits(spec, stored, gpu):
-        return refused(misfits[0])
-    condition = _condition(spec, gpu, row) if gpu.kind == UNNAMED else ""
-    planned = _with_fitting_states(spec, gpus, laid_out, request)
-    meets = planned.fits and planned.max_concurrency >= request.concurrency
-    free = gpu.free_bytes
-    needed = planned.requested_bytes - planned.kv_cache_bytes
-    if planned.layout and planned.context:
-        in_flight = planned.max_num_batched_tokens
-        needed += (
-            planned.layout.blocks_for(planned.context, in_flight)
-            * request.concurrency
-            * planned.layout.bytes_per_block
-        )
-    safe = meets and planned.sure and needed <= free * (1 - margin)
-    why = planned.why
-    if planned.fits and not meets:
-        why = (
-            f"holds {format_requests(planned.max_concurrency)} requests of {planned.context:,} tokens, "
-            f"{request.concurrency} asked for"
-        )
-    elif planned.tight:
-        why = f"{planned.why}; tight: {planned.tight}"
-    elif meets and not safe:
-        why = f"{planned.why}; leaves less than {margin:.0%} of the free memory"
-    if condition:
-        why = f"{why}; takes {condition}"
-    size = file_bytes(spec, stored) if is_quantized(laid_out) else stored_bytes(spec)
-    return SchemePlan(
-        row, stored, planned, planned.fits, meets, safe, why, loss, quality["source"],
-        speed_of(spec, gpu, planned, request),
-        methods, size, unquantized, condition,
-    )  # fmt: skip
-
-
-def _condition(spec: ModelSpec, gpu: Gpu, row: SchemeRow) -> str:
-    """The GPUs that a scheme takes, where it is planned for memory alone."""
-    if is_quantized(row.scheme):
-        return parts_needed(kernel_of(row.scheme), row.native)
-    return "; ".join(filter(None, (parts_needed(kernel, False) for kernel in sorted(source_kernels(spec)))))
-
-
-def _with_fitting_states(
-    spec: ModelSpec, gpus: Sequence[Gpu], stored: Scheme, request: EngineRequest
-) -> MemoryPlan:
-    """The plan; where only the recurrent states of vLLM's default number of sequences do not fit, with as
-    many sequences as surely do, which its command then asks for."""
-    planned = plan(spec, gpus, stored, request)
-    if planned.fits or not planned.lacks_states or request.max_num_seqs is not None:
-        return planned
-    error = planned.error_bytes // planned.layout.bytes_per_block if planned.layout else 0
-    fewer = (planned.kv_blocks - error) // 8 * 8
-    if fewer < max(request.concurrency, 8):
-        return planned
-    return plan(spec, gpus, stored, replace(request, max_num_seqs=fewer))
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What decides among the schemes that fit: an objective of :data:`quant.defaults.OBJECTIVES`, the percent
-    of expected loss that it may cost, and what it is for."""
-
-    objective: str
-    limit: float
-    title: str = ""
-
-    @classmethod
-    def of(cls, objective: str | None, profile: Scenario | None) -> Goal:
-        """The objective asked for, else the scenario's, else ``balanced``.
-
-        Raises:
-            UsageError: no such objective.
-        """
-        name = objective or (profile.objective if profile else "balanced")
-        if name not in defaults.OBJECTIVES:
-            raise one_of("--objective", name, list(defaults.OBJECTIVES))
-        own = profile is not None and name == profile.objective
-        limit = profile.max_loss_percent if profile and own else defaults.OBJECTIVES[name][1]
-        return cls(name, limit, profile.title if profile else "")
-
-
-def _choose(plans: Sequence[SchemePlan], goal: Goal) -> SchemePlan | None:
-    """The plan to take, among those that keep the margin, else among those that surely hold what was asked.
-    Where nothing is within the limit, ``balanced`` takes the most precise that fits."""
-    sure = [p for p in plans if p.meets and p.plan and p.plan.sure and not p.condition]
-    bound = defaults.OBJECTIVES[goal.objective][0]
-    # a file that is quantized already is not made again for the sake of a margin
-    for pool in ([p for p in sure if p.safe or p.ready], sure):
-        if within := [p for p in pool if p.loss[1] <= goal.limit]:
-            return _most_precise(within) if bound is None else _fastest(within, bound)
-        if pool and goal.objective == "balanced":
-            return _most_precise(pool)
-    return None
-
-
-def _fastest(pool: Sequence[SchemePlan], bound: str) -> SchemePlan:
-    """The most precise of the fastest: of what this build makes, where it makes any of them."""
-    made = [p for p in pool if p.makeable] or pool
-    best = max(p.bound(bound) for p in made)
-    equal = [p for p in made if p.bound(bound) >= best * (1 - _GAIN)]
-    return min(equal, key=lambda p: (sum(p.loss), -p.bound(bound)))
-
-
-def _most_precise(pool: Sequence[SchemePlan]) -> SchemePlan:
-    """The least expected loss; ties by what this build makes, then by speed."""
-    best = min(sum(p.loss) for p in pool)
-    equal = [p for p in pool if sum(p.loss) == best]
-    return max(equal, key=lambda p: (p.makeable, p.bound("decode_bound")))
-
-
-def _reason(
-    spec: ModelSpec,
-    gpu: Gpu,
-    plans: Sequence[SchemePlan],
-    chosen: SchemePlan | None,
-    request: EngineRequest,
-    goal: Goal,
-) -> str:
-    asked = f"{request.concurrency} × {request.context:,} tokens"
-    where = (
-        f"{request.ranks * request.pipeline_parallel} × {gpu.name}"
-        if request.ranks * request.pipeline_parallel > 1
-        else gpu.name
-    )
-    if chosen is not None and chosen.plan is not None:
-        margin = "" if chosen.safe else ", though without the safety margin"
-        use = f" for {goal.title}" if goal.title else ""
-        fits = [p for p in plans if p.meets and p.plan and p.plan.sure]
-        slow = not chosen.bound("decode_bound")  # its speed is not known
-        if defaults.OBJECTIVES[goal.objective][0] is None or chosen.loss[1] > goal.limit or slow:
-            reason = "the most precise that holds what was asked"
-        elif chosen is _most_precise([p for p in fits if p.loss[1] <= goal.limit] or fits):
-            reason = (
-                f"the most precise, and none within {goal.limit:g} % of expected loss is faster by a tenth"
-            )
-        else:
-            reason = f"the fastest by its bounds{use} among those within {goal.limit:g} % of expected loss"
-        opening = f"{chosen.label} holds what was asked" if len(plans) == 1 else f"{chosen.label} is {reason}"
-        return (
-            f"{opening}: {format_size(chosen.plan.weights_bytes)} of weights leave "
-            f"{format_size(chosen.plan.kv_cache_bytes)} for "
-            f"{chosen.plan.kv_tokens:,} tokens on {where} ({asked} asked{margin})"
-        )
-    running = [p for p in plans if p.fits and p.plan]
-    if edge := next((p for p in running if p.meets and p.plan and p.plan.tight), None):
-        assert edge.plan is not None
-        return f"nothing surely fits {asked} on {where}: {edge.label} is tight, {edge.plan.tight}"
-    if running:
-        best = max(running, key=lambda p: p.plan.max_concurrency if p.plan else 0.0)
-        assert best.plan is not None
-        if looser := next((p.label for p in plans if p.meets), None):
-            return (
-                f"nothing fits {asked} on {where} within {goal.limit:g} % of expected "
-                f"loss; without that limit {looser} would"
-            )
-        return (
-            f"nothing holds {asked} on {where}: {best.label} starts and holds "
-            f"{format_requests(best.plan.max_concurrency)} requests of "
-            f"{request.context:,} tokens; "
-            f"ask for --concurrency {max(1, int(best.plan.max_concurrency))}, or add GPUs"
-        )
-    planned = [p for p in plans if p.plan]
-    if not planned:
-        reasons: dict[str, list[str]] = {}
-        for p in plans:
-            reasons.setdefault(p.why, []).append(p.scheme)
-        if len(reasons) == 1:
-            return f"no scheme can run on {gpu.name}: {plans[0].why}"
-        said = "; ".join(f"{', '.join(schemes)}: {why}" for why, schemes in reasons.items())
-        return f"no scheme can run on {gpu.name}: {said}"
-    longest = max(planned, key=lambda p: p.plan.sure_context if p.plan else 0)
-    assert longest.plan is not None
-    if longest.plan.sure_context:
-        return (
-            f"nothing fits {asked} on {where}; {longest.label} would with --context "
-            f"{longest.plan.sure_context} --concurrency 1"
-        )
-    best = min(planned, key=lambda p: p.plan.weights_bytes if p.plan else 0)
-    assert best.plan is not None
-    needed = (
-        best.plan.weights_bytes
-        + best.plan.activation_bytes
-        + best.plan.other_bytes
-        + best.plan.cuda_graph_bytes
-    )
-    if group_problems(spec, best.stored, request.ranks, experts_whole=request.enable_expert_parallel):
-        return f"nothing runs on {where}, and not for want of memory: {best.label}: {best.why}"
-    return (
-        f"nothing fits on {where}: the smallest, {best.label}, needs {format_size(needed)} before any KV "
-        "cache; "
-        f"{_what_would(spec, gpu, best, request)}"
-    )
-
-
-def _what_would(spec: ModelSpec, gpu: Gpu, best: SchemePlan, request: EngineRequest) -> str:
-    """The smallest change that makes the smallest scheme start, found by planning it: no graphs, fewer
-    sequences, more GPUs of a machine, more machines."""
-    assert best.plan is not None
-    if gpu.platform == "cpu":
-        return "take a machine with more memory, a smaller model, or llama.cpp with a 4-bit GGUF"
-    world = request.ranks * request.pipeline_parallel
-    tries: list[tuple[str, int, EngineRequest]] = []
-    if not request.enforce_eager:
-        tries.append(("--enforce-eager", world, replace(request, enforce_eager=True)))
-    small = max(request.concurrency, 8)
-    if request.max_num_seqs is None and request.max_num_batched_tokens is None:
-        words = f"--max-num-seqs {small} --max-num-batched-tokens 512"
-        tries.append(
-            (words, world, replace(request, max_num_seqs=small, max_num_batched_tokens=max(512, small)))
-        )
-    for ranks in (r for r in (2, 4, _MACHINE) if r > request.ranks and not parallel_problems(spec, r)):
-        count = ranks * request.pipeline_parallel
-        words = f"{count} of these GPUs (--gpu-count {count})"
-        tries.append((words, count, replace(request, tensor_parallel=ranks)))
-    if request.pipeline_parallel == 1 and not parallel_problems(spec, _MACHINE):
-        for machines in (m for m in (2, 4) if m <= spec.layers):
-            count = machines * _MACHINE
-            words = (
-                f"{machines} machines of {_MACHINE} of these GPUs each: --tensor-parallel {_MACHINE} "
-                f"--pipeline-parallel {machines} (--gpu-count {count})"
-            )
-            changed = replace(request, tensor_parallel=_MACHINE, pipeline_parallel=machines)
-            tries.append((words, count, changed))
-    for words, count, changed in tries:
-        if plan(spec, [gpu] * count, best.stored, changed).sure:
-            return f"it would start with {words}"
-    return (
-        f"not even 4 machines of {_MACHINE} of these GPUs would do: take a smaller model, or llama.cpp with "
-        "a 4-bit GGUF in host memory"
-    )
-
-
-def _commands(
-    spec: ModelSpec,
-    model: object,
-    chosen: SchemePlan,
-    method: str | None,
-    request: EngineRequest,
-    output_path: str | None,
-) -> tuple[str, ...]:
-    """The exact commands: make the checkpoint (unless it is served as it is), then serve it."""
-    assert chosen.plan is not None
-    source, _, revision = _source(spec, model).partition("@")
-    of_revision = ["--revision", revision] if revision else []
-    if chosen.scheme == "none":
-        return (shlex.join([*shlex.split(serve_command(source, chosen.plan, request)), *of_revision]),)
-    target = output_path or f"{Path(source).name}-{chosen.scheme}"
-    fetch: tuple[str, ...] = ()
-    # known by name only: quantizing needs its tensors
-    if isinstance(model, str) and not Path(model).is_dir():
-        there = ["--local-dir", Path(source).name]
-        fetch = (shlex.join(["hf", "download", source, *of_revision, *there]),)
-        source = Path(source).name
-    parts = [
-        "quant",
-        "quantize",
-        "--model-path",
-        source,
-        "--output-path",
-        target,
-        "--method",
-        str(method),
-        "--scheme",
-        chosen.scheme,
-    ]
-    if chosen.group_size:
-        parts += ["--group-size", str(chosen.group_size)]
-    for key, value in chosen.row.needs.items():
-        parts += [f"--{key.replace('_', '-')}", value]
-    if request.ranks > 1:
-        parts += ["--tensor-parallel", str(request.ranks)]
-    return (*fetch, shlex.join(parts), serve_command(target, chosen.plan, request))
-
-
-def _source(spec: ModelSpec, model: object) -> str:
-    """What commands call the model: its Hub id where it has one, else its path. A name without an owner gets
-    :data:`_OWNER` before it."""
-    if isinstance(model, Path) and repository_of(model):
-        return named(model)
-    if spec.hub or not isinstance(model, (str, Path)):
-        return spec.hub or spec.name
-    return str(model) if Path(model).exists() else f"{_OWNER}/{str(model).strip()}"
-
-
-def serve_command(checkpoint: str, planned: MemoryPlan, request: EngineRequest) -> str:
-    """``vllm serve`` with the arguments that the plan was made with; defaults are left out.
-
-    The context is always given: a default that depends on the model would make another plan than this one.
-    """
-    parts = ["vllm", "serve", checkpoint, "--max-model-len", str(planned.context)]
-    if planned.tensor_parallel > 1:
-        parts += ["--tensor-parallel-size", str(planned.tensor_parallel)]
-    if planned.pipeline_parallel > 1:
-        parts += ["--pipeline-parallel-size", str(planned.pipeline_parallel)]
-    if request.dtype is not None:
-        parts += ["--dtype", request.dtype]
-    if request.gpu_memory_utilization is not None:
-        parts += ["--gpu-memory-utilization", f"{request.gpu_memory_utilization:g}"]
-    if request.kv_cache_dtype != "auto":
-        parts += ["--kv-cache-dtype", request.kv_cache_dtype]
-    if request.max_num_seqs is not None or planned.asks_sequences:
-        parts += ["--max-num-seqs", str(planned.max_num_seqs)]
-    if request.max_num_batched_tokens is not None:
-        parts += ["--max-num-batched-tokens", str(request.max_num_batched_tokens)]
-    for name in ("enforce_eager", "enable_expert_parallel", "language_model_only"):
-        if getattr(request, name):
-            parts.append(f"--{name.replace('_', '-')}")
-    if request.limit_mm_per_prompt:
-        parts += ["--limit-mm-per-prompt", json.dumps(dict(request.limit_mm_per_prompt))]
-    if request.mm_encoder_tp_mode != "weights":
-        parts += ["--mm-encoder-tp-mode", request.mm_encoder_tp_mode]
-    return shlex.join(parts)
-
-
-def _engines(gpu: Gpu, plans: Sequence[SchemePlan], request: EngineRequest, goal: Goal) -> tuple[Engine, ...]:
-    """The engines in order of preference for this need; the first that suits is taken."""
-    fits = any(p.meets for p in plans)
-    cpu = gpu.platform == "cpu"
-    laptop = gpu.kind == "laptop" and request.concurrency == 1
-    latency = goal.objective == "latency"
-    modern = gpu.platform == "cuda" and formats_of(gpu)["fp8"] == "native"
-    if cpu:
-        vllm = Engine("vLLM", False, "its CPU build serves, slower than llama.cpp for one user")
-        llama = Engine("llama.cpp / Ollama", True, "runs a 4-bit GGUF on the CPU")
-    else:
-        vllm = Engine("vLLM", fits, "it holds what was asked" if fits else "no plan holds what was asked")
-        why = (
-            "one user on a laptop"
-            if laptop
-            else "for one user"
-            if fits
-            else "a 4-bit GGUF, with the layers that fit on the GPU"
-        )
-        llama = Engine("llama.cpp / Ollama", laptop or not fits, why)
-    why = (
-        "compiled kernels for one fixed model; worth its build where latency is all"
-        if modern
-        else "needs a GPU that computes in FP8"
-    )
-    trt = Engine("TensorRT-LLM", modern and latency and fits, why)
-    tgi = Engine(
-        "TGI",
-        False,
-        "for deployments that already run it; its development has ended, and vLLM serves the same models",
-    )
-    return (vllm, trt, llama, tgi) if vllm.suits else (llama, vllm, trt, tgi)
-
-
 def _thumb(spec: ModelSpec, gpus: Sequence[Gpu], request: EngineRequest) -> Recommendation:
     """The original design's rule, for one GPU."""
     gpu = gpus[0]
@@ -1010,7 +460,7 @@ def _thumb(spec: ModelSpec, gpus: Sequence[Gpu], request: EngineRequest) -> Reco
     scheme, plans = rule_of_thumb(stored_bytes(spec), gpu.total_bytes, gpu.free_bytes if here else None)
     rows = []
     for p in plans:
-        rows.append({**p.to_dict(), **{key: None for key in _PLAN_KEYS}, "weights_bytes": p.needed_bytes})
+        rows.append({**p.to_dict(), **{key: None for key in PLAN_KEYS}, "weights_bytes": p.needed_bytes})
     chosen = next((p for p in plans if p.scheme == scheme), None)
     reason = (
         f"rule of thumb: {chosen.scheme}, {chosen.why}"

@@ -10,7 +10,8 @@ from quant.commands.render.tables import Column, draw
 from quant.hardware import Detection, Gpu
 from quant.health import Health
 from quant.planning.memory import MemoryPlan
-from quant.planning.recommendation import UNKNOWN, Recommendation, SchemePlan
+from quant.planning.recommendation import Recommendation
+from quant.planning.scheme_plans import UNKNOWN, SchemePlan
 from quant.units import format_count, format_size
 from quant.vllm.kernels import formats_of
 
