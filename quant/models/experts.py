@@ -25,6 +25,11 @@ Stage = Literal["up", "down"]
 STAGES: tuple[Stage, ...] = ("up", "down")
 
 
+#: Rows of a product are a multiple of so many, where there are as many: for each number of rows torch's CPU
+#: library compiles a kernel, and keeps a thousand of half a MiB.
+_ROWS = 16
+
+
 @dataclass(frozen=True)
 class Routed:
     """The inputs of all experts of a layer in one batch.
@@ -240,10 +245,11 @@ def product(module: Any, name: str, experts: Experts, routed: Routed) -> torch.T
     start = 0
     for expert, count in enumerate(routed.counts.tolist()):
         if count:
-            pairs = slice(start, start + count)
-            rows = routed.rows[routed.index[pairs]]
+            # with some of the next expert's
+            rows = routed.rows[routed.index[start : start + -(-count // _ROWS) * _ROWS]]
             matrix = weight[expert].t() if experts.transposed else weight[expert]
-            result[pairs] = nn.functional.linear(rows, matrix, None if bias is None else bias[expert])
+            made = nn.functional.linear(rows, matrix, None if bias is None else bias[expert])
+            result[start : start + count] = made[:count]
             start += count
     return result
 

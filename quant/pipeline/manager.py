@@ -33,7 +33,7 @@ from quant.pipeline.activation_store import ActivationStore, Batches, Calls
 from quant.pipeline.blocks import BlockQuantizer, BlockResult
 from quant.pipeline.folding import unfolded
 from quant.pipeline.layout import Unit
-from quant.pipeline.memory import freed_memory_kept, peak_rss
+from quant.pipeline.memory import freed_memory_kept, give_back, peak_rss
 from quant.pipeline.methods import make_quantizer, suppressor_of
 from quant.pipeline.pieces import PieceQuantizer
 from quant.pipeline.plan import JobPlan
@@ -242,6 +242,7 @@ class QuantizationManager:
                     )
                     self._write(unit, work, made)
                 skeleton.free_block(unit.block)
+                give_back()  # what the pass has freed, beside what the next block takes
         finally:
             self.scratch_bytes = store.spilled_bytes
             store.close()
