@@ -180,7 +180,7 @@ async def drain(context: Context) -> list[Finding]:
     context.server.ask_to_end(first_alone=True)
     ready, accepted = await _while_ending(context, told + limit)
     trace = await under_way
-    ended = time.perf_counter() - told
+    ended = trace.ended - told
     if trace.stamps and not trace.error and trace.ended < told:
         finding = skipped("requests under way are finished", "the request had ended before the signal came")
     else:
