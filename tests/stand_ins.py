@@ -86,8 +86,8 @@ def published_config(entry: Mapping[str, Any]) -> dict[str, Any]:
             "num_attention_heads": 12, "num_key_value_heads": 4, "vocab_size": 8448, "embedding_size": 3584,
         }  # fmt: skip
     text = config.get("text_config") or {}
-    if "tie_word_embeddings" in text:
-        config.setdefault("tie_word_embeddings", text["tie_word_embeddings"])
+    if text:  # transformers' default for wrappers is not always what their files hold
+        config.setdefault("tie_word_embeddings", spec_from_config(config).tied)
     config.setdefault("architectures", ["InternLM2ForCausalLM"])
     return config
 
