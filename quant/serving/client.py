@@ -303,6 +303,7 @@ async def ask(
     scheduled: float | None = None,
     sampling: Mapping[str, Any] | None = None,
     limit: float | None = None,
+    begun: asyncio.Event | None = None,
 ) -> Trace:
     """Sends one request and reads its answer; a failure of any kind is in the trace, never raised.
 
@@ -310,12 +311,15 @@ async def ask(
         scheduled: when it should have been sent; None: now.
         sampling: further keys of the request's body, such as the temperature.
         limit: seconds that the whole answer may take; a slow one that never stalls would go on for long.
+        begun: set when the first piece of the answer comes, or when there will be none.
     """
     answer, sent = _Answer(), time.perf_counter()
     trace = Trace(sent if scheduled is None else scheduled, sent, (), sent, prompt.tokens, 0)
     kind, detail = "", ""
     try:
-        await asyncio.wait_for(_read(client, endpoint, prompt.body(endpoint, sampling or {}), answer), limit)
+        await asyncio.wait_for(
+            _read(client, endpoint, prompt.body(endpoint, sampling or {}), answer, begun), limit
+        )
         if not answer.stamps:
             kind, detail = "empty", "the stream ended without a token"
         elif not answer.finished:
@@ -326,6 +330,8 @@ async def ask(
         kind, detail = "timeout", f"not ended after {limit:g} s, {len(answer.stamps)} pieces came"
     except Exception as error:  # whatever a transport raises is one failed request, not the end of the run
         kind, detail = transport_kind(error, bool(answer.stamps)), first_line(error)
+    if begun is not None:
+        begun.set()
     told = answer.usage.get("completion_tokens")
     asked = answer.usage.get("prompt_tokens")
     counted = isinstance(told, int) and told > 0
@@ -343,7 +349,11 @@ async def ask(
 
 
 async def _read(
-    client: httpx.AsyncClient, endpoint: Endpoint, body: Mapping[str, Any], answer: _Answer
+    client: httpx.AsyncClient,
+    endpoint: Endpoint,
+    body: Mapping[str, Any],
+    answer: _Answer,
+    begun: asyncio.Event | None,
 ) -> None:
     async with client.stream("POST", endpoint.route, json=body) as response:
         if response.status_code != 200:
@@ -355,6 +365,8 @@ async def _read(
             raise _Failed("no stream", f"{kind or 'no content type'}: {said}")
         async for now, data in _events(response):
             answer.take(now, data)
+            if begun is not None and answer.stamps:
+                begun.set()
 
 
 def said_by(said: str) -> str:

@@ -172,10 +172,11 @@ async def drain(context: Context) -> list[Finding]:
     most = _some_seconds_of_tokens(context)
     prompt = Prompt("The history of the town begins", 0, most)
     sampling = {"temperature": 0, "ignore_eos": True}
+    begun = asyncio.Event()
     under_way = asyncio.create_task(
-        ask(context.client, context.endpoint, prompt, sampling=sampling, limit=limit + 30)
+        ask(context.client, context.endpoint, prompt, sampling=sampling, limit=limit + 30, begun=begun)
     )
-    await _until_begun(context)
+    await begun.wait()
     told = time.perf_counter()
     context.server.ask_to_end(first_alone=True)
     ready, accepted = await _while_ending(context, told + limit)
@@ -220,15 +221,6 @@ def _some_seconds_of_tokens(context: Context) -> int:
     speed = context.facts.get("load", {}).get("median_tpot_ms")
     wanted = _DRAINED if not speed or not math.isfinite(speed) else int(1000 * _DRAINING / speed)
     return max(16, min(wanted, _DRAINED, (context.length or 2 * _DRAINED) - 16))
-
-
-async def _until_begun(context: Context) -> None:
-    """Waits until the server works on the request, or for two seconds where it does not tell."""
-    for _ in range(40):
-        await asyncio.sleep(_LOOK)
-        reply = await context.send("GET", "/metrics", limit=10.0)
-        if figures(parse_metrics(reply.text)).get("running"):
-            return
 
 
 async def _while_ending(context: Context, until: float) -> tuple[float, int]:
