@@ -36,9 +36,11 @@ from quant.catalog import find_model  # noqa: E402
 from quant.hardware import named_gpu  # noqa: E402
 from quant.planning.memory import EngineRequest, model_rules, plan  # noqa: E402
 from quant.planning.throughput import (  # noqa: E402
+    FORETOLD,
     Costs,
     Work,
     fitted_costs,
+    kind_of,
     kinds_of,
     prefill_seconds,
     served_rate,
@@ -237,7 +239,7 @@ def percentile(values: Iterable[float], share: float) -> float:
 def groups(figure: Figure) -> list[str]:
     """The rows of the table that a figure counts in."""
     streams = figure.setting["concurrency"]
-    kind = f"{figure.kinds[0]}, {'one stream' if streams == 1 else 'several streams'}"
+    kind = kind_of(figure.kinds[0], figure.work.engine, streams)
     size = "one stream" if streams == 1 else "2 to 16 streams" if streams <= 16 else "more streams"
     stored = {"16": "16 bits", "8": "8 bits or fewer, natively", "packed": "packed weights"}
     classes = {**figure.work.compute, **figure.work.expert_compute}
@@ -267,10 +269,11 @@ def summary(figures: Sequence[Figure], costs: Costs) -> dict[str, dict[str, Any]
     return table
 
 
-def constants(costs: Costs, table: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What ``configs/throughput.json`` holds: the constants and the errors by kind."""
+def constants(costs: Costs, figures: Sequence[Figure]) -> dict[str, Any]:
+    """What ``configs/throughput.json`` holds: the constants and the errors by kind and device. Of a device
+    that is missed by more than :data:`FORETOLD` nothing is foretold, so its figures count in no kind."""
 
-    def rows(kind: str) -> dict[str, dict[str, Any]]:
+    def rows(kind: str, table: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         found = {}
         for name, row in table.items():
             if name.startswith(f"{kind}: "):
@@ -279,11 +282,13 @@ def constants(costs: Costs, table: dict[str, dict[str, Any]]) -> dict[str, Any]:
                 found[name.removeprefix(f"{kind}: ")] = {**counts, **told}
         return found
 
+    devices = rows("device", summary(figures, costs))
+    near = [f for f in figures if devices[f.kinds[1]].get("p90", 0.0) <= FORETOLD]
     return {
         "source": "benchmarks/throughput_accuracy.py --write: fitted on one half of "
         "benchmarks/data/throughput.yaml; p90: error that nine in ten figures of the other do not exceed",
         "least": LEAST, "costs": {f.name: getattr(costs, f.name) for f in fields(Costs)},
-        "devices": rows("device"), "kinds": rows("kind"),
+        "devices": devices, "kinds": rows("kind", summary(near, costs)),
     }  # fmt: skip
 
 
@@ -307,10 +312,11 @@ of further models and GPUs of the kinds below, measured as people publish them.
 """
 
 _CONSTANTS = """
-What a plan is said to be about carries the P90 of its kind. Kinds with fewer than {least} held-out figures,
-and devices with fewer than {least} in all, carry at least the widest of the others. No figure is given where
-none like it was fitted (other devices and kinds of model, plans without CUDA graphs, pipeline parallelism),
-nor where the P90 of the kind is above 100 %; for those the bounds alone are told.
+What a plan is said to be about carries the P90 of its kind on its engine, devices that are missed by more
+than 100 % left out. Kinds with fewer than {least} held-out figures, and devices with fewer than {least} in
+all, carry the widest error of the others. No figure is given where none like it was fitted (other devices and
+kinds of model, plans without CUDA graphs, pipeline parallelism), nor where the P90 of the kind or of the
+device is above 100 %; for those the bounds alone are told.
 
 ## Constants
 
@@ -389,7 +395,7 @@ def main() -> None:
     beyond = [f for f in every if f.beyond_bound]
     if given.write:
         costs = costs_of(fit([f for f in figures if not f.held_out]))
-        told = json.dumps(constants(costs, summary(figures, costs)), indent=1)
+        told = json.dumps(constants(costs, figures), indent=1)
         TABLE.write_text(told + "\n", encoding="utf-8")
         DOCS.write_text(page(figures, beyond, costs), encoding="utf-8")
     else:

@@ -186,6 +186,15 @@ def kinds_of(spec: ModelSpec, gpu: Gpu) -> tuple[str, str]:
     return model, device
 
 
+def kind_of(model: str, engine: str, streams: int) -> str:
+    """The row of errors that a figure counts in: engines differ in what the model does not know of them.
+
+    >>> kind_of("dense", "v1", 16)
+    'dense on V1, several streams'
+    """
+    return f"{model} on {engine.upper()}, {'one stream' if streams == 1 else 'several streams'}"
+
+
 @dataclass(frozen=True)
 class Forecast:
     """Predicted speed: tokens a second of one stream, of all streams decoding together, and of all with
@@ -207,13 +216,18 @@ class Forecast:
     batch_error: float
 
 
+#: Errors beyond which no figure is given.
+FORETOLD = 1.0
+
+
 def _error(table: dict[str, Any], row: dict[str, Any], device: str) -> float:
-    """The error of a kind; at least the widest where few figures tell it, of the kind or of the device."""
-    fitted = [r for r in table["kinds"].values() if r["fitted"] and r["held"] >= table["least"]]
-    widest, seen = max(float(r["p90"]) for r in fitted), table["devices"][device]
-    own = float(row.get("p90", 0.0))
-    enough = row.get("held", 0) >= table["least"] and seen["fitted"] + seen["held"] >= table["least"]
-    return own if enough else max(own, widest)
+    """The error of a kind; the widest of those that enough figures tell, where few do, of the kind or of the
+    device."""
+    least, seen = table["least"], table["devices"][device]
+    told = [r for r in table["kinds"].values() if r["fitted"] and r["held"] >= least]
+    if row.get("held", 0) >= least and seen["fitted"] + seen["held"] >= least:
+        return float(row["p90"])
+    return max(float(r["p90"]) for r in told)
 
 
 def forecast(
@@ -225,15 +239,22 @@ def forecast(
     if plan.pipeline_parallel > 1:
         return None, "no published figures of pipeline parallelism were fitted"
     table, (model, device) = load_json("throughput.json"), kinds_of(spec, gpu)
-    if not table["devices"].get(device, {}).get("fitted"):
+    seen = table["devices"].get(device, {})
+    if not seen.get("fitted"):
         return None, f"no published figures of such a device ({gpu.name}, {device}) were fitted"
-    rows = [table["kinds"].get(f"{model}, {streams}", {}) for streams in ("one stream", "several streams")]
+    if seen.get("p90", 0.0) > FORETOLD:
+        return (
+            None,
+            f"published figures of such a device ({device}) are off by {seen['p90']:.0%}: none is foretold",
+        )
+    engine = model_rules(spec, gpu, request.vllm_version).engine
+    rows = [table["kinds"].get(kind_of(model, engine, streams), {}) for streams in (1, 2)]
     if not any(row.get("fitted") for row in rows):
         return None, f"no published figures of such a model ({model}) were fitted"
     errors = [_error(table, row, device) for row in rows]
-    if max(errors) > 1:
+    if max(errors) > FORETOLD:
         return None, f"published figures of the kind ({model}) are off by {max(errors):.0%}: none is foretold"
-    work = work_of(spec, gpu, plan, model_rules(spec, gpu, request.vllm_version).engine)
+    work = work_of(spec, gpu, plan, engine)
     if work is None:
         return None, f"the rates of {gpu.name} are not known"
     costs, answer = fitted_costs(), plan.context / 2 / (PROMPT_TOKENS + 0.5)

@@ -221,7 +221,7 @@ async def _level(
 ) -> dict[str, Any]:
     count = request.count(level)
     # each level its own prompts: those of the one before are in the server's prefix cache
-    seed = request.prompts.seed + hash((level.concurrency, level.rate)) % 100_003
+    seed = request.prompts.seed + 7919 * (level.concurrency or 0) + round(1000 * (level.rate or 0))
     prompts = await make_prompts(client, endpoint, replace(request.prompts, seed=seed), count)
     phase = f"{f'{name}: ' if name else ''}{level}"
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from quant.hardware import detect
 from quant.serving.client import Endpoint
+from quant.vllm import metrics
 
 if TYPE_CHECKING:
     import httpx2 as httpx
@@ -21,26 +22,23 @@ if TYPE_CHECKING:
 #: Seconds between two looks.
 PERIOD = 0.5
 
-#: Figure → the series of each engine that hold it: vLLM, SGLang, llama.cpp's server, TGI.
-GAUGES: dict[str, tuple[str, ...]] = {
-    "running": ("vllm:num_requests_running", "sglang:num_running_reqs", "llamacpp:requests_processing",
-                "tgi_batch_current_size"),
-    "queue": ("vllm:num_requests_waiting", "sglang:num_queue_reqs", "llamacpp:requests_deferred",
-              "tgi_queue_size"),
-    "kv_cache_usage": ("vllm:kv_cache_usage_perc", "sglang:token_usage", "llamacpp:kv_cache_usage_ratio"),
-}  # fmt: skip
-COUNTERS: dict[str, tuple[str, ...]] = {
-    "preemptions": ("vllm:num_preemptions_total", "sglang:num_retracted_reqs_total"),
-    "prompt_tokens": ("vllm:prompt_tokens_total", "sglang:prompt_tokens_total",
-                      "llamacpp:prompt_tokens_total"),
-    "output_tokens": ("vllm:generation_tokens_total", "sglang:generation_tokens_total",
-                      "llamacpp:tokens_predicted_total"),
-    "prefix_queries": ("vllm:prefix_cache_queries_total",),
-    "prefix_hits": ("vllm:prefix_cache_hits_total",),
-    "drafts": ("vllm:spec_decode_num_drafts_total",),
-    "draft_tokens": ("vllm:spec_decode_num_draft_tokens_total",),
-    "accepted_tokens": ("vllm:spec_decode_num_accepted_tokens_total",),
-}  # fmt: skip
+#: Figure → the series of other engines than vLLM that hold it: SGLang, llama.cpp's server, TGI.
+_OTHERS: dict[str, tuple[str, ...]] = {
+    "running": ("sglang:num_running_reqs", "llamacpp:requests_processing", "tgi_batch_current_size"),
+    "queue": ("sglang:num_queue_reqs", "llamacpp:requests_deferred", "tgi_queue_size"),
+    "kv_cache_usage": ("sglang:token_usage", "llamacpp:kv_cache_usage_ratio"),
+    "preemptions": ("sglang:num_retracted_reqs_total",),
+    "prompt_tokens": ("sglang:prompt_tokens_total", "llamacpp:prompt_tokens_total"),
+    "output_tokens": ("sglang:generation_tokens_total", "llamacpp:tokens_predicted_total"),
+}
+
+
+def _series(of_vllm: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    return {name: (metrics.PREFIX + own, *_OTHERS.get(name, ())) for name, own in of_vllm.items()}
+
+
+#: Figure → the series of each engine that hold it.
+GAUGES, COUNTERS = _series(metrics.GAUGES), _series(metrics.COUNTERS)
 #: Figures of several engines in one server that are shares and are not added up.
 _SHARES = {"kv_cache_usage"}
 
@@ -68,7 +66,7 @@ def parse_metrics(text: str) -> dict[str, list[float]]:
 
 
 #: The series of vLLM whose labels describe its KV cache.
-_CACHE = re.compile(r"vllm:cache_config_info\{(.*)\}")
+_CACHE = re.compile(rf"{metrics.PREFIX}{metrics.CACHE_CONFIG}\{{(.*)\}}")
 
 
 def cache_tokens(text: str) -> int | None:

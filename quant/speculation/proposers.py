@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +14,6 @@ from quant.errors import CheckpointError, UsageError, first_line
 from quant.formats import find_format
 from quant.offline import transformers
 from quant.pipeline.export import export
-from quant.speculation.sampling import Sampling, draw
 
 
 class Model:
@@ -116,26 +115,20 @@ class NGram:
         return [], None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Draft:
-    """A smaller model. ``sampling`` None: its likeliest token each time, as vLLM's draft models do by
-    default; else it draws as the target does, and its probabilities count in the judgement."""
+    """A smaller model: its likeliest token each time, as vLLM's draft models propose by default."""
 
     model: Model
-    sampling: Sampling | None = None
-    generator: torch.Generator = field(default_factory=torch.Generator)
+    #: tokens of the target's head; a draft's own may be padded to more
+    vocabulary: int
 
-    def propose(self, tokens: list[int], k: int) -> tuple[list[int], torch.Tensor | None]:
+    def propose(self, tokens: list[int], k: int) -> tuple[list[int], None]:
         proposed: list[int] = []
-        rows = []
         for _ in range(k):
-            logits = self.model.logits(tokens + proposed, 1)[0]
-            if self.sampling is None:
-                proposed.append(int(logits.argmax()))
-            else:
-                rows.append(self.sampling.probabilities(logits))
-                proposed.append(draw(rows[-1], self.generator))
-        return proposed, torch.stack(rows) if rows else None
+            logits = self.model.logits(tokens + proposed, 1)[0, : self.vocabulary]
+            proposed.append(int(logits.argmax()))
+        return proposed, None
 
 
 def check_pair(target: Path, draft: Path) -> None:

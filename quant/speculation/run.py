@@ -16,6 +16,7 @@ from quant.calibration.text import evaluation_rows
 from quant.catalog import load_model
 from quant.checkpoint.reader import open_checkpoint
 from quant.errors import QuantError, UsageError
+from quant.hardware import named_gpu
 from quant.offline import load_tokenizer
 from quant.planning.memory import EngineRequest, plan
 from quant.planning.speed import step_seconds
@@ -114,6 +115,10 @@ def speculate(path: Path, request: SpeculationRequest, progress: Progress = sile
         check_pair(path, request.draft)
     elif request.method == "draft_model":
         raise UsageError("--proposer is draft_model: name the draft with --draft")
+    if request.gpu is not None and not named_gpu(request.gpu).bandwidth:
+        raise UsageError(
+            f"--gpu is {request.gpu}: its speed is not known: leave it out to measure passes here"
+        )
     prompts = _prompts(path, request)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="quant-speculate-")))
@@ -216,7 +221,7 @@ def _draft(
     progress: Progress,
 ) -> Candidate:
     assert request.draft is not None
-    found = _measured("draft model", target, Draft(draft), request, prompts, progress)
+    found = _measured("draft model", target, Draft(draft, target.vocabulary), request, prompts, progress)
     rows = table(found, _latencies(path, request.draft, target, draft, request), request.most)
     best = max(rows, key=lambda r: r["speed_up"])
     config = {
@@ -243,8 +248,6 @@ def _latencies(
 ) -> Latencies:
     if request.gpu is None:
         return measured_latencies(target, draft_model)
-    from quant.hardware import named_gpu
-
     gpu, n = named_gpu(request.gpu), request.concurrency
     spec, engine = load_model(path), EngineRequest()
     planned = plan(spec, [gpu], None, engine)
@@ -261,8 +264,6 @@ def _latencies(
 
 def _memory(path: Path, draft: Path, request: SpeculationRequest) -> dict[str, Any]:
     """What the draft's weights and cache leave of the target's KV cache on the GPU."""
-    from quant.hardware import named_gpu
-
     assert request.gpu is not None
     gpu = named_gpu(request.gpu)
     alone = plan(load_model(path), [gpu], None, EngineRequest())
@@ -368,7 +369,7 @@ def predicted(result: dict[str, Any], path: Path, request: SpeculationRequest) -
         target = Model(path, device, Path(folder))
         proposer: Proposer = NGram(*request.ngram)
         if config["method"] == "draft_model":
-            proposer = Draft(Model(Path(config["model"]), device, Path(folder)))
+            proposer = Draft(Model(Path(config["model"]), device, Path(folder)), target.vocabulary)
         return measure(
             target, proposer, _prompts(path, request), request.new_tokens, request.most, Sampling()
         )

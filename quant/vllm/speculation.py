@@ -4,10 +4,11 @@ releases had instead."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from quant.errors import UsageError, clipped
+from quant.vllm.config import block_count, drafting_blocks
 
 if TYPE_CHECKING:
     from quant.checkpoint.reader import Checkpoint
@@ -24,8 +25,6 @@ _OLD = {
 }
 #: The same within an object that is written with the old names.
 _OLD_KEYS = {flag[2:].replace("-", "_"): key for flag, key in _OLD.items()}
-#: Key of config.json → prediction heads behind the blocks (DeepSeek-V3, GLM-4.5, Qwen3-Next, MiMo …).
-_HEADS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "n_predict")
 
 
 def translated(extra: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
@@ -85,12 +84,7 @@ def _entry(key: str, value: Any) -> dict[str, Any]:
 
 def native_heads(checkpoint: Checkpoint) -> int | None:
     """How many prediction heads a checkpoint has itself, in its config and in its files; None without."""
-    from quant.vllm.config import text_config
-
-    config: Mapping[str, Any] = text_config(checkpoint.config)
-    stated = next((config[k] for k in _HEADS if isinstance(config.get(k), int) and config[k] > 0), None)
-    if stated is None:
-        return None
-    blocks = config.get("num_hidden_layers")
-    held = any(".mtp." in f".{name}" or f".layers.{blocks}." in name for name in checkpoint.tensors)
-    return int(stated) if held else None
+    heads = drafting_blocks(checkpoint.config)
+    blocks = block_count(checkpoint.config)
+    held = any(".mtp." in f".{name}" or f".layers.{blocks}." in f".{name}" for name in checkpoint.tensors)
+    return heads if heads and held else None

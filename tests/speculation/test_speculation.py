@@ -114,7 +114,7 @@ def test_a_model_as_its_own_draft_is_always_right_whatever_is_cut_back(tmp_path:
         target.reset()
         plain.append(int(target.logits(plain, 1)[0].argmax()))
     target.reset()
-    made, found = generate(target, Draft(draft), prompt, 12, 3, Sampling(), generator)
+    made, found = generate(target, Draft(draft, target.vocabulary), prompt, 12, 3, Sampling(), generator)
     assert made == plain[6:] and found.rate >= 0.9  # ties may round the other way in a wider pass
     # proposals that are always wrong: the cache is cut back each time
     wrong = lambda tokens, k: ([(plain[min(len(tokens), len(plain) - 1)] + 1) % 4096] * k, None)  # noqa: E731

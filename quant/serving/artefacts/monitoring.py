@@ -9,6 +9,7 @@ from typing import Any
 
 from quant.serving.artefacts.base import Placement, head, kube_name, one_line, to_yaml
 from quant.serving.deployment import Deployment
+from quant.vllm import metrics
 
 #: Limits of alerts: seconds to the first token (P95) and per output token (P95), share of the KV cache, share
 #: of requests answered by a server error.
@@ -19,7 +20,7 @@ def _series(deployment: Deployment, name: str, **labels: str) -> str:
     """A selector of this model's series."""
     chosen = {"model_name": deployment.name, **labels}
     inner = ",".join(f"{k}={json.dumps(v)}" for k, v in chosen.items())
-    return f"vllm:{name}{{{inner}}}"
+    return f"{metrics.PREFIX}{name}{{{inner}}}"
 
 
 def _quantile(deployment: Deployment, share: float, histogram: str) -> str:
@@ -36,22 +37,26 @@ _HTTP_ERRORS = (
 )
 
 
+def _cache_in_use(deployment: Deployment) -> str:
+    return f"max({_series(deployment, metrics.GAUGES['kv_cache_usage'])})"
+
+
 def _rules(deployment: Deployment) -> list[dict[str, Any]]:
-    waiting = f"sum({_series(deployment, 'num_requests_waiting')})"
-    running = f"sum({_series(deployment, 'num_requests_running')})"
+    waiting = f"sum({_series(deployment, metrics.GAUGES['queue'])})"
+    running = f"sum({_series(deployment, metrics.GAUGES['running'])})"
     rows: Sequence[tuple[str, str, str, str, str]] = (
-        ("VllmDown", f"absent({_series(deployment, 'num_requests_running')})", "2m", "critical",
+        ("VllmDown", f"absent({_series(deployment, metrics.GAUGES['running'])})", "2m", "critical",
          "no series of the model: the server is down, restarting or not scraped"),
-        ("VllmSlowFirstToken", f"{_quantile(deployment, 0.95, 'time_to_first_token_seconds')} > {_TTFT:g}",
+        ("VllmSlowFirstToken", f"{_quantile(deployment, 0.95, metrics.HISTOGRAMS['ttft'])} > {_TTFT:g}",
          "5m", "warning", f"TTFT P95 above {_TTFT:g} s: prompts wait; add replicas or shorten prompts"),
         ("VllmSlowTokens",
-         f"{_quantile(deployment, 0.95, 'request_time_per_output_token_seconds')} > {_TPOT:g}",
+         f"{_quantile(deployment, 0.95, metrics.HISTOGRAMS['tpot'])} > {_TPOT:g}",
          "5m", "warning", f"P95 of the time per output token above {_TPOT:g} s: the batch is too large"),
         ("VllmQueueGrows", f"{waiting} > {running}", "5m", "warning",
          "more requests wait than run: demand is above what the server can"),
-        ("VllmCacheFull", f"max({_series(deployment, 'kv_cache_usage_perc')}) > {_CACHE:g}", "5m", "warning",
+        ("VllmCacheFull", f"{_cache_in_use(deployment)} > {_CACHE:g}", "5m", "warning",
          f"KV cache above {_CACHE:.0%}: requests will be preempted; lower max-model-len or use an FP8 cache"),
-        ("VllmPreempts", f"{_per_second(deployment, 'num_preemptions_total')} > 0", "10m", "warning",
+        ("VllmPreempts", f"{_per_second(deployment, metrics.COUNTERS['preemptions'])} > 0", "10m", "warning",
          "requests are preempted and computed again: the KV cache is too small for the load"),
         ("VllmErrors", f"{_HTTP_ERRORS} > {_ERRORS:g}", "5m", "critical",
          f"more than {_ERRORS:.0%} of requests end in a server error"),
@@ -85,20 +90,20 @@ def _panels(deployment: Deployment, price: float | None) -> list[tuple[str, str,
     def quantiles(histogram: str) -> list[tuple[str, str]]:
         return [(f"P{100 * q:g}", _quantile(deployment, q, histogram)) for q in (0.5, 0.95, 0.99)]
 
-    produced = _per_second(deployment, "generation_tokens_total")
+    produced = _per_second(deployment, metrics.COUNTERS["output_tokens"])
     panels: list[tuple[str, str, list[tuple[str, str]]]] = [
-        ("Time to first token", "s", quantiles("time_to_first_token_seconds")),
-        ("Time per output token", "s", quantiles("request_time_per_output_token_seconds")),
-        ("Whole answers", "s", quantiles("e2e_request_latency_seconds")),
+        ("Time to first token", "s", quantiles(metrics.HISTOGRAMS["ttft"])),
+        ("Time per output token", "s", quantiles(metrics.HISTOGRAMS["tpot"])),
+        ("Whole answers", "s", quantiles(metrics.HISTOGRAMS["e2el"])),
         ("Tokens a second", "short",
-         [("output", produced), ("prompt", _per_second(deployment, "prompt_tokens_total"))]),
+         [("output", produced), ("prompt", _per_second(deployment, metrics.COUNTERS["prompt_tokens"]))]),
         ("Requests", "short",
-         [("running", f"sum({_series(deployment, 'num_requests_running')})"),
-          ("waiting", f"sum({_series(deployment, 'num_requests_waiting')})")]),
-        ("KV cache in use", "percentunit", [("", f"max({_series(deployment, 'kv_cache_usage_perc')})")]),
-        ("Preemptions a second", "short", [("", _per_second(deployment, "num_preemptions_total"))]),
+         [("running", f"sum({_series(deployment, metrics.GAUGES['running'])})"),
+          ("waiting", f"sum({_series(deployment, metrics.GAUGES['queue'])})")]),
+        ("KV cache in use", "percentunit", [("", _cache_in_use(deployment))]),
+        ("Preemptions a second", "short", [("", _per_second(deployment, metrics.COUNTERS["preemptions"]))]),
         ("Prefix cache hits", "percentunit",
-         [("", f"{_per_second(deployment, 'prefix_cache_hits_total')} / "
+         [("", f"{_per_second(deployment, metrics.COUNTERS['prefix_hits'])} / "
                f"clamp_min({_per_second(deployment, 'prefix_cache_queries_total')}, 1e-9)")]),
         ("Server errors", "percentunit", [("", _HTTP_ERRORS)]),
     ]  # fmt: skip
