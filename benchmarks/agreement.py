@@ -31,13 +31,13 @@ from tests.stand_ins import stand_in  # noqa: E402
 def judge(name: str, count: int) -> tuple[int, int, list[str]]:
     """Recommendations that print commands, distinct jobs among them, and what disagrees."""
     done: dict[str, Any] = {}
-    printed, problems = 0, []
+    printed, problems, whole = 0, [], "caveat" not in catalogue()[name]
     with tempfile.TemporaryDirectory() as folder:
         source = stand_in(name, Path(folder) / name.rpartition("/")[2])
         for gpu in GPUS:
             recommendation = recommend(name, gpu, gpu_count=count)
             printed += bool(recommendation.commands)
-            found = disagreements(recommendation, gpu, source, Path(folder) / "made", done)
+            found = disagreements(recommendation, gpu, source, Path(folder) / "made", done, whole)
             problems += [f"{gpu}: {p}" for p in found]
     return printed, len(done), problems
 

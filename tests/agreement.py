@@ -140,7 +140,12 @@ def serve_problems(command: str, checkpoint: Path, gpu: str) -> list[str]:
 
 
 def disagreements(
-    recommendation: Recommendation, gpu: str, source: Path, scratch: Path, jobs_done: dict[str, Any]
+    recommendation: Recommendation,
+    gpu: str,
+    source: Path,
+    scratch: Path,
+    jobs_done: dict[str, Any],
+    sizes: bool = True,
 ) -> list[str]:
     """What fails of a recommendation's commands.
 
@@ -149,6 +154,7 @@ def disagreements(
         scratch: where the job's output is put, as a stand-in.
         jobs_done: by command, of this model, what came of it: a folder, or why none did. Commands that were
             tried are not tried again.
+        sizes: whether planned bytes are compared: not of models of which the catalogue knows a part.
     """
     served = source
     problems = []
@@ -165,7 +171,7 @@ def disagreements(
                 return [f"{command}: {jobs_done[done]}"]
             served, size = jobs_done[done]
             planned = next(p for p in recommendation.plans if p.scheme == recommendation.recommended)
-            if abs(planned.checkpoint_bytes / size - 1) > BYTES:
+            if sizes and abs(planned.checkpoint_bytes / size - 1) > BYTES:
                 problems.append(
                     f"{command}: {planned.checkpoint_bytes} bytes are planned, the job has {size}"
                 )

@@ -66,11 +66,15 @@ def stand_in(name: str, folder: Path) -> Path:
 
 
 def published_config(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """A catalogue's config with what the published one has besides: the class, and the parts' model types."""
+    """A catalogue's config with what the published one has besides: the class, and the parts' model types;
+    without drafting layers."""
     config = json.loads(json.dumps(entry))
     known = transformers()
     if config.get("architectures") == ["KimiVLForConditionalGeneration"]:
         config["model_type"], config["text_config"]["model_type"] = "kimi_vl", "deepseek_v3"
+    for part in (config, config.get("text_config") or {}):
+        if "num_nextn_predict_layers" in part:
+            part["num_nextn_predict_layers"] = 0  # transformers has no class for drafting layers
     kind = config.get("model_type")
     if not hasattr(known, str((config.get("architectures") or [""])[0])) and kind in known.CONFIG_MAPPING:
         own = known.CONFIG_MAPPING[kind]
