@@ -11,7 +11,7 @@ import torch
 
 from quant.calibration.files import bundled
 from quant.calibration.text import evaluation_rows
-from quant.errors import QuantError, VerificationFailed
+from quant.errors import NotFinite, QuantError, VerificationFailed
 from quant.evaluation.quality import evaluate
 from quant.offline import load_tokenizer
 from tests.helpers import TINYLM, copy_model, load_all, quantize, save_all
@@ -98,6 +98,11 @@ def test_a_broken_checkpoint_is_not_called_good(llama: Path, tmp_path: Path) -> 
     source = copy_model(llama, tmp_path / "source")
     tensors = load_all(source)
     tensors["model.norm.weight"][0] = torch.nan
+    save_all(source, tensors)
+    with pytest.raises(NotFinite, match="model.norm.weight"):
+        evaluate(source, length=32, chunks=2)
+    # every value is a number, and what is computed of them is none
+    tensors["model.norm.weight"].fill_(torch.finfo(tensors["model.norm.weight"].dtype).max)
     save_all(source, tensors)
     with pytest.raises(
         VerificationFailed, match="perplexity is nan: the checkpoint is broken, run quant verify on it"

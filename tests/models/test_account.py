@@ -11,7 +11,7 @@ from quant.checkpoint.reader import open_checkpoint
 from quant.errors import QuantError
 from quant.models.account import account, decoder_matrices, rest_problems
 from quant.models.linears import decoder_refs
-from tests.helpers import load_all, quantize, save_all
+from tests.helpers import change_config, load_all, quantize, save_all
 from tests.models.mixtures import save_mixture
 
 
@@ -25,6 +25,8 @@ def _with_odd_experts(folder: Path) -> Path:
         else:
             tensors[name] = value
     save_all(folder, tensors)
+    # a class of the model's own, of whose names nothing is known
+    change_config(folder, auto_map={"AutoModelForCausalLM": "m.M"})
     return folder
 
 

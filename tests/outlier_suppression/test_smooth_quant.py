@@ -16,7 +16,7 @@ from quant.errors import UsageError, VerificationFailed
 from quant.evaluation.preservation import Preservation
 from quant.outlier_suppression import OutlierSuppressionRegistry, SmoothQuant
 from quant.outlier_suppression.base import Place
-from quant.pipeline import blocks, manager
+from quant.pipeline import group_solves, manager
 from quant.quantizers import IdentityQuantizer, Quantized, QuantizerRegistry
 from quant.schemes import PRESETS
 from tests.helpers import load_all, quantize, short_text
@@ -120,13 +120,13 @@ def test_smoothing_alone_leaves_the_function_as_it_is(
 def test_a_result_that_is_another_function_is_not_published(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fold = blocks.fold_norm
+    fold = group_solves.fold_norm
 
     def broken(*args: Any) -> Any:
         factors, changed = fold(*args)
         return factors, {n: t * 2 for n, t in changed.items()}
 
-    monkeypatch.setattr(blocks, "fold_norm", broken)
+    monkeypatch.setattr(group_solves, "fold_norm", broken)
     with pytest.raises(VerificationFailed, match="another function than the source"):
         smoothed(llama, tmp_path / "out")
     assert not (tmp_path / "out").exists()
