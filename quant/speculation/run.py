@@ -16,6 +16,7 @@ from quant.calibration.text import evaluation_rows
 from quant.catalog import load_model
 from quant.checkpoint.reader import open_checkpoint
 from quant.errors import QuantError, UsageError
+from quant.evaluation.agreement import demand_agreement
 from quant.hardware import named_gpu
 from quant.offline import load_tokenizer
 from quant.planning.memory import EngineRequest, plan
@@ -109,8 +110,9 @@ def speculate(path: Path, request: SpeculationRequest, progress: Progress = sile
 
     Raises:
         UsageError: a draft of another tokenizer, or prompts that are longer than the context.
-        CheckpointError: a model that cannot be run whole here.
+        CheckpointError: a file of which config.json says otherwise, or a model that cannot be run whole here.
     """
+    demand_agreement(*(open_checkpoint(p) for p in (path, request.draft) if p is not None))
     if request.draft is not None:
         check_pair(path, request.draft)
     elif request.method == "draft_model":

@@ -16,7 +16,7 @@ from quant.speculation.measure import Acceptance, by_length, generate
 from quant.speculation.proposers import Draft, Model, NGram
 from quant.speculation.sampling import Sampling, draw, expected_tokens, judge, speed_up
 from quant.vllm.speculation import translated
-from tests.helpers import ROOT
+from tests.helpers import ROOT, change_config, copy_model
 
 TINY = ROOT / "examples" / "tinylm-4m"
 
@@ -155,3 +155,14 @@ def test_a_wrong_request_is_refused(
         deploy_vllm.main(["speculate", str(TINY), *options])
     assert stop.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_file_that_config_contradicts_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy_model(TINY, tmp_path / "m")
+    change_config(folder, num_hidden_layers=3)
+    with pytest.raises(SystemExit) as stop:
+        deploy_vllm.main(["speculate", str(folder)])
+    assert stop.value.code == 1
+    assert "model.layers.3" in capsys.readouterr().err
