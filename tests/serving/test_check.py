@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 
 from deploy_vllm import main
+from quant.errors import Problems
 from quant.serving.check.operation import slope
 from quant.serving.check.profile import parse_duration, profile_names, read_profile
 from quant.serving.check.run import CheckRequest, check_endpoint
 from quant.serving.check.value import CheckReport
 from quant.serving.client import Endpoint, EndpointError
+from tests.helpers import change_config, copy_model
 from tests.serving.endpoint import FakeEndpoint, endpoint
 from tests.serving.engine import TEMPLATE, Engine
 
@@ -107,6 +109,15 @@ def test_each_lie_is_the_right_fail(
         report = _report(fake, profile, checkpoint, group)
     assert {n for n, s in _statuses(report).items() if s == "FAIL"} == failed, report.findings
     assert all(f.todo for f in report.findings if f.status == "FAIL")
+
+
+def test_a_checkpoint_that_its_config_contradicts_is_no_measure(
+    checkpoint: Path, engine: Engine, profile: Path, tmp_path: Path
+) -> None:
+    wrong = copy_model(checkpoint, tmp_path / "m")
+    change_config(wrong, num_hidden_layers=1)
+    with endpoint(engine=engine, length=256) as fake, pytest.raises(Problems, match="layers.1"):
+        _report(fake, profile, wrong, "fidelity")
 
 
 def test_weights_of_another_checkpoint_are_told(

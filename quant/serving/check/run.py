@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from quant import defaults
+from quant.checkpoint.reader import open_checkpoint
 from quant.errors import QuantError, UsageError, clipped, first_line
+from quant.evaluation.agreement import demand_agreement
 from quant.progress import Event, Progress, silent
 from quant.serving.check import fidelity, operation, performance, resources, security
 from quant.serving.check.context import Context, first_lines
@@ -64,7 +66,10 @@ class CheckRequest:
 
         Raises:
             UsageError: one cannot be read, or is not what it must be.
+            Problems: the checkpoint's file is not what its config.json says: nothing can be compared with it.
         """
+        if self.checkpoint is not None:
+            demand_agreement(open_checkpoint(self.checkpoint), build=False)
         if self.log is not None:
             try:
                 first_lines(self.log)
