@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from quant.errors import UsageError
+from quant.errors import UsageError, clipped
 from quant.models.families import FAMILIES, WRAPPERS, Family
 from quant.models.spec import Moe
-from quant.models.values import LARGEST_DEPTH, Values
-from quant.vllm.config import heads_of
+from quant.models.values import LARGEST_DEPTH, LARGEST_DIMENSION, Values, is_number
+from quant.vllm.config import block_count, heads_of
 
 #: Sizes of latent attention.
 LATENT = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
@@ -25,8 +25,14 @@ _KNOWN_KINDS = frozenset(
         "mla", "kda", "mamba", "mlp", "moe",
     }
 )  # fmt: skip
+#: Kinds of layers that are an MLP alone.
+_MLPS = frozenset({"mlp", "moe"})
+#: How keys begin that say of attention what others call its heads.
+_ATTENTION = ("attn_", "num_attention_heads")
 #: How keys begin that size what a layer has in the place of attention, or beside it.
-_PARTS_OF_LAYERS = ("mamba_", "ssm_", "conv_", "lru_", "rwkv_", "attn_type_list", "layers_block_type")
+_PARTS_OF_LAYERS = (
+    "mamba_", "ssm_", "conv_", "lru_", "rwkv_", "altup_", "laurel_", "attn_type_list", "layers_block_type",
+)  # fmt: skip
 
 
 class Decoder:
@@ -51,7 +57,13 @@ class Decoder:
         self.known = self.name in FAMILIES
         self.family = FAMILIES.get(self.name, Family())
         self.hidden = values.count("hidden_size")
-        self.layers = values.count("num_hidden_layers", most=LARGEST_DEPTH)
+        self.layers = values.count("num_hidden_layers", block_count(config), most=LARGEST_DEPTH)
+        if values.get("num_attention_heads") is None and not self.known and not values.named(_ATTENTION):
+            raise UsageError(
+                f"{where}: model_type {self.model_type!r} states no attention heads: models without "
+                "attention are not planned here; name what to make with --method and --scheme, and see what "
+                "vLLM says at its start"
+            )
         self.heads = values.count("num_attention_heads")
         values.count("num_key_value_heads", self.heads)
         heads = heads_of(config)
@@ -68,19 +80,56 @@ class Decoder:
             raise UsageError(
                 f"{where}: {self.heads} attention heads are not a multiple of {self.kv_heads} KV heads"
             )
-        self.intermediate = values.count("intermediate_size", self._default_inner())
+        self.inner_sizes = self._inner_sizes()
+        self.intermediate = max(self.inner_sizes)
         self.vocabulary = values.count("vocab_size")
         self.context = values.count("max_position_embeddings", 2048)
         tied = values.get("tie_word_embeddings")
         self.tied = self.family.tied if tied is None else bool(tied)
         self.latent = {k: size for k in LATENT if (size := values.count(k, 0, least=0))}
-        self.single = bool(values.text("hybrid_override_pattern"))
+        self.single = bool(values.text("hybrid_override_pattern")) or bool(_MLPS & set(self._stated_kinds()))
+
+    def _inner_sizes(self) -> list[int]:
+        """The MLP's inner size of every layer: one number, or as Gemma 3n states them one for each."""
+        stated = self.values.get("intermediate_size")
+        if not isinstance(stated, list):
+            return [self.values.count("intermediate_size", self._default_inner())] * self.layers
+        if len(stated) != self.layers or not all(
+            is_number(x) and x == int(x) and 0 < x <= LARGEST_DIMENSION for x in stated
+        ):
+            raise UsageError(
+                f"{self.values.where}: intermediate_size is {clipped(stated)}: must be one whole number, or "
+                f"one for each of {self.layers} layers; repair config.json"
+            )
+        return [int(x) for x in stated]
 
     def _default_inner(self) -> int | None:
-        """The inner size where ``intermediate_size`` is not stated."""
+        """The inner size where ``intermediate_size`` is not stated; of a family without a row what plain MLPs
+        have, and :attr:`unknown_layers` tells it."""
         if self.family.inner_ratio:
             return int(self.hidden * self.values.number("expansion_ratio", self.family.inner_ratio))
-        return self.values.count("moe_intermediate_size", 0, least=0) or None
+        own = self.values.count("moe_intermediate_size", 0, least=0)
+        return own or (None if self.known else 4 * self.hidden)
+
+    def _stated_kinds(self) -> list[str]:
+        """The kinds of layers as the config lists them, one for each; empty where it does not."""
+        lists = (self.values.get(key) for key in ("layer_types", "layers_block_type"))
+        return next(
+            (
+                [str(t) for t in types]
+                for types in lists
+                if isinstance(types, list) and len(types) == self.layers
+            ),
+            [],
+        )
+
+    def _sized(self, kind: str) -> str:
+        """A recurrent kind by the sizes that the config states for it: several share one word."""
+        if kind in ("linear_attention", "mamba") and self.values.get("mamba_num_heads") is not None:
+            return "mamba"
+        if kind == "linear_attention" and self.values.get("linear_num_key_heads") is None:
+            return "linear attention without sizes"
+        return kind
 
     @cached_property
     def moe(self) -> Moe | None:
@@ -100,13 +149,12 @@ class Decoder:
             return [_LETTERS.get(letter, "mlp") for letter in pattern]
         if full := values.part("linear_attn_config").items("full_attn_layers"):
             return ["mla" if i + 1 in full else "kda" for i in range(n)]
-        types = values.get("layer_types")
-        types = [str(t) for t in types] if isinstance(types, list) and len(types) == n else []
+        types = self._stated_kinds()
         if "kv_lora_rank" in self.latent:
             recurrent = values.get("linear_head_dim") is not None
             return ["kda" if recurrent and t == "linear_attention" else "mla" for t in types or [""] * n]
         if types:
-            return types
+            return [self._sized(t) for t in types]
         if interval := values.count("full_attention_interval", 0, least=0):
             return ["full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(n)]
         if crossing := values.items("cross_attention_layers"):
@@ -124,7 +172,10 @@ class Decoder:
         kinds = sorted({k for k in self.kinds if k not in _KNOWN_KINDS})
         if kinds or self.known:
             return ", ".join(kinds)
-        return ", ".join(self.values.named(_PARTS_OF_LAYERS)[:3])
+        named = self.values.named(_PARTS_OF_LAYERS)[:3]
+        if self.values.get("intermediate_size") is None and not self.moe:
+            named.append("no inner size of the MLP is stated")
+        return ", ".join(named)
 
     @cached_property
     def kda(self) -> tuple[int, int, int]:

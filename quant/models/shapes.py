@@ -293,7 +293,7 @@ _MIXERS: Mapping[str, Callable[[Decoder, int, str], Iterator[Weight]]] = {
 
 def _mlp(decoder: Decoder, layer: int) -> Iterator[Weight]:
     h, values = decoder.hidden, decoder.values
-    inner = values.count("intermediate_size_mlp", decoder.intermediate)
+    inner = values.count("intermediate_size_mlp", decoder.inner_sizes[min(layer, decoder.layers - 1)])
     if values.get("use_double_wide_mlp") and decoder.shares_cache(layer):
         inner *= 2
     stated = _stated_bias(decoder, MLP_BIAS)

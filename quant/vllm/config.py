@@ -30,6 +30,11 @@ KEYS: dict[str, tuple[str, ...]] = {
         "max_position_embeddings", "n_positions", "model_max_length", "max_seq_len", "seq_length", "n_ctx",
     ),
     "experts": ("num_experts", "n_routed_experts", "num_local_experts"),
+    "mamba_num_heads": ("mamba_num_heads", "mamba_n_heads"),
+    "mamba_head_dim": ("mamba_head_dim", "mamba_d_head"),
+    "n_groups": ("n_groups", "mamba_n_groups"),
+    "ssm_state_size": ("ssm_state_size", "mamba_d_state"),
+    "conv_kernel": ("conv_kernel", "mamba_d_conv"),
     "active": (
         "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "top_k_experts", "moe_topk",
     ),
