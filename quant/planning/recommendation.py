@@ -202,20 +202,11 @@ def recommend(
     request.check(spec, devices)
     plans = tuple(plan_scheme(spec, devices, gpu, row, request, margin) for row in rows)
     chosen = choose(plans, goal)
-    # a scheme whose weights alone are too large needs no second look; what is within the limit gets one
-    # before another is made at a loss, of a file that is quantized already that file
-    hopeful = [p for p in plans if p.plan and p.plan.weights_bytes < p.plan.requested_bytes]
-    if chosen is not None:
-        lossy = chosen.loss[1] > goal.limit and (spec.quantization or goal.objective == "balanced")
-        hopeful = [
-            p
-            for p in hopeful
-            if lossy and (p.ready if spec.quantization else p.loss[1] <= goal.limit and not p.condition)
-        ]
     what = "nothing" if chosen is None else f"nothing within {goal.limit:g} % of expected loss"
     others = _smaller(request, gpu, own_context and chosen is None, what)
     if chosen is None and own_ranks:
         others = chain(others, _stages(spec, request))
+    hopeful = _hopeful(spec, plans, chosen, goal)
     for smaller, said in others if hopeful else ():
         again = tuple(plan_scheme(spec, devices, gpu, p.row, smaller, margin) for p in hopeful)
         other = choose(again, goal)
@@ -247,6 +238,23 @@ def recommend(
         engines=engines_for(gpu, plans, request, goal), scenario=profile.name if profile else None,
         notes=tuple(notes), group_size=chosen.group_size if chosen else None,
     )  # fmt: skip
+
+
+def _hopeful(
+    spec: ModelSpec, plans: Sequence[SchemePlan], chosen: SchemePlan | None, goal: Goal
+) -> list[SchemePlan]:
+    """The schemes worth a second look under a smaller request. One whose weights alone are too large needs
+    none; what is within the limit gets one before another is made at a loss, of a file that is quantized
+    already that file."""
+    hopeful = [p for p in plans if p.plan and p.plan.weights_bytes < p.plan.requested_bytes]
+    if chosen is None:
+        return hopeful
+    lossy = chosen.loss[1] > goal.limit and (spec.quantization or goal.objective == "balanced")
+    return [
+        p
+        for p in hopeful
+        if lossy and (p.ready if spec.quantization else p.loss[1] <= goal.limit and not p.condition)
+    ]
 
 
 def _candidates(spec: ModelSpec) -> list[SchemeRow]:
