@@ -8,7 +8,7 @@ says what, which value, which rule.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,35 +140,9 @@ def verify(
         f"{len(checkpoint.tensors)} tensors in {len(checkpoint.weight_files)} files, headers valid"
         + (f"; {note}" if (note := leftovers_note(checkpoint.tensors.values())) else ""),
     )
-    unread = ""
-    try:
-        mended, _ = repaired(checkpoint)
-        layers = find_format(mended.config, mended.tensors)
-        if layers is not None and layers.linears and quantization_config(checkpoint.config) is None:
-            result.add(
-                "format",
-                [
-                    f"config.json says nothing of the quantization ({_describe(layers)}), a file beside it "
-                    "does: vLLM reads config.json alone: quant export-vllm writes it there"
-                ],
-                "",
-            )
-            return result
-        if quantization_config(checkpoint.config) is None:
-            layers = None  # a file of an earlier quantization, which vLLM does not read
-    except UnreadMethod as error:
-        refused = method_problem(error.method) if target == "vllm" else str(error)
-        unread = (
-            f"quantized as quant_method {error.method!r}, which vLLM loads and which is not read here: its "
-            "quantized tensors are not checked"
-        )
-        result.add("format", [f"{refused}: {error}"] if refused else [], unread)
-        if refused:
-            return result
-        layers = None
-    except QuantError as error:
-        result.add("format", [str(error)], "")
+    if (told := _format(result, checkpoint, target)) is None:
         return result
+    layers, unread = told
     result.add("config", _config_problems(checkpoint.config), unread or _describe(layers))
     result.add(
         "names and shapes",
@@ -177,23 +151,11 @@ def verify(
     )
     if layers is not None:
         _check_layers(result, checkpoint, layers, target)
-    kinds = model_types(checkpoint.config)
-    if target == "vllm" and served and (misplaced := misplaced_experts(kinds, checkpoint.tensors)):
-        result.add("modules", [misplaced], "")
-    if target == "vllm" and served:
-        release = vllm_version or _made_for(checkpoint.path)
-        reason = architecture_problem(checkpoint.config, release)
-        result.add("model class", [reason] if reason else [], f"one that vLLM {release} serves")
     if target == "vllm":
-        held = layers.linears if layers else {}
-        built = [] if unread else built_linears(checkpoint.tensors, checkpoint.config, held)
-        result.add(
-            "tensor parallel",
-            shape_problems(built, tensor_parallel, heads_of(checkpoint.config)),
-            f"heads and shapes divide for {tensor_parallel} rank{'s' if tensor_parallel > 1 else ''}",
-        )
+        release = (vllm_version or _made_for(checkpoint.path)) if served else None
+        _check_engine(result, checkpoint, layers, tensor_parallel, release, bool(unread))
     origin = None if source is None else repaired(open_checkpoint(source))[0]
-    made_here = changed is not None or made is not None
+    own = changed is not None or made is not None or Report.load(checkpoint.path) is not None
     noted = noted_tensors(checkpoint.path)
     changed, made = noted["folded"] if changed is None else changed, noted["added"] if made is None else made
     copies = (
@@ -207,21 +169,89 @@ def verify(
         "every float is finite, every scale is non-zero, packed words agree with the config",
     )
     if origin is not None:
-        result.add(
-            "tensors of the source",
-            source_problems(checkpoint, origin, layers, values.differing, made),
-            "each linear is there, and all else byte for byte (the source is quantized itself)"
-            if quantization_config(origin.config) is not None
-            else f"all {len(origin.tensors)} are quantized or copied byte for "
-            f"byte{f', {len(changed)} with scaling folded in' if changed else ''}",
-        )
-        own = made_here or Report.load(checkpoint.path) is not None
-        result.add(
-            "side files",
-            side_file_problems(checkpoint, origin, own),
-            "all there, byte for byte" if own else "all there, and saying the same",
-        )
+        _check_source(result, checkpoint, origin, layers, values.differing, changed, made, own)
     return result
+
+
+def _format(
+    result: Verification, checkpoint: Checkpoint, target: str
+) -> tuple[QuantizedLayers | None, str] | None:
+    """The quantized layers as config.json has them (None: it says nothing of any), and why they are not read
+    where vLLM loads a method that is not read here; None where no other check has anything to go by."""
+    try:
+        mended, _ = repaired(checkpoint)
+        layers = find_format(mended.config, mended.tensors)
+    except UnreadMethod as error:
+        refused = method_problem(error.method) if target == "vllm" else str(error)
+        unread = (
+            f"quantized as quant_method {error.method!r}, which vLLM loads and which is not read here: its "
+            "quantized tensors are not checked"
+        )
+        result.add("format", [f"{refused}: {error}"] if refused else [], unread)
+        return None if refused else (None, unread)
+    except QuantError as error:
+        result.add("format", [str(error)], "")
+        return None
+    if quantization_config(checkpoint.config) is not None:
+        return layers, ""
+    if layers is None or not layers.linears:
+        return None, ""  # a file of an earlier quantization, which vLLM does not read
+    problem = (
+        f"config.json says nothing of the quantization ({_describe(layers)}), a file beside it does: vLLM "
+        "reads config.json alone: quant export-vllm writes it there"
+    )
+    result.add("format", [problem], "")
+    return None
+
+
+def _check_engine(
+    result: Verification,
+    checkpoint: Checkpoint,
+    layers: QuantizedLayers | None,
+    tensor_parallel: int,
+    release: str | None,
+    unread: bool,
+) -> None:
+    """What vLLM alone demands; ``release`` None where it is not asked for its model class."""
+    config = checkpoint.config
+    if release is not None:
+        if misplaced := misplaced_experts(model_types(config), checkpoint.tensors):
+            result.add("modules", [misplaced], "")
+        reason = architecture_problem(config, release)
+        result.add("model class", [reason] if reason else [], f"one that vLLM {release} serves")
+    held = layers.linears if layers else {}
+    built = [] if unread else built_linears(checkpoint.tensors, config, held)
+    result.add(
+        "tensor parallel",
+        shape_problems(built, tensor_parallel, heads_of(config)),
+        f"heads and shapes divide for {tensor_parallel} rank{'s' if tensor_parallel > 1 else ''}",
+    )
+
+
+def _check_source(
+    result: Verification,
+    checkpoint: Checkpoint,
+    origin: Checkpoint,
+    layers: QuantizedLayers | None,
+    differing: Collection[str],
+    changed: Sequence[str],
+    made: Sequence[str],
+    own: bool,
+) -> None:
+    """Every tensor and side file of the source is accounted for; ``own``: this project made it."""
+    result.add(
+        "tensors of the source",
+        source_problems(checkpoint, origin, layers, differing, made),
+        "each linear is there, and all else byte for byte (the source is quantized itself)"
+        if quantization_config(origin.config) is not None
+        else f"all {len(origin.tensors)} are quantized or copied byte for "
+        f"byte{f', {len(changed)} with scaling folded in' if changed else ''}",
+    )
+    result.add(
+        "side files",
+        side_file_problems(checkpoint, origin, own),
+        "all there, byte for byte" if own else "all there, and saying the same",
+    )
 
 
 def _made_for(folder: Path) -> str:
