@@ -208,14 +208,7 @@ def _plan(
     problems = output_problems(path, output)
     if source is not None and not source.is_dir():
         problems.append(f"--source is {str(source)!r}: there is no such directory")
-    try:
-        layers = find_format(checkpoint.config, checkpoint.tensors)
-    except IncompleteCheckpoint as error:
-        raise Problems([*problems, *error.problems]) from error
-    except CheckpointError as error:
-        if problems:
-            raise Problems([*problems, str(error)]) from error
-        raise
+    layers = _layers(checkpoint, problems)
     if layers is not None and not layers.linears and not layers.stacks:
         repairs.append(
             f"{checkpoint.quantization_file or 'quantization_config'} left out: no tensor is quantized"
@@ -225,59 +218,30 @@ def _plan(
     own = layers.format if layers else "plain"
     # a format of other programs is not written: what it holds goes into the one that holds most
     form = FormatRegistry.get(format_name or (defaults.FORMAT if own in FOREIGN else own))
-    if layers is None and form.quant_method is not None:
+    written = form.quant_method is not None
+    if layers is None and written:
         raise UsageError(f"{path}: is not quantized: quant quantize makes a {form.name} checkpoint of it")
-    if form.quant_method is not None and target == "vllm":
+    if written and target == "vllm":
         reason = architecture_problem(checkpoint.config)
         problems += [f"{checkpoint.path}: {reason}: use --target other"] if reason else []
     plain, refs = dequantized(checkpoint, layers), dict[str, LinearRef]()
-    if layers is not None and layers.stacks and form.quant_method is not None:
+    if layers is not None and layers.stacks and written:
         layers = taken_apart(layers, plain)
         if form.stacked:  # as they are stored, all of a layer in one tensor
             refs = fused_refs(plain.tensors, plain.config)
         else:
             plain = without_shared_biases(plain, dequantized(checkpoint, layers))
-    linears = dict(layers.linears) if layers else {}
-    ordered = False
-    if layers is not None:
-        lost = lacking(checkpoint, layers, inputs=form.quant_method is not None)
-        problems += lost
-        if form.quant_method is not None and not lost:
-            linears, ordered, wrong = _as_read(checkpoint, layers, form, target, requantize)
-            problems += wrong
-        if form.quant_method is not None:
-            problems += _problems(linears.values(), form, target)
-            kind = next(iter(model_types(checkpoint.config)), "")
-            reasons = [form_problem(kind, form.name)]
-            reasons += [expert_problem(kind, linears.values(), form.name)] if target == "vllm" else []
-            problems += [f"{reason}: --format plain keeps the values" for reason in reasons if reason]
-            problems += [
-                f"{stack.name}: its experts share multipliers with one another or between their "
-                "projections, which no format written here holds: quant quantize -m rounds them anew, "
-                "--format plain keeps their values"
-                for stack in list(layers.stacks.values())[:1]
-            ]
+    linears, ordered = _written(checkpoint, layers, form, target, requantize, problems)
     if tensor_parallel > 1:
         problems += _parallel_problems(checkpoint, linears, form, tensor_parallel)
-    scheme = (quantization_config(checkpoint.config) or {}).get("kv_cache_scheme")
-    caches = (
-        {c: n for n in checkpoint.tensors if (c := cache_scale(n)) is not None} if layers is not None else {}
-    )
-    kept = form.kv_cache or (layers is not None and layers.format == form.name and form.keeps_kv_cache)
-    if caches and form.kv_cache:
-        scheme = scheme or KV_CACHE
-        problems += cache_problems(checkpoint.tensors, scheme)
+    caches = _caches(checkpoint, layers, form, problems, repairs)
     if problems:
         raise Problems(problems)
-    if scheme and not caches:
-        repairs.append(
-            "kv_cache_scheme removed: the checkpoint has no scales for it, and vLLM would take 1.0"
-        )
     dtype = stated_dtype(checkpoint.config) or "BF16"
-    if form.quant_method is None and layers is not None:
+    if not written and layers is not None:
         plain = stacked(plain)
     made: dict[int, list[TensorSpec]] = {}
-    for name, original in caches.items() if kept else ():
+    for name, original in caches.kept.items():
         info = checkpoint.info(original)
         made.setdefault(block_of(name) or 0, []).append(TensorSpec(name, info.dtype, info.shape))
     units = lay_out(plain, linears, form, dtype, made, refs)
@@ -287,12 +251,12 @@ def _plan(
         contents = Contents(
             list(linears.values()),
             unquantized_linears(plain, linears),
-            scheme if caches and form.kv_cache else None,
+            caches.scheme,
             {"act_order": "group" if ordered else "static"},
             model_types(checkpoint.config),
         )
-        if (written := form.config(contents)) is not None:
-            config["quantization_config"] = written
+        if (said := form.config(contents)) is not None:
+            config["quantization_config"] = said
     return _Job(
         checkpoint=checkpoint,
         plain=plain,
@@ -301,13 +265,102 @@ def _plan(
         target=target,
         linears=linears,
         refs=refs,
-        caches=caches if kept else {},
+        caches=caches.kept,
         units=units,
         config=config,
         dtype=dtype,
         repairs=repairs,
-        left=_left_out(checkpoint, layers, form, [] if kept else list(caches.values())),
+        left=_left_out(checkpoint, layers, form, caches.left),
     )
+
+
+def _layers(checkpoint: Checkpoint, problems: Sequence[str]) -> QuantizedLayers | None:
+    """What of the checkpoint is quantized.
+
+    Raises:
+        Problems: that cannot be read; with the ``problems`` found before.
+    """
+    try:
+        return find_format(checkpoint.config, checkpoint.tensors)
+    except IncompleteCheckpoint as error:
+        raise Problems([*problems, *error.problems]) from error
+    except CheckpointError as error:
+        if problems:
+            raise Problems([*problems, str(error)]) from error
+        raise
+
+
+def _written(
+    checkpoint: Checkpoint,
+    layers: QuantizedLayers | None,
+    form: Format,
+    target: str,
+    requantize: bool,
+    problems: list[str],
+) -> tuple[dict[str, Linear], bool]:
+    """The linears as the format will store them, and whether any keeps its groups in activation order; what
+    stands against it is added to ``problems``."""
+    if layers is None:
+        return {}, False
+    linears, ordered, written = dict(layers.linears), False, form.quant_method is not None
+    lost = lacking(checkpoint, layers, inputs=written)
+    problems += lost
+    if not written:
+        return linears, False
+    if not lost:
+        linears, ordered, wrong = _as_read(checkpoint, layers, form, target, requantize)
+        problems += wrong
+    problems += _problems(linears.values(), form, target)
+    kind = next(iter(model_types(checkpoint.config)), "")
+    reasons = [form_problem(kind, form.name)]
+    reasons += [expert_problem(kind, linears.values(), form.name)] if target == "vllm" else []
+    problems += [f"{reason}: --format plain keeps the values" for reason in reasons if reason]
+    problems += [
+        f"{stack.name}: its experts share multipliers with one another or between their projections, which "
+        "no format written here holds: quant quantize -m rounds them anew, --format plain keeps their values"
+        for stack in list(layers.stacks.values())[:1]
+    ]
+    return linears, ordered
+
+
+@dataclass(frozen=True)
+class _Caches:
+    """The scales of an FP8 KV cache.
+
+    Attributes:
+        kept: by name in the output, those that it keeps.
+        left: those that its format has no place for.
+        scheme: what the output's config says of them; None: nothing.
+    """
+
+    kept: Mapping[str, str]
+    left: Sequence[str]
+    scheme: Mapping[str, Any] | None
+
+
+def _caches(
+    checkpoint: Checkpoint,
+    layers: QuantizedLayers | None,
+    form: Format,
+    problems: list[str],
+    repairs: list[str],
+) -> _Caches:
+    """What becomes of them; what stands against it is added to ``problems``, what is mended to
+    ``repairs``."""
+    scheme = (quantization_config(checkpoint.config) or {}).get("kv_cache_scheme")
+    names = checkpoint.tensors if layers is not None else ()
+    caches = {c: n for n in names if (c := cache_scale(n)) is not None}
+    if scheme and not caches:
+        repairs.append(
+            "kv_cache_scheme removed: the checkpoint has no scales for it, and vLLM would take 1.0"
+        )
+    if caches and form.kv_cache:
+        scheme = scheme or KV_CACHE
+        problems += cache_problems(checkpoint.tensors, scheme)
+        return _Caches(caches, (), scheme)
+    if layers is not None and layers.format == form.name and form.keeps_kv_cache:
+        return _Caches(caches, (), None)
+    return _Caches({}, list(caches.values()), None)
 
 
 def _as_read(
