@@ -21,8 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from quant.planning.memory import EngineRequest  # noqa: E402
 from quant.planning.recommendation import Recommendation, recommend  # noqa: E402
+from quant.planning.request import EngineRequest  # noqa: E402
 
 DOCS = ROOT / "docs" / "advice.md"
 #: Where the recipes were read.

@@ -50,7 +50,9 @@ from quant.models.shapes import spec_from_config  # noqa: E402
 from quant.models.spec import DTYPE_BYTES, ModelSpec  # noqa: E402
 from quant.parts import USABLE_SHARE  # noqa: E402
 from quant.planning.accuracy import kind_of  # noqa: E402
-from quant.planning.memory import EngineRequest, MemoryPlan, model_rules, plan  # noqa: E402
+from quant.planning.engine import model_rules  # noqa: E402
+from quant.planning.memory import MemoryPlan, plan  # noqa: E402
+from quant.planning.request import EngineRequest  # noqa: E402
 from quant.planning.rule_of_thumb import OVERHEADS  # noqa: E402
 from quant.planning.storage import checkpoint_bytes, source_schemes  # noqa: E402
 from quant.vllm.kernels import has_unified_memory  # noqa: E402

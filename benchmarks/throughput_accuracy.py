@@ -34,7 +34,9 @@ sys.path.insert(0, str(ROOT))
 
 from quant.catalog import find_model  # noqa: E402
 from quant.hardware import named_gpu  # noqa: E402
-from quant.planning.memory import EngineRequest, model_rules, plan  # noqa: E402
+from quant.planning.engine import model_rules  # noqa: E402
+from quant.planning.memory import plan  # noqa: E402
+from quant.planning.request import EngineRequest  # noqa: E402
 from quant.planning.throughput import (  # noqa: E402
     FORETOLD,
     Costs,

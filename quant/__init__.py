@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 #: public name → module that defines it, with its name there where that is another
 _EXPORTS: dict[str, str] = {
     "Destination": "quant.upload",
-    "EngineRequest": "quant.planning.memory",
+    "EngineRequest": "quant.planning.request",
     "GPTQQuantizer": "quant.quantizers",
     "Gpu": "quant.hardware",
     "HQQQuantizer": "quant.quantizers",

@@ -17,7 +17,7 @@ from quant.errors import UsageError
 from quant.vllm.arguments import TOWER_MODES
 
 if TYPE_CHECKING:
-    from quant.planning.memory import EngineRequest
+    from quant.planning.request import EngineRequest
 
 #: option → the field of EngineRequest
 _FIELDS = (
@@ -71,7 +71,7 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @options.vllm_version
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        from quant.planning.memory import EngineRequest
+        from quant.planning.request import EngineRequest
 
         asked = {name: kwargs.pop(name) for name in _FIELDS}
         return command(*args, engine=EngineRequest(**asked), **kwargs)

@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 _EXPORTS = {
-    "EngineRequest": "quant.planning.memory",
+    "EngineRequest": "quant.planning.request",
     "MemoryPlan": "quant.planning.memory",
     "Recommendation": "quant.planning.recommendation",
     "checkpoint_bytes": "quant.planning.storage",

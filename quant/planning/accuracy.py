@@ -13,7 +13,7 @@ from quant.vllm.kernels import has_unified_memory
 from quant.vllm.releases import Rules
 
 if TYPE_CHECKING:
-    from quant.planning.memory import EngineRequest
+    from quant.planning.request import EngineRequest
 
 
 def kind_of(spec: ModelSpec, rules: Rules, gpu: Gpu, request: EngineRequest) -> str:

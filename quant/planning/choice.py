@@ -10,7 +10,8 @@ from quant.errors import one_of
 from quant.hardware import Gpu
 from quant.models.spec import ModelSpec
 from quant.planning.cuts import group_problems, parallel_problems
-from quant.planning.memory import EngineRequest, plan
+from quant.planning.memory import plan
+from quant.planning.request import EngineRequest
 from quant.planning.scenarios import Scenario
 from quant.planning.scheme_plans import SchemePlan
 from quant.units import format_requests, format_size

@@ -13,7 +13,8 @@ from quant.hardware import Gpu
 from quant.hub import named, repository_of
 from quant.models.spec import ModelSpec
 from quant.planning.choice import Goal
-from quant.planning.memory import EngineRequest, MemoryPlan
+from quant.planning.memory import MemoryPlan
+from quant.planning.request import EngineRequest
 from quant.planning.scheme_plans import SchemePlan
 from quant.vllm.kernels import (
     formats_of,

@@ -5,7 +5,7 @@ The choice, of what fits with the asked context and concurrency and keeps a marg
 follows an objective: ``balanced`` (the fastest scheme within 1 % of expected loss, 16 bits where that
 gains nothing), ``quality`` (the most precise), ``throughput`` and ``latency`` (the fastest within an accepted
 loss).
-What fits is vLLM's business (:mod:`quant.planning.memory`); the margin affects only what is chosen.
+What fits is vLLM's business (:mod:`quant.planning.start`); the margin affects only what is chosen.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from quant.models.support import DATA_FREE, makeable_methods, method_problem, sc
 from quant.planning.choice import MACHINE, Goal, choose, reason_of
 from quant.planning.cuts import group_problems, parallel_problems
 from quant.planning.launch import OWNER, Engine, commands_for, engines_for
-from quant.planning.memory import EngineRequest, MemoryPlan, largest_utilization
+from quant.planning.memory import MemoryPlan
+from quant.planning.request import EngineRequest
 from quant.planning.rule_of_thumb import rule_of_thumb
 from quant.planning.scenarios import Scenario, load_scenario
 from quant.planning.scheme_plans import PLAN_KEYS, SchemePlan, plan_scheme
+from quant.planning.start import largest_utilization
 from quant.planning.storage import (
     is_quantized,
     source_kernels,

@@ -9,7 +9,7 @@ from typing import Any
 from quant.data import config_path
 from quant.errors import UsageError, one_of
 from quant.models.spec import ModelSpec
-from quant.planning.memory import EngineRequest
+from quant.planning.request import EngineRequest
 
 #: model sizes that a scenario tells apart, by parameters: small below 8e9, large from 34e9
 SIZES = ((8e9, "small"), (34e9, "medium"), (float("inf"), "large"))

@@ -12,7 +12,8 @@ from quant.hardware import UNNAMED, Gpu
 from quant.models.spec import ModelSpec
 from quant.models.support import makeable_methods
 from quant.planning.cuts import cpu_misfits, group_problems
-from quant.planning.memory import EngineRequest, MemoryPlan, plan
+from quant.planning.memory import MemoryPlan, plan
+from quant.planning.request import EngineRequest
 from quant.planning.speed import Speed
 from quant.planning.storage import (
     file_bytes,

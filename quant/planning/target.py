@@ -11,8 +11,8 @@ from quant.checkpoint.reader import read_json
 from quant.errors import UsageError
 from quant.hardware import count_in, detect, named_gpu
 from quant.models.support import makeable_methods, method_problem, scheme_problem
-from quant.planning.memory import EngineRequest
 from quant.planning.recommendation import Recommendation, recommend
+from quant.planning.request import EngineRequest
 from quant.schemes import DEFAULT_SCHEME, PRESETS, Scheme, row_of
 from quant.vllm.kernels import kernel_problem
 from quant.vllm.releases import loading_problem

@@ -17,7 +17,9 @@ from typing import Any
 from quant.data import load_json
 from quant.hardware import Gpu
 from quant.models.spec import ModelSpec
-from quant.planning.memory import EngineRequest, MemoryPlan, model_rules
+from quant.planning.engine import model_rules
+from quant.planning.memory import MemoryPlan
+from quant.planning.request import EngineRequest
 from quant.planning.speed import (
     PROMPT_TOKENS,
     Speed,

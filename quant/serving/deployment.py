@@ -293,7 +293,7 @@ def _fit(folder: Path, chosen: dict[str, Argument], request: DeploymentRequest, 
         UsageError: there is no GPU of that name.
     """
     from quant.hardware import detect, named_gpus
-    from quant.planning.memory import largest_utilization
+    from quant.planning.start import largest_utilization
     from quant.vllm.kernels import BF16_CAPABILITY, has_bfloat16
     from quant.vllm.releases import rules_for
 
@@ -367,7 +367,8 @@ def _fit_context(
 ) -> list[str]:
     """Lowers a context that nobody asked for to what the memory holds beside the weights."""
     from quant.catalog import load_model
-    from quant.planning.memory import EngineRequest, at_context, plan
+    from quant.planning.memory import plan
+    from quant.planning.request import EngineRequest, at_context
 
     stated = {name: argument.value for name, argument in chosen.items()} | {
         k[2:]: v for k, v in passed_on.items()

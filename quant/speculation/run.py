@@ -19,7 +19,8 @@ from quant.errors import QuantError, UsageError
 from quant.evaluation.agreement import demand_agreement
 from quant.hardware import named_gpu
 from quant.offline import load_tokenizer
-from quant.planning.memory import EngineRequest, plan
+from quant.planning.memory import plan
+from quant.planning.request import EngineRequest
 from quant.planning.speed import step_seconds
 from quant.progress import Event, Progress, silent
 from quant.speculation.measure import (

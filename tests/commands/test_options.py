@@ -14,7 +14,7 @@ import pytest
 from deploy_vllm import cli as deploy
 from quant import defaults
 from quant.outlier_suppression import SmoothQuant
-from quant.planning.memory import EngineRequest
+from quant.planning.request import EngineRequest
 from quant.quantizers import GPTQQuantizer, QuantizerRegistry
 from quant.recipe import Recipe, make_recipe
 from quant.serving.deployment import DeploymentRequest

@@ -14,7 +14,7 @@ from quant.evaluation.verify import verify
 from quant.pipeline.export import export
 from quant.pipeline.plan import plan_job
 from quant.planning import recommend
-from quant.planning.memory import EngineRequest
+from quant.planning.request import EngineRequest
 from quant.serving.deployment import DeploymentRequest, plan
 from quant.vllm.architectures import architecture_problem, text_alone
 from quant.vllm.arguments import engine_arguments

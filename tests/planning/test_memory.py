@@ -11,7 +11,7 @@ from quant.catalog import find_model, model_from_config
 from quant.errors import Problems, UsageError
 from quant.hardware import Gpu, cpu_device, named_gpu
 from quant.planning import EngineRequest, plan
-from quant.planning.memory import graph_sizes
+from quant.planning.profile import graph_sizes
 from quant.planning.storage import stage_layers
 from quant.schemes import PRESETS, UNQUANTIZED, Scheme
 from quant.vllm.releases import parse_version, rules_for

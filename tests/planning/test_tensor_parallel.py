@@ -19,7 +19,8 @@ from quant.hardware import named_gpu
 from quant.models.linears import built_linears, decoder_refs
 from quant.pipeline.plan import plan_job
 from quant.planning.cuts import group_problems, parallel_problems
-from quant.planning.memory import EngineRequest, plan
+from quant.planning.memory import plan
+from quant.planning.request import EngineRequest
 from quant.recipe import Recipe
 from quant.schemes import PRESETS, WeightScheme
 from quant.serving.deployment import DeploymentRequest

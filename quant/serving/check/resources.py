@@ -68,7 +68,8 @@ def _planned(path: Path, gpus: list[Gpu], length: int | None) -> int:
         Skip: it cannot plan this model.
     """
     from quant.catalog import load_model
-    from quant.planning.memory import EngineRequest, plan
+    from quant.planning.memory import plan
+    from quant.planning.request import EngineRequest
 
     try:
         spec = load_model(path)
