@@ -206,8 +206,12 @@ def show_detection(detection: Detection, console: Console) -> None:
 
 
 def _plans(console: Console, recommendation: Recommendation) -> None:
-    """A row for each scheme."""
-    plans = recommendation.plans
+    """A row for each scheme that can be planned; below them the others, those with one reason together."""
+    plans = [one for one in recommendation.plans if one.plan is not None]
+    refused: dict[str, list[str]] = {}
+    for one in recommendation.plans:
+        if one.plan is None:
+            refused.setdefault(one.why, []).append(one.label)
 
     def loss(one: SchemePlan) -> str:
         if one.loss[1] == 0:
@@ -215,29 +219,32 @@ def _plans(console: Console, recommendation: Recommendation) -> None:
         return "?" if one.loss_source == UNKNOWN else f"{one.loss[0]:g}–{one.loss[1]:g} %"
 
     def planned(form: Callable[[MemoryPlan], str]) -> list[str]:
-        return ["-" if one.plan is None else form(one.plan) for one in plans]
+        return [form(one.plan) for one in plans if one.plan is not None]
 
     def rates(about: str, bound: str) -> list[str]:
         return [_speed(one, about, bound) for one in plans]
 
-    draw(
-        console,
-        [
-            Column("", [_NO if one.plan is None else _mark(one) for one in plans], markup=True),
-            Column("scheme", [one.label for one in plans]),
-            Column("weights", planned(lambda p: format_size(p.weights_bytes)), 0, True),
-            Column("KV cache", planned(lambda p: format_size(p.kv_cache_bytes)), 4, True),
-            Column("KV tokens", planned(lambda p: f"{p.kv_tokens:,}"), 1, True),
-            Column("longest", planned(lambda p: f"{p.max_context:,}"), 2, True),
-            Column("loss", [loss(one) for one in plans], 0, True),
-            Column("decode", rates("decode", "decode_bound"), 3, True),
-            Column("batch", rates("batch", "batch_decode_bound"), 5, True),
-            Column("prefill", rates("", "prefill_bound"), 6, True),
-        ],
-        Column("why", [one.why for one in plans]),
-        emphasis=[n for n, one in enumerate(plans) if one.scheme == recommendation.recommended],
-        key=1,
-    )
+    if plans:
+        draw(
+            console,
+            [
+                Column("", [_mark(one) for one in plans], markup=True),
+                Column("scheme", [one.label for one in plans]),
+                Column("weights", planned(lambda p: format_size(p.weights_bytes)), 0, True),
+                Column("KV cache", planned(lambda p: format_size(p.kv_cache_bytes)), 4, True),
+                Column("KV tokens", planned(lambda p: f"{p.kv_tokens:,}"), 1, True),
+                Column("longest", planned(lambda p: f"{p.max_context:,}"), 2, True),
+                Column("loss", [loss(one) for one in plans], 0, True),
+                Column("decode", rates("decode", "decode_bound"), 3, True),
+                Column("batch", rates("batch", "batch_decode_bound"), 5, True),
+                Column("prefill", rates("", "prefill_bound"), 6, True),
+            ],
+            Column("why", [one.why for one in plans]),
+            emphasis=[n for n, one in enumerate(plans) if one.scheme == recommendation.recommended],
+            key=1,
+        )
+    for why, labels in refused.items():
+        prose(console, f"✗  {', '.join(labels)}: {why}")
 
 
 def show_recommendation(recommendation: Recommendation, console: Console) -> None:
