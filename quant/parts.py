@@ -36,7 +36,9 @@ _LAPTOP = {"mobile": "laptop", "notebook": "laptop"}
 _SIZE = re.compile(r"(?<![a-z\d.])(\d{1,3}(?:\.\d+)?) ?gi?b?\b")
 #: Brands that are written together with the number, and what follows it without a blank.
 _BRAND = re.compile(r"\b(rtx|gtx|rx|quadro|tesla|geforce|dgx)(?=[a-z]?\d)")
-_SUFFIX = re.compile(r"(?<=\d)(ti|super|laptop|mobile|notebook|xtx|xt|ada|sxm\d?|pcie|nvl|pro)(?![\d])")
+_SUFFIX = re.compile(
+    r"(?<=\d)(ti|super|laptop|mobile|notebook|xtx|xt|ada|sxm\d?|pcie|nvl|pro)(?![\d])|(?<=\d{4})(d)\b"
+)
 #: How a number of parts is written: behind the name, or before it.
 _COUNTS = (
     r"(?P<one>.+?)\s*[x×*:]\s*(?P<count>\d{1,4})",
@@ -73,7 +75,7 @@ class _Name:
         sizes = _SIZE.findall(lower)
         lower = _BRAND.sub(r"\1 ", _SIZE.sub(" ", lower))
         lower = re.sub(r"\b(\d{4})m\b", r"\1 laptop", lower)
-        lower = re.sub(r"\bti(super|laptop)", r"ti \1", _SUFFIX.sub(r" \1", lower))
+        lower = re.sub(r"\bti(super|laptop)", r"ti \1", _SUFFIX.sub(r" \g<0>", lower))
         lower = re.sub(r"\bsxm\d\b", "sxm", _NOISE.sub(" ", lower))
         words = frozenset(_LAPTOP.get(word, word) for word in lower.split())
         return cls(words, float(sizes[-1]) if sizes else None)
@@ -137,6 +139,11 @@ def find_part(text: str, option: str = "--gpu") -> Part:
             if not 1 <= count <= MOST:
                 raise UsageError(f"{option} is {text!r}: a number of GPUs is from 1 to {MOST}")
             return Part(part.row, count, part.note)
+    if why := _elsewhere(text):
+        raise UsageError(
+            f"{option} is {text!r}: {why}. --gpu-memory SIZE without --gpu plans by the memory alone; "
+            "`quant detect --gpu list` shows the parts that are known"
+        )
     near = _nearest(text)
     offered = f"; nearest: {', '.join(near)}. Give one of them, or" if near else ". Give"
     raise UsageError(
@@ -173,14 +180,35 @@ def _find(text: str, option: str) -> Part | None:
     return Part(taken, None, note)
 
 
+def _elsewhere(text: str) -> str | None:
+    """Why a part that people have cannot be planned; None of a name that the table does not know either."""
+    words = re.sub(r"^\d+\s*[x×*]|[_\-:/,()+]", " ", text.lower())
+    words = _BRAND.sub(r"\1 ", _SUFFIX.sub(r" \g<0>", words))
+    for entry in load_json("gpus.json")["elsewhere"]:
+        if re.search(entry["pattern"], words):
+            return str(entry["why"])
+    return None
+
+
 def _nearest(text: str) -> list[str]:
-    """The names that are most like one, those with the same number first."""
+    """The names that are most like one: those with its number first (of ``V100S`` the V100's, of ``RTX PRO
+    4000`` the RTX 4000 Ada's), then by spelling."""
     import difflib
 
     def bare(name: str) -> str:
-        return re.sub(r"^(rtx|gtx|rx|quadro|dgx)|\d+gi?b$", "", plain(name))
+        """The words that tell parts apart, without brand and memory."""
+        words = _Name.of(name).words
+        return " ".join(sorted(words - _OPTIONAL) or sorted(words))
 
-    near: dict[str, str] = {}
+    def number(name: str) -> set[str]:
+        return set(re.findall(r"\d{2,}", bare(name)))
+
+    near: dict[str, list[str]] = {}
     for row in rows():
-        near.setdefault(bare(row["name"]), row["name"])
-    return [near[n] for n in difflib.get_close_matches(bare(text), list(near), n=4, cutoff=0.5)]
+        near.setdefault(bare(row["name"]), []).append(row["name"])
+    wanted = bare(text)
+    same = [n for n in near if number(text) and number(n) == number(text)]
+    alike = difflib.get_close_matches(wanted, list(near), n=8, cutoff=0.6)
+    alike.sort(key=lambda n: re.sub(r"\d", "0", n) != re.sub(r"\d", "0", wanted))
+    ranked = sorted(same, key=lambda n: -difflib.SequenceMatcher(None, n, wanted).ratio())
+    return [name for n in dict.fromkeys([*ranked, *alike]) for name in near[n]][:4]

@@ -313,6 +313,11 @@ def test_a_named_part_says_where_each_fact_came_from() -> None:
         ("a100_40gb", "A100-40GB"), ("h100-sxm", "H100-80GB"), ("RTX PRO 6000", "RTX-PRO-6000-Blackwell"),
         ("4090 laptop", "RTX-4090-Laptop-16GB"), ("L40S-44GB", "L40S-48GB"), ("A100-40", "A100-40GB"),
         ("7900 XTX", "RX-7900-XTX"), ("6000 Ada", "RTX-6000-Ada"), ("H100:8", "H100-80GB"),
+        ("V100S", "V100S-32GB"), ("v100s-pcie-32gb", "V100S-32GB"), ("V100", "V100-32GB"),
+        ("4090D", "RTX-4090-D"), ("RTX 4090 D", "RTX-4090-D"), ("h100 pcie 80g", "H100-80GB-PCIe"),
+        ("nvidia a100-sxm4-40gb", "A100-40GB"), ("A800 80GB PCIe", "A800-80GB-PCIe"),
+        ("3080 12GB", "RTX-3080-12GB"), ("3080", "RTX-3080"), ("Titan RTX", "TITAN-RTX"),
+        ("RTX PRO 4500", "RTX-PRO-4500-Blackwell"), ("RTX 4500 Ada", "RTX-4500-Ada"), ("MI350X", "MI350X"),
     ],
 )  # fmt: skip
 def test_names_are_found_however_they_are_written(written: str, meant: str) -> None:
@@ -362,15 +367,46 @@ def test_a_name_of_several_parts_says_which_it_took(written: str, taken: str, ot
     assert (f"is taken as {taken}" in gpu.note and others in gpu.note) if others else not gpu.note
 
 
-@pytest.mark.parametrize("written", ["4090 48GB", "RTX 4090 D", "RTX 4070 Ti Max", "RTX", "24GB", "", "xtx"])
+@pytest.mark.parametrize("written", ["4090 48GB", "RTX 4090 E", "RTX 4070 Ti Max", "RTX", "24GB", "", "xtx"])
 def test_a_name_that_says_more_than_the_table_knows_is_no_part(written: str) -> None:
     with pytest.raises(UsageError, match="--gpu-memory"):
         named_gpu(written)
 
 
-def test_an_unknown_gpu_offers_the_nearest_names() -> None:
-    with pytest.raises(UsageError, match=r"'RTX 4099'.*RTX-4090"):
-        named_gpu("RTX 4099")
+@pytest.mark.parametrize(
+    ("written", "nearest"),
+    [
+        ("RTX 4099", "RTX-4090"), ("V100X", "V100-16GB, V100-32GB"), ("MI300A", "MI300X"),
+        ("H200 NVL", "H200-141GB"), ("RTX PRO 4000", "RTX-4000-Ada"), ("RTX 3050", "RTX-3090"),
+        ("5090D", "RTX-5090"),
+    ],
+)  # fmt: skip
+def test_an_unknown_gpu_offers_the_nearest_names(written: str, nearest: str) -> None:
+    with pytest.raises(UsageError, match=f"'{written}': not in the table; nearest: {nearest}"):
+        named_gpu(written)
+
+
+@pytest.mark.parametrize(
+    ("written", "why"),
+    [
+        ("Jetson AGX Orin 64GB", "Jetson"), ("Jetson Thor", "Jetson"), ("Arc B580", "Intel"),
+        ("arc-a770", "Intel"), ("Gaudi 3", "Intel"), ("2xGaudi2", "Intel"), ("TPU v5e", "plugin"),
+        ("M3 Max", "Apple"), ("Apple M4 Pro", "Apple"), ("Ascend 910B", "plugin"),
+        ("Strix Halo", "host's memory"),
+        ("P100", "compute capability below 7.0"), ("GTX 1080 Ti", "compute capability below 7.0"),
+        ("1080ti", "compute capability below 7.0"), ("A100 3g.40gb", "MIG slice"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_planned_says_why_and_how_to_plan_its_memory(written: str, why: str) -> None:
+    with pytest.raises(UsageError, match=f"{why}.*--gpu-memory SIZE without --gpu") as raised:
+        named_gpu(written)
+    assert "nearest" not in str(raised.value)
+
+
+def test_nothing_that_the_table_has_is_said_to_be_elsewhere() -> None:
+    from quant.parts import _elsewhere
+
+    assert [n for row in TABLE["gpus"] for n in (row["name"], *row["aliases"]) if _elsewhere(n)] == []
 
 
 @pytest.mark.parametrize("size", [-1, 0, 10**30, 2**20])
