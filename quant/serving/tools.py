@@ -25,6 +25,10 @@ from quant.serving.measures import PERCENTILES
 _METRICS = ("ttft", "tpot", "itl", "e2el")
 
 
+#: Stands for the endpoint's key in a tool's arguments.
+_KEY = "{api-key}"
+
+
 @dataclass(frozen=True)
 class Job:
     """One load as a tool is asked for it."""
@@ -90,22 +94,48 @@ def _vllm_result(job: Job) -> dict[str, Any]:
     return value | {"errors": errors}
 
 
+#: Runs a tool that takes the key in its arguments alone: from the environment, so that no list of processes
+#: shows it.
+_KEYED = (
+    "import os, runpy, sys; key = os.environ['OPENAI_API_KEY']; "
+    f"sys.argv = [w.replace('{_KEY}', key) for w in sys.argv]; "
+    "sys.argv[0] = sys.argv.pop(1); runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
+)
+
+
+def _module(name: str, job: Job) -> list[str]:
+    """How a tool's package is run."""
+    return ["-c", _KEYED, name] if job.endpoint.api_key else ["-m", name]
+
+
 def _guidellm_command(job: Job) -> list[str]:
+    """Of guidellm 0.8, whose options are kinds with settings."""
     given, made = job.lengths
-    load = ["concurrent", "--rate", str(job.level.concurrency)]
+    profile: dict[str, Any] = {"kind": "concurrent", "streams": job.level.concurrency}
     if job.level.rate is not None:
-        load = ["poisson" if job.level.poisson else "constant", "--rate", str(job.level.rate)]
-    return [
-        "-m", "guidellm", "benchmark", "run", "--target", job.endpoint.url, "--model", job.endpoint.model,
-        "--profile", *load, "--max-requests", str(job.requests), "--processor", job.tokenizer,
-        "--data", f"prompt_tokens={given},output_tokens={made}",
-        "--outputs", "json", "--output-dir", str(job.folder), "--disable-console",
-    ]  # fmt: skip
+        profile = {"kind": "poisson" if job.level.poisson else "constant", "rate": job.level.rate}
+        profile |= {} if job.level.concurrency is None else {"max_concurrency": job.level.concurrency}
+    settings: dict[str, dict[str, Any]] = {
+        "backend": {
+            "kind": "openai_http", "target": job.endpoint.url, "model": job.endpoint.model,
+            "request_format": job.endpoint.route.removeprefix(job.endpoint.url),
+            "verify": not job.endpoint.insecure,
+            "extras": {"body": dict(job.request.sampling)},
+            **({"api_key": _KEY} if job.endpoint.api_key else {}),
+        },
+        "profile": profile,
+        "constraint": {"kind": "max_requests", "count": job.requests},
+        "tokenizer": {"kind": "huggingface_auto", "model": job.tokenizer},
+        "data": {"kind": "synthetic_text", "prompt_tokens": given, "output_tokens": made},
+        "seed": {"kind": "static", "value": job.request.prompts.seed},
+        "output": {"kind": "json", "path": str(job.folder / "guidellm.json")},
+    }  # fmt: skip
+    words = [w for name, value in settings.items() for w in (f"--{name}", json.dumps(value))]
+    return [*_module("guidellm", job), "run", *words, "--disable-console"]
 
 
 def _guidellm_result(job: Job) -> dict[str, Any]:
-    files = list(job.folder.glob("*.json"))
-    found = json.loads(files[0].read_text())["benchmarks"][0]
+    found = json.loads((job.folder / "guidellm.json").read_text())["benchmarks"][0]
     metrics = found["metrics"]
 
     def figures(name: str, key: str, unit: float) -> dict[str, float]:
@@ -121,15 +151,18 @@ def _guidellm_result(job: Job) -> dict[str, Any]:
     totals = metrics["request_totals"]
     return {
         "duration": found.get("duration"),
+        "num_prompts": totals["total"],
         "completed": totals["successful"],
         "failed": totals["errored"],
+        "total_input_tokens": int(metrics["prompt_token_count"]["successful"]["total_sum"]),
+        "total_output_tokens": int(metrics["output_token_count"]["successful"]["total_sum"]),
         "errors": {"failed": totals["errored"]} if totals["errored"] else {},
         "request_throughput": metrics["requests_per_second"]["successful"]["mean"],
         "output_throughput": metrics["output_tokens_per_second"]["successful"]["mean"],
         **figures("ttft", "time_to_first_token_ms", 1.0),
         **figures("itl", "inter_token_latency_ms", 1.0),
         # guidellm's own time_per_output_token divides whole answers by all tokens; its inter-token latency
-        # is what others call TPOT: (last - first) / (n - 1)
+        # is what others call TPOT: (last - first) / (n - 1) of a request, once for each of its tokens
         **figures("tpot", "inter_token_latency_ms", 1.0),
         **figures("e2el", "request_latency", 1000.0),
     }
@@ -137,23 +170,27 @@ def _guidellm_result(job: Job) -> dict[str, Any]:
 
 def _aiperf_command(job: Job) -> list[str]:
     given, made = job.lengths
-    load = ["--concurrency", str(job.level.concurrency)]
+    load = [] if job.level.concurrency is None else ["--concurrency", str(job.level.concurrency)]
     if job.level.rate is not None:
-        load = ["--request-rate", str(job.level.rate)]
+        load += ["--request-rate", str(job.level.rate)]
         load += ["--request-rate-mode", "poisson" if job.level.poisson else "constant"]
     ending = [w for key in ("ignore_eos:true", f"min_tokens:{made}") for w in ("--extra-inputs", key)]
     return [
-        "-m", "aiperf", "profile", "--url", job.endpoint.url, "--model", job.endpoint.model, "--streaming",
+        *_module("aiperf", job), "profile", "--url", job.endpoint.url, "--model", job.endpoint.model,
+        "--streaming",
         "--endpoint-type", "chat" if job.endpoint.chat else "completions", *load,
         "--request-count", str(job.requests), "--warmup-request-count", str(max(job.request.warm_up, 1)),
         "--isl", str(given), "--osl", str(made), *(ending if job.request.ignore_eos else []),
         "--tokenizer", job.tokenizer, "--artifact-dir", str(job.folder), "--ui", "none",
+        "--use-server-token-count", "--random-seed", str(job.request.prompts.seed),
+        *[w for k, v in job.request.sampling.items() if k == "temperature"
+          for w in ("--extra-inputs", f"{k}:{v:g}")],
+        *(("--api-key", _KEY) if job.endpoint.api_key else ()),
     ]  # fmt: skip
 
 
 def _aiperf_result(job: Job) -> dict[str, Any]:
-    files = list(job.folder.rglob("profile_export_aiperf.json"))
-    found = json.loads(files[0].read_text())
+    found = json.loads((job.folder / "profile_export_aiperf.json").read_text())  # warm-up's is in a folder
 
     def figures(name: str, key: str) -> dict[str, float]:
         part = found[key]
@@ -164,10 +201,16 @@ def _aiperf_result(job: Job) -> dict[str, Any]:
             **{f"p{p}_{name}_ms": part[f"p{p}"] for p in PERCENTILES},
         }
 
-    failed = int((found.get("error_request_count") or {}).get("avg") or 0)
+    def total(key: str) -> float:
+        return float((found.get(key) or {}).get("avg") or 0)
+
+    failed, done = int(total("error_request_count")), int(found["request_count"]["avg"])
     return {
         "duration": (found.get("benchmark_duration") or {}).get("avg"),
-        "completed": int(found["request_count"]["avg"]),
+        "num_prompts": done + failed,
+        "completed": done,
+        "total_input_tokens": int(total("total_usage_prompt_tokens")),
+        "total_output_tokens": int(total("total_usage_completion_tokens")),
         "failed": failed,
         "errors": {"failed": failed} if failed else {},
         "request_throughput": found["request_throughput"]["avg"],
@@ -246,6 +289,8 @@ def _one(tool: str, python: str, job: Job) -> dict[str, Any]:
     command, read = TOOLS[tool]
     words = [python, *command(job)]
     environment = {**os.environ, "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
+    if tool == "aiperf" and Path(job.tokenizer).is_dir():
+        environment.pop("HF_HUB_OFFLINE")  # with it, aiperf looks for a folder in the hub's cache alone
     if Path(python).absolute() != Path(sys.executable).absolute():
         environment.pop("PYTHONPATH", None)
     if job.endpoint.api_key:

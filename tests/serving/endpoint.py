@@ -182,17 +182,19 @@ class FakeEndpoint:
         if not body.get("stream"):
             usage = {"prompt_tokens": len(prompt) // 4, "completion_tokens": 1}
             return await _plain(writer, 200, {"choices": [{"text": " x"}], "usage": usage})
+        kind = "chat.completion.chunk" if chat else "text_completion"
+        head = {"id": "c-0", "object": kind, "created": 0, "model": "m"}
         writer.write(_STREAM)
         begun = time.perf_counter()
         for i in range(tokens):
             await asyncio.sleep(max(0.0, begun + b.ttft + i * b.itl - time.perf_counter()))
             last = upto is None and i == tokens - 1
             part = {"delta": {"content": b.answer(i)}} if chat else {"text": b.answer(i)}
-            _event(writer, {"choices": [part | {"finish_reason": "length" if last else None}]})
+            _event(writer, head | {"choices": [part | {"finish_reason": "length" if last else None}]})
         if upto is None:
             if b.counted:
                 usage = {"prompt_tokens": len(prompt), "completion_tokens": tokens}
-                _event(writer, {"choices": [], "usage": usage})
+                _event(writer, head | {"choices": [], "usage": usage})
             _chunk(writer, b"data: [DONE]\n\n")
             writer.write(b"0\r\n\r\n")
             await writer.drain()
