@@ -22,6 +22,7 @@ from quant.evaluation.values import scan_values
 from quant.formats import Format, QuantizedLayers, find_format
 from quant.formats.base import UnreadMethod, config_problems
 from quant.formats.legacy import repaired
+from quant.models.account import stacked_experts
 from quant.models.linears import built_linears, fused_refs
 from quant.models.roles import leftovers_note
 from quant.report.value import Report
@@ -359,7 +360,8 @@ def _members(checkpoint: Checkpoint, layers: QuantizedLayers) -> dict[str, Built
         for name, info in checkpoint.tensors.items()
         if name.endswith(".weight") and len(info.shape) == 2
     }
-    matrices |= set(fused_refs(checkpoint.tensors, checkpoint.config))  # all of a layer's in one tensor
+    fused = fused_refs(checkpoint.tensors, checkpoint.config)  # all of a layer's in one tensor
+    matrices |= {*fused, *stacked_experts(checkpoint.tensors, checkpoint.config, fused.values())}
     return built_layers(sorted(matrices | set(layers.linears)), checkpoint.config)
 
 

@@ -250,7 +250,7 @@ def _plan(
     if linears:
         contents = Contents(
             list(linears.values()),
-            unquantized_linears(plain, linears),
+            unquantized_linears(plain, linears, fused_refs(plain.tensors, plain.config)),
             caches.scheme,
             {"act_order": "group" if ordered else "static"},
             model_types(checkpoint.config),

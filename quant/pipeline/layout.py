@@ -10,6 +10,7 @@ from quant.checkpoint.header import FLOATS
 from quant.checkpoint.reader import Checkpoint
 from quant.checkpoint.writer import TensorSpec, file_bytes
 from quant.formats import Format
+from quant.models.account import stacked_experts
 from quant.models.linears import LinearRef, Slice, holders
 from quant.models.roles import block_of
 from quant.vllm.layers import Linear, is_head, module_class
@@ -177,7 +178,9 @@ def unquantized_linears(
     """Module names to list as ignored: linears of any part of the model that stay as they are; always the
     head, which may be tied, unless one is quantized."""
     heads = set() if any(is_head(name) for name in linears) else {"lm_head"}
-    names = {*heads, *(n for n, ref in (refs or {}).items() if ref.fused)} - set(linears)
+    refs = refs or {}
+    names = {*heads, *(n for n, ref in refs.items() if ref.fused)} - set(linears)
+    names |= set(stacked_experts(checkpoint.tensors, checkpoint.config, refs.values()))
     for name, info in checkpoint.tensors.items():
         module = name.removesuffix(".weight")
         if (

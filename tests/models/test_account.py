@@ -11,7 +11,7 @@ from quant.checkpoint.reader import open_checkpoint
 from quant.errors import QuantError
 from quant.models.account import account, decoder_matrices, rest_problems
 from quant.models.linears import decoder_refs
-from tests.helpers import change_config, load_all, quantize, save_all
+from tests.helpers import change_config, load_all, quantize, read_config, save_all
 from tests.models.mixtures import save_mixture
 
 
@@ -61,6 +61,9 @@ def test_experts_that_no_method_takes_stop_the_job_and_ignore_lets_it_run(tmp_pa
         load_all(folder)["model.layers.0.mlp.experts.mlp.w1"],
     )
     assert report["bits_per_weight"] > 8, "what stays counts"
+    stacks = {f"model.layers.{i}.mlp.experts.mlp.w1" for i in (0, 1)}
+    assert stacks <= set(report["unquantized_linears"])
+    assert stacks <= set(read_config(tmp_path / "out")["quantization_config"]["ignore"])
 
 
 def test_layers_that_the_job_leaves_are_asked_for(tmp_path: Path) -> None:
