@@ -231,23 +231,26 @@ def unfound_expert(kinds: Collection[str], linears: Iterable[str]) -> str | None
     )
 
 
-#: Model types whose mixtures vLLM builds as ``block_sparse_moe``, as their published files have them;
-#: transformers 5 holds them as ``mlp``, and can save them so (`models/mixtral.py`, `minimax_m2.py`).
-_SPARSE_BLOCKS = frozenset({"mixtral", "minimax_m2"})
+#: Model types of which transformers 5 holds parts of a mixture under names of its own, and can save them so,
+#: where vLLM's loader knows those of published files alone → the former, and what vLLM has
+#: (`models/mixtral.py`, `minimax_m2.py`, `ernie45_moe.py`, `granitemoehybrid.py`).
+_MISPLACED = {
+    "mixtral": (re.compile(r"\.\d+\.mlp\.experts\."), "block_sparse_moe"),
+    "minimax_m2": (re.compile(r"\.\d+\.mlp\.experts\."), "block_sparse_moe"),
+    "ernie4_5_moe": (re.compile(r"\.mlp\.gate\.moe_statics\."), "mlp.moe_statics"),
+    "granitemoehybrid": (re.compile(r"\.block_sparse_moe\.router\.weight$"), "block_sparse_moe.router.layer"),
+}
 
 
 def misplaced_experts(kinds: Collection[str], tensors: Iterable[str]) -> str | None:
-    """What stops vLLM's loader at a mixture that lies where its class has none; or None."""
-    if _SPARSE_BLOCKS.isdisjoint(kinds):
+    """What stops vLLM's loader at a mixture of which a part lies where its class has none; or None."""
+    pattern, has = next((_MISPLACED[k] for k in kinds if k in _MISPLACED), (None, ""))
+    name = next((n for n in tensors if pattern is not None and pattern.search(n)), None)
+    if name is None:
         return None
-    name = next((n for n in tensors if re.search(r"\.\d+\.mlp\.experts\.", n)), None)
     return (
-        None
-        if name is None
-        else (
-            f"{name}: vLLM has no such module, but block_sparse_moe: the file was saved under transformers' "
-            "own names: save it in the original format (save_pretrained without save_original_format=False)"
-        )
+        f"{name}: vLLM has no such module, but {has}: the file was saved under transformers' own names: save "
+        "it in the original format (save_pretrained without save_original_format=False)"
     )
 
 

@@ -15,7 +15,14 @@ from quant.errors import QuantError
 from quant.evaluation.verify import verify
 from quant.models.support import makeable_methods, scheme_problem
 from quant.schemes import PRESETS
-from quant.vllm.layers import built_layers, built_plain, family_problem, fused_layers, ignored_names
+from quant.vllm.layers import (
+    built_layers,
+    built_plain,
+    family_problem,
+    fused_layers,
+    ignored_names,
+    misplaced_experts,
+)
 from tests.helpers import (
     change_config,
     copy_model,
@@ -42,6 +49,25 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[family]
 
     return get
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensor", "place"),
+    [
+        ("mixtral", "model.layers.0.mlp.experts.down_proj", "block_sparse_moe"),
+        ("minimax_m2", "model.layers.0.mlp.experts.down_proj", "block_sparse_moe"),
+        ("ernie4_5_moe", "model.layers.1.mlp.gate.moe_statics.e_score_correction_bias", "mlp.moe_statics"),
+        ("granitemoehybrid", "model.layers.0.block_sparse_moe.router.weight", "router.layer"),
+        ("granitemoe", "model.layers.0.block_sparse_moe.router.weight", ""),
+        ("qwen3_moe", "model.layers.0.mlp.experts.down_proj", ""),
+    ],
+)
+def test_parts_of_a_mixture_under_names_that_vllm_does_not_read_are_told(
+    kind: str, tensor: str, place: str
+) -> None:
+    said = misplaced_experts((kind,), ["model.norm.weight", tensor])
+    assert (said is None) == (not place)
+    assert said is None or (said.startswith(f"{tensor}: ") and place in said and "original format" in said)
 
 
 @pytest.mark.parametrize(
