@@ -129,6 +129,7 @@ class ExpertLayout:
         interleaved: rows of the gate and the up projection alternate.
         fused_only: transformers reads these checkpoints fused alone, so plain exports are written so.
         ending: what follows the names of fused weights.
+        renamed: how they are fused under transformers' own names, where those are others and vLLM knows them.
     """
 
     model_types: tuple[str, ...] = ()
@@ -138,6 +139,7 @@ class ExpertLayout:
     interleaved: bool = False
     fused_only: bool = True
     ending: str = ""
+    renamed: ExpertLayout | None = None
 
     @property
     def transposed(self) -> bool:
@@ -173,6 +175,7 @@ LAYOUTS = (
         container=("block_sparse_moe", "block_sparse_moe.experts"),
         names=_SAME,
         ending=".weight",
+        renamed=_DEFAULT,
     ),
 )
 
@@ -181,6 +184,12 @@ def expert_layout(config: Mapping[str, Any]) -> ExpertLayout:
     """The row of a config's family."""
     kinds = [part.get("model_type") for part in parts(config)]
     return next((row for kind in kinds for row in LAYOUTS if kind in row.model_types), _DEFAULT)
+
+
+def _layout_of(name: str, shape: tuple[int, ...], layout: ExpertLayout) -> ExpertLayout:
+    """A family's layout, or that of the other names that its files may have, where a tensor has one."""
+    other = layout.renamed
+    return other if other is not None and fused_experts(name, shape, other) is not None else layout
 
 
 def fused_experts(name: str, shape: tuple[int, ...], layout: ExpertLayout) -> tuple[str, str] | None:
@@ -200,10 +209,11 @@ def fused_experts(name: str, shape: tuple[int, ...], layout: ExpertLayout) -> tu
 
 def fused_refs(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, LinearRef]:
     """The linears inside fused tensors of decoder blocks, by the names that they get, in file order."""
-    layout, hidden = expert_layout(config), text_config(config).get("hidden_size")
+    family, hidden = expert_layout(config), text_config(config).get("hidden_size")
     blocks, decoder = block_count(config), decoder_list(tensors.values(), config)
     refs: dict[str, LinearRef] = {}
     for info in tensors.values():
+        layout = _layout_of(info.name, info.shape, family)
         place = fused_experts(info.name, info.shape, layout)
         index = block_of(info.name)
         if place is None or len(info.shape) != 3 or info.dtype not in WIDE_FLOATS or index is None:
@@ -240,6 +250,7 @@ def fused_matrix(
 ) -> tuple[int, int] | None:
     """Outputs and inputs of one expert in a fused tensor of experts, several projections one after another;
     None of other tensors."""
+    layout = _layout_of(name, shape, layout)
     place = fused_experts(name, shape, layout)
     if place is None or len(shape) != 3:
         return None

@@ -31,6 +31,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "head_dim": 16,
     },
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48},
+    "granitemoe_fused": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48},
 }
 
 
