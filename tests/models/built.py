@@ -52,8 +52,23 @@ BUILT: dict[str, tuple[str, dict[str, Any]]] = {
     # of which vLLM has no class: transformers' modules, with its own linears and experts in their places
     "ministral": ("ministral", _SMALL | {"head_dim": 32, "sliding_window": 16}),
     "phimoe": ("phimoe", _SMALL | {"num_local_experts": 2, "num_experts_per_tok": 1}),
+    "hunyuan_v1_moe": (
+        "hunyuan_v1_moe",
+        _SMALL | {"head_dim": 32, "num_experts": 2, "moe_topk": 1},
+    ),
+    "dots1": (
+        "dots1",
+        _SMALL
+        | {"head_dim": 32, "n_routed_experts": 2, "num_experts_per_tok": 1, "n_shared_experts": 1}
+        | {"moe_intermediate_size": 64, "first_k_dense_replace": 1},
+    ),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        _SMALL | {"moe_num_experts": 2, "moe_k": 1, "moe_intermediate_size": 64, "moe_layer_start_index": 1},
+    ),
 }
-#: Families that vLLM has no class for, and whose blocks it cannot run in transformers' modules.
+#: Families that vLLM has no class for, and whose blocks it cannot run in transformers' modules; and one of
+#: which its class loads no file.
 UNSERVED: dict[str, tuple[str, dict[str, Any]]] = {
     "minimax": (
         "minimax",
@@ -62,6 +77,12 @@ UNSERVED: dict[str, tuple[str, dict[str, Any]]] = {
         | {"layer_types": ["linear_attention", "full_attention"]},
     ),
     "mpt": ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 4096, "max_seq_len": 256}),
+    "dbrx": (
+        "dbrx",
+        {"d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 4096, "max_seq_len": 256}
+        | {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}}
+        | {"ffn_config": {"ffn_hidden_size": 64, "hidden_size": 64, "moe_num_experts": 2, "moe_top_k": 1}},
+    ),
 }
 
 #: Family → what it is quantized to, where that is not w4a16.
@@ -71,6 +92,9 @@ ASKED: dict[str, dict[str, Any]] = {"gpt_oss": {"scheme": "mxfp4a16", "format": 
 DROPPED: dict[str, dict[str, Any]] = {
     "lfm2": {"conv_dim": 64, "conv_dim_out": 64, "block_dim": 64, "block_multiple_of": 32}
     | {"block_ffn_dim_multiplier": 1.0, "block_ff_dim": 96},
+    # and what it writes besides, and vLLM does not take
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}}
+    | {"ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 2, "moe_top_k": 1}},
 }
 
 

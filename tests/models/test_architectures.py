@@ -32,6 +32,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str | None]] = {
     "no class that writes": ({"architectures": ["XModel"]}, None),
     "not text": ({"architectures": [None, 3]}, None),
     "not a list": ({"architectures": "MptForCausalLM"}, None),
+    "loads no file": ({"architectures": ["DbrxForCausalLM"]}, r"loads no file.*models/dbrx\.py"),
     "dropped": ({"architectures": ["MptForCausalLM"]}, "was in vLLM until 0.28.0"),
     "in the text part": ({"text_config": {"architectures": ["MptForCausalLM"]}}, "until 0.28.0"),
     "not compatible": ({"architectures": ["GPTNeoForCausalLM"]}, "attention is its own"),
@@ -75,6 +76,7 @@ def test_earlier_releases_have_what_they_had() -> None:
     config = {"architectures": ["MptForCausalLM"]}
     assert architecture_problem(config, "0.28.0") is None
     assert "0.28.0" in str(architecture_problem(config, "0.29.0"))
+    assert architecture_problem({"architectures": ["DbrxForCausalLM"]}, "0.28.0") is None
     # of classes that came later nothing is known
     assert architecture_problem({"architectures": ["XForCausalLM"]}, "0.28.0") is None
 
