@@ -34,6 +34,21 @@ FILE = ROOT / "configs" / "block_names.json"
 #: Blocks that are built: as many as the longest pattern of kinds of layers.
 BLOCKS = 8
 _EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
+#: Model types whose default config leaves out what their class asks for → values as published ones have them.
+_LAYERS = {"layer_types": ["conv", "full_attention"] * (BLOCKS // 2)}
+_ROUTED = {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2}
+NEEDED: dict[str, dict[str, Any]] = {
+    "chameleon": {"vocabulary_map": {"<image>": 8711}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}},
+    "deepseek_ocr2": {"mlp_layer_types": ["dense"] + ["sparse"] * (BLOCKS - 1)},
+    "dots1": _ROUTED | {"first_k_dense_replace": 1},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "hunyuan_vl": {"head_dim": 128},
+    "lfm2_moe": _LAYERS,
+    "ministral": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 8},
+}
 #: An attribute that a module is given; numbers of the config are among them, which no matrix is called by.
 _GIVEN = re.compile(r"self\.([a-z]\w*)\s*=[^=]")
 
@@ -59,6 +74,7 @@ def small_config(kind: str) -> Any:
     text = whole().get_text_config()
     values = {"num_hidden_layers": BLOCKS, **dict.fromkeys(_EXPERTS, 8)}
     kept = {k: v for k, v in values.items() if isinstance(getattr(text, k, None), int)}
+    kept |= NEEDED.get(kind, {})
     if type(text) is whole:
         return whole(**kept)
     key = next(k for k, c in whole.sub_configs.items() if c is type(text) or k == "text_config")
@@ -71,11 +87,9 @@ def small_config(kind: str) -> Any:
     return config
 
 
-def source_parts(kind: str) -> set[str]:
-    """The attributes that a family's source gives to its modules."""
-    from transformers.models.auto.configuration_auto import model_type_to_module_name
-
-    folder = Path(transformers.__file__).parent / "models" / model_type_to_module_name(kind)
+def source_parts(model: type) -> set[str]:
+    """The attributes that the source of a model's family gives to its modules."""
+    folder = Path(str(sys.modules[model.__module__].__file__)).parent
     sources = [file.read_text() for file in sorted(folder.glob("modeling_*.py"))]
     return {name for source in sources for name in _GIVEN.findall(source)}
 
@@ -101,7 +115,7 @@ def described(class_name: str, config: Any) -> tuple[str, dict[str, set[str]]]:
             if len(info.shape) > 1 and block_list(info.name) == decoder:
                 names.add(kind_of(f"layers.{info.name.removeprefix(decoder)}").removeprefix("layers.0."))
     kind = config.get_text_config().model_type or config.model_type
-    return kind, {"names": names, "parts": source_parts(kind)}
+    return kind, {"names": names, "parts": source_parts(type(model))}
 
 
 def described_kind(kind: str, class_name: str) -> tuple[str, dict[str, set[str]]] | str:

@@ -19,6 +19,7 @@ from quant.models.binding import converter_of, converters_of, renamings_of
 from quant.models.implied import ANEW, one_of_each
 from quant.models.roles import block_list, block_of, kind_of
 from quant.offline import load_config, transformers
+from quant.vllm.architectures import has_class
 
 #: Share of a class's parameters that a file must have for the two to be compared: below it the file is named
 #: in another way, as a program of its own does.
@@ -76,7 +77,7 @@ def built_problems(checkpoint: Checkpoint) -> list[str]:
         return []
     wanted = dict(model.named_parameters(remove_duplicate=False))
     filled, unknown = _filled(checkpoint, model, wanted)
-    if not filled and "auto_map" not in checkpoint.config:
+    if not filled and ("auto_map" not in checkpoint.config or has_class(checkpoint.config)):
         first = next(iter(checkpoint.tensors))
         return [
             f"none of the file's tensors has a name of {type(model).__name__}: {first!r} is the first, where "

@@ -9,13 +9,13 @@ configs make names.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from quant.data import load_json
 from quant.models.linears import expert_layout
-from quant.models.roles import ADAPTER, kind_of, role_of
+from quant.models.roles import ADAPTER, NUMBERS, kind_of, role_of
+from quant.vllm.architectures import has_class
 from quant.vllm.config import parts
 from quant.vllm.layers import FUSIONS
 
@@ -23,21 +23,18 @@ from quant.vllm.layers import FUSIONS
 TABLE = "block_names.json"
 #: Roles of the matrices whose names are judged.
 _JUDGED = ("attention", "mlp", "experts", "shared_experts", "router")
-#: Last parts of the names of tensors that are no matrices of the family but numbers beside the codes of one,
-#: in formats that may not be read here.
-_NUMBERS = re.compile(r"scale|zero|bias|packed|blocks|absmax|quant|shape|idx|codebook|lut|SCB|input_")
 #: Families that a message names before it says "…".
 _NAMED = 3
 
 
 def family_of(config: Mapping[str, Any]) -> str | None:
-    """The model type of a config's text decoder; None where the table has no such family, or the model brings
-    classes of its own (``auto_map``)."""
+    """The model type of a config's text decoder; None where the table has no such family, or where engines
+    run a class of the model's own (``auto_map``)."""
+    if "auto_map" in config and not has_class(config):
+        return None
     table = load_json(TABLE)
     kinds = (p.get("model_type") for p in parts(config))
-    return (
-        None if "auto_map" in config else next((k for k in kinds if isinstance(k, str) and k in table), None)
-    )
+    return next((k for k in kinds if isinstance(k, str) and k in table), None)
 
 
 def family_names(config: Mapping[str, Any], kind: str) -> frozenset[str]:
@@ -88,7 +85,7 @@ def name_problems(
             # a matrix that an adapter lies beside is the family's own
             local = kind_of(f"layers.0.{name}").removeprefix("layers.0.").replace(".base_layer.", ".")
             last = name.removesuffix(".weight").rpartition(".")[2]
-            judged = len(shape) > 1 and not _NUMBERS.search(last) and not ADAPTER.search(name)
+            judged = len(shape) > 1 and not NUMBERS.search(last) and not ADAPTER.search(name)
             made = given.issuperset(p for p in local.removesuffix(".weight").split(".") if not p.isdigit())
             if judged and not made and local not in allowed and role_of(f"layers.0.{name}") in _JUDGED:
                 strange.setdefault(local, (index, name))

@@ -51,6 +51,9 @@ _ROLES: tuple[tuple[Role, re.Pattern[str]], ...] = tuple(
 )
 #: Matrices of adapters that a model brings along (Phi-4 multimodal).
 ADAPTER = re.compile(r"(^|\.)lora_[AB](\.|$)")
+#: Last parts of the names of tensors that are no matrices of the family but numbers beside the codes of one,
+#: in formats that may not be read here.
+NUMBERS = re.compile(r"scale|zero|bias|packed|blocks|absmax|quant|shape|idx|codebook|lut|SCB|input_")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|decoder)\.(\d{1,9})\.")
 

@@ -87,6 +87,17 @@ def architecture_problem(config: Mapping[str, Any], vllm_version: str = VLLM_VER
     )
 
 
+def has_class(config: Mapping[str, Any]) -> bool:
+    """Whether vLLM has a class for a model, its own or transformers': it runs that one, and no code that the
+    checkpoint brings along.
+
+    >>> has_class({"architectures": ["DeepseekV3ForCausalLM"], "auto_map": {"AutoModel": "x.X"}})
+    True
+    """
+    table = _table()
+    return any(n in table["built"] or n in table["through_transformers"] for n in _classes(config))
+
+
 def text_alone(config: Mapping[str, Any]) -> bool:
     """Whether vLLM serves a multimodal model, but stops where it may be given images: it runs transformers'
     class of it, whose processor does not say how many tokens an image becomes.

@@ -26,7 +26,7 @@ def _with_odd_experts(folder: Path) -> Path:
             tensors[name] = value
     save_all(folder, tensors)
     # a class of the model's own, of whose names nothing is known
-    change_config(folder, auto_map={"AutoModelForCausalLM": "m.M"})
+    change_config(folder, architectures=["M"], auto_map={"AutoModelForCausalLM": "m.M"})
     return folder
 
 

@@ -81,6 +81,18 @@ def test_names_of_another_family_are_told(case: str, model: Callable[[str], Path
     assert any(strange in line and "no matrix in a block of model_type" in line for line in said), said
 
 
+@pytest.mark.parametrize(("architecture", "judged"), [("LlamaForCausalLM", True), ("OwnForCausalLM", False)])
+def test_of_a_model_that_brings_code_names_are_judged_where_engines_run_their_own(
+    architecture: str, judged: bool, model: Callable[[str], Path]
+) -> None:
+    _, rename, changes, strange = RENAMED["neox's MLP in llama"]
+    checkpoint = open_checkpoint(model("llama"))
+    brought = {"architectures": [architecture], "auto_map": {"AutoModelForCausalLM": "own.Own"}}
+    headers = {rename(n): replace(i, name=rename(n)) for n, i in checkpoint.tensors.items()}
+    said = implied_problems(headers, {**checkpoint.config, **changes, **brought})
+    assert any(strange in line and "no matrix in a block" in line for line in said) == judged, said
+
+
 @pytest.mark.parametrize("model_type", [["qwen3_moe"], {"a": 1}, 7, None])
 def test_model_types_that_are_no_words_are_of_no_family(
     model_type: object, model: Callable[[str], Path]
@@ -131,7 +143,12 @@ def maker() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2_moe"])
+#: Of the second line, the default config does not build.
+@pytest.mark.parametrize(
+    "kind",
+    ["llama", "qwen2_moe", "internlm3",
+     "dbrx", "dots1", "hunyuan_v1_dense", "hunyuan_v1_moe", "lfm2_moe", "ministral", "nemotron"],
+)  # fmt: skip
 def test_the_table_is_what_its_program_makes(kind: str) -> None:
     made = maker()
     text, row = made.described(made.model_classes()[kind], made.small_config(kind))
