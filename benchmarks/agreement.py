@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Whether what `recommend` prints runs, for every model of the catalogue on six GPUs.
 
-    python benchmarks/agreement.py [--gpu-count N] [--skip N] [MODEL ...]
+    python benchmarks/agreement.py [--gpu-count N] [--part 1/4] [MODEL ...]
 
 Each distinct command is dry-run on a stand-in of the model: its config.json, and safetensors headers with
 holes where the values would be. What the job would write stands in for itself in the same way, and the
@@ -42,19 +42,27 @@ def judge(name: str, count: int) -> tuple[int, int, list[str]]:
     return printed, len(done), problems
 
 
+def part(text: str) -> tuple[int, int]:
+    """I/N as two numbers, from 1/N to N/N."""
+    number, _, parts = text.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part such as 1/4 or 4/4")
+    return int(number), int(parts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("models", nargs="*", help="parts of names; all models where none is given")
     parser.add_argument("--gpu-count", type=int, default=1, help="GPUs of each kind")
-    parser.add_argument("--skip", type=int, default=0, help="models to leave out, from the first")
+    parser.add_argument("--part", type=part, default=(1, 1), help="every fourth model, from the first: 1/4")
     options = parser.parse_args()
     chosen = [n for n in catalogue() if not options.models or any(m in n for m in options.models)]
     warnings.simplefilter("ignore")
-    totals = [0, 0, 0]
+    totals, (first, parts) = [0, 0, 0], options.part
     with room_for_everything(seconds=0):
-        for number, name in enumerate(chosen[options.skip :], options.skip):
+        for number, name in list(enumerate(chosen))[first - 1 :: parts]:
             start = time.process_time()
             printed, made, problems = judge(name, options.gpu_count)
             totals = [a + b for a, b in zip(totals, (printed, made, len(problems)), strict=True)]
