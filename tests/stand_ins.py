@@ -184,7 +184,11 @@ def _planned(config: Mapping[str, Any]) -> Iterable[tuple[str, tuple[int, ...]]]
     own = _SPELLINGS.get(spec.model_type, ())
     lead = "language_model." if "text_config" in config else ""
     for weight in spec.weights:
-        if weight.role in ("mtp", "tower"):
+        if weight.role == "mtp":
+            continue
+        if weight.role == "tower":  # by name alone, where no row and no class says how its files spell it
+            part = weight.name.rpartition(".")[2]
+            yield from ((f"vision_tower.{i}.{part}.weight", weight.shape) for i in range(weight.count))
             continue
         shape = weight.shape
         if spec.model_type == "internlm2" and weight.name.startswith("self_attn."):
