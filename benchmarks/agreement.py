@@ -6,16 +6,19 @@
 Each distinct command is dry-run on a stand-in of the model: its config.json, and safetensors headers with
 holes where the values would be. What the job would write stands in for itself in the same way, and the
 printed ``vllm serve`` of it goes through ``quant-deploy plan``. Disks and memory count as large enough, and
-no trial is made of what a block takes. Ends with 1 where anything disagrees.
+no trial is made of what a block takes. Of models with one config the first is judged. Ends with 1 where
+anything disagrees.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,15 @@ def judge(name: str, count: int) -> tuple[int, int, list[str]]:
     return printed, len(done), problems
 
 
+def distinct(names: Iterable[str]) -> list[str]:
+    """The models of which nothing that is planned by is the same as of one before."""
+    first: dict[str, str] = {}
+    for name in names:
+        known = {k: v for k, v in catalogue()[name].items() if k not in ("source", "note")}
+        first.setdefault(json.dumps(known, sort_keys=True), name)
+    return list(first.values())
+
+
 def part(text: str) -> tuple[int, int]:
     """I/N as two numbers, from 1/N to N/N."""
     number, _, parts = text.partition("/")
@@ -58,7 +70,7 @@ def main() -> None:
     parser.add_argument("--gpu-count", type=int, default=1, help="GPUs of each kind")
     parser.add_argument("--part", type=part, default=(1, 1), help="every fourth model, from the first: 1/4")
     options = parser.parse_args()
-    chosen = [n for n in catalogue() if not options.models or any(m in n for m in options.models)]
+    chosen = distinct(n for n in catalogue() if not options.models or any(m in n for m in options.models))
     warnings.simplefilter("ignore")
     totals, (first, parts) = [0, 0, 0], options.part
     with room_for_everything(seconds=0):
