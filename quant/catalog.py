@@ -10,6 +10,7 @@ answered with a model of another size.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -72,9 +73,14 @@ NAME_MARKS: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"[-.](fp16|bf16|float16|HF)$", {}),
 )
 
+#: families whose makers publish FP8 by channels, in compressed-tensors (HabanaAI/vllm-hpu-extension#350)
+BY_CHANNEL = frozenset({"glm4_moe"})
+#: linears of gated delta nets that give each head a number: too narrow for blocks, kept in 16 bits
+GATES = ("in_proj_ba", "in_proj_a", "in_proj_b")
+
 #: marks of a fine-tune: the shapes are the base model's
 TUNE_MARKS = re.compile(
-    r"-(instruct|chat|it|hf|base|thinking|reasoning|\d{4}|v\d+(\.\d+)?|pt|preview|finetune|sft|dpo)$",
+    r"-(instruct|chat|it|hf|base|thinking|reasoning|\d{4}|v\d+(\.\d+)?|pt|preview|finetune|sft|dpo|exp|terminus)$",
     re.IGNORECASE,
 )
 
@@ -182,6 +188,11 @@ def find_model(name: str, online: bool = False) -> ModelSpec:
         raise _unknown(name, plain, list(entries))
     if _key(listed) != _key(name):
         notes.append(f"shapes and context of {listed}: its own context may be another")
+        if quantization is None and (own := entries[listed]["config"].get("quantization_config")):
+            notes.append(
+                f"taken as stored in {own.get('quant_method')}, as {listed} is: --online, or its config.json "
+                "in the cache, tells how its own files are"
+            )
     return _entry(listed, entries, name, quantization, notes)
 
 
@@ -209,14 +220,46 @@ def _base(plain: str, keys: Mapping[str, str]) -> str | None:
         candidate = shorter
 
 
-def _unknown(name: str, plain: str, known: Sequence[str]) -> UsageError:
-    """The error for a name that is not known, with those that are most like it."""
+#: a size within a name, in billions of parameters: ``8b``, ``1.5B``, ``235B-A22B``
+_SIZE = re.compile(
+    r"(?<![a-z0-9.])(?:e|\d+x)?(\d+(?:\.\d+)?)b(?:-a\d+(?:\.\d+)?b)?(?![a-z0-9])", re.IGNORECASE
+)
+
+
+def _without_size(name: str) -> tuple[str, float]:
+    """A name without the size and the marks of a fine-tune, for comparing, and the size; 0 where it has
+    none."""
+    short = name.split("/")[-1]
+    size = _SIZE.search(short)
+    rest = _SIZE.sub("", short)
+    while (shorter := TUNE_MARKS.sub("", rest)) != rest:
+        rest = shorter
+    return _key(rest), float(size[1]) if size else 0.0
+
+
+def _nearest(plain: str, known: Sequence[str]) -> list[str]:
+    """The names that are most like one: those of its family whose size is nearest, then by spelling."""
     import difflib
 
+    family, size = _without_size(plain)
+    sizes = {entry: _without_size(entry) for entry in known}
+    same = [entry for entry, (other, its) in sizes.items() if other == family and its]
+    same.sort(
+        key=lambda e: (
+            abs(math.log(sizes[e][1] / size)) if size else sizes[e][1],
+            -difflib.SequenceMatcher(None, _key(e), _key(plain)).ratio(),
+        )
+    )
     by_key: dict[str, str] = {}
     for entry in known:
         by_key.setdefault(_key(entry), entry)
-    near = [by_key[k] for k in difflib.get_close_matches(_key(plain), list(by_key), n=3, cutoff=0.6)]
+    alike = [by_key[k] for k in difflib.get_close_matches(_key(plain), list(by_key), n=3, cutoff=0.6)]
+    return list(dict.fromkeys([*same, *alike] if family else alike))[:3]
+
+
+def _unknown(name: str, plain: str, known: Sequence[str]) -> UsageError:
+    """The error for a name that is not known, with those that are most like it."""
+    near = _nearest(plain, known)
     meant = f" Did you mean {any_of(near)}?" if near else ""
     hub = (
         "--online reads its config.json from the Hub" if is_hub_id(name) else "give its Hub id with --online"
@@ -239,7 +282,10 @@ def _entry(
     spec = spec_from_config(entry["config"], name, f"the catalogue's entry {listed}", source)
     if "caveat" in entry:
         notes = [*notes, f"the catalogue's entry holds the {entry['caveat']}"]
-    spec = replace(spec, notes=(*spec.notes, *notes), hub=_hub_of(name, listed))
+    spec = replace(
+        spec, notes=(*spec.notes, *notes), hub=_hub_of(name, listed),
+        uncertainty=spec.uncertainty + entry.get("uncertainty", 0.0),
+    )  # fmt: skip
     # the entry knows its own scheme
     return stored_as(spec, quantization) if quantization and not spec.quantization else spec
 
@@ -257,8 +303,20 @@ def stored_as(spec: ModelSpec, quantization: Mapping[str, Any]) -> ModelSpec:
 
     NVFP4 is published in several ways: of models with recurrent layers attention is in FP8, of others all
     linears or only the MLP are in NVFP4. Their sizes are uncertain by a tenth, of the others by a hundredth.
+    FP8 in blocks leaves the small gates of gated delta nets in 16 bits, as Qwen publishes it; of a model
+    whose linears blocks do not cut evenly FP8 is by channels.
     """
     config = dict(quantization)
+    if block := config.get("weight_block_size"):
+        gates = [
+            f"model.layers.{w.layer}.{w.name}" for w in spec.weights if w.linear and w.name.endswith(GATES)
+        ]
+        linears = [w for w in spec.weights if w.linear and not w.name.endswith(GATES) and len(w.shape) == 2]
+        uneven = any(size % side for w in linears for size, side in zip(w.shape, block, strict=True))
+        if uneven or spec.model_type in BY_CHANNEL:
+            config = _compressed(8, "float", None, True)
+        elif gates:
+            config["modules_to_not_convert"] = gates
     nvfp4 = config.get("quant_algo") == "NVFP4"
     if nvfp4 and any(c.kind == "state" for c in spec.cache):
         config["quant_algo"] = "MIXED_PRECISION"

@@ -125,6 +125,8 @@ class Decoder:
 
     def _sized(self, kind: str) -> str:
         """A recurrent kind by the sizes that the config states for it: several share one word."""
+        if kind == "attention":
+            return "full_attention"
         if kind in ("linear_attention", "mamba") and self.values.get("mamba_num_heads") is not None:
             return "mamba"
         if kind == "linear_attention" and self.values.get("linear_num_key_heads") is None:

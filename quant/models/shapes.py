@@ -309,9 +309,10 @@ def _inward(decoder: Decoder) -> tuple[str, ...]:
 
 
 def _routed(decoder: Decoder, module: str) -> Iterator[Weight]:
-    """The routed experts of a layer."""
-    moe, h = decoder.moe, decoder.hidden
+    """The routed experts of a layer; those of Nemotron 3 read and write a narrower space than the layer's."""
+    moe = decoder.moe
     assert moe is not None
+    h = decoder.values.count("moe_latent_size", 0, least=0) or decoder.hidden
     for name in _inward(decoder):
         yield _tensor(f"{module}.{name}", moe.intermediate, h, count=moe.experts, linear=True)
     yield _tensor(f"{module}.down_proj", h, moe.intermediate, count=moe.experts, linear=True)
@@ -327,6 +328,9 @@ def _experts(decoder: Decoder) -> Iterator[Weight]:
     if family.score_bias:
         yield _tensor("mlp.e_score_correction_bias", moe.experts)
     yield from _routed(decoder, "mlp.experts")
+    if narrow := values.count("moe_latent_size", 0, least=0):
+        yield from _linear("mlp.fc1_latent_proj", narrow, h)
+        yield from _linear("mlp.fc2_latent_proj", h, narrow)
     if family.expert_bias:
         yield _tensor("mlp.experts.gate_up_proj.bias", 2 * moe.intermediate, count=moe.experts)
         yield _tensor("mlp.experts.down_proj.bias", h, count=moe.experts)

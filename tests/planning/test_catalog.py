@@ -27,7 +27,7 @@ from quant.catalog import (
 from quant.checkpoint.header import TensorInfo
 from quant.errors import CheckpointError, UsageError
 from quant.evaluation.inspect import inspect
-from quant.hardware import named_gpu
+from quant.hardware import named_gpu, named_gpus
 from quant.models.roles import role_of
 from quant.models.shapes import spec_from_config, weights_from_tensors
 from quant.models.spec import ModelSpec
@@ -146,6 +146,15 @@ def test_drafting_layers_are_in_the_file_but_not_among_the_parameters() -> None:
         ("RedHatAI/Llama-3.3-70B-Instruct-FP8-dynamic", "compressed-tensors", 70.6e9),
         ("openai/gpt-oss-120b", "mxfp4", 116.8e9),
         ("QWEN/qwen2.5_0.5b", None, 0.49e9),
+        ("zai-org/GLM-4.6", None, 357e9),
+        ("zai-org/GLM-4.6-FP8", "compressed-tensors", 357e9),
+        ("moonshotai/Kimi-K2-Thinking", "compressed-tensors", 1.026e12),
+        ("deepseek-ai/DeepSeek-V3.1-Terminus", "fp8", 671e9),
+        ("Qwen/Qwen3.5-397B-A17B-FP8", "fp8", 397e9),
+        ("Qwen/Qwen3.8-2.4T-A95B", None, 2.42e12),
+        ("nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16", None, 120.6e9),
+        ("nvidia/NVIDIA-Nemotron-3-Ultra-550B-A55B-BF16", None, 550e9),
+        ("zai-org/GLM-4.5-Air-FP8", "compressed-tensors", 106.9e9),
     ],
 )
 def test_names_are_found_with_their_own_quantization(
@@ -163,6 +172,7 @@ def test_names_are_found_with_their_own_quantization(
         ("llama-3-9b", "meta-llama/Meta-Llama-3-8B"),
         ("Lama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"),
         ("lama-2-hf", "meta-llama/Llama-2-7b-hf"),
+        ("zai-org/GLM-4.6-Air", "zai-org/GLM-4.5-Air"),
         ("someone/mystery-13b-v2", ""),
         ("new-100B-A5B", ""),
     ],
@@ -173,6 +183,48 @@ def test_no_unknown_name_is_answered_with_another_model(name: str, meant: str) -
     said = str(refused.value)
     assert "--online" in said and "--model-path" in said
     assert (meant in said) if meant else "Did you mean" not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "size"),
+    [  # sizes that vllm-project/recipes@8959cf64 states; ranks hold some tensors each
+        ("moonshotai/Kimi-K2-Thinking", "8xH200", 595e9),
+        ("moonshotai/Kimi-K2.6", "8xH200", 595e9),
+        ("Qwen/Qwen3.8-2.4T-A95B", "16xB300", 4.45 * 2**40),
+    ],
+)
+def test_published_checkpoints_have_their_published_size(name: str, gpu: str, size: float) -> None:
+    gpus = named_gpus(gpu)
+    found = plan(find_model(name), gpus, None, EngineRequest(tensor_parallel=len(gpus)))
+    assert found.weights_bytes * len(gpus) == pytest.approx(size, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"),
+    [
+        ("Qwen/Qwen3.5-397B-A17B-FP8", "8xH200"),
+        ("Qwen/Qwen3-Next-80B-A3B-Instruct-FP8", "4xH200"),
+        ("zai-org/GLM-4.6-FP8", "8xH200"),
+    ],
+)
+def test_makers_own_fp8_is_served_as_it_is_where_it_was_made_for(name: str, gpu: str) -> None:
+    found = recommend(name, gpu)
+    assert found.recommended == "none", found.reason
+
+
+def test_what_is_not_exact_says_so() -> None:
+    thinking = find_model("deepseek-ai/DeepSeek-V3-Thinking")
+    assert any("taken as stored in fp8, as deepseek-ai/DeepSeek-V3" in note for note in thinking.notes)
+    small = find_model("Qwen/Qwen3.5-9B")
+    assert small.uncertainty == pytest.approx(0.06) and any("vision tower" in note for note in small.notes)
+
+
+def test_experts_in_a_narrower_space_are_counted_in_it() -> None:
+    """Nemotron 3 Super: 512 experts of 1024 values in a layer of 4096."""
+    spec = find_model("nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16")
+    shapes = {w.name: w.shape for w in spec.weights if w.layer == 1}
+    assert shapes["mlp.experts.up_proj"] == (2688, 1024) and shapes["mlp.fc2_latent_proj"] == (4096, 1024)
+    assert spec.active_parameters == pytest.approx(12e9, rel=0.1) and not spec.unknown_layers
 
 
 @pytest.mark.parametrize(
