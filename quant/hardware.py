@@ -231,9 +231,10 @@ def check_memory(total_bytes: int | None, what: str) -> None:
         UsageError: below 1 GiB or above 64 TiB.
     """
     if total_bytes is not None and not GIB <= total_bytes <= min(2**46, LARGEST):
+        meant = f" (did you mean {total_bytes}GiB?)" if 1 <= total_bytes <= 1024 else ""
         raise UsageError(
             f"{what} is {total_bytes} bytes ({format_size(total_bytes)}): a GPU has from 1 GiB to 64 TiB; "
-            "check the unit"
+            f"check the unit{meant}"
         )
 
 

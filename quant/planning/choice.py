@@ -60,6 +60,12 @@ def choose(plans: Sequence[SchemePlan], goal: Goal) -> SchemePlan | None:
     return None
 
 
+def is_faster(one: SchemePlan, other: SchemePlan, goal: Goal) -> bool:
+    """Whether a plan is faster than another by more than a tenth, by the bound of the objective."""
+    bound = defaults.OBJECTIVES[goal.objective][0]
+    return bound is not None and one.bound(bound) > other.bound(bound) * (1 + _GAIN)
+
+
 def _fastest(pool: Sequence[SchemePlan], bound: str) -> SchemePlan:
     """The most precise of the fastest: of what this build makes, where it makes any of them."""
     made = [p for p in pool if p.makeable] or pool

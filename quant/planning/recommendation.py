@@ -23,7 +23,7 @@ from quant.errors import NothingFits, UsageError, one_of
 from quant.hardware import UNNAMED, Gpu, cpu_device, resolve_gpus
 from quant.models.spec import ModelSpec
 from quant.models.support import DATA_FREE, makeable_methods, method_problem, scheme_problem
-from quant.planning.choice import MACHINE, Goal, choose, reason_of
+from quant.planning.choice import MACHINE, Goal, choose, is_faster, reason_of
 from quant.planning.cuts import group_problems, parallel_problems
 from quant.planning.launch import OWNER, Engine, commands_for, engines_for
 from quant.planning.memory import MemoryPlan
@@ -204,15 +204,18 @@ def recommend(
     request.check(spec, devices)
     plans = tuple(plan_scheme(spec, devices, gpu, row, request, margin) for row in rows)
     chosen = choose(plans, goal)
-    what = "nothing" if chosen is None else f"nothing within {goal.limit:g} % of expected loss"
-    others = _smaller(request, gpu, own_context and chosen is None, what)
+    for_speed = chosen is not None and not spec.quantization and goal.objective == "throughput"
+    hopeful = _hopeful(spec, plans, chosen, goal, for_speed)
+    within = "nothing as fast" if for_speed else f"nothing within {goal.limit:g} % of expected loss"
+    others = _smaller(request, gpu, own_context and chosen is None, within if chosen else "nothing")
+    if for_speed:
+        others = ((r, said) for r, said in others if r.max_num_seqs == request.max_num_seqs)
     if chosen is None and own_ranks:
         others = chain(others, _stages(spec, request))
-    hopeful = _hopeful(spec, plans, chosen, goal)
     for smaller, said in others if hopeful else ():
         again = tuple(plan_scheme(spec, devices, gpu, p.row, smaller, margin) for p in hopeful)
         other = choose(again, goal)
-        if other is not None and (chosen is None or other.ready or other.safe >= chosen.safe):
+        if other is not None and (chosen is None or _better(other, chosen, goal, for_speed)):
             chosen, request = other, smaller
             replanned = {p.scheme: p for p in again}
             plans = tuple(
@@ -242,15 +245,24 @@ def recommend(
     )  # fmt: skip
 
 
+def _better(other: SchemePlan, chosen: SchemePlan, goal: Goal, for_speed: bool) -> bool:
+    """Whether what a smaller request holds is taken instead of what the whole one does."""
+    if for_speed and not is_faster(other, chosen, goal):
+        return False
+    return other.ready or other.safe >= chosen.safe
+
+
 def _hopeful(
-    spec: ModelSpec, plans: Sequence[SchemePlan], chosen: SchemePlan | None, goal: Goal
+    spec: ModelSpec, plans: Sequence[SchemePlan], chosen: SchemePlan | None, goal: Goal, for_speed: bool
 ) -> list[SchemePlan]:
     """The schemes worth a second look under a smaller request. One whose weights alone are too large needs
     none; what is within the limit gets one before another is made at a loss, of a file that is quantized
-    already that file."""
+    already that file; where speed decides, what does not hold what was asked may be faster than what does."""
     hopeful = [p for p in plans if p.plan and p.plan.weights_bytes < p.plan.requested_bytes]
     if chosen is None:
         return hopeful
+    if for_speed:
+        return [p for p in hopeful if not p.meets and p.loss[1] <= goal.limit and not p.condition]
     lossy = chosen.loss[1] > goal.limit and (spec.quantization or goal.objective == "balanced")
     return [
         p

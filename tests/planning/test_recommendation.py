@@ -767,3 +767,22 @@ def test_the_examples_in_the_docstrings_run(name: str) -> None:
 
 def test_the_scenarios_folder_is_found_where_the_data_is() -> None:
     assert config_path("scenarios/chat.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("objective", "scheme", "cache"), [("throughput", "w8a8-fp8", "fp8"), ("quality", "w4a16", "auto")]
+)
+def test_throughput_takes_an_fp8_cache_where_a_faster_scheme_then_holds_what_was_asked(
+    objective: str, scheme: str, cache: str
+) -> None:
+    """70B on two H100 for 64 streams: in 16 bits the cache leaves room for 4-bit weights alone, which compute
+    in 16 bits; with the cache in FP8 the weights may be, and many streams are bound by computing."""
+    request = EngineRequest(context=4096, concurrency=64)
+    found = recommend("Llama-3.3-70B-Instruct", "2xH100", request, objective=objective)
+    assert (found.recommended, found.request.kv_cache_dtype) == (scheme, cache)
+    said = any("with the cache in 16 bits nothing as fast surely fits" in note for note in found.notes)
+    assert said is (objective == "throughput")
+    assert ("--kv-cache-dtype fp8" in found.commands[-1]) is (cache == "fp8")
+    asked = replace(request, kv_cache_dtype="bfloat16")  # what was asked for stays
+    found = recommend("Llama-3.3-70B-Instruct", "2xH100", asked, objective="throughput")
+    assert found.recommended == "w4a16" and found.request.kv_cache_dtype == "bfloat16"

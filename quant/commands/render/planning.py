@@ -12,7 +12,7 @@ from quant.health import Health
 from quant.planning.memory import MemoryPlan
 from quant.planning.recommendation import Recommendation
 from quant.planning.scheme_plans import UNKNOWN, SchemePlan
-from quant.units import format_count, format_size
+from quant.units import format_count, format_seconds, format_size
 from quant.vllm.kernels import formats_of
 
 if TYPE_CHECKING:
@@ -54,9 +54,11 @@ def _about(recommendation: Recommendation) -> str:
     streams = ""
     if about.sequences > 1:
         streams = f", {_rate(about.batch)} (± {about.batch_error:.0%}) for {about.sequences} together"
+    first = about.first_token_seconds
+    waited = format_seconds(first) if first >= 10 else f"{max(first, 0.001):.2g} s"
     return (
         f"speed: about {_rate(about.decode)} (± {about.decode_error:.0%}) for one stream{streams}, the first "
-        f"token after {about.first_token_seconds:.2g} s, with half of {one.plan.context:,} tokens cached; so "
+        f"token after {waited}, with half of {one.plan.context:,} tokens cached; so "
         "near came nine in ten published figures of the kind"
     )
 
