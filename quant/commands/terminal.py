@@ -160,7 +160,7 @@ def console() -> Console:
 
 
 #: Seconds between two drawings of the live line; and of silence after which a pipe gets a line.
-_REDRAWN, _SILENT = 0.5, 2.0
+_REDRAWN, _SILENT = 0.5, 1.5
 
 
 class _Progress:
@@ -173,6 +173,10 @@ class _Progress:
         self.event, self.phase = Event(phase), phase
         self.live = sys.stderr.isatty() and not output.quiet
         self.spoken = time.monotonic() - _SILENT / 2  # the program's own start was silent already
+        #: when how much of the phase was done: at its first count, which may be of another kind of work (the
+        #: embedding before the blocks), and at the latest
+        self._first: tuple[float, float] | None = None
+        self._latest = (0.0, 0.0)
         self._lock, self._stop = threading.RLock(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
         if not output.quiet:
@@ -183,7 +187,10 @@ class _Progress:
             if event.phase != self.phase:
                 self._end_phase()
                 self.phase, self.start = event.phase, time.monotonic()
-                self.event = Event(event.phase)
+                self.event, self._first = Event(event.phase), None
+            if event.total and event.done and (self._first is None or event.done > self._latest[1]):
+                self._latest = (time.monotonic(), event.done)
+                self._first = self._first or self._latest
             if not event.warning:
                 # a message may come without a count, and a count without what is worked on
                 known = event if event.total else self.event
@@ -226,10 +233,17 @@ class _Progress:
         return " · ".join(parts) + self._left(event)
 
     def _left(self, event: Event) -> str:
-        spent = time.monotonic() - self.start
-        if not event.total or not event.done or event.done >= event.total or spent < 1:
+        """The time left, from what a unit took since the phase's first; the one that is worked on may take
+        longer, but not be done before it is."""
+        if self._first is None or not event.total or event.done >= event.total:
             return ""
-        return f" · {format_seconds(spent * (event.total - event.done) / event.done)} left"
+        (began, first), (latest, done) = self._first, self._latest
+        if done <= first:
+            return ""
+        unit = (latest - began) / (done - first)
+        left = unit * (event.total - done) - (time.monotonic() - latest)
+        left = max(left, unit * (event.total - done - 1))
+        return f" · {format_seconds(left)} left" if left >= 1 else ""
 
     def _clear(self) -> None:
         if self.live:
@@ -249,12 +263,20 @@ class _Progress:
 
 
 def _memory() -> int:
-    """Bytes of this process that are in memory; 0 where that cannot be told."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        return 0
+    """Bytes in memory of this process and of those that it started, such as a server; 0 where that cannot be
+    told. Linux alone tells children without a look at all processes."""
+    total, waiting, page = 0, [os.getpid()], os.sysconf("SC_PAGE_SIZE")
+    while waiting:
+        process = f"/proc/{waiting.pop()}"
+        try:
+            with open(f"{process}/statm") as file:
+                total += int(file.read().split()[1]) * page
+            for task in os.listdir(f"{process}/task"):
+                with open(f"{process}/task/{task}/children") as file:
+                    waiting += map(int, file.read().split())
+        except (OSError, ValueError, IndexError):  # it has ended meanwhile, or there is no such file here
+            continue
+    return total
 
 
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:

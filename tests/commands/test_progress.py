@@ -3,8 +3,10 @@ silence in either."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +58,38 @@ def test_a_terminal_gets_one_line_that_is_drawn_over(
     text += capsys.readouterr().err
     assert "\n" not in text and text.endswith("\r\033[2K")  # nothing of it stays
     assert all(len(line.removeprefix("\033[2K")) < 40 for line in text.split("\r"))
+
+
+def test_the_time_left_is_that_of_units_of_one_kind_and_counts_down(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    progress = terminal._Progress(Output(), "starting")
+    progress.close()
+
+    def left(event: Event, seconds: float) -> str:
+        progress(event)
+        now[0] += seconds
+        return progress._left(progress.event).removeprefix(" · ").removesuffix(" left")
+
+    assert left(Event("quantize", 1, 6), 30) == ""  # the embedding, done at once, says nothing of blocks
+    assert left(Event("quantize", 2, 6), 0) == "2 min 0 s"
+    assert left(Event("quantize", detail="model.layers.2.mlp.up_proj"), 20) == "1 min 40 s"
+    now[0] += 60  # this block takes longer than the one before
+    assert progress._left(progress.event) == " · 1 min 30 s left"
+    assert left(Event("quantize", 6, 6), 0) == "" and left(Event("verify", 1, 3), 5) == ""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are told by Linux alone")
+def test_the_memory_is_that_of_what_was_started_too() -> None:
+    before = terminal._memory()
+    held = "held = bytearray(200 * 2**20); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", held], stdin=-1, stdout=-1, text=True) as child:
+        assert child.stdout is not None and child.stdout.readline() == "\n"
+        assert terminal._memory() - before > 190 * 2**20
+        child.communicate("\n")
+    assert terminal._memory() - before < 100 * 2**20
 
 
 def test_quiet_is_silent_but_for_warnings(capsys: pytest.CaptureFixture[str]) -> None:
