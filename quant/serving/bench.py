@@ -167,6 +167,11 @@ async def _bench(
             f"this client was the bottleneck at {', '.join(slow)}: its own loop was late or its core busy: "
             "those latencies are upper bounds; load from a faster machine, or several"
         )
+    if any(x["came_whole"] > x["completed"] / 2 for x in results):
+        notes.append(
+            "answers came whole: something between here and the engine holds the stream back (a proxy's "
+            "buffer): TTFT and TPOT are not the engine's, and its users see no first token sooner"
+        )
     if any(x["output_tokens_counted_by_endpoint"] is False for x in results):
         notes.append("the endpoint does not count tokens (usage): pieces of the stream are counted instead")
     return TargetResult(name or endpoint.model, endpoint, tuple(results), facts, tuple(notes))
@@ -330,6 +335,7 @@ def result_of(targets: Sequence[TargetResult], request: BenchRequest) -> dict[st
     return {
         "targets": [t.to_dict() for t in targets],
         "ranking": rank(targets) if len(targets) > 1 else {},
+        "ranking_of": {name: words for name, (_, _, words) in RANKINGS.items()},
         "formulas": FORMULAS,
         "request": {
             "input_tokens": vars(request.prompts.input_tokens),

@@ -22,8 +22,16 @@ if TYPE_CHECKING:
 
 #: Seconds without a byte of the answer after which a request counts as stalled.
 STALL = 120.0
-#: Bytes of an answer that is no stream which are read to say what it was.
-_LOOKED_AT = 2000
+#: Bytes of an answer that is no stream which are read to say what it was, and of a JSON answer at most.
+_LOOKED_AT, _WHOLE = 2000, 1 << 28
+#: Seconds that an idle connection is kept: less than servers keep theirs (uvicorn's five), so that none is
+#: written to that its server is just closing.
+_IDLE = 2.0
+#: Tokens of an answer that tell whether it came as a stream, and seconds for each within which no model makes
+#: them one by one.
+_TELLING, _AT_ONCE = 8, 1e-4
+#: Pieces for each token asked for, and beyond those, after which an answer goes on for ever.
+_PIECES, _SPARE = 4, 64
 
 
 class EndpointError(QuantError):
@@ -76,11 +84,15 @@ class Endpoint:
         verify: ssl.SSLContext | bool = not self.insecure
         if self.ca is not None and not self.insecure:
             verify = _context(self.ca)
-        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        # events are read as they come: a proxy must not pack them
+        headers = {"Accept-Encoding": "identity"}
+        headers |= {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         return httpx.AsyncClient(
             headers=headers,
             timeout=httpx.Timeout(self.stall, connect=min(self.stall, 30.0)),
-            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+            limits=httpx.Limits(
+                max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=_IDLE
+            ),
             verify=verify,
             # no proxy stands between us and a server of this machine
             trust_env=not self.local,
@@ -204,6 +216,13 @@ class Trace:
         return (self.ended - self.stamps[0]) / (self.output_tokens - 1) if self.output_tokens > 1 else None
 
     @property
+    def whole(self) -> bool:
+        """Whether its tokens came all at once, as where something on the way holds the stream back; False of
+        too few to tell."""
+        tokens = self.output_tokens
+        return tokens >= _TELLING and self.stamps[-1] - self.stamps[0] < _AT_ONCE * (tokens - 1)
+
+    @property
     def itl(self) -> tuple[float, ...]:
         """Seconds between two pieces of the answer."""
         return tuple(b - a for a, b in zip(self.stamps, self.stamps[1:], strict=False))
@@ -219,10 +238,13 @@ KINDS = {
     "429": "the endpoint limits requests: lower the rate or the concurrency",
     "4xx": "the request was refused",
     "5xx": "the server failed",
+    "3xx": "the endpoint is at another address: give that one",
     "no stream": "the answer is not a stream of JSON events",
     "error event": "the server reported an error within its answer",
     "cut off": "the answer ended before it was complete",
     "empty": "an answer without a token",
+    "endless": "the answer goes on beyond the tokens that were asked for",
+    "miscounted": "the endpoint counts more tokens (usage) than were asked for: its counts are wrong",
 }
 
 
@@ -230,7 +252,7 @@ def status_kind(status: int) -> str:
     """The kind of failure (:data:`KINDS`) that an error status is."""
     if status in (401, 403):
         return "401"
-    return str(status) if str(status) in KINDS else "4xx" if status < 500 else "5xx"
+    return str(status) if str(status) in KINDS else f"{min(max(status // 100, 3), 5)}xx"
 
 
 class _Failed(Exception):
@@ -239,9 +261,13 @@ class _Failed(Exception):
         self.kind, self.detail = kind, detail
 
 
-async def _events(response: httpx.Response) -> AsyncIterator[tuple[float, bytes]]:
-    """The data of a stream of server-sent events, each with the time at which its end came."""
-    rest = b""
+async def _events(response: httpx.Response, stall: float) -> AsyncIterator[tuple[float, bytes]]:
+    """The data of a stream of server-sent events, each with the time at which its end came.
+
+    Raises:
+        _Failed: something else than events, or nothing but signs of life for ``stall`` seconds.
+    """
+    rest, last = b"", time.perf_counter()
     async for piece in response.aiter_raw():
         now = time.perf_counter()
         rest += piece
@@ -250,7 +276,24 @@ async def _events(response: httpx.Response) -> AsyncIterator[tuple[float, bytes]
         *lines, rest = rest.split(b"\n")
         for line in lines:
             if line.startswith(b"data:"):
+                last = now
                 yield now, line[5:].strip()
+        if now - last > stall:
+            raise _Failed("timeout", f"no event for {stall:g} s, only signs of life")
+
+
+async def _beginning(response: httpx.Response, count: int = _LOOKED_AT) -> str:
+    """The first bytes of an answer, which may have no end."""
+    held = b""
+    async for piece in response.aiter_bytes():
+        held += piece
+        if len(held) >= count:
+            break
+    return held[:count].decode(errors="replace")
+
+
+#: Keys of generated text in a piece: of completions, of chats, and of reasoning as vLLM and others call it.
+_TEXTS = ("text", "content", "reasoning", "reasoning_content")
 
 
 @dataclass
@@ -261,6 +304,13 @@ class _Answer:
     parts: list[str] = field(default_factory=list)
     usage: Mapping[str, Any] = field(default_factory=dict)
     finished: bool = False
+    #: pieces that hold no token: what only says that the answer ends
+    bare: int = 0
+
+    def counted(self) -> int | None:
+        """Tokens by the endpoint's own count; None where it does not count."""
+        told = self.usage.get("completion_tokens")
+        return told if isinstance(told, int) and told > 0 else None
 
     def take(self, now: float, data: bytes) -> None:
         """One event.
@@ -286,12 +336,14 @@ class _Answer:
             return
         choice = choices[0]
         delta = choice["delta"] if isinstance(choice.get("delta"), dict) else choice
-        text = delta.get("text", delta.get("content")) or delta.get("reasoning_content") or ""
+        # what a model thinks before it answers is generated too
+        text = next((t for key in _TEXTS if isinstance(t := delta.get(key), str) and t), "")
         last = bool(choice.get("finish_reason"))
         # a chat opens with the role alone; a piece may be empty text, as half a character is
         if text or "text" in delta or delta.get("tool_calls") or (last and self.stamps):
             self.stamps.append(now)
-            self.parts.append(str(text))
+            self.parts.append(text)
+            self.bare += bool(last and not text and not delta.get("tool_calls"))
         self.finished = self.finished or last
 
 
@@ -318,12 +370,14 @@ async def ask(
     kind, detail = "", ""
     try:
         await asyncio.wait_for(
-            _read(client, endpoint, prompt.body(endpoint, sampling or {}), answer, begun), limit
+            _read(client, endpoint, prompt, prompt.body(endpoint, sampling or {}), answer, begun), limit
         )
         if not answer.stamps:
             kind, detail = "empty", "the stream ended without a token"
         elif not answer.finished:
             kind, detail = "cut off", f"the stream ended after {len(answer.stamps)} pieces without its end"
+        elif (told := answer.counted()) is not None and told > prompt.output_tokens:
+            kind, detail = "miscounted", f"{told} tokens where at most {prompt.output_tokens} were asked for"
     except _Failed as failure:
         kind, detail = failure.kind, failure.detail
     except asyncio.TimeoutError:
@@ -332,16 +386,15 @@ async def ask(
         kind, detail = transport_kind(error, bool(answer.stamps)), first_line(error)
     if begun is not None:
         begun.set()
-    told = answer.usage.get("completion_tokens")
+    counted = answer.counted()
     asked = answer.usage.get("prompt_tokens")
-    counted = isinstance(told, int) and told > 0
     return replace(
         trace,
         stamps=tuple(answer.stamps),
         ended=answer.stamps[-1] if answer.stamps and not kind else time.perf_counter(),
         prompt_tokens=asked if isinstance(asked, int) else prompt.tokens,
-        output_tokens=int(told) if counted and told is not None else len(answer.stamps),
-        counted=counted,
+        output_tokens=max(len(answer.stamps) - answer.bare, 0) if counted is None else counted,
+        counted=counted is not None,
         error=kind,
         detail=detail,
         text="".join(answer.parts),
@@ -351,22 +404,27 @@ async def ask(
 async def _read(
     client: httpx.AsyncClient,
     endpoint: Endpoint,
+    prompt: Prompt,
     body: Mapping[str, Any],
     answer: _Answer,
     begun: asyncio.Event | None,
 ) -> None:
+    most = _PIECES * prompt.output_tokens + _SPARE
     async with client.stream("POST", endpoint.route, json=body) as response:
         if response.status_code != 200:
-            said = (await response.aread())[:_LOOKED_AT].decode(errors="replace")
-            raise _Failed(status_kind(response.status_code), f"{response.status_code}: {said_by(said)}")
+            said = response.headers.get("location") or said_by(await _beginning(response))
+            raise _Failed(status_kind(response.status_code), f"{response.status_code}: {said}")
         kind = response.headers.get("content-type", "")
         if "event-stream" not in kind:
-            said = (await response.aread())[:200].decode(errors="replace")
-            raise _Failed("no stream", f"{kind or 'no content type'}: {said}")
-        async for now, data in _events(response):
+            raise _Failed("no stream", f"{kind or 'no content type'}: {await _beginning(response, 200)}")
+        if (packed := response.headers.get("content-encoding", "identity")) != "identity":
+            raise _Failed("no stream", f"its events are packed ({packed}), though that was declined")
+        async for now, data in _events(response, endpoint.stall):
             answer.take(now, data)
             if begun is not None and answer.stamps:
                 begun.set()
+            if len(answer.stamps) > most:
+                raise _Failed("endless", f"{len(answer.stamps)} pieces for {prompt.output_tokens} tokens")
 
 
 def said_by(said: str) -> str:
@@ -402,22 +460,23 @@ async def get_json(client: httpx.AsyncClient, endpoint: Endpoint, path: str, bod
     Raises:
         EndpointError: no answer, an error status, or no JSON; with what to do.
     """
+    url, said = endpoint.url + path, ""
     try:
-        response = await client.request("GET" if body is None else "POST", endpoint.url + path, json=body)
+        async with client.stream("GET" if body is None else "POST", url, json=body) as response:
+            # one that never ends is given up like one that never begins
+            said = await asyncio.wait_for(_beginning(response, _WHOLE), endpoint.stall)
     except Exception as error:
-        kind = transport_kind(error)
-        raise EndpointError(f"{endpoint.url}{path}: {first_line(error)}: {KINDS[kind]}", kind) from error
-    said = response.text[:_LOOKED_AT]
+        kind = "timeout" if isinstance(error, asyncio.TimeoutError) else transport_kind(error)
+        raise EndpointError(f"{url}: {first_line(error)}: {KINDS[kind]}", kind) from error
     if response.status_code != 200:
         kind = status_kind(response.status_code)
-        raise EndpointError(
-            f"{endpoint.url}{path} answered {response.status_code} ({said_by(said)}): {KINDS[kind]}", kind
-        )
+        text = response.headers.get("location") or said_by(said[:_LOOKED_AT])
+        raise EndpointError(f"{url} answered {response.status_code} ({text}): {KINDS[kind]}", kind)
     try:
-        return response.json()
-    except ValueError as error:
+        return json.loads(said)
+    except (ValueError, RecursionError) as error:
         raise EndpointError(
-            f"{endpoint.url}{path} answered no JSON ({clipped(said, 80)}): is that an OpenAI-compatible "
+            f"{url} answered no JSON ({clipped(said[:_LOOKED_AT], 80)}): is that an OpenAI-compatible "
             "endpoint? Give its address up to /v1",
             "no stream",
         ) from error

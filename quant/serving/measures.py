@@ -176,6 +176,12 @@ class Summary:
         return sum(t.output_tokens for t in self.good) / self.seconds
 
     @property
+    def held_back(self) -> bool:
+        """Whether most answers came whole: something on the way holds the stream back, and no time within an
+        answer is the server's."""
+        return sum(t.whole for t in self.good) > len(self.good) / 2
+
+    @property
     def errors(self) -> dict[str, int]:
         return dict(Counter(t.error for t in self.traces if t.error).most_common())
 
@@ -231,6 +237,7 @@ class Summary:
             "total_token_throughput": (prompt + output) / self.seconds,
             "max_output_tokens_per_s": tokens_by_second,
             "max_concurrent_requests": most_at_once,
+            "came_whole": sum(t.whole for t in good),
             "output_tokens_counted_by_endpoint": all(t.counted for t in good) if good else None,
         }
         for name, values in self.distributions().items():

@@ -173,6 +173,14 @@ async def load(context: Context) -> list[Finding]:
                 todo=f"load it with more at a time; {_OVERLOADED}",
             )  # fmt: skip
         )
+    if summary.held_back:
+        text = f"{sum(t.whole for t in summary.good)} of {len(summary.good)} answers came whole"
+        findings.append(
+            Finding(
+                "answers are streamed", "FAIL", text, todo="something on the way holds the stream back: turn "
+                "its buffer off (nginx: proxy_buffering off; X-Accel-Buffering: no)",
+            )
+        )  # fmt: skip
     if run.client.saturated:
         text = "this program's own loop was late: its latencies are upper bounds"
         findings.append(Finding("the client keeps up", "WARN", text, todo="check from a less busy machine"))
