@@ -9,6 +9,7 @@ from typing import Any
 
 from quant.report.charts import Curve, colours, curves_chart
 from quant.report.page import document, table
+from quant.units import format_size
 
 #: What is drawn: heading, the axes with the keys of a level's figures.
 _CURVES = (
@@ -19,6 +20,9 @@ _CURVES = (
     ("Time per output token against throughput", ("output tokens a second", "output_throughput", 1.0),
      ("TPOT P95, ms", "p95_tpot_ms", 1.0)),
 )  # fmt: skip
+
+#: How heads of columns of milliseconds begin.
+_TIMES = ("TTFT", "TPOT", "E2EL")
 
 
 def cell(value: object, form: str = ".1f") -> str:
@@ -53,26 +57,31 @@ def bench_page(result: Mapping[str, Any]) -> str:
     """The page of a load test; ``result``: of :func:`quant.serving.bench.result_of`."""
     targets = result["targets"]
     limits = result["request"]["goodput_limits_ms"]
-    body = [f"<h1>Load test of {html.escape(', '.join(t['name'] for t in targets))}</h1>"]
-    for title, across, up in _CURVES:
-        curves = _curves(targets, across, up)
-        if curves:
-            body += [f"<h2>{html.escape(title)}</h2>", curves_chart(curves, across[0], up[0])]
     names = [t["name"] for t in targets]
     key = "".join(
         f'<span><i style="background:{c}"></i> {html.escape(n)}</span>' for n, c in colours(names).items()
     )
-    body.append(f"<p class=key>{key}</p><p class=muted>The figure at a point is its load.</p>")
+    body = [
+        f"<h1>Load test of {html.escape(', '.join(names))}</h1>",
+        f"<p class=key>{key}</p>",
+        "<p class=muted>The figure at a point is its load: requests at a time, or with /s a second.</p>",
+    ]
+    for title, across, up in _CURVES:
+        curves = _curves(targets, across, up)
+        if curves:
+            chart = curves_chart(curves, across[0], up[0])
+            body += [f"<h2>{html.escape(title)}</h2>", f"<div class=wide>{chart}</div>"]
     if result["ranking"]:
         rows = [
-            [what, ", ".join(f"{v['name']} ({cell(v['value'], '.4g')})" for v in order)]
+            [f"{what}: {result['ranking_of'][what]}",
+             ", ".join(f"{v['name']} ({cell(v['value'], '.4g')})" for v in order)]
             for what, order in result["ranking"].items()
-        ]
-        body += ["<h2>Best first</h2>", table(["by", ""], rows)]
+        ]  # fmt: skip
+        body += ["<h2>Best first</h2>", table(["", ""], rows)]
     for target in targets:
         body += _target(target, bool(limits))
     body += ["<h2>Definitions</h2>", table(["", ""], [[k, v] for k, v in result["formulas"].items()])]
-    body.append("<p class=muted>Times in milliseconds. ± half of the 95 % confidence interval.</p>")
+    body.append("<p class=muted>± half of the 95 % confidence interval.</p>")
     if limits:
         said = ", ".join(f"{k.upper()} at most {v:g} ms" for k, v in limits.items())
         body.append(f"<p class=muted>Goodput counts requests with {html.escape(said)}.</p>")
@@ -106,7 +115,8 @@ def _target(target: Mapping[str, Any], limits: bool) -> list[str]:
     rows = [columns(level, limits) for level in target["levels"]]
     if rows:
         heads = [h for h in rows[0] if any(r[h] for r in rows)]
-        body.append(table(heads, [[r[h] for h in heads] for r in rows], range(1, len(heads))))
+        said = [f"{h}, ms" if h.startswith(_TIMES) else h for h in heads]
+        body.append(table(said, [[r[h] for h in heads] for r in rows], range(1, len(heads)), tight=True))
     if target["knee"]:
         body.append(
             f"<p>Most throughput for its latency: <b>{html.escape(target['knee']['text'])}</b> "
@@ -115,7 +125,8 @@ def _target(target: Mapping[str, Any], limits: bool) -> list[str]:
     server = [s for level in target["levels"] if (s := _server_row(level))]
     if server:
         heads = list(dict.fromkeys(h for row in server for h in row))
-        body += ["<h3>Server side</h3>", table(heads, [[r.get(h, "") for h in heads] for r in server])]
+        cells = [[r.get(h, "") for h in heads] for r in server]
+        body += ["<h3>Server side</h3>", table(heads, cells, range(1, len(heads)), tight=True)]
     failures = [
         [level["level"]["text"], kind, str(count)]
         for level in target["levels"]
@@ -133,12 +144,18 @@ def _server_row(level: Mapping[str, Any]) -> dict[str, str]:
         return {}
     row = {"load": str(level["level"]["text"])}
     for name, value in server.items():
-        words = name.replace("_", " ")
+        words = name.removesuffix("_bytes").replace("_", " ")
         if isinstance(value, dict):
-            row[f"{words}, mean"], row[f"{words}, max"] = (
-                cell(value["mean"], ".3g"),
-                cell(value["max"], ".3g"),
-            )
+            row |= {f"{words}, {kind}": _measure(name, value[kind]) for kind in ("mean", "max")}
         else:
-            row[words] = cell(value, ".4g")
+            row[words] = _measure(name, value)
     return row
+
+
+def _measure(name: str, value: object) -> str:
+    """A figure of the server with its unit: bytes and shares are told by their names."""
+    if not cell(value) or not isinstance(value, (int, float)):
+        return ""
+    if name.endswith("_bytes"):
+        return format_size(value)
+    return f"{value:.1%}" if name.endswith(("_usage", "_rate")) else f"{value:.4g}"

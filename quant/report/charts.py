@@ -192,5 +192,7 @@ def curves_chart(curves: Sequence[Curve], across: str, up: str) -> str:
                 f"{html.escape(f'{curve.name}, {label}: {a:.4g}, {b:.4g}')}</title></circle>"
             )
     for (box, _), label in zip(place_labels(points, labels, area), labels, strict=True):
-        out.append(f'<text x="{box.left:.1f}" y="{box.top + 11:.1f}">{html.escape(label)}</text>')
+        out.append(
+            f'<text class="point" x="{box.left:.1f}" y="{box.top + 11:.1f}">{html.escape(label)}</text>'
+        )
     return "\n".join([*out, "</svg>"])

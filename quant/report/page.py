@@ -38,9 +38,10 @@ table { border-collapse: collapse; width: 100%; font-size: .9rem }
 .wide { overflow-x: auto } .muted { color: var(--quiet); overflow-wrap: anywhere }
 td, th { text-align: left; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line) }
 td { overflow-wrap: break-word; white-space: pre-wrap } td.n, th.n { text-align: right }
-td.n { white-space: nowrap }
+td.n, .tight td:first-child { white-space: nowrap }
 pre { background: var(--box); padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere }
 svg { width: 100%; min-width: 640px; height: auto; font: 12px ui-monospace, monospace; fill: currentColor }
+text.point { paint-order: stroke; stroke: var(--paper); stroke-width: 4px; stroke-linejoin: round }
 .grid { stroke: var(--line) } .axis { fill: none; stroke: var(--ink) }
 .key i { display: inline-block; width: .7em; height: .7em }
 .key span { margin-right: 1.2em; white-space: nowrap }
@@ -58,8 +59,11 @@ def document(title: str, body: Sequence[str], style: str = "") -> str:
     )
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """``numbers``: columns that are aligned to the right. Cells are text, not HTML."""
+def table(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = (), tight: bool = False
+) -> str:
+    """``numbers``: columns that are aligned to the right; ``tight``: the first is not broken. Cells are text,
+    not HTML."""
 
     def line(tag: str, cells: Sequence[str]) -> str:
         return (
@@ -72,7 +76,10 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence
         )
 
     head = [line("th", heads)] if any(heads) else []
-    return "<div class=wide><table>" + "\n".join([*head, *(line("td", r) for r in rows)]) + "</table></div>"
+    kind = "wide tight" if tight else "wide"
+    return (
+        f'<div class="{kind}"><table>' + "\n".join([*head, *(line("td", r) for r in rows)]) + "</table></div>"
+    )
 
 
 def page(report: Report, checkpoint: Checkpoint, evaluation: Mapping[str, Any] | None) -> str:

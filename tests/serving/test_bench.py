@@ -43,9 +43,9 @@ def test_figures_are_those_of_the_moments_at_which_tokens_were_sent() -> None:
         level = _load(fake.url, Level(concurrency=4), limits=parse_limits("ttft:1000,tpot:1000"))
     assert level["completed"] == 12 and not level["failed"] and fake.most == 4
     assert level["total_output_tokens"] == 12 * 5 and level["total_input_tokens"] == 12 * 16
-    # never less than what was sent, and more by what a busy machine takes
+    # as it was sent, and more by what a busy machine takes; a first token that is read late shortens the rest
     assert 60 <= level["median_ttft_ms"] < 150
-    assert 30 <= level["median_tpot_ms"] < 60
+    assert 27 <= level["median_tpot_ms"] < 60
     # rounds of four, one after another
     assert 3 * (0.06 + 4 * 0.03) <= level["duration"] < 6 * (0.06 + 4 * 0.03)
     assert level["output_throughput"] == pytest.approx(60 / level["duration"])
@@ -249,6 +249,9 @@ def test_several_endpoints_are_ranked_and_written(tmp_path: Path, capsys: pytest
     assert len(lines) == 5 and "p99_ttft_ms" in lines[0]
     page = (folder / "bench.html").read_text()
     assert page.count("<svg") == 3 and "5xx" in page
+    # the colours are told before the first curve, heads and rankings have units, no server's share is bare
+    assert page.index("class=key") < page.index("<svg")
+    assert "TTFT P95, ms" in page and "lowest P95 of whole answers, ms" in page and "10.0%" in page
     assert not re.search(r"(src|href)=.?http|<script", page)  # nothing of the network
 
 
