@@ -109,6 +109,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}}
         | {"ffn_config": {"ffn_hidden_size": 64, "hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2}},
     ),
+    "dots1": (
+        "dots1",
+        {"head_dim": 32, "num_hidden_layers": 3, "n_routed_experts": 8, "num_experts_per_tok": 2}
+        | {"n_shared_experts": 1, "first_k_dense_replace": 1},
+    ),
     "gpt_neo": ("gpt_neo", {"attention_types": [[["global", "local"], 1]]}),
     "hunyuan_v1_dense": ("hunyuan_v1_dense", {"head_dim": 32}),
     "hunyuan_v1_moe": ("hunyuan_v1_moe", {"head_dim": 32}),
