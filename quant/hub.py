@@ -149,6 +149,8 @@ def fetched_config(text: str) -> Path:
         )
     try:
         with online():
+            # asked for once, before the download that tries again for half a minute where no network is
+            hub.get_hf_file_metadata(hub.hf_hub_url(repo, "config.json", revision=revision))
             return Path(hub.hf_hub_download(repo, "config.json", revision=revision)).parent
     except Exception as error:  # what a network does is of many kinds
         raise _refused(text, revision, "its config.json is not in the cache", error) from error

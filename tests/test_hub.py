@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -209,6 +210,14 @@ def test_what_the_hub_refuses_a_plan_is_said(
 ) -> None:
     refused = served("--model", name, "--online")
     assert refused.returncode == 1 and said in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_no_network_is_said_at_once(served: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        nobody = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    refused = served("--model", "acme/Found-1B", "--online", HF_ENDPOINT=nobody)
+    assert refused.returncode == 1 and "check the network" in refused.stderr
+    assert "Retrying" not in refused.stderr, "the Hub's client tries five times, for half a minute"
 
 
 def test_offline_wins_over_online(served: Callable[..., subprocess.CompletedProcess[str]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,18 +145,19 @@ def recommend(
     if model_path is not None and any(model_path.glob("*.safetensors")):
         # what is printed would be refused by the command that it is for
         demand_agreement(open_checkpoint(model_path), build=False)
-    recommendation = choose(
-        model_path if model_path is not None else str(model),
-        gpu,
-        engine,
-        scenario=scenario,
-        objective=objective,
-        policy=policy,
-        scheme=scheme,
-        gpu_count=gpu_count,
-        gpu_memory=gpu_memory,
-        online=online,
-    )
+    with out.progress("asking the Hub") if online else nullcontext():
+        recommendation = choose(
+            model_path if model_path is not None else str(model),
+            gpu,
+            engine,
+            scenario=scenario,
+            objective=objective,
+            policy=policy,
+            scheme=scheme,
+            gpu_count=gpu_count,
+            gpu_memory=gpu_memory,
+            online=online,
+        )
     out.result(
         recommendation.to_dict(), lambda console: planning.show_recommendation(recommendation, console)
     )
