@@ -29,9 +29,12 @@ _KNOWN_KINDS = frozenset(
 _MLPS = frozenset({"mlp", "moe"})
 #: How keys begin that say of attention what others call its heads.
 _ATTENTION = ("attn_", "num_attention_heads")
-#: How keys begin that size what a layer has in the place of attention, or beside it.
+#: How keys begin that size what a layer has in the place of attention, or beside it: recurrence, windows with
+#: heads of their own, compressed or sparse attention, several residual streams, experts of another dtype.
 _PARTS_OF_LAYERS = (
     "mamba_", "ssm_", "conv_", "lru_", "rwkv_", "altup_", "laurel_", "attn_type_list", "layers_block_type",
+    "swa_", "hybrid_layer_pattern", "compress_", "sparse_", "index_", "o_lora_", "hc_", "num_hash_layers",
+    "ngram_", "ple_", "expert_dtype",
 )  # fmt: skip
 
 
@@ -70,10 +73,10 @@ class Decoder:
         assert heads is not None  # both counts stand
         self.kv_heads = heads.kv if self.family.grouped else self.heads
         self.state_heads = heads.state
-        if values.get("head_dim") is None and self.hidden % self.heads:
+        if values.get("head_dim") is None and self.hidden % self.heads and not values.get("v_head_dim"):
             raise UsageError(
                 f"{where}: hidden_size {self.hidden} is not a multiple of num_attention_heads "
-                f"{self.heads} and there is no head_dim"
+                f"{self.heads} and there is no head_dim: state it in config.json"
             )
         self.head_dim = values.count("head_dim", max(self.hidden // self.heads, 1))
         if self.heads % self.kv_heads:
@@ -141,6 +144,15 @@ class Decoder:
             return None
         inner = self.values.count("moe_intermediate_size", self.intermediate)
         return Moe(experts, min(self.values.count("active", 2), experts), inner)
+
+    @property
+    def expert_width(self) -> int:
+        """What a routed expert reads and writes: the layer's own size, or a narrower one that all of them
+        share (Nemotron 3, Kimi K3)."""
+        for key in ("moe_latent_size", "routed_expert_hidden_size"):
+            if narrow := self.values.count(key, 0, least=0):
+                return narrow
+        return self.hidden
 
     @cached_property
     def kinds(self) -> list[str]:

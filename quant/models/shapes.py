@@ -309,10 +309,9 @@ def _inward(decoder: Decoder) -> tuple[str, ...]:
 
 
 def _routed(decoder: Decoder, module: str) -> Iterator[Weight]:
-    """The routed experts of a layer; those of Nemotron 3 read and write a narrower space than the layer's."""
-    moe = decoder.moe
+    """The routed experts of a layer."""
+    moe, h = decoder.moe, decoder.expert_width
     assert moe is not None
-    h = decoder.values.count("moe_latent_size", 0, least=0) or decoder.hidden
     for name in _inward(decoder):
         yield _tensor(f"{module}.{name}", moe.intermediate, h, count=moe.experts, linear=True)
     yield _tensor(f"{module}.down_proj", h, moe.intermediate, count=moe.experts, linear=True)
@@ -328,7 +327,7 @@ def _experts(decoder: Decoder) -> Iterator[Weight]:
     if family.score_bias:
         yield _tensor("mlp.e_score_correction_bias", moe.experts)
     yield from _routed(decoder, "mlp.experts")
-    if narrow := values.count("moe_latent_size", 0, least=0):
+    if (narrow := decoder.expert_width) != h:
         yield from _linear("mlp.fc1_latent_proj", narrow, h)
         yield from _linear("mlp.fc2_latent_proj", h, narrow)
     if family.expert_bias:

@@ -43,6 +43,7 @@ from quant.vllm.arguments import NO_IMAGES, NO_IMAGES_WHY
 from quant.vllm.config import source_method
 from quant.vllm.kernels import (
     BF16_FORMATS,
+    build_note,
     formats_of,
     gpu_dict,
     has_fp8_cache,
@@ -207,11 +208,13 @@ def recommend(
     for_speed = chosen is not None and not spec.quantization and goal.objective == "throughput"
     hopeful = _hopeful(spec, plans, chosen, goal, for_speed)
     within = "nothing as fast" if for_speed else f"nothing within {goal.limit:g} % of expected loss"
-    others = _smaller(request, gpu, own_context and chosen is None, within if chosen else "nothing")
+    what = within if chosen else "nothing"
+    others = _smaller(request, gpu, own_context and chosen is None, what)
     if for_speed:
         others = ((r, said) for r, said in others if r.max_num_seqs == request.max_num_seqs)
-    if chosen is None and own_ranks:
-        others = chain(others, _stages(spec, request))
+    # a file that is quantized already may be cut by fewer ranks only; that is no reason to make it anew
+    if own_ranks and (chosen is None or (spec.quantization and not chosen.ready)):
+        others = chain(others, _stages(spec, request, what))
     for smaller, said in others if hopeful else ():
         again = tuple(plan_scheme(spec, devices, gpu, p.row, smaller, margin) for p in hopeful)
         other = choose(again, goal)
@@ -380,7 +383,7 @@ def _route(spec: ModelSpec, chosen: SchemePlan, gpu: Gpu) -> str:
 def _notes_on(spec: ModelSpec, chosen: SchemePlan, gpu: Gpu) -> list[str]:
     """What is to be said of the choice: how it gets to run, its first start, who makes it, and another method
     than the usual."""
-    notes = [route] if (route := _route(spec, chosen, gpu)) else []
+    notes = [note for note in (_route(spec, chosen, gpu), build_note(gpu)) if note]
     if chosen.plan is not None and chosen.plan.compile_bytes >= _COMPILE_SAID:
         more = chosen.plan.kv_cache_bytes + chosen.plan.compile_bytes
         notes.append(
@@ -436,8 +439,9 @@ def _smaller(
             yield replace(request, context=context), said
 
 
-def _stages(spec: ModelSpec, request: EngineRequest) -> Iterator[tuple[EngineRequest, str]]:
-    """The same GPUs in stages of fewer ranks, which cut groups that all of them would not divide."""
+def _stages(spec: ModelSpec, request: EngineRequest, what: str) -> Iterator[tuple[EngineRequest, str]]:
+    """The same GPUs in stages of fewer ranks, which cut groups that all of them would not divide. ``what`` is
+    said not to fit otherwise."""
     if request.pipeline_parallel > 1:
         return
     for ranks in (t for t in range(request.ranks - 1, 0, -1) if request.ranks % t == 0):
@@ -447,7 +451,7 @@ def _stages(spec: ModelSpec, request: EngineRequest) -> Iterator[tuple[EngineReq
             yield (
                 changed,
                 f"planned as {stages} stages of {ranks} GPU{'s' if ranks > 1 else ''}: over {request.ranks} "
-                "that share every layer nothing surely fits",
+                f"that share every layer {what} surely fits",
             )
 
 

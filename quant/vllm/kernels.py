@@ -211,6 +211,17 @@ def has_bfloat16(gpu: Gpu) -> bool:
     return gpu.platform != "cuda" or gpu.capability is None or gpu.capability >= BF16_CAPABILITY
 
 
+def build_note(gpu: Gpu) -> str:
+    """What is to be said of the build of vLLM that a GPU needs; empty where the usual one does.
+
+    The toolkit's release notes of CUDA 13.0: no code is compiled for Maxwell, Pascal and Volta any more.
+    """
+    if gpu.platform != "cuda" or gpu.capability is None or gpu.capability >= (7, 5):
+        return ""
+    number = ".".join(map(str, gpu.capability))
+    return f"{gpu.name} ({number}): builds with CUDA 13 have no code for it; take a vLLM built with CUDA 12"
+
+
 def has_fp8_cache(gpu: Gpu) -> bool:
     """Whether vLLM keeps a KV cache in FP8 on a GPU, or on a CPU (`v1/attention/backends/cpu_attn.py`); one
     of which the memory alone is known counts as one that does."""

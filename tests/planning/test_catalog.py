@@ -204,12 +204,42 @@ def test_published_checkpoints_have_their_published_size(name: str, gpu: str, si
     [
         ("Qwen/Qwen3.5-397B-A17B-FP8", "8xH200"),
         ("Qwen/Qwen3-Next-80B-A3B-Instruct-FP8", "4xH200"),
+        ("Qwen/Qwen3-Next-80B-A3B-Instruct-FP8", "8xH200"),
         ("zai-org/GLM-4.6-FP8", "8xH200"),
     ],
 )
 def test_makers_own_fp8_is_served_as_it_is_where_it_was_made_for(name: str, gpu: str) -> None:
     found = recommend(name, gpu)
     assert found.recommended == "none", found.reason
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {
+            "compress_ratios": [0, 4, 128],
+            "index_topk": 512,
+            "hc_mult": 4,
+            "expert_dtype": "fp4",
+        },  # DeepSeek V4
+        {"hybrid_layer_pattern": [0, 1, 1], "swa_num_key_value_heads": 8},  # MiMo V2 Flash
+        {"sparse_attention_config": {"sparse_topk_blocks": 16}},  # MiniMax M3
+    ],
+    ids=lambda parts: next(iter(parts)),
+)
+def test_a_family_without_a_row_whose_layers_have_parts_of_their_own_is_planned_as_never_sure(
+    parts: dict[str, Any],
+) -> None:
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "newer_than_this", "hidden_size": 1024,
+        "num_hidden_layers": 3, "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 32000,
+        "intermediate_size": 4096, "max_position_embeddings": 8192, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    assert recommend(model_from_config(config), "L40S").recommended is not None
+    spec = model_from_config(config | parts)
+    assert next(iter(parts)) in spec.unknown_layers and any("no verdict is sure" in n for n in spec.notes)
+    found = recommend(spec, "L40S")
+    assert found.recommended is None and "tight" in found.reason
 
 
 def test_what_is_not_exact_says_so() -> None:

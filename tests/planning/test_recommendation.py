@@ -786,3 +786,11 @@ def test_throughput_takes_an_fp8_cache_where_a_faster_scheme_then_holds_what_was
     asked = replace(request, kv_cache_dtype="bfloat16")  # what was asked for stays
     found = recommend("Llama-3.3-70B-Instruct", "2xH100", asked, objective="throughput")
     assert found.recommended == "w4a16" and found.request.kv_cache_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "said"), [("V100S", True), ("V100-32GB", True), ("T4", False), ("cpu", False)]
+)
+def test_a_gpu_that_the_usual_builds_have_no_code_for_says_so(gpu: str, said: bool) -> None:
+    found = recommend("Qwen2.5-1.5B-Instruct", gpu, EngineRequest(context=2048))
+    assert found.commands and any("built with CUDA 12" in note for note in found.notes) is said
