@@ -38,7 +38,7 @@ def items(console: Console, kind: str, rows: Sequence[Mapping[str, Any]]) -> Non
             name,
             column("weights", "weight_bits", 1, True),
             column("inputs", "activation_bits", 1, True),
-            column("methods", "methods", 2),
+            column("usual methods", "methods", 2),
         ]
         about = Column(
             "",
