@@ -46,6 +46,7 @@ from quant.vllm.layers import (
     misplaced_experts,
     reordered,
     shape_problems,
+    unread_note,
 )
 
 
@@ -215,6 +216,8 @@ def plan_job(recipe: Recipe) -> JobPlan:
         problems.append(f"{checkpoint.path}: {reason}: use --target other to make it all the same")
     if for_vllm and (reason := misplaced_experts(model_types(checkpoint.config), checkpoint.tensors)):
         problems.append(f"{reason}, or use --target other")
+    if for_vllm and (note := unread_note(model_types(checkpoint.config), checkpoint.tensors)):
+        notes.append(note)
     plain = _plain(checkpoint, refs) if for_vllm else {}
     plain |= {n: reason for n in refs if n not in plain and (reason := form.leaves(n))}
     everything = [name for name in refs if name not in plain]

@@ -254,6 +254,37 @@ def misplaced_experts(kinds: Collection[str], tensors: Iterable[str]) -> str | N
     )
 
 
+#: Model types of which transformers 5 saves a part under other names than published files have, and vLLM's
+#: class loads under the latter alone → the former, and what vLLM has (`models/siglip.py`, `clip.py`, whose
+#: towers keep a ``vision_model``; `models/kimi_k3`, whose dense blocks have an ``mlp``).
+_SAVED_OTHERWISE = (
+    (
+        frozenset({"gemma3", "llava", "llava_next", "paligemma"}),
+        re.compile(r"(^|\.)vision_tower\.(embeddings|encoder|pre_layrnorm|post_layernorm|head)\."),
+        "vision_tower.vision_model",
+    ),
+    (frozenset({"kimi_linear"}), re.compile(r"\.block_sparse_moe\.(gate|up|down)_proj\."), "mlp"),
+)
+
+
+def unread_note(kinds: Collection[str], tensors: Iterable[str]) -> str | None:
+    """What to say of a file that vLLM does not load, whatever is quantized, because a part that is copied has
+    another name than in published files; or None.
+
+    >>> unread_note(("gemma3_text", "gemma3"), ["vision_tower.embeddings.patch_embedding.weight"])[:70]
+    "vision_tower.embeddings.patch_embedding.weight: vLLM's class looks for "
+    """
+    rows = (row for row in _SAVED_OTHERWISE if not row[0].isdisjoint(kinds))
+    found = ((n, has) for _, pattern, has in rows for n in tensors if pattern.search(n))
+    name, has = next(found, ("", ""))
+    if not name:
+        return None
+    return (
+        f"{name}: vLLM's class looks for {has}, as published files have it, and loads neither this file nor "
+        "what is made of it before its tensors are renamed so"
+    )
+
+
 def form_problem(model_type: str, form: str) -> str | None:
     """Why no file of a family is written in a format that is one family's alone, or None."""
     families = [kind for kind, (name, _) in ONE_FORM.items() if name == form]

@@ -14,6 +14,7 @@ import torch
 from quant.checkpoint.reader import open_checkpoint
 from quant.errors import QuantError
 from quant.pipeline.export import export
+from quant.pipeline.plan import plan_job
 from tests.helpers import (
     SHAPE,
     add_tokenizer,
@@ -139,6 +140,16 @@ def test_transformers_loads_the_plain_form_and_computes_nearly_the_same(
             logits.append(loader.from_pretrained(path, dtype=torch.float32)(input_ids=tokens).logits)
     relative = float((logits[0] - logits[1]).norm() / logits[0].norm())
     assert 0 < relative < 0.1
+
+
+@pytest.mark.parametrize(("kind", "told"), [("gemma3", True), ("qwen2_vl", False)])
+def test_a_tower_under_names_that_vllm_does_not_read_is_told(
+    kind: str, told: bool, models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """transformers 5 saves Gemma 3's tower without its ``vision_model``, as no published file has it."""
+    job = plan_job(recipe(models(kind), tmp_path / "out", group_size=32))
+    assert any("vision_tower.vision_model" in note for note in job.notes) == told
+    assert plan_job(recipe(models(kind), tmp_path / "out", group_size=32, target="other")).notes == ()
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gemma3"])
@@ -276,7 +287,6 @@ def test_linears_that_the_block_does_not_run_are_refused_before_any_work(
 ) -> None:
     from quant.models.skeleton import Skeleton
     from quant.pipeline.manager import QuantizationManager
-    from quant.pipeline.plan import plan_job
 
     plan = plan_job(recipe(llama, tmp_path / "out", method="gptq", group_size=32))
     groups = Skeleton.groups

@@ -22,6 +22,7 @@ from quant.vllm.layers import (
     fused_layers,
     ignored_names,
     misplaced_experts,
+    unread_note,
 )
 from tests.helpers import (
     change_config,
@@ -68,6 +69,21 @@ def test_parts_of_a_mixture_under_names_that_vllm_does_not_read_are_told(
     said = misplaced_experts((kind,), ["model.norm.weight", tensor])
     assert (said is None) == (not place)
     assert said is None or (said.startswith(f"{tensor}: ") and place in said and "original format" in said)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensor", "told"),
+    [
+        ("llava", "vision_tower.encoder.layers.0.mlp.fc1.weight", True),
+        ("llava", "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight", False),
+        ("mistral3", "vision_tower.encoder.layers.0.mlp.fc1.weight", False),
+        ("kimi_linear", "model.layers.0.block_sparse_moe.gate_proj.weight", True),
+        ("kimi_linear", "model.layers.1.block_sparse_moe.experts.0.w1.weight", False),
+    ],
+)
+def test_names_that_stop_the_load_of_the_source_too_are_told(kind: str, tensor: str, told: bool) -> None:
+    said = unread_note(("llama", kind), [tensor])
+    assert (said is not None and said.startswith(tensor)) == told
 
 
 @pytest.mark.parametrize(
