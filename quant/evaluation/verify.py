@@ -43,15 +43,13 @@ from quant.vllm.layers import (
     built_plain,
     expert_problem,
     is_head,
-    misplaced_experts,
     module_class,
     reordered,
     shape_problems,
     sharing_layers,
-    unfound_expert,
 )
 from quant.vllm.methods import method_problem
-from quant.vllm.names import unread_spellings
+from quant.vllm.names import misplaced_experts, unfound_expert, unread_spellings
 from quant.vllm.releases import VLLM_VERSION
 
 #: Findings of one check that are said; more are counted.

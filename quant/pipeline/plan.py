@@ -43,11 +43,10 @@ from quant.vllm.layers import (
     built_plain,
     expert_problem,
     form_problem,
-    misplaced_experts,
     reordered,
     shape_problems,
-    unread_note,
 )
+from quant.vllm.names import misplaced_experts, unread_note
 
 
 @dataclass(frozen=True)

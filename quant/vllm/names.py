@@ -1,4 +1,5 @@
-"""What vLLM calls a scale, and which of its model classes know other names for one.
+"""What vLLM calls a tensor, and which of its model classes know other names for one: scales, experts, parts
+that transformers saves otherwise than they were published.
 
 Source: vLLM 0.32 `quantization/fp8.py::Fp8LinearMethod.create_weights` and the ``hf_to_vllm_mapper`` of the
 model classes.
@@ -6,7 +7,8 @@ model classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 
 #: Model type → spellings that its class renames, with vLLM's own.
 _KNOWN: Mapping[str, Mapping[str, str]] = {
@@ -30,3 +32,73 @@ def unread_spellings(model_type: str, stored: Mapping[str, str]) -> list[str]:
         for own, name in stored.items()
         if known.get(name.rpartition(".")[2]) != own.rpartition(".")[2]
     ]
+
+
+#: Model types whose loader knows an expert's projections as ``w1``, ``w3`` and ``w2`` alone (``ckpt_names``
+#: of `models/lfm2_moe.py`, `minimax_m2.py`, `models/deepseek_v4`; Mixtral's maps both): others stay empty
+#: without a word.
+_NUMBERED = frozenset({"lfm2_moe", "minimax_m2", "deepseek_v4"})
+
+
+def unfound_expert(kinds: Collection[str], linears: Iterable[str]) -> str | None:
+    """What vLLM's loader would not find of a mixture's quantized experts, said of one of them; or None."""
+    if _NUMBERED.isdisjoint(kinds):
+        return None
+    wrong = (n for n in linears if ".experts." in n and n.endswith(("gate_proj", "up_proj", "down_proj")))
+    return next(
+        (f"{n}: vLLM looks for experts as w1, w3 and w2, and leaves these empty" for n in wrong), None
+    )
+
+
+#: Model types of which transformers 5 holds parts of a mixture under names of its own, and can save them so,
+#: where vLLM's loader knows those of published files alone → the former, and what vLLM has
+#: (`models/mixtral.py`, `minimax_m2.py`, `ernie45_moe.py`, `granitemoehybrid.py`).
+_MISPLACED = {
+    "mixtral": (re.compile(r"\.\d+\.mlp\.experts\."), "block_sparse_moe"),
+    "minimax_m2": (re.compile(r"\.\d+\.mlp\.experts\."), "block_sparse_moe"),
+    "ernie4_5_moe": (re.compile(r"\.mlp\.gate\.moe_statics\."), "mlp.moe_statics"),
+    "granitemoehybrid": (re.compile(r"\.block_sparse_moe\.router\.weight$"), "block_sparse_moe.router.layer"),
+}
+
+
+def misplaced_experts(kinds: Collection[str], tensors: Iterable[str]) -> str | None:
+    """What stops vLLM's loader at a mixture of which a part lies where its class has none; or None."""
+    pattern, has = next((_MISPLACED[k] for k in kinds if k in _MISPLACED), (None, ""))
+    name = next((n for n in tensors if pattern is not None and pattern.search(n)), None)
+    if name is None:
+        return None
+    return (
+        f"{name}: vLLM has no such module, but {has}: the file was saved under transformers' own names: save "
+        "it in the original format (save_pretrained without save_original_format=False)"
+    )
+
+
+#: Model types of which transformers 5 saves a part under other names than published files have, and vLLM's
+#: class loads under the latter alone → the former, and what vLLM has (`models/siglip.py`, `clip.py`, whose
+#: towers keep a ``vision_model``; `models/kimi_k3`, whose dense blocks have an ``mlp``).
+_SAVED_OTHERWISE = (
+    (
+        frozenset({"gemma3", "llava", "llava_next", "paligemma"}),
+        re.compile(r"(^|\.)vision_tower\.(embeddings|encoder|pre_layrnorm|post_layernorm|head)\."),
+        "vision_tower.vision_model",
+    ),
+    (frozenset({"kimi_linear"}), re.compile(r"\.block_sparse_moe\.(gate|up|down)_proj\."), "mlp"),
+)
+
+
+def unread_note(kinds: Collection[str], tensors: Iterable[str]) -> str | None:
+    """What to say of a file that vLLM does not load, whatever is quantized, because a part that is copied has
+    another name than in published files; or None.
+
+    >>> unread_note(("gemma3_text", "gemma3"), ["vision_tower.head.weight"]).split(",")[0]
+    "vision_tower.head.weight: vLLM's class looks for vision_tower.vision_model"
+    """
+    rows = (row for row in _SAVED_OTHERWISE if not row[0].isdisjoint(kinds))
+    found = ((n, has) for _, pattern, has in rows for n in tensors if pattern.search(n))
+    name, has = next(found, ("", ""))
+    if not name:
+        return None
+    return (
+        f"{name}: vLLM's class looks for {has}, as published files have it, and loads neither this file nor "
+        "what is made of it before its tensors are renamed so"
+    )

@@ -21,9 +21,8 @@ from quant.vllm.layers import (
     family_problem,
     fused_layers,
     ignored_names,
-    misplaced_experts,
-    unread_note,
 )
+from quant.vllm.names import misplaced_experts, unread_note
 from tests.helpers import (
     change_config,
     copy_model,
