@@ -15,11 +15,15 @@ from quant.errors import UsageError, VerificationFailed
 
 @click.command()
 @options.one_checkpoint
-@click.option("--draft", type=MODEL, help="Smaller checkpoint of the same tokenizer that guesses.")
+@click.option(
+    "--draft",
+    type=MODEL,
+    help="Smaller checkpoint that guesses: of the same tokenizer, or trained for this one (EAGLE-3).",
+)
 @click.option(
     "--proposer",
     "method",
-    type=click.Choice(["ngram", "draft_model"]),
+    type=click.Choice(["ngram", "draft_model", "eagle3", "mtp"]),
     show_default="what gains most, if any",
     help="Take this one.",
 )
@@ -75,8 +79,9 @@ def speculate(
     vllm_python: Path | None,
     **given: Any,
 ) -> None:
-    """Which speculative decoding pays for a checkpoint: acceptance measured by exact rejection sampling on
-    real text, speed-up from it, vLLM's --speculative-config; with --prove proved there.
+    """Which speculative decoding pays for a checkpoint: its own prediction heads (MTP), an EAGLE-3 draft, a
+    smaller model, n-grams. Acceptance is measured by exact rejection sampling on real text, speed-up follows
+    from it, vLLM's --speculative-config is written, with --prove proved there.
 
     \b
     quant-deploy speculate out/Llama-3.1-8B-W4A16 --draft out/Llama-3.2-1B-W4A16 --gpu L40S-48GB

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -141,9 +141,13 @@ class Latencies:
     source: str
 
 
-def measured_latencies(target: Model, draft: Model | None) -> Latencies:
+def measured_latencies(target: Model, proposals: Mapping[int, Sequence[float]] | None) -> Latencies:
     """From the passes that were made here, by the number of tokens; medians, so that the first is no
-    outlier."""
+    outlier.
+
+    Args:
+        proposals: seconds of the passes that proposed, by tokens read; None: proposing takes no time.
+    """
     known = {n: statistics.median(times) for n, times in target.seconds.items() if n <= 32}
 
     def seconds(tokens: int) -> float:
@@ -151,8 +155,8 @@ def measured_latencies(target: Model, draft: Model | None) -> Latencies:
         return known[nearest]
 
     proposal = 0.0
-    if draft is not None:
-        proposal = statistics.median(x for n, times in draft.seconds.items() if n <= 4 for x in times)
+    if proposals is not None:
+        proposal = statistics.median(x for n, times in proposals.items() if n <= 4 for x in times)
     return Latencies(seconds, proposal, "passes measured here, one sequence")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,14 +48,53 @@ class Model:
         self.model.to(device)
         self.device = device
         self.vocabulary = int(self.model.get_output_embeddings().weight.shape[0])
-        self.path = path
+        self.path, self.folder = path, folder
         self.seconds: dict[int, list[float]] = {}
+        self._seen: dict[int, torch.Tensor] = {}
+        self._states: dict[int, torch.Tensor] = {}
         self.reset()
+
+    @property
+    def blocks(self) -> int:
+        """How many decoder blocks it has."""
+        return len(self.model.get_decoder().layers)
+
+    def watch(self, places: Sequence[int]) -> None:
+        """Keeps hidden states from now on: of place i what enters block i, and of place ``blocks + 1`` what
+        leaves the last norm (``blocks``: what enters that norm).
+
+        Raises:
+            CheckpointError: a model whose blocks and last norm are not where most have them.
+        """
+        decoder = self.model.get_decoder()
+        norm = getattr(decoder, "norm", None)
+        if norm is None or not hasattr(decoder, "layers"):
+            raise CheckpointError(f"{self.path}: no decoder.layers and decoder.norm to read hidden states at")
+        modules = [*decoder.layers, norm]
+
+        def keep(place: int, value: torch.Tensor) -> None:
+            self._seen[place] = value[0].detach()
+
+        for place in places:
+            if place == len(modules):
+                norm.register_forward_hook(lambda module, given, out, at=place: keep(at, out))
+            else:
+                modules[place].register_forward_pre_hook(
+                    lambda module, given, named, at=place: keep(
+                        at, given[0] if given else named["hidden_states"]
+                    ),
+                    with_kwargs=True,
+                )
+
+    def states(self, place: int) -> torch.Tensor:
+        """Hidden states [tokens read, H] at a place that is watched."""
+        return self._states[place]
 
     def reset(self) -> None:
         """Forgets the sequence."""
         self._cache = transformers().DynamicCache(config=self.model.config)
         self._read: list[int] = []
+        self._states = {}
         if any(getattr(layer, "is_sliding", False) for layer in self._cache.layers):
             # a window that has moved on cannot be cut back: keep everything, the mask forgets
             self._cache = transformers().DynamicCache()
@@ -87,6 +127,10 @@ class Model:
             torch.cuda.synchronize(self.device)
         self.seconds.setdefault(len(new), []).append(time.perf_counter() - begun)
         self._read = list(tokens)
+        for place, new_states in self._seen.items():
+            before = self._states.get(place)
+            kept = new_states if before is None else torch.cat([before[:shared], new_states])
+            self._states[place] = kept
         return result.cpu()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,16 +13,18 @@ from typing import Any
 
 from quant.calibration.files import bundled
 from quant.calibration.text import evaluation_rows
-from quant.catalog import load_model
+from quant.catalog import load_model, model_from_config
 from quant.checkpoint.reader import open_checkpoint
 from quant.errors import QuantError, UsageError
 from quant.evaluation.agreement import demand_agreement
 from quant.hardware import named_gpu
+from quant.models.spec import ModelSpec
 from quant.offline import load_tokenizer
 from quant.planning.memory import plan
 from quant.planning.request import EngineRequest
 from quant.planning.speed import step_seconds
 from quant.progress import Event, Progress, silent
+from quant.speculation.heads import Unmeasured, eagle3, native_head
 from quant.speculation.measure import (
     Acceptance,
     Latencies,
@@ -32,9 +34,13 @@ from quant.speculation.measure import (
 )
 from quant.speculation.proposers import Draft, Model, NGram, Proposer, check_pair
 from quant.speculation.sampling import Sampling
-from quant.vllm.config import context_length
-from quant.vllm.speculation import native_heads
+from quant.vllm.config import context_length, without_quantization
+from quant.vllm.speculation import draft_method, eagle3_config, head_bytes, native_heads
 
+#: vLLM's name of a proposer that is computed here → what it is called.
+PROPOSERS = {"ngram": "ngram", "draft_model": "draft model", "eagle3": "EAGLE-3", "mtp": "mtp"}
+#: Those that need no draft.
+_WITHOUT_DRAFT = ("ngram", "mtp", "suffix")
 #: Gain below which speculation is not worth its memory and its risk under load.
 WORTH = 1.05
 
@@ -44,8 +50,9 @@ class SpeculationRequest:
     """What is asked.
 
     Attributes:
-        draft: a smaller checkpoint of the same tokenizer.
-        method: ``ngram`` or ``draft_model`` to take that one whatever it gains; None: what gains most.
+        draft: a smaller checkpoint of the same tokenizer, or one that was trained to draft for the target
+            (EAGLE-3 and others), which its config tells.
+        method: one of :data:`PROPOSERS` to take that one whatever it gains; None: what gains most.
         most: the largest number of proposals that is tried.
         ngram: longest and shortest n-gram.
         text: file that prompts are cut from; None: the bundled one.
@@ -113,11 +120,11 @@ def speculate(path: Path, request: SpeculationRequest, progress: Progress = sile
         UsageError: a draft of another tokenizer, or prompts that are longer than the context.
         CheckpointError: a file of which config.json says otherwise, or a model that cannot be run whole here.
     """
-    demand_agreement(*(open_checkpoint(p) for p in (path, request.draft) if p is not None))
-    if request.draft is not None:
-        check_pair(path, request.draft)
-    elif request.method == "draft_model":
-        raise UsageError("--proposer is draft_model: name the draft with --draft")
+    methods = _methods(path, request)
+    models = [path, *([request.draft] if request.draft is not None and "draft_model" in methods else ())]
+    demand_agreement(*(open_checkpoint(p) for p in models))
+    if len(models) > 1:
+        check_pair(*models)
     if request.gpu is not None and not named_gpu(request.gpu).bandwidth:
         raise UsageError(
             f"--gpu is {request.gpu}: its speed is not known: leave it out to measure passes here"
@@ -127,16 +134,9 @@ def speculate(path: Path, request: SpeculationRequest, progress: Progress = sile
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="quant-speculate-")))
         from quant.devices import device_of
 
-        device = device_of(request.device)
         progress(Event("loading", detail=str(path)))
-        target = Model(path, device, scratch)
-        draft = None if request.draft is None else Model(request.draft, device, scratch)
-        candidates = []
-        if request.method in (None, "ngram"):
-            candidates.append(_ngram(target, request, prompts, path, progress))
-        if draft is not None and request.method in (None, "draft_model"):
-            candidates.append(_draft(target, draft, request, prompts, path, progress))
-    candidates += _native(path)
+        target = Model(path, device_of(request.device), scratch)
+        candidates = [_candidate(m, target, request, prompts, scratch, progress) for m in methods]
     chosen = max(
         (c for c in candidates if c.best and (request.method or c.best["speed_up"] >= WORTH)),
         key=lambda c: c.best["speed_up"] if c.best else 0.0,
@@ -196,86 +196,132 @@ def _measured(
     return found
 
 
-def _ngram(
-    target: Model,
-    request: SpeculationRequest,
-    prompts: Sequence[Sequence[int]],
-    path: Path,
-    progress: Progress,
-) -> Candidate:
-    found = _measured("ngram", target, NGram(*request.ngram), request, prompts, progress)
-    rows = table(found, _latencies(path, None, target, None, request), request.most)
-    best = max(rows, key=lambda r: r["speed_up"])
-    config = {
-        "method": "ngram",
-        "num_speculative_tokens": int(best["k"]),
-        "prompt_lookup_max": request.ngram[0],
-        "prompt_lookup_min": request.ngram[1],
-    }
-    return Candidate("ngram", config, found, tuple(rows))
+def _methods(path: Path, request: SpeculationRequest) -> list[str]:
+    """vLLM's names of what there is to speculate with, or of what is asked for alone.
+
+    Raises:
+        UsageError: what is asked for is not there.
+    """
+    methods = ["ngram", "suffix"]
+    if native_heads(open_checkpoint(path)) is not None:
+        methods.insert(1, "mtp")
+    if request.draft is not None:
+        methods.insert(1, draft_method(open_checkpoint(request.draft).config))
+    if request.method in (None, *methods):
+        return methods if request.method is None else [request.method]
+    if request.method == "mtp":
+        raise UsageError(f"--proposer is mtp: {path} has no prediction heads of its own")
+    if request.draft is None:
+        raise UsageError(f"--proposer is {request.method}: name the draft with --draft")
+    raise UsageError(f"--proposer is {request.method}: --draft {request.draft} is of kind {methods[1]}")
 
 
-def _draft(
-    target: Model,
-    draft: Model,
-    request: SpeculationRequest,
-    prompts: Sequence[Sequence[int]],
-    path: Path,
-    progress: Progress,
-) -> Candidate:
+def _proposer(method: str, target: Model, request: SpeculationRequest, scratch: Path) -> Proposer:
+    """
+    Raises:
+        Unmeasured: a method that is not computed here.
+        CheckpointError: a draft that cannot be read, or is another model's.
+    """
+    if method == "ngram":
+        return NGram(*request.ngram)
+    if method == "mtp":
+        return native_head(target, scratch)
+    if method == "suffix":
+        raise Unmeasured(
+            "it accepts more the more a server has answered before; vLLM needs the package arctic-inference "
+            "for it"
+        )
     assert request.draft is not None
-    found = _measured("draft model", target, Draft(draft, target.vocabulary), request, prompts, progress)
-    rows = table(found, _latencies(path, request.draft, target, draft, request), request.most)
-    best = max(rows, key=lambda r: r["speed_up"])
-    config = {
-        "method": "draft_model",
-        "model": str(request.draft.absolute()),
-        "num_speculative_tokens": int(best["k"]),
-    }
-    memory = None if request.gpu is None else _memory(path, request.draft, request)
-    return Candidate("draft model", config, found, tuple(rows), memory)
+    if method == "eagle3":
+        return eagle3(target, request.draft)
+    if method == "draft_model":
+        return Draft(Model(request.draft, target.device, scratch), target.vocabulary)
+    raise Unmeasured(f"drafts of kind {method} are not computed here")
 
 
-def _native(path: Path) -> list[Candidate]:
-    """The prediction heads that the checkpoint has itself: they run in vLLM alone."""
-    heads = native_heads(open_checkpoint(path))
-    if heads is None:
-        return []
-    config = {"method": "mtp", "num_speculative_tokens": heads}
-    note = "the checkpoint's own prediction heads: not run here, --prove measures them in vLLM"
-    return [Candidate("mtp", config, None, note=note)]
+def _candidate(
+    method: str,
+    target: Model,
+    request: SpeculationRequest,
+    prompts: Sequence[Sequence[int]],
+    scratch: Path,
+    progress: Progress,
+) -> Candidate:
+    """One way to speculate, measured where it is computed here."""
+    name, config = PROPOSERS.get(method, method), dict[str, Any](method=method)
+    if request.draft is not None and method not in _WITHOUT_DRAFT:
+        config["model"] = str(request.draft.absolute())
+    if method == "ngram":
+        config |= {"prompt_lookup_max": request.ngram[0], "prompt_lookup_min": request.ngram[1]}
+    try:
+        proposer = _proposer(method, target, request, scratch)
+    except Unmeasured as reason:
+        config |= {} if method == "suffix" else {"num_speculative_tokens": 1 if method == "mtp" else 3}
+        note = f"acceptance is not measured here: {reason}; vLLM's counters will show"
+        return Candidate(name, config, None, note=note)
+    found = _measured(name, target, proposer, request, prompts, progress)
+    small = _drafting_spec(method, target.path, request.draft)
+    seconds = {"draft_model": getattr(proposer, "model", None)}.get(method, proposer)
+    rows = table(found, _latencies(small, target, getattr(seconds, "seconds", None), request), request.most)
+    config["num_speculative_tokens"] = int(max(rows, key=lambda r: r["speed_up"])["k"])
+    memory = None
+    if request.gpu is not None and small is not None:
+        memory = _memory(method, small, target.path, request)
+    return Candidate(name, config, found, tuple(rows), memory)
+
+
+def _drafting_spec(method: str, path: Path, draft: Path | None) -> ModelSpec | None:
+    """What one proposal runs through: the draft, or one block and the head; None without a network."""
+    if method == "draft_model" and draft is not None:
+        return load_model(draft)
+    if method == "eagle3" and draft is not None:
+        config = eagle3_config(open_checkpoint(draft).config)
+        return model_from_config(
+            config | {"vocab_size": config.get("draft_vocab_size") or config["vocab_size"]}
+        )
+    if method != "mtp":
+        return None
+    config = without_quantization(open_checkpoint(path).config)
+    dense = {"first_k_dense_replace": 0} if "first_k_dense_replace" in config else {}
+    return model_from_config({**config, "num_hidden_layers": 1, "num_nextn_predict_layers": 0, **dense})
 
 
 def _latencies(
-    path: Path, draft: Path | None, target: Model, draft_model: Model | None, request: SpeculationRequest
+    small: ModelSpec | None,
+    target: Model,
+    proposals: Mapping[int, list[float]] | None,
+    request: SpeculationRequest,
 ) -> Latencies:
     if request.gpu is None:
-        return measured_latencies(target, draft_model)
+        return measured_latencies(target, proposals)
     gpu, n = named_gpu(request.gpu), request.concurrency
-    spec, engine = load_model(path), EngineRequest()
+    spec, engine = load_model(target.path), EngineRequest()
     planned = plan(spec, [gpu], None, engine)
 
     def seconds(tokens: int) -> float:
         return step_seconds(spec, gpu, planned, n, tokens)
 
     proposal = 0.0
-    if draft is not None:
-        small = load_model(draft)
+    if small is not None:
         proposal = step_seconds(small, gpu, plan(small, [gpu], None, engine), n, 1)
     return Latencies(seconds, proposal, f"planned for {gpu.name}")
 
 
-def _memory(path: Path, draft: Path, request: SpeculationRequest) -> dict[str, Any]:
+def _memory(method: str, spec: ModelSpec, path: Path, request: SpeculationRequest) -> dict[str, Any]:
     """What the draft's weights and cache leave of the target's KV cache on the GPU."""
     assert request.gpu is not None
     gpu = named_gpu(request.gpu)
-    alone = plan(load_model(path), [gpu], None, EngineRequest())
-    small = plan(load_model(draft), [gpu], None, EngineRequest())
-    left = max(alone.kv_cache_bytes - small.weights_bytes, 0)
+    alone, small = (plan(s, [gpu], None, EngineRequest()) for s in (load_model(path), spec))
+    weights = small.weights_bytes
+    if method == "mtp":  # embedding and head are the target's
+        weights = head_bytes(open_checkpoint(path))
+    elif method == "eagle3" and request.draft is not None:
+        weights = open_checkpoint(request.draft).nbytes
+    left = max(alone.kv_cache_bytes - weights, 0)
     each = alone.kv_bytes_per_token + small.kv_bytes_per_token
     tokens = int(left / each) if each else 0
     return {
-        "draft_weights_bytes": small.weights_bytes,
+        "draft_weights_bytes": weights,
         "draft_kv_bytes_per_token": small.kv_bytes_per_token,
         "kv_tokens_without": alone.kv_tokens,
         "kv_tokens_with": tokens,
@@ -319,9 +365,8 @@ def prove_in_vllm(
     from quant.serving.process import running
     from quant.serving.server_metrics import COUNTERS, parse_metrics
 
-    config = result["speculative_config"] or next(
-        (c["speculative_config"] for c in result["candidates"] if c["name"] == "mtp"), None
-    )
+    unmeasured = [c["speculative_config"] for c in result["candidates"] if c["acceptance"] is None]
+    config = result["speculative_config"] or next((c for c in unmeasured if c["method"] != "suffix"), None)
     if config is None:
         raise QuantError("nothing to prove in vLLM: no speculation pays")
     prompts = _prompts(path, request)
@@ -370,9 +415,7 @@ def predicted(result: dict[str, Any], path: Path, request: SpeculationRequest) -
 
         device = device_of(request.device)
         target = Model(path, device, Path(folder))
-        proposer: Proposer = NGram(*request.ngram)
-        if config["method"] == "draft_model":
-            proposer = Draft(Model(Path(config["model"]), device, Path(folder)), target.vocabulary)
+        proposer = _proposer(config["method"], target, request, Path(folder))
         return measure(
             target, proposer, _prompts(path, request), request.new_tokens, request.most, Sampling()
         )

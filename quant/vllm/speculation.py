@@ -4,7 +4,7 @@ releases had instead."""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quant.errors import UsageError, clipped
@@ -25,6 +25,66 @@ _OLD = {
 }
 #: The same within an object that is written with the old names.
 _OLD_KEYS = {flag[2:].replace("-", "_"): key for flag, key in _OLD.items()}
+
+#: Families whose prediction head is ``model.layers.{blocks}``, laid out as DeepSeek-V3's, and computes as
+#: GLM-4-MoE's (vLLM 0.32, models/glm4_moe_mtp.py): further tokens are proposed from its state before the last
+#: norm. Acceptance as it is computed here has been compared with vLLM's counters for these alone, and
+#: DeepSeek-V3's own goes on from the normed state.
+HEADS = ("glm4_moe",)
+
+
+class NAMES:
+    """Tensors of such a head around its block: norms of the embedding, of the target's state and of the end,
+    and the projection of both to one state."""
+
+    embedding, state, last = "enorm.weight", "hnorm.weight", "shared_head.norm.weight"
+    projection = "eh_proj.weight"
+
+
+#: How the names of tensors begin that stand beside the block; embedding and head are the target's.
+AROUND = ("enorm.", "hnorm.", "eh_proj.", "shared_head.", "embed_tokens.")
+
+
+def draft_method(config: Mapping[str, Any]) -> str:
+    """The ``method`` of a draft by its own config.json, as vLLM finds it (``config/speculative.py``).
+
+    >>> draft_method({"architectures": ["LlamaForCausalLMEagle3"]}), draft_method({"model_type": "llama"})
+    ('eagle3', 'draft_model')
+    """
+    kind = str(config.get("speculators_model_type") or "")
+    names = [str(n).lower() for n in (kind, config.get("model_type"), *(config.get("architectures") or ()))]
+    marks = ("eagle3", "peagle", "dflash", "dspark", "eagle", "medusa", "mlp_speculator")
+    found = next((m for m in marks if any(m in n for n in names)), "draft_model")
+    return "eagle3" if found == "peagle" else found
+
+
+def eagle3_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of an EAGLE-3 draft in one form: as its authors write it, or as the speculators library
+    does, whose blocks are described apart (vLLM's ``transformers_utils/configs/speculators/algos.py``)."""
+    kind = config.get("speculators_model_type")
+    if not kind:
+        own = {"eagle_aux_hidden_state_layer_ids": None} | (config.get("eagle_config") or {})
+        return {"model_type": "llama", **own, **config}
+    keys = (
+        "draft_vocab_size",
+        "norm_before_fc",
+        "fc_norm",
+        "norm_output",
+        "eagle_aux_hidden_state_layer_ids",
+    )
+    return {
+        "model_type": "llama",
+        **(config.get("transformer_layer_config") or {}),
+        **{k: config[k] for k in keys if k in config},
+        "norm_before_residual": config.get("norm_before_residual", kind == "eagle3"),
+        "parallel_drafting": kind != "eagle3",
+    }
+
+
+def eagle3_places(blocks: int) -> tuple[int, int, int]:
+    """Before which blocks an EAGLE-3 draft reads the target's states where its config names none (vLLM's
+    ``get_eagle3_default_aux_hidden_state_layers``)."""
+    return 2, blocks // 2, blocks - 3
 
 
 def translated(extra: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
@@ -88,3 +148,14 @@ def native_heads(checkpoint: Checkpoint) -> int | None:
     blocks = block_count(checkpoint.config)
     held = any(".mtp." in f".{name}" or f".layers.{blocks}." in f".{name}" for name in checkpoint.tensors)
     return heads if heads and held else None
+
+
+def head_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of a checkpoint's own prediction heads, without what they share with the target."""
+    start = f"model.layers.{block_count(checkpoint.config)}."
+    shared = ("shared_head.head.", "embed_tokens.")
+    return sum(
+        info.nbytes
+        for name, info in checkpoint.tensors.items()
+        if name.startswith(start) and not name.removeprefix(start).startswith(shared)
+    )

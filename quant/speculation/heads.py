@@ -1,0 +1,347 @@
+"""Proposers that read the target's hidden states: the prediction heads that a checkpoint has itself (MTP,
+DeepSeek-V3, arXiv 2412.19437) and EAGLE-3 drafts (arXiv 2503.01840), computed as vLLM computes them.
+
+Row i of such a network reads the target's state after token i and the embedding of token i + 1, and says
+token i + 2; its own state then stands in for the target's, for as many more tokens as are wanted. Rows of
+tokens that the target has judged are computed from the target's states, as in vLLM
+(``vllm/v1/spec_decode/llm_base_proposer.py``).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quant.checkpoint.reader import Checkpoint, open_checkpoint
+from quant.errors import CheckpointError, first_line
+from quant.offline import transformers
+from quant.speculation.proposers import Model
+from quant.vllm.config import block_count, drafting_blocks, model_types, without_quantization
+from quant.vllm.speculation import AROUND, HEADS, NAMES, eagle3_config, eagle3_places
+
+
+class Unmeasured(Exception):
+    """What is not computed here, and why; vLLM may well run it."""
+
+
+@dataclass
+class Network:
+    """What proposes: one or a few blocks over pairs of embedding and state.
+
+    Attributes:
+        body: transformers' decoder of those blocks, its last norm taken out; it takes pairs as embeddings.
+        norm, head: what makes logits [rows, V'] of its states.
+        embed: embedding of the target's tokens.
+        enter: the target's states at ``places``, [rows, H] each, to what the first pass takes.
+        join: embeddings and states to what the body takes.
+        normed: whether its normed state is what the next token is proposed from.
+        masked: whether the embedding of the first row is zero.
+        offsets: int64 [V'], what is added to a proposed id to get the target's; None: nothing.
+    """
+
+    body: Any
+    norm: Any
+    head: Any
+    embed: Any
+    places: tuple[int, ...]
+    enter: Any
+    join: Any
+    normed: bool
+    masked: bool
+    offsets: torch.Tensor | None = None
+
+
+class Head:
+    """Proposes by a network over a target's hidden states; always its likeliest token."""
+
+    def __init__(self, target: Model, network: Network):
+        self.target, self.network = target, network
+        target.watch(network.places)
+        self.seconds: dict[int, list[float]] = {}
+        self._cache = transformers().DynamicCache()
+        self._known: list[int] = []  # tokens whose rows are in the cache, and one more
+        self._rows = 0
+
+    @torch.no_grad()
+    def propose(self, tokens: list[int], k: int) -> tuple[list[int], None]:
+        """The target has read all tokens but the last."""
+        last = len(tokens) - 1
+        shared = 0
+        while shared < min(len(self._known), last) and self._known[shared] == tokens[shared]:
+            shared += 1
+        first = max(shared - 1, 0)
+        if self._rows > first:
+            self._cache.crop(first - self._rows)
+            self._rows = first
+        states = self.network.enter([self.target.states(place)[first:last] for place in self.network.places])
+        logits, state = self._pass(tokens[first + 1 :], states)
+        self._known = list(tokens)
+        proposed = [self._token(logits)]
+        while len(proposed) < k:
+            logits, state = self._pass(proposed[-1:], state)
+            proposed.append(self._token(logits))
+        return proposed, None
+
+    def _pass(self, tokens: Sequence[int], states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [V'] and state [1, H] of the last of some new rows."""
+        net, begun = self.network, time.perf_counter()
+        embeds = net.embed(torch.tensor(list(tokens), device=states.device))
+        if net.masked and self._rows == 0:
+            embeds[0] = 0
+        given = net.join(embeds.to(states.dtype), states)[None]
+        out = net.body(inputs_embeds=given, past_key_values=self._cache, use_cache=True)
+        state = out.last_hidden_state[0, -1:]
+        normed = net.norm(state)
+        logits = net.head(normed)[0].float()
+        if states.device.type == "cuda":
+            torch.cuda.synchronize(states.device)
+        self._rows += len(tokens)
+        self.seconds.setdefault(len(tokens), []).append(time.perf_counter() - begun)
+        return logits, normed if net.normed else state
+
+    def _token(self, logits: torch.Tensor) -> int:
+        best = int(logits.argmax())
+        return best if self.network.offsets is None else best + int(self.network.offsets[best])
+
+
+# -- heads of the checkpoint itself --------------------------------------------------------------------------
+
+
+def native_head(target: Model, scratch: Path) -> Head:
+    """The checkpoint's own prediction head.
+
+    Args:
+        scratch: folder for its block as a model of one block.
+
+    Raises:
+        Unmeasured: of a family or a kind that is not computed here.
+        CheckpointError: tensors of it are missing.
+    """
+    checkpoint = open_checkpoint(target.folder)
+    if not set(model_types(checkpoint.config)) & set(HEADS):
+        raise Unmeasured(
+            f"the heads of {', '.join(sorted(HEADS))} are computed here, not those of "
+            f"{next(iter(model_types(checkpoint.config)), 'this family')}"
+        )
+    if (count := drafting_blocks(checkpoint.config)) != 1:
+        raise Unmeasured(f"it has {count} heads; one is computed here")
+    blocks = block_count(checkpoint.config)
+    assert blocks is not None
+    prefix = f"model.layers.{blocks}."
+    body = _one_block(checkpoint, blocks, scratch / "head", target)
+    size, dtype, device = body.config.hidden_size, target.model.dtype, target.device
+
+    def weight(name: str) -> torch.Tensor:
+        if prefix + name not in checkpoint.tensors:
+            raise CheckpointError(f"{checkpoint.path}: its prediction head has no {prefix}{name}")
+        return checkpoint.read(prefix + name).to(device, dtype)
+
+    norms = {n: _filled_norm(body.norm, weight(n)) for n in (NAMES.embedding, NAMES.state, NAMES.last)}
+    projection = torch.nn.Linear(2 * size, size, bias=False, device=device, dtype=dtype)
+    projection.weight = torch.nn.Parameter(weight(NAMES.projection))
+    body.norm = torch.nn.Identity()
+
+    def join(embeds: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        return projection(torch.cat([norms[NAMES.embedding](embeds), norms[NAMES.state](states)], -1))
+
+    model = target.model
+    return Head(
+        target,
+        Network(
+            body.eval(), norms[NAMES.last], model.get_output_embeddings(), model.get_input_embeddings(),
+            (target.blocks + 1,), lambda states: states[0], join, normed=False, masked=True,
+        ),
+    )  # fmt: skip
+
+
+def _one_block(checkpoint: Checkpoint, blocks: int, folder: Path, target: Model) -> Any:
+    """transformers' decoder of a checkpoint's drafting block alone, so that its masks, positions and cache
+    are the family's own."""
+    from safetensors.torch import save_file
+
+    prefix = f"model.layers.{blocks}."
+    tensors = {
+        f"model.layers.0.{name.removeprefix(prefix)}": checkpoint.read(name)
+        for name in checkpoint.tensors
+        if name.startswith(prefix) and not name.removeprefix(prefix).startswith(AROUND)
+    }
+    config = dict(without_quantization(checkpoint.config))
+    size = config["hidden_size"]
+    tensors["model.embed_tokens.weight"] = torch.zeros(1, size, dtype=target.model.dtype)
+    tensors["model.norm.weight"] = torch.ones(size, dtype=target.model.dtype)
+    for key, value in list(config.items()):
+        if isinstance(value, list) and len(value) >= blocks and key.endswith(("_types", "_layers")):
+            config[key] = [value[blocks] if len(value) > blocks else value[-1]]
+    config |= {
+        "num_hidden_layers": 1, "num_nextn_predict_layers": 0, "vocab_size": 1, "tie_word_embeddings": True,
+        "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+    }  # fmt: skip
+    if "first_k_dense_replace" in config:
+        config["first_k_dense_replace"] = int(blocks < config["first_k_dense_replace"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        model, told = transformers().AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=target.model.dtype, output_loading_info=True
+        )
+    except Exception as error:  # transformers raises many kinds
+        raise Unmeasured(f"transformers does not build its block alone ({first_line(error)})") from error
+    if wrong := sorted([*told["missing_keys"], *told["mismatched_keys"], *told["unexpected_keys"]], key=str):
+        raise Unmeasured(f"transformers does not find its block complete: {str(wrong[0])} and others")
+    return model.get_decoder().to(target.device)
+
+
+def _filled_norm(like: torch.nn.Module, weight: torch.Tensor) -> torch.nn.Module:
+    """A norm of the same kind with other gains."""
+    norm = copy.deepcopy(like)
+    norm.weight = torch.nn.Parameter(weight)
+    return norm
+
+
+# -- EAGLE-3 -------------------------------------------------------------------------------------------------
+
+
+class _First(torch.nn.Module):
+    """EAGLE-3's first block: attention over the normed embedding beside the normed state."""
+
+    def __init__(self, layer: Any, width: int, before: bool):
+        super().__init__()
+        self.self_attn, self.mlp = layer.self_attn, layer.mlp
+        self.input_layernorm = layer.input_layernorm
+        self.post_attention_layernorm = layer.post_attention_layernorm
+        self.hidden_norm = copy.deepcopy(layer.input_layernorm)
+        self.before = before
+        for name in ("q_proj", "k_proj", "v_proj"):
+            old = getattr(self.self_attn, name)
+            bias = old.bias is not None
+            setattr(
+                self.self_attn,
+                name,
+                torch.nn.Linear(2 * width, old.out_features, bias, dtype=old.weight.dtype),
+            )
+
+    def forward(self, hidden_states: torch.Tensor, **named: Any) -> torch.Tensor:
+        embeds, state = hidden_states.chunk(2, -1)
+        normed = self.hidden_norm(state)
+        rest = normed if self.before else state
+        out, _ = self.self_attn(hidden_states=torch.cat([self.input_layernorm(embeds), normed], -1), **named)
+        out = rest + out
+        return out + self.mlp(self.post_attention_layernorm(out))
+
+
+def eagle3(target: Model, path: Path) -> Head:
+    """A draft of EAGLE-3 for a target.
+
+    Raises:
+        Unmeasured: a variant that is not computed here.
+        CheckpointError: a draft that is not complete, or was made for another model.
+    """
+    checkpoint = open_checkpoint(path)
+    config = eagle3_config(checkpoint.config)
+    if reason := _other_kind(config):
+        raise Unmeasured(f"{reason}; llama's blocks behind one fc are computed here")
+    package, dtype, size = transformers(), target.model.dtype, int(config["hidden_size"])
+    stated = config.get("eagle_aux_hidden_state_layer_ids")
+    places = tuple(sorted(set(stated or eagle3_places(target.blocks))))
+    if max(places) > target.blocks:
+        raise _another(path, target, f"it reads the state before block {max(places)} of {target.blocks}")
+    body = package.AutoModel.from_config(
+        package.AutoConfig.for_model(**{**config, "vocab_size": 1, "pad_token_id": None}), dtype=dtype
+    )
+    body.layers[0] = _First(body.layers[0], size, bool(config.get("norm_before_residual")))
+    tensors = {
+        name.removeprefix("model.").replace("midlayer.", "layers.0."): checkpoint.read(name)
+        for name in checkpoint.tensors
+    }
+    _fill(body, {n: t for n, t in tensors.items() if n.startswith(("layers.", "norm."))}, path)
+    norm, body.norm = body.norm, torch.nn.Identity()
+    body.to(target.device, dtype).eval()
+    norm.to(target.device, dtype)
+    fc = _linear(tensors, "fc.weight", path, target)
+    width = len(places) * target.model.config.get_text_config().hidden_size
+    if fc.in_features != width:
+        raise _another(
+            path, target, f"fc.weight takes {fc.in_features} numbers, {len(places)} states have {width}"
+        )
+    head, offsets = _eagle_head(tensors, path, target, config)
+    embed = target.model.get_input_embeddings()
+    if "embed_tokens.weight" in tensors:
+        own = tensors["embed_tokens.weight"]
+        if len(own) < target.vocabulary:
+            raise _another(
+                path, target, f"embed_tokens.weight has {len(own)} tokens, the target {target.vocabulary}"
+            )
+        embed = torch.nn.Embedding.from_pretrained(own.to(target.device, dtype))
+
+    def join(embeds: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        return torch.cat([embeds, states], -1)
+
+    def enter(states: Sequence[torch.Tensor]) -> torch.Tensor:
+        out: torch.Tensor = fc(torch.cat(list(states), -1))
+        return out
+
+    return Head(
+        target,
+        Network(
+            body, norm, head, embed, places, enter, join, bool(config.get("norm_output")), False, offsets
+        ),
+    )
+
+
+def _other_kind(config: Mapping[str, Any]) -> str:
+    """What of a draft is not computed here; empty where all is."""
+    if config.get("model_type", "llama") != "llama":
+        return f"a draft of {config['model_type']} blocks"
+    own = config.get("eagle_config") or {}
+    for key in ("norm_before_fc", "fc_norm", "parallel_drafting"):
+        if config.get(key) or own.get(key):
+            return f"a draft with {key}"
+    return "a draft that reads one state" if own.get("use_aux_hidden_state") is False else ""
+
+
+def _another(path: Path, target: Model, reason: str) -> CheckpointError:
+    return CheckpointError(f"{path}: {reason}: it was made for another model than {target.path}")
+
+
+def _fill(body: Any, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    try:
+        told = body.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        said = str(error).splitlines()
+        raise CheckpointError(f"{path}: not as its config.json says: {said[-1].strip()}") from error
+    missing = [n for n in told.missing_keys if not n.startswith("embed_tokens")]
+    if wrong := [*missing, *told.unexpected_keys]:
+        kind = "lacks" if missing else "has no place for"
+        raise CheckpointError(f"{path}: a draft of its config.json {kind} {wrong[0]}")
+
+
+def _linear(tensors: Mapping[str, torch.Tensor], name: str, path: Path, target: Model) -> torch.nn.Linear:
+    if name not in tensors:
+        raise CheckpointError(f"{path}: {name} is missing, which an EAGLE-3 draft has")
+    weight = tensors[name].to(target.device, target.model.dtype)
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = torch.nn.Parameter(weight)
+    return linear
+
+
+def _eagle_head(
+    tensors: Mapping[str, torch.Tensor], path: Path, target: Model, config: Mapping[str, Any]
+) -> tuple[Any, torch.Tensor | None]:
+    """What makes logits, and what is added to the ids of a smaller vocabulary."""
+    if "lm_head.weight" not in tensors:
+        return target.model.get_output_embeddings(), None
+    head, offsets = _linear(tensors, "lm_head.weight", path, target), tensors.get("d2t")
+    if offsets is None:
+        offsets = torch.zeros(head.out_features, dtype=torch.int64)
+    ids = torch.arange(head.out_features) + offsets if len(offsets) == head.out_features else offsets - 1
+    if len(offsets) != head.out_features or int(ids.min()) < 0 or int(ids.max()) >= target.vocabulary:
+        raise _another(path, target, f"d2t names tokens beyond the {target.vocabulary} of the target")
+    return head, offsets

@@ -1,0 +1,213 @@
+"""Proposers over the target's hidden states, against the same network written out without a cache."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import deploy_vllm
+from quant.catalog import model_from_config
+from quant.checkpoint.reader import open_checkpoint
+from quant.errors import CheckpointError
+from quant.speculation.heads import Head, Unmeasured, eagle3, native_head
+from quant.speculation.measure import generate
+from quant.speculation.proposers import Model
+from quant.speculation.run import SpeculationRequest, speculate
+from quant.speculation.sampling import Sampling
+from quant.vllm.speculation import draft_method, eagle3_config, head_bytes
+from tests.helpers import change_config, copy_model
+from tests.speculation.drafts import KEPT, PLACES, TINY, Draft, write_eagle3, write_mtp
+
+CPU = torch.device("cpu")
+
+
+def _draft(kind: str) -> Draft:
+    """One of random weights that are bf16 numbers, as the files have them."""
+    torch.manual_seed(3)
+    draft = Draft(kind).requires_grad_(False)
+    for held in (draft.weights, draft.gains):
+        for value in held.values():
+            spread = 4 * value if held is draft.weights else value * (1 + 0.2 * torch.rand_like(value))
+            value.copy_(spread.bfloat16().float())
+    return draft
+
+
+@pytest.fixture(scope="module")
+def fp32(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The bundled model in fp32, so that no tie rounds either way, with a random draft of each kind."""
+    folder = tmp_path_factory.mktemp("heads")
+    paths = {
+        "target": copy_model(TINY, folder / "target"),
+        "eagle3": write_eagle3(folder / "eagle3", _draft("eagle3")),
+        "mtp": write_mtp(folder / "mtp", _draft("mtp")),
+    }
+    for name in ("target", "mtp"):
+        change_config(paths[name], dtype="float32", torch_dtype="float32")
+    return paths
+
+
+def _head(kind: str, paths: dict[str, Path], scratch: Path) -> tuple[Model, Head]:
+    target = Model(paths["target" if kind == "eagle3" else "mtp"], CPU, scratch)
+    return target, eagle3(target, paths["eagle3"]) if kind == "eagle3" else native_head(target, scratch)
+
+
+class _Plain:
+    """The same proposals without a cache: every row again for each token."""
+
+    def __init__(self, kind: str, target: Model):
+        self.kind, self.draft, self.model = kind, _draft(kind), target.model
+
+    def propose(self, tokens: list[int], k: int) -> list[int]:
+        rows, proposed = torch.tensor([tokens[:-1]]), list[int]()
+        entering: list[torch.Tensor] = []
+        handle = self.model.model.norm.register_forward_pre_hook(
+            lambda module, given: entering.append(given[0])
+        )
+        out = self.model(rows, output_hidden_states=True)
+        handle.remove()
+        states = [*out.hidden_states[:-1], entering[0]]
+        given = [states[p] for p in PLACES] if self.kind == "eagle3" else [out.hidden_states[-1]]
+        state = self.draft.entered(given)
+        for _ in range(k):
+            embeds = self.model.model.embed_tokens(torch.tensor([[*tokens[1:], *proposed]]))
+            if self.kind == "mtp":
+                embeds = embeds * (torch.arange(embeds.shape[1]) > 0)[:, None]
+            own, normed = self.draft(embeds, state)
+            head = self.draft.weights["head"] if self.kind == "eagle3" else self.model.lm_head.weight
+            best = int((normed[0, -1] @ head.T).argmax())
+            proposed.append(int(KEPT[best]) if self.kind == "eagle3" else best)
+            state = torch.cat([state, own[:, -1:]], 1)
+        return proposed
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "mtp"])
+@torch.no_grad()
+def test_proposals_are_those_of_the_network_without_a_cache(
+    kind: str, fp32: dict[str, Path], tmp_path: Path
+) -> None:
+    target, head = _head(kind, fp32, tmp_path)
+    plain, random_text = _Plain(kind, target), random.Random(1)
+    for prompt in ([11, 480, 77, 902, 33, 5], [7, 8]):  # the second time with another text
+        tokens = list(prompt)
+        for new in (1, 3, 1, 2):  # so many were accepted, after three were proposed
+            target.logits([*tokens, 1, 2, 3][: len(tokens) + 2], 2)  # and some were rejected
+            target.logits(tokens, 1)
+            tokens += [random_text.randrange(4096) for _ in range(new)]
+            target.logits([*tokens[:-1], 9, 9], 1)  # what is read beyond is of no concern
+            found, probabilities = head.propose(tokens, 3)
+            assert probabilities is None and found == plain.propose(tokens, 3)
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "mtp"])
+def test_greedy_text_is_the_targets_own(kind: str, fp32: dict[str, Path], tmp_path: Path) -> None:
+    target, head = _head(kind, fp32, tmp_path)
+    prompt = [11, 480, 77, 902, 33, 5]
+    made, found = generate(target, head, prompt, 12, 2, Sampling(), torch.Generator())
+    plain = list(prompt)
+    for _ in range(12):
+        plain.append(int(target.logits(plain, 1)[0].argmax()))
+    assert made == plain[6:] and found.draft_tokens == 2 * found.drafts
+
+
+def test_what_is_computed_elsewhere_is_said_to_be_unmeasured(fp32: dict[str, Path], tmp_path: Path) -> None:
+    target = Model(fp32["mtp"], CPU, tmp_path)
+    change_config(copy_model(fp32["eagle3"], tmp_path / "qwen"), model_type="qwen3")
+    with pytest.raises(Unmeasured, match="qwen3 blocks"):
+        eagle3(target, tmp_path / "qwen")
+    change_config(copy_model(fp32["eagle3"], tmp_path / "parallel"), parallel_drafting=True)
+    with pytest.raises(Unmeasured, match="parallel_drafting"):
+        eagle3(target, tmp_path / "parallel")
+    change_config(copy_model(fp32["mtp"], tmp_path / "two"), num_nextn_predict_layers=2)
+    with pytest.raises(Unmeasured, match="2 heads"):
+        native_head(Model(tmp_path / "two", CPU, tmp_path), tmp_path)
+    with pytest.raises(Unmeasured, match="not those of llama"):
+        native_head(Model(TINY, CPU, tmp_path), tmp_path)
+
+
+def _damaged(path: Path, to: Path, change: Any) -> Path:
+    copied = copy_model(path, to)
+    tensors = load_file(copied / "model.safetensors")
+    change(tensors)
+    save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
+    return copied
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("fc.weight"), "fc.weight is missing"),
+        (lambda t: t.pop("midlayer.hidden_norm.weight"), "lacks layers.0.hidden_norm.weight"),
+        (lambda t: t.update({"midlayer.self_attn.q_norm.weight": torch.ones(64)}), "has no place for"),
+        (lambda t: t.update(d2t=t["d2t"] + 4096), "beyond the 4096"),
+        (lambda t: t.update({"fc.weight": torch.zeros(256, 512)}), "made for another model"),
+        (lambda t: t.update({"norm.weight": torch.ones(8)}), "not as its config.json says"),
+    ],
+)
+def test_a_draft_that_is_damaged_or_anothers_is_refused(
+    change: Any, words: str, fp32: dict[str, Path], tmp_path: Path
+) -> None:
+    target = Model(TINY, CPU, tmp_path)
+    with pytest.raises(CheckpointError, match=words):
+        eagle3(target, _damaged(fp32["eagle3"], tmp_path / "d", change))
+
+
+def test_kinds_of_drafts_are_told_by_their_configs() -> None:
+    assert draft_method({"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama"}) == "eagle3"
+    assert draft_method({"architectures": ["DFlashDraftModel"], "model_type": "qwen3"}) == "dflash"
+    assert draft_method({"speculators_model_type": "eagle3"}) == "eagle3"
+    assert draft_method({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}) == "draft_model"
+    told = {
+        "speculators_model_type": "eagle3", "draft_vocab_size": 9, "architectures": ["Eagle3Speculator"],
+        "transformer_layer_config": {"model_type": "llama", "hidden_size": 8},
+    }  # fmt: skip
+    own = eagle3_config(told)
+    assert own["hidden_size"] == 8 and own["draft_vocab_size"] == 9
+    assert own["norm_before_residual"] and not own["parallel_drafting"]
+
+
+def test_heads_and_drafts_are_measured_chosen_and_charged(fp32: dict[str, Path], tmp_path: Path) -> None:
+    few = {"prompts": 1, "new_tokens": 8, "prompt_tokens": 16, "most": 2}
+    value = speculate(fp32["mtp"], SpeculationRequest(method="mtp", gpu="L40S-48GB", **few))  # type: ignore[arg-type]
+    (found,) = value["candidates"]
+    assert value["chosen"] == "mtp" and found["acceptance"]["num_drafts"] > 0
+    assert value["speculative_config"] == {"method": "mtp", "num_speculative_tokens": found["best"]["k"]}
+    weights = head_bytes(open_checkpoint(fp32["mtp"]))
+    assert found["memory"]["draft_weights_bytes"] == weights
+    attention, experts = 256 * 256 * (1 + 0.5 + 0.5 + 1), 3 * (3 * 768 * 256)
+    assert weights == 2 * (attention + 2 * 256 * 256 + experts + 2 * 256 + 5 * 256) + 2 * 4  # bf16, no head
+    value = speculate(fp32["target"], SpeculationRequest(draft=fp32["eagle3"], gpu="L40S-48GB", **few))  # type: ignore[arg-type]
+    by_name = {c["name"]: c for c in value["candidates"]}
+    assert set(by_name) == {"ngram", "EAGLE-3", "suffix"}
+    assert by_name["EAGLE-3"]["speculative_config"]["model"] == str(fp32["eagle3"])
+    assert by_name["EAGLE-3"]["memory"]["kv_tokens_with"] < by_name["EAGLE-3"]["memory"]["kv_tokens_without"]
+    assert "arctic-inference" in by_name["suffix"]["note"] and by_name["suffix"]["acceptance"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--proposer", "mtp"], "no prediction heads"),
+        (["--proposer", "eagle3"], "name the draft with --draft"),
+        (["--proposer", "eagle3", "--draft", str(TINY)], "of kind draft_model"),
+    ],
+)
+def test_a_proposer_that_is_not_there_is_refused(
+    options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        deploy_vllm.main(["speculate", str(TINY), *options])
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_the_stand_in_of_a_mixture_is_the_bundled_model(fp32: dict[str, Path], tmp_path: Path) -> None:
+    """What the tests' target with a head computes is what the bundled model does."""
+    tokens = [11, 480, 77, 902, 33, 5]
+    a, b = (Model(fp32[n], CPU, tmp_path).logits(tokens, 6) for n in ("target", "mtp"))
+    assert torch.allclose(a, b, atol=1e-4)
+    assert model_from_config(json.loads((fp32["mtp"] / "config.json").read_text())).layers == 4
