@@ -35,7 +35,6 @@ class Behaviour:
         engine: what computes the answers; None: words that mean nothing.
         lies: see ``_LIES``.
         certificate: files of a certificate and its key: it speaks TLS.
-        stall_at, stall: the whole server stands still for so many seconds once, so many after its start.
         counted: whether it tells its usage.
     """
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import json
+import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 
+from deploy_vllm import main
 from quant.serving.bench import BenchRequest, _bench
 from quant.serving.check.profile import Profile
 from quant.serving.check.run import CheckRequest, _check
@@ -269,3 +273,62 @@ def test_a_plain_answer_without_an_end_or_elsewhere_is_told(head: bytes, words: 
 
     with pytest.raises(EndpointError, match=words):
         _scripted(answers, work)
+
+
+@pytest.mark.parametrize("command", ["bench", "check"])
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/html\r\ncontent-length: 12\r\n\r\n<h1>hi</h1>\n",
+            "no JSON ('<h1>hi",
+        ),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}", "names no model"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 12\r\n\r\n" + b"[" * 12, "no JSON"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "ended before it was complete"),
+        (None, "the server is overloaded or hangs"),  # it is starting: it listens and does not answer yet
+    ],
+)
+def test_what_is_no_endpoint_is_told_in_a_line(
+    command: str,
+    answer: bytes | None,
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        held: list[socket.socket] = []
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    held.append(server.accept()[0])
+                    if answer is not None:
+                        held[-1].recv(65536)
+                        held[-1].sendall(answer)
+                        held[-1].close()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(SystemExit) as stop:
+            main(
+                [
+                    command,
+                    "--url",
+                    url,
+                    "--stall",
+                    "0.5",
+                    *(["--concurrency", "1"] if command == "bench" else []),
+                ]
+            )
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join(10)
+        for connection in held:
+            connection.close()
+    said = capsys.readouterr()
+    lines = [x for x in (said.err + said.out).splitlines() if words in x]
+    assert "Traceback" not in said.err and len(lines) == 1, said
+    # of an endpoint that is there and does not answer in time there is a report of the check
+    assert stop.value.code == (4 if answer is None and command == "check" else 1)
