@@ -143,11 +143,12 @@ def _entry(key: str, value: Any) -> dict[str, Any]:
 
 
 def native_heads(checkpoint: Checkpoint) -> int | None:
-    """How many prediction heads a checkpoint has itself, in its config and in its files; None without."""
-    heads = drafting_blocks(checkpoint.config)
+    """How many prediction heads a checkpoint has itself, in its files and, but for Qwen3-Next's, which has
+    one, in its config; None without."""
+    apart = any(name.startswith("mtp.") or ".mtp." in name for name in checkpoint.tensors)
     blocks = block_count(checkpoint.config)
-    held = any(".mtp." in f".{name}" or f".layers.{blocks}." in f".{name}" for name in checkpoint.tensors)
-    return heads if heads and held else None
+    held = apart or any(f".layers.{blocks}." in f".{name}" for name in checkpoint.tensors)
+    return drafting_blocks(checkpoint.config) or (1 if apart else None) if held else None
 
 
 def head_bytes(checkpoint: Checkpoint) -> int:

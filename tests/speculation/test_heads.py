@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from quant.speculation.measure import generate
 from quant.speculation.proposers import Model
 from quant.speculation.run import SpeculationRequest, speculate
 from quant.speculation.sampling import Sampling
-from quant.vllm.speculation import draft_method, eagle3_config, head_bytes
+from quant.vllm.speculation import draft_method, eagle3_config, head_bytes, native_heads
 from tests.helpers import change_config, copy_model
 from tests.speculation.drafts import KEPT, PLACES, TINY, Draft, write_eagle3, write_mtp
 
@@ -211,3 +212,14 @@ def test_the_stand_in_of_a_mixture_is_the_bundled_model(fp32: dict[str, Path], t
     a, b = (Model(fp32[n], CPU, tmp_path).logits(tokens, 6) for n in ("target", "mtp"))
     assert torch.allclose(a, b, atol=1e-4)
     assert model_from_config(json.loads((fp32["mtp"] / "config.json").read_text())).layers == 4
+
+
+def test_heads_are_found_by_their_tensors_where_a_config_is_silent() -> None:
+    def found(config: dict[str, Any], *names: str) -> int | None:
+        held: Any = SimpleNamespace(config={"num_hidden_layers": 2, **config}, tensors=dict.fromkeys(names))
+        return native_heads(held)
+
+    assert found({}, "model.layers.1.x", "mtp.fc.weight") == 1  # Qwen3-Next as it was released
+    assert found({"num_nextn_predict_layers": 2}, "model.layers.2.x", "model.layers.3.x") == 2
+    assert found({"num_nextn_predict_layers": 1}, "model.layers.1.x") is None  # told, and left out
+    assert found({}, "model.layers.1.x") is None
