@@ -35,6 +35,7 @@ class Behaviour:
         engine: what computes the answers; None: words that mean nothing.
         lies: see ``_LIES``.
         certificate: files of a certificate and its key: it speaks TLS.
+        stall_after, stall: the whole server stands still for so many seconds once, after so many requests.
         counted: whether it tells its usage.
     """
 
@@ -43,6 +44,8 @@ class Behaviour:
     fault: str = ""
     every: int = 1
     slots: int = 0
+    stall_after: int = 0
+    stall: float = 0.0
     key: str = ""
     root: str = ""
     counted: bool = True
@@ -141,6 +144,8 @@ class FakeEndpoint:
                 b.seen["asked"] += 1
                 return await self._fault(body, writer)
             b.seen["asked"] += 1
+            if b.stall and b.seen["asked"] == b.stall_after:
+                time.sleep(b.stall)
             async with self.slots:
                 self.running += 1
                 self.most = max(self.most, self.running)

@@ -93,6 +93,14 @@ def test_an_open_loop_counts_from_the_planned_moment_so_that_a_slow_server_hides
     assert 0.8 * waited < level["p95_ttft_ms"] < 3 * waited
 
 
+def test_a_server_that_stands_still_is_seen_by_all_who_come_meanwhile() -> None:
+    """For 0.6 s, with 50 a second planned: those 30 wait; at one at a time only the one under way would."""
+    with endpoint(ttft=0.01, itl=0.0, stall_after=20, stall=0.6) as fake:
+        level = _load(fake.url, Level(rate=50, poisson=False), 60)
+    assert level["completed"] == 60
+    assert level["p99_ttft_ms"] > 500 and level["median_ttft_ms"] > 50 and level["p90_ttft_ms"] > 400
+
+
 def test_what_an_endpoint_lacks_is_done_without_and_said() -> None:
     with endpoint(refuses=("ignore_eos",), counted=False, tokenizes=False) as fake:
         request = BenchRequest(PROMPTS, (Level(concurrency=2),), 6, 2)

@@ -156,6 +156,14 @@ def test_what_fails_under_load_is_counted_by_kind_and_ends(
         assert statuses["TTFT P95"] == "FAIL"
 
 
+def test_a_server_that_stands_still_once_hides_nothing(profile: Path) -> None:
+    """The requests under way wait, and those that were to come meanwhile do not make up for them."""
+    with endpoint(stall_after=8, stall=0.8) as fake:  # within the load of 12, after two that warm up
+        statuses = _statuses(_report(fake, profile, None, "performance"))
+    assert statuses["requests are answered"] == "PASS"
+    assert statuses["TTFT P95"] == "FAIL"
+
+
 def _runs(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any, str]:
     with pytest.raises(SystemExit) as stop:
         main(["check", *arguments, "--json"])
