@@ -29,7 +29,8 @@ from quant.evaluation.agreement import demand_agreement
 from quant.evaluation.simulation import Simulation
 from quant.formats.reading import dequantized
 from quant.models.calls import call_block
-from quant.models.skeleton import CannotRun, Skeleton
+from quant.models.classes import CannotRun
+from quant.models.skeleton import Skeleton
 from quant.offline import load_tokenizer
 from quant.progress import Event, Progress, silent
 from quant.vllm.config import context_length

@@ -103,7 +103,7 @@ def staircase_attention(block: nn.Module) -> Iterator[None]:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,  # some models pass it by this name
         *args: Any,
         **kwargs: Any,
     ) -> Any:
@@ -116,7 +116,7 @@ def staircase_attention(block: nn.Module) -> Iterator[None]:
             "sliding_window",
         }
         plain = (
-            mask is None
+            attention_mask is None
             and not args
             and not extra
             and not kwargs.get("dropout")
@@ -131,7 +131,7 @@ def staircase_attention(block: nn.Module) -> Iterator[None]:
             or heads % key.shape[1]
             or query.device.type != "cpu"
         ):
-            return inner(module, query, key, value, mask, *args, **kwargs)
+            return inner(module, query, key, value, attention_mask, *args, **kwargs)
         return causal(query, key, value, kwargs.get("scaling")).transpose(1, 2).contiguous(), None
 
     with attention_through(block, "quant_staircase", staircase):

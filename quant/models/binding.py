@@ -74,10 +74,12 @@ class BlockLinear:
 @dataclass(frozen=True)
 class Conversion:
     """A parameter that transformers makes of several tensors of the file, or of one in another layout;
-    ``sources``: by the pattern of its converter that each matches."""
+    ``first``: of several that it makes of them at once, that by which it calls them; ``sources``: by the
+    pattern of its converter that each matches."""
 
     name: str
     converter: Any
+    first: str
     sources: Mapping[str, tuple[str, ...]]
 
     def value(self, checkpoint: Checkpoint, model: nn.Module) -> torch.Tensor:
@@ -85,8 +87,8 @@ class Conversion:
         converter = deepcopy(self.converter)
         for pattern, tensors in self.sources.items():
             for tensor in tensors:
-                converter.add_tensor(self.name, tensor, pattern, partial(checkpoint.read, tensor))
-        made = converter.convert(self.name, model=model, config=model.config)
+                converter.add_tensor(self.first, tensor, pattern, partial(checkpoint.read, tensor))
+        made = converter.convert(self.first, model=model, config=model.config)
         value = made[self.name]
         return value[0] if isinstance(value, list) else value
 
@@ -138,12 +140,14 @@ def bind(model: nn.Module, blocks_path: str, count: int, checkpoint: Checkpoint)
     held: dict[str, dict[tuple[int, str], LinearRef]] = {}
     linears: list[dict[str, BlockLinear]] = [{} for _ in range(count)]
     unused = []
-    converters, made_of = converters_of(model), dict[str, tuple[Any, dict[str, list[str]]]]()
+    converters, made_of = converters_of(model), dict[str, tuple[Any, str, dict[str, list[str]]]]()
     for tensor in checkpoint.tensors:
-        name = renamed(_moved(tensor, list_prefix, f"{blocks_path}."))
-        for candidate in (name, f"{getattr(model, 'base_model_prefix', '')}.{name}"):
-            if candidate in names:
-                name = candidate
+        own = _moved(tensor, list_prefix, f"{blocks_path}.")
+        other = renamed(own)
+        name = next(
+            (n for n in (f"{getattr(model, 'base_model_prefix', '')}.{other}", other, own) if n in names),
+            other,
+        )
         parts = by_tensor.get(tensor, [])
         module, _, last = name.rpartition(".")
         index = block_of(tensor) if list_prefix is not None and block_list(tensor) == list_prefix else None
@@ -190,13 +194,17 @@ def bind(model: nn.Module, blocks_path: str, count: int, checkpoint: Checkpoint)
         elif name in names:
             tensors[name] = tensor
         elif (match := converter_of(converters, name, names)) is not None:
-            converter, target, pattern = match
-            made_of.setdefault(target, (converter, {}))[1].setdefault(pattern, []).append(tensor)
+            converter, first, pattern = match
+            for target in made_with(converter, first):
+                made_of.setdefault(target, (converter, first, {}))[2].setdefault(pattern, []).append(tensor)
         elif index is not None and index < count:
             unused.append(tensor)
     converted = {
-        target: Conversion(target, converter, {p: tuple(t) for p, t in sources.items()})
-        for target, (converter, sources) in made_of.items()
+        target: Conversion(
+            target, converter, first, {p: tuple(sorted(t, key=_counted)) for p, t in sources.items()}
+        )
+        for target, (converter, first, sources) in made_of.items()
+        if target in names
     }
     prefixes = tuple(f"{list_prefix or blocks_path + '.'}{i}." for i in range(count))
     return Binding(tensors, held, tuple(linears), prefixes, converted, tuple(unused))
@@ -266,6 +274,18 @@ def converter_of(
         if pattern is not None and target in names:
             return converter, target, pattern
     return None
+
+
+def _counted(tensor: str) -> list[tuple[int, str]]:
+    """The order of tensors in which a second expert comes before a tenth."""
+    return [(int(p), "") if p.isdigit() else (0, p) for p in tensor.split(".")]
+
+
+def made_with(converter: Any, target: str) -> list[str]:
+    """The parameters that a converter makes of the tensors of which it makes ``target``: of one fused tensor
+    several, as queries, keys and values."""
+    first, *others = converter.target_patterns
+    return [target, *(target.replace(first, other) for other in others if first in target)]
 
 
 def _moved(tensor: str, list_prefix: str | None, blocks_prefix: str) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from quant.checkpoint.reader import Checkpoint
-from quant.models.binding import converter_of, converters_of, renamings_of
+from quant.models.binding import converter_of, converters_of, made_with, renamings_of
 from quant.models.implied import ANEW, one_of_each
 from quant.models.roles import block_list, block_of, kind_of
 from quant.offline import load_config, transformers
@@ -123,7 +123,7 @@ def _filled(
         if name_in_model is not None:
             filled[name_in_model] = tensor
         elif (match := next(made, None)) is not None:
-            filled[match[1]] = None
+            filled |= dict.fromkeys(made_with(match[0], match[1]))
         elif len(info.shape) > 1 and block_list(name) is not None:
             unknown |= {_block(n) for n in names}
     return filled, unknown

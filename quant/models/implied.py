@@ -54,6 +54,8 @@ _EMBEDDINGS = frozenset(
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImageTextToText")
 #: An expert's number in a tensor's name.
 _EXPERT = re.compile(r"\.experts\.(\d{1,9})\.")
+#: Keys that state how many experts every token visits.
+_SHARED_EXPERTS = frozenset({"n_shared_experts", "num_shared_experts"})
 #: Tensors of a block that predicts further tokens.
 _DRAFTING = re.compile(r"(^|\.)(eh_proj|enorm|hnorm|shared_head|embed_tokens)(\.|$)")
 #: What to do where the two differ.
@@ -317,6 +319,9 @@ def _expert_problems(file: _File) -> Iterator[str]:
         return  # a number for each block, or none
     idle = whole_number(stated(file.config, "zero_expert_num")) or 0  # they compute nothing
     allowed = (wanted, wanted + idle)
+    # some routers have a row for each shared expert too
+    shared = {n for k in _SHARED_EXPERTS for n in file.all_stated(k)}
+    routed = {*allowed, *(wanted + n for n in shared)}
     chosen = stated(file.config, "active")
     if isinstance(chosen, (int, float)) and not 1 <= chosen <= max(allowed):
         yield (
@@ -339,7 +344,7 @@ def _expert_problems(file: _File) -> Iterator[str]:
                 )
             for name, shape in names.items():
                 router = name.endswith(".weight") and len(shape) == 2 and "shared" not in name
-                if router and role_of(f"layers.0.{name}") == "router" and shape[0] not in allowed:
+                if router and role_of(f"layers.0.{name}") == "router" and shape[0] not in routed:
                     yield (
                         "router",
                         f"{file.decoder}{index}.{name} is {list(shape)} in the file, and the router of "
@@ -525,7 +530,7 @@ def _widths_explain(file: _File) -> Iterator[_Judge]:
         KEYS["intermediate_size"]
     )
     widths = set(_numbers(file.config, keys))
-    shared = set(_numbers(file.config, {"n_shared_experts", "num_shared_experts"}))
+    shared = set(_numbers(file.config, _SHARED_EXPERTS))
     wanted = {w * m for w in widths for m in (1, 2, *shared)}
     if stated(file.config, "model_type") == "recurrent_gemma":
         wanted |= {w // 2 for w in widths}  # whose number counts the gate's half and the other's
@@ -538,6 +543,8 @@ def _widths_explain(file: _File) -> Iterator[_Judge]:
         side = _INNER.get(last)
         if side is None or ".experts." in f".{module}." or not wanted:
             return None
+        if role_of(f"layers.0.{module}.{last}") == "attention":
+            return None  # a gate of its heads
         what = "outputs" if side == 0 else "inputs"
         return "" if shape[side] in wanted else f"{_any(widths)} {what} by config.json (intermediate_size)"
 

@@ -164,6 +164,12 @@ LAYOUTS = (
     ExpertLayout(("qwen3_5_moe_text", "qwen3_5_moe"), _GATED, names=_SAME, fused_only=False),
     ExpertLayout(("gemma4_text", "gemma4"), _GATED, names=_SAME),
     ExpertLayout(
+        ("aria_text", "aria"),
+        {"fc1": ("gate_proj", "up_proj"), "fc2": ("down_proj",)},
+        names=_SAME,
+        ending=".weight",
+    ),
+    ExpertLayout(
         ("mixtral", "minimax", "minimax_m2", "phimoe", "lfm2_moe", "deepseek_v4"),
         _GATED,
         names=_W123,

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Literal
 
 from quant.checkpoint.header import FLOATS, TensorInfo
+from quant.vllm.layers import OWN_HEADS
 
 #: ``tower``: of another modality, and what projects it into the decoder; ``mtp``: a head that predicts
 #: further tokens; ``router``: chooses experts or gates them; ``attention``: recurrent layers' mixers too.
@@ -123,8 +124,9 @@ def _role(kind: str) -> tuple[Role, str]:
     for role, pattern in _ROLES:
         if match := pattern.search(module):
             return role, match[1]
-    if module.rpartition(".")[2] == "output" and block_of(kind) is None:  # InternLM 2's head
-        return "head", "output"
+    last = module.rpartition(".")[2]
+    if (last == "output" and block_of(kind) is None) or module in OWN_HEADS:
+        return "head", last
     return "other", ""
 
 

@@ -22,12 +22,14 @@ from quant.errors import CheckpointError, NotFinite, first_line
 from quant.models.adapter import InputGroup, adapter_for
 from quant.models.binding import BlockLinear, bind
 from quant.models.calls import BlockCall, CallSharing, call_block
+from quant.models.classes import CannotRun, text_models
 from quant.models.experts import STAGES, Experts, experts_passed_over, find_experts
 from quant.models.roles import leftover
 from quant.models.sources import SourceFinder
-from quant.offline import load_config, transformers
+from quant.offline import load_config
 from quant.tensors import all_finite
 from quant.vllm.config import head_size, text_config
+from quant.vllm.layers import is_head
 
 #: Modules of a wrapper that no text goes through.
 _TOWER = re.compile(
@@ -35,40 +37,6 @@ _TOWER = re.compile(
 )
 #: Tokens that a block is run on to see what makes its inputs.
 _SOURCE_TOKENS = 8
-
-
-class CannotRun(CheckpointError):
-    """A model whose blocks cannot be run one by one: ``reason`` says why. The message goes on with what
-    quantizes it all the same; who wanted to run it for something else has another next step to offer.
-
-    Args:
-        row: whether a row of the family could help, which says where its blocks are and what shares an input.
-    """
-
-    def __init__(self, reason: str, row: bool = False):
-        add = "add a row for it as docs/adapters.md shows, or " if row else ""
-        super().__init__(
-            f"{reason}: {add}use what needs no data (--method minmax --outlier-suppression none), which "
-            "takes any architecture"
-        )
-        self.reason = reason
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Every parameter that a module registers goes to the meta device; buffers are left real."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and parameter.device.type != "meta":
-            parameter = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 class _Recorded(Exception):
@@ -153,22 +121,16 @@ class Skeleton:
                 del (
                     part.quantization_config
                 )  # weights come dequantized; transformers would build quantized modules
-        self.model: nn.Module = self._build(config)
-        self.model.eval()
-        for module in self.model.modules():
-            part = getattr(module, "config", None)
-            if part is not None and hasattr(part, "_experts_implementation"):
-                part._experts_implementation = "eager"  # one expert after another, on any device
-        self.config = self.model.config.get_text_config()  # type: ignore[operator,union-attr]
-        self.blocks_path = self._row.blocks if self._row else self._find_blocks()
-        self.blocks: nn.ModuleList = self.model.get_submodule(self.blocks_path)  # type: ignore[assignment]
-        self.binding = bind(self.model, self.blocks_path, len(self.blocks), checkpoint)
-        self._left_out = [
-            re.compile(pattern)
-            for module in self.model.modules()
-            for pattern in getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
-        ]
-        self._check_names()
+        problem: CannotRun | None = None
+        for model in text_models(config, checkpoint, self.dtype, self.kind):
+            try:
+                self._take(model)
+                break
+            except CannotRun as error:  # another class of the model may have the names of the file
+                problem = problem or error
+        else:
+            assert problem is not None
+            raise problem
         self._values = 0  # in the tuple that the model wants from a block; 0: it wants the states alone
         self._last: int | None = None  # the last block that is called; None until a pass has shown it
         self._aliases: dict[int, list[str]] = {}
@@ -184,32 +146,31 @@ class Skeleton:
         self._traced: dict[Any, tuple[InputGroup, ...]] = {}
         self._sourced: dict[Any, tuple[InputGroup, ...]] = {}
 
-    def _build(self, config: Any) -> nn.Module:
-        """The text decoder as a model of its own; for a wrapper whose decoder has no such class, the
-        wrapper."""
-        auto = transformers()
-        text = config.get_text_config()
-        tries = []
-        if text is not config:
-            tries.append((auto.AutoModelForCausalLM, text))
-            head = any(name.endswith("lm_head.weight") for name in self.checkpoint.tensors)
-            if getattr(config, "tie_word_embeddings", False) and not head:
-                text.tie_word_embeddings = True  # as the wrapper says
-        tries += [(auto.AutoModelForCausalLM, config)]
-        if text is not config:
-            tries += [(auto.AutoModelForImageTextToText, config)]
-        reason = ""
-        for kind, part in tries:
-            try:
-                with _parameters_on_meta(), torch.no_grad():
-                    return kind.from_config(part, dtype=self.dtype)
-            # an unknown class is a ValueError; a contradictory config fails inside a constructor in any way
-            except Exception as error:
-                reason = reason or first_line(error, 200)
-        raise CannotRun(
-            f"{self.checkpoint.path}: model type {self.kind!r} cannot be built as a causal language model "
-            f"({reason})"
-        )
+    def _take(self, model: nn.Module) -> None:
+        """Makes a model, whose parameters are on the meta device, the one whose blocks are filled.
+
+        Raises:
+            CannotRun: it has no list of blocks, or others than the file.
+        """
+        self.model = model.eval()
+        for module in model.modules():
+            part = getattr(module, "config", None)
+            if part is not None and hasattr(part, "_experts_implementation"):
+                part._experts_implementation = "eager"  # one expert after another, on any device
+        self.config = model.config.get_text_config()  # type: ignore[operator,union-attr]
+        self.blocks_path = self._row.blocks if self._row else self._find_blocks()
+        try:
+            blocks: Any = model.get_submodule(self.blocks_path)
+        except AttributeError as error:  # of a row that is written for another class
+            raise CannotRun(f"model type {self.kind!r} has no blocks at {self.blocks_path!r}") from error
+        self.blocks: nn.ModuleList = blocks
+        self.binding = bind(model, self.blocks_path, len(self.blocks), self.checkpoint)
+        self._left_out = [
+            re.compile(pattern)
+            for module in model.modules()
+            for pattern in getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
+        ]
+        self._check_names()
 
     @property
     def norm_offset(self) -> float:
@@ -402,13 +363,17 @@ class Skeleton:
         made = []
         for key, members in groups.items():
             if isinstance(key, tuple):
-                made.append(InputGroup(self._expert_linears(index, *key), "", experts=key[0], stage=key[1]))
+                if linears := self._expert_linears(index, *key):
+                    made.append(InputGroup(linears, "", experts=key[0], stage=key[1]))
             else:
                 made.append(InputGroup(tuple(dict.fromkeys(members)), ""))
         return tuple(made)
 
     def _expert_linears(self, index: int, path: str, stage: str) -> tuple[str, ...]:
-        """Names of all experts' linears of one product, expert by expert."""
+        """Names of all experts' linears of one product, expert by expert; none where transformers makes the
+        experts of the file's tensors in a way of its own."""
+        if f"{self.blocks_path}.{index}.{path}.down_proj" not in self.binding.experts:
+            return ()
         experts = next(e for e in find_experts(self.blocks[index]) if e.path == path)
         wanted = experts.projections if stage == "up" else ("down_proj",)
         places = {
@@ -422,6 +387,14 @@ class Skeleton:
                 names.append(places[expert, experts.parameter(projection), place.first])
         return tuple(names)
 
+    def _read_by_text(self, parameter: str) -> bool:
+        """Whether a parameter outside of the blocks may be reached by text: it is no part of what a wrapper
+        has for its other inputs."""
+        above = self.blocks_path.rpartition(".")[0]
+        return not _TOWER.search(parameter) and (
+            parameter.startswith(f"{above}.") or is_head(parameter.rpartition(".")[0])
+        )
+
     @contextmanager
     def outside(self) -> Iterator[None]:
         """Holds everything but the blocks in memory: embeddings, final norm, head.
@@ -434,8 +407,8 @@ class Skeleton:
         try:
             for names in self._outside:
                 stored = next((self.binding.tensors[n] for n in names if n in self.binding.tensors), None)
-                if stored is None and any(_TOWER.search(n) for n in names):
-                    continue  # of a wrapper's other inputs, which no text reaches
+                if stored is None and not any(self._read_by_text(n) for n in names):
+                    continue
                 if stored is None:
                     raise CannotRun(
                         f"{self.checkpoint.path}: has no tensor {names[0]!r}, which the model needs, or has "

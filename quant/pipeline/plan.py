@@ -45,6 +45,7 @@ from quant.vllm.layers import (
     form_problem,
     reordered,
     shape_problems,
+    unfound_expert,
 )
 from quant.vllm.names import misplaced_experts, unread_note
 
@@ -270,9 +271,11 @@ def plan_job(recipe: Recipe) -> JobPlan:
         kinds = model_types(checkpoint.config)
         problems += fused_problems(written, {**assignments, **carried_over}, everything, form, kinds)
         if form.quant_method is not None:
-            reason = expert_problem(kind, written.values(), form.name)
-            advice = "use that, leave them out with --ignore '*.experts.*', or use --target other"
-            problems += [f"{reason}: {advice}"] if reason else []
+            advice = "leave them out with --ignore '*.experts.*', or use --target other"
+            if reason := expert_problem(kind, written.values(), form.name):
+                problems.append(f"{reason}: use that, {advice}")
+            if unfound := unfound_expert(kinds, written):
+                problems.append(f"{unfound}: {advice}")
     if form.stacked:
         problems += stack_problems(refs.values(), written, form)
     if recipe.calibration_dataset and any(calibrated(recipe, a) for a in different):

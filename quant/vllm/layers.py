@@ -58,7 +58,7 @@ def stored_transposed(config: Mapping[str, Any], module: str) -> bool:
 
 #: Model types whose ordinary files hold the experts of a layer as [E, K, N].
 EXPERTS_TRANSPOSED = frozenset(
-    {"llama4_text", "llama4", "gpt_oss", "qwen3_vl_moe_text", "qwen3_vl_moe"}
+    {"llama4_text", "llama4", "gpt_oss", "qwen3_vl_moe_text", "qwen3_vl_moe", "aria_text", "aria"}
 )  # fmt: skip
 
 
@@ -186,14 +186,18 @@ def sharing_layers(linears: Iterable[str], kinds: Collection[str] = ()) -> list[
     return [[apart[n] for n in names] for names in fused_layers(apart, kinds).values()]
 
 
+#: Whole names of heads that are called by no word that no tower has too.
+OWN_HEADS = frozenset({"output", "head"})
+
+
 def is_head(module: str) -> bool:
     """Whether vLLM builds a module as its output head (`ParallelLMHead`), which is no linear to it; InternLM
-    2 calls its own ``output``.
+    2 calls its own ``output``, DeepSeek V4 ``head``.
 
     >>> is_head("model.language_model.lm_head")
     True
     """
-    return module.rpartition(".")[2] in ("lm_head", "embed_out") or module == "output"
+    return module.rpartition(".")[2] in ("lm_head", "embed_out") or module in OWN_HEADS
 
 
 #: Model types of whose experts vLLM reads one form alone → that format, and its scheme. gpt-oss: MXFP4 as
@@ -531,9 +535,9 @@ _SHARED_ROOTS = frozenset({
 
 
 #: Model types in whose lists vLLM renames what ends in ``.down_proj`` as it does weights, and then asks for
-#: an expert's projections by their old names (`models/gpt_oss.py`, ``hf_to_vllm_mapper``); expressions it
-#: leaves alone.
-_RENAMED_EXPERTS = frozenset({"gpt_oss"})
+#: an expert's projections by their old names (`models/gpt_oss.py`, ``hf_to_vllm_mapper``; of Aria, every
+#: projection: `models/aria.py`); expressions it leaves alone.
+_RENAMED_EXPERTS = frozenset({"gpt_oss", "aria"})
 #: Fused layers of decoder blocks that vLLM knows the shards of in every family, so that those are enough.
 _RESOLVED = frozenset({"qkv_proj", "gate_up_proj", "fused_qkv_a_proj", "experts"})
 
@@ -644,7 +648,7 @@ def split_of(name: str) -> Split:
     ('none', 'row')
     """
     parts = name.removesuffix(".weight").split(".")
-    if parts[-1] == "output":  # InternLM 2's head
+    if parts[-1] == "output" or name.removesuffix(".weight") in OWN_HEADS:
         return "vocab"
     return next((_SPLITS[part] for p in reversed(parts) if (part := _SUFFIX.sub("", p)) in _SPLITS), "none")
 

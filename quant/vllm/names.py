@@ -40,14 +40,24 @@ def unread_spellings(model_type: str, stored: Mapping[str, str]) -> list[str]:
 _NUMBERED = frozenset({"lfm2_moe", "minimax_m2", "deepseek_v4"})
 
 
+#: Model types whose loader renames every ``gate_proj`` and ``up_proj`` to a fused layer's, those of numbered
+#: experts too (`models/aria.py::AriaTextModel`, whose mapper is Llama's): half of each stays empty.
+_RENAMES_EXPERTS = frozenset({"aria"})
+
+
 def unfound_expert(kinds: Collection[str], linears: Iterable[str]) -> str | None:
     """What vLLM's loader would not find of a mixture's quantized experts, said of one of them; or None."""
-    if _NUMBERED.isdisjoint(kinds):
+    if not _NUMBERED.isdisjoint(kinds):
+        why = "vLLM looks for experts as w1, w3 and w2, and leaves these empty"
+    elif not _RENAMES_EXPERTS.isdisjoint(kinds):
+        why = (
+            "vLLM's loader of this family renames the projections of single experts, and leaves half of each "
+            "empty: it reads experts in 16 bits alone"
+        )
+    else:
         return None
     wrong = (n for n in linears if ".experts." in n and n.endswith(("gate_proj", "up_proj", "down_proj")))
-    return next(
-        (f"{n}: vLLM looks for experts as w1, w3 and w2, and leaves these empty" for n in wrong), None
-    )
+    return next((f"{n}: {why}" for n in wrong), None)
 
 
 #: Model types of which transformers 5 holds parts of a mixture under names of its own, and can save them so,

@@ -70,7 +70,8 @@ def info(name: str, *shape: int, dtype: str = "BF16") -> TensorInfo:
         ),
         (
             "head",
-            "lm_head.weight embed_out.weight output.weight language_model.lm_head.bias lm_head.qweight",
+            "lm_head.weight embed_out.weight output.weight head.weight language_model.lm_head.bias "
+            "lm_head.qweight",
         ),
         (
             "tower",
