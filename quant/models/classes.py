@@ -74,7 +74,8 @@ def text_models(config: Any, checkpoint: Checkpoint, dtype: torch.dtype, kind: s
     names = checkpoint.config.get("architectures")
     named = getattr(auto, str(names[0]), None) if isinstance(names, list) and names else None
     if isinstance(named, type) and issubclass(named, auto.PreTrainedModel):
-        tries += [(named._from_config, config)]
+        own: Any = named
+        tries += [(own._from_config, config)]
     reason, built = "", set()
     for make, part in tries:
         try:

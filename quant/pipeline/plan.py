@@ -45,9 +45,8 @@ from quant.vllm.layers import (
     form_problem,
     reordered,
     shape_problems,
-    unfound_expert,
 )
-from quant.vllm.names import misplaced_experts, unread_note
+from quant.vllm.names import misplaced_experts, unfound_expert, unread_note
 
 
 @dataclass(frozen=True)
