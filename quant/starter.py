@@ -60,7 +60,7 @@ _KEYS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
             ("outlier_suppression", "scales inputs before rounding: smooth_quant, awq or none"),
             ("alpha", "smooth_quant: share of the inputs' range that goes into the weights, or auto"),
             ("act_order", "gptq: order of columns, static or none"),
-            ("damping", "gptq: share of the Hessian's mean diagonal that is added to it"),
+            ("damping", "gptq: share of the Hessian's diagonal that is added to it"),
             ("clip_search", "search each group's range for the least error"),
             ("options", "any other setting of the method, by name"),
         ),

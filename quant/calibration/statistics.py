@@ -12,7 +12,7 @@ single piece of arithmetic after the forward passes, so how it is summed is deci
 - Any other CPU: fp32.
 
 Rounding to a step d adds about d²/12 to a feature's own power, so it acts as a little more damping, in
-proportion to the feature: at most 0.2 %, where the damping is 1 % of the mean.
+proportion to the feature: at most 0.2 %, where the damping is 1 %.
 ``benchmarks/hessian_precision.py`` measures it, and that it does not move KL. Only the lower triangle is
 computed, in panels, and mirrored at the end: about half of the work.
 """

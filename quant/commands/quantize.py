@@ -164,7 +164,7 @@ job_options = together(
         type=float,
         default=defaults.DAMPING,
         show_default=True,
-        help="gptq: share of the Hessian's mean diagonal that is added to it.",
+        help="gptq: share of the Hessian's diagonal that is added to it.",
     ),
     click.option(
         "--clip-search/--no-clip-search",

@@ -45,6 +45,8 @@ _WIDE, _NARROW = 192, 64
 #: Each rung multiplies the damping by ten; a Hessian that is not positive definite at the last one is not
 #: usable.
 _RUNGS = 4
+#: Share of the diagonal's mean that no element is below.
+LEAST = 1e-12
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class GPTQQuantizer:
     """Settings of GPTQ.
 
     Attributes:
-        damping: added to the Hessian's diagonal, as a share of its mean.
+        damping: added to the Hessian's diagonal, as a share of each element.
         act_order: ``static`` visits columns by falling importance (diagonal of H) with the groups of natural
             order, so the file needs no group index; ``none`` visits them in file order and takes each group's
             scale when it is reached, from the updated weights.
@@ -71,7 +73,7 @@ class GPTQQuantizer:
     def __post_init__(self) -> None:
         if not 0 < self.damping <= 1:
             raise ValueError(
-                f"damping is {self.damping}: a share of the Hessian's mean diagonal, above 0 and at most 1"
+                f"damping is {self.damping}: a share of the Hessian's diagonal, above 0 and at most 1"
             )
 
     @staticmethod
@@ -147,7 +149,7 @@ class GPTQQuantizer:
                 made = self._integers(chosen, parts, *given, scheme, scale_dtype(scheme, dtype))
             tensors |= dict(zip(solved, made, strict=True))
         return [
-            Quantized(tensors[i], self._fallbacks(*factors[i]), _notes(diagonals[i]))
+            Quantized(tensors[i], self._fallbacks(*factors[i]), dead_notes(diagonals[i]))
             for i in range(len(weights))
         ]
 
@@ -212,7 +214,7 @@ class GPTQQuantizer:
         ]
 
 
-def _notes(diagonal: torch.Tensor) -> tuple[str, ...]:
+def dead_notes(diagonal: torch.Tensor) -> tuple[str, ...]:
     """What a Hessian's diagonal says of the input."""
     if not (count := int((diagonal == 0).sum())):
         return ()
@@ -245,7 +247,7 @@ def factorize_together(
         for start in range(0, k, _ROWS):  # indexing the whole matrix twice would hold a third copy
             rows = slice(start, start + _ROWS)
             torch.index_select(hessian[reverse[rows]], 1, reverse, out=target[rows])
-    _damp(flipped.diagonal(dim1=1, dim2=2), damping)
+    damp(flipped.diagonal(dim1=1, dim2=2), damping)
     lower, failed = torch.linalg.cholesky_ex(flipped)
     del flipped
     usable = (failed == 0) & lower.diagonal(dim1=1, dim2=2).isfinite().all(1)
@@ -259,8 +261,8 @@ def factorize_together(
 def factorize(
     hessian: torch.Tensor, damping: float, order: torch.Tensor | None
 ) -> tuple[Factor | None, float]:
-    """R with R·Rᵀ = H + damping · mean(diag H) · I, rows and columns taken in ``order``. R takes the place of
-    ``hessian``.
+    """R with R·Rᵀ = H + damping · diag H (see :func:`damp`), rows and columns taken in ``order``. R takes the
+    place of ``hessian``.
 
     Factored in fp32; where that fails, in fp64 with the same damping, and then with ten times more until the
     last rung.
@@ -272,13 +274,13 @@ def factorize(
     for rung in range(_RUNGS):
         wanted = damping * 10**rung
         ordered = _ordered(hessian, order)
-        _damp(ordered.diagonal(), wanted)
+        damp(ordered.diagonal(), wanted, rung > 0)
         if _factored(ordered):
             hessian.set_(ordered)  # type: ignore[call-overload]  # or two matrices would wait for the solve
             return Factor(hessian), wanted
         visits = _visits(order, hessian)
         precise = hessian[visits][:, visits].double()
-        _damp(precise.diagonal(), wanted)
+        damp(precise.diagonal(), wanted, rung > 0)
         lower, failed = torch.linalg.cholesky_ex(precise.flip(0, 1))
         if not failed and bool(lower.diagonal().isfinite().all()):
             return Factor(lower.flip(0, 1).float()), wanted
@@ -300,11 +302,20 @@ def _ordered(hessian: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
     return ordered
 
 
-def _damp(diagonal: torch.Tensor, damping: float) -> None:
-    """Adds to the diagonal [..., K] of a matrix a share of its mean. Dead inputs, whose other elements are
-    zero too, get 1 before."""
+def damp(diagonal: torch.Tensor, damping: float, more: bool = False) -> None:
+    """Adds to each element of the diagonal [..., K] of a matrix a share of itself, so that codes do not
+    depend on the inputs' units: a share of the mean, which a few inputs of large activations set, would
+    outweigh all that the others have in common. Dead inputs, whose other elements are zero too, get 1 before,
+    and nearly dead ones :data:`LEAST` of the mean.
+
+    ``more``: the matrix is damaged, as one share was not enough; then none gets less than a share of the
+    mean."""
     diagonal[diagonal == 0] = 1.0
-    diagonal += damping * diagonal.mean(-1, keepdim=True)
+    mean = diagonal.mean(-1, keepdim=True)
+    if more:
+        diagonal += damping * torch.maximum(diagonal, mean)
+    else:
+        torch.maximum(diagonal, LEAST * mean, out=diagonal).mul_(1 + damping)
 
 
 def _factored(matrix: torch.Tensor) -> bool:

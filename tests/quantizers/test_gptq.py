@@ -64,7 +64,7 @@ def textbook(
     diagonal = hessian.diagonal().clone()
     dead = h.diagonal() == 0
     h[dead, dead] = 1
-    h += 0.01 * h.diagonal().mean() * torch.eye(k)
+    h += 0.01 * torch.diag(h.diagonal())
     visit = torch.argsort(diagonal, descending=True, stable=True) if order == "static" else torch.arange(k)
     upper = torch.linalg.cholesky(torch.linalg.inv(h[visit][:, visit]), upper=True)
     fixed = weight_parameters(weight.clone(), scheme, dtype, diagonal, search) if order == "static" else None
@@ -315,6 +315,21 @@ def test_a_factor_of_many_columns_multiplies_to_its_hessian(spoilt: int | None) 
     factor, damping = factorize(hessian.clone(), 0.01, order)
     assert factor is not None and (damping > 0.01) == (spoilt is not None)
     wanted = hessian[order][:, order].double()
-    wanted += damping * wanted.diagonal().mean() * torch.eye(450)
+    own, mean = wanted.diagonal().clone(), wanted.diagonal().mean()
+    wanted += damping * torch.diag(own if spoilt is None else torch.maximum(own, mean))
     upper = factor.upper.triu().double()
     torch.testing.assert_close(upper @ upper.t(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.max()))
+
+
+def test_codes_do_not_depend_on_the_units_of_the_inputs() -> None:
+    """An input a thousand times as large, read by weights a thousand times as small, is the same linear;
+    damping by the mean of the diagonal would let it take from the others what they have in common."""
+    weight, hessian, scheme = weight_of(24, 96), hessian_of(96), WeightScheme(4, 8)
+    factors = torch.ones(96)
+    factors[40:48] = 1024.0  # a group: its scales take it up
+    scaled = hessian * factors * factors[:, None]
+    plain, other = (
+        GPTQQuantizer(clip_search=False, act_order="none")(w, statistics(h), scheme, torch.float32).tensor
+        for w, h in ((weight.clone(), hessian), (weight / factors, scaled))
+    )
+    assert torch.equal(plain.codes, other.codes)
