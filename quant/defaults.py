@@ -6,6 +6,8 @@ from typing import Literal
 
 SAMPLES = 128
 SEQUENCE_LENGTH = 2048
+#: yaqa: rows that gradients are taken through, at the most
+GRADIENT_SAMPLES = 64
 SEED = 0
 EVALUATION_CHUNKS = 100
 EVALUATION_LENGTH = 512
@@ -21,7 +23,7 @@ MOE_CALIBRATION: Literal["routed", "all", "blend"] = "blend"
 DAMPING = 0.01
 ACT_ORDER: Literal["none", "static"] = "static"
 #: by method; others have none
-CLIP_SEARCH = {"gptq": True, "awq": True, "minmax": False}
+CLIP_SEARCH = {"gptq": True, "yaqa": True, "awq": True, "minmax": False}
 #: the outlier suppressor that is part of a method
 SUPPRESSORS = {"awq": "awq"}
 #: smooth_quant
@@ -67,4 +69,7 @@ METHODS = {
     "hqq": MethodRow("fits zero points to a heavy-tailed error, no data", False, "Badri and Shaji 2023"),
     "minmax": MethodRow("rounds to nearest between the extremes", False),
     "none": MethodRow("leaves weights as they are: smoothing alone", True),
+    "yaqa": MethodRow(
+        "gptq that feeds errors back along outputs too, by gradients of the whole model", True, "2505.22988"
+    ),
 }

@@ -187,6 +187,7 @@ class Recipe(LayerSettings):
     target: Literal["vllm", "other"] = "vllm"
     calibration_dataset: list[Path] = []
     samples: int = Field(defaults.SAMPLES, ge=1, le=100_000)
+    gradient_samples: int | None = Field(None, ge=1, le=100_000)
     sequence_length: Annotated[int | None, BeforeValidator(_tokens)] = Field(None, ge=8, le=10_000_000)
     shuffle: bool = False
     chat_template: bool | None = None

@@ -213,7 +213,7 @@ def recipe(model: Path, output: Path, **options: Any) -> Any:
     import quant
 
     values: dict[str, Any] = {"model_path": model, "output_path": output, "method": "minmax"}
-    if options.get("method") == "gptq":
+    if options.get("method") in ("gptq", "yaqa"):
         values |= {"samples": 8, "sequence_length": 64, "calibration_dataset": [short_text()]}
     return quant.make_recipe(values | options)
 

@@ -19,7 +19,7 @@ RECIPES = sorted(
 
 
 def test_the_original_names_are_there() -> None:
-    originals = {f"{n}_config.yaml" for n in ("gptq", "awq", "minmax", "smooth_quant", "hqq")}
+    originals = {f"{n}_config.yaml" for n in ("gptq", "yaqa", "awq", "minmax", "smooth_quant", "hqq")}
     assert originals | {"fp8.yaml", "w8a8.yaml", "nvfp4.yaml", "mixed.yaml"} <= {p.name for p in RECIPES}
 
 

@@ -29,7 +29,7 @@ import torch
 from quant.tensors import largest_magnitude
 
 #: What may be asked for.
-STATISTICS = frozenset({"hessian", "range", "sample"})
+STATISTICS = frozenset({"hessian", "range", "sample", "gradients"})
 #: Rows and columns of a block of the triangle, large enough for full speed; and of those along its diagonal,
 #: half of which are of no use.
 _PANEL, _SMALL = 2048, 512
@@ -53,9 +53,12 @@ class Statistics:
 
     Attributes:
         tokens: rows of x.
-        hessian: fp32 [K, K], mean of x xᵀ; or None.
+        hessian: fp32 [K, K], mean of x xᵀ; with ``gradients`` of ‖g‖² x xᵀ; or None.
         minimum, maximum: fp32 [K], the range of each feature; or None.
         sample: fp32 [≤ 512, K], inputs of tokens at even distances; or None.
+        gradients: fp32 [B, b, b], mean of ‖x‖² g gᵀ, where g is the gradient at the outputs of the one linear
+            that these statistics are of: blocks along its diagonal, the last one zero behind the last output;
+            or None.
     """
 
     tokens: int
@@ -63,6 +66,7 @@ class Statistics:
     minimum: torch.Tensor | None = None
     maximum: torch.Tensor | None = None
     sample: torch.Tensor | None = None
+    gradients: torch.Tensor | None = None
 
     @property
     def abs_max(self) -> torch.Tensor:
@@ -89,6 +93,7 @@ class Statistics:
             self.minimum,
             self.maximum,
             self.sample,
+            None if self.gradients is None else self.gradients.diagonal(dim1=1, dim2=2),
         ]
         return all(bool(torch.isfinite(x).all()) for x in given if x is not None)
 
@@ -112,7 +117,7 @@ class Statistics:
 
 class Accumulator:
     """Sums the statistics named in ``needs`` (``hessian``, ``range``, ``sample``) batch by batch, on the
-    device of the batches."""
+    device of the batches; for ``gradients`` see :class:`GradientAccumulator`."""
 
     def __init__(self, features: int, device: torch.device, needs: Iterable[str]):
         needs = set(needs)
@@ -128,9 +133,10 @@ class Accumulator:
         self._sample = torch.zeros(0, features, device=device) if "sample" in needs else None
         self._stride = 1
 
-    def add(self, inputs: torch.Tensor) -> None:
-        """Adds a batch [..., K] of any floating dtype."""
-        self._add(inputs.reshape(-1, inputs.shape[-1]), whole=False)
+    def add(self, inputs: torch.Tensor, whole: bool = False) -> None:
+        """Adds a batch [..., K] of any floating dtype; a ``whole`` one is not kept to be summed with the
+        next, which takes less memory and more time."""
+        self._add(inputs.reshape(-1, inputs.shape[-1]), whole)
 
     def _add(self, x: torch.Tensor, whole: bool) -> None:
         if self._sample is not None:
@@ -159,6 +165,52 @@ class Accumulator:
         hessian = None if gram is None else gram.finish().mul_(1 / max(self.tokens, 1))
         low, high = self._range or (None, None)
         return Statistics(self.tokens, hessian, low, high, self._sample)
+
+
+class GradientAccumulator:
+    """Sums the statistics named in ``needs`` of one linear, ``gradients`` among them, from its inputs and
+    from the gradients at its outputs.
+
+    Args:
+        blocks: number and size of the blocks of ``gradients``.
+    """
+
+    def __init__(
+        self, features: int, outputs: int, blocks: tuple[int, int], device: torch.device, needs: Iterable[str]
+    ):
+        needs = set(needs)
+        self._outputs, (count, self._size) = outputs, blocks
+        self._weighted = Accumulator(features, device, needs & {"hessian"})
+        self._plain = Accumulator(features, device, needs - {"hessian", "gradients"})
+        sizes = [min(self._size, outputs - i * self._size) for i in range(count)]
+        self._grams = [gram_for(size, device) for size in sizes]
+        self.tokens = 0
+
+    def add(self, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        """Adds a batch: inputs [..., K] and gradients [..., N], of any floating dtypes."""
+        x, g = inputs.reshape(-1, inputs.shape[-1]), gradients.reshape(-1, gradients.shape[-1])
+        self.tokens += len(x)
+        self._plain.add(x)
+        # 8 bits of a weight are enough; fp16 has no room for the smallest
+        wide = torch.float32 if x.dtype == torch.float16 else x.dtype
+        sizes = [
+            torch.linalg.vector_norm(t, dim=1, keepdim=True, dtype=torch.float32).to(wide) for t in (x, g)
+        ]
+        self._weighted.add(x.to(wide) * sizes[1], whole=True)
+        g = g.to(wide) * sizes[0]
+        for gram, part in zip(self._grams, g.split(self._size, 1), strict=True):
+            gram.add_whole(part.contiguous())
+
+    def finish(self) -> Statistics:
+        """The statistics; the sums are handed over, not copied."""
+        device = self._grams[0].total.device
+        gradients = torch.zeros(len(self._grams), self._size, self._size, device=device)
+        for target, gram in zip(gradients, self._grams, strict=True):
+            size = len(gram.total)
+            target[:size, :size] = gram.finish().mul_(1 / max(self.tokens, 1))
+        self._grams.clear()
+        made = self._plain.finish()
+        return replace(made, hessian=self._weighted.finish().hessian, gradients=gradients)
 
 
 class Gram:

@@ -88,7 +88,13 @@ calibration_options = together(
         default=None,
         help="Send plain text through the chat template; or join messages as text.",
     ),
-    click.option("--seed", type=int, default=defaults.SEED, show_default=True, help="Of --shuffle."),
+    click.option(
+        "--seed",
+        type=int,
+        default=defaults.SEED,
+        show_default=True,
+        help="Of --shuffle, and of yaqa's draws at the logits.",
+    ),
 )
 
 #: The options of a quantization; each is a field of the recipe of the same name. Those that are not given are
@@ -101,8 +107,8 @@ job_options = together(
         metavar="NAME",
         shell_complete=options.completed("methods"),
         show_default="as recommended for the GPU, or for --scheme",
-        help="Rounding method: minmax, gptq, awq, hqq; fp8, which is minmax with an FP8 scheme; none, for "
-        "smoothing alone.",
+        help="Rounding method: minmax, gptq, yaqa, awq, hqq; fp8, which is minmax with an FP8 scheme; none, "
+        "for smoothing alone.",
     ),
     options.scheme(by_method(DEFAULT_SCHEME, _OWN_SCHEMES)),
     click.option("--bits", type=int, show_default="the scheme's", help="2, 3, 4 or 8."),
@@ -164,7 +170,7 @@ job_options = together(
         type=float,
         default=defaults.DAMPING,
         show_default=True,
-        help="gptq: share of the Hessian's diagonal that is added to it.",
+        help="gptq, yaqa: share of the Hessian's diagonal that is added to it.",
     ),
     click.option(
         "--clip-search/--no-clip-search",
@@ -183,6 +189,12 @@ job_options = together(
     options.format_(defaults.FORMAT),
     options.target,
     calibration_options,
+    click.option(
+        "--gradient-samples",
+        type=int,
+        show_default=f"{defaults.GRADIENT_SAMPLES}, or --samples where that is less",
+        help="yaqa: rows that gradients are taken through, the first of --samples.",
+    ),
     click.option(
         "--layers",
         metavar="SPEC",

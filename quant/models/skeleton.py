@@ -201,7 +201,7 @@ class Skeleton:
         """
         if self._row is not None:
             return self._row.groups
-        kind = self._kind(index)
+        kind = self.layout(index)
         if kind not in self._traced:
             self._traced[kind] = self._trace(index)
         return self._traced[kind]
@@ -212,12 +212,12 @@ class Skeleton:
         groups = self.groups(index)
         if self._row is not None or not groups:
             return groups
-        kind = self._kind(index)
+        kind = self.layout(index)
         if kind not in self._sourced:
             self._sourced[kind] = self._find_sources(index, groups)
         return self._sourced[kind]
 
-    def _kind(self, index: int) -> tuple[Any, ...]:
+    def layout(self, index: int) -> tuple[Any, ...]:
         """What blocks that are laid out alike have in common."""
         block = self.blocks[index]
         return (
@@ -424,10 +424,11 @@ class Skeleton:
                     self._set(name, kept[names[0]])
 
     def _run_outside(
-        self, module: nn.Module, tokens: torch.Tensor, result: torch.Tensor | None
+        self, module: nn.Module, tokens: torch.Tensor, result: torch.Tensor | None, gradients: bool = False
     ) -> tuple[Any, torch.Tensor, list[tuple[tuple[Any, ...], dict[str, Any]] | None]]:
         """Runs ``module`` (the whole model, or it without its head) on token ids [B, T] with recorders for
-        blocks; the values that each is called with, None of one that is not called, are not copied."""
+        blocks; the values that each is called with, None of one that is not called, are not copied.
+        ``gradients``: those of what comes of ``result`` can be taken."""
         calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         parent_path, _, name = self.blocks_path.rpartition(".")
         parent, count, output = self.model.get_submodule(parent_path), len(self.blocks), None
@@ -437,19 +438,19 @@ class Skeleton:
         )
         setattr(parent, name, nn.ModuleList(recorders))
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(gradients):
                 output = module(input_ids=tokens.to(self.device), use_cache=False)
         except _Recorded:
             pass
         except _TakesFirst:
             self._values = 1
-            return self._run_outside(module, tokens, result)
+            return self._run_outside(module, tokens, result, gradients)
         except ValueError as error:
             wanted = re.match(r"not enough values to unpack \(expected (\d+)", str(error))
             if wanted is None or int(wanted[1]) <= self._values:
                 raise
             self._values = int(wanted[1])
-            return self._run_outside(module, tokens, result)
+            return self._run_outside(module, tokens, result, gradients)
         finally:
             setattr(parent, name, self.blocks)
         if not calls:
@@ -457,7 +458,7 @@ class Skeleton:
         if self._last is None:
             self._last = max(calls)
             if result is not None and self._last != last:
-                return self._run_outside(module, tokens, result)
+                return self._run_outside(module, tokens, result, gradients)
         return (
             output,
             calls[min(calls)][0][0],
@@ -495,6 +496,18 @@ class Skeleton:
         :meth:`outside`."""
         output, _, _ = self._run_outside(self.model, batch, hidden)
         return output.logits
+
+    def head_gradient(
+        self, batch: torch.Tensor, hidden: torch.Tensor, upstream: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Gradient [B, T, H], by the last block's output, of what has the gradient ``upstream(logits)`` by
+        the logits [B, T, V]; call it inside :meth:`outside`."""
+        leaf = hidden.detach().requires_grad_()
+        output, _, _ = self._run_outside(self.model, batch, leaf, gradients=True)
+        logits = output.logits
+        given = upstream(logits.detach()).to(logits.dtype)
+        (made,) = torch.autograd.grad(logits, leaf, given)
+        return made
 
     def give_state(
         self, index: int, hidden: Sequence[torch.Tensor], calls: Sequence[Sequence[BlockCall]]

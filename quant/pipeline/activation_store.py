@@ -259,10 +259,14 @@ class Batches:
         """The number of a batch of the fewest rows, and a copy of it."""
         sizes = [entry[0].numel() for entry in self._entries if entry is not None]
         index = sizes.index(min(sizes))
+        return index, self.copy(index)
+
+    def copy(self, index: int) -> torch.Tensor:
+        """A copy of a batch, which stays here."""
         hidden = self.take(index)
         copy = hidden.clone()
         self.put(index, hidden)
-        return index, copy
+        return copy
 
     def take(self, index: int) -> torch.Tensor:
         """Hands a batch over: it is no longer held here."""

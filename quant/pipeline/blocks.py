@@ -16,13 +16,15 @@ from torch import nn
 from quant.calibration.statistics import Accumulator
 from quant.models.adapter import InputGroup
 from quant.models.attention import observed_attention
+from quant.models.binding import BlockLinear
 from quant.models.experts import Routed
 from quant.models.skeleton import Skeleton
 from quant.outlier_suppression import Suppressor
 from quant.pipeline.activation_store import ActivationStore, Batches, Calls
 from quant.pipeline.expert_solves import ERROR_TOKENS, ExpertSolver
 from quant.pipeline.experts import ExpertInputs
-from quant.pipeline.group_solves import BlockResult, BlockUnderWay, GroupSolver, demand_finite
+from quant.pipeline.gradients import Seen
+from quant.pipeline.group_solves import BlockResult, BlockUnderWay, GroupSolver, Kin, demand_finite
 from quant.pipeline.memory import MAPPED, give_back
 from quant.pipeline.plan import JobPlan
 from quant.pipeline.records import Clock, Records
@@ -139,6 +141,57 @@ class BlockQuantizer:
         made.finish_cache(cache)
         clock["forward"] += time.perf_counter() - before - (clock["statistics"] + clock["solve"] - other)
         return made
+
+    def quantize_seen(self, skeleton: Skeleton, index: int, block: nn.Module, seen: Seen) -> BlockResult:
+        """Quantizes the chosen linears of one block, each by what a pass through the full-precision model has
+        shown of it."""
+        prefix, linears, made = skeleton.block_prefix(index), skeleton.linears(index), BlockResult()
+        every = skeleton.sourced_groups(index) if any(self.suppressors.values()) else skeleton.groups(index)
+        work = BlockUnderWay(block, linears, prefix, every, skeleton.norm_offset, made)
+        chosen = self._chosen_groups(every, prefix)
+        self._round_unseen(work, chosen)
+        with self.clock.phase("statistics"):
+            statistics = seen.finish()
+        for key, whole in chosen.items():
+            group = key if key.norm_offset is not None else replace(key, norm_offset=work.norm_offset)
+            for name in group.linears:
+                start = time.perf_counter()
+                weight, own = work.weights([name])[0], statistics.pop(name)
+                with self.clock.phase("solve"), torch.no_grad():
+                    give_back()
+                    demand_finite(own, prefix + name)
+                    alone, kin = replace(group, linears=(name,)), self._kin_of(work, whole, name)
+                    (result,), factors = self.solver.solve(alone, kin, prefix, [weight], own, made)
+                    sample = seen.samples.pop(name, None)
+                    _, evidence = self.solver.going_on(result.tensor, weight, factors, sample)
+                seconds = time.perf_counter() - start
+                self.records.add(prefix + name, result, *evidence, own.tokens, seconds)
+        return made
+
+    def seen_linears(self, skeleton: Skeleton, index: int) -> dict[str, tuple[BlockLinear, frozenset[str]]]:
+        """The linears of a block that are quantized by what a pass shows, and what is asked of it."""
+        prefix, linears = skeleton.block_prefix(index), skeleton.linears(index)
+        return {
+            name: (linears[name], self.solver.needs(self.plan.assignments[prefix + name]))
+            for group in self._chosen_groups(skeleton.groups(index), prefix)
+            for name in group.linears
+        }
+
+    def gradient_linears(self, skeleton: Skeleton, index: int) -> dict[str, BlockLinear]:
+        """Those of them that gradients are asked of."""
+        return {n: x for n, (x, needs) in self.seen_linears(skeleton, index).items() if "gradients" in needs}
+
+    def _kin_of(self, work: BlockUnderWay, whole: InputGroup, name: str) -> Kin:
+        """All that reads what one linear of a group reads."""
+        kin = self.solver.kin(work, whole)
+        others = [n for n in whole.linears if n != name]
+        if not others:
+            return kin
+
+        def rows() -> list[torch.Tensor]:
+            return [w.float() for w in work.weights(others)] + kin.rows()
+
+        return Kin(kin.whole, True, rows)
 
     def _round_unseen(self, work: BlockUnderWay, groups: Collection[InputGroup]) -> None:
         """Linears whose inputs no pass shows."""

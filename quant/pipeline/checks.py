@@ -38,6 +38,9 @@ def assignment_problems(recipe: Recipe, assignments: Sequence[Assignment], form:
             problems.append(f"scheme {scheme} in format {form.name}: {reason}")
         if recipe.target == "vllm":
             problems += target_problems(scheme, form.name, recipe.gpu, recipe.vllm_version)
+    needs = frozenset[str]().union(*(QuantizerRegistry.get(a.method).needs for a in assignments))
+    if recipe.gradient_samples is not None and "gradients" not in needs:
+        problems.append("--gradient-samples belongs to --method yaqa: name it, or leave the rows out")
     for assignment in assignments:
         if reason := QuantizerRegistry.get(assignment.method).refuse(assignment.scheme.weights):
             problems.append(f"--method {assignment.method}: {reason}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quant.calibration.statistics import Accumulator, Statistics
+from quant.calibration.statistics import Accumulator, GradientAccumulator, Statistics
 from quant.checkpoint.dtypes import TORCH
 from quant.models.adapter import InputGroup
 from quant.models.experts import find_experts
@@ -22,6 +22,7 @@ from quant.models.skeleton import Skeleton
 from quant.outlier_suppression.base import Place
 from quant.pipeline.manager import QuantizationManager
 from quant.quantizers import quantize_many
+from quant.quantizers.two_sided import blocks_of
 from quant.recipe import Assignment
 from quant.vllm.config import stated
 
@@ -30,8 +31,11 @@ from quant.vllm.config import stated
 _SIZES, _TIMED_SECONDS = ((64, 256), (128, 512), (256, 1024), (512, 2048)), 1.0
 #: Sides of the product that is timed.
 _SIDE = 2048
-#: Bytes of a weight while it is solved: fp32 with its errors and codes.
-_SOLVED = 9
+#: Bytes of a weight while it is solved: fp32 with its errors and codes; and with what a method of two sides
+#: holds beside them.
+_SOLVED, _SOLVED_TWICE = 9, 40
+#: Products of a weight and token with gradients: forward, again, and back.
+_PASSES = 3
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ class Counter:
         )
         whole = sum(p.numel() for p in block.parameters())
         seconds = tokens * (whole - routed + routed * active) * self._product_seconds()
+        if plan.gradients:
+            return self._with_gradients(index, tokens, _PASSES * seconds, whole)
         largest = 0
         for group in skeleton.groups(index):
             chosen = [n for n in group.linears if prefix + n in plan.linears]
@@ -93,6 +99,21 @@ class Counter:
             largest = max(largest, _SOLVED * together * k + (4 * k * k if rates.power == 2 else 0))
         # weights, their codes until they are written, and the largest group's solve
         return BlockWork(seconds, whole * (skeleton.dtype.itemsize + 1) + largest)
+
+    def _with_gradients(self, index: int, tokens: int, seconds: float, whole: int) -> BlockWork:
+        """The work of a block of ``whole`` weights whose linears are all summed in one pass of so many
+        seconds."""
+        plan, prefix, held, largest = self._manager.plan, self._skeleton.block_prefix(index), 0, 0
+        for group in self._skeleton.groups(index):
+            for name in group.linears:
+                if (linear := plan.linears.get(prefix + name)) is None:
+                    continue
+                n, k, rates = linear.n, linear.k, self._of(plan.assignments[prefix + name])
+                seconds += rates.statistics * tokens * k * k + rates.solve * n * k**rates.power
+                count, size = blocks_of(n)
+                held += 4 * (k * k + count * size * size)
+                largest = max(largest, _SOLVED_TWICE * n * k + 8 * k * k)
+        return BlockWork(seconds, whole * (self._skeleton.dtype.itemsize + 1) + held + largest)
 
     def _passes(self, group: InputGroup, experts: Mapping[str, int], active: float) -> float:
         """How many times a token is summed for a group: by the experts that it is sent to, and once for what
@@ -139,6 +160,10 @@ class Counter:
         dtype = TORCH[manager.plan.dtype]
 
         def summed() -> Statistics:
+            if "gradients" in needs:
+                both = GradientAccumulator(k, n, blocks_of(n), manager.device, needs)
+                both.add(inputs, inputs[:, :n])
+                return both.finish()
             sums = Accumulator(k, manager.device, needs)
             sums.add(inputs)
             return sums.finish()

@@ -26,6 +26,7 @@ from quant.models.skeleton import Skeleton
 from quant.pipeline.activation_store import ActivationStore, Batches, Calls
 from quant.pipeline.checks import check_disk
 from quant.pipeline.counted import BlockWork, Counter
+from quant.pipeline.gradients import GradientStream, Seen
 from quant.pipeline.manager import QuantizationManager, batch_rows, memory_exhausted, worker_count
 from quant.pipeline.memory import freed_memory_kept, peak_rss
 from quant.pipeline.pieces import PieceQuantizer
@@ -96,7 +97,7 @@ def estimate(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
                 torch.cuda.mem_get_info(manager.device)[1] if manager.device.type == "cuda" else memory.total
             )
             _check_memory(_least(plan, skeleton), there)
-            cost = _of_blocks(manager, rows, skeleton, progress)
+            cost = (_of_gradients if plan.gradients else _of_blocks)(manager, rows, skeleton, progress)
         else:
             prepared, cost = 0.0, _try_linears(manager, progress)
     seconds = prepared + cost.seconds + plan.checkpoint.nbytes / _READ + plan.output_bytes / _WRITTEN
@@ -160,6 +161,67 @@ def _counted(
     if manager.device.type != "cpu":
         return Cost(seconds, peak_rss() + waiting - resident, 0, memory + resident, tried=False)
     return Cost(seconds, peak_rss() + memory + resident, waiting - resident, tried=False)
+
+
+def _of_gradients(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, progress: Progress) -> Cost:
+    """Of a job that takes gradients: the inputs of all blocks wait at once."""
+    plan, count = manager.plan, skeleton.block_count
+    tokens, _ = manager.batches(rows)
+    total = sum(t.numel() for t in tokens)
+    trial = tokens[: len(_trial_rows(manager, rows))]
+    tried = sum(t.numel() for t in trial)
+    counter, kinds = Counter(manager, skeleton), _kinds(plan, skeleton)
+    few = sum(p.numel() for index, _ in kinds for p in skeleton.blocks[index].parameters()) <= _FEW
+    there = few or sum(counter.block(index, tried).seconds for index, _ in kinds) <= TRIAL_SECONDS
+    store, seconds, most = ActivationStore(_RESIDENT, None), 0.0, 0
+    try:
+        stream = GradientStream(skeleton, trial, None, store, plan.recipe.seed)
+        start = time.perf_counter()
+        with skeleton.outside():
+            read = time.perf_counter() - start
+            seen = stream.time_logits()
+        seconds += read + seen * total
+        if there:
+            for number, (index, several) in enumerate(kinds):
+                progress(Event("trial", number, len(kinds)))
+                passed, solved = _try_gradients(manager, skeleton, stream, index)
+                seconds += several * (passed * total / tried + solved)
+        else:
+            found = [(counter.block(index, total), several) for index, several in kinds]
+            seconds += sum(work.seconds * several for work, several in found)
+            most = max(work.memory for work, _ in found)
+        width = stream.width
+    finally:
+        store.close()
+    waiting = (count + 2) * total * width
+    resident = min(waiting, manager.resident_bytes())
+    if manager.device.type != "cpu":
+        peak = torch.cuda.max_memory_allocated(manager.device) if there else most
+        return Cost(seconds, peak_rss() + waiting - resident, 0, peak + resident, there)
+    return Cost(seconds, peak_rss() + most + max(resident - store.most, 0), waiting - resident, tried=there)
+
+
+def _try_gradients(
+    manager: QuantizationManager, skeleton: Skeleton, stream: GradientStream, index: int
+) -> tuple[float, float]:
+    """Seconds of the passes of the trial's tokens through one block, and of reading and quantizing it."""
+    plan = manager.plan
+    start = time.perf_counter()
+    block = skeleton.load_block(index)
+    loaded = time.perf_counter() - start
+    seen = Seen(manager.blocks.seen_linears(skeleton, index))
+    start = time.perf_counter()
+    stream.forward(index, block)
+    stream.drop_outputs()
+    stream.backward(index, block, seen)
+    passed = time.perf_counter() - start
+    start = time.perf_counter()
+    made = manager.blocks.quantize_seen(skeleton, index, block, seen)
+    for name, tensor in made.linears.items():
+        plan.format.pack(plan.linears[name], tensor, TORCH[plan.dtype])
+    solved = time.perf_counter() - start
+    skeleton.free_block(index)
+    return passed, 2 * loaded + solved
 
 
 def _trial_rows(manager: QuantizationManager, rows: Rows) -> list[torch.Tensor]:

@@ -28,10 +28,13 @@ from quant.evaluation.verify import verify
 from quant.formats import Contents
 from quant.formats.reading import read_linear, read_stack, read_weight
 from quant.models.account import LARGEST_REST
+from quant.models.attention import observed_attention
 from quant.models.skeleton import Skeleton
 from quant.pipeline.activation_store import ActivationStore, Batches, Calls
-from quant.pipeline.blocks import BlockQuantizer, BlockResult
+from quant.pipeline.blocks import BlockQuantizer
 from quant.pipeline.folding import unfolded
+from quant.pipeline.gradients import GradientStream, Seen, gradient_problem
+from quant.pipeline.group_solves import BlockResult
 from quant.pipeline.layout import Unit
 from quant.pipeline.memory import freed_memory_kept, give_back, peak_rss
 from quant.pipeline.methods import make_quantizer, suppressor_of
@@ -62,7 +65,15 @@ RESIDENT_CPU = 256 << 20
 MOST_WORKERS, UNITS_UNDER_WAY = 4, 2
 #: Keys of a recipe that say which text is read.
 CALIBRATION = frozenset(
-    {"calibration_dataset", "samples", "sequence_length", "shuffle", "chat_template", "seed"}
+    {
+        "calibration_dataset",
+        "samples",
+        "gradient_samples",
+        "sequence_length",
+        "shuffle",
+        "chat_template",
+        "seed",
+    }
 )
 
 
@@ -143,7 +154,7 @@ class QuantizationManager:
             kept = "; finished blocks are kept, but other settings start over"
             with self.clock.phase("quantize"), freed_memory_kept(), memory_exhausted(self.device, kept):
                 if rows is not None and skeleton is not None:
-                    self._calibrated(skeleton, rows, work)
+                    (self._by_gradients if self.plan.gradients else self._calibrated)(skeleton, rows, work)
                 else:
                     self._data_free(work)
             report = self._finish(work, rows, start)
@@ -178,6 +189,12 @@ class QuantizationManager:
                 skeleton.sourced_groups(index)
         if problem := unseen_problem(self.plan, skeleton, known):
             raise QuantError(problem)
+        if self.plan.gradients:
+            self.progress(Event("text", detail="gradients through a block of each kind"))
+            if problem := gradient_problem(skeleton, lambda i: self.blocks.gradient_linears(skeleton, i)):
+                raise QuantError(
+                    f"{problem}: --method {self.plan.recipe.method} needs gradients: use --method gptq"
+                )
         return rows, skeleton
 
     def _fingerprint(self, rows: Rows | None) -> dict[str, Any]:
@@ -208,14 +225,10 @@ class QuantizationManager:
         try:
             self.progress(Event("quantize", detail="embedding"))
             with self.clock.phase("embed"):
-                tokens = [
-                    *rows.tokens.split(batch_rows(self.device, rows.tokens.shape[1])),
-                    *([rows.held_out] if rows.held_out is not None else []),
-                ]
+                tokens, held_out = self.batches(rows)
                 calls = Calls(store)
                 batches = Batches(store, skeleton.embedded(tokens, calls.append))
-                held_out = len(tokens) - 1 if rows.held_out is not None else None
-            for unit in self._units(work):
+            for unit in self._units(work, self.plan.units):
                 if unit.block is None or unit.block >= skeleton.block_count:
                     if unit.name not in work.finished:
                         self._write(unit, work, BlockResult())
@@ -246,6 +259,64 @@ class QuantizationManager:
         finally:
             self.scratch_bytes = store.spilled_bytes
             store.close()
+
+    def _by_gradients(self, skeleton: Skeleton, rows: Rows, work: WorkFolder) -> None:
+        """The loop of methods that need gradients of the whole model: forward through the blocks, then back,
+        each quantized as the gradients come through it. See :mod:`quant.pipeline.gradients`."""
+        store = ActivationStore(self.resident_bytes(), work.path / "activations.bin")
+        blocks = {u.block: u for u in self.plan.units if u.block is not None}
+        count = skeleton.block_count
+        try:
+            self.progress(Event("quantize", detail="embedding"))
+            tokens, held_out = self.batches(rows)
+            with self.clock.phase("embed"):
+                stream = GradientStream(skeleton, tokens, held_out, store, self.plan.recipe.seed)
+            # nothing is to be learned of blocks before the first that is left to do
+            todo = [i for i in range(count) if i not in blocks or blocks[i].name not in work.finished]
+            caches = {}
+            for index in range(count) if todo else ():
+                self.progress(Event("quantize", index, 2 * count, detail=f"forward through block {index}"))
+                with self.clock.phase("forward"):
+                    block, made = skeleton.load_block(index), BlockResult()
+                    wanted = [spec.name for spec in blocks[index].made] if index in blocks else []
+                    observing = observed_attention(block, made.observe_cache) if wanted else None
+                    stream.forward(index, block, observing)
+                    made.finish_cache(wanted)
+                    caches[index] = made.changed
+                    skeleton.free_block(index)
+                give_back()
+            if todo:
+                self.progress(Event("quantize", count, 2 * count, detail="gradients at the logits"))
+                with self.clock.phase("logits"):
+                    stream.at_logits()
+            backwards = sorted(self.plan.units, key=lambda u: _place_from_the_end(u.block, count))
+            for unit in self._units(work, backwards):
+                if unit.block is None or unit.block >= count:
+                    if unit.name not in work.finished:
+                        self._write(unit, work, BlockResult())
+                    continue
+                index = unit.block
+                if not todo or index < todo[0]:
+                    continue
+                block, finished = skeleton.load_block(index), unit.name in work.finished
+                seen = None if finished else Seen(self.blocks.seen_linears(skeleton, index))
+                with self.clock.phase("backward"):
+                    stream.backward(index, block, seen)
+                if seen is not None:
+                    made = self.blocks.quantize_seen(skeleton, index, block, seen)
+                    made.changed |= caches.pop(index)
+                    self._write(unit, work, made)
+                skeleton.free_block(index)
+                give_back()
+        finally:
+            self.scratch_bytes = store.spilled_bytes
+            store.close()
+
+    def batches(self, rows: Rows) -> tuple[list[torch.Tensor], int | None]:
+        """The batches that go through the blocks, and which of them is the held-out row."""
+        tokens = [*rows.tokens.split(batch_rows(self.device, rows.tokens.shape[1]))]
+        held_out = None if rows.held_out is None else len(tokens)
+        return [*tokens, *([rows.held_out] if rows.held_out is not None else [])], held_out
 
     def _finished_weights(self, unit: Unit, work: WorkFolder) -> dict[str, torch.Tensor]:
         """Dequantized weights of a finished block, read back from its shards."""
@@ -309,7 +380,7 @@ class QuantizationManager:
         try:
             ahead = (start(u) for u in self.plan.units if u.name not in work.finished)
             under_way = deque(islice(ahead, 1))
-            for unit in self._units(work):
+            for unit in self._units(work, self.plan.units):
                 if unit.name not in work.finished:
                     under_way.extend(islice(ahead, 1))
                     with self.clock.phase("write"):
@@ -322,8 +393,7 @@ class QuantizationManager:
 
     # --- shared ---------------------------------------------------------------------------------------------
 
-    def _units(self, work: WorkFolder) -> Iterator[Unit]:
-        units = self.plan.units
+    def _units(self, work: WorkFolder, units: Sequence[Unit]) -> Iterator[Unit]:
         for number, unit in enumerate(units):
             start, before = time.perf_counter(), unit.name in work.finished
             self.progress(Event("quantize", number, len(units), detail=_shown(unit)))
@@ -473,6 +543,12 @@ class QuantizationManager:
         """Settings of the methods that a format may have a word for."""
         orders = (str(getattr(q, "act_order", "none")) for q in self.quantizers.values())
         return {"act_order": next((order for order in orders if order != "none"), "none")}
+
+
+def _place_from_the_end(block: int | None, count: int) -> int:
+    """The place of a unit among all where the last of ``count`` blocks comes first, and what lies outside
+    them at the end."""
+    return count if block is None or block >= count else count - 1 - block
 
 
 def _shown(unit: Unit) -> str:

@@ -9,6 +9,7 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
+from quant import defaults
 from quant.calibration.files import empty_texts
 from quant.checkpoint.reader import Checkpoint
 from quant.checkpoint.writer import TensorSpec
@@ -94,6 +95,18 @@ class JobPlan:
             return {"notes": list(self.notes)} if self.notes else None
         taken = {self.refs[n].tensor for n in self.linears}
         return self.source.summary(taken, self.kept) | {"notes": list(self.notes)}
+
+    @cached_property
+    def gradients(self) -> bool:
+        """Whether a method of the job asks for gradients of the whole model."""
+        return any("gradients" in make_quantizer(a).needs for a in set(self.assignments.values()))
+
+    @property
+    def rows(self) -> int:
+        """Calibration rows that are read."""
+        recipe = self.recipe
+        most = recipe.gradient_samples or defaults.GRADIENT_SAMPLES
+        return min(recipe.samples, most) if self.gradients else recipe.samples
 
     @property
     def schemes(self) -> list[Scheme]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from quant import defaults
 from quant.calibration.files import bundled
 from quant.calibration.text import Rows, calibration_rows
@@ -22,16 +24,23 @@ def job_rows(plan: JobPlan) -> Rows:
     length = recipe.sequence_length or min(defaults.SEQUENCE_LENGTH, longest or defaults.SEQUENCE_LENGTH)
     if longest is not None and length > longest:
         raise UsageError(f"--sequence-length is {length}: the model's longest context is {longest}")
-    return calibration_rows(
+    rows = calibration_rows(
         load_tokenizer(checkpoint.path),
         recipe.calibration_dataset or [bundled("wikipedia")],
-        recipe.samples,
+        plan.rows,
         length,
         vocabulary=vocabulary_size(checkpoint.config) or 2**31,
         shuffle=recipe.shuffle,
         seed=recipe.seed,
         chat_template=recipe.chat_template,
     )
+    if "samples" not in recipe.model_fields_set or plan.rows == recipe.samples or recipe.gradient_samples:
+        return rows
+    note = (
+        f"the first {plan.rows} of {recipe.samples} rows are used, because gradients take three passes: "
+        "--gradient-samples takes more"
+    )
+    return replace(rows, notes=(*rows.notes, note))
 
 
 def tell_notes(rows: Rows, progress: Progress) -> None:

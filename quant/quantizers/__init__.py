@@ -6,8 +6,9 @@ from quant.quantizers.gptq import GPTQQuantizer
 from quant.quantizers.hqq import HQQQuantizer
 from quant.quantizers.identity import IdentityQuantizer
 from quant.quantizers.minmax import MinMaxQuantizer
+from quant.quantizers.yaqa import YAQAQuantizer
 
 __all__ = [
     "AWQQuantizer", "GPTQQuantizer", "HQQQuantizer", "IdentityQuantizer", "MinMaxQuantizer", "Quantized",
-    "Quantizer", "QuantizerRegistry", "quantize_many",
+    "Quantizer", "QuantizerRegistry", "YAQAQuantizer", "quantize_many",
 ]  # fmt: skip

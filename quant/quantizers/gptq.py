@@ -375,6 +375,22 @@ class Factor:
         return self.upper.diagonal()
 
 
+def solve_integers(
+    weight: torch.Tensor,
+    factor: Factor,
+    order: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    scheme: WeightScheme,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Codes fp32 [N, K] that GPTQ gives a weight fp32 [N, K], which is overwritten, with scales and zeros
+    [N, G] that are fixed."""
+    numbers = scales.unsqueeze(0), None if zeros is None else zeros.unsqueeze(0)
+    codes, _, _ = _solve(weight.unsqueeze(0), [factor], scheme, dtype, (numbers, [order]), None, False)
+    return codes[0].float()
+
+
 def _solve(
     weights: torch.Tensor,
     factors: Sequence[Factor],

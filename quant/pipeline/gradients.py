@@ -1,0 +1,318 @@
+"""A backward pass through the whole model, one block in memory at a time.
+
+The full-precision model runs forward block by block, and each block's inputs are set aside. At the logits a
+gradient is drawn whose covariance is the Hessian of the KL divergence there, in slices of tokens. Then come
+the blocks from the last to the first: each runs again from the inputs it had, this time with what autograd
+needs, and takes the gradient at its outputs to one at its inputs, which is that at the outputs of the block
+before. On the way every linear's inputs and the gradients at its outputs are summed
+(:class:`~quant.calibration.statistics.GradientAccumulator`).
+
+Nothing of this depends on what the blocks are quantized to. So a job that goes on with unfinished work makes
+the same pass again, without sums for the blocks that are finished.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from quant.calibration.statistics import Accumulator, GradientAccumulator, Statistics
+from quant.errors import CheckpointError, QuantError, SourceFault, first_line
+from quant.models.binding import BlockLinear
+from quant.models.calls import BlockCall, call_block
+from quant.models.skeleton import Skeleton
+from quant.pipeline.activation_store import ActivationStore, Batches, Calls
+from quant.pipeline.staged import computed
+from quant.quantizers.two_sided import blocks_of
+from quant.tensors import all_finite
+
+#: Tokens of the held-out row that a linear's error is measured on.
+ERROR_TOKENS = 256
+#: Elements of logits that are in memory at a time, in fp32.
+_LOGITS = 1 << 24
+#: Tokens that a block is tried on.
+_TRIAL_TOKENS = 8
+
+
+def kl_gradient(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A draw fp32 [..., V] of mean zero whose covariance at each token is diag(p) - p pᵀ with p the softmax
+    of the logits [..., V]: the Hessian by the logits of the KL divergence to them. No label is needed, and a
+    draw has a lighter tail than p less a sampled token."""
+    p = torch.softmax(logits.float(), -1)
+    noise = torch.randn(p.shape, generator=generator, device=p.device).mul_(p.sqrt())
+    return noise.sub_(p.mul_(noise.sum(-1, keepdim=True)))
+
+
+@dataclass
+class Seen:
+    """What a pass through a block shows of its linears.
+
+    Attributes:
+        linears: by name inside the block, those that are summed, with what is asked of each.
+        sums: of each.
+        samples: inputs [≤ 256, K] of each on the held-out row.
+    """
+
+    linears: Mapping[str, tuple[BlockLinear, frozenset[str]]]
+    sums: dict[str, Accumulator | GradientAccumulator] = field(default_factory=dict)
+    samples: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @contextmanager
+    def watching(self, block: nn.Module, held_out: bool) -> Iterator[None]:
+        """While it lasts, what goes through the block is taken in."""
+        take = self._take_sample if held_out else self._take
+        handles = [
+            block.get_submodule(linear.module).register_forward_hook(partial(take, name))
+            for name, (linear, _) in self.linears.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _take_sample(self, name: str, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        x = args[0]
+        self.samples[name] = x.reshape(-1, x.shape[-1])[-ERROR_TOKENS:].clone()
+
+    def _take(self, name: str, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        linear, needs = self.linears[name]
+        inputs, place = args[0].detach(), linear.place
+        if "gradients" not in needs:
+            if name not in self.sums:
+                self.sums[name] = Accumulator(inputs.shape[-1], inputs.device, needs)
+            self.sums[name].add(inputs)  # type: ignore[call-arg]
+            return
+
+        def arrived(gradient: torch.Tensor) -> None:
+            if place is not None and place.count:
+                end = place.first + place.step * place.count
+                gradient = gradient[..., place.first : end : place.step]
+            if name not in self.sums:
+                outputs = gradient.shape[-1]
+                self.sums[name] = GradientAccumulator(
+                    inputs.shape[-1], outputs, blocks_of(outputs), inputs.device, needs
+                )
+            with torch.no_grad():
+                self.sums[name].add(inputs, gradient)  # type: ignore[arg-type]
+
+        output.register_hook(arrived)
+
+    def finish(self) -> dict[str, Statistics]:
+        """The statistics of each linear; the sums are handed over."""
+        made = {name: sums.finish() for name, sums in self.sums.items()}
+        self.sums.clear()
+        return made
+
+
+class GradientStream:
+    """The pass: :meth:`forward`, then :meth:`backward` for each block from the last to the first.
+
+    Args:
+        tokens: int64 [B, T], batch by batch.
+        held_out: the batch that no gradient is taken of, or None.
+        seed: of the draws at the logits.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        tokens: Sequence[torch.Tensor],
+        held_out: int | None,
+        store: ActivationStore,
+        seed: int,
+    ):
+        self._skeleton, self._tokens, self._held_out = skeleton, tokens, held_out
+        self._store, self._seed = store, seed
+        self._calls = Calls(store)
+        self._inputs = [Batches(store, skeleton.embedded(tokens, self._calls.append))]
+        self._gradients: Batches | None = None
+        first = self._inputs[0].copy(0)
+        self._width = first.nbytes // max(tokens[0].numel(), 1)
+
+    def forward(
+        self, index: int, block: nn.Module, observing: AbstractContextManager[None] | None = None
+    ) -> None:
+        """Takes all batches through block ``index``, ``observing`` what goes on in it, and keeps what they
+        were before."""
+        inputs = self._inputs[-1]
+
+        def outputs() -> Iterator[torch.Tensor]:
+            with torch.no_grad(), computed(block), observing or nullcontext():
+                for batch in range(len(inputs)):
+                    hidden, call = inputs.take(batch), self._calls.take(batch, index)
+                    output = call_block(block, hidden, call)
+                    if not all_finite(output):
+                        raise SourceFault(
+                            f"{self._where(index)}: its outputs hold NaN or infinity on calibration tokens: "
+                            "the model overflows or its weights or config.json are damaged: run quant "
+                            "evaluate on the source; --method minmax needs no text"
+                        )
+                    # a block that is passed by gives what it was given
+                    yield output.clone() if output is hidden else output
+                    inputs.put(batch, hidden)
+                    self._calls.put(batch, index)
+
+        self._inputs.append(Batches(self._store, outputs()))
+
+    def _where(self, index: int) -> str:
+        return self._skeleton.block_prefix(index).rstrip(".")
+
+    def at_logits(self) -> None:
+        """Draws the gradients at the last block's outputs."""
+        outputs, skeleton = self._inputs.pop(), self._skeleton
+        with skeleton.outside():
+            drawn = (
+                self._drawn(self._tokens[batch], outputs.take(batch), batch)
+                for batch in range(len(outputs))
+                if batch != self._held_out
+            )
+            self._gradients = Batches(self._store, drawn)
+            if self._held_out is not None:
+                outputs.take(self._held_out)
+
+    def _slice(self, rows: int) -> int:
+        """Tokens of so many rows whose logits are in memory at a time."""
+        return max(1, _LOGITS // (self._skeleton.vocabulary * rows))
+
+    def _drawn(self, tokens: torch.Tensor, hidden: torch.Tensor, batch: int) -> torch.Tensor:
+        skeleton = self._skeleton
+        generator = torch.Generator(skeleton.device).manual_seed((self._seed + batch) % 2**63)
+        several = self._slice(len(tokens))
+        parts = [
+            skeleton.head_gradient(
+                tokens[:, i : i + several],
+                hidden[:, i : i + several].contiguous(),
+                partial(kl_gradient, generator=generator),
+            )
+            for i in range(0, tokens.shape[1], several)
+        ]
+        gradient = torch.cat(parts, 1)
+        _demand_finite(gradient, "the head")
+        return gradient
+
+    @property
+    def width(self) -> int:
+        """Bytes of a token's hidden states."""
+        return self._width
+
+    def time_logits(self) -> float:
+        """Seconds that a token's gradient at the logits takes, on a trial of a slice; call it inside
+        :meth:`Skeleton.outside`."""
+        tokens = self._tokens[0][:1, : self._slice(1)]
+        hidden = self._inputs[0].take(0)
+        part = hidden[:1, : tokens.shape[1]].contiguous()
+        for _ in range(2):  # kernels are loaded at first
+            start = time.perf_counter()
+            self._drawn(tokens, part, 0)
+            seconds = time.perf_counter() - start
+        self._inputs[0].put(0, hidden)
+        return seconds / tokens.numel()
+
+    def drop_outputs(self) -> None:
+        """Takes the outputs of a block that is tried for gradients at its outputs: another block can be tried
+        on the same tokens then."""
+        outputs = self._inputs.pop()
+        self._gradients = Batches(self._store, (outputs.take(batch) for batch in range(len(outputs))))
+        inputs = self._inputs[-1]
+        copies = Batches(self._store, (inputs.copy(batch) for batch in range(len(inputs))))
+        self._inputs.append(copies)
+
+    def backward(self, index: int, block: nn.Module, seen: Seen | None) -> None:
+        """Takes the gradients at the outputs of block ``index`` to its inputs; what its linears show goes
+        into ``seen``.
+
+        Raises:
+            QuantError: gradients that are not finite.
+        """
+        inputs, gradients = self._inputs.pop(), self._gradients
+        assert gradients is not None
+        number = 0
+        for batch in range(len(inputs)):
+            hidden, call = inputs.take(batch), self._calls.take(batch, index)
+            if batch == self._held_out:
+                if seen is not None:
+                    with torch.no_grad(), seen.watching(block, True):
+                        call_block(block, hidden, call)
+            else:
+                gradient = gradients.take(number)
+                made = _through(block, hidden, call, gradient, seen)
+                _demand_finite(made, self._where(index))
+                gradients.put(number, made)
+                number += 1
+            self._calls.put(batch, index)
+
+
+def _through(
+    block: nn.Module, hidden: torch.Tensor, call: BlockCall, gradient: torch.Tensor, seen: Seen | None
+) -> torch.Tensor:
+    """The gradient at a block's inputs ``hidden`` of that at its outputs, both [B, T, H]."""
+    if not call.runs:
+        return gradient
+    leaf = hidden.detach().requires_grad_()
+    with torch.enable_grad():
+        if seen is None:
+            output = call_block(block, leaf, call)
+        else:
+            with seen.watching(block, False):
+                output = call_block(block, leaf, call)
+    (made,) = torch.autograd.grad(output, leaf, gradient)
+    return made
+
+
+def _demand_finite(gradient: torch.Tensor, where: str) -> None:
+    if not all_finite(gradient):
+        raise QuantError(
+            f"{where}: the gradients at its inputs hold NaN or infinity: the model overflows in "
+            f"{str(gradient.dtype).removeprefix('torch.')} on this text, or its weights are damaged: run "
+            "quant evaluate on the source; --method gptq needs no gradients"
+        )
+
+
+def gradient_problem(skeleton: Skeleton, linears: Callable[[int], Mapping[str, BlockLinear]]) -> str | None:
+    """Why no gradients can be taken through a model's blocks, or None. One block of each kind is tried on a
+    few tokens.
+
+    Args:
+        linears: of each block those that gradients are needed of, by name.
+    """
+    count = min(_TRIAL_TOKENS, skeleton.vocabulary)
+    hidden, calls = skeleton.embed([torch.arange(count)[None]])
+    tried = set()
+    for index in range(skeleton.block_count):
+        kind = skeleton.layout(index)
+        call = calls[0][index]
+        if kind in tried or not call.runs:
+            continue
+        tried.add(kind)
+        where = skeleton.block_prefix(index).rstrip(".")
+        if call.state:
+            return (
+                f"{where} reads what earlier blocks leave for it, and a gradient would have to go there too"
+            )
+        wanted = linears(index)
+        if any(x.shared for x in wanted.values()):
+            return f"{where} holds routed experts, whose gradients are not taken yet"
+        block = skeleton.load_block(index)
+        try:
+            seen = Seen({name: (x, frozenset({"gradients", "hessian"})) for name, x in wanted.items()})
+            made = _through(block, hidden[0], call, torch.ones_like(hidden[0]), seen)
+            missing = sorted(set(wanted) - set(seen.sums))
+            if missing:
+                return f"no gradient reaches {where}.{missing[0]}"
+            if not all_finite(made):
+                return f"the gradients at the inputs of {where} are not finite"
+        except CheckpointError:
+            raise
+        except Exception as error:  # whatever a foreign model's code raises
+            return f"no gradient can be taken through {where} ({first_line(error, 200)})"
+        finally:
+            skeleton.free_block(index)
+    return None

@@ -1,0 +1,231 @@
+"""Rounding under two Hessians against the same written as loops in fp64, and what refits and sweeps
+promise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quant.calibration.statistics import Statistics
+from quant.errors import QuantError
+from quant.quantizers import GPTQQuantizer, YAQAQuantizer, two_sided
+from quant.quantizers.gptq import factorize
+from quant.quantizers.rounding import weight_parameters
+from quant.quantizers.two_sided import Codes, blocks_of, descend, feed_back, loss, refit
+from quant.schemes import WeightScheme
+from tests.quantizers.test_gptq import hessian_of, weight_of
+
+#: Outputs, inputs, group, symmetric, bits, outputs of a block.
+CASES = [
+    (40, 64, 16, True, 4, 40),
+    (24, 96, 32, False, 3, 8),
+    (33, 40, -1, True, 3, 12),
+    (17, 72, 72, False, 4, 9),
+    (6, 32, 8, True, 2, 1),
+]
+Case = tuple[int, int, int, bool, int, int]
+
+
+def outputs_of(n: int, most: int) -> torch.Tensor:
+    """H_O of so many outputs, zero behind the last one."""
+    count, size = blocks_of(n, most)
+    made = torch.zeros(count, size, size)
+    for i, block in enumerate(made):
+        used = min(size, n - i * size)
+        block[:used, :used] = hessian_of(used, seed=7 + i)
+    return made
+
+
+def factors_of(outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """R of each block, in the order of its rows, and that order."""
+    rows = torch.argsort(outputs.diagonal(dim1=1, dim2=2), dim=1, descending=True, stable=True)
+    made = [factorize(block.clone(), 0.01, order)[0] for block, order in zip(outputs, rows, strict=True)]
+    return torch.stack([x.upper for x in made if x is not None]), rows
+
+
+def unit(hessian: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """fp64 U, upper triangular with ones, of H = U D Uᵀ with 1 % more on its diagonal, in an order."""
+    damped = hessian.double().clone()
+    dead = damped.diagonal() == 0
+    damped[dead, dead] = 1
+    damped += 0.01 * torch.diag(damped.diagonal())
+    upper = torch.linalg.cholesky(damped[order][:, order].flip(0, 1)).flip(0, 1)
+    return upper / upper.diagonal()
+
+
+def one_by_one(
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    inputs: torch.Tensor,
+    outputs: torch.Tensor,
+    columns: torch.Tensor,
+    rows: torch.Tensor,
+    scheme: WeightScheme,
+) -> torch.Tensor:
+    """Codes [N, K]: every weight in its turn, with every sum written out."""
+    n, k = weight.shape
+    size, group = outputs.shape[1], k // scales.shape[1]
+    codes = torch.zeros(n, k)
+    across = unit(inputs, columns)
+    for block in range(len(outputs)):
+        order = [block * size + int(r) for r in rows[block]]
+        along = unit(outputs[block], rows[block])
+        errors, moved = torch.zeros(size, k).double(), torch.zeros(size, k).double()
+        for a, column in enumerate(columns.tolist()):
+            for b, row in enumerate(order):
+                if row >= n:
+                    continue
+                fed = sum(float(errors[b, c] * across[c, a]) for c in range(a))
+                value = float(weight[row, column]) + fed
+                value += sum(float(moved[j, a] * along[j, b]) for j in range(b))
+                scale = float(scales[row, column // group])
+                zero = 0.0 if zeros is None else float(zeros[row, column // group])
+                code = min(max(round(value / scale + zero), scheme.low), scheme.high)
+                codes[row, column] = code
+                errors[b, a] = float(weight[row, column]) - (code - zero) * scale
+                moved[b, a] = errors[b, a] + fed
+    return codes
+
+
+def problem(case: Case) -> tuple[torch.Tensor, Codes, torch.Tensor, torch.Tensor]:
+    """A weight, its codes after feedback, and both Hessians as they were damped."""
+    n, k, group, symmetric, bits, most = case
+    weight, scheme = weight_of(n, k), WeightScheme(bits, group, symmetric)
+    inputs, outputs = hessian_of(k), outputs_of(n, most)
+    scales, zeros = weight_parameters(weight, scheme, torch.bfloat16, inputs.diagonal(), True)
+    columns = torch.argsort(inputs.diagonal(), descending=True, stable=True)
+    factor, _ = factorize(inputs.clone(), 0.01, columns)
+    assert factor is not None
+    factors, rows = factors_of(outputs)
+    codes = feed_back(weight, scales, zeros, factor.upper, columns, factors, rows, scheme.low, scheme.high)
+    return weight, Codes(codes, scales, zeros, scheme.low, scheme.high, torch.bfloat16), inputs, outputs
+
+
+@pytest.mark.parametrize("tile", [5, 16, 128])
+@pytest.mark.parametrize("case", CASES[:4], ids=str)
+def test_codes_are_those_of_the_loops(case: Case, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 and fp64 may round a tie differently, and what follows it in the block."""
+    monkeypatch.setattr(two_sided, "_TILE", tile)
+    weight, made, inputs, outputs = problem(case)
+    columns = torch.argsort(inputs.diagonal(), descending=True, stable=True)
+    rows = factors_of(outputs)[1]
+    scheme = WeightScheme(case[4], case[2], case[3])
+    wanted = one_by_one(weight, made.scales, made.zeros, inputs, outputs, columns, rows, scheme)
+    assert float((made.codes != wanted).float().mean()) < 0.002
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_feedback_along_both_sides_lowers_the_loss_and_refits_and_sweeps_never_raise_it(case: Case) -> None:
+    weight, made, inputs, outputs = problem(case)
+    nearest = made.scales.unsqueeze(-1).reciprocal() * weight.view(*made.scales.shape, -1)
+    nearest = nearest if made.zeros is None else nearest + made.zeros.unsqueeze(-1)
+    plain = Codes(
+        nearest.round().clamp(made.low, made.high).view(weight.shape),
+        made.scales,
+        made.zeros,
+        made.low,
+        made.high,
+        made.dtype,
+    )
+    losses = [loss(x.errors(weight), inputs, outputs) for x in (plain, made)]
+    assert float(losses[1].sum()) < 0.9 * float(losses[0].sum())
+    for _ in range(3):
+        made = refit(weight, made, inputs, outputs)
+        assert torch.equal(made.scales, made.scales.bfloat16().float()) and bool((made.scales > 0).all())
+        losses.append(loss(made.errors(weight), inputs, outputs))
+        made, changed = descend(weight, made, inputs, outputs)
+        assert made.codes.min() >= made.low and made.codes.max() <= made.high
+        losses.append(loss(made.errors(weight), inputs, outputs))
+        if changed:
+            assert float(losses[-1].sum()) < float(losses[-2].sum())
+    for before, after in zip(losses[1:], losses[2:], strict=False):  # of every block
+        assert bool((after <= before * (1 + 1e-5)).all())
+    assert float(losses[-1].sum()) < 0.95 * float(losses[1].sum())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_loss_is_the_trace(case: Case) -> None:
+    weight, made, inputs, outputs = problem(case)
+    errors = made.errors(weight).double()
+    whole = torch.block_diag(*outputs.double())[: len(errors), : len(errors)]
+    wanted = torch.trace(whole @ errors @ inputs.double() @ errors.t())
+    assert float(loss(errors.float(), inputs, outputs).sum()) == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_a_refit_finds_the_scales_that_codes_were_made_with() -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-8, 8, (24, 64), generator=generator).float()
+    scales = torch.rand(24, 4, generator=generator).add(0.5).bfloat16().float()
+    made = Codes(codes, scales, None, -8, 7, torch.bfloat16)
+    weight = -made.errors(torch.zeros(24, 64))
+    start = Codes(codes, (scales * 1.1).bfloat16().float(), None, -8, 7, torch.bfloat16)
+    found = refit(weight, start, hessian_of(64), outputs_of(24, 24), steps=60)
+    assert torch.equal(found.scales, scales)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [32, -1])
+def test_with_an_identity_of_the_outputs_codes_are_gptqs_to_the_bit(symmetric: bool, group: int) -> None:
+    weight, hessian, scheme = weight_of(48, 96), hessian_of(96), WeightScheme(4, group, symmetric)
+    one_sided = GPTQQuantizer()(weight.clone(), Statistics(9, hessian.clone()), scheme, torch.bfloat16)
+    both = YAQAQuantizer(sweeps=0)(
+        weight.clone(),
+        Statistics(9, hessian.clone(), gradients=3.0 * torch.eye(24).expand(2, 24, 24)),
+        scheme,
+        torch.bfloat16,
+    )
+    assert torch.equal(one_sided.tensor.codes, both.tensor.codes)
+    assert torch.equal(one_sided.tensor.scales, both.tensor.scales)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_pieces_of_a_weight_make_the_whole(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    n, k, group, symmetric, bits, most = case
+    scheme = WeightScheme(bits, group, symmetric)
+
+    def made() -> torch.Tensor:
+        statistics = Statistics(9, hessian_of(k), gradients=outputs_of(n, most))
+        return YAQAQuantizer()(weight_of(n, k), statistics, scheme, torch.float16).tensor.dequantize()
+
+    whole = made()
+    monkeypatch.setattr("quant.quantizers.yaqa._AT_ONCE", 1)
+    assert float((made() - whole).norm() / whole.norm()) < 0.05  # sums of other shapes may turn ties
+
+
+def test_hessians_that_are_of_no_use_are_named() -> None:
+    weight, scheme = weight_of(8, 64), WeightScheme(4, 32)
+    broken = torch.eye(8)
+    broken[0, 1] = broken[1, 0] = 1000.0
+    result = YAQAQuantizer()(
+        weight.clone(), Statistics(9, hessian_of(64), gradients=broken[None]), scheme, torch.float16
+    )
+    assert result.fallbacks == (
+        "the Hessian of some of its outputs is not positive definite: those do not feed back on each other",
+    )
+    assert bool(result.tensor.dequantize().isfinite().all())
+    broken = hessian_of(64)
+    broken[0, 1] = broken[1, 0] = 1000 * broken.diagonal().max()
+    result = YAQAQuantizer()(
+        weight.clone(), Statistics(9, broken, gradients=torch.eye(8)[None]), scheme, torch.float16
+    )
+    assert "rounded to nearest instead" in result.fallbacks[0]
+    dead = YAQAQuantizer()(
+        weight.clone(),
+        Statistics(9, torch.zeros(64, 64), gradients=torch.zeros(1, 8, 8)),
+        scheme,
+        torch.float16,
+    )
+    assert "64 of 64 inputs are zero" in dead.notes[1]
+    assert bool(dead.tensor.dequantize().isfinite().all())
+
+
+def test_what_it_cannot_do_is_refused() -> None:
+    assert "use --method gptq" in str(YAQAQuantizer.refuse(WeightScheme(8, -1, type="float")))
+    assert YAQAQuantizer.refuse(WeightScheme(3, 64, False)) is None
+    with pytest.raises(QuantError, match="yaqa needs calibration text"):
+        YAQAQuantizer()(weight_of(8, 64), Statistics(9, hessian_of(64)), WeightScheme(4, 32), torch.float16)
+    with pytest.raises(ValueError, match="damping is 0"):
+        YAQAQuantizer(damping=0)
+    with pytest.raises(ValueError, match="sweeps is -1"):
+        YAQAQuantizer(sweeps=-1)
