@@ -47,6 +47,8 @@ def main() -> None:
         p.add_argument("--length", default="512"),
     )
     p.add_argument("--bits", type=int, nargs="+", default=[4, 3])
+    p.add_argument("--methods", nargs="+", default=["gptq", "yaqa"], help="of ours")
+    p.add_argument("--gradient-samples", default="128", help="of our yaqa")
     p.add_argument("--options", nargs="*", default=[], help="more options for our command")
     a = p.parse_args()
     text = a.calibration.read_text(encoding="utf-8")
@@ -76,23 +78,13 @@ def main() -> None:
             rows.write_text(rotated(text, draw / a.draws), encoding="utf-8")
             print(f"draw {draw + 1} of {a.draws}", flush=True)
             for bits in a.bits:
-                output = work / f"ours-{draw}-{bits}"
-                options = ["--bits", str(bits), "--format", "plain", "--calibration-dataset", str(rows)]
-                run(
-                    quantize_command(
-                        a.model,
-                        output,
-                        "--method",
-                        "gptq",
-                        "--samples",
-                        a.samples,
-                        "--sequence-length",
-                        a.length,
-                        *options,
-                        *a.options,
-                    )
-                )
-                judge(sys.executable, "quant", bits, output)
+                for method in a.methods:
+                    output = work / f"{method}-{draw}-{bits}"
+                    options = ["--bits", str(bits), "--format", "plain", "--calibration-dataset", str(rows)]
+                    options += ["--samples", a.samples, "--sequence-length", a.length, *a.options]
+                    options += ["--gradient-samples", a.gradient_samples] if method == "yaqa" else []
+                    run(quantize_command(a.model, output, "--method", method, *options))
+                    judge(sys.executable, f"quant {method}", bits, output)
                 common = ["--text", rows, "--samples", a.samples, "--length", a.length]
                 if a.llmcompressor_python and bits == 4:  # it has no 3-bit preset
                     output = work / f"llmcompressor-{draw}-{bits}"
@@ -112,13 +104,13 @@ def main() -> None:
                         ]
                     )
                     judge(a.gptqmodel_python, "GPTQModel", bits, output, "gptqmodel")
-    print("\nmean KL over draws, and the ratio of ours to each peer's")
+    print("\nmean KL over draws, and the ratio of each of ours to it")
     for (name, bits), values in divergences.items():
         mean = statistics.fmean(values)
-        ratio = statistics.fmean(divergences["quant", bits]) / mean
+        ratios = [f"{m} {statistics.fmean(divergences[f'quant {m}', bits]) / mean:.3f}x" for m in a.methods]
         print(
-            f"  {name:<15} W{bits} g128  {mean:.5f}  (draws {', '.join(f'{v:.5f}' for v in values)})  quant "
-            f"/ {name} = {ratio:.3f}"
+            f"  {name:<15} W{bits} g128  {mean:.5f}  (draws {', '.join(f'{v:.5f}' for v in values)})  "
+            f"{', '.join(ratios)}"
         )
 
 

@@ -124,20 +124,23 @@ def main() -> None:
                 f"  {name} / quant: quantize {ratios[0]:.2f}x, whole command {ratios[1]:.2f}x, peak memory "
                 f"{ratios[2]:.2f}x"
             )
+        others: dict[str, tuple[float, float, float]] = {}
         for method in a.also:
             row, gptq = ours(model, 0, method), rows["quant"][0]
+            others[method] = row
             print(
                 f"  {method:<15} quantize {row[0]:7.1f} s   whole {row[1]:7.1f} s   peak {row[2]:.2f} GiB",
                 end="",
             )
             print(f"   quantize {row[0] / gptq[0]:.2f}x of gptq's", flush=True)
         if a.deeper:
-            shallow = rows["quant"][0][2]
-            deep = ours(make(a.deeper), 0)
-            print(
-                f"  quant at {a.deeper} blocks: peak {deep[2]:.2f} GiB, {deep[2] / shallow - 1:+.1%} "
-                f"against {a.layers} blocks"
-            )
+            deeper = make(a.deeper)
+            for method, row in {"gptq": rows["quant"][0], **others}.items():
+                deep = ours(deeper, 0, method)
+                print(
+                    f"  quant {method} at {a.deeper} blocks: peak {deep[2]:.2f} GiB, "
+                    f"{deep[2] / row[2] - 1:+.1%} against {a.layers} blocks"
+                )
 
 
 if __name__ == "__main__":
