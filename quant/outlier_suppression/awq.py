@@ -24,6 +24,7 @@ from quant.calibration.statistics import Statistics
 from quant.errors import QuantError
 from quant.outlier_suppression.base import OutlierSuppressionRegistry, Place, Suppression
 from quant.quantizers.nearest import round_to_nearest
+from quant.quantizers.products import product
 from quant.quantizers.rounding import importance_of, scaled_importance
 from quant.schemes import UNQUANTIZED, Scheme, WeightScheme
 
@@ -81,7 +82,7 @@ class AWQScaling:
                 ).dequantize()
                 error = rounded.div_(factors).sub_(rows)
                 how = f"alpha {alpha:g}{', weights evened out' if even else ''}"
-                tried.append((float(((error @ hessian) * error).sum()), how, factors))
+                tried.append((float((product(error, hessian) * error).sum()), how, factors))
         unscaled = tried[0][0]
         loss, how, factors = min(tried, key=lambda candidate: candidate[0])
         if how == "alpha 0":

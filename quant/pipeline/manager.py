@@ -46,6 +46,7 @@ from quant.pipeline.source import carried
 from quant.pipeline.staged import computed, run_block
 from quant.pipeline.writing import write_rest, write_unit
 from quant.progress import Event, Progress, silent
+from quant.quantizers.products import onednn_is_faster
 from quant.report.files import write_report
 from quant.report.value import Provenance, Quantization, Report, TensorsAccount
 from quant.tensors import QuantizedTensor
@@ -211,7 +212,7 @@ class QuantizationManager:
             "device": str(self.device),
             "threads": torch.get_num_threads(),
             "instructions": f"{torch.backends.cpu.get_cpu_capability()}, "
-            f"{gram_for(1, self.device).__class__.__name__}"
+            f"{gram_for(1, self.device).__class__.__name__}{', oneDNN' if onednn_is_faster() else ''}"
             if self.device.type == "cpu"
             else torch.cuda.get_device_name(self.device),
         }

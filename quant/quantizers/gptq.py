@@ -28,6 +28,7 @@ from quant.errors import QuantError
 from quant.quantizers.base import Quantized, QuantizerRegistry
 from quant.quantizers.floats import encode, float_scales, nearest_float
 from quant.quantizers.nearest import integers, round_to_nearest
+from quant.quantizers.products import add_product
 from quant.quantizers.rounding import group_parameters, scale_dtype, weight_parameters
 from quant.schemes import WeightScheme
 from quant.tensors import QuantizedTensor
@@ -330,7 +331,8 @@ def _factored(matrix: torch.Tensor) -> bool:
     for stop in range(k, 0, -wide):
         begin = max(stop - wide, 0)
         done = matrix[:stop, stop:]
-        panel = torch.addmm(matrix[:stop, begin:stop], done, done[begin:].t(), alpha=-1)
+        panel = matrix[:stop, begin:stop].clone()
+        add_product(panel, done, done[begin:].t(), alpha=-1)
         if not _factored_panel(panel):
             return False
         matrix[:stop, begin:stop] = panel
@@ -500,7 +502,7 @@ def _feed_back(
     """Adds what the errors of columns ``done`` push onto the columns ``ahead``, both [K, B, N]."""
     if not feedback.is_cuda or len(factors) == 1:
         for i, factor in enumerate(factors):
-            feedback[ahead, i].addmm_(factor.block(done, ahead).t(), errors[done, i])
+            add_product(feedback[ahead, i], factor.block(done, ahead).t(), errors[done, i])
         return
     blocks = torch.stack([factor.block(done, ahead) for factor in factors])
     feedback[ahead].transpose(0, 1).baddbmm_(blocks.mT, errors[done].transpose(0, 1))
