@@ -136,7 +136,8 @@ def _searched(
             buffer.round_().clamp_(scheme.low, scheme.high)
         else:
             buffer.add_(shift).round_().clamp_(scheme.low, scheme.high).sub_(shift)
-        error = _error(buffer.mul_(wide).sub_(groups), importance)
+        # in one pass over memory; whether it is rounded minus exact or the reverse is all the same
+        error = _error(torch.addcmul(groups, buffer, wide, value=-1, out=buffer), importance)
         better = error < best
         best = torch.where(better, error, best)
         scale = torch.where(better, s, scale)
