@@ -20,6 +20,7 @@ from quant.models.adapter import InputGroup
 from quant.models.experts import find_experts
 from quant.models.skeleton import Skeleton
 from quant.outlier_suppression.base import Place
+from quant.pipeline.experts import workers_for
 from quant.pipeline.manager import QuantizationManager
 from quant.quantizers import quantize_many
 from quant.quantizers.two_sided import blocks_of
@@ -96,7 +97,8 @@ class Counter:
             seen = tokens * self._passes(group, experts, active)
             seconds += rates.statistics * seen * k * k + rates.solve * sum(outputs) * k**rates.power
             together = max(outputs) * 2 if group.experts else sum(outputs)
-            largest = max(largest, _SOLVED * together * k + (4 * k * k if rates.power == 2 else 0))
+            once = workers_for(together, k, self._manager.device) if group.experts else 1
+            largest = max(largest, once * (_SOLVED * together * k + (4 * k * k if rates.power == 2 else 0)))
         # weights, their codes until they are written, and the largest group's solve
         return BlockWork(seconds, whole * (skeleton.dtype.itemsize + 1) + largest)
 

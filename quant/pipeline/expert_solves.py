@@ -26,6 +26,7 @@ from quant.pipeline.experts import (
     in_chunks,
     layer_statistics,
     side_by_side,
+    workers_for,
 )
 from quant.pipeline.folding import Fold, can_take_rows
 from quant.pipeline.group_solves import (
@@ -168,7 +169,8 @@ class ExpertSolver:
             with torch.no_grad():
                 return self._solve_some(layer, assignment, some, prior)
 
-        with side_by_side(device) as (several, workers):
+        workers = workers_for(outputs, layer.routed.features, device)
+        with side_by_side(workers) as several:
             chunks = in_chunks(members, at_a_time(outputs, layer.routed.features, device, workers))
             done: list[_Solved]
             seconds: dict[str, float]

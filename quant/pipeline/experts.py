@@ -53,6 +53,9 @@ _ALIGNED = 64
 #: outputs.
 TOGETHER = {"cpu": 256 << 20, "cuda": 4 << 30}
 MOST_OUTPUTS = 1 << 13
+#: Bytes that all threads of a CPU may take which solve experts side by side, where one expert does not take
+#: more: sixteen of Mixtral 8x22B's at once would be 40 GiB.
+SIDE_BY_SIDE = 2 << 30
 #: Tokens of the whole layer, for each feature of the input, that an expert's own are blended with; and the
 #: most of them that are taken through an expert's first product to see what its second reads.
 PRIOR, MOST_PRIOR = 2, 1 << 13
@@ -296,11 +299,23 @@ def _either(
 def at_a_time(outputs: int, inputs: int, device: torch.device, workers: int = 1) -> int:
     """How many weights [outputs, inputs] of experts each of ``workers`` should solve together: more make the
     steps of a solver larger, and take more memory."""
-    each = 4 * (inputs * inputs + 3 * outputs * inputs)
-    several = TOGETHER.get(device.type, TOGETHER["cuda"]) // each // workers
+    several = TOGETHER.get(device.type, TOGETHER["cuda"]) // _solving_bytes(outputs, inputs) // workers
     if device.type == "cpu":
         several = min(several, MOST_OUTPUTS // outputs)
     return max(1, several)
+
+
+def workers_for(outputs: int, inputs: int, device: torch.device) -> int:
+    """How many threads solve weights [outputs, inputs] of experts side by side: on a CPU as many as torch
+    has, or fewer where they would take more than :data:`SIDE_BY_SIDE` together; on a GPU one."""
+    if device.type != "cpu":
+        return 1
+    return max(1, min(torch.get_num_threads(), SIDE_BY_SIDE // _solving_bytes(outputs, inputs)))
+
+
+def _solving_bytes(outputs: int, inputs: int) -> int:
+    """What the solve of one takes: its Hessian, and the weight, its errors and its codes."""
+    return 4 * (inputs * inputs + 3 * outputs * inputs)
 
 
 def in_chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -311,33 +326,30 @@ def in_chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 @contextmanager
-def side_by_side(device: torch.device) -> Iterator[tuple[Callable[..., Iterator[Any]], int]]:
-    """While it lasts: a ``map`` that calls a function for several things at once, in their order, and for how
-    many.
-
-    On a CPU that is one a thread of torch's, each working on its own with one thread, which a step of a
-    solver is too short to share. On a GPU there is one.
-    """
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
-    if threads == 1:
-        yield map, 1
+def side_by_side(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """While it lasts: a ``map`` that calls a function for several things at once, in their order, in as many
+    threads, which share those of torch's: one has all of them, and as many as there are work on their own
+    with one each, because a step of a solver is too short to share."""
+    if workers == 1:
+        yield map
         return
-    torch.set_num_threads(1)
-    workers = ThreadPoolExecutor(threads)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // workers))
+    pool = ThreadPoolExecutor(workers)
 
     def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         waiting: deque[Future[R]] = deque()
         for item in items:
-            waiting.append(workers.submit(function, item))
-            if len(waiting) > threads:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
     try:
-        yield ahead, threads
+        yield ahead
     finally:
-        workers.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
 
 

@@ -21,6 +21,7 @@ from quant.pipeline.experts import (
     in_chunks,
     layer_statistics,
     side_by_side,
+    workers_for,
 )
 
 FEATURES = 16
@@ -112,17 +113,29 @@ def test_what_is_put_aside_is_the_same_in_memory_and_on_files(
         Aside(tmp_path / "gone").keep(torch.zeros(1000))
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_chunks_are_worked_on_side_by_side_and_come_in_order(threads: int) -> None:
+@pytest.mark.parametrize(("workers", "each"), [(1, 4), (2, 2), (4, 1)])
+def test_chunks_are_worked_on_side_by_side_and_come_in_order(workers: int, each: int) -> None:
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(4)
     try:
-        with side_by_side(torch.device("cpu")) as (several, workers):
-            assert workers == threads and torch.get_num_threads() == 1
+        with side_by_side(workers) as several:
+            assert torch.get_num_threads() == each
             made = list(several(lambda x: (sum(x), torch.get_num_threads()), in_chunks(range(7), 3)))
-            assert made == [(3, 1), (12, 1), (6, 1)]
+            assert made == [(3, each), (12, each), (6, each)]
             with pytest.raises(ZeroDivisionError):
                 list(several(lambda x: 1 / x, [2, 0, 1]))
-        assert torch.get_num_threads() == threads
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_no_more_experts_are_solved_side_by_side_than_memory_is_set_aside_for() -> None:
+    before, cpu = torch.get_num_threads(), torch.device("cpu")
+    torch.set_num_threads(16)
+    try:
+        assert workers_for(1536, 2048, cpu) == 16, "Qwen3-30B-A3B's"
+        assert 1 < workers_for(4096, 7168, cpu) < 6, "DeepSeek V3's"
+        assert workers_for(32768, 6144, cpu) == 1, "Mixtral 8x22B's"
+        assert workers_for(1536, 2048, torch.device("cuda")) == 1
     finally:
         torch.set_num_threads(before)
