@@ -153,6 +153,36 @@ def test_a_plain_export_is_what_transformers_reads_of_the_family(family: str, tm
 
 
 @pytest.mark.parametrize("how", ["routed", "all", "blend"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_fused"])
+def test_experts_that_see_nothing_are_rounded_and_named(
+    how: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES[family], "num_experts", 6)
+    model = mixture(family)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            gate = layer.mlp.gate.weight
+            # whatever the token, two of the first four are above the others
+            gate[1:4], gate[4:] = torch.tensor([[-1.0], [2.0], [-2.0]]) * gate[0], 0
+    folder, out = tmp_path / "m", tmp_path / "out"
+    model.bfloat16().save_pretrained(folder, save_original_format=not family.endswith("_fused"))
+    add_tokenizer(folder)
+    report = quantize(folder, out, method="gptq", group_size=16, moe_calibration=how, target="other")
+    assert all(c["tokens"][4:] == [0, 0] and c["minimum"] == 0 for c in report["experts"].values())
+    values = dequantized(open_checkpoint(out))
+    source = open_checkpoint(folder)
+    refs = decoder_refs(source.tensors, source.config)
+    for name in (n for n in refs if ".experts." in n):
+        weight = refs[name].read(source).float()
+        error = (values.read(f"{name}.weight") - weight).norm()
+        assert error < 0.2 * weight.norm(), name
+    starved = [x for x in report["layers"] if ".experts.4." in x["name"]]
+    assert len(starved) == 2 * 3
+    if how != "all":
+        assert all(any("sends it 0 calibration tokens" in note for note in x["notes"]) for x in starved)
+
+
+@pytest.mark.parametrize("how", ["routed", "all", "blend"])
 def test_how_many_experts_are_solved_together_does_not_show(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
