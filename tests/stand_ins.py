@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from quant.catalog import catalogue
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
 from quant.formats import FormatRegistry
@@ -54,15 +53,6 @@ _USUAL = (
     (r"norm0\.weight", "input_layernorm.weight"),
     (r"norm1\.weight", "post_attention_layernorm.weight"),
 )
-
-
-def stand_in(name: str, folder: Path) -> Path:
-    """A stand-in of a model of the catalogue.
-
-    Args:
-        folder: where it is made; it must not be there.
-    """
-    return write_stand_in(published_config(catalogue()[name]["config"]), folder)
 
 
 def published_config(entry: Mapping[str, Any]) -> dict[str, Any]:
