@@ -16,13 +16,16 @@ from quant.data import load_json
 from quant.models.linears import expert_layout
 from quant.models.roles import ADAPTER, NUMBERS, kind_of, role_of
 from quant.vllm.architectures import has_class
-from quant.vllm.config import parts
+from quant.vllm.config import parts, stated
 from quant.vllm.layers import FUSIONS
 
 #: The table: model type of a text decoder → local names of its blocks' matrices, 0 for every number.
 TABLE = "block_names.json"
 #: Roles of the matrices whose names are judged.
 _JUDGED = ("attention", "mlp", "experts", "shared_experts", "router")
+#: Model types whose config may ask for another family's blocks → the key that does, with its value, and that
+#: family (DeepSeek-VL2 and DeepSeek-OCR: no latent attention).
+_ASKED = {"deepseek_v2": ("use_mla", False, "deepseek_ocr2_text")}
 #: Families that a message names before it says "…".
 _NAMED = 3
 
@@ -34,7 +37,11 @@ def family_of(config: Mapping[str, Any]) -> str | None:
         return None
     table = load_json(TABLE)
     kinds = (p.get("model_type") for p in parts(config))
-    return next((k for k in kinds if isinstance(k, str) and k in table), None)
+    kind = next((k for k in kinds if isinstance(k, str) and k in table), None)
+    if kind in _ASKED:
+        key, value, other = _ASKED[kind]
+        return other if stated(config, key) is value else kind
+    return kind
 
 
 def family_names(config: Mapping[str, Any], kind: str) -> frozenset[str]:

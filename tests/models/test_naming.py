@@ -93,6 +93,15 @@ def test_of_a_model_that_brings_code_names_are_judged_where_engines_run_their_ow
     assert any(strange in line and "no matrix in a block" in line for line in said) == judged, said
 
 
+@pytest.mark.parametrize("latent", [True, False])
+def test_a_config_may_ask_for_attention_of_another_family(latent: bool, model: Callable[[str], Path]) -> None:
+    """DeepSeek-OCR: DeepSeek V2's experts beside plain queries, keys and values."""
+    checkpoint = open_checkpoint(model("llama"))
+    config = checkpoint.config | {"model_type": "deepseek_v2", "use_mla": latent}
+    said = implied_problems(checkpoint.tensors, config)
+    assert any("self_attn.k_proj" in line and "no matrix in a block" in line for line in said) == latent, said
+
+
 @pytest.mark.parametrize("model_type", [["qwen3_moe"], {"a": 1}, 7, None])
 def test_model_types_that_are_no_words_are_of_no_family(
     model_type: object, model: Callable[[str], Path]
