@@ -313,6 +313,11 @@ def _completed(
         most = len(devices) // request.pipeline_parallel
         ranks = next(t for t in range(most, 0, -1) if not parallel_problems(spec, t))
         request = replace(request, tensor_parallel=ranks)
+        if unused := len(devices) - ranks * request.pipeline_parallel:
+            notes.append(
+                f"{unused} of {len(devices)} GPUs stay{'s' if unused == 1 else ''} unused: the layers divide "
+                f"over {ranks} at most (--pipeline-parallel {len(devices)} makes stages of them)"
+            )
     if len({g.name for g in devices}) > 1:
         notes.append("the GPUs differ: every one gets the same share, so the smallest decides")
     if request.gpu_memory_utilization is None and gpu.platform != "cpu":

@@ -794,3 +794,11 @@ def test_throughput_takes_an_fp8_cache_where_a_faster_scheme_then_holds_what_was
 def test_a_gpu_that_the_usual_builds_have_no_code_for_says_so(gpu: str, said: bool) -> None:
     found = recommend("Qwen2.5-1.5B-Instruct", gpu, EngineRequest(context=2048))
     assert found.commands and any("built with CUDA 12" in note for note in found.notes) is said
+
+
+def test_gpus_that_a_plan_leaves_unused_are_told() -> None:
+    found = recommend("Qwen3-8B", "3xL4", EngineRequest(context=4096))
+    assert found.request.tensor_parallel == 2
+    assert any("1 of 3 GPUs stays unused" in note for note in found.notes)
+    stages = recommend("Qwen3-8B", "3xL4", EngineRequest(context=4096, pipeline_parallel=3))
+    assert stages.recommended is not None and not any("unused" in note for note in stages.notes)
