@@ -20,7 +20,7 @@ GROUPS = ("fidelity", "performance", "resources", "security", "operation")
 
 
 @click.command()
-@click.option("--url", help="Endpoint, such as http://127.0.0.1:8000; it is never stopped.")
+@click.option("--url", help="Endpoint, such as http://127.0.0.1:8000; without --pid it is never stopped.")
 @click.option(
     "--checkpoint",
     type=MODEL,
@@ -41,6 +41,11 @@ GROUPS = ("fidelity", "performance", "resources", "security", "operation")
 )
 @click.option(
     "--log", type=PATH, help="Log of the server: which kernels it chose, and whether prompts are in it."
+)
+@click.option(
+    "--pid",
+    type=click.IntRange(2),
+    help="Process of the server at --url on this machine: it is ENDED at the last, to see how it ends.",
 )
 @click.option("--gateway", metavar="URL", help="Address that must limit the rate (429).")
 @click.option(
@@ -80,12 +85,14 @@ def check(
         raise UsageError("give --url of an endpoint, or --checkpoint to start vLLM on")
     if url is not None and extra:
         raise UsageError(f"{extra[0]!r} is for a vLLM that is started here: leave --url out, or it")
+    if url is None and given["pid"] is not None:
+        raise UsageError("--pid is of a server that runs: give its --url; the one started here has its own")
     if given["api_key"] is not None and given["api_key_env"] is not None:
         raise UsageError("--api-key and --api-key-env both name the key: give one of them")
     request = CheckRequest(
         read_profile(profile), checkpoint, given["log"], given["gateway"], given["probes"],
         None if given["soak"] is None else parse_duration(given["soak"], "--soak"),
-        given["gpu"], given["only"],
+        given["gpu"], given["only"], given["pid"],
     )  # fmt: skip
     endpoint = endpoint_of(url or "http://127.0.0.1", given)
     endpoint = replace(endpoint, api_key=given["api_key"] or endpoint.api_key)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ from typing import Any
 import pytest
 
 from deploy_vllm import main
-from quant.errors import Problems
+from quant.errors import Problems, UsageError
 from quant.serving.check.operation import slope
 from quant.serving.check.profile import parse_duration, profile_names, read_profile
 from quant.serving.check.run import CheckRequest, check_endpoint
 from quant.serving.check.value import CheckReport
 from quant.serving.client import Endpoint, EndpointError
-from tests.helpers import change_config, copy_model
+from tests.helpers import ROOT, change_config, copy_model
 from tests.serving.endpoint import FakeEndpoint, endpoint
 from tests.serving.engine import TEMPLATE, Engine
 
@@ -78,8 +79,12 @@ def test_a_sound_endpoint_passes(checkpoint: Path, engine: Engine, profile: Path
         report = _report(fake, profile, checkpoint)
     statuses = _statuses(report)
     skipped = {name for name, status in statuses.items() if status == "SKIP"}
-    statuses.pop("the client keeps up", None)  # of a busy machine
-    assert set(statuses.values()) == {"PASS", "SKIP"}, report.findings
+    for name in ("the client keeps up", "requests at a time within the limits"):  # of a busy machine
+        if statuses.get(name) == "WARN":
+            statuses.pop(name)
+    assert set(statuses.values()) == {"PASS", "SKIP"}, [
+        f for f in report.findings if f.status not in ("PASS", "SKIP")
+    ]
     assert skipped == {
         "kernels as planned", "a prompt of 9,999 tokens", "memory of the GPUs", "KV cache as planned",
         "the gateway limits the rate", "filters stop what they must", "prompts are not in the log",
@@ -238,6 +243,44 @@ def test_a_certificate_is_looked_at(profile: Path, tmp_path: Path) -> None:
     assert blind["encrypted"] == "FAIL"
 
 
+_ALONE = """
+import signal, sys, threading, time
+from tests.serving.endpoint import endpoint
+
+with endpoint(itl=0.01) as fake:
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    print(fake.url, flush=True)
+    ended.wait(60)
+    time.sleep({grace})  # what is under way goes on for so long
+    if {grace} == 0:
+        import os
+        os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(("grace", "status"), [(8, "PASS"), (0, "FAIL")])
+def test_anothers_server_is_ended_where_its_process_is_named(grace: int, status: str, profile: Path) -> None:
+    command = [sys.executable, "-c", _ALONE.format(grace=grace)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        try:
+            with endpoint() as other, pytest.raises(UsageError, match="it listens on"):
+                _report(other, profile, None, "operation", pid=process.pid)
+            assert process.poll() is None  # nothing else is ended
+            request = CheckRequest(read_profile(str(profile)), groups=("operation",), pid=process.pid)
+            report = check_endpoint(Endpoint(url, stall=10.0), request)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+    by_name = {f.name: f for f in report.findings}
+    assert by_name["requests under way are finished"].status == status, report.findings
+    assert by_name["starts again"].status == "SKIP" and "--pid" in by_name["starts again"].detail
+    with pytest.raises(UsageError, match="no such process"):
+        check_endpoint(Endpoint(url), request)
+
+
 def test_a_slope_is_told_from_noise() -> None:
     import random
 
@@ -275,6 +318,8 @@ def test_profiles_are_read_and_every_mistake_is_listed(tmp_path: Path) -> None:
         (["--url", "http://a", "--soak", "soon"], 2, "30s, 10m"),
         (["--url", "http://a", "--log", "missing.log"], 2, "--log is"),
         (["--url", "http://a", "--probes", "missing.jsonl"], 2, "--probes is"),
+        (["--url", "http://a", "--pid", "77"], 2, "another machine's"),
+        (["--checkpoint", "x", "--pid", "77"], 2, "give its --url"),
         (["--url", "http://a", "--", "--enforce-eager"], 2, "started here"),
         (["--url", "http://a", "--output", "no/such/folder/x.json"], 2, "--output is"),
     ],

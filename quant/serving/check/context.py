@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import httpx2 as httpx
 
     from quant.hardware import Gpu
+    from quant.serving.foreign import ForeignServer
     from quant.serving.process import Server
 
 T = TypeVar("T")
@@ -96,6 +97,7 @@ class Context:
         checkpoint: what the endpoint should serve.
         server: the vLLM that was started for the check; None where the endpoint is another's, which is never
             stopped.
+        foreign: another's server of this machine that may be ended; it is not started again.
         started: seconds that it may take to start.
         log: the log of another's server; ``start_of_log`` are the first lines of that, or of our server's.
         gateway: address in front of the endpoint that limits the rate.
@@ -117,11 +119,17 @@ class Context:
     probes: Path | None = None
     soak: float | None = None
     gpu: str | None = None
+    foreign: ForeignServer | None = None
     progress: Progress = silent
     facts: dict[str, Any] = field(default_factory=dict)
 
     def say(self, phase: str, done: float = 0, total: float = 0) -> None:
         self.progress(Event(phase, done, total))
+
+    @property
+    def held(self) -> Server | ForeignServer | None:
+        """The server whose processes are known here."""
+        return self.server if self.server is not None else self.foreign
 
     def needs_checkpoint(self) -> Path:
         """

@@ -6,6 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,6 +20,10 @@ from quant.serving.process import GRACE, ServerError
 from quant.serving.server_metrics import COUNTERS, GAUGES, figures, parse_metrics, resident_bytes
 from quant.units import format_seconds, format_size
 
+if TYPE_CHECKING:
+    from quant.serving.foreign import ForeignServer
+    from quant.serving.process import Server
+
 #: Figures that alerts and dashboards are made of.
 _NEEDED = ("running", "queue", "kv_cache_usage", "prompt_tokens", "output_tokens")
 #: Seconds between two looks: at health while draining, at memory.
@@ -26,6 +31,10 @@ _LOOK, _MEMORY_LOOKS = 0.05, 200
 _HOUR = 3600.0
 #: Tokens that the request under way is asked for while the server is told to end.
 _DRAINED = 512
+_NOT_OURS = (
+    "the server is not ours to stop: give --checkpoint without --url, and it starts one; or its --pid, and "
+    "it is ended"
+)
 #: Seconds that it may take at the speed of the load.
 _DRAINING = 5.0
 
@@ -89,8 +98,8 @@ def slope(times: Sequence[float], values: Sequence[float]) -> tuple[float, float
 
 async def _memory(context: Context) -> float | None:
     """Bytes that the server holds now."""
-    if context.server is not None:
-        return float(await asyncio.to_thread(lambda: context.server.resident_bytes if context.server else 0))
+    if (held := context.held) is not None:
+        return float(await asyncio.to_thread(lambda: held.resident_bytes))
     reply = await context.send("GET", "/metrics", limit=10.0)
     return resident_bytes(reply.text) if reply.status == 200 else None
 
@@ -166,8 +175,8 @@ def _growth(context: Context, times: Sequence[float], values: Sequence[float]) -
 
 async def drain(context: Context) -> list[Finding]:
     """SIGTERM while a request is under way."""
-    if context.server is None:
-        raise Skip("the server is not ours to stop: give --checkpoint without --url, and it starts one")
+    if (server := context.held) is None:
+        raise Skip(_NOT_OURS)
     limit = context.profile.operation.drain_seconds
     most = _some_seconds_of_tokens(context)
     prompt = Prompt("The history of the town begins", 0, most)
@@ -178,8 +187,8 @@ async def drain(context: Context) -> list[Finding]:
     )
     await begun.wait()
     told = time.perf_counter()
-    context.server.ask_to_end(first_alone=True)
-    ready, accepted = await _while_ending(context, told + limit)
+    server.ask_to_end(first_alone=True)
+    ready, accepted = await _while_ending(context, server, told + limit)
     trace = await under_way
     ended = trace.ended - told
     if trace.stamps and not trace.error and trace.ended < told:
@@ -223,7 +232,7 @@ def _some_seconds_of_tokens(context: Context) -> int:
     return max(16, min(wanted, _DRAINED, (context.length or 2 * _DRAINED) - 16))
 
 
-async def _while_ending(context: Context, until: float) -> tuple[float, int]:
+async def _while_ending(context: Context, server: Server | ForeignServer, until: float) -> tuple[float, int]:
     """Looks at health and sends new requests until the server no longer listens.
 
     Returns:
@@ -232,7 +241,7 @@ async def _while_ending(context: Context, until: float) -> tuple[float, int]:
     """
     told, ready, accepted = time.perf_counter(), 0.0, 0
     body = {"model": context.endpoint.model, "prompt": "a", "max_tokens": 1}
-    while context.server is not None and context.server.alive and time.perf_counter() < until:
+    while server.alive and time.perf_counter() < until:
         try:
             reply = await context.send("GET", "/health", limit=2.0)
             if reply.status == 200 and time.perf_counter() - told > 1.0:
@@ -247,7 +256,8 @@ async def _while_ending(context: Context, until: float) -> tuple[float, int]:
 
 async def restart(context: Context) -> list[Finding]:
     if (server := context.server) is None:
-        raise Skip("the server is not ours to stop: give --checkpoint without --url, and it starts one")
+        ended = "it has been ended (--pid), and starting it is its owner's: give --checkpoint without --url"
+        raise Skip(_NOT_OURS if context.foreign is None else ended)
     await asyncio.to_thread(server.stop)
     context.say("starting it again")
     try:

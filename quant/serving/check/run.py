@@ -22,6 +22,7 @@ from quant.serving.check.profile import Profile
 from quant.serving.check.value import Check, CheckReport, Finding, Skip, Unexpected
 from quant.serving.client import Endpoint, EndpointError, endpoint_url, resolve
 from quant.serving.deployment import Deployment
+from quant.serving.foreign import ForeignServer
 from quant.serving.process import Interrupted, Server, running
 from quant.units import format_seconds
 
@@ -50,6 +51,7 @@ class CheckRequest:
 
     Attributes:
         groups: those to walk; empty: all.
+        pid: process of the endpoint's server on this machine, which is ended at the last.
     """
 
     profile: Profile = field(default_factory=Profile)
@@ -60,6 +62,7 @@ class CheckRequest:
     soak: float | None = None
     gpu: str | None = None
     groups: tuple[str, ...] = ()
+    pid: int | None = None
 
     def prepare(self) -> None:
         """Looks at the files that are named, before anything is asked.
@@ -82,13 +85,17 @@ class CheckRequest:
 
 
 def check_endpoint(endpoint: Endpoint, request: CheckRequest, *, progress: Progress = silent) -> CheckReport:
-    """Checks an endpoint, which is left as it is.
+    """Checks an endpoint, which is left as it is, unless its process is named.
 
     Raises:
         EndpointError: there is none, or not an OpenAI-compatible one, or it lacks the model asked for.
         UsageError: see :meth:`CheckRequest.prepare`.
     """
     request.prepare()
+    if request.pid is not None:
+        if not endpoint.local:
+            raise UsageError(f"--pid is {request.pid}: --url {endpoint.url} is another machine's")
+        ForeignServer(request.pid).demand_serves(endpoint.url)
     lines = first_lines(request.log) if request.log is not None else []
     return asyncio.run(_check(endpoint, request, progress, start_of_log=lines))
 
@@ -146,7 +153,8 @@ async def _check(
     async with endpoint.client() as client:
         context = Context(
             endpoint, client, profile, None, request.checkpoint, server, started, request.log, start_of_log,
-            gateway, request.probes, request.soak, request.gpu, progress, dict(facts or {}),
+            gateway, request.probes, request.soak, request.gpu,
+            None if request.pid is None else ForeignServer(request.pid), progress, dict(facts or {}),
         )  # fmt: skip
         progress(Event("asking for the model", detail=endpoint.url))
         refusal = await _reach(context)
