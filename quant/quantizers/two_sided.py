@@ -33,7 +33,7 @@ _PANEL = 64
 #: Codes of a column and block that a sweep may change.
 _CHANGES = 8
 #: Steps of conjugate gradients in a refit.
-_STEPS = 3
+_STEPS = 2
 
 
 def blocks_of(outputs: int, most: int = OUTPUTS) -> tuple[int, int]:
@@ -189,13 +189,16 @@ def _round_panel(
 
 def refit(
     weight: torch.Tensor, made: Codes, inputs: torch.Tensor, outputs: torch.Tensor, steps: int = _STEPS
-) -> Codes:
+) -> tuple[Codes, torch.Tensor, torch.Tensor]:
     """The same codes with scales that lower the loss: conjugate gradients on its quadratic in the scales,
     block by block, rounded to the stored dtype. A block whose loss that would raise keeps its scales.
 
     Args:
         weight: fp32 [N, K].
         inputs, outputs: H_I [K, K] and H_O [B, b, b].
+
+    Returns:
+        them, and the loss before and after, fp32 [B].
     """
     shape, shifted = made.scales.shape, made.shifted
     count = len(outputs)
@@ -246,9 +249,10 @@ def refit(
     # a scale that would turn the signs of its group, or lose it, stays
     kept = scales.isfinite() & (scales > 1e-3 * made.scales)
     rounded = stored_scale(torch.where(kept, scales, made.scales), made.dtype)
-    fitted = replace(made, scales=rounded)
-    lower = spread((loss(fitted.errors(weight), inputs, outputs) < before).view(-1, 1, 1))
-    return replace(made, scales=torch.where(lower, rounded, made.scales))
+    after = loss(replace(made, scales=rounded).errors(weight), inputs, outputs)
+    lower = after < before
+    chosen = torch.where(spread(lower.view(-1, 1, 1)), rounded, made.scales)
+    return replace(made, scales=chosen), before, torch.where(lower, after, before)
 
 
 def descend(
@@ -257,7 +261,7 @@ def descend(
     inputs: torch.Tensor,
     outputs: torch.Tensor,
     sweeps: int = 1,
-) -> tuple[Codes, int]:
+) -> tuple[Codes, torch.Tensor]:
     """The same scales with codes that lower the loss: column by column, of each block the code whose change
     lowers it most, then the next, until none does or :data:`_CHANGES` were changed.
 
@@ -266,7 +270,7 @@ def descend(
         inputs, outputs: H_I [K, K] and H_O [B, b, b].
 
     Returns:
-        the codes, and how many were changed.
+        the codes, and by how much the loss is lower, fp32 [B].
     """
     n, k = weight.shape
     count, size, _ = outputs.shape
@@ -274,9 +278,9 @@ def descend(
     codes = _padded(made.codes, count * size).clone()
     steps, group = _padded(made.scales, count * size, 1.0), k // made.scales.shape[1]
     order = torch.argsort(inputs.diagonal(), descending=True, stable=True)
-    changed = 0
+    gained = torch.zeros(count, device=weight.device)
     for _ in range(sweeps):
-        before = changed
+        before = gained.clone()
         for start in range(0, k, _PANEL):
             panel = order[start : start + _PANEL]
             pushed = (errors @ inputs[:, panel]).view(count, size, -1)
@@ -286,15 +290,15 @@ def descend(
             )
             slopes, current, scales = (x.permute(2, 0, 1).contiguous() for x in given)
             start_codes = current.clone()
-            changed += _descend_panel(
+            gained += _descend_panel(
                 slopes, current, scales, inputs[panel][:, panel], outputs, made.low, made.high
             )
             delta = (current - start_codes).mul_(scales)
             codes[:, panel] = current.permute(1, 2, 0).reshape(count * size, -1)
             errors[:, panel] -= delta.permute(1, 2, 0).reshape(count * size, -1)
-        if changed == before:
+        if torch.equal(gained, before):
             break
-    return replace(made, codes=codes[:n]), changed
+    return replace(made, codes=codes[:n]), gained
 
 
 def _descend_panel(
@@ -305,7 +309,7 @@ def _descend_panel(
     outputs: torch.Tensor,
     low: int,
     high: int,
-) -> int:
+) -> torch.Tensor:
     """:func:`descend` on a panel of columns, in place.
 
     Args:
@@ -313,9 +317,10 @@ def _descend_panel(
         among: H_I [P, P] among its columns.
 
     Returns:
-        how many codes were changed.
+        by how much the loss is lower, fp32 [B].
     """
-    blocks, changed = torch.arange(len(outputs), device=outputs.device), 0
+    blocks = torch.arange(len(outputs), device=outputs.device)
+    gained = torch.zeros(len(outputs), device=outputs.device)
     weights = outputs.diagonal(dim1=1, dim2=2).clamp_min(1e-38)
     for j, curvature in enumerate(among.diagonal().tolist()):
         if not curvature > 0:
@@ -333,10 +338,10 @@ def _descend_panel(
             chosen = torch.where(better, step[blocks, best], 0.0)
             code[blocks, best] = torch.where(better, target[blocks, best], code[blocks, best])
             slope -= outputs[blocks, best] * (chosen * curvature).unsqueeze(1)
-            changed += int(better.sum())
+            gained += torch.where(better, gain, 0.0)
         if j + 1 < len(slopes):
             slopes[j + 1 :] -= among[j, j + 1 :, None, None] * (began - slope).div_(curvature)
-    return changed
+    return gained
 
 
 def _padded(values: torch.Tensor, rows: int, fill: float = 0.0) -> torch.Tensor:

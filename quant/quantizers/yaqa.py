@@ -134,12 +134,14 @@ class YAQAQuantizer:
         else:  # each output on its own: what is left is GPTQ
             codes = solve_integers(weight.clone(), inputs.factor, inputs.order, scales, zeros, scheme, dtype)
         plain = Codes(nearest, scales, zeros, scheme.low, scheme.high, dtype)
-        begun = made = replace(plain, codes=codes)
+        first, made = loss(plain.errors(weight), *hessians), replace(plain, codes=codes)
         if self.sweeps:
-            made, _ = descend(weight, refit(weight, made, *hessians), *hessians, self.sweeps)
-            made = refit(weight, made, *hessians)
-        first, second, last = (float(loss(x.errors(weight), *hessians).sum()) for x in (plain, begun, made))
-        return made, (first, second, last)
+            made, begun, fitted = refit(weight, made, *hessians)
+            made, gained = descend(weight, made, *hessians, self.sweeps)
+            last = fitted - gained
+        else:
+            begun = last = loss(made.errors(weight), *hessians)
+        return made, (float(first.sum()), float(begun.sum()), float(last.sum()))
 
 
 @dataclass(frozen=True)
