@@ -148,7 +148,7 @@ class BlockQuantizer:
         prefix, linears, made = skeleton.block_prefix(index), skeleton.linears(index), BlockResult()
         every = skeleton.sourced_groups(index) if any(self.suppressors.values()) else skeleton.groups(index)
         work = BlockUnderWay(block, linears, prefix, every, skeleton.norm_offset, made)
-        chosen = self._chosen_groups(every, prefix)
+        chosen = self._seen_groups(every, prefix)
         self._round_unseen(work, chosen)
         with self.clock.phase("statistics"):
             statistics = seen.finish()
@@ -173,13 +173,17 @@ class BlockQuantizer:
         prefix, linears = skeleton.block_prefix(index), skeleton.linears(index)
         return {
             name: (linears[name], self.solver.needs(self.plan.assignments[prefix + name]))
-            for group in self._chosen_groups(skeleton.groups(index), prefix)
+            for group in self._seen_groups(skeleton.groups(index), prefix)
             for name in group.linears
         }
 
-    def gradient_linears(self, skeleton: Skeleton, index: int) -> dict[str, BlockLinear]:
-        """Those of them that gradients are asked of."""
-        return {n: x for n, (x, needs) in self.seen_linears(skeleton, index).items() if "gradients" in needs}
+    def _seen_groups(self, groups: Sequence[InputGroup], prefix: str) -> dict[InputGroup, InputGroup]:
+        """:meth:`_chosen_groups` less the experts of which nothing is asked."""
+        return {
+            key: whole
+            for key, whole in self._chosen_groups(groups, prefix).items()
+            if not key.experts or self.solver.needs(self.solver.assignment(prefix, key))
+        }
 
     def _kin_of(self, work: BlockUnderWay, whole: InputGroup, name: str) -> Kin:
         """All that reads what one linear of a group reads."""

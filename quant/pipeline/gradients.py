@@ -276,12 +276,14 @@ def _demand_finite(gradient: torch.Tensor, where: str) -> None:
         )
 
 
-def gradient_problem(skeleton: Skeleton, linears: Callable[[int], Mapping[str, BlockLinear]]) -> str | None:
+def gradient_problem(
+    skeleton: Skeleton, linears: Callable[[int], Mapping[str, tuple[BlockLinear, frozenset[str]]]]
+) -> str | None:
     """Why no gradients can be taken through a model's blocks, or None. One block of each kind is tried on a
     few tokens.
 
     Args:
-        linears: of each block those that gradients are needed of, by name.
+        linears: of each block those that the pass has to show, by name, with what is asked of each.
     """
     count = min(_TRIAL_TOKENS, skeleton.vocabulary)
     hidden, calls = skeleton.embed([torch.arange(count)[None]])
@@ -298,11 +300,11 @@ def gradient_problem(skeleton: Skeleton, linears: Callable[[int], Mapping[str, B
                 f"{where} reads what earlier blocks leave for it, and a gradient would have to go there too"
             )
         wanted = linears(index)
-        if any(x.shared for x in wanted.values()):
-            return f"{where} holds routed experts, whose gradients are not taken yet"
+        if any(x.shared for x, _ in wanted.values()):
+            return f"{where} holds routed experts, which the pass does not look into"
         block = skeleton.load_block(index)
         try:
-            seen = Seen({name: (x, frozenset({"gradients", "hessian"})) for name, x in wanted.items()})
+            seen = Seen(wanted)
             made = _through(block, hidden[0], call, torch.ones_like(hidden[0]), seen)
             missing = sorted(set(wanted) - set(seen.sums))
             if missing:

@@ -192,7 +192,7 @@ class QuantizationManager:
             raise QuantError(problem)
         if self.plan.gradients:
             self.progress(Event("text", detail="gradients through a block of each kind"))
-            if problem := gradient_problem(skeleton, lambda i: self.blocks.gradient_linears(skeleton, i)):
+            if problem := gradient_problem(skeleton, lambda i: self.blocks.seen_linears(skeleton, i)):
                 raise QuantError(
                     f"{problem}: --method {self.plan.recipe.method} needs gradients: use --method gptq"
                 )

@@ -252,15 +252,21 @@ def test_what_gradients_do_not_go_through_is_refused_before_any_work(
     with pytest.raises(QuantError, match=r"model.layers.0 holds routed experts.*use --method gptq"):
         quantize(mixture, tmp_path / "out", **YAQA, target="other")
     assert not (tmp_path / "out.work").exists()
+    rules = [{"layers": "*.experts.*", "method": "minmax"}]
+    report = quantize(mixture, tmp_path / "mixed", **YAQA, rules=rules, target="other")
+    assert {x["method"] for x in report["layers"]} == {"yaqa", "minmax"}
+    assert not any(x["fallback"] for x in report["layers"])
     with pytest.raises(Problems, match="it rounds to integers.*use --method gptq"):
         quantize(mixture, tmp_path / "out", method="yaqa", scheme="nvfp4")
 
 
 def test_a_block_that_cuts_the_graph_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     skeleton = Skeleton(open_checkpoint(llama), torch.device("cpu"))
-    call = module.call_block
+    call, needs = module.call_block, frozenset({"hessian", "gradients"})
     monkeypatch.setattr(module, "call_block", lambda *args: call(*args).detach())
-    problem = gradient_problem(skeleton, lambda index: dict(skeleton.linears(index)))
+    problem = gradient_problem(
+        skeleton, lambda index: {n: (x, needs) for n, x in skeleton.linears(index).items()}
+    )
     assert problem is not None and problem.startswith("no gradient can be taken through model.layers.0")
 
 
