@@ -86,9 +86,13 @@ def peer(
     return Row(scheme, f"{program} {label}", options, data, weights_only, program)
 
 
+#: As many rows for gradients as for the Hessians of the others.
+YAQA = ("--gradient-samples", "128")
+
 ROWS = (
     ours("w4a16", "minmax", data=False),
     ours("w4a16", "gptq"),
+    ours("w4a16", "yaqa", *YAQA),
     ours("w4a16", "smooth_quant+gptq"),
     ours("w4a16", "awq+gptq"),
     peer("w4a16", "llm-compressor", "rtn", "--method", "rtn", "--scheme", "W4A16", data=False),
@@ -98,6 +102,7 @@ ROWS = (
     ours("w4a16-asym", "hqq", data=False),
     ours("w4a16-asym", "awq"),
     ours("w4a16-asym", "gptq"),
+    ours("w4a16-asym", "yaqa", *YAQA),
     ours("w4a16-asym", "awq+gptq"),
     Row("w4a16-asym", "AutoAWQ awq", (), peer="AutoAWQ", draws=1),
     Row(
@@ -107,6 +112,7 @@ ROWS = (
         draws=1,
     ),
     ours("w3a16", "gptq"),
+    ours("w3a16", "yaqa", *YAQA),
     peer("w3a16", "GPTQModel", "gptq", "--bits", "3"),
     ours("w8a16", "minmax", data=False),
     ours("w8a8-int8", "minmax", "--outlier-suppression", "none", data=False, weights_only=False),
