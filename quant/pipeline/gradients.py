@@ -14,6 +14,7 @@ the same pass again, without sums for the blocks that are finished.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -263,8 +264,29 @@ def _through(
         else:
             with seen.watching(block, False):
                 output = call_block(block, leaf, call)
-    (made,) = torch.autograd.grad(output, leaf, gradient)
+    with ordered_sums(leaf.device):
+        (made,) = torch.autograd.grad(output, leaf, gradient)
     return made
+
+
+@contextmanager
+def ordered_sums(device: torch.device) -> Iterator[None]:
+    """While it lasts, a GPU adds in the same order every time, as far as its kernels can: the backward pass
+    of attention would not, and a job that goes on would get other bytes."""
+    if device.type == "cpu":
+        yield
+        return
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of kernels that cannot
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def _demand_finite(gradient: torch.Tensor, where: str) -> None:

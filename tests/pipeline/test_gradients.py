@@ -21,7 +21,13 @@ from quant.models.skeleton import Skeleton
 from quant.pipeline import gradients as module
 from quant.pipeline.activation_store import ActivationStore
 from quant.pipeline.estimate import estimate
-from quant.pipeline.gradients import GradientStream, Seen, gradient_problem, kl_gradient
+from quant.pipeline.gradients import (
+    GradientStream,
+    Seen,
+    gradient_problem,
+    kl_gradient,
+    ordered_sums,
+)
 from tests.helpers import copy_model, load_all, quantize, recipe, save_all, short_text, weight_files
 from tests.pipeline.test_resume import command
 
@@ -132,6 +138,14 @@ def test_slices_of_the_logits_change_nothing_but_the_draws(
             skeleton.head_gradient(tokens[:, i : i + 5], hidden[:, i : i + 5], constant) for i in (0, 5, 10)
         ]
     assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-6)
+
+
+def test_a_gpu_adds_in_order_while_gradients_are_taken_and_as_before_afterwards() -> None:
+    for device, inside in (("cpu", False), ("cuda", True)):
+        with pytest.raises(ValueError, match="interrupted"), ordered_sums(torch.device(device)):
+            assert torch.are_deterministic_algorithms_enabled() == inside
+            raise ValueError("interrupted")
+        assert not torch.are_deterministic_algorithms_enabled()
 
 
 class Stopped(Exception):
