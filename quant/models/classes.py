@@ -73,8 +73,9 @@ def text_models(config: Any, checkpoint: Checkpoint, dtype: torch.dtype, kind: s
         tries += [(auto.AutoModelForImageTextToText.from_config, config)]
     names = checkpoint.config.get("architectures")
     named = getattr(auto, str(names[0]), None) if isinstance(names, list) and names else None
-    if isinstance(named, type) and issubclass(named, auto.PreTrainedModel):
-        own: Any = named
+    own: Any = named
+    known = isinstance(named, type) and issubclass(named, auto.PreTrainedModel)
+    if known and type(config) is getattr(own, "config_class", None):
         tries += [(own._from_config, config)]
     reason, built = "", set()
     for make, part in tries:
