@@ -21,7 +21,7 @@ from quant.models.decoder import Decoder
 from quant.models.families import FAMILIES, WRAPPERS, Family
 from quant.models.naming import name_problems
 from quant.models.place import decoder_list
-from quant.models.roles import block_list, block_of, role_of
+from quant.models.roles import block_list, block_of, leftover, role_of
 from quant.models.shapes import decoder_weights
 from quant.vllm.config import (
     HEAD_SIZES,
@@ -131,7 +131,11 @@ def implied_problems(
     """
     quantized, held = linears or {}, stacks or {}
     parts_of_stacks = {n for _, made_of in held.values() for n in made_of}
-    infos = {n: i for n, i in tensors.items() if not _part_of(n, quantized) and n not in parts_of_stacks}
+    infos = {
+        n: i
+        for n, i in tensors.items()
+        if not (_part_of(n, quantized) or n in parts_of_stacks or leftover(i))
+    }
     shapes = {n: i.shape for n, i in infos.items() if i.dtype in FLOATS}
     shapes |= {f"{n}.weight": (x.n, x.k) for n, x in quantized.items()}
     shapes |= {n: shape for n, (shape, _) in held.items()}

@@ -151,6 +151,8 @@ def test_drafting_blocks_and_leftovers_are_no_blocks_too_many(llama: Path) -> No
     headers[name] = replace(headers["lm_head.weight"], name=name, shape=(64, 128))
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     headers[name] = replace(headers["lm_head.weight"], name=name, shape=(8,))
+    name = "model.layers.0.self_attn.rotary_emb.cos_cached"  # a table is no matrix of another family
+    headers[name] = replace(headers["lm_head.weight"], name=name, shape=(1, 1, 512, 16))
     assert implied_problems(headers, checkpoint.config) == []
     counted = implied_problems(headers, {**checkpoint.config, "num_hidden_layers": 3})
     assert "model.layers.2 predicts further tokens" in counted[0]
