@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from quant.checkpoint.folders import described
 from quant.checkpoint.reader import open_checkpoint, read_json
 from quant.data import load_json
 from quant.errors import UsageError, any_of
@@ -114,12 +115,15 @@ def model_from_directory(path: str | Path) -> ModelSpec:
         spec = spec_from_config(read_json(file, "the config"), name, str(file))
         cached = repository_of(directory) is not None
         lacks = "not all of its weights are in the cache" if cached else "no safetensors files"
-        return replace(spec, notes=(*spec.notes, f"{lacks}: sizes are computed from config.json"))
+        notes = [f"{lacks}: sizes are computed from config.json"]
+        if not cached and not (what := described(directory)).startswith("has no .safetensors"):
+            notes.append(f"before it can be quantized: {directory} {what}")
+        return replace(spec, notes=(*spec.notes, *notes))
     checkpoint = open_checkpoint(directory)
     spec = spec_from_config(checkpoint.config, name, str(checkpoint.path / "config.json"))
     weights = tuple(weights_from_tensors(checkpoint.tensors.values(), checkpoint.config, spec.layers))
     note = leftovers_note(checkpoint.tensors.values())
-    notes = (*spec.notes, *([note] if note else []))
+    said = (*spec.notes, *([note] if note else []))
     embedded = any(w.role == "embedding" for w in weights)
     tied = spec.tied or (embedded and not any(w.role == "head" for w in weights))
     if tied:  # a head stored beside the embeddings that it repeats is not loaded
@@ -132,7 +136,7 @@ def model_from_directory(path: str | Path) -> ModelSpec:
         tied=tied,
         vision=vision,
         unpacked=unpacked,
-        notes=notes,
+        notes=said,
         source=str(directory),
     )
 

@@ -372,6 +372,9 @@ def test_a_directory_without_weights_is_computed_and_one_without_config_refused(
         model_from_directory(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(TINY["gqa"]))
     assert "computed from config.json" in " ".join(load_model(tmp_path).notes)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
+    assert "before it can be quantized" in load_model(tmp_path).notes[-1]
+    assert "pickled weights" in load_model(tmp_path).notes[-1]
 
 
 @pytest.mark.parametrize(
