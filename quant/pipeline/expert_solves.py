@@ -42,6 +42,7 @@ from quant.pipeline.memory import give_back
 from quant.pipeline.records import Clock
 from quant.quantizers import Quantized
 from quant.recipe import Assignment
+from quant.report.value import NOT_HELD_OUT, NOT_ROUTED
 
 #: Tokens of the held-out row that a layer's error is measured on.
 ERROR_TOKENS = 256
@@ -164,6 +165,7 @@ class ExpertSolver:
             prior = layer_statistics(layer.routed, self.solver.needs(assignment))
         spent = {"statistics": time.perf_counter() - start, "solve": 0.0}
         counts, prefix = layer.routed.counts, layer.work.prefix
+        missing = NOT_HELD_OUT if layer.held_out is None else NOT_ROUTED
 
         def solve(some: _Some) -> tuple[list[_Solved], dict[str, float]]:
             with torch.no_grad():
@@ -182,7 +184,7 @@ class ExpertSolver:
                 for x in done:
                     layer.work.made.linears[prefix + x.name] = aside.keep_weight(x.result.tensor)
                     tokens = int(counts[x.expert])
-                    self.solver.records.add(prefix + x.name, x.result, *x.evidence, tokens, each)
+                    self.solver.records.add(prefix + x.name, x.result, *x.evidence, tokens, each, missing)
                 for phase, value in seconds.items():
                     spent[phase] += value
         # the workers' seconds are more than have gone by

@@ -54,6 +54,7 @@ class Records:
         error: float | None,
         tokens: int,
         seconds: float,
+        missing: str = NOT_HELD_OUT,
     ) -> None:
         """Notes what a linear became.
 
@@ -61,13 +62,14 @@ class Records:
             noise, signal: energy of what rounding changed, and of the weight.
             error: relative output error on held-out text, or None.
             tokens: those that its statistics are of.
+            missing: why there is no error where there are tokens.
         """
         self.layers[name] = LayerResult(
             name=name,
             method=self.plan.assignments[name].method,
             scheme=str(self.plan.linears[name].scheme),
             error=error,
-            error_missing=None if error is not None else NOT_HELD_OUT if tokens else NOT_CALIBRATED,
+            error_missing=None if error is not None else missing if tokens else NOT_CALIBRATED,
             snr_db=round(10 * float(torch.log10(torch.tensor(signal / max(noise, 1e-30)))), 2)
             if signal
             else None,

@@ -27,8 +27,9 @@ import quant
 #: The report that ``quant quantize`` and ``quant export-vllm`` leave in their output.
 REPORT = "quant_report.json"
 #: Why a layer has no relative output error.
-NOT_CALIBRATED = "the job used no calibration text, so there is no input to measure it on"
+NOT_CALIBRATED = "no calibration text went through it, so there is no input to measure it on"
 NOT_HELD_OUT = "no calibration row was left to hold out"
+NOT_ROUTED = "no token of the held-out row was sent to this expert"
 
 #: Options whose value is a secret, and the part of a URL that may hold one.
 _SECRET = re.compile(r"^--?[\w-]*(key|token|password|secret)$", re.IGNORECASE)

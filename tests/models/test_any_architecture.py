@@ -15,6 +15,7 @@ from quant.checkpoint.reader import open_checkpoint
 from quant.errors import QuantError
 from quant.pipeline.export import export
 from quant.pipeline.plan import plan_job
+from quant.report.value import NOT_ROUTED
 from tests.helpers import (
     SHAPE,
     add_tokenizer,
@@ -157,8 +158,11 @@ def test_methods_that_need_data_take_mixtures_and_wrappers(
     kind: str, models: Callable[[str], Path], tmp_path: Path
 ) -> None:
     report = quantize(models(kind), tmp_path / "out", method="gptq", group_size=32)
-    assert report["verify"]["passed"] and all(x["error"] is not None for x in report["layers"] if x["tokens"])
-    assert all(x["error"] < 0.2 for x in report["layers"] if x["error"] is not None)
+    layers = [x for x in report["layers"] if x["tokens"]]
+    measured = [x["error"] for x in layers if x["error"] is not None]
+    assert report["verify"]["passed"] and max(measured) < 0.2 and len(measured) > 0.8 * len(layers)
+    # an expert that no token of the held-out row was sent to has none
+    assert {x["error_missing"] for x in layers if x["error"] is None} <= {NOT_ROUTED}
 
 
 def test_a_linear_whose_input_no_pass_shows_is_rounded_and_named(tmp_path: Path) -> None:
