@@ -8,8 +8,8 @@ llm-compressor's GPTQ, which shows every expert all tokens; and what a router th
 
 A draw is the calibration text rotated to another article, cut into rows in file order; every program gets the
 same rows. The judge is `kl.py` of the bench folder, on text of which nothing was used for calibration, both
-models in fp32. A standard error is over chunks; it is not that of a difference between two rows of the table,
-which are judged on the same chunks.
+models in fp32, each quantized model against its own source. A standard error is over chunks; it is not that
+of a difference between two rows of the table, which are judged on the same chunks.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from quality import rotated
 SHARED = ROOT.parent / "shared"
 PEERS = Path(__file__).resolve().parent / "peers.py"
 WAYS = ("routed", "all", "blend")
+#: End of the label of what is made of the mixture whose router starves an expert.
+SKEWED = ", skewed"
 
 
 @dataclass
@@ -150,14 +152,17 @@ def main() -> None:
                 table.ours(f"quant {way}", a.mixture, rows, way)
             if a.llmcompressor_python:
                 table.peer("llm-compressor", a.mixture, rows)
-            if a.skewed:
-                table.ours("quant blend, skewed", a.skewed, rows, "blend")
+            for way in a.ways if a.skewed else ():
+                table.ours(f"quant {way}{SKEWED}", a.skewed, rows, way)
     print(f"\n{'':<26}mean KL   of blend's   draws")
     for label, found in table.found.items():
         blend = table.found.get("quant blend")
         share = f"{found.mean / blend.mean:.3f}" if blend else ""
         draws = ", ".join(f"{v:.5f}" for v in found.kl)
         print(f"  {label:<24}{found.mean:.5f}   {share:<10}   {draws}")
+    for way in a.ways if a.skewed else ():
+        balanced, skewed = (table.found[f"quant {way}{end}"] for end in ("", SKEWED))
+        print(f"a starved expert costs {skewed.mean / balanced.mean:.3f}x the KL with {way}")
 
 
 if __name__ == "__main__":
