@@ -102,7 +102,7 @@ def commands(model: str, work: Path, vllm_python: str | None) -> dict[str, tuple
         "w8a8": ["--scheme", "w8a8-int8"],
         "kv": ["--method", "fp8", "--kv-cache-scheme", "fp8"],
     }.items():
-        words = [*quant, "quantize", "-m", model, "-o", str(work / name), *extra, "--fresh"]
+        words = [*quant, "quantize", "-m", model, "-o", str(work / name), *extra]
         found[f"quantize {name}"] = (words, "")
     found["quantize --dry-run"] = ([*quant, "quantize", "-m", model, "--method", "gptq", "--dry-run"], "")
     found["smooth"] = (
@@ -153,13 +153,15 @@ def main() -> None:
     environment = dict(os.environ)
     longest = 0.0
     print(f"{'command':24} {'where':9} {'took':>8} {'silence':>8}  exit  said before it")
-    for name, (words, stop_at) in commands(str(options.model), work, options.vllm_python).items():
-        if options.only and not any(part in name for part in options.only):
-            continue
-        for terminal in (True, False):
+    for terminal in (True, False):  # each makes its own, for no command writes over what is there
+        where = "terminal" if terminal else "pipe"
+        folder = work / where
+        folder.mkdir(exist_ok=True)
+        for name, (words, stop_at) in commands(str(options.model), folder, options.vllm_python).items():
+            if options.only and not any(part in name for part in options.only):
+                continue
             run = watch(words, terminal, environment, stop_at)
             longest = max(longest, run.gap)
-            where = "terminal" if terminal else "pipe"
             print(
                 f"{name:24} {where:9} {run.seconds:7.1f}s {run.gap:7.1f}s  {run.status:4}  {run.before[:60]}",
                 flush=True,
