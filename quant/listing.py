@@ -131,6 +131,33 @@ def _scenarios() -> list[Item]:
     ]
 
 
+def _engines() -> list[Item]:
+    from quant.engines import ENGINES
+
+    def level(capability: tuple[int, int] | None) -> str | None:
+        return ".".join(map(str, capability)) if capability else None
+
+    return [
+        {
+            "name": engine.name,
+            "about": "what `quant list schemes` shows" if engine.name == "vllm" else "",
+            "release": engine.release,
+            "images": dict(engine.images),
+            "reads": [
+                {
+                    "format": read.format,
+                    "schemes": list(read.schemes),
+                    "capability": level(read.least),
+                    "until": level(read.end),
+                    "platforms": list(read.platforms),
+                }
+                for read in engine.reads
+            ],
+        }
+        for engine in ENGINES.values()
+    ]
+
+
 #: Kind → what it lists, and what takes one.
 KINDS: dict[str, tuple[Callable[[], list[Item]], str]] = {
     "schemes": (_schemes, "numbers that weights and inputs become: quantize and recommend --scheme"),
@@ -139,6 +166,7 @@ KINDS: dict[str, tuple[Callable[[], list[Item]], str]] = {
     "models": (_models, "known by name: recommend --model"),
     "gpus": (_gpus, "known by name: detect, recommend and quantize --gpu"),
     "scenarios": (_scenarios, "uses and their engine arguments: recommend --scenario"),
+    "engines": (_engines, "what serves, and what each reads: quant-deploy plan --engine"),
 }
 
 

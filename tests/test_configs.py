@@ -27,7 +27,7 @@ def test_every_file_is_a_recipe_a_scenario_or_a_table() -> None:
     every = {p.relative_to(ROOT / "configs") for p in (ROOT / "configs").rglob("*") if p.is_file()}
     # planned one by one in tests/planning/test_recommendation.py
     scenarios = set((ROOT / "configs/scenarios").glob("*.yaml"))
-    names = ("block_names", "gpus", "models", "planner_errors", "quality", "throughput")
+    names = ("block_names", "engines", "gpus", "models", "planner_errors", "quality", "throughput")
     tables = {Path(f"{n}.json") for n in names}
     # read one by one in tests/serving/test_check.py
     checks = set((ROOT / "configs/checks").glob("*.yaml"))

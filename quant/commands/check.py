@@ -28,13 +28,7 @@ GROUPS = ("fidelity", "performance", "resources", "security", "operation")
 )
 @click.option("--api-key", metavar="KEY", help="The key itself; --api-key-env keeps it out of process lists.")
 @endpoint_options
-@click.option(
-    "--profile",
-    default="chat",
-    show_default=True,
-    metavar="chat|batch|FILE",
-    help="Thresholds; a FILE is YAML like those of configs/checks.",
-)
+@options.check_profile
 @click.option("--only", type=click.Choice(GROUPS), multiple=True, help="Walk this group alone; repeatable.")
 @click.option(
     "--soak", metavar="DURATION", help="Load for so long, such as 10m, and see whether memory grows."

@@ -12,8 +12,10 @@ from quant import defaults
 from quant.commands import options
 from quant.commands.options import together
 from quant.commands.terminal import Output, common_options
+from quant.engines import ENGINES
 from quant.errors import UsageError
 from quant.progress import Event
+from quant.serving.artefacts import KINDS
 
 if TYPE_CHECKING:
     from quant.serving.deployment import Deployment
@@ -25,6 +27,8 @@ deployment_options = together(
     options.tensor_parallel("vllm_config.json's, or 1"),
     options.max_model_len("vllm_config.json's, or the model's"),
     options.gpu_memory_utilization,
+    options.kv_cache_dtype,
+    options.max_num_seqs,
     click.option("--host", default=defaults.HOST, show_default=True, help="Address to listen on."),
     click.option(
         "--port",
@@ -35,23 +39,15 @@ deployment_options = together(
     ),
     click.option("--name", show_default="the directory's name", help="What clients call the model."),
     click.option("--api-key-env", metavar="NAME", help="Environment variable that holds the API key."),
-    click.argument("extra", nargs=-1, type=click.UNPROCESSED, metavar="[-- VLLM_ARGUMENTS...]"),
+    click.argument("extra", nargs=-1, type=click.UNPROCESSED, metavar="[-- ENGINE_ARGUMENTS...]"),
 )
 
 
-#: Kinds of :data:`quant.serving.artefacts.ARTEFACTS`, which is not imported for --help; a test holds both
-#: together.
-KINDS = [
-    "shell", "compose", "systemd", "kubernetes", "leaderworkerset", "kserve", "ray-serve", "production-stack",
-    "monitoring", "alerts", "dashboard",
-]  # fmt: skip
-
-
-def _planned(out: Output, model_path: Path, request: dict[str, Any]) -> Deployment:
+def _planned(out: Output, model_path: Path, request: dict[str, Any], engine: str = "vllm") -> Deployment:
     from quant.serving.deployment import DeploymentRequest
-    from quant.serving.deployment import plan as make_plan
+    from quant.serving.engines import plan as make_plan
 
-    deployment = make_plan(model_path, DeploymentRequest(**request))
+    deployment = make_plan(model_path, DeploymentRequest(**request), engine)
     for warning in deployment.warnings:
         out.warn(warning)
     return deployment
@@ -59,6 +55,13 @@ def _planned(out: Output, model_path: Path, request: dict[str, Any]) -> Deployme
 
 @click.command()
 @deployment_options
+@click.option(
+    "--engine",
+    type=click.Choice(list(ENGINES)),
+    default="vllm",
+    show_default=True,
+    help="What serves it: another engine gets its own words, where it reads this checkpoint.",
+)
 @click.option(
     "--output",
     "kind",
@@ -79,29 +82,34 @@ def _planned(out: Output, model_path: Path, request: dict[str, Any]) -> Deployme
     type=click.FloatRange(0, min_open=True),
     help="Of all its hardware: the dashboard shows the cost of a million tokens.",
 )
+@options.check_profile
 @common_options
 def plan(
     out: Output,
     model_path: Path,
+    engine: str,
     kind: str,
     claim: str | None,
     claim_path: str,
     nodes: int,
     price_per_hour: float | None,
+    profile: str,
     **request: Any,
 ) -> None:
-    """The exact vllm serve command for a checkpoint, and why each flag has its value. The context is fitted
-    to the GPU.
+    """The exact command that serves a checkpoint, by vLLM or another engine, and why each flag has its value.
+    For vLLM the context is fitted to the GPU.
 
     \b
     quant-deploy plan -m out/Llama-3.1-8B-W4A16 --output compose > compose.yaml
+    quant-deploy plan -m out/Llama-3.1-8B-W4A16 --engine sglang
     """
     from quant.serving.artefacts import Placement, artefact
 
     if request["port"] == 0:
         raise UsageError("--port is 0: a plan names the port, from 1 to 65535; serve takes a free one for 0")
-    deployment = _planned(out, model_path, request)
-    text = artefact(deployment, kind, Placement(claim, claim_path.strip("/"), nodes, price_per_hour))
+    deployment = _planned(out, model_path, request, engine)
+    placement = Placement(claim, claim_path.strip("/"), nodes, price_per_hour, profile)
+    text = artefact(deployment, kind, placement)
     out.result(
         deployment.to_dict() | {"output": kind, "artefact": text}, lambda c: click.echo(text, nl=False)
     )

@@ -7,7 +7,7 @@ import click
 from quant.commands.terminal import Output, common_options
 
 #: As :data:`quant.listing.KINDS` has them, which is imported when one is listed.
-KINDS = ("schemes", "methods", "formats", "models", "gpus", "scenarios")
+KINDS = ("schemes", "methods", "formats", "models", "gpus", "scenarios", "engines")
 
 
 @click.command("list")
@@ -15,8 +15,8 @@ KINDS = ("schemes", "methods", "formats", "models", "gpus", "scenarios")
 @click.argument("pattern", default="")
 @common_options
 def list_(out: Output, kind: str | None, pattern: str) -> None:
-    """What there is to choose from: schemes, methods, formats, models, gpus or scenarios. PATTERN: part of
-    the names to show. Without KIND, how many there are of each.
+    """What there is to choose from: schemes, methods, formats, models, gpus, scenarios or engines. PATTERN:
+    part of the names to show. Without KIND, how many there are of each.
 
     \b
     quant list schemes

@@ -125,6 +125,20 @@ vllm_version = click.option(
     "--vllm-version", default=VLLM_VERSION, show_default=True, help="Release of vLLM that will serve it."
 )
 
+kv_cache_dtype = click.option(
+    "--kv-cache-dtype", default="auto", show_default=True, help="auto (the model's own) or fp8."
+)
+
+max_num_seqs = click.option("--max-num-seqs", type=int, help="Sequences in one batch.")
+
+check_profile = click.option(
+    "--profile",
+    default="chat",
+    show_default=True,
+    metavar="chat|batch|FILE",
+    help="Thresholds; a FILE is YAML like those of configs/checks.",
+)
+
 made_for = click.option(
     "--vllm-version",
     show_default="the release that it was made for",

@@ -42,13 +42,11 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
         show_default=True,
         help="Requests of that length at the same time.",
     )
-    @click.option(
-        "--kv-cache-dtype", default="auto", show_default=True, help="auto (the model's own) or fp8."
-    )
+    @options.kv_cache_dtype
     @options.tensor_parallel("all")
     @click.option("--pipeline-parallel", type=int, default=1, show_default=True, help="Stages of layers.")
     @options.gpu_memory_utilization
-    @click.option("--max-num-seqs", type=int, help="Sequences in one batch.")
+    @options.max_num_seqs
     @click.option("--max-num-batched-tokens", type=TOKENS, help="Tokens in one batch.")
     @click.option("--enforce-eager", is_flag=True, help="No CUDA graphs: less memory, slower decoding.")
     @click.option(

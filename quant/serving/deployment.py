@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 from quant import defaults
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
-from quant.errors import CheckpointError, Problems, QuantError, UsageError, VerificationFailed
+from quant.engines import ENGINES, Engine
+from quant.errors import (
+    CheckpointError,
+    Problems,
+    QuantError,
+    UsageError,
+    VerificationFailed,
+    one_of,
+)
 from quant.evaluation.verify import verify
 from quant.hardware import count_in
 from quant.hub import model_name, repository_of
@@ -32,8 +40,12 @@ if TYPE_CHECKING:
     from quant.hardware import Gpu
     from quant.vllm.kernels import CpuProblem
 
+#: No engine asks a hub for a local checkpoint.
+_ASKS_NO_HUB = {"HF_HUB_OFFLINE": "1"}
 #: vLLM asks no hub for a local checkpoint and reports no usage; nothing leaves the machine unasked.
-OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+OFFLINE = {**_ASKS_NO_HUB, **ENGINES["vllm"].environment, "DO_NOT_TRACK": "1"}
+#: What ``--kv-cache-dtype`` takes; ``fp8`` is E4M3.
+CACHE_DTYPES = ("auto", "fp8")
 #: Flags that this tool must know to find, name and guard the server, with the option that sets each.
 _OWN_FLAGS = {
     "--model": "--model-path",
@@ -56,15 +68,18 @@ class DeploymentRequest:
 
     Attributes:
         gpu: name of the GPU that it will run on; None: those that are here, or none known.
+        kv_cache_dtype: ``auto`` leaves it to the checkpoint.
         port: TCP port; 0 takes a free one when the server is started here.
         api_key_env: name of the environment variable that holds the key.
-        extra: further vLLM arguments, passed on as they are.
+        extra: further arguments of the engine, passed on as they are.
     """
 
     gpu: str | None = None
     tensor_parallel: int | None = None
     max_model_len: int | None = None
     gpu_memory_utilization: float | None = None
+    kv_cache_dtype: str = "auto"
+    max_num_seqs: int | None = None
     host: str = defaults.HOST
     port: int = defaults.PORT
     name: str | None = None
@@ -84,6 +99,15 @@ class DeploymentRequest:
         share = self.gpu_memory_utilization
         if share is not None and math.isnan(share):
             wrong.append(f"--gpu-memory-utilization is {share}: a share above 0 and at most 1 is needed")
+        if self.max_num_seqs is not None and self.max_num_seqs < 1:
+            wrong.append(f"--max-num-seqs is {self.max_num_seqs}: one sequence or more is needed")
+        if self.kv_cache_dtype not in CACHE_DTYPES:
+            wrong.append(str(one_of("--kv-cache-dtype", self.kv_cache_dtype, CACHE_DTYPES)))
+        if self.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
+            wrong.append(
+                "--api-key-env takes the name of an environment variable, such as API_KEY, never the key "
+                "itself"
+            )
         if wrong:
             raise Problems(wrong, exit_code=2)
 
@@ -101,9 +125,16 @@ class Deployment:
     extra: tuple[str, ...]
     api_key_env: str | None
     warnings: tuple[str, ...]
-    #: kind of hardware it is planned for (:attr:`quant.hardware.Gpu.platform`), and bytes of the tensors
-    platform: str = "cuda"
+    #: the GPU that it is planned for, where one is named or here, and bytes of the tensors
+    gpu: Gpu | None = None
     checkpoint_bytes: int = 0
+    engine: Engine = ENGINES["vllm"]
+
+    @property
+    def platform(self) -> str:
+        """Kind of hardware it is planned for (:attr:`quant.hardware.Gpu.platform`); NVIDIA's where none is
+        known."""
+        return self.gpu.platform if self.gpu is not None else "cuda"
 
     @property
     def ranks(self) -> int:
@@ -111,18 +142,27 @@ class Deployment:
         pipeline = _values(self.extra).get("--pipeline-parallel-size", "1")
         return self.tensor_parallel * (int(pipeline) if pipeline.isdigit() else 1)
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that keep the engine from asking a hub and from reporting usage."""
+        return {**_ASKS_NO_HUB, **self.engine.environment, "DO_NOT_TRACK": "1"}
+
+    def word(self, name: str) -> str:
+        """The engine's name of an argument of vLLM's."""
+        return name if self.engine.flags is None else self.engine.flags[name].name
+
     def flags(self, *, host: str | None = None, port: int | None = None) -> list[str]:
         """Everything behind the model, as words of a command."""
         planned = [
             *self.arguments,
-            Argument("host", host or self.host, ""),
-            Argument("port", self.port if port is None else port, ""),
+            Argument(self.word("host"), host or self.host, ""),
+            Argument(self.word("port"), self.port if port is None else port, ""),
         ]
         return [word for a in planned for word in a.words] + list(self.extra)
 
     @property
     def command(self) -> list[str]:
-        return ["vllm", "serve", str(self.model_path), *self.flags()]
+        return [*self.engine.program, str(self.model_path), *self.flags()]
 
     def reasons(self) -> list[Argument]:
         """Every flag with its reason, those of the address included."""
@@ -133,16 +173,19 @@ class Deployment:
         )
         return [
             *self.arguments,
-            Argument("host", self.host, where),
-            Argument("port", self.port, "where clients connect"),
+            Argument(self.word("host"), self.host, where),
+            Argument(self.word("port"), self.port, "where clients connect"),
         ]
 
     def to_dict(self) -> dict[str, Any]:
+        key = {self.engine.key_variable: f"${self.api_key_env}"} if self.engine.key_variable else {}
         return {
+            "engine": self.engine.name,
+            "engine_release": self.engine.release,
             "model_path": str(self.model_path),
             "name": self.name,
             "command": self.command,
-            "environment": OFFLINE | ({"VLLM_API_KEY": f"${self.api_key_env}"} if self.api_key_env else {}),
+            "environment": self.environment | (key if self.api_key_env else {}),
             "arguments": [{"name": a.name, "value": a.value, "reason": a.reason} for a in self.reasons()],
             "extra": list(self.extra),
             "warnings": list(self.warnings),
@@ -169,13 +212,9 @@ def plan(path: str | Path, request: DeploymentRequest) -> Deployment:
     extra, renamed = translated(request.extra)
     request = replace(request, extra=extra)
     _check_extra(request.extra)
-    if request.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", request.api_key_env):
-        raise UsageError(
-            "--api-key-env takes the name of an environment variable, such as API_KEY, never the key itself"
-        )
     folder = Path(path).absolute()
     checkpoint = open_checkpoint(folder)
-    stated = _vllm_config(folder)
+    stated = stated_arguments(folder)
     if request.tensor_parallel is None and not _passed_on_ranks(request.extra):
         request = replace(request, tensor_parallel=count_in(request.gpu))
     parallel = _passed_on_ranks(request.extra) or request.tensor_parallel
@@ -187,7 +226,7 @@ def plan(path: str | Path, request: DeploymentRequest) -> Deployment:
             f"{path}: vLLM cannot serve it: {'; '.join(checked.failed[:3])}{more}. quant verify {path} "
             "lists every check"
         )
-    _check_kernels(checkpoint, request.gpu)
+    _check_kernels(checkpoint, request)
     derived = engine_arguments(checkpoint.config, tensor_parallel=parallel)
     chosen = {a.name: a for a in derived}
     chosen |= {
@@ -203,6 +242,8 @@ def plan(path: str | Path, request: DeploymentRequest) -> Deployment:
         "max-model-len": request.max_model_len
         and meant_tokens(request.max_model_len, context_length(checkpoint.config)),
         "gpu-memory-utilization": request.gpu_memory_utilization,
+        "kv-cache-dtype": None if request.kv_cache_dtype == "auto" else request.kv_cache_dtype,
+        "max-num-seqs": request.max_num_seqs,
     }
     for key, wanted in asked.items():
         if wanted is not None and not (key == "tensor-parallel-size" and wanted == 1):
@@ -234,37 +275,44 @@ def plan(path: str | Path, request: DeploymentRequest) -> Deployment:
         request.extra,
         request.api_key_env,
         tuple(warnings),
-        _platform(request.gpu),
+        planned_gpu(request.gpu),
         checkpoint.nbytes,
     )
 
 
-def _check_kernels(checkpoint: Checkpoint, gpu: str | None) -> None:
+def _check_kernels(checkpoint: Checkpoint, request: DeploymentRequest) -> None:
     """
     Raises:
-        VerificationFailed: vLLM has no kernel for a scheme of the checkpoint on the GPU that is named; what
-            the CPU build lacks is told by :func:`cpu_problems`.
+        VerificationFailed: vLLM has no kernel for a scheme of the checkpoint on the GPU, or the CPU, that is
+            named.
     """
     from quant.formats import find_format
     from quant.hardware import named_gpu
     from quant.vllm.kernels import kernel_problem
 
-    device = named_gpu(gpu) if gpu is not None else None
+    device = named_gpu(request.gpu) if request.gpu is not None else None
+    if device is not None and device.platform == "cpu":
+        for lacking in cpu_problems(checkpoint.path, device, request.kv_cache_dtype):
+            if lacking.fails:
+                raise VerificationFailed(f"{checkpoint.path}: {lacking.text}")
+        return
     layers = find_format(checkpoint.config, checkpoint.tensors)
-    if device is None or device.platform == "cpu" or layers is None:
+    if device is None or layers is None:
         return
     for scheme in dict.fromkeys(x.scheme for x in layers.linears.values()):
         if problem := kernel_problem(scheme, device):
             raise VerificationFailed(f"{checkpoint.path}: {problem}")
 
 
-def _platform(gpu: str | None) -> str:
-    """The kind of hardware that is named or here; NVIDIA's where neither is."""
+def planned_gpu(gpu: str | None) -> Gpu | None:
+    """The GPU that is named, or the first that is here; None where neither is.
+
+    Raises:
+        UsageError: there is no GPU of that name.
+    """
     from quant.hardware import detect, named_gpu
 
-    if gpu is not None:
-        return named_gpu(gpu).platform
-    return next((g.platform for g in detect().gpus), "cuda")
+    return named_gpu(gpu) if gpu is not None else next(iter(detect().gpus), None)
 
 
 #: vLLM's own flags under which the accounting of memory does not hold.
@@ -383,7 +431,7 @@ def _fit_context(
             kv_cache_dtype="fp8" if str(stated.get("kv-cache-dtype")).startswith("fp8") else "auto",
             enforce_eager="enforce-eager" in stated,
             dtype=str(chosen["dtype"].value),
-            max_num_seqs=int(passed_on["--max-num-seqs"]) if "--max-num-seqs" in passed_on else None,
+            max_num_seqs=int(stated["max-num-seqs"]) if "max-num-seqs" in stated else None,
             max_num_batched_tokens=int(passed_on["--max-num-batched-tokens"])
             if "--max-num-batched-tokens" in passed_on
             else None,
@@ -469,7 +517,7 @@ def _check_extra(extra: Sequence[str]) -> None:
             raise UsageError(f"{flag} cannot be passed on to vLLM: use {_OWN_FLAGS[flag]} instead")
 
 
-def _vllm_config(folder: Path) -> dict[str, str | int | float]:
+def stated_arguments(folder: Path) -> dict[str, str | int | float]:
     """The engine arguments that were written beside the weights; none where there is no such file."""
     file = folder / "vllm_config.json"
     if not file.is_file():

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from quant.errors import VerificationFailed
 from quant.hardware import cpu_device
 from quant.planning.recommendation import recommend
 from quant.schemes import PRESETS
@@ -88,8 +89,8 @@ def test_serve_refuses_before_it_starts_what_the_cpu_has_no_kernel_for(
     with pytest.raises(ServerError, match=refused) as error:
         process.serve(deployment)
     assert str(made(name)) in str(error.value) and error.value.cause is not None
-    (warning,) = plan(made(name), DeploymentRequest(gpu="cpu")).warnings
-    assert refused in warning
+    with pytest.raises(VerificationFailed, match=refused):
+        plan(made(name), DeploymentRequest(gpu="cpu"))
 
 
 def test_products_that_overflow_are_a_warning_and_not_a_refusal(

@@ -2,42 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from quant.errors import one_of
+from quant.errors import UsageError, one_of
 from quant.serving.artefacts.base import Placement
-from quant.serving.artefacts.kubernetes import (
-    kserve,
-    kubernetes,
-    leaderworkerset,
-    production_stack,
-    ray_serve,
-)
-from quant.serving.artefacts.local import compose, shell, systemd
-from quant.serving.artefacts.monitoring import alerts, dashboard, monitoring
-from quant.serving.deployment import Deployment
 
-ARTEFACTS: Mapping[str, Callable[[Deployment, Placement], str]] = {
-    "shell": shell,
-    "compose": compose,
-    "systemd": systemd,
-    "kubernetes": kubernetes,
-    "leaderworkerset": leaderworkerset,
-    "kserve": kserve,
-    "ray-serve": ray_serve,
-    "production-stack": production_stack,
-    "monitoring": monitoring,
-    "alerts": alerts,
-    "dashboard": dashboard,
+if TYPE_CHECKING:
+    from quant.serving.deployment import Deployment
+
+__all__ = ["KINDS", "Placement", "artefact"]
+
+#: Kind → the module that writes it, by a function of that name; each is imported when it is first asked for.
+_HOMES = {
+    "shell": "local",
+    "compose": "local",
+    "systemd": "local",
+    "kubernetes": "kubernetes",
+    "leaderworkerset": "stacks",
+    "kserve": "stacks",
+    "ray-serve": "stacks",
+    "production-stack": "stacks",
+    "monitoring": "monitoring",
+    "alerts": "monitoring",
+    "dashboard": "monitoring",
+}
+KINDS = tuple(_HOMES)
+#: What of a placement only some kinds have a use for.
+_CLUSTER = ("kubernetes", "leaderworkerset", "kserve", "production-stack")
+_TAKES = {
+    "--claim": _CLUSTER,
+    "--claim-path": _CLUSTER,
+    "--nodes": ("leaderworkerset",),
+    "--price-per-hour": ("dashboard", "monitoring"),
 }
 
 
 def artefact(deployment: Deployment, kind: str, placement: Placement | None = None) -> str:
-    """The text of one artefact; ``kind`` is a key of :data:`ARTEFACTS`.
+    """The text of one artefact; ``kind`` is one of :data:`KINDS`.
 
     Raises:
-        UsageError: an unknown kind, or one that lacks what it takes of ``placement``.
+        UsageError: an unknown kind, one that the engine has not, or one that lacks what it takes of
+            ``placement``.
     """
-    if kind not in ARTEFACTS:
-        raise one_of("--output", kind, list(ARTEFACTS))
-    return ARTEFACTS[kind](deployment, placement or Placement())
+    if kind not in KINDS:
+        raise one_of("--output", kind, KINDS)
+    known = deployment.engine.kinds
+    if known is not None and kind not in known:
+        raise UsageError(
+            f"--output {kind} is of vLLM alone: for {deployment.engine.title} there are {', '.join(known)}"
+        )
+    placement = placement or Placement()
+    given = {
+        "--claim": placement.claim is not None,
+        "--claim-path": bool(placement.path),
+        "--nodes": placement.nodes > 1,
+        "--price-per-hour": placement.price is not None,
+    }
+    for option, kinds in _TAKES.items():
+        if given[option] and kind not in kinds:
+            raise UsageError(f"{option} has no use in --output {kind}: it is for {', '.join(kinds)}")
+    if placement.path and placement.claim is None:
+        raise UsageError("--claim-path is where in a claim the checkpoint lies: give --claim NAME too")
+    home = import_module(f"quant.serving.artefacts.{_HOMES[kind]}")
+    text: str = getattr(home, kind.replace("-", "_"))(deployment, placement)
+    return text

@@ -6,12 +6,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quant import defaults
-from quant.serving.deployment import Deployment
+from quant.errors import UsageError
 from quant.vllm.arguments import Argument
-from quant.vllm.releases import VLLM_VERSION
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from quant.serving.deployment import Deployment
 
 #: Where a container sees the checkpoint.
 MOUNTED = "/models/checkpoint"
@@ -19,34 +23,23 @@ MOUNTED = "/models/checkpoint"
 
 @dataclass(frozen=True)
 class Platform:
-    """What a container of vLLM needs on a kind of hardware.
+    """What a container needs on a kind of hardware.
 
     Attributes:
-        repository: of the image that vLLM's project publishes.
         resource: how Kubernetes counts its devices; None where a device is not counted.
         service: keys of a Compose service beside the common ones.
-        environment: variables of the container.
+        environment: variables of vLLM's container.
     """
 
-    repository: str
     resource: str | None = None
     service: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def image(self) -> str:
-        return f"{self.repository}:{self.tag}"
-
-    @property
-    def tag(self) -> str:
-        return f"v{VLLM_VERSION}.0"
-
 
 #: By :attr:`quant.hardware.Gpu.platform`; vLLM's documentation of its images (deployment/docker, 2026).
 PLATFORMS = {
-    "cuda": Platform("vllm/vllm-openai", "nvidia.com/gpu"),
+    "cuda": Platform("nvidia.com/gpu"),
     "rocm": Platform(
-        "vllm/vllm-openai-rocm",
         "amd.com/gpu",
         {
             "devices": ["/dev/kfd", "/dev/dri"],
@@ -57,11 +50,25 @@ PLATFORMS = {
     ),
     # the cache takes whole GiB of the machine's memory; SYS_NICE lets vLLM bind its threads and pages
     "cpu": Platform(
-        "vllm/vllm-openai-cpu",
         service={"cap_add": ["SYS_NICE"]},
         environment={"VLLM_CPU_KVCACHE_SPACE": "4"},
     ),
 }
+
+#: Seconds that requests under way get to end in once the server is told to stop: vLLM and TGI abort them at
+#: once, or after long, unless they are told.
+DRAIN = 30
+_DRAIN_FLAGS = {"vllm": "shutdown-timeout", "tgi": "graceful-termination-timeout"}
+#: Seconds between the word to stop and the end: a balancer's to notice, :data:`DRAIN`, and the engine's own.
+GRACE = 75
+#: Seconds of a start beside reading the weights (processes, compilation, graphs), and bytes a second at which
+#: a volume in the network reads them.
+_START, _READ = 600, 200 * 10**6
+
+
+def start_seconds(deployment: Deployment) -> int:
+    """Seconds after which a start counts as failed."""
+    return _START + int(deployment.checkpoint_bytes / _READ)
 
 
 @dataclass(frozen=True)
@@ -73,27 +80,88 @@ class Placement:
         path: where in the claim it lies.
         nodes: machines that share the model.
         price: of an hour of all its hardware, in whatever currency.
+        profile: of the limits that alerts watch; see :func:`quant.serving.check.profile.read_profile`.
     """
 
     claim: str | None = None
     path: str = ""
     nodes: int = 1
     price: float | None = None
+    profile: str = "chat"
 
 
-def container_words(deployment: Deployment) -> list[str]:
-    """What the images' entry point, ``vllm serve``, is given."""
-    return [MOUNTED, *deployment.flags(host="0.0.0.0", port=defaults.PORT)]
+def image(deployment: Deployment) -> str:
+    """
+    Raises:
+        UsageError: the engine's project publishes no image for that hardware.
+    """
+    engine, gpu = deployment.engine, deployment.gpu
+    found = engine.image(gpu)
+    if found is None:
+        raise UsageError(
+            f"{engine.title} publishes no image for {gpu.name if gpu else deployment.platform} that is known "
+            "here: --output shell or systemd runs what is installed"
+        )
+    return found
+
+
+def mounted(deployment: Deployment) -> str:
+    """Where a container sees the model: a folder; its name is the model's where the engine has no other way
+    to be told it."""
+    engine = deployment.engine
+    return MOUNTED if engine.model_name or not engine.flags else f"/models/{deployment.name}"
+
+
+def source(deployment: Deployment) -> Path:
+    """The folder that a container sees: of a GGUF file the one it lies in."""
+    path = deployment.model_path
+    return path.parent if deployment.engine.name == "llama.cpp" else path
+
+
+def drain_words(deployment: Deployment) -> list[str]:
+    """The flag that lets requests under way end, unless it was passed on."""
+    flag = _DRAIN_FLAGS.get(deployment.engine.name)
+    if flag is None or any(w.split("=", 1)[0] == f"--{flag}" for w in deployment.extra):
+        return []
+    return [f"--{flag}", str(DRAIN)]
+
+
+def container_words(deployment: Deployment, key: str = "") -> list[str]:
+    """What a container is given behind its entry point.
+
+    Args:
+        key: how the container's file refers to the API key, for an engine that takes it as an argument.
+    """
+    model = mounted(deployment)
+    if deployment.engine.name == "llama.cpp":
+        model = f"{model}/{deployment.model_path.name}"
+    flags = deployment.flags(host="0.0.0.0", port=defaults.PORT)
+    return [*deployment.engine.entry, model, *flags, *drain_words(deployment), *key_words(deployment, key)]
+
+
+def key_words(deployment: Deployment, key: str) -> list[str]:
+    """The API key as words of a command, where the engine has no variable for it."""
+    engine = deployment.engine
+    asked = deployment.api_key_env is not None and engine.takes_key and not engine.key_variable
+    return ["--api-key", key] if asked and key else []
+
+
+def key_variable(deployment: Deployment) -> str:
+    """The variable that holds the API key where the engine runs."""
+    return deployment.engine.key_variable or "API_KEY"
 
 
 def head(deployment: Deployment, launch: str, *more: str, contained: bool = False) -> str:
-    lines = [f"vLLM serving {deployment.name}. {launch}", "", "Why each flag has its value:"]
+    title = deployment.engine.title
+    lines = [f"{title} serving {deployment.name}. {launch}", "", "Why each flag has its value:"]
     everywhere = [
-        Argument("host", "0.0.0.0", "every address of the container"),
-        Argument("port", defaults.PORT, "of the container"),
+        Argument(deployment.word("host"), "0.0.0.0", "every address of the container"),
+        Argument(deployment.word("port"), defaults.PORT, "of the container"),
     ]
     reasons = [*deployment.arguments, *everywhere] if contained else deployment.reasons()
     lines += [f"  {' '.join(a.words)}: {a.reason}" for a in reasons]
+    if contained and (drain := drain_words(deployment)):
+        lines.append(f"  {' '.join(drain)}: requests under way end before it stops")
     lines += [f"  {' '.join(deployment.extra)}: as asked"] if deployment.extra else []
     lines += ["", *more] if more else []
     lines += [line for w in deployment.warnings for line in ("", f"WARNING: {w}")]
@@ -105,10 +173,12 @@ def one_line(text: str) -> str:
     return " ".join(text.splitlines())
 
 
-def kube_name(name: str) -> str:
-    """A DNS label: small letters, digits and dashes, starting with a letter, at most 50 characters."""
-    label = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:50].strip("-")
-    return f"vllm-{label}"[:58].strip("-") if label else "vllm"
+def kube_name(deployment: Deployment) -> str:
+    """A DNS label: small letters, digits and dashes, starting with a letter, at most 58 characters."""
+    engine, label = (
+        re.sub(r"[^a-z0-9]+", "-", x.lower()).strip("-") for x in (deployment.engine.name, deployment.name)
+    )
+    return f"{engine}-{label[:50]}"[:58].strip("-") if label else engine
 
 
 def to_yaml(value: Any) -> str:

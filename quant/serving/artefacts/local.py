@@ -4,37 +4,48 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from typing import Any
 
 from quant import defaults
 from quant.serving.artefacts.base import (
-    MOUNTED,
+    GRACE,
     PLATFORMS,
     Placement,
     container_words,
+    drain_words,
     head,
+    image,
+    key_variable,
+    key_words,
     kube_name,
+    mounted,
     one_line,
+    source,
+    start_seconds,
     to_yaml,
 )
-from quant.serving.deployment import OFFLINE, Deployment
+from quant.serving.deployment import Deployment
 
 
 def shell(deployment: Deployment, placement: Placement) -> str:
     """A POSIX shell script."""
-    lines = [f"export {k}={v}" for k, v in OFFLINE.items()]
-    if deployment.api_key_env:
-        key = deployment.api_key_env
-        lines.append(f'export VLLM_API_KEY="${{{key}:?set {key} to the API key first}}"')
+    lines = [f"export {k}={v}" for k, v in deployment.environment.items()]
+    key = deployment.api_key_env
+    if key:
+        lines.append(f'export {key_variable(deployment)}="${{{key}:?set {key} to the API key first}}"')
     flags, words = [], deployment.flags()
     while words:
         taken = 2 if words[0].startswith("-") and len(words) > 1 and not words[1].startswith("-") else 1
         flags.append(shlex.join(words[:taken]))
         words = words[taken:]
-    command = " \\\n  ".join([f"exec vllm serve {shlex.quote(str(deployment.model_path))}", *flags])
+    if given := key_words(deployment, f'"${key_variable(deployment)}"'):
+        flags.append(" ".join(given))
+    program = shlex.join([*deployment.engine.program, str(deployment.model_path)])
+    command = " \\\n  ".join([f"exec {program}", *flags])
     return (
         "#!/bin/sh\n"
-        + head(deployment, "Run it in an environment with vLLM.")
+        + head(deployment, f"Run it in an environment with {deployment.engine.title}.")
         + "set -eu\n"
         + "\n".join(lines)
         + "\n"
@@ -48,36 +59,33 @@ def compose(deployment: Deployment, placement: Placement) -> str:
     wished host."""
     host = f"[{deployment.host}]" if ":" in deployment.host else deployment.host
     platform = PLATFORMS[deployment.platform]
-    environment = {**OFFLINE, **platform.environment}
-    if deployment.api_key_env:
-        environment["VLLM_API_KEY"] = f"${{{deployment.api_key_env}:?set it to the API key first}}"
+    environment = {**deployment.environment, **platform.environment}
+    key = f"${{{deployment.api_key_env}:?set it to the API key first}}"
+    if deployment.api_key_env and deployment.engine.key_variable:
+        environment[deployment.engine.key_variable] = key
+    command = [w.replace("$", "$$") for w in container_words(deployment)]
     service: dict[str, Any] = {
-        "image": platform.image,
-        "command": [w.replace("$", "$$") for w in container_words(deployment)],
+        "image": image(deployment),
+        "command": [*command, *key_words(deployment, key)],
         "environment": environment,
         "volumes": [
             {
                 "type": "bind",
-                "source": str(deployment.model_path).replace("$", "$$"),
-                "target": MOUNTED,
+                "source": str(source(deployment)).replace("$", "$$"),
+                "target": mounted(deployment).replace("$", "$$"),
                 "read_only": True,
             }
         ],
         "ports": [f"{host}:{deployment.port}:{defaults.PORT}"],
         "ipc": "host",
         "restart": "unless-stopped",
+        "stop_grace_period": f"{GRACE}s",
         "healthcheck": {
-            "test": [
-                "CMD",
-                "python3",
-                "-c",
-                f"import urllib.request; urllib.request.urlopen('http://127.0.0.1:{defaults.PORT}/health', "
-                "timeout=5)",
-            ],
+            "test": _probe(deployment),
             "interval": "10s",
             "timeout": "6s",
             "retries": 3,
-            "start_period": "15m",
+            "start_period": f"{start_seconds(deployment)}s",
         },
         **platform.service,
     }
@@ -90,7 +98,15 @@ def compose(deployment: Deployment, placement: Placement) -> str:
         f"Compose publishes the container's port on {deployment.host} port {deployment.port} only.",
         contained=True,
     )
-    return above + to_yaml({"services": {kube_name(deployment.name): service}})
+    return above + to_yaml({"services": {kube_name(deployment): service}})
+
+
+def _probe(deployment: Deployment) -> list[str]:
+    """A command inside the container that fails while the server is not healthy, of what its image has."""
+    url = f"http://127.0.0.1:{defaults.PORT}/health"
+    if deployment.engine.name == "llama.cpp":
+        return ["CMD", "curl", "-fsS", "-m", "5", url]
+    return ["CMD", "python3", "-c", f"import urllib.request; urllib.request.urlopen('{url}', timeout=5)"]
 
 
 def systemd(deployment: Deployment, placement: Placement) -> str:
@@ -101,30 +117,37 @@ def systemd(deployment: Deployment, placement: Placement) -> str:
             word = word.replace(char, escaped)
         return f'"{word}"' if not re.fullmatch(r"[\w@%+=:,./$-]+", word) else word
 
-    name = kube_name(deployment.name)
-    key = [f"EnvironmentFile=/etc/vllm/{name}.env"] if deployment.api_key_env else []
+    name, engine = kube_name(deployment), deployment.engine
+    folder = kube_name(replace(deployment, name=""))
+    keys = f"/etc/{folder}/{name}.env"
+    key = [f"EnvironmentFile={keys}"] if deployment.api_key_env else []
     more = (
-        [f"Put VLLM_API_KEY=<the key> into /etc/vllm/{name}.env (mode 0600, owner root)."]
+        [f"Put {key_variable(deployment)}=<the key> into {keys} (mode 0600, owner root)."]
         if deployment.api_key_env
         else []
     )
-    command = ["/usr/bin/env", "vllm", "serve", str(deployment.model_path), *deployment.flags()]
+    command = [*engine.program, str(deployment.model_path), *deployment.flags(), *drain_words(deployment)]
+    words = [
+        "/usr/bin/env",
+        *map(quoted, command),
+        *key_words(deployment, f"${{{key_variable(deployment)}}}"),
+    ]
     lines = [
         "[Unit]",
-        f"Description=vLLM serving {one_line(deployment.name).replace('%', '%%')}",
+        f"Description={engine.title} serving {one_line(deployment.name).replace('%', '%%')}",
         "After=network-online.target",
         "Wants=network-online.target",
         "",
         "[Service]",
         "Type=exec",
-        "# the environment that vLLM is installed in: put its bin folder first",
-        "Environment=PATH=/srv/vllm/bin:/usr/local/bin:/usr/bin:/bin",
-        *(f"Environment={k}={v}" for k, v in OFFLINE.items()),
+        f"# the environment that {engine.title} is installed in: put its bin folder first",
+        f"Environment=PATH=/srv/{folder}/bin:/usr/local/bin:/usr/bin:/bin",
+        *(f"Environment={k}={v}" for k, v in deployment.environment.items()),
         *key,
-        "ExecStart=" + " ".join(quoted(w) for w in command),
+        "ExecStart=" + " ".join(words),
         "Restart=on-failure",
         "RestartSec=10",
-        "TimeoutStopSec=60",
+        f"TimeoutStopSec={GRACE}",
         "KillMode=mixed",
         "DynamicUser=yes",
         "StateDirectory=" + name,

@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quant.serving.artefacts.base import Placement, head, kube_name, one_line, to_yaml
 from quant.serving.deployment import Deployment
 from quant.vllm import metrics
 
-#: Limits of alerts: seconds to the first token (P95) and per output token (P95), share of the KV cache, share
-#: of requests answered by a server error.
-_TTFT, _TPOT, _CACHE, _ERRORS = 2.0, 0.2, 0.95, 0.01
+if TYPE_CHECKING:
+    from quant.serving.check.profile import Profile
+
+#: Limits of alerts where the profile has none: seconds to the first token (P95) and per output token (P95).
+_TTFT, _TPOT = 2.0, 0.2
+#: Share of the KV cache, and of requests answered by a server error.
+_CACHE, _ERRORS = 0.95, 0.01
 
 
 def _series(deployment: Deployment, name: str, **labels: str) -> str:
@@ -32,33 +36,61 @@ def _per_second(deployment: Deployment, counter: str) -> str:
     return f"sum(rate({_series(deployment, counter)}[5m]))"
 
 
-_HTTP_ERRORS = (
-    'sum(rate(http_requests_total{status=~"5.*"}[5m])) / clamp_min(sum(rate(http_requests_total[5m])), 1e-9)'
-)
+def _errors(deployment: Deployment) -> str:
+    """Share of the API's requests that end in a server error. The series has no model, so those of its
+    servers are taken: a Prometheus watches others too."""
+    own = f"and on (job, instance) {_series(deployment, metrics.GAUGES['running'])}"
+
+    def rate(**labels: str) -> str:
+        inner = ",".join(f"{k}=~{json.dumps(v)}" for k, v in {"handler": "/v1/.*", **labels}.items())
+        return f"sum(rate(http_requests_total{{{inner}}}[5m]) {own})"
+
+    return f"{rate(status='5.*')} / clamp_min({rate()}, 1e-9)"
 
 
 def _cache_in_use(deployment: Deployment) -> str:
     return f"max({_series(deployment, metrics.GAUGES['kv_cache_usage'])})"
 
 
-def _rules(deployment: Deployment) -> list[dict[str, Any]]:
+def _slow(deployment: Deployment, profile: Profile) -> list[tuple[str, str, str, str, str]]:
+    """The rows of :func:`_rules` whose limits are a profile's."""
+    limits = profile.performance
+    first = limits.ttft_p95_ms / 1e3 if limits.ttft_p95_ms else _TTFT
+    rows = [(0.95, first), *([(0.99, limits.ttft_p99_ms / 1e3)] if limits.ttft_p99_ms else [])]
+    alerts = []
+    for share, most in rows:
+        alert = "VllmSlowFirstToken" + ("" if share == 0.95 else f"P{100 * share:g}")
+        expression = f"{_quantile(deployment, share, metrics.HISTOGRAMS['ttft'])} > {most:g}"
+        said = f"TTFT P{100 * share:g} above {most:g} s: prompts wait; add replicas or shorten prompts"
+        alerts.append((alert, expression, "5m", "warning", said))
+    stream = limits.stream_tokens_per_second
+    most = round(1 / stream, 4) if stream else _TPOT
+    per_token = f"{_quantile(deployment, 0.95, metrics.HISTOGRAMS['tpot'])} > {most:g}"
+    said = f"P95 of the time per output token above {most:g} s: the batch is too large"
+    alerts.append(("VllmSlowTokens", per_token, "5m", "warning", said))
+    if limits.tokens_per_second:
+        least = limits.tokens_per_second
+        produced = _per_second(deployment, metrics.COUNTERS["output_tokens"])
+        waiting = f"sum({_series(deployment, metrics.GAUGES['queue'])})"
+        said = f"fewer than {least:g} tokens a second while requests wait"
+        alerts.append(("VllmSlowBatch", f"{produced} < {least:g} and {waiting} > 0", "10m", "warning", said))
+    return alerts
+
+
+def _rules(deployment: Deployment, profile: Profile) -> list[dict[str, Any]]:
     waiting = f"sum({_series(deployment, metrics.GAUGES['queue'])})"
     running = f"sum({_series(deployment, metrics.GAUGES['running'])})"
     rows: Sequence[tuple[str, str, str, str, str]] = (
         ("VllmDown", f"absent({_series(deployment, metrics.GAUGES['running'])})", "2m", "critical",
          "no series of the model: the server is down, restarting or not scraped"),
-        ("VllmSlowFirstToken", f"{_quantile(deployment, 0.95, metrics.HISTOGRAMS['ttft'])} > {_TTFT:g}",
-         "5m", "warning", f"TTFT P95 above {_TTFT:g} s: prompts wait; add replicas or shorten prompts"),
-        ("VllmSlowTokens",
-         f"{_quantile(deployment, 0.95, metrics.HISTOGRAMS['tpot'])} > {_TPOT:g}",
-         "5m", "warning", f"P95 of the time per output token above {_TPOT:g} s: the batch is too large"),
+        *_slow(deployment, profile),
         ("VllmQueueGrows", f"{waiting} > {running}", "5m", "warning",
          "more requests wait than run: demand is above what the server can"),
         ("VllmCacheFull", f"{_cache_in_use(deployment)} > {_CACHE:g}", "5m", "warning",
          f"KV cache above {_CACHE:.0%}: requests will be preempted; lower max-model-len or use an FP8 cache"),
         ("VllmPreempts", f"{_per_second(deployment, metrics.COUNTERS['preemptions'])} > 0", "10m", "warning",
          "requests are preempted and computed again: the KV cache is too small for the load"),
-        ("VllmErrors", f"{_HTTP_ERRORS} > {_ERRORS:g}", "5m", "critical",
+        ("VllmErrors", f"{_errors(deployment)} > {_ERRORS:g}", "5m", "critical",
          f"more than {_ERRORS:.0%} of requests end in a server error"),
     )  # fmt: skip
     return [
@@ -73,14 +105,17 @@ def _rules(deployment: Deployment) -> list[dict[str, Any]]:
     ]
 
 
-def _groups(deployment: Deployment) -> dict[str, Any]:
-    return {"groups": [{"name": kube_name(deployment.name), "rules": _rules(deployment)}]}
+def _groups(deployment: Deployment, placement: Placement) -> dict[str, Any]:
+    from quant.serving.check.profile import read_profile
+
+    rules = _rules(deployment, read_profile(placement.profile))
+    return {"groups": [{"name": kube_name(deployment), "rules": rules}]}
 
 
 def alerts(deployment: Deployment, placement: Placement) -> str:
     """A file of Prometheus rules."""
     return head(deployment, "A rule_files entry of prometheus.yml; promtool check rules FILE.") + to_yaml(
-        _groups(deployment)
+        _groups(deployment, placement)
     )
 
 
@@ -105,7 +140,7 @@ def _panels(deployment: Deployment, price: float | None) -> list[tuple[str, str,
         ("Prefix cache hits", "percentunit",
          [("", f"{_per_second(deployment, metrics.COUNTERS['prefix_hits'])} / "
                f"clamp_min({_per_second(deployment, 'prefix_cache_queries_total')}, 1e-9)")]),
-        ("Server errors", "percentunit", [("", _HTTP_ERRORS)]),
+        ("Server errors", "percentunit", [("", _errors(deployment))]),
     ]  # fmt: skip
     if price is not None:
         cost = f"{price:g} / 3600 / clamp_min({produced}, 1e-9) * 1e6"
@@ -133,7 +168,7 @@ def _dashboard(deployment: Deployment, placement: Placement) -> dict[str, Any]:
             }
         )
     return {
-        "uid": kube_name(deployment.name)[:40],
+        "uid": kube_name(deployment)[:40],
         "title": f"vLLM: {one_line(deployment.name)}",
         "tags": ["vllm"],
         "timezone": "browser",
@@ -157,7 +192,7 @@ def dashboard(deployment: Deployment, placement: Placement) -> str:
 def monitoring(deployment: Deployment, placement: Placement) -> str:
     """Objects of a cluster with the Prometheus operator: what scrapes the pods, the rules, and the dashboard
     as Grafana's sidecar finds it."""
-    name = kube_name(deployment.name)
+    name = kube_name(deployment)
     labels = {"app.kubernetes.io/name": name}
     objects: list[dict[str, Any]] = [
         {
@@ -173,7 +208,7 @@ def monitoring(deployment: Deployment, placement: Placement) -> str:
             "apiVersion": "monitoring.coreos.com/v1",
             "kind": "PrometheusRule",
             "metadata": {"name": name, "labels": labels},
-            "spec": _groups(deployment),
+            "spec": _groups(deployment, placement),
         },
         {
             "apiVersion": "v1",

@@ -1,0 +1,206 @@
+"""The engines, a row each, and what each reads. Facts are of the release that a row names:
+
+* vLLM: :mod:`quant.vllm`, which knows much more of it.
+* SGLang 0.5.23: its wheel. Quantization: ``srt/layers/quantization`` (``get_min_capability`` of each scheme;
+  ``_get_scheme_from_parts`` of ``compressed_tensors.py``, which knows no microscaling layout for linears and
+  serves NVFP4 below 10.0 as packed weights; ``query_marlin_supported_quant_types``: zero points in 4 bits
+  alone; INT8 experts on NPUs alone; plain ``gptq`` is registered for no GPU, only ``gptq_marlin``). The INT8
+  product has kernels from 8.0 to 9.0 (``sgl-kernel/csrc/gemm/int8_gemm_kernel.cu``). Flags:
+  ``srt/arg_groups/fields``. Its attention takes 7.5 (documentation, Installation). On AMD its Marlin paths
+  are not built. Images: ``lmsysorg/sglang``, AMD's by architecture (documentation, AMD GPUs).
+* TGI 3.3.7, its last release; its README says that it is in maintenance mode. Quantization:
+  ``server/text_generation_server/layers`` (``compressed_tensors/loader.py``, ``marlin/gptq.py``: from 8.0;
+  ``fp8.py``: Marlin on 8.x); it names no generation after 9.0. Flags: ``launcher/src/main.rs``. That
+  ``--quantize fp8`` would also round what a native fp8 file leaves in 16 bits (``to_fp8``) is why that layout
+  is not listed.
+* TensorRT-LLM 1.2.1, its last stable release: documentation, features/quantization (hardware matrix) and
+  commands/trtllm-serve; ``_torch/model_config.py::load_hf_quant_config`` (blocks of 128 × 128 of a native fp8
+  file), and ``hf_quant_config.json`` of ModelOpt. Its release candidates of 1.3 read compressed-tensors with
+  FP8 channels, FP8 blocks and NVFP4 too, which 1.2's documentation does not name.
+* llama.cpp b11434: ``common/arg.cpp``, ``docs/docker.md``, ``conversion/base.py``. It reads GGUF alone.
+"""
+
+from __future__ import annotations
+
+from quant.engines.base import MARLIN_GROUPS, UNQUANTIZED, Engine, Flag, Reading
+from quant.vllm.releases import VLLM_VERSION
+
+_DTYPES = ("float16", "bfloat16")
+_MANY = ("cuda", "rocm")
+
+VLLM = Engine(
+    name="vllm",
+    title="vLLM",
+    release=f"{VLLM_VERSION}.0",
+    program=("vllm", "serve"),
+    images={
+        "cuda": f"vllm/vllm-openai:v{VLLM_VERSION}.0",
+        "rocm": f"vllm/vllm-openai-rocm:v{VLLM_VERSION}.0",
+        "cpu": f"vllm/vllm-openai-cpu:v{VLLM_VERSION}.0",
+    },
+    key_variable="VLLM_API_KEY",
+    environment={"VLLM_NO_USAGE_STATS": "1"},
+    kinds=None,
+)
+
+SGLANG = Engine(
+    name="sglang",
+    title="SGLang",
+    release="0.5.23",
+    program=("python3", "-m", "sglang.launch_server", "--model-path"),
+    images={
+        "cuda": "lmsysorg/sglang:v0.5.23",
+        "gfx942": "lmsysorg/sglang:v0.5.23-rocm720-mi30x",
+        "gfx950": "lmsysorg/sglang:v0.5.23-rocm720-mi35x",
+    },
+    enters=False,
+    flags={
+        "dtype": Flag("dtype"),
+        "max-model-len": Flag("context-length"),
+        "tensor-parallel-size": Flag("tensor-parallel-size"),
+        "gpu-memory-utilization": Flag(
+            "mem-fraction-static", note="SGLang's share is of weights and cache; activations come on top"
+        ),
+        "kv-cache-dtype": Flag("kv-cache-dtype", {"fp8": "fp8_e4m3", "auto": None}),
+        "max-num-seqs": Flag("max-running-requests"),
+        "served-model-name": Flag("served-model-name"),
+        "host": Flag("host"),
+        "port": Flag("port"),
+    },
+    always=(("enable-metrics", True, "/metrics for Prometheus"),),
+    reads=(
+        Reading(UNQUANTIZED, _DTYPES, (7, 5), platforms=_MANY),
+        Reading("compressed-tensors", ("w4a16", "w4a16-asym", "w8a16"), (8, 0), groups=MARLIN_GROUPS),
+        Reading("compressed-tensors", ("w8a8-int8",), (8, 0), (10, 0), experts=False),
+        Reading("compressed-tensors", ("w8a8-fp8", "w8a8-fp8-tensor"), (8, 0), platforms=_MANY),
+        Reading("compressed-tensors", ("fp8-block",), (8, 9), platforms=_MANY),
+        Reading("compressed-tensors", ("w8a16-fp8",), (8, 0)),
+        Reading("compressed-tensors", ("nvfp4", "nvfp4a16"), (8, 0)),
+        Reading("gptq", ("w4a16", "w8a16"), (8, 0), groups=MARLIN_GROUPS),
+        Reading("awq", ("w4a16-asym",), (8, 0), groups=MARLIN_GROUPS),
+        Reading("fp8", ("w8a8-fp8-tensor", "fp8-block"), (8, 9), platforms=_MANY),
+        Reading("modelopt", ("w8a8-fp8-tensor",), (8, 9)),
+        Reading("modelopt", ("nvfp4",), (10, 0)),
+        Reading("mxfp4", ("mxfp4a16", "mxfp4"), (8, 0)),
+    ),
+    exports="quant export-vllm writes another layout of the same numbers (--format); another scheme is made "
+    "from the source by quant quantize --scheme",
+)
+
+TGI = Engine(
+    name="tgi",
+    title="TGI",
+    release="3.3.7",
+    program=("text-generation-launcher", "--model-id"),
+    images={
+        "cuda": "ghcr.io/huggingface/text-generation-inference:3.3.7",
+        "rocm": "ghcr.io/huggingface/text-generation-inference:3.3.7-rocm",
+    },
+    flags={
+        "dtype": Flag("dtype"),
+        "max-model-len": Flag("max-total-tokens"),
+        "tensor-parallel-size": Flag("num-shard"),
+        "gpu-memory-utilization": Flag("cuda-memory-fraction"),
+        "kv-cache-dtype": Flag(
+            "kv-cache-dtype", {"fp8": "fp8_e4m3fn", "fp8_e4m3": "fp8_e4m3fn", "auto": None}
+        ),
+        "max-num-seqs": Flag("max-batch-size"),
+        "host": Flag("hostname"),
+        "port": Flag("port"),
+    },
+    always=(("usage-stats", "off", "nothing is reported to anybody"),),
+    key_variable="API_KEY",
+    model_name=False,
+    reads=(
+        Reading(UNQUANTIZED, _DTYPES, None, platforms=_MANY, tried=9),
+        Reading(
+            "compressed-tensors", ("w4a16", "w4a16-asym", "w8a16"), (8, 0), groups=MARLIN_GROUPS,
+            experts=False, tried=9,
+        ),
+        Reading("compressed-tensors", ("w8a8-fp8", "w8a8-fp8-tensor"), (8, 0), experts=False, tried=9),
+        Reading("compressed-tensors", ("w8a8-int8",), None, experts=False, tried=9),
+        Reading("gptq", ("w4a16", "w8a16"), (8, 0), groups=MARLIN_GROUPS, tried=9),
+        Reading("awq", ("w4a16-asym",), (8, 0), groups=MARLIN_GROUPS, tried=9),
+    ),
+    exports="quant export-vllm writes another layout of the same numbers (--format); another scheme is made "
+    "from the source by quant quantize --scheme",
+)  # fmt: skip
+
+TENSORRT_LLM = Engine(
+    name="tensorrt-llm",
+    title="TensorRT-LLM",
+    release="1.2.1",
+    program=("trtllm-serve",),
+    images={"cuda": "nvcr.io/nvidia/tensorrt-llm/release:1.2.1"},
+    enters=False,
+    flags={
+        "dtype": Flag(note="config.json's"),
+        "max-model-len": Flag("max_seq_len"),
+        "tensor-parallel-size": Flag("tp_size"),
+        "gpu-memory-utilization": Flag(
+            instead="trtllm-serve takes a share of what the weights leave, which is another number: pass it "
+            "on with -- --kv_cache_free_gpu_memory_fraction F"
+        ),
+        "kv-cache-dtype": Flag(
+            values={"auto": None},
+            instead="trtllm-serve reads it from a YAML file: write kv_cache_config: {dtype: fp8} into one "
+            "and pass it on with -- --config FILE",
+        ),
+        "max-num-seqs": Flag("max_batch_size"),
+        "host": Flag("host"),
+        "port": Flag("port"),
+    },
+    dash="_",
+    takes_key=False,
+    model_name=False,
+    reads=(
+        Reading(UNQUANTIZED, ("bfloat16", "float16"), (8, 0)),
+        Reading("fp8", ("fp8-block",), (9, 0), (12, 0)),
+        Reading("modelopt", ("w8a8-fp8-tensor",), (8, 9)),
+        Reading("modelopt", ("nvfp4",), (10, 0)),
+    ),
+    exports="quantize the source with --scheme fp8-block --format fp8, which it reads on Hopper and on B200 "
+    "and B300, or with NVIDIA's ModelOpt, whose checkpoints it reads; it also serves the source itself",
+)
+
+LLAMA_CPP = Engine(
+    name="llama.cpp",
+    title="llama.cpp",
+    release="b11434",
+    program=("llama-server", "--model"),
+    images={
+        "cuda": "ghcr.io/ggml-org/llama.cpp:server-cuda-b11434",
+        "rocm": "ghcr.io/ggml-org/llama.cpp:server-rocm-b11434",
+        "cpu": "ghcr.io/ggml-org/llama.cpp:server-b11434",
+    },
+    flags={
+        "max-model-len": Flag("ctx-size", note="llama.cpp's is of all requests together"),
+        "tensor-parallel-size": Flag(
+            instead="llama.cpp spreads the layers over every GPU that it sees: leave --tensor-parallel out, "
+            "or pass on -- --split-mode row"
+        ),
+        "gpu-memory-utilization": Flag(
+            instead="llama.cpp fits what is not asked for into the memory that is free, by a margin in MiB: "
+            "pass it on with -- --fit-target MIB"
+        ),
+        "kv-cache-dtype": Flag(
+            values={"auto": None},
+            instead="llama.cpp has no FP8 cache: pass on -- --cache-type-k q8_0 --cache-type-v q8_0",
+        ),
+        "max-num-seqs": Flag("parallel"),
+        "served-model-name": Flag("alias"),
+        "host": Flag("host"),
+        "port": Flag("port"),
+    },
+    always=(
+        ("metrics", True, "/metrics for Prometheus"),
+        ("offline", True, "nothing is fetched"),
+    ),
+    key_variable="LLAMA_API_KEY",
+    exports="quant does not write GGUF yet. llama.cpp's own converter reads the source: python "
+    "convert_hf_to_gguf.py SOURCE --outtype bf16 --outfile MODEL.gguf, then llama-quantize MODEL.gguf "
+    "MODEL-Q4_K_M.gguf Q4_K_M. Of a checkpoint whose values are to be kept it reads an export by quant "
+    "export-vllm --format plain. Then: quant-deploy plan -m MODEL-Q4_K_M.gguf --engine llama.cpp",
+)
+
+ENGINES = {e.name: e for e in (VLLM, SGLANG, LLAMA_CPP, TGI, TENSORRT_LLM)}

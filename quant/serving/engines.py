@@ -1,0 +1,333 @@
+"""A deployment on another engine than vLLM: whether it reads the checkpoint, and its own words for what is
+asked. No torch.
+
+What an engine reads, on which hardware, and what it calls each argument stands in :mod:`quant.engines`. How
+much memory another engine takes is not known here, so no context is fitted to the GPU.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quant import defaults
+from quant.checkpoint.reader import Checkpoint, open_checkpoint
+from quant.engines import ENGINES, Engine, reading_problem
+from quant.engines.base import UNQUANTIZED
+from quant.errors import CheckpointError, UsageError, VerificationFailed, one_of
+from quant.evaluation.verify import verify
+from quant.hardware import count_in
+from quant.hub import model_name, repository_of
+from quant.serving.deployment import (
+    Deployment,
+    DeploymentRequest,
+    is_loopback,
+    planned_gpu,
+    stated_arguments,
+)
+from quant.serving.deployment import plan as plan_vllm
+from quant.units import meant_tokens
+from quant.vllm.arguments import Argument, engine_arguments
+from quant.vllm.config import context_length, quantization_config
+from quant.vllm.kernels import has_bfloat16
+
+if TYPE_CHECKING:
+    from quant.hardware import Gpu
+    from quant.schemes import Scheme
+
+#: First bytes of a GGUF file.
+_GGUF = b"GGUF"
+#: Arguments that only vLLM has, and that say nothing of another engine.
+_VLLM_ALONE = frozenset({"allow-deprecated-quantization", "limit-mm-per-prompt"})
+_OPTIONS = {"tensor-parallel-size": "--tensor-parallel", "max-model-len": "--max-model-len"}
+
+
+def plan(path: str | Path, request: DeploymentRequest, engine: str = "vllm") -> Deployment:
+    """The deployment of a checkpoint, or of a GGUF file, on an engine.
+
+    Raises:
+        UsageError: no such engine, or something asked of it that it does not have; else as
+            :func:`quant.serving.deployment.plan`.
+        VerificationFailed: the engine does not read the checkpoint, or not on this GPU; the message says what
+            it does read, and what to make.
+        CheckpointError: no checkpoint, or no GGUF file.
+    """
+    if engine not in ENGINES:
+        raise one_of("--engine", engine, list(ENGINES))
+    row = ENGINES[engine]
+    file = Path(path)
+    if _is_gguf(file) and row.name != "llama.cpp":
+        raise VerificationFailed(
+            f"{path}: a GGUF file, which {row.title} {row.release} is not planned with here: plan it with "
+            "--engine llama.cpp, or give the folder of the checkpoint that it was made from"
+        )
+    if row.name == "vllm":
+        return plan_vllm(path, request)
+    request.check()
+    _check_extra(row, request.extra)
+    gpu = planned_gpu(request.gpu)
+    if row.name == "llama.cpp":
+        return _gguf(row, file, request, gpu)
+    parallel = request.tensor_parallel or count_in(request.gpu) or 1
+    folder = file.absolute()
+    checkpoint = open_checkpoint(folder)
+    checked = verify(folder, tensor_parallel=parallel)
+    if not checked.passed:
+        more = f" (and {len(checked.failed) - 3} more)" if len(checked.failed) > 3 else ""
+        raise VerificationFailed(
+            f"{path}: it is not in order: {'; '.join(checked.failed[:3])}{more}. quant verify {path} lists "
+            "every check"
+        )
+    warnings = _check_reading(row, checkpoint, gpu)
+    arguments, said = _translated(row, checkpoint, request, parallel, gpu)
+    name = model_name(folder) if repository_of(folder) else folder.name
+    if row.model_name:
+        name = request.name or name
+        called = "what clients call the model, wherever it lies"
+        arguments += _in_words(row, {"served-model-name": Argument("served-model-name", name, called)}, {})[0]
+    elif request.name not in (None, name):
+        raise UsageError(
+            f"--name is {request.name!r}: {row.title} cannot be told a name; clients call the model "
+            f"{name!r}, as its folder: leave --name out"
+        )
+    return _deployment(row, folder, name, arguments, request, parallel, [*warnings, *said], gpu, checkpoint)
+
+
+def _deployment(
+    engine: Engine,
+    path: Path,
+    name: str,
+    arguments: list[Argument],
+    request: DeploymentRequest,
+    parallel: int,
+    warnings: list[str],
+    gpu: Gpu | None,
+    stored: Checkpoint | int,
+) -> Deployment:
+    """The value, with what is to be said of its key and address."""
+    arguments = [*arguments, *(Argument(flag, value, why) for flag, value, why in engine.always)]
+    if request.api_key_env is not None and not engine.takes_key:
+        raise UsageError(
+            f"--api-key-env is {request.api_key_env}: {engine.title} {engine.release} checks no key: leave "
+            "it out, and put a gateway in front that does"
+        )
+    if request.api_key_env is not None and not engine.key_variable:
+        warnings.append(
+            f"{engine.title} takes its key as an argument, which whoever may list the processes there reads"
+        )
+    if not is_loopback(request.host) and request.api_key_env is None:
+        instead = (
+            "Name a variable with --api-key-env"
+            if engine.takes_key
+            else f"{engine.title} checks no key: put a gateway in front"
+        )
+        warnings.append(
+            f"--host is {request.host} without an API key: whoever reaches port {request.port} can use the "
+            f"model. {instead}, or bind to {defaults.HOST}"
+        )
+    return Deployment(
+        path,
+        name,
+        request.host,
+        request.port,
+        parallel,
+        tuple(arguments),
+        request.extra,
+        request.api_key_env,
+        tuple(warnings),
+        gpu,
+        stored if isinstance(stored, int) else stored.nbytes,
+        engine,
+    )
+
+
+def _check_reading(engine: Engine, checkpoint: Checkpoint, gpu: Gpu | None) -> list[str]:
+    """
+    Returns:
+        what is not known of it.
+
+    Raises:
+        VerificationFailed: the engine does not read it, has no class of the model, or not on this GPU.
+    """
+    from quant.formats import find_format
+
+    layers = find_format(checkpoint.config, checkpoint.tensors)
+    schemes: list[tuple[Scheme, bool]] = []
+    if layers is not None:
+        kinds = [(linear.scheme, ".experts." in name) for name, linear in layers.linears.items()]
+        schemes = list(dict.fromkeys(kinds))
+    problem, unknown = reading_problem(
+        engine, layers.format if layers is not None else UNQUANTIZED, schemes, gpu
+    )
+    if problem is not None:
+        raise VerificationFailed(f"{checkpoint.path}: {problem}")
+    if engine.serves(checkpoint.config) is False:
+        named = checkpoint.config.get("architectures") or checkpoint.config.get("model_type")
+        called = ", ".join(map(str, named)) if isinstance(named, list) else str(named)
+        if engine.name == "tensorrt-llm":
+            raise VerificationFailed(
+                f"{checkpoint.path}: {called} is not among the architectures that TensorRT-LLM's PyTorch "
+                "backend lists: serve it with --engine vllm"
+            )
+        unknown.append(
+            f"{called} is not among {engine.title}'s own classes: it falls back on transformers' one, and "
+            "whether that serves this checkpoint is not known here"
+        )
+    return unknown
+
+
+def _translated(
+    engine: Engine, checkpoint: Checkpoint, request: DeploymentRequest, parallel: int, gpu: Gpu | None
+) -> tuple[list[Argument], list[str]]:
+    """What the checkpoint, ``vllm_config.json`` and the user ask, in the engine's words; and what was left
+    out.
+
+    Raises:
+        UsageError: an option that the engine has no word for.
+    """
+    length = context_length(checkpoint.config)
+    wanted = {
+        a.name: a
+        for a in engine_arguments(checkpoint.config, tensor_parallel=parallel)
+        if a.name not in _VLLM_ALONE and a.name != "max-model-len"  # its own way to the context is as good
+    }
+    if (
+        gpu is not None
+        and "dtype" in wanted
+        and not has_bfloat16(gpu)
+        and wanted["dtype"].value == "bfloat16"
+    ):
+        wanted["dtype"] = Argument("dtype", "float16", f"{gpu.name} has no bfloat16")
+    for key, value in stated_arguments(checkpoint.path).items():
+        if key not in _VLLM_ALONE and (key, value) != ("max-model-len", length) and key != "dtype":
+            wanted[key] = Argument(key, value, "vllm_config.json of the checkpoint says so")
+    asked = _asked(request, length)
+    if parallel > 1:
+        asked["tensor-parallel-size"] = Argument(
+            "tensor-parallel-size", parallel, "as asked; shapes were checked for it"
+        )
+    else:
+        wanted.pop("tensor-parallel-size", None)
+    return _in_words(engine, wanted | asked, asked)
+
+
+def _asked(request: DeploymentRequest, length: int | None) -> dict[str, Argument]:
+    """What the user asks, by vLLM's names."""
+    values: Mapping[str, Any] = {
+        "max-model-len": request.max_model_len and meant_tokens(request.max_model_len, length),
+        "gpu-memory-utilization": request.gpu_memory_utilization,
+        "kv-cache-dtype": None if request.kv_cache_dtype == "auto" else request.kv_cache_dtype,
+        "max-num-seqs": request.max_num_seqs,
+    }
+    return {k: Argument(k, v, "as asked") for k, v in values.items() if v is not None}
+
+
+def _in_words(
+    engine: Engine, wanted: Mapping[str, Argument], asked: Mapping[str, Argument]
+) -> tuple[list[Argument], list[str]]:
+    arguments: list[Argument] = []
+    said: list[str] = []
+    for key, one in wanted.items():
+        flag = (engine.flags or {}).get(key)
+        if flag is None:
+            said.append(f"{key} is an argument of vLLM's alone: it is left out for {engine.title}")
+            continue
+        value = flag.values.get(str(one.value), one.value)
+        if value is None:
+            continue
+        if flag.name:
+            reason = f"{one.reason}; {flag.note}" if flag.note else one.reason
+            arguments.append(Argument(flag.name, value, reason))
+        elif flag.instead and key in asked:
+            raise UsageError(f"{_OPTIONS.get(key, f'--{key}')} is {one.value}: {flag.instead}")
+        elif flag.instead:
+            said.append(f"{key} {one.value} of vllm_config.json is left out: {flag.instead}")
+    return arguments, said
+
+
+def _check_extra(engine: Engine, extra: tuple[str, ...]) -> None:
+    """
+    Raises:
+        UsageError: no flags, or one that an option of ours sets.
+    """
+    if extra and not extra[0].startswith("-"):
+        raise UsageError(
+            f"unexpected argument {extra[0]!r}: the checkpoint is given with --model-path; arguments for "
+            f"{engine.title} follow --"
+        )
+    own = {"host": "--host", "port": "--port", "served-model-name": "--name"}
+    words = {f.name: own[k] for k, f in (engine.flags or {}).items() if k in own and f.name} | {
+        "api-key": "--api-key-env"
+    }
+    words |= {w.lstrip("-"): "--model-path" for w in engine.program if w.startswith("--")}
+    for word in extra:
+        flag = word.split("=", 1)[0].lstrip("-").replace("_", "-")
+        if word.startswith("-") and flag in words:
+            raise UsageError(f"--{flag} cannot be passed on to {engine.title}: use {words[flag]} instead")
+
+
+def _is_gguf(file: Path) -> bool:
+    return file.suffix == ".gguf" and file.is_file()
+
+
+def _gguf(engine: Engine, file: Path, request: DeploymentRequest, gpu: Gpu | None) -> Deployment:
+    """llama.cpp's deployment of a GGUF file.
+
+    Raises:
+        VerificationFailed: a folder of safetensors, which it does not read.
+        CheckpointError: no such file, or it is no GGUF file.
+    """
+    if file.is_dir():
+        found = sorted(f.name for f in file.glob("*.gguf"))
+        if found:
+            raise UsageError(f"{file} is a folder: give one file of it, such as {file / found[0]}")
+        checkpoint = open_checkpoint(file)  # what is no checkpoint at all is told as such
+        exports = engine.exports
+        if quantization_config(checkpoint.config) is None:  # it is the source
+            exports = exports.replace("SOURCE", shlex.quote(str(file)))
+        raise VerificationFailed(f"{file}: {engine.title} reads GGUF files alone. {exports}")
+    file = file.absolute()
+    try:
+        with file.open("rb") as stream:
+            magic = stream.read(len(_GGUF))
+        size = sum(f.stat().st_size for f in _parts(file))
+    except OSError as error:
+        raise CheckpointError(
+            f"{file}: cannot be read ({error.strerror}): give a GGUF file. {engine.exports}"
+        ) from error
+    if magic != _GGUF:
+        raise CheckpointError(f"{file}: it is no GGUF file: it begins with {magic!r}, not {_GGUF!r}")
+    asked = _asked(request, None)
+    if request.tensor_parallel is not None and request.tensor_parallel > 1:
+        asked["tensor-parallel-size"] = Argument("tensor-parallel-size", request.tensor_parallel, "as asked")
+    both = asked.get("max-model-len"), asked.get("max-num-seqs")
+    if both[0] is not None and both[1] is not None:
+        each, many = int(both[0].value), int(both[1].value)
+        asked["max-model-len"] = Argument("max-model-len", each * many, f"{many} × {each} tokens, as asked")
+    arguments, said = _in_words(engine, asked, asked)
+    name = (request.name or file.stem).replace(",", "-")  # of which --alias would make several
+    called = "what clients call the model, wherever it lies"
+    arguments.append(Argument("alias", name, called))
+    return _deployment(engine, file, name, arguments, request, count_in(request.gpu) or 1, said, gpu, size)
+
+
+def _parts(file: Path) -> list[Path]:
+    """The files of a model that is split over several (``NAME-00001-of-00003.gguf``).
+
+    Raises:
+        CheckpointError: one is missing.
+    """
+    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", file.name)
+    if match is None:
+        return [file]
+    if match[2] != "00001":
+        raise CheckpointError(
+            f"{file}: llama.cpp takes the first file of a split model: {match[1]}-00001-of-…"
+        )
+    parts = [file.with_name(f"{match[1]}-{n:05}-of-{match[3]}.gguf") for n in range(1, int(match[3]) + 1)]
+    if missing := next((p for p in parts if not p.is_file()), None):
+        raise CheckpointError(f"{missing}: this part of the split model is missing")
+    return parts
