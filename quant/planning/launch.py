@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quant.engines import ENGINES, reading_problem
+from quant.engines.base import UNQUANTIZED
 from quant.hardware import Gpu
 from quant.hub import named, repository_of
 from quant.models.spec import ModelSpec
@@ -16,9 +18,8 @@ from quant.planning.choice import Goal
 from quant.planning.memory import MemoryPlan
 from quant.planning.request import EngineRequest
 from quant.planning.scheme_plans import SchemePlan
-from quant.vllm.kernels import (
-    formats_of,
-)
+from quant.schemes import AS_IT_IS, PRESETS, Scheme
+from quant.vllm.kernels import kernel_of
 
 #: stands in commands for the owner of a model on the Hub that is not known
 OWNER = "OWNER"
@@ -119,15 +120,26 @@ def serve_command(checkpoint: str, planned: MemoryPlan, request: EngineRequest) 
 
 
 def engines_for(
-    gpu: Gpu, plans: Sequence[SchemePlan], request: EngineRequest, goal: Goal
+    gpu: Gpu,
+    plans: Sequence[SchemePlan],
+    request: EngineRequest,
+    goal: Goal,
+    spec: ModelSpec,
+    chosen: SchemePlan | None,
 ) -> tuple[Engine, ...]:
-    """The engines in order of preference for this need; the first that suits is taken."""
+    """The engines in order of preference for this need; the first that suits is taken.
+
+    llama.cpp comes first where there is no GPU, one user on a laptop, or no plan that holds what was asked:
+    it alone keeps a part of the layers on the CPU, in less than four bits if need be. Of the servers of many
+    requests vLLM comes first, because its memory is what was planned. SGLang and TensorRT-LLM suit where
+    they read the scheme on this GPU, by the table of :mod:`quant.engines`, and the need is theirs: SGLang
+    orders waiting requests by the prefix that they share (Zheng et al. 2024, "SGLang: Efficient Execution of
+    Structured Language Model Programs", section 3), which pays where several run at a time; TensorRT-LLM is
+    NVIDIA's own kernels, where latency is the objective. TGI is in maintenance mode (its README).
+    """
     fits = any(p.meets for p in plans)
-    cpu = gpu.platform == "cpu"
     laptop = gpu.kind == "laptop" and request.concurrency == 1
-    latency = goal.objective == "latency"
-    modern = gpu.platform == "cuda" and formats_of(gpu)["fp8"] == "native"
-    if cpu:
+    if gpu.platform == "cpu":
         vllm = Engine("vLLM", False, "its CPU build serves, slower than llama.cpp for one user")
         llama = Engine("llama.cpp / Ollama", True, "runs a 4-bit GGUF on the CPU")
     else:
@@ -140,15 +152,67 @@ def engines_for(
             else "a 4-bit GGUF, with the layers that fit on the GPU"
         )
         llama = Engine("llama.cpp / Ollama", laptop or not fits, why)
-    why = (
-        "compiled kernels for one fixed model; worth its build where latency is all"
-        if modern
-        else "needs a GPU that computes in FP8"
-    )
-    trt = Engine("TensorRT-LLM", modern and latency and fits, why)
     tgi = Engine(
         "TGI",
         False,
-        "for deployments that already run it; its development has ended, and vLLM serves the same models",
+        "for deployments that already run it; it is in maintenance mode, and vLLM serves the same models",
     )
-    return (vllm, trt, llama, tgi) if vllm.suits else (llama, vllm, trt, tgi)
+    tensorrt = _tensorrt(spec, plans, chosen, gpu, goal)
+    others = (_sglang(spec, chosen, gpu, request), tensorrt, llama, tgi)
+    return (vllm, *others) if vllm.suits else (llama, vllm, *(e for e in others if e is not llama))
+
+
+def _sglang(spec: ModelSpec, chosen: SchemePlan | None, gpu: Gpu, request: EngineRequest) -> Engine:
+    reads, why = _readable("sglang", spec, chosen, gpu)
+    if not reads:
+        return Engine("SGLang", False, why)
+    if request.concurrency < 2:
+        return Engine("SGLang", False, f"{why}; what it does better takes several requests at a time")
+    return Engine("SGLang", True, f"{why}; it runs requests together that share a prefix (agents, chats)")
+
+
+def _tensorrt(
+    spec: ModelSpec, plans: Sequence[SchemePlan], chosen: SchemePlan | None, gpu: Gpu, goal: Goal
+) -> Engine:
+    reads, why = _readable("tensorrt-llm", spec, chosen, gpu)
+    if goal.objective != "latency":
+        said = f"{why}; worth another tool where latency is all" if reads else why
+        return Engine("TensorRT-LLM", False, said)
+    # it may read another scheme that holds what was asked, the smallest of which is the fastest for one
+    holding = [p for p in plans if p.meets and p.plan and chosen is not None]
+    for plan in sorted(holding, key=lambda p: p.plan.weights_bytes if p.plan else 0):
+        if not reads:
+            reads, other = _readable("tensorrt-llm", spec, plan, gpu)
+            why = other if reads else why
+    said = f"{why}, by NVIDIA's own kernels for few requests at a time" if reads else why
+    return Engine("TensorRT-LLM", reads, said)
+
+
+def _readable(name: str, spec: ModelSpec, chosen: SchemePlan | None, gpu: Gpu) -> tuple[bool, str]:
+    """Whether an engine reads a scheme of this model on this GPU, and what is to be said of it."""
+    engine = ENGINES[name]
+    if chosen is None:
+        return False, "no plan holds what was asked"
+    if engine.serves(spec.config) is False and spec.config:
+        return False, f"{spec.architecture or spec.model_type} is not among the models that it lists"
+    if chosen.scheme == AS_IT_IS.name and spec.quantization is not None:
+        return False, "what it reads of a checkpoint that is quantized already is told by quant-deploy plan"
+    ways: list[tuple[str, list[tuple[Scheme, bool]], str]] = [
+        (UNQUANTIZED, [], "it serves the model as it is")
+        if chosen.scheme == AS_IT_IS.name
+        else (
+            "compressed-tensors",
+            [(chosen.stored, experts) for experts in ([False, True] if spec.moe else [False])],
+            f"it reads {chosen.scheme}",
+        )
+    ]
+    if kernel_of(chosen.stored) == "fp8":  # another layout of as many bits
+        said = "it reads FP8 blocks (quantize --scheme fp8-block --format fp8)"
+        ways.append(("fp8", [(PRESETS["fp8-block"], False)], said))
+    problem = None
+    for format, schemes, said in ways:
+        found, _ = reading_problem(engine, format, schemes, gpu)
+        if found is None:
+            return True, said
+        problem = problem or found
+    return False, str(problem).split("; ", 1)[0].split(": it reads", 1)[0]

@@ -243,7 +243,8 @@ def recommend(
         model=spec, gpus=tuple(devices), request=request, plans=plans,
         recommended=chosen.scheme if chosen else None, method=method,
         reason=reason_of(spec, gpu, plans, chosen, request, goal), commands=commands,
-        engines=engines_for(gpu, plans, request, goal), scenario=profile.name if profile else None,
+        engines=engines_for(gpu, plans, request, goal, spec, chosen),
+        scenario=profile.name if profile else None,
         notes=tuple(notes), group_size=chosen.group_size if chosen else None,
     )  # fmt: skip
 

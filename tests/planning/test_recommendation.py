@@ -535,8 +535,31 @@ def test_engines_follow_the_need() -> None:
     assert recommend("Qwen/Qwen2.5-7B", "L40S").engine == "vLLM"
     assert recommend("Qwen/Qwen2.5-7B", "cpu", gpu_memory=64 * 2**30).engine == "llama.cpp / Ollama"
     assert recommend("meta-llama/Llama-3.1-70B", "RTX 3060").engine == "llama.cpp / Ollama"
-    trt = {e.name: e.suits for e in recommend("Qwen/Qwen2.5-7B", "H100", scenario="low-latency").engines}
-    assert trt["TensorRT-LLM"]
+    found = recommend("Qwen/Qwen2.5-7B", "H100", scenario="low-latency")
+    fast = {e.name: e for e in found.engines}
+    # what it reads is another layout than the one that is recommended
+    assert fast["TensorRT-LLM"].suits and "--scheme fp8-block --format fp8" in fast["TensorRT-LLM"].why
+    assert found.engine == "vLLM" and not fast["SGLang"].suits  # one request at a time
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "sglang", "tensorrt"),
+    [
+        ("meta-llama/Llama-3.1-70B-Instruct", "2xH100", "reads w8a8-fp8", "FP8 blocks"),
+        ("Qwen/Qwen2.5-7B", "MI300X", "reads w8a8-fp8", "reads no w8a8-fp8"),
+        ("Qwen/Qwen2.5-32B-Instruct", "L40S", None, None),
+    ],
+)
+def test_what_an_engine_reads_decides_whether_it_is_named(
+    model: str, gpu: str, sglang: str | None, tensorrt: str | None
+) -> None:
+    found = recommend(model, gpu, scenario="high-throughput")
+    named = {e.name: e for e in found.engines}
+    if sglang is None:
+        assert found.recommended is None and not named["SGLang"].suits and named["llama.cpp / Ollama"].suits
+        return
+    assert named["vLLM"].suits and named["SGLang"].suits and sglang in named["SGLang"].why
+    assert not named["TensorRT-LLM"].suits and str(tensorrt) in named["TensorRT-LLM"].why
 
 
 def test_programs_get_engine_arguments_and_a_reload_that_looks_again() -> None:

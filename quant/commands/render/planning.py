@@ -285,9 +285,9 @@ def show_recommendation(recommendation: Recommendation, console: Console) -> Non
     if recommendation.recommended is not None and not recommendation.thumb:
         engine = next(e for e in recommendation.engines if e.suits)
         prose(console, f"serve with {engine.name}: {engine.why}")
-        if engine.name != "vLLM":  # whose commands those below are
-            vllm = next(e for e in recommendation.engines if e.name == "vLLM")
-            prose(console, f"or with vLLM: {vllm.why}")
+        for other in recommendation.engines:  # vLLM's are the commands below
+            if other is not engine and (other.suits or other.name == "vLLM"):
+                prose(console, f"or with {other.name}: {other.why}")
     if about := _about(recommendation):
         prose(console, about)
     for line in recommendation.notes:
