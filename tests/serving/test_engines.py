@@ -86,6 +86,29 @@ def test_ranks_the_caches_dtype_and_a_share_of_memory_are_translated(source: Pat
     assert "tp_size" in " ".join(plan(source, DeploymentRequest(tensor_parallel=2), "tensorrt-llm").command)
 
 
+def test_what_stands_beside_the_weights_for_vllm_is_translated_or_told_to_be_left_out(source: Path) -> None:
+    own = json.loads((source / "config.json").read_text())["max_position_embeddings"]
+    stated: dict[str, Any] = {
+        "max-model-len": own,
+        "max-num-seqs": 5,
+        "kv-cache-dtype": "fp8",
+        "swap-space": 4,
+    }
+    (source / "vllm_config.json").write_text(json.dumps(stated))
+    sglang = plan(source, DeploymentRequest(), "sglang")
+    assert _after(sglang.command, "--max-running-requests") == "5"
+    assert _after(sglang.command, "--kv-cache-dtype") == "fp8_e4m3"
+    assert "--context-length" not in sglang.command  # the model's own, which it finds itself
+    assert any(w.startswith("swap-space is an argument of vLLM's alone") for w in sglang.warnings)
+    trt = plan(source, DeploymentRequest(), "tensorrt-llm")
+    assert "fp8" not in trt.command and any("kv_cache_config" in w for w in trt.warnings)
+    # what is asked is not left out
+    assert (
+        _after(plan(source, DeploymentRequest(max_num_seqs=3), "sglang").command, "--max-running-requests")
+        == "3"
+    )
+
+
 @pytest.mark.parametrize(
     ("engine", "asked", "said"),
     [
