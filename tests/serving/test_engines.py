@@ -292,6 +292,12 @@ def test_each_engine_has_files_that_run_it(engine: str, kind: str, source: Path,
         assert shlex.quote(row.program[0]) in text
 
 
+def test_vllms_own_variables_go_to_vllm_alone(source: Path, gguf: Path) -> None:
+    for kind in ("compose", "kubernetes"):
+        assert "VLLM" not in artefact(plan(gguf, DeploymentRequest(gpu="cpu"), "llama.cpp"), kind)
+        assert "VLLM_CPU_KVCACHE_SPACE" in artefact(plan(source, DeploymentRequest(gpu="cpu")), kind)
+
+
 def test_an_engine_takes_the_files_that_are_its_own(source: Path) -> None:
     with pytest.raises(UsageError, match="of vLLM alone"):
         artefact(plan(source, DeploymentRequest(), "sglang"), "kserve", Placement(claim="models"))

@@ -28,7 +28,7 @@ class Platform:
     Attributes:
         resource: how Kubernetes counts its devices; None where a device is not counted.
         service: keys of a Compose service beside the common ones.
-        environment: variables of vLLM's container.
+        environment: variables of vLLM's container; see :func:`variables`.
     """
 
     resource: str | None = None
@@ -88,6 +88,12 @@ class Placement:
     nodes: int = 1
     price: float | None = None
     profile: str = "chat"
+
+
+def variables(deployment: Deployment) -> dict[str, str]:
+    """Variables of the container, but for the key's."""
+    own = PLATFORMS[deployment.platform].environment if deployment.engine.name == "vllm" else {}
+    return {**deployment.environment, **own}
 
 
 def image(deployment: Deployment) -> str:

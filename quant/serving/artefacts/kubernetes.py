@@ -20,6 +20,7 @@ from quant.serving.artefacts.base import (
     source,
     start_seconds,
     to_yaml,
+    variables,
 )
 from quant.serving.deployment import Deployment
 from quant.units import GIB, MIB
@@ -215,7 +216,7 @@ def _key_argument(deployment: Deployment) -> list[str]:
 
 
 def environment(deployment: Deployment, name: str) -> list[dict[str, Any]]:
-    known = {**deployment.environment, **PLATFORMS[deployment.platform].environment}
+    known = variables(deployment)
     if non_root(deployment):
         known["HOME"] = HOME
     values: list[dict[str, Any]] = [{"name": k, "value": v} for k, v in known.items()]

@@ -24,6 +24,7 @@ from quant.serving.artefacts.base import (
     source,
     start_seconds,
     to_yaml,
+    variables,
 )
 from quant.serving.deployment import Deployment
 
@@ -59,7 +60,7 @@ def compose(deployment: Deployment, placement: Placement) -> str:
     wished host."""
     host = f"[{deployment.host}]" if ":" in deployment.host else deployment.host
     platform = PLATFORMS[deployment.platform]
-    environment = {**deployment.environment, **platform.environment}
+    environment = variables(deployment)
     key = f"${{{deployment.api_key_env}:?set it to the API key first}}"
     if deployment.api_key_env and deployment.engine.key_variable:
         environment[deployment.engine.key_variable] = key
