@@ -155,6 +155,12 @@ def test_a_pod_is_what_a_cluster_admits(source: Path) -> None:
     assert container["resources"]["requests"]["nvidia.com/gpu"] == 2
 
 
+def test_amds_devices_are_open_to_the_user_of_the_unit(source: Path) -> None:
+    line = "SupplementaryGroups=video render"
+    assert line in artefact(deployment(source, "2xMI300X"), "systemd")
+    assert line not in artefact(deployment(source, "2xL40S-48GB"), "systemd")
+
+
 def test_a_start_may_take_as_long_as_reading_the_weights(source: Path) -> None:
     from dataclasses import replace
 

@@ -151,6 +151,9 @@ def systemd(deployment: Deployment, placement: Placement) -> str:
         f"TimeoutStopSec={GRACE}",
         "KillMode=mixed",
         "DynamicUser=yes",
+        *(
+            ["SupplementaryGroups=video render"] if deployment.platform == "rocm" else []
+        ),  # /dev/kfd, /dev/dri
         "StateDirectory=" + name,
         "Environment=HOME=/var/lib/" + name,
         "NoNewPrivileges=yes",

@@ -218,5 +218,7 @@ def monitoring(deployment: Deployment, placement: Placement) -> str:
         },
     ]
     return head(
-        deployment, "Apply it with: kubectl apply -f FILE (the Prometheus operator must be there)"
+        deployment,
+        "Apply it with: kubectl apply -f FILE (the Prometheus operator must be there)",
+        "It watches the pods of --output kubernetes and leaderworkerset, by their label.",
     ) + ("---\n".join(map(to_yaml, objects)))
