@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from quant.errors import UsageError
 from quant.serving.artefacts import KINDS, Placement, artefact
 from quant.serving.deployment import Deployment, DeploymentRequest
 from quant.serving.engines import plan
@@ -153,6 +155,26 @@ def test_a_pod_is_what_a_cluster_admits(source: Path) -> None:
     assert spec["affinity"]["nodeAffinity"]
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 2}
     assert container["resources"]["requests"]["nvidia.com/gpu"] == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "placement", "said"),
+    [
+        ("kubernetes", {"claim": ""}, "--claim is ''"),
+        ("kubernetes", {"claim": "My Claim"}, "--claim is 'My Claim'"),
+        ("kubernetes", {"claim": "models", "path": "a/../../b"}, "without .."),
+        ("kubernetes", {"path": "a"}, "give --claim NAME too"),
+        ("kubernetes", {"nodes": 2}, "--nodes has no use in --output kubernetes"),
+        ("shell", {"claim": "models"}, "--claim has no use in --output shell"),
+        ("dashboard", {"price": float("nan")}, "--price-per-hour is nan"),
+        ("alerts", {"profile": "chatty"}, "--profile is 'chatty'"),
+    ],
+)
+def test_a_placement_that_a_file_cannot_take_is_refused(
+    kind: str, placement: dict[str, Any], said: str, source: Path
+) -> None:
+    with pytest.raises(UsageError, match=re.escape(said)):
+        artefact(deployment(source, None), kind, Placement(**placement))
 
 
 def test_amds_devices_are_open_to_the_user_of_the_unit(source: Path) -> None:

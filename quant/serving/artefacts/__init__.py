@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -28,6 +30,7 @@ _HOMES = {
     "dashboard": "monitoring",
 }
 KINDS = tuple(_HOMES)
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 #: What of a placement only some kinds have a use for.
 _CLUSTER = ("kubernetes", "leaderworkerset", "kserve", "production-stack")
 _TAKES = {
@@ -62,6 +65,14 @@ def artefact(deployment: Deployment, kind: str, placement: Placement | None = No
     for option, kinds in _TAKES.items():
         if given[option] and kind not in kinds:
             raise UsageError(f"{option} has no use in --output {kind}: it is for {', '.join(kinds)}")
+    if placement.claim is not None and not _NAME.fullmatch(placement.claim):
+        raise UsageError(
+            f"--claim is {placement.claim!r}: Kubernetes names are small letters, digits, dashes and dots"
+        )
+    if ".." in placement.path.split("/"):
+        raise UsageError(f"--claim-path is {placement.path!r}: a path inside the claim is needed, without ..")
+    if placement.price is not None and not math.isfinite(placement.price):
+        raise UsageError(f"--price-per-hour is {placement.price}: a sum of money is needed")
     if placement.path and placement.claim is None:
         raise UsageError("--claim-path is where in a claim the checkpoint lies: give --claim NAME too")
     home = import_module(f"quant.serving.artefacts.{_HOMES[kind]}")
