@@ -27,9 +27,9 @@ _LOOKED_AT, _WHOLE = 2000, 1 << 28
 #: Seconds that an idle connection is kept: less than servers keep theirs (uvicorn's five), so that none is
 #: written to that its server is just closing.
 _IDLE = 2.0
-#: Tokens of an answer that tell whether it came as a stream, and seconds for each within which no model makes
-#: them one by one.
-_TELLING, _AT_ONCE = 8, 1e-4
+#: Tokens of an answer that tell whether it came as a stream; seconds for each within which no model makes
+#: them one by one, and the share of the whole time within which they come where they were held back.
+_TELLING, _AT_ONCE, _SHARE = 8, 1e-4, 0.02
 #: Pieces for each token asked for, and beyond those, after which an answer goes on for ever.
 _PIECES, _SPARE = 4, 64
 
@@ -219,8 +219,8 @@ class Trace:
     def whole(self) -> bool:
         """Whether its tokens came all at once, as where something on the way holds the stream back; False of
         too few to tell."""
-        tokens = self.output_tokens
-        return tokens >= _TELLING and self.stamps[-1] - self.stamps[0] < _AT_ONCE * (tokens - 1)
+        tokens, took = self.output_tokens, self.stamps[-1] - self.stamps[0]
+        return tokens >= _TELLING and took < min(_AT_ONCE * tokens, _SHARE * (self.ended - self.sent))
 
     @property
     def itl(self) -> tuple[float, ...]:

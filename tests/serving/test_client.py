@@ -332,3 +332,14 @@ def test_what_is_no_endpoint_is_told_in_a_line(
     assert "Traceback" not in said.err and len(lines) == 1, said
     # of an endpoint that is there and does not answer in time there is a report of the check
     assert stop.value.code == (4 if answer is None and command == "check" else 1)
+
+
+def test_a_fast_engine_is_no_proxy_that_holds_back() -> None:
+    """Bursts of many tokens, as a long speculation makes them, still come one after another."""
+
+    def whole(*stamps: float, tokens: int = 64) -> bool:
+        return Trace(0.0, 0.0, stamps, stamps[-1], 9, tokens).whole
+
+    assert whole(0.500, 0.5001) and whole(0.5)
+    assert not whole(0.050, 0.052, 0.054) and not whole(0.01, 2.0)
+    assert not whole(0.5, tokens=4)  # too few to tell
