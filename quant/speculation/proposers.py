@@ -54,30 +54,37 @@ class Model:
         self._states: dict[int, torch.Tensor] = {}
         self.reset()
 
+    def _places(self) -> list[torch.nn.Module]:
+        """The decoder's blocks, and its last norm.
+
+        Raises:
+            CheckpointError: a model that has them elsewhere than most.
+        """
+        decoder = self.model.get_decoder()
+        layers, norm = getattr(decoder, "layers", None), getattr(decoder, "norm", None)
+        if layers is None or norm is None:
+            raise CheckpointError(
+                f"{self.path}: its hidden states cannot be read here ({type(decoder).__name__} has no layers "
+                "and norm): measure it in vLLM instead (--prove)"
+            )
+        return [*layers, norm]
+
     @property
     def blocks(self) -> int:
         """How many decoder blocks it has."""
-        return len(self.model.get_decoder().layers)
+        return len(self._places()) - 1
 
     def watch(self, places: Sequence[int]) -> None:
         """Keeps hidden states from now on: of place i what enters block i, and of place ``blocks + 1`` what
-        leaves the last norm (``blocks``: what enters that norm).
-
-        Raises:
-            CheckpointError: a model whose blocks and last norm are not where most have them.
-        """
-        decoder = self.model.get_decoder()
-        norm = getattr(decoder, "norm", None)
-        if norm is None or not hasattr(decoder, "layers"):
-            raise CheckpointError(f"{self.path}: no decoder.layers and decoder.norm to read hidden states at")
-        modules = [*decoder.layers, norm]
+        leaves the last norm (``blocks``: what enters that norm)."""
+        modules = self._places()
 
         def keep(place: int, value: torch.Tensor) -> None:
             self._seen[place] = value[0].detach()
 
         for place in places:
             if place == len(modules):
-                norm.register_forward_hook(lambda module, given, out, at=place: keep(at, out))
+                modules[-1].register_forward_hook(lambda module, given, out, at=place: keep(at, out))
             else:
                 modules[place].register_forward_pre_hook(
                     lambda module, given, named, at=place: keep(

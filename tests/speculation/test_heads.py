@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -223,3 +224,11 @@ def test_heads_are_found_by_their_tensors_where_a_config_is_silent() -> None:
     assert found({"num_nextn_predict_layers": 2}, "model.layers.2.x", "model.layers.3.x") == 2
     assert found({"num_nextn_predict_layers": 1}, "model.layers.1.x") is None  # told, and left out
     assert found({}, "model.layers.1.x") is None
+
+
+def test_a_model_whose_states_are_not_found_is_named(
+    checkpoints: Callable[..., Path], fp32: dict[str, Path], tmp_path: Path
+) -> None:
+    target = Model(checkpoints("gptj"), CPU, tmp_path)
+    with pytest.raises(CheckpointError, match="GPTJModel has no layers and norm"):
+        eagle3(target, fp32["eagle3"])
