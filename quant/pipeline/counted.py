@@ -23,7 +23,7 @@ from quant.outlier_suppression.base import Place
 from quant.pipeline.experts import workers_for
 from quant.pipeline.manager import QuantizationManager
 from quant.quantizers import quantize_many
-from quant.quantizers.two_sided import blocks_of
+from quant.quantizers.two_sided import OUTPUTS, blocks_of
 from quant.recipe import Assignment
 from quant.vllm.config import stated
 
@@ -35,6 +35,9 @@ _SIDE = 2048
 #: Bytes of a weight while it is solved: fp32 with its errors and codes; and with what a method of two sides
 #: holds beside them.
 _SOLVED, _SOLVED_TWICE = 9, 40
+#: Outputs and inputs of the matrix that such a method is timed on; and the products of the weight with a
+#: Hessian that one takes which does not say.
+_STEPPED, _PRODUCTS = (1024, 512), 10
 #: Products of a weight and token with gradients: forward, again, and back.
 _PASSES = 3
 
@@ -47,6 +50,16 @@ class Rates:
     statistics: float
     solve: float
     power: int
+
+
+@dataclass(frozen=True)
+class BothRates:
+    """Seconds that a method of two Hessians takes: of its statistics by token · (K² + 2·N·b), where b is the
+    size of a block of H_O; of its solves by input · b, one by one, and by N · K² in products of matrices."""
+
+    statistics: float
+    step: float
+    product: float
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,7 @@ class Counter:
     def __init__(self, manager: QuantizationManager, skeleton: Skeleton):
         self._manager, self._skeleton = manager, skeleton
         self._rates: dict[Assignment, Rates] = {}
+        self._both: dict[Assignment, BothRates] = {}
         self._product: float | None = None
 
     def block(self, index: int, tokens: int) -> BlockWork:
@@ -110,9 +124,16 @@ class Counter:
             for name in group.linears:
                 if (linear := plan.linears.get(prefix + name)) is None:
                     continue
-                n, k, rates = linear.n, linear.k, self._of(plan.assignments[prefix + name])
-                seconds += rates.statistics * tokens * k * k + rates.solve * n * k**rates.power
+                n, k, assignment = linear.n, linear.k, plan.assignments[prefix + name]
                 count, size = blocks_of(n)
+                if "gradients" in self._manager.blocks.solver.needs(assignment):
+                    both = self._of_both(assignment)
+                    seconds += both.statistics * tokens * (k * k + 2 * n * size)
+                    seconds += both.step * k * size * max(1.0, count / _STEPPED[0] * OUTPUTS)
+                    seconds += both.product * n * k * k
+                else:
+                    rates = self._of(assignment)
+                    seconds += rates.statistics * tokens * k * k + rates.solve * n * k**rates.power
                 held += 4 * (k * k + count * size * size)
                 largest = max(largest, _SOLVED_TWICE * n * k + 8 * k * k)
         return BlockWork(seconds, whole * (self._skeleton.dtype.itemsize + 1) + held + largest)
@@ -140,6 +161,33 @@ class Counter:
             self._rates[assignment] = self._measured(assignment)
         return self._rates[assignment]
 
+    def _of_both(self, assignment: Assignment) -> BothRates:
+        if assignment not in self._both:
+            self._both[assignment] = self._measured_both(assignment)
+        return self._both[assignment]
+
+    def _measured_both(self, assignment: Assignment) -> BothRates:
+        manager, device = self._manager, self._manager.device
+        quantizer, dtype = manager.quantizers[assignment], TORCH[manager.plan.dtype]
+        needs, scheme = manager.blocks.solver.needs(assignment), assignment.scheme.weights
+        (n, k), generator = _STEPPED, torch.Generator().manual_seed(0)
+        inputs = torch.randn(n, n, generator=generator).to(device, self._skeleton.dtype)
+        weight = torch.randn(n, k, generator=generator).to(device)
+        square = inputs.float()
+
+        def summed(features: int) -> Statistics:
+            sums = GradientAccumulator(features, n, blocks_of(n), device, needs)
+            sums.add(inputs[:, :features], inputs)
+            return sums.finish()
+
+        statistics = self._timed(lambda: summed(n)) / (n * (n * n + 2 * n * blocks_of(n)[1]))
+        product = getattr(quantizer, "products", _PRODUCTS) * self._timed(lambda: square @ square) / n**3
+        seen = summed(k)
+        solving = self._timed(
+            lambda: quantize_many(quantizer, weight.clone()[None], [seen.copy()], scheme, dtype)
+        )
+        return BothRates(statistics, max(solving - product * n * k * k, 0.0) / (k * OUTPUTS), product)
+
     def _measured(self, assignment: Assignment) -> Rates:
         """Of the largest matrix that takes a second at the most."""
         rates, expected = None, 0.0
@@ -162,10 +210,6 @@ class Counter:
         dtype = TORCH[manager.plan.dtype]
 
         def summed() -> Statistics:
-            if "gradients" in needs:
-                both = GradientAccumulator(k, n, blocks_of(n), manager.device, needs)
-                both.add(inputs, inputs[:, :n])
-                return both.finish()
             sums = Accumulator(k, manager.device, needs)
             sums.add(inputs)
             return sums.finish()

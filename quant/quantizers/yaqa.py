@@ -58,6 +58,12 @@ class YAQAQuantizer:
         if not 0 <= self.sweeps <= 100:
             raise ValueError(f"sweeps is {self.sweeps}: must be from 0 to 100")
 
+    @property
+    def products(self) -> int:
+        """Products of the weight with H_I that a solve takes, as many as its estimate counts: of feedback, of
+        the loss of rounding to nearest, four of the refit, one of each sweep."""
+        return 6 + self.sweeps if self.sweeps else 3
+
     @staticmethod
     def refuse(scheme: WeightScheme) -> str | None:
         if scheme.type == "int":

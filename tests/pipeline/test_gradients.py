@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-import quant
 from quant.checkpoint.reader import open_checkpoint
 from quant.errors import Problems, QuantError
 from quant.models.skeleton import Skeleton
@@ -28,6 +27,8 @@ from quant.pipeline.gradients import (
     kl_gradient,
     ordered_sums,
 )
+from quant.pipeline.plan import plan_job
+from quant.quantizers import YAQAQuantizer
 from tests.helpers import copy_model, load_all, quantize, recipe, save_all, short_text, weight_files
 from tests.pipeline.test_resume import command
 
@@ -159,7 +160,7 @@ def test_a_job_stopped_in_any_phase_goes_on_to_the_same_bytes(
     source = checkpoints("llama", num_hidden_layers=3)
     wanted = quantize(source, tmp_path / "undisturbed", **YAQA)
     calls: list[int] = []
-    place: Any = GradientStream if phase != "solve" else quant.quantizers.YAQAQuantizer
+    place: Any = GradientStream if phase != "solve" else YAQAQuantizer
     name = phase if phase != "solve" else "__call__"
     inner = getattr(place, name)
 
@@ -317,12 +318,12 @@ def test_a_dry_run_predicts_the_scratch_file_and_more_time_than_none(
     monkeypatch.setattr("quant.pipeline.manager.RESIDENT_CPU", 1 << 16)
     source = checkpoints("llama", num_hidden_layers=3)
     options = YAQA | {"samples": 32, "sequence_length": 128}
-    predicted = estimate(quant.jobs.plan(recipe(source, tmp_path / "out", **options)))
+    predicted = estimate(plan_job(recipe(source, tmp_path / "out", **options)))
     report = quantize(source, tmp_path / "out", **options)
     assert predicted["calibration_tokens"] == 32 * 128 and predicted["tried"]
     assert predicted["scratch_bytes"] == pytest.approx(report["scratch_bytes"], rel=0.3)
     assert predicted["seconds"] > 0.2 * report["seconds"]["total"]
     monkeypatch.setattr("quant.pipeline.estimate.TRIAL_SECONDS", 0.0)
     monkeypatch.setattr("quant.pipeline.estimate._FEW", 0)
-    counted = estimate(quant.jobs.plan(recipe(source, tmp_path / "other", **options)))
+    counted = estimate(plan_job(recipe(source, tmp_path / "other", **options)))
     assert not counted["tried"] and counted["seconds"] > 0 and counted["peak_rss_bytes"] > 0
