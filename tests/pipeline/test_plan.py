@@ -312,7 +312,7 @@ def test_odd_values_in_config_do_not_break_a_data_free_job(
         ("gptq", {"damping": "abc"}, "damping is 'abc': must be a valid number"),
         ("gptq", {"damping": [1, 2]}, "damping is [1, 2]: must be a valid number"),
         ("gptq", {"damping": float("nan")}, "damping is nan: must be a finite number"),
-        ("gptq", {"damping": 7.0}, "damping is 7.0: a share of the Hessian's mean diagonal"),
+        ("gptq", {"damping": 7.0}, "damping is 7.0: a share of the Hessian's diagonal"),
         (
             "gptq",
             {"clip_search": "maybe", "act_order": "sideways"},
