@@ -342,7 +342,12 @@ def _fit(folder: Path, chosen: dict[str, Argument], request: DeploymentRequest, 
     """
     from quant.hardware import detect, named_gpus
     from quant.planning.start import largest_utilization
-    from quant.vllm.kernels import BF16_CAPABILITY, has_bfloat16
+    from quant.vllm.kernels import (
+        BF16_CAPABILITY,
+        FP8_CACHE_CAPABILITY,
+        has_bfloat16,
+        has_fp8_cache,
+    )
     from quant.vllm.releases import rules_for
 
     if request.gpu is not None:
@@ -375,6 +380,12 @@ def _fit(folder: Path, chosen: dict[str, Argument], request: DeploymentRequest, 
     if share is None and gpu.total_bytes * default > gpu.free_bytes:
         held = f"{format_size(gpu.total_bytes - gpu.free_bytes)} of {gpu.name} is held by others"
         chosen["gpu-memory-utilization"] = Argument("gpu-memory-utilization", largest_utilization(gpu), held)
+    cache = passed_on.get("--kv-cache-dtype") or str(getattr(chosen.get("kv-cache-dtype"), "value", "auto"))
+    if cache.startswith("fp8") and not has_fp8_cache(gpu):
+        taken.append(
+            f"vLLM keeps an FP8 KV cache from compute capability {'.'.join(map(str, FP8_CACHE_CAPABILITY))} "
+            f"on, and {gpu.name} has less: leave --kv-cache-dtype out"
+        )
     if _UNPLANNED & set(passed_on):
         return taken
     return [*taken, *_fit_context(folder, chosen, request, parallel, gpus, passed_on)]

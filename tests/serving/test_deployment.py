@@ -463,6 +463,13 @@ def test_a_gpu_without_bfloat16_is_told_float16(folder: Path) -> None:
         assert ("has no bfloat16" in named["dtype"]["reason"]) == (gpu == "T4")
 
 
+@pytest.mark.parametrize("extra", [(), ("--kv-cache-dtype", "fp8_e4m3")])
+def test_an_fp8_cache_that_the_gpu_cannot_keep_is_told(folder: Path, extra: tuple[str, ...]) -> None:
+    for gpu, said in (("T4", True), ("L40S-48GB", False)):
+        asked = DeploymentRequest(gpu=gpu, kv_cache_dtype="auto" if extra else "fp8", extra=extra)
+        assert any("from compute capability 8.9 on" in w for w in plan(folder, asked).warnings) == said
+
+
 def test_a_context_that_nobody_asked_for_is_lowered_to_what_the_gpu_holds(tmp_path: Path) -> None:
     """One that was asked for is left, with the reason why vLLM will refuse it."""
     folder = Path(shutil.copytree(ROOT / "examples/tinylm-4m", tmp_path / "model"))
