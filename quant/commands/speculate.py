@@ -87,16 +87,17 @@ def speculate(
     quant-deploy speculate out/Llama-3.1-8B-W4A16 --draft out/Llama-3.2-1B-W4A16 --gpu L40S-48GB
     """
     from quant.commands.render import speculation as render
-    from quant.speculation.measure import grid
-    from quant.speculation.run import SpeculationRequest, predicted, prove_in_vllm
-    from quant.speculation.run import speculate as run
-    from quant.speculation.sampling import Sampling
 
-    request = SpeculationRequest(
-        most=tokens, ngram=_bounds(ngram), sampling=Sampling(temperature, top_p),
-        new_tokens=given.pop("new_tokens"), prompt_tokens=given.pop("prompt_tokens"), **given,
-    )  # fmt: skip
-    with out.progress("loading") as progress:
+    with out.progress("loading") as progress:  # torch, too, whose import is the longest wait of a short run
+        from quant.speculation.measure import grid
+        from quant.speculation.run import SpeculationRequest, predicted, prove_in_vllm
+        from quant.speculation.run import speculate as run
+        from quant.speculation.sampling import Sampling
+
+        request = SpeculationRequest(
+            most=tokens, ngram=_bounds(ngram), sampling=Sampling(temperature, top_p),
+            new_tokens=given.pop("new_tokens"), prompt_tokens=given.pop("prompt_tokens"), **given,
+        )  # fmt: skip
         value = run(checkpoint, request, progress)
         if prove:
             from quant.progress import Event

@@ -13,6 +13,7 @@ import pytest
 from quant.commands import terminal
 from quant.commands.terminal import Output
 from quant.progress import Event
+from tests.helpers import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -98,3 +99,34 @@ def test_quiet_is_silent_but_for_warnings(capsys: pytest.CaptureFixture[str]) ->
         time.sleep(0.2)
         progress(Event("quantize", message="a layer fell back", warning=True))
     assert capsys.readouterr().err == "warning: a layer fell back\n"
+
+
+def test_no_command_imports_what_takes_long_before_it_says_that_it_started() -> None:
+    """What a command imports before its progress begins is silent: torch is not among it."""
+    program = """
+import sys
+import deploy_vllm, quantize
+from contextlib import contextmanager
+from quant.commands.terminal import Output
+@contextmanager
+def begun(self, phase="starting"):
+    print("torch" in sys.modules)
+    sys.stdout.flush()
+    raise SystemExit(0)
+    yield
+Output.progress = begun
+(deploy_vllm if sys.argv[1] == "deploy" else quantize).main(sys.argv[2:])
+"""
+    model = str(ROOT / "examples" / "tinylm-4m")
+    for words in (
+        ["deploy", "speculate", model],
+        ["quant", "quantize", "-m", model, "--method", "gptq", "--dry-run"],
+        ["quant", "evaluate", model],
+        ["quant", "verify", model],
+        ["quant", "export-vllm", "-m", model, "-o", "never-written"],
+        ["deploy", "check", "--checkpoint", model],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *words], capture_output=True, text=True, cwd=ROOT, check=False
+        )
+        assert done.stdout.strip() == "False", (words, done.stdout, done.stderr)
