@@ -631,6 +631,7 @@ def serve(
         ready(report)
         if not check:
             server.wait()
+            log("stopping vLLM")  # which takes seconds, longer where requests are being answered
     return report
 
 
