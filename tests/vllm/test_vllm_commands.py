@@ -20,6 +20,8 @@ from typing import Any
 import psutil
 import pytest
 
+from quant.serving.server_metrics import parse_metrics
+from quant.vllm import metrics
 from tests.helpers import ROOT, left_alive
 from tests.vllm.conftest import AVX512, EXACT_INT8
 
@@ -52,10 +54,69 @@ def _check(*options: str, **settings: Any) -> tuple[int, dict[str, Any], str]:
     return done.returncode, json.loads(done.stdout), done.stderr
 
 
-def test_serve_answers_until_a_signal_and_leaves_no_process(
-    make: Callable[..., Path], source: Path, vllm_python: str
+FIGURES = ("median_ttft_ms", "median_tpot_ms", "median_e2el_ms")
+
+
+def bench(*options: str, **settings: Any) -> dict[str, Any]:
+    """What ``quant-deploy bench`` prints."""
+    command = [sys.executable, str(ROOT / "deploy_vllm.py"), "bench", "--json", "-q", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **settings)
+    assert done.returncode == 0, done.stderr
+    value: dict[str, Any] = json.loads(done.stdout)
+    return value
+
+
+def _is_loaded(url: str, folder: Path, environment: dict[str, str]) -> None:
+    """At 1, 4 and 16 at a time, every token is counted and the reports are there."""
+    lengths = ["--requests", "24", "--input-tokens", "64", "--output-tokens", "24"]
+    found = bench("--url", url, "--api-key-env", "KEY", "--concurrency", "1,4,16", *lengths, "--output",
+                  str(folder), env=environment)["targets"][0]  # fmt: skip
+    levels = found["levels"]
+    assert [x["level"]["concurrency"] for x in levels] == [1, 4, 16]
+    assert [x["completed"] for x in levels] == [24, 24, 24]
+    assert all(x["total_input_tokens"] == 24 * 64 for x in levels)  # by the server's own count
+    assert all(x["total_output_tokens"] == 24 * 24 for x in levels)
+    seen = levels[2]["server"]
+    assert seen["output_tokens"] >= 24 * 24 and seen["prefix_hit_rate"] < 0.1 and seen["preemptions"] == 0
+    assert {p.name for p in folder.iterdir()} == {"bench.json", "bench.csv", "bench.html"}
+    assert json.loads((folder / "bench.json").read_text())["targets"][0]["levels"] == levels
+
+
+def _counts_as_vllms_own_tool(url: str, environment: dict[str, str], vllm_python: str) -> None:
+    """Both tools in turn on one server count the same. How near their times are is told where the moments are
+    stated (test_vllm_bench.py) and where the machine is quiet (benchmarks/load.py): here other tests have
+    their turns in between."""
+    options = ["--url", url, "--api-key-env", "KEY", "--concurrency", "4", "--requests", "16"]
+    options += ["--input-tokens", "64", "--output-tokens", "32"]
+    tools = ([], ["--tool", "vllm", "--tool-python", vllm_python])
+    ours, theirs = (bench(*options, *tool, env=environment)["targets"][0]["levels"][0] for tool in tools)
+    for key in ("completed", "total_output_tokens"):
+        assert ours[key] == theirs[key] == {"completed": 16, "total_output_tokens": 16 * 32}[key]
+    assert all(level[key] > 0 for level in (ours, theirs) for key in (*FIGURES, "output_throughput"))
+
+
+def _exports_what_is_read(url: str) -> None:
+    """What alerts, dashboards and reports are made of; of speculation only a server that speculates tells."""
+    with urllib.request.urlopen(url + "/metrics", timeout=10) as answer:
+        exported = set(parse_metrics(answer.read().decode()))
+    named = [*metrics.GAUGES.values(), *(n for n in metrics.COUNTERS.values() if "spec_decode" not in n)]
+    named += [f"{name}_bucket" for name in metrics.HISTOGRAMS.values()]
+    assert {metrics.PREFIX + n for n in (*named, metrics.CACHE_CONFIG)} <= exported
+
+
+def _is_planned(path: Path) -> None:
+    """The plan names the command that is then run."""
+    command = [sys.executable, str(ROOT / "deploy_vllm.py"), "plan", "-m", str(path), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["command"][:3] == ["vllm", "serve", str(path)]
+
+
+def test_serve_answers_is_checked_and_loaded_until_a_signal_and_leaves_no_process(
+    make: Callable[..., Path], source: Path, vllm_python: str, tmp_path: Path
 ) -> None:
     path = make(*OPTIONS)
+    _is_planned(path)
     environment = os.environ | {"KEY": "s3cret"}
     started = time.perf_counter()
     process = _start(path, "--api-key-env", "KEY", "--name", "tiny", "--", "--enforce-eager", env=environment)
@@ -86,6 +147,12 @@ def test_serve_answers_until_a_signal_and_leaves_no_process(
         failed = {f["name"] for f in found["findings"] if f["status"] == "FAIL"}
         assert code == 4 and "log-probabilities, 1 at a time" in failed, found
         assert failed <= {f"log-probabilities, {n} at a time" for n in (1, 32)}
+        options = ("--url", report["url"], "--only", "operation", "--output", str(tmp_path / "check.json"))
+        code, found, said = _check(*options, "--api-key-env", "KEY", env=environment)
+        assert code == 0 and json.loads((tmp_path / "check.json").read_text())["passed"], found
+        _is_loaded(report["url"], tmp_path / "load", environment)
+        _counts_as_vllms_own_tool(report["url"], environment, vllm_python)
+        _exports_what_is_read(report["url"])
         members = psutil.Process(process.pid).children(recursive=True)
         assert any("EngineCore" in " ".join(m.cmdline()) for m in members)
         process.send_signal(signal.SIGINT)
