@@ -23,20 +23,21 @@ DATA_FREE = frozenset({"minmax", "fp8", "hqq", "none"})
 #: Model types of text decoders without a row whose blocks are worked out by running one of each kind.
 RUN = frozenset(
     {
-        "apertus", "arcee", "bloom", "cohere", "cohere2", "ernie4_5", "exaone4", "falcon", "gemma",
-        "gemma4_text", "glm", "glm4", "gpt_bigcode", "gpt_neox", "gptj", "granite", "helium",
-        "hunyuan_v1_dense", "ministral", "ministral3", "mpt", "nemotron", "olmo", "olmo2", "olmo3", "opt",
-        "phi", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3_vl_text", "seed_oss", "smollm3", "stablelm",
-        "starcoder2",
-        # blocks of several kinds
-        "lfm2", "qwen3_5_text",
+        "apertus", "arcee", "bloom", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "falcon", "gemma",
+        "gemma4_text", "glm", "glm4", "gpt_bigcode", "gpt_neox", "gptj", "granite", "granite_swa", "helium",
+        "hunyuan_v1_dense", "hyperclovax", "jais2", "minicpm3", "ministral", "ministral3", "mpt", "nanochat",
+        "nemotron", "olmo", "olmo2", "olmo3", "opt", "persimmon", "phi", "qwen2_5_vl_text", "qwen2_vl_text",
+        "qwen3_vl_text", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma",
+        # recurrent states, alone or in blocks of several kinds
+        "falcon_h1", "lfm2", "mamba2", "olmo_hybrid", "qwen3_5_text",
         # transposed weights; embeddings of each token for each block
         "gpt2", "gemma3n_text",
         # mixtures of experts
-        "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "glm4_moe", "gpt_oss", "granitemoe",
-        "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "llama4_text", "minimax_m2", "mixtral",
-        "nemotron_h", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next",
-        "qwen3_vl_moe_text",
+        "afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe",
+        "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "gpt_oss", "granitemoe", "granitemoehybrid",
+        "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "jamba", "kimi_linear", "laguna", "lfm2_moe",
+        "llama4_text", "mimo_v2_flash", "minimax_m2", "mixtral", "nemotron_h", "olmoe", "phimoe", "qwen2_moe",
+        "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "qwen3_vl_moe_text", "solar_open",
     }
 )  # fmt: skip
 
