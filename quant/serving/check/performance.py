@@ -21,6 +21,8 @@ from quant.serving.prompts import PromptRequest, make_prompts
 _FEW = 32
 #: The largest load that is tried; requests for each at a time.
 _MOST, _ROUNDS = 1024, 3
+#: Requests that are sent one at a time where those of the load came whole.
+_ALONE = 3
 _OVERLOADED = "serve fewer at a time (--max-num-seqs), quantize further, or take a faster GPU or more of them"
 
 
@@ -174,17 +176,29 @@ async def load(context: Context) -> list[Finding]:
             )  # fmt: skip
         )
     if summary.held_back:
-        text = f"{sum(t.whole for t in summary.good)} of {len(summary.good)} answers came whole"
-        findings.append(
-            Finding(
-                "answers are streamed", "FAIL", text, todo="something on the way holds the stream back: turn "
-                "its buffer off (nginx: proxy_buffering off; X-Accel-Buffering: no)",
-            )
-        )  # fmt: skip
+        alone = await _run(context, prompts[:_ALONE], 1, p.seconds, "asking alone whether answers come whole")
+        findings.append(_held_back(run, alone))
     if run.client.saturated:
         text = "this program's own loop was late: its latencies are upper bounds"
         findings.append(Finding("the client keeps up", "WARN", text, todo="check from a less busy machine"))
     return findings
+
+
+def _held_back(load: Run, alone: Run) -> Finding:
+    """Answers of a load came whole. A buffer on the way holds back those to one request at a time too; a
+    server or a client that got no processor under the load does not."""
+    counts = [
+        f"{sum(t.whole for t in run.summary.good)} of {len(run.summary.good)} answers"
+        for run in (load, alone)
+    ]
+    text = f"{counts[0]} came whole under the load, {counts[1]} asked one at a time"
+    if alone.summary.held_back:
+        todo = (
+            "something on the way holds the stream back: turn its buffer off (nginx: proxy_buffering off; "
+            "X-Accel-Buffering: no)"
+        )
+        return Finding("answers are streamed", "FAIL", text, todo=todo)
+    return Finding("answers are streamed", "WARN", text, todo="check from, and serve on, a less busy machine")
 
 
 def _kept(context: Context, run: Run) -> str:
