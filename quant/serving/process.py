@@ -43,6 +43,8 @@ PROMPT = "The capital of France is"
 _KEPT_LINES = 2000
 #: Seconds that vLLM has to stop by itself before its processes are killed.
 GRACE = 20.0
+#: Seconds of its ending after which it is said that it still does, and again.
+_STILL = 2.0
 
 Log = Callable[[str], None]
 
@@ -230,6 +232,8 @@ class Server:
         self._watcher: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
         self._members: dict[int, psutil.Process] = {}
+        #: told every two seconds of how long the server takes to end
+        self.ending: Log = lambda line: None
         self._signal: int | None = None
         self._ending = False
         # no proxy of the environment stands between us and our own child
@@ -363,10 +367,7 @@ class Server:
         self._note_members()
         if self._process.poll() is None:
             self.ask_to_end()
-            try:
-                self._process.wait(GRACE)
-            except subprocess.TimeoutExpired:
-                pass
+            self._wait_for_its_end()
         self._send(signal.SIGKILL)  # whoever is left of the group, the leader included
         left = [p for p in self._members.values() if p.is_running()]
         for process in left:
@@ -382,6 +383,16 @@ class Server:
         if self._reader is not None:
             self._reader.join(timeout=5)
         self._process = None
+
+    def _wait_for_its_end(self) -> None:
+        assert self._process is not None
+        began = time.monotonic()
+        while (left := GRACE - (time.monotonic() - began)) > 0:
+            try:
+                self._process.wait(min(left, _STILL))
+                return
+            except subprocess.TimeoutExpired:
+                self.ending(f"vLLM is still ending, {time.monotonic() - began:.0f} s")
 
     def _send(self, number: int) -> None:
         assert self._process is not None
@@ -632,6 +643,7 @@ def serve(
         if not check:
             server.wait()
             log("stopping vLLM")  # which takes seconds, longer where requests are being answered
+            server.ending = log
     return report
 
 
