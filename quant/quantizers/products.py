@@ -56,7 +56,7 @@ def add_product(to: torch.Tensor, left: torch.Tensor, right: torch.Tensor, alpha
 
 
 def _is_for_onednn(right: torch.Tensor) -> bool:
-    return not right.is_cuda and min(right.shape) >= _LEAST and onednn_is_faster()
+    return right.device.type == "cpu" and min(right.shape) >= _LEAST and onednn_is_faster()
 
 
 def _by_onednn(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
