@@ -25,6 +25,7 @@ from quant.hub import cached_snapshot, config_of, is_hub_id, is_whole, model_nam
 from quant.models.roles import leftovers_note
 from quant.models.shapes import spec_from_config, weights_from_tensors
 from quant.models.spec import DTYPE_BYTES, ModelSpec
+from quant.vllm.layers import FUSIONS
 
 _GPTQ4 = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
 
@@ -76,8 +77,9 @@ NAME_MARKS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 #: families whose makers publish FP8 by channels, in compressed-tensors (HabanaAI/vllm-hpu-extension#350)
 BY_CHANNEL = frozenset({"glm4_moe"})
-#: linears of gated delta nets that give each head a number: too narrow for blocks, kept in 16 bits
-GATES = ("in_proj_ba", "in_proj_a", "in_proj_b")
+#: linears of gated delta nets that give each head a number, which vLLM fuses: too narrow for blocks, kept in
+#: 16 bits
+GATES = next((row.name, *row.shards) for row in FUSIONS if row.name == "in_proj_ba")
 
 #: marks of a fine-tune: the shapes are the base model's
 TUNE_MARKS = re.compile(

@@ -139,9 +139,10 @@ def find_part(text: str, option: str = "--gpu") -> Part:
             if not 1 <= count <= MOST:
                 raise UsageError(f"{option} is {text!r}: a number of GPUs is from 1 to {MOST}")
             return Part(part.row, count, part.note)
-    if why := _elsewhere(text):
+    if entry := _elsewhere(text):
+        alone = "--gpu-memory SIZE without --gpu plans by the memory alone; "
         raise UsageError(
-            f"{option} is {text!r}: {why}. --gpu-memory SIZE without --gpu plans by the memory alone; "
+            f"{option} is {text!r}: {entry['why']}. {alone if entry.get('by_memory', True) else ''}"
             "`quant detect --gpu list` shows the parts that are known"
         )
     near = _nearest(text)
@@ -180,13 +181,14 @@ def _find(text: str, option: str) -> Part | None:
     return Part(taken, None, note)
 
 
-def _elsewhere(text: str) -> str | None:
-    """Why a part that people have cannot be planned; None of a name that the table does not know either."""
+def _elsewhere(text: str) -> Mapping[str, Any] | None:
+    """Why a part that people have cannot be planned (``why``), and whether its memory can (``by_memory``);
+    None of a name that the table does not know either."""
     words = re.sub(r"^\d+\s*[x×*]|[_\-:/,()+]", " ", text.lower())
     words = _BRAND.sub(r"\1 ", _SUFFIX.sub(r" \g<0>", words))
     for entry in load_json("gpus.json")["elsewhere"]:
         if re.search(entry["pattern"], words):
-            return str(entry["why"])
+            return dict(entry)
     return None
 
 

@@ -49,7 +49,7 @@ from quant.vllm.layers import (
     sharing_layers,
 )
 from quant.vllm.methods import method_problem
-from quant.vllm.names import misplaced_experts, unfound_expert, unread_spellings
+from quant.vllm.names import misplaced_experts, unfound_expert, unread_note, unread_spellings
 from quant.vllm.releases import VLLM_VERSION
 
 #: Findings of one check that are said; more are counted.
@@ -217,7 +217,9 @@ def _check_engine(
         if misplaced := misplaced_experts(model_types(config), checkpoint.tensors):
             result.add("modules", [misplaced], "")
         reason = architecture_problem(config, release)
-        result.add("model class", [reason] if reason else [], f"one that vLLM {release} serves")
+        note = unread_note(model_types(config), checkpoint.tensors)
+        good = f"one that vLLM {release} serves{f'; but {note}' if note else ''}"
+        result.add("model class", [reason] if reason else [], good)
     held = layers.linears if layers else {}
     built = [] if unread else built_linears(checkpoint.tensors, config, held)
     result.add(

@@ -11,15 +11,13 @@ from typing import Any
 from quant.checkpoint.header import WIDE_FLOATS, TensorInfo
 from quant.models.linears import LinearRef
 from quant.models.place import decoder_list
-from quant.models.roles import NUMBERS, OUTSIDE, SMALLEST_SIDE, block_of, role_of
+from quant.models.roles import EXPERT, NUMBERS, OUTSIDE, SMALLEST_SIDE, block_of, role_of
 from quant.vllm.config import block_count
 
 #: Largest share of a decoder's weights that may stay as they are without having been asked to.
 LARGEST_REST = 0.05
 #: Parameters of recurrences and their convolutions, which multiply no vector of features.
 _NO_MATRIX = re.compile(r"(^|\.)(A_log|A|D|dt_bias|\w*conv\w*(\.weight)?|\w+_decay|slope_rate)$")
-#: An expert that has tensors of its own.
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def stacked_experts(
         and name not in taken
         and not name.endswith(".weight")
         and not NUMBERS.search(name.rpartition(".")[2])
-        and not _EXPERT.search(name)
+        and not EXPERT.search(name)
     ]
 
 

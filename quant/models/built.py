@@ -17,7 +17,7 @@ from torch import nn
 from quant.checkpoint.reader import Checkpoint
 from quant.models.binding import converter_of, converters_of, made_with, renamings_of
 from quant.models.implied import ANEW, one_of_each
-from quant.models.roles import block_list, block_of, kind_of
+from quant.models.roles import EXPERT, block_list, block_of, kind_of
 from quant.offline import load_config, transformers
 from quant.vllm.architectures import has_class
 
@@ -112,7 +112,7 @@ def _filled(
     unknown: set[str] = set()
     seen: set[str] = set()
     for tensor, info in checkpoint.tensors.items():
-        kind = _EXPERT.sub(".experts.0.", tensor)
+        kind = EXPERT.sub(".experts.0.", tensor)
         if kind in seen:
             continue  # experts are counted elsewhere
         seen.add(kind)
@@ -144,6 +144,3 @@ def _missing(model: nn.Module, wanted: Mapping[str, Any], filled: Collection[str
         same = name in filled or id(parameter) in known or tied.get(name) in filled
         if not same and not any(p.search(name) for p in ignored):
             yield name
-
-
-_EXPERT = re.compile(r"\.experts\.\d+\.")

@@ -11,7 +11,7 @@ from quant.errors import UsageError, clipped
 from quant.models.families import FAMILIES, WRAPPERS, Family
 from quant.models.spec import Moe
 from quant.models.values import LARGEST_DEPTH, LARGEST_DIMENSION, Values, is_number
-from quant.vllm.config import block_count, heads_of
+from quant.vllm.config import BLOCK_KINDS, block_count, heads_of
 
 #: Sizes of latent attention.
 LATENT = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
@@ -116,7 +116,7 @@ class Decoder:
 
     def _stated_kinds(self) -> list[str]:
         """The kinds of layers as the config lists them, one for each; empty where it does not."""
-        lists = (self.values.get(key) for key in ("layer_types", "layers_block_type"))
+        lists = (self.values.get(key) for key in BLOCK_KINDS)
         return next(
             (
                 [str(t) for t in types]
@@ -132,8 +132,8 @@ class Decoder:
             return "full_attention"
         if kind in ("linear_attention", "mamba") and self.values.get("mamba_num_heads") is not None:
             return "mamba"
-        if kind == "linear_attention" and self.values.get("linear_num_key_heads") is None:
-            return "linear attention without sizes"
+        if kind == "mamba" or kind == "linear_attention" and self.values.get("linear_num_key_heads") is None:
+            return f"{kind.replace('_', ' ')} without sizes"
         return kind
 
     @cached_property
@@ -157,7 +157,20 @@ class Decoder:
     @cached_property
     def kinds(self) -> list[str]:
         """The kind of every layer's attention, in transformers' words; also ``mla``, ``kda``, ``mamba``, and
-        ``mlp`` and ``moe`` for layers that have none."""
+        ``mlp`` and ``moe`` for layers that have none.
+
+        Raises:
+            UsageError: layers of experts, and no number of experts.
+        """
+        kinds = self._kinds()
+        if "moe" in kinds and self.moe is None:
+            raise UsageError(
+                f"{self.values.where}: layer {kinds.index('moe')} is one of experts (moe), and no number of "
+                "experts is stated (n_routed_experts, num_experts): give a complete config.json"
+            )
+        return kinds
+
+    def _kinds(self) -> list[str]:
         values, n = self.values, self.layers
         if pattern := values.text("hybrid_override_pattern"):
             return [_LETTERS.get(letter, "mlp") for letter in pattern]

@@ -21,7 +21,7 @@ from quant.models.decoder import Decoder
 from quant.models.families import FAMILIES, WRAPPERS, Family
 from quant.models.naming import name_problems
 from quant.models.place import decoder_list
-from quant.models.roles import block_list, block_of, leftover, role_of
+from quant.models.roles import EXPERT, block_list, block_of, leftover, role_of
 from quant.models.shapes import decoder_weights
 from quant.vllm.config import (
     HEAD_SIZES,
@@ -52,8 +52,6 @@ _EMBEDDINGS = frozenset(
 )
 #: Ends of the names of classes that end in a head over the vocabulary.
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImageTextToText")
-#: An expert's number in a tensor's name.
-_EXPERT = re.compile(r"\.experts\.(\d{1,9})\.")
 #: Keys that state how many experts every token visits.
 _SHARED_EXPERTS = frozenset({"n_shared_experts", "num_shared_experts"})
 #: Tensors of a block that predicts further tokens.
@@ -334,7 +332,7 @@ def _expert_problems(file: _File) -> Iterator[str]:
 
     def counted() -> Iterator[tuple[str, str]]:
         for index, names in file.blocks.items():
-            numbers = {int(m[1]) for n in names if (m := _EXPERT.search(f".{n}"))}
+            numbers = {int(m[1]) for n in names if (m := EXPERT.search(f".{n}"))}
             fused = {s[0] for n, s in names.items() if len(s) == 3 and role_of(f"layers.0.{n}") == "experts"}
             alone = {len(numbers)} if numbers else set()
             counts = sorted((alone | fused).difference(allowed))
@@ -427,7 +425,7 @@ def _expert_shapes(file: _File, decoder: Decoder) -> Iterator[tuple[str, str]]:
         for local, shape in names.items():
             last = local.split(".")[-2] if local.endswith(".weight") else ""
             wide = _EXPERT_SIDES.get(last)
-            if wide is None or len(shape) != 2 or index in file.apart or not _EXPERT.search(f".{local}"):
+            if wide is None or len(shape) != 2 or index in file.apart or not EXPERT.search(f".{local}"):
                 continue
             wanted = (inner, hidden) if wide == 0 else (hidden, inner)
             if shape != wanted:

@@ -55,6 +55,8 @@ ADAPTER = re.compile(r"(^|\.)lora_[AB](\.|$)")
 #: Last parts of the names of tensors that are no matrices of the family but numbers beside the codes of one,
 #: in formats that may not be read here.
 NUMBERS = re.compile(r"scale|zero|bias|packed|blocks|absmax|quant|shape|idx|codebook|lut|SCB|input_")
+#: An expert that has tensors of its own, and its number.
+EXPERT = re.compile(r"\.experts\.(\d{1,9})\.")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|decoder)\.(\d{1,9})\.")
 

@@ -256,6 +256,18 @@ def _better(other: SchemePlan, chosen: SchemePlan, goal: Goal, for_speed: bool) 
     return other.ready or other.safe >= chosen.safe
 
 
+def _unused(spec: ModelSpec, count: int, unused: int, request: EngineRequest) -> str:
+    """Why some of so many GPUs have nothing to do, and what would give them something."""
+    ranks, stages = request.ranks, request.pipeline_parallel
+    said = f"{unused} of {count} GPUs stay{'s' if unused == 1 else ''} unused: "
+    if ranks == count // stages:
+        return f"{said}they do not divide into {stages} stages"
+    if stages > 1:
+        return f"{said}the layers of a stage divide over {ranks} at most"
+    more = f" (--pipeline-parallel {count} makes stages of them)" if count <= spec.layers else ""
+    return f"{said}the layers divide over {ranks} at most{more}"
+
+
 def _hopeful(
     spec: ModelSpec, plans: Sequence[SchemePlan], chosen: SchemePlan | None, goal: Goal, for_speed: bool
 ) -> list[SchemePlan]:
@@ -315,10 +327,7 @@ def _completed(
         ranks = next(t for t in range(most, 0, -1) if not parallel_problems(spec, t))
         request = replace(request, tensor_parallel=ranks)
         if unused := len(devices) - ranks * request.pipeline_parallel:
-            notes.append(
-                f"{unused} of {len(devices)} GPUs stay{'s' if unused == 1 else ''} unused: the layers divide "
-                f"over {ranks} at most (--pipeline-parallel {len(devices)} makes stages of them)"
-            )
+            notes.append(_unused(spec, len(devices), unused, request))
     if len({g.name for g in devices}) > 1:
         notes.append("the GPUs differ: every one gets the same share, so the smallest decides")
     if request.gpu_memory_utilization is None and gpu.platform != "cpu":

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from quant.vllm.config import parts, stated
+from quant.vllm.config import BLOCK_KINDS, parts, stated
 from quant.vllm.releases import VLLM_VERSION, parse_version
 
 #: What the names of classes that write text end in: of those, the table has all that transformers knew.
@@ -19,8 +19,6 @@ _WRITING = ("CausalLM", "ConditionalGeneration", "LMHeadModel")
 _STATES = (
     "mamba_d_state", "ssm_state_size", "state_size", "lru_width", "attn_layer_indices", "linear_num_heads",
 )  # fmt: skip
-#: Keys that list the kind of every block.
-_KINDS = ("layer_types", "layers_block_type")
 #: Classes that the release which is planned for has, and that stop at every file of theirs → why.
 _BROKEN = {"DbrxForCausalLM": "its loader looks for experts where its own modules have none (models/dbrx.py)"}
 
@@ -32,7 +30,7 @@ def _table() -> dict[str, Any]:
 
 def _without_attention(config: Mapping[str, Any]) -> str | None:
     """A kind of block in a config that is no attention, or None."""
-    for key in _KINDS:
+    for key in BLOCK_KINDS:
         kinds = stated(config, key)
         for kind in kinds if isinstance(kinds, list) else ():
             if not str(kind).endswith("attention") or str(kind).startswith("linear"):

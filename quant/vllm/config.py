@@ -181,14 +181,14 @@ def head_size(config: Mapping[str, Any]) -> int | None:
     return whole_number(stated(config, "head_dim")) or (hidden // heads if hidden and heads else None)
 
 
-#: Keys that state the kind of every block, one entry each; Nemotron-H states no other number.
-_KINDS = ("layers_block_type", "hybrid_override_pattern", "layer_types")
+#: Keys that list the kind of every block.
+BLOCK_KINDS = ("layer_types", "layers_block_type")
 
 
 def block_count(config: Mapping[str, Any]) -> int | None:
     """Number of decoder blocks that config.json states."""
     count = whole_number(stated(config, "num_hidden_layers"))
-    kinds = (stated(config, key) for key in _KINDS)
+    kinds = (stated(config, key) for key in (*BLOCK_KINDS, "hybrid_override_pattern"))
     return count or next((len(k) for k in kinds if isinstance(k, (list, str)) and k), None)
 
 

@@ -537,7 +537,7 @@ _SHARED_ROOTS = frozenset({
 #: Model types in whose lists vLLM renames what ends in ``.down_proj`` as it does weights, and then asks for
 #: an expert's projections by their old names (`models/gpt_oss.py`, ``hf_to_vllm_mapper``; of Aria, every
 #: projection: `models/aria.py`); expressions it leaves alone.
-_RENAMED_EXPERTS = frozenset({"gpt_oss", "aria"})
+_RENAMES_IGNORED = frozenset({"gpt_oss", "aria"})
 #: Fused layers of decoder blocks that vLLM knows the shards of in every family, so that those are enough.
 _RESOLVED = frozenset({"qkv_proj", "gate_up_proj", "fused_qkv_a_proj", "experts"})
 
@@ -568,7 +568,7 @@ def ignored_names(
         resolved = fused.rpartition(".")[2] in _RESOLVED and _root(fused, lists) is None
         if len(shards) > 1 and not resolved and not any(s in quantized for s in shards):
             names[fused] = None
-    if patterns and not _RENAMED_EXPERTS.isdisjoint(kinds):
+    if patterns and not _RENAMES_IGNORED.isdisjoint(kinds):
         heads = dict.fromkeys(n.split(".experts.")[0] for n in unquantized if ".experts." in n)
         names |= {rf"re:{re.escape(head)}\.experts\.\d+\.(gate|up|down)_proj$": None for head in heads}
     if patterns:

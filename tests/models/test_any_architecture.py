@@ -13,6 +13,7 @@ import torch
 
 from quant.checkpoint.reader import open_checkpoint
 from quant.errors import QuantError
+from quant.evaluation.verify import verify
 from quant.pipeline.export import export
 from quant.pipeline.plan import plan_job
 from quant.report.value import NOT_ROUTED
@@ -150,6 +151,8 @@ def test_a_tower_under_names_that_vllm_does_not_read_is_told(
     """transformers 5 saves Gemma 3's tower without its ``vision_model``, as no published file has it."""
     job = plan_job(recipe(models(kind), tmp_path / "out", group_size=32))
     assert any("vision_tower.vision_model" in note for note in job.notes) == told
+    (judged,) = [c for c in verify(models(kind)).checks if c.name == "model class"]
+    assert ("vision_tower.vision_model" in judged.detail) == told
     assert plan_job(recipe(models(kind), tmp_path / "out", group_size=32, target="other")).notes == ()
 
 

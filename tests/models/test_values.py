@@ -91,6 +91,26 @@ def test_a_wrong_value_is_refused_by_its_key_with_the_rule(key: str, value: obje
         model_from_config({**TINY["moe"], key: value})
 
 
+@pytest.mark.parametrize(
+    "listed",
+    [{"layers_block_type": ["moe", "attention"]}, {"layer_types": ["moe", "full_attention"]},
+     {"hybrid_override_pattern": "E*"}],
+)  # fmt: skip
+def test_layers_of_experts_without_a_number_of_experts_are_refused(listed: dict[str, Any]) -> None:
+    config = {k: v for k, v in TINY["gqa"].items() if "layer" not in k or k == "num_hidden_layers"}
+    with pytest.raises(UsageError, match="layer 0 is one of experts .* give a complete config.json"):
+        model_from_config({**config, "model_type": "nemotron_h", "num_hidden_layers": 2, **listed})
+
+
+@pytest.mark.parametrize("more", [{"n_mamba_heads": 8}, {"mamba_d_state": 16}])
+def test_recurrent_layers_whose_sizes_are_called_otherwise_are_never_planned_as_surely(
+    more: dict[str, Any],
+) -> None:
+    config = {**TINY["gqa"], "model_type": "novel", "num_hidden_layers": 2, **more}
+    spec = model_from_config({**config, "layers_block_type": ["mamba", "attention"]})
+    assert "mamba without sizes" in spec.unknown_layers
+
+
 @pytest.mark.parametrize("key", ["architectures", "model_type", "num_attention_heads", "rope_scaling"])
 def test_commands_read_a_checkpoint_whose_config_has_values_of_wrong_kinds(
     key: str, llama: Path, tmp_path: Path

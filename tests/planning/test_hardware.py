@@ -393,14 +393,25 @@ def test_an_unknown_gpu_offers_the_nearest_names(written: str, nearest: str) -> 
         ("arc-a770", "Intel"), ("Gaudi 3", "Intel"), ("2xGaudi2", "Intel"), ("TPU v5e", "plugin"),
         ("M3 Max", "Apple"), ("Apple M4 Pro", "Apple"), ("Ascend 910B", "plugin"),
         ("Strix Halo", "host's memory"),
-        ("P100", "compute capability below 7.0"), ("GTX 1080 Ti", "compute capability below 7.0"),
-        ("1080ti", "compute capability below 7.0"), ("A100 3g.40gb", "MIG slice"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_planned_says_why_and_how_to_plan_its_memory(written: str, why: str) -> None:
     with pytest.raises(UsageError, match=f"{why}.*--gpu-memory SIZE without --gpu") as raised:
         named_gpu(written)
     assert "nearest" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "why"),
+    [
+        ("P100", "compute capability below 7.0"), ("GTX 1080 Ti", "compute capability below 7.0"),
+        ("1080ti", "compute capability below 7.0"), ("A100 3g.40gb", "--gpu A100-80GB --gpu-memory 40GiB"),
+    ],
+)  # fmt: skip
+def test_no_plan_of_its_memory_is_offered_where_that_would_not_run(written: str, why: str) -> None:
+    with pytest.raises(UsageError, match=why) as raised:
+        named_gpu(written)
+    assert "without --gpu" not in str(raised.value)
 
 
 def test_nothing_that_the_table_has_is_said_to_be_elsewhere() -> None:

@@ -153,7 +153,6 @@ def test_json_lists_the_plans_also_when_nothing_fits() -> None:
     assert all(isinstance(p["weights_bytes"], int | None) for p in value["plans"])
 
 
-@pytest.mark.skipif(not MODEL.is_dir(), reason="../shared is not there")
 def test_schemes_that_are_refused_for_one_reason_are_named_together() -> None:
     arguments = ("recommend", "--model", "gpt-oss-120b", "--gpu", "H100-80GB")
     plans = json.loads(quant(*arguments, "--json").stdout)["plans"]
@@ -163,6 +162,7 @@ def test_schemes_that_are_refused_for_one_reason_are_named_together() -> None:
     assert f"✗  {', '.join(labels)}: {why}" in quant(*arguments).stdout.splitlines()
 
 
+@pytest.mark.skipif(not MODEL.is_dir(), reason="../shared is not there")
 def test_recommend_from_a_directory_counts_its_bytes() -> None:
     value = json.loads(quant("recommend", "--model-path", str(MODEL), "--gpu", "T4", "--json").stdout)
     assert value["model"]["parameters"] == 11015040

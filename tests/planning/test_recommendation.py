@@ -822,6 +822,9 @@ def test_a_gpu_that_the_usual_builds_have_no_code_for_says_so(gpu: str, said: bo
 def test_gpus_that_a_plan_leaves_unused_are_told() -> None:
     found = recommend("Qwen3-8B", "3xL4", EngineRequest(context=4096))
     assert found.request.tensor_parallel == 2
-    assert any("1 of 3 GPUs stays unused" in note for note in found.notes)
+    assert any("1 of 3 GPUs stays unused: the layers divide over 2 at most" in note for note in found.notes)
+    asked = recommend("Qwen3-8B", "5xL4", EngineRequest(context=4096, pipeline_parallel=2))
+    (said,) = [note for note in asked.notes if "unused" in note]
+    assert said == "1 of 5 GPUs stays unused: they do not divide into 2 stages"
     stages = recommend("Qwen3-8B", "3xL4", EngineRequest(context=4096, pipeline_parallel=3))
     assert stages.recommended is not None and not any("unused" in note for note in stages.notes)
