@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Literal
 
 from quant.checkpoint.header import FLOATS, TensorInfo
-from quant.vllm.layers import OWN_HEADS
+from quant.vllm.layers import HEADS, OWN_HEADS
 
 #: ``tower``: of another modality, and what projects it into the decoder; ``mtp``: a head that predicts
 #: further tokens; ``router``: chooses experts or gates them; ``attention``: recurrent layers' mixers too.
@@ -37,7 +37,7 @@ _PARTS: tuple[tuple[Role, str], ...] = (
     ),
     ("tower", r"(?<!transformer\.)encoder"),  # ChatGLM calls its decoder so
     ("mtp", r"mtp\w*|nextn\w*|eh_proj"),
-    ("head", r"lm_head|embed_out"),
+    ("head", "|".join(HEADS)),
     ("norm", r"(\w*norm\w*|ln_\w+)$"),  # the last part alone
     ("embedding", r"embed(?!\w*projection)\w*|wte|wpe|\w*_embeddings?"),
     ("router", r"gate|(\w+_)?router|shared_expert_gate|wg|e_score_correction_bias|expert_bias"),

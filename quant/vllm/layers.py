@@ -186,7 +186,8 @@ def sharing_layers(linears: Iterable[str], kinds: Collection[str] = ()) -> list[
     return [[apart[n] for n in names] for names in fused_layers(apart, kinds).values()]
 
 
-#: Whole names of heads that are called by no word that no tower has too.
+#: Last parts of the names of heads; and whole names of those that are called by a word which towers have too.
+HEADS = ("lm_head", "embed_out")
 OWN_HEADS = frozenset({"output", "head"})
 
 
@@ -197,7 +198,7 @@ def is_head(module: str) -> bool:
     >>> is_head("model.language_model.lm_head")
     True
     """
-    return module.rpartition(".")[2] in ("lm_head", "embed_out") or module in OWN_HEADS
+    return module.rpartition(".")[2] in HEADS or module in OWN_HEADS
 
 
 #: Model types of whose experts vLLM reads one form alone → that format, and its scheme. gpt-oss: MXFP4 as
@@ -628,7 +629,7 @@ _SPLITS: dict[str, Split] = {
     **dict.fromkeys(
         (
             "embed_tokens", "embed_tokens_per_layer", "wte", "word_embeddings", "embed_in", "tok_embeddings",
-            "embeddings", "lm_head", "embed_out",
+            "embeddings", *HEADS,
         ),
         "vocab",
     ),
@@ -647,8 +648,9 @@ def split_of(name: str) -> Split:
     >>> split_of("model.layers.0.self_attn.kv_a_proj_with_mqa.weight"), split_of("mlp.experts.3.w2")
     ('none', 'row')
     """
-    parts = name.removesuffix(".weight").split(".")
-    if parts[-1] == "output" or name.removesuffix(".weight") in OWN_HEADS:
+    module = name.removesuffix(".weight")
+    parts = module.split(".")
+    if parts[-1] == "output" or is_head(module):
         return "vocab"
     return next((_SPLITS[part] for p in reversed(parts) if (part := _SUFFIX.sub("", p)) in _SPLITS), "none")
 
