@@ -255,6 +255,26 @@ def _check_source(
     )
 
 
+def loading_problems(path: str | Path) -> list[str]:
+    """What vLLM would not load of a quantized checkpoint, as far as its headers tell; of one that is not
+    quantized, or by a method that is not read here, nothing.
+
+    Raises:
+        CheckpointError: the directory cannot be read at all.
+    """
+    checkpoint = open_checkpoint(path)
+    if quantization_config(checkpoint.config) is None:
+        return []
+    try:
+        mended, _ = repaired(checkpoint)
+        layers = find_format(mended.config, mended.tensors)
+    except UnreadMethod:
+        return []
+    except QuantError as error:
+        return [str(error)]
+    return [] if layers is None else _refusals(checkpoint, layers, layers.form)
+
+
 def _made_for(folder: Path) -> str:
     """The release of vLLM that a checkpoint was made for, as the report beside it says; else the planned
     one."""

@@ -131,6 +131,8 @@ class ModelSpec:
     unknown_layers: str = ""
     #: heads of recurrent layers, as :class:`quant.vllm.config.Heads` counts them
     state_heads: tuple[int, ...] = ()
+    #: why vLLM does not load the checkpoint as it is; empty where its tensors say nothing of the kind
+    unserved: str = ""
     #: config.json itself
     config: Mapping[str, Any] = field(default_factory=dict, repr=False)
 

@@ -176,6 +176,10 @@ def recommend(
     if not 0 <= margin < 1:
         raise UsageError(f"margin is {margin}: a share of the free memory, from 0 up to but not including 1")
     spec = load_model(model, online)
+    if spec.quantization and Path(spec.source).is_dir():
+        from quant.evaluation.verify import loading_problems  # which only such a checkpoint needs
+
+        spec = replace(spec, unserved=next(iter(loading_problems(spec.source)), ""))
     devices = _gpus(gpus, gpu_count, gpu_memory)
     request = request or EngineRequest()
     if policy == "rule-of-thumb":

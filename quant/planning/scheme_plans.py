@@ -198,6 +198,8 @@ def _refusal(spec: ModelSpec, gpu: Gpu, row: SchemeRow, request: EngineRequest) 
     if reason := architecture_problem(spec.config, request.vllm_version):
         return reason
     quantized = is_quantized(row.scheme)
+    if spec.unserved and not quantized:
+        return f"the checkpoint as it is: {spec.unserved}"
     if spec.quantization and quantized:
         if reason := requantizing_problem(spec, row.scheme):
             return reason

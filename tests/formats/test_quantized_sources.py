@@ -385,6 +385,11 @@ def test_what_vllm_asks_of_foreign_files_is_asked_here(
     assert unlisted.code == 4 and "lm_head is not quantized, but the list" in unlisted.err
     spelled = cli("verify", "-m", published["fp8 scalar"])
     assert spelled.code == 4 and "weight_scale_inv is what vLLM calls weight_scale" in spelled.err
+    advised = cli("recommend", "-m", published["fp8 scalar"], "--gpu", "L4", "--json")
+    plans = {p["scheme"]: p for p in json.loads(advised.out)["plans"]}
+    assert not plans["none"]["fits"] and "what vLLM calls weight_scale" in plans["none"]["why"]
+    sound = cli("recommend", "-m", published["fbgemm"], "--gpu", "L4", "--json")
+    assert next(p for p in json.loads(sound.out)["plans"] if p["scheme"] == "none")["fits"], sound.err
     change_config(published["fp8 scalar"], model_type="mistral3")
     config = {**read_config(published["fp8 scalar"]), "model_type": "mistral3"}
     tensors = open_checkpoint(published["fp8 scalar"]).tensors
