@@ -26,7 +26,7 @@ from quant.models.account import stacked_experts
 from quant.models.linears import built_linears, fused_refs
 from quant.models.roles import leftovers_note
 from quant.report.value import Report
-from quant.vllm.architectures import architecture_problem
+from quant.vllm.architectures import architecture_problem, own_code
 from quant.vllm.cache import cache_problems
 from quant.vllm.config import (
     heads_of,
@@ -218,7 +218,7 @@ def _check_engine(
             result.add("modules", [misplaced], "")
         reason = architecture_problem(config, release)
         note = unread_note(model_types(config), checkpoint.tensors)
-        good = f"one that vLLM {release} serves{f'; but {note}' if note else ''}"
+        good = own_code(config) or f"one that vLLM {release} serves{f'; but {note}' if note else ''}"
         result.add("model class", [reason] if reason else [], good)
     held = layers.linears if layers else {}
     built = [] if unread else built_linears(checkpoint.tensors, config, held)

@@ -38,7 +38,7 @@ from quant.planning.storage import (
 )
 from quant.schemes import AS_IT_IS, SchemeRegistry, SchemeRow, candidates
 from quant.units import format_size, meant_tokens
-from quant.vllm.architectures import text_alone
+from quant.vllm.architectures import own_code, text_alone
 from quant.vllm.arguments import NO_IMAGES, NO_IMAGES_WHY
 from quant.vllm.config import source_method
 from quant.vllm.kernels import (
@@ -200,6 +200,7 @@ def recommend(
     if makeable_only:
         rows = [row for row in rows if not is_quantized(row.scheme) or makeable_methods(spec, row.scheme)]
     notes = [*([devices[0].note] if devices[0].note else []), *spec.notes]
+    notes += [own] if (own := own_code(spec.config)) else []
     if gpu.kind == UNNAMED:
         notes.append(
             "memory alone is planned: name the GPU (--gpu) for its speed and what it computes; chosen among "

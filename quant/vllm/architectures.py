@@ -96,6 +96,23 @@ def has_class(config: Mapping[str, Any]) -> bool:
     return any(n in table["built"] or n in table["through_transformers"] for n in _classes(config))
 
 
+def own_code(config: Mapping[str, Any]) -> str | None:
+    """What to say of a model of which vLLM has no class, and whose checkpoint brings code along for it; None
+    of others. vLLM runs such code with ``--trust-remote-code`` alone, where transformers' interfaces let it.
+
+    >>> str(own_code({"architectures": ["XForCausalLM"], "auto_map": {"AutoModel": "x.X"}})).split(":")[0]
+    'vLLM has no class XForCausalLM'
+    >>> own_code({"architectures": ["LlamaForCausalLM"], "auto_map": {"AutoModel": "x.X"}})
+    """
+    names = _classes(config)
+    if not names or not config.get("auto_map") or has_class(config):
+        return None
+    return (
+        f"vLLM has no class {names[0]}: it starts with --trust-remote-code alone, which runs the file's "
+        "own Python code (auto_map), and whether that code fits vLLM is not judged here"
+    )
+
+
 def text_alone(config: Mapping[str, Any]) -> bool:
     """Whether vLLM serves a multimodal model, but stops where it may be given images: it runs transformers'
     class of it, whose processor does not say how many tokens an image becomes.

@@ -15,6 +15,7 @@ from quant.checkpoint.reader import INDEX
 from quant.evaluation.compare import compare
 from quant.evaluation.inspect import inspect
 from quant.evaluation.verify import verify
+from quant.planning import recommend
 from tests.helpers import ROOT, change_config, copy_model, load_all, quantize, read_config, save_all
 from tests.models.mixtures import save_mixture
 
@@ -249,6 +250,19 @@ def test_fused_experts_that_stay_in_16_bits_must_be_ignored(tmp_path: Path) -> N
     change_config(tmp_path / "out", quantization_config=config)
     (failed,) = verify(tmp_path / "out").failed
     assert "model.layers.0.mlp.experts.0.down_proj is not quantized, but neither ignored" in failed
+
+
+def test_a_class_that_the_checkpoint_brings_along_is_not_called_one_of_vllms(
+    quantized: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = copy_model(quantized(), tmp_path / "m")
+    change_config(folder, architectures=["XForCausalLM"], auto_map={"AutoModelForCausalLM": "x.X"})
+    (judged,) = [c for c in verify(folder).checks if c.name == "model class"]
+    assert judged.passed and judged.detail.startswith(
+        "vLLM has no class XForCausalLM: it starts with --trust"
+    )
+    found = recommend(folder, "L4")
+    assert any("--trust-remote-code" in note for note in found.notes)
 
 
 def test_the_content_hash_is_of_every_byte(quantized: Callable[..., Path], tmp_path: Path) -> None:
