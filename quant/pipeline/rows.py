@@ -34,12 +34,16 @@ def job_rows(plan: JobPlan) -> Rows:
         seed=recipe.seed,
         chat_template=recipe.chat_template,
     )
-    if "samples" not in recipe.model_fields_set or plan.rows == recipe.samples or recipe.gradient_samples:
+    asked = recipe.gradient_samples if plan.gradients else None
+    if asked is not None and asked > recipe.samples:
+        note = f"gradients take all {recipe.samples} rows, which --samples limits: {asked} were asked for"
+    elif asked is None and "samples" in recipe.model_fields_set and plan.rows < recipe.samples:
+        note = (
+            f"the first {plan.rows} of {recipe.samples} rows are used, because gradients take three passes: "
+            "--gradient-samples takes more"
+        )
+    else:
         return rows
-    note = (
-        f"the first {plan.rows} of {recipe.samples} rows are used, because gradients take three passes: "
-        "--gradient-samples takes more"
-    )
     return replace(rows, notes=(*rows.notes, note))
 
 

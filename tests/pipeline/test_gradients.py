@@ -256,6 +256,9 @@ def test_rows_are_those_of_the_gradients(llama: Path, tmp_path: Path) -> None:
     report = quantize(llama, tmp_path / "all", **(YAQA | {"samples": 70, "sequence_length": 32}))
     assert report["calibration"]["rows"] == 64
     assert "the first 64 of 70 rows are used" in report["calibration"]["notes"][-1]
+    few = {"samples": 3, "gradient_samples": 9, "sequence_length": 32}
+    report = quantize(llama, tmp_path / "less", **(YAQA | few))
+    assert "gradients take all 3 rows" in report["calibration"]["notes"][-1]
     with pytest.raises(Problems, match="--gradient-samples belongs to --method yaqa"):
         quantize(llama, tmp_path / "gptq", method="gptq", group_size=32, gradient_samples=3)
 

@@ -153,6 +153,12 @@ def test_json_lists_the_plans_also_when_nothing_fits() -> None:
     assert all(isinstance(p["weights_bytes"], int | None) for p in value["plans"])
 
 
+def test_where_nothing_fits_what_may_serve_it_is_told() -> None:
+    done = quant("recommend", "--model", "Qwen3-8B", "--gpu", "RTX 3070 Ti Laptop")
+    assert done.returncode == 3
+    assert "what may serve it: llama.cpp / Ollama (one user on a laptop)" in (done.stdout + done.stderr)
+
+
 def test_schemes_that_are_refused_for_one_reason_are_named_together() -> None:
     arguments = ("recommend", "--model", "gpt-oss-120b", "--gpu", "H100-80GB")
     plans = json.loads(quant(*arguments, "--json").stdout)["plans"]

@@ -282,8 +282,10 @@ def show_recommendation(recommendation: Recommendation, console: Console) -> Non
         _plans(console, recommendation)
     console.print()
     prose(console, recommendation.reason)
-    if recommendation.recommended is not None and not recommendation.thumb:
-        engine = next(e for e in recommendation.engines if e.suits)
+    engine = next((e for e in recommendation.engines if e.suits), None)
+    if recommendation.recommended is None and engine is not None:
+        prose(console, f"what may serve it: {engine.name} ({engine.why})")
+    elif engine is not None and not recommendation.thumb:
         prose(console, f"serve with {engine.name}: {engine.why}")
         for other in recommendation.engines:  # vLLM's are the commands below
             if other is not engine and (other.suits or other.name == "vLLM"):
