@@ -56,6 +56,7 @@ class Flag:
 
     Attributes:
         name: without dashes; empty: the engine has none, and ``instead`` says what to do.
+        aliases: other names of it, with dashes in them.
         values: vLLM's values that it calls otherwise; None leaves the flag out, which means the same.
         note: how it differs; it is added to the reason.
         instead: the next step of a user who asked for it.
@@ -65,6 +66,7 @@ class Flag:
     values: Mapping[str, str | None] = field(default_factory=dict)
     note: str = ""
     instead: str = ""
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ class Engine:
             ``program`` has a subcommand, so that a container is given the rest alone.
         flags: its words, by vLLM's names of arguments; None: vLLM's own.
         always: flags that it always gets, with the reason.
-        dash: what parts the words of a flag.
+        says_one_rank: whether it must be told that it runs on one GPU alone.
+        model_aliases: other names, without dashes before them, of the flag that ``program`` ends with.
         key_variable: environment variable of the API key; empty: the key is the flag ``api-key``, or,
             without ``takes_key``, it checks none.
         model_name: whether it can be told the name that clients call the model.
@@ -100,7 +103,8 @@ class Engine:
     enters: bool = True
     flags: Mapping[str, Flag] | None = None
     always: tuple[tuple[str, str | bool, str], ...] = ()
-    dash: str = "-"
+    says_one_rank: bool = False
+    model_aliases: tuple[str, ...] = ()
     key_variable: str = ""
     takes_key: bool = True
     model_name: bool = True
@@ -115,6 +119,18 @@ class Engine:
             return self.program
         # an option that names the model is none of the entry point's words
         return tuple(word for word in self.program if word.startswith("-"))
+
+    def word(self, name: str) -> str:
+        """Its name of an argument of vLLM's; empty: it has none."""
+        if self.flags is None:
+            return name
+        return self.flags[name].name if name in self.flags else ""
+
+    def names(self, word: str) -> tuple[str, ...]:
+        """Every name of one of its flags, with dashes in them, as :func:`quant.serving.passed_on.flag_of`
+        has them; none of an empty one."""
+        flags = [f for f in (self.flags or {}).values() if f.name == word]
+        return (word.replace("_", "-"), *(a for f in flags for a in f.aliases)) if word else ()
 
     def image(self, gpu: Gpu | None) -> str | None:
         """The container image for a GPU; None: the project publishes none for its kind."""

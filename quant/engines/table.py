@@ -57,7 +57,7 @@ SGLANG = Engine(
     flags={
         "dtype": Flag("dtype"),
         "max-model-len": Flag("context-length"),
-        "tensor-parallel-size": Flag("tensor-parallel-size"),
+        "tensor-parallel-size": Flag("tensor-parallel-size", aliases=("tp-size", "tp")),
         "gpu-memory-utilization": Flag(
             "mem-fraction-static", note="SGLang's share is of weights and cache; activations come on top"
         ),
@@ -67,6 +67,7 @@ SGLANG = Engine(
         "host": Flag("host"),
         "port": Flag("port"),
     },
+    model_aliases=("model",),
     always=(("enable-metrics", True, "/metrics for Prometheus"),),
     reads=(
         Reading(UNQUANTIZED, _DTYPES, (7, 5), platforms=_MANY),
@@ -106,8 +107,9 @@ TGI = Engine(
         ),
         "max-num-seqs": Flag("max-batch-size"),
         "host": Flag("hostname"),
-        "port": Flag("port"),
+        "port": Flag("port", aliases=("p",)),
     },
+    says_one_rank=True,
     always=(("usage-stats", "off", "nothing is reported to anybody"),),
     key_variable="API_KEY",
     model_name=False,
@@ -134,7 +136,7 @@ TENSORRT_LLM = Engine(
     images={"cuda": "nvcr.io/nvidia/tensorrt-llm/release:1.2.1"},
     enters=False,
     flags={
-        "dtype": Flag(note="config.json's"),
+        "dtype": Flag(instead="trtllm-serve computes in the dtype of config.json: change it there"),
         "max-model-len": Flag("max_seq_len"),
         "tensor-parallel-size": Flag("tp_size"),
         "gpu-memory-utilization": Flag(
@@ -150,7 +152,6 @@ TENSORRT_LLM = Engine(
         "host": Flag("host"),
         "port": Flag("port"),
     },
-    dash="_",
     takes_key=False,
     model_name=False,
     reads=(
@@ -174,7 +175,7 @@ LLAMA_CPP = Engine(
         "cpu": "ghcr.io/ggml-org/llama.cpp:server-b11434",
     },
     flags={
-        "max-model-len": Flag("ctx-size", note="llama.cpp's is of all requests together"),
+        "max-model-len": Flag("ctx-size", note="llama.cpp's is of all requests together", aliases=("c",)),
         "tensor-parallel-size": Flag(
             instead="llama.cpp spreads the layers over every GPU that it sees: leave --tensor-parallel out, "
             "or pass on -- --split-mode row"
@@ -187,11 +188,12 @@ LLAMA_CPP = Engine(
             values={"auto": None},
             instead="llama.cpp has no FP8 cache: pass on -- --cache-type-k q8_0 --cache-type-v q8_0",
         ),
-        "max-num-seqs": Flag("parallel"),
-        "served-model-name": Flag("alias"),
+        "max-num-seqs": Flag("parallel", aliases=("np",)),
+        "served-model-name": Flag("alias", aliases=("a",)),
         "host": Flag("host"),
         "port": Flag("port"),
     },
+    model_aliases=("m",),
     always=(
         ("metrics", True, "/metrics for Prometheus"),
         ("offline", True, "nothing is fetched"),

@@ -11,7 +11,7 @@ import ipaddress
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +23,13 @@ from quant.errors import (
     CheckpointError,
     Problems,
     QuantError,
-    UsageError,
     VerificationFailed,
     one_of,
 )
 from quant.evaluation.verify import verify
 from quant.hardware import count_in
 from quant.hub import model_name, repository_of
+from quant.serving.passed_on import VLLM_ALIASES, check_extra, named, with_ranks
 from quant.units import format_size, meant_tokens
 from quant.vllm.arguments import Argument, engine_arguments
 from quant.vllm.config import context_length
@@ -46,18 +46,20 @@ _ASKS_NO_HUB = {"HF_HUB_OFFLINE": "1"}
 OFFLINE = {**_ASKS_NO_HUB, **ENGINES["vllm"].environment, "DO_NOT_TRACK": "1"}
 #: What ``--kv-cache-dtype`` takes; ``fp8`` is E4M3.
 CACHE_DTYPES = ("auto", "fp8")
+#: Why an argument of ``vllm_config.json`` has its value.
+STATED = "vllm_config.json of the checkpoint says so"
 #: Flags that this tool must know to find, name and guard the server, with the option that sets each.
 _OWN_FLAGS = {
-    "--model": "--model-path",
-    "--host": "--host",
-    "--port": "--port",
-    "--api-key": "--api-key-env",
-    "--served-model-name": "--name",
-    "--config": "vllm_config.json beside the weights",
-    "--uds": "--host and --port",
-    "--root-path": "a proxy in front",
-    "--ssl-keyfile": "a proxy in front",
-    "--ssl-certfile": "a proxy in front",
+    "model": "--model-path",
+    "host": "--host",
+    "port": "--port",
+    "api-key": "--api-key-env",
+    "served-model-name": "--name",
+    "config": "vllm_config.json beside the weights",
+    "uds": "--host and --port",
+    "root-path": "a proxy in front",
+    "ssl-keyfile": "a proxy in front",
+    "ssl-certfile": "a proxy in front",
 }
 
 
@@ -139,7 +141,8 @@ class Deployment:
     @property
     def ranks(self) -> int:
         """GPUs that it takes: tensor times pipeline parallel."""
-        pipeline = _values(self.extra).get("--pipeline-parallel-size", "1")
+        passed = named(self.extra)
+        pipeline = passed.get("pipeline-parallel-size", passed.get("pp", "1"))
         return self.tensor_parallel * (int(pipeline) if pipeline.isdigit() else 1)
 
     @property
@@ -149,7 +152,7 @@ class Deployment:
 
     def word(self, name: str) -> str:
         """The engine's name of an argument of vLLM's."""
-        return name if self.engine.flags is None else self.engine.flags[name].name
+        return self.engine.word(name)
 
     def flags(self, *, host: str | None = None, port: int | None = None) -> list[str]:
         """Everything behind the model, as words of a command."""
@@ -211,32 +214,19 @@ def plan(path: str | Path, request: DeploymentRequest) -> Deployment:
     request.check()
     extra, renamed = translated(request.extra)
     request = replace(request, extra=extra)
-    _check_extra(request.extra)
+    check_extra(request.extra, "vLLM", _OWN_FLAGS)
     folder = Path(path).absolute()
     checkpoint = open_checkpoint(folder)
     stated = stated_arguments(folder)
-    if request.tensor_parallel is None and not _passed_on_ranks(request.extra):
-        request = replace(request, tensor_parallel=count_in(request.gpu))
-    parallel = _passed_on_ranks(request.extra) or request.tensor_parallel
-    parallel = parallel or _ranks(stated.get("tensor-parallel-size", 1), "vllm_config.json")
-    checked = verify(folder, tensor_parallel=parallel)
-    if not checked.passed:
-        more = f" (and {len(checked.failed) - 3} more)" if len(checked.failed) > 3 else ""
-        raise VerificationFailed(
-            f"{path}: vLLM cannot serve it: {'; '.join(checked.failed[:3])}{more}. quant verify {path} "
-            "lists every check"
-        )
+    ranks = ("tensor-parallel-size", *VLLM_ALIASES["tensor-parallel-size"])
+    request, parallel = with_ranks(request, stated, ranks)
+    check_order(path, parallel, "vLLM cannot serve it")
     _check_kernels(checkpoint, request)
     derived = engine_arguments(checkpoint.config, tensor_parallel=parallel)
     chosen = {a.name: a for a in derived}
-    chosen |= {
-        k: Argument(k, v, "vllm_config.json of the checkpoint says so")
-        for k, v in stated.items()
-        if k not in chosen
-    }
     for key, value in stated.items():
-        if chosen[key].value != value:
-            chosen[key] = Argument(key, value, "vllm_config.json of the checkpoint says so")
+        if key not in chosen or chosen[key].value != value:
+            chosen[key] = Argument(key, value, STATED)
     asked = {
         "tensor-parallel-size": request.tensor_parallel,
         "max-model-len": request.max_model_len
@@ -252,19 +242,15 @@ def plan(path: str | Path, request: DeploymentRequest) -> Deployment:
         elif wanted == 1:
             chosen.pop(key, None)
     warnings = renamed + _fit(folder, chosen, request, parallel)
-    name = request.name or (model_name(folder) if repository_of(folder) else folder.name)
+    name = request.name or folder_name(folder)
     chosen["served-model-name"] = Argument(
         "served-model-name", name, "what clients call the model, wherever it lies"
     )
-    passed_on = _values(request.extra)
-    arguments = tuple(a for a in chosen.values() if f"--{a.name}" not in passed_on)
-    if not is_loopback(request.host) and request.api_key_env is None:
-        warnings.append(
-            f"--host is {request.host} without an API key: whoever reaches port {request.port} can use the "
-            "model. "
-            "Name a variable with --api-key-env, "
-            f"or bind to {defaults.HOST}"
-        )
+    passed_on = named(request.extra)
+    arguments = tuple(
+        a for a in chosen.values() if not any(n in passed_on for n in (a.name, *VLLM_ALIASES.get(a.name, ())))
+    )
+    warnings += host_warnings(request, "Name a variable with --api-key-env")
     return Deployment(
         folder,
         name,
@@ -278,6 +264,55 @@ def plan(path: str | Path, request: DeploymentRequest) -> Deployment:
         planned_gpu(request.gpu),
         checkpoint.nbytes,
     )
+
+
+def check_order(path: str | Path, parallel: int, otherwise: str) -> None:
+    """
+    Args:
+        path: the checkpoint, as it was given.
+        otherwise: what it means where it is not in order.
+
+    Raises:
+        VerificationFailed: it is not, or not for that degree of tensor parallelism.
+    """
+    checked = verify(Path(path).absolute(), tensor_parallel=parallel)
+    if not checked.passed:
+        more = f" (and {len(checked.failed) - 3} more)" if len(checked.failed) > 3 else ""
+        raise VerificationFailed(
+            f"{path}: {otherwise}: {'; '.join(checked.failed[:3])}{more}. quant verify {path} lists every "
+            "check"
+        )
+
+
+def folder_name(folder: Path) -> str:
+    """What clients call a model that nobody named: its name on the Hub where it came from there, else its
+    folder's."""
+    return model_name(folder) if repository_of(folder) else folder.name
+
+
+def host_warnings(request: DeploymentRequest, instead: str) -> list[str]:
+    """What is to be said of an address that others reach, without a key.
+
+    Args:
+        instead: what guards it.
+    """
+    if is_loopback(request.host) or request.api_key_env is not None:
+        return []
+    return [
+        f"--host is {request.host} without an API key: whoever reaches port {request.port} can use the "
+        f"model. {instead}, or bind to {defaults.HOST}"
+    ]
+
+
+def half_instead(gpu: Gpu, dtype: object) -> Argument | None:
+    """fp16 in the place of bf16 on a GPU that does not compute in it; None elsewhere."""
+    from quant.vllm.kernels import BF16_CAPABILITY, has_bfloat16
+
+    if has_bfloat16(gpu) or dtype != "bfloat16":
+        return None
+    level, least = (".".join(map(str, c)) for c in (gpu.capability or (), BF16_CAPABILITY))
+    why = f"{gpu.name} (compute capability {level}) has no bfloat16, which takes {least}"
+    return Argument("dtype", "float16", why)
 
 
 def _check_kernels(checkpoint: Checkpoint, request: DeploymentRequest) -> None:
@@ -318,11 +353,12 @@ def planned_gpu(gpu: str | None) -> Gpu | None:
 #: vLLM's own flags under which the accounting of memory does not hold.
 _UNPLANNED = frozenset(
     {
-        "--cpu-offload-gb",
-        "--kv-cache-memory-bytes",
-        "--pipeline-parallel-size",
-        "--hf-overrides",
-        "--speculative-config",
+        "cpu-offload-gb",
+        "kv-cache-memory-bytes",
+        "pipeline-parallel-size",
+        "pp",
+        "hf-overrides",
+        "speculative-config",
     }
 )
 #: Share of the longest context that the memory holds which is asked for, and what it is a multiple of: the
@@ -342,12 +378,7 @@ def _fit(folder: Path, chosen: dict[str, Argument], request: DeploymentRequest, 
     """
     from quant.hardware import detect, named_gpus
     from quant.planning.start import largest_utilization
-    from quant.vllm.kernels import (
-        BF16_CAPABILITY,
-        FP8_CACHE_CAPABILITY,
-        has_bfloat16,
-        has_fp8_cache,
-    )
+    from quant.vllm.kernels import FP8_CACHE_CAPABILITY, has_fp8_cache
     from quant.vllm.releases import rules_for
 
     if request.gpu is not None:
@@ -358,29 +389,23 @@ def _fit(folder: Path, chosen: dict[str, Argument], request: DeploymentRequest, 
         return []
     taken = [gpus[0].note] if gpus[0].note else []
     if gpus[0].platform == "cpu":
-        stated = _values(request.extra) | {f"--{name}": str(a.value) for name, a in chosen.items()}
-        return [x.text for x in cpu_problems(folder, gpus[0], stated.get("--kv-cache-dtype", "auto"))]
+        stated = named(request.extra) | {name: str(a.value) for name, a in chosen.items()}
+        return [x.text for x in cpu_problems(folder, gpus[0], stated.get("kv-cache-dtype", "auto"))]
     if len(gpus) < parallel:
         return [
             f"tensor parallel {parallel} takes as many GPUs, {len(gpus)} "
             f"{'is' if len(gpus) == 1 else 'are'} {'here' if request.gpu is None else 'named'}"
         ]
     gpu = min(gpus[:parallel], key=lambda g: g.free_bytes)
-    if not has_bfloat16(gpu) and chosen["dtype"].value == "bfloat16":
-        level = ".".join(map(str, gpu.capability or ()))
-        chosen["dtype"] = Argument(
-            "dtype",
-            "float16",
-            f"{gpu.name} (compute capability {level}) has no bfloat16, which takes "
-            f"{'.'.join(map(str, BF16_CAPABILITY))}",
-        )
+    if half := half_instead(gpu, chosen["dtype"].value):
+        chosen["dtype"] = half
     default = rules_for(VLLM_VERSION, gpu.capability).utilization
-    passed_on = _values(request.extra)
-    share = passed_on.get("--gpu-memory-utilization", chosen.get("gpu-memory-utilization"))
+    passed_on = named(request.extra)
+    share = passed_on.get("gpu-memory-utilization", chosen.get("gpu-memory-utilization"))
     if share is None and gpu.total_bytes * default > gpu.free_bytes:
         held = f"{format_size(gpu.total_bytes - gpu.free_bytes)} of {gpu.name} is held by others"
         chosen["gpu-memory-utilization"] = Argument("gpu-memory-utilization", largest_utilization(gpu), held)
-    cache = passed_on.get("--kv-cache-dtype") or str(getattr(chosen.get("kv-cache-dtype"), "value", "auto"))
+    cache = passed_on.get("kv-cache-dtype") or str(getattr(chosen.get("kv-cache-dtype"), "value", "auto"))
     if cache.startswith("fp8") and not has_fp8_cache(gpu):
         taken.append(
             f"vLLM keeps an FP8 KV cache from compute capability {'.'.join(map(str, FP8_CACHE_CAPABILITY))} "
@@ -422,16 +447,14 @@ def _fit_context(
     request: DeploymentRequest,
     parallel: int,
     gpus: Sequence[Gpu],
-    passed_on: Mapping[str, str],
+    passed_on: dict[str, str],
 ) -> list[str]:
     """Lowers a context that nobody asked for to what the memory holds beside the weights."""
     from quant.catalog import load_model
     from quant.planning.memory import plan
     from quant.planning.request import EngineRequest, at_context
 
-    stated = {name: argument.value for name, argument in chosen.items()} | {
-        k[2:]: v for k, v in passed_on.items()
-    }
+    stated = {name: argument.value for name, argument in chosen.items()} | passed_on
     try:
         spec = load_model(folder)
         length, share = stated.get("max-model-len"), stated.get("gpu-memory-utilization")
@@ -443,14 +466,14 @@ def _fit_context(
             enforce_eager="enforce-eager" in stated,
             dtype=str(chosen["dtype"].value),
             max_num_seqs=int(stated["max-num-seqs"]) if "max-num-seqs" in stated else None,
-            max_num_batched_tokens=int(passed_on["--max-num-batched-tokens"])
-            if "--max-num-batched-tokens" in passed_on
+            max_num_batched_tokens=int(passed_on["max-num-batched-tokens"])
+            if "max-num-batched-tokens" in passed_on
             else None,
         )
         planned = plan(spec, gpus, None, engine)
         sure = planned.sure_context or planned.max_context
         fitting = min(int(planned.max_context * _SURE), sure) // _STEP * _STEP
-        asked = request.max_model_len is not None or "--max-model-len" in passed_on
+        asked = request.max_model_len is not None or "max-model-len" in passed_on
         if (
             not planned.fits
             and fitting
@@ -481,53 +504,6 @@ def _in_its_words(text: str) -> str:
     return re.sub(r"--context (\d+)( \(vLLM: --max-model-len \d+\))?", r"--max-model-len \1", text)
 
 
-def _values(extra: Sequence[str]) -> dict[str, str]:
-    """Flags among further arguments, each with the value behind its ``=`` or the word that follows it."""
-    values = {}
-    for word, following in zip(extra, [*extra[1:], ""], strict=False):
-        if word.startswith("--"):
-            flag, equals, value = word.partition("=")
-            values[flag.replace("_", "-")] = (
-                value if equals else "" if following.startswith("-") else following
-            )
-    return values
-
-
-def _passed_on_ranks(extra: Sequence[str]) -> int | None:
-    """The degree of tensor parallelism among vLLM's own flags, which win over ours; None where there is none.
-
-    Raises:
-        UsageError: it is no whole number from 1 up.
-    """
-    words = ["--tensor-parallel-size" if w == "-tp" else w for w in extra]
-    stated = _values([w.replace("-tp=", "--tensor-parallel-size=", 1) for w in words])
-    value = stated.get("--tensor-parallel-size")
-    return None if value is None else _ranks(value, "--tensor-parallel-size")
-
-
-def _ranks(value: str | int | float, where: str) -> int:
-    """A degree of tensor parallelism.
-
-    Raises:
-        UsageError: it is no whole number from 1 up.
-    """
-    if not str(value).isdecimal() or not int(value):
-        raise UsageError(f"{where}: tensor-parallel-size is {value!r}: a whole number from 1 up is needed")
-    return int(value)
-
-
-def _check_extra(extra: Sequence[str]) -> None:
-    if extra and not extra[0].startswith("-"):
-        raise UsageError(
-            f"unexpected argument {extra[0]!r}: the checkpoint is given with --model-path; arguments for "
-            "vLLM follow --"
-        )
-    for word in extra:
-        flag = word.split("=", 1)[0].replace("_", "-")
-        if flag in _OWN_FLAGS:
-            raise UsageError(f"{flag} cannot be passed on to vLLM: use {_OWN_FLAGS[flag]} instead")
-
-
 def stated_arguments(folder: Path) -> dict[str, str | int | float]:
     """The engine arguments that were written beside the weights; none where there is no such file."""
     file = folder / "vllm_config.json"
@@ -549,7 +525,7 @@ def stated_arguments(folder: Path) -> dict[str, str | int | float]:
     for key, value in values.items():
         if not re.fullmatch(r"[a-z][a-z0-9-]*", key):
             raise CheckpointError(f"{file}: {key!r} is no engine argument: names are like max-model-len")
-        if f"--{key}" in _OWN_FLAGS:
+        if key in _OWN_FLAGS:
             raise CheckpointError(
                 f"{file}: {key} does not belong there: it is given when the server is started"
             )

@@ -13,26 +13,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quant import defaults
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.engines import ENGINES, Engine, reading_problem
 from quant.engines.base import UNQUANTIZED
 from quant.errors import CheckpointError, UsageError, VerificationFailed, one_of
-from quant.evaluation.verify import verify
 from quant.hardware import count_in
-from quant.hub import model_name, repository_of
 from quant.serving.deployment import (
+    STATED,
     Deployment,
     DeploymentRequest,
-    is_loopback,
+    check_order,
+    folder_name,
+    half_instead,
+    host_warnings,
     planned_gpu,
     stated_arguments,
 )
 from quant.serving.deployment import plan as plan_vllm
+from quant.serving.passed_on import check_extra, named, with_ranks
 from quant.units import meant_tokens
 from quant.vllm.arguments import Argument, engine_arguments
 from quant.vllm.config import context_length, quantization_config
-from quant.vllm.kernels import has_bfloat16
 
 if TYPE_CHECKING:
     from quant.hardware import Gpu
@@ -67,27 +68,22 @@ def plan(path: str | Path, request: DeploymentRequest, engine: str = "vllm") -> 
     if row.name == "vllm":
         return plan_vllm(path, request)
     request.check()
-    _check_extra(row, request.extra)
+    check_extra(request.extra, row.title, _own_flags(row))
     gpu = planned_gpu(request.gpu)
     if row.name == "llama.cpp":
         return _gguf(row, file, request, gpu)
-    parallel = request.tensor_parallel or count_in(request.gpu) or 1
     folder = file.absolute()
     checkpoint = open_checkpoint(folder)
-    checked = verify(folder, tensor_parallel=parallel)
-    if not checked.passed:
-        more = f" (and {len(checked.failed) - 3} more)" if len(checked.failed) > 3 else ""
-        raise VerificationFailed(
-            f"{path}: it is not in order: {'; '.join(checked.failed[:3])}{more}. quant verify {path} lists "
-            "every check"
-        )
+    stated = stated_arguments(folder)
+    request, parallel = with_ranks(request, stated, row.names(row.word("tensor-parallel-size")))
+    check_order(path, parallel, "it is not in order")
     warnings = _check_reading(row, checkpoint, gpu)
-    arguments, said = _translated(row, checkpoint, request, parallel, gpu)
-    name = model_name(folder) if repository_of(folder) else folder.name
+    arguments, said = _translated(row, checkpoint, request, parallel, stated, gpu)
+    name = folder_name(folder)
     if row.model_name:
         name = request.name or name
         called = "what clients call the model, wherever it lies"
-        arguments += _in_words(row, {"served-model-name": Argument("served-model-name", name, called)}, {})[0]
+        arguments.append(Argument(row.word("served-model-name"), name, called))
     elif request.name not in (None, name):
         raise UsageError(
             f"--name is {request.name!r}: {row.title} cannot be told a name; clients call the model "
@@ -109,6 +105,8 @@ def _deployment(
 ) -> Deployment:
     """The value, with what is to be said of its key and address."""
     arguments = [*arguments, *(Argument(flag, value, why) for flag, value, why in engine.always)]
+    passed = named(request.extra)  # which wins
+    arguments = [a for a in arguments if not any(n in passed for n in engine.names(a.name))]
     if request.api_key_env is not None and not engine.takes_key:
         raise UsageError(
             f"--api-key-env is {request.api_key_env}: {engine.title} {engine.release} checks no key: leave "
@@ -118,16 +116,12 @@ def _deployment(
         warnings.append(
             f"{engine.title} takes its key as an argument, which whoever may list the processes there reads"
         )
-    if not is_loopback(request.host) and request.api_key_env is None:
-        instead = (
-            "Name a variable with --api-key-env"
-            if engine.takes_key
-            else f"{engine.title} checks no key: put a gateway in front"
-        )
-        warnings.append(
-            f"--host is {request.host} without an API key: whoever reaches port {request.port} can use the "
-            f"model. {instead}, or bind to {defaults.HOST}"
-        )
+    instead = (
+        "Name a variable with --api-key-env"
+        if engine.takes_key
+        else f"{engine.title} checks no key: put a gateway in front"
+    )
+    warnings += host_warnings(request, instead)
     return Deployment(
         path,
         name,
@@ -180,37 +174,43 @@ def _check_reading(engine: Engine, checkpoint: Checkpoint, gpu: Gpu | None) -> l
 
 
 def _translated(
-    engine: Engine, checkpoint: Checkpoint, request: DeploymentRequest, parallel: int, gpu: Gpu | None
+    engine: Engine,
+    checkpoint: Checkpoint,
+    request: DeploymentRequest,
+    parallel: int,
+    stated: Mapping[str, Any],
+    gpu: Gpu | None,
 ) -> tuple[list[Argument], list[str]]:
     """What the checkpoint, ``vllm_config.json`` and the user ask, in the engine's words; and what was left
     out.
 
+    Args:
+        stated: of ``vllm_config.json``.
+
     Raises:
         UsageError: an option that the engine has no word for.
     """
-    length = context_length(checkpoint.config)
+    length, ranks = context_length(checkpoint.config), "tensor-parallel-size"
     wanted = {
         a.name: a
-        for a in engine_arguments(checkpoint.config, tensor_parallel=parallel)
+        for a in engine_arguments(checkpoint.config)
         if a.name not in _VLLM_ALONE and a.name != "max-model-len"  # its own way to the context is as good
     }
-    if (
-        gpu is not None
-        and "dtype" in wanted
-        and not has_bfloat16(gpu)
-        and wanted["dtype"].value == "bfloat16"
-    ):
-        wanted["dtype"] = Argument("dtype", "float16", f"{gpu.name} has no bfloat16")
-    for key, value in stated_arguments(checkpoint.path).items():
-        if key not in _VLLM_ALONE and (key, value) != ("max-model-len", length) and key != "dtype":
-            wanted[key] = Argument(key, value, "vllm_config.json of the checkpoint says so")
+    for key, value in stated.items():
+        known = key in wanted and wanted[key].value == value
+        # "auto" leaves it to the checkpoint, from which the others are
+        if key not in _VLLM_ALONE and (key, value) != ("max-model-len", length) and value != "auto":
+            wanted[key] = wanted[key] if known else Argument(key, value, STATED)
+    if gpu is not None and "dtype" in wanted and (half := half_instead(gpu, wanted["dtype"].value)):
+        wanted["dtype"] = half
     asked = _asked(request, length)
-    if parallel > 1:
-        asked["tensor-parallel-size"] = Argument(
-            "tensor-parallel-size", parallel, "as asked; shapes were checked for it"
-        )
-    else:
-        wanted.pop("tensor-parallel-size", None)
+    if request.tensor_parallel is not None:
+        asked[ranks] = Argument(ranks, request.tensor_parallel, "as asked; shapes were checked for it")
+    if parallel == 1:
+        wanted.pop(ranks, None)
+        asked.pop(ranks, None)
+        if engine.says_one_rank:
+            wanted[ranks] = Argument(ranks, 1, "without it the model is cut over every GPU that it sees")
     return _in_words(engine, wanted | asked, asked)
 
 
@@ -243,30 +243,18 @@ def _in_words(
             arguments.append(Argument(flag.name, value, reason))
         elif flag.instead and key in asked:
             raise UsageError(f"{_OPTIONS.get(key, f'--{key}')} is {one.value}: {flag.instead}")
-        elif flag.instead:
+        elif flag.instead and one.reason == STATED:  # what config.json says it reads by itself
             said.append(f"{key} {one.value} of vllm_config.json is left out: {flag.instead}")
     return arguments, said
 
 
-def _check_extra(engine: Engine, extra: tuple[str, ...]) -> None:
-    """
-    Raises:
-        UsageError: no flags, or one that an option of ours sets.
-    """
-    if extra and not extra[0].startswith("-"):
-        raise UsageError(
-            f"unexpected argument {extra[0]!r}: the checkpoint is given with --model-path; arguments for "
-            f"{engine.title} follow --"
-        )
-    own = {"host": "--host", "port": "--port", "served-model-name": "--name"}
-    words = {f.name: own[k] for k, f in (engine.flags or {}).items() if k in own and f.name} | {
-        "api-key": "--api-key-env"
-    }
-    words |= {w.lstrip("-"): "--model-path" for w in engine.program if w.startswith("--")}
-    for word in extra:
-        flag = word.split("=", 1)[0].lstrip("-").replace("_", "-")
-        if word.startswith("-") and flag in words:
-            raise UsageError(f"--{flag} cannot be passed on to {engine.title}: use {words[flag]} instead")
+def _own_flags(engine: Engine) -> dict[str, str]:
+    """The flags of an engine that options set which this tool must know, with those options; see
+    :func:`quant.serving.passed_on.check_extra`."""
+    options = {"host": "--host", "port": "--port", "served-model-name": "--name"}
+    own = {n: option for key, option in options.items() for n in engine.names(engine.word(key))}
+    models = [*(w.lstrip("-") for w in engine.program if w.startswith("--")), *engine.model_aliases]
+    return own | {"api-key": "--api-key-env"} | dict.fromkeys(models, "--model-path")
 
 
 def _is_gguf(file: Path) -> bool:

@@ -22,6 +22,7 @@ from quant.schemes import PRESETS, SchemeRegistry
 from quant.serving.artefacts import Placement, artefact
 from quant.serving.deployment import DeploymentRequest
 from quant.serving.engines import plan
+from quant.serving.passed_on import named
 from tests.helpers import ROOT
 
 OTHERS = [name for name in ENGINES if name != "vllm"]
@@ -109,9 +110,68 @@ def test_what_stands_beside_the_weights_for_vllm_is_translated_or_told_to_be_lef
     )
 
 
+def test_ranks_and_dtype_beside_the_weights_hold_for_every_engine(source: Path) -> None:
+    stated = {"tensor-parallel-size": 2, "dtype": "float16"}
+    (source / "vllm_config.json").write_text(json.dumps(stated))
+    made = plan(source, DeploymentRequest(), "sglang")
+    assert made.tensor_parallel == 2
+    names = {a.name: a for a in made.arguments}
+    assert names["tensor-parallel-size"].value == 2 and names["dtype"].value == "float16"
+    assert {names[n].reason for n in ("tensor-parallel-size", "dtype")} == {
+        "vllm_config.json of the checkpoint says so"
+    }
+    # an option wins over the file, a number of GPUs too, and what is passed on over both
+    assert plan(source, DeploymentRequest(tensor_parallel=1), "sglang").tensor_parallel == 1
+    assert plan(source, DeploymentRequest(gpu="4xH100"), "sglang").tensor_parallel == 4
+    passed = plan(source, DeploymentRequest(tensor_parallel=4, extra=("--tp", "1")), "sglang")
+    assert passed.tensor_parallel == 1 and "--tensor-parallel-size" not in passed.command
+    # TensorRT-LLM has no word for the dtype
+    trt = plan(source, DeploymentRequest(), "tensorrt-llm")
+    assert any(w.startswith("dtype float16 of vllm_config.json is left out") for w in trt.warnings)
+    assert _after(trt.command, "--tp_size") == "2"
+    (source / "vllm_config.json").write_text(json.dumps({"dtype": "bfloat16"}))
+    assert not any("dtype" in w for w in _warnings(source, "tensorrt-llm"))  # as config.json has it
+    older = plan(source, DeploymentRequest(gpu="T4"), "sglang").command
+    assert _after(older, "--dtype") == "float16"
+
+
+def test_an_engine_that_takes_every_gpu_is_told_of_one(source: Path) -> None:
+    assert _after(plan(source, DeploymentRequest(), "tgi").command, "--num-shard") == "1"
+    assert "--tensor-parallel-size" not in plan(source, DeploymentRequest(), "sglang").command
+
+
+@pytest.mark.parametrize(
+    ("engine", "extra", "ranks"),
+    [
+        ("tgi", ("--num-shard", "2"), 2),
+        ("sglang", ("--tp-size=2",), 2),
+        ("sglang", ("--tp", "2"), 2),
+        ("tensorrt-llm", ("--tp_size", "2"), 2),
+        ("vllm", ("-tp", "2"), 2),
+        ("tgi", ("--dtype", "float16", "--max-total-tokens=64", "--usage-stats", "on"), 1),
+        ("llama.cpp", ("-c", "64", "-np", "2"), 1),
+    ],
+)
+def test_what_is_passed_on_stands_in_the_command_once(
+    engine: str, extra: tuple[str, ...], ranks: int, source: Path, gguf: Path
+) -> None:
+    asked = DeploymentRequest(max_model_len=128, max_num_seqs=4, extra=extra)
+    made = plan(gguf if engine == "llama.cpp" else source, asked, engine)
+    assert made.tensor_parallel == ranks
+    assert made.command[-len(extra) :] == list(extra)
+    said = {n for a in made.arguments for n in made.engine.names(a.name)}
+    assert not said & named(extra).keys()
+
+
 @pytest.mark.parametrize(
     ("engine", "asked", "said"),
     [
+        ("llama.cpp", {"extra": ("-m", "x.gguf")}, "-m cannot be passed on.*use --model-path"),
+        ("llama.cpp", {"extra": ("-a", "x")}, "use --name"),
+        ("sglang", {"extra": ("--model", "x")}, "use --model-path"),
+        ("sglang", {"extra": ("--tp", "two")}, "--tp is 'two'"),
+        ("tgi", {"extra": ("--model-id=x",)}, "use --model-path"),
+        ("tgi", {"extra": ("-p", "80")}, "use --port"),
         ("tensorrt-llm", {"kv_cache_dtype": "fp8"}, "kv_cache_config"),
         ("tensorrt-llm", {"gpu_memory_utilization": 0.5}, "--kv_cache_free_gpu_memory_fraction"),
         ("tensorrt-llm", {"api_key_env": "KEY"}, "checks no key"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from quant import defaults
 from quant.errors import UsageError
+from quant.serving.passed_on import named
 from quant.vllm.arguments import Argument
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def source(deployment: Deployment) -> Path:
 def drain_words(deployment: Deployment) -> list[str]:
     """The flag that lets requests under way end, unless it was passed on."""
     flag = _DRAIN_FLAGS.get(deployment.engine.name)
-    if flag is None or any(w.split("=", 1)[0] == f"--{flag}" for w in deployment.extra):
+    if flag is None or flag in named(deployment.extra):
         return []
     return [f"--{flag}", str(DRAIN)]
 
