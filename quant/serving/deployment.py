@@ -167,6 +167,15 @@ class Deployment:
     def command(self) -> list[str]:
         return [*self.engine.program, str(self.model_path), *self.flags()]
 
+    def key_words(self, key: str) -> list[str]:
+        """The API key as words of a command, where the engine has no variable for it.
+
+        Args:
+            key: how whoever runs the command refers to it.
+        """
+        asked = self.api_key_env is not None and self.engine.takes_key and not self.engine.key_variable
+        return ["--api-key", key] if asked else []
+
     def reasons(self) -> list[Argument]:
         """Every flag with its reason, those of the address included."""
         where = (
@@ -181,14 +190,16 @@ class Deployment:
         ]
 
     def to_dict(self) -> dict[str, Any]:
+        """With ``$NAME`` in the place of the API key, which stands in the variable ``NAME``."""
         key = {self.engine.key_variable: f"${self.api_key_env}"} if self.engine.key_variable else {}
         return {
             "engine": self.engine.name,
             "engine_release": self.engine.release,
             "model_path": str(self.model_path),
             "name": self.name,
-            "command": self.command,
+            "command": [*self.command, *self.key_words(f"${self.api_key_env}")],
             "environment": self.environment | (key if self.api_key_env else {}),
+            "api_key_env": self.api_key_env,
             "arguments": [{"name": a.name, "value": a.value, "reason": a.reason} for a in self.reasons()],
             "extra": list(self.extra),
             "warnings": list(self.warnings),

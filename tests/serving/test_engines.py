@@ -379,6 +379,13 @@ def test_the_command_takes_an_engine(source: Path, capsys: pytest.CaptureFixture
     code, out, _ = call("-m", source, "--engine", "sglang", "--json")
     value = json.loads(out)
     assert code == 0 and value["engine"] == "sglang" and value["command"][2] == "sglang.launch_server"
+    assert value["api_key_env"] is None and "--api-key" not in value["command"]
+    code, out, _ = call("-m", source, "--engine", "sglang", "--api-key-env", "KEY", "--json")
+    value = json.loads(out)  # it has no variable for the key
+    assert value["api_key_env"] == "KEY" and value["command"][-2:] == ["--api-key", "$KEY"]
+    code, out, _ = call("-m", source, "--engine", "tgi", "--api-key-env", "KEY", "--json")
+    value = json.loads(out)
+    assert value["environment"]["API_KEY"] == "$KEY" and "--api-key" not in value["command"]
     code, out, err = call("-m", source, "--engine", "llama.cpp")
     assert code == 4 and not out and "convert_hf_to_gguf.py" in err
     code, _, err = call("-m", source, "--engine", "mlc")

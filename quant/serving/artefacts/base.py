@@ -133,24 +133,13 @@ def drain_words(deployment: Deployment) -> list[str]:
     return [f"--{flag}", str(DRAIN)]
 
 
-def container_words(deployment: Deployment, key: str = "") -> list[str]:
-    """What a container is given behind its entry point.
-
-    Args:
-        key: how the container's file refers to the API key, for an engine that takes it as an argument.
-    """
+def container_words(deployment: Deployment) -> list[str]:
+    """What a container is given behind its entry point, but for the API key."""
     model = mounted(deployment)
     if deployment.engine.name == "llama.cpp":
         model = f"{model}/{deployment.model_path.name}"
     flags = deployment.flags(host="0.0.0.0", port=defaults.PORT)
-    return [*deployment.engine.entry, model, *flags, *drain_words(deployment), *key_words(deployment, key)]
-
-
-def key_words(deployment: Deployment, key: str) -> list[str]:
-    """The API key as words of a command, where the engine has no variable for it."""
-    engine = deployment.engine
-    asked = deployment.api_key_env is not None and engine.takes_key and not engine.key_variable
-    return ["--api-key", key] if asked and key else []
+    return [*deployment.engine.entry, model, *flags, *drain_words(deployment)]
 
 
 def key_variable(deployment: Deployment) -> str:

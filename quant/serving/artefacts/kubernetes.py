@@ -14,7 +14,6 @@ from quant.serving.artefacts.base import (
     head,
     image,
     key_variable,
-    key_words,
     kube_name,
     mounted,
     source,
@@ -212,7 +211,7 @@ def _unexpanded(word: str) -> str:
 
 
 def _key_argument(deployment: Deployment) -> list[str]:
-    return key_words(deployment, f"$({key_variable(deployment)})")
+    return deployment.key_words(f"$({key_variable(deployment)})")
 
 
 def environment(deployment: Deployment, name: str) -> list[dict[str, Any]]:

@@ -17,7 +17,6 @@ from quant.serving.artefacts.base import (
     head,
     image,
     key_variable,
-    key_words,
     kube_name,
     mounted,
     one_line,
@@ -40,7 +39,7 @@ def shell(deployment: Deployment, placement: Placement) -> str:
         taken = 2 if words[0].startswith("-") and len(words) > 1 and not words[1].startswith("-") else 1
         flags.append(shlex.join(words[:taken]))
         words = words[taken:]
-    if given := key_words(deployment, f'"${key_variable(deployment)}"'):
+    if given := deployment.key_words(f'"${key_variable(deployment)}"'):
         flags.append(" ".join(given))
     program = shlex.join([*deployment.engine.program, str(deployment.model_path)])
     command = " \\\n  ".join([f"exec {program}", *flags])
@@ -67,7 +66,7 @@ def compose(deployment: Deployment, placement: Placement) -> str:
     command = [w.replace("$", "$$") for w in container_words(deployment)]
     service: dict[str, Any] = {
         "image": image(deployment),
-        "command": [*command, *key_words(deployment, key)],
+        "command": [*command, *deployment.key_words(key)],
         "environment": environment,
         "volumes": [
             {
@@ -131,7 +130,7 @@ def systemd(deployment: Deployment, placement: Placement) -> str:
     words = [
         "/usr/bin/env",
         *map(quoted, command),
-        *key_words(deployment, f"${{{key_variable(deployment)}}}"),
+        *deployment.key_words(f"${{{key_variable(deployment)}}}"),
     ]
     lines = [
         "[Unit]",
