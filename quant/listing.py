@@ -140,9 +140,9 @@ def _engines() -> list[Item]:
     return [
         {
             "name": engine.name,
-            "about": "what `quant list schemes` shows" if engine.name == "vllm" else "",
+            "about": engine.about,
             "release": engine.release,
-            "images": dict(engine.images),
+            "images": engine.published,
             "reads": [
                 {
                     "format": read.format,
@@ -152,6 +152,15 @@ def _engines() -> list[Item]:
                     "platforms": list(read.platforms),
                 }
                 for read in engine.reads
+            ]
+            or [
+                {
+                    "format": engine.otherwise,
+                    "schemes": [],
+                    "capability": None,
+                    "until": None,
+                    "platforms": list(engine.images),
+                }
             ],
         }
         for engine in ENGINES.values()

@@ -11,7 +11,9 @@ from quant.hardware import UNNAMED, Gpu
 from quant.schemes import Scheme
 from quant.vllm.config import model_types
 
-#: Group sizes of Marlin's kernels of packed integers, which every engine here runs.
+#: Group sizes of Marlin's kernels of packed integers, which SGLang and TGI run for them. That vLLM takes the
+#: same on every kernel of its own (:data:`quant.vllm.kernels.GROUP_SIZES`) is a fact of its release, not of
+#: theirs.
 MARLIN_GROUPS = (-1, 32, 64, 128)
 #: The format of a checkpoint that is not quantized.
 UNQUANTIZED = "none"
@@ -70,6 +72,25 @@ class Flag:
 
 
 @dataclass(frozen=True)
+class ImageUser:
+    """The user that a container image is prepared for, other than root.
+
+    Attributes:
+        home: its folder, which group 0 can write to.
+        platforms: kinds of hardware whose image is.
+    """
+
+    uid: int
+    gid: int
+    home: str
+    platforms: tuple[str, ...] = ("cuda",)
+
+
+#: A command inside an image with Python that fails where ``{url}`` does not answer.
+PYTHON_PROBE = ("python3", "-c", "import urllib.request; urllib.request.urlopen('{url}', timeout=5)")
+
+
+@dataclass(frozen=True)
 class Engine:
     """A serving engine.
 
@@ -78,7 +99,8 @@ class Engine:
         title: as its project writes it.
         release: that the facts are of.
         program: words of its command before the model.
-        images: container images, by kind of hardware; AMD's by ``rocm`` or by architecture.
+        images: container images, by kind of hardware; AMD's by ``rocm`` or by architecture; ``{release}``
+            stands for the release.
         enters: whether the image's entry point is the program's first word, or all words where
             ``program`` has a subcommand, so that a container is given the rest alone.
         flags: its words, by vLLM's names of arguments; None: vLLM's own.
@@ -89,7 +111,16 @@ class Engine:
             without ``takes_key``, it checks none.
         model_name: whether it can be told the name that clients call the model.
         environment: variables that keep it from asking or telling anybody.
-        reads: what it computes with.
+        reads: what it computes with; none where ``otherwise`` says it in words.
+        about: what more is known of that.
+        files: whether it reads a single file, not a folder of safetensors.
+        strict: whether it serves no model that it has no class of its own for.
+        drain: flag, without dashes, of the seconds that requests under way get to end in once it is told to
+            stop; empty: it lets them end by itself.
+        probe: command inside its image that fails while ``{url}`` does not answer.
+        user: that the image is prepared for; None: root.
+        container: what its container is called in a pod.
+        cache_variable: environment variable of the GiB of a CPU's memory that the cache takes; empty: none.
         exports: what to do with a checkpoint that it does not read.
         kinds: artefacts that can be written for it; None: all.
     """
@@ -110,6 +141,15 @@ class Engine:
     model_name: bool = True
     environment: Mapping[str, str] = field(default_factory=dict)
     exports: str = ""
+    otherwise: str = ""
+    about: str = ""
+    files: bool = False
+    strict: bool = False
+    drain: str = ""
+    probe: tuple[str, ...] = PYTHON_PROBE
+    user: ImageUser | None = None
+    container: str = "server"
+    cache_variable: str = ""
     kinds: tuple[str, ...] | None = ("shell", "compose", "systemd", "kubernetes")
 
     @property
@@ -136,7 +176,12 @@ class Engine:
         """The container image for a GPU; None: the project publishes none for its kind."""
         platform = gpu.platform if gpu is not None else "cuda"
         own = gpu.architecture if gpu is not None else ""
-        return self.images.get(own) or self.images.get(platform)
+        return self.published.get(own) or self.published.get(platform)
+
+    @property
+    def published(self) -> dict[str, str]:
+        """The images of its release, by kind of hardware or architecture."""
+        return {kind: image.format(release=self.release) for kind, image in self.images.items()}
 
     def serves(self, config: Mapping[str, Any]) -> bool | None:
         """Whether it has a class of its own for a model, by its config.json; None: its list is not known
@@ -170,7 +215,7 @@ def reading_problem(
     for name, scheme, experts in parts:
         rows = [r for r in engine.reads if r.format == format and (scheme is None or name in r.schemes)]
         if not rows:
-            known = "; ".join(map(str, engine.reads)) or "GGUF files alone"
+            known = "; ".join(map(str, engine.reads)) or engine.otherwise
             held = f"{name} in the {format} layout" if scheme is not None else "unquantized weights"
             does = f"it reads {known}. What would do: {engine.exports}"
             return f"{engine.title} {engine.release} reads no {held}: {does}", unknown

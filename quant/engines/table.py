@@ -22,11 +22,16 @@
 
 from __future__ import annotations
 
-from quant.engines.base import MARLIN_GROUPS, UNQUANTIZED, Engine, Flag, Reading
+from quant.engines.base import MARLIN_GROUPS, UNQUANTIZED, Engine, Flag, ImageUser, Reading
 from quant.vllm.releases import VLLM_VERSION
 
 _DTYPES = ("float16", "bfloat16")
 _MANY = ("cuda", "rocm")
+#: What to do with a layout or scheme that one of several does not read.
+_ANOTHER = (
+    "quant export-vllm writes another layout of the same numbers (--format); another scheme is made from the "
+    "source by quant quantize --scheme"
+)
 
 VLLM = Engine(
     name="vllm",
@@ -34,12 +39,19 @@ VLLM = Engine(
     release=f"{VLLM_VERSION}.0",
     program=("vllm", "serve"),
     images={
-        "cuda": f"vllm/vllm-openai:v{VLLM_VERSION}.0",
-        "rocm": f"vllm/vllm-openai-rocm:v{VLLM_VERSION}.0",
-        "cpu": f"vllm/vllm-openai-cpu:v{VLLM_VERSION}.0",
+        "cuda": "vllm/vllm-openai:v{release}",
+        "rocm": "vllm/vllm-openai-rocm:v{release}",
+        "cpu": "vllm/vllm-openai-cpu:v{release}",
     },
     key_variable="VLLM_API_KEY",
     environment={"VLLM_NO_USAGE_STATS": "1"},
+    otherwise="all",
+    about="what `quant list schemes` shows",
+    drain="shutdown-timeout",
+    # its documentation, deployment/docker, "Run as a non-root user"
+    user=ImageUser(uid=2000, gid=0, home="/home/vllm"),
+    container="vllm",
+    cache_variable="VLLM_CPU_KVCACHE_SPACE",
     kinds=None,
 )
 
@@ -49,9 +61,9 @@ SGLANG = Engine(
     release="0.5.23",
     program=("python3", "-m", "sglang.launch_server", "--model-path"),
     images={
-        "cuda": "lmsysorg/sglang:v0.5.23",
-        "gfx942": "lmsysorg/sglang:v0.5.23-rocm720-mi30x",
-        "gfx950": "lmsysorg/sglang:v0.5.23-rocm720-mi35x",
+        "cuda": "lmsysorg/sglang:v{release}",
+        "gfx942": "lmsysorg/sglang:v{release}-rocm720-mi30x",
+        "gfx950": "lmsysorg/sglang:v{release}-rocm720-mi35x",
     },
     enters=False,
     flags={
@@ -84,8 +96,7 @@ SGLANG = Engine(
         Reading("modelopt", ("nvfp4",), (10, 0)),
         Reading("mxfp4", ("mxfp4a16", "mxfp4"), (8, 0)),
     ),
-    exports="quant export-vllm writes another layout of the same numbers (--format); another scheme is made "
-    "from the source by quant quantize --scheme",
+    exports=_ANOTHER,
 )
 
 TGI = Engine(
@@ -94,8 +105,8 @@ TGI = Engine(
     release="3.3.7",
     program=("text-generation-launcher", "--model-id"),
     images={
-        "cuda": "ghcr.io/huggingface/text-generation-inference:3.3.7",
-        "rocm": "ghcr.io/huggingface/text-generation-inference:3.3.7-rocm",
+        "cuda": "ghcr.io/huggingface/text-generation-inference:{release}",
+        "rocm": "ghcr.io/huggingface/text-generation-inference:{release}-rocm",
     },
     flags={
         "dtype": Flag("dtype"),
@@ -110,6 +121,7 @@ TGI = Engine(
         "port": Flag("port", aliases=("p",)),
     },
     says_one_rank=True,
+    drain="graceful-termination-timeout",
     always=(("usage-stats", "off", "nothing is reported to anybody"),),
     key_variable="API_KEY",
     model_name=False,
@@ -124,8 +136,7 @@ TGI = Engine(
         Reading("gptq", ("w4a16", "w8a16"), (8, 0), groups=MARLIN_GROUPS, tried=9),
         Reading("awq", ("w4a16-asym",), (8, 0), groups=MARLIN_GROUPS, tried=9),
     ),
-    exports="quant export-vllm writes another layout of the same numbers (--format); another scheme is made "
-    "from the source by quant quantize --scheme",
+    exports=_ANOTHER,
 )  # fmt: skip
 
 TENSORRT_LLM = Engine(
@@ -133,7 +144,7 @@ TENSORRT_LLM = Engine(
     title="TensorRT-LLM",
     release="1.2.1",
     program=("trtllm-serve",),
-    images={"cuda": "nvcr.io/nvidia/tensorrt-llm/release:1.2.1"},
+    images={"cuda": "nvcr.io/nvidia/tensorrt-llm/release:{release}"},
     enters=False,
     flags={
         "dtype": Flag(instead="trtllm-serve computes in the dtype of config.json: change it there"),
@@ -154,6 +165,7 @@ TENSORRT_LLM = Engine(
     },
     takes_key=False,
     model_name=False,
+    strict=True,
     reads=(
         Reading(UNQUANTIZED, ("bfloat16", "float16"), (8, 0)),
         Reading("fp8", ("fp8-block",), (9, 0), (12, 0)),
@@ -170,9 +182,9 @@ LLAMA_CPP = Engine(
     release="b11434",
     program=("llama-server", "--model"),
     images={
-        "cuda": "ghcr.io/ggml-org/llama.cpp:server-cuda-b11434",
-        "rocm": "ghcr.io/ggml-org/llama.cpp:server-rocm-b11434",
-        "cpu": "ghcr.io/ggml-org/llama.cpp:server-b11434",
+        "cuda": "ghcr.io/ggml-org/llama.cpp:server-cuda-{release}",
+        "rocm": "ghcr.io/ggml-org/llama.cpp:server-rocm-{release}",
+        "cpu": "ghcr.io/ggml-org/llama.cpp:server-{release}",
     },
     flags={
         "max-model-len": Flag("ctx-size", note="llama.cpp's is of all requests together", aliases=("c",)),
@@ -199,6 +211,9 @@ LLAMA_CPP = Engine(
         ("offline", True, "nothing is fetched"),
     ),
     key_variable="LLAMA_API_KEY",
+    otherwise="GGUF files alone",
+    files=True,
+    probe=("curl", "-fsS", "-m", "5", "{url}"),  # its image has no Python
     exports="quant does not write GGUF yet. llama.cpp's own converter reads the source: python "
     "convert_hf_to_gguf.py SOURCE --outtype bf16 --outfile MODEL.gguf, then llama-quantize MODEL.gguf "
     "MODEL-Q4_K_M.gguf Q4_K_M. Of a checkpoint whose values are to be kept it reads an export by quant "

@@ -60,17 +60,18 @@ def plan(path: str | Path, request: DeploymentRequest, engine: str = "vllm") -> 
         raise one_of("--engine", engine, list(ENGINES))
     row = ENGINES[engine]
     file = Path(path)
-    if _is_gguf(file) and row.name != "llama.cpp":
+    if _is_gguf(file) and not row.files:
+        others = ", ".join(e.name for e in ENGINES.values() if e.files)
         raise VerificationFailed(
             f"{path}: a GGUF file, which {row.title} {row.release} is not planned with here: plan it with "
-            "--engine llama.cpp, or give the folder of the checkpoint that it was made from"
+            f"--engine {others}, or give the folder of the checkpoint that it was made from"
         )
-    if row.name == "vllm":
+    if row.flags is None:  # vLLM, whose words these are
         return plan_vllm(path, request)
     request.check()
     check_extra(request.extra, row.title, _own_flags(row))
     gpu = planned_gpu(request.gpu)
-    if row.name == "llama.cpp":
+    if row.files:
         return _gguf(row, file, request, gpu)
     folder = file.absolute()
     checkpoint = open_checkpoint(folder)
@@ -161,10 +162,10 @@ def _check_reading(engine: Engine, checkpoint: Checkpoint, gpu: Gpu | None) -> l
     if engine.serves(checkpoint.config) is False:
         named = checkpoint.config.get("architectures") or checkpoint.config.get("model_type")
         called = ", ".join(map(str, named)) if isinstance(named, list) else str(named)
-        if engine.name == "tensorrt-llm":
+        if engine.strict:
             raise VerificationFailed(
-                f"{checkpoint.path}: {called} is not among the architectures that TensorRT-LLM's PyTorch "
-                "backend lists: serve it with --engine vllm"
+                f"{checkpoint.path}: {called} is not among the architectures that {engine.title} lists: "
+                "serve it with --engine vllm"
             )
         unknown.append(
             f"{called} is not among {engine.title}'s own classes: it falls back on transformers' one, and "
@@ -276,7 +277,7 @@ def _gguf(engine: Engine, file: Path, request: DeploymentRequest, gpu: Gpu | Non
         exports = engine.exports
         if quantization_config(checkpoint.config) is None:  # it is the source
             exports = exports.replace("SOURCE", shlex.quote(str(file)))
-        raise VerificationFailed(f"{file}: {engine.title} reads GGUF files alone. {exports}")
+        raise VerificationFailed(f"{file}: {engine.title} reads {engine.otherwise}. {exports}")
     file = file.absolute()
     try:
         with file.open("rb") as stream:

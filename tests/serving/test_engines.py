@@ -291,7 +291,11 @@ def test_the_tables_name_schemes_formats_and_architectures_that_there_are() -> N
         for row in engine.reads:
             assert row.format in formats
             assert row.format == UNQUANTIZED or all(s in SchemeRegistry for s in row.schemes)
-        assert engine.images and all(":" in image for image in engine.images.values())
+        assert engine.published and all(
+            engine.release in image.rpartition(":")[2] for image in engine.published.values()
+        )
+        assert not any(engine.release in image for image in engine.images.values())  # it stands once
+        assert bool(engine.reads) is not bool(engine.otherwise)
     known = load_json("engines.json")
     assert set(known) < set(ENGINES) and all(len(v["source"]) > 20 for v in known.values())
     assert ENGINES["sglang"].serves({"architectures": ["LlamaForCausalLM"]}) is True
@@ -328,7 +332,7 @@ def test_each_engine_has_files_that_run_it(engine: str, kind: str, source: Path,
     assert f"{row.title} serving" in text and "VLLM" not in text
     if kind == "compose":
         (service,) = yaml.safe_load(text)["services"].values()
-        assert service["image"] == row.images["cuda"]
+        assert service["image"] == row.published["cuda"]
         words, (volume,) = service["command"], service["volumes"]
         model = next(w for w in words if w.startswith("/models/"))
         assert model.startswith(volume["target"])
@@ -356,6 +360,23 @@ def test_vllms_own_variables_go_to_vllm_alone(source: Path, gguf: Path) -> None:
     for kind in ("compose", "kubernetes"):
         assert "VLLM" not in artefact(plan(gguf, DeploymentRequest(gpu="cpu"), "llama.cpp"), kind)
         assert "VLLM_CPU_KVCACHE_SPACE" in artefact(plan(source, DeploymentRequest(gpu="cpu")), kind)
+
+
+def test_what_an_engine_reads_is_listed_for_people_and_for_programs(cli: Callable[..., Any]) -> None:
+    rows = {x["name"]: x for x in json.loads(cli("list", "engines", "--json").out)["items"]}
+    (gguf,) = rows["llama.cpp"]["reads"]
+    assert gguf["format"] == "GGUF files alone" and "cuda" in gguf["platforms"]
+    assert [r["format"] for r in rows["vllm"]["reads"]] == ["all"]
+    assert rows["sglang"]["images"]["cuda"].endswith(ENGINES["sglang"].release)
+    assert "GGUF files alone" in cli("list", "engines").out
+
+
+def test_a_container_is_asked_for_its_health_by_what_its_image_has(source: Path, gguf: Path) -> None:
+    for engine, word in (("llama.cpp", "curl"), ("sglang", "python3")):
+        made = plan(gguf if engine == "llama.cpp" else source, DeploymentRequest(), engine)
+        (service,) = yaml.safe_load(artefact(made, "compose"))["services"].values()
+        test = service["healthcheck"]["test"]
+        assert test[:2] == ["CMD", word] and "/health" in test[-1] and "{" not in test[-1]
 
 
 def test_an_engine_takes_the_files_that_are_its_own(source: Path) -> None:

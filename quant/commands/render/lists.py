@@ -80,15 +80,7 @@ def items(console: Console, kind: str, rows: Sequence[Mapping[str, Any]]) -> Non
             column("computes natively", "native", 3),
         ]
     elif kind == "engines":
-        gguf: dict[str, Any] = {
-            "format": "GGUF alone",
-            "schemes": [],
-            "capability": None,
-            "until": None,
-            "platforms": [],
-        }
-        own = {**gguf, "format": "all"}
-        read = [(x, r) for x in rows for r in x["reads"] or [own if x["name"] == "vllm" else gguf]]
+        read = [(x, r) for x in rows for r in x["reads"]]
         columns = [
             Column("engine", [x["name"] for x, _ in read]),
             Column("release", [x["release"] for x, _ in read], 3),
@@ -99,7 +91,7 @@ def items(console: Console, kind: str, rows: Sequence[Mapping[str, Any]]) -> Non
                 [f"{r['capability'] or '?'}–{r['until'] or ''}" if r["schemes"] else "-" for _, r in read],
                 1,
             ),
-            Column("on", [_cell(r["platforms"] or list(x["images"])) for x, r in read], 2),
+            Column("on", [_cell(r["platforms"]) for _, r in read], 2),
         ]
         about = Column("", [x["about"] for x, _ in read])
     else:

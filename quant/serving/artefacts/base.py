@@ -29,12 +29,10 @@ class Platform:
     Attributes:
         resource: how Kubernetes counts its devices; None where a device is not counted.
         service: keys of a Compose service beside the common ones.
-        environment: variables of vLLM's container; see :func:`variables`.
     """
 
     resource: str | None = None
     service: Mapping[str, Any] = field(default_factory=dict)
-    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 #: By :attr:`quant.hardware.Gpu.platform`; vLLM's documentation of its images (deployment/docker, 2026).
@@ -49,17 +47,15 @@ PLATFORMS = {
             "security_opt": ["seccomp=unconfined"],
         },
     ),
-    # the cache takes whole GiB of the machine's memory; SYS_NICE lets vLLM bind its threads and pages
-    "cpu": Platform(
-        service={"cap_add": ["SYS_NICE"]},
-        environment={"VLLM_CPU_KVCACHE_SPACE": "4"},
-    ),
+    "cpu": Platform(service={"cap_add": ["SYS_NICE"]}),  # lets vLLM bind its threads and pages
 }
 
-#: Seconds that requests under way get to end in once the server is told to stop: vLLM and TGI abort them at
-#: once, or after long, unless they are told.
+#: GiB of a machine's memory that the KV cache takes on a CPU.
+CPU_CACHE = 4
+#: Memory that ranks exchange through; the default of a pod is 64 MiB.
+SHARED_MEMORY = "8Gi"
+#: Seconds that requests under way get to end in once the server is told to stop.
 DRAIN = 30
-_DRAIN_FLAGS = {"vllm": "shutdown-timeout", "tgi": "graceful-termination-timeout"}
 #: Seconds between the word to stop and the end: a balancer's to notice, :data:`DRAIN`, and the engine's own.
 GRACE = 75
 #: Seconds of a start beside reading the weights (processes, compilation, graphs), and bytes a second at which
@@ -93,8 +89,8 @@ class Placement:
 
 def variables(deployment: Deployment) -> dict[str, str]:
     """Variables of the container, but for the key's."""
-    own = PLATFORMS[deployment.platform].environment if deployment.engine.name == "vllm" else {}
-    return {**deployment.environment, **own}
+    cache = deployment.engine.cache_variable if deployment.platform == "cpu" else ""
+    return deployment.environment | ({cache: str(CPU_CACHE)} if cache else {})
 
 
 def image(deployment: Deployment) -> str:
@@ -120,15 +116,15 @@ def mounted(deployment: Deployment) -> str:
 
 
 def source(deployment: Deployment) -> Path:
-    """The folder that a container sees: of a GGUF file the one it lies in."""
+    """The folder that a container sees: of a single file the one it lies in."""
     path = deployment.model_path
-    return path.parent if deployment.engine.name == "llama.cpp" else path
+    return path.parent if deployment.engine.files else path
 
 
 def drain_words(deployment: Deployment) -> list[str]:
     """The flag that lets requests under way end, unless it was passed on."""
-    flag = _DRAIN_FLAGS.get(deployment.engine.name)
-    if flag is None or flag in named(deployment.extra):
+    flag = deployment.engine.drain
+    if not flag or flag in named(deployment.extra):
         return []
     return [f"--{flag}", str(DRAIN)]
 
@@ -136,7 +132,7 @@ def drain_words(deployment: Deployment) -> list[str]:
 def container_words(deployment: Deployment) -> list[str]:
     """What a container is given behind its entry point, but for the API key."""
     model = mounted(deployment)
-    if deployment.engine.name == "llama.cpp":
+    if deployment.engine.files:
         model = f"{model}/{deployment.model_path.name}"
     flags = deployment.flags(host="0.0.0.0", port=defaults.PORT)
     return [*deployment.engine.entry, model, *flags, *drain_words(deployment)]

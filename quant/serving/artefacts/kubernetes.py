@@ -6,9 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 from quant import defaults
+from quant.engines.base import ImageUser
 from quant.serving.artefacts.base import (
+    CPU_CACHE,
     GRACE,
     PLATFORMS,
+    SHARED_MEMORY,
     Placement,
     container_words,
     head,
@@ -28,10 +31,6 @@ from quant.units import GIB, MIB
 #: cache: of the server, and of each GPU's worker; and cores for each GPU: the API server, the engine, a
 #: worker. There is no limit of memory, because the page cache would count.
 _SERVER, _WORKER, _CORES = 4, 4, 4
-#: The user and group that vLLM's CUDA image is prepared for, and its home (vLLM's documentation, deployment/
-#: docker, "Run as a non-root user"); other images run as root.
-NON_ROOT = {"runAsNonRoot": True, "runAsUser": 2000, "runAsGroup": 0}
-HOME = "/home/vllm"
 #: Seconds before a pod that is told to stop passes it on: balancers still send it requests.
 _DEREGISTERED = 5
 #: Share of a GPU's memory that a node's must exceed to count as the same: labels have the driver's number.
@@ -65,9 +64,9 @@ def notes(deployment: Deployment, placement: Placement, name: str) -> list[str]:
         "it from a PersistentVolumeClaim instead."
     )
     more = [where]
-    if non_root(deployment):
+    if user := image_user(deployment):
         more.append(
-            f"It runs as user {NON_ROOT['runAsUser']} of group 0, who must be able to read the checkpoint."
+            f"It runs as user {user.uid} of group {user.gid}, who must be able to read the checkpoint."
         )
     if node_rules(deployment):
         more.append(
@@ -111,13 +110,12 @@ def pod(deployment: Deployment, placement: Placement, containers: list[dict[str,
         "terminationGracePeriodSeconds": GRACE,
         "volumes": [volume(deployment, placement), _SHARED_MEMORY],
     }
-    if non_root(deployment):
+    if image_user(deployment):
         value["volumes"].append({"name": "cache", "emptyDir": {}})
     return value | tolerations(deployment) | node_rules(deployment)
 
 
-#: Ranks exchange through it; the default of a pod is 64 MiB.
-_SHARED_MEMORY = {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}}
+_SHARED_MEMORY = {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": SHARED_MEMORY}}
 
 
 def tolerations(deployment: Deployment) -> dict[str, Any]:
@@ -152,9 +150,16 @@ def node_rules(deployment: Deployment) -> dict[str, Any]:
     }
 
 
-def non_root(deployment: Deployment) -> bool:
-    """Whether the image is prepared for another user than root."""
-    return deployment.engine.name == "vllm" and deployment.platform == "cuda"
+def image_user(deployment: Deployment) -> ImageUser | None:
+    """The user that the image for this hardware is prepared for; None: root."""
+    user = deployment.engine.user
+    return user if user is not None and deployment.platform in user.platforms else None
+
+
+def non_root(deployment: Deployment) -> dict[str, Any]:
+    """What a security context says of :func:`image_user`; empty for root."""
+    user = image_user(deployment)
+    return {"runAsNonRoot": True, "runAsUser": user.uid, "runAsGroup": user.gid} if user else {}
 
 
 def volume(deployment: Deployment, placement: Placement) -> dict[str, Any]:
@@ -168,7 +173,7 @@ def volume(deployment: Deployment, placement: Placement) -> dict[str, Any]:
 
 def container(deployment: Deployment, placement: Placement, name: str) -> dict[str, Any]:
     return {
-        "name": "vllm" if deployment.engine.name == "vllm" else "server",
+        "name": deployment.engine.container,
         "image": image(deployment),
         "args": [_unexpanded(w) for w in container_words(deployment)] + _key_argument(deployment),
         "env": environment(deployment, name),
@@ -198,7 +203,7 @@ def probes(deployment: Deployment) -> dict[str, Any]:
 def security(deployment: Deployment) -> dict[str, Any]:
     """Of a container: nothing that a server needs not."""
     return {
-        **(NON_ROOT if non_root(deployment) else {}),
+        **non_root(deployment),
         "allowPrivilegeEscalation": False,
         "capabilities": {"drop": ["ALL"]},
         "seccompProfile": {"type": "RuntimeDefault"},
@@ -216,8 +221,8 @@ def _key_argument(deployment: Deployment) -> list[str]:
 
 def environment(deployment: Deployment, name: str) -> list[dict[str, Any]]:
     known = variables(deployment)
-    if non_root(deployment):
-        known["HOME"] = HOME
+    if user := image_user(deployment):
+        known["HOME"] = user.home
     values: list[dict[str, Any]] = [{"name": k, "value": v} for k, v in known.items()]
     if deployment.api_key_env:
         secret = {"name": f"{name}-key", "key": "api-key"}
@@ -229,7 +234,7 @@ def resources(deployment: Deployment, placement: Placement) -> dict[str, Any]:
     gpus = max(deployment.ranks // placement.nodes, 1)
     memory = _SERVER + _WORKER * gpus + -(-deployment.checkpoint_bytes // GIB)
     if deployment.platform == "cpu":  # weights and cache are in the machine's memory
-        memory += int(PLATFORMS["cpu"].environment["VLLM_CPU_KVCACHE_SPACE"])
+        memory += CPU_CACHE
     requests: dict[str, Any] = {"cpu": str(_CORES * gpus), "memory": f"{memory}Gi"}
     resource = PLATFORMS[deployment.platform].resource
     if resource is None:
@@ -242,8 +247,8 @@ def mounts(deployment: Deployment, placement: Placement) -> list[dict[str, Any]]
     if placement.claim is not None and placement.path:
         model["subPath"] = placement.path
     values = [model, {"name": "shm", "mountPath": "/dev/shm"}]
-    if non_root(deployment):  # what vLLM compiles survives a container that is started anew
-        values.append({"name": "cache", "mountPath": f"{HOME}/.cache"})
+    if user := image_user(deployment):  # what vLLM compiles survives a container that is started anew
+        values.append({"name": "cache", "mountPath": f"{user.home}/.cache"})
     return values
 
 

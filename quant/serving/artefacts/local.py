@@ -104,9 +104,7 @@ def compose(deployment: Deployment, placement: Placement) -> str:
 def _probe(deployment: Deployment) -> list[str]:
     """A command inside the container that fails while the server is not healthy, of what its image has."""
     url = f"http://127.0.0.1:{defaults.PORT}/health"
-    if deployment.engine.name == "llama.cpp":
-        return ["CMD", "curl", "-fsS", "-m", "5", url]
-    return ["CMD", "python3", "-c", f"import urllib.request; urllib.request.urlopen('{url}', timeout=5)"]
+    return ["CMD", *(word.format(url=url) for word in deployment.engine.probe)]
 
 
 def systemd(deployment: Deployment, placement: Placement) -> str:

@@ -13,6 +13,7 @@ from quant.serving.artefacts.base import (
     GRACE,
     MOUNTED,
     PLATFORMS,
+    SHARED_MEMORY,
     Placement,
     drain_words,
     head,
@@ -124,12 +125,12 @@ def kserve(deployment: Deployment, placement: Placement) -> str:
         "resources": kube.resources(deployment, placement),
         "startupProbe": {"failureThreshold": -(-start_seconds(deployment) // 10)},
     }
-    if kube.non_root(deployment):  # the template wants another user than root, and the image's is root
-        container["securityContext"] = dict(kube.NON_ROOT)
+    if user := kube.non_root(deployment):  # the template wants another than root, and the image's is root
+        container["securityContext"] = user
     template: dict[str, Any] = {
         "containers": [container],
         "terminationGracePeriodSeconds": GRACE,
-        "volumes": [{"name": "dshm", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}}],
+        "volumes": [{"name": "dshm", "emptyDir": {"medium": "Memory", "sizeLimit": SHARED_MEMORY}}],
         **kube.tolerations(deployment),
         **kube.node_rules(deployment),
     }
@@ -214,7 +215,7 @@ def production_stack(deployment: Deployment, placement: Placement) -> str:
     gpus = next(iter(resources.get("limits", {}).values()), 0)
     volumes = [kube.volume(deployment, placement)]
     mounts = [m for m in kube.mounts(deployment, placement) if m["name"] != "shm"]
-    if kube.non_root(deployment):
+    if kube.image_user(deployment):
         volumes.append({"name": "cache", "emptyDir": {}})
     environment = [e for e in kube.environment(deployment, name) if e["name"] != "VLLM_API_KEY"]
     model: dict[str, Any] = {
@@ -227,7 +228,7 @@ def production_stack(deployment: Deployment, placement: Placement) -> str:
         "requestMemory": resources["requests"]["memory"],
         "requestGPU": gpus,
         "vllmConfig": config,
-        "shmSize": "8Gi",
+        "shmSize": SHARED_MEMORY,
         "extraVolumes": volumes,
         "extraVolumeMounts": mounts,
         "env": environment,
