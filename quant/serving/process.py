@@ -22,7 +22,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -351,13 +351,11 @@ class Server:
         if self._process is None:
             return 0
         self._note_members()
-        total = 0
-        for process in [psutil.Process(self._process.pid), *self._members.values()] if self.alive else []:
-            try:
-                total += process.memory_info().rss
-            except psutil.NoSuchProcess:
-                pass
-        return total
+        members = self._members.values()
+        try:
+            return resident_bytes([psutil.Process(self._process.pid), *members]) if self.alive else 0
+        except psutil.NoSuchProcess:
+            return 0
 
     def stop(self) -> None:
         """Ends every process of the server: asked first, killed after a while. Does nothing when none is
@@ -520,6 +518,18 @@ class Server:
             if match := re.search(r"KV cache size: ([\d,]+) tokens", line):
                 return int(match[1].replace(",", ""))
         return None
+
+
+def resident_bytes(processes: Iterable[psutil.Process]) -> int:
+    """Memory of some processes together, of those that are still there; pages that they share count in
+    each."""
+    total = 0
+    for process in processes:
+        try:
+            total += process.memory_info().rss
+        except psutil.NoSuchProcess:
+            pass
+    return total
 
 
 @contextmanager

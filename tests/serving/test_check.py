@@ -4,13 +4,16 @@ each; the real server's run is in tests/vllm."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from deploy_vllm import main
@@ -20,6 +23,7 @@ from quant.serving.check.profile import parse_duration, profile_names, read_prof
 from quant.serving.check.run import CheckRequest, check_endpoint
 from quant.serving.check.value import CheckReport
 from quant.serving.client import Endpoint, EndpointError
+from quant.serving.foreign import ForeignServer
 from tests.helpers import ROOT, change_config, copy_model
 from tests.serving.endpoint import FakeEndpoint, endpoint
 from tests.serving.engine import TEMPLATE, Engine
@@ -279,6 +283,36 @@ def test_anothers_server_is_ended_where_its_process_is_named(grace: int, status:
     assert by_name["starts again"].status == "SKIP" and "--pid" in by_name["starts again"].detail
     with pytest.raises(UsageError, match="no such process"):
         check_endpoint(Endpoint(url), request)
+
+
+@contextmanager
+def _sleeping() -> Iterator[psutil.Process]:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        try:
+            yield psutil.Process(process.pid)
+        finally:
+            process.kill()
+
+
+def test_a_process_that_was_given_the_servers_number_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with _sleeping() as process:
+        # as it was told when the address was looked at: of an earlier start than the one that has it now
+        monkeypatch.setattr(process, "_ident", (process.pid, process.create_time() - 9))
+        server = ForeignServer(process)
+        server.ask_to_end()
+        assert not server.alive and server.resident_bytes == 0
+        assert psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE
+        with pytest.raises(psutil.TimeoutExpired):
+            psutil.Process(process.pid).wait(0.3)
+
+
+def test_a_child_that_ends_while_it_is_looked_at_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    with _sleeping() as gone:
+        pass
+    with endpoint() as fake:
+        monkeypatch.setattr(psutil.Process, "children", lambda self, recursive: [gone])
+        server = ForeignServer.that_serves(os.getpid(), fake.url)
+    assert server.resident_bytes == pytest.approx(server.process.memory_info().rss, rel=0.2)
 
 
 def test_a_slope_is_told_from_noise() -> None:

@@ -92,12 +92,13 @@ def check_endpoint(endpoint: Endpoint, request: CheckRequest, *, progress: Progr
         UsageError: see :meth:`CheckRequest.prepare`.
     """
     request.prepare()
+    foreign = None
     if request.pid is not None:
         if not endpoint.local:
             raise UsageError(f"--pid is {request.pid}: --url {endpoint.url} is another machine's")
-        ForeignServer(request.pid).demand_serves(endpoint.url)
+        foreign = ForeignServer.that_serves(request.pid, endpoint.url)
     lines = first_lines(request.log) if request.log is not None else []
-    return asyncio.run(_check(endpoint, request, progress, start_of_log=lines))
+    return asyncio.run(_check(endpoint, request, progress, start_of_log=lines, foreign=foreign))
 
 
 def check_checkpoint(
@@ -146,6 +147,7 @@ async def _check(
     server: Server | None = None,
     started: float = defaults.START_TIMEOUT,
     facts: dict[str, Any] | None = None,
+    foreign: ForeignServer | None = None,
 ) -> CheckReport:
     begun = time.monotonic()
     profile = request.profile
@@ -154,7 +156,7 @@ async def _check(
         context = Context(
             endpoint, client, profile, None, request.checkpoint, server, started, request.log, start_of_log,
             gateway, request.probes, request.soak, request.gpu,
-            None if request.pid is None else ForeignServer(request.pid), progress, dict(facts or {}),
+            foreign, progress, dict(facts or {}),
         )  # fmt: skip
         progress(Event("asking for the model", detail=endpoint.url))
         refusal = await _reach(context)
