@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
-from quant.errors import CheckpointError, first_line
+from quant.errors import CheckpointError, clipped, first_line
 from quant.offline import transformers
 from quant.speculation.proposers import Model
-from quant.vllm.config import block_count, drafting_blocks, model_types, without_quantization
+from quant.vllm.config import block_count, drafting_blocks, model_types, whole_number, without_quantization
 from quant.vllm.speculation import AROUND, HEADS, NAMES, eagle3_config, eagle3_places
 
 
@@ -248,37 +248,23 @@ def eagle3(target: Model, path: Path) -> Head:
     config = eagle3_config(checkpoint.config)
     if reason := _other_kind(config):
         raise Unmeasured(f"{reason}; llama's blocks behind one fc are computed here")
-    package, dtype, size = transformers(), target.model.dtype, int(config["hidden_size"])
-    stated = config.get("eagle_aux_hidden_state_layer_ids")
-    places = tuple(sorted(set(stated or eagle3_places(target.blocks))))
-    if max(places) > target.blocks:
-        raise _another(path, target, f"it reads the state before block {max(places)} of {target.blocks}")
-    body = package.AutoModel.from_config(
-        package.AutoConfig.for_model(**{**config, "vocab_size": 1, "pad_token_id": None}), dtype=dtype
-    )
+    size, dtype = _demand_sizes(config, path), target.model.dtype
+    places = _places(config, path, target)
+    names = {n.removeprefix("model.").replace("midlayer.", "layers.0."): n for n in checkpoint.tensors}
+    _demand_tensors({n: checkpoint.info(named).shape for n, named in names.items()}, path)
+    _demand_shapes({n: checkpoint.info(named).shape for n, named in names.items()}, config, path, target)
+    tensors = {n: checkpoint.read(named) for n, named in names.items()}
+    body = _decoder(config, path, dtype)
     body.layers[0] = _First(body.layers[0], size, bool(config.get("norm_before_residual")))
-    tensors = {
-        name.removeprefix("model.").replace("midlayer.", "layers.0."): checkpoint.read(name)
-        for name in checkpoint.tensors
-    }
-    _fill(body, {n: t for n, t in tensors.items() if n.startswith(("layers.", "norm."))}, path)
+    _fill(body, {n: t for n, t in tensors.items() if n.startswith(_BLOCKS)}, path)
     norm, body.norm = body.norm, torch.nn.Identity()
     body.to(target.device, dtype).eval()
     norm.to(target.device, dtype)
-    fc = _linear(tensors, "fc.weight", path, target)
-    width = len(places) * target.model.config.get_text_config().hidden_size
-    if fc.in_features != width:
-        raise _another(
-            path, target, f"fc.weight takes {fc.in_features} numbers, {len(places)} states have {width}"
-        )
-    head, offsets = _eagle_head(tensors, path, target, config)
+    fc = _linear(tensors["fc.weight"], target)
+    head, offsets = _eagle_head(tensors, path, target)
     embed = target.model.get_input_embeddings()
     if "embed_tokens.weight" in tensors:
         own = tensors["embed_tokens.weight"]
-        if len(own) < target.vocabulary:
-            raise _another(
-                path, target, f"embed_tokens.weight has {len(own)} tokens, the target {target.vocabulary}"
-            )
         embed = torch.nn.Embedding.from_pretrained(own.to(target.device, dtype))
 
     def join(embeds: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
@@ -307,8 +293,126 @@ def _other_kind(config: Mapping[str, Any]) -> str:
     return "a draft that reads one state" if own.get("use_aux_hidden_state") is False else ""
 
 
+#: How the names of an EAGLE-3 draft's tensors begin that its blocks and last norm have, and the others.
+_BLOCKS = ("layers.", "norm.")
+_BESIDE = ("fc.weight", "lm_head.weight", "embed_tokens.weight", "d2t", "t2d", "mask_hidden")
+
+
+def _demand_sizes(config: Mapping[str, Any], path: Path) -> int:
+    """
+    Returns:
+        the width of the draft's states.
+
+    Raises:
+        CheckpointError: its config.json does not state how large it is.
+    """
+    for key in ("hidden_size", "num_hidden_layers", "vocab_size"):
+        if whole_number(config.get(key)) is None:
+            said = f"is {clipped(config[key])}" if key in config else "is missing"
+            raise CheckpointError(
+                f"{path}: {key} of its config.json {said}, a draft has a whole number of at least 1 there: "
+                "download the draft again, or leave --draft out"
+            )
+    return int(config["hidden_size"])
+
+
+def _places(config: Mapping[str, Any], path: Path, target: Model) -> tuple[int, ...]:
+    """Before which of the target's blocks its states are read, in order; ``blocks``: before its last norm.
+
+    Raises:
+        CheckpointError: there is no such block.
+    """
+    key, blocks = "eagle_aux_hidden_state_layer_ids", target.blocks
+    stated = config.get(key)
+    places = stated or eagle3_places(blocks)
+    whole = isinstance(places, (list, tuple)) and all(type(place) is int for place in places)
+    if not whole:
+        raise CheckpointError(
+            f"{path}: {key} of its config.json is {clipped(stated)}: a list of whole numbers from 0 to "
+            f"the target's {blocks} blocks is needed: download the draft again, or leave --draft out"
+        )
+    if beyond := [place for place in places if not 0 <= place <= blocks]:
+        says = (
+            f"{key} has {beyond[0]}" if stated else f"its config.json has no {key}, which makes {beyond[0]}"
+        )
+        raise _another(path, target, f"{says}: it reads the state before block {beyond[0]} of {blocks}")
+    return tuple(sorted(set(places)))
+
+
+def _demand_tensors(names: Iterable[str], path: Path) -> None:
+    """
+    Raises:
+        CheckpointError: one that would be left out, or is missing.
+    """
+    names = set(names)
+    if others := sorted(n for n in names if not n.startswith(_BLOCKS) and n not in _BESIDE):
+        raise CheckpointError(
+            f"{path}: {others[0]} has no place in an EAGLE-3 draft, which has layers, norm, "
+            f"{', '.join(_BESIDE)}: leave --draft out, or export the draft without it"
+        )
+    if "fc.weight" not in names:
+        raise CheckpointError(
+            f"{path}: fc.weight is missing, which an EAGLE-3 draft has: download the draft again, or leave "
+            "--draft out"
+        )
+
+
+def _demand_shapes(
+    shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], path: Path, target: Model
+) -> None:
+    """What stands between the target and the draft's blocks: each side of it must fit.
+
+    Raises:
+        CheckpointError: one does not.
+    """
+    size, width = int(config["hidden_size"]), int(target.model.config.get_text_config().hidden_size)
+    count, rows = len(_places(config, path, target)), config.get("draft_vocab_size") or config["vocab_size"]
+    for name in ("lm_head.weight", "embed_tokens.weight"):
+        if name not in shapes and size != width:
+            raise _another(
+                path, target,
+                f"it has no {name} and takes the target's, of {width} numbers a token, but its hidden_size "
+                f"is {size}",
+            )  # fmt: skip
+    wanted = {
+        "fc.weight": ((size, count * width), f"{count} states of {width} numbers to one of {size}"),
+        "lm_head.weight": ((rows, size), f"a state of {size} numbers to {rows} tokens"),
+    }
+    if len(own := shapes.get("embed_tokens.weight", ())) == 2 and own[0] >= target.vocabulary:
+        wanted["embed_tokens.weight"] = ((own[0], size), f"{size} numbers for each token")
+    else:
+        said = f"{size} numbers for each of the target's {target.vocabulary} tokens"
+        wanted["embed_tokens.weight"] = ((target.vocabulary, size), said)
+    for name, (shape, what) in wanted.items():
+        if name in shapes and tuple(shapes[name]) != shape:
+            raise _another(
+                path, target, f"{name} is {list(shapes[name])}, and {what} makes {list(shape)}"
+            )  # fmt: skip
+
+
+def _decoder(config: Mapping[str, Any], path: Path, dtype: torch.dtype) -> Any:
+    """transformers' decoder of a draft's blocks, without an embedding.
+
+    Raises:
+        CheckpointError: there is none of that config.json.
+    """
+    package = transformers()
+    try:
+        return package.AutoModel.from_config(
+            package.AutoConfig.for_model(**{**config, "vocab_size": 1, "pad_token_id": None}), dtype=dtype
+        )
+    except Exception as error:  # transformers raises many kinds
+        raise CheckpointError(
+            f"{path}: transformers builds no blocks of its config.json ({first_line(error)}): "
+            "download the draft again, or leave --draft out"
+        ) from error
+
+
 def _another(path: Path, target: Model, reason: str) -> CheckpointError:
-    return CheckpointError(f"{path}: {reason}: it was made for another model than {target.path}")
+    return CheckpointError(
+        f"{path}: {reason}: it was made for another model than {target.path}: name the draft that was "
+        "trained for it, or leave --draft out"
+    )
 
 
 def _fill(body: Any, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -323,25 +427,27 @@ def _fill(body: Any, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         raise CheckpointError(f"{path}: a draft of its config.json {kind} {wrong[0]}")
 
 
-def _linear(tensors: Mapping[str, torch.Tensor], name: str, path: Path, target: Model) -> torch.nn.Linear:
-    if name not in tensors:
-        raise CheckpointError(f"{path}: {name} is missing, which an EAGLE-3 draft has")
-    weight = tensors[name].to(target.device, target.model.dtype)
+def _linear(weight: torch.Tensor, target: Model) -> torch.nn.Linear:
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = torch.nn.Parameter(weight)
+    linear.weight = torch.nn.Parameter(weight.to(target.device, target.model.dtype))
     return linear
 
 
 def _eagle_head(
-    tensors: Mapping[str, torch.Tensor], path: Path, target: Model, config: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor], path: Path, target: Model
 ) -> tuple[Any, torch.Tensor | None]:
     """What makes logits, and what is added to the ids of a smaller vocabulary."""
     if "lm_head.weight" not in tensors:
         return target.model.get_output_embeddings(), None
-    head, offsets = _linear(tensors, "lm_head.weight", path, target), tensors.get("d2t")
-    if offsets is None:
-        offsets = torch.zeros(head.out_features, dtype=torch.int64)
-    ids = torch.arange(head.out_features) + offsets if len(offsets) == head.out_features else offsets - 1
-    if len(offsets) != head.out_features or int(ids.min()) < 0 or int(ids.max()) >= target.vocabulary:
+    head = _linear(tensors["lm_head.weight"], target)
+    rows = head.out_features
+    offsets = tensors.get("d2t", torch.zeros(rows, dtype=torch.int64))
+    if offsets.shape != (rows,) or offsets.is_floating_point():
+        raise CheckpointError(
+            f"{path}: d2t is {list(offsets.shape)} of {offsets.dtype}, and its lm_head.weight of {rows} "
+            f"tokens needs {rows} whole numbers: download the draft again, or leave --draft out"
+        )
+    ids = torch.arange(rows) + offsets
+    if int(ids.min()) < 0 or int(ids.max()) >= target.vocabulary:
         raise _another(path, target, f"d2t names tokens beyond the {target.vocabulary} of the target")
     return head, offsets

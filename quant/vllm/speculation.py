@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from quant.errors import UsageError, clipped
+from quant.errors import CheckpointError, UsageError, clipped
 from quant.vllm.config import block_count, drafting_blocks
 
 if TYPE_CHECKING:
@@ -60,7 +60,17 @@ def draft_method(config: Mapping[str, Any]) -> str:
 
 def eagle3_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of an EAGLE-3 draft in one form: as its authors write it, or as the speculators library
-    does, whose blocks are described apart (vLLM's ``transformers_utils/configs/speculators/algos.py``)."""
+    does, whose blocks are described apart (vLLM's ``transformers_utils/configs/speculators/algos.py``).
+
+    Raises:
+        CheckpointError: a part of it is no object.
+    """
+    for key in ("eagle_config", "transformer_layer_config"):
+        if not isinstance(config.get(key) or {}, Mapping):
+            raise CheckpointError(
+                f"{key} of the draft's config.json is {clipped(config[key])}: an object is needed: "
+                "download the draft again, or leave --draft out"
+            )
     kind = config.get("speculators_model_type")
     if not kind:
         own = {"eagle_aux_hidden_state_layer_ids": None} | (config.get("eagle_config") or {})

@@ -132,6 +132,11 @@ def test_what_is_computed_elsewhere_is_said_to_be_unmeasured(fp32: dict[str, Pat
         native_head(Model(TINY, CPU, tmp_path), tmp_path)
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model(TINY, CPU, tmp_path_factory.mktemp("tiny"))
+
+
 def _damaged(path: Path, to: Path, change: Any) -> Path:
     copied = copy_model(path, to)
     tensors = load_file(copied / "model.safetensors")
@@ -149,14 +154,62 @@ def _damaged(path: Path, to: Path, change: Any) -> Path:
         (lambda t: t.update(d2t=t["d2t"] + 4096), "beyond the 4096"),
         (lambda t: t.update({"fc.weight": torch.zeros(256, 512)}), "made for another model"),
         (lambda t: t.update({"norm.weight": torch.ones(8)}), "not as its config.json says"),
+        (lambda t: t.update({"fc.weight": torch.zeros(768)}), r"fc.weight is \[768\].*makes \[256, 768\]"),
+        (lambda t: t.update({"fc.weight": torch.zeros(128, 768)}), r"fc.weight is \[128, 768\]"),
+        (lambda t: t.update({"fc.bias": torch.zeros(256)}), "fc.bias has no place"),
+        (lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:, :64].clone()}), "lm_head.weight is"),
+        (lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:64].clone()}), "lm_head.weight is"),
+        (lambda t: t.update({"embed_tokens.weight": torch.zeros(4096, 64)}), r"makes \[4096, 256\]"),
+        (lambda t: t.update({"embed_tokens.weight": torch.zeros(64, 256)}), r"makes \[4096, 256\]"),
+        (lambda t: t.update({"embed_tokens.weight": torch.zeros(4096)}), r"makes \[4096, 256\]"),
+        (lambda t: t.update(d2t=t["d2t"][:9].clone()), r"d2t is \[9\]"),
+        (lambda t: t.update(d2t=t["d2t"].float()), "whole numbers"),
     ],
 )
 def test_a_draft_that_is_damaged_or_anothers_is_refused(
-    change: Any, words: str, fp32: dict[str, Path], tmp_path: Path
+    change: Any, words: str, tiny: Model, fp32: dict[str, Path], tmp_path: Path
 ) -> None:
-    target = Model(TINY, CPU, tmp_path)
     with pytest.raises(CheckpointError, match=words):
-        eagle3(target, _damaged(fp32["eagle3"], tmp_path / "d", change))
+        eagle3(tiny, _damaged(fp32["eagle3"], tmp_path / "d", change))
+
+
+@pytest.mark.parametrize(
+    ("stated", "words"),
+    [
+        ({"hidden_size": None}, "hidden_size of its config.json is None"),
+        ({"hidden_size": "256"}, "hidden_size of its config.json is '256'"),
+        ({"hidden_size": 128}, "the target's, of 256 numbers a token, but its hidden_size is 128"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers of its config.json is 0"),
+        ({"vocab_size": None}, "vocab_size of its config.json is None"),
+        ({"draft_vocab_size": 17}, r"lm_head.weight is .* makes \[17, 256\]"),
+        ({"num_attention_heads": 0}, "no blocks of its config.json"),
+        ({"hidden_act": "no such"}, "no blocks of its config.json"),
+        ({"eagle_config": 5}, "eagle_config of the draft's config.json is 5"),
+        ({"eagle_aux_hidden_state_layer_ids": ["1", "2", "4"]}, r"is \['1', '2', '4'\]: a list of whole"),
+        ({"eagle_aux_hidden_state_layer_ids": 3}, "is 3: a list of whole"),
+        ({"eagle_aux_hidden_state_layer_ids": [True, 2, 4]}, "a list of whole"),
+        ({"eagle_aux_hidden_state_layer_ids": [-1, 2, 4]}, "before block -1 of 4"),
+        ({"eagle_aux_hidden_state_layer_ids": [1, 2, 5]}, "before block 5 of 4"),
+    ],
+)
+def test_a_draft_whose_config_cannot_be_is_refused(
+    stated: dict[str, Any], words: str, tiny: Model, fp32: dict[str, Path], tmp_path: Path
+) -> None:
+    draft = copy_model(fp32["eagle3"], tmp_path / "d")
+    change_config(draft, **stated)
+    with pytest.raises(CheckpointError, match=words) as refused:
+        eagle3(tiny, draft)
+    assert "leave --draft out" in str(refused.value)
+
+
+def test_a_refused_draft_ends_the_command_with_its_reason(
+    fp32: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draft = copy_model(fp32["eagle3"], tmp_path / "d")
+    change_config(draft, vocab_size=...)
+    with pytest.raises(SystemExit) as stop:
+        deploy_vllm.main(["speculate", str(TINY), "--draft", str(draft), "--proposer", "eagle3"])
+    assert stop.value.code == 1 and "vocab_size of its config.json is missing" in capsys.readouterr().err
 
 
 def test_kinds_of_drafts_are_told_by_their_configs() -> None:
