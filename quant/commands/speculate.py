@@ -11,6 +11,7 @@ from quant.commands import options
 from quant.commands.terminal import Output, common_options
 from quant.commands.types import MODEL, PATH
 from quant.errors import UsageError, VerificationFailed
+from quant.vllm.speculation import PROPOSERS
 
 
 @click.command()
@@ -23,7 +24,7 @@ from quant.errors import UsageError, VerificationFailed
 @click.option(
     "--proposer",
     "method",
-    type=click.Choice(["ngram", "draft_model", "eagle3", "mtp"]),
+    type=click.Choice(list(PROPOSERS)),
     show_default="what gains most, if any",
     help="Take this one.",
 )

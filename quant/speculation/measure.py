@@ -141,23 +141,28 @@ class Latencies:
     source: str
 
 
-def measured_latencies(target: Model, proposals: Mapping[int, Sequence[float]] | None) -> Latencies:
+def measured_latencies(target: Model, proposals: Mapping[int, Sequence[float]]) -> Latencies:
     """From the passes that were made here, by the number of tokens; medians, so that the first is no
-    outlier.
+    outlier. Of the target those over at most 32 tokens count, of a proposer those over at most 4.
 
     Args:
-        proposals: seconds of the passes that proposed, by tokens read; None: proposing takes no time.
+        proposals: seconds of the passes that proposed, by tokens read; empty: proposing takes no time.
     """
-    known = {n: statistics.median(times) for n, times in target.seconds.items() if n <= 32}
+    known = {n: statistics.median(times) for n, times in _short(target.seconds, 32).items()}
 
     def seconds(tokens: int) -> float:
         nearest = min(known, key=lambda n: abs(n - tokens))
         return known[nearest]
 
     proposal = 0.0
-    if proposals is not None:
-        proposal = statistics.median(x for n, times in proposals.items() if n <= 4 for x in times)
+    if proposals:
+        proposal = statistics.median(x for times in _short(proposals, 4).values() for x in times)
     return Latencies(seconds, proposal, "passes measured here, one sequence")
+
+
+def _short(passes: Mapping[int, Sequence[float]], most: int) -> dict[int, Sequence[float]]:
+    """Those over at most so many tokens; where all had more, those that had the fewest."""
+    return {n: times for n, times in passes.items() if n <= max(most, min(passes))}
 
 
 def table(acceptance: Acceptance, latencies: Latencies, most: int) -> list[dict[str, float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -144,6 +144,11 @@ class Model:
 class Proposer(Protocol):
     """Guesses what comes next."""
 
+    @property
+    def seconds(self) -> Mapping[int, Sequence[float]]:
+        """What its passes through a network took, by tokens read; empty without a network."""
+        ...
+
     def propose(self, tokens: list[int], k: int) -> tuple[list[int], torch.Tensor | None]:
         """At most k tokens, and the probabilities [k, V] that they were drawn with (None: without chance)."""
         ...
@@ -156,6 +161,10 @@ class NGram:
 
     longest: int = 5
     shortest: int = 2
+
+    @property
+    def seconds(self) -> dict[int, list[float]]:
+        return {}
 
     def propose(self, tokens: list[int], k: int) -> tuple[list[int], None]:
         for n in range(min(self.longest, len(tokens) - 1), self.shortest - 1, -1):
@@ -173,6 +182,10 @@ class Draft:
     model: Model
     #: tokens of the target's head; a draft's own may be padded to more
     vocabulary: int
+
+    @property
+    def seconds(self) -> dict[int, list[float]]:
+        return self.model.seconds
 
     def propose(self, tokens: list[int], k: int) -> tuple[list[int], None]:
         proposed: list[int] = []

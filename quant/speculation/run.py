@@ -35,10 +35,8 @@ from quant.speculation.measure import (
 from quant.speculation.proposers import Draft, Model, NGram, Proposer, check_pair
 from quant.speculation.sampling import Sampling
 from quant.vllm.config import context_length, without_quantization
-from quant.vllm.speculation import draft_method, eagle3_config, head_bytes, native_heads
+from quant.vllm.speculation import PROPOSERS, draft_method, eagle3_config, head_bytes, native_heads
 
-#: vLLM's name of a proposer that is computed here → what it is called.
-PROPOSERS = {"ngram": "ngram", "draft_model": "draft model", "eagle3": "EAGLE-3", "mtp": "mtp"}
 #: Those that need no draft.
 _WITHOUT_DRAFT = ("ngram", "mtp", "suffix")
 #: Gain below which speculation is not worth its memory and its risk under load.
@@ -52,7 +50,8 @@ class SpeculationRequest:
     Attributes:
         draft: a smaller checkpoint of the same tokenizer, or one that was trained to draft for the target
             (EAGLE-3 and others), which its config tells.
-        method: one of :data:`PROPOSERS` to take that one whatever it gains; None: what gains most.
+        method: one of :data:`quant.vllm.speculation.PROPOSERS` to take that one whatever it gains; None: what
+            gains most.
         most: the largest number of proposals that is tried.
         ngram: longest and shortest n-gram.
         text: file that prompts are cut from; None: the bundled one.
@@ -261,8 +260,7 @@ def _candidate(
         return Candidate(name, config, None, note=note)
     found = _measured(name, target, proposer, request, prompts, progress)
     small = _drafting_spec(method, target.path, request.draft)
-    seconds = {"draft_model": getattr(proposer, "model", None)}.get(method, proposer)
-    rows = table(found, _latencies(small, target, getattr(seconds, "seconds", None), request), request.most)
+    rows = table(found, _latencies(small, target, proposer.seconds, request), request.most)
     config["num_speculative_tokens"] = int(max(rows, key=lambda r: r["speed_up"])["k"])
     memory = None
     if request.gpu is not None and small is not None:
@@ -289,7 +287,7 @@ def _drafting_spec(method: str, path: Path, draft: Path | None) -> ModelSpec | N
 def _latencies(
     small: ModelSpec | None,
     target: Model,
-    proposals: Mapping[int, list[float]] | None,
+    proposals: Mapping[int, Sequence[float]],
     request: SpeculationRequest,
 ) -> Latencies:
     if request.gpu is None:

@@ -13,6 +13,8 @@ from quant.vllm.config import block_count, drafting_blocks
 if TYPE_CHECKING:
     from quant.checkpoint.reader import Checkpoint
 
+#: vLLM's name of a proposer that is computed here → what it is called.
+PROPOSERS = {"ngram": "ngram", "draft_model": "draft model", "eagle3": "EAGLE-3", "mtp": "mtp"}
 #: Flag of releases before 0.8 → key of the object that has replaced them all.
 _OLD = {
     "--speculative-model": "model",

@@ -244,6 +244,18 @@ def test_heads_and_drafts_are_measured_chosen_and_charged(fp32: dict[str, Path],
     assert "arctic-inference" in by_name["suffix"]["note"] and by_name["suffix"]["acceptance"] is None
 
 
+@pytest.mark.parametrize(("most", "new"), [(1, 2), (32, 3)])
+def test_the_shortest_passes_are_taken_where_all_are_long(
+    most: int, new: int, fp32: dict[str, Path], tmp_path: Path
+) -> None:
+    """A single proposal has read the whole prompt; a target that judges 32 never reads fewer than 33."""
+    few = SpeculationRequest(
+        draft=fp32["eagle3"], method="eagle3", prompts=1, prompt_tokens=64, new_tokens=new, most=most
+    )
+    (found,) = speculate(fp32["target"], few)["candidates"]
+    assert len(found["rows"]) == most and all(0 < row["speed_up"] < 99 for row in found["rows"])
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -12,7 +12,7 @@ import torch
 import deploy_vllm
 from quant.errors import UsageError
 from quant.serving.deployment import DeploymentRequest, plan
-from quant.speculation.measure import Acceptance, by_length, generate
+from quant.speculation.measure import Acceptance, by_length, generate, measured_latencies
 from quant.speculation.proposers import Draft, Model, NGram
 from quant.speculation.sampling import Sampling, draw, expected_tokens, judge, speed_up
 from quant.vllm.speculation import translated
@@ -122,6 +122,16 @@ def test_a_model_as_its_own_draft_is_always_right_whatever_is_cut_back(tmp_path:
     target.reset()
     made, found = generate(target, never, prompt, 12, 3, Sampling(), generator)
     assert made == plain[6:] and found.accepted == 0 and found.steps == 12
+
+
+def test_only_proposers_with_a_network_take_time(tmp_path: Path) -> None:
+    model = Model(TINY, torch.device("cpu"), tmp_path)
+    draft = Draft(model, model.vocabulary)
+    assert draft.propose([5, 6, 7], 2)[0] and set(draft.seconds) == {1, 3} and draft.seconds == model.seconds
+    model.seconds = {1: [2.0, 4.0, 3.0], 3: [3.0], 90: [900.0]}
+    assert measured_latencies(model, draft.seconds).proposal == 3.0
+    assert measured_latencies(model, NGram().seconds).proposal == 0.0
+    assert measured_latencies(model, {90: [900.0], 99: [999.0]}).proposal == 900.0
 
 
 def test_old_names_become_todays_with_a_note(tmp_path: Path) -> None:
