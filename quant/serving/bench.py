@@ -21,7 +21,7 @@ from quant.report.bench_page import bench_page
 from quant.report.files import load_evaluation
 from quant.serving.client import KINDS, Endpoint, EndpointError, Prompt, ask, resolve
 from quant.serving.load import Level, Run, run_level
-from quant.serving.measures import FORMULAS, knee
+from quant.serving.measures import FORMULAS, knee, mostly_whole
 from quant.serving.prompts import PromptRequest, make_prompts
 from quant.serving.server_metrics import observed
 
@@ -167,7 +167,7 @@ async def _bench(
             f"this client was the bottleneck at {', '.join(slow)}: its own loop was late or its core busy: "
             "those latencies are upper bounds; load from a faster machine, or several"
         )
-    if any(x["came_whole"] > x["completed"] / 2 for x in results):
+    if any(mostly_whole(x["came_whole"], x["completed"]) for x in results):
         notes.append(
             "answers came whole: something between here and the engine holds the stream back (a proxy's "
             "buffer): TTFT and TPOT are not the engine's, and its users see no first token sooner"

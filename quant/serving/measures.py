@@ -179,7 +179,7 @@ class Summary:
     def held_back(self) -> bool:
         """Whether most answers came whole: something on the way holds the stream back, and no time within an
         answer is the server's."""
-        return sum(t.whole for t in self.good) > len(self.good) / 2
+        return mostly_whole(sum(t.whole for t in self.good), len(self.good))
 
     @property
     def errors(self) -> dict[str, int]:
@@ -243,6 +243,15 @@ class Summary:
         for name, values in self.distributions().items():
             value |= values.to_dict(name)
         return value
+
+
+def mostly_whole(whole: int, completed: int) -> bool:
+    """Whether more than half of some answers came whole.
+
+    >>> mostly_whole(6, 12), mostly_whole(7, 12), mostly_whole(0, 0)
+    (False, True, False)
+    """
+    return whole > completed / 2
 
 
 def peaks(traces: Sequence[Trace]) -> tuple[float, int]:
