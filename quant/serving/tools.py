@@ -201,16 +201,18 @@ def _aiperf_result(job: Job) -> dict[str, Any]:
             **{f"p{p}_{name}_ms": part[f"p{p}"] for p in PERCENTILES},
         }
 
-    def total(key: str) -> float:
-        return float((found.get(key) or {}).get("avg") or 0)
+    def total(key: str) -> int | None:
+        value = (found.get(key) or {}).get("avg")
+        return None if value is None else int(value)
 
-    failed, done = int(total("error_request_count")), int(found["request_count"]["avg"])
+    # without an error there is no count of them; without the endpoint's usage no count of tokens is known
+    failed, done = total("error_request_count") or 0, int(found["request_count"]["avg"])
     return {
         "duration": (found.get("benchmark_duration") or {}).get("avg"),
         "num_prompts": done + failed,
         "completed": done,
-        "total_input_tokens": int(total("total_usage_prompt_tokens")),
-        "total_output_tokens": int(total("total_usage_completion_tokens")),
+        "total_input_tokens": total("total_usage_prompt_tokens"),
+        "total_output_tokens": total("total_usage_completion_tokens"),
         "failed": failed,
         "errors": {"failed": failed} if failed else {},
         "request_throughput": found["request_throughput"]["avg"],
@@ -285,12 +287,29 @@ def _resolved(endpoint: Endpoint) -> tuple[Endpoint, str]:
     return asyncio.run(ask())
 
 
+def _environment(tool: str, job: Job) -> dict[str, str]:
+    """This process's, in which no hub is asked, but by aiperf with a tokenizer on this machine, which offline
+    looks for a folder in the hub's cache alone.
+
+    Raises:
+        UsageError: the caller has forbidden what aiperf needs.
+    """
+    own = os.environ.get("HF_HUB_OFFLINE")
+    if tool != "aiperf" or not Path(job.tokenizer).is_dir():
+        return {"HF_HUB_OFFLINE": "1", **os.environ}
+    if own is not None and own.strip().upper() in ("1", "ON", "YES", "TRUE"):  # as the hub's package reads it
+        raise UsageError(
+            f"--tool is aiperf, and HF_HUB_OFFLINE is {own!r}: with it, aiperf finds no tokenizer in a "
+            f"folder ({job.tokenizer}): unset HF_HUB_OFFLINE for this command, or take --tool "
+            "vllm or guidellm"
+        )
+    return {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+
+
 def _one(tool: str, python: str, job: Job) -> dict[str, Any]:
     command, read = TOOLS[tool]
     words = [python, *command(job)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
-    if tool == "aiperf" and Path(job.tokenizer).is_dir():
-        environment.pop("HF_HUB_OFFLINE")  # with it, aiperf looks for a folder in the hub's cache alone
+    environment = _environment(tool, job)
     if Path(python).absolute() != Path(sys.executable).absolute():
         environment.pop("PYTHONPATH", None)
     if job.endpoint.api_key:

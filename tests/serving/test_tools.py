@@ -4,16 +4,21 @@ requests and texts left out."""
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from quant.commands.render.bench import bench as draw_bench
 from quant.errors import QuantError, UsageError
-from quant.serving.bench import BenchRequest, bench_endpoint
+from quant.report.bench_page import bench_page
+from quant.serving.bench import BenchRequest, as_csv, bench_endpoint, result_of
 from quant.serving.client import Endpoint
 from quant.serving.load import Level
 from quant.serving.measures import Lengths
@@ -52,6 +57,52 @@ def test_figures_of_real_results_are_those_that_our_own_client_has(
     for key in ("median_ttft_ms", "mean_ttft_ms", "median_tpot_ms", "median_e2el_ms", "output_throughput"):
         assert 0.9 < theirs[key] / ours[key] < 1.1, (key, theirs[key], ours[key])
     assert {k for k in ours if k.endswith("_ms") and isinstance(ours[k], float)} <= set(theirs)
+
+
+def _without_tokens(path: Path) -> Path:
+    """aiperf's result of an endpoint that does not count tokens."""
+    found = json.loads((KEPT / "aiperf-0.13.0.json").read_text())
+    for key in ("total_usage_prompt_tokens", "total_usage_completion_tokens"):
+        del found[key]
+    path.write_text(json.dumps(found))
+    return path
+
+
+def test_tokens_that_aiperf_was_not_told_are_unknown(tmp_path: Path) -> None:
+    _without_tokens(tmp_path / "profile_export_aiperf.json")
+    value = TOOLS["aiperf"][1](_job(tmp_path))
+    assert value["total_input_tokens"] is None and value["total_output_tokens"] is None
+    assert value["failed"] == 0 and value["completed"] == 12
+
+
+@pytest.mark.parametrize(("set_to", "seen"), [("1", None), ("true", None), ("0", ""), (None, "")])
+def test_aiperf_asks_the_hub_only_where_that_is_not_forbidden(
+    set_to: str | None, seen: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its result is written where tokens are unknown."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    if set_to is not None:
+        monkeypatch.setenv("HF_HUB_OFFLINE", set_to)
+    monkeypatch.setattr("quant.serving.tools._resolved", lambda at: (replace(at, model="m"), str(tmp_path)))
+    request = BenchRequest(REQUEST.prompts, (Level(concurrency=2),), 12, 1)
+    result_file = _without_tokens(tmp_path / "found.json")
+    python = _script(
+        tmp_path,
+        f"""echo "$HF_HUB_OFFLINE" > {tmp_path}/seen
+        while [ "$1" != --artifact-dir ]; do shift; done
+        cp {result_file} "$2/profile_export_aiperf.json" """,
+    )
+    if seen is None:
+        with pytest.raises(UsageError, match="unset HF_HUB_OFFLINE for this command"):
+            run_tool("aiperf", python, Endpoint("http://127.0.0.1:9"), request)
+        assert not (tmp_path / "seen").exists()
+        return
+    result = result_of([run_tool("aiperf", python, Endpoint("http://127.0.0.1:9"), request)], request)
+    assert (tmp_path / "seen").read_text().strip() == seen
+    level = result["targets"][0]["levels"][0]
+    assert level["total_input_tokens"] is None and level["completed"] == 12
+    draw_bench(Console(file=io.StringIO()), result)
+    assert bench_page(result) and as_csv(result)
 
 
 @pytest.mark.parametrize("tool", sorted(TOOLS))
