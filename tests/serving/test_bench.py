@@ -33,9 +33,9 @@ from tests.serving.endpoint import endpoint
 PROMPTS = PromptRequest(Lengths.parse("16", "i"), Lengths.parse("5", "o"))
 
 
-def _load(url: str, level: Level, requests: int = 12, **options: Any) -> dict[str, Any]:
+def _load(url: str, level: Level, requests: int = 12, stall: float = 1.0, **options: Any) -> dict[str, Any]:
     request = BenchRequest(options.pop("prompts", PROMPTS), (level,), requests, 0, **options)
-    return bench_endpoint(Endpoint(url, stall=1.0), request).levels[0]
+    return bench_endpoint(Endpoint(url, stall=stall), request).levels[0]
 
 
 def test_figures_are_those_of_the_moments_at_which_tokens_were_sent() -> None:
@@ -96,8 +96,9 @@ def test_an_open_loop_counts_from_the_planned_moment_so_that_a_slow_server_hides
 def test_a_server_that_stands_still_is_seen_by_all_who_come_meanwhile() -> None:
     """For 0.6 s, with 50 a second planned: those 30 wait; at one at a time only the one under way would."""
     with endpoint(ttft=0.01, itl=0.0, stall_after=10, stall=0.6) as fake:
-        level = _load(fake.url, Level(rate=50, poisson=False), 40)
-    assert level["completed"] == 40
+        # a machine that lacks processors may stand still for longer yet, which the client bears here
+        level = _load(fake.url, Level(rate=50, poisson=False), 40, stall=30.0)
+    assert level["completed"] == 40, level["errors"]
     assert level["p99_ttft_ms"] > 500 and level["median_ttft_ms"] > 50 and level["p90_ttft_ms"] > 400
 
 
