@@ -265,17 +265,21 @@ class _Progress:
 def _memory() -> int:
     """Bytes in memory of this process and of those that it started, such as a server; 0 where that cannot be
     told. Linux alone tells children without a look at all processes."""
-    total, waiting, page = 0, [os.getpid()], os.sysconf("SC_PAGE_SIZE")
+    total, waiting = 0, [os.getpid()]
     while waiting:
         process = f"/proc/{waiting.pop()}"
         try:
             with open(f"{process}/statm") as file:
-                total += int(file.read().split()[1]) * page
-            for task in os.listdir(f"{process}/task"):
+                total += int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            tasks = os.listdir(f"{process}/task")
+        except (AttributeError, OSError, ValueError, IndexError):  # ended meanwhile, or not told here
+            continue
+        for task in tasks:
+            try:
                 with open(f"{process}/task/{task}/children") as file:
                     waiting += map(int, file.read().split())
-        except (OSError, ValueError, IndexError):  # it has ended meanwhile, or there is no such file here
-            continue
+            except OSError:  # the thread has ended meanwhile
+                continue
     return total
 
 

@@ -3,10 +3,12 @@ silence in either."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -91,6 +93,31 @@ def test_the_memory_is_that_of_what_was_started_too() -> None:
         assert terminal._memory() - before > 190 * 2**20
         child.communicate("\n")
     assert terminal._memory() - before < 100 * 2**20
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are told by Linux alone")
+def test_a_thread_that_ends_meanwhile_hides_no_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed, opened, looked = os.listdir, open, list[str]()
+
+    def noted(path: str) -> Any:
+        looked.append(path)
+        return opened(path)
+
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1, text=True) as child:
+        monkeypatch.setattr(os, "listdir", lambda path: ["0", *listed(path)])  # there is no thread 0
+        monkeypatch.setattr(terminal, "open", noted, raising=False)
+        terminal._memory()
+        child.communicate("\n")
+    assert f"/proc/{child.pid}/statm" in looked
+
+
+@pytest.mark.parametrize("error", [AttributeError, ValueError, OSError])
+def test_memory_that_cannot_be_told_is_none(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(name: str) -> int:
+        raise error(name)
+
+    monkeypatch.setattr(os, "sysconf", refused)
+    assert terminal._memory() == 0
 
 
 def test_quiet_is_silent_but_for_warnings(capsys: pytest.CaptureFixture[str]) -> None:
