@@ -184,8 +184,8 @@ class Engine:
         return {kind: image.format(release=self.release) for kind, image in self.images.items()}
 
     def serves(self, config: Mapping[str, Any]) -> bool | None:
-        """Whether it has a class of its own for a model, by its config.json; None: its list is not known
-        here, because its own converter or loader decides."""
+        """Whether it has a class of its own for a model, by its config.json; None: it is not known here,
+        because its own converter or loader decides, or because the class is known of a later release."""
         known = load_json("engines.json").get(self.name)
         if known is None:
             return None
@@ -193,7 +193,14 @@ class Engine:
             return bool(set(known["model_types"]) & set(model_types(config)))
         named = config.get("architectures")
         stated = named if isinstance(named, list) else []
-        return bool(set(known["architectures"]) & {x for x in stated if isinstance(x, str)})
+        names = {x for x in stated if isinstance(x, str)}
+        return (
+            True
+            if names & set(known["architectures"])
+            else None
+            if names & set(known.get("later", ()))
+            else False
+        )
 
 
 def reading_problem(

@@ -193,8 +193,12 @@ def _readable(name: str, spec: ModelSpec, chosen: SchemePlan | None, gpu: Gpu) -
     engine = ENGINES[name]
     if chosen is None:
         return False, "no plan holds what was asked"
-    if engine.serves(spec.config) is False and spec.config:
-        return False, f"{spec.architecture or spec.model_type} is not among the models that it lists"
+    served = engine.serves(spec.config) if spec.config else True
+    if not served:
+        unserved = (
+            "whether it serves {} is not known here" if served is None else "{} is not among its models"
+        )
+        return False, unserved.format(spec.architecture or spec.model_type)
     if chosen.scheme == AS_IT_IS.name and spec.quantization is not None:
         return False, "what it reads of a checkpoint that is quantized already is told by quant-deploy plan"
     ways: list[tuple[str, list[tuple[Scheme, bool]], str]] = [

@@ -159,9 +159,16 @@ def _check_reading(engine: Engine, checkpoint: Checkpoint, gpu: Gpu | None) -> l
     )
     if problem is not None:
         raise VerificationFailed(f"{checkpoint.path}: {problem}")
-    if engine.serves(checkpoint.config) is False:
-        named = checkpoint.config.get("architectures") or checkpoint.config.get("model_type")
-        called = ", ".join(map(str, named)) if isinstance(named, list) else str(named)
+    served = engine.serves(checkpoint.config)
+    if not served:
+        classes = checkpoint.config.get("architectures") or checkpoint.config.get("model_type")
+        called = ", ".join(map(str, classes)) if isinstance(classes, list) else str(classes)
+    if served is None:
+        unknown.append(
+            f"{called} is a class of a later release: whether {engine.title} {engine.release} serves it is "
+            "not known here"
+        )
+    elif not served:
         if engine.strict:
             raise VerificationFailed(
                 f"{checkpoint.path}: {called} is not among the architectures that {engine.title} lists: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import deploy_vllm
 from quant.data import load_json
 from quant.engines import ENGINES, reading_problem
 from quant.engines.base import UNQUANTIZED
-from quant.errors import CheckpointError, QuantError, UsageError, VerificationFailed
+from quant.errors import CheckpointError, UsageError, VerificationFailed
 from quant.hardware import named_gpu
 from quant.schemes import PRESETS, SchemeRegistry
 from quant.serving.artefacts import Placement, artefact
@@ -297,7 +298,13 @@ def test_the_tables_name_schemes_formats_and_architectures_that_there_are() -> N
         assert not any(engine.release in image for image in engine.images.values())  # it stands once
         assert bool(engine.reads) is not bool(engine.otherwise)
     known = load_json("engines.json")
-    assert set(known) < set(ENGINES) and all(len(v["source"]) > 20 for v in known.values())
+    assert set(known) < set(ENGINES)
+    for name, value in known.items():  # of the row's release, or of the line of releases that it is of
+        release = ENGINES[name].release
+        assert re.search(
+            rf" {re.escape(release)}\b| {re.escape(release.rpartition('.')[0])}['’]s", value["source"]
+        )
+        assert not {*value.get("architectures", ())} & {*value.get("later", ())}
     assert ENGINES["sglang"].serves({"architectures": ["LlamaForCausalLM"]}) is True
     assert ENGINES["tgi"].serves({"model_type": "apertus"}) is False
     assert ENGINES["llama.cpp"].serves({"architectures": ["LlamaForCausalLM"]}) is None
@@ -307,8 +314,12 @@ def test_an_architecture_that_an_engine_does_not_list_is_told(source: Path) -> N
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"architectures": ["SmolLM3ForCausalLM"]}))
     assert any("is not among SGLang's own classes" in w for w in _warnings(source, "sglang"))
-    with pytest.raises(QuantError):
+    with pytest.raises(VerificationFailed, match="not among the architectures that TensorRT-LLM lists"):
         plan(source, DeploymentRequest(), "tensorrt-llm")
+    # listed by candidates of its next release alone
+    (source / "config.json").write_text(json.dumps(config | {"architectures": ["Cohere2ForCausalLM"]}))
+    assert ENGINES["tensorrt-llm"].serves({"architectures": ["Cohere2ForCausalLM"]}) is None
+    assert any("1.2.1 serves it is not known here" in w for w in _warnings(source, "tensorrt-llm"))
 
 
 def _warnings(path: Path, engine: str) -> tuple[str, ...]:
