@@ -84,7 +84,8 @@ def _formats() -> list[Item]:
 
 def _models() -> list[Item]:
     from quant.catalog import catalogue
-    from quant.vllm.config import block_count, context_length
+    from quant.vllm.config import block_count
+    from quant.vllm.context import context_length
 
     return [
         {

@@ -15,7 +15,7 @@ from quant.jobs import ResolvedJob, complete, resolve
 from quant.planning.target import method_for
 from quant.recipe import Recipe, Rule, make_recipe
 from quant.schemes import DEFAULT_SCHEME, PRESETS
-from quant.vllm.config import context_length
+from quant.vllm.context import context_length
 
 #: Keys in the order of a reader's questions, each with what it means.
 _KEYS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (

@@ -15,7 +15,7 @@ from quant.checkpoint.reader import open_checkpoint
 from quant.evaluation.quality import Runner
 from quant.offline import load_tokenizer
 from quant.progress import silent
-from quant.vllm.config import context_length
+from quant.vllm.context import context_length
 
 ROWS, TOKENS = 4, 128
 #: The most that KL may be, in nats per token. Rounding weights once to bf16 moves it by about 1e-5; a factor

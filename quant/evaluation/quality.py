@@ -33,7 +33,7 @@ from quant.models.classes import CannotRun
 from quant.models.skeleton import Skeleton
 from quant.offline import load_tokenizer
 from quant.progress import Event, Progress, silent
-from quant.vllm.config import context_length
+from quant.vllm.context import context_length
 
 _BATCH_TOKENS = 2048
 

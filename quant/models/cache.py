@@ -95,4 +95,4 @@ def rotary_bytes(decoder: Decoder, dtype: str) -> int:
     scaled = Values(scaling if isinstance(scaling, Mapping) else {}, f"{values.where}: rope_scaling")
     kind = scaled.get("rope_type") or scaled.get("type")
     tables = (scaled.number("factor", 1) if kind == "linear" else 1) + decoder.family.local_rotary
-    return int(decoder.context * dim * DTYPE_BYTES[dtype] * tables)
+    return int(decoder.positions * dim * DTYPE_BYTES[dtype] * tables)

@@ -12,6 +12,7 @@ from quant.models.families import FAMILIES, WRAPPERS, Family
 from quant.models.spec import Moe
 from quant.models.values import LARGEST_DEPTH, LARGEST_DIMENSION, Values, is_number
 from quant.vllm.config import BLOCK_KINDS, block_count, heads_of
+from quant.vllm.context import context_length
 
 #: Sizes of latent attention.
 LATENT = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
@@ -46,6 +47,7 @@ class Decoder:
         model_type: of the text part, of a wrapper where that states none; empty where neither does.
         name: of the family.
         known: whether the family has a row.
+        positions: that are stated; ``context``: tokens that vLLM derives from them.
         latent: sizes of latent attention; empty where there is none.
         single: a layer is a mixer or an MLP, not both.
 
@@ -86,7 +88,8 @@ class Decoder:
         self.inner_sizes = self._inner_sizes()
         self.intermediate = max(self.inner_sizes)
         self.vocabulary = values.count("vocab_size")
-        self.context = values.count("max_position_embeddings", 2048)
+        self.positions = values.count("max_position_embeddings", 2048)
+        self.context = context_length(config) or self.positions
         tied = values.get("tie_word_embeddings")
         self.tied = self.family.tied if tied is None else bool(tied)
         self.latent = {k: size for k in LATENT if (size := values.count(k, 0, least=0))}

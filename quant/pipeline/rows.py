@@ -11,7 +11,8 @@ from quant.errors import UsageError
 from quant.offline import load_tokenizer
 from quant.pipeline.plan import JobPlan
 from quant.progress import Event, Progress
-from quant.vllm.config import context_length, vocabulary_size
+from quant.vllm.config import vocabulary_size
+from quant.vllm.context import context_length
 
 
 def job_rows(plan: JobPlan) -> Rows:

@@ -41,6 +41,7 @@ from quant.units import format_size, meant_tokens
 from quant.vllm.architectures import own_code, text_alone
 from quant.vllm.arguments import NO_IMAGES, NO_IMAGES_WHY
 from quant.vllm.config import source_method
+from quant.vllm.context import beyond_note
 from quant.vllm.kernels import (
     BF16_FORMATS,
     build_note,
@@ -324,6 +325,8 @@ def _completed(
     if request.context is None:
         request = replace(request, context=min(DEFAULT_CONTEXT, spec.max_context))
         notes.append(f"planned for a context of {request.context:,} tokens; --context asks for another")
+    if beyond := beyond_note(request.context or 0, spec.max_context):
+        notes.append(beyond)
     several = len(devices) > 1 and 1 <= request.pipeline_parallel <= len(devices)
     if several and request.tensor_parallel is None and request.pipeline_parallel == 1:
         request = _over_machines(spec, len(devices), request, notes)

@@ -11,6 +11,7 @@ from quant.models.spec import ModelSpec
 from quant.planning.cuts import parallel_problems
 from quant.planning.kvcache import KV_DTYPES
 from quant.vllm.arguments import TOWER_MODES
+from quant.vllm.context import LONGEST, context_problem
 from quant.vllm.releases import VLLM_VERSION
 
 
@@ -66,7 +67,7 @@ class EngineRequest:
             if value is not None and not low <= value <= high:
                 problems.append(f"--{name} is {value}: must be from {low} to {high}")
 
-        whole("context", self.context, 1, 2**31)
+        whole("context", self.context, 1, LONGEST)
         whole("concurrency", self.concurrency, 1, 2**20)
         whole("max-num-seqs", self.max_num_seqs, 1, 2**20)
         whole("max-num-batched-tokens", self.max_num_batched_tokens, 1, 2**26)
@@ -79,12 +80,10 @@ class EngineRequest:
             )
         if self.kv_cache_dtype not in KV_DTYPES:
             problems.append(str(one_of("--kv-cache-dtype", self.kv_cache_dtype, list(KV_DTYPES))))
-        if self.context is not None and self.context > spec.max_context:
-            problems.append(
-                f"--context is {self.context}: {spec.name} has positions for {spec.max_context}; give at "
-                "most that, or a checkpoint whose "
-                "config.json extends it (rope scaling)"
-            )
+        if self.context is not None and (
+            beyond := context_problem("--context", self.context, spec.max_context, spec.name)
+        ):
+            problems.append(beyond)
         if (
             self.max_num_seqs
             and self.max_num_batched_tokens

@@ -36,7 +36,7 @@ class Start:
     @cached_property
     def longest(self) -> int:
         """The longest context that the pool holds, up to the model's own."""
-        limit = self.engine.spec.max_context
+        limit = max(self.engine.spec.max_context, self.engine.context)
         if self.stage.kv <= 0:
             return 0
         return longest_context(self.stage.layout, self.usable, self.engine.in_flight, limit)

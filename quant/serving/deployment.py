@@ -29,10 +29,18 @@ from quant.errors import (
 from quant.evaluation.verify import verify
 from quant.hardware import count_in
 from quant.hub import model_name, repository_of
-from quant.serving.passed_on import VLLM_ALIASES, check_extra, named, with_ranks
+from quant.serving.passed_on import VLLM_ALIASES, check_context, check_extra, named, with_ranks
 from quant.units import format_size, meant_tokens
 from quant.vllm.arguments import Argument, engine_arguments
-from quant.vllm.config import context_length
+from quant.vllm.context import (
+    ALLOW,
+    LONGEST,
+    OVERRIDES,
+    beyond_note,
+    context_length,
+    is_allowed,
+    overridden,
+)
 from quant.vllm.releases import VLLM_VERSION
 from quant.vllm.speculation import translated
 
@@ -131,6 +139,8 @@ class Deployment:
     gpu: Gpu | None = None
     checkpoint_bytes: int = 0
     engine: Engine = ENGINES["vllm"]
+    #: its context is beyond the model's positions, which vLLM takes under a variable alone
+    beyond: bool = False
 
     @property
     def platform(self) -> str:
@@ -147,8 +157,10 @@ class Deployment:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables that keep the engine from asking a hub and from reporting usage."""
-        return {**_ASKS_NO_HUB, **self.engine.environment, "DO_NOT_TRACK": "1"}
+        """Variables that keep the engine from asking a hub and from reporting usage; and what lets it take
+        such a context."""
+        longer = {ALLOW: "1"} if self.beyond else {}
+        return {**_ASKS_NO_HUB, **self.engine.environment, "DO_NOT_TRACK": "1", **longer}
 
     def word(self, name: str) -> str:
         """The engine's name of an argument of vLLM's."""
@@ -229,19 +241,21 @@ def plan(path: str | Path, request: DeploymentRequest) -> Deployment:
     folder = Path(path).absolute()
     checkpoint = open_checkpoint(folder)
     stated = stated_arguments(folder)
+    passed_on = named(request.extra)
+    config = overridden(checkpoint.config, passed_on)
     ranks = ("tensor-parallel-size", *VLLM_ALIASES["tensor-parallel-size"])
     request, parallel = with_ranks(request, stated, ranks)
     check_order(path, parallel, "vLLM cannot serve it")
     _check_kernels(checkpoint, request)
-    derived = engine_arguments(checkpoint.config, tensor_parallel=parallel)
+    derived = engine_arguments(config, tensor_parallel=parallel)
     chosen = {a.name: a for a in derived}
     for key, value in stated.items():
         if key not in chosen or chosen[key].value != value:
             chosen[key] = Argument(key, value, STATED)
+    length = request.max_model_len and meant_tokens(request.max_model_len, context_length(config))
     asked = {
         "tensor-parallel-size": request.tensor_parallel,
-        "max-model-len": request.max_model_len
-        and meant_tokens(request.max_model_len, context_length(checkpoint.config)),
+        "max-model-len": length,
         "gpu-memory-utilization": request.gpu_memory_utilization,
         "kv-cache-dtype": None if request.kv_cache_dtype == "auto" else request.kv_cache_dtype,
         "max-num-seqs": request.max_num_seqs,
@@ -252,12 +266,13 @@ def plan(path: str | Path, request: DeploymentRequest) -> Deployment:
             chosen[key] = Argument(key, wanted, why)
         elif wanted == 1:
             chosen.pop(key, None)
-    warnings = renamed + _fit(folder, chosen, request, parallel)
     name = request.name or folder_name(folder)
+    length = check_context(config, name, length, stated, passed_on, ("max-model-len",))
+    beyond = beyond_note(length or 0, context_length(config))
+    warnings = [*renamed, *([beyond] if beyond else []), *_fit(folder, chosen, request, parallel)]
     chosen["served-model-name"] = Argument(
         "served-model-name", name, "what clients call the model, wherever it lies"
     )
-    passed_on = named(request.extra)
     arguments = tuple(
         a for a in chosen.values() if not any(n in passed_on for n in (a.name, *VLLM_ALIASES.get(a.name, ())))
     )
@@ -274,6 +289,7 @@ def plan(path: str | Path, request: DeploymentRequest) -> Deployment:
         tuple(warnings),
         planned_gpu(request.gpu),
         checkpoint.nbytes,
+        beyond=beyond is not None,
     )
 
 
@@ -368,7 +384,7 @@ _UNPLANNED = frozenset(
         "kv-cache-memory-bytes",
         "pipeline-parallel-size",
         "pp",
-        "hf-overrides",
+        OVERRIDES,
         "speculative-config",
     }
 )
@@ -422,7 +438,7 @@ def _fit(folder: Path, chosen: dict[str, Argument], request: DeploymentRequest, 
             f"vLLM keeps an FP8 KV cache from compute capability {'.'.join(map(str, FP8_CACHE_CAPABILITY))} "
             f"on, and {gpu.name} has less: leave --kv-cache-dtype out"
         )
-    if _UNPLANNED & set(passed_on):
+    if _UNPLANNED & {name.split(".")[0] for name in passed_on}:
         return taken
     return [*taken, *_fit_context(folder, chosen, request, parallel, gpus, passed_on)]
 
@@ -469,8 +485,9 @@ def _fit_context(
     try:
         spec = load_model(folder)
         length, share = stated.get("max-model-len"), stated.get("gpu-memory-utilization")
+        longest = LONGEST if is_allowed() else spec.max_context
         engine = EngineRequest(
-            context=None if length is None else min(int(length), spec.max_context),
+            context=None if length is None else min(int(length), longest),
             tensor_parallel=parallel,
             gpu_memory_utilization=None if share is None else float(share),
             kv_cache_dtype="fp8" if str(stated.get("kv-cache-dtype")).startswith("fp8") else "auto",

@@ -30,10 +30,11 @@ from quant.serving.deployment import (
     stated_arguments,
 )
 from quant.serving.deployment import plan as plan_vllm
-from quant.serving.passed_on import check_extra, named, with_ranks
+from quant.serving.passed_on import check_context, check_extra, named, with_ranks
 from quant.units import meant_tokens
 from quant.vllm.arguments import Argument, engine_arguments
-from quant.vllm.config import context_length, quantization_config
+from quant.vllm.config import quantization_config
+from quant.vllm.context import context_length
 
 if TYPE_CHECKING:
     from quant.hardware import Gpu
@@ -81,6 +82,12 @@ def plan(path: str | Path, request: DeploymentRequest, engine: str = "vllm") -> 
     warnings = _check_reading(row, checkpoint, gpu)
     arguments, said = _translated(row, checkpoint, request, parallel, stated, gpu)
     name = folder_name(folder)
+    wanted = _asked(request, context_length(checkpoint.config)).get("max-model-len")
+    words = row.names(row.word("max-model-len"))
+    check_context(
+        checkpoint.config, name, int(wanted.value) if wanted else None, stated, named(request.extra), words,
+        may_exceed=False,
+    )  # fmt: skip
     if row.model_name:
         name = request.name or name
         called = "what clients call the model, wherever it lies"

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from quant.errors import UsageError
+from quant.errors import CheckpointError, UsageError
 from quant.hardware import count_in
+from quant.vllm.context import context_length, context_problem
 
 if TYPE_CHECKING:
     from quant.serving.deployment import DeploymentRequest
@@ -57,6 +58,46 @@ def check_extra(extra: Sequence[str], title: str, own: Mapping[str, str]) -> Non
         if (flag := flag_of(word)) in own:
             given = word.split("=", 1)[0]
             raise UsageError(f"{given} cannot be passed on to {title}: use {own[str(flag)]} instead")
+
+
+def check_context(
+    config: Mapping[str, Any],
+    name: str,
+    asked: int | None,
+    stated: Mapping[str, Any],
+    passed: Mapping[str, str],
+    words: Sequence[str],
+    may_exceed: bool = True,
+) -> int | None:
+    """The context that the engine is told: the one that is passed on, else asked, else of
+    ``vllm_config.json``; None where that is left to the model, or said in words that only the engine reads.
+
+    Args:
+        config: config.json as the engine reads it.
+        name: of the model.
+        stated: of ``vllm_config.json``.
+        passed: flags that are passed on, by name; ``words``: the engine's own of the context.
+        may_exceed: whether vLLM's variable for longer contexts counts.
+
+    Raises:
+        UsageError: it is beyond the model's positions.
+        CheckpointError: that of ``vllm_config.json`` is.
+    """
+    longest = context_length(config)
+    given = next((w for w in words if w in passed), None)
+    if given is not None:
+        if not passed[given].isdecimal():
+            return None
+        tokens, option = int(passed[given]), f"-- --{given}"
+    elif asked is not None:
+        tokens, option = asked, "--max-model-len"
+    elif "max-model-len" in stated:
+        tokens, option = int(stated["max-model-len"]), "vllm_config.json: max-model-len"
+    else:
+        return None
+    if problem := context_problem(option, tokens, longest, name, may_exceed):
+        raise UsageError(problem) if given or asked is not None else CheckpointError(problem)
+    return tokens
 
 
 def with_ranks(

@@ -31,7 +31,7 @@ from quant.offline import load_tokenizer
 from quant.serving.deployment import DeploymentRequest, plan
 from quant.serving.process import Server, ServerError, cpu_environment, find_vllm, free_port, signals_to
 from quant.vllm.arguments import model_dtype
-from quant.vllm.config import context_length
+from quant.vllm.context import context_length
 from quant.vllm.kernels import CPU_FORMATS, cpu_has
 from quant.vllm.log import on_cpu, weight_only
 

@@ -34,7 +34,8 @@ from quant.speculation.measure import (
 )
 from quant.speculation.proposers import Draft, Model, NGram, Proposer, check_pair
 from quant.speculation.sampling import Sampling
-from quant.vllm.config import context_length, without_quantization
+from quant.vllm.config import without_quantization
+from quant.vllm.context import context_length
 from quant.vllm.speculation import PROPOSERS, draft_method, eagle3_config, head_bytes, native_heads
 
 #: Those that need no draft.

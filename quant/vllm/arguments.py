@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from quant.errors import UsageError
 from quant.units import meant_tokens
 from quant.vllm.architectures import text_alone
-from quant.vllm.config import config_dtype, context_length, quantization_config, source_method
+from quant.vllm.config import config_dtype, quantization_config, source_method
+from quant.vllm.context import context_length, context_problem
 from quant.vllm.kernels import BF16_LAYOUTS
 from quant.vllm.methods import DEPRECATED
 
@@ -90,11 +92,18 @@ def engine_arguments(
     config: Mapping[str, Any], *, tensor_parallel: int = 1, max_model_len: int | None = None
 ) -> list[Argument]:
     """Arguments for ``vllm serve`` that the checkpoint itself decides; vLLM finds the quantization in
-    config.json."""
+    config.json.
+
+    Raises:
+        UsageError: a context beyond the model's positions.
+    """
     arguments = [Argument("dtype", model_dtype(config), _why_dtype(config))]
+    longest = context_length(config)
     if max_model_len is not None:
-        max_model_len = meant_tokens(max_model_len, context_length(config))
-    length = max_model_len or context_length(config)
+        max_model_len = meant_tokens(max_model_len, longest)
+        if problem := context_problem("--max-model-len", max_model_len, longest, "the model"):
+            raise UsageError(problem)
+    length = max_model_len or longest
     if length:
         arguments.append(
             Argument(

@@ -164,11 +164,6 @@ def stated_dtype(config: Mapping[str, Any]) -> str | None:
     return HEADER_DTYPES.get(config_dtype(config) or "")
 
 
-def context_length(config: Mapping[str, Any]) -> int | None:
-    """Longest context that config.json states, in tokens."""
-    return whole_number(stated(config, "max_position_embeddings"))
-
-
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:
     """Number of tokens that the embedding has rows for, as config.json states it."""
     return whole_number(stated(config, "vocab_size"))

@@ -381,15 +381,15 @@ def test_expressions_of_alerts_and_panels_are_promql(folder: Path) -> None:
 
 
 def test_other_stacks_get_the_same_arguments(folder: Path) -> None:
-    made = plan(folder, DeploymentRequest(max_model_len=512, extra=("--max-num-seqs", "8")))
+    made = plan(folder, DeploymentRequest(max_model_len=128, extra=("--max-num-seqs", "8")))
     (ray,) = _objects(made, "ray-serve")
     (config,) = ray["applications"][0]["args"]["llm_configs"]
     assert config["model_loading_config"] == {"model_id": made.name, "model_source": str(folder)}
-    assert config["engine_kwargs"]["max_model_len"] == 512 and config["engine_kwargs"]["max_num_seqs"] == 8
+    assert config["engine_kwargs"]["max_model_len"] == 128 and config["engine_kwargs"]["max_num_seqs"] == 8
     (values,) = _objects(made, "production-stack")
     (model,) = values["servingEngineSpec"]["modelSpec"]
     arguments = model["vllmConfig"]["extraArgs"]
-    assert _after(arguments, "--max-model-len") == "512" and "--host" not in arguments
+    assert _after(arguments, "--max-model-len") == "128" and "--host" not in arguments
     assert f"{model['repository']}:{model['tag']}".startswith("vllm/vllm-openai:v")
     with pytest.raises(UsageError, match="--claim"):
         artefact(made, "kserve")
@@ -397,7 +397,7 @@ def test_other_stacks_get_the_same_arguments(folder: Path) -> None:
     assert service["spec"]["model"] == {"uri": "pvc://models/llama", "name": made.name}
     (main,) = service["spec"]["template"]["containers"]
     given = next(e["value"] for e in main["env"] if e["name"] == "VLLM_ADDITIONAL_ARGS")
-    assert _after(shlex.split(given), "--max-model-len") == "512" and "--port" not in given
+    assert _after(shlex.split(given), "--max-model-len") == "128" and "--port" not in given
 
 
 @pytest.mark.parametrize("kind", ["shell", "compose", "kubernetes", "systemd"])

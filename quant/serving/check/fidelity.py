@@ -138,7 +138,7 @@ def _rounds_inputs(context: Context) -> bool:
 async def log_probabilities(context: Context) -> list[Finding]:
     from quant.checkpoint.reader import open_checkpoint
     from quant.serving.reference import Reference, difference, prompts
-    from quant.vllm.config import context_length
+    from quant.vllm.context import context_length
 
     path = context.needs_checkpoint()
     try:
