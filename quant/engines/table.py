@@ -76,6 +76,7 @@ SGLANG = Engine(
         "kv-cache-dtype": Flag("kv-cache-dtype", {"fp8": "fp8_e4m3", "auto": None}),
         "max-num-seqs": Flag("max-running-requests"),
         "served-model-name": Flag("served-model-name"),
+        "trust-remote-code": Flag("trust-remote-code"),
         "host": Flag("host"),
         "port": Flag("port"),
     },
@@ -117,6 +118,7 @@ TGI = Engine(
             "kv-cache-dtype", {"fp8": "fp8_e4m3fn", "fp8_e4m3": "fp8_e4m3fn", "auto": None}
         ),
         "max-num-seqs": Flag("max-batch-size"),
+        "trust-remote-code": Flag("trust-remote-code"),
         "host": Flag("hostname"),
         "port": Flag("port", aliases=("p",)),
     },

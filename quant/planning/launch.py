@@ -19,6 +19,8 @@ from quant.planning.memory import MemoryPlan
 from quant.planning.request import EngineRequest
 from quant.planning.scheme_plans import SchemePlan
 from quant.schemes import AS_IT_IS, PRESETS, Scheme
+from quant.vllm.architectures import own_code
+from quant.vllm.arguments import TRUST
 from quant.vllm.kernels import kernel_of
 
 #: stands in commands for the owner of a model on the Hub that is not known
@@ -49,9 +51,12 @@ def commands_for(
     assert chosen.plan is not None
     source, _, revision = _source(spec, model).partition("@")
     of_revision = ["--revision", revision] if revision else []
+    target = source if chosen.scheme == "none" else output_path or f"{Path(source).name}-{chosen.scheme}"
+    serve = serve_command(target, chosen.plan, request)
+    if own_code(spec.config):
+        serve += f" --{TRUST}"
     if chosen.scheme == "none":
-        return (shlex.join([*shlex.split(serve_command(source, chosen.plan, request)), *of_revision]),)
-    target = output_path or f"{Path(source).name}-{chosen.scheme}"
+        return (shlex.join([*shlex.split(serve), *of_revision]),)
     fetch: tuple[str, ...] = ()
     # known by name only: quantizing needs its tensors
     if isinstance(model, str) and not Path(model).is_dir():
@@ -76,7 +81,7 @@ def commands_for(
         parts += [f"--{key.replace('_', '-')}", value]
     if request.ranks > 1:
         parts += ["--tensor-parallel", str(request.ranks)]
-    return (*fetch, shlex.join(parts), serve_command(target, chosen.plan, request))
+    return (*fetch, shlex.join(parts), serve)
 
 
 def _source(spec: ModelSpec, model: object) -> str:

@@ -23,6 +23,7 @@ from quant.errors import (
     CheckpointError,
     Problems,
     QuantError,
+    UsageError,
     VerificationFailed,
     one_of,
 )
@@ -31,7 +32,8 @@ from quant.hardware import count_in
 from quant.hub import model_name, repository_of
 from quant.serving.passed_on import VLLM_ALIASES, check_context, check_extra, named, with_ranks
 from quant.units import format_size, meant_tokens
-from quant.vllm.arguments import Argument, engine_arguments
+from quant.vllm.architectures import code_of, own_code
+from quant.vllm.arguments import TRUST, Argument, engine_arguments
 from quant.vllm.context import (
     ALLOW,
     LONGEST,
@@ -155,6 +157,18 @@ class Deployment:
         pipeline = passed.get("pipeline-parallel-size", passed.get("pp", "1"))
         return self.tensor_parallel * (int(pipeline) if pipeline.isdigit() else 1)
 
+    def demand_trust(self) -> None:
+        """
+        Raises:
+            UsageError: the engine would run code of the checkpoint, and nobody said that it may.
+        """
+        if any(a.name == TRUST for a in self.arguments):
+            code = code_of(open_checkpoint(self.model_path).config)
+            raise UsageError(
+                f"{self.model_path}: the model's class is code of the checkpoint ({code}), which is not run "
+                f"here unasked: read it, then start it with quant-deploy serve … -- --{TRUST}"
+            )
+
     @property
     def environment(self) -> dict[str, str]:
         """Variables that keep the engine from asking a hub and from reporting usage; and what lets it take
@@ -247,8 +261,13 @@ def plan(path: str | Path, request: DeploymentRequest) -> Deployment:
     request, parallel = with_ranks(request, stated, ranks)
     check_order(path, parallel, "vLLM cannot serve it")
     _check_kernels(checkpoint, request)
-    derived = engine_arguments(config, tensor_parallel=parallel)
+    derived = engine_arguments(config, tensor_parallel=parallel, side_file=checkpoint.quantization_file)
     chosen = {a.name: a for a in derived}
+    own = own_code(config)
+    if own is not None:
+        chosen[TRUST] = Argument(
+            TRUST, True, f"the model's class is code of the checkpoint: {code_of(config)}"
+        )
     for key, value in stated.items():
         if key not in chosen or chosen[key].value != value:
             chosen[key] = Argument(key, value, STATED)
@@ -269,7 +288,7 @@ def plan(path: str | Path, request: DeploymentRequest) -> Deployment:
     name = request.name or folder_name(folder)
     length = check_context(config, name, length, stated, passed_on, ("max-model-len",))
     beyond = beyond_note(length or 0, context_length(config))
-    warnings = [*renamed, *([beyond] if beyond else []), *_fit(folder, chosen, request, parallel)]
+    warnings = [*renamed, *(said for said in (own, beyond) if said), *_fit(folder, chosen, request, parallel)]
     chosen["served-model-name"] = Argument(
         "served-model-name", name, "what clients call the model, wherever it lies"
     )
@@ -553,7 +572,7 @@ def stated_arguments(folder: Path) -> dict[str, str | int | float]:
     for key, value in values.items():
         if not re.fullmatch(r"[a-z][a-z0-9-]*", key):
             raise CheckpointError(f"{file}: {key!r} is no engine argument: names are like max-model-len")
-        if key in _OWN_FLAGS:
+        if key in _OWN_FLAGS or key == TRUST:
             raise CheckpointError(
                 f"{file}: {key} does not belong there: it is given when the server is started"
             )

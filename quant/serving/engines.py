@@ -32,7 +32,8 @@ from quant.serving.deployment import (
 from quant.serving.deployment import plan as plan_vllm
 from quant.serving.passed_on import check_context, check_extra, named, with_ranks
 from quant.units import meant_tokens
-from quant.vllm.arguments import Argument, engine_arguments
+from quant.vllm.architectures import code_of
+from quant.vllm.arguments import TRUST, Argument, engine_arguments
 from quant.vllm.config import quantization_config
 from quant.vllm.context import context_length
 
@@ -185,6 +186,11 @@ def _check_reading(engine: Engine, checkpoint: Checkpoint, gpu: Gpu | None) -> l
             f"{called} is not among {engine.title}'s own classes: it falls back on transformers' one, and "
             "whether that serves this checkpoint is not known here"
         )
+        if checkpoint.config.get("auto_map"):
+            unknown.append(
+                f"the checkpoint brings code of its own ({code_of(checkpoint.config)}), which {engine.title} "
+                f"runs with --{TRUST}: read it first"
+            )
     return unknown
 
 
@@ -208,7 +214,7 @@ def _translated(
     length, ranks = context_length(checkpoint.config), "tensor-parallel-size"
     wanted = {
         a.name: a
-        for a in engine_arguments(checkpoint.config)
+        for a in engine_arguments(checkpoint.config, side_file=checkpoint.quantization_file)
         if a.name not in _VLLM_ALONE and a.name != "max-model-len"  # its own way to the context is as good
     }
     for key, value in stated.items():
@@ -216,6 +222,9 @@ def _translated(
         # "auto" leaves it to the checkpoint, from which the others are
         if key not in _VLLM_ALONE and (key, value) != ("max-model-len", length) and value != "auto":
             wanted[key] = wanted[key] if known else Argument(key, value, STATED)
+    if checkpoint.config.get("auto_map") and engine.serves(checkpoint.config) is False:
+        why = f"the checkpoint brings code of its own: {code_of(checkpoint.config)}"
+        wanted[TRUST] = Argument(TRUST, True, why)
     if gpu is not None and "dtype" in wanted and (half := half_instead(gpu, wanted["dtype"].value)):
         wanted["dtype"] = half
     asked = _asked(request, length)

@@ -582,9 +582,11 @@ def running(
         api_key: the key it asks for, instead of the one that the deployment's variable holds.
 
     Raises:
+        UsageError: see :meth:`Deployment.demand_trust`.
         ServerError: it did not start.
         Interrupted: a signal arrived before it was ready.
     """
+    deployment.demand_trust()
     installation = find_vllm(python)
     if installation.cpu:
         _check_cpu(deployment, log)

@@ -370,6 +370,7 @@ def open_server(path: Path, python: str | Path) -> Server:
     longest = context_length(open_checkpoint(path).config)
     length = min(PROMPT_TOKENS + NEW_TOKENS, longest or PROMPT_TOKENS + NEW_TOKENS)
     deployment = plan(path, DeploymentRequest(max_model_len=length, extra=FLAGS))
+    deployment.demand_trust()
     port = free_port(deployment.host)
     return Server(
         deployment.model_path,

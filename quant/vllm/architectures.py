@@ -113,6 +113,18 @@ def own_code(config: Mapping[str, Any]) -> str | None:
     )
 
 
+def code_of(config: Mapping[str, Any]) -> str:
+    """The files of code that a config names for its classes, in words.
+
+    >>> code_of({"auto_map": {"AutoConfig": "configuration_x.XConfig", "AutoModel": "modeling_x.X"}})
+    'configuration_x.py, modeling_x.py'
+    """
+    named = config.get("auto_map")
+    values = list(named.values()) if isinstance(named, Mapping) else []
+    flat = [x for v in values for x in (v if isinstance(v, list) else [v]) if isinstance(x, str) and "." in x]
+    return ", ".join(sorted({f"{x.rsplit('.', 1)[0]}.py" for x in flat})) or "auto_map"
+
+
 def text_alone(config: Mapping[str, Any]) -> bool:
     """Whether vLLM serves a multimodal model, but stops where it may be given images: it runs transformers'
     class of it, whose processor does not say how many tokens an image becomes.

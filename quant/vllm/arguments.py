@@ -19,6 +19,8 @@ NO_IMAGES = ("limit-mm-per-prompt", '{"image": 0}')
 NO_IMAGES_WHY = "vLLM runs transformers' class of this model, and stops where that may be given images"
 #: How ranks hold a vision tower (``--mm-encoder-tp-mode``).
 TOWER_MODES = ("weights", "data")
+#: The argument under which an engine runs code that a checkpoint brings along.
+TRUST = "trust-remote-code"
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ def model_dtype(config: Mapping[str, Any]) -> str:
     )
 
 
-def _why_dtype(config: Mapping[str, Any]) -> str:
-    """The reason for :func:`model_dtype`."""
+def _why_dtype(config: Mapping[str, Any], side_file: str) -> str:
+    """The reason for :func:`model_dtype`, and where the quantization is read from."""
     stored, stated = layouts(config), config_dtype(config) or "bfloat16"
     if not stored:
         why = "the weights' own"
@@ -85,19 +87,29 @@ def _why_dtype(config: Mapping[str, Any]) -> str:
             else f"instead of the model's {stated}"
         )
     method = (quantization_config(config) or {}).get("quant_method")
-    return f"{why}; quant_method {method} is read from config.json" if method else why
+    if not method:
+        return why
+    read = f"follows from {side_file}, which vLLM reads" if side_file else "is read from config.json"
+    return f"{why}; quant_method {method} {read}"
 
 
 def engine_arguments(
-    config: Mapping[str, Any], *, tensor_parallel: int = 1, max_model_len: int | None = None
+    config: Mapping[str, Any],
+    *,
+    tensor_parallel: int = 1,
+    max_model_len: int | None = None,
+    side_file: str = "",
 ) -> list[Argument]:
-    """Arguments for ``vllm serve`` that the checkpoint itself decides; vLLM finds the quantization in
-    config.json.
+    """Arguments for ``vllm serve`` that the checkpoint itself decides; vLLM finds the quantization by itself.
+    Code that a checkpoint brings along is no matter of these: it takes a person's word.
+
+    Args:
+        side_file: in which the quantization stands where config.json says nothing of it.
 
     Raises:
         UsageError: a context beyond the model's positions.
     """
-    arguments = [Argument("dtype", model_dtype(config), _why_dtype(config))]
+    arguments = [Argument("dtype", model_dtype(config), _why_dtype(config, side_file))]
     longest = context_length(config)
     if max_model_len is not None:
         max_model_len = meant_tokens(max_model_len, longest)

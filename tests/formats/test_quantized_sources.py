@@ -17,6 +17,7 @@ from quant.evaluation.inspect import inspect
 from quant.formats import find_format
 from quant.formats.reading import dequantized
 from quant.models.stacking import stacked
+from quant.serving.deployment import DeploymentRequest, plan
 from quant.vllm.arguments import engine_arguments
 from quant.vllm.names import unread_spellings
 from tests.formats.quantized_sources import KINDS, publish
@@ -425,3 +426,19 @@ def test_a_config_that_is_left_over_is_no_quantization(
     assert exported.code == 0, exported.err
     assert not (tmp_path / "plain" / "hf_quant_config.json").exists()
     assert "quantization_config" not in read_config(tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    ("kind", "read"),
+    [
+        ("modelopt fp8", "quant_method modelopt is read from config.json"),
+        ("modelopt old", "quant_method modelopt follows from hf_quant_config.json, which vLLM reads"),
+    ],
+)
+def test_a_plan_names_the_file_that_the_quantization_is_read_from(
+    kind: str, read: str, source: Callable[[str], Path], tmp_path: Path
+) -> None:
+    publish(source(kind), tmp_path / "published", kind)
+    made = plan(tmp_path / "published", DeploymentRequest())
+    dtype = next(a for a in made.arguments if a.name == "dtype")
+    assert dtype.reason.endswith(read)
