@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,6 +44,8 @@ class Hub:
     #: (part of a path, status): what is refused from now on
     refused: list[tuple[str, int]] = field(default_factory=list)
     lfs: bool = True
+    #: seconds that a large file takes to be stored
+    seconds: float = 0.0
 
 
 @contextmanager
@@ -92,6 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._say(status, {"error": f"refused for a test: {part}"})
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if path.startswith("/large/"):
+            time.sleep(self.state.seconds)
             self.state.large[path.removeprefix("/large/")] = body
             return self._say(200, {})
         if token not in self.state.tokens:
