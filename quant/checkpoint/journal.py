@@ -13,10 +13,11 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,38 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, part in value.items():
         flat |= _flat(part, f"{prefix}{key}.") if isinstance(part, dict) else {prefix + key: part}
     return flat
+
+
+#: Keys of a fingerprint that hold hashes or times, which say nothing to a reader → what has changed.
+_UNSPOKEN = {
+    "calibration": "the rows of calibration text are others",
+    "source.files.": "{} of the source has changed",
+}
+
+
+def _changes(changed: Sequence[str], was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two fingerprints, in words: an option with both values first, then what has no
+    value to read."""
+    values, others = [], []
+    for key in changed:
+        start = next((s for s in _UNSPOKEN if key == s or (s.endswith(".") and key.startswith(s))), None)
+        if start is not None:
+            others.append(_UNSPOKEN[start].format(key.removeprefix(start)))
+            continue
+        setting = key.removeprefix("settings.")
+        name = f"--{setting.replace('_', '-')}" if setting != key else key
+        before, after = (_value(x.get(key)) for x in (was, now))
+        values.append(f"{name} was {before}, is {after}")
+    return values + others
+
+
+def _value(value: Any) -> str:
+    """A setting as a person gave it."""
+    if value is None:
+        return "not given"
+    if isinstance(value, str):
+        value = re.sub(r"\b\w*Path\('([^']*)'\)", r"\1", value)
+    return clipped(value)
 
 
 def _is_unit(entry: object) -> bool:
@@ -127,7 +160,7 @@ class WorkFolder:
         was, now = _flat(before), _flat(json.loads(json.dumps(fingerprint)))
         changed = sorted(k for k in {*was, *now} if was.get(k) != now.get(k))
         if changed:
-            what = ", ".join(f"{k} was {clipped(was.get(k))}, is {clipped(now.get(k))}" for k in changed[:3])
+            what = ", ".join(_changes(changed, was, now)[:3])
             raise QuantError(
                 f"{self.path}: holds unfinished work of another job ({what}): run that job again to finish "
                 "it, or use --fresh to start over"

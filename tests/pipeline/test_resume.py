@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -133,12 +134,12 @@ def unfinished(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"bits": 8}, "settings.bits was None, is 8"),
-        ({"symmetric": False}, "settings.symmetric was"),
-        ({"samples": 9}, "calibration was"),
-        ({"ignore": ["*.down_proj"]}, "settings.ignore was"),
-        ({"damping": 0.02}, "settings.damping was"),
-        ({"method": "minmax"}, "calibration was"),
+        ({"bits": 8}, "--bits was not given, is 8"),
+        ({"symmetric": False}, "--symmetric was"),
+        ({"samples": 9}, r"--samples was \d+, is 9, the rows of calibration text are others"),
+        ({"ignore": ["*.down_proj"]}, "--ignore was"),
+        ({"damping": 0.02}, "--damping was"),
+        ({"method": "minmax"}, "--method was 'gptq', is 'minmax'"),
     ],
 )
 def test_other_settings_are_refused_unless_fresh_is_asked(
@@ -149,8 +150,9 @@ def test_other_settings_are_refused_unless_fresh_is_asked(
         QuantError,
         match=rf"out.work: holds unfinished work of another job \(.*{named}.*run that job again to finish "
         rf"it, or use --fresh",
-    ):
+    ) as refused:
         quantize(unfinished, tmp_path / "out", **options)
+    assert not re.search(r"[0-9a-f]{16}", str(refused.value))  # a hash says nothing to a reader
     report = quantize(unfinished, tmp_path / "out", fresh=True, **options)
     assert report["output_hash"] == quantize(unfinished, tmp_path / "again", **options)["output_hash"]
 
@@ -158,7 +160,8 @@ def test_other_settings_are_refused_unless_fresh_is_asked(
 def test_a_source_that_changed_meanwhile_is_refused(unfinished: Path, tmp_path: Path) -> None:
     file = unfinished / "model.safetensors"
     os.utime(file, (1, 1))
-    with pytest.raises(QuantError, match="unfinished work of another job"):
+    said = r"unfinished work of another job \(model.safetensors of the source has changed\)"
+    with pytest.raises(QuantError, match=said):
         quantize(unfinished, tmp_path / "out", **JOBS["gptq"])
 
 
