@@ -92,7 +92,31 @@ def resolve(values: Mapping[str, Any]) -> ResolvedJob | Recommendation:
     recipe, needed = complete(recipe)
     if recipe.gpu is not None and (taken := named_gpu(recipe.gpu).note):
         notes = (taken, *notes)
-    return ResolvedJob(recipe, (*notes, *form, *needed), recommendation)
+    return ResolvedJob(recipe, (*notes, *form, *needed, *_without_text(recipe)), recommendation)
+
+
+#: Keys that say which text is calibrated with, and how.
+_OF_TEXT = (
+    "calibration_dataset", "samples", "sequence_length", "shuffle", "chat_template", "moe_calibration",
+)  # fmt: skip
+
+
+def _without_text(recipe: Recipe) -> tuple[str, ...]:
+    """A sentence on keys that do nothing, because no method of the job reads calibration text."""
+    given = [f"--{key.replace('_', '-')}" for key in _OF_TEXT if key in recipe.model_fields_set]
+    if not given or recipe.backend != defaults.ENGINE:
+        return ()
+    prepare_torch()
+    from quant.pipeline.methods import calibrated
+
+    try:
+        rules = [rule.assigned(recipe) for rule in recipe.rules if not rule.skip]
+        if any(calibrated(recipe, a) for a in (recipe.assignment(recipe.method), *rules)):
+            return ()
+    except UsageError:  # planning lists it with all others
+        return ()
+    verb = "has" if len(given) == 1 else "have"
+    return (f"{', '.join(given)} {verb} no effect: --method {recipe.method} reads no calibration text here",)
 
 
 def _formatted(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:

@@ -41,9 +41,9 @@ _SUFFIX = re.compile(
 )
 #: How a number of parts is written: behind the name, or before it.
 _COUNTS = (
-    r"(?P<one>.+?)\s*[x×*:]\s*(?P<count>\d{1,4})",
-    r"(?P<count>\d{1,4})\s*[x×*]\s*(?P<one>.+)",
-    r"(?P<count>\d{1,4})\s+(?P<one>.+)",
+    r"(?P<one>.+?)\s*[x×*:]\s*(?P<count>\d{1,20})",
+    r"(?P<count>\d{1,20})\s*[x×*]\s*(?P<one>.+)",
+    r"(?P<count>\d{1,20})\s+(?P<one>.+)",
 )  # fmt: skip
 
 

@@ -213,3 +213,21 @@ def test_the_commands_say_on_stderr_what_was_taken_along(
     assert json.loads(result.out)["settings"]["outlier_suppression"] == "smooth_quant"
     quiet = cli("quantize", *job[:3], tmp_path / "no", *job[4:], "--outlier-suppression", "none", "--dry-run")
     assert quiet.code == 0 and "turns that off" not in quiet.err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"method": "minmax", "samples": 4}, "--samples has no effect: --method minmax"),
+        ({"method": "hqq", "shuffle": True, "sequence_length": 64}, "--sequence-length, --shuffle have no"),
+        ({"method": "gptq", "samples": 4}, ""),
+        ({"method": "minmax"}, ""),
+        ({"method": "fp8", "samples": 4, "kv_cache_scheme": "fp8"}, ""),
+        ({"method": "minmax", "samples": 4, "rules": [{"layers": "0", "method": "gptq"}]}, ""),
+    ],
+)
+def test_keys_of_calibration_text_that_nothing_reads_are_told(given: dict[str, Any], said: str) -> None:
+    resolved = jobs.resolve({"model_path": "M", "output_path": "O", **given})
+    assert isinstance(resolved, jobs.ResolvedJob)
+    notes = [note for note in resolved.notes if "no effect" in note]
+    assert len(notes) == bool(said) and all(said in note for note in notes)

@@ -271,7 +271,8 @@ def plan_job(recipe: Recipe) -> JobPlan:
     for name in left:
         del linears[name], assignments[name]
     different = list(dict.fromkeys(assignments.values())) or [recipe.assignment(recipe.method)]
-    problems += assignment_problems(recipe, different, form)
+    contradictions = assignment_problems(recipe, different, form)
+    problems += contradictions
     written = {**linears, **kept}
     carried_over = {n: Assignment("kept", x.scheme) for n, x in kept.items()}
     problems += kept_problems(recipe, {x.scheme for x in written.values()}, carried_over.values(), form)
@@ -316,7 +317,7 @@ def plan_job(recipe: Recipe) -> JobPlan:
     )
     problems += unlabelled_problems(checkpoint, made, set(written))
     if problems:
-        raise Problems(list(dict.fromkeys(problems)), exit_code=2 if mistakes else 1)
+        raise Problems(list(dict.fromkeys(problems)), exit_code=2 if mistakes or contradictions else 1)
     unquantized = tuple(unquantized_linears(checkpoint, written, refs))
     units = lay_out(checkpoint, written, form, dtype, caches, refs)
     plan = JobPlan(

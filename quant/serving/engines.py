@@ -311,7 +311,11 @@ def _gguf(engine: Engine, file: Path, request: DeploymentRequest, gpu: Gpu | Non
             f"{file}: cannot be read ({error.strerror}): give a GGUF file. {engine.exports}"
         ) from error
     if magic != _GGUF:
-        raise CheckpointError(f"{file}: it is no GGUF file: it begins with {magic!r}, not {_GGUF!r}")
+        begins = f"begins with the bytes {magic.hex(' ')}, not {_GGUF.hex(' ')} (GGUF)"
+        raise CheckpointError(
+            f"{file}: it is no GGUF file: it {begins if magic else 'is empty'}: fetch or convert it again. "
+            f"{engine.exports}"
+        )
     asked = _asked(request, None)
     if request.tensor_parallel is not None and request.tensor_parallel > 1:
         asked["tensor-parallel-size"] = Argument("tensor-parallel-size", request.tensor_parallel, "as asked")

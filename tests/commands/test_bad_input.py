@@ -156,6 +156,20 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str], int, list[str]]] = {
     "damping for a method that has none": (nothing, [*MINMAX, "--damping", "0.1"], 2, [
         "--damping is not an "
         "option of --method minmax"]),
+    "gradients for a method that takes none": (nothing, [*MINMAX, "--gradient-samples", "4"], 2,
+    ["--gradient-samples belongs to --method yaqa"]),
+    "a share for no suppressor": (nothing, [*MINMAX, "--alpha", "0.4"], 2,
+    ["--alpha belongs to --outlier-suppression smooth_quant"]),
+    "a cache for a format without a place": (
+        nothing, [*GPTQ, "--kv-cache-scheme", "fp8", "--format", "gptq"], 2,
+        ["a gptq checkpoint has no place for the cache's scales"],
+    ),
+    "a scheme for a format that holds others": (
+        nothing, ["--method", "minmax", "--scheme", "w8a8-int8", "--format", "gptq"], 2,
+        ["in format gptq", "use --format compressed-tensors"],
+    ),
+    "more GPUs than there are": (nothing, [*MINMAX, "--gpu", "999999xH100"], 2,
+    ["--gpu is '999999xH100': a number of GPUs is from 1 to 1024"]),
     "damping beyond measure": (nothing, [*GPTQ, "--damping", "7"], 2, ["damping is 7",
         "less than or equal "
         "to 1"]),

@@ -218,9 +218,10 @@ def test_a_gguf_file_is_read_as_far_as_its_first_bytes(gguf: Path, tmp_path: Pat
     for engine in ("vllm", "sglang", "tgi"):
         with pytest.raises(VerificationFailed, match="--engine llama.cpp"):
             plan(gguf, DeploymentRequest(), engine)
-    gguf.write_bytes(b"PK\x03\x04")
-    with pytest.raises(CheckpointError, match="no GGUF file"):
-        plan(gguf, DeploymentRequest(), "llama.cpp")
+    for begin, said in ((b"PK\x03\x04", r"bytes 50 4b 03 04, not 47 47 55 46 \(GGUF\)"), (b"", "is empty")):
+        gguf.write_bytes(begin)
+        with pytest.raises(CheckpointError, match=f"no GGUF file: it .*{said}: fetch or convert it again"):
+            plan(gguf, DeploymentRequest(), "llama.cpp")
     with pytest.raises(CheckpointError, match="cannot be read"):
         plan(tmp_path / "none.gguf", DeploymentRequest(), "llama.cpp")
     with pytest.raises(UsageError, match="give one file of it"):
