@@ -25,8 +25,14 @@ from quant.units import format_size
 from quant.vllm.layers import Linear, fused_layers
 
 
+def gpu_problems(recipe: Recipe, assignments: Sequence[Assignment], form: Format) -> list[str]:
+    """What the GPU, and the release of vLLM, that are made for have against the schemes."""
+    schemes = dict.fromkeys(a.scheme for a in assignments) if recipe.target == "vllm" else ()
+    return [p for s in schemes for p in target_problems(s, form.name, recipe.gpu, recipe.vllm_version)]
+
+
 def assignment_problems(recipe: Recipe, assignments: Sequence[Assignment], form: Format) -> list[str]:
-    """What methods, schemes, format and target have against each other."""
+    """What options have against each other, whatever the model: methods, schemes, format and target."""
     problems = []
     for scheme in dict.fromkeys(a.scheme for a in assignments):
         if scheme == UNQUANTIZED and form.quant_method is not None:
@@ -36,8 +42,6 @@ def assignment_problems(recipe: Recipe, assignments: Sequence[Assignment], form:
             )
         elif reason := form.refuse(scheme, recipe.target):
             problems.append(f"scheme {scheme} in format {form.name}: {reason}")
-        if recipe.target == "vllm":
-            problems += target_problems(scheme, form.name, recipe.gpu, recipe.vllm_version)
     needs = frozenset[str]().union(*(QuantizerRegistry.get(a.method).needs for a in assignments))
     if recipe.gradient_samples is not None and "gradients" not in needs:
         problems.append("--gradient-samples belongs to --method yaqa: name it, or leave the rows out")

@@ -23,6 +23,7 @@ from quant.pipeline.checks import (
     assignment_problems,
     check_disk,
     fused_problems,
+    gpu_problems,
     kept_problems,
     output_problems,
     source_problems,
@@ -272,7 +273,7 @@ def plan_job(recipe: Recipe) -> JobPlan:
         del linears[name], assignments[name]
     different = list(dict.fromkeys(assignments.values())) or [recipe.assignment(recipe.method)]
     contradictions = assignment_problems(recipe, different, form)
-    problems += contradictions
+    problems += [*contradictions, *gpu_problems(recipe, different, form)]
     written = {**linears, **kept}
     carried_over = {n: Assignment("kept", x.scheme) for n, x in kept.items()}
     problems += kept_problems(recipe, {x.scheme for x in written.values()}, carried_over.values(), form)
@@ -317,7 +318,8 @@ def plan_job(recipe: Recipe) -> JobPlan:
     )
     problems += unlabelled_problems(checkpoint, made, set(written))
     if problems:
-        raise Problems(list(dict.fromkeys(problems)), exit_code=2 if mistakes or contradictions else 1)
+        usage = bool(mistakes) or set(problems) <= set(contradictions)
+        raise Problems(list(dict.fromkeys(problems)), exit_code=2 if usage else 1)
     unquantized = tuple(unquantized_linears(checkpoint, written, refs))
     units = lay_out(checkpoint, written, form, dtype, caches, refs)
     plan = JobPlan(
