@@ -73,7 +73,8 @@ class _Name:
     def of(cls, text: str) -> _Name:
         lower = re.sub(r"[_\-:/,()+]", " ", text.lower())
         sizes = _SIZE.findall(lower)
-        lower = _BRAND.sub(r"\1 ", _SIZE.sub(" ", lower))
+        lower = re.sub(r"\brtxpro", "rtx pro ", _SIZE.sub(" ", lower))
+        lower = _BRAND.sub(r"\1 ", lower)
         lower = re.sub(r"\b(\d{4})m\b", r"\1 laptop", lower)
         lower = re.sub(r"\bti(super|laptop)", r"ti \1", _SUFFIX.sub(r" \g<0>", lower))
         lower = re.sub(r"\bsxm\d\b", "sxm", _NOISE.sub(" ", lower))

@@ -317,6 +317,12 @@ def test_a_named_part_says_where_each_fact_came_from() -> None:
         ("4090D", "RTX-4090-D"), ("RTX 4090 D", "RTX-4090-D"), ("h100 pcie 80g", "H100-80GB-PCIe"),
         ("nvidia a100-sxm4-40gb", "A100-40GB"), ("A800 80GB PCIe", "A800-80GB-PCIe"),
         ("3080 12GB", "RTX-3080-12GB"), ("3080", "RTX-3080"), ("Titan RTX", "TITAN-RTX"),
+        ("RTX PRO 4000", "RTX-PRO-4000-Blackwell"), ("RTX PRO 5000", "RTX-PRO-5000-Blackwell-48GB"),
+        ("RTXPRO6000", "RTX-PRO-6000-Blackwell"), ("RTX PRO 5000 72GB", "RTX-PRO-5000-Blackwell-72GB"),
+        ("RTX PRO 6000 Max-Q", "RTX-PRO-6000-Blackwell-Max-Q"), ("H200-NVL", "H200-NVL-141GB"),
+        ("H200NVL", "H200-NVL-141GB"), ("5060 Ti 8GB", "RTX-5060-Ti-8GB"), ("RTX 5050", "RTX-5050"),
+        ("3050", "RTX-3050"), ("RTX 2000 Ada", "RTX-2000-Ada"),
+        ("2070 Super", "RTX-2070-Super"),
         ("RTX PRO 4500", "RTX-PRO-4500-Blackwell"), ("RTX 4500 Ada", "RTX-4500-Ada"), ("MI350X", "MI350X"),
     ],
 )  # fmt: skip
@@ -377,7 +383,7 @@ def test_a_name_that_says_more_than_the_table_knows_is_no_part(written: str) -> 
     ("written", "nearest"),
     [
         ("RTX 4099", "RTX-4090"), ("V100X", "V100-16GB, V100-32GB"), ("MI300A", "MI300X"),
-        ("H200 NVL", "H200-141GB"), ("RTX PRO 4000", "RTX-4000-Ada"), ("RTX 3050", "RTX-3090"),
+        ("RTX 4050", "RTX-4050-Laptop-6GB"), ("RX 7900 XT", "RX-7900-XTX"), ("RTX 3090 Super", "RTX-3090-Ti"),
         ("5090D", "RTX-5090"),
     ],
 )  # fmt: skip
