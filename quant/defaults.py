@@ -11,6 +11,12 @@ GRADIENT_SAMPLES = 64
 SEED = 0
 EVALUATION_CHUNKS = 100
 EVALUATION_LENGTH = 512
+#: of each text that ``evaluate --domains`` measures on
+DOMAIN_CHUNKS = 16
+#: ``evaluate --long-context``: tokens a chunk, chunks, and the position beyond which a context is long
+LONG_LENGTH = 8192
+LONG_CHUNKS = 8
+LONG_POSITION = 4096
 
 #: The engine of this package; of each legacy engine, the only method that it has and the format it writes.
 ENGINE: Literal["native"] = "native"

@@ -493,8 +493,10 @@ def documents(
 
 
 def bundled(name: str) -> Path:
-    """Path of a text that ships with the package: ``wikipedia`` or ``wikitext-2-test``."""
-    return Path(str(resources.files("quant.calibration.data") / f"{name}.txt.gz"))
+    """Path of a text that ships with the package: ``wikipedia`` or ``wikitext-2-test``, or another by the
+    name of its file."""
+    file = name if Path(name).suffix else f"{name}.txt.gz"
+    return Path(str(resources.files("quant.calibration.data") / file))
 
 
 def empty_texts(paths: Sequence[Path]) -> list[str]:

@@ -21,13 +21,29 @@ from quant.errors import Problems, QuantError, UsageError
 @options.against("KL divergence and top-1 agreement")
 @click.option("--text", type=PATH, show_default="the bundled wikitext-2 test", help="Text to evaluate on.")
 @click.option(
+    "--domains",
+    is_flag=True,
+    help="Measure on bundled texts of five domains instead, one by one: prose, code, Chinese, maths, chat.",
+)
+@click.option(
+    "--long-context",
+    is_flag=True,
+    help=f"Chunks that reach positions beyond {defaults.LONG_POSITION:,} where the model's context does; KL "
+    "by position.",
+)
+@click.option(
     "--length",
     type=TokenCount(8),
-    show_default=f"the smaller of {defaults.EVALUATION_LENGTH} and the model's",
+    show_default=f"the smaller of {defaults.EVALUATION_LENGTH} and the model's; --long-context: of "
+    f"{defaults.LONG_LENGTH}",
     help="Tokens a chunk.",
 )
 @click.option(
-    "--chunks", type=click.IntRange(2), default=defaults.EVALUATION_CHUNKS, show_default=True, help="Chunks."
+    "--chunks",
+    type=click.IntRange(2),
+    show_default=f"{defaults.EVALUATION_CHUNKS}; --domains: {defaults.DOMAIN_CHUNKS} of each; "
+    f"--long-context: {defaults.LONG_CHUNKS}",
+    help="Chunks.",
 )
 @click.option(
     "--max-perplexity-increase",
@@ -71,6 +87,12 @@ def evaluate(
     if max_perplexity_increase is not None and against is None:
         raise UsageError(
             "--max-perplexity-increase needs --against: the checkpoint whose perplexity it is compared with"
+        )
+    length = measured["length"]
+    if measured["long_context"] and length is not None and length <= defaults.LONG_POSITION:
+        raise UsageError(
+            f"--length is {length}: --long-context is for positions beyond {defaults.LONG_POSITION:,}: give "
+            "a longer one, or leave one of the two out"
         )
     if plot is not None:
         from quant.report.pictures import check_plot

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,9 +13,12 @@ from quant.commands import options
 from quant.commands.options import by_method, given, together
 from quant.commands.terminal import Output, common_options
 from quant.commands.types import PATH, TOKENS, Alpha
-from quant.errors import UsageError, clipped
+from quant.errors import QuantError, UsageError, clipped
 from quant.progress import Event
 from quant.schemes import DEFAULT_SCHEME, PRESETS, SCHEMES, ActivationScheme
+
+if TYPE_CHECKING:
+    from quant.report.value import Report
 
 
 def _pairs(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> dict[str, Any] | None:
@@ -224,6 +228,13 @@ job_options = together(
         help="Check everything, predict bytes, memory and time, write nothing; takes no --output-path.",
     ),
     fresh,
+    click.option(
+        "--evaluate",
+        "measure",
+        is_flag=True,
+        help="Measure what was made against its source on texts of five domains, keep the numbers beside it "
+        "and name the worst.",
+    ),
     options.upload,
     click.option(
         "--backend",
@@ -297,16 +308,18 @@ def _job(out: Output, asked: dict[str, Any], needs_layers: bool = False) -> None
     """A job of the options given and of the recipe file that they may name."""
     from quant.recipe import recipe_values
 
-    config, dry_run = asked.pop("config"), asked.pop("dry_run")
+    config, dry_run, measure = asked.pop("config"), asked.pop("dry_run"), asked.pop("measure")
+    if dry_run and measure:
+        raise UsageError("--evaluate measures what was made, and --dry-run makes nothing: leave one out")
     values = recipe_values(config, {k.removesuffix("_"): v for k, v in given(asked).items()}, not dry_run)
     if needs_layers and "layers" not in values:
         raise UsageError(
             "missing --layers: which ones to quantize, such as 0-3,7 or last:2; quant quantize takes all"
         )
-    _run(out, values, dry_run)
+    _run(out, values, dry_run, measure)
 
 
-def _run(out: Output, values: dict[str, Any], dry_run: bool = False) -> None:
+def _run(out: Output, values: dict[str, Any], dry_run: bool = False, measure: bool = False) -> None:
     from quant.commands.render import planning, results
     from quant.commands.uploading import finish
     from quant.hub import local_model
@@ -350,7 +363,36 @@ def _run(out: Output, values: dict[str, Any], dry_run: bool = False) -> None:
         return
     assert report is not None
     out.seconds = dict(report.seconds)
-    finish(out, report, destination_of(resolved.recipe), results.quantization)
+    to = destination_of(resolved.recipe)
+    if not measure:
+        finish(out, report, to, results.quantization)
+        return
+    measured = _measured(out, report, resolved.recipe.device)
+
+    known = measured if isinstance(measured, dict) else None
+    finish(out, report, to, partial(results.quantization, measured=known), {"evaluation": known})
+    if isinstance(measured, QuantError):
+        raise QuantError(f"{report.output_path} is made; it was not measured: {measured}")
+
+
+def _measured(out: Output, report: Report, device: str | None) -> dict[str, Any] | QuantError:
+    """What an output lost on texts of several domains, kept beside it; or why that cannot be told."""
+    from quant.evaluation.quality import evaluate
+    from quant.report.files import save_evaluation
+
+    try:
+        with out.progress("evaluation") as progress:
+            found = evaluate(
+                report.output_path,
+                against=report.source_path,
+                domains=True,
+                device=device,
+                progress=progress,
+            ).to_dict()
+        save_evaluation(report.output_path, found)
+    except QuantError as error:
+        return error
+    return found
 
 
 def _free_name(model_path: Any) -> Path:

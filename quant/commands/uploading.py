@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from quant.commands.terminal import Output, console
 from quant.errors import QuantError
@@ -16,11 +16,20 @@ if TYPE_CHECKING:
 
 
 def finish(
-    out: Output, report: Report, to: Destination | None, draw: Callable[[Console, Report], None]
+    out: Output,
+    report: Report,
+    to: Destination | None,
+    draw: Callable[[Console, Report], None],
+    more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Uploads an output and prints what was made; where the upload fails too, for the output is there."""
+    """Uploads an output and prints what was made; where the upload fails too, for the output is there.
+
+    Args:
+        more: keys of the result beside the report's.
+    """
+    value = {**report.to_dict(), **(more or {})}
     if to is None:
-        out.result(report.to_dict(), lambda console: draw(console, report))
+        out.result(value, lambda console: draw(console, report))
         return
     from quant.upload import upload
 
@@ -37,4 +46,4 @@ def finish(
         words = f"on the Hub: {uploaded.url}, {uploaded.revision} at {uploaded.commit[:12]}"
         console.print(words, soft_wrap=True, markup=False)
 
-    out.result({**report.to_dict(), "hub": uploaded.to_dict()}, both)
+    out.result({**value, "hub": uploaded.to_dict()}, both)

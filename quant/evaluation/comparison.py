@@ -9,10 +9,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from quant import defaults
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.errors import Problems, QuantError, UsageError, VerificationFailed
-from quant.evaluation.quality import Evaluation, Source, chunk_length, evaluate
+from quant.evaluation.quality import Evaluation, Source, evaluate
+from quant.evaluation.texts import Sample
 from quant.formats import find_format
 from quant.formats.reading import dequantized
 from quant.models.account import decoder_matrices
@@ -52,7 +52,9 @@ def compare_outputs(
     against: str | Path | None = None,
     text: str | Path | None = None,
     length: int | None = None,
-    chunks: int = defaults.EVALUATION_CHUNKS,
+    chunks: int | None = None,
+    domains: bool = False,
+    long_context: bool = False,
     device: str | None = None,
     progress: Progress = silent,
     failed: Callable[[str, QuantError], None] | None = None,
@@ -67,6 +69,7 @@ def compare_outputs(
         Problems: checkpoints that cannot be read or are named twice; all of them, before anything runs.
         QuantError: one that cannot be run.
     """
+    sample = Sample(None if text is None else Path(text), length, chunks, domains, long_context)
     checkpoints: list[Checkpoint] = []
     problems = [f"{p} is named twice" for i, p in enumerate(paths) if Path(p) in map(Path, paths[:i])]
     for path in [*paths, *([] if against is None else [against])]:
@@ -78,8 +81,8 @@ def compare_outputs(
             problems.append(str(error))
     if problems:
         raise Problems(problems)
-    length = chunk_length(length, *checkpoints)
-    source = None if against is None else Source(against, text, length, chunks, device, progress)
+    length = sample.resolved(*checkpoints)
+    source = None if against is None else Source(against, sample, length, device, progress)
     origin = checkpoints[-1] if against is not None else None
     for path, checkpoint in zip(paths, checkpoints, strict=False):
         try:
@@ -89,6 +92,8 @@ def compare_outputs(
                 text=text,
                 length=length,
                 chunks=chunks,
+                domains=domains,
+                long_context=long_context,
                 device=device,
                 progress=progress,
             )

@@ -1,55 +1,89 @@
-"""How good a checkpoint is: perplexity, and KL divergence and top-1 agreement with its source.
+"""How good a checkpoint is: perplexity, and KL divergence and agreement of the likeliest tokens with its
+source.
 
-Both models run in fp32 block by block, so that only the weights differ and neither is ever in memory whole.
-Where the candidate's scheme quantizes activations, or has scales of an FP8 KV cache, its run rounds them as
-vLLM does (see :mod:`quant.evaluation.simulation`). Values are means over chunks of text; standard errors are
-over chunks. Perplexity is the exponential of the mean negative log-likelihood per token (natural logarithm);
-KL(source ‖ candidate) is in nats per token.
+Both models run in fp32 block by block, so that only the weights differ and neither is ever in memory whole;
+logits come in slices (see :mod:`quant.evaluation.divergence`), so that a vocabulary's size does not show in
+the peak. Where the candidate's scheme quantizes activations, or has scales of an FP8 KV cache, its run rounds
+them as vLLM does (see :mod:`quant.evaluation.simulation`). Values are means over chunks of text; standard
+errors and intervals are over chunks, not tokens (see :mod:`quant.evaluation.intervals`). Perplexity is the
+exponential of the mean negative log-likelihood per token (natural logarithm); KL(source ‖ candidate) is in
+nats per token.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from quant import defaults
-from quant.calibration.files import bundled
-from quant.calibration.text import evaluation_rows
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.devices import device_of
-from quant.errors import CheckpointError, QuantError, VerificationFailed
+from quant.errors import CheckpointError, VerificationFailed
+from quant.evaluation import divergence
 from quant.evaluation.agreement import demand_agreement
+from quant.evaluation.divergence import TokenNumbers, token_numbers
+from quant.evaluation.intervals import Measured, mean_of, quantile_of
 from quant.evaluation.simulation import Simulation
+from quant.evaluation.texts import EvaluationText, Sample, joined
 from quant.formats.reading import dequantized
 from quant.models.calls import call_block
 from quant.models.classes import CannotRun
 from quant.models.skeleton import Skeleton
-from quant.offline import load_tokenizer
 from quant.progress import Event, Progress, silent
-from quant.vllm.context import context_length
 
 _BATCH_TOKENS = 2048
+#: Where the table by position has its first edge; each later one is twice as far.
+_FIRST_EDGE = 512
+#: Of all tokens' KL: the one in a hundred that lost most.
+_TAIL = 0.99
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A mean over chunks with its standard error."""
+class Part:
+    """What was measured on a part of the tokens: a domain's text, or positions.
 
-    mean: float
-    standard_error: float
+    Attributes:
+        first, last: of positions, how many tokens come before the predicted ones, both included; None of a
+            domain.
+    """
+
+    name: str
+    tokens: int
+    chunks: int
+    perplexity: Measured
+    source_perplexity: Measured | None = None
+    kl: Measured | None = None
+    top1: Measured | None = None
+    perplexity_increase: float | None = None
+    loss: Measured | None = None
+    top5: Measured | None = None
+    kl_p99: Measured | None = None
+    kl_max: float | None = None
+    first: int | None = None
+    last: int | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured. Without a source only perplexity. ``activations`` says what else than weights was
-    rounded in the candidate's run."""
+    """What was measured. Without a source only perplexity.
+
+    Attributes:
+        activations: what else than weights was rounded in the candidate's run.
+        loss: the rise of the negative log-likelihood, nats per token; its error is that of the difference
+            chunk by chunk, far less than the perplexities'.
+        top1, top5: share of tokens where both have the same likeliest token; share of the source's five
+            likeliest that are among the candidate's five.
+        kl_p99, kl_max: what one token in a hundred loses at least, and the token that loses most.
+        positions: the same by the number of tokens that come before, where chunks are longer than 512.
+        domains: the same for each text, where there are several; ``worst_domain`` names that of largest KL.
+        notes: what has to be said of the texts.
+    """
 
     path: str
     against: str | None
@@ -62,6 +96,14 @@ class Evaluation:
     top1: Measured | None = None
     perplexity_increase: float | None = None
     activations: str | None = None
+    loss: Measured | None = None
+    top5: Measured | None = None
+    kl_p99: Measured | None = None
+    kl_max: float | None = None
+    positions: tuple[Part, ...] = ()
+    domains: tuple[Part, ...] = ()
+    worst_domain: str | None = None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -112,70 +154,45 @@ class Runner:
                 progress(Event(phase, index + 1, self.skeleton.block_count))
         return hidden
 
-    def log_probabilities(self, batch: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        return self.skeleton.logits(batch, hidden)[:, :-1].float().log_softmax(-1)
+    def can_cut(self, batch: torch.Tensor, hidden: torch.Tensor, ranges: list[tuple[int, int]]) -> bool:
+        """Whether logits may be asked for in these ranges of columns; tried on one token."""
+        return self.skeleton.head_can_be_cut(batch[:1, :1], hidden[..., :1, :1, :].contiguous(), ranges)
+
+    def logits(self, batch: torch.Tensor, hidden: torch.Tensor, columns: tuple[int, int]) -> torch.Tensor:
+        """Logits fp32 [B · T, C] of some columns of the vocabulary."""
+        whole = columns == (0, self.skeleton.vocabulary)
+        found = self.skeleton.logits(batch, hidden, None if whole else columns)
+        return found.float().flatten(0, 1)
 
 
 class Source:
     """A checkpoint that others are compared with. It is run once, when the first of them is.
 
     Args:
-        length: tokens a chunk; None for the smaller of 512 and this model's context.
+        length: tokens a chunk, where others than this checkpoint have a say in it too.
     """
 
     def __init__(
         self,
         path: str | Path,
-        text: str | Path | None = None,
+        sample: Sample | None = None,
         length: int | None = None,
-        chunks: int = 0,
         device: str | None = None,
         progress: Progress = silent,
     ):
         self.path = str(path)
         checkpoint = open_checkpoint(path)
         demand_agreement(checkpoint)
-        self.file = Path(text) if text is not None else bundled("wikitext-2-test")
-        length = chunk_length(length, checkpoint)
-        self.rows = evaluation_rows(
-            load_tokenizer(checkpoint.path),
-            self.file,
-            length,
-            chunks or defaults.EVALUATION_CHUNKS,
-            _noting(progress),
-        )
+        sample = sample or Sample()
+        self.texts, self.notes = sample.texts(checkpoint, length or sample.resolved(checkpoint), progress)
         self.runner = Runner(checkpoint, device_of(device))
         self._hidden: list[torch.Tensor] | None = None
 
     def hidden(self, batches: list[torch.Tensor], progress: Progress) -> list[torch.Tensor]:
-        """The states before the head; the batches are always those of ``rows``."""
+        """The states before the head; the batches are always those of the same texts."""
         if self._hidden is None:
             self._hidden = self.runner.hidden(batches, progress, "source")
         return self._hidden
-
-
-def chunk_length(asked: int | None, *checkpoints: Checkpoint) -> int:
-    """Tokens a chunk: those asked for, or the smaller of 512 and the shortest context.
-
-    Raises:
-        QuantError: more are asked for than a model's context has.
-    """
-    contexts = [x for c in checkpoints if (x := context_length(c.config)) is not None]
-    if asked is not None and contexts and asked > min(contexts):
-        raise QuantError(f"--length is {asked}: the model's longest context is {min(contexts)}")
-    return asked or min([defaults.EVALUATION_LENGTH, *contexts])
-
-
-def _noting(progress: Progress) -> Callable[[str], None]:
-    """Says what of an evaluation text was passed over."""
-    return lambda note: progress(Event("text", message=f"evaluation text: {note}", warning=True))
-
-
-def _measured(values: list[float]) -> Measured:
-    mean = statistics.fmean(values)
-    if len(values) < 2 or not math.isfinite(mean):
-        return Measured(mean, math.nan)
-    return Measured(mean, statistics.stdev(values) / math.sqrt(len(values)))
 
 
 @contextmanager
@@ -203,104 +220,206 @@ def evaluate(
     against: str | Path | Source | None = None,
     text: str | Path | None = None,
     length: int | None = None,
-    chunks: int = defaults.EVALUATION_CHUNKS,
+    chunks: int | None = None,
+    domains: bool = False,
+    long_context: bool = False,
     device: str | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Measures a checkpoint on a text.
+    """Measures a checkpoint on a text, or on the bundled ones of several domains.
 
     Args:
-        against: the checkpoint it was made from; adds KL, top-1 agreement and the rise of perplexity. A
-            :class:`Source` has text, length and chunks of its own, and is not run again.
-        text: any text that calibration reads; the bundled wikitext-2 test by default.
-        length: tokens a chunk, the start token included; None for the smaller of 512 and the model's context.
+        against: the checkpoint it was made from; adds KL, agreement and the rise of perplexity. A
+            :class:`Source` has texts of its own, and is not run again.
+        text, length, chunks, domains, long_context: see :class:`quant.evaluation.texts.Sample`.
 
     Raises:
         QuantError: a checkpoint that cannot be read or run, too little text, models whose tokenizers differ.
     """
     target = device_of(device)
+    sample = Sample(None if text is None else Path(text), length, chunks, domains, long_context)
     checkpoint = open_checkpoint(path)
     demand_agreement(checkpoint)
     if against is not None and not isinstance(against, Source):
-        against = Source(against, text, chunk_length(length, checkpoint), chunks, device, progress)
+        others = [checkpoint, open_checkpoint(against)]
+        against = Source(against, sample, sample.resolved(*others), device, progress)
     if against is None:
-        file = Path(text) if text is not None else bundled("wikitext-2-test")
-        rows = evaluation_rows(
-            load_tokenizer(checkpoint.path),
-            file,
-            chunk_length(length, checkpoint),
-            chunks,
-            _noting(progress),
-        )
+        texts, notes = sample.texts(checkpoint, sample.resolved(checkpoint), progress)
     else:
-        file, rows = against.file, against.rows
+        texts, notes = against.texts, against.notes
     simulation = Simulation(checkpoint)
-    runners = [Runner(checkpoint, target, simulation), *([] if against is None else [against.runner])]
-    if int(rows.max()) >= min(r.skeleton.vocabulary for r in runners):
+    runner = Runner(checkpoint, target, simulation)
+    numbers, _ = run_both(runner, against, joined(texts), target, progress)
+    return Evaluation(
+        path=str(path),
+        against=None if against is None else against.path,
+        text=str(texts[0].file) if len(texts) == 1 else ", ".join(t.name for t in texts),
+        activations=simulation.description,
+        notes=notes,
+        **_summary(numbers),
+        **_parts(numbers, texts),
+    )
+
+
+def run_both(
+    runner: Runner,
+    against: Source | None,
+    rows: torch.Tensor,
+    device: torch.device,
+    progress: Progress,
+    among: torch.Tensor | None = None,
+) -> tuple[TokenNumbers, list[tuple[int, int]]]:
+    """Runs a candidate and its source on rows of tokens [R, T].
+
+    Args:
+        among: int64 [R, T - 1, W], tokens whose log-probabilities are wanted too.
+
+    Returns:
+        numbers of [R, T - 1] tokens, and the ranges of columns that the logits came in.
+
+    Raises:
+        CheckpointError: the tokens or the source are of another model.
+    """
+    runners = [runner, *([] if against is None else [against.runner])]
+    _demand_one_vocabulary(runners, against, rows)
+    batches = list(rows.split(max(1, _BATCH_TOKENS // rows.shape[1])))
+    hidden = [
+        runner.hidden(batches, progress, "candidate"),
+        *([] if against is None else [against.hidden(batches, progress)]),
+    ]
+    asked = None if among is None else among.split(len(batches[0]))
+    parts: list[TokenNumbers] = []
+    done, total = 0, rows[:, 1:].numel()
+    with ExitStack() as stack, torch.no_grad():
+        for one in runners:
+            stack.enter_context(one.skeleton.outside())
+        vocabulary = runner.skeleton.vocabulary
+        ranges = list(divergence.slices(vocabulary, divergence.COLUMNS))
+        if len(ranges) > 1 and not all(
+            r.can_cut(batches[0], h[0], ranges) for r, h in zip(runners, hidden, strict=True)
+        ):
+            ranges = [(0, vocabulary)]
+        for index, batch in enumerate(batches):
+            pieces = []
+            step = max(1, divergence.SLICE // (ranges[0][1] * len(batch)))
+            for first in range(0, batch.shape[1] - 1, step):
+                last = min(first + step, batch.shape[1] - 1)
+                states = [h[index][..., first:last, :].contiguous() for h in hidden]
+                which = None if asked is None else asked[index][:, first:last]
+                pieces.append(_compared(runners, batch[:, first : last + 1], states, ranges, which, device))
+                done += len(batch) * (last - first)
+                progress(Event("compare", done, total, detail="tokens"))
+            parts.append(TokenNumbers.joined(pieces, 1))
+    return TokenNumbers.joined(parts, 0), ranges
+
+
+def _demand_one_vocabulary(runners: Sequence[Runner], against: Source | None, rows: torch.Tensor) -> None:
+    sizes, path = [r.skeleton.vocabulary for r in runners], runners[0].skeleton.checkpoint.path
+    if int(rows.max()) >= min(sizes):
         raise CheckpointError(
-            f"{path}: the text has token {int(rows.max())}, the model {runners[0].skeleton.vocabulary}: the "
-            "tokenizer belongs to another model"
+            f"{path}: the text has token {int(rows.max())}, the model {sizes[0]}: the tokenizer belongs to "
+            "another model"
         )
-    sizes = [r.skeleton.vocabulary for r in runners]
     if against is not None and sizes[0] != sizes[1]:
         raise CheckpointError(
             f"{path}: has a vocabulary of {sizes[0]:,}, {against.path} one of {sizes[1]:,}: it was not made "
             "from that checkpoint"
         )
-    batches = list(rows.split(max(1, _BATCH_TOKENS // rows.shape[1])))
-    hidden = [
-        runners[0].hidden(batches, progress, "candidate"),
-        *([] if against is None else [against.hidden(batches, progress)]),
-    ]
-    nll: list[float] = []
-    source_nll: list[float] = []
-    kl: list[float] = []
-    agree: list[float] = []
-    with ExitStack() as stack:
-        for runner in runners:
-            stack.enter_context(runner.skeleton.outside())
-        for index, batch in enumerate(batches):
-            wanted = batch[:, 1:, None].to(target)
-            logs = [
-                r.log_probabilities(batch, states[index]) for r, states in zip(runners, hidden, strict=True)
-            ]
-            nll += (-logs[0].gather(-1, wanted)).mean((1, 2)).tolist()
-            if against is not None:
-                source_nll += (-logs[1].gather(-1, wanted)).mean((1, 2)).tolist()
-                kl += (logs[1].exp() * (logs[1] - logs[0])).sum(-1).mean(-1).tolist()
-                agree += (logs[0].argmax(-1) == logs[1].argmax(-1)).float().mean(-1).tolist()
-            progress(Event("compare", index + 1, len(batches)))
+
+
+def _compared(
+    runners: Sequence[Runner],
+    tokens: torch.Tensor,
+    states: Sequence[torch.Tensor],
+    ranges: list[tuple[int, int]],
+    among: torch.Tensor | None,
+    device: torch.device,
+) -> TokenNumbers:
+    """Numbers [B, T] of tokens [B, T + 1] from the states [..., T, H] of all but the last."""
+    batch = tokens[:, :-1]
+
+    def logits(runner: Runner, hidden: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        return runner.logits(batch, hidden, (first, last))
+
+    own, *other = [partial(logits, r, h) for r, h in zip(runners, states, strict=True)]
+    wanted = tokens[:, 1:].reshape(-1).to(device)
+    asked = None if among is None else among.flatten(0, 1).to(device)
+    found = token_numbers(own, other[0] if other else None, ranges, wanted, asked)
+    return found.shaped(*batch.shape)
+
+
+def _summary(numbers: TokenNumbers) -> dict[str, Any]:
+    """Fields of :class:`Part` of tokens [chunks, T]."""
+    nll = numbers.nll.double().mean(1).tolist()
     own = _perplexity(nll)
-    if against is None:
-        return Evaluation(
-            str(path),
-            None,
-            str(file),
-            rows[:, 1:].numel(),
-            len(rows),
-            own,
-            activations=simulation.description,
-        )
-    other = _perplexity(source_nll)
-    return Evaluation(
-        str(path),
-        against.path,
-        str(file),
-        rows[:, 1:].numel(),
-        len(rows),
-        own,
-        other,
-        _measured(kl),
-        _measured(agree),
-        own.mean / other.mean - 1,
-        simulation.description,
-    )
+    found: dict[str, Any] = {
+        "tokens": numbers.nll.numel(),
+        "chunks": len(numbers.nll),
+        "perplexity": own,
+    }
+    if numbers.source_nll is None:
+        return found
+    assert numbers.kl is not None and numbers.top1 is not None and numbers.top5 is not None
+    source = numbers.source_nll.double().mean(1).tolist()
+    other = _perplexity(source)
+    return found | {
+        "source_perplexity": other,
+        "kl": mean_of(numbers.kl.double().mean(1).tolist()),
+        "top1": mean_of(numbers.top1.double().mean(1).tolist()),
+        "perplexity_increase": own.mean / other.mean - 1,
+        "loss": mean_of([a - b for a, b in zip(nll, source, strict=True)]),
+        "top5": mean_of(numbers.top5.double().mean(1).tolist()),
+        "kl_p99": quantile_of(numbers.kl, _TAIL),
+        "kl_max": float(numbers.kl.max()),
+    }
+
+
+def _parts(numbers: TokenNumbers, texts: Sequence[EvaluationText]) -> dict[str, Any]:
+    """The same by domain and by position."""
+    domains = []
+    if len(texts) > 1:
+        first = 0
+        for text in texts:
+            last = first + len(text.rows)
+            domains.append(Part(name=text.name, **_summary(numbers.rows(first, last))))
+            first = last
+    positions, length = [], numbers.nll.shape[1]
+    if length > _FIRST_EDGE:
+        for lower, upper in edges(length):
+            # the token at index i is predicted from the i + 1 tokens up to it
+            name = f"{lower:,}–{upper:,}"
+            part = _summary(numbers.columns(lower - 1, upper))
+            positions.append(Part(name=name, first=lower, last=upper, **part))
+    worst = max(domains, key=lambda d: d.kl.mean if d.kl is not None else -math.inf, default=None)
+    return {
+        "domains": tuple(domains),
+        "positions": tuple(positions),
+        "worst_domain": None if worst is None or worst.kl is None else worst.name,
+    }
+
+
+def edges(length: int) -> list[tuple[int, int]]:
+    """First and last number of tokens that come before, of each row of the table by position.
+
+    >>> edges(1500)
+    [(1, 512), (513, 1024), (1025, 1500)]
+    """
+    found, upper = [], 0
+    while upper < length:
+        lower, upper = upper + 1, min(2 * upper or _FIRST_EDGE, length)
+        found.append((lower, upper))
+    return found
 
 
 def _perplexity(nll: list[float]) -> Measured:
-    mean = _measured(nll)
-    try:
-        value = math.exp(mean.mean)
-    except OverflowError:
-        value = math.inf
-    return Measured(value, value * mean.standard_error)
+    mean = mean_of(nll)
+
+    def power(value: float) -> float:
+        try:
+            return math.exp(value)
+        except OverflowError:
+            return math.inf
+
+    value = power(mean.mean)
+    ends = None if mean.interval is None else (power(mean.interval[0]), power(mean.interval[1]))
+    return Measured(value, value * mean.standard_error, ends)

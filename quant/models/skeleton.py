@@ -491,11 +491,56 @@ class Skeleton:
                 keep(sharing.calls(states, recorded))
                 yield states
 
-    def logits(self, batch: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(
+        self, batch: torch.Tensor, hidden: torch.Tensor, columns: tuple[int, int] | None = None
+    ) -> torch.Tensor:
         """Logits [B, T, V] that the model's own norm and head make of the last block's output; call it inside
-        :meth:`outside`."""
-        output, _, _ = self._run_outside(self.model, batch, hidden)
+        :meth:`outside`.
+
+        Args:
+            columns: of the vocabulary, from the first to before the second of these numbers, of a head that
+                :meth:`head_can_be_cut`: the model's own forward runs with these rows of it.
+        """
+        with self._head_rows(columns):
+            output, _, _ = self._run_outside(self.model, batch, hidden)
         return output.logits
+
+    @contextmanager
+    def _head_rows(self, columns: tuple[int, int] | None) -> Iterator[None]:
+        """While it lasts, the head has these rows alone."""
+        if columns is None:
+            yield
+            return
+        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        whole = {n: p for n, p in head._parameters.items() if p is not None}
+        try:
+            # set behind the module's back: a tied embedding keeps its own
+            for name, parameter in whole.items():
+                head._parameters[name] = nn.Parameter(parameter[slice(*columns)], requires_grad=False)
+            yield
+        finally:
+            head._parameters.update(whole)
+
+    def head_can_be_cut(
+        self, batch: torch.Tensor, hidden: torch.Tensor, ranges: Sequence[tuple[int, int]]
+    ) -> bool:
+        """Whether logits come a few columns at a time as they come all at once: the head is a plain linear,
+        and what the model makes of its output (a cap, a scale) takes each value by itself. It is tried; call
+        it inside :meth:`outside`.
+
+        Args:
+            batch, hidden: a few tokens, and their states.
+            ranges: of columns that are to be asked for.
+        """
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        if not isinstance(head, nn.Linear):
+            return False
+        whole = self.logits(batch, hidden)
+        try:
+            parts = torch.cat([self.logits(batch, hidden, columns) for columns in ranges], -1)
+        except Exception:  # whatever a foreign model's code raises
+            return False
+        return parts.shape == whole.shape and torch.allclose(parts, whole, rtol=1e-4, atol=1e-4)
 
     def head_gradient(
         self, batch: torch.Tensor, hidden: torch.Tensor, upstream: Callable[[torch.Tensor], torch.Tensor]

@@ -17,6 +17,8 @@ from quant.report.value import REPORT, Report
 
 #: What ``quant evaluate --save`` measured.
 EVALUATION = "quant_evaluation.json"
+#: Of it, means with their errors, as far as they are there.
+_MEASURED = ("kl", "top1", "source_perplexity", "top5", "kl_p99", "loss")
 
 
 def write_report(folder: Path, report: Report, source: Checkpoint, others: Sequence[Path] = ()) -> None:
@@ -52,7 +54,27 @@ def _whole(value: Mapping[str, Any]) -> bool:
         and isinstance(value.get("tokens"), int)
         and isinstance(value.get("chunks"), int)
         and measured(value.get("perplexity"))
-        and all(value.get(k) is None or measured(value[k]) for k in ("kl", "top1", "source_perplexity"))
+        and all(value.get(k) is None or measured(value[k]) for k in _MEASURED)
+        and all(_whole_parts(value.get(k)) for k in ("domains", "positions"))
+    )
+
+
+def _whole_parts(parts: Any) -> bool:
+    """Whether what was measured by domain or position is all there; files of before have none."""
+    if parts is None:
+        return True
+    judged = ("top1", "top5", "kl_p99")
+    numbers = ("kl_max", "perplexity_increase")
+    return isinstance(parts, list) and all(
+        isinstance(p, dict)
+        and isinstance(p.get("name"), str)
+        and isinstance(p.get("tokens"), int)
+        and (
+            p.get("kl") is None
+            or all(isinstance(p.get(k), dict) for k in judged)
+            and all(isinstance(p.get(k), float) for k in numbers)
+        )
+        for p in parts
     )
 
 

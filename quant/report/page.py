@@ -187,13 +187,38 @@ def _quality(report: Report, evaluation: Mapping[str, Any] | None) -> list[str]:
     rows = [["text", f"{text}, {evaluation['chunks']} chunks, {evaluation['tokens']:,} tokens"]]
     for key, words, form in (
         ("kl", "KL divergence to the source, nats per token", ".5f"),
+        ("kl_p99", "of one token in a hundred at least", ".4f"),
         ("top1", "same most likely token", ".2%"),
+        ("top5", "of the five most likely, those in common", ".2%"),
         ("perplexity", "perplexity", ".4f"),
         ("source_perplexity", "the source's", ".4f"),
     ):
         if evaluation.get(key):
             rows.append([words, mean_and_error(evaluation[key], form)])
-    return ["<h2>Quality</h2>", table(["", ""], rows), "<p class=muted>± one standard error over chunks</p>"]
+    return [
+        "<h2>Quality</h2>",
+        table(["", ""], rows),
+        *_measured_parts("domain", evaluation.get("domains") or (), evaluation.get("worst_domain")),
+        *_measured_parts("tokens before", evaluation.get("positions") or ()),
+        "<p class=muted>± one standard error over chunks</p>",
+    ]
+
+
+def _measured_parts(heading: str, parts: Sequence[Mapping[str, Any]], worst: str | None = None) -> list[str]:
+    """Domains or positions, a row each."""
+    parts = [p for p in parts if p.get("kl")]
+    if not parts:
+        return []
+    rows = [
+        [
+            f"{p['name']}{', the worst' if p['name'] == worst else ''}",
+            mean_and_error(p["kl"], ".5f"),
+            mean_and_error(p["top1"], ".2%"),
+            f"{p['perplexity_increase']:+.2%}",
+        ]
+        for p in parts
+    ]
+    return [table([heading, "KL, nats per token", "same most likely token", "rise"], rows, [1, 2, 3])]
 
 
 _STATES = {

@@ -59,7 +59,7 @@ for words in json.loads(sys.argv[2]):
 _VARIES = (
     (r"\d+\.\d s\b", "# s"),
     (r"(peak memory +)\S+ \S+", r"\1# MiB"),
-    (r"(\d\.\d\d)\d+(?= ±|%| ± |\n| nats)", r"\1#"),
+    (r"(\d\.\d\d)\d+(?= ±|%| ± | *\n| nats| to )", r"\1#"),
     (r"(± \d\.\d\d)\d+", r"\1#"),
 )
 

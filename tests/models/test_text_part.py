@@ -13,7 +13,7 @@ import pytest
 from quant.catalog import model_from_directory
 from quant.checkpoint.reader import open_checkpoint
 from quant.evaluation.inspect import inspect
-from quant.evaluation.quality import chunk_length
+from quant.evaluation.texts import chunk_length
 from quant.evaluation.verify import verify
 from quant.formats import find_format
 from quant.pipeline.plan import plan_job

@@ -71,8 +71,12 @@ def _source(source: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     return [("source", "\n".join([*lines, *source.get("notes", [])]))]
 
 
-def quantization(console: Console, report: Report) -> None:
-    """The last lines of ``quant quantize``: what was made, how well, what went otherwise."""
+def quantization(console: Console, report: Report, measured: Mapping[str, Any] | None = None) -> None:
+    """The last lines of ``quant quantize``: what was made, how well, what went otherwise.
+
+    Args:
+        measured: its evaluation, where there is one.
+    """
     from quant.report.page import PAGE
 
     job = report.quantization
@@ -148,8 +152,12 @@ def quantization(console: Console, report: Report) -> None:
             ("serve", "with another engine: this was made for --target other, and vLLM may refuse it")
         )
     table(console, "Scaled" if scaled_alone else "Quantized", rows)
-    measure = ["quant", "evaluate", report.output_path, "--against", named(report.source_path), "--save"]
-    console.print(f"measure it: {shlex.join(measure)}", soft_wrap=True, markup=False)
+    if measured is not None:
+        console.print()
+        evaluation(console, measured)
+    else:
+        measure = ["quant", "evaluate", report.output_path, "--against", named(report.source_path), "--save"]
+        console.print(f"measure it: {shlex.join(measure)}", soft_wrap=True, markup=False)
     _serve(console, report)
 
 
@@ -257,6 +265,7 @@ def verification(console: Console, value: Mapping[str, Any]) -> None:
 
 
 def evaluation(console: Console, value: Mapping[str, Any]) -> None:
+    """Of values that were kept before there were more of them, those that are there."""
     rows = [
         ("text", f"{Path(value['text']).name}, {value['chunks']} chunks, {value['tokens']:,} tokens"),
         ("perplexity", mean_and_error(value["perplexity"], ".4f")),
@@ -265,11 +274,66 @@ def evaluation(console: Console, value: Mapping[str, Any]) -> None:
     if value["against"]:
         rows += [
             ("source's", mean_and_error(value["source_perplexity"], ".4f")),
-            ("rise", f"{value['perplexity_increase']:+.2%}"),
-            ("KL to source", f"{mean_and_error(value['kl'], '.5f')} nats per token"),
+            ("rise", f"{value['perplexity_increase']:+.2%}{_loss(value)}"),
+            ("KL to source", f"{mean_and_error(value['kl'], '.5f')} nats per token{_interval(value['kl'])}"),
+            *_tail(value),
             ("top-1 agreement", mean_and_error(value["top1"], ".2%")),
         ]
+        if value.get("top5"):
+            rows.append(("top-5 agreement", mean_and_error(value["top5"], ".2%")))
     table(console, named(value["path"]), rows)
+    _evaluated_parts(console, "domain", value.get("domains") or ())
+    if value.get("worst_domain"):
+        worst = next(d for d in value["domains"] if d["name"] == value["worst_domain"])
+        console.print(f"worst: {worst['name']}, KL {mean_and_error(worst['kl'], '.5f')}", markup=False)
+    _evaluated_parts(console, "tokens before", value.get("positions") or ())
+
+
+def _loss(value: Mapping[str, Any]) -> str:
+    loss = value.get("loss")
+    if not loss:
+        return ""
+    sign = "+" if loss["mean"] >= 0 else ""
+    return f" ({sign}{mean_and_error(loss, '.5f')} nats per token)"
+
+
+def _interval(value: Mapping[str, Any]) -> str:
+    ends = value.get("interval")
+    return f"\n95 % of chunks' means: {ends[0]:.5f} to {ends[1]:.5f}" if ends else ""
+
+
+def _tail(value: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The tokens that lost most."""
+    if not value.get("kl_p99"):
+        return []
+    p99 = mean_and_error(value["kl_p99"], ".4f")
+    return [("KL of a token", f"P99 {p99}, largest {value['kl_max']:.3f}")]
+
+
+def _evaluated_parts(console: Console, heading: str, parts: Sequence[Mapping[str, Any]]) -> None:
+    """Domains, or positions, a row each."""
+    if not parts:
+        return
+    console.print()
+    judged = parts[0]["kl"] is not None
+    columns = [
+        Column(heading, [p["name"] for p in parts]),
+        Column("tokens", [f"{p['tokens']:,}" for p in parts], 3, True),
+        Column(
+            "perplexity", [mean_and_error(p["perplexity"], ".2f") for p in parts], 2 if judged else 0, True
+        ),
+    ]
+    if judged:
+        columns[2:2] = [
+            Column("KL, nats per token", [mean_and_error(p["kl"], ".5f") for p in parts], 0, True),
+            Column("P99", [f"{p['kl_p99']['mean']:.4f}" for p in parts], 0, True),
+            Column("largest", [f"{p['kl_max']:.3f}" for p in parts], 1, True),
+            Column("top-1", [mean_and_error(p["top1"], ".2%") for p in parts], 0, True),
+            Column("top-5", [mean_and_error(p["top5"], ".2%") for p in parts], 4, True),
+        ]
+        rises = [f"{p['perplexity_increase']:+.2%}" for p in parts]
+        columns.append(Column("rise", rises, 1, True))
+    draw(console, columns)
 
 
 def comparison(console: Console, values: Sequence[Mapping[str, Any]]) -> None:
@@ -302,9 +366,15 @@ def comparison(console: Console, values: Sequence[Mapping[str, Any]]) -> None:
             Column("size", ["-" if r["bytes"] is None else format_size(r["bytes"]) for r in rows], 4, True),
             Column("perplexity", [mean_and_error(r["perplexity"], ".4f") for r in rows], 0, True),
             Column("KL, nats per token", [mean_and_error(r["kl"], ".5f") for r in rows], 0, True),
+            Column("worst domain", [_worst_domain(r) for r in rows], 1),
             Column("top-1", [mean_and_error(r["top1"], ".2%") for r in rows], 1, True),
         ],
     )
+
+
+def _worst_domain(value: Mapping[str, Any]) -> str:
+    found = next((d for d in value.get("domains") or () if d["name"] == value["worst_domain"]), None)
+    return f"{found['name']} {found['kl']['mean']:.5f}" if found else "-"
 
 
 def inspection(console: Console, value: Mapping[str, Any]) -> None:
