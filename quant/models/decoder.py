@@ -152,10 +152,7 @@ class Decoder:
     def expert_width(self) -> int:
         """What a routed expert reads and writes: the layer's own size, or a narrower one that all of them
         share (Nemotron 3, Kimi K3)."""
-        for key in ("moe_latent_size", "routed_expert_hidden_size"):
-            if narrow := self.values.count(key, 0, least=0):
-                return narrow
-        return self.hidden
+        return self.values.count("expert_width", 0, least=0) or self.hidden
 
     @cached_property
     def kinds(self) -> list[str]:

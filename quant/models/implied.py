@@ -235,7 +235,7 @@ def _table_problems(file: _File) -> Iterator[str]:
     rows |= file.all_stated("padded_vocab_size")
     widths = {
         n
-        for k in ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "embedding_size", "emb_dim")
+        for k in (*KEYS["hidden_size"], "word_embed_proj_dim", "embedding_size", "emb_dim")
         for n in file.all_stated(k)
     }
     matrices = [n.removesuffix(".weight") for n, s in file.shapes.items() if len(s) == 2 and ".weight" in n]

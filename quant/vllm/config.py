@@ -30,6 +30,7 @@ KEYS: dict[str, tuple[str, ...]] = {
         "max_position_embeddings", "n_positions", "model_max_length", "max_seq_len", "seq_length", "n_ctx",
     ),
     "experts": ("num_experts", "n_routed_experts", "num_local_experts"),
+    "expert_width": ("moe_latent_size", "routed_expert_hidden_size"),
     "mamba_num_heads": ("mamba_num_heads", "mamba_n_heads"),
     "mamba_head_dim": ("mamba_head_dim", "mamba_d_head"),
     "n_groups": ("n_groups", "mamba_n_groups"),
