@@ -185,18 +185,28 @@ def listing(kind: str, pattern: str = "") -> list[Item]:
 
     Args:
         kind: a key of :data:`KINDS`.
-        pattern: part of the name, whatever the case and the marks between; those whose names lack it are left
-            out.
+        pattern: part of the name that begins a word of it, or any part where none does, whatever the case and
+            the marks between; those whose names lack it are left out.
 
     Raises:
         UsageError: no such kind.
 
     >>> [x["name"] for x in listing("formats", "PL")]
     ['plain']
+    >>> [x["name"] for x in listing("gpus", "l4")]
+    ['L4', 'L40', 'L40S-48GB']
     """
     if kind not in KINDS:
         raise one_of("kind", kind, list(KINDS))
-    return [item for item in KINDS[kind][0]() if _plain(pattern) in _plain(item["name"])]
+    items = KINDS[kind][0]()
+    found = [item for item in items if _begins(pattern, item["name"])]
+    return found or [item for item in items if _plain(pattern) in _plain(item["name"])]
+
+
+def _begins(pattern: str, name: str) -> bool:
+    """Whether a word of a name, or a number in it, begins with a pattern: ``L4`` is not in ``Blackwell-48``."""
+    words = [m.start() for m in re.finditer(r"[A-Z]?[a-z]+|[A-Z]+|\d+", name)]
+    return any(_plain(name[start:]).startswith(_plain(pattern)) for start in words)
 
 
 def _plain(name: str) -> str:

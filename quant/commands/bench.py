@@ -116,15 +116,15 @@ def bench(
     quant-deploy bench --url http://127.0.0.1:8000 --concurrency 1,4,16 --output load
     quant-deploy bench -m out/a -m out/b --concurrency 8 --goodput ttft:500,tpot:50
     """
-    from quant.commands.render import bench as render
-    from quant.serving.bench import failed_everywhere, prepare_folder, result_of, write_results
-
     if not urls and not checkpoints:
         raise UsageError("give --url of an endpoint, or --model-path of a checkpoint to start vLLM on")
-    request = _request(given)
-    prepare_folder(output)
     results: list[TargetResult] = []
-    with out.progress("starting") as progress:
+    with out.progress("starting") as progress:  # what is imported takes seconds on a busy machine
+        from quant.commands.render import bench as render
+        from quant.serving.bench import failed_everywhere, prepare_folder, result_of, write_results
+
+        request = _request(given)
+        prepare_folder(output)
         for name, endpoint, facts, stack in _targets(out, urls, checkpoints, given):
             with stack:
                 if tool is not None:

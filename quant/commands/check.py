@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,10 @@ from quant.commands.bench import endpoint_of, endpoint_options
 from quant.commands.terminal import Output, common_options
 from quant.commands.types import MODEL, PATH
 from quant.errors import UsageError, VerificationFailed
+
+if TYPE_CHECKING:
+    from quant.progress import Progress
+    from quant.serving.check.value import CheckReport
 
 GROUPS = ("fidelity", "performance", "resources", "security", "operation")
 
@@ -70,51 +74,22 @@ def check(
     quant-deploy check --url http://127.0.0.1:8000 --checkpoint out/Llama-3.1-8B-W4A16
     quant-deploy check --checkpoint out/Llama-3.1-8B-W4A16 --profile batch --soak 10m
     """
-    from quant.commands.render import check as render
-    from quant.serving.bench import without_nan
-    from quant.serving.check.profile import parse_duration, read_profile
-    from quant.serving.check.run import CheckRequest, check_checkpoint, check_endpoint
-
     if url is None and checkpoint is None:
         raise UsageError("give --url of an endpoint, or --checkpoint to start vLLM on")
     if url is not None and extra:
         raise UsageError(f"{extra[0]!r} is for a vLLM that is started here: leave --url out, or it")
     if url is None and given["pid"] is not None:
         raise UsageError("--pid is of a server that runs: give its --url; the one started here has its own")
+    if url is None and given["log"] is not None:
+        raise UsageError("--log is of a server that runs: give its --url; the one started here has its own")
     if given["api_key"] is not None and given["api_key_env"] is not None:
         raise UsageError("--api-key and --api-key-env both name the key: give one of them")
-    request = CheckRequest(
-        read_profile(profile), checkpoint, given["log"], given["gateway"], given["probes"],
-        None if given["soak"] is None else parse_duration(given["soak"], "--soak"),
-        given["gpu"], given["only"], given["pid"],
-    )  # fmt: skip
-    endpoint = endpoint_of(url or "http://127.0.0.1", given)
-    endpoint = replace(endpoint, api_key=given["api_key"] or endpoint.api_key)
     _writable(output)
-    with out.progress("starting") as progress:
-        if url is not None:
-            report = check_endpoint(endpoint, request, progress=progress)
-        else:
-            from quant.serving.deployment import DeploymentRequest, plan
+    with out.progress("starting") as progress:  # what is imported takes seconds on a busy machine
+        from quant.commands.render import check as render
+        from quant.serving.bench import without_nan
 
-            assert checkpoint is not None
-            if request.log is not None:
-                raise UsageError(
-                    "--log is of a server that runs: give its --url; the one started here has its own"
-                )
-            asked = DeploymentRequest(
-                gpu=given["gpu"], port=0, name=given["model"], api_key_env=given["api_key_env"], extra=extra
-            )
-            report = check_checkpoint(
-                plan(checkpoint, asked),
-                request,
-                endpoint,
-                python=given["vllm_python"],
-                timeout=given["timeout"],
-                exact=given["exact_activations"],
-                log=lambda line: out.details([line]),
-                progress=progress,
-            )
+        report = _measured(out, url, checkpoint, profile, extra, given, progress)
     value = without_nan(report.to_dict())
     if output is not None:
         output.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -123,6 +98,41 @@ def check(
     if not report.passed:
         failed = [f.name for f in report.findings if f.status == "FAIL"]
         raise VerificationFailed(f"{report.url}: {len(failed)} FAIL: {', '.join(failed)}")
+
+
+def _measured(
+    out: Output, url: str | None, checkpoint: Path | None, profile: str, extra: tuple[str, ...],
+    given: dict[str, Any], progress: Progress,
+) -> CheckReport:  # fmt: skip
+    """The checks of a running endpoint, or of a vLLM that is started on a checkpoint."""
+    from quant.serving.check.profile import parse_duration, read_profile
+    from quant.serving.check.run import CheckRequest, check_checkpoint, check_endpoint
+
+    request = CheckRequest(
+        read_profile(profile), checkpoint, given["log"], given["gateway"], given["probes"],
+        None if given["soak"] is None else parse_duration(given["soak"], "--soak"),
+        given["gpu"], given["only"], given["pid"],
+    )  # fmt: skip
+    endpoint = endpoint_of(url or "http://127.0.0.1", given)
+    endpoint = replace(endpoint, api_key=given["api_key"] or endpoint.api_key)
+    if url is not None:
+        return check_endpoint(endpoint, request, progress=progress)
+    from quant.serving.deployment import DeploymentRequest, plan
+
+    assert checkpoint is not None
+    asked = DeploymentRequest(
+        gpu=given["gpu"], port=0, name=given["model"], api_key_env=given["api_key_env"], extra=extra
+    )
+    return check_checkpoint(
+        plan(checkpoint, asked),
+        request,
+        endpoint,
+        python=given["vllm_python"],
+        timeout=given["timeout"],
+        exact=given["exact_activations"],
+        log=lambda line: out.details([line]),
+        progress=progress,
+    )
 
 
 def _writable(path: Path | None) -> None:

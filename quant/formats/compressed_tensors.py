@@ -1,4 +1,4 @@
-"""compressed-tensors: the road vLLM is built around, and the default. One sub-format for each kind of
+"""compressed-tensors: the layout that vLLM is built around, and the default. One sub-format for each kind of
 numbers.
 
 Contract read from vLLM 0.32 (`compressed_tensors/schemes/`) and compressed-tensors 0.17 (`compressors/`). For

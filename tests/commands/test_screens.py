@@ -4,6 +4,7 @@ which ``pytest tests/commands/test_screens.py --rewrite-screens`` writes anew; a
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import pty
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from quant.commands.render import prose
 from quant.commands.render.results import comparison
 from quant.commands.render.tables import Column, draw
 from tests.helpers import ROOT, TINYLM
@@ -214,3 +216,14 @@ def test_an_evaluation_of_several_keeps_its_numbers_at_eighty_columns(
     text = capsys.readouterr().out
     assert "12.3456 ± 0.1234" in text and "12.34560 ± 0.12340" in text
     assert all(len(line) <= 80 for line in text.splitlines())
+
+
+def test_a_number_stays_with_its_unit_where_lines_are_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quant.commands.terminal.unseen", lambda: False)
+    text = "33.9 GiB of weights leave 5.20 GiB for 68,112 tokens, within 1 % of the loss (± 65%) at 17 t/s"
+    for width in range(20, 60):
+        console = Console(width=width, record=True, file=io.StringIO())
+        prose(console, text)
+        lines = console.export_text().splitlines()
+        assert " ".join(lines) == text and all(line == line.rstrip() for line in lines)
+        assert not [x for x in lines[1:] if re.match(r"(GiB|tokens|%|t/s|65)", x)], (width, lines)

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+#: A blank between a number and its unit, and what stands for it while lines are broken.
+_UNIT = re.compile(r"(?<=\d) (?=(?:[KMGT]iB|[KMGT]?B|t/s|tokens?|%|s|min|dB)\b|%)|(?<=±) (?=\d)")
+_JOINT = "\ue000"
+
 
 def prose(console: Console, text: str, style: str = "") -> None:
-    """Words, wrapped to the width that they are read at; where there is none, such as in a log, in one line,
-    to be searched."""
+    """Words, wrapped to the width that they are read at, a number with its unit; where there is none, such as
+    in a log, in one line, to be searched."""
     from rich.text import Text
 
     from quant.commands.terminal import unseen
 
-    console.print(Text(text, style), soft_wrap=unseen())
+    if unseen():
+        console.print(Text(text, style), soft_wrap=True)
+        return
+    together = Text(_UNIT.sub(_JOINT, text), style)
+    for line in together.wrap(console, console.width):
+        line.plain = line.plain.replace(_JOINT, " ")
+        line.rstrip()
+        console.print(line)
 
 
 def table(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
