@@ -204,7 +204,7 @@ def listing(kind: str, pattern: str = "") -> list[Item]:
 
 
 def _begins(pattern: str, name: str) -> bool:
-    """Whether a word of a name, or a number in it, begins with a pattern: ``L4`` is not in ``Blackwell-48``."""
+    """Whether a word of a name, or a number in it, begins so: ``L4`` is not in ``Blackwell-48``."""
     words = [m.start() for m in re.finditer(r"[A-Z]?[a-z]+|[A-Z]+|\d+", name)]
     return any(_plain(name[start:]).startswith(_plain(pattern)) for start in words)
 
