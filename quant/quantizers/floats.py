@@ -40,6 +40,18 @@ class FloatScales:
     wide: torch.Tensor
     global_scale: torch.Tensor | None = None
 
+    def of(self, wide: torch.Tensor) -> torch.Tensor:
+        """As stored, other multipliers [N, G] that this kind of scale holds exactly."""
+        if self.stored.dtype == torch.float8_e4m3fn and self.global_scale is not None:
+            return (wide * self.global_scale).to(torch.float8_e4m3fn)
+        return wide if self.stored.shape == wide.shape and self.stored.dtype == wide.dtype else self.stored
+
+
+def stored_float_scale(scale: torch.Tensor, divisor: torch.Tensor | None = None) -> torch.Tensor:
+    """The multipliers that a file holds nearest to fp32 ones: those of E4M3 where all are divided by
+    ``divisor``, else any."""
+    return _positive(scale) if divisor is None else scale_values(_e4m3(scale * divisor), divisor)
+
 
 def nearest_float(values: torch.Tensor, bits: int) -> torch.Tensor:
     """The nearest E4M3 (8 bits) or E2M1 (4 bits) numbers, fp32."""

@@ -27,8 +27,10 @@ from quant.calibration.statistics import Statistics
 from quant.errors import QuantError
 from quant.quantizers.base import Quantized, QuantizerRegistry
 from quant.quantizers.floats import encode, float_scales, nearest_float
+from quant.quantizers.grids import Grid
 from quant.quantizers.nearest import integers, round_to_nearest
 from quant.quantizers.products import add_product
+from quant.quantizers.refining import Solved, refine
 from quant.quantizers.rounding import group_parameters, scale_dtype, weight_parameters
 from quant.schemes import WeightScheme
 from quant.tensors import QuantizedTensor
@@ -61,11 +63,14 @@ class GPTQQuantizer:
             scale when it is reached, from the updated weights.
         clip_search: choose each group's range by least squared error weighted with the diagonal of H, instead
             of the whole range.
+        sweeps: times that, after rounding, scales are fitted to the codes and all codes are gone through to
+            change those that lower the loss (:mod:`quant.quantizers.refining`).
     """
 
     damping: float = defaults.DAMPING
     act_order: Literal["none", "static"] = defaults.ACT_ORDER
     clip_search: bool = defaults.CLIP_SEARCH["gptq"]
+    sweeps: int = 1
 
     name: ClassVar[str] = "gptq"
     suppressor: ClassVar[str] = ""
@@ -76,6 +81,8 @@ class GPTQQuantizer:
             raise ValueError(
                 f"damping is {self.damping}: a share of the Hessian's diagonal, above 0 and at most 1"
             )
+        if not 0 <= self.sweeps <= 100:
+            raise ValueError(f"sweeps is {self.sweeps}: must be from 0 to 100")
 
     @staticmethod
     def refuse(scheme: WeightScheme) -> str | None:
@@ -182,11 +189,18 @@ class GPTQQuantizer:
         natural = torch.arange(weights.shape[2], device=weights.device)
         visits = [natural if order is None else order for order in orders]
         wide = torch.stack([s.wide for s in scales])
-        values, _, _ = _solve(weights, factors, scheme, dtype, ((wide, None), visits), None, False)
+        divisors = [s.global_scale for s in scales]
+        divisor = torch.stack([d for d in divisors if d is not None]) if divisors[0] is not None else None
+        values, fitted, _ = _solve(
+            weights, factors, scheme, dtype, ((wide, None), visits), None, False, self.sweeps, divisor
+        )
         return [
-            QuantizedTensor(encode(v, scheme.bits), s.stored, None, scheme, global_scale=s.global_scale)
-            for v, s in zip(values, scales, strict=True)
-        ]
+            QuantizedTensor(
+                encode(v, scheme.bits), s.of(f), None, scheme,
+                global_scale=s.global_scale,
+            )
+            for v, f, s in zip(values, fitted, scales, strict=True)
+        ]  # fmt: skip
 
     def _integers(
         self,
@@ -200,7 +214,9 @@ class GPTQQuantizer:
         visits = [order for order in orders if order is not None]
         if not visits:
             importance = diagonals if self.clip_search else None
-            codes, scales, zeros = _solve(weights, factors, scheme, dtype, None, importance, self.clip_search)
+            codes, scales, zeros = _solve(
+                weights, factors, scheme, dtype, None, importance, self.clip_search, self.sweeps
+            )
         else:
             fixed = [
                 weight_parameters(w, scheme, dtype, d, self.clip_search)
@@ -208,7 +224,9 @@ class GPTQQuantizer:
             ]
             shifts = [z for _, z in fixed if z is not None]
             numbers = torch.stack([s for s, _ in fixed]), torch.stack(shifts) if shifts else None
-            codes, scales, zeros = _solve(weights, factors, scheme, dtype, (numbers, visits), None, False)
+            codes, scales, zeros = _solve(
+                weights, factors, scheme, dtype, (numbers, visits), None, False, self.sweeps
+            )
         return [
             integers(codes[i], scales[i], None if zeros is None else zeros[i], scheme, dtype)
             for i in range(len(weights))
@@ -250,11 +268,12 @@ def factorize_together(
             torch.index_select(hessian[reverse[rows]], 1, reverse, out=target[rows])
     damp(flipped.diagonal(dim1=1, dim2=2), damping)
     lower, failed = torch.linalg.cholesky_ex(flipped)
-    del flipped
     usable = (failed == 0) & lower.diagonal(dim1=1, dim2=2).isfinite().all(1)
     upper = lower.flip(1, 2)
     return [
-        (Factor(upper[i]), damping) if good else factorize(hessians[i], damping, orders[i])
+        (Factor(upper[i], whole=flipped[i].flip(0, 1)), damping)
+        if good
+        else factorize(hessians[i], damping, orders[i])
         for i, good in enumerate(usable.tolist())
     ]
 
@@ -276,15 +295,20 @@ def factorize(
         wanted = damping * 10**rung
         ordered = _ordered(hessian, order)
         damp(ordered.diagonal(), wanted, rung > 0)
-        if _factored(ordered):
+        squares = None if ordered.is_cuda else [ordered[s, s].clone() for s in _panels(len(ordered))]
+        if squares is None:
+            whole = ordered.clone()
+            if _factored(ordered):
+                return Factor(ordered, whole=whole), wanted
+        elif _factored(ordered):
             hessian.set_(ordered)  # type: ignore[call-overload]  # or two matrices would wait for the solve
-            return Factor(hessian), wanted
+            return Factor(hessian, squares), wanted
         visits = _visits(order, hessian)
         precise = hessian[visits][:, visits].double()
         damp(precise.diagonal(), wanted, rung > 0)
         lower, failed = torch.linalg.cholesky_ex(precise.flip(0, 1))
         if not failed and bool(lower.diagonal().isfinite().all()):
-            return Factor(lower.flip(0, 1).float()), wanted
+            return Factor(lower.flip(0, 1).float(), whole=precise.float()), wanted
     return None, wanted
 
 
@@ -293,43 +317,49 @@ def _visits(order: torch.Tensor | None, hessian: torch.Tensor) -> torch.Tensor:
 
 
 def _ordered(hessian: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    """[K, K] with rows and columns in ``order``; what is below the diagonal is of no account."""
+    """[K, K] with rows and columns in ``order``."""
     if order is None:
         return hessian.clone()
     ordered = torch.empty_like(hessian)
     for start in range(0, len(hessian), _ROWS):  # indexing the whole matrix twice would hold a third copy
         rows = slice(start, start + _ROWS)
-        ordered[rows, start:] = hessian[order[rows]].index_select(1, order[start:])
+        torch.index_select(hessian[order[rows]], 1, order, out=ordered[rows])
     return ordered
+
+
+def _panels(k: int) -> list[slice]:
+    """The runs of columns that :func:`_factored` takes one after another on a CPU."""
+    return [slice(max(stop - _WIDE, 0), stop) for stop in range(k, 0, -_WIDE)]
 
 
 def damp(diagonal: torch.Tensor, damping: float, more: bool = False) -> None:
     """Adds to each element of the diagonal [..., K] of a matrix a share of itself, so that codes do not
     depend on the inputs' units: a share of the mean, which a few inputs of large activations set, would
-    outweigh all that the others have in common. Dead inputs, whose other elements are zero too, get 1 before,
-    and nearly dead ones :data:`LEAST` of the mean.
+    outweigh all that the others have in common. Dead inputs, whose other elements are zero too, and nearly
+    dead ones get :data:`LEAST` of the mean before, so that scales are not fitted to them; all get 1 where all
+    are dead.
 
     ``more``: the matrix is damaged, as one share was not enough; then none gets less than a share of the
     mean."""
-    diagonal[diagonal == 0] = 1.0
     mean = diagonal.mean(-1, keepdim=True)
     if more:
         diagonal += damping * torch.maximum(diagonal, mean)
     else:
-        torch.maximum(diagonal, LEAST * mean, out=diagonal).mul_(1 + damping)
+        least = torch.where(mean == 0, 1.0, LEAST * mean)
+        torch.maximum(diagonal, least, out=diagonal).mul_(1 + damping)
 
 
 def _factored(matrix: torch.Tensor) -> bool:
     """Puts R, upper triangular with R·Rᵀ = H, in the place of the upper triangle of H [K, K], which is all
-    that is read; or returns False, and H is lost.
+    that is read; or returns False, and H is lost. On a CPU what lies below the squares of :func:`_panels`
+    along the diagonal stays as it is.
 
     On a CPU by products of matrices, some columns after others, from the last to the first: torch clears the
     other triangle behind LAPACK's routine, against the order of the memory, which takes half as long again.
     """
     k = len(matrix)
-    wide = k if matrix.is_cuda else _WIDE
-    for stop in range(k, 0, -wide):
-        begin = max(stop - wide, 0)
+    for columns in [slice(0, k)] if matrix.is_cuda else _panels(k):
+        begin, stop = columns.start, columns.stop
         done = matrix[:stop, stop:]
         panel = matrix[:stop, begin:stop].clone()
         add_product(panel, done, done[begin:].t(), alpha=-1)
@@ -365,9 +395,12 @@ def _factored_panel(panel: torch.Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Factor:
-    """R of the H in question in the upper triangle of ``upper`` [K, K]; what is below is of no account."""
+    """R of the H in question in the upper triangle of ``upper`` [K, K]. H itself is ``whole``; or else below
+    the diagonal of ``upper``, but for ``squares``, which are those of :func:`_panels` along it."""
 
     upper: torch.Tensor
+    squares: Sequence[torch.Tensor] | None = None
+    whole: torch.Tensor | None = None
 
     def block(self, rows: slice, columns: slice) -> torch.Tensor:
         """R[rows, columns]; below the diagonal, anything."""
@@ -376,20 +409,33 @@ class Factor:
     def diagonal(self) -> torch.Tensor:
         return self.upper.diagonal()
 
+    def hessian(self) -> torch.Tensor:
+        """H [K, K], damped, in the order of R; R may be lost."""
+        if self.whole is not None:
+            return self.whole
+        assert self.squares is not None
+        matrix, panels = self.upper, _panels(len(self.upper))
+        for number, (columns, square) in enumerate(zip(panels, self.squares, strict=True)):
+            matrix[columns, columns] = square
+            for left in panels[number + 1 :]:
+                matrix[left, columns] = matrix[columns, left].t()
+        return matrix
 
-def solve_integers(
+
+def solve_fixed(
     weight: torch.Tensor,
     factor: Factor,
     order: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor | None,
-    scheme: WeightScheme,
-    dtype: torch.dtype,
+    grid: Grid,
 ) -> torch.Tensor:
     """Codes fp32 [N, K] that GPTQ gives a weight fp32 [N, K], which is overwritten, with scales and zeros
     [N, G] that are fixed."""
     numbers = scales.unsqueeze(0), None if zeros is None else zeros.unsqueeze(0)
-    codes, _, _ = _solve(weight.unsqueeze(0), [factor], scheme, dtype, (numbers, [order]), None, False)
+    codes, _, _ = _solve(
+        weight.unsqueeze(0), [factor], grid.scheme, grid.dtype, (numbers, [order]), None, False
+    )
     return codes[0].float()
 
 
@@ -401,6 +447,8 @@ def _solve(
     fixed: tuple[tuple[torch.Tensor, torch.Tensor | None], Sequence[torch.Tensor]] | None,
     importance: Sequence[torch.Tensor] | None,
     search: bool,
+    sweeps: int = 0,
+    divisor: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The column loop, of a batch of weights at once: each has its own Hessian and order, and nothing of one
     enters another. The work on a column, which is short, is shared by the batch; the products of runs of
@@ -412,6 +460,8 @@ def _solve(
         fixed: scales and zeros [B, N, G] and each one's order of columns; None: file order, scales taken as
             groups are reached.
         importance: what the search for those weights errors with, [K] of each; or None.
+        sweeps: times that scales are fitted and codes gone through again after all are rounded.
+        divisor: of the scales of each weight, fp32 [B, 1], where they have one.
 
     Returns:
         int8 codes [B, N, K] (of floats their fp32 values), fp32 scales [B, N, G], fp32 zeros [B, N, G] or
@@ -487,6 +537,12 @@ def _solve(
             if c + 1 < end:
                 inner[i + 1 :].addcmul_(triangle[i, i + 1 :], error)
         codes[panel] = rounded
+    if sweeps:
+        del feedback, inner, rounded
+        under_way = Solved(errors, codes, scales_t, zeros_t, group_of, Grid(scheme, dtype, divisor))
+        hessians = [factor.hessian() for factor in factors]
+        for _ in range(sweeps):
+            refine(under_way, hessians)
     return (
         torch.stack(
             [_in_file_order(codes[:, i], None if fixed is None else orders[i]) for i in range(count)]

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from quant.quantizers.rounding import stored_scale
+from quant.quantizers.grids import Grid
 
 #: Outputs of a block of H_O, at the most.
 OUTPUTS = 256
@@ -48,20 +48,18 @@ def blocks_of(outputs: int, most: int = OUTPUTS) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Codes:
-    """Integers under way: values are (codes - zeros) · scales.
+    """Codes under way: values are (codes - zeros) · scales.
 
     Attributes:
-        codes: fp32 [N, K], whole numbers from ``low`` to ``high``.
-        scales: fp32 [N, G], as ``dtype`` holds them.
+        codes: fp32 [N, K], those of ``grid``.
+        scales: fp32 [N, G], as a file holds them.
         zeros: fp32 [N, G], or None.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None
-    low: int
-    high: int
-    dtype: torch.dtype
+    grid: Grid
 
     @property
     def shifted(self) -> torch.Tensor:
@@ -94,8 +92,7 @@ def feed_back(
     columns: torch.Tensor,
     outputs: torch.Tensor,
     rows: torch.Tensor,
-    low: int,
-    high: int,
+    grid: Grid,
 ) -> torch.Tensor:
     """Codes fp32 [N, K] of a weight fp32 [N, K], rounded one by one with feedback along both dimensions.
 
@@ -134,7 +131,7 @@ def feed_back(
         given += [] if shifts is None else [shifts.index_select(1, groups)]
         made = _round_panel(
             [x.view(count, size, -1).flip(2).transpose(1, 2) for x in given],
-            corner.t().flip(0, 1).contiguous(), unit, tile, low, high,
+            corner.t().flip(0, 1).contiguous(), unit, tile, grid,
         )  # fmt: skip
         for target, value in zip((codes, errors), made, strict=True):
             target[:, panel] = value.transpose(1, 2).flip(2).reshape(count * size, -1)
@@ -144,7 +141,7 @@ def feed_back(
 
 
 def _round_panel(
-    given: list[torch.Tensor], corner: torch.Tensor, unit: torch.Tensor, tile: int, low: int, high: int
+    given: list[torch.Tensor], corner: torch.Tensor, unit: torch.Tensor, tile: int, grid: Grid
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and errors of a panel of columns, [B, C, b] with its columns in reverse.
 
@@ -178,7 +175,7 @@ def _round_panel(
             if zero:
                 shift = zero[0].diagonal(offset, 1, 2)
                 number.add_(shift)
-            number.round_().clamp_(low, high)
+            number = grid.nearest(number)
             code.diagonal(offset, 1, 2).copy_(number)
             missed = torch.addcmul(value, number - shift if zero else number, step, value=-1)
             error.diagonal(-offset, 1, 2).copy_(missed)
@@ -248,7 +245,7 @@ def refit(
         left = now
     # a scale that would turn the signs of its group, or lose it, stays
     kept = scales.isfinite() & (scales > 1e-3 * made.scales)
-    rounded = stored_scale(torch.where(kept, scales, made.scales), made.dtype)
+    rounded = made.grid.stored(torch.where(kept, scales, made.scales))
     after = loss(replace(made, scales=rounded).errors(weight), inputs, outputs)
     lower = after < before
     chosen = torch.where(spread(lower.view(-1, 1, 1)), rounded, made.scales)
@@ -290,9 +287,7 @@ def descend(
             )
             slopes, current, scales = (x.permute(2, 0, 1).contiguous() for x in given)
             start_codes = current.clone()
-            gained += _descend_panel(
-                slopes, current, scales, inputs[panel][:, panel], outputs, made.low, made.high
-            )
+            gained += _descend_panel(slopes, current, scales, inputs[panel][:, panel], outputs, made.grid)
             delta = (current - start_codes).mul_(scales)
             codes[:, panel] = current.permute(1, 2, 0).reshape(count * size, -1)
             errors[:, panel] -= delta.permute(1, 2, 0).reshape(count * size, -1)
@@ -307,8 +302,7 @@ def _descend_panel(
     scales: torch.Tensor,
     among: torch.Tensor,
     outputs: torch.Tensor,
-    low: int,
-    high: int,
+    grid: Grid,
 ) -> torch.Tensor:
     """:func:`descend` on a panel of columns, in place.
 
@@ -329,7 +323,7 @@ def _descend_panel(
         began, divisor = slope.clone(), curve * scale
         for _ in range(_CHANGES):
             # the least of a parabola in this code, all others as they are
-            target = (slope / divisor).add_(code).round_().clamp_(low, high)
+            target = grid.nearest((slope / divisor).add_(code))
             step = (target - code).mul_(scale)
             gain, best = torch.addcmul(2 * slope, step, curve, value=-1).mul_(step).max(1)
             better = gain > 0

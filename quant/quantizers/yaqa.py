@@ -20,11 +20,14 @@ from quant import defaults
 from quant.calibration.statistics import Statistics
 from quant.errors import QuantError
 from quant.quantizers.base import Quantized, QuantizerRegistry
-from quant.quantizers.gptq import Factor, damp, dead_notes, factorize, solve_integers
+from quant.quantizers.floats import encode, float_scales
+from quant.quantizers.gptq import Factor, damp, dead_notes, factorize, solve_fixed
+from quant.quantizers.grids import Grid
 from quant.quantizers.nearest import integers, round_to_nearest
-from quant.quantizers.rounding import round_weight, scale_dtype, weight_parameters
+from quant.quantizers.rounding import scale_dtype, weight_parameters
 from quant.quantizers.two_sided import Codes, descend, feed_back, loss, refit
 from quant.schemes import WeightScheme
+from quant.tensors import QuantizedTensor
 
 #: Elements of a weight that are worked on at once, whole blocks of outputs: a dozen tensors of that size are
 #: made.
@@ -66,9 +69,9 @@ class YAQAQuantizer:
 
     @staticmethod
     def refuse(scheme: WeightScheme) -> str | None:
-        if scheme.type == "int":
+        if scheme.strategy != "block":
             return None
-        return f"it rounds to integers, not to {scheme}: use --method gptq for that, or a scheme of integers"
+        return f"it takes scales of rows of a weight, not {scheme}'s of blocks: use --method fp8 or gptq"
 
     def __call__(
         self,
@@ -83,12 +86,12 @@ class YAQAQuantizer:
                 "yaqa needs calibration text and the gradients that a pass over it gives: give "
                 "--calibration-dataset, or use --method minmax"
             )
-        dtype, diagonal = scale_dtype(scheme, dtype), statistics.hessian.diagonal().clone()
+        diagonal = statistics.hessian.diagonal().clone()
         order = torch.argsort(diagonal, descending=True, stable=True)
         hessian = statistics.hessian.clone()
         factor, needed = factorize(statistics.hessian, self.damping, order)
         if factor is None:
-            tensor = round_to_nearest(weight, scheme, dtype, search=self.clip_search)
+            tensor = round_to_nearest(weight, scheme, dtype, amax, search=self.clip_search)
             reason = (
                 f"the Hessian of its inputs is not positive definite with damping up to {needed:g}: rounded "
                 "to nearest instead"
@@ -96,7 +99,13 @@ class YAQAQuantizer:
             return Quantized(tensor, (reason,), dead_notes(diagonal))
         damp(hessian.diagonal(), needed, needed > self.damping)
         inputs, outputs = _Inputs(hessian, factor, order), _Outputs.of(statistics.gradients, self.damping)
-        scales, zeros = weight_parameters(weight, scheme, dtype, diagonal, self.clip_search)
+        floats = None
+        if scheme.type == "float":
+            floats = float_scales(weight, scheme, amax, diagonal, self.clip_search)
+            scales, zeros, grid = floats.wide, None, Grid(scheme, dtype, floats.global_scale)
+        else:
+            grid = Grid(scheme, scale_dtype(scheme, dtype))
+            scales, zeros = weight_parameters(weight, scheme, grid.dtype, diagonal, self.clip_search)
         size = outputs.hessians.shape[1]
         several = max(1, _AT_ONCE // (size * weight.shape[1]))
         parts, losses = [], torch.zeros(3, dtype=torch.float64)
@@ -104,18 +113,23 @@ class YAQAQuantizer:
             some = slice(block * size, (block + several) * size)
             numbers = scales[some], None if zeros is None else zeros[some]
             made, sums = self._rounded(
-                weight[some], *numbers, inputs, outputs.blocks(slice(block, block + several)), scheme, dtype
+                weight[some], *numbers, inputs, outputs.blocks(slice(block, block + several)), grid
             )
             parts.append(made)
             losses += torch.tensor(sums, dtype=torch.float64)
-        codes = torch.cat([p.codes for p in parts]).to(torch.int8)
+        codes = torch.cat([p.codes for p in parts])
         fitted = torch.cat([p.scales for p in parts])
         more = () if needed == self.damping else (_damped("inputs", needed, self.damping),)
         nats = losses * float(outputs.mean) / (2 * float(diagonal.sum()) or 1.0)
         notes = (_losses(nats.tolist()), *dead_notes(diagonal))
         if len(outputs.hessians) > 1:
             notes += (f"its outputs feed back among {size} at a time",)
-        tensor = integers(codes, fitted, zeros, scheme, dtype)
+        if floats is None:
+            tensor = integers(codes.to(torch.int8), fitted, zeros, scheme, grid.dtype)
+        else:
+            tensor = QuantizedTensor(
+                encode(codes, scheme.bits), floats.of(fitted), None, scheme, global_scale=floats.global_scale
+            )
         return Quantized(tensor, (*more, *outputs.fallbacks), notes)
 
     def _rounded(
@@ -125,24 +139,25 @@ class YAQAQuantizer:
         zeros: torch.Tensor | None,
         inputs: _Inputs,
         outputs: _Outputs,
-        scheme: WeightScheme,
-        dtype: torch.dtype,
+        grid: Grid,
     ) -> tuple[Codes, tuple[float, float, float]]:
         """Codes of some rows of a weight; and the losses of rounding to nearest, of feedback, and in the
         end."""
         hessians = inputs.hessian, outputs.hessians
-        nearest = round_weight(weight, scales, zeros, scheme).float()
+        nearest = grid.rounded(weight, scales, zeros)
         if outputs.coupled:
             codes = feed_back(
-                weight, scales, zeros, inputs.factor.upper, inputs.order, outputs.factors, outputs.rows,
-                scheme.low, scheme.high,
+                weight, scales, zeros, inputs.factor.upper, inputs.order, outputs.factors, outputs.rows, grid
             )  # fmt: skip
         else:  # each output on its own: what is left is GPTQ
-            codes = solve_integers(weight.clone(), inputs.factor, inputs.order, scales, zeros, scheme, dtype)
-        plain = Codes(nearest, scales, zeros, scheme.low, scheme.high, dtype)
+            codes = solve_fixed(weight.clone(), inputs.factor, inputs.order, scales, zeros, grid)
+        plain = Codes(nearest, scales, zeros, grid)
         first, made = loss(plain.errors(weight), *hessians), replace(plain, codes=codes)
         if self.sweeps:
-            made, begun, fitted = refit(weight, made, *hessians)
+            if grid.fitted:
+                made, begun, fitted = refit(weight, made, *hessians)
+            else:
+                begun = fitted = loss(made.errors(weight), *hessians)
             made, gained = descend(weight, made, *hessians, self.sweeps)
             last = fitted - gained
         else:

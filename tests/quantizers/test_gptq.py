@@ -103,7 +103,7 @@ def test_codes_equal_the_textbooks_until_a_quotient_falls_on_a_tie(
     """fp32 and fp64 may round a tie differently; from there on that one output row goes its own way."""
     k, n, g, symmetric, bits, order = case
     scheme, weight, hessian = WeightScheme(bits, g, symmetric), weight_of(n, k), hessian_of(k)
-    quantizer = GPTQQuantizer(act_order=order, clip_search=search)  # type: ignore[arg-type]
+    quantizer = GPTQQuantizer(act_order=order, clip_search=search, sweeps=0)  # type: ignore[arg-type]
     result = quantizer(weight.clone(), statistics(hessian), scheme, torch.bfloat16)
     wanted, margin = textbook(weight, hessian, scheme, torch.bfloat16, order, search)
     differing = (result.tensor.codes != wanted).any(1)
@@ -131,7 +131,7 @@ def test_with_an_identity_for_a_hessian_gptq_is_rounding() -> None:
     weight, scheme = weight_of(33, 96), WeightScheme(4, 32, False)
     rounded = MinMaxQuantizer()(weight.clone(), None, scheme, torch.float16).tensor
     for order in ("none", "static"):
-        solved = GPTQQuantizer(act_order=order, clip_search=False)(
+        solved = GPTQQuantizer(act_order=order, clip_search=False, sweeps=0)(
             weight.clone(), Statistics(1, torch.eye(96)), scheme, torch.float16
         ).tensor  # type: ignore[arg-type]
         assert torch.equal(solved.codes, rounded.codes) and torch.equal(solved.scales, rounded.scales)
@@ -153,7 +153,7 @@ def test_dead_inputs_are_rounded_to_nearest_and_noted_and_do_not_disturb_the_oth
     dead = [0, 5, 40, 41, 95]
     hessian[dead] = 0
     hessian[:, dead] = 0
-    result = GPTQQuantizer(act_order=order, clip_search=False)(
+    result = GPTQQuantizer(act_order=order, clip_search=False, sweeps=0)(
         weight.clone(), statistics(hessian), scheme, torch.float32
     )  # type: ignore[arg-type]
     assert result.notes == (
@@ -168,7 +168,7 @@ def test_dead_inputs_are_rounded_to_nearest_and_noted_and_do_not_disturb_the_oth
 
 def test_an_input_that_was_zero_throughout_is_all_rounding() -> None:
     weight, scheme = weight_of(8, 64), WeightScheme(4, 32)
-    result = GPTQQuantizer(clip_search=False)(
+    result = GPTQQuantizer(clip_search=False, sweeps=0)(
         weight.clone(), Statistics(5, torch.zeros(64, 64)), scheme, torch.float16
     )
     assert torch.equal(

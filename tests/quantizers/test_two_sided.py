@@ -3,6 +3,8 @@ promise."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,10 +12,12 @@ from quant.calibration.statistics import Statistics
 from quant.errors import QuantError
 from quant.quantizers import GPTQQuantizer, YAQAQuantizer, two_sided
 from quant.quantizers.gptq import factorize
+from quant.quantizers.grids import Grid
 from quant.quantizers.rounding import weight_parameters
 from quant.quantizers.two_sided import Codes, blocks_of, descend, feed_back, loss, refit
 from quant.schemes import WeightScheme
 from tests.quantizers.test_gptq import hessian_of, weight_of
+from tests.quantizers.test_refining import SCHEMES
 
 #: Outputs, inputs, group, symmetric, bits, outputs of a block.
 CASES = [
@@ -98,8 +102,9 @@ def problem(case: Case) -> tuple[torch.Tensor, Codes, torch.Tensor, torch.Tensor
     factor, _ = factorize(inputs.clone(), 0.01, columns)
     assert factor is not None
     factors, rows = factors_of(outputs)
-    codes = feed_back(weight, scales, zeros, factor.upper, columns, factors, rows, scheme.low, scheme.high)
-    return weight, Codes(codes, scales, zeros, scheme.low, scheme.high, torch.bfloat16), inputs, outputs
+    grid = Grid(scheme, torch.bfloat16)
+    codes = feed_back(weight, scales, zeros, factor.upper, columns, factors, rows, grid)
+    return weight, Codes(codes, scales, zeros, grid), inputs, outputs
 
 
 @pytest.mark.parametrize("tile", [5, 16, 128])
@@ -118,16 +123,7 @@ def test_codes_are_those_of_the_loops(case: Case, tile: int, monkeypatch: pytest
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_feedback_along_both_sides_lowers_the_loss_and_refits_and_sweeps_never_raise_it(case: Case) -> None:
     weight, made, inputs, outputs = problem(case)
-    nearest = made.scales.unsqueeze(-1).reciprocal() * weight.view(*made.scales.shape, -1)
-    nearest = nearest if made.zeros is None else nearest + made.zeros.unsqueeze(-1)
-    plain = Codes(
-        nearest.round().clamp(made.low, made.high).view(weight.shape),
-        made.scales,
-        made.zeros,
-        made.low,
-        made.high,
-        made.dtype,
-    )
+    plain = replace(made, codes=made.grid.rounded(weight, made.scales, made.zeros))
     losses = [loss(x.errors(weight), inputs, outputs) for x in (plain, made)]
     assert float(losses[1].sum()) < 0.9 * float(losses[0].sum())
     for _ in range(3):
@@ -137,7 +133,7 @@ def test_feedback_along_both_sides_lowers_the_loss_and_refits_and_sweeps_never_r
         losses.append(loss(made.errors(weight), inputs, outputs))
         torch.testing.assert_close(after, losses[-1], rtol=1e-3, atol=1e-5)
         made, gained = descend(weight, made, inputs, outputs)
-        assert made.codes.min() >= made.low and made.codes.max() <= made.high
+        assert torch.equal(made.codes, made.grid.nearest(made.codes.clone()))
         losses.append(loss(made.errors(weight), inputs, outputs))
         torch.testing.assert_close(losses[-2] - gained, losses[-1], rtol=1e-3, atol=1e-4)
     for before, after in zip(losses[1:], losses[2:], strict=False):  # of every block
@@ -158,9 +154,10 @@ def test_a_refit_finds_the_scales_that_codes_were_made_with() -> None:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-8, 8, (24, 64), generator=generator).float()
     scales = torch.rand(24, 4, generator=generator).add(0.5).bfloat16().float()
-    made = Codes(codes, scales, None, -8, 7, torch.bfloat16)
+    grid = Grid(WeightScheme(4, 16), torch.bfloat16)
+    made = Codes(codes, scales, None, grid)
     weight = -made.errors(torch.zeros(24, 64))
-    start = Codes(codes, (scales * 1.1).bfloat16().float(), None, -8, 7, torch.bfloat16)
+    start = Codes(codes, (scales * 1.1).bfloat16().float(), None, grid)
     found, _, _ = refit(weight, start, hessian_of(64), outputs_of(24, 24), steps=60)
     assert torch.equal(found.scales, scales)
 
@@ -169,7 +166,9 @@ def test_a_refit_finds_the_scales_that_codes_were_made_with() -> None:
 @pytest.mark.parametrize("group", [32, -1])
 def test_with_an_identity_of_the_outputs_codes_are_gptqs_to_the_bit(symmetric: bool, group: int) -> None:
     weight, hessian, scheme = weight_of(48, 96), hessian_of(96), WeightScheme(4, group, symmetric)
-    one_sided = GPTQQuantizer()(weight.clone(), Statistics(9, hessian.clone()), scheme, torch.bfloat16)
+    one_sided = GPTQQuantizer(sweeps=0)(
+        weight.clone(), Statistics(9, hessian.clone()), scheme, torch.bfloat16
+    )
     both = YAQAQuantizer(sweeps=0)(
         weight.clone(),
         Statistics(9, hessian.clone(), gradients=3.0 * torch.eye(24).expand(2, 24, 24)),
@@ -192,6 +191,29 @@ def test_pieces_of_a_weight_make_the_whole(case: Case, monkeypatch: pytest.Monke
     whole = made()
     monkeypatch.setattr("quant.quantizers.yaqa._AT_ONCE", 1)
     assert float((made() - whole).norm() / whole.norm()) < 0.05  # sums of other shapes may turn ties
+
+
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if YAQAQuantizer.refuse(s) is None], ids=str)
+def test_whatever_the_scheme_the_loss_is_below_gptqs(scheme: WeightScheme) -> None:
+    weight, hessian, outputs = weight_of(48, 192), hessian_of(192), outputs_of(48, 24)
+    one_sided = GPTQQuantizer()(weight.clone(), Statistics(9, hessian.clone()), scheme, torch.bfloat16)
+    both = YAQAQuantizer()(
+        weight.clone(), Statistics(9, hessian.clone(), gradients=outputs), scheme, torch.bfloat16
+    )
+    assert not both.fallbacks and both.tensor.codes.dtype == one_sided.tensor.codes.dtype
+    losses = [float(loss(weight - x.tensor.dequantize(), hessian, outputs).sum()) for x in (one_sided, both)]
+    assert losses[1] < 0.9 * losses[0]
+    if scheme.strategy == "tensor_group":
+        scales = both.tensor.scales
+        assert scales.dtype == torch.float8_e4m3fn and both.tensor.global_scale is not None
+        whole = YAQAQuantizer()(
+            weight.clone(),
+            Statistics(9, hessian.clone(), gradients=outputs),
+            scheme,
+            torch.bfloat16,
+            2 * weight.abs().max(),
+        )
+        assert float(whole.tensor.global_scale) == pytest.approx(float(both.tensor.global_scale) / 2)
 
 
 def test_hessians_that_are_of_no_use_are_named() -> None:
@@ -222,7 +244,8 @@ def test_hessians_that_are_of_no_use_are_named() -> None:
 
 
 def test_what_it_cannot_do_is_refused() -> None:
-    assert "use --method gptq" in str(YAQAQuantizer.refuse(WeightScheme(8, -1, type="float")))
+    blocks = WeightScheme(8, 128, type="float", strategy="block", scales="F32")
+    assert "use --method fp8 or gptq" in str(YAQAQuantizer.refuse(blocks))
     assert YAQAQuantizer.refuse(WeightScheme(3, 64, False)) is None
     with pytest.raises(QuantError, match="yaqa needs calibration text"):
         YAQAQuantizer()(weight_of(8, 64), Statistics(9, hessian_of(64)), WeightScheme(4, 32), torch.float16)
