@@ -161,7 +161,9 @@ class BlockQuantizer:
                     give_back()
                     demand_finite(own, prefix + name)
                     alone, kin = replace(group, linears=(name,)), self._kin_of(work, whole, name)
-                    (result,), factors = self.solver.solve(alone, kin, prefix, [weight], own, made)
+                    alike = () if group.experts else group.linears
+                    others = work.weights([n for n in alike if n != name])
+                    (result,), factors = self.solver.solve(alone, kin, prefix, [weight], own, made, others)
                     sample = seen.samples.pop(name, None)
                     _, evidence = self.solver.going_on(result.tensor, weight, factors, sample)
                 seconds = time.perf_counter() - start

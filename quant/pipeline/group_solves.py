@@ -26,7 +26,7 @@ from quant.quantizers.activations import input_parameters
 from quant.recipe import Assignment
 from quant.report.value import FoldResult
 from quant.schemes import BLOCK, Scheme
-from quant.tensors import QuantizedTensor, sum_of_squares
+from quant.tensors import QuantizedTensor, largest_magnitude, sum_of_squares
 from quant.vllm.config import head_size
 
 #: An input feature this many times as large as the median one is an outlier: its weights may be small and
@@ -134,8 +134,13 @@ class GroupSolver:
         weights: Sequence[torch.Tensor],
         statistics: Statistics,
         made: BlockResult,
+        others: Sequence[torch.Tensor] = (),
     ) -> tuple[list[Quantized], torch.Tensor | None]:
         """Suppresses and quantizes linears that share an input; what they become goes into ``made``.
+
+        Args:
+            others: weights [N, K] of linears that share the input too and are quantized alike, but on their
+                own: a number for the whole tensor is one for all, because they may be fused.
 
         Returns:
             each linear's result, and the factors fp32 [K] that its input will have been divided by, or None.
@@ -152,7 +157,11 @@ class GroupSolver:
         if factors is not None:
             stacked *= factors
             statistics = statistics.divided(factors)
-        (results,) = self.rounded(assignment, [weights], [statistics], stacked, notes)
+        amax = None
+        if others and scheme.weights.strategy in ("tensor", "tensor_group"):
+            several = (w.float() if factors is None else w.float() * factors for w in others)
+            amax = torch.stack([largest_magnitude(w) for w in (stacked, *several)]).amax()
+        (results,) = self.rounded(assignment, [weights], [statistics], stacked, notes, amax)
         made.linears.update({prefix + n: r.tensor for n, r in zip(group.linears, results, strict=True)})
         return results, factors
 
@@ -163,6 +172,7 @@ class GroupSolver:
         statistics: Sequence[Statistics],
         stacked: torch.Tensor,
         notes: tuple[str, ...] = (),
+        amax: torch.Tensor | None = None,
     ) -> list[list[Quantized]]:
         """Quantizes sets of linears, of which those of a set share an input and all sets have the same
         shapes.
@@ -171,6 +181,8 @@ class GroupSolver:
             weights: [N, K] of each linear of each set.
             statistics: of the input of each set.
             stacked: all of them as they are to be quantized, fp32 [sets, ΣN, K]; overwritten.
+            amax: of one set, the largest magnitude that its number for the whole tensor is for; None: its
+                own.
         """
         scheme, dtype = assignment.scheme, TORCH[self.plan.dtype]
         quantizer, suppressor = self.quantizers[assignment], self.suppressors[assignment]
@@ -188,7 +200,10 @@ class GroupSolver:
             ]
             results = [list(one) for one in zip(*parts, strict=True)]
         else:
-            whole = quantize_many(quantizer, stacked, statistics, scheme.weights, dtype)
+            if amax is None:
+                whole = quantize_many(quantizer, stacked, statistics, scheme.weights, dtype)
+            else:
+                whole = [quantizer(stacked[0], statistics[0], scheme.weights, dtype, amax)]
             spans = list(zip(accumulate(sizes, initial=0), accumulate(sizes), strict=False))
             results = [[replace(r, tensor=r.tensor.rows(*span)) for span in spans] for r in whole]
         return [

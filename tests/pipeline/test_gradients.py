@@ -214,6 +214,9 @@ def test_a_process_killed_in_the_middle_is_resumed_to_the_same_bytes(
         {"symmetric": False, "bits": 3, "format": "plain"},
         {"group_size": -1},
         {"scheme": "w8a8-int8", "group_size": ...},
+        {"scheme": "w8a8-fp8", "group_size": ...},
+        {"scheme": "nvfp4", "group_size": ...},
+        {"scheme": "mxfp4a16", "group_size": ..., "target": "other"},
         {"outlier_suppression": "awq", "format": "gptq"},
         {"rules": [{"layers": "0", "method": "gptq"}, {"layers": "*.o_proj", "method": "minmax"}]},
         {"layers": "1"},
@@ -231,6 +234,22 @@ def test_it_goes_with_what_gptq_goes_with(options: dict[str, Any], llama: Path, 
             assert layer["error"] is not None and layer["tokens"] == 8 * options.get("sequence_length", 64)
     if "outlier_suppression" in options:
         assert report["folds"]
+
+
+@pytest.mark.parametrize("suppressor", ["none", "awq"])
+def test_linears_that_are_fused_get_one_number_for_the_whole_tensor(
+    suppressor: str, llama: Path, tmp_path: Path
+) -> None:
+    options = YAQA | {"group_size": ..., "scheme": "nvfp4a16", "outlier_suppression": suppressor}
+    quantize(llama, tmp_path / "out", **{k: v for k, v in options.items() if v is not ...})
+    tensors = load_all(tmp_path / "out")
+    for block in range(2):
+        for fused in (("q", "k", "v"), ("gate", "up")):
+            part = "self_attn" if len(fused) == 3 else "mlp"
+            numbers = {
+                float(tensors[f"model.layers.{block}.{part}.{x}_proj.weight_global_scale"]) for x in fused
+            }
+            assert len(numbers) == 1
 
 
 def test_scaling_that_is_folded_in_changes_little_of_what_the_model_computes(
@@ -274,8 +293,6 @@ def test_what_gradients_do_not_go_through_is_refused_before_any_work(
     report = quantize(mixture, tmp_path / "mixed", **YAQA, rules=rules, target="other")
     assert {x["method"] for x in report["layers"]} == {"yaqa", "minmax"}
     assert not any(x["fallback"] for x in report["layers"])
-    with pytest.raises(Problems, match="it rounds to integers.*use --method gptq"):
-        quantize(mixture, tmp_path / "out", method="yaqa", scheme="nvfp4")
 
 
 def test_a_block_that_cuts_the_graph_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
