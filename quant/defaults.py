@@ -51,6 +51,15 @@ PORT = 8000
 START_TIMEOUT = 1800.0
 
 
+#: How much a job that names no method spends → what that means.
+EFFORTS = {
+    "fast": "gptq for 4 bits and fewer, rounding to nearest for 8",
+    "balanced": "the same with yaqa instead of gptq, where gradients go through the model",
+    "best": "balanced, with gradients of all --samples",
+}
+EFFORT = "balanced"
+
+
 @dataclass(frozen=True)
 class MethodRow:
     """What a list says of a rounding method, whose code needs torch.

@@ -22,6 +22,14 @@ class UsageError(QuantError):
     exit_code = 2
 
 
+class NoGradients(QuantError):
+    """No gradients go through a model that a method needs; ``problem``: why."""
+
+    def __init__(self, problem: str, method: str):
+        super().__init__(f"{problem}: --method {method} needs gradients: use --method gptq")
+        self.problem = problem
+
+
 class NothingFits(QuantError):
     """No plan fits the GPU. Exit status 3."""
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quant import defaults
 from quant.checkpoint.reader import read_json
-from quant.errors import Problems, QuantError, UsageError
+from quant.errors import NoGradients, Problems, QuantError, UsageError
 from quant.hardware import named_gpu
+from quant.models.support import GRADIENTS, WITHOUT_GRADIENTS
 from quant.pipeline.memory import prepare_torch
 from quant.planning.recommendation import Recommendation
 from quant.planning.target import choose, method_for, settings
@@ -51,8 +52,9 @@ class ResolvedJob:
 def resolve(values: Mapping[str, Any]) -> ResolvedJob | Recommendation:
     """Chooses what a request leaves open.
 
-    Without a method, a scheme or bits bring their method; without these too, the recommendation for the GPU
-    here (or for ``gpu``) decides. Then the recipe gets what its schemes need, as :func:`complete` says.
+    Without a method, ``effort`` chooses it for the scheme or bits; without these too, the recommendation for
+    the GPU here (or for ``gpu``) decides on the scheme. Then the recipe gets what its schemes need, as
+    :func:`complete` says.
 
     Args:
         values: keys of a :class:`Recipe`, as a recipe file has them.
@@ -68,13 +70,18 @@ def resolve(values: Mapping[str, Any]) -> ResolvedJob | Recommendation:
     chosen: dict[str, Any] = {}
     notes: tuple[str, ...] = ()
     recommendation = None
-    if "method" not in values and values.get("backend", defaults.ENGINE) == defaults.ENGINE:
+    native = values.get("backend", defaults.ENGINE) == defaults.ENGINE
+    if "effort" in values and ("method" in values or not native):
+        other = f"method {values['method']}" if "method" in values else f"backend {values['backend']}"
+        raise UsageError(f"--effort chooses the method, and --{other} names it: leave one of them out")
+    if "method" not in values and native:
         # wrong values are mistakes of the request, whatever is recommended
         asked = make_recipe({**values, "method": "gptq"})
+        effort = asked.effort or defaults.EFFORT
         if "scheme" in values or "bits" in values:
             given = asked.outlier_suppression
             needs = None if given is None else {"outlier_suppression": given}
-            method, note = method_for(asked.resolved_scheme(), asked.model_path, needs)
+            method, note = method_for(asked.resolved_scheme(), asked.model_path, needs, effort)
             chosen, notes = {"method": method}, (note,) if note else ()
         else:
             recommendation = choose(
@@ -87,7 +94,11 @@ def resolve(values: Mapping[str, Any]) -> ResolvedJob | Recommendation:
             if recommendation.recommended == "none":
                 return recommendation
             chosen = settings(recommendation)
-            notes = (f"{recommendation.recommended} by {recommendation.method}: {recommendation.reason}",)
+            if effort == "fast":
+                preset = asked.model_copy(update={"scheme": recommendation.recommended}).resolved_scheme()
+                chosen["method"], _ = method_for(preset, asked.model_path, effort=effort)
+            notes = (f"{recommendation.recommended} by {chosen['method']}: {recommendation.reason}",)
+        chosen |= _of_effort(asked, effort, chosen["method"])
     recipe, form = _formatted(make_recipe({**chosen, **values}))
     recipe, needed = complete(recipe)
     if recipe.gpu is not None and (taken := named_gpu(recipe.gpu).note):
@@ -117,6 +128,19 @@ def _without_text(recipe: Recipe) -> tuple[str, ...]:
         return ()
     verb = "has" if len(given) == 1 else "have"
     return (f"{', '.join(given)} {verb} no effect: --method {recipe.method} reads no calibration text here",)
+
+
+def _of_effort(asked: Recipe, effort: str, method: str) -> dict[str, Any]:
+    """Recipe keys that an effort brings beside a method; the method is another one where settings are asked
+    for that it has not."""
+    chosen: dict[str, Any] = {"effort": effort}
+    if method not in GRADIENTS:
+        return chosen
+    if asked.act_order is not None:
+        return chosen | {"method": WITHOUT_GRADIENTS}
+    if effort == "best" and asked.gradient_samples is None:
+        chosen["gradient_samples"] = asked.samples
+    return chosen
 
 
 def _formatted(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
@@ -236,7 +260,10 @@ def estimate(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
         return plan.to_dict() | {"backend": plan.recipe.backend}
     from quant.pipeline.estimate import estimate
 
-    return estimate(plan, progress)
+    try:
+        return estimate(plan, progress)
+    except NoGradients as error:
+        return estimate(_without_gradients(plan, error), progress)
 
 
 def made(recipe: Recipe) -> Report | None:
@@ -267,7 +294,24 @@ def run(plan: JobPlan, progress: Progress = silent, command: Sequence[str] | Non
         return quantize_with(plan, progress, command)
     from quant.pipeline.manager import QuantizationManager
 
-    return QuantizationManager(plan, progress, command).run()
+    try:
+        return QuantizationManager(plan, progress, command).run()
+    except NoGradients as error:
+        return QuantizationManager(_without_gradients(plan, error), progress, command).run()
+
+
+def _without_gradients(plan: JobPlan, error: NoGradients) -> JobPlan:
+    """The same job by the method that an effort takes where no gradients go through the model.
+
+    Raises:
+        NoGradients: the method was named.
+    """
+    if plan.recipe.effort is None:
+        raise error
+    recipe = plan.recipe.model_copy(update={"method": WITHOUT_GRADIENTS, "gradient_samples": None})
+    note = f"--method {WITHOUT_GRADIENTS} instead of {plan.recipe.method}: {error.problem}"
+    planned = _planned(recipe)
+    return replace(planned, notes=(*planned.notes, note))
 
 
 def quantize(recipe: Recipe, progress: Progress = silent) -> Report:

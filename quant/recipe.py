@@ -178,6 +178,7 @@ class Recipe(LayerSettings):
     model_path: Path
     output_path: Path
     method: str
+    effort: Literal["fast", "balanced", "best"] | None = None
     rules: list[Rule] = []
     alpha: float | Literal["auto"] | None = None
     moe_calibration: Literal["routed", "all", "blend"] = defaults.MOE_CALIBRATION
@@ -215,7 +216,8 @@ class Recipe(LayerSettings):
     def settings(self) -> dict[str, Any]:
         """What decides the output's bytes, for the fingerprint: everything but where it goes and whether it
         resumes."""
-        skipped = {"output_path", "fresh", "model_path", "backend_python", *UPLOAD}
+        # an effort is its method and options
+        skipped = {"output_path", "fresh", "model_path", "backend_python", "effort", *UPLOAD}
         return {
             k: (v if not isinstance(v, (Path, list, dict)) else str(v))
             for k, v in self.model_dump().items()

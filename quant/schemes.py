@@ -289,7 +289,7 @@ class SchemeRow:
         return self.scheme.name
 
 
-_FP8, _ROUNDED, _SOLVED = ("fp8",), ("minmax", "gptq"), ("gptq", "minmax")
+_FP8, _ROUNDED, _SOLVED = ("fp8",), ("minmax", "gptq"), ("yaqa", "gptq", "minmax")
 
 #: quant's own schemes by name; :data:`SchemeRegistry` has those of other packages, too. The names are those
 #: that vLLM's and llm-compressor's users know; w2a16 and w3a16 have no vLLM kernel.

@@ -23,6 +23,7 @@ _KEYS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         "what is made",
         (
             ("method", "rounding method: quant list methods"),
+            ("effort", "instead of a method: fast, balanced or best"),
             ("scheme", "numbers that weights and inputs become: quant list schemes"),
             ("bits", "instead of a scheme: 2, 3, 4 or 8 bits of weights"),
             ("group_size", "inputs per scale; smaller costs bits and gains quality"),
@@ -126,7 +127,7 @@ def starter_recipe(
     name = recipe.resolved_scheme(recipe.method).name
     output = str(output_path or f"{model_name(Path(model_path))}-{name}")
     given = recipe.model_copy(update={"output_path": Path(output)})
-    return _text(given, set(recipe.model_fields_set) | {"method", "scheme"}, head)
+    return _text(given, set(recipe.model_fields_set) - {"effort"} | {"method", "scheme"}, head)
 
 
 def _text(recipe: Recipe, chosen: set[str], head: Sequence[str]) -> str:

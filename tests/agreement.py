@@ -88,7 +88,7 @@ def dry_run(command: str, source: Path) -> JobPlan:
     options = dict(_pairs(words)) | {"--model-path": str(source)}
     del options["--output-path"]
     more = ["--dry-run", "--json"]
-    if options["--method"] not in DATA_FREE:
+    if options.get("--method") not in DATA_FREE:
         more += ["--samples", "2", "--sequence-length", "16"]
     arguments = [words[1], *(w for pair in options.items() for w in pair), *more]
     plans: list[JobPlan] = []

@@ -11,7 +11,7 @@ import pytest
 
 import quant
 from quant import jobs
-from quant.errors import Problems
+from quant.errors import NoGradients, Problems, UsageError
 from quant.planning.recommendation import Recommendation
 from quant.progress import Event
 from quant.recipe import Recipe
@@ -37,7 +37,11 @@ def suppressors(recipe: Recipe) -> list[str | None]:
     ("given", "method", "scheme"),
     [
         ({"scheme": "w8a16"}, "minmax", "w8a16"),
-        ({"bits": 4}, "gptq", "w4a16"),
+        ({"bits": 4}, "yaqa", "w4a16"),
+        ({"bits": 4, "effort": "fast"}, "gptq", "w4a16"),
+        ({"bits": 4, "effort": "best"}, "yaqa", "w4a16"),
+        ({"bits": 8, "effort": "best"}, "minmax", "w8a16"),
+        ({"bits": 4, "act_order": "none"}, "gptq", "w4a16"),
         ({"method": "awq"}, "awq", "w4a16-asym"),
         ({"method": "fp8"}, "fp8", "w8a8-fp8"),
         ({"backend": "autoawq"}, "awq", "w4a16-asym"),
@@ -46,6 +50,40 @@ def suppressors(recipe: Recipe) -> list[str | None]:
 def test_what_is_left_open_is_chosen(given: dict[str, Any], method: str, scheme: str) -> None:
     recipe = resolved(**given).recipe
     assert (recipe.method, recipe.resolved_scheme(recipe.method).name) == (method, scheme)
+
+
+def test_an_effort_is_a_method_and_how_many_rows_its_gradients_take() -> None:
+    assert resolved(bits=4).recipe.effort == "balanced"
+    assert resolved(bits=4).recipe.gradient_samples is None
+    assert resolved(bits=4, effort="best", samples=99).recipe.gradient_samples == 99
+    assert resolved(bits=4, effort="best", gradient_samples=7).recipe.gradient_samples == 7
+    named = resolved(method="yaqa", bits=4).recipe
+    assert named.effort is None and named.settings() == resolved(bits=4).recipe.settings()
+    with pytest.raises(UsageError, match="--effort chooses the method, and --method gptq names it"):
+        resolved(effort="best", method="gptq")
+    with pytest.raises(UsageError, match="and --backend autoawq names it"):
+        resolved(effort="fast", backend="autoawq")
+    with pytest.raises(Problems, match="effort is 'most': input should be 'fast', 'balanced' or 'best'"):
+        resolved(effort="most", bits=4)
+
+
+def test_where_no_gradients_go_through_an_effort_goes_on_without_and_a_named_method_ends(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quant.pipeline.manager.gradient_problem", lambda *_: "block 0 cuts the graph")
+    asked = {"model_path": str(llama), "bits": 4, "group_size": 32, "gradient_samples": 4, **TEXT}
+    said: list[Event] = []
+    job = jobs.resolve({**asked, "output_path": str(tmp_path / "out")})
+    assert isinstance(job, jobs.ResolvedJob) and job.recipe.method == "yaqa"
+    assert jobs.estimate(jobs.plan(job.recipe))["method"] == "gptq"
+    report = jobs.run(jobs.plan(job.recipe), said.append)
+    assert report.quantization is not None and report.quantization.method == "gptq"
+    note = "--method gptq instead of yaqa: block 0 cuts the graph"
+    assert note in [event.message for event in said if event.warning]
+    named = jobs.resolve({**asked, "method": "yaqa", "output_path": str(tmp_path / "named")})
+    assert isinstance(named, jobs.ResolvedJob)
+    with pytest.raises(NoGradients, match="cuts the graph: --method yaqa needs gradients: use --method gptq"):
+        jobs.run(jobs.plan(named.recipe))
 
 
 def test_without_method_and_scheme_the_recommendation_decides(tmp_path: Path) -> None:

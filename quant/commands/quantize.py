@@ -110,9 +110,18 @@ job_options = together(
         "--method",
         metavar="NAME",
         shell_complete=options.completed("methods"),
-        show_default="as recommended for the GPU, or for --scheme",
+        show_default="that of --effort, for --scheme or the one that is recommended for the GPU",
         help="Rounding method: minmax, gptq, yaqa, awq, hqq; fp8, which is minmax with an FP8 scheme; none, "
         "for smoothing alone.",
+    ),
+    click.option(
+        "--effort",
+        type=click.Choice([*defaults.EFFORTS]),
+        default=defaults.EFFORT,
+        show_default=True,
+        help="Instead of --method: "
+        + "; ".join(f"{name}: {means}" for name, means in defaults.EFFORTS.items())
+        + ".",
     ),
     options.scheme(by_method(DEFAULT_SCHEME, _OWN_SCHEMES)),
     click.option("--bits", type=int, show_default="the scheme's", help="2, 3, 4 or 8."),

@@ -16,10 +16,15 @@ from quant.models.adapter import ModelRegistry
 from quant.models.spec import ModelSpec
 from quant.models.values import Values
 from quant.schemes import Scheme, row_of
+from quant.vllm.config import stated
 from quant.vllm.layers import family_problem, one_form_problem
 
 #: Methods that need no calibration text, as ``--method`` has them.
 DATA_FREE = frozenset({"minmax", "fp8", "hqq", "none"})
+#: Methods that take gradients through the whole model.
+GRADIENTS = frozenset({"yaqa"})
+#: What an effort takes instead where none go through.
+WITHOUT_GRADIENTS = "gptq"
 #: Model types of text decoders without a row whose blocks are worked out by running one of each kind.
 RUN = frozenset(
     {
@@ -78,6 +83,8 @@ def method_problem(
     for what, needed in calibrated.items():
         if needed and (reason := calibration_problem(model)):
             return f"{what}, and {reason}"
+    if method in GRADIENTS and _has_experts(model):
+        return f"--method {method} takes gradients, which are not taken through routed experts"
     return None
 
 
@@ -88,7 +95,7 @@ def makeable_methods(
 
     >>> from quant.schemes import PRESETS
     >>> makeable_methods({"model_type": "llama"}, PRESETS["w4a16"])
-    ('gptq', 'minmax')
+    ('yaqa', 'gptq', 'minmax')
     >>> makeable_methods({"model_type": "internlm2"}, PRESETS["w4a16"])
     ('minmax',)
     """
@@ -115,6 +122,10 @@ def _model_type(model: ModelSpec | Mapping[str, Any]) -> str:
         if isinstance(model, ModelSpec)
         else str(Values(model, "config.json").get("model_type", ""))
     )
+
+
+def _has_experts(model: ModelSpec | Mapping[str, Any]) -> bool:
+    return model.moe is not None if isinstance(model, ModelSpec) else bool(stated(model, "experts"))
 
 
 def _has_row(model_type: str) -> bool:

@@ -22,7 +22,7 @@ from quant.checkpoint.header import read_header
 from quant.checkpoint.journal import WorkFolder
 from quant.checkpoint.reader import Checkpoint
 from quant.devices import device_of
-from quant.errors import QuantError, SourceFault, UsageError, VerificationFailed
+from quant.errors import NoGradients, QuantError, SourceFault, UsageError, VerificationFailed
 from quant.evaluation.preservation import preservation
 from quant.evaluation.verify import verify
 from quant.formats import Contents
@@ -193,9 +193,7 @@ class QuantizationManager:
         if self.plan.gradients:
             self.progress(Event("text", detail="gradients through a block of each kind"))
             if problem := gradient_problem(skeleton, lambda i: self.blocks.seen_linears(skeleton, i)):
-                raise QuantError(
-                    f"{problem}: --method {self.plan.recipe.method} needs gradients: use --method gptq"
-                )
+                raise NoGradients(problem, self.plan.recipe.method)
         return rows, skeleton
 
     def _fingerprint(self, rows: Rows | None) -> dict[str, Any]:

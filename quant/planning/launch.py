@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quant import defaults
 from quant.engines import ENGINES, reading_problem
 from quant.engines.base import UNQUANTIZED
 from quant.hardware import Gpu
 from quant.hub import named, repository_of
 from quant.models.spec import ModelSpec
+from quant.models.support import GRADIENTS
 from quant.planning.choice import Goal
 from quant.planning.memory import MemoryPlan
 from quant.planning.request import EngineRequest
@@ -70,8 +72,8 @@ def commands_for(
         source,
         "--output-path",
         target,
-        "--method",
-        str(method),
+        # which goes on without gradients where a block turns out to have none
+        *(["--effort", defaults.EFFORT] if method in GRADIENTS else ["--method", str(method)]),
         "--scheme",
         chosen.scheme,
     ]

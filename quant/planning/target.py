@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from quant import defaults
 from quant.checkpoint.reader import read_json
 from quant.errors import UsageError
 from quant.hardware import count_in, detect, named_gpu
-from quant.models.support import makeable_methods, method_problem, scheme_problem
+from quant.models.support import GRADIENTS, makeable_methods, method_problem, scheme_problem
 from quant.planning.recommendation import Recommendation, recommend
 from quant.planning.request import EngineRequest
 from quant.schemes import DEFAULT_SCHEME, PRESETS, Scheme, row_of
@@ -18,13 +19,19 @@ from quant.vllm.kernels import kernel_problem
 from quant.vllm.releases import loading_problem
 
 
-def method_for(scheme: Scheme, model: str | Path, needs: Mapping[str, str] | None = None) -> tuple[str, str]:
+def method_for(
+    scheme: Scheme,
+    model: str | Path,
+    needs: Mapping[str, str] | None = None,
+    effort: str = defaults.EFFORT,
+) -> tuple[str, str]:
     """The method that makes a scheme of a checkpoint where none is named, and a sentence on why it is not the
     scheme's preferred one (empty where it is).
 
     Args:
         model: the checkpoint's directory.
         needs: recipe keys that the job has beside the scheme; None: those that the scheme needs to be good.
+        effort: one of :data:`quant.defaults.EFFORTS`.
 
     Raises:
         UsageError: a scheme that vLLM does not load has no such method, nor has one that this build does not
@@ -33,18 +40,22 @@ def method_for(scheme: Scheme, model: str | Path, needs: Mapping[str, str] | Non
     row = row_of(scheme)
     if not row.methods:
         raise UsageError(f"missing --method: scheme {scheme.name!r} has no default one; give gptq or minmax")
-    file = Path(model) / "config.json"
+    file, preferred = Path(model) / "config.json", _of_effort(row.methods, effort)[0]
     if not file.is_file():
         # refused by the job, together with all else that is wrong
-        return row.methods[0], ""
+        return preferred, ""
     config = read_json(file, "the config")
-    methods = makeable_methods(config, scheme, needs)
+    methods = _of_effort(makeable_methods(config, scheme, needs), effort)
     if not methods:
         raise UsageError(f"missing --method: {scheme_problem(config, scheme, needs)}")
-    if methods[0] == row.methods[0]:
+    if methods[0] == preferred:
         return methods[0], ""
-    reason = method_problem(config, scheme, row.methods[0], needs)
-    return methods[0], f"--method {methods[0]} instead of {row.methods[0]}: {reason}"
+    reason = method_problem(config, scheme, preferred, needs)
+    return methods[0], f"--method {methods[0]} instead of {preferred}: {reason}"
+
+
+def _of_effort(methods: tuple[str, ...], effort: str) -> tuple[str, ...]:
+    return tuple(m for m in methods if m not in GRADIENTS) if effort == "fast" else methods
 
 
 def choose(

@@ -44,7 +44,7 @@ def test_a_checkpoint_that_fits_as_it_is_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_without_a_gpu_one_is_asked_for(tmp_path: Path, without_gpu: None) -> None:
-    with pytest.raises(UsageError, match="--gpu L40S-48GB.*--method gptq"):
+    with pytest.raises(UsageError, match="--gpu L40S-48GB.*--method yaqa"):
         choose(MODEL, tmp_path / "out", gpu=None, tensor_parallel=None, vllm_version="0.32")
 
 
@@ -52,7 +52,7 @@ def test_a_model_that_does_not_fit_gets_the_recommended_scheme(large: Path) -> N
     found = choose(
         large / "config.json", large / "out", gpu="H100", tensor_parallel=None, vllm_version="0.32"
     )
-    assert settings(found)["method"] == "gptq" and settings(found)["scheme"] == "w4a16"
+    assert settings(found)["method"] == "yaqa" and settings(found)["scheme"] == "w4a16"
 
 
 def test_nothing_fits_a_small_gpu(large: Path) -> None:
@@ -60,7 +60,7 @@ def test_nothing_fits_a_small_gpu(large: Path) -> None:
         choose(large / "config.json", large / "out", gpu="T4", tensor_parallel=None, vllm_version="0.32")
 
 
-@pytest.mark.parametrize(("scheme", "method"), [("w4a16", "gptq"), ("w8a16", "minmax")])
+@pytest.mark.parametrize(("scheme", "method"), [("w4a16", "yaqa"), ("w8a16", "minmax")])
 def test_a_scheme_brings_its_method(scheme: str, method: str, tmp_path: Path) -> None:
     assert method_for(PRESETS[scheme], MODEL) == (method, "")
     result = CliRunner().invoke(

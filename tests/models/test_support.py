@@ -18,6 +18,7 @@ from quant.models.adapter import ModelRegistry
 from quant.models.spec import ModelSpec
 from quant.models.support import (
     DATA_FREE,
+    GRADIENTS,
     RUN,
     makeable_methods,
     method_problem,
@@ -30,6 +31,7 @@ from quant.planning.target import choose, method_for
 from quant.quantizers import QuantizerRegistry
 from quant.schemes import PRESETS, SCHEMES, UNQUANTIZED, Scheme, WeightScheme
 from quant.vllm.architectures import architecture_problem
+from quant.vllm.config import stated
 from tests import helpers
 from tests.helpers import GENERIC as NEEDED
 from tests.helpers import recipe, short_text
@@ -209,7 +211,8 @@ def test_families_that_are_known_to_be_run_without_a_row_are(
     assert config["model_type"] == kind and not any(kind in a.model_types for a in ModelRegistry)
     # vLLM's loader of the one cannot reorder packed words, and takes the other's experts in MXFP4
     made = kind not in ("bloom", "gpt_oss")
-    assert makeable_methods(config, PRESETS["w4a16"]) == (("gptq", "minmax") if made else ())
+    solved = ("gptq", "minmax") if stated(config, "experts") else ("yaqa", "gptq", "minmax")
+    assert makeable_methods(config, PRESETS["w4a16"]) == (solved if made else ())
     target = "vllm" if made and architecture_problem(config) is None else "other"
     prepared(model, tmp_path / "out", method="gptq", group_size=32, target=target)
 
@@ -229,7 +232,8 @@ def test_decoders_inside_wrappers_are_run(kind: str, tmp_path: Path) -> None:
     helpers.save_model(model, tmp_path / "model")
     config = helpers.read_config(tmp_path / "model")
     assert (config["model_type"], config["text_config"]["model_type"]) == (kind, text_type)
-    assert makeable_methods(config, PRESETS["w4a16"]) == ("gptq", "minmax")
+    solved = ("gptq", "minmax") if stated(config, "experts") else ("yaqa", "gptq", "minmax")
+    assert makeable_methods(config, PRESETS["w4a16"]) == solved
     assert makeable_methods(config, PRESETS["w8a8-int8"])
     prepared(tmp_path / "model", tmp_path / "out", method="gptq", group_size=32)
 
@@ -263,7 +267,10 @@ def test_reasons_name_what_stands_against_a_scheme() -> None:
     )
     unnamed = Scheme("novel", WeightScheme(4, 64, True, "float", "group", "U8"))
     assert makeable_methods(granite, unnamed) == makeable_methods(granite, UNQUANTIZED) == ()
-    assert makeable_methods(find_model("google/gemma-4-E4B-it"), PRESETS["w4a16"]) == ("gptq", "minmax")
+    dense, mixture = find_model("google/gemma-4-E4B-it"), find_model("mistralai/Mixtral-8x7B-Instruct-v0.1")
+    assert makeable_methods(dense, PRESETS["w4a16"]) == ("yaqa", "gptq", "minmax")
+    assert makeable_methods(mixture, PRESETS["w4a16"]) == ("gptq", "minmax")
+    assert "not taken through routed experts" in str(method_problem(mixture, PRESETS["w4a16"], "yaqa"))
 
 
 def test_experts_that_vllm_would_compute_wrongly_are_refused_for_it(
@@ -302,7 +309,9 @@ def check_commands(spec: ModelSpec, **options: Any) -> int:
     commands = [words(c) for c in found.commands if c.startswith("quant quantize")]
     for command in commands:
         methods = makeable_methods(spec, PRESETS[command["scheme"]])
-        assert command["method"] == found.method == methods[0], spec.name
+        assert found.method == methods[0], spec.name
+        taken = ("effort", "balanced") if found.method in GRADIENTS else ("method", found.method)
+        assert command[taken[0]] == taken[1] and len(command.keys() & {"method", "effort"}) == 1
         assert command["scheme"] == found.recommended
     if found.recommended not in (None, "none") and not commands:
         assert found.method is None and "does not make" in found.notes[-1], spec.name
@@ -337,6 +346,8 @@ def test_printed_commands_pass_every_check_of_the_job(
         made += 1
         values: dict[str, Any] = words(found.commands[0])
         assert values.pop("model_path") == str(model) and values.pop("output_path") == str(output)
+        if values.pop("effort", None):
+            values["method"] = found.method
         calibrated = values["method"] not in DATA_FREE or values.get("outlier_suppression")
         if calibrated or row.scheme.activations and row.scheme.activations.calibrated:
             text = {"samples": 4, "sequence_length": 32, "calibration_dataset": [short_text()]}
@@ -351,9 +362,14 @@ def test_a_scheme_without_a_method_takes_one_that_runs(
 ) -> None:
     unknown = helpers.copy_model(llama, tmp_path / "model")
     helpers.change_config(unknown, model_type="martian")
-    assert method_for(PRESETS["w4a16"], llama) == ("gptq", "")
+    assert method_for(PRESETS["w4a16"], llama) == ("yaqa", "")
+    assert method_for(PRESETS["w4a16"], llama, effort="fast") == ("gptq", "")
+    assert method_for(PRESETS["w8a16"], llama, effort="best") == ("minmax", "")
     method, note = method_for(PRESETS["w4a16"], unknown)
-    assert method == "minmax" and note.startswith("--method minmax instead of gptq: ")
+    assert method == "minmax" and note.startswith("--method minmax instead of yaqa: ")
+    assert method_for(PRESETS["w4a16"], unknown, effort="fast")[1].startswith(
+        "--method minmax instead of gptq: "
+    )
     with pytest.raises(UsageError, match="missing --method: --outlier-suppression smooth_quant"):
         method_for(PRESETS["w8a8-int8"], unknown)
     assert method_for(PRESETS["w8a8-int8"], unknown, {"outlier_suppression": "none"}) == ("minmax", "")

@@ -75,7 +75,7 @@ def test_verbose_tells_on_stderr_where_facts_are_from_and_how_long_it_took() -> 
         (
             ("recommend", "--model", "Llama-3.1-8B", "--gpu", "L40S", "--scheme", "w4a16"),
             0,
-            "--method gptq --scheme w4a16",
+            "--effort balanced --scheme w4a16",
         ),
         (
             ("recommend", "--model", "Llama-3.1-8B", "--gpu", "L40S", "--policy", "rule-of-thumb"),
@@ -93,7 +93,7 @@ def test_verbose_tells_on_stderr_where_facts_are_from_and_how_long_it_took() -> 
             "--tensor-parallel-size 2",
         ),
         (("recommend", "--model", "Llama-3.1-8B", "--gpu", "L40S", "--gpu-memory", "20GiB"), 0, "20.0 GiB"),
-        (("recommend", "--model", "gpt2", "--gpu", "T4", "--scheme", "w4a16"), 0, "--method gptq"),
+        (("recommend", "--model", "gpt2", "--gpu", "T4", "--scheme", "w4a16"), 0, "--effort balanced"),
     ],
 )
 def test_recommend(arguments: tuple[str, ...], status: int, words: str) -> None:

@@ -43,11 +43,11 @@ def by_scheme(found: Recommendation) -> dict[str, Any]:
         ("meta-llama/Llama-3.1-8B-Instruct", "L40S-48GB", 1, "none", None),
         ("Qwen/Qwen2.5-32B-Instruct", "L40S-48GB", 1, "w8a8-fp8", "fp8"),
         ("Qwen/Qwen2.5-32B-Instruct", "A6000", 1, "w8a16", "minmax"),
-        ("meta-llama/Llama-3.1-70B-Instruct", "H100", 1, "w4a16", "gptq"),
+        ("meta-llama/Llama-3.1-70B-Instruct", "H100", 1, "w4a16", "yaqa"),
         ("meta-llama/Llama-3.1-70B-Instruct", "L40S-48GB", 4, "none", None),
         ("meta-llama/Llama-3.1-70B-Instruct", "L40S-48GB", 2, "w8a8-fp8", "fp8"),
         ("Qwen2.5-7B-Instruct-AWQ", "RTX 3060", 1, "none", None),
-        ("Qwen/Qwen2.5-7B-Instruct", "RTX 3070 Ti Laptop", 1, "w4a16", "gptq"),
+        ("Qwen/Qwen2.5-7B-Instruct", "RTX 3070 Ti Laptop", 1, "w4a16", "yaqa"),
     ],
 )
 def test_the_most_precise_scheme_that_fits_is_taken(
@@ -201,8 +201,8 @@ def test_commands_are_given_only_for_what_this_build_makes() -> None:
         ("fp8-block", "H100", "--method fp8 --scheme fp8-block"),
         ("w8a16-fp8", "A100", "--method fp8 --scheme w8a16-fp8"),
         ("w8a8-int8", "A100", "--method minmax --scheme w8a8-int8 --outlier-suppression smooth_quant"),
-        ("nvfp4", "B200", "--method gptq --scheme nvfp4"),
-        ("mxfp4", "B200", "--method gptq --scheme mxfp4"),
+        ("nvfp4", "B200", "--effort balanced --scheme nvfp4"),
+        ("mxfp4", "B200", "--effort balanced --scheme mxfp4"),
         ("mxfp8", "H100", "--method minmax --scheme mxfp8"),
     ],
 )
