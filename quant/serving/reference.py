@@ -29,7 +29,8 @@ from quant.models.calls import call_block
 from quant.models.skeleton import Skeleton
 from quant.offline import load_tokenizer
 from quant.serving.deployment import DeploymentRequest, plan
-from quant.serving.process import Server, ServerError, cpu_environment, find_vllm, free_port, signals_to
+from quant.serving.installation import ServerError, find_vllm
+from quant.serving.process import Server, cpu_environment, free_port, signals_to
 from quant.vllm.arguments import model_dtype
 from quant.vllm.context import context_length
 from quant.vllm.kernels import CPU_FORMATS, cpu_has
@@ -379,6 +380,7 @@ def open_server(path: Path, python: str | Path) -> Server:
         host=deployment.host,
         port=port,
         name=deployment.name,
+        program=installation.program,
         environment=cpu_environment(exact=True) if installation.cpu else {},
     )
 

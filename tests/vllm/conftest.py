@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from quant.hardware import cpu_instructions
-from quant.serving.process import PYTHON_VARIABLE
+from quant.serving.installation import PYTHON_VARIABLE
 from quant.vllm.kernels import CPU_FORMATS, cpu_has
 
 ROOT = Path(__file__).resolve().parents[2]

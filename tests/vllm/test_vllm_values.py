@@ -18,7 +18,7 @@ import pytest
 
 from quant.errors import QuantError
 from quant.evaluation.verify import verify
-from quant.serving.process import ServerError
+from quant.serving.installation import ServerError
 from quant.serving.reference import (
     NEW_TOKENS,
     PROMPT_TOKENS,

@@ -14,9 +14,10 @@ from quant.serving.check.context import Context
 from quant.serving.check.performance import prompts_for
 from quant.serving.check.value import Check, Finding, Skip, Unexpected, judged, skipped, within
 from quant.serving.client import KINDS, Prompt, Trace, ask
+from quant.serving.installation import ServerError
 from quant.serving.load import Level, run_level
 from quant.serving.measures import student
-from quant.serving.process import GRACE, ServerError
+from quant.serving.process import GRACE
 from quant.serving.server_metrics import COUNTERS, GAUGES, figures, parse_metrics, resident_bytes
 from quant.units import format_seconds, format_size
 
