@@ -22,9 +22,9 @@ import torch
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.errors import CheckpointError, clipped, first_line
 from quant.offline import transformers
-from quant.speculation.proposers import Model
+from quant.speculation.proposers import Model, Proposer
 from quant.vllm.config import block_count, drafting_blocks, model_types, whole_number, without_quantization
-from quant.vllm.speculation import AROUND, HEADS, NAMES, eagle3_config, eagle3_places
+from quant.vllm.speculation import HEADS, HeadLayout, eagle3_config, eagle3_places
 
 
 class Unmeasured(Exception):
@@ -58,16 +58,20 @@ class Network:
     offsets: torch.Tensor | None = None
 
 
-class Head:
+class Head(Proposer):
     """Proposes by a network over a target's hidden states; always its likeliest token."""
 
     def __init__(self, target: Model, network: Network):
         self.target, self.network = target, network
         target.watch(network.places)
-        self.seconds: dict[int, list[float]] = {}
+        self._seconds: dict[int, list[float]] = {}
         self._cache = transformers().DynamicCache()
         self._known: list[int] = []  # tokens whose rows are in the cache, and one more
         self._rows = 0
+
+    @property
+    def seconds(self) -> dict[int, list[float]]:
+        return self._seconds
 
     @torch.no_grad()
     def propose(self, tokens: list[int], k: int) -> tuple[list[int], None]:
@@ -103,7 +107,7 @@ class Head:
         if states.device.type == "cuda":
             torch.cuda.synchronize(states.device)
         self._rows += len(tokens)
-        self.seconds.setdefault(len(tokens), []).append(time.perf_counter() - begun)
+        self._seconds.setdefault(len(tokens), []).append(time.perf_counter() - begun)
         return logits, normed if net.normed else state
 
     def _token(self, logits: torch.Tensor) -> int:
@@ -125,17 +129,18 @@ def native_head(target: Model, scratch: Path) -> Head:
         CheckpointError: tensors of it are missing.
     """
     checkpoint = open_checkpoint(target.folder)
-    if not set(model_types(checkpoint.config)) & set(HEADS):
+    layout = next((HEADS[t] for t in model_types(checkpoint.config) if t in HEADS), None)
+    if layout is None:
         raise Unmeasured(
             f"the heads of {', '.join(sorted(HEADS))} are computed here, not those of "
             f"{next(iter(model_types(checkpoint.config)), 'this family')}"
         )
-    if (count := drafting_blocks(checkpoint.config)) != 1:
+    if (count := drafting_blocks(checkpoint.config) or 1) != 1:
         raise Unmeasured(f"it has {count} heads; one is computed here")
     blocks = block_count(checkpoint.config)
     assert blocks is not None
-    prefix = f"model.layers.{blocks}."
-    body = _one_block(checkpoint, blocks, scratch / "head", target)
+    prefix = layout.start.format(blocks=blocks)
+    body = _one_block(checkpoint, blocks, layout, scratch / "head", target)
     size, dtype, device = body.config.hidden_size, target.model.dtype, target.device
 
     def weight(name: str) -> torch.Tensor:
@@ -143,34 +148,37 @@ def native_head(target: Model, scratch: Path) -> Head:
             raise CheckpointError(f"{checkpoint.path}: its prediction head has no {prefix}{name}")
         return checkpoint.read(prefix + name).to(device, dtype)
 
-    norms = {n: _filled_norm(body.norm, weight(n)) for n in (NAMES.embedding, NAMES.state, NAMES.last)}
+    before, state, last = (
+        _filled_norm(body.norm, weight(n)) for n in (layout.embedding, layout.state, layout.last)
+    )
     projection = torch.nn.Linear(2 * size, size, bias=False, device=device, dtype=dtype)
-    projection.weight = torch.nn.Parameter(weight(NAMES.projection))
+    projection.weight = torch.nn.Parameter(weight(layout.projection))
     body.norm = torch.nn.Identity()
 
     def join(embeds: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        return projection(torch.cat([norms[NAMES.embedding](embeds), norms[NAMES.state](states)], -1))
+        return projection(torch.cat([before(embeds), state(states)], -1))
 
     model = target.model
     return Head(
         target,
         Network(
-            body.eval(), norms[NAMES.last], model.get_output_embeddings(), model.get_input_embeddings(),
-            (target.blocks + 1,), lambda states: states[0], join, normed=False, masked=True,
+            body.eval(), last, model.get_output_embeddings(), model.get_input_embeddings(),
+            (target.blocks + 1,), lambda states: states[0], join, layout.normed, layout.masked,
         ),
     )  # fmt: skip
 
 
-def _one_block(checkpoint: Checkpoint, blocks: int, folder: Path, target: Model) -> Any:
+def _one_block(checkpoint: Checkpoint, blocks: int, layout: HeadLayout, folder: Path, target: Model) -> Any:
     """transformers' decoder of a checkpoint's drafting block alone, so that its masks, positions and cache
     are the family's own."""
     from safetensors.torch import save_file
 
-    prefix = f"model.layers.{blocks}."
+    prefix = layout.block.format(blocks=blocks)
+    beside = (*layout.shared, layout.embedding, layout.state, layout.last, layout.projection)
     tensors = {
         f"model.layers.0.{name.removeprefix(prefix)}": checkpoint.read(name)
         for name in checkpoint.tensors
-        if name.startswith(prefix) and not name.removeprefix(prefix).startswith(AROUND)
+        if name.startswith(prefix) and not name.removeprefix(prefix).startswith(beside)
     }
     config = dict(without_quantization(checkpoint.config))
     size = config["hidden_size"]
@@ -179,6 +187,8 @@ def _one_block(checkpoint: Checkpoint, blocks: int, folder: Path, target: Model)
     for key, value in list(config.items()):
         if isinstance(value, list) and len(value) >= blocks and key.endswith(("_types", "_layers")):
             config[key] = [value[blocks] if len(value) > blocks else value[-1]]
+    if layout.kind:
+        config["layer_types"] = [layout.kind]
     config |= {
         "num_hidden_layers": 1, "num_nextn_predict_layers": 0, "vocab_size": 1, "tie_word_embeddings": True,
         "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,

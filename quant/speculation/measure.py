@@ -73,7 +73,7 @@ def generate(
     Returns:
         exactly ``new_tokens`` tokens, distributed as the target's own, and what was accepted on the way.
     """
-    tokens = list(prompt)
+    read = tokens = list(prompt)
     steps = drafts = proposed_tokens = accepted = 0
     by_position = [0] * k
     while len(tokens) < len(prompt) + new_tokens:
@@ -89,7 +89,9 @@ def generate(
             accepted += kept
             for i in range(kept):
                 by_position[i] += 1
-        tokens += [*proposed[:kept], follows][:left]
+        read = [*tokens, *proposed[:kept], follows]
+        tokens = read[: len(tokens) + left]
+    proposer.ended(read)
     made = tokens[len(prompt) :]
     return made, Acceptance(steps, drafts, proposed_tokens, accepted, tuple(by_position), len(made))
 

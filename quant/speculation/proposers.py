@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -25,8 +27,7 @@ class Model:
         scratch: folder for the dequantized values of a quantized checkpoint.
 
     Raises:
-        CheckpointError: one that transformers does not build, or whose cache cannot be cut back (recurrent
-            states).
+        CheckpointError: one that transformers does not build.
     """
 
     def __init__(self, path: Path, device: torch.device, scratch: Path):
@@ -99,72 +100,111 @@ class Model:
 
     def reset(self) -> None:
         """Forgets the sequence."""
-        self._cache = transformers().DynamicCache(config=self.model.config)
+        self._cache = self._fresh()
+        self._kept: tuple[list[int], Any] = ([], self._cache)
         self._read: list[int] = []
         self._states = {}
-        if any(getattr(layer, "is_sliding", False) for layer in self._cache.layers):
+
+    def _fresh(self) -> Any:
+        """A cache of nothing."""
+        cache = transformers().DynamicCache(config=self.model.config)
+        if any(getattr(layer, "is_sliding", False) for layer in cache.layers) and not _recurrent(cache):
             # a window that has moved on cannot be cut back: keep everything, the mask forgets
-            self._cache = transformers().DynamicCache()
+            cache = transformers().DynamicCache()
+        return cache
 
     @torch.no_grad()
     def logits(self, tokens: list[int], last: int) -> torch.Tensor:
         """fp32 logits [last, V] after each of the last tokens of a sequence; what it shares with the sequence
         before is not computed again."""
-        shared = 0
-        while shared < min(len(self._read), len(tokens) - last) and self._read[shared] == tokens[shared]:
-            shared += 1
-        if shared < len(self._read):
-            try:
-                self._cache.crop(shared - len(self._read))  # negative: so many are removed
-            except Exception as error:
-                raise CheckpointError(
-                    f"{self.path}: its states cannot be cut back to an earlier token ({first_line(error)}): "
-                    "measure it in vLLM instead (--prove)"
-                ) from error
-        new = tokens[shared:]
+        end = len(tokens) - last
+        if _recurrent(self._cache):
+            shared = self._go_back(tokens, end)
+        else:
+            shared = _shared(self._read, tokens, end)
+            if shared < len(self._read):
+                try:
+                    self._cache.crop(shared - len(self._read))  # negative: so many are removed
+                except Exception as error:
+                    raise CheckpointError(
+                        f"{self.path}: its states cannot be cut back to an earlier token "
+                        f"({first_line(error)}): measure it in vLLM instead (--prove)"
+                    ) from error
         begun = time.perf_counter()
+        result = self._pass(tokens, shared, last)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds.setdefault(len(tokens) - shared, []).append(time.perf_counter() - begun)
+        return result.cpu()
+
+    def _pass(self, tokens: list[int], known: int, last: int) -> torch.Tensor:
+        """fp32 logits [last, V] of a pass over what follows the first ``known`` tokens."""
         out: Any = self.model(
-            torch.tensor([new], device=self.device),
+            torch.tensor([tokens[known:]], device=self.device),
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=last,
         )
-        result = out.logits[0, -last:].float()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds.setdefault(len(new), []).append(time.perf_counter() - begun)
         self._read = list(tokens)
         for place, new_states in self._seen.items():
             before = self._states.get(place)
-            kept = new_states if before is None else torch.cat([before[:shared], new_states])
+            kept = new_states if before is None else torch.cat([before[:known], new_states])
             self._states[place] = kept
-        return result.cpu()
+        return out.logits[0, -last:].float()
+
+    def _go_back(self, tokens: list[int], end: int) -> int:
+        """Brings recurrent states, which cannot be cut back, to after the first ``end`` tokens: those that
+        were kept the last time, and a pass over what was accepted since.
+
+        Returns:
+            ``end``.
+        """
+        kept, cache = self._kept
+        if _shared(kept, tokens, end) < len(kept):  # another text
+            kept, cache = [], self._fresh()
+        self._cache = cache
+        if len(kept) < end:
+            self._pass(tokens[:end], len(kept), 1)
+        self._kept = tokens[:end], copy.deepcopy(self._cache)
+        return end
 
 
-class Proposer(Protocol):
+def _recurrent(cache: Any) -> bool:
+    """Whether a cache holds states of recurrent layers or convolutions, which forget what they were."""
+    return any(hasattr(layer, "recurrent_states") for layer in cache.layers)
+
+
+def _shared(read: Sequence[int], tokens: Sequence[int], most: int) -> int:
+    """How many tokens two texts begin with alike, ``most`` at most."""
+    shared = 0
+    while shared < min(len(read), most) and read[shared] == tokens[shared]:
+        shared += 1
+    return shared
+
+
+class Proposer(ABC):
     """Guesses what comes next."""
 
     @property
     def seconds(self) -> Mapping[int, Sequence[float]]:
         """What its passes through a network took, by tokens read; empty without a network."""
-        ...
+        return {}
 
+    @abstractmethod
     def propose(self, tokens: list[int], k: int) -> tuple[list[int], torch.Tensor | None]:
         """At most k tokens, and the probabilities [k, V] that they were drawn with (None: without chance)."""
-        ...
+
+    def ended(self, tokens: list[int]) -> None:  # noqa: B027 - most learn nothing
+        """Told of a text that is complete, for one that learns from it."""
 
 
 @dataclass(frozen=True)
-class NGram:
+class NGram(Proposer):
     """Proposes what followed the longest n-gram of the end, where it stood first in the text
     (vLLM's ``ngram``: prompt lookup, Saxena 2023)."""
 
     longest: int = 5
     shortest: int = 2
-
-    @property
-    def seconds(self) -> dict[int, list[float]]:
-        return {}
 
     def propose(self, tokens: list[int], k: int) -> tuple[list[int], None]:
         for n in range(min(self.longest, len(tokens) - 1), self.shortest - 1, -1):
@@ -176,7 +216,7 @@ class NGram:
 
 
 @dataclass(frozen=True)
-class Draft:
+class Draft(Proposer):
     """A smaller model: its likeliest token each time, as vLLM's draft models propose by default."""
 
     model: Model

@@ -34,9 +34,17 @@ from quant.speculation.measure import (
 )
 from quant.speculation.proposers import Draft, Model, NGram, Proposer, check_pair
 from quant.speculation.sampling import Sampling
+from quant.speculation.suffix import Suffix
 from quant.vllm.config import without_quantization
 from quant.vllm.context import context_length
-from quant.vllm.speculation import PROPOSERS, draft_method, eagle3_config, head_bytes, native_heads
+from quant.vllm.speculation import (
+    PACKAGES,
+    PROPOSERS,
+    draft_method,
+    eagle3_config,
+    head_bytes,
+    native_heads,
+)
 
 #: Those that need no draft.
 _WITHOUT_DRAFT = ("ngram", "mtp", "suffix")
@@ -83,7 +91,7 @@ class Candidate:
         config: vLLM's ``--speculative-config``; None: plain decoding.
         rows: tokens of a step and times as fast by number of proposals.
         memory: what the draft takes of the GPU, where one is named.
-        note: why it was not measured, where it was not.
+        note: why it was not measured, where it was not; what vLLM needs for it beside itself.
     """
 
     name: str
@@ -138,7 +146,11 @@ def speculate(path: Path, request: SpeculationRequest, progress: Progress = sile
         target = Model(path, device_of(request.device), scratch)
         candidates = [_candidate(m, target, request, prompts, scratch, progress) for m in methods]
     chosen = max(
-        (c for c in candidates if c.best and (request.method or c.best["speed_up"] >= WORTH)),
+        (
+            c
+            for c in candidates
+            if c.best and (request.method or (c.best["speed_up"] >= WORTH and not c.note))
+        ),
         key=lambda c: c.best["speed_up"] if c.best else 0.0,
         default=None,
     )
@@ -227,10 +239,7 @@ def _proposer(method: str, target: Model, request: SpeculationRequest, scratch: 
     if method == "mtp":
         return native_head(target, scratch)
     if method == "suffix":
-        raise Unmeasured(
-            "it accepts more the more a server has answered before; vLLM needs the package arctic-inference "
-            "for it"
-        )
+        return Suffix()
     assert request.draft is not None
     if method == "eagle3":
         return eagle3(target, request.draft)
@@ -256,7 +265,7 @@ def _candidate(
     try:
         proposer = _proposer(method, target, request, scratch)
     except Unmeasured as reason:
-        config |= {} if method == "suffix" else {"num_speculative_tokens": 1 if method == "mtp" else 3}
+        config["num_speculative_tokens"] = 1 if method == "mtp" else 3
         note = f"acceptance is not measured here: {reason}; vLLM's counters will show"
         return Candidate(name, config, None, note=note)
     found = _measured(name, target, proposer, request, prompts, progress)
@@ -266,7 +275,17 @@ def _candidate(
     memory = None
     if request.gpu is not None and small is not None:
         memory = _memory(method, small, target.path, request)
-    return Candidate(name, config, found, tuple(rows), memory)
+    return Candidate(name, config, found, tuple(rows), memory, _needs(method))
+
+
+def _needs(method: str) -> str:
+    """What is to be said of a proposer that vLLM does not run by itself; empty of the others."""
+    package = PACKAGES.get(method)
+    return (
+        f"vLLM needs the package {package} for it, so it is taken by --proposer {method} alone"
+        if package
+        else ""
+    )
 
 
 def _drafting_spec(method: str, path: Path, draft: Path | None) -> ModelSpec | None:
@@ -334,7 +353,7 @@ def _reason(chosen: Candidate | None, candidates: Sequence[Candidate], request: 
             f"{chosen.name} with {int(chosen.best['k'])} tokens: {chosen.best['tokens_per_step']:.2f} tokens "
             f"a step, {chosen.best['speed_up']:.2f} times as fast"
         )
-    rows = [c.best["speed_up"] for c in candidates if c.best is not None]
+    rows = [c.best["speed_up"] for c in candidates if c.best is not None and not c.note]
     most = f"the best is {max(rows):.2f} times as fast" if rows else "nothing was measured"
     under = (
         f" at {request.concurrency} sequences at a time, where passes are bound by compute"
@@ -365,7 +384,7 @@ def prove_in_vllm(
     from quant.serving.server_metrics import COUNTERS, parse_metrics
 
     unmeasured = [c["speculative_config"] for c in result["candidates"] if c["acceptance"] is None]
-    config = result["speculative_config"] or next((c for c in unmeasured if c["method"] != "suffix"), None)
+    config = result["speculative_config"] or next(iter(unmeasured), None)
     if config is None:
         raise QuantError("nothing to prove in vLLM: no speculation pays")
     prompts = _prompts(path, request)

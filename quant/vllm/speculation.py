@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quant.errors import CheckpointError, UsageError, clipped
@@ -14,7 +15,15 @@ if TYPE_CHECKING:
     from quant.checkpoint.reader import Checkpoint
 
 #: vLLM's name of a proposer that is computed here → what it is called.
-PROPOSERS = {"ngram": "ngram", "draft_model": "draft model", "eagle3": "EAGLE-3", "mtp": "mtp"}
+PROPOSERS = {
+    "ngram": "ngram",
+    "draft_model": "draft model",
+    "eagle3": "EAGLE-3",
+    "mtp": "mtp",
+    "suffix": "suffix",
+}
+#: Package that vLLM needs for a proposer beside its own.
+PACKAGES = {"suffix": "arctic-inference"}
 #: Flag of releases before 0.8 → key of the object that has replaced them all.
 _OLD = {
     "--speculative-model": "model",
@@ -28,23 +37,61 @@ _OLD = {
 #: The same within an object that is written with the old names.
 _OLD_KEYS = {flag[2:].replace("-", "_"): key for flag, key in _OLD.items()}
 
-#: Families whose prediction head is ``model.layers.{blocks}``, laid out as DeepSeek-V3's, and computes as
-#: GLM-4-MoE's (vLLM 0.32, models/glm4_moe_mtp.py): further tokens are proposed from its state before the last
-#: norm. Acceptance as it is computed here has been compared with vLLM's counters for these alone, and
-#: DeepSeek-V3's own goes on from the normed state.
-HEADS = ("glm4_moe",)
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """How a family's prediction head is stored and computed.
+
+    Attributes:
+        start: how the names of its tensors begin, with ``{blocks}`` for the number of the target's blocks.
+        block: the same of its block alone.
+        embedding, state, last: norms of the embedding, the target's state and the end, behind ``start``.
+        projection: of embedding and state, in that order, to one state.
+        shared: how the names of tensors behind ``start`` begin that are the target's own once more.
+        normed: whether further tokens are proposed from its state behind the last norm.
+        masked: whether the embedding of the first row is zero.
+        kind: of its block's attention, where the target's blocks have several kinds.
+    """
+
+    start: str
+    block: str
+    embedding: str
+    state: str
+    last: str
+    projection: str
+    shared: tuple[str, ...] = ()
+    normed: bool = True
+    masked: bool = False
+    kind: str = ""
 
 
-class NAMES:
-    """Tensors of such a head around its block: norms of the embedding, of the target's state and of the end,
-    and the projection of both to one state."""
-
-    embedding, state, last = "enorm.weight", "hnorm.weight", "shared_head.norm.weight"
-    projection = "eh_proj.weight"
-
-
-#: How the names of tensors begin that stand beside the block; embedding and head are the target's.
-AROUND = ("enorm.", "hnorm.", "eh_proj.", "shared_head.", "embed_tokens.")
+_DEEPSEEK = HeadLayout(
+    start="model.layers.{blocks}.",
+    block="model.layers.{blocks}.",
+    embedding="enorm.weight",
+    state="hnorm.weight",
+    last="shared_head.norm.weight",
+    projection="eh_proj.weight",
+    shared=("shared_head.head.", "embed_tokens."),
+    masked=True,
+)
+_QWEN = HeadLayout(
+    start="mtp.",
+    block="mtp.layers.0.",
+    embedding="pre_fc_norm_embedding.weight",
+    state="pre_fc_norm_hidden.weight",
+    last="norm.weight",
+    projection="fc.weight",
+    kind="full_attention",
+)
+#: Families whose prediction head is computed here, as vLLM 0.32 computes it (``models/deepseek_mtp.py``,
+#: ``glm4_moe_mtp.py``, ``qwen3_next_mtp.py``, ``qwen3_5_mtp.py``). Acceptance has been compared with vLLM's
+#: counters for these alone.
+HEADS = {
+    "deepseek_v3": _DEEPSEEK,
+    "glm4_moe": replace(_DEEPSEEK, normed=False),
+    "qwen3_next": _QWEN,
+}
 
 
 def draft_method(config: Mapping[str, Any]) -> str:
@@ -165,10 +212,10 @@ def native_heads(checkpoint: Checkpoint) -> int | None:
 
 def head_bytes(checkpoint: Checkpoint) -> int:
     """Bytes of a checkpoint's own prediction heads, without what they share with the target."""
-    start = f"model.layers.{block_count(checkpoint.config)}."
-    shared = ("shared_head.head.", "embed_tokens.")
+    starts = tuple(x.start.format(blocks=block_count(checkpoint.config)) for x in (_DEEPSEEK, _QWEN))
+    shared = tuple(start + name for start in starts for name in _DEEPSEEK.shared)
     return sum(
         info.nbytes
         for name, info in checkpoint.tensors.items()
-        if name.startswith(start) and not name.removeprefix(start).startswith(shared)
+        if name.startswith(starts) and not name.startswith(shared)
     )

@@ -22,8 +22,9 @@ from quant.speculation.measure import generate
 from quant.speculation.proposers import Model
 from quant.speculation.run import SpeculationRequest, speculate
 from quant.speculation.sampling import Sampling
-from quant.vllm.speculation import draft_method, eagle3_config, head_bytes, native_heads
+from quant.vllm.speculation import HEADS, draft_method, eagle3_config, head_bytes, native_heads
 from tests.helpers import change_config, copy_model
+from tests.speculation import guessed
 from tests.speculation.drafts import KEPT, PLACES, TINY, Draft, write_eagle3, write_mtp
 
 CPU = torch.device("cpu")
@@ -115,6 +116,44 @@ def test_greedy_text_is_the_targets_own(kind: str, fp32: dict[str, Path], tmp_pa
     for _ in range(12):
         plain.append(int(target.logits(plain, 1)[0].argmax()))
     assert made == plain[6:] and found.draft_tokens == 2 * found.drafts
+
+
+@pytest.mark.parametrize("family", guessed.FAMILIES)
+@torch.no_grad()
+def test_heads_of_each_family_go_on_from_their_own_states(family: str, tmp_path: Path) -> None:
+    """Against the same block over every row again for each token; and whatever was rejected, recurrent states
+    among what is cut back, the greedy text is the target's own."""
+    path = guessed.write(family, tmp_path / family, "float32")
+    target, other = (Model(path, CPU, tmp_path) for _ in range(2))
+    head, layout = native_head(target, tmp_path), HEADS[family]
+    net, tokens = head.network, [11, 480, 77, 902, 33, 5]
+    for new in (1, 3, 2):
+        target.logits(tokens, 1)
+        target.logits([*tokens, 1, 2, 3], 4)  # and rejected
+        rows = target.model.model(torch.tensor([tokens])).last_hidden_state[0]
+        assert torch.allclose(target.states(target.blocks + 1)[: len(tokens)], rows, atol=1e-4)
+        states, proposed = rows[:-1].clone(), list[int]()
+        for _ in range(3):
+            embeds = net.embed(torch.tensor([*tokens[1:], *proposed]))
+            if layout.masked:
+                embeds = embeds * (torch.arange(len(embeds)) > 0)[:, None]
+            own = net.body(inputs_embeds=net.join(embeds, states)[None]).last_hidden_state[0, -1:]
+            proposed.append(int(net.head(net.norm(own)).argmax()))
+            states = torch.cat([states, net.norm(own) if layout.normed else own])
+        assert head.propose(tokens, 3) == (proposed, None)
+        tokens = [*tokens, *proposed[:new]]
+    plain = [11, 480, 77]
+    for _ in range(24):
+        other.reset()
+        plain.append(int(other.logits(plain, 1)[0].argmax()))
+    target.reset()
+    made, found = generate(target, head, plain[:3], 24, 3, Sampling(), torch.Generator())
+    assert made == plain[3:] and 0 < found.accepted < found.draft_tokens
+    checkpoint = open_checkpoint(path)
+    beside = layout.start.format(blocks=2)
+    held = {n: i.nbytes for n, i in checkpoint.tensors.items() if n.startswith(beside)}
+    tied = [n for name, n in held.items() if name.endswith(("head.head.weight", "embed_tokens.weight"))]
+    assert head_bytes(checkpoint) == sum(held.values()) - sum(tied) > 0 and native_heads(checkpoint) == 1
 
 
 def test_what_is_computed_elsewhere_is_said_to_be_unmeasured(fp32: dict[str, Path], tmp_path: Path) -> None:
@@ -241,7 +280,8 @@ def test_heads_and_drafts_are_measured_chosen_and_charged(fp32: dict[str, Path],
     assert set(by_name) == {"ngram", "EAGLE-3", "suffix"}
     assert by_name["EAGLE-3"]["speculative_config"]["model"] == str(fp32["eagle3"])
     assert by_name["EAGLE-3"]["memory"]["kv_tokens_with"] < by_name["EAGLE-3"]["memory"]["kv_tokens_without"]
-    assert "arctic-inference" in by_name["suffix"]["note"] and by_name["suffix"]["acceptance"] is None
+    assert "arctic-inference" in by_name["suffix"]["note"]
+    assert by_name["suffix"]["speculative_config"]["method"] == "suffix" and by_name["suffix"]["rows"]
 
 
 @pytest.mark.parametrize(("most", "new"), [(1, 2), (32, 3)])

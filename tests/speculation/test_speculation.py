@@ -13,8 +13,9 @@ import deploy_vllm
 from quant.errors import UsageError
 from quant.serving.deployment import DeploymentRequest, plan
 from quant.speculation.measure import Acceptance, by_length, generate, measured_latencies
-from quant.speculation.proposers import Draft, Model, NGram
+from quant.speculation.proposers import Draft, Model, NGram, Proposer
 from quant.speculation.sampling import Sampling, draw, expected_tokens, judge, speed_up
+from quant.speculation.suffix import Suffix
 from quant.vllm.speculation import translated
 from tests.helpers import ROOT, change_config, copy_model
 
@@ -98,6 +99,26 @@ def test_n_grams_are_looked_up_as_vllm_does() -> None:
     assert NGram(2, 1).propose([7, 7, 7], 4) == ([7], None)  # overlapping, and at most to the end
 
 
+def test_suffixes_are_weighed_as_the_package_that_vllm_takes_does() -> None:
+    """Each of these is what arctic-inference 0.3 answers (SuffixDecodingCache.speculate, 24 deep)."""
+    suffix = Suffix()
+    # 2 was followed by 3 twice and by 9 once, and stands at the end: half; as long as what matches
+    assert suffix.propose([1, 2, 3, 1, 2, 9, 1, 2, 3, 7, 2], 8) == ([3], None)
+    assert suffix.propose([1, 2, 3, 1, 2, 9, 1, 2, 3, 7, 2, 3, 7], 8) == ([2, 3, 7], None)
+    assert suffix.propose([1, 2, 3, 1, 2, 9, 1, 2, 3, 7, 2, 3, 7, 5, 4], 8) == ([], None)
+    suffix.ended([1, 2, 3, 1, 2, 9, 1, 2, 3, 7, 2, 3, 7, 5, 4, 6, 8])
+    # another request: of the answers before it, not of their prompts
+    assert suffix.propose([20, 21, 5], 8) == ([4], None)
+    assert suffix.propose([20, 21, 5, 4, 6], 8) == ([8], None)
+    assert suffix.propose([20, 21, 5, 4, 6, 9], 8) == ([], None)
+    # of what is as frequent what came first, but for what has just caught up
+    suffix.ended([20, 21, 5, 4, 6, 9, 31, 32, 33])
+    assert suffix.propose([20, 21, 5, 4, 6], 8) == ([8], None)
+    tie = Suffix()
+    assert tie.propose([1, 5, 1, 6, 1, 6, 1, 5, 1], 1) == ([6], None)
+    assert [tie.propose([7] * n, 9)[0] for n in (3, 5)] == [[7], [7, 7]]
+
+
 def test_arithmetic_of_the_gain() -> None:
     assert expected_tokens(0.8, 4) == pytest.approx(sum(0.8**i for i in range(5)))
     # a draft of a tenth of the target's time, verification as fast as one token
@@ -118,7 +139,7 @@ def test_a_model_as_its_own_draft_is_always_right_whatever_is_cut_back(tmp_path:
     assert made == plain[6:] and found.rate >= 0.9  # ties may round the other way in a wider pass
     # proposals that are always wrong: the cache is cut back each time
     wrong = lambda tokens, k: ([(plain[min(len(tokens), len(plain) - 1)] + 1) % 4096] * k, None)  # noqa: E731
-    never = type("Never", (), {"propose": staticmethod(wrong)})()
+    never = type("Never", (Proposer,), {"propose": staticmethod(wrong)})()
     target.reset()
     made, found = generate(target, never, prompt, 12, 3, Sampling(), generator)
     assert made == plain[6:] and found.accepted == 0 and found.steps == 12

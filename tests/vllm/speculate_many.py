@@ -12,8 +12,9 @@ def speculate(job):
     from vllm import LLM, SamplingParams, TokensPrompt
 
     llm = LLM(
-        model=job["path"], dtype="bfloat16", enforce_eager=True, skip_tokenizer_init=True,
-        enable_prefix_caching=False, max_model_len=512, max_num_seqs=8, max_num_batched_tokens=2048,
+        model=job["path"], dtype=job.get("dtype", "bfloat16"), enforce_eager=True, skip_tokenizer_init=True,
+        enable_prefix_caching=False, max_model_len=512, max_num_seqs=job.get("sequences", 8),
+        max_num_batched_tokens=2048,
         disable_log_stats=False, kv_cache_memory_bytes=256 * 2**20, speculative_config=job["config"],
     )  # fmt: skip
     rows = [TokensPrompt(prompt_token_ids=r) for r in job["rows"]]

@@ -34,6 +34,8 @@ def speculation(console: Console, value: Mapping[str, Any], verbose: bool) -> No
                 Column("times as fast", [f"{r['speed_up']:.2f}" for r in rows], right=True),
             ],
         )
+        if candidate["note"]:
+            console.print(f"  {candidate['note']}", soft_wrap=True)
         if candidate["memory"]:
             memory = candidate["memory"]
             console.print(
