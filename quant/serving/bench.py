@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from quant.checkpoint.reader import open_checkpoint
 from quant.checkpoint.writer import write_text
-from quant.errors import QuantError, UsageError
+from quant.errors import QuantError, UsageError, clipped
 from quant.progress import Event, Progress, silent
 from quant.report.bench_page import bench_page
 from quant.report.files import load_evaluation
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 _HOPELESS = ("connect", "tls", "401", "404", "no stream", "5xx")
 #: Gain of throughput by twice the load below which a sweep ends, and the largest load it tries.
 _GAIN, _MOST = 1.05, 1024
+#: Tokens that a chat template may put around a prompt.
+_BESIDE = 256
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,15 @@ async def _bench(
             "answers came whole: something between here and the engine holds the stream back (a proxy's "
             "buffer): TTFT and TPOT are not the engine's, and its users see no first token sooner"
         )
+    if others := sorted({name for x in results for name in x["answered_by"]} - {endpoint.model}):
+        notes.append(f"answers say that they are of {clipped(', '.join(others))}, not of {endpoint.model}")
+    for told, meant in [(x["mean_input_tokens"], x["meant_input_tokens"]) for x in results]:
+        if meant and told is not None and not meant / 2 - _BESIDE <= told <= 2 * meant + _BESIDE:
+            notes.append(
+                f"the endpoint counts {told:,.0f} tokens in a prompt of {meant:,.0f}: its counts are wrong, "
+                "or something on the way changes prompts"
+            )
+            break
     if any(x["output_tokens_counted_by_endpoint"] is False for x in results):
         notes.append("the endpoint does not count tokens (usage): pieces of the stream are counted instead")
     return TargetResult(name or endpoint.model, endpoint, tuple(results), facts, tuple(notes))
@@ -245,19 +256,22 @@ async def _level(
             seed=seed,
             done=done,
         )
-    result = _result(run) | {"server": view.to_dict()}
+    meant = sum(p.tokens for p in prompts) / len(prompts)
+    result = _result(run) | {"meant_input_tokens": meant, "server": view.to_dict()}
     errors = f", {result['failed']} failed" if result["failed"] else ""
     progress(Event(phase, count, count, f"{phase}: {result['output_throughput']:.1f} output tok/s{errors}"))
     return result
 
 
 def _result(run: Run) -> dict[str, Any]:
-    level = run.level
+    level, good = run.level, run.summary.good
     return {
         "level": {"text": str(level), "concurrency": level.concurrency, "rate": level.rate},
         "max_concurrency": level.concurrency,
         "request_rate": "inf" if level.rate is None else level.rate,
         **run.summary.to_dict(),
+        "mean_input_tokens": sum(t.prompt_tokens for t in good) / len(good) if good else None,
+        "answered_by": sorted({t.model for t in good if t.model}),
         "client": run.client.to_dict(),
     }
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import ssl
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -30,8 +32,14 @@ _IDLE = 2.0
 #: Tokens of an answer that tell whether it came as a stream; seconds for each within which no model makes
 #: them one by one, and the share of the whole time within which they come where they were held back.
 _TELLING, _AT_ONCE, _SHARE = 8, 1e-4, 0.02
-#: Pieces for each token asked for, and beyond those, after which an answer goes on for ever.
+#: Events for each token asked for, and beyond those, after which an answer goes on for ever.
 _PIECES, _SPARE = 4, 64
+#: Pieces beyond its tokens that say nothing against an answer: some hold none, or a part of one.
+_ODD = 4
+#: Seconds to connect in at most.
+_CONNECT = 30.0
+#: Tokens that no request has.
+_NEVER = 1 << 31
 
 
 class EndpointError(QuantError):
@@ -89,7 +97,7 @@ class Endpoint:
         headers |= {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         return httpx.AsyncClient(
             headers=headers,
-            timeout=httpx.Timeout(self.stall, connect=min(self.stall, 30.0)),
+            timeout=httpx.Timeout(self.stall, connect=min(self.stall, _CONNECT)),
             limits=httpx.Limits(
                 max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=_IDLE
             ),
@@ -187,6 +195,7 @@ class Trace:
         error: the kind of failure (:data:`KINDS`), empty where there is none; ``detail`` is its text.
         counted: whether the endpoint itself told ``output_tokens``.
         text: what was generated.
+        model: which model answered, as the endpoint says; empty where it does not.
     """
 
     scheduled: float
@@ -199,6 +208,7 @@ class Trace:
     detail: str = ""
     counted: bool = False
     text: str = ""
+    model: str = ""
 
     @property
     def ttft(self) -> float:
@@ -244,7 +254,8 @@ KINDS = {
     "cut off": "the answer ended before it was complete",
     "empty": "an answer without a token",
     "endless": "the answer goes on beyond the tokens that were asked for",
-    "miscounted": "the endpoint counts more tokens (usage) than were asked for: its counts are wrong",
+    "miscounted": "the endpoint's counts of tokens (usage), or its pieces, cannot be: something on the way "
+    "repeats or changes them",
 }
 
 
@@ -267,7 +278,7 @@ async def _events(response: httpx.Response, stall: float) -> AsyncIterator[tuple
     Raises:
         _Failed: something else than events, or nothing but signs of life for ``stall`` seconds.
     """
-    rest, last = b"", time.perf_counter()
+    rest, last, kind = b"", time.perf_counter(), b""
     async for piece in response.aiter_raw():
         now = time.perf_counter()
         rest += piece
@@ -275,19 +286,25 @@ async def _events(response: httpx.Response, stall: float) -> AsyncIterator[tuple
             raise _Failed("no stream", "16 MiB without the end of an event")
         *lines, rest = rest.split(b"\n")
         for line in lines:
-            if line.startswith(b"data:"):
+            if line.startswith(b"event:"):
+                kind = line[6:].strip()
+            elif not line.strip():
+                kind = b""
+            elif line.startswith(b"data:"):
                 last = now
+                if kind == b"error":
+                    raise _Failed("error event", said_by(line[5:].decode(errors="replace").strip()))
                 yield now, line[5:].strip()
         if now - last > stall:
             raise _Failed("timeout", f"no event for {stall:g} s, only signs of life")
 
 
-async def _beginning(response: httpx.Response, count: int = _LOOKED_AT) -> str:
-    """The first bytes of an answer, which may have no end."""
-    held = b""
+async def _beginning(response: httpx.Response, count: int = _LOOKED_AT, seconds: float = math.inf) -> str:
+    """The first bytes of an answer, which may have no end, or what of them came in so many seconds."""
+    held, begun = bytearray(), time.perf_counter()
     async for piece in response.aiter_bytes():
         held += piece
-        if len(held) >= count:
+        if len(held) >= count or time.perf_counter() - begun > seconds:
             break
     return held[:count].decode(errors="replace")
 
@@ -306,11 +323,25 @@ class _Answer:
     finished: bool = False
     #: pieces that hold no token: what only says that the answer ends
     bare: int = 0
+    model: str = ""
 
     def counted(self) -> int | None:
         """Tokens by the endpoint's own count; None where it does not count."""
-        told = self.usage.get("completion_tokens")
-        return told if isinstance(told, int) and told > 0 else None
+        return _count(self.usage.get("completion_tokens")) or None
+
+    @property
+    def pieces(self) -> int:
+        """How many pieces came that may hold a token."""
+        return max(len(self.stamps) - self.bare, 0)
+
+    def miscounted(self, asked: int) -> str:
+        """What cannot be in its counts where so many tokens were asked for; empty where all can."""
+        told = self.counted()
+        if told is not None and told > asked:
+            return f"{told} tokens where at most {asked} were asked for"
+        if self.pieces > (most := asked if told is None else told) + _ODD:
+            return f"{self.pieces} pieces for {most} tokens"
+        return ""
 
     def take(self, now: float, data: bytes) -> None:
         """One event.
@@ -327,8 +358,10 @@ class _Answer:
             raise _Failed("no stream", data[:200].decode(errors="replace")) from error
         if not isinstance(event, dict):
             raise _Failed("no stream", data[:200].decode(errors="replace"))
-        if event.get("error"):
-            raise _Failed("error event", clipped(event["error"], 300))
+        if event.get("error") or event.get("object") == "error":
+            raise _Failed("error event", clipped(event.get("error") or event.get("message"), 300))
+        if isinstance(event.get("model"), str):
+            self.model = event["model"]
         if isinstance(event.get("usage"), dict):
             self.usage = event["usage"]
         choices = event.get("choices")
@@ -376,8 +409,8 @@ async def ask(
             kind, detail = "empty", "the stream ended without a token"
         elif not answer.finished:
             kind, detail = "cut off", f"the stream ended after {len(answer.stamps)} pieces without its end"
-        elif (told := answer.counted()) is not None and told > prompt.output_tokens:
-            kind, detail = "miscounted", f"{told} tokens where at most {prompt.output_tokens} were asked for"
+        elif wrong := answer.miscounted(prompt.output_tokens):
+            kind, detail = "miscounted", wrong
     except _Failed as failure:
         kind, detail = failure.kind, failure.detail
     except asyncio.TimeoutError:
@@ -387,18 +420,24 @@ async def ask(
     if begun is not None:
         begun.set()
     counted = answer.counted()
-    asked = answer.usage.get("prompt_tokens")
+    asked = _count(answer.usage.get("prompt_tokens"))
     return replace(
         trace,
         stamps=tuple(answer.stamps),
         ended=answer.stamps[-1] if answer.stamps and not kind else time.perf_counter(),
-        prompt_tokens=asked if isinstance(asked, int) else prompt.tokens,
-        output_tokens=max(len(answer.stamps) - answer.bare, 0) if counted is None else counted,
+        prompt_tokens=prompt.tokens if asked is None else asked,
+        output_tokens=answer.pieces if counted is None else counted,
         counted=counted is not None,
         error=kind,
         detail=detail,
         text="".join(answer.parts),
+        model=answer.model,
     )
+
+
+def _count(told: Any) -> int | None:
+    """A number of tokens as an endpoint tells it; None where it is none."""
+    return told if type(told) is int and 0 <= told < _NEVER else None
 
 
 async def _read(
@@ -409,22 +448,67 @@ async def _read(
     answer: _Answer,
     begun: asyncio.Event | None,
 ) -> None:
-    most = _PIECES * prompt.output_tokens + _SPARE
-    async with client.stream("POST", endpoint.route, json=body) as response:
+    most, events = _PIECES * prompt.output_tokens + _SPARE, 0
+    async with _answered(client, endpoint, body) as response:
         if response.status_code != 200:
-            said = response.headers.get("location") or said_by(await _beginning(response))
+            said = response.headers.get("location")
+            said = said or said_by(await _beginning(response, seconds=endpoint.stall))
             raise _Failed(status_kind(response.status_code), f"{response.status_code}: {said}")
         kind = response.headers.get("content-type", "")
         if "event-stream" not in kind:
-            raise _Failed("no stream", f"{kind or 'no content type'}: {await _beginning(response, 200)}")
+            said = await _beginning(response, 200, endpoint.stall)
+            raise _Failed("no stream", f"{kind or 'no content type'}: {said}")
         if (packed := response.headers.get("content-encoding", "identity")) != "identity":
             raise _Failed("no stream", f"its events are packed ({packed}), though that was declined")
         async for now, data in _events(response, endpoint.stall):
             answer.take(now, data)
+            events += 1
             if begun is not None and answer.stamps:
                 begun.set()
-            if len(answer.stamps) > most:
-                raise _Failed("endless", f"{len(answer.stamps)} pieces for {prompt.output_tokens} tokens")
+            if events > most:
+                raise _Failed("endless", f"{events} events for {prompt.output_tokens} tokens")
+
+
+@asynccontextmanager
+async def _answered(
+    client: httpx.AsyncClient, endpoint: Endpoint, body: Mapping[str, Any]
+) -> AsyncIterator[httpx.Response]:
+    """The answer once its head is complete.
+
+    Raises:
+        _Failed: it is not in time, though a part of it may be: the transport's own patience begins anew with
+            each byte.
+    """
+    request, limit = client.build_request("POST", endpoint.route, json=body), endpoint.stall + _CONNECT
+    try:
+        response = await asyncio.wait_for(client.send(request, stream=True), limit)
+    except asyncio.TimeoutError as error:
+        raise _Failed("timeout", f"the head of the answer did not end within {limit:g} s") from error
+    try:
+        yield response
+    finally:
+        await response.aclose()
+
+
+async def fetch(
+    client: httpx.AsyncClient, method: str, url: str, limit: float, most: int = _WHOLE, **sent: Any
+) -> tuple[httpx.Response, str]:
+    """One request and its whole answer.
+
+    Args:
+        limit: seconds until it must be there.
+        most: bytes of it that are read.
+        sent: body and headers, as httpx takes them.
+
+    Raises:
+        asyncio.TimeoutError: it is not.
+    """
+
+    async def read() -> tuple[httpx.Response, str]:
+        async with client.stream(method, url, **sent) as response:
+            return response, await _beginning(response, most)
+
+    return await asyncio.wait_for(read(), limit)
 
 
 def said_by(said: str) -> str:
@@ -460,11 +544,12 @@ async def get_json(client: httpx.AsyncClient, endpoint: Endpoint, path: str, bod
     Raises:
         EndpointError: no answer, an error status, or no JSON; with what to do.
     """
-    url, said = endpoint.url + path, ""
+    url = endpoint.url + path
     try:
-        async with client.stream("GET" if body is None else "POST", url, json=body) as response:
-            # one that never ends is given up like one that never begins
-            said = await asyncio.wait_for(_beginning(response, _WHOLE), endpoint.stall)
+        # one that never ends is given up like one that never begins
+        response, said = await fetch(
+            client, "GET" if body is None else "POST", url, endpoint.stall + _CONNECT, json=body
+        )
     except Exception as error:
         kind = "timeout" if isinstance(error, asyncio.TimeoutError) else transport_kind(error)
         raise EndpointError(f"{url}: {first_line(error)}: {KINDS[kind]}", kind) from error
@@ -490,7 +575,8 @@ async def resolve(client: httpx.AsyncClient, endpoint: Endpoint) -> Endpoint:
     """
     listed = await get_json(client, endpoint, "/v1/models")
     data = listed.get("data") if isinstance(listed, dict) else None
-    names = [str(m["id"]) for m in data or [] if isinstance(m, dict) and "id" in m]
+    listed_models = data if isinstance(data, list) else []
+    names = [m["id"] for m in listed_models if isinstance(m, dict) and isinstance(m.get("id"), str)]
     if not names:
         raise EndpointError(f"{endpoint.url}/v1/models names no model: {clipped(listed)}")
     if endpoint.model and endpoint.model not in names:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from quant.hardware import detect
-from quant.serving.client import Endpoint
+from quant.serving.client import Endpoint, fetch
 from quant.vllm import metrics
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Seconds between two looks.
 PERIOD = 0.5
+#: Seconds in which it must tell, bytes beyond which nobody does; size beyond which a figure means nothing.
+_PATIENCE, _MOST, _SANE = 5.0, 1 << 22, 1e18
 
 #: Figure → the series of other engines than vLLM that hold it: SGLang, llama.cpp's server, TGI.
 _OTHERS: dict[str, tuple[str, ...]] = {
@@ -60,11 +62,19 @@ def parse_metrics(text: str) -> dict[str, list[float]]:
             value = float(match[2])
         except ValueError:
             continue
-        if math.isfinite(value):
+        if abs(value) < _SANE:
             series.setdefault(match[1], []).append(value)
     return series
 
 
+#: Share → differences of counters that it is made of, and what is added.
+_RATES = (
+    ("prefix_hit_rate", "prefix_hits", "prefix_queries", 0.0),
+    ("acceptance_rate", "accepted_tokens", "draft_tokens", 0.0),
+    ("tokens_per_step", "accepted_tokens", "drafts", 1.0),
+)
+#: A number as labels have it.
+_NUMBER = re.compile(r"[0-9]{1,15}")
 #: The series of vLLM whose labels describe its KV cache.
 _CACHE = re.compile(rf"{metrics.PREFIX}{metrics.CACHE_CONFIG}\{{(.*)\}}")
 
@@ -80,10 +90,11 @@ def cache_tokens(text: str) -> int | None:
         if match := _CACHE.match(line):
             labels = dict(re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', match[1]))
             stated = labels.get("kv_cache_size_tokens", "")
-            if stated.isdigit():
+            blocks, size = labels.get("num_gpu_blocks", ""), labels.get("block_size", "")
+            if _NUMBER.fullmatch(stated):
                 total += int(stated)
-            elif labels.get("num_gpu_blocks", "").isdigit() and labels.get("block_size", "").isdigit():
-                total += int(labels["num_gpu_blocks"]) * int(labels["block_size"])
+            elif _NUMBER.fullmatch(blocks) and _NUMBER.fullmatch(size):
+                total += int(blocks) * int(size)
     return total or None
 
 
@@ -106,10 +117,11 @@ def figures(series: Mapping[str, list[float]]) -> dict[str, float]:
 async def read_metrics(client: httpx.AsyncClient, endpoint: Endpoint) -> dict[str, list[float]]:
     """The endpoint's series now; none where it does not tell."""
     try:
-        response = await client.get(f"{endpoint.url}/metrics", timeout=5.0)
+        response, text = await fetch(client, "GET", f"{endpoint.url}/metrics", _PATIENCE, _MOST)
     except Exception:  # a server that is too busy to tell, or has none: the load test goes on
         return {}
-    return parse_metrics(response.text) if response.status_code == 200 else {}
+    whole = response.status_code == 200 and len(text) < _MOST
+    return parse_metrics(text) if whole else {}
 
 
 @dataclass
@@ -131,11 +143,9 @@ class ServerView:
             seen = [look[name] for look in self.looks if name in look]
             if len(seen) > 1:
                 value[name] = seen[-1] - seen[0]
-        if value.get("prefix_queries"):
-            value["prefix_hit_rate"] = value["prefix_hits"] / value["prefix_queries"]
-        if value.get("draft_tokens"):
-            value["acceptance_rate"] = value["accepted_tokens"] / value["draft_tokens"]
-            value["tokens_per_step"] = 1 + value["accepted_tokens"] / value["drafts"]
+        for share, part, whole, beside in _RATES:
+            if part in value and value.get(whole):
+                value[share] = beside + value[part] / value[whole]
         for name in ("used_bytes", "power_watts"):
             seen = [look[name] for look in self.gpus if name in look]
             if seen:

@@ -22,6 +22,7 @@ from quant.serving.client import Endpoint, EndpointError, Prompt, Trace, ask, ge
 from quant.serving.load import Level
 from quant.serving.measures import Lengths
 from quant.serving.prompts import PromptRequest
+from quant.serving.server_metrics import read_metrics
 
 _HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n%s\r\n"
 Script = Callable[[asyncio.StreamWriter, bytes], AsyncIterator[bytes]]
@@ -97,6 +98,9 @@ def _bytes(*parts: bytes) -> Script:
         ([_data(_piece(" a"), _piece(" b", "length"))], " a b", 2, False),
         ([_data(_piece(" a"), _piece(""), _piece(" b", "stop"))], " a b", 3, False),  # half a character
         ([_data(*_THREE, _usage(None))], " à b", 2, False),
+        ([_data(*_THREE, _usage(-2))], " à b", 2, False),
+        ([_data(*_THREE, _usage(True))], " à b", 2, False),
+        ([_data(*_THREE, {"choices": [], "usage": {"prompt_tokens": 10**400}})], " à b", 2, False),
         # neither the end's word nor its last event's blank line
         ([_data(*_THREE, done=False)], " à b", 2, False),
     ],
@@ -104,6 +108,7 @@ def _bytes(*parts: bytes) -> Script:
 def test_sound_answers_in_every_dress(parts: list[bytes], text: str, tokens: int, counted: bool) -> None:
     trace = _ask(_bytes(_HEAD % b"connection: close\r\n", *parts))
     assert (trace.error, trace.text, trace.output_tokens, trace.counted) == ("", text, tokens, counted)
+    assert trace.prompt_tokens == 3
     assert list(trace.stamps) == sorted(trace.stamps) and trace.ended == trace.stamps[-1]
 
 
@@ -127,6 +132,11 @@ def _then(end: str) -> Callable[[], Script]:
         "error page": (b"HTTP/1.1 502 Bad\r\ncontent-type: text/html\r\n\r\n", b"<p>sorry</p>"),
         "page": (b"HTTP/1.1 200 OK\r\ncontent-type: text/html\r\n\r\n", b"<p>welcome</p>"),
         "no line": (_HEAD % b"", b"x" * 65536),
+        "nothing": (_HEAD % b"", _data({"choices": []}, done=False)),
+        "roles": (_HEAD % b"", _data(_said({"role": "assistant"}), done=False)),
+        "ends": (_HEAD % b"" + _data(_piece(" a", "stop")), b"data: [DONE]\n\n"),
+        "head": (b"HTTP/1.1 200 OK\r\n", b"x: y\r\n"),
+        "to be continued": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
     }
 
     def made() -> Script:
@@ -145,8 +155,13 @@ def _then(end: str) -> Callable[[], Script]:
 @pytest.mark.parametrize(
     ("script", "kind", "words"),
     [
-        (_then("pieces"), "endless", "97 pieces for 8 tokens"),
-        (_then("empty pieces"), "endless", "pieces for 8 tokens"),
+        (_then("pieces"), "endless", "97 events for 8 tokens"),
+        (_then("empty pieces"), "endless", "events for 8 tokens"),
+        (_then("nothing"), "endless", "events for 8 tokens"),
+        (_then("roles"), "endless", "events for 8 tokens"),
+        (_then("ends"), "endless", "events for 8 tokens"),
+        (_then("head"), "timeout", "the head of the answer did not end"),
+        (_then("to be continued"), "timeout", "the head of the answer did not end"),
         (_then("comments"), "timeout", "no event for 0.3 s"),
         (_then("error page"), "5xx", "sorry"),
         (_then("page"), "no stream", "welcome"),
@@ -166,12 +181,31 @@ def _then(end: str) -> Callable[[], Script]:
         (lambda: _bytes(_HEAD % b"", b'data: {"choices": [{"te\n\n'), "no stream", "choices"),
         (lambda: _bytes(_HEAD % b"", b"data: [1, 2]\n\n"), "no stream", "[1, 2]"),
         (lambda: _bytes(_HEAD % b"", _data({"error": {"message": "no blocks"}})), "error event", "no blocks"),
+        (
+            lambda: _bytes(_HEAD % b"", _data(_piece(" a"), {"object": "error", "message": "no room"})),
+            "error event",
+            "no room",
+        ),
+        (lambda: _bytes(_HEAD % b"", b"event: error\ndata: no room\n\n"), "error event", "no room"),
+        # fewer tokens than pieces, and each piece twice, with and without a count
+        (lambda: _bytes(_HEAD % b"", _data(*8 * [_THREE[0]], *_THREE, _usage(1))), "miscounted", "10 pieces"),
+        (lambda: _bytes(_HEAD % b"", _data(*16 * [_THREE[0]], _THREE[2])), "miscounted", "16 pieces for 8"),
+        (lambda: _bytes(_HEAD % b"", _data(*16 * [_THREE[0]], _THREE[2], _usage(8))), "miscounted", "16 p"),
+        (lambda: _bytes(_HEAD % b"", b'data: {"choices": [{"text": "\xe9"}]}\n\n'), "no stream", ""),
+        (
+            lambda: _bytes(_HEAD % b"transfer-encoding: chunked\r\n", b"40\r\n" + _data(_THREE[0])[:20]),
+            "cut off",
+            "",
+        ),
         (lambda: _bytes(_HEAD % b"", _data({"choices": 7}, {"choices": [None]})), "empty", "without a token"),
         (lambda: _bytes(b"not HTTP\r\n\r\n"), "cut off", ""),
         (lambda: _bytes(), "cut off", ""),
     ],
 )  # fmt: skip
-def test_each_bad_answer_has_its_kind_and_an_end(script: Callable[[], Script], kind: str, words: str) -> None:
+def test_each_bad_answer_has_its_kind_and_an_end(
+    script: Callable[[], Script], kind: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quant.serving.client._CONNECT", 0.5)
     begun = time.monotonic()
     trace = _ask(script(), stall=0.3)
     assert trace.error == kind and words in trace.detail
@@ -285,6 +319,45 @@ def test_answers_that_come_whole_only_under_load_are_no_failure_of_a_proxy() -> 
     assert said.status == "WARN" and "8 of 8 answers came whole under the load, 0 of 3" in said.detail
 
 
+def test_another_model_other_prompts_and_figures_that_cannot_be_are_told() -> None:
+    """Of the answers' own words; and a /metrics that says anything, for ever, harms no load test."""
+
+    async def load(endpoint: Endpoint) -> Any:
+        lengths = Lengths("fixed", 8, 8)
+        request = BenchRequest(PromptRequest(lengths, lengths), (Level(concurrency=2),), 4, 0)
+        return await _bench(endpoint, request, "", {}, lambda event: None)
+
+    def answers(metrics: list[bytes]) -> Callable[[str, Any], list[bytes]]:
+        def answer(path: str, body: Any) -> list[bytes]:
+            if path.endswith("metrics"):
+                return metrics
+            if path.endswith("models"):
+                return _json({"data": [7, {"id": None}, {"id": "m"}]})
+            if not body.get("stream"):
+                return _whole(path, body)
+            pieces = [{**_piece(" a"), "model": "other"}] * (body["max_tokens"] - 1)
+            told = {"choices": [], "usage": {"prompt_tokens": 4000, "completion_tokens": body["max_tokens"]}}
+            return [_HEAD % b"", _data(*pieces, _piece(" z", "length"), told)]
+
+        return answer
+
+    odd = (
+        b'vllm:num_requests_waiting 1e308\nvllm:num_requests_waiting{a="1"} 1e308\n'
+        b"vllm:spec_decode_num_draft_tokens_total %d\nvllm:prefix_cache_queries_total %d\n"
+    )
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\n\r\n"
+    result = _scripted(answers([head, odd % (time.monotonic_ns(), 5)]), load)
+    assert result.levels[0]["completed"] == 4 and result.levels[0]["answered_by"] == ["other"]
+    assert any("they are of 'other', not of m" in n for n in result.notes)
+    assert any("counts 4,000 tokens in a prompt of 8" in n for n in result.notes)
+
+    async def look(endpoint: Endpoint) -> Any:
+        async with endpoint.client() as client:
+            return await read_metrics(client, endpoint)
+
+    assert _scripted(answers([head, *[b"a 1\n" * 9999] * 100_000]), look) == {}
+
+
 @pytest.mark.parametrize(
     ("head", "words"),
     [
@@ -313,6 +386,7 @@ def test_a_plain_answer_without_an_end_or_elsewhere_is_told(head: bytes, words: 
             "no JSON ('<h1>hi",
         ),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}", "names no model"),
+        (b'HTTP/1.1 200 OK\r\ncontent-length: 11\r\n\r\n{"data": 5}', "names no model"),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 12\r\n\r\n" + b"[" * 12, "no JSON"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", "ended before it was complete"),
         (None, "the server is overloaded or hangs"),  # it is starting: it listens and does not answer yet

@@ -14,7 +14,7 @@ from quant.errors import clipped, first_line
 from quant.progress import Event, Progress, silent
 from quant.serving.check.profile import Profile
 from quant.serving.check.value import Skip, Unexpected
-from quant.serving.client import KINDS, Endpoint, said_by, transport_kind
+from quant.serving.client import KINDS, Endpoint, fetch, said_by, transport_kind
 
 if TYPE_CHECKING:
     import httpx2 as httpx
@@ -195,13 +195,10 @@ class Context:
         limit = self.endpoint.stall if limit is None else limit
         url = (base or self.endpoint.url) + path
         try:
-            response = await asyncio.wait_for(
-                (client or self.client).request(
-                    method, url, json=body, content=content, headers={**sent, **(headers or {})}
-                ),
-                limit,
-            )
-            text = response.text
+            response, text = await fetch(
+                client or self.client, method, url, limit,
+                json=body, content=content, headers={**sent, **(headers or {})},
+            )  # fmt: skip
         except asyncio.TimeoutError as error:
             raise Unexpected(f"{path} was not answered within {limit:g} s: {KINDS['timeout']}") from error
         except Exception as error:  # whatever a transport raises
@@ -209,7 +206,7 @@ class Context:
             raise Unexpected(f"{path}: {kind}: {first_line(error)}: {KINDS[kind]}") from error
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
         return Reply(path, response.status_code, value, text)
 
