@@ -203,9 +203,20 @@ class Engine:
         )
 
 
+@dataclass(frozen=True)
+class Misfit:
+    """Why an engine does not compute with something, and the next step."""
+
+    why: str
+    instead: str
+
+    def __str__(self) -> str:
+        return f"{self.why}: {self.instead}"
+
+
 def reading_problem(
     engine: Engine, format: str, schemes: Iterable[tuple[Scheme, bool]], gpu: Gpu | None
-) -> tuple[str | None, list[str]]:
+) -> tuple[Misfit | None, list[str]]:
     """Whether an engine computes with what a checkpoint holds.
 
     Args:
@@ -225,21 +236,16 @@ def reading_problem(
             known = "; ".join(map(str, engine.reads)) or engine.otherwise
             held = f"{name} in the {format} layout" if scheme is not None else "unquantized weights"
             does = f"it reads {known}. What would do: {engine.exports}"
-            return f"{engine.title} {engine.release} reads no {held}: {does}", unknown
+            return Misfit(f"{engine.title} {engine.release} reads no {held}", does), unknown
         row = rows[0]
         if experts and not row.experts:
-            return (
-                f"{engine.title} {engine.release} has no kernel for routed experts in {name}: take another "
-                "scheme, or plan it with --engine vllm",
-                unknown,
-            )
+            why = f"{engine.title} {engine.release} has no kernel for routed experts in {name}"
+            return Misfit(why, "take another scheme, or plan it with --engine vllm"), unknown
         size = scheme.weights.group_size if scheme is not None else None
         if row.groups is not None and scheme is not None and size not in row.groups:
-            return (
-                f"{engine.title} {engine.release} takes {name} in groups of "
-                f"{', '.join(map(str, row.groups))}, not {size}: quantize with another --group-size",
-                unknown,
-            )
+            groups = ", ".join(map(str, row.groups))
+            why = f"{engine.title} {engine.release} takes {name} in groups of {groups}, not {size}"
+            return Misfit(why, "quantize with another --group-size"), unknown
         what = "unquantized weights" if scheme is None else name
         if problem := _hardware_problem(engine, row, what, gpu):
             return problem, unknown
@@ -253,27 +259,26 @@ def reading_problem(
     return None, list(dict.fromkeys(unknown))
 
 
-def _hardware_problem(engine: Engine, row: Reading, name: str, gpu: Gpu | None) -> str | None:
+def _hardware_problem(engine: Engine, row: Reading, name: str, gpu: Gpu | None) -> Misfit | None:
     from quant.vllm.kernels import formats_of
 
     if gpu is None or gpu.kind == UNNAMED:
         return None
     if gpu.platform not in row.platforms:
         known = " and ".join(_PLATFORMS[p] for p in row.platforms)
-        return (
-            f"{engine.title} {engine.release} is known here to serve {name} on {known}, not on "
-            f"{_PLATFORMS[gpu.platform]} ({gpu.name}); --engine vllm plans for those"
-        )
+        on = f"on {known}, not on {_PLATFORMS[gpu.platform]} ({gpu.name})"
+        why = f"{engine.title} {engine.release} is known here to serve {name} {on}"
+        return Misfit(why, "--engine vllm plans for those")
     if gpu.platform == "rocm" and "fp8" in name and formats_of(gpu)["fp8"] != "native":
-        return f"{gpu.name} ({gpu.architecture}) does not compute in FP8, which {name} takes"
+        why = f"{gpu.name} ({gpu.architecture}) does not compute in FP8, which {name} takes"
+        return Misfit(why, "take another scheme")
     if gpu.platform != "cuda" or gpu.capability is None:
         return None
     level = ".".join(map(str, gpu.capability))
     until = f" and below {row.end[0]}.{row.end[1]}" if row.end else ""
     if row.least is not None and gpu.capability < row.least or row.end and gpu.capability >= row.end:
         least = ".".join(map(str, row.least or (0, 0)))
-        return (
-            f"--gpu is {gpu.name} ({level}): {engine.title} {engine.release} serves {name} from compute "
-            f"capability {least} on{until}; take another GPU or scheme, or plan it with --engine vllm"
-        )
+        serves = f"{engine.title} {engine.release} serves {name} from compute capability {least} on{until}"
+        instead = "take another GPU or scheme, or plan it with --engine vllm"
+        return Misfit(f"--gpu is {gpu.name} ({level}), and {serves}", instead)
     return None

@@ -186,11 +186,12 @@ def _tensorrt(
         said = f"{why}; worth another tool where latency is all" if reads else why
         return Engine("TensorRT-LLM", False, said)
     # it may read another scheme that holds what was asked, the smallest of which is the fastest for one
-    holding = [p for p in plans if p.meets and p.plan and chosen is not None]
-    for plan in sorted(holding, key=lambda p: p.plan.weights_bytes if p.plan else 0):
-        if not reads:
-            reads, other = _readable("tensorrt-llm", spec, plan, gpu)
-            why = other if reads else why
+    holding = [(p.plan.weights_bytes, i, p) for i, p in enumerate(plans) if p.meets and p.plan]
+    for _, _, plan in [] if reads or chosen is None else sorted(holding):
+        reads, other = _readable("tensorrt-llm", spec, plan, gpu)
+        if reads:
+            why = other
+            break
     said = f"{why}, by NVIDIA's own kernels for few requests at a time" if reads else why
     return Engine("TensorRT-LLM", reads, said)
 
@@ -226,4 +227,4 @@ def _readable(name: str, spec: ModelSpec, chosen: SchemePlan | None, gpu: Gpu) -
         if found is None:
             return True, said
         problem = problem or found
-    return False, str(problem).split("; ", 1)[0].split(": it reads", 1)[0]
+    return False, problem.why if problem is not None else ""
