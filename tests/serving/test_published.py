@@ -99,14 +99,18 @@ def test_a_file_has_what_its_publisher_says(kind: str, gpu: str | None, source: 
 
 @pytest.mark.parametrize("kind", HELD)
 def test_the_facts_see_a_word_that_is_none(kind: str, source: Path) -> None:
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
     for value, facts in zip(
         objects(deployment(source, "2xL40S-48GB", key=kind != "ray-serve"), kind), HELD[kind], strict=True
     ):
+        wrong = copy.deepcopy(value)
+        wrong["shmSizes"] = "8Gi"
         if facts is not None:
-            wrong = copy.deepcopy(value)
-            wrong["shmSizes"] = "8Gi"
             with pytest.raises(jsonschema.ValidationError):
                 jsonschema.validate(wrong, published.schema(facts))
+        else:
+            with pytest.raises(kubernetes_validate.ValidationError):
+                kubernetes_validate.validate(wrong, "1.31", strict=True)
 
 
 @pytest.mark.parametrize("kind", ["compose", "alerts", "systemd", "shell"])
