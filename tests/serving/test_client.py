@@ -351,6 +351,9 @@ def test_another_model_other_prompts_and_figures_that_cannot_be_are_told() -> No
     assert any("they are of 'other', not of m" in n for n in result.notes)
     assert any("counts 4,000 tokens in a prompt of 8" in n for n in result.notes)
 
+    failed = {f.name: f for f in _scripted(answers([head]), _walk).findings if f.status == "FAIL"}
+    assert "of 'other', not of m" in failed["answers are of the model"].detail
+
     async def look(endpoint: Endpoint) -> Any:
         async with endpoint.client() as client:
             return await read_metrics(client, endpoint)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from quant.errors import clipped
 from quant.serving.check.context import Context
 from quant.serving.check.value import Check, Finding, Skip, Unexpected, judged, skipped
 from quant.serving.client import KINDS, EndpointError, Prompt, Trace, ask
@@ -133,6 +134,10 @@ async def load(context: Context) -> list[Finding]:
             todo=kinds,
         )
     ]
+    if others := sorted({t.model for t in traces if t.model} - {context.endpoint.model}):
+        text = f"answers say that they are of {clipped(', '.join(others))}, not of {context.endpoint.model}"
+        todo = "see which server the address, or the proxy before it, leads to"
+        findings.append(Finding("answers are of the model", "FAIL", text, todo=todo))
     for percent, limit in ((95, p.ttft_p95_ms), (99, p.ttft_p99_ms)):
         if limit is None:
             continue
