@@ -11,9 +11,11 @@ from collections.abc import Sequence
 
 
 class QuantError(Exception):
-    """Something that the user can mend. Exit status 1."""
+    """Something that the user can mend. Exit status 1. ``retryable``: the same request may succeed later with
+    nothing mended."""
 
     exit_code = 1
+    retryable = False
 
 
 class UsageError(QuantError):
@@ -63,6 +65,20 @@ class NotFinite(SourceFault):
 
 class DiskFull(QuantError):
     """The disk has no room for what is about to be written."""
+
+    retryable = True
+
+
+class DeviceMemoryExhausted(QuantError):
+    """A GPU has no memory left, of which other programs may hold some."""
+
+    retryable = True
+
+
+class InUse(QuantError):
+    """Another run is at work on the same output."""
+
+    retryable = True
 
 
 class Problems(QuantError):

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.checkpoint.writer import file_digest, sync_folder, write_text
-from quant.errors import CheckpointError, QuantError, clipped
+from quant.errors import CheckpointError, InUse, QuantError, clipped
 
 _JOURNAL, _LOCK = "journal.jsonl", "lock"
 
@@ -108,7 +108,8 @@ class WorkFolder:
     """``<output>.work``: claimed, resumed or started afresh.
 
     Raises:
-        QuantError: another run holds it; or it belongs to a job with other settings and ``fresh`` is not
+        InUse: another run holds it.
+        QuantError: it belongs to a job with other settings and ``fresh`` is not
             asked.
     """
 
@@ -121,7 +122,7 @@ class WorkFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._lock)
-            raise QuantError(
+            raise InUse(
                 f"{self.path}: another run is working on this output: wait for it, or choose another "
                 "--output-path"
             ) from error

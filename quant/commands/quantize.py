@@ -11,7 +11,7 @@ import click
 from quant import defaults
 from quant.commands import options
 from quant.commands.options import by_method, given, together
-from quant.commands.terminal import Output, common_options
+from quant.commands.terminal import Output, common_options, resumable
 from quant.commands.types import PATH, TOKENS, Alpha
 from quant.errors import QuantError, UsageError, clipped
 from quant.progress import Event
@@ -339,7 +339,7 @@ def _run(out: Output, values: dict[str, Any], dry_run: bool = False, measure: bo
     if not named:
         # a dry run writes nothing; its disk is judged where such an output is most likely to go
         values = {**values, "output_path": _free_name(values["model_path"])}
-    with out.progress() as progress:
+    with resumable(), out.progress() as progress:
         from quant import jobs  # brings torch, which takes seconds
         from quant.upload import destination_of
 

@@ -4,12 +4,14 @@ something is drawn."""
 from __future__ import annotations
 
 import atexit
+import errno
 import functools
 import gc
 import json
 import math
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -31,6 +33,38 @@ if TYPE_CHECKING:
 #: The interpreter looks through all that torch and transformers made for cycles before it ends, which takes
 #: seconds in which a command that has said everything seems to hang; the system takes the memory back anyway.
 atexit.register(gc.freeze)
+
+#: Exit status of a job that was asked to end: the same command goes on (``EX_TEMPFAIL`` of sysexits.h).
+RUN_AGAIN = 75
+#: Errors of the system that may pass by themselves.
+_PASSING = {
+    errno.EAGAIN, errno.EBUSY, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.ENOSPC, errno.ESTALE,
+    errno.ETIMEDOUT,
+}  # fmt: skip
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived at a job whose finished work is kept. Exit status 75. No KeyboardInterrupt, of which
+    click would leave nothing but that the command was aborted."""
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """While it lasts, SIGTERM ends the job as Ctrl-C does, and the exit status says that the same command
+    goes on: what a batch or a cluster's scheduler sends before it kills."""
+    if threading.current_thread() is not threading.main_thread():  # signals are not this thread's
+        yield
+        return
+
+    def terminate(number: int, frame: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
 
 #: Seconds below which a phase is not listed.
 _WORTH_SAYING = 0.05
@@ -312,13 +346,15 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def run(group: click.Command, prog_name: str, argv: Sequence[str] | None = None) -> None:
     """Runs a click program with the exit statuses of the contract: 0 done, 1 failed, 2 usage, 3 nothing fits,
-    4 verification failed, 130 interrupted. With ``--json`` a failure is also one JSON object on stdout."""
+    4 verification failed, 75 a job that ends on SIGTERM, 130 interrupted. With ``--json`` a failure is also
+    one JSON object on stdout, with ``retryable`` where the same command may succeed later."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     outcome = Outcome((prog_name, *arguments))
 
-    def failed(message: str, code: int) -> int:
+    def failed(message: str, code: int, retryable: bool = False) -> int:
         if "--json" in arguments and not outcome.printed:
-            click.echo(json.dumps({"error": message, "exit_code": code}))
+            value = {"error": message, "exit_code": code} | ({"retryable": True} if retryable else {})
+            click.echo(json.dumps(value))
         return code
 
     try:
@@ -335,7 +371,11 @@ def run(group: click.Command, prog_name: str, argv: Sequence[str] | None = None)
             err=True,
             color=None if _colour(sys.stderr) else False,
         )
-        code = failed(str(error), error.exit_code)
+        code = failed(str(error), error.exit_code, error.retryable)
+    except Terminated:
+        message = "asked to end: finished work is kept, the same command goes on from there"
+        click.echo(message, err=True)
+        code = failed(message, RUN_AGAIN, True)
     except (click.Abort, KeyboardInterrupt):
         kept = (
             "nothing was written"
@@ -351,12 +391,12 @@ def run(group: click.Command, prog_name: str, argv: Sequence[str] | None = None)
         where = f"{error.filename}: " if error.filename else ""
         message = f"{where}{error.strerror or error}: check the path, its permissions and the disk"
         click.echo(f"error: {message}", err=True)
-        code = failed(message, 1)
+        code = failed(message, 1, error.errno in _PASSING)
     except MemoryError:
         message = (
             "out of memory: use fewer or shorter calibration rows (--samples, --sequence-length) or a "
             "machine with more memory"
         )
         click.echo(f"error: {message}", err=True)
-        code = failed(message, 1)
+        code = failed(message, 1, True)
     sys.exit(code)

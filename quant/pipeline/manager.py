@@ -22,7 +22,14 @@ from quant.checkpoint.header import read_header
 from quant.checkpoint.journal import WorkFolder
 from quant.checkpoint.reader import Checkpoint
 from quant.devices import device_of
-from quant.errors import NoGradients, QuantError, SourceFault, UsageError, VerificationFailed
+from quant.errors import (
+    DeviceMemoryExhausted,
+    NoGradients,
+    QuantError,
+    SourceFault,
+    UsageError,
+    VerificationFailed,
+)
 from quant.evaluation.preservation import preservation
 from quant.evaluation.verify import verify
 from quant.formats import Contents
@@ -582,11 +589,11 @@ def unseen_problem(plan: JobPlan, skeleton: Skeleton, known: Collection[str]) ->
 
 @contextmanager
 def memory_exhausted(device: torch.device, more: str = "") -> Iterator[None]:
-    """Turns a GPU's lack of memory into a :class:`QuantError` that says what to do."""
+    """Turns a GPU's lack of memory into a :class:`DeviceMemoryExhausted` that says what to do."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise QuantError(
+        raise DeviceMemoryExhausted(
             f"{device}: out of memory ({str(error).splitlines()[0][:160]}): use fewer --samples, a shorter "
             f"--sequence-length, or --device cpu{more}"
         ) from error
