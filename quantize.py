@@ -11,6 +11,7 @@ from quant.commands.group import LazyGroup
 from quant.commands.terminal import run
 
 SUBCOMMANDS = {
+    "batch": "quant.commands.batch:batch",
     "detect": "quant.commands.detect:detect",
     "doctor": "quant.commands.doctor:doctor",
     "evaluate": "quant.commands.evaluate:evaluate",

@@ -29,9 +29,12 @@ def test_every_file_is_a_recipe_a_scenario_or_a_table() -> None:
     scenarios = set((ROOT / "configs/scenarios").glob("*.yaml"))
     names = ("block_names", "engines", "gpus", "models", "planner_errors", "quality", "throughput")
     tables = {Path(f"{n}.json") for n in names}
+    manifests = {Path("batch.yaml")}  # run in tests/batch/test_kills.py
     # read one by one in tests/serving/test_check.py
     checks = set((ROOT / "configs/checks").glob("*.yaml"))
-    assert every == tables | {p.relative_to(ROOT / "configs") for p in {*RECIPES, *scenarios, *checks}}
+    assert every == tables | manifests | {
+        p.relative_to(ROOT / "configs") for p in {*RECIPES, *scenarios, *checks}
+    }
     for path in scenarios | checks:
         first = path.read_text(encoding="utf-8")
         assert re.match(r"# .*(quant recommend|quant-deploy check|vllm serve) ", first), path

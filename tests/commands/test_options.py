@@ -27,6 +27,7 @@ PURPOSES = {
     "--source": "Checkpoint that it was made from: ",
     "--text": "Text to ",
     "--seed": "Of ",
+    "--dry-run": "Check everything, predict bytes, memory and time, write nothing",
     "--output": "File to write: ",
     "--url": "Endpoint, such as http://127.0.0.1:8000",
 }
