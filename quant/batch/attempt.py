@@ -13,7 +13,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +27,7 @@ import quant
 from quant.batch.ledger import Claim, Ledger
 from quant.batch.manifest import Job
 from quant.batch.outputs import facts_of, gates_of, judged, measured, standing
+from quant.checkpoint.journal import in_use
 from quant.serving import watcher
 
 #: Exit status that asks for another run of the same command.
@@ -88,13 +91,14 @@ def run(
     """Runs a command with ``--json`` to its end, or until we are to stop.
 
     Args:
-        folder: where it runs, and where its stdout is kept for the moment.
+        folder: where it runs.
         log: what its stderr is appended to.
         changes: environment variables on top of ours.
         stopped: asked every tenth of a second whether to end it, first by SIGTERM, then by SIGKILL.
     """
-    answer = folder / "stdout.json"
-    with log.open("ab") as errors, answer.open("wb") as results:
+    # no file of the ledger: another process may run the same words for the same job, such as a dry run
+    results = tempfile.TemporaryFile()
+    with log.open("ab") as errors:
         errors.write(f"$ {' '.join(words[2:])}\n".encode())
         errors.flush()
         process = subprocess.Popen(
@@ -126,8 +130,9 @@ def run(
                 guard.stdin.close()
             except BrokenPipeError:  # somebody has killed it
                 pass
-    said = _last_object(answer)
-    answer.unlink(missing_ok=True)
+    with results:
+        results.seek(0)
+        said = _last_object(results.read())
     if asked and process.returncode != 0:
         return Ended(None)
     return _ended(process.returncode, said, log)
@@ -153,11 +158,11 @@ def _signal(process: subprocess.Popen[bytes], number: int) -> None:
         pass
 
 
-def _last_object(file: Path) -> dict[str, Any]:
+def _last_object(answer: bytes) -> dict[str, Any]:
     """The JSON object of a command's last line on stdout."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8").splitlines()[-1])
-    except (OSError, ValueError, IndexError, RecursionError):
+        value = json.loads(answer.splitlines()[-1])
+    except (ValueError, IndexError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -196,7 +201,7 @@ def write_recipe(job: Job, folder: Path) -> Path:
     """The job's recipe as a file that ``--config`` takes."""
     file = folder / "recipe.yaml"
     text = yaml.safe_dump(json.loads(json.dumps(dict(job.values), default=str)), sort_keys=True)
-    temporary = folder / f".recipe-{os.getpid()}.yaml"
+    temporary = folder / f".recipe-{uuid.uuid4().hex}.yaml"
     temporary.write_text(f"# quant quantize --config {file}\n{text}", encoding="utf-8")
     temporary.replace(file)
     return file
@@ -255,17 +260,19 @@ def _held(
     retries: int,
     grace: float,
 ) -> Outcome:
+    def stopped() -> bool:
+        return claim.lost.is_set() or stop()
+
     begun = time.monotonic()
+    # the process of a batch that was killed may still be ending, or somebody makes the same output by hand
+    while in_use(job.output) and not stopped():
+        time.sleep(_LOOK)
     ledger.refresh()
     latest = ledger.latest(job.slug)  # another process may have finished it meanwhile
     found = standing(job, latest)
     if found.status == "done" and latest is not None and latest["event"] == "finished":
         return Outcome("done", facts=latest)
     ledger.record("started", job.slug, claim, name=job.name, attempt=attempt, log=str(log))
-
-    def stopped() -> bool:
-        return claim.lost.is_set() or stop()
-
     ended = Ended(0)
     gates: dict[str, Any] = {}
     if found.status == "refused":

@@ -104,6 +104,21 @@ def _is_unit(entry: object) -> bool:
     return files and all(isinstance(v, dict) for k, v in entry.items() if k not in ("unit", "files"))
 
 
+def in_use(output: Path) -> bool:
+    """Whether a run is at work on an output, as far as this machine can tell."""
+    try:
+        lock = os.open(output.with_name(output.name + ".work") / _LOCK, os.O_RDWR)
+    except OSError:  # nothing is begun
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(lock)
+
+
 class WorkFolder:
     """``<output>.work``: claimed, resumed or started afresh.
 

@@ -3,6 +3,7 @@ are stand-ins (``stand_in.py``); those of ``test_kills.py`` are real."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -312,6 +313,25 @@ def test_a_job_that_does_not_end_when_asked_is_killed(tmp_path: Path) -> None:
         lambda: time.monotonic() - start > 1.0, grace=0.3,
     )  # fmt: skip
     assert ended.status is None and time.monotonic() - start < 30
+
+
+def test_a_job_waits_for_a_run_that_is_still_at_work_on_its_output(
+    run: Callable[..., Batch], tmp_path: Path
+) -> None:
+    (tmp_path / "out/a.work").mkdir(parents=True)
+    lock = os.open(tmp_path / "out/a.work/lock", os.O_CREAT | os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    begun: list[list[str]] = []
+
+    def let_go() -> None:
+        begun.append(happened(tmp_path))
+        os.close(lock)
+
+    done = run(
+        {"a": {}}, {"a": {"retries": 0}},
+        told=lambda kind, state: threading.Timer(0.6, let_go).start() if kind == "started" else None,
+    )  # fmt: skip
+    assert statuses(done) == {"a": "done"} and begun == [[]]
 
 
 def test_a_dry_run_leaves_nothing(run: Callable[..., Batch], tmp_path: Path) -> None:
