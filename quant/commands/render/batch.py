@@ -18,11 +18,12 @@ from quant.commands.terminal import Output
 from quant.units import format_seconds, format_size
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
+    from rich.console import Console, Group
 
 #: Seconds between two drawings of the live table, and two plain lines of how far it is; rows of the table.
 _REDRAWN, _SILENT, _ROWS = 1.0, 30.0, 20
+#: Columns of a job's name, and of how long it has run.
+_NAME, _TIME = 60, 10
 #: Jobs that a summary lists one by one; of more, those that failed.
 _LISTED = 100
 
@@ -94,18 +95,22 @@ class Board:
     def _counts(self) -> str:
         counts = Counter(s.status for s in self.states)
         parts = [f"{counts['done']} of {len(self.states)} done"]
+        if counts["waiting"] and not counts["running"] and not any(s.attempts for s in self.states):
+            looked = sum(s.forecast != State(s.job).forecast for s in self.states if s.status == "waiting")
+            parts.append(f"dry runs: {looked} of {counts['waiting']}")
         parts += [f"{counts[k]} {k}" for k in ("running", "elsewhere", "waiting", "failed") if counts[k]]
         return " · ".join([*parts, format_seconds(time.monotonic() - self.began)])
 
-    def _table(self) -> Table:
-        """The jobs that run, the rest in one line."""
+    def _table(self) -> Group:
+        """The rest in one line, and a row for each job that runs."""
+        from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=None, pad_edge=False, title=self._counts(), title_justify="left", show_header=False)
-        table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True, justify="right")
-        table.add_column(no_wrap=True, overflow="ellipsis", style="dim")
+        table = Table(box=None, pad_edge=False, show_header=False, expand=True)
+        table.add_column(no_wrap=True, overflow="ellipsis", max_width=_NAME)
+        table.add_column(no_wrap=True, justify="right", min_width=_TIME)
+        table.add_column(no_wrap=True, overflow="ellipsis", style="dim", ratio=1)
         shown = [s for s in self.states if s.status in ("running", "elsewhere")]
         for state in shown[:_ROWS]:
             if state.status == "running":
@@ -115,7 +120,7 @@ class Board:
                 table.add_row(Text(state.job.name), "", Text(f"on {state.where}"))
         if len(shown) > _ROWS:
             table.add_row(f"and {len(shown) - _ROWS} more", "", "")
-        return table
+        return Group(Text(self._counts(), "bold", no_wrap=True, overflow="ellipsis"), table)
 
 
 def _line(kind: str, state: State) -> str:
@@ -171,7 +176,8 @@ def summary(console: Console, batch: Batch, dry_run: bool) -> None:
         prose(console, f"✗ {state.job.name}: {state.message}{log}")
     counts = Counter(s.status for s in batch.states)
     words = [f"{n} {'to run' if k == 'waiting' else k}" for k, n in sorted(counts.items())]
-    prose(console, f"{len(batch.states)} jobs: {', '.join(words)}")
+    jobs = "1 job" if len(batch.states) == 1 else f"{len(batch.states)} jobs"
+    prose(console, f"{jobs}: {', '.join(words)}")
     if batch.page is not None:
         prose(console, f"{batch.page}: all outputs beside one another, open it in a browser")
 
