@@ -23,7 +23,8 @@ class Forecast:
 
     Attributes:
         problem: why the job cannot be done; empty where it can.
-        known: whether memory is predicted, which that of the legacy engines is not.
+        known: whether memory is predicted, which that of the legacy engines is not, nor that of a job whose
+            dry run failed for a reason that may pass.
         unneeded: the unquantized model fits as asked, so that there is nothing to make.
         memory_bytes, gpu_bytes: largest resident memory, and memory of the GPU.
         seconds: of the quantization.
@@ -78,6 +79,7 @@ def _trial_bytes(job: Job) -> int:
 
 def forecasts(
     jobs: Sequence[Job],
+    made: Sequence[Job],
     ledger: Ledger,
     kind: str,
     at_once: int,
@@ -89,6 +91,7 @@ def forecasts(
     same ``kind`` of device; the others come from dry runs, of which so many run at once as the memory allows.
 
     Args:
+        made: jobs whose output is there, of which no dry run is possible any more.
         at_once: most dry runs at once.
         memory: bytes that they may take together.
         told: hears of each, in any thread.
@@ -96,11 +99,12 @@ def forecasts(
     ledger.refresh()
     found: dict[str, Forecast] = {}
     missing: list[Job] = []
-    for job in jobs:
+    there = {job.slug for job in made}
+    for job in (*jobs, *made):
         if (known := ledger.forecast(f"{job.digest}-{kind}")) is not None:
             found[job.slug] = Forecast.from_dict(known)
             told(job, found[job.slug])
-        else:
+        elif job.slug not in there:
             missing.append(job)
 
     def dry(job: Job) -> None:
@@ -110,7 +114,7 @@ def forecasts(
         if forecast is None:
             return
         found[job.slug] = forecast
-        if not forecast.problem:
+        if forecast.known and not forecast.problem:
             ledger.record("planned", job.slug, digest=f"{job.digest}-{kind}", **forecast.to_dict())
         told(job, forecast)
 
@@ -127,4 +131,7 @@ def _dry_run(job: Job, folder: Path, stop: Callable[[], bool]) -> Forecast | Non
     ended = run(words, folder, folder / "plan.log", variables(job), stop)
     if ended.status is None:
         return None
-    return Forecast.of(ended.result) if ended.status == 0 else Forecast(problem=ended.message)
+    if ended.status == 0:
+        return Forecast.of(ended.result)
+    # what may pass is the job's own to try again: alone, since nothing is known of it
+    return Forecast(known=False) if ended.retryable else Forecast(problem=ended.message)

@@ -32,6 +32,7 @@ class State:
             ``interrupted``, or ``submitted`` to a cluster's queue.
         message: why it failed or waits.
         before: whether it was done before this run began.
+        made: whether its output was, so that gates alone are left.
         attempts: of this run.
         facts: of the last event.
         where: who has it.
@@ -42,6 +43,7 @@ class State:
     message: str = ""
     forecast: Forecast = field(default_factory=lambda: Forecast(known=False))
     before: bool = False
+    made: bool = False
     attempts: int = 0
     not_before: float = 0.0
     looked: float = 0.0
@@ -106,6 +108,7 @@ def survey(jobs: Iterable[Job], ledger: Ledger) -> list[State]:
         latest = ledger.latest(job.slug)
         found = standing(job, latest)
         state = State(job, claim=_ended_claim(latest))
+        state.made = found.status == "made"
         if found.status == "done":
             state.status, state.before, state.facts = "done", True, found.facts
         elif found.status == "refused":

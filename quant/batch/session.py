@@ -137,7 +137,8 @@ def run_manifest(
 
         kind = "gpu" if devices else "cpu"
         at_once = 1 if devices else most
-        forecasts([s.job for s in waiting.values()], book, kind, at_once, memory, stop.is_set, planned)
+        made, new = ([s.job for s in waiting.values() if s.made is made] for made in (True, False))
+        forecasts(new, made, book, kind, at_once, memory, stop.is_set, planned)
         slots = Slots(memory, devices, most)
         if dry_run:
             for state in waiting.values():

@@ -104,13 +104,14 @@ def batch(
     from quant.batch.session import run_manifest
     from quant.commands.render import batch as render
 
-    stop = threading.Event()
+    stop, lock = threading.Event(), threading.Lock()
     board = render.Board(out)
     with _asked_to_end(stop) as asked, board:
 
         def told(kind: str, state: State) -> None:
             if out.json:
-                out.result({"event": kind, **state.to_dict()}, lambda console: None)
+                with lock:  # dry runs are told of by several threads
+                    out.result({"event": kind, **state.to_dict()}, lambda console: None)
             board.told(kind, state)
 
         done = run_manifest(

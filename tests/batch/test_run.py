@@ -182,6 +182,13 @@ def test_jobs_are_spread_over_gpus_and_what_fits_none_is_said(tmp_path: Path) ->
     )
 
 
+def test_a_job_whose_dry_run_was_killed_runs_alone(run: Callable[..., Batch], tmp_path: Path) -> None:
+    done = run({"a": {"fails": ["dry run"]}, "b": {"sleeps": 0.1}, "c": {}}, jobs=3)
+    assert set(statuses(done).values()) == {"done"} and not done.states[0].forecast.known
+    lines = (tmp_path / "out/happened").read_text().splitlines()
+    assert lines[lines.index("begin a") + 1] == "end a"
+
+
 def test_the_same_command_again_runs_nothing_that_is_done(run: Callable[..., Batch], tmp_path: Path) -> None:
     first = run({"a": {}, "b": {}})
     assert statuses(first) == {"a": "done", "b": "done"} and not any(s.before for s in first.states)
@@ -202,8 +209,9 @@ def test_an_output_that_the_ledger_does_not_know_is_the_job_s_if_it_is_what_it_w
     run(does, own)
     for file in (tmp_path / "m.batch/events").iterdir():
         file.unlink()
-    again = run()
-    assert statuses(again) == {"a": "done", "b": "failed"}
+    gate = {"evaluate": {"max_kl": 1, "chunks": 2}}
+    again = run({n: {**d, "kl": 0.5} for n, d in does.items()}, {n: {**o, **gate} for n, o in own.items()})
+    assert statuses(again) == {"a": "done", "b": "failed"} and happened(tmp_path, "evaluate") != []
     assert "was made with other settings (seed was 4, is 3)" in again.states[1].message
     assert sorted(happened(tmp_path)) == ["a", "b"]
 

@@ -65,7 +65,7 @@ class Board:
         """A change of one job."""
         with self._lock:
             text = _line(kind, state)
-            quiet = kind == "skipped" or (kind == "planned" and not state.forecast.problem)
+            quiet = kind in ("skipped", "planned")  # what a dry run refuses is told as failed next
             if quiet and not self.out.verbose:
                 return
             if kind in ("failed", "retry"):
@@ -127,7 +127,7 @@ def _line(kind: str, state: State) -> str:
     name = state.job.name
     if kind == "finished":
         return f"{name}: done{_made(state)}"
-    if kind == "planned" and not state.forecast.problem:
+    if kind == "planned":
         return f"{name}: {_needs(state)}"
     if kind == "skipped":
         return f"{name}: done before{_made(state)}"
@@ -158,6 +158,8 @@ def _made(state: State) -> str:
 
 def _needs(state: State) -> str:
     f = state.forecast
+    if f.problem:
+        return f"its dry run fails: {f.problem}"
     if f.unneeded:
         return "fits as it is, nothing to make"
     if not f.known:
