@@ -5,12 +5,15 @@ The second derivatives of the KL divergence by a weight are taken as H_O ⊗ H_I
 from the identity): H_I is the mean of ‖g‖² x xᵀ over tokens and H_O that of ‖x‖² g gᵀ, where g is the
 gradient at the linear's outputs of a draw at the logits whose covariance is the Hessian of KL there. Rounding
 feeds errors back along inputs and outputs; then scales are refitted to the codes, and single codes are
-changed (:mod:`quant.quantizers.two_sided`). The loss divided by twice the trace of either Hessian is what the
-model's KL rises by, in nats per token, as far as this approximation goes; each layer's notes have it.
+changed (:mod:`quant.quantizers.two_sided`). Where few tokens were seen, both are brought nearer to their
+diagonals (as Ledoit and Wolf 2004 shrink a covariance, with a fixed weight). The loss divided by twice the
+trace of either Hessian is what the model's KL rises by, in nats per token, as far as this approximation goes;
+each layer's notes have it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -20,8 +23,8 @@ from quant import defaults
 from quant.calibration.statistics import Statistics
 from quant.errors import QuantError
 from quant.quantizers.base import Quantized, QuantizerRegistry
-from quant.quantizers.floats import encode, float_scales
-from quant.quantizers.gptq import Factor, damp, dead_notes, factorize, solve_fixed
+from quant.quantizers.floats import FloatScales, encode, float_scales
+from quant.quantizers.gptq import Factor, GPTQQuantizer, damp, dead_notes, factorize, solve_fixed
 from quant.quantizers.grids import Grid
 from quant.quantizers.nearest import integers, round_to_nearest
 from quant.quantizers.rounding import scale_dtype, weight_parameters
@@ -29,6 +32,19 @@ from quant.quantizers.two_sided import Codes, descend, feed_back, loss, refit
 from quant.schemes import WeightScheme
 from quant.tensors import QuantizedTensor
 
+#: Tokens for each row of H_I and of a block of H_O that its elements off the diagonal are weighed against:
+#: they are sums of products of four factors, which few tokens make large by chance. On tinylm-11m with 512
+#: tokens KL is 0.0086 without, 0.0059 with that of H_O alone, 0.0036 with both.
+INPUT_TOKENS, OUTPUT_TOKENS = 0.25, 1.0
+#: Tokens for each output of a block of H_O below which that is said.
+FEW = 4
+#: What is said of a weight whose outputs have no gradients, as those have that only choose among tokens.
+_ONE_SIDED = "no gradient reaches its outputs: rounded as gptq does"
+#: What is said of a weight for which there is nothing to go by.
+_SILENT = (
+    "its inputs, or the gradients at its outputs, are zero on all calibration tokens: rounded to nearest "
+    "instead"
+)
 #: Elements of a weight that are worked on at once, whole blocks of outputs: a dozen tensors of that size are
 #: made.
 _AT_ONCE = 1 << 24
@@ -47,7 +63,7 @@ class YAQAQuantizer:
 
     damping: float = defaults.DAMPING
     clip_search: bool = defaults.CLIP_SEARCH["yaqa"]
-    sweeps: int = 2
+    sweeps: int = 1
 
     name: ClassVar[str] = "yaqa"
     suppressor: ClassVar[str] = ""
@@ -81,56 +97,105 @@ class YAQAQuantizer:
         dtype: torch.dtype,
         amax: torch.Tensor | None = None,
     ) -> Quantized:
-        if statistics is None or statistics.hessian is None or statistics.gradients is None:
-            raise QuantError(
-                "yaqa needs calibration text and the gradients that a pass over it gives: give "
-                "--calibration-dataset, or use --method minmax"
+        return self._many(weight.unsqueeze(0), [statistics], scheme, dtype, amax)[0]
+
+    def many(
+        self,
+        weights: torch.Tensor,
+        statistics: Sequence[Statistics | None],
+        scheme: WeightScheme,
+        dtype: torch.dtype,
+    ) -> list[Quantized]:
+        """:func:`~quant.quantizers.base.quantize_many`: the steps of several weights are made at once."""
+        return self._many(weights, statistics, scheme, dtype, None)
+
+    def _many(
+        self,
+        weights: torch.Tensor,
+        statistics: Sequence[Statistics | None],
+        scheme: WeightScheme,
+        dtype: torch.dtype,
+        amax: torch.Tensor | None,
+    ) -> list[Quantized]:
+        if scheme.type != "float":
+            dtype = scale_dtype(scheme, dtype)
+        made: dict[int, Quantized] = {}
+        ready: list[_Ready] = []
+        for i, (weight, seen) in enumerate(zip(weights, statistics, strict=True)):
+            if seen is None or seen.hessian is None:
+                raise QuantError(
+                    "yaqa needs calibration text and the gradients that a pass over it gives: give "
+                    "--calibration-dataset, or use --method minmax"
+                )
+            if seen.gradients is None:
+                one = GPTQQuantizer(self.damping, clip_search=self.clip_search)(
+                    weight, seen, scheme, dtype, amax
+                )
+                made[i] = replace(one, fallbacks=(_ONE_SIDED, *one.fallbacks))
+                continue
+            diagonal = seen.hessian.diagonal().clone()
+            if not bool(diagonal.any()):
+                tensor = round_to_nearest(weight, scheme, dtype, amax, search=self.clip_search)
+                made[i] = Quantized(tensor, (_SILENT,), ())
+                continue
+            shrink(seen.hessian, seen.tokens, INPUT_TOKENS)
+            inputs = _Inputs.of(seen.hessian, self.damping)
+            if isinstance(inputs, str):
+                tensor = round_to_nearest(weight, scheme, dtype, amax, search=self.clip_search)
+                made[i] = Quantized(tensor, (inputs,), dead_notes(diagonal))
+                continue
+            outputs = _Outputs.of(seen.gradients, self.damping, seen.tokens)
+            floats, zeros = None, None
+            if scheme.type == "float":
+                floats = float_scales(weight, scheme, amax, inputs.diagonal, self.clip_search)
+                scales = floats.wide
+            else:
+                scales, zeros = weight_parameters(weight, scheme, dtype, inputs.diagonal, self.clip_search)
+            ready.append(_Ready(i, weight, inputs, outputs, scales, zeros, floats))
+        several = max(1, _AT_ONCE // weights[0].numel())
+        coupled = [r for r in ready if r.outputs.coupled]
+        alone = [[r] for r in ready if not r.outputs.coupled]
+        for some in [*(coupled[i : i + several] for i in range(0, len(coupled), several)), *alone]:
+            for one, done in zip(some, self._refined(some, scheme, dtype), strict=True):
+                made[one.place] = done
+        return [made[i] for i in range(len(weights))]
+
+    def _refined(self, some: Sequence[_Ready], scheme: WeightScheme, dtype: torch.dtype) -> list[Quantized]:
+        """Some weights at once, of a large one whole blocks of its outputs at a time."""
+        blocks, size = some[0].outputs.rows.shape
+        each = max(1, _AT_ONCE // (len(some) * size * some[0].weight.shape[1]))
+        inputs = _Inputs.stacked([one.inputs for one in some])
+        grid = Grid(scheme, dtype, _divisor([one.floats for one in some if one.floats is not None]))
+        parts, losses = [], torch.zeros(len(some), 3, dtype=torch.float64)
+        for block in range(0, blocks, each):
+            rows = slice(block * size, (block + each) * size)
+            outputs = _Outputs.stacked([one.outputs.blocks(slice(block, block + each)) for one in some])
+            given = [
+                _stacked([x[rows] for x in t]) for t in zip(*(one.tensors() for one in some), strict=True)
+            ]
+            part, sums = self._rounded(
+                given[0], given[1], given[2] if given[2:] else None, inputs, outputs, grid
             )
-        diagonal = statistics.hessian.diagonal().clone()
-        order = torch.argsort(diagonal, descending=True, stable=True)
-        hessian = statistics.hessian.clone()
-        factor, needed = factorize(statistics.hessian, self.damping, order)
-        if factor is None:
-            tensor = round_to_nearest(weight, scheme, dtype, amax, search=self.clip_search)
-            reason = (
-                f"the Hessian of its inputs is not positive definite with damping up to {needed:g}: rounded "
-                "to nearest instead"
-            )
-            return Quantized(tensor, (reason,), dead_notes(diagonal))
-        damp(hessian.diagonal(), needed, needed > self.damping)
-        inputs, outputs = _Inputs(hessian, factor, order), _Outputs.of(statistics.gradients, self.damping)
-        floats = None
-        if scheme.type == "float":
-            floats = float_scales(weight, scheme, amax, diagonal, self.clip_search)
-            scales, zeros, grid = floats.wide, None, Grid(scheme, dtype, floats.global_scale)
-        else:
-            grid = Grid(scheme, scale_dtype(scheme, dtype))
-            scales, zeros = weight_parameters(weight, scheme, grid.dtype, diagonal, self.clip_search)
-        size = outputs.hessians.shape[1]
-        several = max(1, _AT_ONCE // (size * weight.shape[1]))
-        parts, losses = [], torch.zeros(3, dtype=torch.float64)
-        for block in range(0, len(outputs.hessians), several):
-            some = slice(block * size, (block + several) * size)
-            numbers = scales[some], None if zeros is None else zeros[some]
-            made, sums = self._rounded(
-                weight[some], *numbers, inputs, outputs.blocks(slice(block, block + several)), grid
-            )
-            parts.append(made)
-            losses += torch.tensor(sums, dtype=torch.float64)
-        codes = torch.cat([p.codes for p in parts])
-        fitted = torch.cat([p.scales for p in parts])
-        more = () if needed == self.damping else (_damped("inputs", needed, self.damping),)
-        nats = losses * float(outputs.mean) / (2 * float(diagonal.sum()) or 1.0)
-        notes = (_losses(nats.tolist()), *dead_notes(diagonal))
-        if len(outputs.hessians) > 1:
-            notes += (f"its outputs feed back among {size} at a time",)
-        if floats is None:
-            tensor = integers(codes.to(torch.int8), fitted, zeros, scheme, grid.dtype)
-        else:
-            tensor = QuantizedTensor(
-                encode(codes, scheme.bits), floats.of(fitted), None, scheme, global_scale=floats.global_scale
-            )
-        return Quantized(tensor, (*more, *outputs.fallbacks), notes)
+            parts.append(part)
+            losses += sums
+        codes = torch.cat([p.codes for p in parts], 1)
+        fitted = torch.cat([p.scales for p in parts], 1)
+        results = []
+        for i, one in enumerate(some):
+            trace, mean = float(one.inputs.diagonal.sum()), float(one.outputs.mean)
+            nats = losses[i] * mean / (2 * trace or 1.0)
+            notes = (_losses(nats.tolist()), *dead_notes(one.inputs.diagonal))
+            if blocks > 1:
+                notes += (f"its outputs feed back among {size} at a time",)
+            if one.floats is None:
+                tensor = integers(codes[i].to(torch.int8), fitted[i], one.zeros, scheme, dtype)
+            else:
+                held, whole = one.floats.of(fitted[i]), one.floats.global_scale
+                tensor = QuantizedTensor(
+                    encode(codes[i], scheme.bits), held, None, scheme, global_scale=whole
+                )
+            results.append(Quantized(tensor, (*one.inputs.fallbacks, *one.outputs.fallbacks), notes))
+        return results
 
     def _rounded(
         self,
@@ -140,17 +205,20 @@ class YAQAQuantizer:
         inputs: _Inputs,
         outputs: _Outputs,
         grid: Grid,
-    ) -> tuple[Codes, tuple[float, float, float]]:
-        """Codes of some rows of a weight; and the losses of rounding to nearest, of feedback, and in the
-        end."""
+    ) -> tuple[Codes, torch.Tensor]:
+        """Codes of some rows of weights [S, N, K]; and the losses of rounding to nearest, of feedback, and in
+        the end, fp64 [S, 3]."""
         hessians = inputs.hessian, outputs.hessians
         nearest = grid.rounded(weight, scales, zeros)
         if outputs.coupled:
             codes = feed_back(
-                weight, scales, zeros, inputs.factor.upper, inputs.order, outputs.factors, outputs.rows, grid
-            )  # fmt: skip
-        else:  # each output on its own: what is left is GPTQ
-            codes = solve_fixed(weight.clone(), inputs.factor, inputs.order, scales, zeros, grid)
+                weight, scales, zeros, inputs.factor, inputs.order, outputs.factors, outputs.rows, grid
+            )
+        else:  # each output of the only one on its own: what is left is GPTQ
+            codes = solve_fixed(
+                weight[0].clone(), Factor(inputs.factor[0]), inputs.order[0], scales[0],
+                None if zeros is None else zeros[0], grid,
+            )[None]  # fmt: skip
         plain = Codes(nearest, scales, zeros, grid)
         first, made = loss(plain.errors(weight), *hessians), replace(plain, codes=codes)
         if self.sweeps:
@@ -162,21 +230,50 @@ class YAQAQuantizer:
             last = fitted - gained
         else:
             begun = last = loss(made.errors(weight), *hessians)
-        return made, (float(first.sum()), float(begun.sum()), float(last.sum()))
+        return made, torch.stack([x.sum(-1) for x in (first, begun, last)], -1).double().cpu()
 
 
 @dataclass(frozen=True)
 class _Inputs:
-    """H_I damped, [K, K], and R of it in an order of its columns."""
+    """H_I damped and R of it in an order of its columns; of one weight, or [S, …] of several.
+
+    Attributes:
+        hessian, factor: [K, K].
+        order: [K].
+        diagonal: of H_I before it was damped, [K].
+        fallbacks: departures from what was asked.
+    """
 
     hessian: torch.Tensor
-    factor: Factor
+    factor: torch.Tensor
     order: torch.Tensor
+    diagonal: torch.Tensor
+    fallbacks: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, hessian: torch.Tensor, damping: float) -> _Inputs | str:
+        """Of a Hessian, which is overwritten; or what to say of one that is of no use."""
+        diagonal, damped = hessian.diagonal().clone(), hessian.clone()
+        order = torch.argsort(diagonal, descending=True, stable=True)
+        factor, needed = factorize(hessian, damping, order)
+        if factor is None:
+            return (
+                f"the Hessian of its inputs is not positive definite with damping up to {needed:g}: rounded "
+                "to nearest instead"
+            )
+        damp(damped.diagonal(), needed, needed > damping)
+        said = () if needed == damping else (_damped("inputs", needed, damping),)
+        return cls(damped, factor.upper, order, diagonal, said)
+
+    @classmethod
+    def stacked(cls, several: Sequence[_Inputs]) -> _Inputs:
+        names = ("hessian", "factor", "order", "diagonal")
+        return cls(*(_stacked([getattr(one, name) for one in several]) for name in names))
 
 
 @dataclass(frozen=True)
 class _Outputs:
-    """H_O divided by its mean diagonal and damped.
+    """H_O divided by its mean diagonal and damped; of one weight, or [S, …] of several.
 
     Attributes:
         hessians: its blocks, [B, b, b].
@@ -192,13 +289,21 @@ class _Outputs:
     fallbacks: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, gradients: torch.Tensor, damping: float) -> _Outputs:
+    def of(cls, gradients: torch.Tensor, damping: float, tokens: int) -> _Outputs:
+        """Of the mean over so many tokens."""
+        size = gradients.shape[1]
         diagonals = gradients.diagonal(dim1=1, dim2=2)
         rows = torch.argsort(diagonals, dim=1, descending=True, stable=True)
         mean = diagonals.sum() / (diagonals > 0).sum().clamp_min(1)
         mean = torch.where(mean > 0, mean, 1.0)
         hessians = gradients / mean
         factors, fallbacks = torch.empty_like(hessians), []
+        kept = shrink(hessians, tokens, OUTPUT_TOKENS)
+        if tokens < FEW * size:
+            fallbacks.append(
+                f"{tokens} tokens show how {size} of its outputs depend on each other, which is less than "
+                f"{FEW} for each: what they say counts {kept:.0%}"
+            )
         for i, block in enumerate(hessians):
             factor, needed = factorize(block.clone(), damping, rows[i])
             if factor is not None:
@@ -219,10 +324,54 @@ class _Outputs:
         """The same of some blocks."""
         return replace(self, hessians=self.hessians[some], factors=self.factors[some], rows=self.rows[some])
 
+    @classmethod
+    def stacked(cls, several: Sequence[_Outputs]) -> _Outputs:
+        names = ("hessians", "factors", "rows", "mean")
+        return cls(*(_stacked([getattr(one, name) for one in several]) for name in names))
+
     @property
     def coupled(self) -> bool:
         """Whether any output feeds back on another."""
         return bool(torch.triu(self.factors, 1).any())
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A weight that is to be rounded: its place among others, its Hessians, scales and zeros [N, G]; and of
+    floats the scales as they are stored."""
+
+    place: int
+    weight: torch.Tensor
+    inputs: _Inputs
+    outputs: _Outputs
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    floats: FloatScales | None = None
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Those that have a row for each output."""
+        return [x for x in (self.weight, self.scales, self.zeros) if x is not None]
+
+
+def shrink(hessian: torch.Tensor, tokens: int, each: float) -> float:
+    """Brings a mean over so many tokens [..., K, K] nearer to its diagonal, in place, as if ``each`` · K more
+    tokens had shown no row to depend on another; returns what the tokens count."""
+    kept = tokens / (tokens + each * hessian.shape[-1])
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1).clone()
+    hessian.mul_(kept).diagonal(dim1=-2, dim2=-1).copy_(diagonal)
+    return kept
+
+
+def _divisor(floats: Sequence[FloatScales]) -> torch.Tensor | None:
+    """[S, 1, 1]: what the scales of several weights are divided by where a file holds them; None where by
+    nothing."""
+    whole = [x.global_scale for x in floats if x.global_scale is not None]
+    return torch.stack([x.reshape(1, 1) for x in whole]) if whole else None
+
+
+def _stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[S, …]; of a single one a view."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack([*tensors])
 
 
 def _damped(what: str, needed: float, asked: float) -> str:

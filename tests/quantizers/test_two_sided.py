@@ -10,7 +10,7 @@ import torch
 
 from quant.calibration.statistics import Statistics
 from quant.errors import QuantError
-from quant.quantizers import GPTQQuantizer, YAQAQuantizer, two_sided
+from quant.quantizers import GPTQQuantizer, Quantized, YAQAQuantizer, two_sided
 from quant.quantizers.gptq import factorize
 from quant.quantizers.grids import Grid
 from quant.quantizers.rounding import weight_parameters
@@ -27,6 +27,8 @@ CASES = [
     (17, 72, 72, False, 4, 9),
     (6, 32, 8, True, 2, 1),
 ]
+#: Tokens that leave nothing to doubt.
+MANY = 1 << 40
 Case = tuple[int, int, int, bool, int, int]
 
 
@@ -167,11 +169,11 @@ def test_a_refit_finds_the_scales_that_codes_were_made_with() -> None:
 def test_with_an_identity_of_the_outputs_codes_are_gptqs_to_the_bit(symmetric: bool, group: int) -> None:
     weight, hessian, scheme = weight_of(48, 96), hessian_of(96), WeightScheme(4, group, symmetric)
     one_sided = GPTQQuantizer(sweeps=0)(
-        weight.clone(), Statistics(9, hessian.clone()), scheme, torch.bfloat16
+        weight.clone(), Statistics(MANY, hessian.clone()), scheme, torch.bfloat16
     )
     both = YAQAQuantizer(sweeps=0)(
         weight.clone(),
-        Statistics(9, hessian.clone(), gradients=3.0 * torch.eye(24).expand(2, 24, 24)),
+        Statistics(MANY, hessian.clone(), gradients=3.0 * torch.eye(24).expand(2, 24, 24)),
         scheme,
         torch.bfloat16,
     )
@@ -185,7 +187,7 @@ def test_pieces_of_a_weight_make_the_whole(case: Case, monkeypatch: pytest.Monke
     scheme = WeightScheme(bits, group, symmetric)
 
     def made() -> torch.Tensor:
-        statistics = Statistics(9, hessian_of(k), gradients=outputs_of(n, most))
+        statistics = Statistics(MANY, hessian_of(k), gradients=outputs_of(n, most))
         return YAQAQuantizer()(weight_of(n, k), statistics, scheme, torch.float16).tensor.dequantize()
 
     whole = made()
@@ -196,9 +198,9 @@ def test_pieces_of_a_weight_make_the_whole(case: Case, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("scheme", [s for s in SCHEMES if YAQAQuantizer.refuse(s) is None], ids=str)
 def test_whatever_the_scheme_the_loss_is_below_gptqs(scheme: WeightScheme) -> None:
     weight, hessian, outputs = weight_of(48, 192), hessian_of(192), outputs_of(48, 24)
-    one_sided = GPTQQuantizer()(weight.clone(), Statistics(9, hessian.clone()), scheme, torch.bfloat16)
+    one_sided = GPTQQuantizer()(weight.clone(), Statistics(MANY, hessian.clone()), scheme, torch.bfloat16)
     both = YAQAQuantizer()(
-        weight.clone(), Statistics(9, hessian.clone(), gradients=outputs), scheme, torch.bfloat16
+        weight.clone(), Statistics(MANY, hessian.clone(), gradients=outputs), scheme, torch.bfloat16
     )
     assert not both.fallbacks and both.tensor.codes.dtype == one_sided.tensor.codes.dtype
     losses = [float(loss(weight - x.tensor.dequantize(), hessian, outputs).sum()) for x in (one_sided, both)]
@@ -208,7 +210,7 @@ def test_whatever_the_scheme_the_loss_is_below_gptqs(scheme: WeightScheme) -> No
         assert scales.dtype == torch.float8_e4m3fn and both.tensor.global_scale is not None
         whole = YAQAQuantizer()(
             weight.clone(),
-            Statistics(9, hessian.clone(), gradients=outputs),
+            Statistics(MANY, hessian.clone(), gradients=outputs),
             scheme,
             torch.bfloat16,
             2 * weight.abs().max(),
@@ -221,7 +223,7 @@ def test_hessians_that_are_of_no_use_are_named() -> None:
     broken = torch.eye(8)
     broken[0, 1] = broken[1, 0] = 1000.0
     result = YAQAQuantizer()(
-        weight.clone(), Statistics(9, hessian_of(64), gradients=broken[None]), scheme, torch.float16
+        weight.clone(), Statistics(99, hessian_of(64), gradients=broken[None]), scheme, torch.float16
     )
     assert result.fallbacks == (
         "the Hessian of some of its outputs is not positive definite: those do not feed back on each other",
@@ -230,17 +232,75 @@ def test_hessians_that_are_of_no_use_are_named() -> None:
     broken = hessian_of(64)
     broken[0, 1] = broken[1, 0] = 1000 * broken.diagonal().max()
     result = YAQAQuantizer()(
-        weight.clone(), Statistics(9, broken, gradients=torch.eye(8)[None]), scheme, torch.float16
+        weight.clone(), Statistics(99, broken, gradients=torch.eye(8)[None]), scheme, torch.float16
     )
     assert "rounded to nearest instead" in result.fallbacks[0]
     dead = YAQAQuantizer()(
         weight.clone(),
-        Statistics(9, torch.zeros(64, 64), gradients=torch.zeros(1, 8, 8)),
+        Statistics(99, torch.zeros(64, 64), gradients=torch.zeros(1, 8, 8)),
         scheme,
         torch.float16,
     )
-    assert "64 of 64 inputs are zero" in dead.notes[1]
-    assert bool(dead.tensor.dequantize().isfinite().all())
+    assert dead.fallbacks == (
+        "its inputs, or the gradients at its outputs, are zero on all calibration tokens: rounded to nearest "
+        "instead",
+    )
+    assert not dead.notes and bool(dead.tensor.dequantize().isfinite().all())
+
+
+def test_what_no_gradient_reaches_is_rounded_as_gptq_does_and_named() -> None:
+    scheme = WeightScheme(4, 32)
+    wanted = GPTQQuantizer()(weight_of(8, 64), Statistics(MANY, hessian_of(64)), scheme, torch.float16)
+    made = YAQAQuantizer()(weight_of(8, 64), Statistics(MANY, hessian_of(64)), scheme, torch.float16)
+    assert made.fallbacks == ("no gradient reaches its outputs: rounded as gptq does",)
+    assert torch.equal(made.tensor.codes, wanted.tensor.codes) and made.notes == wanted.notes
+
+
+def test_outputs_that_few_tokens_were_seen_of_are_damped_and_named() -> None:
+    weight, scheme = weight_of(24, 64), WeightScheme(4, 32)
+
+    def made(tokens: int, gradients: torch.Tensor) -> Quantized:
+        return YAQAQuantizer()(
+            weight.clone(), Statistics(tokens, hessian_of(64), gradients=gradients), scheme, torch.float16
+        )
+
+    gradients = outputs_of(24, 24)
+    assert made(96, gradients).fallbacks == made(MANY, gradients).fallbacks == ()
+    few = made(24, gradients)
+    assert few.fallbacks == (
+        "24 tokens show how 24 of its outputs depend on each other, which is less than 4 for each: what they "
+        "say counts 50%",
+    )
+    # as if 24 more had shown no output to depend on another, and 16 no input
+    diagonals = torch.diag_embed(gradients.diagonal(dim1=1, dim2=2))
+    hessian = hessian_of(64) * 24 / 40
+    hessian.diagonal().mul_(40 / 24)
+    wanted = Statistics(MANY, hessian, gradients=(gradients + diagonals) / 2)
+    codes = YAQAQuantizer()(weight.clone(), wanted, scheme, torch.float16).tensor.codes
+    assert float((few.tensor.codes != codes).float().mean()) < 0.01  # a tie may turn
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_several_weights_at_once_become_what_each_becomes_alone(symmetric: bool) -> None:
+    """One of them without feedback among its outputs, one of no use."""
+    scheme, count = WeightScheme(3, 32, symmetric), 5
+    weights = torch.stack([weight_of(40, 96) * (1 + i) for i in range(count)])
+    gradients = [outputs_of(40, 20) * (1 + i) for i in range(count)]
+    gradients[1] = torch.eye(20).expand(2, 20, 20).clone()
+    hessians = [hessian_of(96, seed=i) for i in range(count)]
+    hessians[3] = torch.zeros(96, 96)
+    given = [Statistics(999, h, gradients=g) for h, g in zip(hessians, gradients, strict=True)]
+    alone = [
+        YAQAQuantizer()(w.clone(), s.copy(), scheme, torch.bfloat16)
+        for w, s in zip(weights, given, strict=True)
+    ]
+    together = YAQAQuantizer().many(weights.clone(), [s.copy() for s in given], scheme, torch.bfloat16)
+    for one, made in zip(alone, together, strict=True):
+        assert made.fallbacks == one.fallbacks and len(made.notes) == len(one.notes)
+        # sums of other shapes may turn ties
+        different = made.tensor.dequantize() - one.tensor.dequantize()
+        assert float(different.norm() / one.tensor.dequantize().norm()) < 0.02
+    assert together[3].fallbacks and not together[1].fallbacks
 
 
 def test_what_it_cannot_do_is_refused() -> None:
@@ -248,7 +308,7 @@ def test_what_it_cannot_do_is_refused() -> None:
     assert "use --method fp8 or gptq" in str(YAQAQuantizer.refuse(blocks))
     assert YAQAQuantizer.refuse(WeightScheme(3, 64, False)) is None
     with pytest.raises(QuantError, match="yaqa needs calibration text"):
-        YAQAQuantizer()(weight_of(8, 64), Statistics(9, hessian_of(64)), WeightScheme(4, 32), torch.float16)
+        YAQAQuantizer()(weight_of(8, 64), Statistics(99), WeightScheme(4, 32), torch.float16)
     with pytest.raises(ValueError, match="damping is 0"):
         YAQAQuantizer(damping=0)
     with pytest.raises(ValueError, match="sweeps is -1"):
