@@ -80,8 +80,8 @@ class YAQAQuantizer:
     @property
     def products(self) -> int:
         """Products of the weight with H_I that a solve takes, as many as its estimate counts: of feedback, of
-        the loss of rounding to nearest, four of the refit, one of each sweep."""
-        return 6 + self.sweeps if self.sweeps else 3
+        the loss of rounding to nearest, three of the refit, one of each sweep."""
+        return 5 + self.sweeps if self.sweeps else 3
 
     @staticmethod
     def refuse(scheme: WeightScheme) -> str | None:
