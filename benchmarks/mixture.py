@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""What calibration is worth to a mixture of experts: KL of GPTQ W4 g128 with each --moe-calibration, beside
-llm-compressor's GPTQ, which shows every expert all tokens; and what a router that starves an expert costs.
+"""What calibration is worth to a mixture of experts: KL of GPTQ and YAQA W4 g128 with each
+--moe-calibration, beside llm-compressor's GPTQ, which shows every expert all tokens; and what a router that
+starves an expert costs.
 
     python benchmarks/make_mixture.py BALANCED
     python benchmarks/make_mixture.py SKEWED --skew BALANCED
@@ -21,6 +22,7 @@ import statistics
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 from common import ROOT, Finished, last_json, machine, quantize_command, run
@@ -71,12 +73,13 @@ class Table:
         found.cpu.append(done.cpu_seconds)
         print(f"  {label:<24} KL {kl:.5f} ± {error:.5f}, {done.cpu_seconds:.0f} s of CPU", flush=True)
 
-    def ours(self, label: str, model: Path, rows: Path, way: str) -> None:
+    def ours(self, label: str, model: Path, rows: Path, method: str, way: str) -> None:
         output = self.work / f"{label.replace(' ', '-')}-{rows.stem}"
         options = [
-            "--method", "gptq", "--scheme", "w4a16", "--format", "plain", "--target", "other",
+            "--method", method, "--scheme", "w4a16", "--format", "plain", "--target", "other",
             "--calibration-dataset", str(rows), "--samples", str(self.a.samples),
             "--sequence-length", str(self.a.length), "--moe-calibration", way, *self.a.options,
+            *(["--gradient-samples", str(self.a.samples)] if method == "yaqa" else []),
         ]  # fmt: skip
         self.add(label, model, quantize_command(model, output, *options), output)
 
@@ -133,6 +136,7 @@ def main() -> None:
     p.add_argument("--bench", type=lambda p: Path(p).resolve(), default=SHARED / "bench")
     p.add_argument("--llmcompressor-python", type=Path)
     p.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
+    p.add_argument("--methods", nargs="+", default=("gptq", "yaqa"), help="of ours")
     p.add_argument("--draws", type=int, default=3)
     p.add_argument("--samples", type=int, default=128)
     p.add_argument("--length", type=int, default=512)
@@ -148,21 +152,21 @@ def main() -> None:
             rows = table.work / f"draw{draw}.txt"
             rows.write_text(rotated(calibration, draw / a.draws), encoding="utf-8")
             print(f"draw {draw + 1} of {a.draws}", flush=True)
-            for way in a.ways:
-                table.ours(f"quant {way}", a.mixture, rows, way)
+            for method, way in product(a.methods, a.ways):
+                table.ours(f"{method} {way}", a.mixture, rows, method, way)
             if a.llmcompressor_python:
                 table.peer("llm-compressor", a.mixture, rows)
-            for way in a.ways if a.skewed else ():
-                table.ours(f"quant {way}{SKEWED}", a.skewed, rows, way)
-    print(f"\n{'':<26}mean KL   of blend's   draws")
+            for method, way in product(a.methods, a.ways if a.skewed else ()):
+                table.ours(f"{method} {way}{SKEWED}", a.skewed, rows, method, way)
+    first = next(iter(table.found.values()))
+    print(f"\n{'':<26}mean KL   of first's   draws")
     for label, found in table.found.items():
-        blend = table.found.get("quant blend")
-        share = f"{found.mean / blend.mean:.3f}" if blend else ""
+        share = f"{found.mean / first.mean:.3f}"
         draws = ", ".join(f"{v:.5f}" for v in found.kl)
         print(f"  {label:<24}{found.mean:.5f}   {share:<10}   {draws}")
-    for way in a.ways if a.skewed else ():
-        balanced, skewed = (table.found[f"quant {way}{end}"] for end in ("", SKEWED))
-        print(f"a starved expert costs {skewed.mean / balanced.mean:.3f}x the KL with {way}")
+    for method, way in product(a.methods, a.ways if a.skewed else ()):
+        balanced, skewed = (table.found[f"{method} {way}{end}"] for end in ("", SKEWED))
+        print(f"a starved expert costs {skewed.mean / balanced.mean:.3f}x the KL with {method} {way}")
 
 
 if __name__ == "__main__":

@@ -192,7 +192,8 @@ def _routed_forward(
     gates = weights.reshape(-1)[order]
     output = _two_products(module, experts, stop, Routed(hidden, order // top, counts, gates.float()))
     pairs = hidden.new_zeros(tokens * top, output.shape[1])
-    pairs[order] = output.mul_(gates.unsqueeze(-1).to(output.dtype))
+    factors = gates.unsqueeze(-1).to(output.dtype)
+    pairs[order] = output * factors if output.requires_grad else output.mul_(factors)
     del output
     if row is not None and row.identities:
         pairs[rest] = hidden[rest // top] * weights.reshape(-1)[rest].unsqueeze(-1).to(hidden.dtype)
@@ -222,7 +223,11 @@ def _two_products(module: Any, experts: Experts, stop: Stop, routed: Routed) -> 
     whole = torch.arange(len(inner), device=inner.device)
     between = Routed(inner, whole, routed.counts, routed.gates)
     between = stop(experts.path, "down", between) or between
-    output = product(module, "down_proj", experts, between)
+    return normed(module, product(module, "down_proj", experts, between))
+
+
+def normed(module: Any, output: torch.Tensor) -> torch.Tensor:
+    """[S, H]: what becomes of the second product."""
     return module.post_expert_norm(output) if getattr(module, "has_post_expert_norm", False) else output
 
 
@@ -241,17 +246,36 @@ def product(module: Any, name: str, experts: Experts, routed: Routed) -> torch.T
     one."""
     weight, bias = getattr(module, name), getattr(module, f"{name}_bias", None)
     outputs = weight.shape[2 if experts.transposed else 1]
+
+    def times(rows: torch.Tensor, expert: int) -> torch.Tensor:
+        matrix = weight[expert].t() if experts.transposed else weight[expert]
+        return nn.functional.linear(rows, matrix, None if bias is None else bias[expert])
+
+    if torch.is_grad_enabled() and routed.rows.requires_grad:
+        return _recorded_product(times, routed, outputs)
     result = routed.rows.new_empty(len(routed.index), outputs)
     start = 0
     for expert, count in enumerate(routed.counts.tolist()):
         if count:
             # with some of the next expert's
             rows = routed.rows[routed.index[start : start + -(-count // _ROWS) * _ROWS]]
-            matrix = weight[expert].t() if experts.transposed else weight[expert]
-            made = nn.functional.linear(rows, matrix, None if bias is None else bias[expert])
-            result[start : start + count] = made[:count]
+            result[start : start + count] = times(rows, expert)[:count]
             start += count
     return result
+
+
+def _recorded_product(
+    times: Callable[[torch.Tensor, int], torch.Tensor], routed: Routed, outputs: int
+) -> torch.Tensor:
+    """:func:`product` for autograd: rows are gathered and taken apart at once, because the gradient of each
+    part taken alone is as large as all of them."""
+    rows = torch.index_select(routed.rows, 0, routed.index)
+    parts = []
+    for expert, part in enumerate(rows.split(routed.counts.tolist())):
+        if count := len(part):
+            padded = nn.functional.pad(part, (0, 0, 0, -count % _ROWS))
+            parts.append(times(padded, expert)[:count])
+    return torch.cat(parts) if parts else rows.new_empty(0, outputs)
 
 
 def expert_inner(module: nn.Module, experts: Experts, expert: int, rows: torch.Tensor) -> torch.Tensor:

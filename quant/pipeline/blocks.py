@@ -16,11 +16,11 @@ from torch import nn
 from quant.calibration.statistics import Accumulator
 from quant.models.adapter import InputGroup
 from quant.models.attention import observed_attention
-from quant.models.binding import BlockLinear
 from quant.models.experts import Routed
 from quant.models.skeleton import Skeleton
 from quant.outlier_suppression import Suppressor
 from quant.pipeline.activation_store import ActivationStore, Batches, Calls
+from quant.pipeline.expert_gradients import ExpertGradients, GradientExpertSolver, InnerGradients
 from quant.pipeline.expert_solves import ERROR_TOKENS, ExpertSolver
 from quant.pipeline.experts import ExpertInputs
 from quant.pipeline.gradients import Seen
@@ -64,6 +64,17 @@ class _Observed:
             if group not in self.sums:
                 self.sums[group] = Accumulator(inputs.shape[-1], inputs.device, self.needs(group))
             self.sums[group].add(inputs)
+
+
+def _before(
+    block: nn.Module, group: InputGroup, kept: Mapping[str, ExpertGradients]
+) -> ExpertGradients | InnerGradients | None:
+    """What the experts of a group read before its product, of what is kept by module; None of a row that is
+    not."""
+    first = kept.get(group.experts)
+    if first is None or group.stage == "up":
+        return first
+    return InnerGradients.of_layer(first, block, group.experts)
 
 
 @dataclass(frozen=True)
@@ -152,7 +163,14 @@ class BlockQuantizer:
         self._round_unseen(work, chosen)
         with self.clock.phase("statistics"):
             statistics = seen.finish()
+        experts = GradientExpertSolver(self.solver, self.clock)
         for key, whole in chosen.items():
+            if key.experts:
+                inputs = (_before(block, key, kept) for kept in (seen.routed, seen.held_out))
+                routed, held_out = inputs
+                assert routed is not None
+                experts.solve(work, key, self.solver.kin(work, whole), routed, held_out)
+                continue
             group = key if key.norm_offset is not None else replace(key, norm_offset=work.norm_offset)
             for name in group.linears:
                 start = time.perf_counter()
@@ -168,16 +186,23 @@ class BlockQuantizer:
                     _, evidence = self.solver.going_on(result.tensor, weight, factors, sample)
                 seconds = time.perf_counter() - start
                 self.records.add(prefix + name, result, *evidence, own.tokens, seconds)
+        seen.release()
         return made
 
-    def seen_linears(self, skeleton: Skeleton, index: int) -> dict[str, tuple[BlockLinear, frozenset[str]]]:
-        """The linears of a block that are quantized by what a pass shows, and what is asked of it."""
+    def to_be_seen(self, skeleton: Skeleton, index: int, folder: Path | None = None) -> Seen:
+        """What a pass has to show of a block; ``folder``: of scratch files."""
         prefix, linears = skeleton.block_prefix(index), skeleton.linears(index)
-        return {
-            name: (linears[name], self.solver.needs(self.plan.assignments[prefix + name]))
-            for group in self._seen_groups(skeleton.groups(index), prefix)
-            for name in group.linears
-        }
+        groups = self._seen_groups(skeleton.groups(index), prefix)
+        return Seen(
+            {
+                name: (linears[name], self.solver.needs(self.plan.assignments[prefix + name]))
+                for group in groups
+                if not group.experts
+                for name in group.linears
+            },
+            frozenset(group.experts for group in groups if group.experts),
+            folder,
+        )
 
     def _seen_groups(self, groups: Sequence[InputGroup], prefix: str) -> dict[InputGroup, InputGroup]:
         """:meth:`_chosen_groups` less the experts of which nothing is asked."""

@@ -99,7 +99,7 @@ class Counter:
         whole = sum(p.numel() for p in block.parameters())
         seconds = tokens * (whole - routed + routed * active) * self._product_seconds()
         if plan.gradients:
-            return self._with_gradients(index, tokens, _PASSES * seconds, whole)
+            return self._with_gradients(index, tokens, seconds, whole, experts, active)
         largest = 0
         for group in skeleton.groups(index):
             chosen = [n for n in group.linears if prefix + n in plan.linears]
@@ -116,11 +116,16 @@ class Counter:
         # weights, their codes until they are written, and the largest group's solve
         return BlockWork(seconds, whole * (skeleton.dtype.itemsize + 1) + largest)
 
-    def _with_gradients(self, index: int, tokens: int, seconds: float, whole: int) -> BlockWork:
-        """The work of a block of ``whole`` weights whose linears are all summed in one pass of so many
-        seconds."""
+    def _with_gradients(
+        self, index: int, tokens: int, seconds: float, whole: int, experts: Mapping[str, int], active: float
+    ) -> BlockWork:
+        """The work of a block of ``whole`` weights that a forward pass of so many seconds goes through, whose
+        linears are all summed on the way back; experts go through it once more."""
         plan, prefix, held, largest = self._manager.plan, self._skeleton.block_prefix(index), 0, 0
+        seconds *= _PASSES + bool(experts)
         for group in self._skeleton.groups(index):
+            routed = bool(group.experts)
+            seen = tokens * (active if routed else 1.0)
             for name in group.linears:
                 if (linear := plan.linears.get(prefix + name)) is None:
                     continue
@@ -128,13 +133,14 @@ class Counter:
                 count, size = blocks_of(n)
                 if "gradients" in self._manager.blocks.solver.needs(assignment):
                     both = self._of_both(assignment)
-                    seconds += both.statistics * tokens * (k * k + 2 * n * size)
+                    seconds += both.statistics * seen * (k * k + 2 * n * size)
                     seconds += both.step * k * size * max(1.0, count / _STEPPED[0] * OUTPUTS)
                     seconds += both.product * n * k * k
                 else:
                     rates = self._of(assignment)
-                    seconds += rates.statistics * tokens * k * k + rates.solve * n * k**rates.power
-                held += 4 * (k * k + count * size * size)
+                    seconds += rates.statistics * seen * k * k + rates.solve * n * k**rates.power
+                if not routed:  # experts' sums are made when they are solved
+                    held += 4 * (k * k + count * size * size)
                 largest = max(largest, _SOLVED_TWICE * n * k + 8 * k * k)
         return BlockWork(seconds, whole * (self._skeleton.dtype.itemsize + 1) + held + largest)
 

@@ -26,7 +26,7 @@ from quant.models.skeleton import Skeleton
 from quant.pipeline.activation_store import ActivationStore, Batches, Calls
 from quant.pipeline.checks import check_disk
 from quant.pipeline.counted import BlockWork, Counter
-from quant.pipeline.gradients import GradientStream, Seen
+from quant.pipeline.gradients import GradientStream
 from quant.pipeline.manager import QuantizationManager, batch_rows, memory_exhausted, worker_count
 from quant.pipeline.memory import freed_memory_kept, peak_rss
 from quant.pipeline.pieces import PieceQuantizer
@@ -209,7 +209,7 @@ def _try_gradients(
     start = time.perf_counter()
     block = skeleton.load_block(index)
     loaded = time.perf_counter() - start
-    seen = Seen(manager.blocks.seen_linears(skeleton, index))
+    seen = manager.blocks.to_be_seen(skeleton, index)
     start = time.perf_counter()
     stream.forward(index, block)
     stream.drop_outputs()

@@ -50,7 +50,9 @@ ERROR_TOKENS = 256
 #: set lie among its buffers, and the heap grows for the next one's.
 GIVEN_BACK = 16
 #: What is done at once: experts, and the names of the linears of each that read the same.
-_Some = dict[int, list[str]]
+Some = dict[int, list[str]]
+#: What is known of a whole layer's tokens: their statistics before its first product, or the tokens.
+Prior = Statistics | ExpertInputs | None
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class _Solved:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """The experts of a layer before one product.
 
     Attributes:
@@ -88,9 +90,9 @@ class _Layer:
     factors: torch.Tensor | None = None
     said: tuple[str, ...] = ()
 
-    def by_expert(self) -> _Some:
+    def by_expert(self) -> Some:
         """The linears of each expert."""
-        found: _Some = {}
+        found: Some = {}
         for name in self.group.linears:
             place = self.work.linears[name].place
             assert place is not None and place.expert is not None
@@ -135,7 +137,7 @@ class ExpertSolver:
             )
             if self.how != "routed":
                 self.priors[group.experts] = routed if self.how == "all" else routed.reduced(MOST_PRIOR)
-        layer = _Layer(work, group, module, experts, routed, held_out, self.priors.get(group.experts))
+        layer = Layer(work, group, module, experts, routed, held_out, self.priors.get(group.experts))
         factors, said = self._layer_factors(layer, kin)
         layer, aside = replace(layer, factors=factors, said=said), Aside(routed.scratch)
         plan = self.solver.plan
@@ -152,7 +154,7 @@ class ExpertSolver:
 
     def _solve_alike(
         self,
-        layer: _Layer,
+        layer: Layer,
         assignment: Assignment,
         outputs: int,
         members: Iterator[tuple[int, list[str]]],
@@ -160,20 +162,20 @@ class ExpertSolver:
     ) -> None:
         """Quantizes experts of equal shape ([outputs, K] each) and assignment."""
         start, device = time.perf_counter(), layer.routed.device
-        prior: Statistics | ExpertInputs | None = layer.first
-        if prior is not None and layer.group.stage == "up":
-            prior = layer_statistics(layer.routed, self.solver.needs(assignment))
+        prior = self.prior(layer, assignment)
         spent = {"statistics": time.perf_counter() - start, "solve": 0.0}
         counts, prefix = layer.routed.counts, layer.work.prefix
         missing = NOT_HELD_OUT if layer.held_out is None else NOT_ROUTED
 
-        def solve(some: _Some) -> tuple[list[_Solved], dict[str, float]]:
+        def solve(some: Some) -> tuple[list[_Solved], dict[str, float]]:
             with torch.no_grad():
                 return self._solve_some(layer, assignment, some, prior)
 
-        workers = workers_for(outputs, layer.routed.features, device)
+        twice = "gradients" in self.solver.needs(assignment)
+        workers = workers_for(outputs, layer.routed.features, device, twice)
         with side_by_side(workers) as several:
-            chunks = in_chunks(members, at_a_time(outputs, layer.routed.features, device, workers))
+            size = at_a_time(outputs, layer.routed.features, device, workers, twice)
+            chunks = in_chunks(members, size)
             done: list[_Solved]
             seconds: dict[str, float]
             outcomes = several(solve, (dict(chunk) for chunk in chunks))
@@ -192,17 +194,23 @@ class ExpertSolver:
         for phase, value in spent.items():
             self.clock.seconds[phase] += value * share
 
+    def prior(self, layer: Layer, assignment: Assignment) -> Prior:
+        """What the statistics of a layer's experts are blended with, or made of."""
+        if layer.first is None or layer.group.stage != "up":
+            return layer.first
+        return layer_statistics(layer.routed, self.solver.needs(assignment))
+
     def _solve_some(
         self,
-        layer: _Layer,
+        layer: Layer,
         assignment: Assignment,
-        some: _Some,
-        prior: Statistics | ExpertInputs | None,
+        some: Some,
+        prior: Prior,
     ) -> tuple[list[_Solved], dict[str, float]]:
         """Quantizes some experts at once, and puts their new weights in place; seconds by phase."""
         clock, work = Clock(), layer.work
         with clock.phase("statistics"):
-            statistics, notes = self._statistics(layer, assignment, some, prior)
+            statistics, notes = self.statistics(layer, assignment, some, prior)
         weights = [work.weights(names) for names in some.values()]
         done = []
         with clock.phase("solve"):
@@ -222,12 +230,12 @@ class ExpertSolver:
                     done.append(_Solved(name, expert, noted, evidence))
         return done, clock.seconds
 
-    def _statistics(
+    def statistics(
         self,
-        layer: _Layer,
+        layer: Layer,
         assignment: Assignment,
-        some: _Some,
-        prior: Statistics | ExpertInputs | None,
+        some: Some,
+        prior: Prior,
     ) -> tuple[list[Statistics], list[tuple[str, ...]]]:
         """Of what each of some experts reads, and what to say of them."""
         if isinstance(prior, Statistics) and self.how == "all":
@@ -239,7 +247,7 @@ class ExpertSolver:
         ]
         return [seen for seen, _ in gathered], [notes for _, notes in gathered]
 
-    def _layer_factors(self, layer: _Layer, kin: Kin) -> tuple[torch.Tensor | None, tuple[str, ...]]:
+    def _layer_factors(self, layer: Layer, kin: Kin) -> tuple[torch.Tensor | None, tuple[str, ...]]:
         """Factors for what all experts of a layer read before the first product, whoever it is sent to; and
         what to say of them."""
         solver, work, group = self.solver, layer.work, layer.group
@@ -257,7 +265,7 @@ class ExpertSolver:
 
     def _factors(
         self,
-        layer: _Layer,
+        layer: Layer,
         experts: Sequence[Sequence[str]],
         weights: Sequence[Sequence[torch.Tensor]],
         statistics: Sequence[Statistics],

@@ -39,6 +39,7 @@ from quant.calibration.statistics import Accumulator, Statistics
 from quant.errors import DiskFull
 from quant.models.experts import Experts, Routed, expert_inner
 from quant.pipeline.activation_store import memory_of
+from quant.quantizers.two_sided import OUTPUTS
 from quant.tensors import QuantizedTensor
 from quant.units import format_size
 
@@ -296,25 +297,28 @@ def _either(
     return x if y is None else y if x is None else function(x, y)
 
 
-def at_a_time(outputs: int, inputs: int, device: torch.device, workers: int = 1) -> int:
+def at_a_time(outputs: int, inputs: int, device: torch.device, workers: int = 1, twice: bool = False) -> int:
     """How many weights [outputs, inputs] of experts each of ``workers`` should solve together: more make the
-    steps of a solver larger, and take more memory."""
-    several = TOGETHER.get(device.type, TOGETHER["cuda"]) // _solving_bytes(outputs, inputs) // workers
+    steps of a solver larger, and take more memory. ``twice``: by a method of two Hessians."""
+    several = TOGETHER.get(device.type, TOGETHER["cuda"]) // _solving_bytes(outputs, inputs, twice) // workers
     if device.type == "cpu":
         several = min(several, MOST_OUTPUTS // outputs)
     return max(1, several)
 
 
-def workers_for(outputs: int, inputs: int, device: torch.device) -> int:
+def workers_for(outputs: int, inputs: int, device: torch.device, twice: bool = False) -> int:
     """How many threads solve weights [outputs, inputs] of experts side by side: on a CPU as many as torch
     has, or fewer where they would take more than :data:`SIDE_BY_SIDE` together; on a GPU one."""
     if device.type != "cpu":
         return 1
-    return max(1, min(torch.get_num_threads(), SIDE_BY_SIDE // _solving_bytes(outputs, inputs)))
+    return max(1, min(torch.get_num_threads(), SIDE_BY_SIDE // _solving_bytes(outputs, inputs, twice)))
 
 
-def _solving_bytes(outputs: int, inputs: int) -> int:
-    """What the solve of one takes: its Hessian, and the weight, its errors and its codes."""
+def _solving_bytes(outputs: int, inputs: int, twice: bool = False) -> int:
+    """What the solve of one takes: its Hessian, and the weight, its errors and its codes; ``twice``: its
+    Hessian and the factor, blocks of another, and a dozen of the weight's size."""
+    if twice:
+        return 4 * (3 * inputs * inputs + 3 * outputs * OUTPUTS + 12 * outputs * inputs)
     return 4 * (inputs * inputs + 3 * outputs * inputs)
 
 

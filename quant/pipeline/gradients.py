@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,8 +29,10 @@ from quant.calibration.statistics import Accumulator, GradientAccumulator, Stati
 from quant.errors import CheckpointError, QuantError, SourceFault, first_line
 from quant.models.binding import BlockLinear
 from quant.models.calls import BlockCall, call_block
+from quant.models.experts import Routed, Stage, experts_through
 from quant.models.skeleton import Skeleton
 from quant.pipeline.activation_store import ActivationStore, Batches, Calls
+from quant.pipeline.expert_gradients import ExpertGradients
 from quant.pipeline.staged import computed
 from quant.quantizers.two_sided import blocks_of
 from quant.tensors import all_finite
@@ -57,13 +60,21 @@ class Seen:
 
     Attributes:
         linears: by name inside the block, those that are summed, with what is asked of each.
-        sums: of each.
+        experts: modules inside the block whose routed experts are kept.
+        folder: of scratch files; None: the system's folder for such files.
+        sums: of each linear.
         samples: inputs [≤ 256, K] of each on the held-out row.
+        routed, held_out: by module, what its experts read, and of it the held-out row's.
     """
 
     linears: Mapping[str, tuple[BlockLinear, frozenset[str]]]
+    experts: Collection[str] = ()
+    folder: Path | None = None
     sums: dict[str, Accumulator | GradientAccumulator] = field(default_factory=dict)
     samples: dict[str, torch.Tensor] = field(default_factory=dict)
+    routed: dict[str, ExpertGradients] = field(default_factory=dict)
+    held_out: dict[str, ExpertGradients] = field(default_factory=dict)
+    _sent: dict[str, Routed] = field(default_factory=dict)
 
     @contextmanager
     def watching(self, block: nn.Module, held_out: bool) -> Iterator[None]:
@@ -73,11 +84,35 @@ class Seen:
             block.get_submodule(linear.module).register_forward_hook(partial(take, name))
             for name, (linear, _) in self.linears.items()
         ]
+        take_routed = self._take_routed_sample if held_out else self._take_routed
+        handles += [
+            block.get_submodule(path).register_forward_hook(partial(take_routed, path))
+            for path in self.experts
+        ]
         try:
-            yield
+            with experts_through(block, self._stop):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _stop(self, path: str, stage: Stage, routed: Routed) -> None:
+        if stage == "up" and path in self.experts:
+            self._sent[path] = replace(routed, rows=routed.rows.detach(), gates=routed.gates.detach())
+
+    def _take_routed_sample(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
+    ) -> None:
+        self.held_out.setdefault(path, ExpertGradients(self.folder)).add(self._sent.pop(path))
+
+    def _take_routed(self, path: str, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        sent = self._sent.pop(path)
+
+        def arrived(gradient: torch.Tensor) -> None:
+            kept = self.routed.setdefault(path, ExpertGradients(self.folder))
+            kept.add_both(sent, gradient.reshape(-1, gradient.shape[-1]))
+
+        output.register_hook(arrived)
 
     def _take_sample(self, name: str, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         x = args[0]
@@ -86,9 +121,9 @@ class Seen:
     def _take(self, name: str, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         linear, needs = self.linears[name]
         inputs, place = args[0].detach(), linear.place
-        if "gradients" not in needs:
+        if "gradients" not in needs or not output.requires_grad:  # as of what only chooses among tokens
             if name not in self.sums:
-                self.sums[name] = Accumulator(inputs.shape[-1], inputs.device, needs)
+                self.sums[name] = Accumulator(inputs.shape[-1], inputs.device, needs - {"gradients"})
             self.sums[name].add(inputs)  # type: ignore[call-arg]
             return
 
@@ -111,6 +146,13 @@ class Seen:
         made = {name: sums.finish() for name, sums in self.sums.items()}
         self.sums.clear()
         return made
+
+    def release(self) -> None:
+        """Frees what is kept of experts."""
+        for kept in (*self.routed.values(), *self.held_out.values()):
+            kept.release()
+        self.routed.clear()
+        self.held_out.clear()
 
 
 class GradientStream:
@@ -259,11 +301,9 @@ def _through(
         return gradient
     leaf = hidden.detach().requires_grad_()
     with torch.enable_grad():
-        if seen is None:
+        # whoever looks, experts are computed in one way: a job that goes on gets the same bytes
+        with (seen or Seen({})).watching(block, False):
             output = call_block(block, leaf, call)
-        else:
-            with seen.watching(block, False):
-                output = call_block(block, leaf, call)
     with ordered_sums(leaf.device):
         (made,) = torch.autograd.grad(output, leaf, gradient)
     return made
@@ -298,14 +338,12 @@ def _demand_finite(gradient: torch.Tensor, where: str) -> None:
         )
 
 
-def gradient_problem(
-    skeleton: Skeleton, linears: Callable[[int], Mapping[str, tuple[BlockLinear, frozenset[str]]]]
-) -> str | None:
+def gradient_problem(skeleton: Skeleton, shown: Callable[[int], Seen]) -> str | None:
     """Why no gradients can be taken through a model's blocks, or None. One block of each kind is tried on a
     few tokens.
 
     Args:
-        linears: of each block those that the pass has to show, by name, with what is asked of each.
+        shown: of each block what the pass has to show.
     """
     count = min(_TRIAL_TOKENS, skeleton.vocabulary)
     hidden, calls = skeleton.embed([torch.arange(count)[None]])
@@ -321,14 +359,10 @@ def gradient_problem(
             return (
                 f"{where} reads what earlier blocks leave for it, and a gradient would have to go there too"
             )
-        wanted = linears(index)
-        if any(x.shared for x, _ in wanted.values()):
-            return f"{where} holds routed experts, which the pass does not look into"
-        block = skeleton.load_block(index)
+        seen, block = shown(index), skeleton.load_block(index)
         try:
-            seen = Seen(wanted)
             made = _through(block, hidden[0], call, torch.ones_like(hidden[0]), seen)
-            missing = sorted(set(wanted) - set(seen.sums))
+            missing = sorted({*seen.linears, *seen.experts} - {*seen.sums, *seen.routed})
             if missing:
                 return f"no gradient reaches {where}.{missing[0]}"
             if not all_finite(made):
@@ -338,5 +372,6 @@ def gradient_problem(
         except Exception as error:  # whatever a foreign model's code raises
             return f"no gradient can be taken through {where} ({first_line(error, 200)})"
         finally:
+            seen.release()
             skeleton.free_block(index)
     return None

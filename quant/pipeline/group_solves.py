@@ -365,10 +365,18 @@ def demand_finite(statistics: Statistics, linear: str) -> None:
     """
     Raises:
         SourceFault: an input that holds NaN or infinity.
+        QuantError: that, or such a gradient, where there are gradients.
     """
-    if not statistics.finite:
-        raise SourceFault(
-            f"{linear}: its inputs hold NaN or infinity on calibration tokens: the model overflows or its "
-            "weights or config.json are damaged: run quant evaluate on the source; --method minmax "
-            "--scheme w4a16 needs no inputs"
+    if statistics.finite:
+        return
+    if statistics.gradients is not None:
+        raise QuantError(
+            f"{linear}: its inputs or the gradients at its outputs hold NaN or infinity on calibration "
+            "tokens, or numbers whose products overflow: the model overflows or its weights are damaged: run "
+            "quant evaluate on the source; --method gptq needs no gradients"
         )
+    raise SourceFault(
+        f"{linear}: its inputs hold NaN or infinity on calibration tokens: the model overflows or its "
+        "weights or config.json are damaged: run quant evaluate on the source; --method minmax "
+        "--scheme w4a16 needs no inputs"
+    )

@@ -40,7 +40,7 @@ from quant.models.skeleton import Skeleton
 from quant.pipeline.activation_store import ActivationStore, Batches, Calls
 from quant.pipeline.blocks import BlockQuantizer
 from quant.pipeline.folding import unfolded
-from quant.pipeline.gradients import GradientStream, Seen, gradient_problem
+from quant.pipeline.gradients import GradientStream, gradient_problem
 from quant.pipeline.group_solves import BlockResult
 from quant.pipeline.layout import Unit
 from quant.pipeline.memory import freed_memory_kept, give_back, peak_rss
@@ -199,7 +199,7 @@ class QuantizationManager:
             raise QuantError(problem)
         if self.plan.gradients:
             self.progress(Event("text", detail="gradients through a block of each kind"))
-            if problem := gradient_problem(skeleton, lambda i: self.blocks.seen_linears(skeleton, i)):
+            if problem := gradient_problem(skeleton, lambda i: self.blocks.to_be_seen(skeleton, i)):
                 raise NoGradients(problem, self.plan.recipe.method)
         return rows, skeleton
 
@@ -305,7 +305,7 @@ class QuantizationManager:
                 if not todo or index < todo[0]:
                     continue
                 block, finished = skeleton.load_block(index), unit.name in work.finished
-                seen = None if finished else Seen(self.blocks.seen_linears(skeleton, index))
+                seen = None if finished else self.blocks.to_be_seen(skeleton, index, store.folder)
                 with self.clock.phase("backward"):
                     stream.backward(index, block, seen)
                 if seen is not None:

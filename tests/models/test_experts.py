@@ -87,7 +87,7 @@ def test_the_linears_of_a_file_are_those_that_the_model_multiplies_with(family: 
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-@pytest.mark.parametrize("method", ["minmax", "gptq"])
+@pytest.mark.parametrize("method", ["minmax", "gptq", "yaqa"])
 def test_every_expert_is_quantized_by_its_name(family: str, method: str, tmp_path: Path) -> None:
     folder, out = save_mixture(tmp_path / "m", family), tmp_path / "out"
     report = quantize(folder, out, method=method, group_size=16, target="other")
@@ -99,9 +99,11 @@ def test_every_expert_is_quantized_by_its_name(family: str, method: str, tmp_pat
     values = dequantized(made)
     for name in experts:
         error = (values.read(f"{name}.weight") - refs[name].read(source).float()).norm()
-        assert error < 0.2 * refs[name].read(source).float().norm(), name
+        # what gradients do not see may go far
+        most = 0.3 if method == "yaqa" else 0.2
+        assert error < most * refs[name].read(source).float().norm(), name
     assert verify(out, source=folder, target="other").failed == []
-    if method == "gptq":
+    if method != "minmax":
         coverage = report["experts"]
         assert len(coverage) == 2 and all(sum(c["tokens"]) for c in coverage.values())
 

@@ -29,7 +29,18 @@ from quant.pipeline.gradients import (
 )
 from quant.pipeline.plan import plan_job
 from quant.quantizers import YAQAQuantizer
-from tests.helpers import copy_model, load_all, quantize, recipe, save_all, short_text, weight_files
+from tests.helpers import (
+    copy_model,
+    load_all,
+    quantize,
+    randomize,
+    recipe,
+    save_all,
+    save_model,
+    short_text,
+    weight_files,
+)
+from tests.models.built import built_model
 from tests.pipeline.test_resume import command
 
 #: A job of the tiny models.
@@ -285,14 +296,27 @@ def test_rows_are_those_of_the_gradients(llama: Path, tmp_path: Path) -> None:
 def test_what_gradients_do_not_go_through_is_refused_before_any_work(
     checkpoints: Callable[..., Path], tmp_path: Path
 ) -> None:
-    mixture = checkpoints("mixtral")
-    with pytest.raises(QuantError, match=r"model.layers.0 holds routed experts.*use --method gptq"):
-        quantize(mixture, tmp_path / "out", **YAQA, target="other")
+    model = built_model("gemma3n").bfloat16()
+    randomize(model)
+    shared = save_model(model, tmp_path / "shared")
+    with pytest.raises(
+        QuantError, match=r"model.layers.\d reads what earlier blocks leave.*use --method gptq"
+    ):
+        quantize(shared, tmp_path / "out", **YAQA, target="other")
     assert not (tmp_path / "out.work").exists()
-    rules = [{"layers": "*.experts.*", "method": "minmax"}]
-    report = quantize(mixture, tmp_path / "mixed", **YAQA, rules=rules, target="other")
-    assert {x["method"] for x in report["layers"]} == {"yaqa", "minmax"}
+
+
+@pytest.mark.parametrize("method", ["minmax", "gptq"])
+def test_experts_may_have_a_method_of_their_own(
+    method: str, checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Whether it asks for what the pass shows of them or not."""
+    rules = [{"layers": "*.experts.*", "method": method}]
+    report = quantize(checkpoints("mixtral"), tmp_path / "mixed", **YAQA, rules=rules, target="other")
+    assert {x["method"] for x in report["layers"] if ".experts." in x["name"]} == {method}
+    assert {x["method"] for x in report["layers"] if ".experts." not in x["name"]} == {"yaqa"}
     assert not any(x["fallback"] for x in report["layers"])
+    assert len(report["experts"]) == (2 if method == "gptq" else 0)
 
 
 def test_a_block_that_cuts_the_graph_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +324,7 @@ def test_a_block_that_cuts_the_graph_is_refused(llama: Path, monkeypatch: pytest
     call, needs = module.call_block, frozenset({"hessian", "gradients"})
     monkeypatch.setattr(module, "call_block", lambda *args: call(*args).detach())
     problem = gradient_problem(
-        skeleton, lambda index: {n: (x, needs) for n, x in skeleton.linears(index).items()}
+        skeleton, lambda index: Seen({n: (x, needs) for n, x in skeleton.linears(index).items()})
     )
     assert problem is not None and problem.startswith("no gradient can be taken through model.layers.0")
 
