@@ -25,7 +25,7 @@ import yaml
 
 import quant
 from quant.batch.ledger import Claim, Ledger
-from quant.batch.manifest import Job
+from quant.batch.manifest import Job, plain
 from quant.batch.outputs import facts_of, gates_of, judged, measured, standing
 from quant.checkpoint.journal import in_use
 from quant.serving import watcher
@@ -200,7 +200,7 @@ def last_line(log: Path | None) -> str:
 def write_recipe(job: Job, folder: Path) -> Path:
     """The job's recipe as a file that ``--config`` takes."""
     file = folder / "recipe.yaml"
-    text = yaml.safe_dump(json.loads(json.dumps(dict(job.values), default=str)), sort_keys=True)
+    text = yaml.safe_dump(plain(job.values), sort_keys=True)
     temporary = folder / f".recipe-{uuid.uuid4().hex}.yaml"
     temporary.write_text(f"# quant quantize --config {file}\n{text}", encoding="utf-8")
     temporary.replace(file)

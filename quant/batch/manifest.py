@@ -26,10 +26,16 @@ from quant.recipe import UPLOAD, Recipe, make_recipe, read_recipe, read_yaml
 
 #: Jobs of one manifest; and problems that a message lists.
 MOST_JOBS, _MOST_LISTED = 10_000, 50
+#: Bytes of a directory's name that leave room for the ending of its work folder.
+_LONGEST = 250
 #: Recipe keys that the job itself has a word for, and those that a batch cannot mean.
 _JOBS_OWN = {"model_path": "model", "output_path": "output"}
 _REFUSED = {"fresh": "a batch goes on where it stopped: remove the output's .work folder to start over"}
 _PLACE = re.compile(r"\{([^{}]*)\}")
+
+
+#: Words that become paths and lines of files.
+_Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,4000}$")]
 
 
 class _Strict(BaseModel):
@@ -40,7 +46,7 @@ class VerifyGate(_Strict):
     """``quant verify`` on the output: at this tensor parallel degree, and in the vLLM of an environment."""
 
     tensor_parallel: int = Field(1, ge=1, le=1024)
-    vllm: Path | None = None
+    vllm: _Text | None = None
 
 
 class EvaluateGate(_Strict):
@@ -49,7 +55,7 @@ class EvaluateGate(_Strict):
 
     max_kl: float | None = Field(None, gt=0, allow_inf_nan=False)
     max_perplexity_increase: float | None = Field(None, ge=-1, allow_inf_nan=False)
-    text: Path | None = None
+    text: _Text | None = None
     chunks: int = Field(defaults.EVALUATION_CHUNKS, ge=2)
     length: int | None = Field(None, ge=8)
 
@@ -68,7 +74,7 @@ class JobSettings(_Strict):
         accelerator: on a cluster, the kind of GPU that the job must get, by the cluster's own name of it.
     """
 
-    recipe: str | dict[str, Any] | None = None
+    recipe: _Text | dict[str, Any] | None = None
     overrides: dict[str, Any] = {}
     verify: VerifyGate | None = None
     evaluate: EvaluateGate | None = None
@@ -82,18 +88,18 @@ class JobSettings(_Strict):
 class JobEntry(JobSettings):
     """A job of ``jobs``. Its name is its output as the manifest has it, where none is given."""
 
-    model: str = Field(min_length=1)
-    output: str = Field(min_length=1)
-    name: Annotated[str, Field(pattern=r"^[^\x00-\x1f]{1,200}$")] | None = None
+    model: _Text
+    output: _Text
+    name: _Text | None = Field(None, max_length=200)
 
 
 class MatrixEntry(JobSettings):
     """A matrix: a job for each combination of a model, a recipe where ``recipes`` has some, and a value of
     each axis. Axes are recipe keys. ``output`` names them in braces: ``out/{model}-{scheme}``."""
 
-    models: list[str] = Field(min_length=1)
-    output: str = Field(min_length=1)
-    recipes: list[str] = []
+    models: list[_Text] = Field(min_length=1)
+    output: _Text
+    recipes: list[_Text] = []
     axes: dict[str, list[Any]] = {}
 
 
@@ -132,7 +138,7 @@ class Job:
     def settings(self) -> dict[str, Any]:
         """What decides the output's bytes, as JSON has it."""
         own = {k: v for k, v in self.values.items() if k not in (*UPLOAD, "output_path", "backend_python")}
-        value: dict[str, Any] = json.loads(json.dumps({**own, "model_path": self.model}, default=str))
+        value: dict[str, Any] = plain({**own, "model_path": self.model})
         return value
 
     @property
@@ -144,6 +150,15 @@ class Job:
     def source(self) -> Path | None:
         """The model's directory; None of a Hub id that the cache does not have yet."""
         return cached_snapshot(self.model) if not os.path.isabs(self.model) else Path(self.model)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: keys are strings, and what JSON has no word for is its text."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 @dataclass
@@ -326,15 +341,20 @@ def _job(entry: _Entry, shared: JobSettings, index: int, reading: _Reading) -> J
         if key in values:
             reading.problems.append(f"{entry.where}: {key}: {why}")
     output = reading.path(entry.output)
+    if long := [part for part in output.parts if len(part.encode(errors="replace")) > _LONGEST]:
+        reading.problems.append(
+            f"{entry.where}: output has the part {clipped(long[0])}: more than {_LONGEST} bytes are no file "
+            "name"
+        )
     values = _absolute(values, reading) | {"model_path": model, "output_path": str(output)}
     _check_recipe(values, entry.where, reading)
     evaluate, verify = of("evaluate"), of("verify")
     if evaluate is not None and evaluate.text is not None:
-        evaluate = evaluate.model_copy(update={"text": reading.path(evaluate.text)})
-        if not evaluate.text.exists():
+        evaluate = evaluate.model_copy(update={"text": str(reading.path(evaluate.text))})
+        if not os.path.exists(evaluate.text):
             reading.problems.append(f"{entry.where}: evaluate.text: there is no {evaluate.text}")
     if verify is not None and verify.vllm is not None:
-        verify = verify.model_copy(update={"vllm": reading.path(verify.vllm)})
+        verify = verify.model_copy(update={"vllm": str(reading.path(verify.vllm))})
     name = entry.name or _named(entry.output)
     return Job(
         name, model, output, values, verify, evaluate, of("retries"), of("retry_delay"), of("priority"),
@@ -381,9 +401,9 @@ def _model(entry: _Entry, reading: _Reading) -> str | None:
     if text not in reading.models:
         path = reading.path(text)
         found: str | None = str(path)
-        if path.is_dir() and (path / "config.json").is_file():
+        if os.path.isfile(path / "config.json"):
             pass
-        elif path.exists():
+        elif os.path.exists(path):
             found = None
             reading.problems.append(f"{entry.where}: model {path}: there is no config.json in it")
         elif is_hub_id(text):
@@ -405,7 +425,7 @@ def _model(entry: _Entry, reading: _Reading) -> str | None:
 
 def _check_recipe(values: Mapping[str, Any], where: str, reading: _Reading) -> None:
     """Notes what is wrong with a job's recipe. Jobs with the same one are checked once."""
-    key = json.dumps({k: v for k, v in values.items() if k not in _JOBS_OWN}, sort_keys=True, default=str)
+    key = json.dumps(plain({k: v for k, v in values.items() if k not in _JOBS_OWN}), sort_keys=True)
     if key in reading.checked:
         return
     try:
@@ -416,7 +436,7 @@ def _check_recipe(values: Mapping[str, Any], where: str, reading: _Reading) -> N
         reading.problems += [f"{where}: {p}" for p in said]
         return
     for text in recipe.calibration_dataset:
-        if not text.exists():
+        if not os.path.exists(text):
             reading.problems.append(f"{where}: calibration_dataset: there is no {text}")
     reading.checked.add(key)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -110,6 +111,7 @@ def test_what_decides_the_bytes_decides_the_digest(read: Read) -> None:
         ({"jobs": [job(samples=3)]}, "it is a recipe key: put it into overrides"),
         ({"jobs": [job(evaluate={"max_kll": 1})]}, "key is 'max_kll': did you mean 'max_kl'"),
         ({"jobs": [job(evaluate={"text": "no.txt"})]}, "evaluate.text: there is no HERE/no.txt"),
+        ({"jobs": [job("n" * 251)]}, "more than 250 bytes are no file name"),
         ({"jobs": [job(priority="high")]}, "job 1: priority is 'high': input should be a valid integer"),
         ({"jobs": [{"model": "models/a"}]}, "job 1: output is missing"),
         ({"jobs": [7]}, "job 1 is 7: it must be a mapping"),
@@ -134,6 +136,26 @@ def test_what_is_wrong_is_said(value: Any, said: str, read: Read, tmp_path: Path
     os.symlink("out", tmp_path / "link")
     found = problems(read, value)
     assert any(said.replace("HERE", str(tmp_path)) in p for p in found), found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"output": "a\0b"}, {"output": "a\nb"}, {"name": "two\nlines"}, {"model": "\0"}, {"recipe": "\0"},
+        {"evaluate": {"text": "\0"}}, {"model": "m" * 5000}, {"overrides": {"calibration_dataset": ["\0"]}},
+        {"overrides": {"method": "gptq", "options": {True: {None: 1, "a": 2}}}},
+        {"overrides": {"method": "gptq", "gpu": float("nan")}}, {"retry_delay": float("nan")},
+        {"evaluate": {"max_kl": float("inf")}}, {"output": "n" * 300},
+    ],
+    ids=lambda c: str(c)[:30],
+)  # fmt: skip
+def test_what_nobody_means_gives_no_traceback(change: dict[str, Any], read: Read) -> None:
+    try:
+        (found,) = read({"jobs": [job(**change)]})
+    except QuantError as error:
+        assert error.exit_code == 2
+    else:
+        assert found.slug and found.digest and json.dumps(found.settings)
 
 
 def test_everything_wrong_is_said_at_once(read: Read) -> None:
