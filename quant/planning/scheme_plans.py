@@ -181,7 +181,9 @@ def plan_scheme(
     condition = _condition(spec, gpu, row) if gpu.kind == UNNAMED else ""
     planned = with_fitting_states(spec, gpus, laid_out, request)
     meets = planned.fits and planned.max_concurrency >= request.concurrency
-    safe = meets and planned.sure and _needed(planned, request.concurrency) <= gpu.free_bytes * (1 - margin)
+    safe = (
+        meets and planned.sure and needed_bytes(planned, request.concurrency) <= gpu.free_bytes * (1 - margin)
+    )
     why = _why(planned, request, meets, safe, margin)
     if condition:
         why = f"{why}; takes {condition}"
@@ -249,7 +251,7 @@ def _whole_groups(spec: ModelSpec, scheme: Scheme, request: EngineRequest) -> Sc
     return next(fitting, scheme)
 
 
-def _needed(planned: MemoryPlan, concurrency: int) -> int:
+def needed_bytes(planned: MemoryPlan, concurrency: int) -> int:
     """Bytes that a plan takes of a GPU with so many requests of its context under way."""
     needed = planned.requested_bytes - planned.kv_cache_bytes
     if planned.layout and planned.context:
