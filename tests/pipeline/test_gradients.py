@@ -356,6 +356,24 @@ def test_what_overflows_is_named(llama: Path, tmp_path: Path, monkeypatch: pytes
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.work").exists()
 
 
+def test_gradients_that_say_little_or_nothing_are_named(llama: Path, tmp_path: Path) -> None:
+    """Products of them that overflow, none at all, those of a few tokens."""
+    broken = copy_model(llama, tmp_path / "broken")
+    tensors = load_all(broken)
+    tensors["lm_head.weight"] *= 1e37
+    save_all(broken, tensors)
+    with pytest.raises(QuantError, match="gradients at its outputs hold NaN or inf.*gptq needs no gradients"):
+        quantize(broken, tmp_path / "out", **YAQA)
+    tensors["lm_head.weight"].zero_()
+    save_all(broken, tensors)
+    report = quantize(broken, tmp_path / "none", **YAQA)
+    assert all("zero on all calibration tokens" in x["fallback"] for x in report["layers"])
+    few = {"samples": 1, "gradient_samples": 1, "sequence_length": 48}
+    report = quantize(llama, tmp_path / "few", **(YAQA | few))
+    for layer in report["layers"]:
+        assert layer["fallback"].startswith("48 tokens show how ") and layer["notes"]
+
+
 def test_a_dry_run_predicts_the_scratch_file_and_more_time_than_none(
     checkpoints: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
