@@ -117,8 +117,9 @@ def feed_back(
         outputs: R of each block of H_O [..., B, b, b] in the order of its ``rows`` [..., B, b]; likewise.
     """
     if weight.ndim == 2:
-        given = (weight, scales, zeros, inputs, columns, outputs, rows)
-        return feed_back(*(x if x is None else x.unsqueeze(0) for x in given), grid)[0]  # type: ignore[arg-type]
+        shift = None if zeros is None else zeros[None]
+        given = weight[None], scales[None], shift, inputs[None], columns[None], outputs[None], rows[None]
+        return feed_back(*given, grid)[0]
     sets, n, k = weight.shape
     count, size = rows.shape[1:]
     group = k // scales.shape[2]
@@ -141,10 +142,10 @@ def feed_back(
         if start:
             known = products(errors[:, :, :start], inputs[:, :start, panel] / scale)
         corner = torch.triu(inputs[:, panel, panel], 1) / scale
-        given = [ordered[:, :, panel], known, _columns(steps, groups)]
-        given += [] if shifts is None else [_columns(shifts, groups)]
+        read = [ordered[:, :, panel], known, _columns(steps, groups)]
+        read += [] if shifts is None else [_columns(shifts, groups)]
         made = _round_panel(
-            [x.view(sets * count, size, -1).flip(2).transpose(1, 2) for x in given],
+            [x.view(sets * count, size, -1).flip(2).transpose(1, 2) for x in read],
             corner.transpose(1, 2).flip(1, 2).contiguous(), unit.view(-1, size, size), tile, grid,
         )  # fmt: skip
         for target, value in zip((codes, errors), made, strict=True):
@@ -282,7 +283,8 @@ def descend(
         the codes, and by how much the loss is lower, fp32 [..., B].
     """
     if weight.ndim == 2:
-        one = replace(made, **{n: None if x is None else x.unsqueeze(0) for n, x in made.parts().items()})
+        shift = None if made.zeros is None else made.zeros[None]
+        one = replace(made, codes=made.codes[None], scales=made.scales[None], zeros=shift)
         one, gained = descend(*(weight[None], one, inputs[None], outputs[None]), sweeps)
         return replace(made, codes=one.codes[0]), gained[0]
     sets, n, k = weight.shape

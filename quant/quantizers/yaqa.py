@@ -128,10 +128,9 @@ class YAQAQuantizer:
                     "--calibration-dataset, or use --method minmax"
                 )
             if seen.gradients is None:
-                one = GPTQQuantizer(self.damping, clip_search=self.clip_search)(
-                    weight, seen, scheme, dtype, amax
-                )
-                made[i] = replace(one, fallbacks=(_ONE_SIDED, *one.fallbacks))
+                gptq = GPTQQuantizer(self.damping, clip_search=self.clip_search)
+                done = gptq(weight, seen, scheme, dtype, amax)
+                made[i] = replace(done, fallbacks=(_ONE_SIDED, *done.fallbacks))
                 continue
             diagonal = seen.hessian.diagonal().clone()
             if not bool(diagonal.any()):
@@ -267,8 +266,12 @@ class _Inputs:
 
     @classmethod
     def stacked(cls, several: Sequence[_Inputs]) -> _Inputs:
-        names = ("hessian", "factor", "order", "diagonal")
-        return cls(*(_stacked([getattr(one, name) for one in several]) for name in names))
+        return cls(
+            _stacked([one.hessian for one in several]),
+            _stacked([one.factor for one in several]),
+            _stacked([one.order for one in several]),
+            _stacked([one.diagonal for one in several]),
+        )
 
 
 @dataclass(frozen=True)
@@ -326,8 +329,12 @@ class _Outputs:
 
     @classmethod
     def stacked(cls, several: Sequence[_Outputs]) -> _Outputs:
-        names = ("hessians", "factors", "rows", "mean")
-        return cls(*(_stacked([getattr(one, name) for one in several]) for name in names))
+        return cls(
+            _stacked([one.hessians for one in several]),
+            _stacked([one.factors for one in several]),
+            _stacked([one.rows for one in several]),
+            _stacked([one.mean for one in several]),
+        )
 
     @property
     def coupled(self) -> bool:

@@ -100,7 +100,8 @@ def find_vllm(python: str | Path | None = None) -> Installation:
             Cause("no vLLM", "vLLM is not installed there"),
         )
     version, script = str(answer["version"]), answer.get("script")
-    note, program = "", (str(script), "serve")
+    note = ""
+    program: tuple[str, ...] = (str(script), "serve")
     if script is None:
         note = "there is no vllm script beside that Python"
     elif answer["name"] != "vllm":
