@@ -9,6 +9,7 @@ or run. The commands, batches and programs call these.
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from quant import defaults
 from quant.checkpoint.reader import read_json
-from quant.errors import NoGradients, Problems, QuantError, UsageError
+from quant.errors import DeviceMemoryExhausted, NoGradients, Problems, QuantError, UsageError
 from quant.hardware import named_gpu
 from quant.models.support import GRADIENTS, WITHOUT_GRADIENTS
 from quant.pipeline.memory import prepare_torch
@@ -282,6 +283,9 @@ def made(recipe: Recipe) -> Report | None:
 def run(plan: JobPlan, progress: Progress = silent, command: Sequence[str] | None = None) -> Report:
     """Runs a planned job; returns the report that is also written into the output directory.
 
+    Where a device's memory does not hold a batch of calibration tokens, the job goes on from its last
+    finished block with batches of half as many, down to one row; the report names what was done.
+
     Args:
         command: the words that were typed, for the report.
 
@@ -292,12 +296,25 @@ def run(plan: JobPlan, progress: Progress = silent, command: Sequence[str] | Non
         from quant.backends.run import quantize_with
 
         return quantize_with(plan, progress, command)
+    from quant.accelerator import give_back
     from quant.pipeline.manager import QuantizationManager
 
-    try:
-        return QuantizationManager(plan, progress, command).run()
-    except NoGradients as error:
-        return QuantizationManager(_without_gradients(plan, error), progress, command).run()
+    tokens: int | None = None
+    while True:
+        manager = QuantizationManager(plan, progress, command, tokens)
+        try:
+            return manager.run()
+        except NoGradients as error:
+            plan = _without_gradients(plan, error)
+            continue
+        except DeviceMemoryExhausted:
+            tokens = manager.smaller_batch()
+            if tokens is None:
+                raise
+        device = manager.device
+        del manager
+        gc.collect()  # what the failed pass held, before the device is asked for memory again
+        give_back(device)
 
 
 def _without_gradients(plan: JobPlan, error: NoGradients) -> JobPlan:

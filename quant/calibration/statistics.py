@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from quant.accelerator import fp32_products
 from quant.tensors import largest_magnitude
 
 #: What may be asked for.
@@ -221,9 +222,7 @@ class Gram:
 
     def add(self, x: torch.Tensor) -> None:
         """Adds the lower triangle of xᵀx; blocks on the diagonal are computed whole."""
-        options: dict[str, Any] = (
-            {"out_dtype": torch.float32} if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) else {}
-        )
+        options: dict[str, Any] = {"out_dtype": torch.float32} if fp32_products(x) else {}
         if not options:
             x = x.float()
         for rows, columns in _lower(x.shape[1]):

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from quant.accelerator import device_of
 from quant.checkpoint.reader import open_checkpoint
-from quant.devices import device_of
 from quant.formats.reading import dequantized
 from quant.models.calls import call_block
 from quant.models.skeleton import Skeleton

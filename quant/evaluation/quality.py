@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
+from quant.accelerator import device_of
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
-from quant.devices import device_of
 from quant.errors import CheckpointError, VerificationFailed
 from quant.evaluation import divergence
 from quant.evaluation.agreement import demand_agreement

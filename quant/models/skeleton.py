@@ -96,7 +96,7 @@ def compute_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     if stored in (torch.bfloat16, torch.float32):
         return stored
     if stored == torch.float16:
-        return stored if device.type == "cuda" else torch.float32
+        return torch.float32 if device.type == "cpu" else stored
     return torch.bfloat16
 
 

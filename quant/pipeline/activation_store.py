@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from quant.accelerator import on_accelerator
 from quant.errors import DiskFull, QuantError
 from quant.models.calls import BlockCall
 from quant.units import format_size
@@ -93,7 +94,9 @@ class ActivationStore:
         self._aside += size
         self.most = max(self.most, self._aside)
         restore = (
-            self._put_on_device(tensor.device, storage) if tensor.is_cuda else self._put_in_memory(storage)
+            self._put_on_device(tensor.device, storage)
+            if on_accelerator(tensor)
+            else self._put_in_memory(storage)
         )
 
         def back() -> None:

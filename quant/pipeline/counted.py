@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quant.accelerator import synchronize
 from quant.calibration.statistics import Accumulator, GradientAccumulator, Statistics
 from quant.checkpoint.dtypes import TORCH
 from quant.models.adapter import InputGroup
@@ -241,5 +242,4 @@ class Counter:
         return time.perf_counter() - start
 
     def _settle(self) -> None:
-        if self._manager.device.type == "cuda":
-            torch.cuda.synchronize(self._manager.device)
+        synchronize(self._manager.device)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from quant.accelerator import memory_of, peak_bytes, synchronize
 from quant.calibration.text import Rows
 from quant.checkpoint.dtypes import TORCH
 from quant.errors import QuantError
@@ -27,7 +28,7 @@ from quant.pipeline.activation_store import ActivationStore, Batches, Calls
 from quant.pipeline.checks import check_disk
 from quant.pipeline.counted import BlockWork, Counter
 from quant.pipeline.gradients import GradientStream
-from quant.pipeline.manager import QuantizationManager, batch_rows, memory_exhausted, worker_count
+from quant.pipeline.manager import QuantizationManager, memory_exhausted, worker_count
 from quant.pipeline.memory import freed_memory_kept, peak_rss
 from quant.pipeline.pieces import PieceQuantizer
 from quant.pipeline.plan import JobPlan
@@ -93,9 +94,7 @@ def estimate(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
             tell_notes(rows, progress)
             prepared = manager.clock.seconds["text"]
             tokens = rows.tokens.numel()
-            there = (
-                torch.cuda.mem_get_info(manager.device)[1] if manager.device.type == "cuda" else memory.total
-            )
+            there = memory.total if manager.device.type == "cpu" else memory_of(manager.device)[1]
             _check_memory(_least(plan, skeleton), there)
             cost = (_of_gradients if plan.gradients else _of_blocks)(manager, rows, skeleton, progress)
         else:
@@ -196,7 +195,7 @@ def _of_gradients(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, 
     waiting = (count + 2) * total * width
     resident = min(waiting, manager.resident_bytes())
     if manager.device.type != "cpu":
-        peak = torch.cuda.max_memory_allocated(manager.device) if there else most
+        peak = peak_bytes(manager.device) if there else most
         return Cost(seconds, peak_rss() + waiting - resident, 0, peak + resident, there)
     return Cost(seconds, peak_rss() + most + max(resident - store.most, 0), waiting - resident, tried=there)
 
@@ -226,7 +225,7 @@ def _try_gradients(
 
 def _trial_rows(manager: QuantizationManager, rows: Rows) -> list[torch.Tensor]:
     """The batches that a trial takes through a block."""
-    each = batch_rows(manager.device, rows.tokens.shape[1])
+    each = manager.batch_rows(rows)
     return [*rows.tokens[: _BATCHES * each].split(each)]
 
 
@@ -271,8 +270,7 @@ def _try_blocks(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, pr
             with computed(block):
                 # kernels are loaded and memory is claimed, once in a job
                 run_block(block, index, batches, block_calls)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            synchronize(device)
             clock.seconds.clear()
             start = time.perf_counter()
             made = manager.blocks.quantize(
@@ -297,7 +295,7 @@ def _try_blocks(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, pr
             seconds,
             peak_rss() + waiting - resident,
             0,
-            torch.cuda.max_memory_allocated(device) + max(resident - most, 0),
+            peak_bytes(device) + max(resident - most, 0),
         )
     return Cost(seconds, peak_rss() + resident - min(most, _RESIDENT), waiting - resident)
 
@@ -350,8 +348,8 @@ def _try_linears(manager: QuantizationManager, progress: Progress) -> Cost:
                 most = max(most, sum(held) * (largest - tried) // tried)
     finally:
         torch.set_num_threads(threads)
-    on_gpu = manager.device.type == "cuda"
-    gpu = torch.cuda.max_memory_allocated(manager.device) + max(most, 0) if on_gpu else 0
+    on_gpu = manager.device.type != "cpu"
+    gpu = peak_bytes(manager.device) + max(most, 0) if on_gpu else 0
     return Cost(seconds, peak_rss() + _BUFFERS + max(most, 0), 0, gpu)
 
 

@@ -35,6 +35,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
+from quant.accelerator import of_kind, on_accelerator
 from quant.calibration.statistics import Accumulator, Statistics
 from quant.errors import DiskFull
 from quant.models.experts import Experts, Routed, expert_inner
@@ -52,7 +53,7 @@ RESIDENT = 64 << 20
 _ALIGNED = 64
 #: Bytes that experts which are solved together may take; and on a CPU, whose caches hold few columns, their
 #: outputs.
-TOGETHER = {"cpu": 256 << 20, "cuda": 4 << 30}
+TOGETHER = {"cpu": 256 << 20, "accelerator": 4 << 30}
 MOST_OUTPUTS = 1 << 13
 #: Bytes that all threads of a CPU may take which solve experts side by side, where one expert does not take
 #: more: sixteen of Mixtral 8x22B's at once would be 40 GiB.
@@ -84,7 +85,7 @@ class Aside:
         Raises:
             DiskFull: there is no room for what memory is not meant for.
         """
-        if tensor.is_cuda or not tensor.numel():
+        if on_accelerator(tensor) or not tensor.numel():
             return tensor.clone()
         size = RESIDENT if self._region is None else len(self._region)
         if self._held + tensor.nbytes > size:
@@ -300,7 +301,7 @@ def _either(
 def at_a_time(outputs: int, inputs: int, device: torch.device, workers: int = 1, twice: bool = False) -> int:
     """How many weights [outputs, inputs] of experts each of ``workers`` should solve together: more make the
     steps of a solver larger, and take more memory. ``twice``: by a method of two Hessians."""
-    several = TOGETHER.get(device.type, TOGETHER["cuda"]) // _solving_bytes(outputs, inputs, twice) // workers
+    several = of_kind(TOGETHER, device) // _solving_bytes(outputs, inputs, twice) // workers
     if device.type == "cpu":
         several = min(several, MOST_OUTPUTS // outputs)
     return max(1, several)

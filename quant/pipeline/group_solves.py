@@ -11,6 +11,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 
+from quant.accelerator import of_kind
 from quant.calibration.statistics import Statistics
 from quant.checkpoint.dtypes import TORCH
 from quant.errors import QuantError, SourceFault
@@ -313,7 +314,7 @@ class GroupSolver:
             ``sample`` [T, K], or None without one.
         """
         n, k = weight.shape
-        size = 4 * PIECE.get(weight.device.type, PIECE["cuda"])
+        size = 4 * of_kind(PIECE, weight.device)
         rows = max(BLOCK, size // k // BLOCK * BLOCK)
         values = torch.empty_like(weight)
         sums = torch.zeros(4, dtype=torch.float64, device=weight.device)

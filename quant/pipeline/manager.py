@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,13 @@ from typing import Any
 import torch
 
 from quant import defaults
+from quant.accelerator import device_name, device_of, forget_peak, memory_of, of_kind, peak_bytes
 from quant.calibration.statistics import gram_for
 from quant.calibration.text import Rows
 from quant.checkpoint.dtypes import TORCH
 from quant.checkpoint.header import read_header
 from quant.checkpoint.journal import WorkFolder
 from quant.checkpoint.reader import Checkpoint
-from quant.devices import device_of
 from quant.errors import (
     DeviceMemoryExhausted,
     NoGradients,
@@ -64,7 +65,7 @@ from quant.vllm.config import model_types, without_quantization
 
 #: Tokens of one batch: large enough for full speed of the matrix products, small enough that a batch's
 #: activations are few.
-BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+BATCH_TOKENS = {"cpu": 2048, "accelerator": 16384}
 #: Bytes of calibration activations that a CPU run keeps in memory. The rest goes to a scratch file, which the
 #: page cache holds where there is room.
 RESIDENT_CPU = 256 << 20
@@ -97,9 +98,16 @@ class QuantizationManager:
 
     Args:
         command: the words that were typed, for the report.
+        batch_tokens: calibration tokens that go through a block together; None: as many as suit the device.
     """
 
-    def __init__(self, plan: JobPlan, progress: Progress = silent, command: Sequence[str] | None = None):
+    def __init__(
+        self,
+        plan: JobPlan,
+        progress: Progress = silent,
+        command: Sequence[str] | None = None,
+        batch_tokens: int | None = None,
+    ):
         self.plan, self.progress, self.command = plan, progress, command
         recipe = plan.recipe
         if recipe.backend != defaults.ENGINE:
@@ -109,12 +117,14 @@ class QuantizationManager:
         self.quantizers = {a: make_quantizer(a) for a in dict.fromkeys(plan.assignments.values())}
         self.suppressors = {a: suppressor_of(a, recipe.alpha) for a in self.quantizers}
         self.device = device_of(recipe.device)
+        self.batch_tokens = batch_tokens or of_kind(BATCH_TOKENS, self.device)
         self.clock, self.records = Clock(), Records(plan, progress)
         self.pieces = PieceQuantizer(plan, self.quantizers, self.device, self.records)
         self.blocks = BlockQuantizer(
             plan, self.quantizers, self.suppressors, self.pieces.quantize, self.records, self.clock
         )
         self.scratch_bytes = 0
+        self._calibration = (0, 0)  # rows, and tokens of each
 
     @property
     def needs(self) -> frozenset[str]:
@@ -129,6 +139,7 @@ class QuantizationManager:
                 the source's.
         """
         start = time.perf_counter()
+        forget_peak(self.device)
         for note in self.plan.notes:
             self.progress(Event("plan", message=note, warning=True))
         rows, skeleton = self.prepare() if self.needs else (None, None)
@@ -184,6 +195,10 @@ class QuantizationManager:
         self.progress(Event("text"))
         with self.clock.phase("text"):
             rows = job_rows(self.plan)
+        if self.batch_tokens < of_kind(BATCH_TOKENS, self.device):
+            note = f"{self.device} ran out of memory: rows go through blocks by {self.batch_rows(rows)}"
+            rows = replace(rows, notes=(*rows.notes, note))
+        self._calibration = (len(rows.tokens), rows.tokens.shape[1])
         tell_notes(rows, self.progress)
         skeleton = Skeleton(self.plan.checkpoint, self.device)
         known = {
@@ -219,7 +234,7 @@ class QuantizationManager:
             "instructions": f"{torch.backends.cpu.get_cpu_capability()}, "
             f"{gram_for(1, self.device).__class__.__name__}{', oneDNN' if onednn_is_faster() else ''}"
             if self.device.type == "cpu"
-            else torch.cuda.get_device_name(self.device),
+            else device_name(self.device),
         }
 
     # --- methods that need statistics -----------------------------------------------------------------------
@@ -320,9 +335,19 @@ class QuantizationManager:
 
     def batches(self, rows: Rows) -> tuple[list[torch.Tensor], int | None]:
         """The batches that go through the blocks, and which of them is the held-out row."""
-        tokens = [*rows.tokens.split(batch_rows(self.device, rows.tokens.shape[1]))]
+        tokens = [*rows.tokens.split(self.batch_rows(rows))]
         held_out = None if rows.held_out is None else len(tokens)
         return [*tokens, *([rows.held_out] if rows.held_out is not None else [])], held_out
+
+    def smaller_batch(self) -> int | None:
+        """Tokens of half a batch; None where a batch is a single row, or there are none."""
+        rows, length = self._calibration
+        tokens = min(self.batch_tokens, rows * length)
+        return tokens // 2 if tokens > length else None
+
+    def batch_rows(self, rows: Rows) -> int:
+        """Calibration rows that go through a block together."""
+        return max(1, self.batch_tokens // rows.tokens.shape[1])
 
     def _finished_weights(self, unit: Unit, work: WorkFolder) -> dict[str, torch.Tensor]:
         """Dequantized weights of a finished block, read back from its shards."""
@@ -359,7 +384,7 @@ class QuantizationManager:
 
     def resident_bytes(self) -> int:
         """Bytes of calibration activations that stay in the device's memory."""
-        return torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else RESIDENT_CPU
+        return RESIDENT_CPU if self.device.type == "cpu" else memory_of(self.device)[0] // 2
 
     # --- methods that need no data --------------------------------------------------------------------------
 
@@ -466,7 +491,6 @@ class QuantizationManager:
     def _finish(self, work: WorkFolder, rows: Rows | None, start: float) -> Report:
         """Side files, index, config, static verification, report."""
         plan, checkpoint = self.plan, self.plan.checkpoint
-        gpu = self.device.type == "cuda"
         with self.clock.phase("finish"):
             config = output_config(plan, self._method_settings())
             arguments = engine_arguments(config, tensor_parallel=plan.recipe.tensor_parallel)
@@ -538,9 +562,9 @@ class QuantizationManager:
                 left=plan.left,
                 function=None if preserved is None else preserved.to_dict(),
                 scratch_bytes=self.scratch_bytes,
-                peak_gpu_bytes=torch.cuda.max_memory_allocated(self.device) if gpu else 0,
+                peak_gpu_bytes=peak_bytes(self.device),
             ),
-            provenance=Provenance.here(self.command, torch.cuda.get_device_name(self.device) if gpu else ""),
+            provenance=Provenance.here(self.command, device_name(self.device)),
         )
         write_report(work.path, report, checkpoint)
         return report
@@ -597,11 +621,6 @@ def memory_exhausted(device: torch.device, more: str = "") -> Iterator[None]:
             f"{device}: out of memory ({str(error).splitlines()[0][:160]}): use fewer --samples, a shorter "
             f"--sequence-length, or --device cpu{more}"
         ) from error
-
-
-def batch_rows(device: torch.device, length: int) -> int:
-    """Calibration rows of so many tokens that go through a block together."""
-    return max(1, BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"]) // length)
 
 
 def worker_count(threads: int) -> int:

@@ -11,6 +11,7 @@ from functools import cached_property
 
 import torch
 
+from quant.accelerator import of_kind
 from quant.checkpoint.dtypes import TORCH
 from quant.errors import NotFinite
 from quant.pipeline.plan import JobPlan
@@ -25,7 +26,7 @@ from quant.vllm.layers import sharing_layers
 
 #: Elements of a weight that are worked on at a time: a CPU's temporaries stay in its cache, a GPU's still
 #: fill it.
-PIECE = {"cpu": 1 << 18, "cuda": 1 << 24}
+PIECE = {"cpu": 1 << 18, "accelerator": 1 << 24}
 #: What becomes of a linear whose inputs a calibrated job does not see.
 UNSEEN = "no calibration token is seen to reach it: rounded to the nearest number"
 
@@ -118,7 +119,7 @@ class PieceQuantizer:
         Raises:
             NotFinite: it holds NaN or infinity.
         """
-        size = PIECE.get(self.device.type, PIECE["cuda"])
+        size = of_kind(PIECE, self.device)
         block = BLOCK if self.plan.assignments[name].scheme.weights.strategy == "block" else 1
         rows = max(block, size // self.plan.linears[name].k // block * block)
         ref = self.plan.refs[name]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quant.accelerator import on_accelerator
 from quant.quantizers.rounding import SEARCH_STEPS
 from quant.schemes import BLOCK, WeightScheme
 from quant.tensors import QuantizedTensor, code_values, largest_magnitude, scale_values
@@ -175,7 +176,7 @@ def round_floats(weight: torch.Tensor, scheme: WeightScheme, scales: FloatScales
     the weight."""
     n, k = weight.shape
     g = k if scheme.group_size == -1 else scheme.group_size
-    rows = n if weight.is_cuda else max(1, _CACHED // k)
+    rows = n if on_accelerator(weight) else max(1, _CACHED // k)
     codes = torch.empty(
         n, k, dtype=torch.float8_e4m3fn if scheme.bits == 8 else torch.uint8, device=weight.device
     )

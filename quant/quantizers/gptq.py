@@ -23,6 +23,7 @@ from typing import ClassVar, Literal
 import torch
 
 from quant import defaults
+from quant.accelerator import on_accelerator
 from quant.calibration.statistics import Statistics
 from quant.errors import QuantError
 from quant.quantizers.base import Quantized, QuantizerRegistry
@@ -250,7 +251,7 @@ def factorize_all(
 ) -> list[tuple[Factor | None, float]]:
     """:func:`factorize` of each. On a GPU all are factored at once, which one of them alone would not fill;
     those that fail go their own way up the ladder."""
-    if len(hessians) == 1 or not hessians[0].is_cuda:
+    if len(hessians) == 1 or not on_accelerator(hessians[0]):
         return [factorize(h, damping, order) for h, order in zip(hessians, orders, strict=True)]
     return factorize_together(hessians, damping, orders)
 
@@ -295,7 +296,7 @@ def factorize(
         wanted = damping * 10**rung
         ordered = _ordered(hessian, order)
         damp(ordered.diagonal(), wanted, rung > 0)
-        squares = None if ordered.is_cuda else [ordered[s, s].clone() for s in _panels(len(ordered))]
+        squares = None if on_accelerator(ordered) else [ordered[s, s].clone() for s in _panels(len(ordered))]
         if squares is None:
             whole = ordered.clone()
             if _factored(ordered):
@@ -358,7 +359,7 @@ def _factored(matrix: torch.Tensor) -> bool:
     other triangle behind LAPACK's routine, against the order of the memory, which takes half as long again.
     """
     k = len(matrix)
-    for columns in [slice(0, k)] if matrix.is_cuda else _panels(k):
+    for columns in [slice(0, k)] if on_accelerator(matrix) else _panels(k):
         begin, stop = columns.start, columns.stop
         done = matrix[:stop, stop:]
         panel = matrix[:stop, begin:stop].clone()
@@ -373,7 +374,7 @@ def _factored_panel(panel: torch.Tensor) -> bool:
     """:func:`_factored` of the last columns, [S, W], of a matrix [S, S] that the columns behind have been
     applied to."""
     above, width = len(panel) - panel.shape[1], panel.shape[1]
-    narrow = width if panel.is_cuda else _NARROW
+    narrow = width if on_accelerator(panel) else _NARROW
     for stop in range(width, 0, -narrow):
         start = max(stop - narrow, 0)
         top, bottom = above + start, above + stop
@@ -556,7 +557,7 @@ def _feed_back(
     feedback: torch.Tensor, errors: torch.Tensor, factors: Sequence[Factor], done: slice, ahead: slice
 ) -> None:
     """Adds what the errors of columns ``done`` push onto the columns ``ahead``, both [K, B, N]."""
-    if not feedback.is_cuda or len(factors) == 1:
+    if not on_accelerator(feedback) or len(factors) == 1:
         for i, factor in enumerate(factors):
             add_product(feedback[ahead, i], factor.block(done, ahead).t(), errors[done, i])
         return
@@ -579,7 +580,7 @@ def transpose(weight: torch.Tensor, order: torch.Tensor, out: torch.Tensor) -> N
     """Puts the columns of ``weight`` [N, K] in ``order``, one after another, into ``out`` [K, N]. By bands of
     rows, which a CPU's cache holds."""
     n = len(weight)
-    band = n if weight.is_cuda else _BAND
+    band = n if on_accelerator(weight) else _BAND
     for start in range(0, n, band):
         # transposed first: then whole runs are put in order, not single numbers
         out[:, start : start + band] = weight[start : start + band].t().contiguous().index_select(0, order)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quant.accelerator import on_accelerator
 from quant.quantizers.grids import Grid
 from quant.quantizers.products import product
 
@@ -201,6 +202,6 @@ def _take(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 def _product(matrices: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """[P, B, N] of matrices [B, P, R] and values [R, B, N]; on a CPU each weight's own, so that its codes do
     not depend on the batch."""
-    if not values.is_cuda:
+    if not on_accelerator(values):
         return torch.stack([matrix @ values[:, b] for b, matrix in enumerate(matrices)], 1)
     return torch.bmm(matrices, values.transpose(0, 1)).transpose(0, 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from quant.accelerator import on_accelerator
 from quant.schemes import WeightScheme
 
 #: The clipping search tries this many ranges per group, from the whole one down to a share of it. Fewer bits
@@ -110,7 +111,7 @@ def group_parameters(
 def rows_at_a_time(groups: torch.Tensor) -> int:
     """How many rows of [N, G, g] to search at once: as many as stay in the cache of a CPU, or as fill a
     GPU."""
-    return max(1, (_ON_GPU if groups.is_cuda else _CACHED) // groups[0].numel())
+    return max(1, (_ON_GPU if on_accelerator(groups) else _CACHED) // groups[0].numel())
 
 
 def _searched(

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from quant.accelerator import on_accelerator
 from quant.quantizers.grids import Grid
 from quant.quantizers.products import product
 
@@ -372,7 +373,7 @@ def _descend_panel(
 def products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """fp32 [..., M, N] of fp32 [..., M, K] and [..., K, N]. On a CPU one after another: the faster library
     does not take a batch of them."""
-    if left.is_cuda:
+    if on_accelerator(left):
         return left @ right
     if left.ndim == 2:
         return product(left, right)

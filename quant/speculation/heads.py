@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from quant.accelerator import synchronize
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.errors import CheckpointError, clipped, first_line
 from quant.offline import transformers
@@ -104,8 +105,7 @@ class Head(Proposer):
         state = out.last_hidden_state[0, -1:]
         normed = net.norm(state)
         logits = net.head(normed)[0].float()
-        if states.device.type == "cuda":
-            torch.cuda.synchronize(states.device)
+        synchronize(states.device)
         self._rows += len(tokens)
         self._seconds.setdefault(len(tokens), []).append(time.perf_counter() - begun)
         return logits, normed if net.normed else state

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from quant.accelerator import synchronize
 from quant.checkpoint.reader import open_checkpoint
 from quant.errors import CheckpointError, UsageError, first_line
 from quant.formats import find_format
@@ -132,8 +133,7 @@ class Model:
                     ) from error
         begun = time.perf_counter()
         result = self._pass(tokens, shared, last)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
         self.seconds.setdefault(len(tokens) - shared, []).append(time.perf_counter() - begun)
         return result.cpu()
 

@@ -140,7 +140,7 @@ def speculate(path: Path, request: SpeculationRequest, progress: Progress = sile
     prompts = _prompts(path, request)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="quant-speculate-")))
-        from quant.devices import device_of
+        from quant.accelerator import device_of
 
         progress(Event("loading", detail=str(path)))
         target = Model(path, device_of(request.device), scratch)
@@ -429,7 +429,7 @@ def predicted(result: dict[str, Any], path: Path, request: SpeculationRequest) -
         return None
     request = replace(request, most=int(config["num_speculative_tokens"]), sampling=Sampling())
     with tempfile.TemporaryDirectory(prefix="quant-speculate-") as folder:
-        from quant.devices import device_of
+        from quant.accelerator import device_of
 
         device = device_of(request.device)
         target = Model(path, device, Path(folder))
