@@ -23,24 +23,11 @@ if TYPE_CHECKING:
 
 #: Where an endpoint is and how it is asked.
 endpoint_options = together(
-    click.option(
-        "--served-model",
-        "model",
-        metavar="NAME",
-        show_default="the first it serves",
-        help="Model to ask for.",
-    ),
+    options.served_model,
     click.option("--chat", is_flag=True, help="Ask /v1/chat/completions instead of /v1/completions."),
-    click.option("--api-key-env", metavar="NAME", help="Environment variable that holds the API key."),
-    click.option("--ca", type=PATH, help="File of certificates to trust instead of the system's."),
-    click.option("--insecure", is_flag=True, help="Trust any certificate."),
-    click.option(
-        "--stall",
-        type=click.FloatRange(0, min_open=True),
-        default=120.0,
-        show_default=True,
-        help="Seconds without a byte after which a request is given up.",
-    ),
+    options.api_key_env,
+    options.certificates,
+    options.stall,
 )
 
 

@@ -61,6 +61,23 @@ from quant.errors import Problems, QuantError, UsageError
     help="Keep the numbers in the checkpoint's folder, and renew its page and model card with them.",
 )
 @options.device
+@options.vllm("serve the checkpoint there and measure what the server computes")
+@click.option(
+    "--url", help="Endpoint, such as http://127.0.0.1:8000, of a vLLM that serves the checkpoint already."
+)
+@click.option(
+    "--top-logprobs",
+    "width",
+    type=click.IntRange(1, 1000),
+    default=20,
+    show_default=True,
+    help="--vllm, --url: likeliest tokens that the server tells at each position; an endpoint tells 20 where "
+    "it was not started with more.",
+)
+@options.served_model
+@options.api_key_env
+@options.certificates
+@options.stall
 @common_options
 def evaluate(
     out: Output,
@@ -70,7 +87,7 @@ def evaluate(
     max_perplexity_increase: float | None,
     plot: Path | None,
     save: bool,
-    **measured: Any,
+    **given: Any,
 ) -> None:
     """Perplexity with its standard error; against a source, KL divergence and top-1 agreement. Several
     checkpoints make one table.
@@ -78,7 +95,10 @@ def evaluate(
     \b
     quant evaluate out/Llama-3.1-8B-W4A16 --against models/Llama-3.1-8B
     quant evaluate out/a out/b out/c --against models/Llama-3.1-8B --plot quality.html
+    quant evaluate out/Llama-3.1-8B-W4A16 --against models/Llama-3.1-8B --vllm .venv-vllm/bin/python
     """
+    measured = {k: given[k] for k in ("text", "length", "chunks", "domains", "long_context", "device")}
+    served = _server_of(given)
     if max_perplexity_increase is not None and not -1 <= max_perplexity_increase < math.inf:
         raise UsageError(
             f"--max-perplexity-increase is {max_perplexity_increase}: a finite share is needed, such as "
@@ -103,11 +123,35 @@ def evaluate(
     if len(paths) < 2 and plot is None:
         one = options.the_one(paths[0] if paths else None, model_path)
         _demand_reports([one] if save else [])
-        _one(out, one, against, max_perplexity_increase, measured, save)
+        _one(out, one, against, max_perplexity_increase, measured, save, served)
         return
+    if served:
+        raise UsageError("--vllm and --url measure one checkpoint, without --plot: give one")
     several = [*paths, *([model_path] if model_path else [])] or [options.the_one(None, None)]
     _demand_reports(several if save else [])
     _several(out, several, against, max_perplexity_increase, plot, measured, save)
+
+
+def _server_of(given: dict[str, Any]) -> dict[str, Any]:
+    """What answers for the checkpoint, as arguments of :func:`quant.serving.served.evaluate_served`; none
+    where nothing does."""
+    names = {
+        "width": "--top-logprobs", "model": "--served-model", "api_key_env": "--api-key-env", "ca": "--ca",
+        "insecure": "--insecure", "stall": "--stall",
+    }  # fmt: skip
+    python, url = given["vllm_python"], given["url"]
+    own = options.given({name: given[name] for name in names})
+    if python is not None and url is not None:
+        raise UsageError("--vllm starts a server and --url names one that runs: give one of them")
+    if url is None:
+        wrong = [names[n] for n in own if python is None or n != "width"]
+        if wrong:
+            needed = "--url" if python is not None else "--vllm or --url"
+            raise UsageError(f"{wrong[0]} is for a server that is asked: give {needed} too, or leave it out")
+        return {} if python is None else {"python": python, "width": given["width"]}
+    from quant.commands.bench import endpoint_of
+
+    return {"endpoint": endpoint_of(url, {**given, "chat": False}), "width": given["width"]}
 
 
 def _demand_reports(paths: list[Path]) -> None:
@@ -126,15 +170,34 @@ def _save(out: Output, path: str | Path, value: dict[str, Any]) -> None:
 
 
 def _one(
-    out: Output, path: Path, against: Path | None, most: float | None, measured: dict[str, Any], save: bool
+    out: Output,
+    path: Path,
+    against: Path | None,
+    most: float | None,
+    measured: dict[str, Any],
+    save: bool,
+    served: dict[str, Any],
 ) -> None:
     from quant.commands.render import results
 
     with out.progress() as progress:
-        from quant.evaluation.quality import evaluate as measure  # brings torch, which takes seconds
+        if served:
+            from quant.serving.served import evaluate_served
 
-        result = measure(path, against=against, progress=progress, **measured)
-    value = result.to_dict()
+            result, answers = evaluate_served(
+                path,
+                against=against,
+                progress=progress,
+                log=lambda line: out.details([line]),
+                **measured,
+                **served,
+            )
+            value = {**result.to_dict(), "served": answers}
+        else:
+            from quant.evaluation.quality import evaluate as measure  # brings torch, which takes seconds
+
+            result = measure(path, against=against, progress=progress, **measured)
+            value = result.to_dict()
     out.result(value, lambda console: results.evaluation(console, value))
     if save:
         _save(out, path, value)

@@ -168,6 +168,25 @@ start_timeout = click.option(
     help="Seconds to wait until it is healthy.",
 )
 
+#: How an endpoint is asked that is there already.
+served_model = click.option(
+    "--served-model", "model", metavar="NAME", show_default="the first it serves", help="Model to ask for."
+)
+api_key_env = click.option(
+    "--api-key-env", metavar="NAME", help="Environment variable that holds the API key."
+)
+certificates = together(
+    click.option("--ca", type=PATH, help="File of certificates to trust instead of the system's."),
+    click.option("--insecure", is_flag=True, help="Trust any certificate."),
+)
+stall = click.option(
+    "--stall",
+    type=click.FloatRange(0, min_open=True),
+    default=120.0,
+    show_default=True,
+    help="Seconds without a byte after which a request is given up.",
+)
+
 device = click.option(
     "--device", show_default="cuda where there is one", help="Where torch computes: cpu, cuda or cuda:N."
 )
@@ -267,6 +286,13 @@ def format_(default: str) -> Decorator:
 
 def against(purpose: str) -> Decorator:
     return click.option("--against", type=MODEL, help=f"Source checkpoint to compare with: {purpose}.")
+
+
+def vllm(purpose: str) -> Decorator:
+    """The command receives it as ``vllm_python``."""
+    return click.option(
+        "--vllm", "vllm_python", type=PATH, help=f"Python of an environment with vLLM: {purpose}."
+    )
 
 
 def source(purpose: str) -> Decorator:

@@ -8,7 +8,6 @@ import click
 
 from quant.commands import options
 from quant.commands.terminal import Output, common_options
-from quant.commands.types import PATH
 from quant.errors import VerificationFailed
 from quant.progress import Event
 
@@ -18,12 +17,7 @@ from quant.progress import Event
 @options.tensor_parallel(1)
 @options.source("every tensor and side file of it is accounted for")
 @options.against("every dequantized tensor (takes torch)")
-@click.option(
-    "--vllm",
-    "vllm_python",
-    type=PATH,
-    help="Python of an environment with vLLM: load it there, compare log-probabilities.",
-)
+@options.vllm("load it there, compare log-probabilities")
 @options.target
 @options.made_for
 @common_options

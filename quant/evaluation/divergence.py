@@ -28,13 +28,15 @@ Logits = Callable[[int, int], torch.Tensor]
 
 @dataclass(frozen=True)
 class TokenNumbers:
-    """Of each token, on the CPU, fp32 [...] but ``among`` and ``source_among``.
+    """Of each token, on the CPU, fp32 [...] where nothing else is said.
 
     Attributes:
         nll, source_nll: negative log-likelihood of the text's own token, nats.
         kl: KL(source ‖ candidate), nats.
         top1: 1 where both have the same likeliest token, else 0.
         top5: share of the source's five likeliest that are among the candidate's five.
+        choice: int64, the candidate's likeliest token.
+        source_most: log-probability of the source's likeliest token.
         among, source_among: log-probabilities fp64 [..., W] of the tokens that were asked for.
     """
 
@@ -43,6 +45,8 @@ class TokenNumbers:
     kl: torch.Tensor | None = None
     top1: torch.Tensor | None = None
     top5: torch.Tensor | None = None
+    choice: torch.Tensor | None = None
+    source_most: torch.Tensor | None = None
     among: torch.Tensor | None = None
     source_among: torch.Tensor | None = None
 
@@ -148,7 +152,11 @@ def token_numbers(
         for first, last in ranges:
             own.take(candidate(first, last), first, 1)
         logs = own.logs()
-        return TokenNumbers(_kept(-logs[:, 0]), among=None if among is None else logs[:, 1:].cpu())
+        return TokenNumbers(
+            _kept(-logs[:, 0]),
+            choice=own.which[:, 0].cpu(),
+            among=None if among is None else logs[:, 1:].cpu(),
+        )
     other = _Running(len(wanted), wanted.device, asked)
     crossed = torch.zeros_like(other.sum)
     for first, last in ranges:
@@ -167,6 +175,8 @@ def token_numbers(
         kl=_kept(kl),
         top1=_kept(own.which[:, 0] == other.which[:, 0]),
         top5=_kept(same),
+        choice=own.which[:, 0].cpu(),
+        source_most=_kept(other.top[:, 0].double() - other.log_sum),
         among=None if among is None else mine[:, 1:].cpu(),
         source_among=None if among is None else theirs[:, 1:].cpu(),
     )

@@ -13,7 +13,7 @@ nats per token.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -249,7 +249,19 @@ def evaluate(
         texts, notes = against.texts, against.notes
     simulation = Simulation(checkpoint)
     runner = Runner(checkpoint, target, simulation)
-    numbers, _ = run_both(runner, against, joined(texts), target, progress)
+    numbers = run_both(runner, against, joined(texts), target, progress)
+    return evaluation_of(path, against, texts, notes, simulation, numbers)
+
+
+def evaluation_of(
+    path: str | Path,
+    against: Source | None,
+    texts: Sequence[EvaluationText],
+    notes: tuple[str, ...],
+    simulation: Simulation,
+    numbers: TokenNumbers,
+) -> Evaluation:
+    """What numbers of the tokens of texts [chunks, T] say."""
     return Evaluation(
         path=str(path),
         against=None if against is None else against.path,
@@ -268,14 +280,14 @@ def run_both(
     device: torch.device,
     progress: Progress,
     among: torch.Tensor | None = None,
-) -> tuple[TokenNumbers, list[tuple[int, int]]]:
+) -> TokenNumbers:
     """Runs a candidate and its source on rows of tokens [R, T].
 
     Args:
         among: int64 [R, T - 1, W], tokens whose log-probabilities are wanted too.
 
     Returns:
-        numbers of [R, T - 1] tokens, and the ranges of columns that the logits came in.
+        numbers of [R, T - 1] tokens.
 
     Raises:
         CheckpointError: the tokens or the source are of another model.
@@ -293,24 +305,56 @@ def run_both(
     with ExitStack() as stack, torch.no_grad():
         for one in runners:
             stack.enter_context(one.skeleton.outside())
-        vocabulary = runner.skeleton.vocabulary
-        ranges = list(divergence.slices(vocabulary, divergence.COLUMNS))
-        if len(ranges) > 1 and not all(
-            r.can_cut(batches[0], h[0], ranges) for r, h in zip(runners, hidden, strict=True)
-        ):
-            ranges = [(0, vocabulary)]
+        ranges = columns_of(runners, batches[0], [h[0] for h in hidden])
+
+        def noted(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            progress(Event("compare", done, total, detail="tokens"))
+
         for index, batch in enumerate(batches):
-            pieces = []
-            step = max(1, divergence.SLICE // (ranges[0][1] * len(batch)))
-            for first in range(0, batch.shape[1] - 1, step):
-                last = min(first + step, batch.shape[1] - 1)
-                states = [h[index][..., first:last, :].contiguous() for h in hidden]
-                which = None if asked is None else asked[index][:, first:last]
-                pieces.append(_compared(runners, batch[:, first : last + 1], states, ranges, which, device))
-                done += len(batch) * (last - first)
-                progress(Event("compare", done, total, detail="tokens"))
-            parts.append(TokenNumbers.joined(pieces, 1))
-    return TokenNumbers.joined(parts, 0), ranges
+            states = [h[index][..., :-1, :] for h in hidden]
+            which = None if asked is None else asked[index]
+            parts.append(compared(runners, batch, states, ranges, which, device, noted))
+    return TokenNumbers.joined(parts, 0)
+
+
+def columns_of(
+    runners: Sequence[Runner], batch: torch.Tensor, states: Sequence[torch.Tensor]
+) -> list[tuple[int, int]]:
+    """Ranges of columns in which all of them give logits; tried on the first token of a batch [B, T] with
+    its states. The models' outer parts are to be loaded (:meth:`Skeleton.outside`)."""
+    vocabulary = runners[0].skeleton.vocabulary
+    ranges = list(divergence.slices(vocabulary, divergence.COLUMNS))
+    if len(ranges) == 1 or all(r.can_cut(batch, h, ranges) for r, h in zip(runners, states, strict=True)):
+        return ranges
+    return [(0, vocabulary)]
+
+
+def compared(
+    runners: Sequence[Runner],
+    tokens: torch.Tensor,
+    states: Sequence[torch.Tensor],
+    ranges: list[tuple[int, int]],
+    among: torch.Tensor | None,
+    device: torch.device,
+    noted: Callable[[int], None] = lambda tokens: None,
+) -> TokenNumbers:
+    """Numbers [B, T] of tokens [B, T + 1] from the states [..., T, H] of all but the last, so many tokens at
+    a time that logits stay small.
+
+    Args:
+        noted: is told how many tokens are done.
+    """
+    length, pieces = tokens.shape[1] - 1, []
+    step = max(1, divergence.SLICE // (ranges[0][1] * len(tokens)))
+    for first in range(0, length, step):
+        last = min(first + step, length)
+        some = [h[..., first:last, :].contiguous() for h in states]
+        which = None if among is None else among[:, first:last]
+        pieces.append(_compared(runners, tokens[:, first : last + 1], some, ranges, which, device))
+        noted(len(tokens) * (last - first))
+    return TokenNumbers.joined(pieces, 1)
 
 
 def _demand_one_vocabulary(runners: Sequence[Runner], against: Source | None, rows: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ moves log-probabilities by far more.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -364,13 +364,25 @@ def _rms(values: torch.Tensor) -> float:
     return float(values.double().square().mean().sqrt())
 
 
-def open_server(path: Path, python: str | Path) -> Server:
+def open_server(
+    path: Path,
+    python: str | Path,
+    length: int = PROMPT_TOKENS + NEW_TOKENS,
+    extra: Sequence[str] = (),
+    log: Callable[[str], None] = lambda line: None,
+) -> Server:
     """A server for comparisons on a free port, not started yet: every weight tracked, activations of 4-bit
-    layers left in 16 bits."""
+    layers left in 16 bits.
+
+    Args:
+        length: tokens of a prompt and its continuation; of a shorter context as many as it has.
+        extra: more arguments of vLLM.
+        log: receives the lines that the server prints.
+    """
     installation = find_vllm(python)
     longest = context_length(open_checkpoint(path).config)
-    length = min(PROMPT_TOKENS + NEW_TOKENS, longest or PROMPT_TOKENS + NEW_TOKENS)
-    deployment = plan(path, DeploymentRequest(max_model_len=length, extra=FLAGS))
+    length = min(length, longest or length)
+    deployment = plan(path, DeploymentRequest(max_model_len=length, extra=(*FLAGS, *extra)))
     deployment.demand_trust()
     port = free_port(deployment.host)
     return Server(
@@ -382,6 +394,7 @@ def open_server(path: Path, python: str | Path) -> Server:
         name=deployment.name,
         program=installation.program,
         environment=cpu_environment(exact=True) if installation.cpu else {},
+        log=log,
     )
 
 

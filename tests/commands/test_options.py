@@ -29,6 +29,7 @@ PURPOSES = {
     "--seed": "Of ",
     "--dry-run": "Check everything, predict bytes, memory and time, write nothing",
     "--output": "File to write: ",
+    "--vllm": "Python of an environment with vLLM: ",
     "--url": "Endpoint, such as http://127.0.0.1:8000",
 }
 #: What means something else in one subcommand, as scripts rely on: smoothing where the others round; a kind

@@ -116,7 +116,7 @@ def test_positions_add_up_and_one_is_measured_as_a_shorter_chunk(
 
     device = torch.device("cpu")
     runner = Runner(open_checkpoint(tmp_path / "out"), device)
-    short, _ = run_both(runner, None, rows[:, :513], device, silent)
+    short = run_both(runner, None, rows[:, :513], device, silent)
     first = whole.positions[0].perplexity.mean
     assert float(short.nll.mean().exp()) == pytest.approx(first, rel=1e-4)
     assert edges(512) == [(1, 512)] and edges(8191)[-1] == (4097, 8191)

@@ -66,6 +66,24 @@ def bench(*options: str, **settings: Any) -> dict[str, Any]:
     return value
 
 
+def _is_measured_as_served(url: str, path: Path, source: Path, environment: dict[str, str]) -> None:
+    """Its own log-probabilities give the loss that our run of the checkpoint gives, and the bound of the KL
+    that the same tokens give there; the source's would give none."""
+    command = [sys.executable, str(ROOT / "quantize.py"), "evaluate", str(path), "--against", str(source)]
+    command += ["--url", url, "--api-key-env", "KEY", "--length", "128", "--chunks", "6", "--json", "-q"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    value = json.loads(done.stdout)
+    served, kl = value["served"], value["kl"]["mean"]
+    assert served["url"] == url and served["tokens"] == value["tokens"] == 6 * 127
+    assert abs(served["loss"]["mean"] - value["loss"]["mean"]) < 0.01
+    bound, own = served["kl_at_least"]["mean"], served["own_kl_at_least"]["mean"]
+    assert 0 < own < served["own_kl"]["mean"] == kl
+    # 16 bits add a little to what rounding the weights costs
+    assert 0.8 * own < bound < 1.5 * own + 5e-4, served
+    assert served["distance"] < 0.1 and served["top1"]["mean"] > 0.85
+
+
 def _is_loaded(url: str, folder: Path, environment: dict[str, str]) -> None:
     """At 1, 4 and 16 at a time, every token is counted and the reports are there."""
     lengths = ["--requests", "24", "--input-tokens", "64", "--output-tokens", "24"]
@@ -150,6 +168,7 @@ def test_serve_answers_is_checked_and_loaded_until_a_signal_and_leaves_no_proces
         options = ("--url", report["url"], "--only", "operation", "--output", str(tmp_path / "check.json"))
         code, found, said = _check(*options, "--api-key-env", "KEY", env=environment)
         assert code == 0 and json.loads((tmp_path / "check.json").read_text())["passed"], found
+        _is_measured_as_served(report["url"], path, source, environment)
         _is_loaded(report["url"], tmp_path / "load", environment)
         _counts_as_vllms_own_tool(report["url"], environment, vllm_python)
         _exports_what_is_read(report["url"])

@@ -282,11 +282,50 @@ def evaluation(console: Console, value: Mapping[str, Any]) -> None:
         if value.get("top5"):
             rows.append(("top-5 agreement", mean_and_error(value["top5"], ".2%")))
     table(console, named(value["path"]), rows)
+    if value.get("served"):
+        _as_served(console, value["served"])
     _evaluated_parts(console, "domain", value.get("domains") or ())
     if value.get("worst_domain"):
         worst = next(d for d in value["domains"] if d["name"] == value["worst_domain"])
         console.print(f"worst: {worst['name']}, KL {mean_and_error(worst['kl'], '.5f')}", markup=False)
     _evaluated_parts(console, "tokens before", value.get("positions") or ())
+
+
+def _as_served(console: Console, served: Mapping[str, Any]) -> None:
+    """What a server computes, under what our own run does."""
+    rows = [
+        ("tokens", f"{served['chunks']} chunks, {served['tokens']:,} tokens"),
+        ("perplexity", f"{served['perplexity']:.4f}"),
+        ("from our own run", f"{served['distance']:.4f} nats (root mean square)"),
+    ]
+    if served["kl_at_least"]:
+        rows += [
+            ("loss to source", f"{mean_and_error(served['loss'], '.5f')} nats per token"),
+            (
+                "KL to source",
+                f"at least {mean_and_error(served['kl_at_least'], '.5f')} nats per token, from the "
+                f"{served['width']} likeliest tokens ({served['told']:.1%} of the probability)",
+            ),
+            (
+                "",
+                f"our own run: {mean_and_error(served['own_kl_at_least'], '.5f')} of the same, "
+                f"{mean_and_error(served['own_kl'], '.5f')} over the whole vocabulary",
+            ),
+            ("top-1 agreement", mean_and_error(served["top1"], ".2%")),
+        ]
+    console.print()
+    table(console, f"as served by {served['url'] or 'vLLM'}", rows)
+    if served["domains"]:
+        parts = served["domains"]
+        console.print()
+        columns = [
+            Column("domain, served", [p["name"] for p in parts]),
+            Column("perplexity", [f"{p['perplexity']:.4f}" for p in parts], 0, True),
+            Column("KL, at least", [mean_and_error(p["kl_at_least"], ".5f") for p in parts], 0, True),
+            Column("our own run's", [mean_and_error(p["own_kl_at_least"], ".5f") for p in parts], 1, True),
+            Column("top-1", [mean_and_error(p["top1"], ".2%") for p in parts], 1, True),
+        ]
+        draw(console, columns)
 
 
 def _loss(value: Mapping[str, Any]) -> str:
