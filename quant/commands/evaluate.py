@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,9 @@ from quant.commands import options
 from quant.commands.terminal import Output, common_options
 from quant.commands.types import MODEL, PATH, TokenCount
 from quant.errors import Problems, QuantError, UsageError
+
+if TYPE_CHECKING:
+    from quant.evaluation.tasks import TaskRequest
 
 
 @click.command()
@@ -60,6 +63,21 @@ from quant.errors import Problems, QuantError, UsageError
     is_flag=True,
     help="Keep the numbers in the checkpoint's folder, and renew its page and model card with them.",
 )
+@click.option(
+    "--tasks",
+    metavar="NAME,…",
+    help="Tasks of lm-eval to run too, such as arc_easy,piqa: those that score answers.",
+)
+@click.option("--tasks-path", type=PATH, help="--tasks: folder with tasks of your own (YAML).")
+@click.option(
+    "--tasks-python",
+    type=PATH,
+    show_default="this one",
+    help="--tasks: Python of an environment with lm-eval, as python -m quant.evaluation.task_environment "
+    "DIR makes one.",
+)
+@click.option("--limit", type=click.IntRange(2), help="--tasks: documents of each, the first ones.")
+@click.option("--few-shot", type=click.IntRange(0), help="--tasks: examples before each document.")
 @options.device
 @options.vllm("serve the checkpoint there and measure what the server computes")
 @click.option(
@@ -96,9 +114,10 @@ def evaluate(
     quant evaluate out/Llama-3.1-8B-W4A16 --against models/Llama-3.1-8B
     quant evaluate out/a out/b out/c --against models/Llama-3.1-8B --plot quality.html
     quant evaluate out/Llama-3.1-8B-W4A16 --against models/Llama-3.1-8B --vllm .venv-vllm/bin/python
+    quant evaluate out/Llama-3.1-8B-W4A16 --against models/Llama-3.1-8B --tasks arc_easy,piqa
     """
     measured = {k: given[k] for k in ("text", "length", "chunks", "domains", "long_context", "device")}
-    served = _server_of(given)
+    served, tasks = _server_of(given), _tasks_of(given)
     if max_perplexity_increase is not None and not -1 <= max_perplexity_increase < math.inf:
         raise UsageError(
             f"--max-perplexity-increase is {max_perplexity_increase}: a finite share is needed, such as "
@@ -123,10 +142,10 @@ def evaluate(
     if len(paths) < 2 and plot is None:
         one = options.the_one(paths[0] if paths else None, model_path)
         _demand_reports([one] if save else [])
-        _one(out, one, against, max_perplexity_increase, measured, save, served)
+        _one(out, one, against, max_perplexity_increase, measured, save, served, tasks)
         return
-    if served:
-        raise UsageError("--vllm and --url measure one checkpoint, without --plot: give one")
+    if served or tasks:
+        raise UsageError("--vllm, --url and --tasks measure one checkpoint, without --plot: give one")
     several = [*paths, *([model_path] if model_path else [])] or [options.the_one(None, None)]
     _demand_reports(several if save else [])
     _several(out, several, against, max_perplexity_increase, plot, measured, save)
@@ -154,6 +173,29 @@ def _server_of(given: dict[str, Any]) -> dict[str, Any]:
     return {"endpoint": endpoint_of(url, {**given, "chat": False}), "width": given["width"]}
 
 
+def _tasks_of(given: dict[str, Any]) -> TaskRequest | None:
+    """What --tasks asks for, checked as far as can be without running it."""
+    if given["tasks"] is None:
+        names = {"tasks_path": "--tasks-path", "tasks_python": "--tasks-python", "limit": "--limit",
+                 "few_shot": "--few-shot"}  # fmt: skip
+        if own := options.given({name: given[name] for name in names}):
+            raise UsageError(f"{names[next(iter(own))]} is for --tasks: give it too, or leave this out")
+        return None
+    if given["vllm_python"] is not None or given["url"] is not None:
+        raise UsageError("--tasks are run here, not by a server: leave --vllm and --url out, or --tasks")
+    from quant.evaluation.tasks import TaskRequest
+
+    request = TaskRequest(
+        tuple(name.strip() for name in given["tasks"].split(",")),
+        given["tasks_path"],
+        given["tasks_python"],
+        given["limit"],
+        given["few_shot"],
+    )
+    request.check()
+    return request
+
+
 def _demand_reports(paths: list[Path]) -> None:
     """Refuses what the numbers cannot be kept beside, before minutes are spent on them."""
     from quant.report.files import savable
@@ -177,6 +219,7 @@ def _one(
     measured: dict[str, Any],
     save: bool,
     served: dict[str, Any],
+    tasks: TaskRequest | None,
 ) -> None:
     from quant.commands.render import results
 
@@ -198,6 +241,12 @@ def _one(
 
             result = measure(path, against=against, progress=progress, **measured)
             value = result.to_dict()
+        if tasks is not None:
+            from quant.evaluation.tasks import run_tasks
+
+            value["tasks"] = run_tasks(
+                path, tasks, against=against, device=measured["device"], progress=progress
+            )
     out.result(value, lambda console: results.evaluation(console, value))
     if save:
         _save(out, path, value)

@@ -56,6 +56,31 @@ def _whole(value: Mapping[str, Any]) -> bool:
         and measured(value.get("perplexity"))
         and all(value.get(k) is None or measured(value[k]) for k in _MEASURED)
         and all(_whole_parts(value.get(k)) for k in ("domains", "positions"))
+        and _whole_tasks(value.get("tasks"))
+    )
+
+
+def _whole_tasks(value: Any) -> bool:
+    """Whether what lm-eval judged is all there, if it did."""
+    if value is None:
+        return True
+    tasks = value.get("tasks") if isinstance(value, dict) else None
+    return (
+        isinstance(tasks, dict)
+        and isinstance(value.get("version"), str)
+        and all(
+            isinstance(task, dict)
+            and isinstance(task.get("documents"), int)
+            and isinstance(task.get("metrics"), dict)
+            and all(
+                isinstance(m, dict)
+                and isinstance(m.get("value"), (int, float))
+                and all(isinstance(m.get(k), (int, float, type(None))) for k in ("source", "standard_error"))
+                and isinstance(m.get("difference"), (dict, type(None)))
+                for m in task["metrics"].values()
+            )
+            for task in tasks.values()
+        )
     )
 
 

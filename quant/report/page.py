@@ -200,8 +200,24 @@ def _quality(report: Report, evaluation: Mapping[str, Any] | None) -> list[str]:
         table(["", ""], rows),
         *_measured_parts("domain", evaluation.get("domains") or (), evaluation.get("worst_domain")),
         *_measured_parts("tokens before", evaluation.get("positions") or ()),
+        *_tasks(evaluation.get("tasks")),
         "<p class=muted>± one standard error over chunks</p>",
     ]
+
+
+def _tasks(value: Mapping[str, Any] | None) -> list[str]:
+    """What lm-eval judged, a row for each metric."""
+    if not value:
+        return []
+    rows = []
+    for name, task in value["tasks"].items():
+        for metric, m in task["metrics"].items():
+            own = {"mean": m["value"], "standard_error": m["standard_error"]}
+            source = None if m["source"] is None else {"mean": m["source"]}
+            cells = [mean_and_error(x, ".4f") for x in (own, source, m["difference"])]
+            rows.append([f"{name}, {task['documents']} documents", metric, *cells])
+    head = [f"task of lm-eval {value['version']}", "metric", "value", "the source's", "difference"]
+    return [table(head, rows, [2, 3, 4])]
 
 
 def _measured_parts(heading: str, parts: Sequence[Mapping[str, Any]], worst: str | None = None) -> list[str]:

@@ -289,6 +289,31 @@ def evaluation(console: Console, value: Mapping[str, Any]) -> None:
         worst = next(d for d in value["domains"] if d["name"] == value["worst_domain"])
         console.print(f"worst: {worst['name']}, KL {mean_and_error(worst['kl'], '.5f')}", markup=False)
     _evaluated_parts(console, "tokens before", value.get("positions") or ())
+    if value.get("tasks"):
+        _tasks(console, value["tasks"])
+
+
+def _tasks(console: Console, value: Mapping[str, Any]) -> None:
+    """What lm-eval judged."""
+    rows = [
+        (name, task["documents"], metric, m)
+        for name, task in value["tasks"].items()
+        for metric, m in task["metrics"].items()
+    ]
+    console.print()
+    console.print(f"lm-eval {value['version']}", markup=False)
+    columns = [
+        Column("task", [f"{name}, {count} documents" for name, count, _, _ in rows]),
+        Column("metric", [metric for _, _, metric, _ in rows]),
+        Column("value", [_with_error(m["value"], m["standard_error"]) for *_, m in rows], 0, True),
+        Column("source's", [_with_error(m["source"], None) for *_, m in rows], 1, True),
+        Column("difference", [mean_and_error(m["difference"], ".4f") for *_, m in rows], 0, True),
+    ]
+    draw(console, columns)
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    return mean_and_error(None if value is None else {"mean": value, "standard_error": error}, ".4f")
 
 
 def _as_served(console: Console, served: Mapping[str, Any]) -> None:
