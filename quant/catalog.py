@@ -185,9 +185,9 @@ def find_model(name: str, online: bool = False) -> ModelSpec:
     for pattern, config in NAME_MARKS:
         match = re.search(pattern, plain, re.IGNORECASE)
         if match:
-            plain, quantization = plain[: match.start()], config or None
-            if config:
-                notes.append(f"stored as {config['quant_method']}, by its name")
+            plain, quantization = plain[: match.start()], config
+            how = f"as {config['quant_method']}" if config else "in 16 bits"
+            notes.append(f"stored {how}, by its name")
             break
     listed = _base(plain, keys)
     if listed is None:
@@ -283,6 +283,10 @@ def _entry(
     quantization: dict[str, Any] | None,
     notes: list[str],
 ) -> ModelSpec:
+    """
+    Args:
+        quantization: that the name tells; empty: none; None: it tells nothing of it.
+    """
     entry = entries[listed]
     source = f"{entry['source']} ({entry['note']})" if "note" in entry else entry["source"]
     spec = spec_from_config(entry["config"], name, f"the catalogue's entry {listed}", source)
@@ -292,8 +296,10 @@ def _entry(
         spec, notes=(*spec.notes, *notes), hub=_hub_of(name, listed),
         uncertainty=spec.uncertainty + entry.get("uncertainty", 0.0),
     )  # fmt: skip
-    # the entry knows its own scheme
-    return stored_as(spec, quantization) if quantization and not spec.quantization else spec
+    own = spec.quantization or {}
+    if quantization is None or own.get("quant_method") == quantization.get("quant_method"):
+        return spec  # the entry knows its own scheme better than the name tells it
+    return stored_as(spec, quantization) if quantization else replace(spec, quantization=None)
 
 
 def _hub_of(name: str, listed: str) -> str:

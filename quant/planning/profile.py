@@ -184,7 +184,7 @@ def other_memory(rules: Rules, gpu: Gpu, world: int, eager: bool = False) -> int
         return CPU_PROCESS_BYTES
     held = gpu.total_bytes - gpu.free_bytes if rules.held_counted else 0
     if has_unified_memory(gpu):
-        return rules.other_bytes_unified + held
+        return (rules.other_bytes_unified if world == 1 else rules.other_bytes_unified_ranks) + held
     if world == 1:
         return rules.other_bytes + held
     if not shares_memory(gpu):

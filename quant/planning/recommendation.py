@@ -31,7 +31,7 @@ from quant.planning.request import EngineRequest
 from quant.planning.rule_of_thumb import rule_of_thumb
 from quant.planning.scenarios import Scenario, load_scenario
 from quant.planning.scheme_plans import PLAN_KEYS, SchemePlan, plan_scheme
-from quant.planning.start import largest_utilization
+from quant.planning.start import usual_utilization, why_utilization
 from quant.planning.storage import (
     is_quantized,
     source_kernels,
@@ -340,13 +340,9 @@ def _completed(
         notes.append("the GPUs differ: every one gets the same share, so the smallest decides")
     if request.gpu_memory_utilization is None and gpu.platform != "cpu":
         default = rules_for(request.vllm_version, gpu.capability).utilization
-        if gpu.total_bytes * default > gpu.free_bytes:
-            share = largest_utilization(gpu)
+        if (share := usual_utilization(gpu, default)) != default:
             request = replace(request, gpu_memory_utilization=share)
-            notes.append(
-                f"{format_size(gpu.total_bytes - gpu.free_bytes)} is held by others: utilization "
-                f"{share:.2f} instead of {default:.2f}"
-            )
+            notes.append(f"{why_utilization(gpu, default)}: utilization {share:.2f} instead of {default:.2f}")
     kernels = source_kernels(spec)
     if asked is not None and is_quantized(asked.scheme):
         kernel = kernel_of(asked.scheme)

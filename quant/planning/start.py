@@ -11,7 +11,7 @@ from quant.planning.cuts import group_problems, parallel_problems
 from quant.planning.engine import Engine, Stage
 from quant.planning.kvcache import longest_context
 from quant.units import GIB, format_size
-from quant.vllm.kernels import GROUP_SIZES
+from quant.vllm.kernels import GROUP_SIZES, has_unified_memory
 from quant.vllm.layers import DEGREES
 
 
@@ -226,6 +226,26 @@ class Start:
 
 def _smaller(value: int) -> int:
     return max(1, value // 4)
+
+
+#: Share of a GPU that shares the host's memory which is asked for unless another is named: how much more is
+#: free at the start differs from machine to machine (vllm-project/recipes #632 needs it,
+#: MiaAI-Lab/GLM-5.3-Flash-EXL3-2x-DGX-Sparks #47 starts no higher than 0.83 to 0.87).
+UNIFIED_UTILIZATION = 0.85
+
+
+def usual_utilization(gpu: Gpu, default: float) -> float:
+    """The share to ask for where none is named: the release's default, less where the host's own programs or
+    others hold memory."""
+    usual = min(default, UNIFIED_UTILIZATION) if has_unified_memory(gpu) else default
+    return min(usual, largest_utilization(gpu)) if gpu.total_bytes * usual > gpu.free_bytes else usual
+
+
+def why_utilization(gpu: Gpu, default: float) -> str:
+    """Why :func:`usual_utilization` is not the default."""
+    if gpu.total_bytes * default > gpu.free_bytes:
+        return f"{format_size(gpu.total_bytes - gpu.free_bytes)} of {gpu.name} is held by others"
+    return f"{gpu.name} shares its memory with the host"
 
 
 def largest_utilization(gpu: Gpu) -> float:

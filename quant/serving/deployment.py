@@ -423,7 +423,7 @@ def _fit(folder: Path, chosen: dict[str, Argument], request: DeploymentRequest, 
         UsageError: there is no GPU of that name.
     """
     from quant.hardware import detect, named_gpus
-    from quant.planning.start import largest_utilization
+    from quant.planning.start import usual_utilization, why_utilization
     from quant.vllm.kernels import FP8_CACHE_CAPABILITY, has_fp8_cache
     from quant.vllm.releases import rules_for
 
@@ -448,9 +448,9 @@ def _fit(folder: Path, chosen: dict[str, Argument], request: DeploymentRequest, 
     default = rules_for(VLLM_VERSION, gpu.capability).utilization
     passed_on = named(request.extra)
     share = passed_on.get("gpu-memory-utilization", chosen.get("gpu-memory-utilization"))
-    if share is None and gpu.total_bytes * default > gpu.free_bytes:
-        held = f"{format_size(gpu.total_bytes - gpu.free_bytes)} of {gpu.name} is held by others"
-        chosen["gpu-memory-utilization"] = Argument("gpu-memory-utilization", largest_utilization(gpu), held)
+    if share is None and (usual := usual_utilization(gpu, default)) != default:
+        why = why_utilization(gpu, default)
+        chosen["gpu-memory-utilization"] = Argument("gpu-memory-utilization", usual, why)
     cache = passed_on.get("kv-cache-dtype") or str(getattr(chosen.get("kv-cache-dtype"), "value", "auto"))
     if cache.startswith("fp8") and not has_fp8_cache(gpu):
         taken.append(

@@ -114,6 +114,8 @@ class Rules:
     other_bytes_nvlink: int
     other_bytes_pcie: int
     other_bytes_unified: int
+    #: the same of several such machines, each of which holds the network's buffers too
+    other_bytes_unified_ranks: int
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -240,7 +242,9 @@ def rules_for(
         # ROCm loads code objects and hipBLASLt's workspaces into the process (a start on an MI300X)
         other_bytes=int((1.0 if platform == "rocm" else 0.25 if v1 else 0.06) * GIB),
         other_bytes_nvlink=int(nvlink * GIB),
-        other_bytes_pcie=int((0.45 if v1 else 0.25) * GIB), other_bytes_unified=6 * GIB,
+        other_bytes_pcie=int((0.45 if v1 else 0.25) * GIB), other_bytes_unified=9 * GIB,
+        # two DGX Spark at 0.29, TP 2 over their network: 15.6 and 15.4 (eugr/spark-vllm-docker #396)
+        other_bytes_unified_ranks=int(15.5 * GIB),
         largest_graph=1024 if generation == 10 else 512,
         mxfp4_inner=64 if generation == 9 and release >= (0, 12, 0) else 128, **values,
     )  # fmt: skip

@@ -411,3 +411,23 @@ def test_numbers_without_a_dimension_and_leftover_buffers_are_planned_with(
     assert any(n.startswith("2 leftover buffers (bias, masked_bias") for n in after.notes)
     recommended = recommend(source, "L40S-48GB", EngineRequest(context=128))
     assert recommended.plans
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("QuantTrio/MiniMax-M2.7-AWQ", "awq"), ("cognitivecomputations/DeepSeek-R1-AWQ", "awq"),
+        ("nvidia/DeepSeek-R1-0528-NVFP4", "modelopt"), ("MiniMaxAI/MiniMax-M2-FP8", "fp8"),
+        ("unsloth/DeepSeek-V3-bf16", None), ("MiniMaxAI/MiniMax-M2", "fp8"),
+    ],
+)  # fmt: skip
+def test_a_mark_in_the_name_wins_over_how_the_maker_stores_the_model(name: str, method: str | None) -> None:
+    """Of a model that is published in FP8 too: half or twice its size."""
+    spec = find_model(name)
+    assert (spec.quantization or {}).get("quant_method") == method
+    own = find_model("MiniMaxAI/MiniMax-M2.7" if "MiniMax" in name else "deepseek-ai/DeepSeek-V3")
+    gpus = [named_gpu("H200")] * 8
+    request = EngineRequest(context=8192, tensor_parallel=8)
+    share = plan(spec, gpus, None, request).weights_bytes / plan(own, gpus, None, request).weights_bytes
+    low, high = {"awq": (0.5, 0.55), "modelopt": (0.5, 0.6), "fp8": (0.99, 1.01), None: (1.85, 2.05)}[method]
+    assert low < share < high, share

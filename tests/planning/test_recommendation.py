@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 import quant
-from quant.catalog import model_from_config
+from quant.catalog import find_model, model_from_config
 from quant.data import config_path, load_json
 from quant.errors import NothingFits, Problems, QuantError, UsageError
 from quant.hardware import named_gpu
-from quant.planning import EngineRequest, Recommendation, get_optimized_config, recommend, reload
+from quant.planning import EngineRequest, Recommendation, get_optimized_config, plan, recommend, reload
 from quant.planning.rule_of_thumb import rule_of_thumb
 from quant.planning.scenarios import load_scenario, scenario_names
 from quant.planning.speed import speed_bounds
@@ -828,3 +828,21 @@ def test_gpus_that_a_plan_leaves_unused_are_told() -> None:
     assert said == "1 of 5 GPUs stays unused: they do not divide into 2 stages"
     stages = recommend("Qwen3-8B", "3xL4", EngineRequest(context=4096, pipeline_parallel=3))
     assert stages.recommended is not None and not any("unused" in note for note in stages.notes)
+
+
+def test_a_gpu_that_shares_the_hosts_memory_is_asked_for_less_of_it() -> None:
+    found = recommend("Qwen/Qwen3-30B-A3B", "DGX Spark")
+    assert "--gpu-memory-utilization 0.85" in found.commands[-1]
+    assert any("shares its memory with the host: utilization 0.85 instead of 0.92" in n for n in found.notes)
+    asked = recommend("Qwen/Qwen3-30B-A3B", "DGX Spark", EngineRequest(gpu_memory_utilization=0.9))
+    assert "--gpu-memory-utilization 0.9" in asked.commands[-1]
+    one, two = (
+        plan(
+            find_model("Qwen/Qwen3-30B-A3B"),
+            [named_gpu("DGX Spark")] * n,
+            None,
+            EngineRequest(context=8192, tensor_parallel=n),
+        )
+        for n in (1, 2)
+    )
+    assert two.other_bytes - one.other_bytes == int(6.5 * 2**30)

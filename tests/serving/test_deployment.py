@@ -519,3 +519,11 @@ def test_a_start_that_the_plans_own_error_decides_is_told_with_what_to_lower(
 def test_a_remedy_names_the_contexts_option_as_vllm_does() -> None:
     assert _in_its_words("--context 512 (vLLM: --max-model-len 512)") == "--max-model-len 512"
     assert _in_its_words("--context 256 certainly starts") == "--max-model-len 256 certainly starts"
+
+
+def test_a_gpu_that_shares_the_hosts_memory_is_asked_for_less_of_it() -> None:
+    made = plan(ROOT / "examples/tinylm-4m", DeploymentRequest(gpu="DGX Spark"))
+    (share,) = [a for a in made.arguments if a.name == "gpu-memory-utilization"]
+    assert share.value == 0.85 and "shares its memory with the host" in share.reason
+    asked = DeploymentRequest(gpu="DGX Spark", gpu_memory_utilization=0.9)
+    assert _after(plan(ROOT / "examples/tinylm-4m", asked).command, "--gpu-memory-utilization") == "0.9"
