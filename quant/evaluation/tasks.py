@@ -24,15 +24,15 @@ from typing import Any
 
 import torch
 
+from quant.accelerator import device_of
 from quant.checkpoint.reader import open_checkpoint
-from quant.devices import device_of
 from quant.errors import CheckpointError, QuantError, UsageError
 from quant.evaluation.agreement import demand_agreement
 from quant.evaluation.intervals import mean_of
 from quant.evaluation.quality import Runner, columns_of, compared, only_measured
 from quant.evaluation.simulation import Simulation
 from quant.progress import Event, Progress, silent
-from quant.vllm.config import context_length
+from quant.vllm.context import context_length
 
 _WORKER = Path(__file__).with_name("task_worker.py")
 #: Tokens that go through the blocks together: their states are in memory at once.

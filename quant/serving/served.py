@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
+from quant.accelerator import device_of
 from quant.checkpoint.reader import open_checkpoint
-from quant.devices import device_of
 from quant.errors import CheckpointError, QuantError, UsageError
 from quant.evaluation.agreement import demand_agreement
 from quant.evaluation.divergence import TokenNumbers
@@ -36,7 +36,7 @@ from quant.progress import Event, Progress, silent
 from quant.serving.client import Endpoint, get_json, resolve
 from quant.serving.process import Server, ServerError, signals_to
 from quant.serving.reference import Asked, kernels, open_server
-from quant.vllm.config import context_length
+from quant.vllm.context import context_length
 
 #: Tokens in a request; rows are asked for together up to so many.
 _REQUEST_TOKENS = 2048
