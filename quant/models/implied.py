@@ -290,6 +290,12 @@ def _count_problems(file: _File) -> Iterator[str]:
     count, config = block_count(file.config), file.config
     if count is None or "block_configs" in config:  # a pruned model's blocks may be empty
         return
+    if "num_layers_per_stack" in config:  # HRM-text, whose num_hidden_layers counts a block at every run
+        yield (
+            f"model type {config.get('model_type')!r} runs several stacks of num_layers_per_stack blocks in "
+            "cycles, where quant knows models of one list of blocks: serve it as it is, with vllm serve"
+        )
+        return
     have = set(file.blocks)
     inside = sum(i < count for i in have)  # a count may be absurd: no list of that length
     key = "num_hidden_layers"

@@ -269,6 +269,7 @@ class Skeleton:
     def _check_names(self) -> None:
         """Every parameter of the blocks must be filled by tensors of its shape, and every matrix be used."""
         wrong = []
+        tied = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
         for index, block in enumerate(self.blocks):
             for name, parameter in block.named_parameters():
                 full = f"{self.blocks_path}.{index}.{name}"
@@ -284,11 +285,15 @@ class Skeleton:
                     ]
                 elif full in self.binding.converted:
                     pass  # transformers' own conversion checks the shapes
+                elif tensor is None and (stored := self.binding.tensors.get(tied.get(full, ""))):
+                    raise CannotRun(
+                        f"{self.checkpoint.path}: blocks of model type {self.kind!r} share weights: {full} "
+                        f"is {stored}, which the file has once, and calibration gives each block its own"
+                    )
                 elif tensor is None:
                     wrong.append(f"{full} is missing in the file")
-                elif self.checkpoint.info(tensor).shape != tuple(parameter.shape):
-                    stored = self.checkpoint.info(tensor).shape
-                    wrong.append(f"{tensor} is {stored} in the file, {tuple(parameter.shape)} in the model")
+                elif (shape := self.checkpoint.info(tensor).shape) != tuple(parameter.shape):
+                    wrong.append(f"{tensor} is {shape} in the file, {tuple(parameter.shape)} in the model")
         wrong += [
             f"{n} is in the file only"
             for n in self.binding.unused

@@ -92,6 +92,11 @@ _SAVED_OTHERWISE = (
         re.compile(r"(^|\.)vision_tower\.(embeddings|encoder|pre_layrnorm|post_layernorm|head)\."),
         "vision_tower.vision_model",
     ),
+    (
+        frozenset({"qianfan_ocr"}),
+        re.compile(r"^language_model\.model\.encoder\.layers\."),
+        "language_model.model.layers",
+    ),
     (frozenset({"kimi_linear"}), re.compile(r"\.block_sparse_moe\.(gate|up|down)_proj\."), "mlp"),
 )
 

@@ -76,6 +76,8 @@ def test_parts_of_a_mixture_under_names_that_vllm_does_not_read_are_told(
         ("llava", "vision_tower.encoder.layers.0.mlp.fc1.weight", True),
         ("llava", "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight", False),
         ("mistral3", "vision_tower.encoder.layers.0.mlp.fc1.weight", False),
+        ("qianfan_ocr", "language_model.model.encoder.layers.0.mlp.up_proj.weight", True),
+        ("qianfan_ocr", "language_model.model.layers.0.mlp.up_proj.weight", False),
         ("kimi_linear", "model.layers.0.block_sparse_moe.gate_proj.weight", True),
         ("kimi_linear", "model.layers.1.block_sparse_moe.experts.0.w1.weight", False),
     ],

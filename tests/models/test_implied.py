@@ -56,6 +56,10 @@ CHANGES: Mapping[str, tuple[Change, list[str]]] = {
         lambda h, c: reshaped(h, "embed_tokens.weight", 4160, 64),
         ["model.embed_tokens.weight is [4160, 64]", "vocab_size of 4096"],
     ),
+    "stacks in cycles": (
+        states(num_layers_per_stack=1),
+        ["runs several stacks of num_layers_per_stack blocks in cycles", "serve it as it is"],
+    ),
     "rows of the head": (
         lambda h, c: reshaped(h, "lm_head.weight", 4000, 64),
         ["lm_head.weight is [4000, 64]", "vocab_size of 4096"],

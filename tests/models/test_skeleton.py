@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from quant.checkpoint.reader import open_checkpoint
 from quant.errors import CheckpointError
@@ -167,6 +168,19 @@ def test_blocks_whose_tensors_do_not_match_the_model_are_refused_with_the_differ
         CheckpointError, match=rf"do not match one to one: .*{message[damage]}.*--method minmax"
     ):
         Skeleton(open_checkpoint(folder), CPU)
+
+
+def test_blocks_that_share_weights_are_refused_for_that_and_not_for_missing_tensors(tmp_path: Path) -> None:
+    """Zamba2 runs one transformer in several blocks: transformers saves it in the first of them alone."""
+    config = transformers.Zamba2Config(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_mem_blocks=1,
+        layers_block_type=["mamba", "hybrid"] * 2, hybrid_layer_ids=[1, 3], num_attention_heads=2,
+        mamba_d_state=8, mamba_ngroups=1, n_mamba_heads=4, mamba_headdim=32, adapter_rank=8, pad_token_id=0,
+    )  # fmt: skip
+    transformers.Zamba2ForCausalLM(config).bfloat16().save_pretrained(tmp_path)
+    said = r"share weights: model.layers.3.shared_\S+ is model.layers.1.shared_\S+, which .*--method minmax"
+    with pytest.raises(CheckpointError, match=said):
+        Skeleton(open_checkpoint(tmp_path), CPU)
 
 
 def test_a_tensor_outside_the_blocks_that_is_lost_is_named(llama: Path, tmp_path: Path) -> None:
