@@ -22,7 +22,7 @@ from quant.models.families import FAMILIES, WRAPPERS, Family
 from quant.models.naming import name_problems
 from quant.models.place import decoder_list
 from quant.models.roles import EXPERT, block_list, block_of, leftover, role_of
-from quant.models.shapes import decoder_weights
+from quant.models.shapes import SHARED_EXPERTS, decoder_weights
 from quant.vllm.config import (
     HEAD_SIZES,
     HEADER_DTYPES,
@@ -52,8 +52,6 @@ _EMBEDDINGS = frozenset(
 )
 #: Ends of the names of classes that end in a head over the vocabulary.
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImageTextToText")
-#: Keys that state how many experts every token visits.
-_SHARED_EXPERTS = frozenset({"n_shared_experts", "num_shared_experts"})
 #: Tensors of a block that predicts further tokens.
 _DRAFTING = re.compile(r"(^|\.)(eh_proj|enorm|hnorm|shared_head|embed_tokens)(\.|$)")
 #: What to do where the two differ.
@@ -328,7 +326,7 @@ def _expert_problems(file: _File) -> Iterator[str]:
     idle = whole_number(stated(file.config, "zero_expert_num")) or 0  # they compute nothing
     allowed = (wanted, wanted + idle)
     # some routers have a row for each shared expert too
-    shared = {n for k in _SHARED_EXPERTS for n in file.all_stated(k)}
+    shared = {n for k in SHARED_EXPERTS for n in file.all_stated(k)}
     routed = {*allowed, *(wanted + n for n in shared)}
     chosen = stated(file.config, "active")
     if isinstance(chosen, (int, float)) and not 1 <= chosen <= max(allowed):
@@ -538,7 +536,7 @@ def _widths_explain(file: _File) -> Iterator[_Judge]:
         KEYS["intermediate_size"]
     )
     widths = set(_numbers(file.config, keys))
-    shared = set(_numbers(file.config, _SHARED_EXPERTS))
+    shared = set(_numbers(file.config, SHARED_EXPERTS))
     wanted = {w * m for w in widths for m in (1, 2, *shared)}
     if stated(file.config, "model_type") == "recurrent_gemma":
         wanted |= {w // 2 for w in widths}  # whose number counts the gate's half and the other's

@@ -20,6 +20,7 @@ from quant.models.roles import block_list, block_of, not_quantizable
 from quant.schemes import UNQUANTIZED
 from quant.vllm.config import block_count, parts, text_config
 from quant.vllm.layers import EXPERTS_TRANSPOSED, Linear, stored_transposed
+from quant.vllm.names import NUMBERED_AS, NUMBERED_PROJECTIONS
 
 if TYPE_CHECKING:
     import torch
@@ -149,7 +150,6 @@ class ExpertLayout:
 
 _GATED = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
 _SAME = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}
-_W123 = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 #: What holds where no row does: families whose files name every expert, saved by transformers 5 as it holds
 #: them.
@@ -170,9 +170,9 @@ LAYOUTS = (
         ending=".weight",
     ),
     ExpertLayout(
-        ("mixtral", "minimax", "minimax_m2", "phimoe", "lfm2_moe", "deepseek_v4"),
+        tuple(NUMBERED_PROJECTIONS),
         _GATED,
-        names=_W123,
+        names=NUMBERED_AS,
         fused_only=False,
     ),
     ExpertLayout(

@@ -26,6 +26,9 @@ from quant.models.vision import vision_weights
 from quant.vllm.config import config_dtype, parts, quantization_config, text_config
 from quant.vllm.layers import built_plain, stored_transposed
 
+#: Keys that state how many experts every token visits.
+SHARED_EXPERTS = ("n_shared_experts", "num_shared_experts")
+
 
 def spec_from_config(
     config: Mapping[str, Any], name: str = "model", where: str = "config.json", source: str = ""
@@ -337,9 +340,7 @@ def _experts(decoder: Decoder) -> Iterator[Weight]:
     if shared:
         yield _tensor("mlp.shared_expert_gate", 1, h)
     else:
-        number = values.count("n_shared_experts", 0, least=0) or values.count(
-            "num_shared_experts", 0, least=0
-        )
+        number = next((n for key in SHARED_EXPERTS if (n := values.count(key, 0, least=0))), 0)
         wide = values.count("moe_shared_expert_intermediate_size", 0, least=0)
         shared = wide * (number or 1) or moe.intermediate * (number or family.shared_experts)
     if shared:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from quant.schemes import BLOCK, ActivationScheme, Scheme, WeightScheme, scheme_of
 from quant.vllm.config import Heads, model_types, quantization_config, source_method, stated
 from quant.vllm.kernels import GROUP_SIZES
+from quant.vllm.names import RENAMED_PROJECTIONS
 
 
 @dataclass(frozen=True)
@@ -535,10 +536,6 @@ _SHARED_ROOTS = frozenset({
 })  # fmt: skip
 
 
-#: Model types in whose lists vLLM renames what ends in ``.down_proj`` as it does weights, and then asks for
-#: an expert's projections by their old names (`models/gpt_oss.py`, ``hf_to_vllm_mapper``; of Aria, every
-#: projection: `models/aria.py`); expressions it leaves alone.
-_RENAMES_IGNORED = frozenset({"gpt_oss", "aria"})
 #: Fused layers of decoder blocks that vLLM knows the shards of in every family, so that those are enough.
 _RESOLVED = frozenset({"qkv_proj", "gate_up_proj", "fused_qkv_a_proj", "experts"})
 
@@ -569,7 +566,7 @@ def ignored_names(
         resolved = fused.rpartition(".")[2] in _RESOLVED and _root(fused, lists) is None
         if len(shards) > 1 and not resolved and not any(s in quantized for s in shards):
             names[fused] = None
-    if patterns and not _RENAMES_IGNORED.isdisjoint(kinds):
+    if patterns and not RENAMED_PROJECTIONS.keys().isdisjoint(kinds):
         heads = dict.fromkeys(n.split(".experts.")[0] for n in unquantized if ".experts." in n)
         names |= {rf"re:{re.escape(head)}\.experts\.\d+\.(gate|up|down)_proj$": None for head in heads}
     if patterns:

@@ -34,29 +34,41 @@ def unread_spellings(model_type: str, stored: Mapping[str, str]) -> list[str]:
     ]
 
 
-#: Model types whose loader knows an expert's projections as ``w1``, ``w3`` and ``w2`` alone (``ckpt_names``
-#: of `models/lfm2_moe.py`, `minimax_m2.py`, `models/deepseek_v4`; Mixtral's maps both): others stay empty
-#: without a word.
-_NUMBERED = frozenset({"lfm2_moe", "minimax_m2", "deepseek_v4"})
+#: Model types whose loader numbers an expert's projections (``ckpt_names`` of `models/mixtral.py`,
+#: `lfm2_moe.py`, `minimax_m2.py`, `models/deepseek_v4`) → whether it knows them by these names alone: others
+#: then stay empty without a word. And the number of each.
+NUMBERED_PROJECTIONS: Mapping[str, bool] = {
+    "mixtral": False,
+    "minimax": False,
+    "phimoe": False,
+    "minimax_m2": True,
+    "lfm2_moe": True,
+    "deepseek_v4": True,
+}
+NUMBERED_AS: Mapping[str, str] = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
-#: Model types whose loader renames every ``gate_proj`` and ``up_proj`` to a fused layer's, those of numbered
-#: experts too (`models/aria.py::AriaTextModel`, whose mapper is Llama's): half of each stays empty.
-_RENAMES_EXPERTS = frozenset({"aria"})
+#: Model types whose loader renames projections of numbered experts, in a config's lists too → which ones
+#: (`models/gpt_oss.py`, ``hf_to_vllm_mapper``; `models/aria.py::AriaTextModel`, whose mapper is Llama's).
+#: Of a gate and an up projection, which become the fused layer's, half stays empty.
+RENAMED_PROJECTIONS: Mapping[str, frozenset[str]] = {
+    "gpt_oss": frozenset({"down_proj"}),
+    "aria": frozenset({"gate_proj", "up_proj", "down_proj"}),
+}
 
 
 def unfound_expert(kinds: Collection[str], linears: Iterable[str]) -> str | None:
     """What vLLM's loader would not find of a mixture's quantized experts, said of one of them; or None."""
-    if not _NUMBERED.isdisjoint(kinds):
+    if any(NUMBERED_PROJECTIONS.get(kind) for kind in kinds):
         why = "vLLM looks for experts as w1, w3 and w2, and leaves these empty"
-    elif not _RENAMES_EXPERTS.isdisjoint(kinds):
+    elif any("gate_proj" in RENAMED_PROJECTIONS.get(kind, ()) for kind in kinds):
         why = (
             "vLLM's loader of this family renames the projections of single experts, and leaves half of each "
             "empty: it reads experts in 16 bits alone"
         )
     else:
         return None
-    wrong = (n for n in linears if ".experts." in n and n.endswith(("gate_proj", "up_proj", "down_proj")))
+    wrong = (n for n in linears if ".experts." in n and n.endswith(tuple(NUMBERED_AS)))
     return next((f"{n}: {why}" for n in wrong), None)
 
 
