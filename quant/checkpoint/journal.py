@@ -207,8 +207,13 @@ class WorkFolder:
             "files": [{"name": f.name, "bytes": f.stat().st_size, "digest": d} for f, d in files.items()],
             **facts,
         }
-        self._append(entry)
+        # before the line: an interruption right after it would find nothing finished, and the folder would go
         self.finished[unit] = entry
+        try:
+            self._append(entry)
+        except OSError:
+            del self.finished[unit]
+            raise
 
     def publish(self) -> None:
         """Renames the folder to the output directory; the journal and the lock go.

@@ -46,6 +46,37 @@ def test_finished_units_are_there_after_a_stop_in_their_order(tmp_path: Path) ->
     assert resumed(tmp_path / "out") == ["b", "a"]
 
 
+def test_a_first_unit_that_is_interrupted_while_it_is_noted_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, append = WorkFolder(tmp_path / "out", JOB, fresh=False), WorkFolder._append
+
+    def interrupted(self: WorkFolder, entry: Any) -> None:
+        append(self, entry)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(WorkFolder, "_append", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finish(work, "a")
+    work.release()
+    monkeypatch.undo()
+    assert resumed(tmp_path / "out") == ["a"]
+
+
+def test_a_first_unit_that_could_not_be_noted_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: WorkFolder, entry: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    work = WorkFolder(tmp_path / "out", JOB, fresh=False)
+    monkeypatch.setattr(WorkFolder, "_append", full)
+    with pytest.raises(OSError):
+        finish(work, "a")
+    work.release()
+    assert not work.path.exists()
+
+
 def test_a_run_that_finished_nothing_leaves_nothing(tmp_path: Path) -> None:
     stopped(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
