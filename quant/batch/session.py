@@ -16,6 +16,7 @@ from quant.batch.ledger import Ledger
 from quant.batch.local import LocalExecutor, Slots, default_jobs, devices_of
 from quant.batch.manifest import Job, read_manifest
 from quant.batch.run import ENDED, Executor, State, Told, conduct, survey
+from quant.batch.submit import Submission, check_scheduler, hand_over
 from quant.errors import QuantError, one_of
 from quant.hardware import detect
 
@@ -130,45 +131,70 @@ def run_manifest(
             if state.status in ENDED:
                 told("skipped" if state.status == "done" else "failed", state)
         waiting = {s.job.slug: s for s in states if s.status == "waiting"}
+        slots = Slots(memory, devices, most)
+        runner: Executor | None = None
+        if waiting and not dry_run:  # before the dry runs: what is not there is said at once
+            runner = _runner(executor, book, slots, stop, address, jobs)
 
         def planned(job: Job, forecast: Forecast) -> None:
             waiting[job.slug].forecast = forecast
             told("planned", waiting[job.slug])
 
-        kind = "gpu" if devices else "cpu"
-        at_once = 1 if devices else most
+        at_once = 1 if devices else min(most, default_jobs(threads, 0))
         made, new = ([s.job for s in waiting.values() if s.made is made] for made in (True, False))
-        forecasts(new, made, book, kind, at_once, memory, stop.is_set, planned)
-        slots = Slots(memory, devices, most)
-        if dry_run:
-            for state in waiting.values():
-                state.message = state.forecast.problem or slots.never(state.job, state.forecast)
-                state.status = "failed" if state.message else "waiting"
-            return Batch(tuple(states), folder)
-        if executor in ("slurm", "kubernetes"):
-            from quant.batch.submit import Submission, hand_over
-
-            paths = [folder, *(job.output for job in found), *(p for job in found if (p := job.source))]
-            root = Path(os.path.commonpath([Path(os.path.abspath(manifest)).parent, *paths]))
-            submission = Submission(
-                Path(os.path.abspath(manifest)), folder, most=jobs, extra=tuple(extra), image=image,
-                claim=claim, root=root,
-            )  # fmt: skip
-            hand_over(states, submission, book, executor, told)
-            return Batch(tuple(states), folder, write_batch_page(states, folder))
-        runner: Executor
-        if executor == "ray":
-            from quant.batch.cluster import RayExecutor
-
-            runner = RayExecutor(book, stop, address, jobs)
-        else:
-            runner = LocalExecutor(book, slots, stop)
         try:
-            conduct(states, book, runner, stop, told)
+            forecasts(
+                new, made, book, "gpu" if devices else "cpu", at_once, memory, stop.is_set, planned
+            )  # fmt: skip
+            if dry_run:
+                for state in waiting.values():
+                    state.message = state.forecast.problem or slots.never(state.job, state.forecast)
+                    state.status = "failed" if state.message else "waiting"
+                return Batch(tuple(states), folder)
+            if runner is not None:
+                conduct(states, book, runner, stop, told)
+            elif waiting:
+                submission = _submission(manifest, folder, found, jobs, tuple(extra), image, claim)
+                hand_over(states, submission, book, executor, told)
         finally:
             stop.set()
-            runner.close()
+            if runner is not None:
+                runner.close()
         return Batch(tuple(states), folder, write_batch_page(states, folder))
+
+
+def _runner(
+    executor: str, book: Ledger, slots: Slots, stop: threading.Event, address: str | None, most: int | None
+) -> Executor | None:
+    """Where attempts run; None of a scheduler with a queue of its own, whose command is there.
+
+    Raises:
+        QuantError: what the executor needs is not there.
+    """
+    if executor == "local":
+        return LocalExecutor(book, slots, stop)
+    if executor == "ray":
+        from quant.batch.cluster import RayExecutor
+
+        return RayExecutor(book, stop, address, most)
+    check_scheduler(executor)
+    return None
+
+
+def _submission(
+    manifest: Path,
+    folder: Path,
+    jobs: Sequence[Job],
+    most: int | None,
+    extra: tuple[str, ...],
+    image: str,
+    claim: str,
+) -> Submission:
+    """What tasks share; ``root`` is the folder that all paths have in common."""
+    file = Path(os.path.abspath(manifest))
+    paths = [file.parent, folder, *(job.output for job in jobs), *(p for job in jobs if (p := job.source))]
+    root = Path(os.path.commonpath(paths))
+    return Submission(file, folder, most=most, extra=extra, image=image, claim=claim, root=root)
 
 
 def write_batch_page(states: Sequence[State], folder: Path) -> Path | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +30,8 @@ from quant.units import GIB, MIB
 #: Memory of a task beside its job's: the batch that watches it, and what a forecast may miss; and seconds
 #: that a task has to end by itself.
 _BESIDE, _MARGIN, NOTICE = GIB // 2, 1.15, 120
+#: What submits a task.
+_COMMANDS = {"slurm": "sbatch", "kubernetes": "kubectl"}
 #: Tasks of an array; Slurm's own limit is 1001 unless a site has raised it.
 _ARRAY = 1000
 
@@ -67,6 +70,18 @@ def needed(state: State) -> Need:
     need = Need.of(state.job, state.forecast)
     memory = math.ceil((need.memory * _MARGIN + _BESIDE) / GIB) * GIB
     return Need(need.cores, need.gpus, memory, need.accelerator)
+
+
+def check_scheduler(scheduler: str) -> None:
+    """
+    Raises:
+        QuantError: its command is not there.
+    """
+    if shutil.which(name := _COMMANDS[scheduler]) is None:
+        raise QuantError(
+            f"--executor {scheduler} needs the command {name}, which is not here: submit from a machine that "
+            "has it"
+        )
 
 
 def call(words: Sequence[str], text: str | None = None) -> str:

@@ -247,6 +247,27 @@ def test_what_belongs_to_one_executor_is_refused_with_another(
         assert found.code == 2 and said in found.err
 
 
+@pytest.mark.parametrize(("executor", "command"), [("slurm", "sbatch"), ("kubernetes", "kubectl")])
+def test_a_scheduler_that_is_not_here_is_said_before_any_dry_run(
+    executor: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Any]
+) -> None:
+    states_of(tmp_path, [{"output": "a"}], Forecast())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("quant.batch.session.forecasts", lambda *a: pytest.fail("a dry run was made"))
+    more = ["--image", "i", "--shared-claim", "c"] if executor == "kubernetes" else []
+    found = cli("batch", tmp_path / "m.yaml", "--executor", executor, *more)
+    assert found.code == 1 and f"needs the command {command}, which is not here" in found.err
+
+
+def test_without_ray_its_executor_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Any]
+) -> None:
+    states_of(tmp_path, [{"output": "a"}], Forecast())
+    monkeypatch.setitem(sys.modules, "ray", None)
+    found = cli("batch", tmp_path / "m.yaml", "--executor", "ray")
+    assert found.code == 1 and "pip install 'quant[ray]'" in found.err
+
+
 def test_a_scheduler_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from quant.errors import QuantError
 
