@@ -177,8 +177,9 @@ def _ended(status: int, said: Mapping[str, Any], log: Path) -> Ended:
             name = f"signal {-status}"
         hint = ": the system kills so where memory is short" if -status == signal.SIGKILL else ""
         return Ended(status, f"ended by {name}{hint}", True)
-    message = str(said.get("error") or _last_line(log) or f"ended with status {status}")
-    return Ended(status, message[:_MOST], bool(said.get("retryable")) or status == RUN_AGAIN)
+    last = _last_line(log).removeprefix("error: ")
+    message = str(said.get("error") or last or f"ended with status {status}")
+    return Ended(status, message[:_MOST], bool(said.get("retryable")) or status == RUN_AGAIN, said)
 
 
 def _last_line(log: Path) -> str:
@@ -324,7 +325,8 @@ def _gates(
         ended = run(command(*words), folder, log, changes, stopped, grace)
         if ended.status != 0:
             first = next((c for c in ended.result.get("checks", []) if not c.get("passed")), None)
-            message = f"verify: {first['detail'] if first else ended.message}"
+            what = f"{first['name']}: {first['detail']}" if first else ended.message
+            message = f"verify: {what}"
             return Ended(ended.status, message, ended.retryable), said
         said["verify"] = asked["verify"]
     if job.evaluate is not None:

@@ -1,5 +1,5 @@
-"""Stands in for ``quant quantize`` and ``quant evaluate`` where the batch around them is tested: does what
-``does.json`` in the job's model says, in milliseconds.
+"""Stands in for ``quant quantize``, ``verify`` and ``evaluate`` where the batch around them is tested: does
+what ``does.json`` in the job's model says, in milliseconds.
 
 ``fails``: statuses of the first runs (negative: the signal that it sends itself); ``sleeps``: seconds of a
 run; ``kl``: what evaluating measures; ``memory``: what a dry run predicts.
@@ -17,6 +17,12 @@ from pathlib import Path
 
 def main() -> int:
     words = sys.argv[1:]
+    if words[0] == "verify":
+        degree = int(words[words.index("--tensor-parallel") + 1])
+        checks = [{"name": "files", "passed": True, "detail": "all"}]
+        checks.append({"name": "degree", "passed": degree == 1, "detail": f"not over {degree}"})
+        print(json.dumps({"passed": degree == 1, "checks": checks}))
+        return 0 if degree == 1 else 4
     if words[0] == "evaluate":
         does = json.loads((Path(words[words.index("--against") + 1]) / "does.json").read_text())
         one = {"mean": does["kl"], "standard_error": 0.0}

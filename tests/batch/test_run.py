@@ -256,6 +256,14 @@ def test_a_gate_fails_a_job_and_a_wider_one_passes_it_without_measuring_again(
     assert len(happened(tmp_path, "evaluate")) == 4  # other chunks are another measurement
 
 
+def test_an_output_that_does_not_verify_fails_by_the_check(run: Callable[..., Batch], tmp_path: Path) -> None:
+    done = run({"a": {}, "b": {}}, {"a": {"verify": {"tensor_parallel": 7}}, "b": {"verify": {}}})
+    assert statuses(done) == {"a": "failed", "b": "done"}
+    assert done.states[0].message == "verify: degree: not over 7"
+    assert set(statuses(run({"a": {}, "b": {}}, {"a": {"verify": {}}})).values()) == {"done"}
+    assert sorted(happened(tmp_path)) == ["a", "b"]
+
+
 def test_perplexity_is_judged_too() -> None:
     from quant.batch.manifest import EvaluateGate
 
