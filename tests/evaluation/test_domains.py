@@ -95,6 +95,21 @@ def test_a_job_that_is_evaluated_keeps_the_numbers_and_names_the_worst(
     assert dry.code == 2 and "--evaluate measures what was made" in dry.err
 
 
+def test_an_output_that_cannot_be_measured_is_there_all_the_same(
+    tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, llama: Path
+) -> None:
+    from quant.evaluation import texts
+
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    monkeypatch.setattr(texts, "bundled", lambda name: short)
+    made = cli("quantize", "-m", llama, "-o", tmp_path / "out", "--method", "minmax", "--group-size", "32",
+               "--evaluate", "--json")  # fmt: skip
+    assert made.code == 1 and json.loads(made.out)["evaluation"] is None
+    assert f"{tmp_path / 'out'} is made; it was not measured: " in made.err and "short.txt: has " in made.err
+    assert Report.load(tmp_path / "out") is not None and load_evaluation(tmp_path / "out") is None
+
+
 def test_positions_add_up_and_one_is_measured_as_a_shorter_chunk(
     checkpoints: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -162,3 +177,12 @@ def test_every_bundled_text_fills_its_chunks_and_names_its_licence(name: str) ->
     source = (file.parent / "SOURCE.md").read_text(encoding="utf-8")
     row = next(line for line in source.splitlines() if f"`{file.name}`" in line)
     assert "Apache-2.0" in row or "CC BY-SA" in row
+
+
+def test_conversations_have_turns_that_every_template_takes() -> None:
+    """Some refuse a system's turn (Gemma's), or two of one side in a row."""
+    lines = bundled(DOMAINS["chat"]).read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        roles = [m["role"] for m in json.loads(line)["messages"]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+    assert len(lines) == 30
