@@ -154,13 +154,18 @@ class Runner:
                 progress(Event(phase, index + 1, self.skeleton.block_count))
         return hidden
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that it can read and give."""
+        return min(self.skeleton.vocabulary, self.skeleton.outputs)
+
     def can_cut(self, batch: torch.Tensor, hidden: torch.Tensor, ranges: list[tuple[int, int]]) -> bool:
         """Whether logits may be asked for in these ranges of columns; tried on one token."""
         return self.skeleton.head_can_be_cut(batch[:1, :1], hidden[..., :1, :1, :].contiguous(), ranges)
 
     def logits(self, batch: torch.Tensor, hidden: torch.Tensor, columns: tuple[int, int]) -> torch.Tensor:
         """Logits fp32 [B · T, C] of some columns of the vocabulary."""
-        whole = columns == (0, self.skeleton.vocabulary)
+        whole = columns == (0, self.skeleton.outputs)
         found = self.skeleton.logits(batch, hidden, None if whole else columns)
         return found.float().flatten(0, 1)
 
@@ -324,7 +329,7 @@ def columns_of(
 ) -> list[tuple[int, int]]:
     """Ranges of columns in which all of them give logits; tried on the first token of a batch [B, T] with
     its states. The models' outer parts are to be loaded (:meth:`Skeleton.outside`)."""
-    vocabulary = runners[0].skeleton.vocabulary
+    vocabulary = runners[0].skeleton.outputs
     ranges = list(divergence.slices(vocabulary, divergence.COLUMNS))
     if len(ranges) == 1 or all(r.can_cut(batch, h, ranges) for r, h in zip(runners, states, strict=True)):
         return ranges
@@ -358,7 +363,7 @@ def compared(
 
 
 def _demand_one_vocabulary(runners: Sequence[Runner], against: Source | None, rows: torch.Tensor) -> None:
-    sizes, path = [r.skeleton.vocabulary for r in runners], runners[0].skeleton.checkpoint.path
+    sizes, path = [r.tokens for r in runners], runners[0].skeleton.checkpoint.path
     if int(rows.max()) >= min(sizes):
         raise CheckpointError(
             f"{path}: the text has token {int(rows.max())}, the model {sizes[0]}: the tokenizer belongs to "

@@ -236,10 +236,10 @@ def scores(
         CheckpointError: tokens that the model does not have.
     """
     most = max((token for tokens, _ in requests for token in tokens), default=0)
-    if most >= runner.skeleton.vocabulary:
+    if most >= runner.tokens:
         raise CheckpointError(
             f"{runner.skeleton.checkpoint.path}: a task has token {most}, the model "
-            f"{runner.skeleton.vocabulary}: the tokenizer belongs to another model"
+            f"{runner.tokens}: the tokenizer belongs to another model"
         )
     found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
     for batches in _together(requests):

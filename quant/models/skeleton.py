@@ -185,6 +185,13 @@ class Skeleton:
     def vocabulary(self) -> int:
         return int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
 
+    @property
+    def outputs(self) -> int:
+        """Logits of a token: those of the head, which may be fewer than the embedding has rows (Llama 3.2
+        Vision's image token has no logit)."""
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        return int(head.weight.shape[0]) if isinstance(head, nn.Linear) else self.vocabulary
+
     def block_prefix(self, index: int) -> str:
         """What comes before the names inside a block, as the file has them."""
         return self.binding.prefixes[index]

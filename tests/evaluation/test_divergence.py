@@ -120,6 +120,22 @@ def test_a_head_whose_output_is_not_taken_value_by_value_is_not_cut(
         assert runner.can_cut(tokens, hidden, ranges)
 
 
+def test_a_head_with_fewer_rows_than_the_embedding_is_cut_at_its_own_end(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Llama 3.2 Vision's, whose image token has no logit."""
+    from quant.checkpoint.reader import open_checkpoint
+    from quant.evaluation.quality import run_both
+
+    rows, device = torch.arange(12).view(2, 6), torch.device("cpu")
+    whole = run_both(Runner(open_checkpoint(llama), device), None, rows, device, silent)
+    runner = Runner(open_checkpoint(llama), device)
+    monkeypatch.setattr(type(runner.skeleton), "vocabulary", 4104)
+    monkeypatch.setattr(divergence, "COLUMNS", 100)
+    cut = run_both(runner, None, rows, device, silent)
+    torch.testing.assert_close(cut.nll, whole.nll)
+
+
 _PEAK = """
 import json, sys
 from quant.evaluation.quality import evaluate
