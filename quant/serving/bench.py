@@ -169,10 +169,13 @@ async def _bench(
             f"this client was the bottleneck at {', '.join(slow)}: its own loop was late or its core busy: "
             "those latencies are upper bounds; load from a faster machine, or several"
         )
-    if any(mostly_whole(x["came_whole"], x["completed"]) for x in results):
+    if whole := [x for x in results if mostly_whole(x["came_whole"], x["completed"])]:
+        busy = all(x["client"]["saturated"] for x in whole)
         notes.append(
             "answers came whole: something between here and the engine holds the stream back (a proxy's "
-            "buffer): TTFT and TPOT are not the engine's, and its users see no first token sooner"
+            "buffer"
+            + (", or no processor here was free to pass its pieces on" if busy else "")
+            + "): TTFT and TPOT are not the engine's, and its users see no first token sooner"
         )
     if others := sorted({name for x in results for name in x["answered_by"]} - {endpoint.model}):
         notes.append(f"answers say that they are of {clipped(', '.join(others))}, not of {endpoint.model}")

@@ -354,7 +354,7 @@ class _Answer:
             return
         try:
             event = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _Failed("no stream", data[:200].decode(errors="replace")) from error
         if not isinstance(event, dict):
             raise _Failed("no stream", data[:200].decode(errors="replace"))

@@ -180,6 +180,7 @@ def _then(end: str) -> Callable[[], Script]:
         (lambda: _bytes(_HEAD % b"", _data(_piece(" a"), done=False)), "cut off", "after 1 pieces"),
         (lambda: _bytes(_HEAD % b"", b'data: {"choices": [{"te\n\n'), "no stream", "choices"),
         (lambda: _bytes(_HEAD % b"", b"data: [1, 2]\n\n"), "no stream", "[1, 2]"),
+        (lambda: _bytes(_HEAD % b"", b"data: " + b"[" * 100_000 + b"\n\n"), "no stream", "[[["),
         (lambda: _bytes(_HEAD % b"", _data({"error": {"message": "no blocks"}})), "error event", "no blocks"),
         (
             lambda: _bytes(_HEAD % b"", _data(_piece(" a"), {"object": "error", "message": "no room"})),
