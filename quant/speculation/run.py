@@ -382,6 +382,7 @@ def prove_in_vllm(
     from quant.serving.deployment import plan as plan_deployment
     from quant.serving.process import running
     from quant.serving.server_metrics import COUNTERS, parse_metrics
+    from quant.vllm.metrics import HISTOGRAMS, PREFIX
 
     unmeasured = [c["speculative_config"] for c in result["candidates"] if c["acceptance"] is None]
     config = result["speculative_config"] or next(iter(unmeasured), None)
@@ -389,7 +390,7 @@ def prove_in_vllm(
         raise QuantError("nothing to prove in vLLM: no speculation pays")
     prompts = _prompts(path, request)
     texts: list[list[list[int]]] = []
-    counters: dict[str, float] = {}
+    counters, gaps = dict[str, float](), 0.0
     for words in ((), ("--speculative-config", json.dumps(config))):
         extra = ("--enforce-eager", "--no-enable-prefix-caching", *words)
         deployment = plan_deployment(path, DeploymentRequest(port=0, gpu=request.gpu, extra=extra))
@@ -406,10 +407,12 @@ def prove_in_vllm(
                 series = parse_metrics(server.text("/metrics"))
                 names = ("drafts", "draft_tokens", "accepted_tokens")
                 counters = {n: sum(series.get(COUNTERS[n][0], [0.0])) for n in names}
+                gaps = sum(series.get(f"{PREFIX}{HISTOGRAMS['itl']}_count", [0.0]))
     plain, fast = texts
     same = sum(a == b for a, b in zip(plain, fast, strict=True))
     made = sum(len(x) for x in fast)
-    steps = made - counters["accepted_tokens"]
+    # a request's steps are one more than the gaps between them; the last accepts more than is asked for
+    steps = gaps + len(prompts)
     return {
         "same": same == len(plain),
         "equal_texts": same,
@@ -418,7 +421,7 @@ def prove_in_vllm(
         "acceptance_rate": counters["accepted_tokens"] / counters["draft_tokens"]
         if counters["draft_tokens"]
         else 0.0,
-        "tokens_per_step": made / steps if steps else 1.0,
+        "tokens_per_step": made / steps,
     }
 
 

@@ -25,6 +25,7 @@ COUNTERS = {
 #: Distributions in seconds; their series end in ``_bucket``, ``_sum`` and ``_count``.
 HISTOGRAMS = {
     "ttft": "time_to_first_token_seconds",
+    "itl": "inter_token_latency_seconds",
     "tpot": "request_time_per_output_token_seconds",
     "e2el": "e2e_request_latency_seconds",
 }

@@ -91,6 +91,7 @@ HEADS = {
     "deepseek_v3": _DEEPSEEK,
     "glm4_moe": replace(_DEEPSEEK, normed=False),
     "qwen3_next": _QWEN,
+    "qwen3_5_text": _QWEN,
 }
 
 
