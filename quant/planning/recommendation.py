@@ -221,6 +221,8 @@ def recommend(
     # a file that is quantized already may be cut by fewer ranks only; that is no reason to make it anew
     if own_ranks and (chosen is None or (spec.quantization and not chosen.ready)):
         others = chain(others, _stages(spec, request, what))
+    if chosen is None:
+        others = chain(others, _eager(request, gpu, own_context))
     for smaller, said in others if hopeful else ():
         again = tuple(plan_scheme(spec, devices, gpu, p.row, smaller, margin) for p in hopeful)
         other = choose(again, goal)
@@ -456,6 +458,22 @@ def _smaller(
         if context < (request.context or 0):
             said = f"planned for {context:,} tokens: with more nothing surely fits"
             yield replace(request, context=context), said
+
+
+def _eager(request: EngineRequest, gpu: Gpu, own_context: bool) -> Iterator[tuple[EngineRequest, str]]:
+    """The least that a start takes, without CUDA graphs and compilation, where nothing else fits: a small GPU
+    with a model that just fits is served that way, slower."""
+    if request.enforce_eager or gpu.platform == "cpu":
+        return
+    *_, least = [request, *(smaller for smaller, _ in _smaller(request, gpu, own_context=False))]
+    for context in (request.context or 0, *(_SHORTER if own_context else ())):
+        if context <= (request.context or 0):
+            shorter = f" for {context:,} tokens" if context != request.context else ""
+            yield (
+                replace(least, context=context, enforce_eager=True),
+                f"planned with --enforce-eager{shorter}: with CUDA graphs, which decode faster, and the "
+                "first start's compilation nothing surely fits",
+            )
 
 
 def _stages(spec: ModelSpec, request: EngineRequest, what: str) -> Iterator[tuple[EngineRequest, str]]:

@@ -154,7 +154,7 @@ def test_json_lists_the_plans_also_when_nothing_fits() -> None:
 
 
 def test_where_nothing_fits_what_may_serve_it_is_told() -> None:
-    done = quant("recommend", "--model", "Qwen3-8B", "--gpu", "RTX 3070 Ti Laptop")
+    done = quant("recommend", "--model", "Qwen3-14B", "--gpu", "RTX 3070 Ti Laptop")
     assert done.returncode == 3
     assert "what may serve it: llama.cpp / Ollama (one user on a laptop)" in (done.stdout + done.stderr)
 

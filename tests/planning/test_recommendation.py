@@ -146,7 +146,11 @@ def test_what_is_recommended_is_never_tight_and_smaller_requests_are_tried_befor
     assert longest is not None
     edge = recommend(model, gpu, EngineRequest(context=longest.max_context), scheme="none")
     assert edge.plans[0].plan is not None and edge.request.max_num_seqs == 16 and edge.plans[0].plan.sure
-    asked = EngineRequest(longest.max_context, kv_cache_dtype="bfloat16", max_num_seqs=longest.max_num_seqs)
+    eager = by_scheme(recommend(model, gpu, EngineRequest(context=8192, enforce_eager=True)))["none"].plan
+    assert eager is not None
+    asked = EngineRequest(
+        eager.max_context, kv_cache_dtype="bfloat16", max_num_seqs=eager.max_num_seqs, enforce_eager=True
+    )
     tight = recommend(model, gpu, asked, scheme="none")
     assert tight.recommended is None and "tight" in tight.reason and tight.to_dict()["plans"][0]["tight"]
     laptop = recommend("Qwen/Qwen2.5-7B-Instruct", "RTX 3070 Ti Laptop")
@@ -846,3 +850,19 @@ def test_a_gpu_that_shares_the_hosts_memory_is_asked_for_less_of_it() -> None:
         for n in (1, 2)
     )
     assert two.other_bytes - one.other_bytes == int(6.5 * 2**30)
+
+
+@pytest.mark.parametrize("gpu", ["RTX-4060", "RTX-5060-Ti-8GB"])
+def test_a_small_gpu_serves_without_graphs_what_fits_no_other_way(gpu: str) -> None:
+    """Qwen3-8B in 4 bits starts on 8 GB cards; the first start's compilation alone takes more than a GiB."""
+    found = recommend("Qwen/Qwen3-8B", gpu)
+    assert found.recommended == "w4a16" and found.plan is not None and found.plan.sure
+    assert found.commands[-1].endswith("--enforce-eager") and found.engine == "vLLM"
+    assert any(n.startswith("planned with --enforce-eager") for n in found.notes)
+    asked = recommend("Qwen/Qwen3-8B", gpu, EngineRequest(context=40960))
+    assert asked.recommended is None  # what was asked for is not shortened
+
+
+def test_graphs_are_kept_where_anything_else_helps() -> None:
+    for model, gpu in (("Qwen/Qwen3-4B", "RTX-4060"), ("google/gemma-3-27b-it", "RTX-4090")):
+        assert "--enforce-eager" not in recommend(model, gpu).commands[-1]
