@@ -21,7 +21,7 @@ not sent is zero in the model itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -68,10 +68,10 @@ class ExpertGradients(ExpertInputs):
         self._give_back()
         return rows, gradients.mul_(gates.unsqueeze(-1).to(gradients.dtype))
 
-    def tokens(self, most: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs [R, K] and gradients [R, H] of all tokens of the layer, or of at most so many."""
-        kept = self if most is None else self.reduced(most)
-        return torch.cat(kept._rows), torch.cat(kept._gradients)
+    def tokens(self, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs [R, K] and gradients [R, H] of at most so many tokens of the layer."""
+        kept = self.reduced(most)
+        return kept._rows[0], kept._gradients[0]
 
     def both(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Inputs and gradients of the layer, batch by batch."""
@@ -165,25 +165,25 @@ class GradientExpertSolver(ExpertSolver):
         places = [place for n in names if (place := layer.work.linears[n].place) is not None]
         sizes = layer.routed.features, sum(layer.work.linears[n].ref.n for n in names)
 
-        def summed(rows: torch.Tensor, gradients: torch.Tensor) -> Statistics:
+        def summed(parts: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Statistics:
             sums = GradientAccumulator(
-                *sizes, blocks_of(sizes[1]), rows.device, needs & {"hessian", "gradients"}
+                *sizes, blocks_of(sizes[1]), layer.routed.device, needs & {"hessian", "gradients"}
             )
-            parts = zip(rows.split(_STRIP), gradients.split(_STRIP), strict=True)
-            for x, g in parts:
-                if len(x):
-                    sums.add(*_at_product(layer, expert, places, x, g))
+            for rows, gradients in parts:
+                for x, g in zip(rows.split(_STRIP), gradients.split(_STRIP), strict=True):
+                    if len(x):
+                        sums.add(*_at_product(layer, expert, places, x, g))
             return sums.finish()
 
         first = layer.first
         if self.how == "all" and isinstance(first, ExpertGradients):
-            made = summed(*first.tokens())
+            made = summed(first.both())
             return self._with_range(made, layer, expert, prior, needs), ()
-        own = summed(*routed.pairs(expert))
+        own = summed([routed.pairs(expert)])
         count, block = own.tokens, blocks_of(sizes[1])[1]
         if self.how == "blend" and isinstance(first, ExpertGradients):
             features = block if layer.group.stage == "up" else max(block, sizes[0])
-            everyone = summed(*first.tokens(PRIOR * features))
+            everyone = summed([first.tokens(PRIOR * features)])
             # what all read before the first product is the same for all
             whole = prior if isinstance(prior, Statistics) else everyone
             own = replace(
