@@ -34,8 +34,9 @@ from quant.tensors import QuantizedTensor
 
 #: Tokens for each row of H_I and of a block of H_O that its elements off the diagonal are weighed against:
 #: they are sums of products of four factors, which few tokens make large by chance. On tinylm-11m with 512
-#: tokens KL is 0.0086 without, 0.0059 with that of H_O alone, 0.0036 with both.
-INPUT_TOKENS, OUTPUT_TOKENS = 0.25, 1.0
+#: tokens KL is 0.0086 without, 0.0057 with that of H_O alone, 0.0033 with both; of experts of its mixture
+#: with 2000 tokens each the loss on other text is 8 % (first product) and 22 % (second) lower with both.
+INPUT_TOKENS, OUTPUT_TOKENS = 1.0, 4.0
 #: Tokens for each output of a block of H_O below which that is said.
 FEW = 4
 #: What is said of a weight whose outputs have no gradients, as those have that only choose among tokens.
