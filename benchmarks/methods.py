@@ -74,7 +74,11 @@ def ours(scheme: str, label: str, *options: str, data: bool = True, weights_only
     return Row(
         scheme,
         label,
-        ("--method", method, "--scheme", scheme.removesuffix("-static"), *extra, *options),
+        (
+            *("--method", method, "--scheme", scheme.removesuffix("-static").removesuffix("-channel")),
+            *(("--group-size", "-1") if scheme.endswith("-channel") else ()),
+            *(*extra, *options),
+        ),
         data,
         weights_only,
     )
@@ -111,6 +115,8 @@ ROWS = (
         ("--backend", "autoawq", "--backend-python", "{AutoAWQ}"),
         draws=1,
     ),
+    ours("w4a16-channel", "gptq"),
+    ours("w4a16-channel", "yaqa", *YAQA),
     ours("w3a16", "gptq"),
     ours("w3a16", "yaqa", *YAQA),
     peer("w3a16", "GPTQModel", "gptq", "--bits", "3"),
@@ -191,6 +197,7 @@ ROWS = (
     ),
     ours("nvfp4a16", "minmax", data=False),
     ours("nvfp4a16", "gptq"),
+    ours("nvfp4a16", "yaqa", *YAQA),
     peer("nvfp4a16", "llm-compressor", "rtn", "--method", "rtn", "--scheme", "NVFP4A16", data=False),
     ours("nvfp4", "minmax", weights_only=False),
     ours("nvfp4", "gptq", weights_only=False),
