@@ -53,8 +53,8 @@ class ResolvedJob:
 def resolve(values: Mapping[str, Any]) -> ResolvedJob | Recommendation:
     """Chooses what a request leaves open.
 
-    Without a method, ``effort`` chooses it for the scheme or bits; without these too, the recommendation for
-    the GPU here (or for ``gpu``) decides on the scheme. Then the recipe gets what its schemes need, as
+    Without a method, ``effort`` chooses it for the scheme, bits or size; without these too, the recommendation
+    for the GPU here (or for ``gpu``) decides on the scheme. Then the recipe gets what its schemes need, as
     :func:`complete` says.
 
     Args:
@@ -79,7 +79,7 @@ def resolve(values: Mapping[str, Any]) -> ResolvedJob | Recommendation:
         # wrong values are mistakes of the request, whatever is recommended
         asked = make_recipe({**values, "method": "gptq"})
         effort = asked.effort or defaults.EFFORT
-        if "scheme" in values or "bits" in values:
+        if "scheme" in values or "bits" in values or asked.mixes:
             given = asked.outlier_suppression
             needs = None if given is None else {"outlier_suppression": given}
             method, note = method_for(asked.resolved_scheme(), asked.model_path, needs, effort)
@@ -167,7 +167,7 @@ def complete(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
     Returns:
         the recipe, and a sentence for each thing that was added to it.
     """
-    if recipe.backend != defaults.ENGINE or recipe.outlier_suppression is not None:
+    if recipe.backend != defaults.ENGINE or recipe.outlier_suppression is not None or recipe.mixes:
         return recipe, ()
     job = _needed(recipe.assignment(recipe.method))
     rules: list[Rule] = []
@@ -218,9 +218,10 @@ def _note(scheme: str, suppressor: str) -> str:
     )
 
 
-def plan(recipe: Recipe) -> JobPlan:
+def plan(recipe: Recipe, progress: Progress = silent) -> JobPlan:
     """Checks a job for its engine, completed by :func:`complete`, and lays out its output. Headers are read,
-    no tensors; where the output is to be uploaded, the Hub is asked whether it may be.
+    no tensors, unless schemes are chosen for a size: then the whole model is run
+    (:mod:`quant.pipeline.mixing`). Where the output is to be uploaded, the Hub is asked whether it may be.
 
     Raises:
         Problems, QuantError: everything that is wrong, listed together.
@@ -228,7 +229,7 @@ def plan(recipe: Recipe) -> JobPlan:
     to = destination_of(recipe)
     refused = None if to is None else upload_problem(to)
     try:
-        planned = _planned(complete(recipe)[0])
+        planned = _planned(complete(recipe)[0], progress)
     except QuantError as error:
         if refused is None:
             raise
@@ -238,8 +239,14 @@ def plan(recipe: Recipe) -> JobPlan:
     return planned
 
 
-def _planned(recipe: Recipe) -> JobPlan:
+def _planned(recipe: Recipe, progress: Progress) -> JobPlan:
     prepare_torch()
+    if recipe.mixes:
+        from quant.pipeline.mixing import allocate
+        from quant.pipeline.plan import plan_job
+
+        allocation = allocate(recipe, progress)
+        return replace(plan_job(allocation.recipe), allocation=allocation.to_dict())
     if recipe.backend != defaults.ENGINE:
         from quant.backends.run import plan_backend
 
@@ -247,6 +254,23 @@ def _planned(recipe: Recipe) -> JobPlan:
     from quant.pipeline.plan import plan_job
 
     return plan_job(recipe)
+
+
+def foreseen(recipe: Recipe, progress: Progress = silent) -> dict[str, Any]:
+    """What :func:`plan` and :func:`run` will do, with what :func:`estimate` says of it. Of a job whose
+    schemes are chosen for a size, the prediction is for one scheme for all layers, with ``allocation``: what
+    will be chosen among, which sizes can be reached, and about how many seconds the choice takes.
+
+    Raises:
+        QuantError: see :func:`plan` and :func:`estimate`.
+    """
+    recipe = complete(recipe)[0]
+    if not recipe.mixes:
+        return estimate(plan(recipe), progress)
+    prepare_torch()
+    from quant.pipeline.mixing import foresee
+
+    return foresee(recipe, progress)
 
 
 def estimate(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
@@ -274,7 +298,7 @@ def made(recipe: Recipe) -> Report | None:
         QuantError: the output has changed since.
     """
     recipe, _ = complete(recipe)
-    if destination_of(recipe) is None:
+    if destination_of(recipe) is None or recipe.mixes:  # what was chosen, its settings do not say
         return None
     settings = json.loads(json.dumps(recipe.settings()))
     return made_already(recipe.output_path, recipe.model_path, {"settings": settings})
@@ -303,18 +327,24 @@ def run(plan: JobPlan, progress: Progress = silent, command: Sequence[str] | Non
     while True:
         manager = QuantizationManager(plan, progress, command, tokens)
         try:
-            return manager.run()
+            report = manager.run()
         except NoGradients as error:
             plan = _without_gradients(plan, error)
-            continue
         except DeviceMemoryExhausted:
             tokens = manager.smaller_batch()
             if tokens is None:
                 raise
+        else:
+            break
         device = manager.device
         del manager
         gc.collect()  # what the failed pass held, before the device is asked for memory again
         give_back(device)
+    if plan.allocation is not None:
+        from quant.pipeline.mixing import forget
+
+        forget(plan.recipe)
+    return report
 
 
 def _without_gradients(plan: JobPlan, error: NoGradients) -> JobPlan:
@@ -340,7 +370,7 @@ def quantize(recipe: Recipe, progress: Progress = silent) -> Report:
     recipe, notes = complete(recipe)
     for note in notes:
         progress(Event("plan", message=note))
-    report = made(recipe) or run(plan(recipe), progress)
+    report = made(recipe) or run(plan(recipe, progress), progress)
     if (to := destination_of(recipe)) is not None:
         upload(recipe.output_path, to, progress)
     return report

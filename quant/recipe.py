@@ -15,7 +15,7 @@ from quant import defaults
 from quant.errors import Problems, QuantError, UsageError, clipped, one_of
 from quant.hardware import count_in
 from quant.schemes import UNQUANTIZED, Scheme, default_scheme, resolve_scheme
-from quant.units import parse_tokens
+from quant.units import parse_size, parse_tokens
 from quant.vllm.releases import VLLM_VERSION
 
 #: `--method fp8` is rounding to the nearest FP8 number, by this method.
@@ -111,6 +111,8 @@ class LayerSettings(BaseModel):
 #: Keys that a scheme, and a method, decide: a rule that names another one takes none of these from the job.
 _OF_SCHEME = ("scheme", "bits", "group_size", "symmetric", "activations", "symmetric_activations")
 _OF_METHOD = ("act_order", "damping", "clip_search", "options")
+#: Keys that say which size schemes are chosen for: what is chosen stands in the rules.
+MIXING = ("target_bits", "target_size", "fit", "context", "concurrency")
 #: Keys that say where the finished output is uploaded to.
 UPLOAD = ("push_to_hub", "private", "commit_message", "replace_on_hub")
 
@@ -172,6 +174,16 @@ def _tokens(value: Any) -> Any:
         return value
 
 
+def _size(value: Any) -> Any:
+    """A size as people write it (``20GiB``); all else is left to be judged."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_size(value)
+    except UsageError:
+        return value
+
+
 class Recipe(LayerSettings):
     """One quantization. Field names are the option names of ``quant quantize`` with underscores."""
 
@@ -192,6 +204,11 @@ class Recipe(LayerSettings):
     sequence_length: Annotated[int | None, BeforeValidator(_tokens)] = Field(None, ge=8, le=10_000_000)
     shuffle: bool = False
     chat_template: bool | None = None
+    target_bits: float | None = Field(None, gt=0, le=32)
+    target_size: Annotated[int | None, BeforeValidator(_size)] = Field(None, gt=0)
+    fit: bool = False
+    context: Annotated[int | None, BeforeValidator(_tokens)] = Field(None, ge=1)
+    concurrency: int | None = Field(None, ge=1)
     layers: str | None = None
     ignore: list[str] = []
     seed: int = Field(defaults.SEED, ge=0, lt=2**63)
@@ -208,16 +225,27 @@ class Recipe(LayerSettings):
     replace_on_hub: bool = False
 
     @property
+    def mixes(self) -> bool:
+        """Whether schemes are chosen layer by layer, for a size."""
+        return self.target_bits is not None or self.target_size is not None or self.fit
+
+    @property
     def exact_folds(self) -> bool:
         """Whether factors are powers of two everywhere: where nothing is rounded afterwards, nothing shall
         change."""
         return self.method == "none"
 
+    def plain(self) -> dict[str, Any]:
+        """What was given, as a recipe file has it, but where the output goes and whether it is uploaded."""
+        left_out = {"output_path", "fresh", *UPLOAD}
+        value = self.model_dump(mode="json", exclude_unset=True)
+        return {k: v for k, v in value.items() if k not in left_out}
+
     def settings(self) -> dict[str, Any]:
         """What decides the output's bytes, for the fingerprint: everything but where it goes and whether it
         resumes."""
         # an effort is its method and options
-        skipped = {"output_path", "fresh", "model_path", "backend_python", "effort", *UPLOAD}
+        skipped = {"output_path", "fresh", "model_path", "backend_python", "effort", *MIXING, *UPLOAD}
         return {
             k: (v if not isinstance(v, (Path, list, dict)) else str(v))
             for k, v in self.model_dump().items()

@@ -274,6 +274,7 @@ class SchemeRow:
             over a simpler scheme.
         needs: recipe keys without which it is not good.
         default_of: methods whose scheme it is where none is named; asked of quant's own rows alone.
+        finer: name of the scheme that layers take which lose too much in this one; empty: 16 bits.
     """
 
     scheme: Scheme
@@ -283,6 +284,7 @@ class SchemeRow:
     native: bool = False
     needs: Mapping[str, str] = field(default_factory=dict)
     default_of: tuple[str, ...] = ()
+    finer: str = ""
 
     @property
     def name(self) -> str:
@@ -296,16 +298,23 @@ _FP8, _ROUNDED, _SOLVED = ("fp8",), ("minmax", "gptq"), ("yaqa", "gptq", "minmax
 SCHEMES = {
     row.name: row
     for row in (
-        SchemeRow(Scheme("w4a16", WeightScheme(4, 128, True)), _SOLVED, "4-bit weights (GPTQ, AWQ)", rank=4),
+        SchemeRow(
+            Scheme("w4a16", WeightScheme(4, 128, True)),
+            _SOLVED,
+            "4-bit weights (GPTQ, AWQ)",
+            rank=4,
+            finer="w8a16",
+        ),
         SchemeRow(
             Scheme("w4a16-asym", WeightScheme(4, 128, False)),
             _SOLVED,
             default_of=("awq",),  # asymmetric, as its paper and its users have it
+            finer="w8a16",
         ),
         SchemeRow(Scheme("w8a16", WeightScheme(8, 128, True)), _ROUNDED, "8-bit weights", rank=2),
         SchemeRow(Scheme("w8a16-asym", WeightScheme(8, 128, False)), _ROUNDED),
-        SchemeRow(Scheme("w3a16", WeightScheme(3, 128, True))),
-        SchemeRow(Scheme("w2a16", WeightScheme(2, 128, True))),
+        SchemeRow(Scheme("w3a16", WeightScheme(3, 128, True)), finer="w4a16"),
+        SchemeRow(Scheme("w2a16", WeightScheme(2, 128, True)), finer="w3a16"),
         SchemeRow(
             Scheme("w8a8-int8", WeightScheme(8, -1, True, scales="F32"), ActivationScheme()),
             _ROUNDED,
@@ -332,10 +341,19 @@ SCHEMES = {
             "NVFP4 weights and activations",
             rank=5,
             native=True,
+            finer="w8a8-fp8",
         ),
-        SchemeRow(Scheme("nvfp4a16", _NVFP4), _SOLVED),
-        SchemeRow(Scheme("mxfp4", WeightScheme(4, 32, True, "float", "group", "U8"), _MX_INPUTS[4]), _SOLVED),
-        SchemeRow(Scheme("mxfp4a16", WeightScheme(4, 32, True, "float", "group", "U8")), _SOLVED),
+        SchemeRow(Scheme("nvfp4a16", _NVFP4), _SOLVED, finer="w8a16-fp8"),
+        SchemeRow(
+            Scheme("mxfp4", WeightScheme(4, 32, True, "float", "group", "U8"), _MX_INPUTS[4]),
+            _SOLVED,
+            finer="mxfp8",
+        ),
+        SchemeRow(
+            Scheme("mxfp4a16", WeightScheme(4, 32, True, "float", "group", "U8")),
+            _SOLVED,
+            finer="w8a16-fp8",
+        ),
         SchemeRow(
             Scheme("mxfp8", WeightScheme(8, 32, True, "float", "group", "U8"), _MX_INPUTS[8]), _ROUNDED
         ),

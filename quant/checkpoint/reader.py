@@ -46,6 +46,7 @@ STALE = {
     "quant_report.json": "describes the source; the output has its own",
     "quant_report.html": "describes the source; the output has its own",
     "quant_evaluation.json": "was measured of the source",
+    "quant_recipe.yaml": "describes the source; the output has its own",
     "vllm_config.json": "describes the source; the output has its own",
     "quantize_config.json": "describes an earlier quantization",
     "quant_config.json": "describes an earlier quantization",

@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from quant import defaults
-from quant.commands.types import MODEL, PATH, ModelType, TokenCount
+from quant.commands.types import MODEL, PATH, TOKENS, ModelType, TokenCount
 from quant.errors import UsageError
 from quant.schemes import SCHEMES, SchemeRegistry
 from quant.vllm.releases import VLLM_VERSION, rules_for
@@ -127,6 +127,18 @@ vllm_version = click.option(
 
 kv_cache_dtype = click.option(
     "--kv-cache-dtype", default="auto", show_default=True, help="auto (the model's own) or fp8."
+)
+
+context = click.option(
+    "--context", type=TOKENS, help="Tokens of the longest request (vLLM's --max-model-len): 32k, 1M."
+)
+
+concurrency = click.option(
+    "--concurrency",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Requests of that length at the same time.",
 )
 
 max_num_seqs = click.option("--max-num-seqs", type=int, help="Sequences in one batch.")

@@ -12,7 +12,7 @@ from quant import defaults
 from quant.commands import options
 from quant.commands.options import by_method, given, together
 from quant.commands.terminal import Output, common_options, resumable
-from quant.commands.types import PATH, TOKENS, Alpha
+from quant.commands.types import PATH, TOKENS, Alpha, Size
 from quant.errors import QuantError, UsageError, clipped
 from quant.progress import Event
 from quant.schemes import DEFAULT_SCHEME, PRESETS, SCHEMES, ActivationScheme
@@ -199,6 +199,20 @@ job_options = together(
         callback=_pairs,
         help="Any other setting of the method; repeatable.",
     ),
+    click.option(
+        "--target-bits",
+        type=float,
+        help="Choose a scheme for every layer, so that the decoder has so many bits per weight and the model "
+        "loses least.",
+    ),
+    click.option("--target-size", type=Size(), help="The same for so many bytes of tensors: 20GiB."),
+    click.option(
+        "--fit",
+        is_flag=True,
+        help="The same for the memory of the GPU here, or of --gpu, beside --context and --concurrency.",
+    ),
+    options.context,
+    options.concurrency,
     options.format_(defaults.FORMAT),
     options.target,
     calibration_options,
@@ -206,7 +220,7 @@ job_options = together(
         "--gradient-samples",
         type=int,
         show_default=f"{defaults.GRADIENT_SAMPLES}, or --samples where that is less",
-        help="yaqa: rows that gradients are taken through, the first of --samples.",
+        help="yaqa, and a size: rows that gradients are taken through, the first of --samples.",
     ),
     click.option(
         "--layers",
@@ -355,10 +369,10 @@ def _run(out: Output, values: dict[str, Any], dry_run: bool = False, measure: bo
                 message = f"{report.output_path}: made already, {report.provenance.date}: uploading it"
                 progress(Event("planning", message=message))
             else:
-                plan = jobs.plan(resolved.recipe)
                 if dry_run:
-                    prediction = jobs.estimate(plan, progress)
+                    prediction = jobs.foreseen(resolved.recipe, progress)
                 else:
+                    plan = jobs.plan(resolved.recipe, progress)
                     report = jobs.run(plan, progress, out.outcome.command)
     if not isinstance(resolved, jobs.ResolvedJob):
         nothing = resolved

@@ -32,16 +32,8 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """vLLM's arguments as planning options; the command receives them as one :class:`EngineRequest` in
     ``engine``."""
 
-    @click.option(
-        "--context", type=TOKENS, help="Tokens of the longest request (vLLM's --max-model-len): 32k, 1M."
-    )
-    @click.option(
-        "--concurrency",
-        type=int,
-        default=1,
-        show_default=True,
-        help="Requests of that length at the same time.",
-    )
+    @options.context
+    @options.concurrency
     @options.kv_cache_dtype
     @options.tensor_parallel("all")
     @click.option("--pipeline-parallel", type=int, default=1, show_default=True, help="Stages of layers.")

@@ -157,7 +157,7 @@ class QuantizationManager:
             message = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
             self.progress(Event("quantize", message=f"left in 16 bits: {message}: {reason}", warning=True))
         work = WorkFolder(
-            self.plan.recipe.output_path.absolute(), self._fingerprint(rows), self.plan.recipe.fresh
+            self.plan.recipe.output_path.absolute(), self.fingerprint(rows), self.plan.recipe.fresh
         )
         try:
             for entry in work.finished.values():
@@ -218,7 +218,7 @@ class QuantizationManager:
                 raise NoGradients(problem, self.plan.recipe.method)
         return rows, skeleton
 
-    def _fingerprint(self, rows: Rows | None) -> dict[str, Any]:
+    def fingerprint(self, rows: Rows | None) -> dict[str, Any]:
         """What decides the output's bytes."""
         source = {
             f.name: [f.stat().st_size, f.stat().st_mtime_ns]
@@ -561,12 +561,14 @@ class QuantizationManager:
                 plain_in_vllm=plan.plain,
                 left=plan.left,
                 function=None if preserved is None else preserved.to_dict(),
+                allocation=plan.allocation,
                 scratch_bytes=self.scratch_bytes,
                 peak_gpu_bytes=peak_bytes(self.device),
             ),
             provenance=Provenance.here(self.command, device_name(self.device)),
         )
-        write_report(work.path, report, checkpoint)
+        chosen = plan.recipe.plain() if plan.allocation is not None else None
+        write_report(work.path, report, checkpoint, recipe=chosen)
         return report
 
     def _method_settings(self) -> dict[str, str]:

@@ -67,6 +67,8 @@ class JobPlan:
             each with the reason.
         left: those of the decoder's blocks that no group of the scheme fits, each with that reason.
         dtype: header name of the dtype that scales, and plain weights, are stored in.
+        allocation: how its schemes were chosen for a size, as
+            :meth:`quant.pipeline.mixing.Allocation.to_dict` has it; or None.
     """
 
     recipe: Recipe
@@ -83,6 +85,7 @@ class JobPlan:
     source: QuantizedSource | None = None
     notes: tuple[str, ...] = ()
     left: Mapping[str, str] = field(default_factory=dict)
+    allocation: Mapping[str, Any] | None = None
 
     @cached_property
     def written(self) -> dict[str, Linear]:
@@ -140,11 +143,10 @@ class JobPlan:
         return account(self.checkpoint.tensors, self.checkpoint.config, self.refs, self.written)
 
     @cached_property
-    def bits_per_weight(self) -> float:
-        """Stored bits per weight of the decoder's matrices, those that stay as they are included."""
-        weights = self.weights
-        matrices = {w.name for w in weights}
-        stored = sum(
+    def matrix_bytes(self) -> int:
+        """Stored bytes of the decoder's matrices, those that stay as they are included."""
+        matrices = {w.name for w in self.weights}
+        return sum(
             t.spec.nbytes
             for u in self.units
             for s in u.shards
@@ -154,7 +156,11 @@ class JobPlan:
             or t.spec.name in matrices
             or (t.part is not None and t.part.tensor in matrices)
         )
-        return round(8 * stored / sum(w.elements for w in weights), 4)
+
+    @cached_property
+    def bits_per_weight(self) -> float:
+        """:attr:`matrix_bytes` by weight, in bits."""
+        return round(8 * self.matrix_bytes / sum(w.elements for w in self.weights), 4)
 
     @property
     def copied(self) -> list[str]:

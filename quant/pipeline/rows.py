@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
+
+import torch
 
 from quant import defaults
 from quant.calibration.files import bundled
+from quant.calibration.records import TextError
 from quant.calibration.text import Rows, calibration_rows
 from quant.errors import UsageError
 from quant.offline import load_tokenizer
@@ -20,21 +25,8 @@ def job_rows(plan: JobPlan) -> Rows:
     Raises:
         QuantError, UsageError: too little text, or rows longer than the model's context.
     """
-    recipe, checkpoint = plan.recipe, plan.checkpoint
-    longest = context_length(checkpoint.config)
-    length = recipe.sequence_length or min(defaults.SEQUENCE_LENGTH, longest or defaults.SEQUENCE_LENGTH)
-    if longest is not None and length > longest:
-        raise UsageError(f"--sequence-length is {length}: the model's longest context is {longest}")
-    rows = calibration_rows(
-        load_tokenizer(checkpoint.path),
-        recipe.calibration_dataset or [bundled("wikipedia")],
-        plan.rows,
-        length,
-        vocabulary=vocabulary_size(checkpoint.config) or 2**31,
-        shuffle=recipe.shuffle,
-        seed=recipe.seed,
-        chat_template=recipe.chat_template,
-    )
+    recipe = plan.recipe
+    rows = calibration_rows(samples=plan.rows, **_text(plan))
     asked = recipe.gradient_samples if plan.gradients else None
     if asked is not None and asked > recipe.samples:
         note = f"gradients take all {recipe.samples} rows, which --samples limits: {asked} were asked for"
@@ -46,6 +38,45 @@ def job_rows(plan: JobPlan) -> Rows:
     else:
         return rows
     return replace(rows, notes=(*rows.notes, note))
+
+
+def later_rows(plan: JobPlan, tokens: int) -> tuple[torch.Tensor, bool]:
+    """Rows to judge on, int64 [rows, length], of so many tokens and four at the least: those of the same text
+    behind the ones that the job is calibrated with. Whether there are any: where the text ends before, they
+    are the job's own last ones."""
+    given = _text(plan)
+    wanted = max(4, tokens // given["length"])
+    while wanted:
+        try:
+            rows = calibration_rows(samples=plan.recipe.samples + wanted, **given)
+        except TextError:
+            wanted //= 2
+        else:
+            return rows.tokens[plan.recipe.samples :], True
+    rows = calibration_rows(samples=plan.rows, **given)
+    return rows.tokens[-max(4, tokens // given["length"]) :], False
+
+
+def _text(plan: JobPlan) -> Mapping[str, Any]:
+    """Arguments of :func:`calibration_rows`, less the number of rows.
+
+    Raises:
+        UsageError: rows longer than the model's context.
+    """
+    recipe, checkpoint = plan.recipe, plan.checkpoint
+    longest = context_length(checkpoint.config)
+    length = recipe.sequence_length or min(defaults.SEQUENCE_LENGTH, longest or defaults.SEQUENCE_LENGTH)
+    if longest is not None and length > longest:
+        raise UsageError(f"--sequence-length is {length}: the model's longest context is {longest}")
+    return {
+        "tokenizer": load_tokenizer(checkpoint.path),
+        "paths": recipe.calibration_dataset or [bundled("wikipedia")],
+        "length": length,
+        "vocabulary": vocabulary_size(checkpoint.config) or 2**31,
+        "shuffle": recipe.shuffle,
+        "seed": recipe.seed,
+        "chat_template": recipe.chat_template,
+    }
 
 
 def tell_notes(rows: Rows, progress: Progress) -> None:

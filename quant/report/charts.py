@@ -128,6 +128,64 @@ def layers_chart(
     return "\n".join([*out, "</svg>"])
 
 
+@dataclass(frozen=True)
+class Options:
+    """What a layer might be: points (across, up), of which the one at ``taken`` was chosen; None: none of
+    them."""
+
+    name: str
+    points: tuple[tuple[float, float], ...]
+    taken: tuple[float, float] | None
+
+
+def options_chart(layers: Sequence[Options], across: str, up: str, kinds: Mapping[str, str]) -> str:
+    """A thin line through the options of each layer, and a point at what was taken; up is logarithmic.
+
+    Args:
+        layers: positive values upwards.
+        kinds: kind → colour; the kind is the last part of a name.
+    """
+    width, height, left, bottom, top, right = 860.0, 380.0, 76.0, 44.0, 12.0, 16.0
+    every = [p for layer in layers for p in layer.points]
+    low, high = (f(math.log10(y) for _, y in every) for f in (min, max))
+    margin = (high - low or 1.0) * 0.06
+    low, high = low - margin, high + margin
+    first, last = min(x for x, _ in every), max(x for x, _ in every)
+    first, last = first - 0.2, last + 0.2
+
+    def x(value: float) -> float:
+        return round(left + (value - first) / (last - first) * (width - left - right), 1)
+
+    def y(value: float) -> float:
+        share = (math.log10(value) - low) / (high - low)
+        return round(height - bottom - share * (height - bottom - top), 1)
+
+    out = [f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{html.escape(up)}">']
+    for tick in log_ticks(10**low, 10**high):
+        out.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y(tick)}" y2="{y(tick)}"/>')
+        out.append(f'<text x="{left - 6}" y="{y(tick) + 4}" text-anchor="end">{tick:g}</text>')
+    for tick in ticks(first, last):
+        out.append(f'<text x="{x(tick)}" y="{height - bottom + 16}" text-anchor="middle">{tick:g}</text>')
+    out.append(f'<path class="axis" d="M{left} {top}V{height - bottom}H{width - right}"/>')
+    out.append(
+        f'<text x="{(left + width) / 2}" y="{height - 8}" text-anchor="middle">{html.escape(across)}</text>'
+        f'<text transform="translate(14 {(height - bottom + top) / 2}) rotate(-90)" text-anchor="middle">'
+        f"{html.escape(up)}</text>"
+    )
+    for layer in layers:
+        colour = kinds[layer.name.rpartition(".")[2]]
+        path = "L".join(f"{x(a)} {y(b)}" for a, b in sorted(layer.points))
+        out.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="1" opacity="0.35"/>')
+    for layer in layers:
+        if layer.taken is not None:
+            a, b = layer.taken
+            out.append(
+                f'<circle cx="{x(a)}" cy="{y(b)}" r="4" fill="{kinds[layer.name.rpartition(".")[2]]}"><title>'
+                f"{html.escape(layer.name)}: {a:.3f}, {b:.4g}</title></circle>"
+            )
+    return "\n".join([*out, "</svg>"])
+
+
 def ticks(low: float, high: float) -> list[float]:
     """Four to nine round numbers within a range."""
     step = 10 ** math.floor(math.log10((high - low) / 4))

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.checkpoint.writer import write_text
 from quant.errors import QuantError, UsageError
@@ -15,21 +17,37 @@ from quant.report.card import CARD, card, source_card
 from quant.report.page import PAGE, page
 from quant.report.value import REPORT, Report
 
+#: The recipe of an output whose schemes were chosen for it.
+RECIPE = "quant_recipe.yaml"
 #: What ``quant evaluate --save`` measured.
 EVALUATION = "quant_evaluation.json"
 #: Of it, means with their errors, as far as they are there.
 _MEASURED = ("kl", "top1", "source_perplexity", "top5", "kl_p99", "loss")
 
 
-def write_report(folder: Path, report: Report, source: Checkpoint, others: Sequence[Path] = ()) -> None:
-    """Writes the report, the page and the model card of a finished output.
+def write_report(
+    folder: Path,
+    report: Report,
+    source: Checkpoint,
+    others: Sequence[Path] = (),
+    recipe: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes the report, the page and the model card of a finished output, and its recipe where that was
+    chosen.
 
     Args:
         folder: where the output is now; the report says where it will be.
         source: what it was made from.
         others: folders whose card is taken where the source has none.
+        recipe: plain values that make the same output.
     """
     write_text(folder / REPORT, report.to_json())
+    if recipe is not None:
+        head = (
+            f"# quant quantize --config {RECIPE} -o OUTPUT\n"
+            "# makes this checkpoint again; how it was chosen is in the report.\n"
+        )
+        write_text(folder / RECIPE, head + yaml.safe_dump(dict(recipe), sort_keys=False, width=10**6))
     text = source_card([source.path, *others])
     write_text(folder / CARD, card(report, source.config, text, None))
     write_text(folder / PAGE, page(report, open_checkpoint(folder), None))

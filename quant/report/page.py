@@ -14,7 +14,7 @@ from quant.checkpoint.reader import Checkpoint
 from quant.formats import find_format
 from quant.hub import named
 from quant.models.roles import block_of
-from quant.report.charts import colours, layers_chart
+from quant.report.charts import Options, colours, layers_chart, options_chart
 from quant.report.contents import contents
 from quant.report.value import Quantization, Report
 from quant.units import format_seconds, format_size, mean_and_error
@@ -98,6 +98,8 @@ def page(report: Report, checkpoint: Checkpoint, evaluation: Mapping[str, Any] |
     body.append(_facts(report, evaluation))
     if job is not None:
         body += _errors(job)
+    if job is not None and job.allocation is not None:
+        body += _allocation(job.allocation)
     body += ["<h2>Bits and bytes</h2>", _roles(checkpoint)]
     body += _quality(report, evaluation)
     body += _kernels(checkpoint)
@@ -158,6 +160,56 @@ def _errors(job: Quantization) -> list[str]:
         f"<div class=wide>{layers_chart(values, axis, kinds, bool(errors))}</div>",
         f"<p class=key>{key}</p>",
         f"<details><summary>the {len(worst)} worst</summary>{table(['layer', axis], shown, [1])}</details>",
+    ]
+
+
+def _allocation(chosen: Mapping[str, Any]) -> list[str]:
+    """How schemes were chosen layer by layer: a picture of what each layer loses by its bits, and a table."""
+    layers = [x for x in chosen.get("layers") or [] if isinstance(x, dict) and x.get("choices")]
+    if not layers:
+        return []
+    drawn = [
+        Options(
+            x["name"],
+            tuple((c["bits"], c["nats"]) for c in x["choices"] if c["nats"] > 0),
+            (x["bits"], x["nats"]) if (x["nats"] or 0) > 0 else None,
+        )
+        for x in layers
+    ]
+    drawn = [x for x in drawn if x.points]
+    kinds = colours([x.name.rpartition(".")[2] for x in drawn])
+    key = "".join(f'<span><i style="background:{c}"></i> {html.escape(k)}</span>' for k, c in kinds.items())
+    rows = [
+        [
+            x["name"],
+            x["scheme"],
+            f"{x['bits']:.3f}",
+            "" if x["nats"] is None else f"{x['nats']:.3g}",
+            ", ".join(f"{c['scheme']}: {c['nats']:.3g}" for c in x["choices"] if c["nats"] > 0),
+        ]
+        for x in layers
+    ]
+    facts = [
+        ["sum over layers", f"{chosen['summed']:.4g}"],
+        ["predicted", f"{chosen['predicted']:.4g}"],
+        ["measured on held-out rows", mean_and_error(chosen["measured"], ".5f")],
+    ]
+    if uniform := chosen.get("uniform"):
+        facts.append(
+            [f"{uniform['scheme']} for all layers, measured", mean_and_error(uniform["measured"], ".5f")]
+        )
+    picture = options_chart(drawn, "bits per weight", "nats per token", kinds) if drawn else ""
+    said = "".join(f"<p class=muted>{html.escape(str(n))}</p>" for n in chosen.get("notes") or [])
+    return [
+        "<h2>Bits by layer</h2>",
+        said,
+        table(["KL to the source, nats per token", ""], facts, [1]),
+        "<p class=muted>what each layer would lose in each scheme, and what it got</p>",
+        f"<div class=wide>{picture}</div>",
+        f"<p class=key>{key}</p>",
+        f"<details><summary>{len(rows)} layers</summary>"
+        + table(["layer", "scheme", "bits", "nats", "might have been"], rows, [2, 3])
+        + "</details>",
     ]
 
 

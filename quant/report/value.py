@@ -186,6 +186,9 @@ class Quantization:
         source: what the source was, where it is quantized already (``quant_method``, ``format``,
             ``schemes``), and what became of its matrices (``rounded_anew``, ``kept``, ``dequantized``); and
             what else was found in it (``notes``); or None.
+        allocation: how schemes were chosen layer by layer for a size: what each would lose in each
+            (``layers``), what is predicted and was measured of the choice and of the best ``uniform`` scheme;
+            None where they were not.
         backend: name, Python, versions and notes of the library that quantized; None of our own methods.
         scratch_bytes, peak_gpu_bytes: the scratch file's largest size, and the GPU's largest memory.
     """
@@ -206,6 +209,7 @@ class Quantization:
     left: Mapping[str, str] = field(default_factory=dict)
     function: Mapping[str, Any] | None = None
     source: Mapping[str, Any] | None = None
+    allocation: Mapping[str, Any] | None = None
     backend: Mapping[str, Any] | None = None
     scratch_bytes: int = 0
     peak_gpu_bytes: int = 0
@@ -237,6 +241,8 @@ class Quantization:
             "scratch_bytes": self.scratch_bytes,
             "peak_gpu_bytes": self.peak_gpu_bytes,
         }
+        if self.allocation is not None:
+            value["allocation"] = dict(self.allocation)
         return value if self.backend is None else value | {"backend": dict(self.backend)}
 
     @classmethod
@@ -261,6 +267,7 @@ class Quantization:
             left={n: _text(r) for n, r in _mapping(value.get("left")).items()},
             function=_mapping(value.get("function")) or None,
             source=_mapping(value.get("source")) or None,
+            allocation=_mapping(value.get("allocation")) or None,
             backend=_mapping(value.get("backend")) or None,
             scratch_bytes=_integer(value.get("scratch_bytes")),
             peak_gpu_bytes=_integer(value.get("peak_gpu_bytes")),

@@ -74,7 +74,7 @@ def test_what_varies_between_runs_decides_nothing(
     recipe = make_recipe({"model_path": checkpoints("llama"), "output_path": tmp_path / "out", **JOB})
     plan = plan_job(recipe)
     typed, called = QuantizationManager(plan, command=("quant", "--json")), QuantizationManager(plan)
-    assert typed._fingerprint(None) == called._fingerprint(None)
+    assert typed.fingerprint(None) == called.fingerprint(None)
     first = typed.run()
     monkeypatch.setattr("quant.report.value.machine", lambda: "another machine")
     recipe = recipe.model_copy(update={"output_path": tmp_path / "again"})

@@ -91,6 +91,7 @@ def quantization(console: Console, report: Report, measured: Mapping[str, Any] |
             f"{', '.join(schemes)}; {' and '.join(job.methods)}, {report.format}, "
             f"{job.bits_per_weight} bits per weight",
         ),
+        *([("by layers", "\n".join(job.allocation["notes"]))] if job.allocation else []),
         ("size", f"{format_size(report.source_bytes)} → {format_size(report.output_bytes)} of tensors"),
         *_source(job.source),
         ("time", format_seconds(report.seconds["total"])),
@@ -182,9 +183,26 @@ def prediction(console: Console, value: Mapping[str, Any]) -> None:
                 "files",
             ),
             *_source(value.get("source_quantization")),
+            *_chosen_among(value.get("allocation")),
             *_cost(value),
         ],
     )
+
+
+def _chosen_among(value: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What schemes will be chosen among layer by layer; all else is of one scheme for all layers."""
+    if value is None:
+        return []
+    return [
+        (
+            "by layers",
+            f"{value['target']}: a scheme for each of {value['layers']} layers of vLLM\n"
+            f"among {', '.join(value['candidates'])}\n"
+            f"{value['reachable'][0]} to {value['reachable'][1]} can be reached\n"
+            f"about {format_seconds(value['seconds'])} and {format_size(value['scratch_bytes'])} of disk to "
+            "choose; the rest is predicted for one scheme for all",
+        )
+    ]
 
 
 #: What is said of a time that no trial has shown.
