@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from quant.checkpoint.reader import read_json
 from quant.errors import QuantError
 from quant.evaluation.verify import verify
 from quant.serving.installation import ServerError
@@ -29,6 +30,7 @@ from quant.serving.reference import (
     open_server,
     prompts,
 )
+from quant.vllm.config import quantization_config
 from tests.vllm import corrupt
 from tests.vllm.conftest import demand_4_bit_kernels, demand_8_bit_products
 
@@ -67,8 +69,9 @@ NUMBERS: dict[str, tuple[tuple[str, ...], str, tuple[Damage, ...]]] = {
         (SCALES, INPUTS, corrupt.input_zero_points_of_unsigned_codes),
     ),
     "fp8 channel": (FP8, "ChannelWiseTorchFP8ScaledMMLinearKernel", (SCALES,)),
+    # with a scheme chosen for every layer: of what this build serves 4 bits in several ways, and 16
     "fp8 cache": (
-        ("--scheme", "w4a16", "--method", "minmax", "--kv-cache-scheme", "fp8"),
+        ("--target-bits", "4.4", "--gpu", "cpu", "--method", "minmax", "--kv-cache-scheme", "fp8"),
         "CPUWNA16LinearKernel",
         (corrupt.cache_scales_not_divided,),
     ),
@@ -141,6 +144,8 @@ def test_vllm_computes_with_quantized_activations_and_caches_as_the_reference_do
     if kernel == "CPUInt8ScaledMMLinearKernel":
         demand_8_bit_products()
     path = make(*options)
+    if case == "fp8 cache":
+        assert len(quantization_config(read_json(path / "config.json", "the config"))["config_groups"]) > 2
     with open_server(path, vllm_python) as server:
         server.start(timeout=300)
         answers = ask(server, prompts(path))
