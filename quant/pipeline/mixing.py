@@ -266,15 +266,22 @@ def allocate(recipe: Recipe, progress: Progress = silent) -> Allocation:
 def _demand_gradients(prepared: Prepared, skeleton: Skeleton) -> None:
     """
     Raises:
-        QuantError: no gradient can be taken through the model.
+        QuantError: no gradient can be taken through the model, or experts are to be chosen for.
     """
+    option = prepared.budget.option.partition(" ")[0]
+    for index in range(skeleton.block_count):
+        names, places = surveyed(prepared.items, skeleton, index), skeleton.linears(index)
+        if routed := next((name for name, local in names.items() if places[local].shared), None):
+            raise QuantError(
+                f"{routed}: what routed experts lose is not weighed by {option}: give them a scheme with "
+                "rules instead, or leave them out with --ignore '*.experts.*'"
+            )
 
     def wanted(index: int) -> dict[str, tuple[BlockLinear, frozenset[str]]]:
         places = skeleton.linears(index)
         return {n: (places[n], BOTH) for n in surveyed(prepared.items, skeleton, index).values()}
 
     if problem := gradient_problem(skeleton, wanted):
-        option = prepared.budget.option.partition(" ")[0]
         raise QuantError(f"{problem}: {option} needs gradients: use --scheme, which needs none")
 
 

@@ -180,9 +180,9 @@ class Survey:
     def _solve(self, skeleton: Skeleton, index: int, block: nn.Module, seen: _Halves) -> Losses:
         """Makes and writes the candidates of a block's linears; what they lose goes into the journal."""
         plan, form = self.plan, self.plan.format
-        names, places = self.linears(skeleton, index), skeleton.linears(index)
+        places, made_by, judged_by = skeleton.linears(index), seen.made.finish(), seen.judged.finish()
+        names = {n: x for n, x in self.linears(skeleton, index).items() if judged_by[x].gradients is not None}
         items = {n: item for item in self.items for n in item.linears if n in names}
-        made_by, judged_by = seen.made.finish(), seen.judged.finish()
         largest = self._largest([*names], lambda n: places[names[n]].get(block))
         specs = [
             replace(spec, name=f"{number}:{spec.name}")
@@ -297,10 +297,11 @@ class Judge:
         survey, plan, places = self._survey, self._survey.plan, skeleton.linears(index)
         names = survey.linears(skeleton, index)
         last = len(survey.pool) - 1
-        chosen = {n: choice[n] for n in names if choice.get(n, last) != last}
+        headers = read_header(survey.work.path / f"block-{index:05d}.safetensors")[0]
+        held = {key.partition(":")[2].rpartition(".")[0] for key in headers}
+        chosen = {n: choice[n] for n in names if n in held and choice.get(n, last) != last}
         if not chosen:
             return
-        headers = read_header(survey.work.path / f"block-{index:05d}.safetensors")[0]
         file = Checkpoint(survey.work.path, {}, headers)
         for name, number in chosen.items():
             linear = linear_in(plan, name, survey.pool[number])

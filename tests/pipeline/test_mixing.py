@@ -290,6 +290,8 @@ def test_a_model_that_no_gradient_goes_through_is_refused_before_anything_is_kep
     monkeypatch.setattr(mixing, "gradient_problem", lambda *_: "no gradient reaches block 1")
     with pytest.raises(QuantError, match="no gradient reaches block 1: --target-bits needs gradients"):
         mixed(checkpoints("llama"), tmp_path / "o")
+    with pytest.raises(QuantError, match=r"experts.*: what routed experts lose is not weighed .*--ignore"):
+        mixed(checkpoints("mixtral"), tmp_path / "o")
     assert list(tmp_path.iterdir()) == []
 
 
