@@ -53,9 +53,9 @@ class ResolvedJob:
 def resolve(values: Mapping[str, Any]) -> ResolvedJob | Recommendation:
     """Chooses what a request leaves open.
 
-    Without a method, ``effort`` chooses it for the scheme, bits or size; without these too, the recommendation
-    for the GPU here (or for ``gpu``) decides on the scheme. Then the recipe gets what its schemes need, as
-    :func:`complete` says.
+    Without a method, ``effort`` chooses it for the scheme, bits or size; without these too, the
+    recommendation for the GPU here (or for ``gpu``) decides on the scheme. Then the recipe gets what its
+    schemes need, as :func:`complete` says.
 
     Args:
         values: keys of a :class:`Recipe`, as a recipe file has them.
@@ -288,7 +288,7 @@ def estimate(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
     try:
         return estimate(plan, progress)
     except NoGradients as error:
-        return estimate(_without_gradients(plan, error), progress)
+        return estimate(_without_gradients(plan, error, progress), progress)
 
 
 def made(recipe: Recipe) -> Report | None:
@@ -329,7 +329,7 @@ def run(plan: JobPlan, progress: Progress = silent, command: Sequence[str] | Non
         try:
             report = manager.run()
         except NoGradients as error:
-            plan = _without_gradients(plan, error)
+            plan = _without_gradients(plan, error, progress)
         except DeviceMemoryExhausted:
             tokens = manager.smaller_batch()
             if tokens is None:
@@ -347,7 +347,7 @@ def run(plan: JobPlan, progress: Progress = silent, command: Sequence[str] | Non
     return report
 
 
-def _without_gradients(plan: JobPlan, error: NoGradients) -> JobPlan:
+def _without_gradients(plan: JobPlan, error: NoGradients, progress: Progress) -> JobPlan:
     """The same job by the method that an effort takes where no gradients go through the model.
 
     Raises:
@@ -357,7 +357,7 @@ def _without_gradients(plan: JobPlan, error: NoGradients) -> JobPlan:
         raise error
     recipe = plan.recipe.model_copy(update={"method": WITHOUT_GRADIENTS, "gradient_samples": None})
     note = f"--method {WITHOUT_GRADIENTS} instead of {plan.recipe.method}: {error.problem}"
-    planned = _planned(recipe)
+    planned = _planned(recipe, progress)
     return replace(planned, notes=(*planned.notes, note))
 
 

@@ -225,7 +225,7 @@ def _try_gradients(
 
 def _trial_rows(manager: QuantizationManager, rows: Rows) -> list[torch.Tensor]:
     """The batches that a trial takes through a block."""
-    each = manager.batch_rows(rows)
+    each = manager.batch_rows(rows.tokens.shape[1])
     return [*rows.tokens[: _BATCHES * each].split(each)]
 
 

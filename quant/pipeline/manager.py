@@ -196,7 +196,8 @@ class QuantizationManager:
         with self.clock.phase("text"):
             rows = job_rows(self.plan)
         if self.batch_tokens < of_kind(BATCH_TOKENS, self.device):
-            note = f"{self.device} ran out of memory: rows go through blocks by {self.batch_rows(rows)}"
+            several = self.batch_rows(rows.tokens.shape[1])
+            note = f"{self.device} ran out of memory: rows go through blocks by {several}"
             rows = replace(rows, notes=(*rows.notes, note))
         self._calibration = (len(rows.tokens), rows.tokens.shape[1])
         tell_notes(rows, self.progress)
@@ -335,7 +336,7 @@ class QuantizationManager:
 
     def batches(self, rows: Rows) -> tuple[list[torch.Tensor], int | None]:
         """The batches that go through the blocks, and which of them is the held-out row."""
-        tokens = [*rows.tokens.split(self.batch_rows(rows))]
+        tokens = [*rows.tokens.split(self.batch_rows(rows.tokens.shape[1]))]
         held_out = None if rows.held_out is None else len(tokens)
         return [*tokens, *([rows.held_out] if rows.held_out is not None else [])], held_out
 
@@ -345,9 +346,9 @@ class QuantizationManager:
         tokens = min(self.batch_tokens, rows * length)
         return tokens // 2 if tokens > length else None
 
-    def batch_rows(self, rows: Rows) -> int:
-        """Calibration rows that go through a block together."""
-        return max(1, self.batch_tokens // rows.tokens.shape[1])
+    def batch_rows(self, length: int) -> int:
+        """Calibration rows of so many tokens that go through a block together."""
+        return max(1, self.batch_tokens // length)
 
     def _finished_weights(self, unit: Unit, work: WorkFolder) -> dict[str, torch.Tensor]:
         """Dequantized weights of a finished block, read back from its shards."""

@@ -21,11 +21,10 @@ from typing import Any
 from quant import defaults
 from quant.checkpoint.journal import WorkFolder
 from quant.errors import NothingFits, Problems, QuantError, UsageError
-from quant.models.binding import BlockLinear
 from quant.models.skeleton import Skeleton
 from quant.pipeline.candidates import Candidate, Item, candidates, family, items_of
 from quant.pipeline.checks import check_disk
-from quant.pipeline.gradients import gradient_problem
+from quant.pipeline.gradients import Seen, gradient_problem
 from quant.pipeline.manager import CALIBRATION, QuantizationManager
 from quant.pipeline.plan import JobPlan, plan_job
 from quant.pipeline.rows import later_rows
@@ -277,9 +276,9 @@ def _demand_gradients(prepared: Prepared, skeleton: Skeleton) -> None:
                 "rules instead, or leave them out with --ignore '*.experts.*'"
             )
 
-    def wanted(index: int) -> dict[str, tuple[BlockLinear, frozenset[str]]]:
+    def wanted(index: int) -> Seen:
         places = skeleton.linears(index)
-        return {n: (places[n], BOTH) for n in surveyed(prepared.items, skeleton, index).values()}
+        return Seen({n: (places[n], BOTH) for n in surveyed(prepared.items, skeleton, index).values()})
 
     if problem := gradient_problem(skeleton, wanted):
         raise QuantError(f"{problem}: {option} needs gradients: use --scheme, which needs none")

@@ -35,7 +35,7 @@ from quant.pipeline.activation_store import ActivationStore
 from quant.pipeline.candidates import Candidate, Item, linear_in
 from quant.pipeline.gradients import GradientStream, Seen
 from quant.pipeline.group_solves import demand_finite
-from quant.pipeline.manager import QuantizationManager, batch_rows
+from quant.pipeline.manager import QuantizationManager
 from quant.pipeline.memory import give_back
 from quant.pipeline.methods import make_quantizer
 from quant.pipeline.plan import JobPlan
@@ -127,7 +127,7 @@ class Survey:
             return losses
         manager = self.manager
         store = ActivationStore(manager.resident_bytes(), self.work.path / "activations.bin")
-        rows = min(batch_rows(manager.device, tokens.shape[1]), -(-len(tokens) // 2))
+        rows = min(manager.batch_rows(tokens.shape[1]), -(-len(tokens) // 2))
         batches = [*tokens.split(rows)]
         together = len(batches) == 1
         aside = None if held_out is None else len(batches)
@@ -273,7 +273,7 @@ class Judge:
         each row, in nats per token."""
         survey = self._survey
         skeleton = Skeleton(survey.plan.checkpoint, survey.manager.device, torch.float32)
-        batches = [*self._rows.split(batch_rows(skeleton.device, self._rows.shape[1]))]
+        batches = [*self._rows.split(survey.manager.batch_rows(self._rows.shape[1]))]
         hidden, calls = skeleton.embed(batches)
         states = [hidden, *([h.clone() for h in hidden] for _ in choices)]
         count = skeleton.block_count
