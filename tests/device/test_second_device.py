@@ -124,7 +124,7 @@ def test_every_calibrated_method_loses_on_it_what_it_loses_on_a_cpu(
     assert there["verify"]["passed"] and there["fallbacks"] == here["fallbacks"]
     assert "second device of the tests" in str(there["provenance"]) and there["peak_gpu_bytes"] > 0
     assert [x["name"] for x in there["layers"]] == [x["name"] for x in here["layers"]]
-    errors = [sum(x["error"] for x in report["layers"]) for report in (here, there)]
+    errors = [sum(x["error"] or 0.0 for x in report["layers"]) for report in (here, there)]
     assert errors[1] == pytest.approx(errors[0], rel=0.05)
 
 
