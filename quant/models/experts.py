@@ -188,19 +188,31 @@ def _routed_forward(
     row = _UNDECLARED.get(type(module).__name__)
     chosen, order = index.reshape(-1).sort(stable=True)
     counts = torch.bincount(chosen, minlength=experts.count + 1)[: experts.count]
-    order, rest = order.tensor_split([int(counts.sum())])  # pairs without an expert come last
+    order = order[: int(counts.sum())]  # pairs without an expert come last
     gates = weights.reshape(-1)[order]
-    output = _two_products(module, experts, stop, Routed(hidden, order // top, counts, gates.float()))
-    pairs = hidden.new_zeros(tokens * top, output.shape[1])
-    factors = gates.unsqueeze(-1).to(output.dtype)
-    pairs[order] = output * factors if output.requires_grad else output.mul_(factors)
-    del output
+    routed = Routed(hidden, order // top, counts, gates.float())
+    if _recorded(hidden):
+        output = _two_products(module, experts, stop, routed) * gates.unsqueeze(-1).to(hidden.dtype)
+        pairs = hidden.new_zeros(tokens * top, output.shape[1])
+        pairs[order] = output
+        total = pairs.view(tokens, top, -1).sum(1, dtype=torch.float32)
+    else:
+        inner = _inner(module, experts, stop, routed)
+        # expert by expert: all outputs at once are as large as a block's other activations together
+        total = torch.zeros(tokens, _sizes(module, experts)[1], device=hidden.device)
+        for taken, made in _outputs(module, experts, inner):
+            made = made * gates[taken].unsqueeze(-1).to(made.dtype)
+            total.index_add_(0, routed.index[taken], made.float())  # no token twice
     if row is not None and row.identities:
-        pairs[rest] = hidden[rest // top] * weights.reshape(-1)[rest].unsqueeze(-1).to(hidden.dtype)
-    total = torch.zeros(tokens, pairs.shape[1], device=hidden.device)
-    for choice in pairs.view(tokens, top, -1).unbind(1):  # all of them in fp32 would be the largest of all
-        total += choice
+        total = total + hidden.float() * torch.where(index < experts.count, 0, weights).float().sum(
+            1, keepdim=True
+        )
     return total.to(hidden.dtype)
+
+
+def _recorded(rows: torch.Tensor) -> bool:
+    """Whether autograd follows what is computed of these rows."""
+    return torch.is_grad_enabled() and rows.requires_grad
 
 
 def _sorted_forward(module: Any, experts: Experts, stop: Stop, hidden: torch.Tensor) -> torch.Tensor:
@@ -210,25 +222,56 @@ def _sorted_forward(module: Any, experts: Experts, stop: Stop, hidden: torch.Ten
     index = used.nonzero().squeeze(1)
     counts = used.view(experts.count, -1).sum(1)
     gates = torch.ones(len(index), device=hidden.device)
-    output = torch.zeros_like(hidden)
-    output[index] = _two_products(module, experts, stop, Routed(hidden, index, counts, gates))
+    output, routed = torch.zeros_like(hidden), Routed(hidden, index, counts, gates)
+    if _recorded(hidden):
+        output[index] = _two_products(module, experts, stop, routed)
+    else:
+        for pairs, made in _outputs(module, experts, _inner(module, experts, stop, routed)):
+            output[index[pairs]] = made
     return output
 
 
 def _two_products(module: Any, experts: Experts, stop: Stop, routed: Routed) -> torch.Tensor:
-    """[S, H]: the output of each pair's expert."""
+    """[S, H]: the output of each pair's expert, for autograd."""
     routed = stop(experts.path, "up", routed) or routed
-    first = experts.parameter(experts.projections[-1]).rpartition(".")[2]
-    inner = gated(module, product(module, first, experts, routed))
+    inner = gated(module, product(module, _first(experts), experts, routed))
     whole = torch.arange(len(inner), device=inner.device)
     between = Routed(inner, whole, routed.counts, routed.gates)
     between = stop(experts.path, "down", between) or between
     return normed(module, product(module, "down_proj", experts, between))
 
 
+def _first(experts: Experts) -> str:
+    """The parameter of the first product."""
+    return experts.parameter(experts.projections[-1]).rpartition(".")[2]
+
+
+def _inner(module: Any, experts: Experts, stop: Stop, routed: Routed) -> Routed:
+    """What the second product reads, of what the first does."""
+    routed = stop(experts.path, "up", routed) or routed
+    inner = routed.rows.new_empty(len(routed.index), _sizes(module, experts)[0])
+    for pairs, made in _products(module, _first(experts), experts, routed):
+        inner[pairs] = gated(module, made)  # while a cache still holds it
+    whole = torch.arange(len(inner), device=inner.device)
+    between = Routed(inner, whole, routed.counts, routed.gates)
+    return stop(experts.path, "down", between) or between
+
+
+def _outputs(module: Any, experts: Experts, inner: Routed) -> Iterator[tuple[slice, torch.Tensor]]:
+    """For each expert that is sent tokens: its pairs, and its outputs [n, H]."""
+    for pairs, made in _products(module, "down_proj", experts, inner):
+        yield pairs, normed(module, made)
+
+
 def normed(module: Any, output: torch.Tensor) -> torch.Tensor:
     """[S, H]: what becomes of the second product."""
     return module.post_expert_norm(output) if getattr(module, "has_post_expert_norm", False) else output
+
+
+def _sizes(module: Any, experts: Experts) -> tuple[int, int]:
+    """Inputs and outputs of the second product."""
+    _, rows, columns = module.down_proj.shape
+    return (rows, columns) if experts.transposed else (columns, rows)
 
 
 def gated(module: Any, inner: torch.Tensor) -> torch.Tensor:
@@ -244,29 +287,30 @@ def gated(module: Any, inner: torch.Tensor) -> torch.Tensor:
 def product(module: Any, name: str, experts: Experts, routed: Routed) -> torch.Tensor:
     """[S, N]: each pair's row times its expert's matrix of parameter ``name``, with its bias where there is
     one."""
-    weight, bias = getattr(module, name), getattr(module, f"{name}_bias", None)
-    outputs = weight.shape[2 if experts.transposed else 1]
-
-    def times(rows: torch.Tensor, expert: int) -> torch.Tensor:
-        matrix = weight[expert].t() if experts.transposed else weight[expert]
-        return nn.functional.linear(rows, matrix, None if bias is None else bias[expert])
-
-    if torch.is_grad_enabled() and routed.rows.requires_grad:
-        return _recorded_product(times, routed, outputs)
+    outputs = getattr(module, name).shape[2 if experts.transposed else 1]
+    if _recorded(routed.rows):
+        return _recorded_product(module, name, experts, routed, outputs)
     result = routed.rows.new_empty(len(routed.index), outputs)
+    for pairs, made in _products(module, name, experts, routed):
+        result[pairs] = made
+    return result
+
+
+def _products(
+    module: Any, name: str, experts: Experts, routed: Routed
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """For each expert that is sent tokens: its pairs, and their rows' part of :func:`product` [n, N]."""
     start = 0
     for expert, count in enumerate(routed.counts.tolist()):
         if count:
             # with some of the next expert's
-            rows = routed.rows[routed.index[start : start + -(-count // _ROWS) * _ROWS]]
-            result[start : start + count] = times(rows, expert)[:count]
+            taken = routed.index[start : start + -(-count // _ROWS) * _ROWS]
+            rows = routed.rows.index_select(0, taken)  # by rows, where plain indexing goes by numbers
+            yield slice(start, start + count), _times(module, name, experts, expert, rows)[:count]
             start += count
-    return result
 
 
-def _recorded_product(
-    times: Callable[[torch.Tensor, int], torch.Tensor], routed: Routed, outputs: int
-) -> torch.Tensor:
+def _recorded_product(module: Any, name: str, experts: Experts, routed: Routed, outputs: int) -> torch.Tensor:
     """:func:`product` for autograd: rows are gathered and taken apart at once, because the gradient of each
     part taken alone is as large as all of them."""
     rows = torch.index_select(routed.rows, 0, routed.index)
@@ -274,14 +318,18 @@ def _recorded_product(
     for expert, part in enumerate(rows.split(routed.counts.tolist())):
         if count := len(part):
             padded = nn.functional.pad(part, (0, 0, 0, -count % _ROWS))
-            parts.append(times(padded, expert)[:count])
+            parts.append(_times(module, name, experts, expert, padded)[:count])
     return torch.cat(parts) if parts else rows.new_empty(0, outputs)
+
+
+def _times(module: Any, name: str, experts: Experts, expert: int, rows: torch.Tensor) -> torch.Tensor:
+    """[P, N]: rows [P, K] times an expert's matrix of parameter ``name``, with its bias where there is
+    one."""
+    weight, bias = getattr(module, name)[expert], getattr(module, f"{name}_bias", None)
+    matrix = weight.t() if experts.transposed else weight
+    return nn.functional.linear(rows, matrix, None if bias is None else bias[expert])
 
 
 def expert_inner(module: nn.Module, experts: Experts, expert: int, rows: torch.Tensor) -> torch.Tensor:
     """What an expert's second product reads, [P, I], of rows [P, H]."""
-    counts = torch.zeros(experts.count, dtype=torch.int64)
-    counts[expert] = len(rows)
-    index = torch.arange(len(rows), device=rows.device)
-    first = experts.parameter(experts.projections[-1]).rpartition(".")[2]
-    return gated(module, product(module, first, experts, Routed(rows, index, counts, torch.ones(len(rows)))))
+    return gated(module, _times(module, _first(experts), experts, expert, rows))

@@ -158,14 +158,14 @@ class ExpertInputs:
 
     def of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What an expert reads, [n, K], and the gates, fp32 [n], in the order of the batches."""
-        rows, gates = [], []
-        for kept, route in zip(self._rows, self._routes, strict=True):
-            start = int(route.counts[:expert].sum())
-            pairs = slice(start, start + int(route.counts[expert]))
-            rows.append(kept[route.index[pairs]])
-            gates.append(route.gates[pairs])
+        spans = [(r.counts[:expert].sum(), r.counts[: expert + 1].sum()) for r in self._routes]
+        pairs = [slice(*map(int, span)) for span in spans]
+        rows = self._rows[0].new_empty(sum(p.stop - p.start for p in pairs), self.features)
+        parts = rows.split([p.stop - p.start for p in pairs])
+        for kept, route, taken, part in zip(self._rows, self._routes, pairs, parts, strict=True):
+            torch.index_select(kept, 0, route.index[taken], out=part)
         self._give_back()
-        return torch.cat(rows), torch.cat(gates)
+        return rows, torch.cat([r.gates[p] for r, p in zip(self._routes, pairs, strict=True)])
 
     def batches(self) -> Iterator[torch.Tensor]:
         """What the layer reads, [R, K], batch by batch, whoever it is sent to."""
@@ -261,7 +261,8 @@ def _inner_statistics(
     as the first reads them: of all of them, or with ``blend`` of as many as will count."""
     if how == "blend":
         wanted = PRIOR * features
-        rows = torch.cat([r[:: max(1, len(r) // wanted)][:wanted] for r in tokens.batches()])
+        parts = [r[:: max(1, len(r) // wanted)][:wanted] for r in tokens.batches()]
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
         return Accumulator.of(expert_inner(module, experts, expert, rows), needs)
     sums = Accumulator(features, tokens.device, needs)
     for rows in tokens.batches():
@@ -279,7 +280,7 @@ def blended(own: Statistics, prior: Statistics) -> Statistics:
     if own.hessian is not None and prior.hessian is not None and count + own.tokens:
         weight = count / (count + own.tokens)
         # in the memory of its own, which nothing else has
-        made = replace(made, hessian=own.hessian.mul_(1 - weight).add_(prior.hessian, alpha=weight))
+        made = replace(made, hessian=own.hessian.lerp_(prior.hessian, weight))
     if own.tokens >= features:
         return made
     return replace(

@@ -324,7 +324,7 @@ def _ordered(hessian: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
     ordered = torch.empty_like(hessian)
     for start in range(0, len(hessian), _ROWS):  # indexing the whole matrix twice would hold a third copy
         rows = slice(start, start + _ROWS)
-        torch.index_select(hessian[order[rows]], 1, order, out=ordered[rows])
+        torch.index_select(hessian.index_select(0, order[rows]), 1, order, out=ordered[rows])
     return ordered
 
 
