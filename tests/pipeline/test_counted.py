@@ -43,11 +43,12 @@ def test_blocks_that_would_take_too_long_are_counted_and_not_quantized(
     assert counted["peak_rss_bytes"] > plan.checkpoint.nbytes // 2
 
 
+@pytest.mark.parametrize("method", ["gptq", "yaqa"])
 def test_work_grows_with_tokens_and_experts_count_by_the_tokens_that_they_see(
-    llama: Path, mixture: Path, tmp_path: Path
+    method: str, llama: Path, mixture: Path, tmp_path: Path
 ) -> None:
     for source in (llama, mixture):
-        manager = QuantizationManager(job(source, tmp_path))
+        manager = QuantizationManager(job(source, tmp_path, method))
         rows, skeleton = manager.prepare()
         counter = Counter(manager, skeleton)
         none, some, more = (counter.block(0, tokens).seconds for tokens in (0, 1000, 3000))
