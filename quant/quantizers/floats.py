@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 
 from quant.accelerator import on_accelerator
-from quant.quantizers.rounding import SEARCH_STEPS
 from quant.schemes import BLOCK, WeightScheme
 from quant.tensors import QuantizedTensor, code_values, largest_magnitude, scale_values
 
@@ -27,8 +26,12 @@ _E4M3 = 448.0
 _LARGEST_EXPONENT = {4: 2, 8: 8}
 #: Elements rounded at a time on a CPU, whose temporaries stay in its cache.
 _CACHED = 1 << 18
-#: How far the search shrinks a group's range: 4-bit floats have few codes, so cutting deep can pay.
-_FLOOR = 0.7
+#: Which scales of NVFP4 the search tries beside that of a group's whole range, in steps of E4M3, whose codes
+#: are in the order of its numbers: about seven tenths to three halves of it. Smaller ones cut the range.
+#: Larger ones reach no code of 6: next to it there is only 4, and a group whose largest magnitude lies
+#: between is better off with that as its 4 (Cook et al. 2025, Four Over Six, arXiv:2512.02010).
+_STEPS = (-4, -3, -2, -1, 1, 2, 3, 4, 5, 6)
+_LARGEST_E4M3 = 0x7E
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def float_scales(
         amax: largest magnitude of the fused layer, for schemes with a number for the whole tensor; None: the
             weight's.
         importance: fp32 [K], weight of each squared error where scales are searched (groups of 16 and 32).
-        search: try smaller ranges per group of NVFP4 and keep that of least error.
+        search: try smaller and larger ranges per group of NVFP4 and keep that of least error.
     """
     n, k = weight.shape
     if scheme.strategy == "tensor":
@@ -124,9 +127,13 @@ def float_scales(
         return FloatScales(stored, scale_values(stored))
     whole = largest_magnitude(weight) if amax is None else amax
     divisor = torch.where(whole == 0, 1.0, _E4M3 * 6.0 / whole).reshape(1)
-    steps = SEARCH_STEPS if search else 1
-    shrinks = [1 - (1 - _FLOOR) * i / max(steps - 1, 1) for i in range(steps)]
-    stored = _best(groups, [_e4m3(largest * s / 6.0 * divisor) for s in shrinks], divisor, scheme, weights)
+    whole_range = _e4m3(largest / 6.0 * divisor)
+    codes = whole_range.view(torch.uint8).to(torch.int16)
+    others = [
+        (codes + step).clamp(1, _LARGEST_E4M3).to(torch.uint8).view(torch.float8_e4m3fn)
+        for step in (_STEPS if search else ())
+    ]
+    stored = _best(groups, [whole_range, *others], divisor, scheme, weights)
     return FloatScales(stored, scale_values(stored, divisor), divisor)
 
 
