@@ -62,8 +62,8 @@ class GPTQQuantizer:
         act_order: ``static`` visits columns by falling importance (diagonal of H) with the groups of natural
             order, so the file needs no group index; ``none`` visits them in file order and takes each group's
             scale when it is reached, from the updated weights.
-        clip_search: choose each group's range by least squared error weighted with the diagonal of H, instead
-            of the whole range.
+        clip_search: choose each group's range by least squared error weighted with what the loss counts it
+            by (:meth:`Factor.importance`), instead of the whole range.
         sweeps: times that, after rounding, scales are fitted to the codes and all codes are gone through to
             change those that lower the loss (:mod:`quant.quantizers.refining`).
     """
@@ -151,7 +151,8 @@ class GPTQQuantizer:
         if solved:
             chosen = weights if len(solved) == len(weights) else weights[solved]
             parts = [factor for factor, _ in factors if factor is not None]
-            given = [diagonals[i] for i in solved], [orders[i] for i in solved]
+            visits = [orders[i] for i in solved]
+            given = [f.importance(o) for f, o in zip(parts, visits, strict=True)], visits
             if scheme.type == "float":
                 made = self._floats(chosen, parts, *given, scheme, dtype, amax)
             else:
@@ -176,7 +177,7 @@ class GPTQQuantizer:
         self,
         weights: torch.Tensor,
         factors: Sequence[Factor],
-        diagonals: Sequence[torch.Tensor],
+        importance: Sequence[torch.Tensor],
         orders: Sequence[torch.Tensor | None],
         scheme: WeightScheme,
         dtype: torch.dtype,
@@ -185,7 +186,7 @@ class GPTQQuantizer:
         # scales come first whatever the order: those of a group that is reached later are of no other kind
         scales = [
             float_scales(w, scheme, amax, d, self.clip_search)
-            for w, d in zip(weights, diagonals, strict=True)
+            for w, d in zip(weights, importance, strict=True)
         ]
         natural = torch.arange(weights.shape[2], device=weights.device)
         visits = [natural if order is None else order for order in orders]
@@ -207,21 +208,27 @@ class GPTQQuantizer:
         self,
         weights: torch.Tensor,
         factors: Sequence[Factor],
-        diagonals: Sequence[torch.Tensor],
+        importance: Sequence[torch.Tensor],
         orders: Sequence[torch.Tensor | None],
         scheme: WeightScheme,
         dtype: torch.dtype,
     ) -> list[QuantizedTensor]:
         visits = [order for order in orders if order is not None]
         if not visits:
-            importance = diagonals if self.clip_search else None
             codes, scales, zeros = _solve(
-                weights, factors, scheme, dtype, None, importance, self.clip_search, self.sweeps
+                weights,
+                factors,
+                scheme,
+                dtype,
+                None,
+                importance if self.clip_search else None,
+                self.clip_search,
+                self.sweeps,
             )
         else:
             fixed = [
                 weight_parameters(w, scheme, dtype, d, self.clip_search)
-                for w, d in zip(weights, diagonals, strict=True)
+                for w, d in zip(weights, importance, strict=True)
             ]
             shifts = [z for _, z in fixed if z is not None]
             numbers = torch.stack([s for s, _ in fixed]), torch.stack(shifts) if shifts else None
@@ -409,6 +416,13 @@ class Factor:
 
     def diagonal(self) -> torch.Tensor:
         return self.upper.diagonal()
+
+    def importance(self, order: torch.Tensor | None) -> torch.Tensor:
+        """fp32 [K], in file order: R_kk² of each column, by which the loss counts what rounding changes in it
+        when earlier columns' errors have been fed back. That of a column whose errors later ones can take up
+        is far less than its diagonal of H."""
+        squares = self.diagonal().square()
+        return squares if order is None else torch.empty_like(squares).index_copy_(0, order, squares)
 
     def hessian(self) -> torch.Tensor:
         """H [K, K], damped, in the order of R; R may be lost."""

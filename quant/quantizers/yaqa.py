@@ -57,8 +57,8 @@ class YAQAQuantizer:
 
     Attributes:
         damping: added to the diagonals of both Hessians, as a share of each element.
-        clip_search: choose each group's range by least squared error weighted with the diagonal of H_I,
-            instead of the whole range.
+        clip_search: choose each group's range by least squared error weighted with what the loss counts it
+            by after feedback along inputs, instead of the whole range.
         sweeps: times that all codes are gone through after rounding, to change those that lower the loss.
     """
 
@@ -146,11 +146,12 @@ class YAQAQuantizer:
                 continue
             outputs = _Outputs.of(seen.gradients, self.damping, seen.tokens)
             floats, zeros = None, None
+            importance = Factor(inputs.factor).importance(inputs.order)
             if scheme.type == "float":
-                floats = float_scales(weight, scheme, amax, inputs.diagonal, self.clip_search)
+                floats = float_scales(weight, scheme, amax, importance, self.clip_search)
                 scales = floats.wide
             else:
-                scales, zeros = weight_parameters(weight, scheme, dtype, inputs.diagonal, self.clip_search)
+                scales, zeros = weight_parameters(weight, scheme, dtype, importance, self.clip_search)
             ready.append(_Ready(i, weight, inputs, outputs, scales, zeros, floats))
         several = max(1, _AT_ONCE // weights[0].numel())
         coupled = [r for r in ready if r.outputs.coupled]

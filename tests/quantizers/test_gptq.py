@@ -67,7 +67,11 @@ def textbook(
     h += 0.01 * torch.diag(h.diagonal())
     visit = torch.argsort(diagonal, descending=True, stable=True) if order == "static" else torch.arange(k)
     upper = torch.linalg.cholesky(torch.linalg.inv(h[visit][:, visit]), upper=True)
-    fixed = weight_parameters(weight.clone(), scheme, dtype, diagonal, search) if order == "static" else None
+    importance = torch.empty(k)
+    importance[visit] = (1 / upper.diagonal().square()).float()  # what the loss counts a column's error by
+    fixed = (
+        weight_parameters(weight.clone(), scheme, dtype, importance, search) if order == "static" else None
+    )
     codes, margin = torch.empty(n, k, dtype=torch.int8), torch.empty(n, k)
     scale, zero = torch.empty(0), None
     for i, c in enumerate(visit.tolist()):
@@ -79,7 +83,7 @@ def textbook(
             )
         elif c % g == 0:
             now = w[:, c : c + g].float().unsqueeze(1)
-            s, z = group_parameters(now, scheme, dtype, diagonal[None, c : c + g], search)
+            s, z = group_parameters(now, scheme, dtype, importance[None, c : c + g], search)
             scale, zero = s[:, 0].double(), None if z is None else z[:, 0].double()
         quotient = w[:, c] / scale + (0 if zero is None else zero)
         code = quotient.round().clamp(scheme.low, scheme.high)

@@ -50,7 +50,9 @@ def test_sweeps_lower_the_loss_and_raise_that_of_no_output(scheme: WeightScheme,
     if scheme.scales == "model":
         assert made.scales.dtype == torch.bfloat16 and bool((made.scales > 0).all())
     if scheme.strategy in ("tensor", "block") or scheme.scales == "U8":
-        plain = GPTQQuantizer(sweeps=0)(weight.clone(), statistics(hessian), scheme, torch.bfloat16).tensor
+        plain = GPTQQuantizer(act_order=order, sweeps=0)(  # type: ignore[arg-type]
+            weight.clone(), statistics(hessian), scheme, torch.bfloat16
+        ).tensor
         assert torch.equal(made.scales, plain.scales)
 
 
