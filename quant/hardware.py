@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.data import load_json
-from quant.errors import QuantError, UsageError
+from quant.errors import UsageError
 from quant.health import Health, read_health
 from quant.parts import MOST, USABLE_SHARE, Part, find_part, named_row, plain, rows
 from quant.units import GIB, LARGEST, format_size
@@ -457,8 +457,8 @@ def resolve_gpus(
     ``total_bytes`` each, of which nothing else is known.
 
     Raises:
-        UsageError: unknown name; a count beyond what is here, or another than the name's.
-        QuantError: neither name nor memory was given and there is no GPU.
+        UsageError: unknown name; a count beyond what is here, or another than the name's; neither name nor
+            memory was given and there is no GPU.
     """
     if count is not None and not 1 <= count <= MOST:
         raise UsageError(f"--gpu-count is {count}: must be from 1 to {MOST}")
@@ -479,7 +479,7 @@ def resolve_gpus(
             for g in here.gpus[: count or None]
         ]
     if not here.gpus:
-        raise QuantError(
+        raise UsageError(
             f"{here.note}. Name one to plan for (--gpu L40S-48GB; `quant detect --gpu list` shows all), give "
             "its memory alone (--gpu-memory 24GiB), or --gpu cpu"
         )

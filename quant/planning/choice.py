@@ -108,7 +108,8 @@ def reason_of(
             )
         else:
             reason = f"the fastest by its bounds{use} among those within {goal.limit:g} % of expected loss"
-        opening = f"{chosen.label} holds what was asked" if len(plans) == 1 else f"{chosen.label} is {reason}"
+        alone = sum(p.plan is not None for p in plans) == 1  # there was nothing to choose
+        opening = f"{chosen.label} holds what was asked" if alone else f"{chosen.label} is {reason}"
         return (
             f"{opening}: {format_size(chosen.plan.weights_bytes)} of weights leave "
             f"{format_size(chosen.plan.kv_cache_bytes)} for "

@@ -162,8 +162,9 @@ def recommend(
         online: whether the config.json of a Hub id is fetched where the cache lacks it.
 
     Raises:
-        UsageError, Problems: the request is wrong or contradicts itself (exit status 2).
-        QuantError: no GPU here and none named; the checkpoint cannot be read.
+        UsageError, Problems: the request is wrong or contradicts itself, or no GPU is here and none is named
+            (exit status 2).
+        QuantError: the checkpoint cannot be read.
 
     >>> recommend("meta-llama/Llama-3.1-8B-Instruct", "L40S-48GB").recommended
     'w8a8-fp8'

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from quant.data import load_json
-from quant.errors import QuantError, UsageError
+from quant.errors import UsageError
 from quant.hardware import cpu_device, cpu_instructions, detect, gpu_names, named_gpu, resolve_gpus
 from quant.health import Health
 from quant.vllm.kernels import formats_of, has_fp8_cache, latent_block, number_formats, state_width
@@ -504,7 +504,7 @@ def test_the_host_tells_its_own_instruction_sets() -> None:
 
 
 def test_planning_without_a_gpu_asks_for_a_name() -> None:
-    with pytest.raises(QuantError, match="--gpu L40S-48GB"):
+    with pytest.raises(UsageError, match="--gpu L40S-48GB"):
         resolve_gpus(nvml=FakeNvml(broken=True))
     with pytest.raises(UsageError, match="--gpu-count is 3"):
         resolve_gpus(count=3, nvml=FakeNvml(H100, H100))

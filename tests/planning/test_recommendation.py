@@ -866,3 +866,9 @@ def test_a_small_gpu_serves_without_graphs_what_fits_no_other_way(gpu: str) -> N
 def test_graphs_are_kept_where_anything_else_helps() -> None:
     for model, gpu in (("Qwen/Qwen3-4B", "RTX-4060"), ("google/gemma-3-27b-it", "RTX-4090")):
         assert "--enforce-eager" not in recommend(model, gpu).commands[-1]
+
+
+def test_a_checkpoint_that_can_only_be_served_as_it_is_holds_what_was_asked() -> None:
+    alone = recommend("openai/gpt-oss-20b", "RTX-4090")
+    assert alone.reason.startswith("as it is (mxfp4) holds what was asked: ")
+    assert recommend("meta-llama/Llama-3.1-8B", "L40S-48GB").reason.startswith("w8a8-fp8 is the fastest")
