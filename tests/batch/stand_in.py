@@ -47,7 +47,6 @@ def main() -> int:
         value = {"scheme": {"name": "s"}, "method": "minmax", "peak_rss_bytes": does.get("memory", 1)}
         print(json.dumps(value))
         return 0
-    _note(output.parent, "begin", output.name)
 
     def asked(number: int, frame: object) -> None:
         _note(output.parent, "asked", output.name)
@@ -56,6 +55,7 @@ def main() -> int:
         os._exit(75)
 
     signal.signal(signal.SIGTERM, asked)
+    _note(output.parent, "begin", output.name)
     time.sleep(does.get("sleeps", 0.0))
     runs = output.with_name(output.name + ".runs")
     count = int(runs.read_text()) if runs.exists() else 0

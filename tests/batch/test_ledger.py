@@ -110,17 +110,17 @@ def test_a_claim_of_another_machine_is_stale_by_the_observer_s_own_clock(opened:
     assert held is not None
     os.utime(held.path, (1, 1))  # its clock is decades behind
     near = opened(stale=0.3)
-    assert near.claim("x") is None
     start = time.monotonic()
+    assert near.claim("x") is None
     wait_for(lambda: near.holder("x") is None)
-    assert time.monotonic() - start >= 0.25
+    assert time.monotonic() - start >= 0.3
     assert near.claim("x") is not None
 
 
 def test_a_claim_that_is_touched_stays_held(opened: Open) -> None:
-    far, near = opened("far", beat=0.02), opened(stale=0.5)
+    far, near = opened("far", beat=0.05), opened(stale=1.5)
     assert far.claim("x") is not None
-    until = time.monotonic() + 1.5
+    until = time.monotonic() + 2.5
     while time.monotonic() < until:
         assert near.holder("x") is not None
         time.sleep(0.02)
@@ -142,9 +142,8 @@ def test_a_holder_that_cannot_touch_its_claim_gives_up_before_others_take_it(ope
     claim = ledger.claim("x")
     assert claim is not None
     claim.path.unlink()  # the server does not know it any more
-    start = time.monotonic()
     wait_for(claim.lost.is_set)
-    assert time.monotonic() - start >= 0.2
+    assert time.monotonic() - claim.touched >= 0.3
 
 
 def test_events_of_one_job_are_ordered_by_claim_not_by_clock(opened: Open) -> None:
