@@ -39,6 +39,9 @@ from quant.errors import QuantError
 #: attributes that are some seconds old.
 BEAT, STALE = 5.0, 60.0
 _RELEASED = ".released"
+#: Files of events that are opened each time, which asks a network's server for the newest; of more, as many
+#: tasks of a cluster leave, those that have grown.
+_OPENED = 100
 
 
 @dataclass(frozen=True)
@@ -164,9 +167,12 @@ class Ledger:
     def refresh(self) -> None:
         """Reads what was appended since the last time, by any process."""
         with self._lock:
-            for file in sorted((self.folder / "events").glob("*.jsonl")):
+            files = sorted((self.folder / "events").glob("*.jsonl"))
+            for file in files:
                 offset = self._offsets.get(file.name, 0)
                 try:
+                    if len(files) > _OPENED and file.stat().st_size == offset:
+                        continue
                     with file.open("rb") as stream:
                         stream.seek(offset)
                         new = stream.read()

@@ -177,6 +177,25 @@ def test_what_a_crash_leaves_at_the_end_of_a_file_is_no_event(tail: bytes, opene
     assert (reader.latest("x") or {})["event"] == "started"
 
 
+def test_of_thousands_of_files_those_that_have_grown_are_read(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quant.batch.ledger._OPENED", 3)
+    reader = opened()
+    files = [reader.folder / "events" / f"{n}.jsonl" for n in range(6)]
+    for number, file in enumerate(files):
+        file.write_text(json.dumps({"event": "started", "job": f"j{number}", "claim": 1}) + "\n")
+    reader.refresh()
+    with files[0].open("a") as stream:
+        stream.write(json.dumps({"event": "finished", "job": "j0", "claim": 1}) + "\n")
+    reads: list[str] = []
+    real = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, *a, **k: reads.append(self.name) or real(self, *a, **k))
+    reader.refresh()
+    assert reads == ["0.jsonl"] and (reader.latest("j0") or {})["event"] == "finished"
+    assert (reader.latest("j5") or {})["event"] == "started"
+
+
 def test_a_line_is_read_once_it_is_whole(opened: Open) -> None:
     reader = opened()
     file = reader.folder / "events" / "z.jsonl"
