@@ -27,6 +27,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64,
         "first_k_dense_replace": 1, "moe_intermediate_size": 64, "n_routed_experts": 4, "n_group": 2,
         "topk_group": 1, "num_experts_per_tok": 2, "n_shared_experts": 1, "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
     },
     "qwen3_next": {
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
@@ -43,8 +44,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "linear_conv_kernel_dim": 4, "mtp_num_hidden_layers": 1,
     },
 }  # fmt: skip
-#: How much the blocks of each turn what the embedding says; how much the drafting block reads of the state.
+#: How much the blocks of each turn what the embedding says; how much the drafting block reads of the state,
+#: and how far apart the gains of its last norm are.
 TURN, READ = {"deepseek_v3": 1.5, "qwen3_next": 2.7, "qwen3_5_text": 2.0}, 0.5
+SPREAD = 0.4
 
 
 def write(family: str, folder: Path, dtype: str = "bfloat16", seed: int = 0) -> Path:
@@ -79,22 +82,24 @@ def write(family: str, folder: Path, dtype: str = "bfloat16", seed: int = 0) -> 
     at = f"model.layers.{blocks}."
     eye = torch.eye(WIDTH)
     mixed = torch.cat([eye, READ * torch.randn(WIDTH, WIDTH) / WIDTH**0.5], 1)
-    gain = torch.zeros(WIDTH) if family.startswith("qwen") else torch.ones(WIDTH)
+    gain = 1 + 0.1 * torch.randn(3, WIDTH)
+    gain[2] = (SPREAD * torch.randn(WIDTH)).exp()  # so that a state behind the last norm is another
+    if family.startswith("qwen"):  # whose norms add one
+        gain -= 1
     if family.startswith("qwen"):
         tensors = {n.replace(at, "mtp.layers.0."): t for n, t in tensors.items()}
         around = {
-            "mtp.fc.weight": mixed, "mtp.norm.weight": gain, "mtp.pre_fc_norm_embedding.weight": gain,
-            "mtp.pre_fc_norm_hidden.weight": gain,
+            "mtp.fc.weight": mixed, "mtp.norm.weight": gain[2], "mtp.pre_fc_norm_embedding.weight": gain[0],
+            "mtp.pre_fc_norm_hidden.weight": gain[1],
         }  # fmt: skip
     else:
         around = {
-            f"{at}eh_proj.weight": mixed, f"{at}enorm.weight": gain, f"{at}hnorm.weight": gain,
-            f"{at}shared_head.norm.weight": gain, f"{at}shared_head.head.weight": tensors["lm_head.weight"],
+            f"{at}eh_proj.weight": mixed, f"{at}enorm.weight": gain[0], f"{at}hnorm.weight": gain[1],
+            f"{at}shared_head.norm.weight": gain[2],
+            f"{at}shared_head.head.weight": tensors["lm_head.weight"],
             f"{at}embed_tokens.weight": tensors["model.embed_tokens.weight"],
         }  # fmt: skip
-    tensors |= {
-        n: t.clone() + 0.1 * torch.randn(t.shape) if "norm" in n else t.clone() for n, t in around.items()
-    }
+    tensors |= {n: t.clone() for n, t in around.items()}
     held = {n: t.bfloat16().to(getattr(torch, dtype)) for n, t in tensors.items()}
     save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text()) | told | own
