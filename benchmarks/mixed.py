@@ -207,7 +207,14 @@ def main() -> None:
             for draw in range(options.first_draw, options.first_draw + options.draws):
                 with tempfile.TemporaryDirectory() as folder:
                     new = one_draw(
-                        model, method, draw, options.bits, options.chunks, options.data, Path(folder)
+                        model,
+                        method,
+                        draw,
+                        options.bits,
+                        options.samples,
+                        options.chunks,
+                        options.data,
+                        Path(folder),
                     )
                 rows += new
                 if options.json:
