@@ -28,8 +28,9 @@ from quant.models.roles import leftover
 from quant.models.sources import SourceFinder
 from quant.offline import load_config
 from quant.tensors import all_finite
-from quant.vllm.config import head_size, text_config
+from quant.vllm.config import head_size, model_types, text_config
 from quant.vllm.layers import is_head
+from quant.vllm.names import unread_note
 
 #: Modules of a wrapper that no text goes through.
 _TOWER = re.compile(
@@ -413,6 +414,7 @@ class Skeleton:
 
         Raises:
             CannotRun: the file lacks one.
+            CheckpointError: it has parts by names that are not those of published files.
             NotFinite: one holds NaN or infinity.
         """
         kept = {names[0]: self.model.get_parameter(names[0]) for names in self._outside}
@@ -422,6 +424,9 @@ class Skeleton:
                 if stored is None and not any(self._read_by_text(n) for n in names):
                     continue
                 if stored is None:
+                    note = unread_note(model_types(self.checkpoint.config), self.checkpoint.tensors)
+                    if note is not None:
+                        raise CheckpointError(f"{self.checkpoint.path}: {note}")
                     raise CannotRun(
                         f"{self.checkpoint.path}: has no tensor {names[0]!r}, which the model needs, or has "
                         "it by another name"

@@ -192,6 +192,24 @@ def test_a_tensor_outside_the_blocks_that_is_lost_is_named(llama: Path, tmp_path
     assert all(p.is_meta for p in skeleton.model.parameters())
 
 
+def test_a_file_under_names_that_vllm_does_not_read_is_refused_for_these(tmp_path: Path) -> None:
+    """transformers 5 saves the blocks of Qianfan-OCR's text decoder where no published file has them."""
+    config = transformers.QianfanOCRConfig(
+        text_config={
+            "model_type": "qwen3", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+        },
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 28, "patch_size": 14,
+        },
+    )  # fmt: skip
+    transformers.QianfanOCRForConditionalGeneration(config).bfloat16().save_pretrained(tmp_path)
+    skeleton = Skeleton(open_checkpoint(tmp_path), CPU)
+    with pytest.raises(CheckpointError, match="vLLM's class looks for language_model.model.layers, as p"):
+        skeleton.embed([TOKENS])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
