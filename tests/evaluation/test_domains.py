@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from quant.calibration.files import bundled
-from quant.evaluation.comparison import compare_outputs
 from quant.evaluation.quality import Evaluation, edges, evaluate
 from quant.evaluation.texts import DOMAINS, Sample
 from quant.report.files import load_evaluation
@@ -52,14 +51,13 @@ def test_the_table_names_the_worst_and_so_do_several(
     output: Path, cli: Callable[..., Any], found: Evaluation
 ) -> None:
     asked = ["--against", TINYLM, "--domains", "--length", "64", "--chunks", "3"]
-    one = cli("evaluate", output, *asked)
+    one = cli("evaluate", output, *asked, "-q")
     assert one.code == 0 and f"worst: {found.worst_domain}, KL 0." in one.out
     assert all(f"\n{name} " in one.out for name in DOMAINS)
     several = cli("evaluate", output, TINYLM, *asked, "--json")
     values = [json.loads(line) for line in several.out.splitlines()]
     assert [v["worst_domain"] for v in values] == [found.worst_domain, "prose"]  # the source: none is worse
     assert values[0]["domains"][1]["kl"]["mean"] == pytest.approx(found.domains[1].kl.mean, rel=1e-3)  # type: ignore[union-attr]
-    assert [c.evaluation.worst_domain for c in compare_outputs([output], domains=True, **ASKED)] == [None]
     both = cli("evaluate", output, "--domains", "--text", "x.txt")
     assert both.code == 2 and "--domains has texts of its own: leave --text x.txt out, or it" in both.err
 
@@ -141,11 +139,11 @@ def test_a_long_context_is_reached_or_it_is_said_that_there_is_none(
     checkpoints: Callable[..., Path], cli: Callable[..., Any], llama: Path
 ) -> None:
     source = checkpoints("llama", max_position_embeddings=8192, num_hidden_layers=1)
-    long = cli("evaluate", source, "--against", source, "--long-context", "--chunks", "2", "--length", "4200",
+    long = cli("evaluate", source, "--against", source, "--long-context", "--chunks", "2", "--length", "4120",
                "--json")  # fmt: skip
     value = json.loads(long.out)
-    assert [(p["first"], p["last"]) for p in value["positions"]][-1] == (4097, 4199)
-    assert value["positions"][-1]["tokens"] == 2 * 103 and value["notes"] == []
+    assert [(p["first"], p["last"]) for p in value["positions"]][-1] == (4097, 4119)
+    assert value["positions"][-1]["tokens"] == 2 * 23 and value["notes"] == []
     assert Sample(long_context=True).resolved() == 8192 and Sample(long_context=True).most == 8
     short = cli("evaluate", llama, "--long-context", "--chunks", "2")
     said = "chunks have 256 tokens, which is all of its context: no position beyond 4,096 is measured"
