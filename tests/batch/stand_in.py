@@ -66,6 +66,7 @@ def main() -> int:
         if fails[count] < 0:
             os.kill(os.getpid(), -fails[count])
         return int(fails[count])
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from here on it is all or nothing, as a rename is
     output.mkdir()
     (output / "config.json").write_text("{}")
     (output / "model.safetensors").write_bytes(b"1" * 10)

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ from quant.batch.manifest import read_manifest
 from quant.batch.session import Batch, run_manifest
 from quant.hardware import named_gpu
 from quant.units import GIB
+from tests.helpers import ROOT
 
 
 @pytest.fixture
@@ -322,6 +324,44 @@ def test_a_batch_that_is_asked_to_end_asks_its_jobs_and_goes_on_later(
         assert ledger.holder(done.states[0].job.slug) is None
     (tmp_path / "models/a/does.json").write_text("{}")
     assert statuses(run()) == {"a": "done", "b": "done"}
+
+
+#: A batch of stand-ins in a process of its own.
+BATCH = """
+import json, sys, yaml
+from pathlib import Path
+from quant.batch import attempt, forecast, session
+attempt.command = forecast.command = lambda *words: [sys.executable, "-S", sys.argv[1], *words]
+yaml.safe_dump = lambda value, **options: json.dumps(value)
+session.write_batch_page = lambda states, folder: None
+done = session.run_manifest(Path(sys.argv[2]), jobs=2)
+print(json.dumps({s.job.name: s.status for s in done.states}))
+"""
+
+
+def test_a_batch_that_is_killed_again_and_again_does_every_job_once(
+    run: Callable[..., Batch], tmp_path: Path
+) -> None:
+    from quant.recipe import make_recipe
+
+    made = make_recipe({"model_path": "m", "output_path": "o", "method": "minmax"}).settings()
+    one = {"settings": json.loads(json.dumps(made)), "sleeps": 0.5}
+    run({n: one for n in "abcdefg"}, dry_run=True)
+    program = str(Path(__file__).with_name("stand_in.py"))
+    words = [sys.executable, "-c", BATCH, program, str(tmp_path / "m.yaml")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    rng, kills = random.Random(0), 0
+    for ended in (1, 3, 5):
+        batch = subprocess.Popen(words, stdout=subprocess.DEVNULL, env=environment, cwd=tmp_path)
+        while batch.poll() is None and len(happened(tmp_path, "end")) < ended:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.6))
+        kills += batch.poll() is None
+        batch.kill()
+        batch.wait()
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert kills >= 2 and set(json.loads(done.stdout).values()) == {"done"}, done.stderr
+    assert sorted(happened(tmp_path, "end")) == [*"abcdefg"]
 
 
 def test_a_job_that_does_not_end_when_asked_is_killed(tmp_path: Path) -> None:
