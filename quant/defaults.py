@@ -54,8 +54,8 @@ START_TIMEOUT = 1800.0
 #: How much a job that names no method spends → what that means.
 EFFORTS = {
     "fast": "gptq for 4 bits and fewer, rounding to nearest for 8",
-    "balanced": "the same with yaqa instead of gptq, where gradients go through the model",
-    "best": "balanced, with gradients of all --samples",
+    "balanced": "the same with yaqa instead of gptq, where gradients go through a model without experts",
+    "best": "yaqa for experts, too, with gradients of all --samples",
 }
 EFFORT = "balanced"
 

@@ -95,7 +95,7 @@ def resolve(values: Mapping[str, Any]) -> ResolvedJob | Recommendation:
             if recommendation.recommended == "none":
                 return recommendation
             chosen = settings(recommendation)
-            if effort == "fast":
+            if effort != defaults.EFFORT:
                 preset = asked.model_copy(update={"scheme": recommendation.recommended}).resolved_scheme()
                 chosen["method"], _ = method_for(preset, asked.model_path, effort=effort)
             notes = (f"{recommendation.recommended} by {chosen['method']}: {recommendation.reason}",)

@@ -83,15 +83,15 @@ def method_problem(
     for what, needed in calibrated.items():
         if needed and (reason := calibration_problem(model)):
             return f"{what}, and {reason}"
-    if method in GRADIENTS and _has_experts(model):
-        return f"--method {method} takes gradients, which are not taken through routed experts"
     return None
 
 
 def makeable_methods(
     model: ModelSpec | Mapping[str, Any], scheme: Scheme, needs: Mapping[str, str] | None = None
 ) -> tuple[str, ...]:
-    """The methods that make a scheme of a model, the preferred one first; see :func:`method_problem`.
+    """The methods that make a scheme of a model, the preferred one first; see :func:`method_problem`. Of
+    mixtures those of :data:`GRADIENTS` come behind the one that stands in for them, since they solve every
+    expert under two Hessians.
 
     >>> from quant.schemes import PRESETS
     >>> makeable_methods({"model_type": "llama"}, PRESETS["w4a16"])
@@ -99,7 +99,13 @@ def makeable_methods(
     >>> makeable_methods({"model_type": "internlm2"}, PRESETS["w4a16"])
     ('minmax',)
     """
-    return tuple(m for m in row_of(scheme).methods if method_problem(model, scheme, m, needs) is None)
+    made = [m for m in row_of(scheme).methods if method_problem(model, scheme, m, needs) is None]
+    if WITHOUT_GRADIENTS in made and _has_experts(model):
+        costly = [m for m in made if m in GRADIENTS]
+        made = [m for m in made if m not in GRADIENTS]
+        behind = made.index(WITHOUT_GRADIENTS) + 1
+        made[behind:behind] = costly
+    return tuple(made)
 
 
 def scheme_problem(

@@ -50,12 +50,16 @@ def method_for(
         raise UsageError(f"missing --method: {scheme_problem(config, scheme, needs)}")
     if methods[0] == preferred:
         return methods[0], ""
-    reason = method_problem(config, scheme, preferred, needs)
+    reason = method_problem(config, scheme, preferred, needs) or (
+        "it solves every expert of a mixture under two Hessians; --effort best takes it"
+    )
     return methods[0], f"--method {methods[0]} instead of {preferred}: {reason}"
 
 
 def _of_effort(methods: tuple[str, ...], effort: str) -> tuple[str, ...]:
-    return tuple(m for m in methods if m not in GRADIENTS) if effort == "fast" else methods
+    if effort == "fast":
+        return tuple(m for m in methods if m not in GRADIENTS)
+    return tuple(sorted(methods, key=lambda m: m not in GRADIENTS)) if effort == "best" else methods
 
 
 def choose(

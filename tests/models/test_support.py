@@ -211,7 +211,7 @@ def test_families_that_are_known_to_be_run_without_a_row_are(
     assert config["model_type"] == kind and not any(kind in a.model_types for a in ModelRegistry)
     # vLLM's loader of the one cannot reorder packed words, and takes the other's experts in MXFP4
     made = kind not in ("bloom", "gpt_oss")
-    solved = ("gptq", "minmax") if stated(config, "experts") else ("yaqa", "gptq", "minmax")
+    solved = ("gptq", "yaqa", "minmax") if stated(config, "experts") else ("yaqa", "gptq", "minmax")
     assert makeable_methods(config, PRESETS["w4a16"]) == (solved if made else ())
     target = "vllm" if made and architecture_problem(config) is None else "other"
     prepared(model, tmp_path / "out", method="gptq", group_size=32, target=target)
@@ -232,7 +232,7 @@ def test_decoders_inside_wrappers_are_run(kind: str, tmp_path: Path) -> None:
     helpers.save_model(model, tmp_path / "model")
     config = helpers.read_config(tmp_path / "model")
     assert (config["model_type"], config["text_config"]["model_type"]) == (kind, text_type)
-    solved = ("gptq", "minmax") if stated(config, "experts") else ("yaqa", "gptq", "minmax")
+    solved = ("gptq", "yaqa", "minmax") if stated(config, "experts") else ("yaqa", "gptq", "minmax")
     assert makeable_methods(config, PRESETS["w4a16"]) == solved
     assert makeable_methods(config, PRESETS["w8a8-int8"])
     prepared(tmp_path / "model", tmp_path / "out", method="gptq", group_size=32)
@@ -269,8 +269,7 @@ def test_reasons_name_what_stands_against_a_scheme() -> None:
     assert makeable_methods(granite, unnamed) == makeable_methods(granite, UNQUANTIZED) == ()
     dense, mixture = find_model("google/gemma-4-E4B-it"), find_model("mistralai/Mixtral-8x7B-Instruct-v0.1")
     assert makeable_methods(dense, PRESETS["w4a16"]) == ("yaqa", "gptq", "minmax")
-    assert makeable_methods(mixture, PRESETS["w4a16"]) == ("gptq", "minmax")
-    assert "not taken through routed experts" in str(method_problem(mixture, PRESETS["w4a16"], "yaqa"))
+    assert makeable_methods(mixture, PRESETS["w4a16"]) == ("gptq", "yaqa", "minmax")
 
 
 def test_experts_that_vllm_would_compute_wrongly_are_refused_for_it(
@@ -279,7 +278,7 @@ def test_experts_that_vllm_would_compute_wrongly_are_refused_for_it(
     model = checkpoints("gpt_oss", **SETTINGS["gpt_oss"])
     config = helpers.read_config(model)
     assert "--scheme mxfp4a16 in --format mxfp4" in str(scheme_problem(config, PRESETS["w4a16"]))
-    assert makeable_methods(config, PRESETS["mxfp4a16"]) == ("gptq", "minmax")
+    assert makeable_methods(config, PRESETS["mxfp4a16"]) == ("gptq", "yaqa", "minmax")
     wanted = {"method": "minmax", "group_size": 32}
     with pytest.raises(QuantError, match=r"experts.*'gpt_oss'.*--ignore '\*\.experts\.\*'.*--target other"):
         plan_job(recipe(model, tmp_path / "out", **wanted))
