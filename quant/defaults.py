@@ -53,7 +53,7 @@ START_TIMEOUT = 1800.0
 
 #: How much a job that names no method spends → what that means.
 EFFORTS = {
-    "fast": "gptq for 4 bits and fewer, rounding to nearest for 8",
+    "fast": "gptq for 4 bits, rounding to nearest for 8",
     "balanced": "the same with yaqa instead of gptq, where gradients go through a model without experts",
     "best": "yaqa for experts, too, with gradients of all --samples",
 }

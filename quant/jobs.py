@@ -301,7 +301,11 @@ def made(recipe: Recipe) -> Report | None:
     if destination_of(recipe) is None or recipe.mixes:  # what was chosen, its settings do not say
         return None
     settings = json.loads(json.dumps(recipe.settings()))
-    return made_already(recipe.output_path, recipe.model_path, {"settings": settings})
+    asked = [settings]
+    if recipe.effort is not None:  # where no gradients go through the model
+        asked.append(settings | {"method": WITHOUT_GRADIENTS, "gradient_samples": None})
+    found = (made_already(recipe.output_path, recipe.model_path, {"settings": s}) for s in asked)
+    return next((report for report in found if report is not None), None)
 
 
 def run(plan: JobPlan, progress: Progress = silent, command: Sequence[str] | None = None) -> Report:
@@ -334,6 +338,8 @@ def run(plan: JobPlan, progress: Progress = silent, command: Sequence[str] | Non
             tokens = manager.smaller_batch()
             if tokens is None:
                 raise
+            # what this run has finished is not what --fresh is to leave aside
+            plan = replace(plan, recipe=plan.recipe.model_copy(update={"fresh": False}))
         else:
             break
         device = manager.device
@@ -355,7 +361,8 @@ def _without_gradients(plan: JobPlan, error: NoGradients, progress: Progress) ->
     """
     if plan.recipe.effort is None:
         raise error
-    recipe = plan.recipe.model_copy(update={"method": WITHOUT_GRADIENTS, "gradient_samples": None})
+    others = {"method": WITHOUT_GRADIENTS, "gradient_samples": None, "effort": None}
+    recipe = plan.recipe.model_copy(update=others)
     note = f"--method {WITHOUT_GRADIENTS} instead of {plan.recipe.method}: {error.problem}"
     planned = _planned(recipe, progress)
     return replace(planned, notes=(*planned.notes, note))

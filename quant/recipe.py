@@ -241,6 +241,15 @@ class Recipe(LayerSettings):
         value = self.model_dump(mode="json", exclude_unset=True)
         return {k: v for k, v in value.items() if k not in left_out}
 
+    @property
+    def size_asked(self) -> str:
+        """The size that a scheme for every layer is to reach, as an option; empty where none is."""
+        if self.target_bits is not None:
+            return f"--target-bits {self.target_bits:g}"
+        if self.target_size is not None:
+            return f"--target-size {self.target_size}"
+        return "--fit" if self.fit else ""
+
     def settings(self) -> dict[str, Any]:
         """What decides the output's bytes, for the fingerprint: everything but where it goes and whether it
         resumes."""
@@ -335,7 +344,12 @@ def recipe_values(config: Path | None, given: Mapping[str, Any], output: bool = 
     Raises:
         QuantError, UsageError: see :func:`read_recipe`; or no model or no output is named by either.
     """
-    values = {**(read_recipe(config) if config is not None else {}), **given}
+    of_file = read_recipe(config) if config is not None else {}
+    if "method" in given:  # each names the method: the file's gives way like any other key
+        of_file.pop("effort", None)
+    if "effort" in given:
+        of_file.pop("method", None)
+    values = {**of_file, **given}
     needed = ("model_path", "output_path") if output else ("model_path",)
     if missing := [k for k in needed if k not in values]:
         them = "it as an option" if len(missing) == 1 else "them as options"

@@ -133,7 +133,7 @@ def test_a_foreign_method_has_settings_and_refusals_like_any_other(
     job = ["quantize", "-m", "examples/tinylm-4m", "-o", "out", "--method", "my-hqq", "--group-size", "64"]
     refused = run(*job, "--scheme", "w4a16")
     assert (
-        refused.returncode == 1
+        refused.returncode == 2
         and "--method my-hqq: moves zero points, which W4 g64 symmetric has none of" in refused.stderr
     )
     recipe = tmp_path / "r.yaml"

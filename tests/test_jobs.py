@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
 
 import quant
 from quant import jobs
+from quant.batch.manifest import read_manifest
+from quant.batch.outputs import standing
 from quant.errors import NoGradients, Problems, UsageError
+from quant.pipeline.manager import QuantizationManager
 from quant.planning.recommendation import Recommendation
 from quant.progress import Event
-from quant.recipe import Recipe
+from quant.recipe import Recipe, recipe_values
 from quant.schemes import SCHEMES
 from tests.helpers import TINYLM, copy_model, load_all, quantize, save_all, short_text, weight_files
 
@@ -84,6 +89,37 @@ def test_where_no_gradients_go_through_an_effort_goes_on_without_and_a_named_met
     assert isinstance(named, jobs.ResolvedJob)
     with pytest.raises(NoGradients, match="cuts the graph: --method yaqa needs gradients: use --method gptq"):
         jobs.run(jobs.plan(named.recipe))
+    # a rule names it where the effort takes another: it ends, too
+    rule = [{"layers": "*.down_proj", "method": "yaqa"}]
+    ruled = jobs.resolve({**asked, "rules": rule, "output_path": str(tmp_path / "ruled")})
+    assert isinstance(ruled, jobs.ResolvedJob)
+    with pytest.raises(NoGradients, match="--method yaqa needs gradients"):
+        jobs.run(jobs.plan(ruled.recipe))
+
+
+def test_memory_that_ends_halves_batches_to_a_row_and_keeps_what_is_finished(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = quantize(llama, tmp_path / "whole", method="gptq", group_size=32)
+    tried: list[tuple[int, int]] = []
+    real = QuantizationManager._write
+
+    def exhausted(self: Any, unit: Any, work: Any, made: Any) -> None:
+        tried.append((self.batch_tokens, len(work.finished)))
+        if unit.block == 1 and self.batch_tokens > 64:
+            raise torch.OutOfMemoryError("no memory")
+        real(self, unit, work, made)
+
+    monkeypatch.setattr(QuantizationManager, "_write", exhausted)
+    report = quantize(llama, tmp_path / "out", method="gptq", group_size=32, fresh=True)
+    assert [tokens for tokens, _ in tried] == [2048, 2048, 2048, 256, 128, 64]
+    assert [finished for _, finished in tried] == [0, 1, 2, 2, 2, 2]
+    assert any("rows go through blocks by 1" in note for note in report["calibration"]["notes"])
+    assert report["output_hash"] == whole["output_hash"]
+    for tokens, rows, length, wanted in ((16384, 8, 12000, None), (16384, 9, 4096, 8192), (9, 0, 0, None)):
+        manager = QuantizationManager.__new__(QuantizationManager)
+        manager.batch_tokens, manager._calibration = tokens, (rows, length)
+        assert manager.smaller_batch() == wanted
 
 
 def test_without_method_and_scheme_the_recommendation_decides(tmp_path: Path) -> None:
@@ -269,3 +305,31 @@ def test_keys_of_calibration_text_that_nothing_reads_are_told(given: dict[str, A
     assert isinstance(resolved, jobs.ResolvedJob)
     notes = [note for note in resolved.notes if "no effect" in note]
     assert len(notes) == bool(said) and all(said in note for note in notes)
+
+
+def test_what_is_typed_wins_over_a_recipe_s_method_and_effort(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    for text, typed, method in (("effort: best\n", "gptq", "gptq"), ("method: gptq\n", None, "yaqa")):
+        recipe.write_text(text + "bits: 4\n")
+        own = {"effort": "best"} if typed is None else {"method": typed}
+        assert resolved(**recipe_values(recipe, {**JOB, **own})).recipe.method == method
+
+
+def test_an_output_of_another_effort_or_size_is_not_a_job_s(llama: Path, tmp_path: Path) -> None:
+    asked = {"scheme": "w4a16", "group_size": 32, **TEXT, "calibration_dataset": [str(short_text())]}
+    made = jobs.resolve(
+        {"model_path": str(llama), "output_path": str(tmp_path / "o"), **asked, "effort": "best"}
+    )
+    assert isinstance(made, jobs.ResolvedJob)
+    jobs.run(jobs.plan(made.recipe))
+    for own, words in (
+        ({"effort": "best"}, ""),
+        ({"effort": "fast"}, "made by yaqa, and --effort fast takes gptq"),
+        ({}, "made by yaqa, and --effort balanced takes yaqa"),
+        ({"target_bits": 5.0}, "one scheme for all layers, not by --target-bits 5"),
+    ):
+        file = tmp_path / "m.yaml"
+        job = {"model": str(llama), "output": "o", "overrides": {**asked, **own}}
+        file.write_text(yaml.safe_dump({"jobs": [job]}))
+        found = standing(read_manifest(file)[0], None)
+        assert (found.status, words in found.message) == ("refused" if words else "done", True), found

@@ -186,14 +186,14 @@ def read_manifest(path: Path) -> tuple[Job, ...]:
     """The jobs of a manifest, in its order, matrices behind jobs.
 
     Raises:
-        QuantError: it cannot be read.
-        UsageError, Problems: everything that is wrong: keys, values, recipes, models that are not there,
-            outputs that meet.
+        UsageError, Problems: it cannot be read; everything that is wrong: keys, values, recipes, models that
+            are not there, outputs that meet.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise QuantError(f"{path}: the manifest cannot be read: {error}") from error
+        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error.strerror)
+        raise UsageError(f"{path}: the manifest cannot be read: {why}; see docs/batch.md") from error
     value = read_yaml(text, f"{path}:")
     parts = {"defaults": dict, "jobs": list, "matrix": list}
     if not isinstance(value, dict):

@@ -10,15 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from quant import defaults
 from quant.batch.manifest import EvaluateGate, Job
 from quant.errors import clipped
-from quant.recipe import UPLOAD, make_recipe
+from quant.models.support import GRADIENTS
+from quant.planning.target import method_for
+from quant.recipe import UPLOAD, Recipe, make_recipe
 from quant.report.files import load_evaluation
 from quant.report.value import Report
 from quant.units import format_size
 
 #: Settings that :func:`quant.jobs.resolve` fills in where a recipe leaves them open.
-_CHOSEN = {"method", "scheme", "format", "outlier_suppression", "rules"}
+_CHOSEN = {"method", "scheme", "group_size", "format", "outlier_suppression", "rules", "gradient_samples"}
 
 
 @dataclass(frozen=True)
@@ -155,10 +158,32 @@ def _difference(job: Job) -> str:
     if source is None or os.path.realpath(report.source_path) != os.path.realpath(source):
         return f"model was {report.source_path}, is {job.model}"
     asked = make_recipe({"method": "gptq", **job.values})
+    size = str((report.quantization.allocation or {}).get("target", "")).partition(" (")[0]
+    if size != asked.size_asked:
+        return f"it was made by {size or 'one scheme for all layers'}, not by {asked.size_asked or 'that'}"
+    if difference := _other_effort(asked, report.quantization.settings, job):
+        return difference
     wanted = json.loads(json.dumps(asked.settings()))
     chosen = {k for k in _CHOSEN if k not in job.values}
     made = {k: v for k, v in report.quantization.settings.items() if k not in chosen}
     return _changed(made, {k: v for k, v in wanted.items() if k not in (*chosen, *UPLOAD)})
+
+
+def _other_effort(asked: Recipe, made: Mapping[str, Any], job: Job) -> str:
+    """In what an output was made by another effort, where the job leaves the method to one; empty, too, where
+    it leaves the scheme to a recommendation."""
+    if "method" in job.values or not job.values.keys() & {"scheme", "bits"} or job.source is None:
+        return ""
+    effort, method = asked.effort or defaults.EFFORT, made.get("method")
+    wanted, _ = method_for(asked.resolved_scheme(), job.source, effort=effort)
+    rows = asked.samples if effort == "best" and wanted in GRADIENTS else None
+    if "gradient_samples" in job.values:
+        rows = made.get("gradient_samples")
+    if (method, made.get("gradient_samples")) == (wanted, rows):
+        return ""
+    return (
+        f"it was made by {method}, and --effort {effort} takes {wanted}{f' with {rows} rows' if rows else ''}"
+    )
 
 
 def measured(job: Job, latest: Mapping[str, Any] | None) -> dict[str, Any] | None:

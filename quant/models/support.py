@@ -86,6 +86,15 @@ def method_problem(
     return None
 
 
+def passed_over(
+    model: ModelSpec | Mapping[str, Any], scheme: Scheme, method: str, needs: Mapping[str, str] | None = None
+) -> str:
+    """Why a method that a scheme prefers is not the first that makes it of a model."""
+    return method_problem(model, scheme, method, needs) or (
+        f"{method} solves every expert of a mixture under two Hessians; --effort best takes it"
+    )
+
+
 def makeable_methods(
     model: ModelSpec | Mapping[str, Any], scheme: Scheme, needs: Mapping[str, str] | None = None
 ) -> tuple[str, ...]:

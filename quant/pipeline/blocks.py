@@ -179,7 +179,7 @@ class BlockQuantizer:
                     give_back()
                     demand_finite(own, prefix + name)
                     alone, kin = replace(group, linears=(name,)), self._kin_of(work, whole, name)
-                    alike = () if group.experts else group.linears
+                    alike = group.linears
                     others = work.weights([n for n in alike if n != name])
                     (result,), factors = self.solver.solve(alone, kin, prefix, [weight], own, made, others)
                     sample = seen.samples.pop(name, None)

@@ -40,7 +40,7 @@ from quant.pipeline.group_solves import (
 )
 from quant.pipeline.memory import give_back
 from quant.pipeline.records import Clock
-from quant.quantizers import Quantized
+from quant.quantizers import GPTQQuantizer, Quantized, Quantizer
 from quant.recipe import Assignment
 from quant.report.value import NOT_HELD_OUT, NOT_ROUTED
 
@@ -218,7 +218,8 @@ class ExpertSolver:
                 demand_finite(seen, work.prefix + names[0])
             factors = self._factors(layer, [*some.values()], weights, statistics)
             stacked, statistics = _divided(stacked_weights(weights), statistics, factors)
-            results = self.solver.rounded(assignment, weights, statistics, stacked, layer.said)
+            method = _unrefined(self.solver.quantizers[assignment], assignment)
+            results = self.solver.rounded(assignment, weights, statistics, stacked, layer.said, method=method)
             for (expert, names), mine, solved, told, factor in zip(
                 some.items(), weights, results, notes, factors, strict=True
             ):
@@ -293,6 +294,14 @@ class ExpertSolver:
         fold = Fold(InputGroup((name,), source), work.prefix, Place("linear", True), 0.0)
         stacked = stacked_weights([weights])[0]
         return solver.folded(suppressor, fold, False, stacked, seen, assignment.scheme, work.made)[0]
+
+
+def _unrefined(quantizer: Quantizer, assignment: Assignment) -> Quantizer:
+    """GPTQ without its sweeps, unless they are asked for: experts see few tokens each, and it would take as
+    long again as solving them."""
+    if isinstance(quantizer, GPTQQuantizer) and "sweeps" not in dict(assignment.options):
+        return replace(quantizer, sweeps=0)
+    return quantizer
 
 
 def _divided(

@@ -7,8 +7,8 @@ needs, and takes the gradient at its outputs to one at its inputs, which is that
 before. On the way every linear's inputs and the gradients at its outputs are summed
 (:class:`~quant.calibration.statistics.GradientAccumulator`).
 
-Nothing of this depends on what the blocks are quantized to. So a job that goes on with unfinished work makes
-the same pass again, without sums for the blocks that are finished.
+Nothing of these passes depends on what the blocks are quantized to. So a job that goes on with unfinished
+work makes the same pass again, without sums for the blocks that are finished.
 """
 
 from __future__ import annotations
@@ -367,7 +367,7 @@ def gradient_problem(skeleton: Skeleton, shown: Callable[[int], Seen]) -> str | 
                 return f"no gradient reaches {where}.{missing[0]}"
             if not all_finite(made):
                 return f"the gradients at the inputs of {where} are not finite"
-        except CheckpointError:
+        except (CheckpointError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a foreign model's code raises
             return f"no gradient can be taken through {where} ({first_line(error, 200)})"

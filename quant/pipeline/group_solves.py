@@ -174,6 +174,7 @@ class GroupSolver:
         stacked: torch.Tensor,
         notes: tuple[str, ...] = (),
         amax: torch.Tensor | None = None,
+        method: Quantizer | None = None,
     ) -> list[list[Quantized]]:
         """Quantizes sets of linears, of which those of a set share an input and all sets have the same
         shapes.
@@ -184,9 +185,10 @@ class GroupSolver:
             stacked: all of them as they are to be quantized, fp32 [sets, ΣN, K]; overwritten.
             amax: of one set, the largest magnitude that its number for the whole tensor is for; None: its
                 own.
+            method: instead of the assignment's.
         """
         scheme, dtype = assignment.scheme, TORCH[self.plan.dtype]
-        quantizer, suppressor = self.quantizers[assignment], self.suppressors[assignment]
+        quantizer, suppressor = method or self.quantizers[assignment], self.suppressors[assignment]
         said = [
             (*notes, *(_outlier_notes(s) if suppressor is None and scheme.weights.bits <= 4 else ()))
             for s in statistics

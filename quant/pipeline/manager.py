@@ -215,8 +215,11 @@ class QuantizationManager:
             raise QuantError(problem)
         if self.plan.gradients:
             self.progress(Event("text", detail="gradients through a block of each kind"))
-            if problem := gradient_problem(skeleton, lambda i: self.blocks.to_be_seen(skeleton, i)):
-                raise NoGradients(problem, self.plan.recipe.method)
+            with memory_exhausted(self.device):
+                problem = gradient_problem(skeleton, lambda i: self.blocks.to_be_seen(skeleton, i))
+            if problem:
+                asking = [a.method for a, q in self.quantizers.items() if "gradients" in q.needs]
+                raise NoGradients(problem, asking[0])
         return rows, skeleton
 
     def fingerprint(self, rows: Rows | None) -> dict[str, Any]:
@@ -343,8 +346,8 @@ class QuantizationManager:
     def smaller_batch(self) -> int | None:
         """Tokens of half a batch; None where a batch is a single row, or there are none."""
         rows, length = self._calibration
-        tokens = min(self.batch_tokens, rows * length)
-        return tokens // 2 if tokens > length else None
+        several = min(self.batch_rows(length), rows) if rows else 0
+        return several // 2 * length if several > 1 else None
 
     def batch_rows(self, length: int) -> int:
         """Calibration rows of so many tokens that go through a block together."""

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from quant import defaults
+from quant.calibration.text import Rows
 from quant.checkpoint.journal import WorkFolder
-from quant.errors import NothingFits, Problems, QuantError, UsageError
+from quant.errors import NoGradients, NothingFits, Problems, QuantError, UsageError
 from quant.models.skeleton import Skeleton
 from quant.pipeline.candidates import Candidate, Item, candidates, family, items_of
 from quant.pipeline.checks import check_disk
 from quant.pipeline.gradients import Seen, gradient_problem
-from quant.pipeline.manager import CALIBRATION, QuantizationManager
+from quant.pipeline.manager import CALIBRATION, QuantizationManager, memory_exhausted
 from quant.pipeline.plan import JobPlan, plan_job
 from quant.pipeline.rows import later_rows
 from quant.pipeline.survey import BOTH, Judge, Losses, Survey, surveyed
@@ -212,10 +213,10 @@ def _budget(recipe: Recipe, plan: JobPlan) -> Budget:
         weights = sum(w.elements for w in plan.weights)
         others = plan.matrix_bytes - items
         allowed = math.floor(recipe.target_bits * weights / 8)
-        return Budget(allowed - others, others, weights, f"--target-bits {recipe.target_bits:g}")
+        return Budget(allowed - others, others, weights, recipe.size_asked)
     others = plan.output_bytes - items
     if recipe.target_size is not None:
-        return Budget(recipe.target_size - others, others, 0, f"--target-size {recipe.target_size}")
+        return Budget(recipe.target_size - others, others, 0, recipe.size_asked)
     ranks = recipe.tensor_parallel if "tensor_parallel" in recipe.model_fields_set else None
     request = EngineRequest(
         context=recipe.context,
@@ -225,7 +226,7 @@ def _budget(recipe: Recipe, plan: JobPlan) -> Budget:
     )
     scheme = recipe.scheme or default_scheme(recipe.method)
     allowed = fitting_bytes(recipe.model_path, recipe.gpu, request, scheme)
-    return Budget(allowed - others, others, 0, f"--fit ({format_size(allowed)})")
+    return Budget(allowed - others, others, 0, f"{recipe.size_asked} ({format_size(allowed)})")
 
 
 def allocate(recipe: Recipe, progress: Progress = silent) -> Allocation:
@@ -239,7 +240,7 @@ def allocate(recipe: Recipe, progress: Progress = silent) -> Allocation:
     prepared = prepare(recipe)
     manager = QuantizationManager(prepared.plan)
     check_disk(_folder(recipe), prepared.scratch_bytes)
-    rows, skeleton = manager.prepare()
+    rows, skeleton = _seen(prepared, manager)
     limit = min(recipe.gradient_samples or defaults.GRADIENT_SAMPLES, len(rows.tokens))
     tokens = rows.tokens[:limit]
     fingerprint = manager.fingerprint(rows) | {
@@ -250,16 +251,35 @@ def allocate(recipe: Recipe, progress: Progress = silent) -> Allocation:
     try:
         key = f"choice for {prepared.budget.option}"
         if key not in work.finished:
-            _demand_gradients(prepared, skeleton)
-            survey = Survey(manager, prepared.pool, prepared.items, work, progress)
-            losses = survey.run(skeleton, tokens, rows.held_out)
-            work.finish_unit(key, {}, {"chosen": _chosen(prepared, survey, losses, progress)})
+            with memory_exhausted(manager.device):
+                _demand_gradients(prepared, skeleton)
+                survey = Survey(manager, prepared.pool, prepared.items, work, progress)
+                losses = survey.run(skeleton, tokens, rows.held_out)
+                chosen = _chosen(prepared, survey, losses, progress)
+            work.finish_unit(key, {}, {"chosen": chosen})
         facts = work.finished[key]["chosen"]
     finally:
         work.release()
     for sentence in facts["notes"]:
         progress(Event("compare", message=sentence))
     return Allocation(_recipe(recipe, prepared, facts["picks"]), facts)
+
+
+def _seen(prepared: Prepared, manager: QuantizationManager) -> tuple[Rows, Skeleton]:
+    """The job's calibration rows and its model.
+
+    Raises:
+        QuantError: see :meth:`QuantizationManager.prepare`.
+    """
+    try:
+        return manager.prepare()
+    except NoGradients as error:
+        raise QuantError(f"{error.problem}: {_without(prepared)}") from error
+
+
+def _without(prepared: Prepared) -> str:
+    """What to do where no gradients go through a model."""
+    return f"{prepared.budget.option.partition(' ')[0]} needs gradients: use --scheme, which needs none"
 
 
 def _demand_gradients(prepared: Prepared, skeleton: Skeleton) -> None:
@@ -272,8 +292,7 @@ def _demand_gradients(prepared: Prepared, skeleton: Skeleton) -> None:
         names, places = surveyed(prepared.items, skeleton, index), skeleton.linears(index)
         if routed := next((name for name, local in names.items() if places[local].shared), None):
             raise QuantError(
-                f"{routed}: what routed experts lose is not weighed by {option}: give them a scheme with "
-                "rules instead, or leave them out with --ignore '*.experts.*'"
+                f"{routed}: what routed experts lose is not weighed by {option}: use --scheme instead"
             )
 
     def wanted(index: int) -> Seen:
@@ -281,7 +300,7 @@ def _demand_gradients(prepared: Prepared, skeleton: Skeleton) -> None:
         return Seen({n: (places[n], BOTH) for n in surveyed(prepared.items, skeleton, index).values()})
 
     if problem := gradient_problem(skeleton, wanted):
-        raise QuantError(f"{problem}: {option} needs gradients: use --scheme, which needs none")
+        raise QuantError(f"{problem}: {_without(prepared)}")
 
 
 def forget(recipe: Recipe) -> None:
@@ -484,7 +503,7 @@ def _recipe(recipe: Recipe, prepared: Prepared, picks: Sequence[int]) -> Recipe:
     job = max((n for n in chosen if n != last), key=lambda n: (len(chosen[n]), -n))
     rule = prepared.pool[job].rule
     assert rule is not None
-    unused = {"scheme", "group_size", "rules"}
+    unused = {"scheme", "group_size", "rules", "effort"}
     if not QuantizationManager(prepared.plan).needs:  # the text was for the choice alone
         unused |= CALIBRATION
     values = {k: getattr(prepared.recipe, k) for k in prepared.recipe.model_fields_set if k not in unused}
@@ -511,7 +530,7 @@ def foresee(recipe: Recipe, progress: Progress = silent) -> dict[str, Any]:
     from quant.pipeline.estimate import estimate
 
     prepared = prepare(recipe)
-    _, skeleton = QuantizationManager(prepared.plan).prepare()
+    _, skeleton = _seen(prepared, QuantizationManager(prepared.plan))
     _demand_gradients(prepared, skeleton)
     value = estimate(prepared.plan, progress)
     asked = {k: getattr(recipe, k) for k in CALIBRATION & recipe.model_fields_set}
@@ -524,6 +543,12 @@ def foresee(recipe: Recipe, progress: Progress = silent) -> dict[str, Any]:
     allocation = prepared.to_dict()
     allocation["seconds"] = round(passes["seconds"] + (len(prepared.pool) - 2) * value["seconds"], 1)
     allocation["scratch_bytes"] += passes["scratch_bytes"]
+    budget, plan = prepared.budget, prepared.plan
+    more = budget.nbytes + budget.others - (plan.matrix_bytes if budget.weights else plan.output_bytes)
+    value["output_bytes"] += more
+    value["bits_per_weight"] += 8 * more / sum(w.elements for w in plan.weights)
+    value["scheme"] = value["scheme"] | {"name": "mixed"}
+    value["seconds"] += allocation["seconds"]
     value["peak_rss_bytes"] = max(value["peak_rss_bytes"], passes["peak_rss_bytes"])
     value["peak_gpu_bytes"] = max(value["peak_gpu_bytes"], passes["peak_gpu_bytes"])
     return value | {"allocation": allocation}

@@ -22,7 +22,7 @@ from quant.data import load_json
 from quant.errors import NothingFits, UsageError, one_of
 from quant.hardware import UNNAMED, Gpu, cpu_device, resolve_gpus
 from quant.models.spec import ModelSpec
-from quant.models.support import DATA_FREE, makeable_methods, method_problem, scheme_problem
+from quant.models.support import DATA_FREE, makeable_methods, passed_over, scheme_problem
 from quant.planning.choice import MACHINE, Goal, choose, is_faster, reason_of
 from quant.planning.cuts import group_problems, parallel_problems
 from quant.planning.launch import OWNER, Engine, commands_for, engines_for
@@ -422,8 +422,7 @@ def _notes_on(spec: ModelSpec, chosen: SchemePlan, gpu: Gpu) -> list[str]:
     if chosen.methods and (method := chosen.methods[0]) != (preferred := chosen.row.methods[0]):
         unlike = "; the loss is that of calibrated checkpoints" if method in DATA_FREE else ""
         notes.append(
-            f"--method {method} instead of {preferred}: "
-            f"{method_problem(spec, chosen.stored, preferred)}{unlike}"
+            f"--method {method} instead of {preferred}: {passed_over(spec, chosen.stored, preferred)}{unlike}"
         )
     return notes
 

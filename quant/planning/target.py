@@ -11,7 +11,7 @@ from quant import defaults
 from quant.checkpoint.reader import read_json
 from quant.errors import UsageError
 from quant.hardware import count_in, detect, named_gpu
-from quant.models.support import GRADIENTS, makeable_methods, method_problem, scheme_problem
+from quant.models.support import GRADIENTS, makeable_methods, passed_over, scheme_problem
 from quant.planning.recommendation import Recommendation, recommend
 from quant.planning.request import EngineRequest
 from quant.schemes import DEFAULT_SCHEME, PRESETS, Scheme, row_of
@@ -39,7 +39,9 @@ def method_for(
     """
     row = row_of(scheme)
     if not row.methods:
-        raise UsageError(f"missing --method: scheme {scheme.name!r} has no default one; give gptq or minmax")
+        raise UsageError(
+            f"missing --method: scheme {scheme.name!r} has no default one; give gptq, yaqa or minmax"
+        )
     file, preferred = Path(model) / "config.json", _of_effort(row.methods, effort)[0]
     if not file.is_file():
         # refused by the job, together with all else that is wrong
@@ -50,9 +52,7 @@ def method_for(
         raise UsageError(f"missing --method: {scheme_problem(config, scheme, needs)}")
     if methods[0] == preferred:
         return methods[0], ""
-    reason = method_problem(config, scheme, preferred, needs) or (
-        "it solves every expert of a mixture under two Hessians; --effort best takes it"
-    )
+    reason = passed_over(config, scheme, preferred, needs)
     return methods[0], f"--method {methods[0]} instead of {preferred}: {reason}"
 
 

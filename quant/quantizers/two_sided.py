@@ -70,10 +70,6 @@ class Codes:
         grouped = self.codes.view(*self.scales.shape, -1)
         return grouped if self.zeros is None else grouped - self.zeros.unsqueeze(-1)
 
-    def parts(self) -> dict[str, torch.Tensor | None]:
-        """Its tensors by name."""
-        return {"codes": self.codes, "scales": self.scales, "zeros": self.zeros}
-
     def errors(self, weight: torch.Tensor) -> torch.Tensor:
         """E [..., N, K] of a weight [..., N, K]."""
         return weight - (self.shifted * self.scales.unsqueeze(-1)).view(weight.shape)

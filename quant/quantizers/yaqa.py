@@ -129,7 +129,7 @@ class YAQAQuantizer:
                     "--calibration-dataset, or use --method minmax"
                 )
             if seen.gradients is None:
-                gptq = GPTQQuantizer(self.damping, clip_search=self.clip_search)
+                gptq = GPTQQuantizer(self.damping, clip_search=self.clip_search, sweeps=self.sweeps)
                 done = gptq(weight, seen, scheme, dtype, amax)
                 made[i] = replace(done, fallbacks=(_ONE_SIDED, *done.fallbacks))
                 continue

@@ -38,6 +38,8 @@ from quant.serving.process import Server, ServerError, signals_to
 from quant.serving.reference import Asked, kernels, open_server
 from quant.vllm.context import context_length
 
+#: By how much rounded log-probabilities of all tokens may say more than one.
+_ROUNDED = 0.01
 #: Tokens in a request; rows are asked for together up to so many.
 _REQUEST_TOKENS = 2048
 #: The least that a rest of probability may be: sums of fp32 log-probabilities are no more exact.
@@ -170,6 +172,9 @@ def _position(
     known = {int(token): float(value["logprob"]) for token, value in said.items()}
     if len(known) < width:
         raise ValueError(f"{len(known)} tokens told where {width} were asked for")
+    whole = sum(math.exp(min(x, 1.0)) for x in known.values())
+    if not whole <= 1 + _ROUNDED:  # NaN, too
+        raise ValueError(f"{len(known)} tokens told have a probability of {whole:.3g}")
     others = sorted((token for token in known if token != own), key=lambda token: -known[token])[:width]
     padding = width - len(others)
     values = [known[own], *(known[token] for token in others)]

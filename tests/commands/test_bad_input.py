@@ -208,8 +208,8 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str], int, list[str]]] = {
     "ranks that do not divide": (nothing, [*MINMAX, "--tensor-parallel", "2"], 1, [
         "--tensor-parallel 2 do "
         "not divide"]),
-    "3 bits for vLLM": (nothing, [*MINMAX, "--bits", "3"], 1, ["use --format plain"]),
-    "asymmetric gptq for vLLM": (nothing, [*MINMAX, "--format", "gptq", "--asymmetric"], 1, [
+    "3 bits for vLLM": (nothing, [*MINMAX, "--bits", "3"], 2, ["use --format plain"]),
+    "asymmetric gptq for vLLM": (nothing, [*MINMAX, "--format", "gptq", "--asymmetric"], 2, [
         "vLLM refuses "
         "asymmetric GPTQ files"]),
     "a recipe that is not there": (nothing, [*MINMAX, "--config", "none.yaml"], 1, [

@@ -35,6 +35,7 @@ def mixed(model: Path, output: Path, **options: Any) -> dict[str, Any]:
     """A job that is to reach a size."""
     values = {
         "method": "minmax",
+        "effort": "balanced",  # as it is where none of both is typed
         "target_bits": 5.0,
         "calibration_dataset": [short_text()],
         **TEXT,
@@ -86,7 +87,7 @@ def test_the_recipe_beside_an_output_makes_it_again(
 ) -> None:
     output, report = done
     values = yaml.safe_load((output / RECIPE).read_text())
-    assert "target_bits" not in values and len(values["rules"]) > 1
+    assert not values.keys() & {"target_bits", "effort"} and len(values["rules"]) > 1
     again = quant.quantize(quant.make_recipe({**values, "output_path": tmp_path / "again"}))
     assert again.output_hash == report["output_hash"]
     assert weight_files(tmp_path / "again") == weight_files(output)
@@ -290,8 +291,11 @@ def test_a_model_that_no_gradient_goes_through_is_refused_before_anything_is_kep
     monkeypatch.setattr(mixing, "gradient_problem", lambda *_: "no gradient reaches block 1")
     with pytest.raises(QuantError, match="no gradient reaches block 1: --target-bits needs gradients"):
         mixed(checkpoints("llama"), tmp_path / "o")
-    with pytest.raises(QuantError, match=r"experts.*: what routed experts lose is not weighed .*--ignore"):
+    with pytest.raises(QuantError, match=r"experts.*: what routed experts lose .*use --scheme"):
         mixed(checkpoints("mixtral"), tmp_path / "o")
+    monkeypatch.setattr("quant.pipeline.manager.gradient_problem", lambda *_: "no gradient reaches block 2")
+    with pytest.raises(QuantError, match="no gradient reaches block 2: --target-bits needs gradients"):
+        mixed(checkpoints("llama"), tmp_path / "o", method="yaqa")
     assert list(tmp_path.iterdir()) == []
 
 

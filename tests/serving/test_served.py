@@ -4,6 +4,7 @@ model, and refusals. Real vLLM's answers are in tests/vllm."""
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -130,6 +131,8 @@ _TOLD, _OTHERS = {"2": {"logprob": -1}}, {"8": {"logprob": -1}, "9": {"logprob":
         ([[None, _TOLD, {"3": {"logprob": -1}}]], "1 tokens told where 2 were asked for"),
         ([[None, {"2": None, "3": {}}, {}]], "TypeError|KeyError"),
         ([[None, _OTHERS, _OTHERS]], "KeyError: 2"),
+        ([[None, {"2": {"logprob": 3.0}, "9": {"logprob": -1}}, _OTHERS]], "have a probability of"),
+        ([[None, {"2": {"logprob": math.nan}, "9": {"logprob": -1}}, _OTHERS]], "have a probability of nan"),
     ],
 )
 def test_an_answer_that_is_not_a_vllm_s_is_named(said: list[Any] | None, why: str) -> None:

@@ -291,10 +291,11 @@ def test_verify_compares_in_vllm_and_sees_what_only_values_tell(
 
 def test_a_start_that_fails_says_why_and_quotes_the_log(make: Callable[..., Path], vllm_python: str) -> None:
     path = make(*OPTIONS)
-    process = _start(path, "-q", "--max-model-len", "4096")
+    process = _start(path, "-q", "--", "--quantization", "awq")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 1
-    assert "--max-model-len is 4096, the model's longest context is 1024: lower it" in err
+    assert "vLLM ended with status 1 before it was ready" in err
+    assert "(compressed-tensors) does not match the quantization method" in err
     assert "  | " in err and "Traceback" not in err.partition("  | ")[0]
     assert json.loads(out)["exit_code"] == 1
 

@@ -199,8 +199,8 @@ def _chosen_among(value: Mapping[str, Any] | None) -> list[tuple[str, str]]:
             f"{value['target']}: a scheme for each of {value['layers']} layers of vLLM\n"
             f"among {', '.join(value['candidates'])}\n"
             f"{value['reachable'][0]} to {value['reachable'][1]} can be reached\n"
-            f"about {format_seconds(value['seconds'])} and {format_size(value['scratch_bytes'])} of disk to "
-            "choose; the rest is predicted for one scheme for all",
+            f"{format_seconds(value['seconds'])} of the time and {format_size(value['scratch_bytes'])} of "
+            "disk are for the choice; memory is predicted for one scheme for all",
         )
     ]
 
