@@ -44,16 +44,18 @@ _FIRST_EDGE = 512
 _TAIL = 0.99
 
 
-@dataclass(frozen=True)
-class Part:
-    """What was measured on a part of the tokens: a domain's text, or positions.
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """What was measured on some tokens. Without a source only perplexity.
 
     Attributes:
-        first, last: of positions, how many tokens come before the predicted ones, both included; None of a
-            domain.
+        loss: the rise of the negative log-likelihood, nats per token; its error is that of the difference
+            chunk by chunk, far less than the perplexities'.
+        top1, top5: share of tokens where both have the same likeliest token; share of the source's five
+            likeliest that are among the candidate's five.
+        kl_p99, kl_max: what one token in a hundred loses at least, and the token that loses most.
     """
 
-    name: str
     tokens: int
     chunks: int
     perplexity: Measured
@@ -65,21 +67,28 @@ class Part:
     top5: Measured | None = None
     kl_p99: Measured | None = None
     kl_max: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part(Measures):
+    """A part of the tokens: a domain's text, or positions.
+
+    Attributes:
+        first, last: of positions, how many tokens come before the predicted ones, both included; None of a
+            domain.
+    """
+
+    name: str
     first: int | None = None
     last: int | None = None
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What was measured. Without a source only perplexity.
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Measures):
+    """A checkpoint, measured.
 
     Attributes:
         activations: what else than weights was rounded in the candidate's run.
-        loss: the rise of the negative log-likelihood, nats per token; its error is that of the difference
-            chunk by chunk, far less than the perplexities'.
-        top1, top5: share of tokens where both have the same likeliest token; share of the source's five
-            likeliest that are among the candidate's five.
-        kl_p99, kl_max: what one token in a hundred loses at least, and the token that loses most.
         positions: the same by the number of tokens that come before, where chunks are longer than 512.
         domains: the same for each text, where there are several; ``worst_domain`` names that of largest KL.
         notes: what has to be said of the texts.
@@ -88,18 +97,7 @@ class Evaluation:
     path: str
     against: str | None
     text: str
-    tokens: int
-    chunks: int
-    perplexity: Measured
-    source_perplexity: Measured | None = None
-    kl: Measured | None = None
-    top1: Measured | None = None
-    perplexity_increase: float | None = None
     activations: str | None = None
-    loss: Measured | None = None
-    top5: Measured | None = None
-    kl_p99: Measured | None = None
-    kl_max: float | None = None
     positions: tuple[Part, ...] = ()
     domains: tuple[Part, ...] = ()
     worst_domain: str | None = None

@@ -33,14 +33,13 @@ from quant.models.experts import Routed, Stage, experts_through
 from quant.models.skeleton import Skeleton
 from quant.pipeline.activation_store import ActivationStore, Batches, Calls
 from quant.pipeline.expert_gradients import ExpertGradients
+from quant.pipeline.expert_solves import ERROR_TOKENS
 from quant.pipeline.staged import computed
 from quant.quantizers.two_sided import blocks_of
 from quant.tensors import all_finite
 
-#: Tokens of the held-out row that a linear's error is measured on.
-ERROR_TOKENS = 256
-#: Elements of logits that are in memory at a time, in fp32.
-_LOGITS = 1 << 24
+#: Elements of a model's logits that are in memory at a time, in fp32.
+LOGITS = 1 << 24
 #: Tokens that a block is tried on.
 _TRIAL_TOKENS = 8
 
@@ -223,7 +222,7 @@ class GradientStream:
 
     def _slice(self, rows: int) -> int:
         """Tokens of so many rows whose logits are in memory at a time."""
-        return max(1, _LOGITS // (self._skeleton.vocabulary * rows))
+        return max(1, LOGITS // (self._skeleton.vocabulary * rows))
 
     def _drawn(self, tokens: torch.Tensor, hidden: torch.Tensor, batch: int) -> torch.Tensor:
         skeleton = self._skeleton

@@ -16,7 +16,7 @@ from quant.pipeline.plan import JobPlan
 from quant.progress import Event, Progress
 from quant.quantizers import Quantized
 from quant.quantizers.rounding import small_scales
-from quant.report.value import NOT_CALIBRATED, NOT_HELD_OUT, FoldResult, LayerResult
+from quant.report.value import NOT_CALIBRATED, NOT_HELD_OUT, FoldResult, LayerResult, without_numbers
 
 
 @dataclass
@@ -44,6 +44,7 @@ class Records:
     layers: dict[str, LayerResult] = field(default_factory=dict)
     folds: dict[str, FoldResult] = field(default_factory=dict)
     experts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _told: set[str] = field(default_factory=set)
 
     def add(
         self,
@@ -80,7 +81,9 @@ class Records:
         )
         self.progress(Event("quantize", detail=name))
         for fallback in result.fallbacks:
-            self.progress(Event("quantize", message=f"{name}: {fallback}", warning=True))
+            if (kind := without_numbers(fallback)) not in self._told:  # the last lines name all
+                self._told.add(kind)
+                self.progress(Event("quantize", message=f"{name}: {fallback}", warning=True))
 
     def of(self, unit: str, names: Collection[str]) -> dict[str, Any]:
         """What the journal keeps of a unit with these linears."""

@@ -33,7 +33,7 @@ from quant.models.calls import call_block
 from quant.models.skeleton import Skeleton
 from quant.pipeline.activation_store import ActivationStore
 from quant.pipeline.candidates import Candidate, Item, linear_in
-from quant.pipeline.gradients import GradientStream, Seen
+from quant.pipeline.gradients import LOGITS, GradientStream, Seen
 from quant.pipeline.group_solves import demand_finite
 from quant.pipeline.manager import QuantizationManager
 from quant.pipeline.memory import give_back
@@ -48,8 +48,6 @@ from quant.vllm.layers import sharing_layers
 
 #: What the two Hessians are asked for by.
 BOTH = frozenset({"hessian", "gradients"})
-#: Elements of logits that are in memory at a time, in fp32, of each model.
-_LOGITS = 1 << 24
 #: By linear, what each candidate loses; of 16 bits 0.
 Losses = dict[str, list[float | None]]
 
@@ -330,7 +328,7 @@ class Judge:
         found: list[list[float]] = [[] for _ in states[1:]]
         with skeleton.outside():
             for number, batch in enumerate(batches):
-                step = max(1, _LOGITS // (skeleton.vocabulary * len(batch)))
+                step = max(1, LOGITS // (skeleton.vocabulary * len(batch)))
                 sums = [torch.zeros(len(batch), dtype=torch.float64) for _ in found]
                 for start in range(0, batch.shape[1], step):
                     some = slice(start, start + step)

@@ -119,7 +119,8 @@ def card(
     lines += ["", "| | |", "|---|---|", *(f"| {k} | {_cell(v)} |" for k, v in rows), ""]
     if job is not None and job.fallbacks:
         lines += [
-            f"{len(job.fallbacks)} layers fell back to another method: `quant_report.json` names them.",
+            f"{len(job.fallbacks)} layers were not made quite as asked: `quant_report.json` says of each "
+            "what was done instead.",
             "",
         ]
     if report.serve_command is not None:

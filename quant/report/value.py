@@ -37,6 +37,15 @@ _USER = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 _HIDDEN = "***"
 
 
+def without_numbers(sentence: str) -> str:
+    """What sentences have in common that differ in their numbers.
+
+    >>> without_numbers("24 tokens, 1.5e-3 of them")
+    '# tokens, # of them'
+    """
+    return re.sub(r"\d+(\.\d+)?(e[-+]?\d+)?", "#", sentence)
+
+
 @dataclass(frozen=True)
 class LayerResult:
     """What became of one linear.
@@ -218,6 +227,15 @@ class Quantization:
     def fallbacks(self) -> dict[str, str]:
         """By layer, what was done instead of what was asked."""
         return {x.name: x.fallback for x in self.layers if x.fallback}
+
+    @property
+    def kinds_of_fallbacks(self) -> list[tuple[list[str], str]]:
+        """Layers by what is said of them, which differs in its numbers alone; and what is said of the first:
+        of a mixture's experts there are thousands."""
+        found: dict[str, list[str]] = {}
+        for name, said in self.fallbacks.items():
+            found.setdefault(without_numbers(said), []).append(name)
+        return [(names, self.fallbacks[names[0]]) for names in found.values()]
 
     def to_dict(self) -> dict[str, Any]:
         value = {

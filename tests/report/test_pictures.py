@@ -18,16 +18,16 @@ from quant.report.pictures import plot
 
 def compared(path: str, bits: float | None, kl: float, error: float = 0.001) -> Compared:
     measured = Evaluation(
-        path,
-        "m/source",
-        "text.txt",
-        100,
-        3,
-        Measured(9, 1),
-        Measured(8, 1),
-        Measured(kl, error),
-        Measured(0.9, 0.1),
-        0.1,
+        path=path,
+        against="m/source",
+        text="text.txt",
+        tokens=100,
+        chunks=3,
+        perplexity=Measured(9, 1),
+        source_perplexity=Measured(8, 1),
+        kl=Measured(kl, error),
+        top1=Measured(0.9, 0.1),
+        perplexity_increase=0.1,
     )
     return Compared(measured, "w4a16", bits, 1000)
 

@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from quant.pipeline.manager import QuantizationManager
 from quant.pipeline.plan import plan_job
 from quant.recipe import make_recipe
 from quant.report.evidence import evidence_of
-from quant.report.value import REPORT, FoldResult, Provenance, Report, without_secrets
+from quant.report.value import REPORT, FoldResult, LayerResult, Provenance, Report, without_secrets
 
 JOB = {"method": "gptq", "bits": 8, "group_size": 32, "samples": 4, "sequence_length": 32}
 
@@ -164,3 +165,12 @@ def test_scaling_that_cannot_have_been_is_passed_over(
                     if file.name != REPORT and not (tmp_path / file.name).exists():
                         (tmp_path / file.name).symlink_to(file)
                 assert compare(tmp_path, source).tensors
+
+
+def test_what_differs_in_its_numbers_alone_is_said_once(scaled: Path) -> None:
+    said = {"a.0": "24 tokens: 1.5e-3 of 8", "a.1": "7 tokens: 2 of 8", "b": "NaN", "c": None}
+    layers = tuple(LayerResult(n, fallback=f) for n, f in said.items())
+    report = Report.load(scaled)
+    assert report is not None and report.quantization is not None
+    job = replace(report.quantization, layers=layers)
+    assert job.kinds_of_fallbacks == [(["a.0", "a.1"], "24 tokens: 1.5e-3 of 8"), (["b"], "NaN")]

@@ -113,7 +113,7 @@ def quantization(console: Console, report: Report, measured: Mapping[str, Any] |
     # scaling alone rounds nothing; that its function is the source's is said below
     if not scaled_alone:
         rows += _worst(worst(job.layers, _WORST))
-        rows.append(("fallbacks", "\n".join(f"{n}: {f}" for n, f in job.fallbacks.items()) or "none"))
+        rows.append(("fallbacks", "\n".join(map(_fallback, job.kinds_of_fallbacks)) or "none"))
     notes = list(dict.fromkeys(f"{x.name}: {n}" for x in job.layers for n in x.notes))
     if notes:
         more = f"\nand {len(notes) - _WORST} more in {REPORT}" if len(notes) > _WORST else ""
@@ -187,6 +187,13 @@ def prediction(console: Console, value: Mapping[str, Any]) -> None:
             *_cost(value),
         ],
     )
+
+
+def _fallback(kind: tuple[list[str], str]) -> str:
+    """The layers of which a sentence, but for its numbers, is said, and the sentence."""
+    names, said = kind
+    more = f" and {len(names) - _WORST} more in {REPORT}" if len(names) > _WORST else ""
+    return f"{', '.join(names[:_WORST])}{more}: {said}"
 
 
 def _chosen_among(value: Mapping[str, Any] | None) -> list[tuple[str, str]]:
