@@ -272,7 +272,13 @@ def loading_problems(path: str | Path) -> list[str]:
         return []
     except QuantError as error:
         return [str(error)]
-    return [] if layers is None else _refusals(checkpoint, layers, layers.form)
+    if layers is None:
+        return []
+    built = built_linears(mended.tensors, mended.config, layers.linears)
+    return [
+        *_refusals(checkpoint, layers, layers.form),
+        *shape_problems(built, 1, heads_of(mended.config)),
+    ]
 
 
 def _made_for(folder: Path) -> str:

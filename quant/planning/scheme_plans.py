@@ -201,7 +201,7 @@ def _refusal(spec: ModelSpec, gpu: Gpu, row: SchemeRow, request: EngineRequest) 
         return reason
     quantized = is_quantized(row.scheme)
     if spec.unserved and not quantized:
-        return f"the checkpoint as it is: {spec.unserved}"
+        return spec.unserved
     if spec.quantization and quantized:
         if reason := requantizing_problem(spec, row.scheme):
             return reason

@@ -442,3 +442,15 @@ def test_a_plan_names_the_file_that_the_quantization_is_read_from(
     made = plan(tmp_path / "published", DeploymentRequest())
     dtype = next(a for a in made.arguments if a.name == "dtype")
     assert dtype.reason.endswith(read)
+
+
+def test_groups_that_do_not_divide_are_advised_to_nobody(
+    llama: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    """As ``verify`` and ``plan`` refuse them."""
+    path = tmp_path / "published"
+    publish(llama, path, "fp8 block")
+    assert cli("verify", "-m", path).code == 4
+    advised = cli("recommend", "-m", path, "--gpu", "H100", "--json")
+    plans = {p["scheme"]: p for p in json.loads(advised.out)["plans"]}
+    assert not plans["none"]["fits"] and "do not divide into groups of 128" in plans["none"]["why"]
