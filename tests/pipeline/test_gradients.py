@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import quant
 from quant.checkpoint.reader import open_checkpoint
 from quant.errors import Problems, QuantError
 from quant.models.skeleton import Skeleton
@@ -28,6 +29,7 @@ from quant.pipeline.gradients import (
     ordered_sums,
 )
 from quant.pipeline.plan import plan_job
+from quant.progress import Event
 from quant.quantizers import YAQAQuantizer
 from tests.helpers import (
     copy_model,
@@ -369,7 +371,10 @@ def test_gradients_that_say_little_or_nothing_are_named(llama: Path, tmp_path: P
     report = quantize(broken, tmp_path / "none", **YAQA)
     assert all("zero on all calibration tokens" in x["fallback"] for x in report["layers"])
     few = {"samples": 1, "gradient_samples": 1, "sequence_length": 48}
-    report = quantize(llama, tmp_path / "few", **(YAQA | few))
+    said: list[Event] = []
+    report = quant.quantize(recipe(llama, tmp_path / "few", **(YAQA | few)), said.append).to_dict()
+    # of all layers once, as they are made; the report has each
+    assert len([e for e in said if e.warning and "48 tokens show how" in e.message]) == 1
     for layer in report["layers"]:
         assert layer["fallback"].startswith("48 tokens show how ") and layer["notes"]
 
