@@ -24,12 +24,12 @@ from tests.helpers import ROOT, left_alive
 
 #: A process that ignores SIGTERM with a worker in a session of its own, which no signal to a group reaches.
 _STUBBORN = """
-import os, signal, sys, time
+import os, signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if os.fork() == 0:
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-print("ready", os.getpid(), flush=True)
+os.write(1, b"ready %d\\n" % os.getpid())  # print would give the line and its end apart: both write here
 time.sleep(600)
 """
 
