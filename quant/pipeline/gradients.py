@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ class GradientStream:
     Args:
         tokens: int64 [B, T], batch by batch.
         held_out: the batch that no gradient is taken of, or None.
-        seed: of the draws at the logits.
+        seed: of the draws at the logits, to which each row adds its number.
     """
 
     def __init__(
@@ -210,9 +211,10 @@ class GradientStream:
     def at_logits(self) -> None:
         """Draws the gradients at the last block's outputs."""
         outputs, skeleton = self._inputs.pop(), self._skeleton
+        first = [0, *accumulate(map(len, self._tokens))]
         with skeleton.outside():
             drawn = (
-                self._drawn(self._tokens[batch], outputs.take(batch), batch)
+                self._drawn(self._tokens[batch], outputs.take(batch), first[batch])
                 for batch in range(len(outputs))
                 if batch != self._held_out
             )
@@ -220,25 +222,28 @@ class GradientStream:
             if self._held_out is not None:
                 outputs.take(self._held_out)
 
-    def _slice(self, rows: int) -> int:
-        """Tokens of so many rows whose logits are in memory at a time."""
-        return max(1, LOGITS // (self._skeleton.vocabulary * rows))
+    @property
+    def _slice(self) -> int:
+        """Tokens of a row whose logits are in memory at a time."""
+        return max(1, LOGITS // self._skeleton.vocabulary)
 
-    def _drawn(self, tokens: torch.Tensor, hidden: torch.Tensor, batch: int) -> torch.Tensor:
-        skeleton = self._skeleton
-        generator = torch.Generator(skeleton.device).manual_seed((self._seed + batch) % 2**63)
-        several = self._slice(len(tokens))
-        parts = [
-            skeleton.head_gradient(
-                tokens[:, i : i + several],
-                hidden[:, i : i + several].contiguous(),
-                partial(kl_gradient, generator=generator),
-            )
-            for i in range(0, tokens.shape[1], several)
-        ]
-        gradient = torch.cat(parts, 1)
+    def _drawn(self, tokens: torch.Tensor, hidden: torch.Tensor, first: int) -> torch.Tensor:
+        """The gradients [B, T, H] of a batch whose first row has the number ``first``. Rows are drawn one by
+        one, each with its own seed: batches of another size, as after a lack of memory, get the same."""
+        gradient = torch.cat(
+            [self._of_row(tokens[i, None], hidden[i, None], first + i) for i in range(len(tokens))]
+        )
         _demand_finite(gradient, "the head")
         return gradient
+
+    def _of_row(self, tokens: torch.Tensor, hidden: torch.Tensor, number: int) -> torch.Tensor:
+        generator = torch.Generator(self._skeleton.device).manual_seed((self._seed + number) % 2**63)
+        draw = partial(kl_gradient, generator=generator)
+        parts = [
+            self._skeleton.head_gradient(some, states.contiguous(), draw)
+            for some, states in zip(tokens.split(self._slice, 1), hidden.split(self._slice, 1), strict=True)
+        ]
+        return torch.cat(parts, 1)
 
     @property
     def width(self) -> int:
@@ -248,7 +253,7 @@ class GradientStream:
     def time_logits(self) -> float:
         """Seconds that a token's gradient at the logits takes, on a trial of a slice; call it inside
         :meth:`Skeleton.outside`."""
-        tokens = self._tokens[0][:1, : self._slice(1)]
+        tokens = self._tokens[0][:1, : self._slice]
         hidden = self._inputs[0].take(0)
         part = hidden[:1, : tokens.shape[1]].contiguous()
         for _ in range(2):  # kernels are loaded at first

@@ -13,11 +13,12 @@ from quant.calibration.statistics import Statistics
 from quant.models.experts import find_experts
 from quant.pipeline import expert_gradients as module
 from quant.pipeline import group_solves
-from quant.pipeline.gradients import GradientStream, kl_gradient
+from quant.pipeline.gradients import GradientStream
 from quant.pipeline.plan import plan_job
 from quant.pipeline.rows import job_rows
 from tests.helpers import add_tokenizer, change_config, load_all, quantize, recipe, save_all, weight_files
 from tests.models.mixtures import mixture, save_mixture
+from tests.pipeline.test_gradients import draws_of
 
 #: A job whose codes are nearly the weights: the second product is seen behind what the first one becomes.
 YAQA: dict[str, Any] = {
@@ -91,7 +92,7 @@ def reference(folder: Path, tokens: torch.Tensor, seed: int) -> list[tuple[torch
         experts.forward = lambda *args, n=number, e=experts: forward(n, e, *args)
     embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
     logits = model(inputs_embeds=embedded, use_cache=False).logits
-    logits.backward(kl_gradient(logits.detach(), torch.Generator().manual_seed(seed)))
+    logits.backward(draws_of(logits.detach(), seed))
     order = sorted(found, key=lambda at: (-at[0], at[1], at[2]))
     interleaved = find_experts(layers[0])[0].interleaved
     made = []

@@ -58,6 +58,34 @@ def test_a_draw_at_the_logits_has_the_hessian_of_kl_for_its_covariance() -> None
     assert float(draws.mean(0).abs().max()) < 0.003
 
 
+def draws_of(logits: torch.Tensor, seed: int) -> torch.Tensor:
+    """Gradients at logits [B, T, V], each row's by the seed after that of the one before."""
+    return torch.stack(
+        [kl_gradient(row, torch.Generator().manual_seed(seed + i)) for i, row in enumerate(logits)]
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_row_has_the_draw_of_its_number_in_batches_of_any_size(
+    rows: int, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that goes on with smaller batches, or is killed afterwards, has the gradients of one that does
+    not; slices of a row, whose logits do not fit, leave none out."""
+    skeleton = Skeleton(open_checkpoint(llama), torch.device("cpu"), torch.float32)
+    monkeypatch.setattr("quant.pipeline.gradients.LOGITS", skeleton.vocabulary * 7)
+    tokens = torch.randint(0, 500, (6, 16), generator=torch.Generator().manual_seed(1))
+    made = []
+    for several in (6, rows):
+        store = ActivationStore(1 << 30, None)
+        stream = GradientStream(skeleton, [*tokens.split(several)], None, store, seed=5)
+        stream.at_logits()
+        assert stream._gradients is not None
+        made.append(torch.cat([stream._gradients.take(i) for i in range(len(stream._gradients))]))
+        store.close()
+    assert torch.equal(*made)
+    assert len({float(row.norm()) for row in made[0]}) == 6
+
+
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
@@ -95,7 +123,7 @@ def test_sums_are_those_of_autograd_through_the_whole_model(
     for batch, ids in enumerate(tokens):
         embedded = whole.get_input_embeddings()(ids).detach().requires_grad_()
         logits = whole(inputs_embeds=embedded, use_cache=False).logits
-        logits.backward(kl_gradient(logits.detach(), torch.Generator().manual_seed(5 + batch)))
+        logits.backward(draws_of(logits.detach(), 5 + 2 * batch))
     store = ActivationStore(1 << 14, tmp_path / "scratch")  # most of it goes to the file
     stream = GradientStream(skeleton, tokens, None, store, seed=5)
     needs = frozenset({"hessian", "gradients"})
