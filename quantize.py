@@ -19,6 +19,7 @@ SUBCOMMANDS = {
     "inspect": "quant.commands.inspect:inspect",
     "layer-wise": "quant.commands.quantize:layer_wise",
     "list": "quant.commands.list:list_",
+    "prune": "quant.commands.prune:prune",
     "quantize": "quant.commands.quantize:quantize",
     "recipe": "quant.commands.recipe:recipe",
     "recommend": "quant.commands.recommend:recommend",

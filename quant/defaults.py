@@ -67,11 +67,13 @@ class MethodRow:
     Attributes:
         calibration: whether it reads calibration text.
         source: the paper, or empty.
+        rounds: whether what it makes has fewer bits; else it stays in the model's own dtype.
     """
 
     about: str
     calibration: bool
     source: str = ""
+    rounds: bool = True
 
 
 #: Values of ``--method``.
@@ -82,9 +84,18 @@ METHODS = {
     "fp8": MethodRow("minmax with an FP8 scheme", False),
     "gptq": MethodRow("rounds column by column, later columns take up the error", True, "2210.17323"),
     "hqq": MethodRow("fits zero points to a heavy-tailed error, no data", False, "Badri and Shaji 2023"),
+    "magnitude": MethodRow("prunes the smallest weights", False, rounds=False),
     "minmax": MethodRow("rounds to nearest between the extremes", False),
-    "none": MethodRow("leaves weights as they are: smoothing alone", True),
+    "none": MethodRow("leaves weights as they are: smoothing alone", True, rounds=False),
+    "sparsegpt": MethodRow(
+        "prunes the weights that others can stand in for, and fits those", True, "2301.00774", rounds=False
+    ),
+    "wanda": MethodRow(
+        "prunes the weights that are smallest beside their inputs", True, "2306.11695", rounds=False
+    ),
     "yaqa": MethodRow(
         "gptq that feeds errors back along outputs too, by gradients of the whole model", True, "2505.22988"
     ),
 }
+#: Those among them that leave weights in the model's own dtype, and so are written as plain checkpoints.
+UNROUNDED = frozenset(name for name, row in METHODS.items() if not row.rounds)

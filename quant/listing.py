@@ -57,7 +57,7 @@ def _methods() -> list[Item]:
 def _scheme_of(method: str) -> str:
     from quant.schemes import default_scheme
 
-    return "none" if method == "none" else default_scheme(method)
+    return "none" if method in defaults.UNROUNDED else default_scheme(method)
 
 
 def _formats() -> list[Item]:

@@ -67,9 +67,12 @@ class LayerSettings(BaseModel):
         name = self.scheme
         if name is None and self.bits is None and self.symmetric is None:
             name = default_scheme(method or "")
-        if method == "none":
+        if method in defaults.UNROUNDED:
             if given := [k for k in _OF_SCHEME if getattr(self, k) is not None]:
-                raise UsageError(f"--method none leaves weights as they are: leave {_as_options(given)} out")
+                raise UsageError(
+                    f"--method {method} leaves weights in the model's own dtype: leave "
+                    f"{_as_options(given)} out"
+                )
             return UNQUANTIZED
         scheme = resolve_scheme(
             name,

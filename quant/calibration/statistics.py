@@ -30,7 +30,7 @@ from quant.accelerator import fp32_products
 from quant.tensors import largest_magnitude
 
 #: What may be asked for.
-STATISTICS = frozenset({"hessian", "range", "sample", "gradients"})
+STATISTICS = frozenset({"hessian", "power", "range", "sample", "gradients"})
 #: Rows and columns of a block of the triangle, large enough for full speed; and of those along its diagonal,
 #: half of which are of no use.
 _PANEL, _SMALL = 2048, 512
@@ -55,6 +55,7 @@ class Statistics:
     Attributes:
         tokens: rows of x.
         hessian: fp32 [K, K], mean of x xᵀ; with ``gradients`` of ‖g‖² x xᵀ; or None.
+        power: fp32 [K], mean square of each feature; or None.
         minimum, maximum: fp32 [K], the range of each feature; or None.
         sample: fp32 [≤ 512, K], inputs of tokens at even distances; or None.
         gradients: fp32 [B, b, b], mean of ‖x‖² g gᵀ, where g is the gradient at the outputs of the one linear
@@ -64,6 +65,7 @@ class Statistics:
 
     tokens: int
     hessian: torch.Tensor | None = None
+    power: torch.Tensor | None = None
     minimum: torch.Tensor | None = None
     maximum: torch.Tensor | None = None
     sample: torch.Tensor | None = None
@@ -91,6 +93,7 @@ class Statistics:
         may have passed it by)."""
         given = [
             None if self.hessian is None else self.hessian.diagonal(),
+            self.power,
             self.minimum,
             self.maximum,
             self.sample,
@@ -113,11 +116,12 @@ class Statistics:
         low, high, sample = (
             None if x is None else x / factors for x in (self.minimum, self.maximum, self.sample)
         )
-        return replace(self, minimum=low, maximum=high, sample=sample)
+        power = None if self.power is None else self.power / factors.square()
+        return replace(self, power=power, minimum=low, maximum=high, sample=sample)
 
 
 class Accumulator:
-    """Sums the statistics named in ``needs`` (``hessian``, ``range``, ``sample``) batch by batch, on the
+    """Sums the statistics named in ``needs`` (``hessian``, ``power``, ``range``, ``sample``) batch by batch, on the
     device of the batches; for ``gradients`` see :class:`GradientAccumulator`."""
 
     def __init__(self, features: int, device: torch.device, needs: Iterable[str]):
@@ -126,6 +130,7 @@ class Accumulator:
             raise ValueError(f"no such statistic: {', '.join(sorted(unknown))}")
         self.tokens = 0
         self._gram = gram_for(features, device) if "hessian" in needs else None
+        self._power = torch.zeros(features, device=device) if "power" in needs else None
         self._range = (
             (torch.zeros(features, device=device), torch.zeros(features, device=device))
             if "range" in needs
@@ -146,6 +151,8 @@ class Accumulator:
             while len(self._sample) > _SAMPLE:
                 self._sample, self._stride = self._sample[::2].clone(), self._stride * 2
         self.tokens += len(x)
+        if self._power is not None:
+            self._power += torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square_()
         if self._range is not None:
             low, high = self._range
             self._range = (torch.minimum(low, x.amin(0).float()), torch.maximum(high, x.amax(0).float()))
@@ -164,8 +171,9 @@ class Accumulator:
         """The statistics; the sums are handed over, not copied."""
         gram, self._gram = self._gram, None
         hessian = None if gram is None else gram.finish().mul_(1 / max(self.tokens, 1))
+        power = None if self._power is None else self._power / max(self.tokens, 1)
         low, high = self._range or (None, None)
-        return Statistics(self.tokens, hessian, low, high, self._sample)
+        return Statistics(self.tokens, hessian, power, low, high, self._sample)
 
 
 class GradientAccumulator:

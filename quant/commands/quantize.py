@@ -324,7 +324,7 @@ def smooth(out: Output, method: str, **asked: Any) -> None:
     quant smooth -m models/Llama-3.1-8B -o out/Llama-3.1-8B-smooth
     """
     alone = {"method": "none", "format": "plain", "outlier_suppression": method}
-    _run(out, {**given(asked), **alone})
+    run_job(out, {**given(asked), **alone})
 
 
 def _job(out: Output, asked: dict[str, Any], needs_layers: bool = False) -> None:
@@ -339,10 +339,11 @@ def _job(out: Output, asked: dict[str, Any], needs_layers: bool = False) -> None
         raise UsageError(
             "missing --layers: which ones to quantize, such as 0-3,7 or last:2; quant quantize takes all"
         )
-    _run(out, values, dry_run, measure)
+    run_job(out, values, dry_run, measure)
 
 
-def _run(out: Output, values: dict[str, Any], dry_run: bool = False, measure: bool = False) -> None:
+def run_job(out: Output, values: dict[str, Any], dry_run: bool = False, measure: bool = False) -> None:
+    """Runs a job of these recipe keys and prints what was made."""
     from quant.commands.render import planning, results
     from quant.commands.uploading import finish
     from quant.hub import local_model

@@ -20,7 +20,7 @@ from quant.vllm.config import stated
 from quant.vllm.layers import family_problem, one_form_problem
 
 #: Methods that need no calibration text, as ``--method`` has them.
-DATA_FREE = frozenset({"minmax", "fp8", "hqq", "none"})
+DATA_FREE = frozenset({"minmax", "fp8", "hqq", "none", "magnitude"})
 #: Methods that take gradients through the whole model.
 GRADIENTS = frozenset({"yaqa"})
 #: What an effort takes instead where none go through.

@@ -37,8 +37,8 @@ def assignment_problems(recipe: Recipe, assignments: Sequence[Assignment], form:
     for scheme in dict.fromkeys(a.scheme for a in assignments):
         if scheme == UNQUANTIZED and form.quant_method is not None:
             problems.append(
-                f"--method none makes an ordinary checkpoint, format {form.name} holds quantized weights: "
-                "use --format plain"
+                f"--method {recipe.method} makes an ordinary checkpoint, format {form.name} holds quantized "
+                "weights: use --format plain"
             )
         elif reason := form.refuse(scheme, recipe.target):
             problems.append(f"scheme {scheme} in format {form.name}: {reason}")

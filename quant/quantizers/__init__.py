@@ -6,9 +6,11 @@ from quant.quantizers.gptq import GPTQQuantizer
 from quant.quantizers.hqq import HQQQuantizer
 from quant.quantizers.identity import IdentityQuantizer
 from quant.quantizers.minmax import MinMaxQuantizer
+from quant.quantizers.pruning import MagnitudePruner, SparseGPTPruner, WandaPruner
 from quant.quantizers.yaqa import YAQAQuantizer
 
 __all__ = [
-    "AWQQuantizer", "GPTQQuantizer", "HQQQuantizer", "IdentityQuantizer", "MinMaxQuantizer", "Quantized",
-    "Quantizer", "QuantizerRegistry", "YAQAQuantizer", "quantize_many",
+    "AWQQuantizer", "GPTQQuantizer", "HQQQuantizer", "IdentityQuantizer", "MagnitudePruner",
+    "MinMaxQuantizer", "Quantized", "Quantizer", "QuantizerRegistry", "SparseGPTPruner", "WandaPruner",
+    "YAQAQuantizer", "quantize_many",
 ]  # fmt: skip

@@ -24,11 +24,7 @@ class IdentityQuantizer:
 
     @staticmethod
     def refuse(scheme: WeightScheme) -> str | None:
-        return (
-            None
-            if scheme == UNQUANTIZED.weights
-            else f"it leaves weights as they are, {scheme} does not: leave the scheme out"
-        )
+        return refuse_scheme(scheme)
 
     def __call__(
         self,
@@ -38,9 +34,19 @@ class IdentityQuantizer:
         dtype: torch.dtype,
         amax: torch.Tensor | None = None,
     ) -> Quantized:
-        return Quantized(
-            QuantizedTensor(weight.clone(), torch.ones(len(weight), 1, device=weight.device), None, scheme)
-        )
+        return Quantized(as_they_are(weight.clone(), scheme))
+
+
+def refuse_scheme(scheme: WeightScheme) -> str | None:
+    """Why a method that rounds nothing cannot make a scheme, or None."""
+    if scheme == UNQUANTIZED.weights:
+        return None
+    return f"it leaves weights in the model's own dtype, {scheme} does not: leave the scheme out"
+
+
+def as_they_are(values: torch.Tensor, scheme: WeightScheme) -> QuantizedTensor:
+    """Weights fp32 [N, K] that are not rounded, as their own codes under scales of 1."""
+    return QuantizedTensor(values, torch.ones(len(values), 1, device=values.device), None, scheme)
 
 
 QuantizerRegistry.add(IdentityQuantizer.name, IdentityQuantizer)

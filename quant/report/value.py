@@ -342,6 +342,55 @@ class Conversion:
 
 
 @dataclass(frozen=True)
+class Pruning:
+    """What a report says of a checkpoint with fewer decoder blocks than its source.
+
+    Attributes:
+        blocks: that the source has.
+        dropped: the numbers of those that are left out.
+        measure: by what they were chosen, ``kl`` (nats per token) or ``angle`` (half turns); empty: they were
+            named.
+        steps: of each block in the order they went, ``dropped`` and the ``importance`` by number of all that
+            were there then.
+        calibration: the text that they were measured on; None without.
+    """
+
+    blocks: int = 0
+    dropped: tuple[int, ...] = ()
+    measure: str = ""
+    steps: tuple[Mapping[str, Any], ...] = ()
+    calibration: Mapping[str, Any] | None = None
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The numbers of the blocks that stay."""
+        return tuple(i for i in range(self.blocks) if i not in self.dropped)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "pruning": {
+                "blocks": self.blocks,
+                "dropped": list(self.dropped),
+                "measure": self.measure,
+                "steps": [dict(s) for s in self.steps],
+                "calibration": None if self.calibration is None else dict(self.calibration),
+            }
+        }
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Pruning:
+        value = _mapping(value.get("pruning"))
+        dropped = value.get("dropped")
+        return cls(
+            blocks=_integer(value.get("blocks")),
+            dropped=tuple(_integer(x) for x in dropped) if isinstance(dropped, list) else (),
+            measure=_text(value.get("measure")),
+            steps=_mappings(value.get("steps")),
+            calibration=_mapping(value.get("calibration")) or None,
+        )
+
+
+@dataclass(frozen=True)
 class Provenance:
     """What made a checkpoint, when and where.
 
@@ -399,6 +448,7 @@ class Report:
         output_hash: of the output's tensors.
         quantization: what was quantized or scaled; None of a conversion alone.
         conversion: what was turned into another format; None where nothing was.
+        pruning: which decoder blocks were left out; None where none were.
         provenance: what made it, when and where.
     """
 
@@ -415,6 +465,7 @@ class Report:
     output_hash: str = ""
     quantization: Quantization | None = None
     conversion: Conversion | None = None
+    pruning: Pruning | None = None
     provenance: Provenance = field(default_factory=Provenance)
 
     @property
@@ -426,7 +477,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """One JSON object: what is of a quantization or a conversion stands among the rest."""
-        parts = (self.quantization, self.conversion)
+        parts = (self.quantization, self.conversion, self.pruning)
         return {
             "output_path": self.output_path,
             "source_path": self.source_path,
@@ -468,6 +519,7 @@ class Report:
             if {"layers", "tensors", "folds"} & value.keys()
             else None,
             conversion=Conversion.from_dict(value) if "source_format" in value else None,
+            pruning=Pruning.from_dict(value) if "pruning" in value else None,
             provenance=Provenance.from_dict(value.get("provenance")),
         )
 

@@ -267,6 +267,34 @@ def export(console: Console, report: Report) -> None:
     _serve(console, report)
 
 
+def pruning(console: Console, report: Report) -> None:
+    """The last lines of ``quant prune`` where blocks are left out."""
+    done = report.pruning
+    assert done is not None
+    rows = [
+        ("output", report.output_path),
+        (
+            "blocks",
+            f"{done.blocks} → {len(done.kept)}, without {', '.join(map(str, done.dropped))}",
+        ),
+    ]
+    units = {"kl": "nats per token of KL to the source without it", "angle": "half turns"}
+    for step in done.steps:
+        importance, block = step["importance"], step["dropped"]
+        least = sorted(importance, key=lambda i: importance[i])[:_WORST]
+        shown = ", ".join(f"{i}: {importance[i]:.4g}" for i in least)
+        rows.append((f"block {block}", f"{units[done.measure]}; the least of {len(importance)}: {shown}"))
+    rows += [
+        ("size", f"{format_size(report.source_bytes)} → {format_size(report.output_bytes)} of tensors"),
+        ("time", format_seconds(report.seconds["total"])),
+        ("peak memory", format_size(report.peak_rss_bytes)),
+    ]
+    table(console, "Pruned", rows + _checks(report.verify["checks"]))
+    measure = ["quant", "evaluate", report.output_path, "--against", named(report.source_path), "--save"]
+    console.print(f"measure it: {shlex.join(measure)}", soft_wrap=True, markup=False)
+    _serve(console, report)
+
+
 def verification(console: Console, value: Mapping[str, Any]) -> None:
     rows = _checks(value["checks"])
     if "tensors" in value:
