@@ -121,8 +121,8 @@ class Statistics:
 
 
 class Accumulator:
-    """Sums the statistics named in ``needs`` (``hessian``, ``power``, ``range``, ``sample``) batch by batch, on the
-    device of the batches; for ``gradients`` see :class:`GradientAccumulator`."""
+    """Sums the statistics named in ``needs`` (``hessian``, ``power``, ``range``, ``sample``) batch by batch,
+    on the device of the batches; for ``gradients`` see :class:`GradientAccumulator`."""
 
     def __init__(self, features: int, device: torch.device, needs: Iterable[str]):
         needs = set(needs)

@@ -34,8 +34,8 @@ _WEIGHTS, _BLOCKS = ("method", "sparsity", "pattern", "layers", "ignore"), ("imp
     type=click.Choice(_OF_WEIGHTS),
     default="sparsegpt",
     show_default=True,
-    help="Which weights go: the smallest; those that are smallest beside their inputs; those whose absence the "
-    "others can make up for, which are fitted to it.",
+    help="Which weights go: the smallest; those that are smallest beside their inputs; those whose absence "
+    "the others can make up for, which are fitted to it.",
 )
 @click.option("--layers", metavar="SPEC", show_default="all", help="Weights of these alone, as in quantize.")
 @click.option("--ignore", metavar="PATTERN", multiple=True, help="Leave these whole; repeatable.")
@@ -57,8 +57,8 @@ _WEIGHTS, _BLOCKS = ("method", "sparsity", "pattern", "layers", "ignore"), ("imp
 @options.upload
 @common_options
 def prune(out: Output, model_path: Path, output_path: Path, **asked: Any) -> None:
-    """Make a model smaller: set weights to zero, or leave out whole decoder blocks. What is made is an ordinary
-    checkpoint in the source's dtype, to be served, or quantized, like any other.
+    """Make a model smaller: set weights to zero, or leave out whole decoder blocks. What is made is an
+    ordinary checkpoint in the source's dtype, to be served, or quantized, like any other.
 
     \b
     quant prune -m models/Llama-3.1-8B -o out/Llama-3.1-8B-28 --drop-blocks 4
@@ -67,8 +67,8 @@ def prune(out: Output, model_path: Path, output_path: Path, **asked: Any) -> Non
     of_weights = [k for k in ("sparsity", "pattern") if asked[k] is not None]
     if len(of_blocks) + len(of_weights) != 1:
         raise UsageError(
-            "give one of --sparsity, --pattern, --drop-blocks and --blocks: the first two set weights to zero, "
-            "the others leave blocks out"
+            "give one of --sparsity, --pattern, --drop-blocks and --blocks: the first two set weights to "
+            "zero, the others leave blocks out"
         )
     explicit = given(asked)
     foreign = [k for k in (_WEIGHTS if of_blocks else _BLOCKS) if k in explicit]

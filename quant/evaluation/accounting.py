@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from quant.checkpoint.reader import REWRITTEN, STALE, Checkpoint, SideFile
 from quant.formats import QuantizedLayers
 from quant.formats.reading import dequantized
+from quant.models.cutting import without_blocks
 from quant.models.linears import LinearRef, fused_tensors
 from quant.models.stacking import stacked
 from quant.report.value import Report, TensorsAccount
+from quant.vllm.config import block_count
 from quant.vllm.layers import Linear
 
 if TYPE_CHECKING:
@@ -34,6 +36,16 @@ def copied_tensors(
         and (copy := checkpoint.tensors.get(name)) is not None
         and (copy.dtype, copy.shape) == (info.dtype, info.shape)
     }
+
+
+def counterpart(path: str | Path, source: Checkpoint) -> Checkpoint:
+    """The source as a checkpoint has it to compare with: without the decoder blocks that its report says were
+    left out."""
+    report = Report.load(path)
+    cut = None if report is None else report.pruning
+    if cut is None or cut.blocks != block_count(source.config) or not cut.kept:
+        return source
+    return without_blocks(source, cut.kept)
 
 
 def noted_tensors(path: Path) -> dict[str, list[str]]:

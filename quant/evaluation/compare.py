@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
+from quant.evaluation.accounting import counterpart
 from quant.formats.reading import dequantized
 from quant.models.stacking import apart
 from quant.report.value import Report
@@ -58,6 +59,7 @@ def compare(path: str | Path, against: str | Path) -> Comparison:
         CheckpointError: one of them cannot be read.
     """
     here, there = dequantized(open_checkpoint(path)), dequantized(open_checkpoint(against))
+    there = counterpart(path, there)
     here, there = apart(here, there.tensors), apart(there, here.tensors)
     common = set(here.tensors) & set(there.tensors)
     folds = _Folds(Path(path), here, there)

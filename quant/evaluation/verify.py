@@ -16,7 +16,13 @@ from typing import Any
 from quant.checkpoint.header import WIDE_FLOATS
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.errors import CheckpointError, QuantError
-from quant.evaluation.accounting import copied_tensors, noted_tensors, side_file_problems, source_problems
+from quant.evaluation.accounting import (
+    copied_tensors,
+    counterpart,
+    noted_tensors,
+    side_file_problems,
+    source_problems,
+)
 from quant.evaluation.agreement import file_problems
 from quant.evaluation.values import scan_values
 from quant.formats import Format, QuantizedLayers, find_format
@@ -155,6 +161,7 @@ def verify(
         _check_engine(result, checkpoint, layers, tensor_parallel, release, bool(unread))
     origin = None if source is None else repaired(open_checkpoint(source))[0]
     own = changed is not None or made is not None or Report.load(checkpoint.path) is not None
+    origin = None if origin is None else counterpart(checkpoint.path, origin)
     noted = noted_tensors(checkpoint.path)
     changed, made = noted["folded"] if changed is None else changed, noted["added"] if made is None else made
     copies = (

@@ -1,5 +1,5 @@
-"""A checkpoint without some of its decoder blocks: what is left of its tensors, renumbered, and the config.json
-that says so. No value is read."""
+"""A checkpoint without some of its decoder blocks: what is left of its tensors, renumbered, and the
+config.json that says so. No value is read."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ def without_blocks(checkpoint: Checkpoint, kept: Sequence[int]) -> Checkpoint:
     heads that predict further tokens) move up.
 
     Raises:
-        CheckpointError: the config does not say how many blocks there are, or says of them what has no meaning
-            without the others.
+        CheckpointError: the config does not say how many blocks there are, or says of them what has no
+            meaning without the others.
     """
     count = block_count(checkpoint.config)
     decoder = decoder_list(checkpoint.tensors.values(), checkpoint.config)
     if count is None or decoder is None:
-        raise CheckpointError(f"{checkpoint.path}: config.json does not say how many decoder blocks there are")
+        raise CheckpointError(
+            f"{checkpoint.path}: config.json does not say how many decoder blocks there are"
+        )
     places = {old: new for new, old in enumerate(kept)}
     tensors, origins = {}, {}
     for name, info in checkpoint.tensors.items():
@@ -73,8 +75,8 @@ def config_without_blocks(config: Mapping[str, Any], kept: Collection[int], coun
     text = text_config(config)
     if shared := [k for k in _SHARED if text.get(k)]:
         raise CheckpointError(
-            f"{shared[0]} is {text[shared[0]]}: later blocks read keys and values of earlier ones, so none can "
-            "be left out"
+            f"{shared[0]} is {text[shared[0]]}: later blocks read keys and values of earlier ones, so none "
+            "can be left out"
         )
     places = {old: new for new, old in enumerate(kept)}
 

@@ -14,8 +14,8 @@ from quant.errors import QuantError, clipped
 from quant.evaluation.agreement import file_problems
 from quant.formats import Format, FormatRegistry
 from quant.models.linears import LinearRef, holders
-from quant.models.roles import block_of
-from quant.pipeline.methods import make_suppressor, takes_alpha
+from quant.models.roles import block_of, kind_of
+from quant.pipeline.methods import make_quantizer, make_suppressor, takes_alpha
 from quant.pipeline.source import QuantizedSource
 from quant.planning.target import target_problems
 from quant.quantizers import QuantizerRegistry
@@ -65,6 +65,17 @@ def assignment_problems(recipe: Recipe, assignments: Sequence[Assignment], form:
     ):
         problems.append("--alpha belongs to --outlier-suppression smooth_quant: name it too")
     return problems
+
+
+def method_problems(linears: Mapping[str, Linear], assignments: Mapping[str, Assignment]) -> list[str]:
+    """What methods that care for the shape of a weight have against those of linears, each kind once."""
+    problems: dict[str, None] = {}
+    made = {a: make_quantizer(a) for a in set(assignments.values())}
+    for name, linear in linears.items():
+        judge = getattr(made[assignments[name]], "shape_problem", None)
+        if judge is not None and (reason := judge(linear.k)):
+            problems[f"{kind_of(name)}: {reason}"] = None
+    return list(problems)
 
 
 def source_problems(checkpoint: Checkpoint, source: QuantizedSource | None, recipe: Recipe) -> list[str]:

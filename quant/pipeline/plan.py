@@ -25,6 +25,7 @@ from quant.pipeline.checks import (
     fused_problems,
     gpu_problems,
     kept_problems,
+    method_problems,
     output_problems,
     source_problems,
     stack_problems,
@@ -280,6 +281,7 @@ def plan_job(recipe: Recipe) -> JobPlan:
     different = list(dict.fromkeys(assignments.values())) or [recipe.assignment(recipe.method)]
     contradictions = assignment_problems(recipe, different, form)
     problems += [*contradictions, *gpu_problems(recipe, different, form)]
+    problems += method_problems(linears, assignments)
     written = {**linears, **kept}
     carried_over = {n: Assignment("kept", x.scheme) for n, x in kept.items()}
     problems += kept_problems(recipe, {x.scheme for x in written.values()}, carried_over.values(), form)

@@ -1,5 +1,5 @@
-"""A model without the decoder blocks that it needs least: an ordinary checkpoint with fewer of them, which any
-engine serves.
+"""A model without the decoder blocks that it needs least: an ordinary checkpoint with fewer of them, which
+any engine serves.
 
 Which blocks go is measured (:mod:`quant.pruning.importance`), one after another: when one is gone, what the
 others count for is measured again, because blocks stand in for each other.
@@ -76,7 +76,9 @@ class Depth:
     def problems(self, count: int) -> list[str]:
         """What is wrong with it for a model of so many blocks."""
         if bool(self.drop) == bool(self.blocks):
-            return ["give --drop-blocks (how many go, chosen by measuring) or --blocks (which), one of the two"]
+            return [
+                "give --drop-blocks (how many go, chosen by measuring) or --blocks (which), one of the two"
+            ]
         if strange := [b for b in self.blocks if not 0 <= b < count]:
             return [f"--blocks names {strange[0]}: the model has blocks 0 to {count - 1}"]
         if len(set(self.blocks)) < len(self.blocks):
@@ -252,14 +254,19 @@ def _chosen(
         block = _least(runner.skeleton.checkpoint, kinds, kept, found)
         steps.append({"dropped": block, "importance": {str(k): v for k, v in found.items()}})
         progress(
-            Event("importance", message=f"block {block} goes: {found[block]:.4g} ({depth.measure}) without it")
+            Event(
+                "importance", message=f"block {block} goes: {found[block]:.4g} ({depth.measure}) without it"
+            )
         )
         kept.remove(block)
     return kept, steps
 
 
 def _least(
-    checkpoint: Checkpoint, kinds: Sequence[Mapping[str, Any]], kept: Sequence[int], found: Mapping[int, float]
+    checkpoint: Checkpoint,
+    kinds: Sequence[Mapping[str, Any]],
+    kept: Sequence[int],
+    found: Mapping[int, float],
 ) -> int:
     """The block of the least importance without which a config.json still describes the others.
 
@@ -324,8 +331,8 @@ def _checked(checkpoint: Checkpoint, kinds: Sequence[Mapping[str, Any]], kept: S
     block, key = wrong[0]
     raise CheckpointError(
         f"{checkpoint.path}: without blocks {clipped([i for i in range(len(kinds)) if i not in kept])} its "
-        f"config.json cannot say what block {block} is ({key}): which kind a block is follows from its number in "
-        "this family; name others with --blocks"
+        f"config.json cannot say what block {block} is ({key}): which kind a block is follows from its "
+        "number in this family; name others with --blocks"
     )
 
 

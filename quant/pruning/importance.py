@@ -1,9 +1,9 @@
 """What each decoder block of a model counts for, measured on text, one block in memory at a time.
 
 Two measures: ``kl``, what the model's distribution of the next token moves by when the block is left out,
-which is what is wanted of a smaller model, and takes as many passes as there are blocks; and ``angle``, by how
-much the block turns the hidden states, arccos(x·y / ‖x‖‖y‖) / π of its input x and output y (Gromov et al.
-2024, arXiv:2403.17887; Men et al. 2024, arXiv:2403.03853, take the cosine), which takes one.
+which is what is wanted of a smaller model, and takes half as many passes as there are blocks; and ``angle``,
+by how much the block turns the hidden states, arccos(x·y / ‖x‖‖y‖) / π of its input x and output y (Gromov et
+al. 2024, arXiv:2403.17887; Men et al. 2024, arXiv:2403.03853, take the cosine), which takes one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 
 import torch
 
@@ -32,8 +31,9 @@ MEASURES = {"kl": "nats per token", "angle": "of half a turn"}
 def block_angles(
     runner: Runner, rows: torch.Tensor, kept: Sequence[int], store: ActivationStore, progress: Progress
 ) -> dict[int, float]:
-    """By block among ``kept``, the mean angle between its inputs and outputs on rows of tokens int64 [R, T], in
-    half turns: 0 of a block that changes nothing, ½ of one whose outputs are at right angles to its inputs."""
+    """By block among ``kept``, the mean angle between its inputs and outputs on rows of tokens int64 [R, T],
+    in half turns: 0 of a block that changes nothing, ½ of one whose outputs are at right angles to its
+    inputs."""
     hidden, calls = _embedded(runner, rows)
     states, angles = Batches(store, hidden), {}
     for number, index in enumerate(kept):
@@ -97,7 +97,9 @@ def _divergences(
         for number, batch in enumerate(batches):
             reference = whole.take(number)[..., :-1, :]
             for done, (index, states) in enumerate(without.items()):
-                progress(Event("importance at the logits", number * len(sums) + done, len(batches) * len(sums)))
+                progress(
+                    Event("importance at the logits", number * len(sums) + done, len(batches) * len(sums))
+                )
                 own = states.take(number)[..., :-1, :]
                 found = compared([runner, runner], batch, [own, reference], ranges, None, device)
                 assert found.kl is not None
@@ -118,8 +120,8 @@ def _embedded(runner: Runner, rows: torch.Tensor) -> tuple[list[torch.Tensor], l
     hidden, calls = runner.skeleton.embed(_batches(rows))
     if any(call.state for one in calls for call in one):
         raise CheckpointError(
-            f"{runner.skeleton.checkpoint.path}: its blocks read what earlier ones leave for them, so none can "
-            "be left out"
+            f"{runner.skeleton.checkpoint.path}: its blocks read what earlier ones leave for them, so none "
+            "can be left out"
         )
     return hidden, calls
 

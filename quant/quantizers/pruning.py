@@ -1,9 +1,9 @@
-"""Methods that set weights to zero and leave the others in the model's own dtype: magnitude, Wanda (Sun et al.
-2023, arXiv:2306.11695) and SparseGPT (Frantar and Alistarh 2023, arXiv:2301.00774).
+"""Methods that set weights to zero and leave the others in the model's own dtype: magnitude, Wanda (Sun et
+al. 2023, arXiv:2306.11695) and SparseGPT (Frantar and Alistarh 2023, arXiv:2301.00774).
 
-What goes is chosen within each output: the same share of every row of W [N, K], or, by an n:m pattern, all but
-n of every m weights beside one another. They differ in what a weight counts for and in what becomes of those
-that stay:
+What goes is chosen within each output: the same share of every row of W [N, K], or, by an n:m pattern, all
+but n of every m weights beside one another. They differ in what a weight counts for and in what becomes of
+those that stay:
 
 - magnitude: |W_nk|; the others stay as they are.
 - wanda: |W_nk|·‖x_k‖, the input's size on calibration text; the others stay as they are.
@@ -52,7 +52,9 @@ class _Pruner:
 
     def __post_init__(self) -> None:
         if not 0 < self.sparsity < 1:
-            raise ValueError(f"sparsity is {self.sparsity}: the share of weights that go, above 0 and below 1")
+            raise ValueError(
+                f"sparsity is {self.sparsity}: the share of weights that go, above 0 and below 1"
+            )
         if not self.pattern:
             return
         match = _PATTERN.fullmatch(self.pattern)
@@ -89,9 +91,11 @@ def chosen(saliency: torch.Tensor, sparsity: float, group: tuple[int, int] | Non
     if group is not None:
         stay, of = group
         places = saliency.view(n, k // of, of).argsort(dim=2, stable=True)[..., : of - stay]
-        return torch.zeros(n, k // of, of, dtype=torch.bool, device=saliency.device).scatter_(
-            2, places, True
-        ).view(n, k)
+        return (
+            torch.zeros(n, k // of, of, dtype=torch.bool, device=saliency.device)
+            .scatter_(2, places, True)
+            .view(n, k)
+        )
     places = saliency.argsort(dim=1, stable=True)[:, : round(sparsity * k)]
     return torch.zeros(n, k, dtype=torch.bool, device=saliency.device).scatter_(1, places, True)
 
@@ -243,9 +247,7 @@ def refitted(
         ratio = torch.where(size > 0, grown / size.clamp(min=torch.finfo(size.dtype).tiny), 0.0)
         direction.mul_(ratio).add_(scaled)
         size = grown
-    before, after = (
-        ((weight - v) @ hessian * (weight - v)).sum(1, keepdim=True) for v in (values, best)
-    )
+    before, after = (((weight - v) @ hessian * (weight - v)).sum(1, keepdim=True) for v in (values, best))
     return torch.where(after <= before, best, values)
 
 

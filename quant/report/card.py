@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from quant import defaults
 from quant.hub import REPOSITORY, repository_of
 from quant.report.value import Report
 from quant.units import format_size, mean_and_error
@@ -79,13 +80,16 @@ def card(
     name = repository.partition("/")[2] if repository else Path(report.output_path).name
     schemes = list(dict.fromkeys(x.scheme for x in job.layers)) if job is not None else []
     scheme = str(job.scheme.get("name", "")) if job is not None else ""
-    made = job is not None and job.methods != ("none",)
+    made = job is not None and not defaults.UNROUNDED.issuperset(job.methods)
+    pruned = report.pruning is not None or (job is not None and job.prunes)
     bits = (job.scheme.get("weights") or {}).get("bits") if job is not None and made else None
     tags = ["quant", "vllm"]
     if made and job is not None:
         tags = ["quantized", *job.methods, scheme, *([f"{bits}-bit"] if bits else []), report.format, *tags]
     elif report.format != "plain":
         tags = ["quantized", report.format, *tags]
+    elif pruned:
+        tags = ["pruned", *(job.methods if job is not None else ()), *tags]
     head: dict[str, Any] = {k: metadata[k] for k in _KEPT if k in metadata}
     if origin is not None:
         head |= {"base_model": [origin]}
@@ -101,6 +105,8 @@ def card(
     rows.append(
         ("size", f"{format_size(report.source_bytes)} → {format_size(report.output_bytes)} of tensors")
     )
+    if (cut := report.pruning) is not None:
+        rows.append(("blocks", f"{cut.blocks} → {len(cut.kept)}, without {', '.join(map(str, cut.dropped))}"))
     if job is not None and job.calibration:
         rows.append(
             ("calibration", f"{job.calibration.get('rows')} rows of {job.calibration.get('length')} tokens")
@@ -114,7 +120,8 @@ def card(
         )
     lines = ["---", _front(head), "---", _BEGIN, f"# {name}", ""]
     lines.append(
-        f"A {'quantized ' if made else ''}copy of {what}, made with quant {report.provenance.quant}."
+        f"A {'quantized ' if made else 'pruned ' if pruned else ''}copy of {what}, made with quant "
+        f"{report.provenance.quant}."
     )
     lines += ["", "| | |", "|---|---|", *(f"| {k} | {_cell(v)} |" for k, v in rows), ""]
     if job is not None and job.fallbacks:

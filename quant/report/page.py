@@ -16,7 +16,7 @@ from quant.hub import named
 from quant.models.roles import block_of
 from quant.report.charts import Options, colours, layers_chart, options_chart
 from quant.report.contents import contents
-from quant.report.value import Quantization, Report
+from quant.report.value import Pruning, Quantization, Report
 from quant.units import format_seconds, format_size, mean_and_error
 from quant.vllm.kernels import GPU_GENERATIONS, kernel_of, number_formats
 
@@ -100,6 +100,8 @@ def page(report: Report, checkpoint: Checkpoint, evaluation: Mapping[str, Any] |
         body += _errors(job)
     if job is not None and job.allocation is not None:
         body += _allocation(job.allocation)
+    if report.pruning is not None:
+        body += _blocks(report.pruning)
     body += ["<h2>Bits and bytes</h2>", _roles(checkpoint)]
     body += _quality(report, evaluation)
     body += _kernels(checkpoint)
@@ -118,6 +120,8 @@ def _facts(report: Report, evaluation: Mapping[str, Any] | None) -> str:
         facts.append(("method", " and ".join(job.methods)))
         if job.bits_per_weight is not None:
             facts.append(("bits per weight", f"{job.bits_per_weight:g}"))
+    if (cut := report.pruning) is not None:
+        facts.append(("blocks", f"{cut.blocks} → {len(cut.kept)}"))
     facts.append(("format", report.format))
     kl = (evaluation or {}).get("kl")
     facts.append(("KL to the source, nats", mean_and_error(kl, ".5f") if kl else "not measured"))
@@ -160,6 +164,32 @@ def _errors(job: Quantization) -> list[str]:
         f"<div class=wide>{layers_chart(values, axis, kinds, bool(errors))}</div>",
         f"<p class=key>{key}</p>",
         f"<details><summary>the {len(worst)} worst</summary>{table(['layer', axis], shown, [1])}</details>",
+    ]
+
+
+#: What a number of each measure of blocks is.
+_MEASURES = {
+    "kl": "KL divergence of the model without the block to the whole one, nats per token",
+    "angle": "by how much the block turns the hidden states, half turns",
+}
+
+
+def _blocks(cut: Pruning) -> list[str]:
+    """What each decoder block counted for when one went, as a table with a column for each that did."""
+    said = f"Left out: {', '.join(map(str, cut.dropped))}."
+    if not cut.steps:
+        return ["<h2>Blocks</h2>", f"<p>{html.escape(said)} They were named, not measured.</p>"]
+    heads = ["block", *(f"step {n}: {step.get('dropped')} goes" for n, step in enumerate(cut.steps, 1))]
+    found = [step.get("importance") or {} for step in cut.steps]
+    rows = [
+        [str(b), *(f"{x:.4g}" if isinstance(x := f.get(str(b)), (int, float)) else "gone" for f in found)]
+        for b in range(cut.blocks)
+    ]
+    return [
+        "<h2>Blocks</h2>",
+        f"<p>{html.escape(said)}</p>",
+        f"<p class=muted>{html.escape(_MEASURES.get(cut.measure, ''))}; measured anew after each</p>",
+        table(heads, rows, range(1, len(heads))),
     ]
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import quant
+from quant import defaults
 
 #: The report that ``quant quantize`` and ``quant export-vllm`` leave in their output.
 REPORT = "quant_report.json"
@@ -222,6 +223,11 @@ class Quantization:
     backend: Mapping[str, Any] | None = None
     scratch_bytes: int = 0
     peak_gpu_bytes: int = 0
+
+    @property
+    def prunes(self) -> bool:
+        """Whether it set weights to zero and rounded none."""
+        return bool(self.methods) and set(self.methods) <= defaults.UNROUNDED - {"none"}
 
     @property
     def fallbacks(self) -> dict[str, str]:

@@ -19,6 +19,7 @@ import pytest
 from quant.checkpoint.reader import read_json
 from quant.errors import QuantError
 from quant.evaluation.verify import verify
+from quant.pruning import Depth, drop_blocks
 from quant.serving.installation import ServerError
 from quant.serving.reference import (
     NEW_TOKENS,
@@ -165,6 +166,22 @@ def test_vllm_computes_with_quantized_activations_and_caches_as_the_reference_do
         seen = Reference(damaged, used).compare(answers, like=found)
         print(f"{case}, {damage.__name__}: {seen.describe()}")
         assert not seen.passed, f"{damage.__name__}: {seen.describe()}"
+
+
+@pytest.mark.parametrize("gone", [(3,), (1, 2)], ids=["one block", "two blocks"])
+def test_vllm_serves_a_model_without_some_of_its_blocks(
+    gone: tuple[int, ...], tinylm: Path, tmp_path: Path, vllm_python: str
+) -> None:
+    path = tmp_path / "fewer"
+    drop_blocks(tinylm, path, Depth(blocks=gone))
+    with open_server(path, vllm_python) as server:
+        server.start(timeout=300)
+        answers = ask(server, prompts(path))
+    found = Reference(path).compare(answers)
+    print(f"without {gone}: {found.describe()}")
+    assert found.passed, found.describe()
+    other = Reference(tinylm).compare(answers, like=found)
+    assert not other.passed, other.describe()  # it is the smaller model that was served
 
 
 @pytest.mark.parametrize("scheme", ["w8a8-fp8-tensor", "nvfp4", "mxfp4"])

@@ -102,7 +102,7 @@ def quantization(console: Console, report: Report, measured: Mapping[str, Any] |
         ),
         (
             "tensors",
-            f"{len(job.tensors.quantized)} {'rewritten' if scaled_alone else 'quantized'}, "
+            f"{len(job.tensors.quantized)} {'rewritten' if scaled_alone or job.prunes else 'quantized'}, "
             f"{len(job.tensors.copied)} copied, {len(job.tensors.folded)} with scaling folded in, "
             f"{len(job.tensors.dropped)} dropped",
         ),
@@ -152,7 +152,7 @@ def quantization(console: Console, report: Report, measured: Mapping[str, Any] |
         rows.append(
             ("serve", "with another engine: this was made for --target other, and vLLM may refuse it")
         )
-    table(console, "Scaled" if scaled_alone else "Quantized", rows)
+    table(console, "Scaled" if scaled_alone else "Pruned" if job.prunes else "Quantized", rows)
     if measured is not None:
         console.print()
         evaluation(console, measured)
