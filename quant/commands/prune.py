@@ -10,7 +10,7 @@ import click
 from quant import defaults
 from quant.commands import options
 from quant.commands.options import given
-from quant.commands.quantize import calibration_options, fresh, run_job
+from quant.commands.quantize import calibration_options, fresh, run_job, selection_options
 from quant.commands.terminal import Output, common_options, resumable
 from quant.errors import UsageError
 
@@ -37,8 +37,7 @@ _WEIGHTS, _BLOCKS = ("method", "sparsity", "pattern", "layers", "ignore"), ("imp
     help="Which weights go: the smallest; those that are smallest beside their inputs; those whose absence "
     "the others can make up for, which are fitted to it.",
 )
-@click.option("--layers", metavar="SPEC", show_default="all", help="Weights of these alone, as in quantize.")
-@click.option("--ignore", metavar="PATTERN", multiple=True, help="Leave these whole; repeatable.")
+@selection_options
 @click.option(
     "--drop-blocks", type=int, help="Leave out so many decoder blocks, those that the model needs least."
 )

@@ -101,6 +101,22 @@ calibration_options = together(
     ),
 )
 
+#: Which linears a method is for.
+selection_options = together(
+    click.option(
+        "--layers",
+        metavar="SPEC",
+        show_default="all; layer-wise asks for it",
+        help="Only these: 0,1,2 · 0-3,7 · first:2 · last:2 · globs over module names.",
+    ),
+    click.option(
+        "--ignore",
+        metavar="PATTERN",
+        multiple=True,
+        help="Leave these as they are: a glob, or re: and a regular expression; repeatable.",
+    ),
+)
+
 #: The options of a quantization; each is a field of the recipe of the same name. Those that are not given are
 #: left to the recipe file, then to its defaults.
 job_options = together(
@@ -112,7 +128,7 @@ job_options = together(
         shell_complete=options.completed("methods"),
         show_default="that of --effort, for --scheme or the one that is recommended for the GPU",
         help="Rounding method: minmax, gptq, yaqa, awq, hqq; fp8, which is minmax with an FP8 scheme; none, "
-        "for smoothing alone.",
+        "for smoothing alone; magnitude, wanda, sparsegpt, which quant prune has options for.",
     ),
     click.option(
         "--effort",
@@ -222,18 +238,7 @@ job_options = together(
         show_default=f"{defaults.GRADIENT_SAMPLES}, or --samples where that is less",
         help="yaqa, and a size: rows that gradients are taken through, the first of --samples.",
     ),
-    click.option(
-        "--layers",
-        metavar="SPEC",
-        show_default="all; layer-wise asks for it",
-        help="Only these: 0,1,2 · 0-3,7 · first:2 · last:2 · globs over module names.",
-    ),
-    click.option(
-        "--ignore",
-        metavar="PATTERN",
-        multiple=True,
-        help="Leave these unquantized: a glob, or re: and a regular expression; repeatable.",
-    ),
+    selection_options,
     click.option(
         "--keep-quantized",
         is_flag=True,

@@ -34,7 +34,13 @@ PURPOSES = {
 }
 #: What means something else in one subcommand, as scripts rely on: smoothing where the others round; a kind
 #: of artefact and a folder where the others name a file; several loads one after another.
-OTHERWISE = {("smooth", "--method"), ("plan", "--output"), ("bench", "--output"), ("bench", "--concurrency")}
+OTHERWISE = {
+    ("smooth", "--method"),
+    ("prune", "--method"),
+    ("plan", "--output"),
+    ("bench", "--output"),
+    ("bench", "--concurrency"),
+}
 
 
 def options() -> Iterator[tuple[str, click.Option]]:
