@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 LEGACY_VENV ?= .venv-legacy
+LLAMA_VENV ?= .venv-llama
 BIN := $(VENV)/bin
 DEMO := .demo
 # Processes that share the tests, a file's in one; more threads in each would only wait for each other.
@@ -15,7 +16,7 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --group dev --editable ".[parquet]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --group dev --editable ".[parquet,gguf]"
 	touch $@
 
 $(VLLM_VENV)/.stamp: tests/vllm/make_environment.sh
@@ -26,6 +27,10 @@ $(LEGACY_VENV)/.stamp: quant/backends/environment.py | $(VENV)/.stamp
 	$(BIN)/python -m quant.backends.environment auto-gptq autoawq $(LEGACY_VENV)
 	touch $@
 
+$(LLAMA_VENV)/.stamp: tests/gguf/make_environment.sh tests/gguf/older_libc.py
+	PYTHON=$(PYTHON) sh tests/gguf/make_environment.sh $(LLAMA_VENV)
+	touch $@
+
 demo: $(VENV)/.stamp
 	rm -rf $(DEMO)
 	$(BIN)/quant quantize --model-path examples/tinylm-4m --output-path $(DEMO)/tinylm-4m-w4a16 --method gptq --samples 64 --sequence-length 512
@@ -33,8 +38,8 @@ demo: $(VENV)/.stamp
 	$(BIN)/quant evaluate $(DEMO)/tinylm-4m-w4a16 --against examples/tinylm-4m --chunks 40
 	$(BIN)/quant inspect $(DEMO)/tinylm-4m-w4a16
 
-test: $(VENV)/.stamp $(VLLM_VENV)/.stamp $(LEGACY_VENV)/.stamp
-	QUANT_VLLM_PYTHON=$(abspath $(VLLM_VENV)/bin/python) QUANT_LEGACY_PYTHON=$(abspath $(LEGACY_VENV)/bin/python) $(PYTEST)
+test: $(VENV)/.stamp $(VLLM_VENV)/.stamp $(LEGACY_VENV)/.stamp $(LLAMA_VENV)/.stamp
+	QUANT_LLAMA_PYTHON=$(abspath $(LLAMA_VENV)/bin/python) QUANT_VLLM_PYTHON=$(abspath $(VLLM_VENV)/bin/python) QUANT_LEGACY_PYTHON=$(abspath $(LEGACY_VENV)/bin/python) $(PYTEST)
 
 unit: $(VENV)/.stamp
 	$(PYTEST) -m "not vllm"
@@ -55,4 +60,4 @@ docs: $(VENV)/.stamp
 	$(BIN)/python docs/make_models.py
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(LEGACY_VENV) $(DEMO) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(LEGACY_VENV) $(LLAMA_VENV) $(DEMO) build dist *.egg-info

@@ -15,6 +15,7 @@ SUBCOMMANDS = {
     "detect": "quant.commands.detect:detect",
     "doctor": "quant.commands.doctor:doctor",
     "evaluate": "quant.commands.evaluate:evaluate",
+    "export-gguf": "quant.commands.export_gguf:export_gguf",
     "export-vllm": "quant.commands.export_vllm:export_vllm",
     "inspect": "quant.commands.inspect:inspect",
     "layer-wise": "quant.commands.quantize:layer_wise",

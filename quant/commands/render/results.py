@@ -17,6 +17,8 @@ from quant.units import format_seconds, format_share, format_size, mean_and_erro
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from quant.pipeline.gguf import GgufFile
+
 _WORST = 5
 
 
@@ -293,6 +295,26 @@ def pruning(console: Console, report: Report) -> None:
     measure = ["quant", "evaluate", report.output_path, "--against", named(report.source_path), "--save"]
     console.print(f"measure it: {shlex.join(measure)}", soft_wrap=True, markup=False)
     _serve(console, report)
+
+
+def gguf_file(console: Console, made: GgufFile) -> None:
+    types = ", ".join(f"{n} × {t}" for t, n in sorted(made.tensors.items(), key=lambda x: -x[1]))
+    rows = [
+        ("output", made.path),
+        ("level", f"{made.level}, architecture {made.architecture}"),
+        ("tensors", types),
+        ("size", f"{format_size(made.source_bytes)} of tensors → {format_size(made.file_bytes)}"),
+    ]
+    if made.exact:
+        rows.append(("exact", f"codes of {made.exact} linears stored as they are, not rounded anew"))
+    if made.notes:
+        rows.append(("notes", "\n".join(made.notes)))
+    if made.dropped:
+        reasons = list(made.dropped.values())
+        left = [f"{reasons.count(r)} tensors: {r}" for r in dict.fromkeys(reasons)]
+        rows.append(("left out", "\n".join(left)))
+    table(console, "Exported", rows)
+    console.print(f"llama-server --model {shlex.quote(made.path)}", soft_wrap=True, markup=False)
 
 
 def verification(console: Console, value: Mapping[str, Any]) -> None:

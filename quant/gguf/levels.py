@@ -1,0 +1,138 @@
+"""The levels that a GGUF file is made at, and the blocks that its rows are stored in.
+
+Blocks of 32 share a scale in fp16 (``ggml-common.h``): Q4_0 and Q8_0 are ``d · q`` with signed codes, Q4_1 is
+``d · q + m`` with codes from 0. So integers that a checkpoint has already in groups of a multiple of 32 are
+stored as they are, and nothing is rounded a second time. Everything else is rounded by the ``gguf`` package,
+as llama.cpp's reference does. No torch at import.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from quant.errors import QuantError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from quant.schemes import WeightScheme
+    from quant.tensors import QuantizedTensor
+
+#: Numbers in a block of the plain types.
+BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Level:
+    """A level.
+
+    Attributes:
+        type: of most matrices, by ggml's name.
+        file_type: llama.cpp's number of the level (``enum llama_ftype``).
+        head: type of the head, and of an embedding that is the head as well.
+        bits: largest codes that the type takes as they are; 0: none.
+        symmetric: whether it takes codes without zero points.
+    """
+
+    type: str
+    file_type: int
+    head: str
+    bits: int = 0
+    symmetric: bool = True
+
+    def takes(self, scheme: WeightScheme, inputs: int) -> bool:
+        """Whether codes of a scheme, of a linear with so many inputs, are stored as they are."""
+        return (
+            0 < scheme.bits <= self.bits
+            and scheme.type == "int"
+            and scheme.symmetric == self.symmetric
+            and inputs % BLOCK == 0
+            and (inputs // scheme.groups(inputs)) % BLOCK == 0
+        )
+
+
+#: The levels of the plain types, by name.
+LEVELS: Mapping[str, Level] = {
+    "f16": Level("F16", 1, "F16"),
+    "bf16": Level("BF16", 32, "BF16"),
+    "q8_0": Level("Q8_0", 7, "Q8_0", bits=8),
+    "q5_1": Level("Q5_1", 9, "Q8_0"),
+    "q5_0": Level("Q5_0", 8, "Q8_0"),
+    "q4_1": Level("Q4_1", 3, "Q8_0", bits=4, symmetric=False),
+    "q4_0": Level("Q4_0", 2, "Q8_0", bits=4),
+}
+
+
+def package() -> Any:
+    """The ``gguf`` package.
+
+    Raises:
+        QuantError: it is not installed.
+    """
+    try:
+        return importlib.import_module("gguf")
+    except ImportError as error:
+        raise QuantError(
+            "GGUF files need the gguf package, which is not installed here: pip install 'quant[gguf]'"
+        ) from error
+
+
+def row_bytes(type_: str, columns: int) -> int:
+    """Bytes of a row of ``columns`` numbers, a multiple of the type's block."""
+    gguf = package()
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_]]
+    return int(columns // block * size)
+
+
+def fits(type_: str, columns: int) -> bool:
+    """Whether rows of so many numbers are whole blocks of a type."""
+    gguf = package()
+    return columns % int(gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_]][0]) == 0
+
+
+def rounded(values: np.ndarray, type_: str) -> np.ndarray:
+    """Rows of fp32 [N, K] as a type stores them: uint8 [N, bytes of a row]."""
+    import numpy as np
+
+    gguf = package()
+    made = gguf.quants.quantize(np.ascontiguousarray(values), gguf.GGMLQuantizationType[type_])
+    return made.view(np.uint8).reshape(len(values), -1)
+
+
+def carried(tensor: QuantizedTensor, type_: str) -> tuple[np.ndarray, int]:
+    """Codes and scales of a linear as blocks of a type that :meth:`Level.takes` them.
+
+    Returns:
+        uint8 [N, bytes of a row], and how many scales (and minima) fp16 had to round.
+
+    Raises:
+        QuantError: a scale is beyond fp16.
+    """
+    import numpy as np
+    import torch
+
+    n, k = tensor.shape
+    blocks = k // BLOCK
+    scales = tensor.scales.float()
+    each = blocks // scales.shape[1]
+    low = -8 if type_ == "Q4_1" else 0
+    head = [scales]
+    if type_ == "Q4_1":
+        zeros = torch.zeros_like(scales) if tensor.zeros is None else tensor.zeros.float()
+        head.append((low - zeros) * scales)
+    half = torch.stack(head, -1).half()
+    if not bool(torch.isfinite(half).all()):
+        raise QuantError(
+            f"a scale of {float(scales.abs().max()):g} is beyond fp16, in which {type_} stores it: use "
+            "--level bf16"
+        )
+    changed = int((half.float() != torch.stack(head, -1)).sum())
+    shared = half.repeat_interleave(each, 1).numpy().view(np.uint8).reshape(n, blocks, -1)
+    codes = tensor.codes.numpy().reshape(n, blocks, BLOCK)
+    if type_ != "Q8_0":
+        nibbles = (codes + np.int8(8)).astype(np.uint8)
+        codes = nibbles[..., : BLOCK // 2] | (nibbles[..., BLOCK // 2 :] << 4)
+    return np.concatenate([shared, codes.view(np.uint8)], -1).reshape(n, -1), changed

@@ -1,0 +1,157 @@
+"""config.json in GGUF's keys. No torch.
+
+The keys are those of the ``gguf`` package's writer; what each means to a family's graph is llama.cpp's
+``src/llama-model.cpp`` and ``src/models/*.cpp``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from quant.errors import CheckpointError
+from quant.gguf.families import Family, rotary, sliding_period
+from quant.vllm.config import block_count, head_size, heads_of, text_config
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+
+def needed(config: Mapping[str, Any], key: str) -> Any:
+    """What a config must state.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    value = text_config(config).get(key)
+    if value is None:
+        raise CheckpointError(f"config.json: {key} is missing: llama.cpp cannot do without it")
+    return value
+
+
+def rotary_size(config: Mapping[str, Any]) -> int:
+    """How many numbers of a head are turned."""
+    text, size = text_config(config), head_size(config) or 0
+    share = rotary(config).get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0))
+    return int(size * float(share))
+
+
+def add_hyperparameters(writer: GGUFWriter, config: Mapping[str, Any], family: Family) -> None:
+    """Everything that the graph is built from.
+
+    Raises:
+        CheckpointError: the config lacks a number that llama.cpp needs.
+    """
+    text, heads, size = text_config(config), heads_of(config), head_size(config)
+    blocks = block_count(config)
+    if heads is None or size is None or blocks is None:
+        raise CheckpointError(
+            "config.json: num_attention_heads, num_hidden_layers and hidden_size are needed, which say how "
+            "large a head is"
+        )
+    writer.add_context_length(int(needed(config, "max_position_embeddings")))
+    writer.add_embedding_length(int(needed(config, "hidden_size")))
+    writer.add_block_count(blocks)
+    writer.add_feed_forward_length(int(needed(config, "intermediate_size")))
+    writer.add_head_count(heads.attention)
+    writer.add_head_count_kv(heads.kv)
+    writer.add_key_length(size)
+    writer.add_value_length(size)
+    writer.add_layer_norm_rms_eps(float(text.get("rms_norm_eps", 1e-6)))
+    writer.add_vocab_size(int(needed(config, "vocab_size")))
+    _add_rotary(writer, config)
+    if family.window:
+        _add_window(writer, config, family)
+    for key, add in (
+        ("attn_logit_softcapping", writer.add_attn_logit_softcapping),
+        ("final_logit_softcapping", writer.add_final_logit_softcapping),
+    ):
+        if text.get(key):
+            add(float(text[key]))
+    if family.normalized is not None:
+        _add_experts(writer, config)
+
+
+def _add_window(writer: GGUFWriter, config: Mapping[str, Any], family: Family) -> None:
+    text = text_config(config)
+    if text.get("sliding_window"):
+        writer.add_sliding_window(int(text["sliding_window"]))
+        writer.add_sliding_window_pattern(int(sliding_period(config, family) or 1))
+    if family.architecture == "gemma3":
+        writer.add_rope_freq_base_swa(float(rotary(config, "sliding_attention")["rope_theta"]))
+
+
+def _add_experts(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
+    text = text_config(config)
+    count = text.get("num_experts") or text.get("num_local_experts")
+    if count is None:
+        raise CheckpointError("config.json: num_experts is missing: llama.cpp cannot do without it")
+    writer.add_expert_count(int(count))
+    writer.add_expert_used_count(int(needed(config, "num_experts_per_tok")))
+    if text.get("moe_intermediate_size"):
+        writer.add_expert_feed_forward_length(int(text["moe_intermediate_size"]))
+    if text.get("shared_expert_intermediate_size"):
+        writer.add_expert_shared_feed_forward_length(int(text["shared_expert_intermediate_size"]))
+
+
+def _add_rotary(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
+    from gguf import RopeScalingType
+
+    said, text = rotary(config), text_config(config)
+    writer.add_rope_dimension_count(rotary_size(config))
+    writer.add_rope_freq_base(float(said["rope_theta"]))
+    kind = said["rope_type"]
+    original = said.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")
+    longest = int(needed(config, "max_position_embeddings"))
+    if kind == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(said["factor"]))
+    elif kind == "yarn":
+        original = int(original or longest)
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(float(said.get("factor") or longest / original))
+        writer.add_rope_scaling_orig_ctx_len(original)
+        for key, add in (
+            ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
+            ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
+        ):
+            if said.get(key) is not None:
+                add(float(said[key]))
+    elif kind in ("longrope", "su"):
+        original = int(original or longest)
+        factor = said.get("factor") or longest / original
+        attention = said.get("attention_factor")
+        if attention is None:  # transformers `modeling_rope_utils._compute_longrope_parameters`
+            attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        writer.add_rope_scaling_orig_ctx_len(original)
+        writer.add_rope_scaling_attn_factors(float(attention))
+
+
+def rotary_factors(config: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Tensors of divisors of the rotary frequencies, fp32 [rotary size / 2] each, by GGUF name; none where
+    the scaling is a number.
+
+    Llama 3's are computed from its four numbers (transformers
+    ``modeling_rope_utils._compute_llama3_parameters``): waves longer than the original context over
+    ``low_freq_factor`` are divided by ``factor``, those shorter than it over ``high_freq_factor`` stay, and
+    frequencies between are mixed linearly.
+    """
+    said, text = rotary(config), text_config(config)
+    kind = said["rope_type"]
+    if kind in ("longrope", "su"):
+        return {
+            "rope_factors_long.weight": [float(x) for x in said["long_factor"]],
+            "rope_factors_short.weight": [float(x) for x in said["short_factor"]],
+        }
+    if kind != "llama3":
+        return {}
+    size, base, factor = rotary_size(config), float(said["rope_theta"]), float(said["factor"])
+    low, high = float(said["low_freq_factor"]), float(said["high_freq_factor"])
+    original = said.get("original_max_position_embeddings") or text["max_position_embeddings"]
+    factors = []
+    for i in range(0, size, 2):
+        turns = original / (2 * math.pi * base ** (i / size))  # of the original context
+        kept = min(1.0, max(0.0, (turns - low) / (high - low)))
+        factors.append(1.0 / ((1 - kept) / factor + kept))
+    return {"rope_freqs.weight": factors}

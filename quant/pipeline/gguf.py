@@ -1,0 +1,459 @@
+"""A checkpoint that can be read, turned into one GGUF file for llama.cpp and Ollama, a tensor at a time."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quant.checkpoint.reader import Checkpoint, open_checkpoint
+from quant.errors import CheckpointError, Problems, QuantError, UsageError, clipped
+from quant.evaluation.agreement import file_problems
+from quant.formats import QuantizedLayers, find_format
+from quant.formats.legacy import repaired
+from quant.formats.reading import dequantized, read_linear
+from quant.gguf.container import Tensor, write_tensors
+from quant.gguf.families import Family, config_notes, config_problems, family_of
+from quant.gguf.levels import LEVELS, Level, carried, fits, package, rounded
+from quant.gguf.metadata import add_hyperparameters, rotary_factors
+from quant.gguf.tokenizer import Vocabulary, read_vocabulary
+from quant.models.linears import LinearRef, decoder_refs
+from quant.models.place import decoder_list
+from quant.models.roles import block_of, leftover, role_of
+from quant.pipeline.checks import check_disk, existing_folder
+from quant.pipeline.memory import peak_rss
+from quant.pipeline.source import taken_apart
+from quant.progress import Event, Progress, silent
+from quant.vllm.config import block_count, heads_of, text_config
+
+if TYPE_CHECKING:
+    import numpy as np
+
+#: Numbers that are rounded at a time.
+_PIECE = 1 << 22
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")
+#: Projections of experts by every name they have.
+_PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A GGUF file that was made.
+
+    Attributes:
+        path: of the file.
+        architecture: llama.cpp's name.
+        level: its level.
+        tensors: how many of which type.
+        source_bytes, file_bytes: of the checkpoint's tensors, and of the file.
+        exact: linears whose codes were stored as they are.
+        scales_rounded: of those, how many scales fp16 had to round.
+        notes: what is not as asked, or differs in llama.cpp.
+        dropped: tensors that the file has no place for, and why.
+        seconds, peak_rss_bytes: what it took.
+    """
+
+    path: str
+    architecture: str
+    level: str
+    tensors: Mapping[str, int]
+    source_bytes: int
+    file_bytes: int
+    exact: int
+    scales_rounded: int
+    notes: tuple[str, ...]
+    dropped: Mapping[str, str]
+    seconds: float
+    peak_rss_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "output_path": self.path,
+            "architecture": self.architecture,
+            "level": self.level,
+            "tensors": dict(self.tensors),
+            "source_bytes": self.source_bytes,
+            "output_bytes": self.file_bytes,
+            "exact_linears": self.exact,
+            "scales_rounded": self.scales_rounded,
+            "notes": list(self.notes),
+            "dropped": dict(self.dropped),
+            "seconds": {"total": self.seconds},
+            "peak_rss_bytes": self.peak_rss_bytes,
+        }
+
+
+def export_gguf(
+    model_path: str | Path, output_path: str | Path, level: str | None = None, *, progress: Progress = silent
+) -> GgufFile:
+    """Reads a checkpoint in whatever format it is and writes one GGUF file at a level.
+
+    Codes that the level stores as they are, are carried over; other matrices are dequantized and rounded to
+    the nearest. What the source left in 16 bits of a decoder that it has quantized stays so. No more than a
+    piece of one matrix is in memory, or one matrix where the source is quantized.
+
+    Args:
+        level: a name of :data:`quant.gguf.levels.LEVELS`; None: the one that holds the source's codes as they
+            are, else its dtype's.
+
+    Raises:
+        Problems, QuantError: what stands against it, all together, before anything is written.
+    """
+    start, output = time.perf_counter(), Path(output_path)
+    gguf = package()
+    job = _plan(Path(model_path), output, level)
+    part = output.with_name(f".{output.name}.part")
+    writer = gguf.GGUFWriter(None, job.family.architecture)
+    _add_keys(writer, job)
+    check_disk(output, sum(t.nbytes for t in job.tensors))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    total = sum(t.nbytes for t in job.tensors)
+    try:
+        done = 0
+        progress(Event("export", 0, total))
+        for tensor in write_tensors(part, writer, job.tensors):
+            done += tensor.nbytes
+            progress(Event("export", done, total, detail=tensor.name))
+        size = part.stat().st_size
+        os.replace(part, output)
+    finally:
+        part.unlink(missing_ok=True)
+    counts: dict[str, int] = {}
+    for tensor in job.tensors:
+        counts[tensor.type] = counts.get(tensor.type, 0) + 1
+    notes = [*job.notes, *job.vocabulary.notes]
+    if job.counts["scales"]:
+        notes.append(f"{job.counts['scales']} scales rounded to fp16, which the file stores them in")
+    return GgufFile(
+        path=str(output),
+        architecture=job.family.architecture,
+        level=job.level_name,
+        tensors=counts,
+        source_bytes=job.checkpoint.nbytes,
+        file_bytes=size,
+        exact=job.counts["exact"],
+        scales_rounded=job.counts["scales"],
+        notes=tuple(notes),
+        dropped=job.dropped,
+        seconds=round(time.perf_counter() - start, 3),
+        peak_rss_bytes=peak_rss(),
+    )
+
+
+@dataclass
+class _Job:
+    """An export that nothing stands against.
+
+    Attributes:
+        checkpoint: as it is stored; ``plain``: the same with values for its quantized linears.
+        layers: its quantized linears; None: it has none.
+        tensors: of the file, in order.
+        counts: filled as tensors are made: linears carried over, and scales that fp16 rounded.
+    """
+
+    checkpoint: Checkpoint
+    plain: Checkpoint
+    layers: QuantizedLayers | None
+    family: Family
+    level_name: str
+    level: Level
+    vocabulary: Vocabulary
+    tensors: list[Tensor] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=lambda: {"exact": 0, "scales": 0})
+
+
+def file_path_problems(output: Path) -> list[str]:
+    """Why a file cannot be made where it is asked for."""
+    if output.exists() or output.is_symlink():
+        return [f"{output}: exists already: choose another --output-path, or remove it"]
+    folder = existing_folder(output.absolute().parent)
+    if not folder.is_dir():
+        return [f"{output}: {folder} is a file, no directory: choose another --output-path"]
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return [f"{output}: {folder} cannot be written to: choose another --output-path"]
+    return []
+
+
+def _plan(path: Path, output: Path, level: str | None) -> _Job:
+    """Reads headers and the tokenizer; writes nothing.
+
+    Raises:
+        Problems, QuantError: what stands against it.
+    """
+    if level is not None and level not in LEVELS:
+        raise UsageError(f"--level is {clipped(level)}: {', '.join(LEVELS)} are known")
+    checkpoint, _ = repaired(open_checkpoint(path))
+    layers = find_format(checkpoint.config, checkpoint.tensors)
+    family = family_of(checkpoint.config)
+    problems = file_path_problems(output)
+    problems += [f"{checkpoint.path}: {line}" for line in file_problems(checkpoint, layers)]
+    problems += [f"{checkpoint.path}: {line}" for line in config_problems(checkpoint.config, family)]
+    plain = dequantized(checkpoint, layers)
+    if layers is not None and layers.stacks:
+        layers = taken_apart(layers, plain)
+        plain = dequantized(checkpoint, layers)
+    embedding = next((t for n, t in plain.tensors.items() if n.endswith("embed_tokens.weight")), None)
+    if embedding is None:
+        problems.append(f"{checkpoint.path}: has no embed_tokens.weight: it is no model of this family")
+    if problems:
+        raise Problems(problems)
+    assert embedding is not None
+    name = level or _own_level(layers, checkpoint)
+    vocabulary = read_vocabulary(checkpoint.path, text_config(checkpoint.config), embedding.shape[0])
+    job = _Job(checkpoint, plain, layers, family, name, LEVELS[name], vocabulary)
+    job.notes += config_notes(checkpoint.config, family)
+    _lay_out(job)
+    return job
+
+
+def _own_level(layers: QuantizedLayers | None, checkpoint: Checkpoint) -> str:
+    """The level that stores most of a source as it is."""
+    counts: dict[str, int] = {}
+    for linear in () if layers is None else layers.linears.values():
+        for name in ("q4_0", "q4_1", "q8_0"):  # the smallest one first
+            if LEVELS[name].takes(linear.weights, linear.k):
+                counts[name] = counts.get(name, 0) + 1
+                break
+    if counts:
+        return max(counts, key=lambda n: counts[n])
+    return "f16" if checkpoint.dtype == "F16" else "bf16"
+
+
+def _lay_out(job: _Job) -> None:
+    """Fills the tensors of the file, what has no place in it, and notes.
+
+    Raises:
+        Problems: the checkpoint has tensors that llama.cpp has no place for.
+    """
+    gguf, plain = package(), job.plain
+    config, blocks = plain.config, block_count(plain.config) or 0
+    decoder = decoder_list(plain.tensors.values(), config) or "model.layers."
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, job.family.architecture.upper()), blocks)
+    refs = decoder_refs(plain.tensors, config)
+    experts = {n: r for n, r in refs.items() if _EXPERT.fullmatch(n)}
+    inside = {r.tensor for r in experts.values()}
+    problems: list[str] = []
+    for name, info in plain.tensors.items():
+        if name in inside or leftover(info):
+            continue
+        role = role_of(name, blocks, decoder)
+        if role in ("tower", "mtp"):
+            job.dropped[name] = "the file holds the text decoder alone"
+            continue
+        own = _family_name(name, decoder)
+        if own == "lm_head.weight" and _tied(job):
+            job.dropped[name] = "the head is the embedding"
+            continue
+        target = names.get_name(own, try_suffixes=(".weight", ".bias"))
+        if target is None:
+            problems.append(f"{name}: llama.cpp's {job.family.architecture} has no such tensor")
+            continue
+        job.tensors.append(_tensor(job, name, target, refs.get(name.removesuffix(".weight"))))
+    problems += _stack(job, experts, decoder, names)
+    for target, factors in rotary_factors(config).items():
+        job.tensors.append(Tensor(target, (len(factors),), "F32", partial(_floats, factors)))
+    if problems:
+        raise Problems([f"{job.checkpoint.path}: {p}" for p in problems])
+    job.tensors.sort(key=lambda t: _place(t.name))
+
+
+def _place(name: str) -> tuple[int, int]:
+    """Where a tensor stands: the embedding first, then the blocks, the head last."""
+    block = re.match(r"blk\.(\d+)\.", name)
+    if block:
+        return 1, int(block[1])
+    return (2, 0) if name.startswith("output") else (0, 0)
+
+
+def _tied(job: _Job) -> bool:
+    return job.family.tied or bool(job.plain.config.get("tie_word_embeddings", False))
+
+
+def _family_name(name: str, decoder: str) -> str:
+    """A tensor's name as models without a wrapper have it.
+
+    >>> _family_name("model.language_model.layers.3.mlp.up_proj.weight", "model.language_model.layers.")
+    'model.layers.3.mlp.up_proj.weight'
+    """
+    if name.startswith(decoder):
+        return f"model.layers.{name.removeprefix(decoder)}"
+    if name.endswith("lm_head.weight"):
+        return "lm_head.weight"
+    return f"model.{name.removeprefix(decoder.removesuffix('layers.'))}"
+
+
+def _stack(job: _Job, experts: Mapping[str, LinearRef], decoder: str, names: Any) -> list[str]:
+    """Adds a tensor for each projection of the experts of a block; returns what stands against it."""
+    groups: dict[tuple[str, str], dict[int, LinearRef]] = {}
+    problems = []
+    for name, ref in experts.items():
+        match = _EXPERT.fullmatch(name)
+        assert match is not None
+        projection = _PROJECTIONS.get(match[3], match[3])
+        groups.setdefault((match[1], projection), {})[int(match[2])] = ref
+        if ref.bias is not None:
+            problems.append(f"{name}: its experts have biases, which llama.cpp's graph does not add")
+    for (_, projection), members in groups.items():
+        first = members[0]
+        block = block_of(first.name + ".")
+        target = names.get_name(f"model.layers.{block}.mlp.experts.{projection}") + ".weight"
+        shape = (len(members), first.n, first.k)
+        ordered = [members[i] for i in range(len(members))]
+        type_ = _type(job, target, shape, [r.name for r in ordered])
+        rows = partial(_expert_rows, job, ordered, type_)
+        job.tensors.append(Tensor(target, shape, type_, rows, tuple(f"{r.name}.weight" for r in ordered)))
+    return problems
+
+
+def _type(job: _Job, target: str, shape: Sequence[int], linears: Sequence[str]) -> str:
+    """The type of a tensor: norms, biases and routers in fp32, others as the level says."""
+    if len(shape) == 1 or "ffn_gate_inp" in target:
+        return "F32"
+    level, wide = job.level, "F16" if job.level.type != "BF16" else "BF16"
+    embedding = target in ("token_embd.weight", "output.weight")
+    quantized = job.layers is not None and all(n in job.layers.linears for n in linears) and bool(linears)
+    if embedding and not quantized:
+        both = target == "output.weight" or _tied(job) or job.layers is not None
+        type_ = level.head if both else level.type
+    elif job.layers is not None and not quantized:
+        type_ = wide  # what the source left in 16 bits
+    else:
+        type_ = level.type
+    if not fits(type_, shape[-1]):
+        job.notes.append(f"{target} is {wide}: its rows of {shape[-1]} are not whole blocks of {type_}")
+        type_ = wide
+    return type_
+
+
+def _tensor(job: _Job, name: str, target: str, ref: LinearRef | None) -> Tensor:
+    """One tensor of the file that is one of the checkpoint."""
+    shape = tuple(s for s in job.plain.info(name).shape)
+    if target.endswith("ffn_gate_inp_shexp.weight"):
+        shape = shape[-1:]  # [1, K] of a gate with one output
+    linears = [ref.name] if ref is not None else [name.removesuffix(".weight")]
+    type_ = _type(job, target, shape, linears)
+    order = _row_order(job, target)
+    if len(shape) == 1:
+        offset = job.family.norm_offset if name.endswith("norm.weight") else 0.0
+        rows: Callable[[], Iterable[np.ndarray]] = partial(_vector, job.plain, name, offset, order)
+    elif job.layers is not None and _exact(job, linears[0], type_):
+        rows = partial(_carried_rows, job, linears[0], type_, order)
+    else:
+        rows = partial(_rounded_rows, job, name, type_, order)
+    return Tensor(target, shape, type_, rows, (name,))
+
+
+def _exact(job: _Job, linear: str, type_: str) -> bool:
+    assert job.layers is not None
+    held = job.layers.linears.get(linear)
+    return held is not None and type_ == job.level.type and job.level.takes(held.weights, held.k)
+
+
+def _row_order(job: _Job, target: str) -> torch.Tensor | None:
+    """int64 [rows]: which row of q or k stands where; None where they stay.
+
+    A head's halves, which transformers turns against each other, are interleaved: row ``i`` of the first half
+    is followed by row ``i`` of the second.
+    """
+    kind = re.search(r"attn_([qk])\.(weight|bias)$", target)
+    heads = heads_of(job.plain.config)
+    if not job.family.interleaved or kind is None or heads is None:
+        return None
+    count = heads.attention if kind[1] == "q" else heads.kv
+    source = next(n for n in job.plain.tensors if n.endswith(f".{kind[1]}_proj.weight"))
+    rows = job.plain.info(source).shape[0]
+    return torch.arange(rows).view(count, 2, -1).transpose(1, 2).reshape(-1)
+
+
+def _floats(values: Sequence[float]) -> Iterator[np.ndarray]:
+    import numpy as np
+
+    yield np.asarray(values, np.float32).view(np.uint8)[None]
+
+
+def _vector(plain: Checkpoint, name: str, offset: float, order: torch.Tensor | None) -> Iterator[np.ndarray]:
+    import numpy as np
+
+    value = plain.read(name).float().reshape(-1) + offset
+    yield (value if order is None else value[order]).numpy().view(np.uint8)[None]
+
+
+def _carried_rows(job: _Job, linear: str, type_: str, order: torch.Tensor | None) -> Iterator[np.ndarray]:
+    """Blocks of a linear's own codes; rounded from its values where only its tensors tell that they do not
+    fit: zero points after all, groups in another order."""
+    assert job.layers is not None
+    tensor = read_linear(job.layers.form, job.layers, job.checkpoint, linear)
+    shifted = tensor.zeros is not None and bool(tensor.zeros.any())
+    if tensor.group_index is not None or (shifted and job.level.symmetric):
+        values = tensor.dequantize()
+        yield from _in_pieces([values if order is None else values[order]], type_, linear)
+        return
+    if order is not None:
+        zeros = None if tensor.zeros is None else tensor.zeros[order]
+        tensor = replace(tensor, codes=tensor.codes[order], scales=tensor.scales[order], zeros=zeros)
+    blocks, changed = carried(tensor, type_)
+    job.counts["exact"] += 1
+    job.counts["scales"] += changed
+    yield blocks
+
+
+def _rounded_rows(job: _Job, name: str, type_: str, order: torch.Tensor | None) -> Iterator[np.ndarray]:
+    columns = job.plain.info(name).shape[-1]
+    if order is not None:
+        yield from _in_pieces([job.plain.read(name)[order]], type_, name)
+    else:
+        yield from _in_pieces(job.plain.read_rows(name, max(1, _PIECE // columns)), type_, name)
+
+
+def _expert_rows(job: _Job, refs: Sequence[LinearRef], type_: str) -> Iterator[np.ndarray]:
+    for ref in refs:
+        if job.layers is not None and _exact(job, ref.name, type_):
+            yield from _carried_rows(job, ref.name, type_, None)
+        else:
+            yield from _in_pieces([ref.read(job.plain)], type_, ref.name)
+
+
+def _in_pieces(values: Iterable[torch.Tensor], type_: str, name: str) -> Iterator[np.ndarray]:
+    """Rows rounded to a type, several pieces at a time.
+
+    Raises:
+        CheckpointError: a value is not finite, or beyond fp16 where it is stored so.
+    """
+    workers = max(1, torch.get_num_threads())
+    with ThreadPoolExecutor(workers) as pool:
+        for whole in values:
+            size = max(1, _PIECE // whole.shape[-1])
+            for value in whole.split(size):
+                parts = value.float().chunk(workers)
+                for part in parts:
+                    _demand_range(part, type_, name)
+                yield from pool.map(lambda part: rounded(part.numpy(), type_), parts)
+
+
+def _demand_range(part: torch.Tensor, type_: str, name: str) -> None:
+    largest = float(part.abs().max()) if part.numel() else 0.0
+    if not largest < float("inf"):
+        raise CheckpointError(f"{name}: holds NaN or infinity: the source is damaged, fetch it again")
+    if type_ not in ("BF16", "F32") and largest > 65504.0:
+        raise QuantError(f"{name}: {largest:g} is beyond fp16, which {type_} stores: use --level bf16")
+
+
+def _add_keys(writer: Any, job: _Job) -> None:
+    """Everything but the tensors."""
+    gguf, config = package(), job.plain.config
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(job.checkpoint.path.resolve().name)
+    writer.add_file_type(job.level.file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add_hyperparameters(writer, config, job.family)
+    job.vocabulary.add_to(writer)
