@@ -10,7 +10,7 @@ is sent as many tokens.
 The weights are random, 128 experts a block of which a token takes 8. The floor is what the matrix products
 alone would take at the speeds that products of these shapes are measured to have here, with as many threads,
 just before and just after: one forward pass through every linear and the causal attention between them
-(bf16), the lower halves of the Hessians (int8 where the CPU multiplies 8-bit integers, else fp32), and of
+(bf16, or fp32 where the CPU has no instructions for bf16), the lower halves of the Hessians (int8 where the CPU multiplies 8-bit integers, else fp32), and of
 every Hessian the Cholesky factorization, K³/3, and of every weight the feedback of its columns on each other,
 N·K² (both fp32, as torch's `@` multiplies them; where the tool knows a faster way, a second floor goes by
 it). What is not in it: reading, routing, scales, rounding, judging, packing and writing. On a machine that
@@ -195,7 +195,10 @@ def measured_speeds(shape: Shape, tokens: int, length: int, threads: int) -> Spe
     rows = max(256, tokens * shape.top // shape.experts)
     x, w = torch.randn(rows, shape.hidden), torch.randn(2 * shape.intermediate, shape.hidden)
     narrow, matrix = x.bfloat16(), w.bfloat16()
-    forward = timed(lambda: torch.nn.functional.linear(narrow, matrix))
+    forward = min(
+        timed(lambda: torch.nn.functional.linear(narrow, matrix)),
+        timed(lambda: torch.nn.functional.linear(x, w)),
+    )
     if torch.cpu._is_vnni_supported():
         codes = (x * 30).clamp(-127, 127).to(torch.int8)
         gram = timed(lambda: torch._int_mm(codes.t(), codes))
@@ -210,13 +213,14 @@ def measured_speeds(shape: Shape, tokens: int, length: int, threads: int) -> Spe
             query, key, key, is_causal=True, enable_gqa=True
         )
     )
+    wide = query.float(), key.float()
     operations = 2 * panel.numel() * columns.shape[1]
     return Speeds(
         2 * x.numel() * len(w) / forward,
         2 * rows * shape.hidden**2 / gram,
         operations / solve,
         operations / min(solve, fastest),
-        1 / min(theirs, timed(lambda: causal(query, key, key, None))),
+        1 / min(theirs, timed(lambda: causal(query, key, key, None)), timed(lambda: causal(*wide, wide[1], None))),
     )
 
 

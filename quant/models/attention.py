@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quant.models.products import is_widened
 from quant.offline import transformers
 
 #: Queries that are handled at once: all keys up to the last one's are computed, those that the others will
@@ -147,8 +148,13 @@ def causal(
     The queries of a stretch of tokens meet only the keys up to its end, and the heads that share a K and V
     are multiplied together. Products are in the dtype of the inputs, as in transformers' eager attention:
     scores and probabilities of bf16 inputs are rounded to bf16, which puts the output off by about as much as
-    two roundings of its own.
+    two roundings of its own. Where bf16 products are slow (:mod:`quant.models.products`) all is in fp32, row
+    by row, and rounded at the end.
     """
+    if is_widened(query):
+        rows = zip(query.split(1), key.split(1), value.split(1), strict=True)
+        wide = (causal(*(x.float() for x in row), scaling).to(query.dtype) for row in rows)
+        return torch.cat(list(wide))
     batch, heads, tokens, size = query.shape
     groups = key.shape[1]
     shared = (query * (size**-0.5 if scaling is None else scaling)).unflatten(1, (groups, heads // groups))

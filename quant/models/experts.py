@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from quant.models.linears import Slice
+from quant.models.products import linear
 
 #: The two products of an expert: into the intermediate size (gate and up together), and out of it.
 Stage = Literal["up", "down"]
@@ -327,7 +328,7 @@ def _times(module: Any, name: str, experts: Experts, expert: int, rows: torch.Te
     one."""
     weight, bias = getattr(module, name)[expert], getattr(module, f"{name}_bias", None)
     matrix = weight.t() if experts.transposed else weight
-    return nn.functional.linear(rows, matrix, None if bias is None else bias[expert])
+    return linear(rows, matrix, None if bias is None else bias[expert])
 
 
 def expert_inner(module: nn.Module, experts: Experts, expert: int, rows: torch.Tensor) -> torch.Tensor:

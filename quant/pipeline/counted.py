@@ -19,6 +19,7 @@ from quant.calibration.statistics import Accumulator, GradientAccumulator, Stati
 from quant.checkpoint.dtypes import TORCH
 from quant.models.adapter import InputGroup
 from quant.models.experts import find_experts
+from quant.models.products import linear
 from quant.models.skeleton import Skeleton
 from quant.outlier_suppression.base import Place
 from quant.pipeline.experts import workers_for
@@ -160,7 +161,7 @@ class Counter:
     def _product_seconds(self) -> float:
         if self._product is None:
             x = torch.ones(_SIDE, _SIDE, dtype=self._skeleton.dtype, device=self._manager.device)
-            self._product = self._timed(lambda: x @ x) / _SIDE**3
+            self._product = self._timed(lambda: linear(x, x)) / _SIDE**3
         return self._product
 
     def _of(self, assignment: Assignment) -> Rates:

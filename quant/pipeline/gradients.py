@@ -31,6 +31,7 @@ from quant.errors import CheckpointError, QuantError, SourceFault, first_line
 from quant.models.binding import BlockLinear
 from quant.models.calls import BlockCall, call_block
 from quant.models.experts import Routed, Stage, experts_through
+from quant.models.products import linears_widened
 from quant.models.skeleton import Skeleton
 from quant.pipeline.activation_store import ActivationStore, Batches, Calls
 from quant.pipeline.expert_gradients import ExpertGradients
@@ -90,7 +91,7 @@ class Seen:
             for path in self.experts
         ]
         try:
-            with experts_through(block, self._stop):
+            with linears_widened(block), experts_through(block, self._stop):
                 yield
         finally:
             for handle in handles:

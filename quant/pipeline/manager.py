@@ -37,6 +37,7 @@ from quant.formats import Contents
 from quant.formats.reading import read_linear, read_stack, read_weight
 from quant.models.account import LARGEST_REST
 from quant.models.attention import observed_attention
+from quant.models.products import bf16_is_slow
 from quant.models.skeleton import Skeleton
 from quant.pipeline.activation_store import ActivationStore, Batches, Calls
 from quant.pipeline.blocks import BlockQuantizer
@@ -237,6 +238,7 @@ class QuantizationManager:
             "threads": torch.get_num_threads(),
             "instructions": f"{torch.backends.cpu.get_cpu_capability()}, "
             f"{gram_for(1, self.device).__class__.__name__}{', oneDNN' if onednn_is_faster() else ''}"
+            f"{', bf16 by fp32' if bf16_is_slow() else ''}"
             if self.device.type == "cpu"
             else device_name(self.device),
         }

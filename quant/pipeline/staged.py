@@ -31,6 +31,7 @@ from quant.models.adapter import InputGroup
 from quant.models.attention import attention_through, staircase_attention
 from quant.models.calls import BlockCall, call_block
 from quant.models.experts import Routed, Stage, experts_through
+from quant.models.products import linears_widened
 from quant.pipeline.activation_store import ActivationStore, Batches, Calls
 
 #: What tensors of the same place in the block's code have in common, whatever the batch.
@@ -123,9 +124,13 @@ class _Waiting:
 
 @contextmanager
 def computed(block: nn.Module) -> Iterator[None]:
-    """While it lasts, the block's attention and experts are computed in the ways that every pass of a job
-    shares."""
-    with staircase_attention(block), experts_through(block, lambda path, stage, routed: None):
+    """While it lasts, the block's attention, experts and linears are computed in the ways that every pass of a
+    job shares."""
+    with (
+        linears_widened(block),
+        staircase_attention(block),
+        experts_through(block, lambda path, stage, routed: None),
+    ):
         yield
 
 
