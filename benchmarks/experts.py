@@ -9,12 +9,12 @@ is sent as many tokens.
 
 The weights are random, 128 experts a block of which a token takes 8. The floor is what the matrix products
 alone would take at the speeds that products of these shapes are measured to have here, with as many threads,
-just before and just after: one forward pass through every linear and the causal attention between them
-(bf16, or fp32 where the CPU has no instructions for bf16), the lower halves of the Hessians (int8 where the CPU multiplies 8-bit integers, else fp32), and of
-every Hessian the Cholesky factorization, K³/3, and of every weight the feedback of its columns on each other,
-N·K² (both fp32, as torch's `@` multiplies them; where the tool knows a faster way, a second floor goes by
-it). What is not in it: reading, routing, scales, rounding, judging, packing and writing. On a machine that
-others use, compare the CPU seconds.
+just before and just after: one forward pass through every linear and the causal attention between them (bf16,
+or fp32 where the CPU multiplies that faster), the lower halves of the Hessians (int8 where the CPU multiplies
+8-bit integers, else fp32), and of every Hessian the Cholesky factorization, K³/3, and of every weight the
+feedback of its columns on each other, N·K² (both fp32, as torch's `@` multiplies them; where the tool knows a
+faster way, a second floor goes by it). What is not in it: reading, routing, scales, rounding, judging,
+packing and writing. On a machine that others use, compare the CPU seconds.
 """
 
 from __future__ import annotations
@@ -208,19 +208,23 @@ def measured_speeds(shape: Shape, tokens: int, length: int, threads: int) -> Spe
     solve, fastest = timed(lambda: panel @ columns), timed(lambda: product(panel, columns))
     query = torch.randn(1, shape.heads, length, shape.head).bfloat16()
     key = torch.randn(1, shape.kv_heads, length, shape.head).bfloat16()
-    theirs = timed(
-        lambda: torch.nn.functional.scaled_dot_product_attention(
-            query, key, key, is_causal=True, enable_gqa=True
-        )
+    wide = query.float(), key.float(), key.float()
+    attention = min(
+        timed(lambda: causal(query, key, key, None)),
+        timed(lambda: causal(*wide, None)),
+        timed(
+            lambda: torch.nn.functional.scaled_dot_product_attention(
+                query, key, key, is_causal=True, enable_gqa=True
+            )
+        ),
     )
-    wide = query.float(), key.float()
     operations = 2 * panel.numel() * columns.shape[1]
     return Speeds(
         2 * x.numel() * len(w) / forward,
         2 * rows * shape.hidden**2 / gram,
         operations / solve,
         operations / min(solve, fastest),
-        1 / min(theirs, timed(lambda: causal(query, key, key, None)), timed(lambda: causal(*wide, wide[1], None))),
+        1 / attention,
     )
 
 

@@ -124,8 +124,8 @@ class _Waiting:
 
 @contextmanager
 def computed(block: nn.Module) -> Iterator[None]:
-    """While it lasts, the block's attention, experts and linears are computed in the ways that every pass of a
-    job shares."""
+    """While it lasts, the block's attention, experts and linears are computed in the ways that every pass of
+    a job shares."""
     with (
         linears_widened(block),
         staircase_attention(block),

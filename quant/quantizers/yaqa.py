@@ -23,8 +23,9 @@ from quant import defaults
 from quant.calibration.statistics import Statistics
 from quant.errors import QuantError
 from quant.quantizers.base import Quantized, QuantizerRegistry
+from quant.quantizers.factors import Factor, damp, factorize
 from quant.quantizers.floats import FloatScales, encode, float_scales
-from quant.quantizers.gptq import Factor, GPTQQuantizer, damp, dead_notes, factorize, solve_fixed
+from quant.quantizers.gptq import GPTQQuantizer, dead_notes, solve_fixed
 from quant.quantizers.grids import Grid
 from quant.quantizers.nearest import integers, round_to_nearest
 from quant.quantizers.rounding import scale_dtype, weight_parameters

@@ -11,7 +11,7 @@ import torch
 from quant.calibration.statistics import Statistics
 from quant.errors import QuantError
 from quant.quantizers import AWQQuantizer, GPTQQuantizer, MinMaxQuantizer, Quantizer, quantize_many
-from quant.quantizers.gptq import factorize, factorize_together
+from quant.quantizers.factors import factorize, factorize_together
 from quant.quantizers.rounding import group_parameters, weight_parameters
 from quant.schemes import WeightScheme
 from quant.tensors import QuantizedTensor

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quant.quantizers import GPTQQuantizer, refining
-from quant.quantizers.gptq import factorize
+from quant.quantizers.factors import factorize
 from quant.quantizers.rounding import weight_parameters
 from quant.schemes import WeightScheme
 from quant.tensors import QuantizedTensor, scale_values

@@ -11,7 +11,7 @@ import torch
 from quant.calibration.statistics import Statistics
 from quant.errors import QuantError
 from quant.quantizers import GPTQQuantizer, Quantized, YAQAQuantizer, two_sided
-from quant.quantizers.gptq import factorize
+from quant.quantizers.factors import factorize
 from quant.quantizers.grids import Grid
 from quant.quantizers.rounding import weight_parameters
 from quant.quantizers.two_sided import Codes, blocks_of, descend, feed_back, loss, refit
