@@ -153,7 +153,7 @@ def causal(
     """
     if is_widened(query):
         rows = zip(query.split(1), key.split(1), value.split(1), strict=True)
-        wide = (causal(*(x.float() for x in row), scaling).to(query.dtype) for row in rows)
+        wide = (causal(q.float(), k.float(), v.float(), scaling).to(q.dtype) for q, k, v in rows)
         return torch.cat(list(wide))
     batch, heads, tokens, size = query.shape
     groups = key.shape[1]

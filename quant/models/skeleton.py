@@ -302,19 +302,23 @@ class Skeleton:
                     wrong.append(f"{full} is missing in the file")
                 elif (shape := self.checkpoint.info(tensor).shape) != tuple(parameter.shape):
                     wrong.append(f"{tensor} is {shape} in the file, {tuple(parameter.shape)} in the model")
-        wrong += [
-            f"{n} is in the file only"
-            for n in self.binding.unused
-            if len(self.checkpoint.info(n).shape) > 1
-            and not leftover(self.checkpoint.info(n))
-            and not self._leaves_out(n)
-        ]
+        wrong += [f"{n} is in the file only" for n in self.binding.unused if self._is_lost(n)]
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise CannotRun(
                 f"{self.checkpoint.path}: the file's tensors and the blocks of model type {self.kind!r} do "
                 f"not match one to one: {'; '.join(wrong[:3])}{more}"
             )
+
+    def _is_lost(self, tensor: str) -> bool:
+        """Whether the model, which has no parameter for a tensor of the file, would compute without what it
+        says. A bias of zeros says nothing: files of GPTQ have them beside every linear."""
+        info = self.checkpoint.info(tensor)
+        if leftover(info) or self._leaves_out(tensor):
+            return False
+        if len(info.shape) > 1:
+            return True
+        return tensor.endswith((".weight", ".bias")) and bool(self.checkpoint.read(tensor).any())
 
     def _leaves_out(self, tensor: str) -> bool:
         """Whether the model says itself that it has no parameter for a tensor of its files, as Gemma 3n and 4

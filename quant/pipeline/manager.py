@@ -37,6 +37,7 @@ from quant.formats import Contents
 from quant.formats.reading import read_linear, read_stack, read_weight
 from quant.models.account import LARGEST_REST
 from quant.models.attention import observed_attention
+from quant.models.ignored_keys import ignored_note
 from quant.models.products import bf16_is_slow
 from quant.models.skeleton import Skeleton
 from quant.pipeline.activation_store import ActivationStore, Batches, Calls
@@ -62,7 +63,7 @@ from quant.tensors import QuantizedTensor
 from quant.units import format_seconds, format_share
 from quant.vllm.arguments import engine_arguments, vllm_config
 from quant.vllm.cache import KV_CACHE
-from quant.vllm.config import model_types, without_quantization
+from quant.vllm.config import model_types, text_config, without_quantization
 
 #: Tokens of one batch: large enough for full speed of the matrix products, small enough that a batch's
 #: activations are few.
@@ -201,8 +202,10 @@ class QuantizationManager:
             note = f"{self.device} ran out of memory: rows go through blocks by {several}"
             rows = replace(rows, notes=(*rows.notes, note))
         self._calibration = (len(rows.tokens), rows.tokens.shape[1])
-        tell_notes(rows, self.progress)
         skeleton = Skeleton(self.plan.checkpoint, self.device)
+        if note := ignored_note(text_config(self.plan.checkpoint.config), skeleton.config):
+            rows = replace(rows, notes=(*rows.notes, note))
+        tell_notes(rows, self.progress)
         known = {
             skeleton.block_prefix(b) + n
             for b in range(skeleton.block_count)
