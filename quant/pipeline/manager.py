@@ -203,8 +203,8 @@ class QuantizationManager:
             rows = replace(rows, notes=(*rows.notes, note))
         self._calibration = (len(rows.tokens), rows.tokens.shape[1])
         skeleton = Skeleton(self.plan.checkpoint, self.device)
-        if note := ignored_note(text_config(self.plan.checkpoint.config), skeleton.config):
-            rows = replace(rows, notes=(*rows.notes, note))
+        if ignored := ignored_note(text_config(self.plan.checkpoint.config), skeleton.config):
+            rows = replace(rows, notes=(*rows.notes, ignored))
         tell_notes(rows, self.progress)
         known = {
             skeleton.block_prefix(b) + n

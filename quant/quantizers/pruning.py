@@ -25,7 +25,7 @@ import torch
 from quant.calibration.statistics import Statistics
 from quant.errors import QuantError
 from quant.quantizers.base import Quantized, QuantizerRegistry
-from quant.quantizers.gptq import factorize
+from quant.quantizers.factors import factorize
 from quant.quantizers.identity import as_they_are, refuse_scheme
 from quant.schemes import WeightScheme
 

@@ -12,7 +12,7 @@ import torch
 from quant.calibration.statistics import Accumulator, Statistics
 from quant.errors import QuantError
 from quant.quantizers import MagnitudePruner, SparseGPTPruner, WandaPruner
-from quant.quantizers.gptq import factorize
+from quant.quantizers.factors import factorize
 from quant.quantizers.pruning import chosen, pruned_columns, refitted
 from quant.schemes import PRESETS, UNQUANTIZED
 
