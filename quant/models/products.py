@@ -1,9 +1,9 @@
 """Products with bf16 matrices, on any CPU.
 
 torch hands bf16 products to oneDNN where that has instructions for them (AVX-512, AMX, those of ARM). Where
-it has not, as on a CPU of AVX2 alone, its own loop makes 10 G operations a second a core, and fp32 ones make
-150 (``benchmarks/experts.py`` measures both). There the operands are widened, which is exact, a piece at a
-time; sums are of fp32 and rounded to bf16 once, as every library rounds them.
+it has not, as on a CPU of AVX2 alone, its own loop takes some six times as long as fp32 products do with all
+that it costs to make the operands fp32 ones. There they are widened, which is exact, a piece at a time;
+sums are of fp32 and rounded to bf16 once, as every library rounds them.
 """
 
 from __future__ import annotations
