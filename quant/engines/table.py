@@ -216,10 +216,9 @@ LLAMA_CPP = Engine(
     otherwise="GGUF files alone",
     files=True,
     probe=("curl", "-fsS", "-m", "5", "{url}"),  # its image has no Python
-    exports="quant does not write GGUF yet. llama.cpp's own converter reads the source: python "
-    "convert_hf_to_gguf.py SOURCE --outtype bf16 --outfile MODEL.gguf, then llama-quantize MODEL.gguf "
-    "MODEL-Q4_K_M.gguf Q4_K_M. Of a checkpoint whose values are to be kept it reads an export by quant "
-    "export-vllm --format plain. Then: quant-deploy plan -m MODEL-Q4_K_M.gguf --engine llama.cpp",
+    exports="quant export-gguf -m SOURCE -o MODEL.gguf --level q4_k_m makes the file that it reads; without "
+    "--level the codes of a quantized checkpoint are kept where the file can hold them. Then: quant-deploy "
+    "plan -m MODEL.gguf --engine llama.cpp",
 )
 
 ENGINES = {e.name: e for e in (VLLM, SGLANG, LLAMA_CPP, TGI, TENSORRT_LLM)}

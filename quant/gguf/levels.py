@@ -64,6 +64,10 @@ LEVELS: Mapping[str, Level] = {
     "q4_1": Level("Q4_1", 3, "Q8_0", bits=4, symmetric=False),
     "q4_0": Level("Q4_0", 2, "Q8_0", bits=4),
 }
+#: The levels that llama.cpp makes itself, by name, and its number of each.
+OWN_LEVELS: Mapping[str, int] = {
+    "q6_k": 18, "q5_k_m": 17, "q4_k_m": 15, "iq4_xs": 30, "q3_k_m": 12, "q2_k": 10,
+}  # fmt: skip
 
 
 def package() -> Any:

@@ -22,13 +22,15 @@ from quant.formats.legacy import repaired
 from quant.formats.reading import dequantized, read_linear
 from quant.gguf.container import Tensor, write_tensors
 from quant.gguf.families import Family, config_notes, config_problems, family_of
-from quant.gguf.levels import LEVELS, Level, carried, fits, package, rounded
+from quant.gguf.levels import LEVELS, OWN_LEVELS, Level, carried, fits, package, rounded
+from quant.gguf.llama_cpp import llama_python, quantize
 from quant.gguf.metadata import add_hyperparameters, rotary_factors
 from quant.gguf.tokenizer import Vocabulary, read_vocabulary
 from quant.models.linears import LinearRef, decoder_refs
 from quant.models.place import decoder_list
 from quant.models.roles import block_of, leftover, role_of
 from quant.pipeline.checks import check_disk, existing_folder
+from quant.pipeline.importance import importance
 from quant.pipeline.memory import peak_rss
 from quant.pipeline.source import taken_apart
 from quant.progress import Event, Progress, silent
@@ -92,7 +94,13 @@ class GgufFile:
 
 
 def export_gguf(
-    model_path: str | Path, output_path: str | Path, level: str | None = None, *, progress: Progress = silent
+    model_path: str | Path,
+    output_path: str | Path,
+    level: str | None = None,
+    *,
+    imatrix: bool = True,
+    calibration: Mapping[str, Any] | None = None,
+    progress: Progress = silent,
 ) -> GgufFile:
     """Reads a checkpoint in whatever format it is and writes one GGUF file at a level.
 
@@ -101,13 +109,19 @@ def export_gguf(
     piece of one matrix is in memory, or one matrix where the source is quantized.
 
     Args:
-        level: a name of :data:`quant.gguf.levels.LEVELS`; None: the one that holds the source's codes as they
-            are, else its dtype's.
+        level: a name of :data:`quant.gguf.levels.LEVELS`, or of :data:`~quant.gguf.levels.OWN_LEVELS`, which
+            llama.cpp makes of a 16-bit file that is removed again; None: the one that holds the source's
+            codes as they are, else its dtype's.
+        imatrix: whether llama.cpp weighs errors by E[x²] of calibration text
+            (:mod:`quant.pipeline.importance`).
+        calibration: its options, as :func:`quant.make_recipe` takes them.
 
     Raises:
         Problems, QuantError: what stands against it, all together, before anything is written.
     """
     start, output = time.perf_counter(), Path(output_path)
+    if level is not None and level in OWN_LEVELS:
+        return _by_llama_cpp(Path(model_path), output, level, imatrix, calibration or {}, progress)
     gguf = package()
     job = _plan(Path(model_path), output, level)
     part = output.with_name(f".{output.name}.part")
@@ -146,6 +160,69 @@ def export_gguf(
         seconds=round(time.perf_counter() - start, 3),
         peak_rss_bytes=peak_rss(),
     )
+
+
+def _by_llama_cpp(
+    model_path: Path,
+    output: Path,
+    level: str,
+    imatrix: bool,
+    calibration: Mapping[str, Any],
+    progress: Progress,
+) -> GgufFile:
+    """A level that llama.cpp makes of a 16-bit file of ours."""
+    start = time.perf_counter()
+    llama_python()  # before anything is written
+    job = _plan(model_path, output, None)
+    wide = output.with_name(f".{output.name}.16-bit")
+    part = output.with_name(f".{output.name}.part")
+    check_disk(output, 2 * sum(t.nbytes for t in job.tensors))
+    weights: dict[str, np.ndarray] = {}
+    if imatrix:
+        scratch = output.with_name(f".{output.name}.importance")
+        weights = _importance(job, importance(model_path, scratch, calibration, progress))
+    wide.unlink(missing_ok=True)
+    try:
+        made = export_gguf(
+            model_path, wide, "f16" if job.checkpoint.dtype == "F16" else "bf16", progress=progress
+        )
+        threads = max(1, torch.get_num_threads())
+        quantize(wide, part, OWN_LEVELS[level], weights, threads, progress)
+        types = {t.name: (t.tensor_type.name, int(t.shape[0])) for t in package().GGUFReader(part).tensors}
+        size = part.stat().st_size
+        os.replace(part, output)
+    finally:
+        wide.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
+    counts: dict[str, int] = {}
+    notes = list(made.notes)
+    for name, (type_, columns) in types.items():
+        counts[type_] = counts.get(type_, 0) + 1
+        if type_ != "F32" and columns % 256:
+            notes.append(f"{name} is {type_}: its rows of {columns} are not whole blocks of 256")
+    return replace(
+        made,
+        path=str(output),
+        level=level,
+        tensors=counts,
+        file_bytes=size,
+        notes=tuple(notes),
+        seconds=round(time.perf_counter() - start, 3),
+        peak_rss_bytes=peak_rss(),
+    )
+
+
+def _importance(job: _Job, by_linear: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """By tensor of the file, what its matrices' inputs weigh; of experts that no token reached, the mean of
+    the others'."""
+    weights = {}
+    for tensor in job.tensors:
+        parts = [by_linear.get(n.removesuffix(".weight")) for n in tensor.sources]
+        known = [p for p in parts if p is not None]
+        if known:
+            mean = torch.stack(known).mean(0)
+            weights[tensor.name] = torch.cat([mean if p is None else p for p in parts]).numpy()
+    return weights
 
 
 @dataclass
@@ -191,7 +268,7 @@ def _plan(path: Path, output: Path, level: str | None) -> _Job:
         Problems, QuantError: what stands against it.
     """
     if level is not None and level not in LEVELS:
-        raise UsageError(f"--level is {clipped(level)}: {', '.join(LEVELS)} are known")
+        raise UsageError(f"--level is {clipped(level)}: {', '.join([*LEVELS, *OWN_LEVELS])} are known")
     checkpoint, _ = repaired(open_checkpoint(path))
     layers = find_format(checkpoint.config, checkpoint.tensors)
     family = family_of(checkpoint.config)

@@ -187,3 +187,35 @@ def test_every_kind_of_tokenizer_reads_text_alike(tmp_path: Path, llama_cpp: Ask
         requests.append({"file": str(tmp_path / f"{name}.gguf"), "texts": texts})
     for (name, ids), answer in zip(wanted.items(), llama_cpp(requests), strict=True):
         assert answer["tokens"] == ids, name
+
+
+def test_llama_cpp_s_own_levels_are_better_with_our_importance(tmp_path: Path, llama_cpp: Ask) -> None:
+    """Two bits, where weighing shows most, on text that calibration did not see; each expert's weights are
+    of its own tokens, or llama.cpp refuses the matrix for its size."""
+    from transformers import AutoTokenizer
+
+    text = short_text().read_text(encoding="utf-8")
+    (tmp_path / "text.txt").write_text(text[: len(text) // 2])
+    few = {"samples": 16, "sequence_length": 256, "calibration_dataset": [tmp_path / "text.txt"]}
+    ids = AutoTokenizer.from_pretrained(TINYLM)(text[len(text) // 2 :]).input_ids
+    rows = [[0, *ids[i : i + 255]] for i in range(0, 4 * 255, 255)]
+    wide = {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 256, "num_experts_per_tok": 2}
+    experts = make_checkpoint(tmp_path / "experts", "qwen3_moe", **_EXPERTS | wide | {"norm_topk_prob": True})
+    logs, requests = tmp_path / "reference.npy", []
+    reference(TINYLM, rows, logs)
+    for folder, weighed in ((TINYLM, True), (TINYLM, False), (experts, True)):
+        file = tmp_path / f"{folder.name}-{weighed}.gguf"
+        made = export_gguf(folder, file, "q2_k", imatrix=weighed, calibration=few)
+        assert made.tensors["Q2_K"] > 4 and not made.notes
+        requests.append({"file": str(file), "rows": rows, "reference": str(logs)})
+    weighed_kl, plain_kl, _ = (a["kl"] for a in llama_cpp(requests))
+    assert weighed_kl < plain_kl
+    assert not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
+
+
+def test_rows_that_are_no_blocks_of_256_fall_back_by_name(tmp_path: Path, llama_cpp: Ask) -> None:
+    folder = make_checkpoint(tmp_path / "model")
+    made = export_gguf(folder, tmp_path / "out.gguf", "q4_k_m", imatrix=False)
+    assert "Q4_K" not in made.tensors
+    assert any(n.startswith("blk.1.ffn_down.weight is Q") and "rows of 96" in n for n in made.notes)
+    llama_cpp([{"file": str(tmp_path / "out.gguf")}])

@@ -209,8 +209,8 @@ def test_llama_cpp_says_what_to_make_of_a_folder(source: Path, quantized: Callab
     with pytest.raises(VerificationFailed) as refused:
         plan(source, DeploymentRequest(), "llama.cpp")
     # a source is named in the commands
-    assert f"convert_hf_to_gguf.py {shlex.quote(str(source))} --outtype" in str(refused.value)
-    with pytest.raises(VerificationFailed, match="convert_hf_to_gguf.py SOURCE.*--format plain"):
+    assert f"quant export-gguf -m {shlex.quote(str(source))} -o" in str(refused.value)
+    with pytest.raises(VerificationFailed, match="quant export-gguf -m SOURCE"):
         plan(quantized(), DeploymentRequest(), "llama.cpp")
 
 
@@ -420,7 +420,7 @@ def test_the_command_takes_an_engine(source: Path, capsys: pytest.CaptureFixture
     value = json.loads(out)
     assert value["environment"]["API_KEY"] == "$KEY" and "--api-key" not in value["command"]
     code, out, err = call("-m", source, "--engine", "llama.cpp")
-    assert code == 4 and not out and "convert_hf_to_gguf.py" in err
+    assert code == 4 and not out and "quant export-gguf" in err
     code, _, err = call("-m", source, "--engine", "mlc")
     assert code == 2 and "'mlc'" in err
     code, _, err = call("-m", source, "--kv-cache-dtype", "int4", "--max-num-seqs", "0")
