@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import textwrap
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from quant.documents import read_document
 from quant.errors import CheckpointError, UsageError, clipped
 
 #: ``org/name``, and ``org/name@revision``, as the Hub allows them.
@@ -267,7 +267,7 @@ def is_whole(folder: Path) -> bool:
     if not index.exists():
         return any(folder.glob("*.safetensors"))
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        names = read_document(index)["weight_map"].values()
         return all((folder / str(name)).exists() for name in set(names))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return True  # the reader says what is wrong with it

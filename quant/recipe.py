@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from quant import defaults
+from quant.documents import LONGEST_WRITTEN, YAML_FAULTS, read_text
 from quant.errors import Problems, QuantError, UsageError, clipped, one_of
 from quant.hardware import count_in
 from quant.schemes import UNQUANTIZED, Scheme, default_scheme, resolve_scheme
@@ -326,7 +327,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         QuantError, UsageError: unreadable, not a mapping, unknown keys, a key that stands twice.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, LONGEST_WRITTEN)
     except (OSError, UnicodeDecodeError) as error:
         raise QuantError(f"{path}: the recipe cannot be read: {error}") from error
     values = read_yaml(text, f"{path}:")
@@ -366,7 +367,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(
@@ -384,7 +385,7 @@ def read_yaml(text: str, where: str) -> Any:
     """
     try:
         value = yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
+    except (yaml.YAMLError, *YAML_FAULTS) as error:
         raise UsageError(f"{where} is not YAML: {' '.join(str(error).split())[:300]}") from error
     stack, count = [value], 0
     while stack:

@@ -33,6 +33,7 @@ from typing import Any
 
 import psutil
 
+from quant.documents import parse_json, read_document
 from quant.errors import QuantError
 
 #: Seconds between two touches of a claim, and without one until it is stale. A network file system may show
@@ -186,9 +187,9 @@ class Ledger:
     def _take(self, line: bytes) -> None:
         """One line of a file; what a crash has torn or filled with zeros is no event."""
         try:
-            event = json.loads(line)
+            event = parse_json(line.decode())
             kind, job = event["event"], event["job"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             return
         if not isinstance(kind, str) or not isinstance(job, str):
             return
@@ -301,7 +302,7 @@ class Ledger:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_document(path)
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

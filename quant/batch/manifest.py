@@ -20,6 +20,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from quant import defaults
+from quant.documents import LONGEST_WRITTEN, read_text
 from quant.errors import Problems, QuantError, UsageError, clipped, one_of
 from quant.hub import cached_snapshot, is_hub_id, model_name, set_offline
 from quant.recipe import UPLOAD, Recipe, make_recipe, read_recipe, read_yaml
@@ -190,7 +191,7 @@ def read_manifest(path: Path) -> tuple[Job, ...]:
             are not there, outputs that meet.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, LONGEST_WRITTEN)
     except (OSError, UnicodeDecodeError) as error:
         why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error.strerror)
         raise UsageError(f"{path}: the manifest cannot be read: {why}; see docs/batch.md") from error

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+
+from quant.documents import read_document
 
 #: Beginning of a file that git-lfs left in place of the real one.
 LFS = b"version https://git-lfs"
@@ -97,7 +98,7 @@ _MERGE = (
 
 def _base(config: Path) -> str:
     try:
-        name = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        name = read_document(config).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError):
         return ""
     return f" of {name}" if isinstance(name, str) and name else ""

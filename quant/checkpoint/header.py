@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quant.checkpoint.folders import not_itself
-from quant.errors import CheckpointError
+from quant.errors import CheckpointError, clipped
 
 #: bytes of one element
 DTYPE_BYTES = {
@@ -29,6 +31,7 @@ FLOATS = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2")
 #: Floats that weights are trained in, and that engines turn into one another as they load.
 WIDE_FLOATS = ("BF16", "F16", "F32", "F64")
 _LARGEST_HEADER = 100_000_000
+_MOST_SIDES = 64  # of a tensor's shape, as torch has it
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
         names = [k for k, _ in pairs]
-        raise ValueError(f"a name appears twice: {next(n for n in names if names.count(n) > 1)!r}")
+        raise ValueError(f"a name appears twice: {clipped(Counter(names).most_common(1)[0][0])}")
     return made
 
 
@@ -79,8 +82,11 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         return CheckpointError(f"{file}: not a valid safetensors file: {why}. Download or copy it again")
 
     try:
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+            raise refuse("a pipe or a device, no file")
         with file.open("rb") as stream:
-            size = file.stat().st_size
+            size = found.st_size
             if size < 8:
                 raise refuse(f"{size} bytes, fewer than the 8 of the header's length")
             head = stream.read(64)
@@ -105,33 +111,35 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     data = 8 + length
     tensors = {}
     for name, entry in header.items():
+        shown = clipped(name)
         if not name.isascii() and not _is_text(name):
-            raise refuse(f"tensor {name!r} has half of a surrogate pair in its name, which is no character")
+            raise refuse(f"tensor {shown} has half of a surrogate pair in its name, which is no character")
         try:
             dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (KeyError, TypeError, ValueError) as error:
-            raise refuse(f"tensor {name!r} lacks dtype, shape or two data_offsets") from error
+            raise refuse(f"tensor {shown} lacks dtype, shape or two data_offsets") from error
         if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-            raise refuse(f"tensor {name!r} has dtype {dtype!r}; known: {', '.join(DTYPE_BYTES)}")
-        if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+            raise refuse(f"tensor {shown} has dtype {clipped(dtype)}; known: {', '.join(DTYPE_BYTES)}")
+        numbers = (*shape, start, end) if isinstance(shape, list) and len(shape) <= _MOST_SIDES else ()
+        if not numbers or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
             raise refuse(
-                f"tensor {name!r} has shape {shape!r} and offsets {entry['data_offsets']!r}: whole numbers "
-                "from 0 up are needed"
+                f"tensor {shown} has shape {clipped(shape)} and offsets {clipped([start, end])}: whole "
+                f"numbers from 0 up are needed, {_MOST_SIDES} sides at the most"
             )
-        if end - start != math.prod(shape) * DTYPE_BYTES[dtype]:
+        if end - start != (taken := math.prod(shape) * DTYPE_BYTES[dtype]):
             raise refuse(
-                f"tensor {name!r} of {dtype} {shape} takes {math.prod(shape) * DTYPE_BYTES[dtype]} bytes, "
-                f"its offsets hold {end - start}"
+                f"tensor {shown} of {dtype} {clipped(shape)} takes {taken} bytes, its offsets hold "
+                f"{end - start}"
             )
         if data + end > size:
-            raise refuse(f"tensor {name!r} ends at byte {data + end}, the file at {size}: it is truncated")
+            raise refuse(f"tensor {shown} ends at byte {data + end}, the file at {size}: it is truncated")
         tensors[name] = TensorInfo(name, dtype, tuple(shape), file, data + start, data + end)
     position = data
     for info in sorted(tensors.values(), key=lambda t: (t.start, t.end)):
         if info.start != position:
             raise refuse(
-                f"tensor {info.name!r} starts at byte {info.start}, the one before ends at {position}: "
-                "tensors overlap or leave a hole"
+                f"tensor {clipped(info.name)} starts at byte {info.start}, the one before ends at "
+                f"{position}: tensors overlap or leave a hole"
             )
         position = info.end
     if position != size:

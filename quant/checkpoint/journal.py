@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.checkpoint.writer import file_digest, sync_folder, write_text
+from quant.documents import parse_json
 from quant.errors import CheckpointError, InUse, QuantError, clipped
 
 _JOURNAL, _LOCK = "journal.jsonl", "lock"
@@ -104,10 +105,12 @@ def _is_unit(entry: object) -> bool:
     return files and all(isinstance(v, dict) for k, v in entry.items() if k not in ("unit", "files"))
 
 
-def in_use(output: Path) -> bool:
-    """Whether a run is at work on an output, as far as this machine can tell."""
+def in_use(output: Path, published: bool = False) -> bool:
+    """Whether a run is at work on an output, as far as this machine can tell; ``published``: or about to
+    leave it."""
+    folder = output if published else output.with_name(output.name + ".work")
     try:
-        lock = os.open(output.with_name(output.name + ".work") / _LOCK, os.O_RDWR)
+        lock = os.open(folder / _LOCK, os.O_RDWR)
     except OSError:  # nothing is begun
         return False
     try:
@@ -117,6 +120,19 @@ def in_use(output: Path) -> bool:
         return True
     finally:
         os.close(lock)
+
+
+def is_unpublished(output: Path) -> bool:
+    """Whether an output is a work folder whose run was killed right after the rename, before the journal
+    went: the same job takes it back and only finishes it."""
+    if output.with_name(output.name + ".work").exists():
+        return False
+    try:
+        with (output / _JOURNAL).open(encoding="utf-8", errors="replace") as stream:
+            first = parse_json(stream.readline(1 << 20))
+    except (OSError, ValueError):
+        return False
+    return isinstance(first, dict) and isinstance(first.get("fingerprint"), dict)
 
 
 class WorkFolder:
@@ -131,6 +147,8 @@ class WorkFolder:
     def __init__(self, output: Path, fingerprint: Mapping[str, Any], fresh: bool):
         self.output = output
         self.path = output.with_name(output.name + ".work")
+        if is_unpublished(output) and not in_use(output, published=True):
+            os.rename(output, self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR, 0o644)
         try:
@@ -164,7 +182,7 @@ class WorkFolder:
         text = (self.path / _JOURNAL).read_text(encoding="utf-8", errors="replace")
         for line in text.splitlines(keepends=True):
             try:
-                lines.append(json.loads(line))
+                lines.append(parse_json(line))
             except ValueError:
                 break  # the last line of a run that was killed while writing it
             kept += line
@@ -235,8 +253,8 @@ class WorkFolder:
                 f"{self.output}: is not empty any more: something was put there while the job ran. Move it "
                 "away and run the same command again"
             ) from error
-        (self.output / _JOURNAL).unlink()
         (self.output / _LOCK).unlink()
+        (self.output / _JOURNAL).unlink()  # last: what has one is taken back by the next run
         sync_folder(self.output)
         sync_folder(self.output.parent)
         self.release()

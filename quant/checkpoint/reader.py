@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from quant.checkpoint.folders import FOREIGN_WEIGHTS, described, no_model, not_itself
 from quant.checkpoint.header import TensorInfo, read_header
-from quant.errors import CheckpointError
+from quant.documents import LARGEST, read_document
+from quant.errors import CheckpointError, clipped
 
 if TYPE_CHECKING:
     import torch
@@ -286,10 +288,10 @@ def read_json(file: Path, what: str) -> dict[str, Any]:
         CheckpointError: unreadable, not JSON, or not an object.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = read_document(file)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         with file.open("rb") as stream:
             other = not_itself(stream.read(64))
         raise CheckpointError(
@@ -327,14 +329,14 @@ def _weight_map(path: Path) -> dict[str, str]:
     for tensor, name in weight_map.items():
         if not _plain_name(name):
             raise CheckpointError(
-                f"{index}: tensor {tensor!r} is said to be in {name!r}: a file name inside the model's "
-                "folder is needed"
+                f"{index}: tensor {clipped(tensor)} is said to be in {clipped(name)}: a file name inside the "
+                "model's folder is needed"
             )
     for name in sorted(set(weight_map.values())):
         if not (path / name).exists():
             raise CheckpointError(
-                f"{index}: names {name!r}, which is not in {path}: the download is incomplete, fetch that "
-                "file"
+                f"{index}: names {clipped(name)}, which is not in {path}: the download is incomplete, fetch "
+                "that file"
             )
     return weight_map
 
@@ -379,6 +381,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = _resolve_hub_cache(path)
     if not (path / "config.json").exists():
         raise CheckpointError(f"{path}: {described(path)}")
+    _demand_no_traps(path)
     config = read_json(path / "config.json", "the config")
     stated = _side_quantization(path) if config.get("quantization_config") is None else None
     if stated is not None:
@@ -404,13 +407,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
                 if tensor in weight_map:
                     continue  # a copy in a second file: the index says which one counts
                 raise CheckpointError(
-                    f"{path / name}: holds tensor {tensor!r}, which {INDEX} does not name: the index "
+                    f"{path / name}: holds tensor {clipped(tensor)}, which {INDEX} does not name: the index "
                     "belongs to other files"
                 )
             if tensor in tensors:
                 raise CheckpointError(
-                    f"{path / name}: tensor {tensor!r} is also in {tensors[tensor].file.name}: an index "
-                    "must say which counts"
+                    f"{path / name}: tensor {clipped(tensor)} is also in {tensors[tensor].file.name}: "
+                    "an index must say which counts"
                 )
             tensors[tensor] = info
     if what := no_model(tensors):
@@ -418,12 +421,28 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     missing = sorted(set(weight_map) - set(tensors))
     if missing:
         raise CheckpointError(
-            f"{path / INDEX}: says tensor {missing[0]!r} is in {weight_map[missing[0]]}, which does not "
-            "hold it"
+            f"{path / INDEX}: says tensor {clipped(missing[0])} is in {weight_map[missing[0]]}, which does "
+            "not hold it"
         )
     return Checkpoint(
         path, config, tensors, metadata, quantization_file="" if stated is None else MODELOPT_CONFIG
     )
+
+
+def _demand_no_traps(path: Path) -> None:
+    """Libraries that read a tokenizer or code open what has its name: they would wait for a pipe, and read a
+    file whole that no memory holds."""
+    for entry in path.iterdir():
+        try:
+            found = entry.stat()
+        except OSError:  # a link to nowhere is missed where it is needed
+            continue
+        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+            raise CheckpointError(f"{entry}: a pipe or a device, no file of a model: remove it")
+        if entry.suffix == ".json" and found.st_size > LARGEST:
+            raise CheckpointError(
+                f"{entry}: is {found.st_size >> 20} MiB, {LARGEST >> 20} at the most are JSON: fetch it again"
+            )
 
 
 def _side_quantization(path: Path) -> dict[str, Any] | None:

@@ -10,11 +10,13 @@ import gc
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import click
 
-from quant.errors import QuantError
+from quant.errors import QuantError, first_line
 from quant.progress import Event
 from quant.units import format_seconds, format_size
 
@@ -36,6 +38,8 @@ atexit.register(gc.freeze)
 
 #: Exit status of a job that was asked to end: the same command goes on (``EX_TEMPFAIL`` of sysexits.h).
 RUN_AGAIN = 75
+#: How the message of an error begins that no part of the program has a message for.
+UNFORESEEN = "what was not foreseen"
 #: Errors of the system that may pass by themselves.
 _PASSING = {
     errno.EAGAIN, errno.EBUSY, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.ENOSPC, errno.ESTALE,
@@ -399,4 +403,26 @@ def run(group: click.Command, prog_name: str, argv: Sequence[str] | None = None)
         )
         click.echo(f"error: {message}", err=True)
         code = failed(message, 1, True)
+    except Exception as error:  # a fault of ours, which tells nothing to whoever reads a log
+        message = _unforeseen(error)
+        if any(_asks_for_details(word) for word in arguments):
+            traceback.print_exception(error)
+        click.echo(f"error: {message}", err=True)
+        code = failed(message, 1)
     sys.exit(code)
+
+
+def _asks_for_details(word: str) -> bool:
+    return word == "--verbose" or bool(re.fullmatch(r"-[a-z]*v[a-z]*", word))
+
+
+def _unforeseen(error: Exception) -> str:
+    """What is said of an error that no part of the program has a message for: where it came through."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f"{os.sep}quant{os.sep}" in f.filename]
+    parts = frames[-1].filename.split(f"{os.sep}quant{os.sep}") if frames else ["the program"]
+    where = f"{parts[-1]}, line {frames[-1].lineno}" if frames else parts[-1]
+    return (
+        f"{UNFORESEEN} ({type(error).__name__}: {first_line(error, 200)}; {where}): a fault of quant's, or a "
+        "file that is not what it claims to be. quant verify checks a checkpoint; the same command with -v "
+        "shows where it failed, for a report"
+    )

@@ -3,12 +3,12 @@ for a stated reason, every side file there."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quant.checkpoint.reader import REWRITTEN, STALE, Checkpoint, SideFile
+from quant.documents import read_document
 from quant.formats import QuantizedLayers
 from quant.formats.reading import dequantized
 from quant.models.cutting import without_blocks
@@ -215,7 +215,7 @@ def _template(path: Path) -> str | None:
 def _json(file: Path) -> dict[str, Any]:
     """An object of JSON; empty where there is none."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        value = read_document(file)
+    except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

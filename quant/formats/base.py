@@ -505,8 +505,8 @@ class UnreadMethod(CheckpointError):
         entries = [*FormatRegistry, *FOREIGN.values()]
         readable = ", ".join(sorted(f.name for f in entries if f.quant_method))
         super().__init__(
-            f"the checkpoint is quantized as quant_method {method!r}, which is not read here; read are "
-            f"{readable}: start from the original, or from a checkpoint in one of these"
+            f"the checkpoint is quantized as quant_method {clipped(method)}, which is not read here; "
+            f"read are {readable}: start from the original, or from a checkpoint in one of these"
         )
 
 

@@ -3,8 +3,8 @@ traceback."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
-from math import isfinite
 from typing import Any
 
 from quant.errors import UsageError, clipped
@@ -12,6 +12,7 @@ from quant.vllm.config import KEYS, parts, stated
 
 #: A dimension beyond this is a typing error in the config, not a model; so are more layers than the second.
 LARGEST_DIMENSION, LARGEST_DEPTH = 2**31, 2**14
+_LARGEST = sys.float_info.max
 
 
 class Values:
@@ -98,5 +99,5 @@ class Values:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+    """Whether a value of JSON is a number that floats reach."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil, prod
 from typing import Any
 
-from quant.errors import QuantError, UsageError
+from quant.errors import QuantError, UsageError, clipped
 from quant.models.spec import DTYPE_BYTES, ModelSpec, Weight
 from quant.schemes import BLOCK, PRESETS, Scheme, WeightScheme
 from quant.vllm.config import source_method
@@ -207,7 +207,7 @@ def source_schemes(spec: ModelSpec) -> SchemeOf:
     if any(w.stored_bytes for w in spec.weights):  # no formula is needed
         return lambda weight: None
     raise UsageError(
-        f"the checkpoint's quant_method is {method!r}: {reason}; give the checkpoint's directory "
+        f"the checkpoint's quant_method is {clipped(method)}: {reason}; give the checkpoint's directory "
         "(--model-path), whose tensors can be counted"
     )
 

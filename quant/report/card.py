@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quant import defaults
+from quant.documents import YAML_FAULTS
 from quant.hub import REPOSITORY, repository_of
 from quant.report.value import Report
 from quant.units import format_size, mean_and_error
@@ -50,7 +51,7 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
     if match:
         try:
             value = yaml.safe_load(match[1])
-        except (yaml.YAMLError, ValueError, RecursionError):
+        except (yaml.YAMLError, *YAML_FAULTS):
             value = None
         if isinstance(value, dict):
             metadata, body = value, match[2]

@@ -12,6 +12,7 @@ import yaml
 
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.checkpoint.writer import write_text
+from quant.documents import read_document
 from quant.errors import QuantError, UsageError
 from quant.report.card import CARD, card, source_card
 from quant.report.page import PAGE, page
@@ -56,8 +57,8 @@ def write_report(
 def load_evaluation(folder: str | Path) -> dict[str, Any] | None:
     """What was measured of an output; None where nothing was, or nothing that can be read."""
     try:
-        value = json.loads((Path(folder) / EVALUATION).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        value = read_document(Path(folder) / EVALUATION)
+    except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) and _whole(value) else None
 

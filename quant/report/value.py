@@ -24,6 +24,7 @@ from typing import Any
 
 import quant
 from quant import defaults
+from quant.documents import read_document
 
 #: The report that ``quant quantize`` and ``quant export-vllm`` leave in their output.
 REPORT = "quant_report.json"
@@ -533,8 +534,8 @@ class Report:
     def load(cls, path: str | Path) -> Report | None:
         """The report in a checkpoint directory; None where there is none, or none that can be read."""
         try:
-            value = json.loads((Path(path) / REPORT).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            value = read_document(Path(path) / REPORT)
+        except (OSError, ValueError):
             return None
         return cls.from_dict(value) if isinstance(value, dict) else None
 

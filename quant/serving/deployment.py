@@ -8,7 +8,6 @@ from ``VLLM_API_KEY``.
 from __future__ import annotations
 
 import ipaddress
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from quant import defaults
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
+from quant.documents import read_document
 from quant.engines import ENGINES, Engine
 from quant.errors import (
     CheckpointError,
@@ -557,7 +557,7 @@ def stated_arguments(folder: Path) -> dict[str, str | int | float]:
     if not file.is_file():
         return {}
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_document(file)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{file}: cannot be read as JSON ({error}): write it anew with quant export-vllm, or delete it"

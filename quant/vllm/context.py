@@ -55,7 +55,7 @@ def _stretch(config: Mapping[str, Any]) -> float:
     factor = 1.0
     for row in nested or [scaling]:
         value = row.get("factor")
-        if row.get("rope_type", row.get("type")) in _SCALED or isinstance(value, bool):
+        if str(row.get("rope_type", row.get("type"))) in _SCALED or isinstance(value, bool):
             continue
         if isinstance(value, (int, float)) and 1 <= value < 2**20:
             factor = float(value)

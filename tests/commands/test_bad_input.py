@@ -43,6 +43,12 @@ def half_a_pair(m: Path) -> None:
     file.write_text(file.read_text().rstrip().rstrip("}") + ', "x": "\\ud800"}')
 
 
+def change_text(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
 def outside_index(m: Path) -> None:
     (m / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}')
 
@@ -61,6 +67,23 @@ MINMAX = ["--method", "minmax", "--group-size", "32"]
 CASES: dict[str, tuple[Callable[[Path], Any], list[str], int, list[str]]] = {
     "truncated": (lambda m: os.truncate(m / "model.safetensors", 9000), MINMAX, 1,
     ["model.safetensors", "it is truncated", "again"]),
+    "thousands of sides": (lambda m: raw_safetensors(m / "model.safetensors",
+        {"x": {"dtype": "F32", "shape": [2**62] * 5000, "data_offsets": [0, 0]}}), MINMAX, 1, ["64 sides"]),
+    "a name of megabytes": (lambda m: raw_safetensors(m / "model.safetensors",
+        {"x" * 2**22: {"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}}), MINMAX, 1,
+        ["its offsets hold 8"]),
+    "a number of thousands of digits": (lambda m: change_text(m / "config.json", '"hidden_size": 64',
+        '"hidden_size": ' + "9" * 400), MINMAX, 1, ["config is not JSON", "400 digits"]),
+    "lists within lists": (lambda m: change_text(m / "config.json", '"hidden_size": 64',
+        '"x": ' + "[" * 300 + "]" * 300), MINMAX, 1, ["config is not JSON", "nested too deeply"]),
+    "a config that is a pipe": (
+        lambda m: [(m / "config.json").unlink(), os.mkfifo(m / "config.json")], MINMAX, 1,
+        ["config.json", "a pipe or a device"]),
+    "a tokenizer of gigabytes": (lambda m: os.truncate(m / "tokenizer_config.json", 1 << 32), GPTQ, 1,
+        ["tokenizer_config.json", "4096 MiB"]),
+    "weights that are a pipe": (
+        lambda m: [(m / "model.safetensors").unlink(), os.mkfifo(m / "model.safetensors")], MINMAX, 1,
+        ["model.safetensors", "a pipe or a device"]),
     "emptied": (lambda m: os.truncate(m / "model.safetensors", 0), MINMAX, 1, ["0 bytes, fewer than the 8"]),
     "a hostile header": (lambda m: raw_safetensors(m / "model.safetensors", b"{}", b"", 2**60), GPTQ, 1,
     ["the header claims"]),
@@ -328,6 +351,10 @@ RECIPES: dict[str, tuple[str, int, str]] = {
         2,
         "skip: true leaves layers unquantized",
     ),
+    "a value that is not what its tag says": ("method: !!bool perhaps\n", 2, "is not YAML"),
+    "a date that is none": ("seed: !!timestamp x\n", 2, "is not YAML"),
+    "a number without digits": ("seed: !!int ''\n", 2, "is not YAML"),
+    "megabytes": ("# " + "x" * (1 << 22), 1, "larger than the 4 MiB"),
     "a tag that makes objects": ("method: !!python/object/apply:os.system ['true']\n", 2, "is not YAML"),
 }
 

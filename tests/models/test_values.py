@@ -27,7 +27,24 @@ MODELS = (
     "openai/gpt-oss-20b", "mistralai/Mistral-Small-3.1-24B-Instruct-2503", "openai-community/gpt2",
     "tiiuae/falcon-7b", "llava-hf/llava-1.5-7b-hf", "Qwen/Qwen3-VL-8B-Instruct",
 )  # fmt: skip
-WRONG = (float("inf"), float("nan"), -1, 0, 10**30, 1.5, True, "many", "", [], [7], ["x"], {}, {"x": 1}, None)
+WRONG = (
+    float("inf"),
+    float("nan"),
+    -1,
+    0,
+    10**30,
+    10**400,
+    1.5,
+    True,
+    "many",
+    "",
+    [],
+    [7],
+    ["x"],
+    {},
+    {"x": 1},
+    None,
+)
 
 
 def places(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -50,6 +50,8 @@ def test_some_families_state_their_positions_as_they_are_after_scaling() -> None
         assert context_length(config | {"rope_parameters": linear}) == longest
         nested = {"full_attention": linear, "sliding_attention": {"rope_type": "default"}}
         assert context_length(config | {"rope_parameters": nested}) == longest
+    for odd in ({"rope_type": []}, {"type": {}, "factor": 2.0}, {"rope_type": "linear", "factor": 10**400}):
+        context_length(config | {"rope_scaling": odd})
     assert context_length({}) is None
     absurd = {"max_position_embeddings": 2**30, "rope_scaling": {"type": "linear", "factor": 1e300}}
     assert context_length(absurd) == 2**30

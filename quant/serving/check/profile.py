@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from quant.data import config_path
+from quant.documents import LONGEST_WRITTEN, read_text
 from quant.errors import Problems, QuantError, UsageError, clipped, one_of
 from quant.recipe import read_yaml
 from quant.units import parse_size
@@ -94,7 +95,7 @@ def read_profile(given: str) -> Profile:
         raise UsageError(f"{one_of('--profile', given, names)}; or the path of a YAML file")
     path = config_path(f"checks/{given}.yaml") if given in names else Path(given)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, LONGEST_WRITTEN)
     except (OSError, ValueError) as error:
         raise QuantError(f"{path}: the profile cannot be read: {error}") from error
     values = read_yaml(text, f"{path}:")
