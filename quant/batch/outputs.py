@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from quant import defaults
 from quant.batch.manifest import EvaluateGate, Job
+from quant.checkpoint.journal import is_unpublished
 from quant.errors import clipped
 from quant.models.support import GRADIENTS
 from quant.planning.target import method_for
@@ -91,6 +92,8 @@ def standing(job: Job, latest: Mapping[str, Any] | None) -> Standing:
     if not job.output.exists() or (job.output.is_dir() and not any(job.output.iterdir())):
         if latest is not None and latest.get("unneeded") and latest.get("digest") == job.digest:
             return Standing("done", facts=latest)
+        return Standing("todo")
+    if is_unpublished(job.output):
         return Standing("todo")
     facts = facts_of(job) if job.output.is_dir() else None
     if facts is None:

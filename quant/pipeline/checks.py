@@ -9,6 +9,7 @@ from pathlib import Path
 
 from quant import defaults
 from quant.checkpoint.header import WIDE_FLOATS
+from quant.checkpoint.journal import is_unpublished
 from quant.checkpoint.reader import Checkpoint
 from quant.errors import QuantError, clipped
 from quant.evaluation.agreement import file_problems
@@ -176,7 +177,7 @@ def output_problems(model_path: Path, output_path: Path) -> list[str]:
     output, source = output_path.resolve(), model_path.resolve()
     if os.path.exists(output) and not output.is_dir():
         return [f"{output}: the output path is a file: choose another --output-path"]
-    if os.path.exists(output) and any(output.iterdir()):
+    if os.path.exists(output) and any(output.iterdir()) and not is_unpublished(output):
         return [f"{output}: the output directory is not empty: choose another --output-path, or remove it"]
     if output == source or source in output.parents:
         return [

@@ -19,7 +19,7 @@ import torch
 
 from quant.errors import QuantError
 from quant.pipeline import manager as module
-from tests.helpers import ROOT, copy_model, quantize, short_text, weight_files
+from tests.helpers import ROOT, copy_model, files_of, quantize, short_text, weight_files
 
 
 class Stopped(Exception):
@@ -102,6 +102,41 @@ def test_a_job_stopped_after_its_last_unit_only_finishes(
         patch.setattr(module, "write_unit", lambda *a: pytest.fail("a finished unit was written again"))
         found = quantize(llama, tmp_path / "out", method="gptq", group_size=32)
     assert found["output_hash"] == wanted["output_hash"]
+
+
+def test_a_job_killed_right_after_its_output_got_its_name_only_finishes(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = JOBS["gptq"]
+    wanted = quantize(llama, tmp_path / "undisturbed", **job)
+    rename = os.rename
+
+    def killed(*paths: Any) -> None:
+        rename(*paths)
+        if paths[1] == tmp_path / "out":
+            raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr("quant.checkpoint.journal.os.rename", killed)
+        quantize(llama, tmp_path / "out", **job)
+    assert {"journal.jsonl", "lock"} < {f.name for f in (tmp_path / "out").iterdir()}
+    with pytest.raises(QuantError, match="holds unfinished work of another job"):
+        quantize(llama, tmp_path / "out", **job | {"bits": 8})
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_unit", lambda *a: pytest.fail("a finished unit was written again"))
+        found = quantize(llama, tmp_path / "out", **job)
+    assert found["output_hash"] == wanted["output_hash"]
+    assert files_of(tmp_path / "out").keys() == files_of(tmp_path / "undisturbed").keys()
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_a_folder_with_a_journal_of_its_own_is_left_as_it_is(llama: Path, tmp_path: Path) -> None:
+    for text in ("", "monday\n", '{"entry": 1}\n', "[" * 5000):
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        (tmp_path / "mine/journal.jsonl").write_text(text)
+        with pytest.raises(QuantError, match="the output directory is not empty"):
+            quantize(llama, tmp_path / "mine", **JOBS["minmax"])
+        assert (tmp_path / "mine/journal.jsonl").read_text() == text and not (tmp_path / "mine.work").exists()
 
 
 def test_two_runs_of_one_job_give_the_same_bytes(llama: Path, tmp_path: Path) -> None:
