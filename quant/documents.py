@@ -19,18 +19,20 @@ LONGEST_WRITTEN = 1 << 22
 YAML_FAULTS = (ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError)
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, bounded: bool = True) -> Any:
     """What a JSON text stands for.
 
+    Args:
+        bounded: whether a whole number of more than :data:`BITS` bits is refused.
+
     Raises:
-        ValueError: it is no JSON, is nested deeper than :data:`DEEPEST`, or holds a whole number of more than
-            :data:`BITS` bits.
+        ValueError: it is no JSON, is nested deeper than :data:`DEEPEST`, or holds such a number.
 
     >>> parse_json('{"a": [1e5]}')
     {'a': [100000.0]}
     """
     try:
-        value = json.loads(text, parse_int=_whole)
+        value = json.loads(text, parse_int=_whole if bounded else None)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     level, depth = [value], 0
@@ -53,8 +55,8 @@ def _whole(digits: str) -> int:
     return value
 
 
-def read_document(file: Path) -> Any:
-    """What a UTF-8 file of JSON stands for.
+def read_document(file: Path, bounded: bool = True) -> Any:
+    """What a UTF-8 file of JSON stands for; ``bounded``: see :func:`parse_json`.
 
     Raises:
         OSError: it cannot be read, is a pipe or a device, which may never end, or is larger than any such
@@ -64,7 +66,17 @@ def read_document(file: Path) -> Any:
     kind = os.stat(file).st_mode
     if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
         raise OSError(errno.EINVAL, "a pipe or a device, no file", str(file))
-    return parse_json(read_text(file))
+    return parse_json(read_text(file), bounded)
+
+
+def whole_characters(value: Any) -> Any:
+    """A value of JSON in which halves of surrogate pairs, which JSON can hold and no file or terminal, are
+    question marks.
+
+    >>> whole_characters({"a": ["\\ud800b"]})
+    {'a': ['?b']}
+    """
+    return json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
 
 
 def read_text(file: Path, most: int = LARGEST) -> str:

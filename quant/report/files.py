@@ -12,7 +12,7 @@ import yaml
 
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.checkpoint.writer import write_text
-from quant.documents import read_document
+from quant.documents import read_document, whole_characters
 from quant.errors import QuantError, UsageError
 from quant.report.card import CARD, card, source_card
 from quant.report.page import PAGE, page
@@ -57,7 +57,7 @@ def write_report(
 def load_evaluation(folder: str | Path) -> dict[str, Any] | None:
     """What was measured of an output; None where nothing was, or nothing that can be read."""
     try:
-        value = read_document(Path(folder) / EVALUATION)
+        value = whole_characters(read_document(Path(folder) / EVALUATION))
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) and _whole(value) else None

@@ -24,7 +24,7 @@ from typing import Any
 
 import quant
 from quant import defaults
-from quant.documents import read_document
+from quant.documents import read_document, whole_characters
 
 #: The report that ``quant quantize`` and ``quant export-vllm`` leave in their output.
 REPORT = "quant_report.json"
@@ -534,7 +534,7 @@ class Report:
     def load(cls, path: str | Path) -> Report | None:
         """The report in a checkpoint directory; None where there is none, or none that can be read."""
         try:
-            value = read_document(Path(path) / REPORT)
+            value = whole_characters(read_document(Path(path) / REPORT, bounded=False))
         except (OSError, ValueError):
             return None
         return cls.from_dict(value) if isinstance(value, dict) else None

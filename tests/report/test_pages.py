@@ -113,6 +113,10 @@ def test_the_card_has_what_the_hub_reads_and_a_kl_only_once_it_is_measured(made:
     assert "0.01230 ± 0.00040" in whole((made / "quant_report.html").read_text(encoding="utf-8"))
     (made / "quant_evaluation.json").write_text('{"kl": {"mean": "much"}}')
     assert load_evaluation(made) is None  # a file that is none of ours
+    # half of a character, which no file holds
+    (made / "quant_evaluation.json").write_text(json.dumps({**EVALUATION, "text": "a\ud800b.txt"}))
+    save_evaluation(made, load_evaluation(made) or {})
+    assert "a?b.txt" in front(made)[1]
 
 
 def test_the_base_model_is_what_the_source_was_fetched_as(tmp_path: Path) -> None:
