@@ -141,16 +141,16 @@ def find_part(text: str, option: str = "--gpu") -> Part:
                 raise UsageError(f"{option} is {text!r}: a number of GPUs is from 1 to {MOST}")
             return Part(part.row, count, part.note)
     if entry := _elsewhere(text):
-        alone = "--gpu-memory SIZE without --gpu plans by the memory alone; "
+        alone = "quant recommend --gpu-memory SIZE without --gpu plans by the memory alone; "
         raise UsageError(
             f"{option} is {text!r}: {entry['why']}. {alone if entry.get('by_memory', True) else ''}"
             "`quant detect --gpu list` shows the parts that are known"
         )
     near = _nearest(text)
-    offered = f"; nearest: {', '.join(near)}. Give one of them, or" if near else ". Give"
+    offered = f"; nearest: {', '.join(near)}. Give one of them" if near else ". Give the part nearest to it"
     raise UsageError(
-        f"{option} is {text!r}: not in the table{offered} the nearest part with --gpu-memory; `quant detect "
-        "--gpu list` shows all"
+        f"{option} is {text!r}: not in the table{offered}; `quant detect --gpu list` shows all, and quant "
+        "recommend takes another memory for them with --gpu-memory"
     )
 
 
@@ -172,7 +172,7 @@ def _find(text: str, option: str) -> Part | None:
         sizes = ", ".join(f"{r['name']} {r['memory_gib']} GB" for r in fitting)
         raise UsageError(
             f"{option} is {text!r}: the table has no such part of {name.memory:g} GB, but {sizes}. Give one "
-            f"of them, with --gpu-memory {name.memory:g}GiB if the card was changed"
+            f"of them; of a card that was changed, quant recommend takes --gpu-memory {name.memory:g}GiB"
         )
     if not of_size:
         return None

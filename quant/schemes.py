@@ -291,7 +291,9 @@ class SchemeRow:
         return self.scheme.name
 
 
-_FP8, _ROUNDED, _SOLVED = ("fp8",), ("minmax", "gptq"), ("yaqa", "gptq", "minmax")
+#: Methods of schemes of few bits, the preferred one first.
+SOLVED = ("yaqa", "gptq", "minmax")
+_FP8, _ROUNDED = ("fp8",), ("minmax", "gptq")
 
 #: quant's own schemes by name; :data:`SchemeRegistry` has those of other packages, too. The names are those
 #: that vLLM's and llm-compressor's users know; w2a16 and w3a16 have no vLLM kernel.
@@ -300,14 +302,14 @@ SCHEMES = {
     for row in (
         SchemeRow(
             Scheme("w4a16", WeightScheme(4, 128, True)),
-            _SOLVED,
+            SOLVED,
             "4-bit weights (GPTQ, AWQ)",
             rank=4,
             finer="w8a16",
         ),
         SchemeRow(
             Scheme("w4a16-asym", WeightScheme(4, 128, False)),
-            _SOLVED,
+            SOLVED,
             default_of=("awq",),  # asymmetric, as its paper and its users have it
             finer="w8a16",
         ),
@@ -337,21 +339,21 @@ SCHEMES = {
         SchemeRow(Scheme("w8a16-fp8", _fp8("channel")), _FP8),
         SchemeRow(
             Scheme("nvfp4", _NVFP4, _NVFP4_INPUTS),
-            _SOLVED,
+            SOLVED,
             "NVFP4 weights and activations",
             rank=5,
             native=True,
             finer="w8a8-fp8",
         ),
-        SchemeRow(Scheme("nvfp4a16", _NVFP4), _SOLVED, finer="w8a16-fp8"),
+        SchemeRow(Scheme("nvfp4a16", _NVFP4), SOLVED, finer="w8a16-fp8"),
         SchemeRow(
             Scheme("mxfp4", WeightScheme(4, 32, True, "float", "group", "U8"), _MX_INPUTS[4]),
-            _SOLVED,
+            SOLVED,
             finer="mxfp8",
         ),
         SchemeRow(
             Scheme("mxfp4a16", WeightScheme(4, 32, True, "float", "group", "U8")),
-            _SOLVED,
+            SOLVED,
             finer="w8a16-fp8",
         ),
         SchemeRow(

@@ -9,7 +9,7 @@ itself: :data:`RUN` names the families of which a test shows that it can.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quant.models.adapter import ModelRegistry
@@ -96,7 +96,10 @@ def passed_over(
 
 
 def makeable_methods(
-    model: ModelSpec | Mapping[str, Any], scheme: Scheme, needs: Mapping[str, str] | None = None
+    model: ModelSpec | Mapping[str, Any],
+    scheme: Scheme,
+    needs: Mapping[str, str] | None = None,
+    methods: Sequence[str] | None = None,
 ) -> tuple[str, ...]:
     """The methods that make a scheme of a model, the preferred one first; see :func:`method_problem`. Of
     mixtures those of :data:`GRADIENTS` come behind the one that stands in for them, since they solve every
@@ -108,7 +111,8 @@ def makeable_methods(
     >>> makeable_methods({"model_type": "internlm2"}, PRESETS["w4a16"])
     ('minmax',)
     """
-    made = [m for m in row_of(scheme).methods if method_problem(model, scheme, m, needs) is None]
+    own = row_of(scheme).methods if methods is None else methods
+    made = [m for m in own if method_problem(model, scheme, m, needs) is None]
     if WITHOUT_GRADIENTS in made and _has_experts(model):
         costly = [m for m in made if m in GRADIENTS]
         made = [m for m in made if m not in GRADIENTS]

@@ -14,7 +14,7 @@ from quant.hardware import count_in, detect, named_gpu
 from quant.models.support import GRADIENTS, makeable_methods, passed_over, scheme_problem
 from quant.planning.recommendation import Recommendation, recommend
 from quant.planning.request import EngineRequest
-from quant.schemes import DEFAULT_SCHEME, PRESETS, Scheme, row_of
+from quant.schemes import DEFAULT_SCHEME, PRESETS, SOLVED, Scheme, row_of
 from quant.vllm.kernels import kernel_problem
 from quant.vllm.releases import loading_problem
 
@@ -34,20 +34,16 @@ def method_for(
         effort: one of :data:`quant.defaults.EFFORTS`.
 
     Raises:
-        UsageError: a scheme that vLLM does not load has no such method, nor has one that this build does not
-            make of the model.
+        UsageError: a scheme that this build does not make of the model has no such method.
     """
-    row = row_of(scheme)
-    if not row.methods:
-        raise UsageError(
-            f"missing --method: scheme {scheme.name!r} has no default one; give gptq, yaqa or minmax"
-        )
-    file, preferred = Path(model) / "config.json", _of_effort(row.methods, effort)[0]
+    # one that vLLM does not load is made for other engines by those that make its like
+    every = row_of(scheme).methods or SOLVED
+    file, preferred = Path(model) / "config.json", _of_effort(every, effort)[0]
     if not file.is_file():
         # refused by the job, together with all else that is wrong
         return preferred, ""
     config = read_json(file, "the config")
-    methods = _of_effort(makeable_methods(config, scheme, needs), effort)
+    methods = _of_effort(makeable_methods(config, scheme, needs, every), effort)
     if not methods:
         raise UsageError(f"missing --method: {scheme_problem(config, scheme, needs)}")
     if methods[0] == preferred:
