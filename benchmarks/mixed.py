@@ -31,7 +31,7 @@ from quality import rotated  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import quant  # noqa: E402
-from quant.evaluation.quality import Source, evaluate  # noqa: E402
+from quant.evaluation.quality import Sample, Source, evaluate  # noqa: E402
 
 #: Bits, group sizes and symmetry of the schemes that are given to all layers.
 UNIFORM = tuple((4, g, s) for s in (True, False) for g in (-1, 128, 64, 32)) + ((8, -1, True),)
@@ -121,7 +121,7 @@ def one_draw(
         uniform_values = {"model_path": path, "method": method}
     else:
         uniform_values = values | ({"gradient_samples": min(samples, 64)} if method == "yaqa" else {})
-    source = Source(path, text, model.length, chunks)
+    source = Source(path, Sample(text=text, length=model.length, chunks=chunks))
     # K that fills no whole words at 4 bits stays as it is: in both
     ignore = [] if fits(path, 4, -1) else ["*.down_proj"]
     rows, points = [], []
