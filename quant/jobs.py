@@ -9,7 +9,6 @@ or run. The commands, batches and programs call these.
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,21 +16,22 @@ from typing import TYPE_CHECKING, Any
 
 from quant import defaults
 from quant.checkpoint.reader import read_json
-from quant.errors import DeviceMemoryExhausted, NoGradients, Problems, QuantError, UsageError
-from quant.hardware import named_gpu
+from quant.errors import NoGradients, Problems, QuantError, UsageError
+from quant.hardware import detect, named_gpu
 from quant.models.support import GRADIENTS, WITHOUT_GRADIENTS
 from quant.pipeline.memory import prepare_torch
 from quant.planning.recommendation import Recommendation
 from quant.planning.target import choose, method_for, settings
 from quant.progress import Event, Progress, silent
 from quant.recipe import Assignment, Recipe, Rule, make_recipe
-from quant.schemes import row_of
+from quant.schemes import DEFAULT_SCHEME, PRESETS, row_of
 from quant.upload import destination_of, made_already, upload, upload_problem
 from quant.vllm.config import text_config
 from quant.vllm.layers import ONE_FORM
 
 if TYPE_CHECKING:
     from quant.pipeline.plan import JobPlan
+    from quant.pipeline.searching import Searched
     from quant.report.value import Report
 
 
@@ -273,6 +273,41 @@ def foreseen(recipe: Recipe, progress: Progress = silent) -> dict[str, Any]:
     return foresee(recipe, progress)
 
 
+def search(
+    values: Mapping[str, Any],
+    progress: Progress = silent,
+    *,
+    blocks: int = defaults.SEARCH_BLOCKS,
+    rows: int = defaults.SEARCH_SAMPLES,
+    run: bool = True,
+) -> Searched:
+    """Foretells from a sample of blocks what the sensible methods and schemes would lose
+    (:func:`quant.pipeline.searching.search`).
+
+    Args:
+        values: keys of a :class:`Recipe` without a method; without a size, the GPU here or that of ``gpu`` is
+            to hold the model.
+
+    Raises:
+        UsageError: wrong values; or neither a size nor a GPU.
+        QuantError: see :func:`quant.pipeline.searching.search`.
+    """
+    asked = make_recipe({**values, "method": WITHOUT_GRADIENTS})
+    if not asked.mixes:
+        if asked.gpu is None and not detect().gpus:
+            raise UsageError(
+                "no size is given and no GPU is here to choose one for: give --target-size, --target-bits or "
+                "the GPU that will serve it (--gpu L40S-48GB)"
+            )
+        values = {**values, "fit": True}
+    method, _ = method_for(PRESETS[DEFAULT_SCHEME], asked.model_path)
+    prepare_torch()
+    from quant.pipeline.searching import search
+
+    recipe = make_recipe({**values, "method": method})
+    return search(recipe, progress, blocks=blocks, rows=rows, run=run)
+
+
 def estimate(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
     """What a job will make and, for the native engine, take: :meth:`JobPlan.to_dict` with the bytes, memory
     and seconds of :func:`quant.pipeline.estimate.estimate`; for a legacy engine with ``backend``, of which
@@ -324,28 +359,20 @@ def run(plan: JobPlan, progress: Progress = silent, command: Sequence[str] | Non
         from quant.backends.run import quantize_with
 
         return quantize_with(plan, progress, command)
-    from quant.accelerator import give_back
     from quant.pipeline.manager import QuantizationManager
+    from quant.pipeline.retry import in_smaller_batches
 
-    tokens: int | None = None
-    while True:
-        manager = QuantizationManager(plan, progress, command, tokens)
-        try:
-            report = manager.run()
-        except NoGradients as error:
-            plan = _without_gradients(plan, error, progress)
-        except DeviceMemoryExhausted:
-            tokens = manager.smaller_batch()
-            if tokens is None:
-                raise
-            # what this run has finished is not what --fresh is to leave aside
-            plan = replace(plan, recipe=plan.recipe.model_copy(update={"fresh": False}))
-        else:
-            break
-        device = manager.device
-        del manager
-        gc.collect()  # what the failed pass held, before the device is asked for memory again
-        give_back(device)
+    def make(tokens: int | None) -> QuantizationManager:
+        # what a run has finished that gave out of memory is not what --fresh is to leave aside
+        again = {} if tokens is None else {"fresh": False}
+        job = replace(plan, recipe=plan.recipe.model_copy(update=again))
+        return QuantizationManager(job, progress, command, tokens)
+
+    try:
+        report = in_smaller_batches(make, QuantizationManager.run)
+    except NoGradients as error:
+        plan = _without_gradients(plan, error, progress)
+        report = in_smaller_batches(make, QuantizationManager.run)
     if plan.allocation is not None:
         from quant.pipeline.mixing import forget
 

@@ -66,7 +66,7 @@ class _Observed:
             self.sums[group].add(inputs)
 
 
-def _before(
+def before(
     block: nn.Module, group: InputGroup, kept: Mapping[str, ExpertGradients]
 ) -> ExpertGradients | InnerGradients | None:
     """What the experts of a group read before its product, of what is kept by module; None of a row that is
@@ -166,7 +166,7 @@ class BlockQuantizer:
         experts = GradientExpertSolver(self.solver, self.clock)
         for key, whole in chosen.items():
             if key.experts:
-                inputs = (_before(block, key, kept) for kept in (seen.routed, seen.held_out))
+                inputs = (before(block, key, kept) for kept in (seen.routed, seen.held_out))
                 routed, held_out = inputs
                 assert routed is not None
                 experts.solve(work, key, self.solver.kin(work, whole), routed, held_out)

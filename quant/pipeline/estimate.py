@@ -32,6 +32,7 @@ from quant.pipeline.manager import QuantizationManager, memory_exhausted, worker
 from quant.pipeline.memory import freed_memory_kept, peak_rss
 from quant.pipeline.pieces import PieceQuantizer
 from quant.pipeline.plan import JobPlan
+from quant.pipeline.retry import in_smaller_batches
 from quant.pipeline.rows import tell_notes
 from quant.pipeline.staged import computed, run_block
 from quant.progress import Event, Progress, silent
@@ -55,7 +56,7 @@ _LOGITS = 6
 #: What reading and writing take where nothing else does.
 _BUFFERS = 32 << 20
 #: Bytes in a second that are read from a disk, and that are hashed, written and read again for verification.
-_READ, _WRITTEN = 1e9, 5e8
+READ, WRITTEN = 1e9, 5e8
 
 
 @dataclass(frozen=True)
@@ -84,24 +85,17 @@ def estimate(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
     """
     import psutil
 
-    manager = QuantizationManager(plan)
-    value = plan.to_dict()
-    memory = psutil.virtual_memory()
-    tokens = 0
-    with freed_memory_kept(), memory_exhausted(manager.device):
-        if manager.needs:
-            rows, skeleton = manager.prepare()
-            tell_notes(rows, progress)
-            prepared = manager.clock.seconds["text"]
-            tokens = rows.tokens.numel()
-            there = memory.total if manager.device.type == "cpu" else memory_of(manager.device)[1]
-            _check_memory(_least(plan, skeleton), there)
-            cost = (_of_gradients if plan.gradients else _of_blocks)(manager, rows, skeleton, progress)
-        else:
-            prepared, cost = 0.0, _try_linears(manager, progress)
-    seconds = prepared + cost.seconds + plan.checkpoint.nbytes / _READ + plan.output_bytes / _WRITTEN
+    def work(manager: QuantizationManager) -> tuple[int, float, Cost]:
+        with freed_memory_kept(), memory_exhausted(manager.device):
+            return _tried(manager, progress)
+
+    tokens, prepared, cost = in_smaller_batches(
+        lambda several: QuantizationManager(plan, batch_tokens=several), work
+    )
+    value, memory = plan.to_dict(), psutil.virtual_memory()
+    seconds = prepared + cost.seconds + plan.checkpoint.nbytes / READ + plan.output_bytes / WRITTEN
     if plan.methods == ["none"]:  # both models are read and run once more, to see that they compute the same
-        seconds += 2 * plan.checkpoint.nbytes / _READ
+        seconds += 2 * plan.checkpoint.nbytes / READ
         logits = 4 * ROWS * TOKENS * int(text_config(plan.checkpoint.config).get("vocab_size") or 0)
         cost = replace(cost, peak_rss=cost.peak_rss + _LOGITS * logits)
     _check_memory(cost.peak_rss, memory.total)
@@ -112,6 +106,21 @@ def estimate(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
         seconds=round(seconds, 1), tried=cost.tried, calibration_tokens=tokens,
     )  # fmt: skip
     return value
+
+
+def _tried(manager: QuantizationManager, progress: Progress) -> tuple[int, float, Cost]:
+    """Calibration tokens, the seconds that they took to read, and what a trial says of the work."""
+    if not manager.needs:
+        return 0, 0.0, _try_linears(manager, progress)
+    import psutil
+
+    rows, skeleton = manager.prepare()
+    tell_notes(rows, progress)
+    on_cpu = manager.device.type == "cpu"
+    there = psutil.virtual_memory().total if on_cpu else memory_of(manager.device)[1]
+    _check_memory(_least(manager.plan, skeleton), there)
+    by = _of_gradients if manager.plan.gradients else _of_blocks
+    return rows.tokens.numel(), manager.clock.seconds["text"], by(manager, rows, skeleton, progress)
 
 
 def _check_memory(needed: int, total: int) -> None:

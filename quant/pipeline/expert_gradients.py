@@ -152,10 +152,10 @@ class GradientExpertSolver(ExpertSolver):
         needs = self.solver.needs(assignment)
         if "gradients" not in needs:
             return super().statistics(layer, assignment, some, prior)
-        made = [self._of_expert(layer, expert, names, prior, needs) for expert, names in some.items()]
+        made = [self.of_expert(layer, expert, names, prior, needs) for expert, names in some.items()]
         return [seen for seen, _ in made], [notes for _, notes in made]
 
-    def _of_expert(
+    def of_expert(
         self, layer: Layer, expert: int, names: Sequence[str], prior: Prior, needs: frozenset[str]
     ) -> tuple[Statistics, tuple[str, ...]]:
         """The statistics of what an expert reads and of the gradients at the outputs of its linears

@@ -218,7 +218,7 @@ class ExpertSolver:
                 demand_finite(seen, work.prefix + names[0])
             factors = self._factors(layer, [*some.values()], weights, statistics)
             stacked, statistics = _divided(stacked_weights(weights), statistics, factors)
-            method = _unrefined(self.solver.quantizers[assignment], assignment)
+            method = unrefined(self.solver.quantizers[assignment], assignment)
             results = self.solver.rounded(assignment, weights, statistics, stacked, layer.said, method=method)
             for (expert, names), mine, solved, told, factor in zip(
                 some.items(), weights, results, notes, factors, strict=True
@@ -296,7 +296,7 @@ class ExpertSolver:
         return solver.folded(suppressor, fold, False, stacked, seen, assignment.scheme, work.made)[0]
 
 
-def _unrefined(quantizer: Quantizer, assignment: Assignment) -> Quantizer:
+def unrefined(quantizer: Quantizer, assignment: Assignment) -> Quantizer:
     """GPTQ without its sweeps, unless they are asked for: experts see few tokens each, and it would take as
     long again as solving them."""
     if isinstance(quantizer, GPTQQuantizer) and "sweeps" not in dict(assignment.options):

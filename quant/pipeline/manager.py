@@ -197,7 +197,7 @@ class QuantizationManager:
         self.progress(Event("text"))
         with self.clock.phase("text"):
             rows = job_rows(self.plan)
-        if self.batch_tokens < of_kind(BATCH_TOKENS, self.device):
+        if self.smaller:
             several = self.batch_rows(rows.tokens.shape[1])
             note = f"{self.device} ran out of memory: rows go through blocks by {several}"
             rows = replace(rows, notes=(*rows.notes, note))
@@ -353,6 +353,11 @@ class QuantizationManager:
         rows, length = self._calibration
         several = min(self.batch_rows(length), rows) if rows else 0
         return several // 2 * length if several > 1 else None
+
+    @property
+    def smaller(self) -> bool:
+        """Whether batches are smaller than suits the device, because its memory has run out."""
+        return self.batch_tokens < of_kind(BATCH_TOKENS, self.device)
 
     def batch_rows(self, length: int) -> int:
         """Calibration rows of so many tokens that go through a block together."""

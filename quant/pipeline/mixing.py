@@ -22,14 +22,16 @@ from quant import defaults
 from quant.calibration.text import Rows
 from quant.checkpoint.journal import WorkFolder
 from quant.errors import NoGradients, NothingFits, Problems, QuantError, UsageError
+from quant.hardware import detect
 from quant.models.skeleton import Skeleton
 from quant.pipeline.candidates import Candidate, Item, candidates, family, items_of
 from quant.pipeline.checks import check_disk
 from quant.pipeline.gradients import Seen, gradient_problem
 from quant.pipeline.manager import CALIBRATION, QuantizationManager, memory_exhausted
 from quant.pipeline.plan import JobPlan, plan_job
+from quant.pipeline.retry import in_smaller_batches
 from quant.pipeline.rows import later_rows
-from quant.pipeline.survey import BOTH, Judge, Losses, Survey, surveyed
+from quant.pipeline.survey import BOTH, Judge, Losses, Survey, asked_of, routed_modules, surveyed
 from quant.planning.allocation import allocate as knapsack
 from quant.planning.fitting import fitting_bytes
 from quant.planning.request import EngineRequest
@@ -149,6 +151,11 @@ def request_problems(recipe: Recipe) -> list[str]:
         )
     if recipe.method == "none":
         problems.append(f"{sizes[0]}: --method none rounds nothing: use --method gptq")
+    if recipe.fit and recipe.gpu is None and not detect().gpus:
+        problems.append(
+            "--fit asks for the memory of the GPU here, and there is none: name the one that will serve it "
+            "(--gpu L40S-48GB), or give --target-size"
+        )
     if not recipe.fit and (
         given := [k for k in ("context", "concurrency") if getattr(recipe, k) is not None]
     ):
@@ -238,34 +245,45 @@ def allocate(recipe: Recipe, progress: Progress = silent) -> Allocation:
         QuantError: see :func:`prepare`; or no gradient can be taken through the model.
     """
     prepared = prepare(recipe)
-    manager = QuantizationManager(prepared.plan)
     check_disk(_folder(recipe), prepared.scratch_bytes)
-    rows, skeleton = _seen(prepared, manager)
+    facts = in_smaller_batches(
+        lambda tokens: QuantizationManager(prepared.plan, batch_tokens=tokens),
+        lambda manager: _decided(recipe, prepared, manager, progress),
+    )
+    for sentence in facts["notes"]:
+        progress(Event("compare", message=sentence))
+    return Allocation(_recipe(recipe, prepared, facts["picks"]), facts)
+
+
+def _decided(
+    recipe: Recipe, prepared: Prepared, manager: QuantizationManager, progress: Progress
+) -> dict[str, Any]:
+    """What was chosen, as the journal has it."""
+    rows, skeleton = seen(prepared, manager)
     limit = min(recipe.gradient_samples or defaults.GRADIENT_SAMPLES, len(rows.tokens))
     tokens = rows.tokens[:limit]
     fingerprint = manager.fingerprint(rows) | {
         "gradient_rows": limit,
         "candidates": [c.label for c in prepared.pool],
     }
-    work = WorkFolder(_folder(recipe), fingerprint, recipe.fresh)
+    # blocks that were finished before memory ran out are not what --fresh is to leave aside
+    work = WorkFolder(_folder(recipe), fingerprint, recipe.fresh and not manager.smaller)
     try:
         key = f"choice for {prepared.budget.option}"
         if key not in work.finished:
             with memory_exhausted(manager.device):
-                _demand_gradients(prepared, skeleton)
+                demand_gradients(prepared, skeleton)
                 survey = Survey(manager, prepared.pool, prepared.items, work, progress)
                 losses = survey.run(skeleton, tokens, rows.held_out)
                 chosen = _chosen(prepared, survey, losses, progress)
             work.finish_unit(key, {}, {"chosen": chosen})
-        facts = work.finished[key]["chosen"]
+        found: dict[str, Any] = work.finished[key]["chosen"]
     finally:
         work.release()
-    for sentence in facts["notes"]:
-        progress(Event("compare", message=sentence))
-    return Allocation(_recipe(recipe, prepared, facts["picks"]), facts)
+    return found
 
 
-def _seen(prepared: Prepared, manager: QuantizationManager) -> tuple[Rows, Skeleton]:
+def seen(prepared: Prepared, manager: QuantizationManager, instead: str = "") -> tuple[Rows, Skeleton]:
     """The job's calibration rows and its model.
 
     Raises:
@@ -274,7 +292,7 @@ def _seen(prepared: Prepared, manager: QuantizationManager) -> tuple[Rows, Skele
     try:
         return manager.prepare()
     except NoGradients as error:
-        raise QuantError(f"{error.problem}: {_without(prepared)}") from error
+        raise QuantError(f"{error.problem}: {instead or _without(prepared)}") from error
 
 
 def _without(prepared: Prepared) -> str:
@@ -282,25 +300,34 @@ def _without(prepared: Prepared) -> str:
     return f"{prepared.budget.option.partition(' ')[0]} needs gradients: use --scheme, which needs none"
 
 
-def _demand_gradients(prepared: Prepared, skeleton: Skeleton) -> None:
+def demand_gradients(prepared: Prepared, skeleton: Skeleton, instead: str = "") -> None:
     """
+    Args:
+        instead: what to do where there are none; empty: what a job of ``quantize`` can.
+
     Raises:
-        QuantError: no gradient can be taken through the model, or experts are to be chosen for.
+        QuantError: no gradient can be taken through the model, or what its experts lose cannot be told.
     """
-    option = prepared.budget.option.partition(" ")[0]
+    rounded = any(c.assignment is not None and c.assignment.scheme.activations for c in prepared.pool)
     for index in range(skeleton.block_count):
         names, places = surveyed(prepared.items, skeleton, index), skeleton.linears(index)
-        if routed := next((name for name, local in names.items() if places[local].shared), None):
-            raise QuantError(
-                f"{routed}: what routed experts lose is not weighed by {option}: use --scheme instead"
-            )
+        routed = routed_modules(skeleton, index)
+        for name, local in names.items():
+            if local in routed and rounded:
+                raise QuantError(
+                    f"{name}: what rounded inputs of routed experts lose is not weighed: {_without(prepared)}"
+                )
+            if local not in routed and places[local].shared:
+                raise QuantError(
+                    f"{name}: a part of a parameter that holds several cannot be weighed: "
+                    f"{instead or _without(prepared)}"
+                )
 
     def wanted(index: int) -> Seen:
-        places = skeleton.linears(index)
-        return Seen({n: (places[n], BOTH) for n in surveyed(prepared.items, skeleton, index).values()})
+        return asked_of(skeleton, index, surveyed(prepared.items, skeleton, index).values(), BOTH)
 
     if problem := gradient_problem(skeleton, wanted):
-        raise QuantError(f"{problem}: {_without(prepared)}")
+        raise QuantError(f"{problem}: {instead or _without(prepared)}")
 
 
 def forget(recipe: Recipe) -> None:
@@ -313,7 +340,7 @@ def _folder(recipe: Recipe) -> Path:
     return output.with_name(f"{output.name}.choice")
 
 
-def _item_losses(prepared: Prepared, losses: Losses) -> list[list[float | None]]:
+def item_losses(prepared: Prepared, losses: Losses) -> list[list[float | None]]:
     """Of each item what it loses in each candidate; None of candidates that it cannot take."""
     found = []
     for item in prepared.items:
@@ -330,7 +357,7 @@ def _item_losses(prepared: Prepared, losses: Losses) -> list[list[float | None]]
 def _chosen(prepared: Prepared, survey: Survey, losses: Losses, progress: Progress) -> dict[str, Any]:
     """The choice, judged, as plain values."""
     items, pool = prepared.items, prepared.pool
-    found = _item_losses(prepared, losses)
+    found = item_losses(prepared, losses)
     unseen = [i for i, row in enumerate(found) if row[-1] is None]
     # what no token goes through has no loss to weigh: it takes the finest scheme that is none of 16 bits
     fixed = {i: max(n for n, s in enumerate(items[i].sizes[:-1]) if s is not None) for i in unseen}
@@ -348,11 +375,11 @@ def _chosen(prepared: Prepared, survey: Survey, losses: Losses, progress: Progre
     uniform = _best_uniform(prepared, found, fixed)
     rows, apart = later_rows(prepared.plan, JUDGED)
     rivals = [picks, *([uniform[1]] if uniform is not None else [])]
-    judged = Judge(survey, rows).measure([_by_linear(items, p) for p in rivals])
+    judged = Judge(survey, rows).measure([by_linear(items, p) for p in rivals])
     return _told(prepared, found, picks, made.gap, uniform, judged, rows.shape, apart, fixed)
 
 
-def _by_linear(items: Sequence[Item], picks: Sequence[int]) -> dict[str, int]:
+def by_linear(items: Sequence[Item], picks: Sequence[int]) -> dict[str, int]:
     return {name: pick for item, pick in zip(items, picks, strict=True) for name in item.linears}
 
 
@@ -495,7 +522,7 @@ def _counted(pool: Sequence[Candidate], picks: Sequence[int]) -> str:
 
 def _recipe(recipe: Recipe, prepared: Prepared, picks: Sequence[int]) -> Recipe:
     """The recipe that makes a choice: what most linears take is the job's, rules have the others."""
-    linears = _by_linear(prepared.items, picks)
+    linears = by_linear(prepared.items, picks)
     chosen: dict[int, list[str]] = {}
     for name in prepared.plan.linears:
         chosen.setdefault(linears[name], []).append(name)
@@ -514,8 +541,24 @@ def _recipe(recipe: Recipe, prepared: Prepared, picks: Sequence[int]) -> Recipe:
         other = prepared.pool[number].rule
         if number == job and method is None:
             continue
-        rules.append({"layers": ",".join(chosen[number]), **({"skip": True} if other is None else other)})
+        rules.append(
+            {
+                "layers": ",".join(_patterns(chosen[number], prepared)),
+                **({"skip": True} if other is None else other),
+            }
+        )
     return make_recipe({**values, **own, **({"rules": rules} if rules else {})})
+
+
+def _patterns(names: Sequence[str], prepared: Prepared) -> list[str]:
+    """Names for a rule: of a layer's routed experts, which are all alike, one pattern."""
+    whole = Counter(head for n in prepared.plan.linears if (head := n.rpartition(".experts.")[0]))
+    own = Counter(head for n in names if (head := n.rpartition(".experts.")[0]))
+    found = dict.fromkeys(
+        f"{head}.experts.*" if (head := n.rpartition(".experts.")[0]) and own[head] == whole[head] else n
+        for n in names
+    )
+    return [*found]
 
 
 def foresee(recipe: Recipe, progress: Progress = silent) -> dict[str, Any]:
@@ -530,8 +573,8 @@ def foresee(recipe: Recipe, progress: Progress = silent) -> dict[str, Any]:
     from quant.pipeline.estimate import estimate
 
     prepared = prepare(recipe)
-    _, skeleton = _seen(prepared, QuantizationManager(prepared.plan))
-    _demand_gradients(prepared, skeleton)
+    _, skeleton = seen(prepared, QuantizationManager(prepared.plan))
+    demand_gradients(prepared, skeleton)
     value = estimate(prepared.plan, progress)
     asked = {k: getattr(recipe, k) for k in CALIBRATION & recipe.model_fields_set}
     own = {"damping", "clip_search", "act_order", "options"}

@@ -15,9 +15,11 @@ written is not surveyed again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ from quant.models.calls import call_block
 from quant.models.skeleton import Skeleton
 from quant.pipeline.activation_store import ActivationStore
 from quant.pipeline.candidates import Candidate, Item, linear_in
+from quant.pipeline.expert_survey import BOTH, ExpertSurvey, Made
 from quant.pipeline.gradients import LOGITS, GradientStream, Seen
 from quant.pipeline.group_solves import demand_finite
 from quant.pipeline.manager import QuantizationManager
@@ -46,8 +49,6 @@ from quant.tensors import QuantizedTensor, largest_magnitude
 from quant.vllm.config import model_types
 from quant.vllm.layers import sharing_layers
 
-#: What the two Hessians are asked for by.
-BOTH = frozenset({"hessian", "gradients"})
 #: By linear, what each candidate loses; of 16 bits 0.
 Losses = dict[str, list[float | None]]
 
@@ -61,8 +62,42 @@ def surveyed(items: Sequence[Item], skeleton: Skeleton, index: int) -> dict[str,
     return {prefix + n: n for n in skeleton.linears(index) if n in read and prefix + n in wanted}
 
 
+def routed_modules(skeleton: Skeleton, index: int) -> dict[str, str]:
+    """The linears of routed experts of a block, and the module that each is in; by names inside the block."""
+    return {n: g.experts for g in skeleton.groups(index) if g.experts for n in g.linears}
+
+
+def asked_of(
+    skeleton: Skeleton,
+    index: int,
+    names: Collection[str],
+    needs: frozenset[str],
+    folder: Path | None = None,
+) -> Seen:
+    """What a pass has to show of a block's linears, given by their names inside it; ``needs``: of those that
+    are no routed experts', of which all is kept in files of ``folder``."""
+    places, routed = skeleton.linears(index), routed_modules(skeleton, index)
+    return Seen(
+        {n: (places[n], needs) for n in names if n not in routed},
+        {routed[n] for n in names if n in routed},
+        folder,
+    )
+
+
+def tokens_of(judged_by: Mapping[str, Statistics], seen: Halves) -> int:
+    """Tokens that went through a block where its candidates are judged; where only routed experts have seen
+    them, what these were sent."""
+    several = max((s.tokens for s in judged_by.values()), default=0)
+    return several or max((int(kept.counts.sum()) for kept in seen.judged.routed.values()), default=0)
+
+
+def _made_file(work: WorkFolder, index: int) -> Path:
+    """Where a block's candidates are."""
+    return work.path / f"block-{index:05d}.safetensors"
+
+
 @dataclass
-class _Halves:
+class Halves:
     """Sums of the same pass of two kinds of batches by turns: what candidates are made by, and what they are
     judged by. A method that sees few tokens fits them, and would find its own errors on them too small.
 
@@ -76,14 +111,20 @@ class _Halves:
     together: bool
     _turn: int = 0
 
+    def release(self) -> None:
+        """Frees what is kept of experts."""
+        self.made.release()
+        self.judged.release()
+
     @contextmanager
     def watching(self, block: nn.Module, held_out: bool) -> Iterator[None]:
         with ExitStack() as stack:
-            both = held_out or self.together or not self.made.linears
+            # of two that watch a block together, experts are seen by the inner one
+            both = self.together or not (self.made.linears or self.made.experts)
             self._turn += not held_out
-            if both or self._turn % 2:
-                stack.enter_context(self.made.watching(block, held_out))
-            if both or not self._turn % 2:
+            if not held_out and (both or self._turn % 2):
+                stack.enter_context(self.made.watching(block, False))
+            if held_out or both or not self._turn % 2:
                 stack.enter_context(self.judged.watching(block, held_out))
             yield
 
@@ -133,19 +174,25 @@ class Survey:
         total = 2 * count
         try:
             self.progress(Event("sensitivity", 0, total, detail="embedding"))
-            stream = GradientStream(skeleton, batches, aside, store, self.plan.recipe.seed)
+            stream, clock = (
+                GradientStream(skeleton, batches, aside, store, self.plan.recipe.seed),
+                manager.clock,
+            )
             for index in range(count):
                 self.progress(Event("sensitivity", index, total, detail=f"forward through block {index}"))
-                stream.forward(index, skeleton.load_block(index))
+                with clock.phase("forward"):
+                    stream.forward(index, skeleton.load_block(index))
                 skeleton.free_block(index)
                 give_back()
             self.progress(Event("sensitivity", count, total, detail="gradients at the logits"))
-            stream.at_logits()
+            with clock.phase("logits"):
+                stream.at_logits()
             for number, index in enumerate(range(count - 1, todo[0] - 1, -1)):
                 self.progress(Event("sensitivity", count + number, total, detail=f"block {index}"))
                 block = skeleton.load_block(index)
-                seen = self._seen(skeleton, index, together) if index in todo else None
-                stream.backward(index, block, seen)  # type: ignore[arg-type]
+                seen = self._seen(skeleton, index, together, store.folder) if index in todo else None
+                with clock.phase("backward"):
+                    stream.backward(index, block, seen)  # type: ignore[arg-type]
                 if seen is not None:
                     losses |= self._solve(skeleton, index, block, seen)
                 skeleton.free_block(index)
@@ -158,12 +205,15 @@ class Survey:
         """:func:`surveyed` of its items."""
         return surveyed(self.items, skeleton, index)
 
-    def _seen(self, skeleton: Skeleton, index: int, together: bool) -> _Halves:
-        places, names = skeleton.linears(index), self.linears(skeleton, index).values()
+    def _seen(self, skeleton: Skeleton, index: int, together: bool, folder: Path | None) -> Halves:
+        names = self.linears(skeleton, index).values()
         needs = frozenset().union(*(self._needs(c) for c in self.pool))
-        return _Halves(
-            Seen({n: (places[n], needs) for n in names} if needs else {}),
-            Seen({n: (places[n], BOTH) for n in names}),
+        # of the same batches, what goes to experts is kept once
+        twice = routed_modules(skeleton, index) if together else {}
+        own = [n for n in names if needs and n not in twice]
+        return Halves(
+            asked_of(skeleton, index, own, needs, folder),
+            asked_of(skeleton, index, names, BOTH, folder),
             together,
         )
 
@@ -175,37 +225,88 @@ class Survey:
         ranges = frozenset({"range"}) if inputs is not None and inputs.calibrated else frozenset()
         return make_quantizer(candidate.assignment).needs | ranges
 
-    def _solve(self, skeleton: Skeleton, index: int, block: nn.Module, seen: _Halves) -> Losses:
+    def _solve(self, skeleton: Skeleton, index: int, block: nn.Module, seen: Halves) -> Losses:
         """Makes and writes the candidates of a block's linears; what they lose goes into the journal."""
-        plan, form = self.plan, self.plan.format
-        places, made_by, judged_by = skeleton.linears(index), seen.made.finish(), seen.judged.finish()
-        names = {n: x for n, x in self.linears(skeleton, index).items() if judged_by[x].gradients is not None}
+        made_by, judged_by = seen.made.finish(), seen.judged.finish()
+        made = self._candidates(skeleton, index, block, seen, made_by, judged_by, {})
+        seen.release()
+        return made
+
+    def _candidates(
+        self,
+        skeleton: Skeleton,
+        index: int,
+        block: nn.Module,
+        seen: Halves,
+        made_by: dict[str, Statistics],
+        judged_by: dict[str, Statistics],
+        facts: Mapping[str, Any],
+    ) -> Losses:
+        """``facts``: what else the journal is to say of the block, once its candidates are made."""
+        plan, form, places = self.plan, self.plan.format, skeleton.linears(index)
+        routed, kept, samples = routed_modules(skeleton, index), seen.judged.routed, seen.judged.samples
+        names = {
+            n: x
+            for n, x in self.linears(skeleton, index).items()
+            if (routed[x] in kept if x in routed else judged_by[x].gradients is not None)
+        }
+        dense = {n: x for n, x in names.items() if x not in routed}
+        tokens = tokens_of(judged_by, seen)
         items = {n: item for item in self.items for n in item.linears if n in names}
-        largest = self._largest([*names], lambda n: places[names[n]].get(block))
+        largest = self._largest([*dense], lambda n: places[dense[n]].get(block))
         specs = [
             replace(spec, name=f"{number}:{spec.name}")
             for name in names
             for number in self._made(items[name])
             for spec in form.specs(linear_in(plan, name, self.pool[number]), plan.dtype)
         ]
-        path, losses = self.work.path / f"block-{index:05d}.safetensors", {}
+        path, losses, seconds = _made_file(self.work, index), {}, [0.0] * len(self.pool)
         with ShardWriter(path, specs) as writer, torch.no_grad():
-            for name, local in names.items():
+            for name, local in dense.items():
                 weight, both = places[local].get(block).float(), judged_by.pop(local)
                 demand_finite(both, name)
-                own, sample = made_by.pop(local, None), seen.judged.samples.pop(local, None)
+                own, sample = made_by.pop(local, None), samples.pop(local, None)
                 found: list[float | None] = [None] * len(self.pool)
                 found[-1] = 0.0
                 for number in self._made(items[name]):
+                    start = time.perf_counter()
                     tensor = self._quantized(number, weight, own, largest[name])
+                    seconds[number] += time.perf_counter() - start
                     found[number] = self._lost(number, weight, tensor, both, sample)
                     linear = linear_in(plan, name, self.pool[number])
                     for key, value in form.pack(linear, tensor, TORCH[plan.dtype]).items():
                         writer.write(f"{number}:{key}", value)
                 losses[name] = found
                 give_back()
-        self.work.finish_unit(f"block {index}", {path: writer.digest}, {"losses": losses})
+            if len(dense) < len(names):
+                made = seen.made.routed or seen.judged.routed, seen.judged.routed
+                for one in ExpertSurvey(self.manager, self.pool).candidates(
+                    skeleton, index, block, made, self.wanted(skeleton, index), tokens
+                ):
+                    seconds[one.number] += one.seconds
+                    self._write_expert(writer, skeleton.block_prefix(index), one, losses)
+        facts = {"losses": losses, "seconds": {str(i): s for i, s in enumerate(seconds)}, **facts}
+        self.work.finish_unit(f"block {index}", {path: writer.digest}, facts)
         return losses
+
+    def wanted(self, skeleton: Skeleton, index: int) -> Callable[[str], list[int]]:
+        """Numbers of the candidates of a block's linears, by their names inside it; none of what is no
+        item's."""
+        names = self.linears(skeleton, index)
+        found = {names[n]: self._made(item) for item in self.items for n in item.linears if n in names}
+        return lambda local: found.get(local, [])
+
+    def _write_expert(self, writer: ShardWriter, prefix: str, one: Made, losses: Losses) -> None:
+        """Writes a candidate of an expert's linears; what they lose goes into ``losses``, under the first
+        one's name."""
+        for place, (local, tensor) in enumerate(zip(one.names, one.tensors, strict=True)):
+            name = prefix + local
+            if name not in losses:
+                losses[name] = [*([None] * (len(self.pool) - 1)), 0.0]
+            losses[name][one.number] = 0.0 if place else one.lost
+            linear = linear_in(self.plan, name, self.pool[one.number])
+            for key, value in self.plan.format.pack(linear, tensor, TORCH[self.plan.dtype]).items():
+                writer.write(f"{one.number}:{key}", value)
 
     def _made(self, item: Item) -> list[int]:
         """Numbers of the candidates that an item may take, less 16 bits."""
@@ -278,28 +379,41 @@ class Judge:
         with torch.no_grad():
             for index in range(count):
                 survey.progress(Event("compare", index, count, detail=f"block {index}"))
+                loaded = False
                 for choice, own in zip([{}, *choices], states, strict=True):
-                    block = skeleton.load_block(index)
+                    chosen = self._chosen(skeleton, index, choice)
+                    if not loaded or chosen:
+                        block = skeleton.load_block(index)
                     with ExitStack() as stack:
-                        self._put(skeleton, index, block, choice, stack)
+                        self._put(skeleton, index, block, chosen, stack)
                         for number, batch in enumerate(own):
                             own[number] = call_block(block, batch, calls[number][index])
-                    skeleton.free_block(index)
-                    give_back()
+                    loaded = not chosen  # as it is in the source, for the choices that leave it so
+                    if chosen:
+                        skeleton.free_block(index)
+                skeleton.free_block(index)
+                give_back()
             return self._divergences(skeleton, batches, states)
 
+    def _chosen(self, skeleton: Skeleton, index: int, choice: Mapping[str, int]) -> dict[str, int]:
+        """What is put into a block: by linear the number of a candidate that was made of it."""
+        last = len(self._survey.pool) - 1
+        names = [n for n in self._survey.linears(skeleton, index) if choice.get(n, last) != last]
+        if not names:
+            return {}
+        headers = read_header(_made_file(self._survey.work, index))[0]
+        held = {key.partition(":")[2].rpartition(".")[0] for key in headers}
+        return {n: choice[n] for n in names if n in held}
+
     def _put(
-        self, skeleton: Skeleton, index: int, block: nn.Module, choice: Mapping[str, int], stack: ExitStack
+        self, skeleton: Skeleton, index: int, block: nn.Module, chosen: Mapping[str, int], stack: ExitStack
     ) -> None:
         """Puts what was made of a block's linears into their places."""
-        survey, plan, places = self._survey, self._survey.plan, skeleton.linears(index)
-        names = survey.linears(skeleton, index)
-        last = len(survey.pool) - 1
-        headers = read_header(survey.work.path / f"block-{index:05d}.safetensors")[0]
-        held = {key.partition(":")[2].rpartition(".")[0] for key in headers}
-        chosen = {n: choice[n] for n in names if n in held and choice.get(n, last) != last}
         if not chosen:
             return
+        survey, plan, places = self._survey, self._survey.plan, skeleton.linears(index)
+        names = survey.linears(skeleton, index)
+        headers = read_header(_made_file(survey.work, index))[0]
         file = Checkpoint(survey.work.path, {}, headers)
         for name, number in chosen.items():
             linear = linear_in(plan, name, survey.pool[number])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -178,6 +179,24 @@ def test_a_job_that_stopped_anywhere_goes_on_and_makes_the_same_bytes(
     assert [x.name for x in tmp_path.iterdir()] == ["output"]
 
 
+def test_memory_that_ends_halves_the_batches_of_a_choice_and_keeps_what_is_finished(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[tuple[int, int]] = []
+    real = survey.Survey._solve
+
+    def exhausted(self: Any, skeleton: Any, index: int, *rest: Any) -> Any:
+        tried.append((self.manager.batch_tokens, index))
+        if index == 0 and self.manager.batch_tokens > 256:
+            raise torch.OutOfMemoryError("no memory")
+        return real(self, skeleton, index, *rest)
+
+    monkeypatch.setattr(survey.Survey, "_solve", exhausted)
+    report = mixed(llama, tmp_path / "o", target_bits=6.0, fresh=True)
+    assert tried == [(2048, 1), (2048, 0), (512, 0), (256, 0)]
+    assert report["bits_per_weight"] <= 6.0 and [x.name for x in tmp_path.iterdir()] == ["o"]
+
+
 @pytest.mark.parametrize(("method", "kind"), [("yaqa", "llama"), ("gptq", "phi3")])
 def test_methods_and_families(
     method: str, kind: str, checkpoints: Callable[..., Path], tmp_path: Path
@@ -240,14 +259,21 @@ def test_what_is_out_of_reach_is_told_with_what_is_not(tinylm: Path, tmp_path: P
     assert mixing.prepare(job).budget.nbytes >= mixing.prepare(job).least
 
 
-def test_contradictions_are_listed_together(tinylm: Path, tmp_path: Path) -> None:
+def test_contradictions_are_listed_together(
+    tinylm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = recipe(
-        tinylm, tmp_path / "o", method="gptq", target_bits=5.0, fit=True, bits=4, format="gptq",
+        tinylm, tmp_path / "o", method="gptq", target_bits=5.0, fit=True, gpu="L4", bits=4, format="gptq",
         rules=[{"layers": "0", "bits": 8}], outlier_suppression="awq", keep_quantized=True,
     )  # fmt: skip
     with pytest.raises(Problems) as wrong:
         quant.quantize(job)
     assert len(wrong.value.problems) == 6 and wrong.value.exit_code == 2
+    monkeypatch.setattr(mixing, "detect", lambda: SimpleNamespace(gpus=()))
+    with pytest.raises(
+        Problems, match="--fit asks for .* GPU here, and there is none: name the one .*--gpu L40S"
+    ):
+        quant.quantize(recipe(tinylm, tmp_path / "o", method="gptq", fit=True))
     with pytest.raises(Problems, match="--context belongs to --fit"):
         quant.quantize(recipe(tinylm, tmp_path / "o", method="gptq", target_bits=5.0, context=100))
     with pytest.raises(UsageError, match="w8a8-int8.* needs smooth_quant"):

@@ -230,6 +230,23 @@ def test_a_gpu_without_room_is_an_error_that_says_what_to_do(
         QuantizationManager(plan_job(job)).run()
 
 
+def test_a_dry_run_goes_on_with_smaller_batches_as_the_job_would(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, tried = QuantizationManager.batches, []
+
+    def few(self: QuantizationManager, rows: Any) -> Any:
+        tried.append(self.batch_tokens)
+        if self.batch_tokens > 128:
+            raise torch.OutOfMemoryError("no memory")
+        return real(self, rows)
+
+    monkeypatch.setattr(QuantizationManager, "batches", few)
+    job = recipe(llama, tmp_path / "out", method="yaqa", group_size=32)
+    assert estimate(plan_job(job))["seconds"] > 0
+    assert tried == [2048, 256, 128]
+
+
 def test_a_dry_run_tries_one_block_of_each_kind(llama: Path, tmp_path: Path) -> None:
     events: list[Event] = []
     plan = plan_job(

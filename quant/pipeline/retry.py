@@ -1,0 +1,40 @@
+"""Work that goes on with smaller batches where a device's memory does not hold them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import TypeVar
+
+from quant.accelerator import give_back
+from quant.errors import DeviceMemoryExhausted
+from quant.pipeline.manager import QuantizationManager
+
+T = TypeVar("T")
+
+
+def in_smaller_batches(
+    make: Callable[[int | None], QuantizationManager], work: Callable[[QuantizationManager], T]
+) -> T:
+    """What ``work`` does with a manager. Where it runs out of a device's memory, it is begun again with
+    batches of half as many calibration tokens, down to one row.
+
+    Args:
+        make: a manager whose batches have so many tokens; None, at first: as many as suit the device.
+
+    Raises:
+        DeviceMemoryExhausted: not even one row's are held, or the memory is not taken by rows.
+    """
+    tokens: int | None = None
+    while True:
+        manager = make(tokens)
+        try:
+            return work(manager)
+        except DeviceMemoryExhausted:
+            tokens = manager.smaller_batch()
+            if tokens is None:
+                raise
+        device = manager.device
+        del manager
+        gc.collect()  # what the failed pass held, before the device is asked for memory again
+        give_back(device)
