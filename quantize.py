@@ -25,6 +25,7 @@ SUBCOMMANDS = {
     "recipe": "quant.commands.recipe:recipe",
     "recommend": "quant.commands.recommend:recommend",
     "report": "quant.commands.report:report",
+    "search": "quant.commands.search:search",
     "smooth": "quant.commands.quantize:smooth",
     "verify": "quant.commands.verify:verify",
 }

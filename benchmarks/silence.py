@@ -149,6 +149,10 @@ def commands(model: str, work: Path, vllm_python: str | None) -> dict[str, Comma
     found["smooth"] = Command(
         [*quant, "smooth", "-m", model, "-o", str(work / "smooth"), "--method", "smooth_quant"]
     )
+    few_rows = ["--search-samples", "8", "--search-blocks", "2"]
+    found["search"] = Command(
+        [*quant, "search", "-m", model, "-o", str(work / "searched"), "--target-bits", "5", *few_rows]
+    )
     of_made("verify", [*quant, "verify", made, "--against", model])
     of_made("evaluate", [*quant, "evaluate", made, "--against", model, "--save"])
     of_made("inspect", [*quant, "inspect", made])

@@ -9,6 +9,12 @@ SEQUENCE_LENGTH = 2048
 #: yaqa: rows that gradients are taken through, at the most
 GRADIENT_SAMPLES = 64
 SEED = 0
+#: ``search``: blocks that candidates are made of; rows that they are made by, and tokens of each at the most;
+#: tokens that they are measured on
+SEARCH_BLOCKS = 4
+SEARCH_SAMPLES = 32
+SEARCH_LENGTH = 512
+SEARCH_JUDGED = 4096
 EVALUATION_CHUNKS = 100
 EVALUATION_LENGTH = 512
 #: of each text that ``evaluate --domains`` measures on

@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from quant import defaults
-from quant.commands.types import MODEL, PATH, TOKENS, ModelType, TokenCount
+from quant.commands.types import MODEL, PATH, TOKENS, ModelType, Size, TokenCount
 from quant.errors import UsageError
 from quant.schemes import SCHEMES, SchemeRegistry
 from quant.vllm.releases import VLLM_VERSION, rules_for
@@ -139,6 +139,22 @@ concurrency = click.option(
     default=1,
     show_default=True,
     help="Requests of that length at the same time.",
+)
+
+#: A size that a checkpoint is to have.
+target_size = together(
+    click.option(
+        "--target-bits",
+        type=float,
+        help="Choose a scheme for every layer, so that the decoder has so many bits per weight and the model "
+        "loses least; search: or one for all.",
+    ),
+    click.option("--target-size", type=Size(), help="The same for so many bytes of tensors: 20GiB."),
+    click.option(
+        "--fit",
+        is_flag=True,
+        help="The same for the memory of the GPU here, or of --gpu, beside --context and --concurrency.",
+    ),
 )
 
 max_num_seqs = click.option("--max-num-seqs", type=int, help="Sequences in one batch.")

@@ -12,7 +12,7 @@ from quant import defaults
 from quant.commands import options
 from quant.commands.options import by_method, given, together
 from quant.commands.terminal import Output, common_options, resumable
-from quant.commands.types import PATH, TOKENS, Alpha, Size
+from quant.commands.types import PATH, TOKENS, Alpha
 from quant.errors import QuantError, UsageError, clipped
 from quant.progress import Event
 from quant.schemes import DEFAULT_SCHEME, PRESETS, SCHEMES, ActivationScheme
@@ -215,18 +215,7 @@ job_options = together(
         callback=_pairs,
         help="Any other setting of the method; repeatable.",
     ),
-    click.option(
-        "--target-bits",
-        type=float,
-        help="Choose a scheme for every layer, so that the decoder has so many bits per weight and the model "
-        "loses least.",
-    ),
-    click.option("--target-size", type=Size(), help="The same for so many bytes of tensors: 20GiB."),
-    click.option(
-        "--fit",
-        is_flag=True,
-        help="The same for the memory of the GPU here, or of --gpu, beside --context and --concurrency.",
-    ),
+    options.target_size,
     options.context,
     options.concurrency,
     options.format_(defaults.FORMAT),
@@ -358,7 +347,7 @@ def run_job(out: Output, values: dict[str, Any], dry_run: bool = False, measure:
     named = "output_path" in values
     if not named:
         # a dry run writes nothing; its disk is judged where such an output is most likely to go
-        values = {**values, "output_path": _free_name(values["model_path"])}
+        values = {**values, "output_path": free_name(values["model_path"])}
     with resumable(), out.progress() as progress:
         from quant import jobs  # brings torch, which takes seconds
         from quant.upload import destination_of
@@ -424,7 +413,7 @@ def _measured(out: Output, report: Report, device: str | None) -> dict[str, Any]
     return found
 
 
-def _free_name(model_path: Any) -> Path:
+def free_name(model_path: Any) -> Path:
     """A directory that is not there, for the output of a job that is only tried: here, or in the temporary
     folder where nothing can be written here."""
     import os

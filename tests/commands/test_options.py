@@ -33,8 +33,10 @@ PURPOSES = {
     "--url": "Endpoint, such as http://127.0.0.1:8000",
 }
 #: What means something else in one subcommand, as scripts rely on: smoothing where the others round; a kind
-#: of artefact and a folder where the others name a file; several loads one after another.
+#: of artefact and a folder where the others name a file; several loads one after another; a list of what a
+#: search would try.
 OTHERWISE = {
+    ("search", "--dry-run"),
     ("smooth", "--method"),
     ("prune", "--method"),
     ("plan", "--output"),
