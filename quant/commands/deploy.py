@@ -75,7 +75,11 @@ def _planned(out: Output, model_path: Path, request: dict[str, Any], engine: str
 )
 @click.option("--claim-path", default="", help="Where in the claim it lies.")
 @click.option(
-    "--nodes", type=click.IntRange(1), default=1, show_default=True, help="Machines of a leaderworkerset."
+    "--nodes",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Machines of a leaderworkerset or a ray-service.",
 )
 @click.option(
     "--price-per-hour",

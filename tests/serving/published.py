@@ -145,6 +145,30 @@ RAY_SERVE = {
     ],
 }
 
+#: KubeRay 1.4 (ray-operator/apis/ray/v1: RayServiceSpec, RayClusterSpec, HeadGroupSpec, WorkerGroupSpec).
+RAY_SERVICE = {
+    "apiVersion!": ("ray.io/v1",),
+    "kind!": ("RayService",),
+    "metadata!": _NODE,
+    "spec!": {
+        "serveConfigV2": "str",
+        "rayClusterConfig": {
+            "rayVersion": "str",
+            "headGroupSpec!": {"rayStartParams": "strings", "template!": "pod"},
+            "workerGroupSpecs": [
+                {
+                    "groupName!": "str",
+                    "replicas": "int",
+                    "minReplicas!": "int",
+                    "maxReplicas!": "int",
+                    "rayStartParams": "strings",
+                    "template!": "pod",
+                }
+            ],
+        },
+    },
+}
+
 _SOURCE = {"type": "str", "uid": "str"}
 #: Grafana's dashboard model, schemaVersion 36 on (kinds/dashboard of grafana/grafana).
 DASHBOARD = {

@@ -29,11 +29,14 @@ HELD: dict[str, list[dict[str, Any] | None]] = {
     "leaderworkerset": [published.LEADER_WORKER_SET, None],
     "kserve": [published.LLM_INFERENCE_SERVICE],
     "ray-serve": [published.RAY_SERVE],
+    "ray-service": [published.RAY_SERVICE],
     "production-stack": [published.PRODUCTION_STACK],
     "monitoring": [published.POD_MONITOR, published.PROMETHEUS_RULE, None],
     "alerts": [published.RULE_FILE],
     "dashboard": [published.DASHBOARD],
 }
+#: Whose application checks no key.
+RAY = ("ray-serve", "ray-service")
 GPUS = (None, "2xL40S-48GB", "2xMI300X", "cpu")
 
 
@@ -53,7 +56,7 @@ def deployment(source: Path, gpu: str | None, key: bool = True) -> Deployment:
 
 
 def objects(made: Deployment, kind: str) -> list[dict[str, Any]]:
-    cluster = kind in ("kubernetes", "leaderworkerset", "kserve", "production-stack")
+    cluster = kind in ("kubernetes", "leaderworkerset", "kserve", "production-stack", "ray-service")
     placement = Placement(
         claim="models" if cluster else None,
         path="llama/8b" if cluster else "",
@@ -68,10 +71,13 @@ def pods(value: Any) -> Iterator[dict[str, Any]]:
     """Specs of the pods inside an object of another API."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            if key in ("leaderTemplate", "workerTemplate"):
+            if key in ("leaderTemplate", "workerTemplate") or key == "template" and "spec" in inner:
                 yield inner["spec"]
             else:
                 yield from pods(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from pods(inner)
 
 
 def test_every_kind_is_held_against_something() -> None:
@@ -84,7 +90,11 @@ def test_a_file_has_what_its_publisher_says(kind: str, gpu: str | None, source: 
     kubernetes_validate = pytest.importorskip("kubernetes_validate")
     if kind == "leaderworkerset" and gpu == "cpu":
         pytest.skip("a CPU has no second node here")
-    made = deployment(source, gpu, key=kind != "ray-serve")
+    made = deployment(source, gpu, key=kind not in RAY)
+    if kind == "ray-service" and gpu in ("2xMI300X", "cpu"):
+        with pytest.raises(UsageError, match="for NVIDIA's GPUs"):
+            objects(made, kind)
+        return
     found = objects(made, kind)
     assert len(found) == len(HELD[kind])
     for value, facts in zip(found, HELD[kind], strict=True):
@@ -101,7 +111,7 @@ def test_a_file_has_what_its_publisher_says(kind: str, gpu: str | None, source: 
 def test_the_facts_see_a_word_that_is_none(kind: str, source: Path) -> None:
     kubernetes_validate = pytest.importorskip("kubernetes_validate")
     for value, facts in zip(
-        objects(deployment(source, "2xL40S-48GB", key=kind != "ray-serve"), kind), HELD[kind], strict=True
+        objects(deployment(source, "2xL40S-48GB", key=kind not in RAY), kind), HELD[kind], strict=True
     ):
         wrong = copy.deepcopy(value)
         wrong["shmSizes"] = "8Gi"
@@ -179,6 +189,31 @@ def test_a_placement_that_a_file_cannot_take_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=re.escape(said)):
         artefact(deployment(source, None), kind, Placement(**placement))
+
+
+def test_a_ray_service_runs_the_application_of_ray_serve_on_its_cluster(source: Path) -> None:
+    made = deployment(source, "2xL40S-48GB", key=False)
+    (value,) = yaml.safe_load_all(artefact(made, "ray-service", Placement(claim="models", nodes=2)))
+    (alone,) = yaml.safe_load_all(artefact(made, "ray-serve"))
+    inside = yaml.safe_load(value["spec"]["serveConfigV2"])
+    jsonschema.validate(inside, published.schema(published.RAY_SERVE))
+    (config,), (other,) = (v["applications"][0]["args"]["llm_configs"] for v in (inside, alone))
+    assert config["engine_kwargs"] == other["engine_kwargs"]
+    cluster = value["spec"]["rayClusterConfig"]
+    main, (group,) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
+    held, worker = (p["template"]["spec"]["containers"][0] for p in (main, group))
+    assert group["replicas"] == group["maxReplicas"] == 2
+    assert (
+        worker["resources"]["limits"] == {"nvidia.com/gpu": 1} and "nodeSelector" in group["template"]["spec"]
+    )
+    assert "nvidia.com/gpu" not in held["resources"]["limits"]
+    assert "nodeSelector" not in main["template"]["spec"]
+    places = {m["name"]: m["mountPath"] for m in worker["volumeMounts"]}
+    assert config["model_loading_config"]["model_source"] == places["model"]
+    assert places["cache"] == "/home/ray/.cache" and worker["securityContext"]["runAsUser"] == 1000
+    for nodes, key, said in ((3, False, "--nodes is 3 for 2 GPUs"), (1, True, "checks no key")):
+        with pytest.raises(UsageError, match=said):
+            artefact(deployment(source, "2xL40S-48GB", key), "ray-service", Placement(nodes=nodes))
 
 
 def test_amds_devices_are_open_to_the_user_of_the_unit(source: Path) -> None:

@@ -23,7 +23,8 @@ _HOMES = {
     "kubernetes": "kubernetes",
     "leaderworkerset": "stacks",
     "kserve": "stacks",
-    "ray-serve": "stacks",
+    "ray-serve": "ray",
+    "ray-service": "ray",
     "production-stack": "stacks",
     "monitoring": "monitoring",
     "alerts": "monitoring",
@@ -32,11 +33,11 @@ _HOMES = {
 KINDS = tuple(_HOMES)
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 #: What of a placement only some kinds have a use for.
-_CLUSTER = ("kubernetes", "leaderworkerset", "kserve", "production-stack")
+_CLUSTER = ("kubernetes", "leaderworkerset", "kserve", "ray-service", "production-stack")
 _TAKES = {
     "--claim": _CLUSTER,
     "--claim-path": _CLUSTER,
-    "--nodes": ("leaderworkerset",),
+    "--nodes": ("leaderworkerset", "ray-service"),
     "--price-per-hour": ("dashboard", "monitoring"),
 }
 

@@ -143,7 +143,15 @@ def key_variable(deployment: Deployment) -> str:
     return deployment.engine.key_variable or "API_KEY"
 
 
-def head(deployment: Deployment, launch: str, *more: str, contained: bool = False) -> str:
+def head(
+    deployment: Deployment, launch: str, *more: str, contained: bool = False, addressed: bool = True
+) -> str:
+    """The comment above a file.
+
+    Args:
+        contained: whether it listens to every address of a container.
+        addressed: whether the address is an argument of the engine at all.
+    """
     title = deployment.engine.title
     lines = [f"{title} serving {deployment.name}. {launch}", "", "Why each flag has its value:"]
     everywhere = [
@@ -151,7 +159,7 @@ def head(deployment: Deployment, launch: str, *more: str, contained: bool = Fals
         Argument(deployment.word("port"), defaults.PORT, "of the container"),
     ]
     reasons = [*deployment.arguments, *everywhere] if contained else deployment.reasons()
-    lines += [f"  {' '.join(a.words)}: {a.reason}" for a in reasons]
+    lines += [f"  {' '.join(a.words)}: {a.reason}" for a in (reasons if addressed else deployment.arguments)]
     if contained and (drain := drain_words(deployment)):
         lines.append(f"  {' '.join(drain)}: requests under way end before it stops")
     lines += [f"  {' '.join(deployment.extra)}: as asked"] if deployment.extra else []

@@ -55,8 +55,10 @@ def kubernetes(deployment: Deployment, placement: Placement) -> str:
     )
 
 
-def notes(deployment: Deployment, placement: Placement, name: str) -> list[str]:
-    """What whoever applies a file must know."""
+def notes(
+    deployment: Deployment, placement: Placement, name: str, user: ImageUser | None = None
+) -> list[str]:
+    """What whoever applies a file must know; ``user`` as of :func:`security`."""
     where = (
         f"The claim {placement.claim} holds the checkpoint: kubectl cp it there first, or fill it by a job."
         if placement.claim
@@ -64,7 +66,7 @@ def notes(deployment: Deployment, placement: Placement, name: str) -> list[str]:
         "it from a PersistentVolumeClaim instead."
     )
     more = [where]
-    if user := image_user(deployment):
+    if user := user or image_user(deployment):
         more.append(
             f"It runs as user {user.uid} of group {user.gid}, who must be able to read the checkpoint."
         )
@@ -156,9 +158,9 @@ def image_user(deployment: Deployment) -> ImageUser | None:
     return user if user is not None and deployment.platform in user.platforms else None
 
 
-def non_root(deployment: Deployment) -> dict[str, Any]:
-    """What a security context says of :func:`image_user`; empty for root."""
-    user = image_user(deployment)
+def non_root(deployment: Deployment, user: ImageUser | None = None) -> dict[str, Any]:
+    """What a security context says of a user, by default :func:`image_user`; empty for root."""
+    user = user or image_user(deployment)
     return {"runAsNonRoot": True, "runAsUser": user.uid, "runAsGroup": user.gid} if user else {}
 
 
@@ -200,10 +202,10 @@ def probes(deployment: Deployment) -> dict[str, Any]:
     }
 
 
-def security(deployment: Deployment) -> dict[str, Any]:
-    """Of a container: nothing that a server needs not."""
+def security(deployment: Deployment, user: ImageUser | None = None) -> dict[str, Any]:
+    """Of a container: nothing that a server needs not. ``user``: of another image than the engine's."""
     return {
-        **non_root(deployment),
+        **non_root(deployment, user),
         "allowPrivilegeEscalation": False,
         "capabilities": {"drop": ["ALL"]},
         "seccompProfile": {"type": "RuntimeDefault"},
@@ -242,12 +244,14 @@ def resources(deployment: Deployment, placement: Placement) -> dict[str, Any]:
     return {"requests": requests | {resource: gpus}, "limits": {resource: gpus}}
 
 
-def mounts(deployment: Deployment, placement: Placement) -> list[dict[str, Any]]:
+def mounts(
+    deployment: Deployment, placement: Placement, user: ImageUser | None = None
+) -> list[dict[str, Any]]:
     model: dict[str, Any] = {"name": "model", "mountPath": mounted(deployment), "readOnly": True}
     if placement.claim is not None and placement.path:
         model["subPath"] = placement.path
     values = [model, {"name": "shm", "mountPath": "/dev/shm"}]
-    if user := image_user(deployment):  # what vLLM compiles survives a container that is started anew
+    if user := user or image_user(deployment):  # what vLLM compiles survives a container that is started anew
         values.append({"name": "cache", "mountPath": f"{user.home}/.cache"})
     return values
 

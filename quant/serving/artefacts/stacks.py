@@ -1,5 +1,5 @@
-"""A deployment on stacks above Kubernetes and Ray: LeaderWorkerSet, KServe, Ray Serve and vLLM's
-production-stack. They run vLLM alone."""
+"""A deployment on stacks above Kubernetes: LeaderWorkerSet, KServe and vLLM's production-stack. They run
+vLLM alone."""
 
 from __future__ import annotations
 
@@ -154,48 +154,6 @@ def kserve(deployment: Deployment, placement: Placement) -> str:
             "spec": spec,
         }
     )
-
-
-def ray_serve(deployment: Deployment, placement: Placement) -> str:
-    """A Ray Serve LLM application (``serve run FILE``); the engine's arguments are ``engine_kwargs``.
-
-    Raises:
-        UsageError: an API key, which its OpenAI application checks none of.
-    """
-    import yaml
-
-    if deployment.api_key_env:
-        raise UsageError(
-            f"--api-key-env is {deployment.api_key_env}: Ray Serve's application checks no key: leave it "
-            "out, and put a gateway in front that does"
-        )
-
-    arguments = {a.name.replace("-", "_"): a.value for a in deployment.arguments}
-    arguments.pop("served_model_name", None)
-    words = list(deployment.extra)
-    while words:
-        key = words.pop(0).removeprefix("--").replace("-", "_")
-        key, _, inline = key.partition("=")
-        takes = words and not words[0].startswith("--")
-        text = inline or (words.pop(0) if takes else "true")
-        arguments[key] = yaml.safe_load(text)  # numbers and JSON as such: keys, not words of a command
-    config = {
-        "model_loading_config": {"model_id": deployment.name, "model_source": str(deployment.model_path)},
-        "engine_kwargs": arguments,
-        "deployment_config": {"autoscaling_config": {"min_replicas": 1, "max_replicas": 1}},
-        "runtime_env": {"env_vars": deployment.environment},
-    }
-    application = {
-        "name": kube_name(deployment),
-        "route_prefix": "/",
-        "import_path": "ray.serve.llm:build_openai_app",
-        "args": {"llm_configs": [config]},
-    }
-    said = (
-        "Run it with: serve run FILE (pip install 'ray[serve,llm]'); every node needs the path of the model."
-    )
-    http = {"host": deployment.host, "port": deployment.port}
-    return head(deployment, said) + to_yaml({"http_options": http, "applications": [application]})
 
 
 def production_stack(deployment: Deployment, placement: Placement) -> str:
