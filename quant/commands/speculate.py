@@ -80,9 +80,9 @@ def speculate(
     vllm_python: Path | None,
     **given: Any,
 ) -> None:
-    """Which speculative decoding pays for a checkpoint: its own prediction heads (MTP), an EAGLE-3 draft, a
-    smaller model, n-grams, suffixes. Acceptance is measured by exact rejection sampling on real text,
-    speed-up follows from it, vLLM's --speculative-config is written, with --prove proved there.
+    """Which speculative decoding pays for a checkpoint: its own prediction heads (MTP), an EAGLE-3 or DFlash
+    draft, a smaller model, n-grams, suffixes. Acceptance is measured by exact rejection sampling on real
+    text, speed-up follows from it, vLLM's --speculative-config is written, with --prove proved there.
 
     \b
     quant-deploy speculate out/Llama-3.1-8B-W4A16 --draft out/Llama-3.2-1B-W4A16 --gpu L40S-48GB

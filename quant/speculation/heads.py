@@ -258,20 +258,21 @@ def eagle3(target: Model, path: Path) -> Head:
     config = eagle3_config(checkpoint.config)
     if reason := _other_kind(config):
         raise Unmeasured(f"{reason}; llama's blocks behind one fc are computed here")
-    size, dtype = _demand_sizes(config, path), target.model.dtype
-    places = _places(config, path, target)
+    size, dtype = demand_sizes(config, path), target.model.dtype
+    places = read_places(config, path, target)
     names = {n.removeprefix("model.").replace("midlayer.", "layers.0."): n for n in checkpoint.tensors}
     _demand_tensors({n: checkpoint.info(named).shape for n, named in names.items()}, path)
-    _demand_shapes({n: checkpoint.info(named).shape for n, named in names.items()}, config, path, target)
+    shapes = {n: checkpoint.info(named).shape for n, named in names.items()}
+    demand_shapes(shapes, config, len(places), path, target)
     tensors = {n: checkpoint.read(named) for n, named in names.items()}
-    body = _decoder(config, path, dtype)
+    body = decoder(config, path, dtype)
     body.layers[0] = _First(body.layers[0], size, bool(config.get("norm_before_residual")))
-    _fill(body, {n: t for n, t in tensors.items() if n.startswith(_BLOCKS)}, path)
+    fill(body, {n: t for n, t in tensors.items() if n.startswith(_BLOCKS)}, path)
     norm, body.norm = body.norm, torch.nn.Identity()
     body.to(target.device, dtype).eval()
     norm.to(target.device, dtype)
-    fc = _linear(tensors["fc.weight"], target)
-    head, offsets = _eagle_head(tensors, path, target)
+    fc = linear(tensors["fc.weight"], target)
+    head, offsets = draft_head(tensors, path, target)
     embed = target.model.get_input_embeddings()
     if "embed_tokens.weight" in tensors:
         own = tensors["embed_tokens.weight"]
@@ -308,7 +309,7 @@ _BLOCKS = ("layers.", "norm.")
 _BESIDE = ("fc.weight", "lm_head.weight", "embed_tokens.weight", "d2t", "t2d", "mask_hidden")
 
 
-def _demand_sizes(config: Mapping[str, Any], path: Path) -> int:
+def demand_sizes(config: Mapping[str, Any], path: Path) -> int:
     """
     Returns:
         the width of the draft's states.
@@ -326,7 +327,7 @@ def _demand_sizes(config: Mapping[str, Any], path: Path) -> int:
     return int(config["hidden_size"])
 
 
-def _places(config: Mapping[str, Any], path: Path, target: Model) -> tuple[int, ...]:
+def read_places(config: Mapping[str, Any], path: Path, target: Model) -> tuple[int, ...]:
     """Before which of the target's blocks its states are read, in order; ``blocks``: before its last norm.
 
     Raises:
@@ -345,7 +346,7 @@ def _places(config: Mapping[str, Any], path: Path, target: Model) -> tuple[int, 
         says = (
             f"{key} has {beyond[0]}" if stated else f"its config.json has no {key}, which makes {beyond[0]}"
         )
-        raise _another(path, target, f"{says}: it reads the state before block {beyond[0]} of {blocks}")
+        raise another(path, target, f"{says}: it reads the state before block {beyond[0]} of {blocks}")
     return tuple(sorted(set(places)))
 
 
@@ -367,19 +368,22 @@ def _demand_tensors(names: Iterable[str], path: Path) -> None:
         )
 
 
-def _demand_shapes(
-    shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], path: Path, target: Model
+def demand_shapes(
+    shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], count: int, path: Path, target: Model
 ) -> None:
     """What stands between the target and the draft's blocks: each side of it must fit.
+
+    Args:
+        count: of the target's states that ``fc`` reads.
 
     Raises:
         CheckpointError: one does not.
     """
     size, width = int(config["hidden_size"]), int(target.model.config.get_text_config().hidden_size)
-    count, rows = len(_places(config, path, target)), config.get("draft_vocab_size") or config["vocab_size"]
+    rows = config.get("draft_vocab_size") or config["vocab_size"]
     for name in ("lm_head.weight", "embed_tokens.weight"):
         if name not in shapes and size != width:
-            raise _another(
+            raise another(
                 path, target,
                 f"it has no {name} and takes the target's, of {width} numbers a token, but its hidden_size "
                 f"is {size}",
@@ -395,12 +399,12 @@ def _demand_shapes(
         wanted["embed_tokens.weight"] = ((target.vocabulary, size), said)
     for name, (shape, what) in wanted.items():
         if name in shapes and tuple(shapes[name]) != shape:
-            raise _another(
+            raise another(
                 path, target, f"{name} is {list(shapes[name])}, and {what} makes {list(shape)}"
             )  # fmt: skip
 
 
-def _decoder(config: Mapping[str, Any], path: Path, dtype: torch.dtype) -> Any:
+def decoder(config: Mapping[str, Any], path: Path, dtype: torch.dtype) -> Any:
     """transformers' decoder of a draft's blocks, without an embedding.
 
     Raises:
@@ -418,14 +422,14 @@ def _decoder(config: Mapping[str, Any], path: Path, dtype: torch.dtype) -> Any:
         ) from error
 
 
-def _another(path: Path, target: Model, reason: str) -> CheckpointError:
+def another(path: Path, target: Model, reason: str) -> CheckpointError:
     return CheckpointError(
         f"{path}: {reason}: it was made for another model than {target.path}: name the draft that was "
         "trained for it, or leave --draft out"
     )
 
 
-def _fill(body: Any, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+def fill(body: Any, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     try:
         told = body.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
@@ -437,19 +441,19 @@ def _fill(body: Any, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         raise CheckpointError(f"{path}: a draft of its config.json {kind} {wrong[0]}")
 
 
-def _linear(weight: torch.Tensor, target: Model) -> torch.nn.Linear:
+def linear(weight: torch.Tensor, target: Model) -> torch.nn.Linear:
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = torch.nn.Parameter(weight.to(target.device, target.model.dtype))
     return linear
 
 
-def _eagle_head(
+def draft_head(
     tensors: Mapping[str, torch.Tensor], path: Path, target: Model
 ) -> tuple[Any, torch.Tensor | None]:
     """What makes logits, and what is added to the ids of a smaller vocabulary."""
     if "lm_head.weight" not in tensors:
         return target.model.get_output_embeddings(), None
-    head = _linear(tensors["lm_head.weight"], target)
+    head = linear(tensors["lm_head.weight"], target)
     rows = head.out_features
     offsets = tensors.get("d2t", torch.zeros(rows, dtype=torch.int64))
     if offsets.shape != (rows,) or offsets.is_floating_point():
@@ -459,5 +463,5 @@ def _eagle_head(
         )
     ids = torch.arange(rows) + offsets
     if int(ids.min()) < 0 or int(ids.max()) >= target.vocabulary:
-        raise _another(path, target, f"d2t names tokens beyond the {target.vocabulary} of the target")
+        raise another(path, target, f"d2t names tokens beyond the {target.vocabulary} of the target")
     return head, offsets

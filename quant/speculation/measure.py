@@ -136,11 +136,13 @@ def by_length(acceptance: Acceptance, k: int) -> float:
 
 @dataclass(frozen=True)
 class Latencies:
-    """Seconds of a pass of the target over so many tokens, and of one proposal; planned or measured."""
+    """Seconds of a pass of the target over so many tokens, and of one proposal, or of all where they are made
+    ``at_once``; planned or measured."""
 
     target: Callable[[int], float]
     proposal: float
     source: str
+    at_once: bool = False
 
 
 def measured_latencies(target: Model, proposals: Mapping[int, Sequence[float]]) -> Latencies:
@@ -174,7 +176,10 @@ def table(acceptance: Acceptance, latencies: Latencies, most: int) -> list[dict[
             "k": k,
             "tokens_per_step": (tokens := by_length(acceptance, k)),
             "speed_up": speed_up(
-                tokens, latencies.target(k + 1), k * latencies.proposal, latencies.target(1)
+                tokens,
+                latencies.target(k + 1),
+                (1 if latencies.at_once else k) * latencies.proposal,
+                latencies.target(1),
             ),
         }
         for k in range(1, most + 1)

@@ -24,6 +24,7 @@ from quant.planning.memory import plan
 from quant.planning.request import EngineRequest
 from quant.planning.speed import step_seconds
 from quant.progress import Event, Progress, silent
+from quant.speculation.dflash import dflash
 from quant.speculation.heads import Unmeasured, eagle3, native_head
 from quant.speculation.measure import (
     Acceptance,
@@ -40,6 +41,7 @@ from quant.vllm.context import context_length
 from quant.vllm.speculation import (
     PACKAGES,
     PROPOSERS,
+    dflash_config,
     draft_method,
     eagle3_config,
     head_bytes,
@@ -48,6 +50,8 @@ from quant.vllm.speculation import (
 
 #: Those that need no draft.
 _WITHOUT_DRAFT = ("ngram", "mtp", "suffix")
+#: Drafts that were trained for one target → their config in one form.
+_TRAINED = {"eagle3": eagle3_config, "dflash": dflash_config}
 #: Gain below which speculation is not worth its memory and its risk under load.
 WORTH = 1.05
 
@@ -243,6 +247,8 @@ def _proposer(method: str, target: Model, request: SpeculationRequest, scratch: 
     assert request.draft is not None
     if method == "eagle3":
         return eagle3(target, request.draft)
+    if method == "dflash":
+        return dflash(target, request.draft)
     if method == "draft_model":
         return Draft(Model(request.draft, target.device, scratch), target.vocabulary)
     raise Unmeasured(f"drafts of kind {method} are not computed here")
@@ -270,7 +276,10 @@ def _candidate(
         return Candidate(name, config, None, note=note)
     found = _measured(name, target, proposer, request, prompts, progress)
     small = _drafting_spec(method, target.path, request.draft)
-    rows = table(found, _latencies(small, target, proposer.seconds, request), request.most)
+    latencies = _latencies(small, target, proposer.seconds, request)
+    if method == "dflash":
+        latencies = replace(latencies, at_once=True)
+    rows = table(found, latencies, request.most)
     config["num_speculative_tokens"] = int(max(rows, key=lambda r: r["speed_up"])["k"])
     memory = None
     if request.gpu is not None and small is not None:
@@ -292,8 +301,8 @@ def _drafting_spec(method: str, path: Path, draft: Path | None) -> ModelSpec | N
     """What one proposal runs through: the draft, or one block and the head; None without a network."""
     if method == "draft_model" and draft is not None:
         return load_model(draft)
-    if method == "eagle3" and draft is not None:
-        config = eagle3_config(open_checkpoint(draft).config)
+    if method in _TRAINED and draft is not None:
+        config = _TRAINED[method](open_checkpoint(draft).config)
         return model_from_config(
             config | {"vocab_size": config.get("draft_vocab_size") or config["vocab_size"]}
         )
@@ -333,7 +342,7 @@ def _memory(method: str, spec: ModelSpec, path: Path, request: SpeculationReques
     weights = small.weights_bytes
     if method == "mtp":  # embedding and head are the target's
         weights = head_bytes(open_checkpoint(path))
-    elif method == "eagle3" and request.draft is not None:
+    elif method in _TRAINED and request.draft is not None:
         weights = open_checkpoint(request.draft).nbytes
     left = max(alone.kv_cache_bytes - weights, 0)
     each = alone.kv_bytes_per_token + small.kv_bytes_per_token

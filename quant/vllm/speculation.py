@@ -19,6 +19,7 @@ PROPOSERS = {
     "ngram": "ngram",
     "draft_model": "draft model",
     "eagle3": "EAGLE-3",
+    "dflash": "DFlash",
     "mtp": "mtp",
     "suffix": "suffix",
 }
@@ -139,6 +140,32 @@ def eagle3_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "norm_before_residual": config.get("norm_before_residual", kind == "eagle3"),
         "parallel_drafting": kind != "eagle3",
     }
+
+
+def dflash_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a DFlash draft in one form, its own keys at the top: as its authors write it (with
+    ``dflash_config``), or as the speculators library does. Where the target's states are read stands under
+    the key that EAGLE-3's has, as block i that they enter: a DFlash config counts the blocks that they leave.
+
+    Raises:
+        CheckpointError: a part of it is no object.
+    """
+    for key in ("dflash_config", "transformer_layer_config"):
+        if not isinstance(config.get(key) or {}, Mapping):
+            raise CheckpointError(
+                f"{key} of the draft's config.json is {clipped(config[key])}: an object is needed: "
+                "download the draft again, or leave --draft out"
+            )
+    own = dict(config.get("dflash_config") or {})
+    found = {"model_type": "qwen3", **(config.get("transformer_layer_config") or {}), **config, **own}
+    left = found.get("target_layer_ids")
+    if isinstance(left, (list, tuple)) and all(type(i) is int for i in left):
+        found["eagle_aux_hidden_state_layer_ids"] = [i + 1 for i in left]
+    elif "aux_hidden_state_layer_ids" in found:
+        found["eagle_aux_hidden_state_layer_ids"] = found["aux_hidden_state_layer_ids"]
+    if "rope_parameters" not in found:
+        found = {"rope_theta": 1000000} | found  # vLLM's, where the config says none
+    return found
 
 
 def eagle3_places(blocks: int) -> tuple[int, int, int]:

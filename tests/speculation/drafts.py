@@ -218,6 +218,93 @@ def write_mtp(folder: Path, draft: Draft) -> Path:
     return folder
 
 
+class Parallel(nn.Module):
+    """A DFlash draft of one block, written out: [B, T, WIDTH] of each of PLACES' states of what was read, and
+    the tokens behind, a token and masks, to the states [B, n, WIDTH] of those."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = {
+            "q_proj": (HEADS * SIZE, WIDTH), "k_proj": (KV_HEADS * SIZE, WIDTH),
+            "v_proj": (KV_HEADS * SIZE, WIDTH), "o_proj": (WIDTH, HEADS * SIZE), "gate_proj": (INNER, WIDTH),
+            "up_proj": (INNER, WIDTH), "down_proj": (WIDTH, INNER), "fc": (WIDTH, len(PLACES) * WIDTH),
+        }  # fmt: skip
+        self.weights = nn.ParameterDict({n: nn.Parameter(0.02 * torch.randn(s)) for n, s in shapes.items()})
+        gains = {"hidden_norm": WIDTH, "input_layernorm": WIDTH, "post_attention_layernorm": WIDTH,
+                 "norm": WIDTH, "q_norm": SIZE, "k_norm": SIZE}  # fmt: skip
+        self.gains = nn.ParameterDict({n: nn.Parameter(torch.ones(size)) for n, size in gains.items()})
+
+    def forward(self, states: list[torch.Tensor], embeds: torch.Tensor) -> torch.Tensor:
+        w, g = self.weights, self.gains
+        context = _normed(torch.cat(states, -1) @ w["fc"].T, g["hidden_norm"])
+        given = _normed(embeds, g["input_layernorm"])
+        both, read = torch.cat([context, given], 1), context.shape[1]
+
+        def heads(x: torch.Tensor, name: str) -> torch.Tensor:
+            return (x @ w[name].T).unflatten(-1, (-1, SIZE)).transpose(1, 2)
+
+        k = _turned(_normed(heads(both, "k_proj"), g["k_norm"]))
+        padded = torch.cat([torch.zeros_like(context), given], 1)  # so that its rows have their positions
+        q = _turned(_normed(heads(padded, "q_proj"), g["q_norm"]))[:, :, read:]
+        out = nn.functional.scaled_dot_product_attention(q, k, heads(both, "v_proj"), enable_gqa=True)
+        x = embeds + out.transpose(1, 2).flatten(2) @ w["o_proj"].T
+        y = _normed(x, g["post_attention_layernorm"])
+        x = x + (nn.functional.silu(y @ w["gate_proj"].T) * (y @ w["up_proj"].T)) @ w["down_proj"].T
+        return _normed(x, g["norm"])
+
+
+#: The token that stands for what a DFlash draft is to guess.
+MASK = 5
+
+
+def trained_parallel(steps: int, guesses: int) -> Parallel:
+    """A DFlash draft that guesses what the bundled model says of wikitext."""
+    torch.manual_seed(0)
+    model, draft = _target(TINY), Parallel()
+    rows = evaluation_rows(load_tokenizer(TINY), bundled("wikitext-2-test"), 64, 256)
+    states, _, logits = _read(model, rows)
+    embedding, head = model.model.embed_tokens.weight.detach(), model.lm_head.weight.detach()
+    optimizer = torch.optim.AdamW(draft.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+    for _ in range(steps):
+        at, end = torch.randint(len(rows), (64,)), int(torch.randint(8, 64 - guesses, ()))
+        masks = torch.full((64, guesses), MASK)
+        embeds = embedding[torch.cat([rows[at, end : end + 1], masks], 1)]
+        said = draft([s[at, :end] for s in states], embeds)[:, 1:] @ head.T
+        wanted = logits[at, end : end + guesses].softmax(-1)
+        loss = nn.functional.cross_entropy(said.flatten(0, 1), wanted.flatten(0, 1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return draft.requires_grad_(False)
+
+
+def write_dflash(folder: Path, draft: Parallel) -> Path:
+    """A DFlash draft of the bundled model, as its authors' own are."""
+    folder.mkdir(parents=True)
+
+    def place(name: str) -> str:
+        if name in ("fc", "hidden_norm", "norm"):
+            return f"{name}.weight"
+        inside = "self_attn." if name[0] in "qkvo" else "mlp." if name.endswith("_proj") else ""
+        return f"layers.0.{inside}{name}.weight"
+
+    held = {**draft.weights, **draft.gains}
+    tensors = {place(n): t.detach().to(torch.bfloat16).contiguous() for n, t in held.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((TINY / "config.json").read_text())
+    for key in ("layer_types", "mlp_bias", "pretraining_tp", "rope_parameters", "rope_scaling"):
+        config.pop(key, None)
+    config |= {
+        "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "num_hidden_layers": 1,
+        "head_dim": SIZE, "rope_theta": 10000.0, "tie_word_embeddings": False,
+        "dflash_config": {"mask_token_id": MASK, "target_layer_ids": [p - 1 for p in PLACES]},
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def write_cut(folder: Path, blocks: int) -> Path:
     """The bundled model's first blocks alone: a smaller model of the same tokenizer."""
     shutil.copytree(TINY, folder)

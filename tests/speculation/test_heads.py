@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ import deploy_vllm
 from quant.catalog import model_from_config
 from quant.checkpoint.reader import open_checkpoint
 from quant.errors import CheckpointError
+from quant.speculation.dflash import dflash
 from quant.speculation.heads import Head, Unmeasured, eagle3, native_head
 from quant.speculation.measure import generate
 from quant.speculation.proposers import Model
@@ -25,7 +26,17 @@ from quant.speculation.sampling import Sampling
 from quant.vllm.speculation import HEADS, draft_method, eagle3_config, head_bytes, native_heads
 from tests.helpers import change_config, copy_model
 from tests.speculation import guessed
-from tests.speculation.drafts import KEPT, PLACES, TINY, Draft, write_eagle3, write_mtp
+from tests.speculation.drafts import (
+    KEPT,
+    MASK,
+    PLACES,
+    TINY,
+    Draft,
+    Parallel,
+    write_dflash,
+    write_eagle3,
+    write_mtp,
+)
 
 CPU = torch.device("cpu")
 
@@ -33,7 +44,14 @@ CPU = torch.device("cpu")
 def _draft(kind: str) -> Draft:
     """One of random weights that are bf16 numbers, as the files have them."""
     torch.manual_seed(3)
-    draft = Draft(kind).requires_grad_(False)
+    return _spread(Draft(kind))
+
+
+_Network = TypeVar("_Network", Draft, Parallel)
+
+
+def _spread(draft: _Network) -> _Network:
+    draft.requires_grad_(False)
     for held in (draft.weights, draft.gains):
         for value in held.values():
             spread = 4 * value if held is draft.weights else value * (1 + 0.2 * torch.rand_like(value))
@@ -116,6 +134,71 @@ def test_greedy_text_is_the_targets_own(kind: str, fp32: dict[str, Path], tmp_pa
     for _ in range(12):
         plain.append(int(target.logits(plain, 1)[0].argmax()))
     assert made == plain[6:] and found.draft_tokens == 2 * found.drafts
+
+
+@pytest.fixture(scope="module")
+def parallel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Parallel]:
+    """A DFlash draft of random weights, and the same written out."""
+    torch.manual_seed(3)
+    draft = _spread(Parallel())
+    return write_dflash(tmp_path_factory.mktemp("parallel") / "dflash", draft), draft
+
+
+@torch.no_grad()
+def test_a_dflash_draft_guesses_as_its_blocks_written_out(
+    fp32: dict[str, Path], parallel: tuple[Path, Parallel], tmp_path: Path
+) -> None:
+    target, random_text = Model(fp32["target"], CPU, tmp_path), random.Random(1)
+    path, plain = parallel
+    drafter, model, guesses = dflash(target, path), target.model, set()
+    for prompt in ([11, 480, 77, 902, 33, 5], [7, 8]):
+        tokens = list(prompt)
+        for new, k in ((1, 3), (3, 4), (2, 1)):
+            target.logits([*tokens, 1, 2, 3][: len(tokens) + 2], 2)  # some were rejected
+            target.logits(tokens, 1)
+            tokens += [random_text.randrange(4096) for _ in range(new)]
+            target.logits([*tokens[:-1], 9, 9], 1)
+            states = model.model(torch.tensor([tokens[:-1]]), output_hidden_states=True).hidden_states
+            embeds = model.model.embed_tokens(torch.tensor([[tokens[-1], *[MASK] * k]]))
+            wanted = plain([states[p] for p in PLACES[:2]] + [_entering_norm(model, tokens[:-1])], embeds)
+            found, chances = drafter.propose(tokens, k)
+            assert chances is None and found == (wanted[0, 1:] @ model.lm_head.weight.T).argmax(-1).tolist()
+            guesses |= set(found)
+    assert len(guesses) > 4
+
+
+def _entering_norm(model: Any, tokens: list[int]) -> torch.Tensor:
+    held: list[torch.Tensor] = []
+    handle = model.model.norm.register_forward_pre_hook(lambda module, given: held.append(given[0]))
+    model(torch.tensor([tokens]))
+    handle.remove()
+    return held[0]
+
+
+@pytest.mark.parametrize(
+    ("stated", "error", "words"),
+    [
+        ({"mask_token_id": 4096}, CheckpointError, "mask_token_id of its config.json is 4096"),
+        ({"target_layer_ids": [0, 1, 4]}, CheckpointError, "before block 5 of 4"),
+        ({"target_layer_ids": [0, 1]}, CheckpointError, r"fc.weight is \[256, 768\], and 2 states"),
+        ({"target_layer_ids": None}, CheckpointError, "no target_layer_ids"),
+        ({"causal": True}, Unmeasured, "a draft with causal"),
+        ({"use_swa": True}, Unmeasured, "a draft with windows"),
+    ],
+)
+def test_a_dflash_draft_that_cannot_be_is_refused(
+    stated: dict[str, Any],
+    error: type[Exception],
+    words: str,
+    tiny: Model,
+    parallel: tuple[Path, Parallel],
+    tmp_path: Path,
+) -> None:
+    draft = copy_model(parallel[0], tmp_path / "d")
+    own = json.loads((draft / "config.json").read_text())["dflash_config"] | stated
+    change_config(draft, dflash_config={k: v for k, v in own.items() if v is not None})
+    with pytest.raises(error, match=words):
+        dflash(tiny, draft)
 
 
 @pytest.mark.parametrize("family", guessed.FAMILIES)
