@@ -484,7 +484,19 @@ def cpu_problems(folder: Path, cpu: Gpu, cache_dtype: str = "auto") -> list[CpuP
     built = layer_shapes(quantized.values(), model_types(checkpoint.config))
     misfits = kernels.cpu_shape_problems((kernels.kernel_of(x.scheme), name, n, k) for name, x, n, k in built)
     problems = kernels.cpu_problems(cpu, linears, experts, cache_dtype)
-    return [*problems, *map(kernels.CpuProblem, misfits)]
+    turned = [kernels.CPU_LATENT] if _turns_latents(checkpoint) else []
+    return [*problems, *turned, *map(kernels.CpuProblem, misfits)]
+
+
+def _turns_latents(checkpoint: Checkpoint) -> bool:
+    """Whether it has latent attention with rotary positions."""
+    from quant.catalog import model_from_config
+
+    try:
+        spec = model_from_config(checkpoint.config)
+    except QuantError:  # of a kind that is not planned here
+        return False
+    return any(layer.kind == "mla" for layer in spec.cache) and not checkpoint.config.get("mla_use_nope")
 
 
 def _fit_context(

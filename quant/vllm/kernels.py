@@ -132,6 +132,16 @@ class CpuProblem:
     fails: bool = True
 
 
+#: The rotary kernel of vLLM 0.32's CPU build (``rotary_embedding``) takes the step from head to head for that
+#: from token to token where queries have three dimensions, as those of MLA have (``layers/mla.py``): compared
+#: with its own torch code (``RotaryEmbedding.forward_native``), with which the same model's text is right.
+CPU_LATENT = CpuProblem(
+    "vLLM 0.32's build for CPUs turns other numbers than the queries of latent attention (MLA) by their "
+    "positions: what it answers is not the model's text: serve it on a GPU",
+    fails=False,
+)
+
+
 def cpu_problems(
     gpu: Gpu, kernels: Iterable[str], experts: Iterable[str] = (), cache_dtype: str = "auto"
 ) -> list[CpuProblem]:

@@ -19,6 +19,8 @@ from quant.serving.reference import saturation
 from quant.vllm.kernels import kernel_problem
 from tests.helpers import quantize
 from tests.models.mixtures import save_mixture
+from tests.speculation import guessed
+from tests.speculation.drafts import TINY
 
 AVX2 = frozenset({"avx", "avx2"})
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16"}
@@ -105,6 +107,12 @@ def test_products_that_overflow_are_a_warning_and_not_a_refusal(
     assert "no VNNI" in (saturation(chosen) or "") and saturation(["another kernel"]) is None
     on(AVX512)
     assert saturation(chosen) is None
+
+
+def test_latent_attention_that_is_turned_wrongly_is_a_warning(tmp_path: Path) -> None:
+    latent = guessed.write("deepseek_v3", tmp_path / "latent")
+    (said,) = plan(latent, DeploymentRequest(gpu="cpu")).warnings
+    assert "latent attention (MLA)" in said and not plan(TINY, DeploymentRequest(gpu="cpu")).warnings
 
 
 def test_an_fp8_cache_takes_avx512(made: Callable[[str], Path], on: Callable[[frozenset[str]], None]) -> None:
