@@ -19,7 +19,7 @@ from quant.checkpoint.reader import open_checkpoint
 from quant.errors import CheckpointError
 from quant.speculation.dflash import dflash
 from quant.speculation.heads import Head, Unmeasured, eagle3, native_head
-from quant.speculation.measure import generate
+from quant.speculation.measure import Acceptance, Latencies, generate, table
 from quant.speculation.proposers import Model
 from quant.speculation.run import SpeculationRequest, speculate
 from quant.speculation.sampling import Sampling
@@ -165,6 +165,23 @@ def test_a_dflash_draft_guesses_as_its_blocks_written_out(
             assert chances is None and found == (wanted[0, 1:] @ model.lm_head.weight.T).argmax(-1).tolist()
             guesses |= set(found)
     assert len(guesses) > 4
+
+
+def test_a_dflash_draft_is_measured_charged_and_written(
+    fp32: dict[str, Path], parallel: tuple[Path, Parallel]
+) -> None:
+    few = {"prompts": 1, "new_tokens": 6, "prompt_tokens": 16, "most": 2}
+    asked = SpeculationRequest(draft=parallel[0], method="dflash", gpu="L40S-48GB", **few)  # type: ignore[arg-type]
+    (found,) = speculate(fp32["target"], asked)["candidates"]
+    assert found["name"] == "DFlash" and found["acceptance"]["num_drafts"] > 0
+    assert found["speculative_config"].items() >= {"method": "dflash", "model": str(parallel[0])}.items()
+    assert found["memory"]["draft_weights_bytes"] == open_checkpoint(parallel[0]).nbytes
+    # a second guess costs the target's pass alone
+    made = Acceptance(4, 4, 8, 4, (2, 2), 8)
+    each, at_once = (
+        table(made, Latencies(lambda n: 1.0, 0.5, "", way), 2)[1]["speed_up"] for way in (False, True)
+    )
+    assert each == pytest.approx(2 / 2) and at_once == pytest.approx(2 / 1.5)
 
 
 def _entering_norm(model: Any, tokens: list[int]) -> torch.Tensor:
