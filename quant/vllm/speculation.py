@@ -86,8 +86,8 @@ _QWEN = HeadLayout(
     kind="full_attention",
 )
 #: Families whose prediction head is computed here, as vLLM 0.32 computes it (``models/deepseek_mtp.py``,
-#: ``glm4_moe_mtp.py``, ``qwen3_next_mtp.py``, ``qwen3_5_mtp.py``). GLM-4-MoE's acceptance has been compared
-#: with vLLM's counters; the others' follow from those sources.
+#: ``glm4_moe_mtp.py``, ``qwen3_next_mtp.py``, ``qwen3_5_mtp.py``). The acceptance of GLM-4-MoE
+#: and Qwen3.5 has been compared with vLLM's counters; the others' follow from those sources.
 HEADS = {
     "deepseek_v3": _DEEPSEEK,
     "glm4_moe": replace(_DEEPSEEK, normed=False),

@@ -49,6 +49,22 @@ def stand_in_for_torchvision():
         sys.meta_path.append(_Stand())
 
 
+def build_models_in_this_process():
+    """Where a class is looked at in a process of its own, no stand-in is there."""
+    import vllm.model_executor.models.registry as registry
+
+    registry._run_in_subprocess = lambda function: function()
+
+
+def rotate_by_torch():
+    """The CPU kernel of 0.32 takes the step from head to head for that from token to token where a query has
+    three dimensions, as MLA's has, and turns other numbers than it is given; vLLM's own torch code of the
+    same layer does not."""
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    RotaryEmbedding.forward_cpu = RotaryEmbedding.forward_native
+
+
 def each_in_a_child(jobs, work):
     """Does ``work`` on each job in a forked child and prints its answer, a line each: vLLM is imported once,
     nothing of one model is left when the next is built, and what one breaks harms no other. What the child

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 
-from inside import each_in_a_child, stand_in_for_torchvision
+from inside import build_models_in_this_process, each_in_a_child, rotate_by_torch, stand_in_for_torchvision
 
 
 def speculate(job):
@@ -33,6 +33,8 @@ def main():
     stand_in_for_torchvision()
     import vllm.entrypoints.llm  # before the first fork: it takes most of the time  # noqa: F401
 
+    build_models_in_this_process()
+    rotate_by_torch()
     each_in_a_child(json.load(open(sys.argv[1])), speculate)
 
 

@@ -17,7 +17,15 @@ from quant.speculation.proposers import Draft, Model, NGram, Proposer
 from quant.speculation.run import SpeculationRequest, _prompts
 from quant.speculation.sampling import Sampling
 from tests.helpers import ROOT
-from tests.speculation.drafts import STEPS, TINY, trained, write_cut, write_eagle3, write_mtp
+from tests.speculation import guessed
+from tests.speculation.drafts import (
+    STEPS,
+    TINY,
+    trained,
+    write_cut,
+    write_eagle3,
+    write_mtp,
+)
 from tests.vllm.conftest import HERE
 
 CPU, TOKENS, K = torch.device("cpu"), 96, 3
@@ -27,7 +35,15 @@ WAYS: dict[str, dict[str, Any]] = {
     "draft": {"method": "draft_model"},
     "eagle3": {"method": "eagle3"},
     "mtp": {"method": "mtp"},
+    "qwen3_5_text": {"method": "mtp"},
 }
+#: Those that read a draft by its path.
+DRAFTS = ("draft", "eagle3")
+
+
+def _target(name: str) -> str:
+    """Which of the paths is continued."""
+    return name if name == "mtp" or name in guessed.FAMILIES else "target"
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +55,7 @@ def paths(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         "draft": write_cut(folder / "cut", 2),
         "eagle3": write_eagle3(folder / "eagle3", trained("eagle3", STEPS)),
         "mtp": write_mtp(folder / "mtp", trained("mtp", STEPS)),
+        "qwen3_5_text": guessed.write("qwen3_5_text", folder / "qwen3_5_text"),
     }
 
 
@@ -49,18 +66,19 @@ def said(
     """What vLLM answers and counts, without and with each speculation."""
     folder, rows = tmp_path_factory.mktemp("vllm"), _rows(TINY)
     jobs = []
-    for name, config in {"plain": None, "mtp-plain": None, **WAYS}.items():
+    plain = dict.fromkeys(f"{name}-plain" for name in {*map(_target, WAYS)})
+    for name, config in {**plain, **WAYS}.items():
         if config is not None:
             config = config | {"num_speculative_tokens": K}
-            config |= {"model": str(paths[name])} if name in ("draft", "eagle3") else {}
-        path = paths["mtp" if name.startswith("mtp") else "target"]
+            config |= {"model": str(paths[name])} if name in DRAFTS else {}
+        path = paths[_target(name.removesuffix("-plain"))]
         jobs.append(
             {"name": name, "path": str(path), "config": config, "rows": rows, "new_tokens": TOKENS,
              "log": str(folder / f"{name}.log")}
         )  # fmt: skip
     (folder / "jobs.json").write_text(json.dumps(jobs))
     command = [vllm_python, str(HERE / "speculate_many.py"), str(folder / "jobs.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     found = [json.loads(x[7:]) for x in done.stdout.splitlines() if x.startswith("RESULT ")]
     assert len(found) == len(jobs), done.stderr[-3000:]
     return {f["name"]: f for f in found}
@@ -71,14 +89,16 @@ def _rows(path: Path) -> list[list[int]]:
 
 
 def _predicted(name: str, paths: dict[str, Path], scratch: Path) -> Acceptance:
-    target = Model(paths["mtp" if name == "mtp" else "target"], CPU, scratch)
+    target = Model(paths[_target(name)], CPU, scratch)
     proposer: Proposer
     if name == "ngram":
         proposer = NGram(5, 2)
     elif name == "draft":
         proposer = Draft(Model(paths["draft"], CPU, scratch), target.vocabulary)
+    elif name == "eagle3":
+        proposer = eagle3(target, paths[name])
     else:
-        proposer = eagle3(target, paths["eagle3"]) if name == "eagle3" else native_head(target, scratch)
+        proposer = native_head(target, scratch)
     return measure(target, proposer, _rows(TINY), TOKENS, K, Sampling())
 
 
@@ -93,16 +113,19 @@ def test_what_is_predicted_is_what_vllm_counts(
     assert drafts > 50 and 0.05 < found.rate < 1.0
     assert abs(found.rate - counted["num_accepted_tokens"] / proposed) < 0.03
     by_position = counted["num_accepted_tokens_per_pos"]
+    # where weights by chance leave ties, texts part and the shares of a few hundred drafts with them
+    apart = 0.05 if name in guessed.FAMILIES else 0.03
     for ours, theirs in zip(found.by_position, by_position, strict=True):
-        assert abs(ours / found.drafts - theirs / drafts) < 0.03, (found, counted)
+        assert abs(ours / found.drafts - theirs / drafts) < apart, (found, counted)
     tokens = sum(map(len, said[name]["tokens"]))
     per_step = tokens / (tokens - counted["num_accepted_tokens"])
     assert abs(found.tokens_per_step / per_step - 1) < 0.1
 
 
-@pytest.mark.parametrize("name", WAYS)
+# weights by chance leave ties that bf16 rounds either way, so those families' texts are not compared
+@pytest.mark.parametrize("name", [name for name in WAYS if name not in guessed.FAMILIES])
 def test_greedy_text_stays_as_it_was(name: str, said: dict[str, Any]) -> None:
-    plain = said["mtp-plain" if name == "mtp" else "plain"]["tokens"]
+    plain = said[f"{_target(name)}-plain"]["tokens"]
     assert said[name]["tokens"] == plain
 
 
