@@ -13,6 +13,7 @@ from quant.commands.terminal import run
 SUBCOMMANDS = {
     "batch": "quant.commands.batch:batch",
     "detect": "quant.commands.detect:detect",
+    "distill": "quant.commands.distill:distill",
     "doctor": "quant.commands.doctor:doctor",
     "evaluate": "quant.commands.evaluate:evaluate",
     "export-gguf": "quant.commands.export_gguf:export_gguf",

@@ -108,6 +108,9 @@ def card(
     )
     if (cut := report.pruning) is not None:
         rows.append(("blocks", f"{cut.blocks} → {len(cut.kept)}, without {', '.join(map(str, cut.dropped))}"))
+    if (taught := report.teaching) is not None and taught.before is not None and taught.after is not None:
+        rows.append(("taught by", Path(taught.teacher).name))
+        rows.append(("held-out KL to it", f"{taught.before:.5f} → {taught.after:.5f} nats per token"))
     if job is not None and job.calibration:
         rows.append(
             ("calibration", f"{job.calibration.get('rows')} rows of {job.calibration.get('length')} tokens")

@@ -14,9 +14,9 @@ from quant.checkpoint.reader import Checkpoint
 from quant.formats import find_format
 from quant.hub import named
 from quant.models.roles import block_of
-from quant.report.charts import Options, colours, layers_chart, options_chart
+from quant.report.charts import Curve, Options, colours, curves_chart, layers_chart, options_chart
 from quant.report.contents import contents
-from quant.report.value import Pruning, Quantization, Report
+from quant.report.value import Pruning, Quantization, Report, Teaching
 from quant.units import format_seconds, format_size, mean_and_error
 from quant.vllm.kernels import GPU_GENERATIONS, kernel_of, number_formats
 
@@ -102,6 +102,8 @@ def page(report: Report, checkpoint: Checkpoint, evaluation: Mapping[str, Any] |
         body += _allocation(job.allocation)
     if report.pruning is not None:
         body += _blocks(report.pruning)
+    if report.teaching is not None:
+        body += _teaching(report.teaching)
     body += ["<h2>Bits and bytes</h2>", _roles(checkpoint)]
     body += _quality(report, evaluation)
     body += _kernels(checkpoint)
@@ -190,6 +192,24 @@ def _blocks(cut: Pruning) -> list[str]:
         f"<p>{html.escape(said)}</p>",
         f"<p class=muted>{html.escape(_MEASURES.get(cut.measure, ''))}; measured anew after each</p>",
         table(heads, rows, range(1, len(heads))),
+    ]
+
+
+def _teaching(done: Teaching) -> list[str]:
+    """The held-out KL over the steps as a curve, and what was trained."""
+    if done.before is None or done.after is None:
+        return []
+    told = (done.before, done.after)
+    points = tuple((float(step), kl, f"{kl:.4f}" if kl in told else "") for step, kl in done.judged)
+    curve = Curve("held-out rows", "#0072b2", points)
+    said = (
+        f"Taught by {Path(done.teacher).name}: {len(done.changed)} tensors are others now. KL divergence to it on "
+        f"rows that were held out: {done.before:.5f} nats per token before, {done.after:.5f} of what was written."
+    )
+    return [
+        "<h2>Distillation</h2>",
+        f"<p>{html.escape(said)}</p>",
+        f"<div class=wide>{curves_chart([curve], 'steps', 'KL, nats per token')}</div>",
     ]
 
 

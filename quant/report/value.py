@@ -398,6 +398,73 @@ class Pruning:
 
 
 @dataclass(frozen=True)
+class Teaching:
+    """What a report says of a student that was trained by its teacher.
+
+    Attributes:
+        teacher: its checkpoint.
+        trained: ``weights``, or ``numbers``: norms and scales alone.
+        steps: of the optimizer; ``rows``: of text that it was trained with.
+        losses: of each step; ``judged``: steps and the KL divergence to the teacher on held-out rows then,
+            nats per token.
+        settings: of the training.
+        calibration: the text.
+        changed: tensors that hold other values than the student's.
+    """
+
+    teacher: str = ""
+    trained: str = ""
+    steps: int = 0
+    rows: int = 0
+    losses: tuple[float, ...] = ()
+    judged: tuple[tuple[int, float], ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Mapping[str, Any] | None = None
+    changed: tuple[str, ...] = ()
+
+    @property
+    def before(self) -> float | None:
+        """KL before the first step."""
+        return self.judged[0][1] if self.judged else None
+
+    @property
+    def after(self) -> float | None:
+        """KL of what was written: the least."""
+        return min((kl for _, kl in self.judged), default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "distillation": asdict(self)
+            | {
+                "losses": list(self.losses),
+                "judged": [list(pair) for pair in self.judged],
+                "changed": list(self.changed),
+                "kl_before": self.before,
+                "kl_after": self.after,
+            }
+        }
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Teaching:
+        value = _mapping(value.get("distillation"))
+        losses, judged = (
+            value.get(k) if isinstance(value.get(k), list) else [] for k in ("losses", "judged")
+        )
+        pairs = [x for x in judged or [] if isinstance(x, list) and len(x) == 2]
+        return cls(
+            teacher=_text(value.get("teacher")),
+            trained=_text(value.get("trained")),
+            steps=_integer(value.get("steps")),
+            rows=_integer(value.get("rows")),
+            losses=tuple(x for v in losses or [] if (x := _number(v)) is not None),
+            judged=tuple((_integer(s), x) for s, v in pairs if (x := _number(v)) is not None),
+            settings=_mapping(value.get("settings")),
+            calibration=_mapping(value.get("calibration")) or None,
+            changed=_texts(value.get("changed")),
+        )
+
+
+@dataclass(frozen=True)
 class Provenance:
     """What made a checkpoint, when and where.
 
@@ -456,6 +523,7 @@ class Report:
         quantization: what was quantized or scaled; None of a conversion alone.
         conversion: what was turned into another format; None where nothing was.
         pruning: which decoder blocks were left out; None where none were.
+        teaching: how it was trained by a teacher; None where it was not.
         provenance: what made it, when and where.
     """
 
@@ -473,6 +541,7 @@ class Report:
     quantization: Quantization | None = None
     conversion: Conversion | None = None
     pruning: Pruning | None = None
+    teaching: Teaching | None = None
     provenance: Provenance = field(default_factory=Provenance)
 
     @property
@@ -484,7 +553,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """One JSON object: what is of a quantization or a conversion stands among the rest."""
-        parts = (self.quantization, self.conversion, self.pruning)
+        parts = (self.quantization, self.conversion, self.pruning, self.teaching)
         return {
             "output_path": self.output_path,
             "source_path": self.source_path,
@@ -527,6 +596,7 @@ class Report:
             else None,
             conversion=Conversion.from_dict(value) if "source_format" in value else None,
             pruning=Pruning.from_dict(value) if "pruning" in value else None,
+            teaching=Teaching.from_dict(value) if "distillation" in value else None,
             provenance=Provenance.from_dict(value.get("provenance")),
         )
 

@@ -317,6 +317,35 @@ def gguf_file(console: Console, made: GgufFile) -> None:
     console.print(f"llama-server --model {shlex.quote(made.path)}", soft_wrap=True, markup=False)
 
 
+def teaching(console: Console, report: Report) -> None:
+    """The last lines of ``quant distill``."""
+    done = report.teaching
+    assert done is not None and done.before is not None and done.after is not None
+    best = min(done.judged, key=lambda pair: pair[1])[0]
+    share = f", {1 - done.after / done.before:.0%} less" if done.before > 0 else ""
+    rows = [
+        ("output", report.output_path),
+        ("teacher", done.teacher),
+        (
+            "trained",
+            f"{'all weights' if done.trained == 'weights' else 'norms and scales'}: {len(done.changed)} tensors "
+            f"are others now; {done.steps} steps on {done.rows} rows",
+        ),
+        (
+            "held-out KL",
+            f"{done.before:.5f} → {done.after:.5f} nats per token{share} (step {best}, {len(done.judged)} "
+            "judgements)",
+        ),
+        ("size", f"{format_size(report.output_bytes)} of tensors, as before"),
+        ("time", format_seconds(report.seconds["total"])),
+        ("peak memory", format_size(report.peak_rss_bytes)),
+    ]
+    table(console, "Distilled", rows + _checks(report.verify["checks"]))
+    measure = ["quant", "evaluate", report.output_path, "--against", named(done.teacher), "--save"]
+    console.print(f"measure it: {shlex.join(measure)}", soft_wrap=True, markup=False)
+    _serve(console, report)
+
+
 def verification(console: Console, value: Mapping[str, Any]) -> None:
     rows = _checks(value["checks"])
     if "tensors" in value:

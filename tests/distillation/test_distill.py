@@ -1,0 +1,236 @@
+"""A student taught by its source: it comes nearer on text that it was not taught with, keeps its codes, and a
+killed lesson goes on to the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quant.checkpoint.reader import open_checkpoint
+from quant.distillation import Distillation, distill, run
+from quant.distillation.teacher import LIKELIEST, coarsened, divergence
+from quant.errors import Problems, QuantError, UsageError
+from quant.evaluation.quality import Runner, Source, run_both
+from quant.evaluation.verify import verify
+from quant.pruning import Depth, drop_blocks
+from quant.report.value import Report
+from tests.helpers import TINYLM, change_config, copy_model, load_all, make_checkpoint, quantize
+
+SHORT = {"samples": 8, "held_out": 3, "sequence_length": 64, "steps": 6, "judge_every": 3}
+
+
+@pytest.fixture(scope="module")
+def shorter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained model without one of its blocks."""
+    path = tmp_path_factory.mktemp("shorter") / "model"
+    drop_blocks(TINYLM, path, Depth(blocks=(3,)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained model in three bits."""
+    path = tmp_path_factory.mktemp("rounded") / "model"
+    quantize(TINYLM, path, method="minmax", bits=3, group_size=64, target="other")
+    return path
+
+
+def kl(path: Path, rows: torch.Tensor) -> float:
+    """Of the whole distributions, as evaluate has it."""
+    device = torch.device("cpu")
+    source = Source(TINYLM, length=rows.shape[1])
+    found = run_both(Runner(open_checkpoint(path), device), source, rows, device, lambda e: None)
+    assert found.kl is not None
+    return float(found.kl.double().mean())
+
+
+def held_out(path: Path) -> torch.Tensor:
+    how = Distillation(**SHORT)
+    return run._rows(open_checkpoint(path), how).tokens[-how.held_out :]
+
+
+def test_what_is_kept_of_a_distribution_bounds_the_divergence_from_below() -> None:
+    generator = torch.Generator().manual_seed(1)
+    for size, exact in ((LIKELIEST, True), (4 * LIKELIEST, False)):
+        p, q = (torch.randn(50, size, generator=generator, dtype=torch.float64) * 3 for _ in range(2))
+        for temperature in (1.0, 2.5):
+            whole = torch.nn.functional.kl_div(
+                torch.log_softmax(q / temperature, -1),
+                torch.log_softmax(p / temperature, -1),
+                reduction="none",
+                log_target=True,
+            ).sum(-1)
+            found = divergence(coarsened(p, temperature), q, temperature)
+            if exact:
+                torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6)
+            else:
+                assert bool((found <= whole + 1e-9).all()) and float(found.mean()) > 0.5 * float(whole.mean())
+    same = divergence(coarsened(p, 1.0), p)
+    torch.testing.assert_close(same, torch.zeros_like(same), atol=1e-9, rtol=0)
+
+
+def test_a_pruned_model_comes_nearer_on_text_that_it_was_not_taught_with(
+    shorter: Path, tmp_path: Path
+) -> None:
+    report = distill(shorter, TINYLM, tmp_path / "out", Distillation(**SHORT))
+    done = report.teaching
+    assert done is not None and done.before is not None and done.after is not None
+    rows = held_out(shorter)
+    before, after = kl(shorter, rows), kl(tmp_path / "out", rows)
+    assert after < 0.85 * before
+    # the report's are of the likeliest tokens and the rest, which is a little less
+    assert done.before == pytest.approx(before, rel=0.05) and done.before <= before
+    assert done.after == pytest.approx(after, rel=0.05)
+    assert verify(tmp_path / "out").passed
+    assert Report.load(tmp_path / "out").teaching == done  # type: ignore[union-attr]
+    assert [p.name for p in (tmp_path / "out").glob("*teacher*")] == []
+    assert "held-out KL to it" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 3, "target": "other"},
+        {"bits": 4, "symmetric": False},
+        {"bits": 4, "format": "gptq"},
+        {"bits": 4, "symmetric": False, "format": "awq"},
+    ],
+    ids=["three bits", "asymmetric", "gptq", "awq"],
+)
+def test_a_quantized_model_keeps_its_codes(options: dict[str, Any], tmp_path: Path) -> None:
+    quantize(TINYLM, tmp_path / "student", method="minmax", group_size=64, **options)
+    report = distill(tmp_path / "student", TINYLM, tmp_path / "out", Distillation(**SHORT))
+    before, after = load_all(tmp_path / "student"), load_all(tmp_path / "out")
+    assert before.keys() == after.keys()
+    different = {n for n in before if not torch.equal(before[n], after[n])}
+    assert report.teaching is not None and different == set(report.teaching.changed)
+    assert all("scale" in n or "norm" in n for n in different)
+    assert sum("scale" in n for n in different) > 10 and any("norm" in n for n in different)
+    assert all(before[n].dtype == after[n].dtype and before[n].shape == after[n].shape for n in before)
+    assert verify(tmp_path / "out", target=str(options.get("target", "vllm"))).passed
+    assert report.teaching.after is not None and report.teaching.before is not None
+    assert report.teaching.after < report.teaching.before
+    rows = held_out(TINYLM)
+    assert kl(tmp_path / "out", rows) < kl(tmp_path / "student", rows)
+
+
+def test_a_lesson_that_died_goes_on_to_the_same_bytes(
+    rounded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = Distillation(**SHORT, train="numbers")
+    wanted = distill(rounded, TINYLM, tmp_path / "whole", how)
+    monkeypatch.setattr(run, "_KEPT_EVERY", 0.0)
+    step, died = run._Lesson._one, []
+
+    def dying(self: Any) -> float:
+        if self.step in (2, 5) and self.step not in died:
+            died.append(self.step)
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(run._Lesson, "_one", dying)
+    asked = []
+    ask = run.Teacher.ask
+    monkeypatch.setattr(run.Teacher, "ask", lambda self, *a: (asked.append(1), ask(self, *a)))
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            distill(rounded, TINYLM, tmp_path / "out", how)
+    report = distill(rounded, TINYLM, tmp_path / "out", how)
+    assert died == [2, 5] and len(asked) == 1  # the teacher was not asked again
+    assert report.output_hash == wanted.output_hash
+    assert report.teaching is not None and wanted.teaching is not None
+    assert report.teaching.judged == wanted.teaching.judged
+    assert report.teaching.losses == wanted.teaching.losses
+    with pytest.raises(QuantError, match="another job"):
+        (tmp_path / "out2").mkdir()
+        monkeypatch.setattr(run._Lesson, "_one", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            distill(rounded, TINYLM, tmp_path / "out2", how)
+        distill(rounded, TINYLM, tmp_path / "out2", Distillation(**{**SHORT, "steps": 7}))
+
+
+def test_smaller_batches_and_running_blocks_again_teach_the_same(shorter: Path, tmp_path: Path) -> None:
+    whole = distill(shorter, TINYLM, tmp_path / "a", Distillation(**SHORT, batch=4)).teaching
+    parts = distill(shorter, TINYLM, tmp_path / "b", Distillation(**SHORT, batch=2, accumulate=2)).teaching
+    again = distill(shorter, TINYLM, tmp_path / "c", Distillation(**SHORT, batch=4, recompute=True)).teaching
+    assert whole is not None and parts is not None and again is not None
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-3)
+    assert again.losses == pytest.approx(whole.losses, rel=1e-3)
+
+
+def test_the_texts_own_tokens_have_their_share_of_the_loss(shorter: Path, tmp_path: Path) -> None:
+    both = distill(
+        shorter, TINYLM, tmp_path / "a", Distillation(**{**SHORT, "steps": 1}, alpha=0.25, temperature=2.0)
+    ).teaching
+    assert both is not None
+    how = Distillation(**SHORT)
+    rows = run._rows(open_checkpoint(shorter), how).tokens
+    training = len(rows) - how.held_out
+    chosen = torch.randperm(training, generator=torch.Generator().manual_seed(0))[: how.batch]
+    from transformers import AutoModelForCausalLM
+
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32) for p in (shorter, TINYLM)
+    )
+    with torch.no_grad():
+        q, p = (m(rows[chosen]).logits[:, :-1] for m in (student, teacher))
+    text = torch.nn.functional.cross_entropy(q.flatten(0, 1), rows[chosen][:, 1:].flatten())
+    taught = 4 * divergence(coarsened(p, 2.0), q, 2.0).mean()
+    assert both.losses[0] == pytest.approx(float(0.25 * taught + 0.75 * text), rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "--steps is 0"),
+        ({"batch": -1}, "--batch is -1"),
+        ({"temperature": float("nan")}, "--temperature is nan"),
+        ({"alpha": 1.5}, "--teacher-share is 1.5"),
+        ({"learning_rate": 0.0}, "--learning-rate is 0.0"),
+        ({"held_out": 0}, "--held-out is 0"),
+    ],
+)
+def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Distillation(**settings)
+
+
+def test_pairs_that_do_not_fit_are_refused_before_any_work(
+    rounded: Path, tmp_path: Path, llama: Path
+) -> None:
+    with pytest.raises(Problems, match="a teacher of the same tokens is needed"):
+        distill(
+            llama, make_checkpoint(tmp_path / "t", "llama", vocab_size=1024), tmp_path / "out", Distillation()
+        )
+    with pytest.raises(QuantError, match="codes stay"):
+        distill(rounded, TINYLM, tmp_path / "out", Distillation(**SHORT, train="weights"))
+    damaged = copy_model(TINYLM, tmp_path / "damaged")
+    change_config(damaged, num_hidden_layers=9)
+    with pytest.raises(Problems, match="block"):
+        distill(damaged, TINYLM, tmp_path / "out", Distillation(**SHORT))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.work").exists()
+
+
+def test_a_loss_that_overflows_ends_with_a_sentence(shorter: Path, tmp_path: Path) -> None:
+    with pytest.raises(QuantError, match="not finite at step"):
+        distill(
+            shorter,
+            TINYLM,
+            tmp_path / "out",
+            Distillation(**{**SHORT, "steps": 200}, learning_rate=1.0, patience=0),
+        )
+
+
+def test_the_command_says_what_was_gained(cli: Callable[..., Any], shorter: Path, tmp_path: Path) -> None:
+    short = ["--samples", "4", "--held-out", "2", "--sequence-length", "32", "--steps", "2"]
+    done = cli("distill", "-m", shorter, "--teacher", TINYLM, "-o", tmp_path / "out", *short)
+    assert done.code == 0, done.err
+    assert "held-out KL" in done.out and "all weights" in done.out
+    again = cli("distill", "-m", shorter, "--teacher", TINYLM, "-o", tmp_path / "out", *short)
+    assert again.code == 1 and "not empty" in again.err
+    bad = cli("distill", "-m", shorter, "--teacher", TINYLM, "-o", tmp_path / "x", "--steps", "0")
+    assert bad.code == 2 and "--steps is 0" in bad.err
