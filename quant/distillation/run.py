@@ -121,8 +121,8 @@ def distill(
     command: Sequence[str] | None = None,
     fresh: bool = False,
 ) -> Report:
-    """Trains the student ``model_path`` by the teacher ``teacher_path`` and writes what it became: a checkpoint
-    of the student's own format, names, shapes and codes.
+    """Trains the student ``model_path`` by the teacher ``teacher_path`` and writes what it became: a
+    checkpoint of the student's own format, names, shapes and codes.
 
     What the teacher said and the state of the training are kept, so that the same call goes on where one was
     killed, to the same bytes.
@@ -139,8 +139,8 @@ def distill(
     sizes = [vocabulary_size(c.config) for c in (checkpoint, origin)]
     if sizes[0] != sizes[1]:
         problems.append(
-            f"{checkpoint.path}: has a vocabulary of {sizes[0]}, its teacher {origin.path} one of {sizes[1]}: "
-            "a teacher of the same tokens is needed"
+            f"{checkpoint.path}: has a vocabulary of {sizes[0]}, its teacher {origin.path} one of {sizes[1]}"
+            ": a teacher of the same tokens is needed"
         )
     if problems:
         raise Problems(problems)
@@ -384,8 +384,8 @@ def _write(
     checked = verify(work.path, served=False)
     if checked.failed:
         raise VerificationFailed(
-            f"{work.path}: the output failed its own verification: {'; '.join(checked.failed[:5])}. It was not "
-            "published"
+            f"{work.path}: the output failed its own verification: {'; '.join(checked.failed[:5])}. It was "
+            "not published"
         )
     return Report(
         output_path=str(output),

@@ -1,8 +1,8 @@
 """The student as a whole model in memory, and what of it is trained.
 
 A checkpoint in 16 bits trains its weights, in fp32; a quantized one its norms and the scales of its linears,
-under codes that stay as they are: what comes out is the same file with other numbers in it. Numbers are trained
-as shares of what they were, so that one learning rate is right for all of them.
+under codes that stay as they are: what comes out is the same file with other numbers in it. Numbers are
+trained as shares of what they were, so that one learning rate is right for all of them.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""What the teacher says of every token, kept on disk: the log-probabilities of its likeliest tokens, and of all
-others together.
+"""What the teacher says of every token, kept on disk: the log-probabilities of its likeliest tokens, and of
+all others together.
 
-The teacher runs once, block by block, so that it need not fit into memory beside its student; training reads a
-few rows at a time. Of a vocabulary of 150,000 the 64 likeliest tokens hold all but a few thousandths of the
-probability, and what is left counts as one more token: the KL divergence between two such coarsened
-distributions is a lower bound of the whole one.
+The teacher runs once, block by block, so that it need not fit into memory beside its student; training reads
+a row at a time. What is left of the vocabulary counts as one more token: the KL divergence between two such
+coarsened distributions is a lower bound of the whole one.
 """
 
 from __future__ import annotations
@@ -64,7 +63,8 @@ def divergence(teacher: Said, logits: torch.Tensor, temperature: float = 1.0) ->
 
 
 class Teacher:
-    """The teacher's words on rows of tokens int64 [R, T], made once and read back from files in ``folder``."""
+    """The teacher's words on rows of tokens int64 [R, T], made once and read back from files in
+    ``folder``."""
 
     def __init__(self, folder: Path, rows: torch.Tensor):
         self._folder, self._rows = folder, rows

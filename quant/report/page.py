@@ -203,8 +203,8 @@ def _teaching(done: Teaching) -> list[str]:
     points = tuple((float(step), kl, f"{kl:.4f}" if kl in told else "") for step, kl in done.judged)
     curve = Curve("held-out rows", "#0072b2", points)
     said = (
-        f"Taught by {Path(done.teacher).name}: {len(done.changed)} tensors are others now. KL divergence to it on "
-        f"rows that were held out: {done.before:.5f} nats per token before, {done.after:.5f} of what was written."
+        f"Taught by {Path(done.teacher).name}: {len(done.changed)} tensors are others now. KL divergence to "
+        f"it on rows that were held out: {done.before:.5f} nats per token before, {done.after:.5f} after."
     )
     return [
         "<h2>Distillation</h2>",

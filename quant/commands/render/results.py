@@ -328,8 +328,8 @@ def teaching(console: Console, report: Report) -> None:
         ("teacher", done.teacher),
         (
             "trained",
-            f"{'all weights' if done.trained == 'weights' else 'norms and scales'}: {len(done.changed)} tensors "
-            f"are others now; {done.steps} steps on {done.rows} rows",
+            f"{'all weights' if done.trained == 'weights' else 'norms and scales'}: {len(done.changed)} "
+            f"tensors are others now; {done.steps} steps on {done.rows} rows",
         ),
         (
             "held-out KL",
