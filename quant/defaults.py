@@ -61,9 +61,12 @@ START_TIMEOUT = 1800.0
 EFFORTS = {
     "fast": "gptq for 4 bits, rounding to nearest for 8",
     "balanced": "the same with yaqa instead of gptq, where gradients go through a model without experts",
-    "best": "yaqa for experts, too, with gradients of all --samples",
+    "best": "yaqa for experts, too, with gradients of all --samples, of four times as many outputs together, "
+    "and refined twice",
 }
 EFFORT = "balanced"
+#: Options of yaqa that ``best`` brings.
+BEST = {"outputs": 1024, "rounds": 2, "sweeps": 2}
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,10 @@ def resolve(values: Mapping[str, Any]) -> ResolvedJob | Recommendation:
                 chosen["method"], _ = method_for(preset, asked.model_path, effort=effort)
             notes = (f"{recommendation.recommended} by {chosen['method']}: {recommendation.reason}",)
         chosen |= _of_effort(asked, effort, chosen["method"])
-    recipe, form = _formatted(make_recipe({**chosen, **values}))
+    whole = {**chosen, **values}
+    if "options" in chosen:
+        whole["options"] = {**chosen["options"], **values.get("options", {})}
+    recipe, form = _formatted(make_recipe(whole))
     recipe, needed = complete(recipe)
     if recipe.gpu is not None and (taken := named_gpu(recipe.gpu).note):
         notes = (taken, *notes)
@@ -139,8 +142,8 @@ def _of_effort(asked: Recipe, effort: str, method: str) -> dict[str, Any]:
         return chosen
     if asked.act_order is not None:
         return chosen | {"method": WITHOUT_GRADIENTS}
-    if effort == "best" and asked.gradient_samples is None:
-        chosen["gradient_samples"] = asked.samples
+    if effort == "best":
+        chosen |= {"gradient_samples": asked.samples, "options": dict(defaults.BEST)}
     return chosen
 
 
@@ -335,11 +338,11 @@ def made(recipe: Recipe) -> Report | None:
     recipe, _ = complete(recipe)
     if destination_of(recipe) is None or recipe.mixes:  # what was chosen, its settings do not say
         return None
-    settings = json.loads(json.dumps(recipe.settings()))
-    asked = [settings]
+    asked = [recipe]
     if recipe.effort is not None:  # where no gradients go through the model
-        asked.append(settings | {"method": WITHOUT_GRADIENTS, "gradient_samples": None})
-    found = (made_already(recipe.output_path, recipe.model_path, {"settings": s}) for s in asked)
+        asked.append(recipe.model_copy(update=_instead(recipe)))
+    settings = (json.loads(json.dumps(r.settings())) for r in asked)
+    found = (made_already(recipe.output_path, recipe.model_path, {"settings": s}) for s in settings)
     return next((report for report in found if report is not None), None)
 
 
@@ -388,11 +391,16 @@ def _without_gradients(plan: JobPlan, error: NoGradients, progress: Progress) ->
     """
     if plan.recipe.effort is None:
         raise error
-    others = {"method": WITHOUT_GRADIENTS, "gradient_samples": None, "effort": None}
-    recipe = plan.recipe.model_copy(update=others)
+    recipe = plan.recipe.model_copy(update=_instead(plan.recipe) | {"effort": None})
     note = f"--method {WITHOUT_GRADIENTS} instead of {plan.recipe.method}: {error.problem}"
     planned = _planned(recipe, progress)
     return replace(planned, notes=(*planned.notes, note))
+
+
+def _instead(recipe: Recipe) -> dict[str, Any]:
+    """What changes in a recipe whose effort takes gradients, where none go through the model."""
+    options = {k: v for k, v in recipe.options.items() if k not in defaults.BEST}
+    return {"method": WITHOUT_GRADIENTS, "gradient_samples": None, "options": options}
 
 
 def quantize(recipe: Recipe, progress: Progress = silent) -> Report:

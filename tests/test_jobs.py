@@ -12,7 +12,7 @@ import torch
 import yaml
 
 import quant
-from quant import jobs
+from quant import defaults, jobs
 from quant.batch.manifest import read_manifest
 from quant.batch.outputs import standing
 from quant.errors import NoGradients, Problems, UsageError
@@ -57,11 +57,15 @@ def test_what_is_left_open_is_chosen(given: dict[str, Any], method: str, scheme:
     assert (recipe.method, recipe.resolved_scheme(recipe.method).name) == (method, scheme)
 
 
-def test_an_effort_is_a_method_and_how_many_rows_its_gradients_take() -> None:
+def test_an_effort_is_a_method_with_its_options_and_how_many_rows_its_gradients_take() -> None:
     assert resolved(bits=4).recipe.effort == "balanced"
     assert resolved(bits=4).recipe.gradient_samples is None
     assert resolved(bits=4, effort="best", samples=99).recipe.gradient_samples == 99
     assert resolved(bits=4, effort="best", gradient_samples=7).recipe.gradient_samples == 7
+    given = {"sweeps": 3, "clip_search": False}
+    best = [resolved(bits=4, effort="best", **more).recipe for more in ({}, {"options": given})]
+    assert [r.options for r in best] == [defaults.BEST, {**defaults.BEST, **given}]
+    assert resolved(bits=8, effort="best").recipe.options == resolved(bits=4).recipe.options == {}
     named = resolved(method="yaqa", bits=4).recipe
     assert named.effort is None and named.settings() == resolved(bits=4).recipe.settings()
     with pytest.raises(UsageError, match="--effort chooses the method, and --method gptq names it"):
@@ -324,6 +328,7 @@ def test_an_output_of_another_effort_or_size_is_not_a_job_s(llama: Path, tmp_pat
     jobs.run(jobs.plan(made.recipe))
     for own, words in (
         ({"effort": "best"}, ""),
+        ({"effort": "best", "options": {"rounds": 1}}, "options"),
         ({"effort": "fast"}, "made by yaqa, and --effort fast takes gptq"),
         ({}, "made by yaqa, and --effort balanced takes yaqa"),
         ({"target_bits": 5.0}, "one scheme for all layers, not by --target-bits 5"),

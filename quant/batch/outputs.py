@@ -166,6 +166,8 @@ def _difference(job: Job) -> str:
         return f"it was made by {size or 'one scheme for all layers'}, not by {asked.size_asked or 'that'}"
     if difference := _other_effort(asked, report.quantization.settings, job):
         return difference
+    if asked.effort == "best" and report.quantization.settings.get("method") in GRADIENTS:
+        asked = asked.model_copy(update={"options": {**defaults.BEST, **asked.options}})
     wanted = json.loads(json.dumps(asked.settings()))
     chosen = {k for k in _CHOSEN if k not in job.values}
     made = {k: v for k, v in report.quantization.settings.items() if k not in chosen}

@@ -193,15 +193,17 @@ class BlockQuantizer:
         """What a pass has to show of a block; ``folder``: of scratch files."""
         prefix, linears = skeleton.block_prefix(index), skeleton.linears(index)
         groups = self._seen_groups(skeleton.groups(index), prefix)
+        plain = {
+            name: self.plan.assignments[prefix + name]
+            for group in groups
+            if not group.experts
+            for name in group.linears
+        }
         return Seen(
-            {
-                name: (linears[name], self.solver.needs(self.plan.assignments[prefix + name]))
-                for group in groups
-                if not group.experts
-                for name in group.linears
-            },
+            {name: (linears[name], self.solver.needs(assignment)) for name, assignment in plain.items()},
             frozenset(group.experts for group in groups if group.experts),
             folder,
+            {name: self.solver.outputs(assignment) for name, assignment in plain.items()},
         )
 
     def _seen_groups(self, groups: Sequence[InputGroup], prefix: str) -> dict[InputGroup, InputGroup]:

@@ -132,11 +132,12 @@ class Counter:
                 if (linear := plan.linears.get(prefix + name)) is None:
                     continue
                 n, k, assignment = linear.n, linear.k, plan.assignments[prefix + name]
-                count, size = blocks_of(n)
+                most = OUTPUTS if routed else self._manager.blocks.solver.outputs(assignment)
+                count, size = blocks_of(n, most)
                 if "gradients" in self._manager.blocks.solver.needs(assignment):
                     both = self._of_both(assignment)
                     seconds += both.statistics * seen * (k * k + 2 * n * size)
-                    seconds += both.step * k * size * max(1.0, count / _STEPPED[0] * OUTPUTS)
+                    seconds += both.step * k * size * max(1.0, count / blocks_of(_STEPPED[0], most)[0])
                     seconds += both.product * n * k * k
                 else:
                     rates = self._of(assignment)
@@ -179,22 +180,23 @@ class Counter:
         quantizer, dtype = manager.quantizers[assignment], TORCH[manager.plan.dtype]
         needs, scheme = manager.blocks.solver.needs(assignment), assignment.scheme.weights
         (n, k), generator = _STEPPED, torch.Generator().manual_seed(0)
+        blocks = blocks_of(n, manager.blocks.solver.outputs(assignment))
         inputs = torch.randn(n, n, generator=generator).to(device, self._skeleton.dtype)
         weight = torch.randn(n, k, generator=generator).to(device)
         square = inputs.float()
 
         def summed(features: int) -> Statistics:
-            sums = GradientAccumulator(features, n, blocks_of(n), device, needs)
+            sums = GradientAccumulator(features, n, blocks, device, needs)
             sums.add(inputs[:, :features], inputs)
             return sums.finish()
 
-        statistics = self._timed(lambda: summed(n)) / (n * (n * n + 2 * n * blocks_of(n)[1]))
+        statistics = self._timed(lambda: summed(n)) / (n * (n * n + 2 * n * blocks[1]))
         product = getattr(quantizer, "products", _PRODUCTS) * self._timed(lambda: square @ square) / n**3
         seen = summed(k)
         solving = self._timed(
             lambda: quantize_many(quantizer, weight.clone()[None], [seen.copy()], scheme, dtype)
         )
-        return BothRates(statistics, max(solving - product * n * k * k, 0.0) / (k * OUTPUTS), product)
+        return BothRates(statistics, max(solving - product * n * k * k, 0.0) / (k * blocks[1]), product)
 
     def _measured(self, assignment: Assignment) -> Rates:
         """Of the largest matrix that takes a second at the most."""

@@ -37,7 +37,7 @@ from quant.pipeline.activation_store import ActivationStore, Batches, Calls
 from quant.pipeline.expert_gradients import ExpertGradients
 from quant.pipeline.expert_solves import ERROR_TOKENS
 from quant.pipeline.staged import computed
-from quant.quantizers.two_sided import blocks_of
+from quant.quantizers.two_sided import OUTPUTS, blocks_of
 from quant.tensors import all_finite
 
 #: Elements of a model's logits that are in memory at a time, in fp32.
@@ -63,6 +63,7 @@ class Seen:
         linears: by name inside the block, those that are summed, with what is asked of each.
         experts: modules inside the block whose routed experts are kept.
         folder: of scratch files; None: the system's folder for such files.
+        outputs: by name, the outputs of a block of H_O at the most, where that is not the usual number.
         sums: of each linear.
         samples: inputs [≤ 256, K] of each on the held-out row.
         routed, held_out: by module, what its experts read, and of it the held-out row's.
@@ -71,6 +72,7 @@ class Seen:
     linears: Mapping[str, tuple[BlockLinear, frozenset[str]]]
     experts: Collection[str] = ()
     folder: Path | None = None
+    outputs: Mapping[str, int] = field(default_factory=dict)
     sums: dict[str, Accumulator | GradientAccumulator] = field(default_factory=dict)
     samples: dict[str, torch.Tensor] = field(default_factory=dict)
     routed: dict[str, ExpertGradients] = field(default_factory=dict)
@@ -134,9 +136,8 @@ class Seen:
                 gradient = gradient[..., place.first : end : place.step]
             if name not in self.sums:
                 outputs = gradient.shape[-1]
-                self.sums[name] = GradientAccumulator(
-                    inputs.shape[-1], outputs, blocks_of(outputs), inputs.device, needs
-                )
+                blocks = blocks_of(outputs, self.outputs.get(name, OUTPUTS))
+                self.sums[name] = GradientAccumulator(inputs.shape[-1], outputs, blocks, inputs.device, needs)
             with torch.no_grad():
                 self.sums[name].add(inputs, gradient)  # type: ignore[arg-type]
 

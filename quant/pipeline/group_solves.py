@@ -24,6 +24,7 @@ from quant.pipeline.plan import JobPlan
 from quant.pipeline.records import Records
 from quant.quantizers import Quantized, Quantizer, quantize_many
 from quant.quantizers.activations import input_parameters
+from quant.quantizers.two_sided import OUTPUTS
 from quant.recipe import Assignment
 from quant.report.value import FoldResult
 from quant.schemes import BLOCK, Scheme
@@ -123,6 +124,11 @@ class GroupSolver:
         suppressor, activations = self.suppressors[assignment], assignment.scheme.activations
         wanted = self.quantizers[assignment].needs | (suppressor.needs if suppressor else frozenset())
         return wanted | {"range"} if activations is not None and activations.calibrated else wanted
+
+    def outputs(self, assignment: Assignment) -> int:
+        """Outputs of a block that gradients are summed in, at the most; not of experts, which see fewer
+        tokens."""
+        return int(getattr(self.quantizers[assignment], "outputs", OUTPUTS))
 
     def assignment(self, prefix: str, group: InputGroup) -> Assignment:
         return self.plan.assignments[prefix + group.linears[0]]

@@ -26,15 +26,15 @@ from quant.accelerator import on_accelerator
 from quant.quantizers.grids import Grid
 from quant.quantizers.products import product
 
-#: Outputs of a block of H_O, at the most.
-OUTPUTS = 256
+#: Outputs of a block of H_O, at the most: where nothing else is asked for, and that may be asked for.
+OUTPUTS, MOST_OUTPUTS = 256, 4096
 #: Rows and columns of a tile whose weights are rounded along its diagonals; and elements of all tiles that
 #: are rounded at once from which on tiles are smaller, because the work on them outweighs its overhead.
 _TILE, _SMALL_TILE, _MANY = 128, 64, 1 << 17
 #: Columns of a sweep that are looked at with one product of matrices.
 _PANEL = 64
-#: Codes of a column and block that a sweep may change.
-_CHANGES = 4
+#: Codes of a column that a sweep may change, of a block of H_O of up to so many outputs; more of a larger one.
+_CHANGES, _AMONG = 4, 256
 #: Steps of conjugate gradients in a refit: a second one lowers the loss by a fiftieth of a per cent more.
 _STEPS = 1
 
@@ -254,7 +254,7 @@ def refit(
         direction = step + spread(now / left) * direction
         left = now
     # a scale that would turn the signs of its group, or lose it, stays
-    kept = scales.isfinite() & (scales > 1e-3 * made.scales)
+    kept = scales.isfinite() & (scales / made.scales > 1e-3)
     rounded = made.grid.stored(torch.where(kept, scales, made.scales))
     after = loss(replace(made, scales=rounded).errors(weight), inputs, outputs)
     lower = after < before
@@ -270,7 +270,8 @@ def descend(
     sweeps: int = 1,
 ) -> tuple[Codes, torch.Tensor]:
     """The same scales with codes that lower the loss: column by column, of each block the code whose change
-    lowers it most, then the next, until none does or :data:`_CHANGES` were changed.
+    lowers it most, then the next, until none does or as many as :data:`_CHANGES` says were
+    changed.
 
     Args:
         weight: fp32 [..., N, K].
@@ -337,6 +338,7 @@ def _descend_panel(
         by how much the loss is lower, fp32 [B].
     """
     blocks = torch.arange(len(outputs), device=outputs.device)
+    changes = _CHANGES * max(1, outputs.shape[-1] // _AMONG)
     gained = torch.zeros(len(outputs), device=outputs.device)
     weights = outputs.diagonal(dim1=1, dim2=2).clamp_min(1e-38)
     sets, each = len(among), len(outputs) // len(among)
@@ -350,7 +352,7 @@ def _descend_panel(
         if j:  # all at once when the column is reached: each at its change would read all that are ahead
             slope -= torch.bmm(among[:, j : j + 1, :j], turned[:, :j]).view(slope.shape)
         began, inverse = slope.clone(), 1 / (curve * scale)
-        for _ in range(_CHANGES):
+        for _ in range(changes):
             # the least of a parabola in this code, all others as they are
             target = grid.nearest(torch.addcmul(code, slope, inverse))
             step = (target - code).mul_(scale)

@@ -29,7 +29,7 @@ from quant.quantizers.gptq import GPTQQuantizer, dead_notes, solve_fixed
 from quant.quantizers.grids import Grid
 from quant.quantizers.nearest import integers, round_to_nearest
 from quant.quantizers.rounding import scale_dtype, weight_parameters
-from quant.quantizers.two_sided import Codes, descend, feed_back, loss, refit
+from quant.quantizers.two_sided import MOST_OUTPUTS, OUTPUTS, Codes, descend, feed_back, loss, refit
 from quant.schemes import WeightScheme
 from quant.tensors import QuantizedTensor
 
@@ -60,12 +60,18 @@ class YAQAQuantizer:
         damping: added to the diagonals of both Hessians, as a share of each element.
         clip_search: choose each group's range by least squared error weighted with what the loss counts it
             by after feedback along inputs, instead of the whole range.
-        sweeps: times that all codes are gone through after rounding, to change those that lower the loss.
+        sweeps: times that all codes are gone through after scales were refitted, to change those that lower
+            the loss.
+        rounds: times that both are done.
+        outputs: outputs of a block of H_O, at the most: twice as many take twice its memory and steps. Experts
+            have :data:`~quant.quantizers.two_sided.OUTPUTS`, because each sees fewer tokens.
     """
 
     damping: float = defaults.DAMPING
     clip_search: bool = defaults.CLIP_SEARCH["yaqa"]
     sweeps: int = 1
+    rounds: int = 1
+    outputs: int = OUTPUTS
 
     name: ClassVar[str] = "yaqa"
     suppressor: ClassVar[str] = ""
@@ -78,12 +84,16 @@ class YAQAQuantizer:
             )
         if not 0 <= self.sweeps <= 100:
             raise ValueError(f"sweeps is {self.sweeps}: must be from 0 to 100")
+        if not 1 <= self.rounds <= 100:
+            raise ValueError(f"rounds is {self.rounds}: must be from 1 to 100")
+        if not 1 <= self.outputs <= MOST_OUTPUTS:
+            raise ValueError(f"outputs is {self.outputs}: must be from 1 to {MOST_OUTPUTS}")
 
     @property
     def products(self) -> int:
         """Products of the weight with H_I that a solve takes, as many as its estimate counts: of feedback, of
-        the loss of rounding to nearest, three of the refit, one of each sweep."""
-        return 5 + self.sweeps if self.sweeps else 3
+        the loss of rounding to nearest, and in each round three of the refit, one of each sweep."""
+        return 2 + self.rounds * (3 + self.sweeps) if self.sweeps else 3
 
     @staticmethod
     def refuse(scheme: WeightScheme) -> str | None:
@@ -223,15 +233,15 @@ class YAQAQuantizer:
             )[None]  # fmt: skip
         plain = Codes(nearest, scales, zeros, grid)
         first, made = loss(plain.errors(weight), *hessians), replace(plain, codes=codes)
-        if self.sweeps:
-            if grid.fitted:
-                made, begun, fitted = refit(weight, made, *hessians)
-            else:
-                begun = fitted = loss(made.errors(weight), *hessians)
-            made, gained = descend(weight, made, *hessians, self.sweeps)
-            last = fitted - gained
-        else:
+        rounds, fitted = self.rounds if self.sweeps else 0, grid.fitted
+        if not (rounds and fitted):
             begun = last = loss(made.errors(weight), *hessians)
+        for number in range(rounds):
+            if fitted:
+                made, before, last = refit(weight, made, *hessians)
+                begun = begun if number else before
+            made, gained = descend(weight, made, *hessians, self.sweeps)
+            last = last - gained
         return made, torch.stack([x.sum(-1) for x in (first, begun, last)], -1).double().cpu()
 
 

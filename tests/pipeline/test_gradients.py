@@ -16,7 +16,7 @@ import torch
 
 import quant
 from quant.checkpoint.reader import open_checkpoint
-from quant.errors import Problems, QuantError
+from quant.errors import Problems, QuantError, UsageError
 from quant.models.skeleton import Skeleton
 from quant.pipeline import gradients as module
 from quant.pipeline.activation_store import ActivationStore
@@ -321,6 +321,17 @@ def test_rows_are_those_of_the_gradients(llama: Path, tmp_path: Path) -> None:
     assert "gradients take all 3 rows" in report["calibration"]["notes"][-1]
     with pytest.raises(Problems, match="--gradient-samples belongs to --method yaqa"):
         quantize(llama, tmp_path / "gptq", method="gptq", group_size=32, gradient_samples=3)
+
+
+def test_outputs_feed_back_on_as_many_as_are_asked_for(llama: Path, tmp_path: Path) -> None:
+    said = {}
+    for outputs in (16, 1024):
+        report = quantize(llama, tmp_path / str(outputs), **YAQA, options={"outputs": outputs})
+        said[outputs] = [" ".join(layer["notes"]) for layer in report["layers"]]
+    assert all("its outputs feed back among 16 at a time" in notes for notes in said[16])
+    assert not any("at a time" in notes for notes in said[1024])
+    with pytest.raises(UsageError, match="outputs is 0: must be from 1 to 4096"):
+        quantize(llama, tmp_path / "none", **YAQA, options={"outputs": 0})
 
 
 def test_what_gradients_do_not_go_through_is_refused_before_any_work(

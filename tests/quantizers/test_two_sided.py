@@ -195,6 +195,37 @@ def test_pieces_of_a_weight_make_the_whole(case: Case, monkeypatch: pytest.Monke
     assert float((made() - whole).norm() / whole.norm()) < 0.05  # sums of other shapes may turn ties
 
 
+@pytest.mark.parametrize("case", CASES[:4], ids=str)
+def test_each_round_of_refits_and_sweeps_lowers_the_loss_of_the_one_before(case: Case) -> None:
+    n, k, group, symmetric, bits, most = case
+    weight, hessian, outputs = weight_of(n, k), hessian_of(k), outputs_of(n, most)
+    damped = hessian + 0.01 * torch.diag(hessian.diagonal())
+    both = outputs + 0.01 * torch.diag_embed(outputs.diagonal(dim1=1, dim2=2))
+
+    def lost(rounds: int) -> float:
+        statistics = Statistics(MANY, hessian.clone(), gradients=outputs.clone())
+        scheme = WeightScheme(bits, group, symmetric)
+        made = YAQAQuantizer(rounds=rounds)(weight.clone(), statistics, scheme, torch.float32)
+        assert f"adds about {lost_of(made):.2g} nats" in made.notes[0]
+        return lost_of(made)
+
+    def lost_of(made: Quantized) -> float:
+        errors = weight - made.tensor.dequantize()
+        return float(loss(errors, damped, both).sum() / (2 * hessian.diagonal().sum()))
+
+    one, two, many = lost(1), lost(2), lost(6)
+    assert many <= two < one
+
+
+@pytest.mark.parametrize("size", [192, 256, 512])
+def test_of_a_large_block_a_sweep_changes_more_codes(size: int) -> None:
+    grid = Grid(WeightScheme(4, -1), torch.float32)
+    made = Codes(torch.zeros(size, 3), torch.ones(size, 1), None, grid)
+    after, gained = descend(torch.ones(size, 3), made, torch.eye(3), torch.eye(size)[None])
+    changed = 3 * 4 * max(1, size // 256)
+    assert int((after.codes == 1).sum()) == changed == int(gained.sum())
+
+
 @pytest.mark.parametrize("scheme", [s for s in SCHEMES if YAQAQuantizer.refuse(s) is None], ids=str)
 def test_whatever_the_scheme_the_loss_is_below_gptqs(scheme: WeightScheme) -> None:
     weight, hessian, outputs = weight_of(48, 192), hessian_of(192), outputs_of(48, 24)
