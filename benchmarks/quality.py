@@ -19,6 +19,8 @@ from pathlib import Path
 
 from common import ROOT, last_json, machine, quantize_command, run
 
+from quant.defaults import EFFORTS
+
 SHARED = ROOT.parent / "shared"
 
 
@@ -47,8 +49,8 @@ def main() -> None:
         p.add_argument("--length", default="512"),
     )
     p.add_argument("--bits", type=int, nargs="+", default=[4, 3])
-    p.add_argument("--methods", nargs="+", default=["gptq", "yaqa"], help="of ours")
-    p.add_argument("--gradient-samples", default="128", help="of our yaqa")
+    p.add_argument("--methods", nargs="+", default=["gptq", "yaqa"], help="of ours, or values of --effort")
+    p.add_argument("--gradient-samples", default="128", help="of our yaqa by name")
     p.add_argument("--options", nargs="*", default=[], help="more options for our command")
     a = p.parse_args()
     text = a.calibration.read_text(encoding="utf-8")
@@ -83,7 +85,8 @@ def main() -> None:
                     options = ["--bits", str(bits), "--format", "plain", "--calibration-dataset", str(rows)]
                     options += ["--samples", a.samples, "--sequence-length", a.length, *a.options]
                     options += ["--gradient-samples", a.gradient_samples] if method == "yaqa" else []
-                    run(quantize_command(a.model, output, "--method", method, *options))
+                    chosen = "--effort" if method in EFFORTS else "--method"
+                    run(quantize_command(a.model, output, chosen, method, *options))
                     judge(sys.executable, f"quant {method}", bits, output)
                 common = ["--text", rows, "--samples", a.samples, "--length", a.length]
                 if a.llmcompressor_python and bits == 4:  # it has no 3-bit preset

@@ -33,7 +33,8 @@ OUTPUTS, MOST_OUTPUTS = 256, 4096
 _TILE, _SMALL_TILE, _MANY = 128, 64, 1 << 17
 #: Columns of a sweep that are looked at with one product of matrices.
 _PANEL = 64
-#: Codes of a column that a sweep may change, of a block of H_O of up to so many outputs; more of a larger one.
+#: Codes of a column that a sweep may change, of a block of H_O of up to so many outputs; as many more of a
+#: larger one.
 _CHANGES, _AMONG = 4, 256
 #: Steps of conjugate gradients in a refit: a second one lowers the loss by a fiftieth of a per cent more.
 _STEPS = 1

@@ -63,8 +63,9 @@ class YAQAQuantizer:
         sweeps: times that all codes are gone through after scales were refitted, to change those that lower
             the loss.
         rounds: times that both are done.
-        outputs: outputs of a block of H_O, at the most: twice as many take twice its memory and steps. Experts
-            have :data:`~quant.quantizers.two_sided.OUTPUTS`, because each sees fewer tokens.
+        outputs: outputs of a block of H_O, at the most: twice as many take twice its memory and steps. Of
+            experts it is
+            :data:`~quant.quantizers.two_sided.OUTPUTS`, because each sees fewer tokens.
     """
 
     damping: float = defaults.DAMPING
