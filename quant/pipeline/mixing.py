@@ -205,7 +205,9 @@ def _base(recipe: Recipe) -> tuple[Recipe, JobPlan]:
         numbers = {"scheme": row.name} | ({"group_size": -1} if row.scheme.group_size_is_free else {})
         refused = QuantizerRegistry.get(FP8_METHOD if recipe.method == "fp8" else recipe.method).refuse
         method = {"method": row.methods[0]} if refused(row.scheme.weights) and row.methods else {}
-        base = make_recipe({**values, **numbers, **method})
+        # settings of the job's own method are none of another's
+        given = {k: v for k, v in values.items() if not (method and k == "options")}
+        base = make_recipe({**given, **numbers, **method})
         try:
             return base, plan_job(base)
         except QuantError:
