@@ -66,7 +66,7 @@ EFFORTS = {
 }
 EFFORT = "balanced"
 #: Options of yaqa that ``best`` brings.
-BEST = {"outputs": 1024, "rounds": 2, "sweeps": 2}
+BEST = {"outputs": 1024, "rounds": 2, "signed": True, "sweeps": 2}
 
 
 @dataclass(frozen=True)

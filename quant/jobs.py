@@ -21,7 +21,7 @@ from quant.hardware import detect, named_gpu
 from quant.models.support import GRADIENTS, WITHOUT_GRADIENTS
 from quant.pipeline.memory import prepare_torch
 from quant.planning.recommendation import Recommendation
-from quant.planning.target import choose, method_for, settings
+from quant.planning.target import best_options, choose, method_for, settings
 from quant.progress import Event, Progress, silent
 from quant.recipe import Assignment, Recipe, Rule, make_recipe
 from quant.schemes import DEFAULT_SCHEME, PRESETS, row_of
@@ -101,8 +101,8 @@ def resolve(values: Mapping[str, Any]) -> ResolvedJob | Recommendation:
             notes = (f"{recommendation.recommended} by {chosen['method']}: {recommendation.reason}",)
         chosen |= _of_effort(asked, effort, chosen["method"])
     whole = {**chosen, **values}
-    if "options" in chosen:
-        whole["options"] = {**chosen["options"], **values.get("options", {})}
+    if "options" in chosen:  # those that were given are among them
+        whole["options"] = chosen["options"]
     recipe, form = _formatted(make_recipe(whole))
     recipe, needed = complete(recipe)
     if recipe.gpu is not None and (taken := named_gpu(recipe.gpu).note):
@@ -143,7 +143,7 @@ def _of_effort(asked: Recipe, effort: str, method: str) -> dict[str, Any]:
     if asked.act_order is not None:
         return chosen | {"method": WITHOUT_GRADIENTS}
     if effort == "best":
-        chosen |= {"gradient_samples": asked.samples, "options": dict(defaults.BEST)}
+        chosen |= {"gradient_samples": asked.samples, "options": best_options(asked)}
     return chosen
 
 

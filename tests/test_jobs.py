@@ -62,9 +62,13 @@ def test_an_effort_is_a_method_with_its_options_and_how_many_rows_its_gradients_
     assert resolved(bits=4).recipe.gradient_samples is None
     assert resolved(bits=4, effort="best", samples=99).recipe.gradient_samples == 99
     assert resolved(bits=4, effort="best", gradient_samples=7).recipe.gradient_samples == 7
-    given = {"sweeps": 3, "clip_search": False}
+    given = {"sweeps": 3}
     best = [resolved(bits=4, effort="best", **more).recipe for more in ({}, {"options": given})]
     assert [r.options for r in best] == [defaults.BEST, {**defaults.BEST, **given}]
+    # negative scales are a part of the search
+    assert resolved(
+        bits=4, effort="best", clip_search=False
+    ).recipe.options.keys() == defaults.BEST.keys() - {"signed"}
     assert resolved(bits=8, effort="best").recipe.options == resolved(bits=4).recipe.options == {}
     named = resolved(method="yaqa", bits=4).recipe
     assert named.effort is None and named.settings() == resolved(bits=4).recipe.settings()

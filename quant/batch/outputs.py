@@ -15,7 +15,7 @@ from quant.batch.manifest import EvaluateGate, Job
 from quant.checkpoint.journal import is_unpublished
 from quant.errors import clipped
 from quant.models.support import GRADIENTS
-from quant.planning.target import method_for
+from quant.planning.target import best_options, method_for
 from quant.recipe import UPLOAD, Recipe, make_recipe
 from quant.report.files import load_evaluation
 from quant.report.value import Report
@@ -167,7 +167,7 @@ def _difference(job: Job) -> str:
     if difference := _other_effort(asked, report.quantization.settings, job):
         return difference
     if asked.effort == "best" and report.quantization.settings.get("method") in GRADIENTS:
-        asked = asked.model_copy(update={"options": {**defaults.BEST, **asked.options}})
+        asked = asked.model_copy(update={"options": best_options(asked)})
     wanted = json.loads(json.dumps(asked.settings()))
     chosen = {k for k in _CHOSEN if k not in job.values}
     made = {k: v for k, v in report.quantization.settings.items() if k not in chosen}

@@ -14,6 +14,7 @@ from quant.hardware import count_in, detect, named_gpu
 from quant.models.support import GRADIENTS, makeable_methods, passed_over, scheme_problem
 from quant.planning.recommendation import Recommendation, recommend
 from quant.planning.request import EngineRequest
+from quant.recipe import Recipe
 from quant.schemes import DEFAULT_SCHEME, PRESETS, SOLVED, Scheme, row_of
 from quant.vllm.kernels import kernel_problem
 from quant.vllm.releases import loading_problem
@@ -56,6 +57,13 @@ def _of_effort(methods: tuple[str, ...], effort: str) -> tuple[str, ...]:
     if effort == "fast":
         return tuple(m for m in methods if m not in GRADIENTS)
     return tuple(sorted(methods, key=lambda m: m not in GRADIENTS)) if effort == "best" else methods
+
+
+def best_options(recipe: Recipe) -> dict[str, Any]:
+    """The options of yaqa that the effort ``best`` makes of a recipe's: its own win."""
+    searched = recipe.options.get("clip_search", recipe.clip_search)
+    brought = {k: v for k, v in defaults.BEST.items() if k != "signed" or searched is not False}
+    return {**brought, **recipe.options}
 
 
 def choose(

@@ -48,7 +48,8 @@ class Grid:
         return self.scheme.strategy in _OWN and self.scheme.scales != "U8"
 
     def stored(self, scales: torch.Tensor) -> torch.Tensor:
-        """The nearest scales that a file holds, fp32; of ``fitted`` schemes."""
+        """The nearest scales that a file holds, fp32; of ``fitted`` schemes. Those of integers may be
+        negative."""
         if self.scheme.type == "float":
             return stored_float_scale(scales, self.divisor)
-        return stored_scale(scales, self.dtype)
+        return stored_scale(scales.abs(), self.dtype).copysign(scales)

@@ -7,6 +7,8 @@ the values the method saw.
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 
 from quant.accelerator import on_accelerator
@@ -60,7 +62,8 @@ def small_scales(scales: torch.Tensor) -> tuple[int, float]:
     if scales.dtype != torch.float16:
         return 0, 0.0
     limits = torch.finfo(scales.dtype)
-    small = scales[scales < limits.smallest_normal].float()
+    sizes = scales.abs()
+    small = sizes[sizes < limits.smallest_normal].float()
     if not small.numel():
         return 0, 0.0
     return small.numel(), float(limits.smallest_normal * limits.eps / small.min())
@@ -81,6 +84,7 @@ def group_parameters(
     dtype: torch.dtype,
     importance: torch.Tensor | None = None,
     search: bool = False,
+    signed: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scale and zero point of each group of weights.
 
@@ -91,6 +95,8 @@ def group_parameters(
             one multiplies; or [G, g, g], the Hessian of each group's inputs, by which the error is that of
             the group's share of the output.
         search: try smaller ranges per group and keep the one of least error, instead of the whole range.
+        signed: of a symmetric scheme search among negative scales, too: its codes reach one step further down
+            than up, so that a group whose largest weight is positive is better off mirrored.
 
     Returns:
         scales fp32 [N, G] with values that ``dtype`` holds exactly, and zeros fp32 [N, G] or None when
@@ -101,7 +107,9 @@ def group_parameters(
         return _parameters(low, high, scheme, dtype)
     rows = rows_at_a_time(groups)
     parts = [
-        _searched(groups[i : i + rows], low[i : i + rows], high[i : i + rows], scheme, dtype, importance)
+        _searched(
+            groups[i : i + rows], low[i : i + rows], high[i : i + rows], scheme, dtype, importance, signed
+        )
         for i in range(0, len(groups), rows)
     ]
     zeros = [z for _, z in parts if z is not None]
@@ -121,6 +129,7 @@ def _searched(
     scheme: WeightScheme,
     dtype: torch.dtype,
     importance: torch.Tensor | None,
+    signed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Of all shrunken ranges, each group's of least error."""
     buffer = torch.empty_like(groups)
@@ -128,9 +137,11 @@ def _searched(
     best = torch.full_like(low, torch.inf)
     # stands where no error can be compared: weights whose squares overflow
     scale, zero = _parameters(low, high, scheme, dtype)
-    for step in range(SEARCH_STEPS):
+    signs = (1, -1) if signed and scheme.symmetric else (1,)
+    for step, sign in product(range(SEARCH_STEPS), signs):
         shrink = 1 - (1 - floor) * step / (SEARCH_STEPS - 1)
         s, z = _parameters(low * shrink, high * shrink, scheme, dtype)
+        s = s if sign > 0 else -s
         wide, shift = s.unsqueeze(-1), None if z is None else z.unsqueeze(-1)
         torch.div(groups, wide, out=buffer)
         if shift is None:
@@ -169,6 +180,7 @@ def weight_parameters(
     dtype: torch.dtype,
     importance: torch.Tensor | None = None,
     search: bool = False,
+    signed: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """:func:`group_parameters` of a whole weight [N, K] (importance [K], or by groups): scales and zeros [N,
     G]."""
@@ -176,7 +188,7 @@ def weight_parameters(
     g = k // scheme.groups(k)
     if importance is not None and importance.ndim == 1:
         importance = importance.view(-1, g)
-    return group_parameters(weight.view(n, -1, g), scheme, dtype, importance, search)
+    return group_parameters(weight.view(n, -1, g), scheme, dtype, importance, search, signed)
 
 
 def importance_of(hessian: torch.Tensor, scheme: WeightScheme) -> torch.Tensor:

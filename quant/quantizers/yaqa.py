@@ -38,6 +38,8 @@ from quant.tensors import QuantizedTensor
 #: tokens KL is 0.0086 without, 0.0057 with that of H_O alone, 0.0033 with both; of experts of its mixture
 #: with 2000 tokens each the loss on other text is 8 % (first product) and 22 % (second) lower with both.
 INPUT_TOKENS, OUTPUT_TOKENS = 1.0, 4.0
+#: Bits of an integer up to which the step that its negative side has more is worth a negative scale.
+SIGNED = 4
 #: Tokens for each output of a block of H_O below which that is said.
 FEW = 4
 #: What is said of a weight whose outputs have no gradients, as those have that only choose among tokens.
@@ -66,6 +68,8 @@ class YAQAQuantizer:
         outputs: outputs of a block of H_O, at the most: twice as many take twice its memory and steps. Of
             experts it is
             :data:`~quant.quantizers.two_sided.OUTPUTS`, because each sees fewer tokens.
+        signed: search among negative scales, too, of symmetric integers of up to :data:`SIGNED` bits: codes
+            from -8 to 7 reach further down than up, and either end can be a group's positive one.
     """
 
     damping: float = defaults.DAMPING
@@ -73,6 +77,7 @@ class YAQAQuantizer:
     sweeps: int = 1
     rounds: int = 1
     outputs: int = OUTPUTS
+    signed: bool = False
 
     name: ClassVar[str] = "yaqa"
     suppressor: ClassVar[str] = ""
@@ -89,6 +94,10 @@ class YAQAQuantizer:
             raise ValueError(f"rounds is {self.rounds}: must be from 1 to 100")
         if not 1 <= self.outputs <= MOST_OUTPUTS:
             raise ValueError(f"outputs is {self.outputs}: must be from 1 to {MOST_OUTPUTS}")
+        if self.signed and not self.clip_search:
+            raise ValueError(
+                "signed is True: negative scales are a part of the search that clip_search makes"
+            )
 
     @property
     def products(self) -> int:
@@ -163,7 +172,8 @@ class YAQAQuantizer:
                 floats = float_scales(weight, scheme, amax, importance, self.clip_search)
                 scales = floats.wide
             else:
-                scales, zeros = weight_parameters(weight, scheme, dtype, importance, self.clip_search)
+                signed = self.signed and scheme.bits <= SIGNED
+                scales, zeros = weight_parameters(weight, scheme, dtype, importance, self.clip_search, signed)
             ready.append(_Ready(i, weight, inputs, outputs, scales, zeros, floats))
         several = max(1, _AT_ONCE // weights[0].numel())
         coupled = [r for r in ready if r.outputs.coupled]

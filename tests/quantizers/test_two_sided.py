@@ -217,6 +217,25 @@ def test_each_round_of_refits_and_sweeps_lowers_the_loss_of_the_one_before(case:
     assert many <= two < one
 
 
+@pytest.mark.parametrize(("bits", "sweeps"), [(2, 0), (3, 1), (4, 1)])
+def test_negative_scales_lower_the_loss_and_reach_the_file(bits: int, sweeps: int) -> None:
+    weight, hessian, outputs = weight_of(48, 192), hessian_of(192), outputs_of(48, 24)
+
+    def made(symmetric: bool, signed: bool) -> Quantized:
+        statistics = Statistics(MANY, hessian.clone(), gradients=outputs.clone())
+        quantizer = YAQAQuantizer(sweeps=sweeps, signed=signed)
+        return quantizer(weight.clone(), statistics, WeightScheme(bits, 32, symmetric), torch.bfloat16)
+
+    def lost(result: Quantized) -> float:
+        return float(loss(weight - result.tensor.dequantize(), hessian, outputs).sum())
+
+    plain, signed = made(True, False), made(True, True)
+    assert 0.2 < float((signed.tensor.scales < 0).float().mean()) < 0.8
+    assert bool((plain.tensor.scales > 0).all()) and lost(signed) < 0.97 * lost(plain)
+    # zero points do the same
+    assert torch.equal(made(False, True).tensor.scales, made(False, False).tensor.scales)
+
+
 @pytest.mark.parametrize("size", [192, 256, 512])
 def test_of_a_large_block_a_sweep_changes_more_codes(size: int) -> None:
     grid = Grid(WeightScheme(4, -1), torch.float32)
