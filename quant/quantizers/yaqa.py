@@ -49,6 +49,9 @@ _SILENT = (
     "its inputs, or the gradients at its outputs, are zero on all calibration tokens: rounded to nearest "
     "instead"
 )
+#: What is said of negative scales: vLLM's Marlin kernel reads them as they are, but not where it is made to
+#: round activations (vLLM issue 48905).
+_NEGATIVE = "{} of {} scales are negative: not for VLLM_MARLIN_INPUT_DTYPE=int8"
 #: Elements of a weight that are worked on at once, whole blocks of outputs: a dozen tensors of that size are
 #: made.
 _AT_ONCE = 1 << 24
@@ -210,6 +213,8 @@ class YAQAQuantizer:
             notes = (_losses(nats.tolist()), *dead_notes(one.inputs.diagonal))
             if blocks > 1:
                 notes += (f"its outputs feed back among {size} at a time",)
+            if negative := int((fitted[i] < 0).sum()):
+                notes += (_NEGATIVE.format(negative, fitted[i].numel()),)
             if one.floats is None:
                 tensor = integers(codes[i].to(torch.int8), fitted[i], one.zeros, scheme, dtype)
             else:

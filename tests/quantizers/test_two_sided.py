@@ -230,7 +230,9 @@ def test_negative_scales_lower_the_loss_and_reach_the_file(bits: int, sweeps: in
         return float(loss(weight - result.tensor.dequantize(), hessian, outputs).sum())
 
     plain, signed = made(True, False), made(True, True)
-    assert 0.2 < float((signed.tensor.scales < 0).float().mean()) < 0.8
+    negative = int((signed.tensor.scales < 0).sum())
+    assert 0.2 < negative / signed.tensor.scales.numel() < 0.8
+    assert f"{negative} of 288 scales are negative: not for VLLM_MARLIN_INPUT_DTYPE=int8" in signed.notes
     assert bool((plain.tensor.scales > 0).all()) and lost(signed) < 0.97 * lost(plain)
     # zero points do the same
     assert torch.equal(made(False, True).tensor.scales, made(False, False).tensor.scales)

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from quant.checkpoint.reader import read_json
+from quant.defaults import EFFORTS
 from quant.errors import QuantError
 from quant.evaluation.verify import verify
 from quant.pruning import Depth, drop_blocks
@@ -39,11 +40,11 @@ CT, GPTQ, AWQ = "compressed-tensors", "gptq", "awq"
 #: Whether this machine has the tile instructions that vLLM's FP8 block kernels are made of.
 AMX = Path("/proc/cpuinfo").exists() and "amx_tile" in Path("/proc/cpuinfo").read_text()
 Damage = Callable[[Path, str], int]
-#: format, symmetry, group size, method
+#: format, symmetry, group size, method or effort (``best`` has negative scales)
 CASES = [
-    *((CT, "symmetric", g, m) for g, m in ((-1, "minmax"), (32, "gptq"), (64, "minmax"), (128, "gptq"))),
+    *((CT, "symmetric", g, m) for g, m in ((-1, "minmax"), (32, "gptq"), (64, "best"), (128, "gptq"))),
     *((CT, "asymmetric", g, m) for g, m in ((-1, "minmax"), (32, "minmax"), (64, "gptq"), (128, "minmax"))),
-    *((GPTQ, "symmetric", g, m) for g, m in ((-1, "gptq"), (32, "minmax"), (64, "gptq"), (128, "minmax"))),
+    *((GPTQ, "symmetric", g, m) for g, m in ((-1, "gptq"), (32, "minmax"), (64, "gptq"), (128, "best"))),
     *((AWQ, "symmetric", g, m) for g, m in ((-1, "minmax"), (128, "gptq"))),
     *((AWQ, "asymmetric", g, m) for g, m in ((-1, "minmax"), (32, "gptq"), (128, "minmax"))),
     ("plain", "symmetric", 128, "gptq"),
@@ -107,7 +108,9 @@ def test_vllm_computes_with_the_values_that_are_in_the_files(
 ) -> None:
     if form != "plain":
         demand_4_bit_kernels()
-    path = make("--format", form, f"--{symmetry}", "--group-size", str(group), "--method", method)
+    chosen = "--effort" if method in EFFORTS else "--method"
+    bits = ("--bits", "4") if method in EFFORTS else ()
+    path = make("--format", form, f"--{symmetry}", "--group-size", str(group), chosen, method, *bits)
     with open_server(path, vllm_python) as server:
         server.start(timeout=300)
         answers = ask(server, prompts(path))
