@@ -62,7 +62,7 @@ EFFORTS = {
     "fast": "gptq for 4 bits, rounding to nearest for 8",
     "balanced": "the same with yaqa instead of gptq, where gradients go through a model without experts",
     "best": "yaqa for experts, too, with gradients of all --samples, of four times as many outputs together, "
-    "and refined twice",
+    "refined twice, with negative scales",
 }
 EFFORT = "balanced"
 #: Options of yaqa that ``best`` brings.
