@@ -97,6 +97,23 @@ def memory_of(device: torch.device) -> tuple[int, int]:
     return int(free), int(total)
 
 
+def limit_memory(device: torch.device, size: int | None) -> None:
+    """Lets this process's tensors take so many bytes of a device's own memory and no more: what asks for more
+    gets torch's error of a device that is out of memory. None: all there is.
+
+    Raises:
+        UsageError: torch's module of this kind of device has no limit.
+    """
+    if device.type == "cpu":
+        return
+    limit = getattr(_module(device), "set_per_process_memory_fraction", None)
+    if limit is None:
+        if size is not None:
+            raise UsageError(f"--max-gpu-memory: {device} has no limit on its memory: leave it out")
+        return
+    limit(1.0 if size is None else min(size / memory_of(device)[1], 1.0), device)
+
+
 def peak_bytes(device: torch.device) -> int:
     """The most bytes of a device's own memory that tensors of this process took at once; 0 of a CPU, whose
     memory is the process's."""

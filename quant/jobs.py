@@ -23,7 +23,7 @@ from quant.pipeline.memory import prepare_torch
 from quant.planning.recommendation import Recommendation
 from quant.planning.target import best_options, choose, method_for, settings
 from quant.progress import Event, Progress, silent
-from quant.recipe import Assignment, Recipe, Rule, make_recipe
+from quant.recipe import BUDGETS, Assignment, Recipe, Rule, make_recipe
 from quant.schemes import DEFAULT_SCHEME, PRESETS, row_of
 from quant.upload import destination_of, made_already, upload, upload_problem
 from quant.vllm.config import text_config
@@ -251,6 +251,8 @@ def _planned(recipe: Recipe, progress: Progress) -> JobPlan:
         allocation = allocate(recipe, progress)
         return replace(plan_job(allocation.recipe), allocation=allocation.to_dict())
     if recipe.backend != defaults.ENGINE:
+        if given := [f"--{k.replace('_', '-')}" for k in BUDGETS if getattr(recipe, k) is not None]:
+            raise UsageError(f"--backend {recipe.backend} keeps no budget: leave {', '.join(given)} out")
         from quant.backends.run import plan_backend
 
         return plan_backend(recipe)

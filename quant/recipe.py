@@ -119,6 +119,8 @@ _OF_METHOD = ("act_order", "damping", "clip_search", "options")
 MIXING = ("target_bits", "target_size", "fit", "context", "concurrency")
 #: Keys that say where the finished output is uploaded to.
 UPLOAD = ("push_to_hub", "private", "commit_message", "replace_on_hub")
+#: Keys that say what a job may take of the machine that it runs on, and where.
+BUDGETS = ("max_memory", "max_gpu_memory", "scratch_dir")
 
 
 class Rule(LayerSettings):
@@ -217,6 +219,9 @@ class Recipe(LayerSettings):
     ignore: list[str] = []
     seed: int = Field(defaults.SEED, ge=0, lt=2**63)
     device: str | None = None
+    max_memory: Annotated[int | None, BeforeValidator(_size)] = Field(None, gt=0)
+    max_gpu_memory: Annotated[int | None, BeforeValidator(_size)] = Field(None, gt=0)
+    scratch_dir: Path | None = None
     gpu: str | None = None
     tensor_parallel: int = Field(1, ge=1, le=1024)
     vllm_version: str = VLLM_VERSION
@@ -240,8 +245,9 @@ class Recipe(LayerSettings):
         return self.method == "none"
 
     def plain(self) -> dict[str, Any]:
-        """What was given, as a recipe file has it, but where the output goes and whether it is uploaded."""
-        left_out = {"output_path", "fresh", *UPLOAD}
+        """What was given, as a recipe file has it, but where the output goes, whether it is uploaded, and
+        what the machine may be asked for."""
+        left_out = {"output_path", "fresh", *UPLOAD, *BUDGETS}
         value = self.model_dump(mode="json", exclude_unset=True)
         return {k: v for k, v in value.items() if k not in left_out}
 
@@ -258,7 +264,16 @@ class Recipe(LayerSettings):
         """What decides the output's bytes, for the fingerprint: everything but where it goes and whether it
         resumes."""
         # an effort is its method and options
-        skipped = {"output_path", "fresh", "model_path", "backend_python", "effort", *MIXING, *UPLOAD}
+        skipped = {
+            "output_path",
+            "fresh",
+            "model_path",
+            "backend_python",
+            "effort",
+            *MIXING,
+            *UPLOAD,
+            *BUDGETS,
+        }
         return {
             k: (v if not isinstance(v, (Path, list, dict)) else str(v))
             for k, v in self.model_dump().items()

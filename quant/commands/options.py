@@ -219,6 +219,31 @@ device = click.option(
     "--device", show_default="cuda where there is one", help="Where torch computes: cpu, cuda or cuda:N."
 )
 
+#: What a job may take of the machine; each is a field of the recipe of the same name.
+budgets = together(
+    click.option(
+        "--max-memory",
+        type=Size(),
+        metavar="SIZE",
+        show_default="256 MiB of calibration activations beside what a block takes",
+        help="Most memory that the process may take, 6GiB: activations that it has no room for go to "
+        "scratch, and more stay where there is room. Too little is refused before the work begins.",
+    ),
+    click.option(
+        "--max-gpu-memory",
+        type=Size(),
+        metavar="SIZE",
+        show_default="what is free",
+        help="Most memory of the GPU that the process may take.",
+    ),
+    click.option(
+        "--scratch-dir",
+        type=PATH,
+        show_default="the work folder beside the output",
+        help="Folder for calibration activations that memory has no room for.",
+    ),
+)
+
 gpu_memory_utilization = click.option(
     "--gpu-memory-utilization",
     type=click.FloatRange(0, 1, min_open=True),

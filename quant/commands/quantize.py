@@ -236,6 +236,7 @@ job_options = together(
     ),
     click.option("--config", type=PATH, help="Recipe (YAML); options on the command line win."),
     options.device,
+    options.budgets,
     options.tensor_parallel(1),
     options.gpu,
     options.vllm_version,
@@ -307,6 +308,7 @@ def layer_wise(out: Output, **asked: Any) -> None:
 @alpha
 @calibration_options
 @options.device
+@options.budgets
 @fresh
 @options.upload
 @common_options

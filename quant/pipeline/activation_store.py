@@ -70,14 +70,22 @@ class ActivationStore:
 
     Args:
         resident: bytes that may stay in memory (on a GPU: where they are).
-        scratch: file for the rest of a CPU's tensors; None: one without a name, in the system's folder for
-            temporary files.
+        scratch: file for the rest of a CPU's tensors; None: one without a name, in ``folder``.
+        folder: of such a file; None: the system's folder for temporary files.
+        host: bytes of a GPU's tensors that may lie in host memory, the rest goes to the file; None: all.
     """
 
-    def __init__(self, resident: int, scratch: Path | None):
-        self.resident, self.scratch = resident, scratch
+    def __init__(
+        self,
+        resident: int,
+        scratch: Path | None,
+        folder: Path | None = None,
+        host: int | None = None,
+    ):
+        self.resident, self.scratch, self.host = resident, scratch, host
+        self._folder = folder if scratch is None else scratch.parent
         self.most = 0  #: bytes that were aside at once, at the most
-        self._aside = self._used = 0
+        self._aside = self._used = self._hosted = 0
         self._region: torch.Tensor | None = None
         self._inside, self._outside = Space(resident), Space()
         self._file, self._written = -1, 0
@@ -85,7 +93,7 @@ class ActivationStore:
     @property
     def folder(self) -> Path | None:
         """Where scratch files go; None: the system's folder for temporary files."""
-        return None if self.scratch is None else self.scratch.parent
+        return self._folder
 
     def put(self, tensor: torch.Tensor) -> Callable[[], None]:
         """Sets a tensor aside; the returned function brings it back."""
@@ -127,13 +135,24 @@ class ActivationStore:
                 self._used -= size
 
             return release
-        copy = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        filed = self.host is not None and self._hosted + size > self.host
+        copy = torch.empty(size, dtype=torch.uint8, pin_memory=not filed)
         copy.copy_(_bytes_of(storage, device))
         storage.resize_(0)
+        if filed and size:
+            read = self._put_in_file(copy.untyped_storage())
+        else:
+            self._hosted += size
+
+            def read() -> None:
+                self._hosted -= size
 
         def restore() -> None:
+            read()
             storage.resize_(size)
             _bytes_of(storage, device).copy_(copy)
+            if filed:
+                copy.untyped_storage().resize_(0)
 
         return restore
 
@@ -199,12 +218,12 @@ class ActivationStore:
     def _open(self) -> int:
         if self.scratch is not None:
             return os.open(self.scratch, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o600)
-        with tempfile.TemporaryFile() as file:
+        with tempfile.TemporaryFile(dir=self._folder) as file:
             return os.dup(file.fileno())
 
     @property
     def _place(self) -> Path:
-        return self.scratch or Path(tempfile.gettempdir())
+        return self.scratch or self._folder or Path(tempfile.gettempdir())
 
     def _check_whole(self) -> None:
         if os.fstat(self._file).st_size < self._written:

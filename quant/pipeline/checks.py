@@ -283,3 +283,16 @@ def check_disk(output_path: Path, needed: int, scratch: int = 0) -> None:
             "free: free some room, or choose another "
             f"--output-path{', or use fewer --samples' if scratch else ''}"
         )
+
+
+def check_scratch(folder: Path, needed: int) -> None:
+    """
+    Raises:
+        QuantError: the disk under a folder of ``--scratch-dir`` has fewer bytes free than activations take.
+    """
+    free = shutil.disk_usage(existing_folder(folder.absolute())).free
+    if needed > free:
+        raise QuantError(
+            f"--scratch-dir {folder}: {format_size(needed)} of calibration activations go there, "
+            f"{format_size(free)} are free: free some room, name another folder, or use fewer --samples"
+        )

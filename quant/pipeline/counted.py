@@ -22,7 +22,7 @@ from quant.models.experts import find_experts
 from quant.models.products import linear
 from quant.models.skeleton import Skeleton
 from quant.outlier_suppression.base import Place
-from quant.pipeline.experts import workers_for
+from quant.pipeline.footprint import block_bytes
 from quant.pipeline.manager import QuantizationManager
 from quant.quantizers import quantize_many
 from quant.quantizers.two_sided import OUTPUTS, blocks_of
@@ -34,9 +34,6 @@ from quant.vllm.config import stated
 _SIZES, _TIMED_SECONDS = ((64, 256), (128, 512), (256, 1024), (512, 2048)), 1.0
 #: Sides of the product that is timed.
 _SIDE = 2048
-#: Bytes of a weight while it is solved: fp32 with its errors and codes; and with what a method of two sides
-#: holds beside them.
-_SOLVED, _SOLVED_TWICE = 9, 40
 #: Outputs and inputs of the matrix that such a method is timed on; and the products of the weight with a
 #: Hessian that one takes which does not say.
 _STEPPED, _PRODUCTS = (1024, 512), 10
@@ -101,8 +98,9 @@ class Counter:
         whole = sum(p.numel() for p in block.parameters())
         seconds = tokens * (whole - routed + routed * active) * self._product_seconds()
         if plan.gradients:
-            return self._with_gradients(index, tokens, seconds, whole, experts, active)
-        largest = 0
+            return BlockWork(
+                self._with_gradients(index, tokens, seconds, experts, active), self._bytes(index)
+            )
         for group in skeleton.groups(index):
             chosen = [n for n in group.linears if prefix + n in plan.linears]
             if not chosen:
@@ -112,18 +110,17 @@ class Counter:
             rates = self._of(plan.assignments[prefix + chosen[0]])
             seen = tokens * self._passes(group, experts, active)
             seconds += rates.statistics * seen * k * k + rates.solve * sum(outputs) * k**rates.power
-            together = max(outputs) * 2 if group.experts else sum(outputs)
-            once = workers_for(together, k, self._manager.device) if group.experts else 1
-            largest = max(largest, once * (_SOLVED * together * k + (4 * k * k if rates.power == 2 else 0)))
-        # weights, their codes until they are written, and the largest group's solve
-        return BlockWork(seconds, whole * (skeleton.dtype.itemsize + 1) + largest)
+        return BlockWork(seconds, self._bytes(index))
+
+    def _bytes(self, index: int) -> int:
+        return block_bytes(self._manager, self._skeleton, index, self._manager.batch_tokens)
 
     def _with_gradients(
-        self, index: int, tokens: int, seconds: float, whole: int, experts: Mapping[str, int], active: float
-    ) -> BlockWork:
-        """The work of a block of ``whole`` weights that a forward pass of so many seconds goes through, whose
-        linears are all summed on the way back; experts go through it once more."""
-        plan, prefix, held, largest = self._manager.plan, self._skeleton.block_prefix(index), 0, 0
+        self, index: int, tokens: int, seconds: float, experts: Mapping[str, int], active: float
+    ) -> float:
+        """Seconds of a block that a forward pass of so many goes through, whose linears are all summed on the
+        way back; experts go through it once more."""
+        plan, prefix = self._manager.plan, self._skeleton.block_prefix(index)
         seconds *= _PASSES + bool(experts)
         for group in self._skeleton.groups(index):
             routed = bool(group.experts)
@@ -142,10 +139,7 @@ class Counter:
                 else:
                     rates = self._of(assignment)
                     seconds += rates.statistics * seen * k * k + rates.solve * n * k**rates.power
-                if not routed:  # experts' sums are made when they are solved
-                    held += 4 * (k * k + count * size * size)
-                largest = max(largest, _SOLVED_TWICE * n * k + 8 * k * k)
-        return BlockWork(seconds, whole * (self._skeleton.dtype.itemsize + 1) + held + largest)
+        return seconds
 
     def _passes(self, group: InputGroup, experts: Mapping[str, int], active: float) -> float:
         """How many times a token is summed for a group: by the experts that it is sent to, and once for what

@@ -25,7 +25,8 @@ from quant.evaluation.preservation import ROWS, TOKENS
 from quant.models.calls import BlockCall
 from quant.models.skeleton import Skeleton
 from quant.pipeline.activation_store import ActivationStore, Batches, Calls
-from quant.pipeline.checks import check_disk
+from quant.pipeline.budget import Placement, place_tensors, scratch_folder
+from quant.pipeline.checks import check_disk, check_scratch
 from quant.pipeline.counted import BlockWork, Counter
 from quant.pipeline.gradients import GradientStream
 from quant.pipeline.manager import QuantizationManager, memory_exhausted, worker_count
@@ -85,11 +86,11 @@ def estimate(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
     """
     import psutil
 
-    def work(manager: QuantizationManager) -> tuple[int, float, Cost]:
+    def work(manager: QuantizationManager) -> tuple[int, float, Cost, Placement | None]:
         with freed_memory_kept(), memory_exhausted(manager.device):
-            return _tried(manager, progress)
+            return (*_tried(manager, progress), manager.placement)
 
-    tokens, prepared, cost = in_smaller_batches(
+    tokens, prepared, cost, placement = in_smaller_batches(
         lambda several: QuantizationManager(plan, batch_tokens=several), work
     )
     value, memory = plan.to_dict(), psutil.virtual_memory()
@@ -99,11 +100,16 @@ def estimate(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
         logits = 4 * ROWS * TOKENS * int(text_config(plan.checkpoint.config).get("vocab_size") or 0)
         cost = replace(cost, peak_rss=cost.peak_rss + _LOGITS * logits)
     _check_memory(cost.peak_rss, memory.total)
-    check_disk(plan.recipe.output_path, plan.disk_bytes, cost.scratch)
+    if plan.recipe.scratch_dir is None:
+        check_disk(plan.recipe.output_path, plan.disk_bytes, cost.scratch)
+    else:
+        check_disk(plan.recipe.output_path, plan.disk_bytes)
+        check_scratch(plan.recipe.scratch_dir, cost.scratch)
     value.update(
         scratch_bytes=cost.scratch, peak_rss_bytes=cost.peak_rss, peak_gpu_bytes=cost.peak_gpu,
         available_bytes=memory.available,
         seconds=round(seconds, 1), tried=cost.tried, calibration_tokens=tokens,
+        placement=None if placement is None else placement.to_dict(),
     )  # fmt: skip
     return value
 
@@ -111,6 +117,7 @@ def estimate(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
 def _tried(manager: QuantizationManager, progress: Progress) -> tuple[int, float, Cost]:
     """Calibration tokens, the seconds that they took to read, and what a trial says of the work."""
     if not manager.needs:
+        manager.placement = place_tensors(manager, worker_count(torch.get_num_threads()))
         return 0, 0.0, _try_linears(manager, progress)
     import psutil
 
@@ -181,7 +188,7 @@ def _of_gradients(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, 
     counter, kinds = Counter(manager, skeleton), _kinds(plan, skeleton)
     few = sum(p.numel() for index, _ in kinds for p in skeleton.blocks[index].parameters()) <= _FEW
     there = few or sum(counter.block(index, tried).seconds for index, _ in kinds) <= TRIAL_SECONDS
-    store, seconds, most = ActivationStore(_RESIDENT, None), 0.0, 0
+    store, seconds, most = _trial_store(manager), 0.0, 0
     try:
         stream = GradientStream(skeleton, trial, None, store, plan.recipe.seed)
         start = time.perf_counter()
@@ -234,6 +241,13 @@ def _try_gradients(
     return passed + summed, 2 * loaded + solved - summed
 
 
+def _trial_store(manager: QuantizationManager) -> ActivationStore:
+    """Where a trial's activations wait, in a job with a budget within that."""
+    folder = scratch_folder(manager.plan.recipe.scratch_dir)
+    resident = _RESIDENT if manager.placement is None else min(_RESIDENT, manager.resident_bytes())
+    return ActivationStore(resident, None, folder)
+
+
 def _trial_rows(manager: QuantizationManager, rows: Rows) -> list[torch.Tensor]:
     """The batches that a trial takes through a block."""
     each = manager.batch_rows(rows.tokens.shape[1])
@@ -255,7 +269,7 @@ def _try_blocks(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, pr
     ahead = extra or min(len(t) for t in trial) * length  # a batch of the fewest rows
     share = (tokens + extra + ahead) / (tried + extra + ahead)
     kinds = _kinds(plan, skeleton)
-    seconds, most = 0.0, 0
+    seconds, most, kept = 0.0, 0, 0
     calls: list[list[BlockCall]] = []
     start = time.perf_counter()
     texts = [*trial, *([rows.held_out] if rows.held_out is not None else [])]
@@ -270,7 +284,7 @@ def _try_blocks(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, pr
     )
     for number, (index, count) in enumerate(kinds):
         progress(Event("trial", number, len(kinds)))
-        store = ActivationStore(_RESIDENT, None)
+        store = _trial_store(manager)
         try:
             skeleton.give_state(index, embedded, calls)
             batches = Batches(store, (h.clone() for h in embedded))
@@ -294,7 +308,7 @@ def _try_blocks(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, pr
                 plan.format.pack(plan.linears[name], tensor, TORCH[plan.dtype])
             packed = time.perf_counter() - start
             seconds += count * (loaded + passed * share + solved + packed)
-            most = max(most, store.most)
+            most, kept = max(most, store.most), store.resident
             skeleton.free_block(index)
             del made, block, batches
         finally:
@@ -308,7 +322,7 @@ def _try_blocks(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, pr
             0,
             peak_bytes(device) + max(resident - most, 0),
         )
-    return Cost(seconds, peak_rss() + resident - min(most, _RESIDENT), waiting - resident)
+    return Cost(seconds, peak_rss() + resident - min(most, kept), waiting - resident)
 
 
 def _kinds(plan: JobPlan, skeleton: Skeleton) -> list[tuple[int, int]]:
@@ -328,7 +342,7 @@ def _try_linears(manager: QuantizationManager, progress: Progress) -> Cost:
     the weight, and as much memory."""
     plan, seconds, most = manager.plan, 0.0, 0
     threads = torch.get_num_threads()
-    workers = worker_count(threads)
+    workers = worker_count(threads) if manager.placement is None else manager.placement.workers
     members: dict[Hashable, list[str]] = {}
     for name in plan.linears:
         members.setdefault(plan.assignments[name], []).append(name)

@@ -16,7 +16,15 @@ from typing import Any
 import torch
 
 from quant import defaults
-from quant.accelerator import device_name, device_of, forget_peak, memory_of, of_kind, peak_bytes
+from quant.accelerator import (
+    device_name,
+    device_of,
+    forget_peak,
+    limit_memory,
+    memory_of,
+    of_kind,
+    peak_bytes,
+)
 from quant.calibration.statistics import gram_for
 from quant.calibration.text import Rows
 from quant.checkpoint.dtypes import TORCH
@@ -42,6 +50,7 @@ from quant.models.products import bf16_is_slow
 from quant.models.skeleton import Skeleton
 from quant.pipeline.activation_store import ActivationStore, Batches, Calls
 from quant.pipeline.blocks import BlockQuantizer
+from quant.pipeline.budget import Placement, place_blocks, place_tensors, scratch_folder
 from quant.pipeline.folding import unfolded
 from quant.pipeline.gradients import GradientStream, gradient_problem
 from quant.pipeline.group_solves import BlockResult
@@ -60,7 +69,7 @@ from quant.quantizers.products import onednn_is_faster
 from quant.report.files import write_report
 from quant.report.value import Provenance, Quantization, Report, TensorsAccount
 from quant.tensors import QuantizedTensor
-from quant.units import format_seconds, format_share
+from quant.units import format_seconds, format_share, format_size
 from quant.vllm.arguments import engine_arguments, vllm_config
 from quant.vllm.cache import KV_CACHE
 from quant.vllm.config import model_types, text_config, without_quantization
@@ -126,6 +135,9 @@ class QuantizationManager:
             plan, self.quantizers, self.suppressors, self.pieces.quantize, self.records, self.clock
         )
         self.scratch_bytes = 0
+        self.placement: Placement | None = None  # of a budget, once it is decided
+        self._scratch = scratch_folder(recipe.scratch_dir)
+        limit_memory(self.device, recipe.max_gpu_memory)
         self._calibration = (0, 0)  # rows, and tokens of each
 
     @property
@@ -145,6 +157,8 @@ class QuantizationManager:
         for note in self.plan.notes:
             self.progress(Event("plan", message=note, warning=True))
         rows, skeleton = self.prepare() if self.needs else (None, None)
+        if rows is None:
+            self.placement = place_tensors(self, worker_count(torch.get_num_threads()))
         if rows is None and (unused := sorted(CALIBRATION & self.plan.recipe.model_fields_set)):
             named = ", ".join(f"--{k.replace('_', '-')}" for k in unused)
             self.progress(
@@ -180,12 +194,22 @@ class QuantizationManager:
                     self._data_free(work)
             report = self._finish(work, rows, start)
             work.publish()
+            self._tell_excess(report)
         except SourceFault:
             work.abandon()
             raise
         finally:
             work.release()
         return report
+
+    def _tell_excess(self, report: Report) -> None:
+        """Says where the process took more than it was meant to."""
+        most = self.plan.recipe.max_memory
+        if most is not None and report.peak_rss_bytes > most:
+            message = (
+                f"the process took {format_size(report.peak_rss_bytes)}, --max-memory is {format_size(most)}"
+            )
+            self.progress(Event("quantize", message=message, warning=True))
 
     def prepare(self) -> tuple[Rows, Skeleton]:
         """Calibration rows and the model without weights.
@@ -224,6 +248,13 @@ class QuantizationManager:
             if problem:
                 asking = [a.method for a, q in self.quantizers.items() if "gradients" in q.needs]
                 raise NoGradients(problem, asking[0])
+        self.placement = place_blocks(self, rows, skeleton)
+        if self.placement is not None and self.placement.batch_rows < self.placement.usual_rows:
+            few, many = self.placement.batch_rows, self.placement.usual_rows
+            self.batch_tokens = few * rows.tokens.shape[1]
+            note = f"the budget of memory lets {few} rows through a block together instead of {many}"
+            rows = replace(rows, notes=(*rows.notes, note))
+            self.progress(Event("text", message=note, warning=True))
         return rows, skeleton
 
     def fingerprint(self, rows: Rows | None) -> dict[str, Any]:
@@ -251,7 +282,7 @@ class QuantizationManager:
     def _calibrated(self, skeleton: Skeleton, rows: Rows, work: WorkFolder) -> None:
         """The block loop. On screen as a whole on purpose: every calibrated method goes through these
         lines."""
-        store = ActivationStore(self.resident_bytes(), work.path / "activations.bin")
+        store = self.store(work.path)
         try:
             self.progress(Event("quantize", detail="embedding"))
             with self.clock.phase("embed"):
@@ -293,7 +324,7 @@ class QuantizationManager:
     def _by_gradients(self, skeleton: Skeleton, rows: Rows, work: WorkFolder) -> None:
         """The loop of methods that need gradients of the whole model: forward through the blocks, then back,
         each quantized as the gradients come through it. See :mod:`quant.pipeline.gradients`."""
-        store = ActivationStore(self.resident_bytes(), work.path / "activations.bin")
+        store = self.store(work.path)
         blocks = {u.block: u for u in self.plan.units if u.block is not None}
         count = skeleton.block_count
         try:
@@ -398,7 +429,15 @@ class QuantizationManager:
 
     def resident_bytes(self) -> int:
         """Bytes of calibration activations that stay in the device's memory."""
+        if self.placement is not None:
+            return self.placement.resident_bytes
         return RESIDENT_CPU if self.device.type == "cpu" else memory_of(self.device)[0] // 2
+
+    def store(self, folder: Path) -> ActivationStore:
+        """Where activations wait; ``folder``: of the scratch file, where no other is asked for."""
+        named = folder / "activations.bin" if self._scratch is None else None
+        host = None if self.placement is None else self.placement.host_bytes
+        return ActivationStore(self.resident_bytes(), named, self._scratch, host)
 
     # --- methods that need no data --------------------------------------------------------------------------
 
@@ -411,7 +450,9 @@ class QuantizationManager:
         """
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        workers, writers = ThreadPoolExecutor(worker_count(threads)), ThreadPoolExecutor(UNITS_UNDER_WAY)
+        several = worker_count(threads) if self.placement is None else self.placement.workers
+        under_way_at_once = UNITS_UNDER_WAY if several > 1 else 1
+        workers, writers = ThreadPoolExecutor(several), ThreadPoolExecutor(under_way_at_once)
 
         def start(unit: Unit) -> Future[dict[Path, str]]:
             """Starts a unit once its room on the disk is claimed: what a full disk leaves finished are then

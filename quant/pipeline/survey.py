@@ -33,7 +33,6 @@ from quant.checkpoint.reader import Checkpoint
 from quant.checkpoint.writer import ShardWriter
 from quant.models.calls import call_block
 from quant.models.skeleton import Skeleton
-from quant.pipeline.activation_store import ActivationStore
 from quant.pipeline.candidates import Candidate, Item, linear_in
 from quant.pipeline.expert_survey import BOTH, ExpertSurvey, Made
 from quant.pipeline.gradients import LOGITS, GradientStream, Seen
@@ -165,7 +164,7 @@ class Survey:
         if not todo:
             return losses
         manager = self.manager
-        store = ActivationStore(manager.resident_bytes(), self.work.path / "activations.bin")
+        store = manager.store(self.work.path)
         rows = min(manager.batch_rows(tokens.shape[1]), -(-len(tokens) // 2))
         batches = [*tokens.split(rows)]
         together = len(batches) == 1

@@ -22,6 +22,7 @@ class _Second(types.ModuleType):
     """What ``torch.cuda`` is to CUDA."""
 
     OutOfMemoryError = torch.OutOfMemoryError
+    whole = 0
 
     def is_available(self) -> bool:
         return True
@@ -51,8 +52,12 @@ class _Second(types.ModuleType):
         """Nothing is kept back."""
 
     def mem_get_info(self, device: object = None) -> tuple[int, int]:
-        total = min(inside.limit(), MEMORY)
-        return total - inside.held(), total
+        return self._all() - inside.held(), self._all()
+
+    def _all(self) -> int:
+        """Bytes that it has, whatever the process may take of them."""
+        self.whole = self.whole or min(inside.limit(), MEMORY)
+        return self.whole
 
     def max_memory_allocated(self, device: object = None) -> int:
         return int(inside.most())
@@ -62,6 +67,9 @@ class _Second(types.ModuleType):
 
     def reset_peak_memory_stats(self, device: object = None) -> None:
         inside.forget_most()
+
+    def set_per_process_memory_fraction(self, fraction: float, device: object = None) -> None:
+        inside.set_limit(round(fraction * self._all()))
 
     def get_device_name(self, device: object = None) -> str:
         return "second device of the tests"

@@ -153,3 +153,24 @@ def test_a_batch_that_memory_does_not_hold_is_tried_again_smaller(
     refused = _run(built, _job(model, tmp_path / "none", "second", options), limit=1_000_000, code=1)
     assert "Traceback" not in refused.stderr
     assert "second: out of memory" in refused.stderr and "--device cpu" in refused.stderr
+
+
+def test_a_budget_of_its_memory_is_kept_or_refused_before_the_start(
+    built: Path, model: Path, tmp_path: Path
+) -> None:
+    options = [*CALIBRATED["gptq"], *TEXT[:2], "--samples", "64", "--sequence-length", "64"]
+    whole, tight, refused = (
+        _job(model, tmp_path / name, "second", [*options, *budget])
+        for name, budget in (
+            ("whole", []),
+            ("tight", ["--max-gpu-memory", "9MB", "--scratch-dir", str(tmp_path / "scratch")]),
+            ("refused", ["--max-gpu-memory", "100KB"]),
+        )
+    )
+    _run(built, whole, tight)
+    report = _report(tmp_path / "tight")
+    assert report["verify"]["passed"] and report["peak_gpu_bytes"] <= 9_000_000
+    assert _report(tmp_path / "whole")["peak_gpu_bytes"] > 9_000_000
+    said = _run(built, refused, code=1).stderr
+    assert "--max-gpu-memory is 97.7 KiB" in said and "give --max-gpu-memory" in said
+    assert not (tmp_path / "refused.work").exists()

@@ -218,11 +218,34 @@ def _chosen_among(value: Mapping[str, Any] | None) -> list[tuple[str, str]]:
 _COUNTED = ", by a count of the work: trying one block would take longer than this answer may"
 
 
+def _placement(value: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What a budget makes of a job."""
+    if value is None:
+        return []
+    if value["workers"]:
+        return [("budget", f"{value['workers']} tensors are worked on at once")]
+    fewer = value["batch_rows"] < value["usual_rows"]
+    rows = f"{value['batch_rows']} rows go through a block together"
+    return [
+        (
+            "budget",
+            rows + (f" instead of {value['usual_rows']}: sums may end in other bits" if fewer else ""),
+        ),
+        (
+            "activations",
+            f"{format_size(value['waiting_bytes'])} wait at once, up to "
+            f"{format_size(value['resident_bytes'])} where they are computed, "
+            f"{format_size(value['spilled_bytes'])} on disk",
+        ),
+    ]
+
+
 def _cost(value: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What a job takes, where it is known: nothing is predicted for another program."""
     if "seconds" not in value:
         return [("memory, time", f"not predicted: {value['backend']} does the work")]
     return [
+        *_placement(value.get("placement")),
         ("scratch", format_size(value["scratch_bytes"])),
         (
             "peak memory",

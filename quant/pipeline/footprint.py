@@ -1,0 +1,114 @@
+"""How much memory the blocks of a job take while they are quantized, counted from their shapes: what a budget
+is decided by before the start, and what ``--dry-run`` says of blocks that are too large to be tried.
+
+Beside a block's weights there are its codes until they are written; of the group of linears whose turn it is,
+the sums of its statistics, and what its solve makes of them; and what one batch holds on its way. The
+coefficients are those of this code, which ``benchmarks/projections.py`` compares with what jobs took.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+
+from quant.models.experts import find_experts
+from quant.models.skeleton import Skeleton
+from quant.pipeline.experts import RESIDENT, workers_for
+from quant.quantizers.two_sided import blocks_of
+
+if TYPE_CHECKING:
+    from quant.pipeline.manager import QuantizationManager
+
+#: Bytes of a weight while it is solved: fp32 with its errors and codes; and with what a method of two sides
+#: holds beside them.
+SOLVED, SOLVED_TWICE = 9, 40
+#: Fp32 matrices [K, K] that a solve has at once: the Hessian and its factor.
+_SQUARES = 2
+#: Bytes of a feature while 8-bit products are summed: a run of 8192 tokens as 16-bit numbers and as codes.
+_RUN = 3 << 13
+#: Hidden states of a token that are there at once while a batch goes through a block: residual, normed, the
+#: product's input and output.
+_STATES = 4
+#: Bytes of a weight of a tensor that is quantized without data; and of the pieces that a worker has of it.
+_TENSOR, _PIECES = 4, 16 << 20
+#: What allocators keep beside what is asked of them.
+_KEPT = 1.05
+
+
+def block_bytes(manager: QuantizationManager, skeleton: Skeleton, index: int, tokens: int) -> int:
+    """Bytes of one block beside the activations that wait: of the device that computes.
+
+    Args:
+        tokens: of the largest batch.
+
+    Raises:
+        CheckpointError: a block that cannot be run to see which linears share an input.
+    """
+    plan, block, prefix = manager.plan, skeleton.blocks[index], skeleton.block_prefix(index)
+    item, largest, held, widest = skeleton.dtype.itemsize, 0, 0, 0
+    experts = bool(find_experts(block))
+    for group in skeleton.groups(index):
+        members = [x for n in group.linears if (x := plan.linears.get(prefix + n))]
+        if not members:
+            continue
+        k, outputs = members[0].k, [x.n for x in members]
+        needs = manager.blocks.solver.needs(plan.assignments[members[0].name])
+        if "gradients" in needs:
+            for n in outputs:
+                count, size = blocks_of(n)
+                if not group.experts:
+                    held += 4 * (k * k + count * size * size)
+                largest = max(largest, SOLVED_TWICE * n * k + 8 * k * k)
+            widest = max(widest, k + sum(outputs))
+            continue
+        together = max(outputs) * 2 if group.experts else sum(outputs)
+        once = workers_for(together, k, manager.device) if group.experts else 1
+        squares = _SQUARES * 4 * k * k if "hessian" in needs else 0
+        run = _RUN * k if squares and manager.device.type == "cpu" and _eight_bits() else 0
+        largest = max(largest, once * (SOLVED * together * k + squares) + run)
+        widest = max(widest, k + sum(outputs) if not group.experts else k + together)
+    whole = sum(p.numel() for p in block.parameters())
+    hidden = int(skeleton.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
+    passing = tokens * item * (_STATES * hidden + 2 * widest)
+    aside = 2 * RESIDENT if experts and manager.device.type == "cpu" else 0
+    # a batch is on its way while sums are made, or the group is solved
+    return int(_KEPT * (whole * (item + 1) + held + largest + passing + aside))
+
+
+def largest_block(
+    manager: QuantizationManager, skeleton: Skeleton, tokens: int, blocks: Iterable[int]
+) -> int:
+    """:func:`block_bytes` of the largest of some blocks."""
+    return max((block_bytes(manager, skeleton, index, tokens) for index in blocks), default=0)
+
+
+def outside_bytes(skeleton: Skeleton) -> int:
+    """Bytes of what lies outside the blocks while it is in memory: embedding, norm and head."""
+    inside = {id(p) for block in skeleton.blocks for p in block.parameters()}
+    seen = {id(p): p for p in skeleton.model.parameters() if id(p) not in inside}
+    return sum(p.numel() * skeleton.dtype.itemsize for p in seen.values())
+
+
+def waiting_bytes(manager: QuantizationManager, skeleton: Skeleton, tokens: int) -> int:
+    """Bytes of calibration activations that wait at once, wherever: of ``tokens`` the states that went into a
+    block and those that a part of it adds to; with gradients the inputs of all blocks."""
+    hidden = int(skeleton.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
+    several = skeleton.block_count + 2 if manager.plan.gradients else 2
+    return several * tokens * hidden * skeleton.dtype.itemsize
+
+
+def tensor_bytes(sizes: Iterable[int], workers: int) -> int:
+    """Bytes of a job without data beside the program: of the largest tensors that are worked on at once, each
+    by a worker: as they are, as codes, and packed.
+
+    Args:
+        sizes: weights of each.
+    """
+    most = sorted(sizes)[-workers:]
+    return sum(_TENSOR * n for n in most) + _PIECES * workers
+
+
+def _eight_bits() -> bool:
+    return torch.cpu._is_vnni_supported()
