@@ -377,8 +377,9 @@ def _absolute(values: dict[str, Any], reading: _Reading) -> dict[str, Any]:
     found = dict(values)
     if isinstance(texts := values.get("calibration_dataset"), list):
         found["calibration_dataset"] = [str(reading.path(t)) if isinstance(t, str) else t for t in texts]
-    if isinstance(python := values.get("backend_python"), str):
-        found["backend_python"] = str(reading.path(python))
+    for key in ("backend_python", "scratch_dir"):
+        if isinstance(path := values.get(key), str):
+            found[key] = str(reading.path(path))
     return found
 
 

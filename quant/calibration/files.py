@@ -26,6 +26,7 @@ from quant.calibration.records import (
     CONVERSATIONS,
     READ,
     Document,
+    Streamed,
     Tally,
     TextError,
     columns_named,
@@ -490,6 +491,26 @@ def documents(
                     yield from documents_of(_READERS[kind](file), str(file), tally)
             except (OSError, EOFError, zlib.error) as error:
                 raise TextError(f"{file}: cannot be read: {error}") from error
+
+
+def streamed(paths: Sequence[Path], tally: Tally | None = None) -> Iterator[Document | Streamed]:
+    """:func:`documents` of which files of plain text are read as their text is asked for, and no further.
+
+    Raises:
+        TextError: as :func:`documents`, of a plain text while it is read.
+    """
+
+    def later(file: Path) -> Iterator[Any]:
+        yield Streamed(lambda: _told(file))
+
+    return documents(paths, tally, later)
+
+
+def _told(file: Path) -> Iterator[str]:
+    try:
+        yield from _blocks(file)
+    except (OSError, EOFError, zlib.error) as error:
+        raise TextError(f"{file}: cannot be read: {error}") from error
 
 
 def bundled(name: str) -> Path:

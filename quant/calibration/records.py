@@ -28,6 +28,17 @@ from quant.errors import QuantError, clipped
 Messages = list[dict[str, Any]]
 Document = str | Messages
 
+
+@dataclass(frozen=True)
+class Streamed:
+    """A plain text that is read as it is asked for, in pieces of any length."""
+
+    pieces: Callable[[], Iterator[str]]
+
+    def __iter__(self) -> Iterator[str]:
+        return self.pieces()
+
+
 _SURROGATE = re.compile("[\\ud800-\\udfff]")
 
 #: Names of roles that chat templates do not know, and those that they do.

@@ -10,18 +10,26 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import tempfile
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from quant.calibration.files import documents
-from quant.calibration.records import Document, Messages, Tally, TextError
+from quant.calibration.files import streamed
+from quant.calibration.records import Document, Messages, Streamed, Tally, TextError
+from quant.errors import DiskFull
+from quant.units import format_size
 
 #: Characters tokenized at a time: the start of a large file is enough for most jobs.
 _PIECE = 1 << 20
+#: Bytes of token ids that stay in memory.
+_HELD = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -51,24 +59,74 @@ class Rows:
         }
 
 
-def _pieces(text: str) -> Iterator[str]:
+def _pieces(text: str | Streamed) -> Iterator[str]:
     """The text in runs of one to two million characters, cut where a line starts with something other than
-    white space; a run without such a line is cut before a word, or anywhere where there is none either."""
-    start = 0
-    while len(text) - start > _PIECE:
+    white space; a run without such a line is cut before a word, or anywhere where there is none either. Of a
+    streamed one no more is read than the cut of the next run takes."""
+    source = iter([text] if isinstance(text, str) else text)
+    held, start, ended = "", 0, False
+    while True:
+        if not ended and len(held) - start <= 2 * _PIECE:  # a cut looks one character beyond two million
+            parts = [held[start:]]
+            size, start = len(parts[0]), 0
+            while size <= 2 * _PIECE and not ended:
+                more = next(source, None)
+                ended = more is None
+                parts.append(more or "")
+                size += len(parts[-1])
+            held = "".join(parts)
+        if len(held) - start <= _PIECE:
+            break
         least, most = start + _PIECE, start + 2 * _PIECE
-        cut = text.find("\n", least, most)
-        while cut != -1 and cut + 1 < len(text) and text[cut + 1].isspace():
-            cut = text.find("\n", cut + 1, most)
+        cut = held.find("\n", least, most)
+        while cut != -1 and cut + 1 < len(held) and held[cut + 1].isspace():
+            cut = held.find("\n", cut + 1, most)
         if cut != -1:
             end = cut + 1
-        elif len(text) <= most:
+        elif len(held) <= most:
             break
         else:
-            end = space if (space := text.rfind(" ", least, most)) != -1 else most
-        yield text[start:end]
+            end = space if (space := held.rfind(" ", least, most)) != -1 else most
+        yield held[start:end]
         start = end
-    yield text[start:]
+    yield held[start:]
+
+
+class _Tokens:
+    """Token ids one behind the other, four bytes each: in memory while they are few, then in a temporary
+    file."""
+
+    def __init__(self, most: int = _HELD):
+        self._file = tempfile.SpooledTemporaryFile(most)
+        self.count = 0
+
+    def __enter__(self) -> _Tokens:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def extend(self, ids: Sequence[int]) -> None:
+        """
+        Raises:
+            DiskFull: the folder for temporary files has no room for them.
+        """
+        try:
+            self._file.write(array("i", ids).tobytes())
+        except OSError as error:
+            raise DiskFull(
+                f"{tempfile.gettempdir()}: cannot hold {format_size(4 * self.count)} of token ids "
+                f"({error.strerror}): free some room, or leave --shuffle out"
+            ) from error
+        self.count += len(ids)
+
+    def rows(self, numbers: Iterable[int], length: int) -> torch.Tensor:
+        """int64 [rows, length], of those numbers."""
+        made = []
+        for number in numbers:
+            self._file.seek(4 * number * length)
+            made.append(torch.frombuffer(bytearray(self._file.read(4 * length)), dtype=torch.int32).long())
+        return torch.stack(made)
 
 
 def _joined(messages: Messages) -> str:
@@ -92,7 +150,7 @@ def _through_template(tokenizer: Any, messages: Messages, way_out: str) -> str:
 
 
 def token_runs(
-    tokenizer: Any, sources: Iterable[Document], chat_template: bool | None
+    tokenizer: Any, sources: Iterable[Document | Streamed], chat_template: bool | None
 ) -> Iterator[list[int]]:
     """Token ids, document by document; long texts in several runs.
 
@@ -108,9 +166,9 @@ def token_runs(
             "--chat-template: the tokenizer has no chat template: use --no-chat-template, or leave it out"
         )
     for source in sources:
-        if isinstance(source, str) and chat_template:
-            source = [{"role": "user", "content": source}]
-        if not isinstance(source, str):
+        if isinstance(source, (str, Streamed)) and chat_template:
+            source = [{"role": "user", "content": "".join(source)}]
+        if isinstance(source, list):
             if chat_template is False:
                 source = _joined(source)
             elif not getattr(tokenizer, "chat_template", None):
@@ -144,36 +202,45 @@ def calibration_rows(
             not have.
     """
     wanted = (samples + 1) * length
-    ids: list[int] = []
     characters = 0
     tally = Tally()
 
-    def counted() -> Iterator[Document]:
+    def read(text: Streamed) -> Iterator[str]:
         nonlocal characters
-        for document in documents(paths, tally):
+        for piece in text:
+            characters += len(piece)
+            yield piece
+
+    def counted() -> Iterator[Document | Streamed]:
+        nonlocal characters
+        for document in streamed(paths, tally):
+            if isinstance(document, Streamed):
+                yield Streamed(partial(read, document))
+                continue
             characters += (
                 len(document) if isinstance(document, str) else sum(len(m["content"]) for m in document)
             )
             yield document
 
-    for run in token_runs(tokenizer, counted(), chat_template):
-        ids.extend(run)
-        if not shuffle and len(ids) >= wanted:
-            break
-    available = len(ids) // length
-    if available < samples:
-        missing = samples * length - len(ids)
-        about = f", about {round(missing * characters / len(ids)):,} characters" if ids else ""
-        raise TextError(
-            f"the calibration text has {len(ids):,} tokens, {samples} rows of {length} take "
-            f"{samples * length:,}: {missing:,} tokens{about} are missing. "
-            "Give more text, or fewer --samples, or a shorter --sequence-length"
-            + "".join(f"; {note}" for note in tally.notes())
-        )
-    rows = torch.tensor(ids[: available * length], dtype=torch.int64).view(available, length)
-    if shuffle:
-        rows = rows[torch.randperm(available, generator=torch.Generator().manual_seed(seed))]
-    rows = rows[: samples + 1].clone()
+    with _Tokens() as ids:
+        for run in token_runs(tokenizer, counted(), chat_template):
+            ids.extend(run)
+            if not shuffle and ids.count >= wanted:
+                break
+        available = ids.count // length
+        if available < samples:
+            missing = samples * length - ids.count
+            about = f", about {round(missing * characters / ids.count):,} characters" if ids.count else ""
+            raise TextError(
+                f"the calibration text has {ids.count:,} tokens, {samples} rows of {length} take "
+                f"{samples * length:,}: {missing:,} tokens{about} are missing. "
+                "Give more text, or fewer --samples, or a shorter --sequence-length"
+                + "".join(f"; {note}" for note in tally.notes())
+            )
+        order: Iterable[int] = range(available)
+        if shuffle:
+            order = torch.randperm(available, generator=torch.Generator().manual_seed(seed)).tolist()
+        rows = ids.rows(islice(order, samples + 1), length)
     if int(rows.max()) >= vocabulary:
         raise TextError(
             f"the tokenizer gives token {int(rows.max())}, the model has {vocabulary}: the tokenizer "
@@ -202,14 +269,14 @@ def evaluation_rows(
     ids: list[int] = []
     tally = Tally()
 
-    def text(document: Document) -> str:
-        if isinstance(document, str):
+    def text(document: Document | Streamed) -> str | Streamed:
+        if isinstance(document, (str, Streamed)):
             return document
         if getattr(tokenizer, "chat_template", None):
             return _through_template(tokenizer, document, "evaluate on plain text")
         return _joined(document)
 
-    for piece in itertools.chain.from_iterable(_pieces(text(d)) for d in documents([path], tally)):
+    for piece in itertools.chain.from_iterable(_pieces(text(d)) for d in streamed([path], tally)):
         ids.extend(tokenizer(piece, add_special_tokens=False)["input_ids"])
         if len(ids) >= step * chunks:
             break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from quant.calibration import files
+from quant.calibration import text as text_module
 from quant.calibration.files import bundled, documents
-from quant.calibration.records import TextError
+from quant.calibration.records import Streamed, TextError
 from quant.calibration.text import calibration_rows, evaluation_rows, token_runs
 from quant.offline import load_tokenizer
 from tests.helpers import TINYLM
@@ -245,3 +248,48 @@ def test_conversations_are_evaluated_through_the_template_where_there_is_one(
             tokens()
     finally:
         tokenizer.chat_template = None
+
+
+def test_a_text_that_is_streamed_is_cut_where_the_whole_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_module, "_PIECE", 50)
+    generator = random.Random(0)
+    for kinds in (["a", "bc", "\n", " ", "\n  ", "word"], ["x"], ["ab ", "c"], [" \n\n"]):
+        whole = "".join(generator.choice(kinds) for _ in range(400))
+        sizes = [generator.randrange(1, 180) for _ in range(2000)]
+
+        def parts(whole: str = whole, sizes: list[int] = sizes) -> Iterator[str]:
+            start = 0
+            for size in sizes:
+                yield whole[start : start + size]
+                start += size
+
+        cut = list(text_module._pieces(whole))
+        assert "".join(cut) == whole and max(map(len, cut)) <= 101
+        assert list(text_module._pieces(Streamed(parts))) == cut
+
+
+def test_no_more_of_a_large_text_is_read_than_rows_need(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = "The quick brown fox jumps over the lazy dog, again and again.\n"
+    file = tmp_path / "large.txt"
+    file.write_text(line * 400_000, encoding="utf-8")
+    read = 0
+    inner = files._blocks
+
+    def blocks(path: Path) -> Iterator[str]:
+        nonlocal read
+        for block in inner(path):
+            read += len(block)
+            yield block
+
+    monkeypatch.setattr(files, "_blocks", blocks)
+    few = calibration_rows(tokenizer, [file], 4, 128, vocabulary=1 << 20)
+    assert few.tokens.shape == (4, 128) and read < 3 << 20
+    # tokens lie on a file beyond what memory is meant for, and are the same
+    short = tmp_path / "short.txt"
+    short.write_text(line * 2000, encoding="utf-8")
+    drawn = calibration_rows(tokenizer, [short], 8, 64, vocabulary=1 << 20, shuffle=True, seed=3)
+    monkeypatch.setattr(text_module._Tokens.__init__, "__defaults__", (64,))
+    again = calibration_rows(tokenizer, [short], 8, 64, vocabulary=1 << 20, shuffle=True, seed=3)
+    assert torch.equal(drawn.tokens, again.tokens) and drawn.digest == again.digest
