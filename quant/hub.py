@@ -12,6 +12,7 @@ from typing import Any
 
 from quant.documents import read_document
 from quant.errors import CheckpointError, UsageError, clipped
+from quant.remote import is_remote, mirrored, url_of
 
 #: ``org/name``, and ``org/name@revision``, as the Hub allows them.
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -160,6 +161,8 @@ def named(path: str | Path) -> str:
     """How a command names a model directory: by Hub id where it is what the cache has of main, else by its
     path."""
     folder = Path(path).absolute()
+    if (url := url_of(folder)) is not None:
+        return url
     repository = repository_of(folder)
     try:
         newest = (folder.parent.parent / "refs" / "main").read_text(encoding="utf-8").strip()
@@ -172,7 +175,8 @@ def local_model(model: str | Path, download: bool = True) -> Path:
     """The directory of a model that is named by path or Hub id.
 
     Args:
-        model: a path, or ``org/name[@revision]``. What is there as a path is one.
+        model: a path, ``org/name[@revision]``, the same behind ``hf://``, or an address of storage
+            (:mod:`quant.remote`). What is there as a path is one.
         download: whether what the cache lacks may be fetched; HF_HUB_OFFLINE forbids it as well.
 
     Returns:
@@ -183,9 +187,11 @@ def local_model(model: str | Path, download: bool = True) -> Path:
         CheckpointError: not in the cache and not to be fetched, also because its first part is a directory
             here, so that a path is meant; or no such model, no access, no network.
     """
-    text = str(model)
+    text = str(model).removeprefix("hf://")
+    if is_remote(text):
+        return mirrored(text)
     if not is_hub_id(text):
-        return Path(model)
+        return Path(text)
     repo, revision = parse_hub_id(text, "the model")
     import huggingface_hub as hub
     from huggingface_hub import constants, errors

@@ -19,6 +19,7 @@ from typing import Any
 
 from quant.checkpoint.folders import not_itself
 from quant.errors import CheckpointError, clipped
+from quant.remote import open_weights
 
 #: bytes of one element
 DTYPE_BYTES = {
@@ -85,7 +86,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         found = file.stat()
         if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
             raise refuse("a pipe or a device, no file")
-        with file.open("rb") as stream:
+        with open_weights(file) as stream:
             size = found.st_size
             if size < 8:
                 raise refuse(f"{size} bytes, fewer than the 8 of the header's length")
@@ -96,7 +97,9 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             stream.seek(8)
             if length > min(size - 8, _LARGEST_HEADER):
                 raise refuse(f"the header claims {length} bytes, the file has {size - 8} after it")
-            raw = stream.read(length)
+            raw = b""
+            while len(raw) < length and (piece := stream.read(length - len(raw))):
+                raw += piece
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
     try:

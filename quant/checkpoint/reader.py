@@ -6,7 +6,6 @@ peak.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from quant.checkpoint.folders import FOREIGN_WEIGHTS, described, no_model, not_i
 from quant.checkpoint.header import TensorInfo, read_header
 from quant.documents import LARGEST, read_document
 from quant.errors import CheckpointError, clipped
+from quant.remote import open_weights
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +112,7 @@ class Checkpoint:
         if name in self.computed:
             raise CheckpointError(f"{self.path}: {name} is computed from quantized tensors, it has no bytes")
         try:
-            with info.file.open("rb", buffering=0) as stream:
+            with open_weights(info.file) as stream:
                 stream.seek(info.start)
                 left = info.nbytes
                 while left:
@@ -134,7 +134,7 @@ class Checkpoint:
         info = self.info(name)
         data = bytearray(info.nbytes)
         try:
-            with info.file.open("rb", buffering=0) as stream:
+            with open_weights(info.file) as stream:
                 stream.seek(info.start)
                 self._fill(stream, memoryview(data), info)
         except OSError as error:
@@ -170,7 +170,7 @@ class Checkpoint:
         size = info.nbytes // info.shape[0]
         data = bytearray(size)
         try:
-            with info.file.open("rb", buffering=0) as stream:
+            with open_weights(info.file) as stream:
                 stream.seek(info.start + index * size)
                 self._fill(stream, memoryview(data), info)
         except OSError as error:
@@ -203,7 +203,7 @@ class Checkpoint:
         data = bytearray(min(rows, count) * row)
         buffer = torch.frombuffer(data, dtype=TORCH[info.dtype]).view(-1, *info.shape[1:])
         try:
-            with info.file.open("rb", buffering=0) as stream:
+            with open_weights(info.file) as stream:
                 stream.seek(info.start)
                 for first in range(0, count, rows):
                     wanted = min(rows, count - first)
@@ -215,7 +215,7 @@ class Checkpoint:
             ) from error
 
     @staticmethod
-    def _fill(stream: io.FileIO, view: memoryview, info: TensorInfo) -> None:
+    def _fill(stream: Any, view: memoryview, info: TensorInfo) -> None:
         """Reads until ``view`` is full."""
         while view:
             count = stream.readinto(view)

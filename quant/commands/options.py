@@ -59,7 +59,8 @@ def model_path(required: bool = True, download: bool = True, many: str | None = 
         multiple=many is not None,
         type=ModelType(download),
         required=required,
-        help="Checkpoint directory, or Hub id (org/name[@revision]: the local cache first).",
+        help="Checkpoint directory, Hub id (org/name[@revision]: the local cache first), or s3://, gs:// …, "
+        "read range by range.",
     )
 
 

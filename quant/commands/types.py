@@ -78,7 +78,8 @@ class PathType(click.Path):
 
 
 class ModelType(PathType):
-    """A checkpoint directory, or ``org/name[@revision]`` of the Hub; the value is a directory.
+    """A checkpoint directory, ``org/name[@revision]`` of the Hub, or an address of storage (``s3://…``); the
+    value is a directory.
 
     Args:
         download: whether a model that the cache lacks is fetched.
@@ -89,6 +90,12 @@ class ModelType(PathType):
         self.download = download
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from quant.remote import is_remote
+
+        if isinstance(value, str) and is_remote(value):
+            from quant.hub import local_model
+
+            return value if ctx is not None and ctx.resilient_parsing else local_model(value, self.download)
         path = super().convert(value, param, ctx)
         if ctx is not None and ctx.resilient_parsing:  # a shell completes; nothing is run
             return path

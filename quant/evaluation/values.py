@@ -16,6 +16,7 @@ from quant.errors import NotFinite, QuantError
 from quant.formats import QuantizedLayers
 from quant.formats.base import ValueCheck
 from quant.models.roles import leftover
+from quant.remote import open_weights
 from quant.vllm.cache import CACHE_SCALES
 from quant.vllm.layers import Linear
 
@@ -78,7 +79,7 @@ def _scan_file(
     """:func:`scan_values` of one file, whose hash is over its bytes."""
     problems, differing, digest = [], [], hashlib.sha256()
     tensors = sorted((t for t in checkpoint.tensors.values() if t.file == file), key=lambda t: t.start)
-    with file.open("rb", buffering=0) as stream:
+    with open_weights(file) as stream:
         digest.update(stream.read(tensors[0].start) if tensors else b"")
     for info in tensors:
         whole = _whole_check(info, layers, target)
