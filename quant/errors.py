@@ -75,6 +75,21 @@ class DeviceMemoryExhausted(QuantError):
     retryable = True
 
 
+class RankLost(QuantError):
+    """A process among those that share a job has ended or says nothing. Exit status 75: run the same command
+    again. ``ended``: which one, where that is known."""
+
+    exit_code = 75
+    retryable = True
+
+    def __init__(self, rank: int, size: int, ended: str = ""):
+        super().__init__(
+            f"{ended or f'rank {rank} of {size} has lost the others'}: finished work is kept, the same "
+            "command goes on from there, with as many ranks or with others"
+        )
+        self.rank, self.size = rank, size
+
+
 class InUse(QuantError):
     """Another run is at work on the same output."""
 

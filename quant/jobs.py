@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from quant import defaults
 from quant.checkpoint.reader import read_json
-from quant.errors import NoGradients, Problems, QuantError, UsageError
+from quant.errors import NoGradients, Problems, QuantError, RankLost, UsageError
 from quant.hardware import detect, named_gpu
 from quant.models.support import GRADIENTS, WITHOUT_GRADIENTS
 from quant.pipeline.memory import prepare_torch
@@ -31,6 +32,7 @@ from quant.vllm.layers import ONE_FORM
 
 if TYPE_CHECKING:
     from quant.pipeline.plan import JobPlan
+    from quant.pipeline.ranks import Ranks
     from quant.pipeline.searching import Searched
     from quant.report.value import Report
 
@@ -244,6 +246,7 @@ def plan(recipe: Recipe, progress: Progress = silent) -> JobPlan:
 
 def _planned(recipe: Recipe, progress: Progress) -> JobPlan:
     prepare_torch()
+    _check_ranks(recipe)
     if recipe.mixes:
         from quant.pipeline.mixing import allocate
         from quant.pipeline.plan import plan_job
@@ -257,8 +260,42 @@ def _planned(recipe: Recipe, progress: Progress) -> JobPlan:
 
         return plan_backend(recipe)
     from quant.pipeline.plan import plan_job
+    from quant.pipeline.ranks import asked_ranks
+
+    budgets = [f"--{k.replace('_', '-')}" for k in ("max_memory", "max_gpu_memory") if getattr(recipe, k)]
+    if budgets and (count := asked_ranks(recipe)) > 1:
+        raise UsageError(
+            f"{', '.join(budgets)}: a budget is one process's, and {count} would share this job: leave "
+            f"{'it' if len(budgets) == 1 else 'them'} out, or give one device"
+        )
 
     return plan_job(recipe)
+
+
+def _check_ranks(recipe: Recipe) -> None:
+    """
+    Raises:
+        UsageError: devices that are not there, or a job that several processes cannot share.
+    """
+    from quant.pipeline.ranks import asked_ranks
+
+    if (count := asked_ranks(recipe)) == 1:
+        return
+    if recipe.backend != defaults.ENGINE:
+        raise UsageError(
+            f"{count} ranks: --backend {recipe.backend} works in one process: leave --devices out"
+        )
+    if recipe.mixes and recipe.devices is None:
+        raise UsageError(
+            f"{recipe.size_asked} under torchrun: schemes are chosen by one process: use --devices, whose "
+            "rank 0 chooses them before the others start"
+        )
+    methods = {recipe.method, *(rule.method for rule in recipe.rules if rule.method is not None)}
+    if divided := sorted(methods & GRADIENTS):
+        raise UsageError(
+            f"{count} ranks: --method {divided[0]} takes gradients through the whole model in one process: "
+            f"use --method {WITHOUT_GRADIENTS}, or one device"
+        )
 
 
 def foreseen(recipe: Recipe, progress: Progress = silent) -> dict[str, Any]:
@@ -326,9 +363,22 @@ def estimate(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
     from quant.pipeline.estimate import estimate
 
     try:
-        return estimate(plan, progress)
+        return estimate(plan, progress) | _divided(plan)
     except NoGradients as error:
         return estimate(_without_gradients(plan, error, progress), progress)
+
+
+def _divided(plan: JobPlan) -> dict[str, Any]:
+    """``ranks`` of several processes: how many, their devices (of torchrun: none), and what they divide."""
+    from quant.pipeline.methods import calibrated
+    from quant.pipeline.ranks import asked_ranks, devices_of
+
+    if (count := asked_ranks(plan.recipe)) == 1:
+        return {}
+    devices = [str(d) for d in devices_of(plan.recipe)] if plan.recipe.devices is not None else []
+    several = any(calibrated(plan.recipe, a) for a in set(plan.assignments.values()))
+    what = "calibration rows and, on CPUs, rows of weights" if several else "whole blocks of the output"
+    return {"ranks": {"count": count, "devices": devices, "divided": what}}
 
 
 def made(recipe: Recipe) -> Report | None:
@@ -352,7 +402,8 @@ def run(plan: JobPlan, progress: Progress = silent, command: Sequence[str] | Non
     """Runs a planned job; returns the report that is also written into the output directory.
 
     Where a device's memory does not hold a batch of calibration tokens, the job goes on from its last
-    finished block with batches of half as many, down to one row; the report names what was done.
+    finished block with batches of half as many, down to one row; the report names what was done. Of several
+    processes that torchrun started all return the report of rank 0, which writes.
 
     Args:
         command: the words that were typed, for the report.
@@ -364,6 +415,32 @@ def run(plan: JobPlan, progress: Progress = silent, command: Sequence[str] | Non
         from quant.backends.run import quantize_with
 
         return quantize_with(plan, progress, command)
+    from quant.pipeline.ranks import started
+
+    with started(plan.recipe, _follow, plan) as ranks:
+        if ranks.first:
+            report = _run(plan, progress, command, ranks)
+            with suppress(RankLost):  # all is made
+                ranks.told(report)
+        else:
+            report = _follow(ranks, plan)
+    if plan.allocation is not None:
+        from quant.pipeline.mixing import forget
+
+        forget(plan.recipe)
+    return report
+
+
+def _follow(ranks: Ranks, plan: JobPlan) -> Report:
+    """The part of a process that is not rank 0; returns the report of that one."""
+    from quant.pipeline.manager import QuantizationManager
+
+    QuantizationManager(plan, ranks=ranks).follow()
+    return cast("Report", ranks.told(None))
+
+
+def _run(plan: JobPlan, progress: Progress, command: Sequence[str] | None, ranks: Ranks) -> Report:
+    """The part of rank 0, which writes."""
     from quant.pipeline.manager import QuantizationManager
     from quant.pipeline.retry import in_smaller_batches
 
@@ -371,18 +448,13 @@ def run(plan: JobPlan, progress: Progress = silent, command: Sequence[str] | Non
         # what a run has finished that gave out of memory is not what --fresh is to leave aside
         again = {} if tokens is None else {"fresh": False}
         job = replace(plan, recipe=plan.recipe.model_copy(update=again))
-        return QuantizationManager(job, progress, command, tokens)
+        return QuantizationManager(job, progress, command, tokens, ranks)
 
     try:
-        report = in_smaller_batches(make, QuantizationManager.run)
+        return in_smaller_batches(make, QuantizationManager.run)
     except NoGradients as error:
         plan = _without_gradients(plan, error, progress)
-        report = in_smaller_batches(make, QuantizationManager.run)
-    if plan.allocation is not None:
-        from quant.pipeline.mixing import forget
-
-        forget(plan.recipe)
-    return report
+        return in_smaller_batches(make, QuantizationManager.run)
 
 
 def _without_gradients(plan: JobPlan, error: NoGradients, progress: Progress) -> JobPlan:

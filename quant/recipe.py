@@ -222,6 +222,7 @@ class Recipe(LayerSettings):
     max_memory: Annotated[int | None, BeforeValidator(_size)] = Field(None, gt=0)
     max_gpu_memory: Annotated[int | None, BeforeValidator(_size)] = Field(None, gt=0)
     scratch_dir: Path | None = None
+    devices: str | None = None
     gpu: str | None = None
     tensor_parallel: int = Field(1, ge=1, le=1024)
     vllm_version: str = VLLM_VERSION
@@ -270,6 +271,7 @@ class Recipe(LayerSettings):
             "model_path",
             "backend_python",
             "effort",
+            "devices",
             *MIXING,
             *UPLOAD,
             *BUDGETS,

@@ -20,7 +20,7 @@ computed, in panels, and mirrored at the end: about half of the work.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,9 +122,10 @@ class Statistics:
 
 class Accumulator:
     """Sums the statistics named in ``needs`` (``hessian``, ``power``, ``range``, ``sample``) batch by batch,
-    on the device of the batches; for ``gradients`` see :class:`GradientAccumulator`."""
+    on the device of the batches; for ``gradients`` see :class:`GradientAccumulator`. ``parts``: of one of so
+    many that will be merged, and that share the tokens of a sample."""
 
-    def __init__(self, features: int, device: torch.device, needs: Iterable[str]):
+    def __init__(self, features: int, device: torch.device, needs: Iterable[str], parts: int = 1):
         needs = set(needs)
         if unknown := needs - STATISTICS:
             raise ValueError(f"no such statistic: {', '.join(sorted(unknown))}")
@@ -137,7 +138,7 @@ class Accumulator:
             else None
         )
         self._sample = torch.zeros(0, features, device=device) if "sample" in needs else None
-        self._stride = 1
+        self._stride, self._most = 1, _SAMPLE // parts
 
     def add(self, inputs: torch.Tensor, whole: bool = False) -> None:
         """Adds a batch [..., K] of any floating dtype; a ``whole`` one is not kept to be summed with the
@@ -148,7 +149,7 @@ class Accumulator:
         if self._sample is not None:
             self._sample = torch.cat([self._sample, x[-self.tokens % self._stride :: self._stride].float()])
             # rows are stride tokens apart, from the first on: every other one stays
-            while len(self._sample) > _SAMPLE:
+            while len(self._sample) > self._most:
                 self._sample, self._stride = self._sample[::2].clone(), self._stride * 2
         self.tokens += len(x)
         if self._power is not None:
@@ -166,6 +167,47 @@ class Accumulator:
         if len(inputs):
             sums._add(inputs, whole=True)
         return sums.finish()
+
+    @property
+    def sums(self) -> torch.Tensor | None:
+        """fp32 [K, K], of which the lower triangle counts, what Σ x xᵀ is so far; or None."""
+        return None if self._gram is None else self._gram.total
+
+    def settle(self) -> None:
+        """Sums up what waits for more and lets go of what adding takes, until more is added."""
+        if self._gram is not None:
+            self._gram.settle()
+
+    def merge(self, later: Accumulator) -> None:
+        """Adds the sums of the tokens behind these; both are settled."""
+        self.tokens += later.tokens
+        if self._gram is not None and later._gram is not None:
+            self._gram.total += later._gram.total
+        if self._power is not None and later._power is not None:
+            self._power += later._power
+        if self._range is not None and later._range is not None:
+            low, high = self._range
+            self._range = torch.minimum(low, later._range[0]), torch.maximum(high, later._range[1])
+        if self._sample is not None and later._sample is not None:
+            self._sample = torch.cat([self._sample, later._sample])
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What was summed so far, as it is held, but for the number of tokens; of one that is settled."""
+        low, high = self._range or (None, None)
+        held = {"sums": self.sums, "power": self._power, "low": low, "high": high, "sample": self._sample}
+        return {name: value for name, value in held.items() if value is not None}
+
+    def restore(self, tokens: int, state: Mapping[str, torch.Tensor]) -> None:
+        """Takes over what :meth:`state` gave, in another process maybe."""
+        self.tokens = tokens
+        if self._gram is not None:
+            self._gram.total = state["sums"]
+        if self._power is not None:
+            self._power = state["power"]
+        if self._range is not None:
+            self._range = state["low"], state["high"]
+        if self._sample is not None:
+            self._sample = state["sample"]
 
     def finish(self) -> Statistics:
         """The statistics; the sums are handed over, not copied."""
@@ -240,6 +282,9 @@ class Gram:
         """:meth:`add` of all that there is: nothing needs to wait for more."""
         self.add(x)
 
+    def settle(self) -> None:
+        """Sums up what waits for more and lets go of what adding takes."""
+
     def finish(self) -> torch.Tensor:
         """fp32 [K, K], whole and symmetric; the sum is handed over."""
         total = self.total
@@ -269,9 +314,7 @@ class Int8Gram(Gram):
         self._inputs: torch.Tensor | None = None
         self._codes: torch.Tensor | None = None
         self._filled = 0
-        most = max((r.stop - r.start) * (c.stop - c.start) for r, c in _lower(features))
-        self._sums = torch.empty(most, dtype=torch.int32, device=device)
-        self._scaled = torch.empty(most, device=device)
+        self._products: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def add(self, x: torch.Tensor) -> None:
         if self._inputs is None:
@@ -301,9 +344,12 @@ class Int8Gram(Gram):
             self._filled = 0
             self._largest.zero_()
 
-    def finish(self) -> torch.Tensor:
+    def settle(self) -> None:
         self._flush()
-        self._inputs = None
+        self._inputs = self._codes = self._products = None
+
+    def finish(self) -> torch.Tensor:
+        self.settle()
         return super().finish()
 
     def _add_run(self, x: torch.Tensor, largest: torch.Tensor) -> None:
@@ -311,11 +357,13 @@ class Int8Gram(Gram):
             self._codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
         codes, steps = int8_codes(x, largest, self._codes[: len(x)])
         power = torch.empty_like(steps)
+        if self._products is None:
+            most = max((r.stop - r.start) * (c.stop - c.start) for r, c in _lower(x.shape[1]))
+            integers = torch.empty(most, dtype=torch.int32, device=x.device)
+            self._products = integers, torch.empty(most, device=x.device)
         for rows, columns in _lower(x.shape[1]):
             block = self.total[rows, columns]
-            sums, scaled = (
-                buffer[: block.numel()].view(block.shape) for buffer in (self._sums, self._scaled)
-            )
+            sums, scaled = (buffer[: block.numel()].view(block.shape) for buffer in self._products)
             int8_products(codes[:, rows], codes[:, columns], out=sums)
             block.addcmul_(scaled.copy_(sums).mul_(steps[columns]), steps[rows, None])
             if rows.stop == columns.stop:

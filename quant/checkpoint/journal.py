@@ -19,6 +19,7 @@ import signal
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def _is_unit(entry: object) -> bool:
 def in_use(output: Path, published: bool = False) -> bool:
     """Whether a run is at work on an output, as far as this machine can tell; ``published``: or about to
     leave it."""
-    folder = output if published else output.with_name(output.name + ".work")
+    folder = output if published else work_path(output)
     try:
         lock = os.open(folder / _LOCK, os.O_RDWR)
     except OSError:  # nothing is begun
@@ -122,10 +123,15 @@ def in_use(output: Path, published: bool = False) -> bool:
         os.close(lock)
 
 
+def work_path(output: Path) -> Path:
+    """Where the work folder of an output is."""
+    return output.with_name(output.name + ".work")
+
+
 def is_unpublished(output: Path) -> bool:
     """Whether an output is a work folder whose run was killed right after the rename, before the journal
     went: the same job takes it back and only finishes it."""
-    if output.with_name(output.name + ".work").exists():
+    if work_path(output).exists():
         return False
     try:
         with (output / _JOURNAL).open(encoding="utf-8", errors="replace") as stream:
@@ -146,7 +152,7 @@ class WorkFolder:
 
     def __init__(self, output: Path, fingerprint: Mapping[str, Any], fresh: bool):
         self.output = output
-        self.path = output.with_name(output.name + ".work")
+        self.path = work_path(output)
         if is_unpublished(output) and not in_use(output, published=True):
             os.rename(output, self.path)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -270,3 +276,12 @@ class WorkFolder:
                 shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock)
             self._lock = -1
+
+
+@dataclass(frozen=True)
+class FollowedFolder:
+    """The work folder as a process sees it that works for the one which holds it: where it is, and what was
+    finished when the work began."""
+
+    path: Path
+    finished: Mapping[str, dict[str, Any]]

@@ -245,6 +245,13 @@ budgets = together(
     ),
 )
 
+devices = click.option(
+    "--devices",
+    metavar="LIST",
+    help="Several processes, one for each device: 0,1 for GPUs, cpu,cpu for CPUs. Not for yaqa, nor for a "
+    "mixture's calibration.",
+)
+
 gpu_memory_utilization = click.option(
     "--gpu-memory-utilization",
     type=click.FloatRange(0, 1, min_open=True),

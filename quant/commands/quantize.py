@@ -14,8 +14,9 @@ from quant.commands.options import by_method, given, together
 from quant.commands.terminal import Output, common_options, resumable
 from quant.commands.types import PATH, TOKENS, Alpha
 from quant.errors import QuantError, UsageError, clipped
-from quant.progress import Event
+from quant.progress import Event, silent
 from quant.schemes import DEFAULT_SCHEME, PRESETS, SCHEMES, ActivationScheme
+from quant.torchrun import first_device, follows
 
 if TYPE_CHECKING:
     from quant.report.value import Report
@@ -237,6 +238,7 @@ job_options = together(
     click.option("--config", type=PATH, help="Recipe (YAML); options on the command line win."),
     options.device,
     options.budgets,
+    options.devices,
     options.tensor_parallel(1),
     options.gpu,
     options.vllm_version,
@@ -309,6 +311,7 @@ def layer_wise(out: Output, **asked: Any) -> None:
 @calibration_options
 @options.device
 @options.budgets
+@options.devices
 @fresh
 @options.upload
 @common_options
@@ -344,13 +347,16 @@ def run_job(out: Output, values: dict[str, Any], dry_run: bool = False, measure:
     from quant.commands.uploading import finish
     from quant.hub import local_model
 
+    if follows():  # rank 0 says what there is to say
+        out.quiet = out.outcome.printed = True
     if isinstance(values["model_path"], str):  # of a recipe file: options are directories already
         values = {**values, "model_path": str(local_model(values["model_path"]))}
     named = "output_path" in values
     if not named:
         # a dry run writes nothing; its disk is judged where such an output is most likely to go
         values = {**values, "output_path": free_name(values["model_path"])}
-    with resumable(), out.progress() as progress:
+    with resumable(), out.progress() as listener:
+        progress = silent if follows() else listener
         from quant import jobs  # brings torch, which takes seconds
         from quant.upload import destination_of
 
@@ -371,6 +377,8 @@ def run_job(out: Output, values: dict[str, Any], dry_run: bool = False, measure:
                 else:
                     plan = jobs.plan(resolved.recipe, progress)
                     report = jobs.run(plan, progress, out.outcome.command)
+    if follows():
+        return
     if not isinstance(resolved, jobs.ResolvedJob):
         nothing = resolved
         value = {**nothing.to_dict(), "output_path": None}
@@ -387,7 +395,8 @@ def run_job(out: Output, values: dict[str, Any], dry_run: bool = False, measure:
     if not measure:
         finish(out, report, to, results.quantization)
         return
-    measured = _measured(out, report, resolved.recipe.device)
+    device, several = resolved.recipe.device, resolved.recipe.devices
+    measured = _measured(out, report, device if several is None else first_device(several))
 
     known = measured if isinstance(measured, dict) else None
     finish(out, report, to, partial(results.quantization, measured=known), {"evaluation": known})

@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from quant.calibration.statistics import Accumulator
+from quant.calibration.parts import PartSums
 from quant.models.adapter import InputGroup
 from quant.models.attention import observed_attention
 from quant.models.experts import Routed
 from quant.models.skeleton import Skeleton
 from quant.outlier_suppression import Suppressor
 from quant.pipeline.activation_store import ActivationStore, Batches, Calls
+from quant.pipeline.division import Parts
 from quant.pipeline.expert_gradients import ExpertGradients, GradientExpertSolver, InnerGradients
 from quant.pipeline.expert_solves import ERROR_TOKENS, ExpertSolver
 from quant.pipeline.experts import ExpertInputs
@@ -27,6 +28,7 @@ from quant.pipeline.gradients import Seen
 from quant.pipeline.group_solves import BlockResult, BlockUnderWay, GroupSolver, Kin, demand_finite
 from quant.pipeline.memory import MAPPED, give_back
 from quant.pipeline.plan import JobPlan
+from quant.pipeline.ranks import ALONE, Ranks
 from quant.pipeline.records import Clock, Records
 from quant.pipeline.staged import StagedForward, computed, run_block
 from quant.quantizers import Quantizer
@@ -40,15 +42,17 @@ class _Observed:
 
     Attributes:
         held_out: the batch that errors are measured on; its inputs are ``samples``, [≤ 256, K].
-        folder: of scratch files.
+        parts: which part of all rows each batch is of, and how many parts there are.
+        store: takes what waits; its folder is that of scratch files.
         needs: the statistics that a group asks for.
         routed, routed_samples: what experts read, and of it the held-out batch's.
     """
 
     held_out: int | None
-    folder: Path | None
+    parts: Parts
+    store: ActivationStore
     needs: Callable[[InputGroup], frozenset[str]]
-    sums: dict[InputGroup, Accumulator] = field(default_factory=dict)
+    sums: dict[InputGroup, PartSums] = field(default_factory=dict)
     samples: dict[InputGroup, torch.Tensor] = field(default_factory=dict)
     routed: dict[InputGroup, ExpertInputs] = field(default_factory=dict)
     routed_samples: dict[InputGroup, ExpertInputs] = field(default_factory=dict)
@@ -57,13 +61,15 @@ class _Observed:
         """Takes what a batch shows: inputs [B, T, K]."""
         if isinstance(inputs, Routed):
             kept = self.routed_samples if batch == self.held_out else self.routed
-            kept.setdefault(group, ExpertInputs(self.folder)).add(inputs)
+            kept.setdefault(group, ExpertInputs(self.store.folder)).add(inputs)
         elif batch == self.held_out:
             self.samples[group] = inputs.reshape(-1, inputs.shape[-1])[-ERROR_TOKENS:].clone()
         else:
+            of, count = self.parts
             if group not in self.sums:
-                self.sums[group] = Accumulator(inputs.shape[-1], inputs.device, self.needs(group))
-            self.sums[group].add(inputs)
+                needs, put = self.needs(group), self.store.put
+                self.sums[group] = PartSums(inputs.shape[-1], inputs.device, needs, count, put)
+            self.sums[group].add(of[batch], inputs)
 
 
 def before(
@@ -88,10 +94,11 @@ class BlockQuantizer:
     rounded: Callable[[str], QuantizedTensor]
     records: Records
     clock: Clock
+    ranks: Ranks = ALONE
 
     @cached_property
     def solver(self) -> GroupSolver:
-        return GroupSolver(self.plan, self.quantizers, self.suppressors, self.records)
+        return GroupSolver(self.plan, self.quantizers, self.suppressors, self.records, self.ranks)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -110,8 +117,12 @@ class BlockQuantizer:
         store: ActivationStore,
         held_out: int | None,
         need_outputs: bool,
+        parts: Parts | None = None,
     ) -> BlockResult:
-        """Quantizes the chosen linears of one block and leaves its outputs in ``batches``."""
+        """Quantizes the chosen linears of one block and leaves its outputs in ``batches``.
+
+        ``parts``: which part of all rows each batch is of, and how many parts there are; None: all of one.
+        """
         prefix, linears, made = skeleton.block_prefix(index), skeleton.linears(index), BlockResult()
         every = skeleton.sourced_groups(index) if any(self.suppressors.values()) else skeleton.groups(index)
         work = BlockUnderWay(block, linears, prefix, every, skeleton.norm_offset, made)
@@ -122,11 +133,11 @@ class BlockQuantizer:
         if not chosen:
             with computed(block), observing:
                 run_block(block, index, batches, calls)
-            made.finish_cache(cache)
+            made.finish_cache(cache, self.ranks)
             return made
 
-        solver = self.solver
-        seen = _Observed(held_out, store.folder, lambda g: solver.needs(solver.assignment(prefix, g)))
+        solver, of = self.solver, parts or ([0] * len(batches), 1)
+        seen = _Observed(held_out, of, store, lambda g: solver.needs(solver.assignment(prefix, g)))
 
         def observe(group: InputGroup, batch: int, inputs: torch.Tensor | Routed) -> None:
             with self.clock.phase("statistics"):
@@ -149,7 +160,7 @@ class BlockQuantizer:
                     experts.solve(work, group, solver.kin(work, chosen[group]), routed, aside)
                 else:
                     self._solve_plain(work, group, chosen[group], seen)
-        made.finish_cache(cache)
+        made.finish_cache(cache, self.ranks)
         clock["forward"] += time.perf_counter() - before - (clock["statistics"] + clock["solve"] - other)
         return made
 
@@ -240,7 +251,7 @@ class BlockQuantizer:
         start = time.perf_counter()
         solver, weights = self.solver, work.weights(key.linears)
         with self.clock.phase("statistics"):
-            statistics = seen.sums.pop(key).finish()
+            statistics = self.ranks.total(seen.sums.pop(key), seen.parts[1])
         with self.clock.phase("solve"):
             if statistics.hessian is not None and statistics.hessian.nbytes > MAPPED:
                 # the solve's buffers are not cut from the heap, whose free parts would lie beside them

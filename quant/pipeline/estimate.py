@@ -28,6 +28,7 @@ from quant.pipeline.activation_store import ActivationStore, Batches, Calls
 from quant.pipeline.budget import Placement, place_tensors, scratch_folder
 from quant.pipeline.checks import check_disk, check_scratch
 from quant.pipeline.counted import BlockWork, Counter
+from quant.pipeline.division import waiting_sums
 from quant.pipeline.gradients import GradientStream
 from quant.pipeline.manager import QuantizationManager, memory_exhausted, worker_count
 from quant.pipeline.memory import freed_memory_kept, peak_rss
@@ -163,14 +164,18 @@ def _of_blocks(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, pro
         return _try_blocks(manager, rows, skeleton, progress)
     tokens = rows.tokens.numel() + (0 if rows.held_out is None else rows.held_out.numel())
     works = [(counter.block(index, tokens), count) for index, count in kinds]
-    return _counted(manager, skeleton, tokens, works)
+    return _counted(manager, skeleton, tokens, works, len(rows.tokens))
 
 
 def _counted(
-    manager: QuantizationManager, skeleton: Skeleton, tokens: int, works: list[tuple[BlockWork, int]]
+    manager: QuantizationManager,
+    skeleton: Skeleton,
+    tokens: int,
+    works: list[tuple[BlockWork, int]],
+    rows: int,
 ) -> Cost:
     hidden = skeleton.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
-    waiting = _WAITING * tokens * hidden * skeleton.dtype.itemsize
+    waiting = _WAITING * tokens * hidden * skeleton.dtype.itemsize + waiting_sums(manager.plan, rows)
     resident = min(waiting, manager.resident_bytes())
     seconds, memory = sum(w.seconds * count for w, count in works), max(w.memory for w, _ in works)
     if manager.device.type != "cpu":
@@ -313,7 +318,7 @@ def _try_blocks(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, pr
             del made, block, batches
         finally:
             store.close()
-    waiting = int(most * (tokens + extra) / (tried + extra))
+    waiting = int(most * (tokens + extra) / (tried + extra)) + waiting_sums(plan, len(rows.tokens))
     resident = min(waiting, manager.resident_bytes())
     if device.type != "cpu":
         return Cost(

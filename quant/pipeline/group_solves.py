@@ -11,7 +11,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from quant.accelerator import of_kind
+from quant.accelerator import of_kind, on_accelerator
 from quant.calibration.statistics import Statistics
 from quant.checkpoint.dtypes import TORCH
 from quant.errors import QuantError, SourceFault
@@ -19,15 +19,16 @@ from quant.models.adapter import InputGroup
 from quant.models.binding import BlockLinear
 from quant.outlier_suppression import Suppressor
 from quant.pipeline.folding import Fold, can_take_rows, find_fold, fold_linear, fold_norm
-from quant.pipeline.pieces import PIECE
+from quant.pipeline.pieces import PIECE, Assembled
 from quant.pipeline.plan import JobPlan
+from quant.pipeline.ranks import ALONE, Ranks
 from quant.pipeline.records import Records
-from quant.quantizers import Quantized, Quantizer, quantize_many
+from quant.quantizers import Quantized, Quantizer, quantize_many, quantize_slices
 from quant.quantizers.activations import input_parameters
 from quant.quantizers.two_sided import OUTPUTS
 from quant.recipe import Assignment
 from quant.report.value import FoldResult
-from quant.schemes import BLOCK, Scheme
+from quant.schemes import BLOCK, Scheme, WeightScheme
 from quant.tensors import QuantizedTensor, largest_magnitude, sum_of_squares
 from quant.vllm.config import head_size
 
@@ -36,6 +37,8 @@ from quant.vllm.config import head_size
 OUTLIERS = 32.0
 #: Linears of a group whose weights are looked at where factors are chosen for several groups at once.
 SPREAD = 32
+#: Rows that a slice of a weight has a multiple of.
+_SLICE = 16
 
 
 @dataclass
@@ -54,14 +57,16 @@ class BlockResult:
         self._cache = largest if self._cache is None else torch.maximum(self._cache, largest)
         return key, value
 
-    def finish_cache(self, names: Sequence[str]) -> None:
-        """Makes the block's cache scales, fp32 [1] each: what maps the largest magnitude seen to the largest
-        E4M3 number.
+    def finish_cache(self, names: Sequence[str], ranks: Ranks = ALONE) -> None:
+        """Makes the block's cache scales, fp32 [1] each: what maps the largest magnitude seen, by any of the
+        ranks, to the largest E4M3 number.
 
         Raises:
             QuantError: the block has names for them, but no attention that could be observed.
             SourceFault: keys or values hold NaN or infinity.
         """
+        if names:
+            self._cache = ranks.largest(self._cache)
         for name in names:
             if self._cache is None:
                 raise QuantError(
@@ -119,6 +124,7 @@ class GroupSolver:
     quantizers: Mapping[Assignment, Quantizer]
     suppressors: Mapping[Assignment, Suppressor | None]
     records: Records
+    ranks: Ranks = ALONE
 
     def needs(self, assignment: Assignment) -> frozenset[str]:
         suppressor, activations = self.suppressors[assignment], assignment.scheme.activations
@@ -209,7 +215,9 @@ class GroupSolver:
             ]
             results = [list(one) for one in zip(*parts, strict=True)]
         else:
-            if amax is None:
+            if len(stacked) == 1 and (count := slice_count(quantizer, stacked[0], scheme.weights)) > 1:
+                whole = [self._by_slices(quantizer, stacked[0], count, statistics[0], scheme, amax)]
+            elif amax is None:
                 whole = quantize_many(quantizer, stacked, statistics, scheme.weights, dtype)
             else:
                 whole = [quantizer(stacked[0], statistics[0], scheme.weights, dtype, amax)]
@@ -219,6 +227,29 @@ class GroupSolver:
             [replace(r, tensor=replace(r.tensor, inputs=i), notes=(*told, *r.notes)) for r in one]
             for one, i, told in zip(results, inputs, said, strict=True)
         ]
+
+    def _by_slices(
+        self,
+        quantizer: Quantizer,
+        weight: torch.Tensor,
+        count: int,
+        statistics: Statistics,
+        scheme: Scheme,
+        amax: torch.Tensor | None,
+    ) -> Quantized:
+        """A weight fp32 [N, K], overwritten, quantized by ``count`` slices of its rows, which the ranks
+        divide. A single process takes the same slices: products of matrices round otherwise where they have
+        other shapes."""
+        if amax is None and scheme.weights.strategy in ("tensor", "tensor_group"):
+            amax = largest_magnitude(weight)
+        mine, dtype = self.ranks.own(count), TORCH[self.plan.dtype]
+        slices = weight.view(count, -1, weight.shape[1])[mine.start : mine.stop]
+        solved = quantize_slices(quantizer, slices, statistics, scheme.weights, dtype, amax) if mine else []
+        whole = Assembled(len(weight))
+        for several in self.ranks.exchange(solved):
+            for one in several:
+                whole.add(one)
+        return whole.finish()
 
     def suppress(
         self,
@@ -344,6 +375,16 @@ class GroupSolver:
             sums += torch.stack([sum_of_squares(difference), sum_of_squares(wide), missed, wanted])
         noise, signal, lost, whole = sums.tolist()
         return values, (noise, signal, lost / max(whole, 1e-30) if sample is not None else None)
+
+
+def slice_count(quantizer: Quantizer, weight: torch.Tensor, scheme: WeightScheme) -> int:
+    """Slices of equal size that a weight's rows are solved by, whatever the number of ranks; 1 of a method
+    that does not say it can, and on a GPU, whose time goes by the operations and not by the rows."""
+    if on_accelerator(weight) or not hasattr(quantizer, "slices"):
+        return 1
+    least = BLOCK if scheme.strategy == "block" else _SLICE
+    fits = (c for c in (8, 4, 2) if not len(weight) % c and not len(weight) // c % least)
+    return next(fits, 1)
 
 
 def spread(names: Sequence[str], most: int) -> list[str]:

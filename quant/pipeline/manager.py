@@ -18,18 +18,18 @@ import torch
 from quant import defaults
 from quant.accelerator import (
     device_name,
-    device_of,
     forget_peak,
     limit_memory,
     memory_of,
     of_kind,
     peak_bytes,
 )
+from quant.calibration.parts import part_sizes
 from quant.calibration.statistics import gram_for
 from quant.calibration.text import Rows
 from quant.checkpoint.dtypes import TORCH
 from quant.checkpoint.header import read_header
-from quant.checkpoint.journal import WorkFolder
+from quant.checkpoint.journal import FollowedFolder, WorkFolder, work_path
 from quant.checkpoint.reader import Checkpoint
 from quant.errors import (
     DeviceMemoryExhausted,
@@ -51,6 +51,7 @@ from quant.models.skeleton import Skeleton
 from quant.pipeline.activation_store import ActivationStore, Batches, Calls
 from quant.pipeline.blocks import BlockQuantizer
 from quant.pipeline.budget import Placement, place_blocks, place_tensors, scratch_folder
+from quant.pipeline.division import ranks_problem, share, shared_out
 from quant.pipeline.folding import unfolded
 from quant.pipeline.gradients import GradientStream, gradient_problem
 from quant.pipeline.group_solves import BlockResult
@@ -59,6 +60,7 @@ from quant.pipeline.memory import freed_memory_kept, give_back, peak_rss
 from quant.pipeline.methods import make_quantizer, suppressor_of
 from quant.pipeline.pieces import PieceQuantizer
 from quant.pipeline.plan import JobPlan
+from quant.pipeline.ranks import ALONE, Ranks, devices_of
 from quant.pipeline.records import Clock, Records
 from quant.pipeline.rows import job_rows, tell_notes
 from quant.pipeline.source import carried
@@ -97,6 +99,10 @@ CALIBRATION = frozenset(
 )
 
 
+#: The work folder, of whoever holds it or works for that process.
+Work = WorkFolder | FollowedFolder
+
+
 class QuantizationManager:
     """Runs one planned job.
 
@@ -110,6 +116,7 @@ class QuantizationManager:
     Args:
         command: the words that were typed, for the report.
         batch_tokens: calibration tokens that go through a block together; None: as many as suit the device.
+        ranks: which process this is of those that share the job.
     """
 
     def __init__(
@@ -118,7 +125,9 @@ class QuantizationManager:
         progress: Progress = silent,
         command: Sequence[str] | None = None,
         batch_tokens: int | None = None,
+        ranks: Ranks = ALONE,
     ):
+        self.ranks = ranks
         self.plan, self.progress, self.command = plan, progress, command
         recipe = plan.recipe
         if recipe.backend != defaults.ENGINE:
@@ -127,12 +136,12 @@ class QuantizationManager:
             )
         self.quantizers = {a: make_quantizer(a) for a in dict.fromkeys(plan.assignments.values())}
         self.suppressors = {a: suppressor_of(a, recipe.alpha) for a in self.quantizers}
-        self.device = device_of(recipe.device)
+        self.device = ranks.device or devices_of(recipe)[0]
         self.batch_tokens = batch_tokens or of_kind(BATCH_TOKENS, self.device)
         self.clock, self.records = Clock(), Records(plan, progress)
         self.pieces = PieceQuantizer(plan, self.quantizers, self.device, self.records)
         self.blocks = BlockQuantizer(
-            plan, self.quantizers, self.suppressors, self.pieces.quantize, self.records, self.clock
+            plan, self.quantizers, self.suppressors, self.pieces.quantize, self.records, self.clock, ranks
         )
         self.scratch_bytes = 0
         self.placement: Placement | None = None  # of a budget, once it is decided
@@ -176,6 +185,8 @@ class QuantizationManager:
             self.plan.recipe.output_path.absolute(), self.fingerprint(rows), self.plan.recipe.fresh
         )
         try:
+            self.ranks.agree(self._facts(rows))
+            self.ranks.told(work.finished)
             for entry in work.finished.values():
                 self.records.restore(entry)
             if work.finished:
@@ -188,10 +199,7 @@ class QuantizationManager:
                 )
             kept = "; finished blocks are kept, but other settings start over"
             with self.clock.phase("quantize"), freed_memory_kept(), memory_exhausted(self.device, kept):
-                if rows is not None and skeleton is not None:
-                    (self._by_gradients if self.plan.gradients else self._calibrated)(skeleton, rows, work)
-                else:
-                    self._data_free(work)
+                self._work(rows, skeleton, work)
             report = self._finish(work, rows, start)
             work.publish()
             self._tell_excess(report)
@@ -211,6 +219,33 @@ class QuantizationManager:
             )
             self.progress(Event("quantize", message=message, warning=True))
 
+    def follow(self) -> None:
+        """This process's part of a job whose rank 0 is in :meth:`run`, which writes all that is made.
+
+        Raises:
+            QuantError: with finished work kept by rank 0.
+        """
+        rows, skeleton = self.prepare() if self.needs else (None, None)
+        self.ranks.agree(self._facts(rows))
+        output = self.plan.recipe.output_path.absolute()
+        work = FollowedFolder(work_path(output), self.ranks.told({}))
+        for entry in work.finished.values():
+            self.records.restore(entry)
+        with freed_memory_kept(), memory_exhausted(self.device):
+            self._work(rows, skeleton, work)
+
+    def _work(self, rows: Rows | None, skeleton: Skeleton | None, work: Work) -> None:
+        """All that is left to do between the first unit and the last."""
+        if rows is not None and skeleton is not None:
+            (self._by_gradients if self.plan.gradients else self._calibrated)(skeleton, rows, work)
+        else:
+            self._data_free(work)
+
+    def _facts(self, rows: Rows | None) -> dict[str, Any]:
+        """What decides the output's bytes and must be alike for all ranks: the source is read by each."""
+        facts = self.fingerprint(rows)
+        return {k: facts[k] for k in ("calibration", "torch", "device", "threads", "instructions")}
+
     def prepare(self) -> tuple[Rows, Skeleton]:
         """Calibration rows and the model without weights.
 
@@ -227,6 +262,8 @@ class QuantizationManager:
             rows = replace(rows, notes=(*rows.notes, note))
         self._calibration = (len(rows.tokens), rows.tokens.shape[1])
         skeleton = Skeleton(self.plan.checkpoint, self.device)
+        if problem := ranks_problem(self.plan, skeleton, len(rows.tokens)):
+            raise UsageError(problem)
         if ignored := ignored_note(text_config(self.plan.checkpoint.config), skeleton.config):
             rows = replace(rows, notes=(*rows.notes, ignored))
         tell_notes(rows, self.progress)
@@ -265,10 +302,10 @@ class QuantizationManager:
         }
         return {
             "source": {"path": str(self.plan.checkpoint.path.absolute()), "files": source},
-            "settings": self.plan.recipe.settings(),
+            "settings": {k: v for k, v in self.plan.recipe.settings().items() if k != "device"},
             "calibration": rows.digest if rows else None,
             "torch": torch.__version__,
-            "device": str(self.device),
+            "device": self.device.type,
             "threads": torch.get_num_threads(),
             "instructions": f"{torch.backends.cpu.get_cpu_capability()}, "
             f"{gram_for(1, self.device).__class__.__name__}{', oneDNN' if onednn_is_faster() else ''}"
@@ -279,14 +316,15 @@ class QuantizationManager:
 
     # --- methods that need statistics -----------------------------------------------------------------------
 
-    def _calibrated(self, skeleton: Skeleton, rows: Rows, work: WorkFolder) -> None:
+    def _calibrated(self, skeleton: Skeleton, rows: Rows, work: Work) -> None:
         """The block loop. On screen as a whole on purpose: every calibrated method goes through these
         lines."""
         store = self.store(work.path)
         try:
             self.progress(Event("quantize", detail="embedding"))
             with self.clock.phase("embed"):
-                tokens, held_out = self.batches(rows)
+                each = self.batch_rows(rows.tokens.shape[1])
+                tokens, held_out, parts = share(rows, each, self.ranks)
                 calls = Calls(store)
                 batches = Batches(store, skeleton.embedded(tokens, calls.append))
             for unit in self._units(work, self.plan.units):
@@ -313,6 +351,7 @@ class QuantizationManager:
                         store,
                         held_out,
                         need_outputs=not last,
+                        parts=parts,
                     )
                     self._write(unit, work, made)
                 skeleton.free_block(unit.block)
@@ -321,7 +360,7 @@ class QuantizationManager:
             self.scratch_bytes = store.spilled_bytes
             store.close()
 
-    def _by_gradients(self, skeleton: Skeleton, rows: Rows, work: WorkFolder) -> None:
+    def _by_gradients(self, skeleton: Skeleton, rows: Rows, work: Work) -> None:
         """The loop of methods that need gradients of the whole model: forward through the blocks, then back,
         each quantized as the gradients come through it. See :mod:`quant.pipeline.gradients`."""
         store = self.store(work.path)
@@ -382,7 +421,8 @@ class QuantizationManager:
     def smaller_batch(self) -> int | None:
         """Tokens of half a batch; None where a batch is a single row, or there are none."""
         rows, length = self._calibration
-        several = min(self.batch_rows(length), rows) if rows else 0
+        most = rows if self.plan.gradients else max(part_sizes(rows), default=0)
+        several = min(self.batch_rows(length), most) if rows else 0
         return several // 2 * length if several > 1 else None
 
     @property
@@ -394,7 +434,7 @@ class QuantizationManager:
         """Calibration rows of so many tokens that go through a block together."""
         return max(1, self.batch_tokens // length)
 
-    def _finished_weights(self, unit: Unit, work: WorkFolder) -> dict[str, torch.Tensor]:
+    def _finished_weights(self, unit: Unit, work: Work) -> dict[str, torch.Tensor]:
         """Dequantized weights of a finished block, read back from its shards."""
         headers = {
             name: info
@@ -441,7 +481,7 @@ class QuantizationManager:
 
     # --- methods that need no data --------------------------------------------------------------------------
 
-    def _data_free(self, work: WorkFolder) -> None:
+    def _data_free(self, work: Work) -> None:
         """Tensor by tensor through the files; no module is built, so any architecture goes through.
 
         Each worker quantizes, hashes and writes one tensor at a time on one thread, whose pieces stay in the
@@ -453,6 +493,8 @@ class QuantizationManager:
         several = worker_count(threads) if self.placement is None else self.placement.workers
         under_way_at_once = UNITS_UNDER_WAY if several > 1 else 1
         workers, writers = ThreadPoolExecutor(several), ThreadPoolExecutor(under_way_at_once)
+        units = [u for u in self.plan.units if u.name not in work.finished]
+        owner = dict(zip((u.name for u in units), shared_out(units, self.ranks.size), strict=True))
 
         def start(unit: Unit) -> Future[dict[Path, str]]:
             """Starts a unit once its room on the disk is claimed: what a full disk leaves finished are then
@@ -464,13 +506,21 @@ class QuantizationManager:
             return files
 
         try:
-            ahead = (start(u) for u in self.plan.units if u.name not in work.finished)
+            ahead = (start(u) for u in units if owner[u.name] == self.ranks.rank)
             under_way = deque(islice(ahead, 1))
             for unit in self._units(work, self.plan.units):
-                if unit.name not in work.finished:
-                    under_way.extend(islice(ahead, 1))
-                    with self.clock.phase("write"):
-                        self._finish_unit(unit, work, under_way.popleft().result())
+                if unit.name not in owner:
+                    continue
+                with self.clock.phase("write"):
+                    if owner[unit.name] == self.ranks.rank:
+                        under_way.extend(islice(ahead, 1))
+                        files = under_way.popleft().result()
+                        made = files, self._facts_of(unit)
+                    elif self.ranks.first:
+                        made = self.ranks.receive(owner[unit.name])
+                    else:
+                        continue
+                    self._hand_in(unit, work, *made)
         finally:
             # after an error or an interrupt: ends the units under way
             workers.shutdown(wait=False, cancel_futures=True)
@@ -479,7 +529,7 @@ class QuantizationManager:
 
     # --- shared ---------------------------------------------------------------------------------------------
 
-    def _units(self, work: WorkFolder, units: Sequence[Unit]) -> Iterator[Unit]:
+    def _units(self, work: Work, units: Sequence[Unit]) -> Iterator[Unit]:
         for number, unit in enumerate(units):
             start, before = time.perf_counter(), unit.name in work.finished
             self.progress(Event("quantize", number, len(units), detail=_shown(unit)))
@@ -500,15 +550,18 @@ class QuantizationManager:
                 )
             )
 
-    def _write(self, unit: Unit, work: WorkFolder, made: BlockResult) -> None:
-        """Writes a unit and notes that it is finished."""
+    def _write(self, unit: Unit, work: Work, made: BlockResult) -> None:
+        """Writes a unit and notes that it is finished; rank 0 does."""
+        if not isinstance(work, WorkFolder):
+            return
         with self.clock.phase("write"):
-            self._finish_unit(unit, work, self._files(unit, work, made))
+            files = self._files(unit, work, made)
+            self._hand_in(unit, work, files, self._facts_of(unit))
 
     def _files(
         self,
         unit: Unit,
-        work: WorkFolder,
+        work: Work,
         made: BlockResult,
         workers: Executor | None = None,
         claimed: Callable[[], object] = lambda: None,
@@ -537,11 +590,18 @@ class QuantizationManager:
             claimed,
         )
 
-    def _finish_unit(self, unit: Unit, work: WorkFolder, files: Mapping[Path, str]) -> None:
-        """Puts a unit whose files are written and synced into the journal."""
+    def _facts_of(self, unit: Unit) -> dict[str, Any]:
+        """What the journal says of a unit beside its files."""
         written = {n for s in unit.shards for t in s.tensors for n in (t.linear, *t.linears) if n}
-        names = sorted(written & set(self.plan.linears))
-        work.finish_unit(unit.name, files, self.records.of(unit.name, names))
+        return self.records.of(unit.name, sorted(written & set(self.plan.linears)))
+
+    def _hand_in(self, unit: Unit, work: Work, files: Mapping[Path, str], facts: Mapping[str, Any]) -> None:
+        """Puts a unit whose files are written and synced into the journal, which rank 0 has."""
+        if isinstance(work, WorkFolder):
+            self.records.restore(facts)
+            work.finish_unit(unit.name, files, facts)
+        else:
+            self.ranks.send((files, facts), 0)
 
     def _finish(self, work: WorkFolder, rows: Rows | None, start: float) -> Report:
         """Side files, index, config, static verification, report."""

@@ -48,17 +48,25 @@ def prepare_torch() -> None:
     """
     if "torch" in sys.modules:
         return
+    with at_load():
+        import torch
+
+        torch.empty(1)
+
+
+@contextmanager
+def at_load() -> Iterator[None]:
+    """While it lasts, the environment is as :func:`prepare_torch` has it: for torch that is loaded meanwhile,
+    or by a process that is started meanwhile."""
     asked = {name: value for name, value in _AT_LOAD.items() if name not in os.environ}
     if "OMP_WAIT_POLICY" in os.environ:
         asked.pop(_SPINS, None)
     os.environ.update(asked)
     try:
-        import torch
-
-        torch.empty(1)
+        yield
     finally:
         for name in asked:
-            del os.environ[name]  # it is not for the processes that this one starts
+            del os.environ[name]  # it is not for every process that this one starts
 
 
 @contextmanager

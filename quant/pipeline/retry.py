@@ -31,7 +31,8 @@ def in_smaller_batches(
         try:
             return work(manager)
         except DeviceMemoryExhausted:
-            tokens = manager.smaller_batch()
+            # the others of several processes would not know
+            tokens = manager.smaller_batch() if manager.ranks.size == 1 else None
             if tokens is None:
                 raise
         device = manager.device

@@ -1,7 +1,7 @@
 """Rounding methods: pure functions of a weight, the statistics of its input and a scheme."""
 
 from quant.quantizers.awq import AWQQuantizer
-from quant.quantizers.base import Quantized, Quantizer, QuantizerRegistry, quantize_many
+from quant.quantizers.base import Quantized, Quantizer, QuantizerRegistry, quantize_many, quantize_slices
 from quant.quantizers.gptq import GPTQQuantizer
 from quant.quantizers.hqq import HQQQuantizer
 from quant.quantizers.identity import IdentityQuantizer
@@ -12,5 +12,5 @@ from quant.quantizers.yaqa import YAQAQuantizer
 __all__ = [
     "AWQQuantizer", "GPTQQuantizer", "HQQQuantizer", "IdentityQuantizer", "MagnitudePruner",
     "MinMaxQuantizer", "Quantized", "Quantizer", "QuantizerRegistry", "SparseGPTPruner", "WandaPruner",
-    "YAQAQuantizer", "quantize_many",
+    "YAQAQuantizer", "quantize_many", "quantize_slices",
 ]  # fmt: skip

@@ -52,5 +52,16 @@ class AWQQuantizer:
             round_to_nearest(weight, scheme, dtype, amax, search=self.clip_search, importance=importance)
         )
 
+    def slices(
+        self,
+        slices: torch.Tensor,
+        statistics: Statistics | None,
+        scheme: WeightScheme,
+        dtype: torch.dtype,
+        amax: torch.Tensor | None = None,
+    ) -> list[Quantized]:
+        """Slices [S, N, K] of the rows of one weight, one after another."""
+        return [self(weight, statistics, scheme, dtype, amax) for weight in slices]
+
 
 QuantizerRegistry.add(AWQQuantizer.name, AWQQuantizer)

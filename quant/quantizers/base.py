@@ -87,6 +87,22 @@ def quantize_many(
     ]
 
 
+def quantize_slices(
+    quantizer: Quantizer,
+    slices: torch.Tensor,
+    statistics: Statistics | None,
+    scheme: WeightScheme,
+    dtype: torch.dtype,
+    amax: torch.Tensor | None,
+) -> list[Quantized]:
+    """What a method makes of slices fp32 [S, N, K] of the rows of one weight (which may be overwritten), with
+    the statistics of its input; ``amax``: the largest magnitude of the whole weight, for schemes that have a
+    number for it. The method has ``slices`` with these arguments, where each slice gets the same numbers
+    whichever others come with it."""
+    made: list[Quantized] = quantizer.slices(slices, statistics, scheme, dtype, amax)  # type: ignore[attr-defined]
+    return made
+
+
 class BlockMethod(Protocol):
     """A method that works on a whole block at once, where a :class:`Quantizer` sees one weight: learned
     rounding, distillation.

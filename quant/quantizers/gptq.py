@@ -113,6 +113,18 @@ class GPTQQuantizer:
             statistics = [s if s is None else s.copy() for s in statistics]
         return self._solved(weights, statistics, scheme, dtype, None)
 
+    def slices(
+        self,
+        slices: torch.Tensor,
+        statistics: Statistics | None,
+        scheme: WeightScheme,
+        dtype: torch.dtype,
+        amax: torch.Tensor | None = None,
+    ) -> list[Quantized]:
+        """Slices [S, N, K] of the rows of one weight, by one factorization and one column loop; each gets the
+        codes that it gets without the others, as far as :meth:`many` says that."""
+        return self._solved(slices, [statistics], scheme, dtype, amax)
+
     def _solved(
         self,
         weights: torch.Tensor,
@@ -121,9 +133,9 @@ class GPTQQuantizer:
         dtype: torch.dtype,
         amax: torch.Tensor | None,
     ) -> list[Quantized]:
-        """Weights [B, N, K], each with the statistics of its own input."""
+        """Weights [B, N, K], each with the statistics of its own input, or all with one."""
         hessians = [s.hessian for s in statistics if s is not None and s.hessian is not None]
-        if len(hessians) < len(weights):
+        if len(hessians) < len(statistics):
             raise QuantError(
                 "gptq needs calibration text: give --calibration-dataset, or use --method minmax"
             )
@@ -133,6 +145,9 @@ class GPTQQuantizer:
             for d in diagonals
         ]
         factors = factorize_all(hessians, self.damping, orders)
+        if len(statistics) < len(weights):
+            count = len(weights)
+            diagonals, orders, factors = diagonals * count, orders * count, factors * count
         solved = [i for i, (factor, _) in enumerate(factors) if factor is not None]
         tensors: dict[int, QuantizedTensor] = {}
         for i in set(range(len(weights))) - set(solved):
@@ -304,7 +319,8 @@ def _solve(
     else:
         scales_t = torch.empty(groups, count, n, device=device)
         zeros_t = None if scheme.symmetric else torch.empty(groups, count, n, device=device)
-    group_of = [order // g for order in orders]
+    groups_of = {id(order): order // g for order in orders}
+    group_of = [groups_of[id(order)] for order in orders]
     floats = scheme.type == "float"
     codes = torch.empty(k, count, n, dtype=torch.float32 if floats else torch.int8, device=device)
     inverse = torch.stack([1.0 / f.diagonal() for f in factors], 1).unsqueeze(-1)  # [K, B, 1]
@@ -362,7 +378,8 @@ def _solve(
     if sweeps:
         del feedback, inner, rounded
         under_way = Solved(errors, codes, scales_t, zeros_t, group_of, Grid(scheme, dtype, divisor))
-        hessians = [factor.hessian() for factor in factors]
+        whole = {id(factor): factor.hessian() for factor in {id(f): f for f in factors}.values()}
+        hessians = [whole[id(factor)] for factor in factors]
         for _ in range(sweeps):
             refine(under_way, hessians)
     return (

@@ -80,7 +80,11 @@ def _refine_panel(
     """Refines some columns, [B, P] of each weight; ``groups``: which groups they make up, whole and in
     order, or None."""
     width = columns.shape[1]
-    rows = [h.index_select(0, c) for h, c in zip(hessians, columns, strict=True)]
+    rows: list[torch.Tensor] = []
+    for b, (hessian, own) in enumerate(zip(hessians, columns, strict=True)):
+        # slices of one weight, which have one Hessian and one order
+        same = b > 0 and hessian is hessians[0] and solved.groups[b] is solved.groups[0]
+        rows.append(rows[0] if same else hessian.index_select(0, own))
     among = torch.stack([r.index_select(1, c) for r, c in zip(rows, columns, strict=True)])
     pushed = torch.stack([product(r, solved.errors[:, b]) for b, r in enumerate(rows)], 1)
     codes = _take(solved.codes, columns).float()

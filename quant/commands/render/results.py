@@ -186,6 +186,7 @@ def prediction(console: Console, value: Mapping[str, Any]) -> None:
             ),
             *_source(value.get("source_quantization")),
             *_chosen_among(value.get("allocation")),
+            *_ranks(value.get("ranks")),
             *_cost(value),
         ],
     )
@@ -210,6 +211,20 @@ def _chosen_among(value: Mapping[str, Any] | None) -> list[tuple[str, str]]:
             f"{value['reachable'][0]} to {value['reachable'][1]} can be reached\n"
             f"{format_seconds(value['seconds'])} of the time and {format_size(value['scratch_bytes'])} of "
             "disk are for the choice; memory is predicted for one scheme for all",
+        )
+    ]
+
+
+def _ranks(value: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What several processes will divide; what is predicted is for one alone."""
+    if value is None:
+        return []
+    devices = f" on {', '.join(value['devices'])}" if value["devices"] else ""
+    return [
+        (
+            "ranks",
+            f"{value['count']}{devices}: {value['divided']} are divided\n"
+            "memory is that of each; time is that of one rank alone",
         )
     ]
 
