@@ -150,7 +150,7 @@ def test_a_dflash_draft_guesses_as_its_blocks_written_out(
 ) -> None:
     target, random_text = Model(fp32["target"], CPU, tmp_path), random.Random(1)
     path, plain = parallel
-    drafter, model, guesses = dflash(target, path), target.model, set()
+    drafter, model, guesses = dflash(target, path), target.model, set[int]()
     for prompt in ([11, 480, 77, 902, 33, 5], [7, 8]):
         tokens = list(prompt)
         for new, k in ((1, 3), (3, 4), (2, 1)):
