@@ -292,7 +292,7 @@ class _Lesson:
             with self.student.computing(overrides):
                 loss = sum(self._loss(row) for row in chosen) / each
                 assert isinstance(loss, torch.Tensor)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             total += float(loss.detach())
         values = list(self.student.values.values())
         torch.nn.utils.clip_grad_norm_(values, _CLIP)

@@ -170,7 +170,7 @@ class Student:
         """From now on blocks keep their inputs alone and are run once more on the way back, which takes a
         third more time and the memory of one block."""
         for block in self.skeleton.blocks:
-            block.forward = partial(run_again, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+            block.forward = partial(run_again, block.forward, use_reentrant=False)
 
     def changed(self) -> dict[str, torch.Tensor]:
         """By name, the tensors of the file that are others now, in their dtype and shape."""

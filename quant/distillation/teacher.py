@@ -42,7 +42,9 @@ class Said:
         return Said(self.tokens.to(device), self.logs.to(device), self.rest.to(device))
 
 
-def coarsened(logits: torch.Tensor, temperature: float, tokens: torch.Tensor | None = None) -> Said:
+def coarsened(
+    logits: torch.Tensor, temperature: float | torch.Tensor, tokens: torch.Tensor | None = None
+) -> Said:
     """The likeliest tokens of logits fp32 [..., V] at a temperature, or ``tokens`` [..., k], with their
     log-probabilities, and that of all others."""
     logs = torch.log_softmax(logits / temperature, -1)

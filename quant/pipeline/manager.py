@@ -475,9 +475,11 @@ class QuantizationManager:
 
     def store(self, folder: Path) -> ActivationStore:
         """Where activations wait; ``folder``: of the scratch file, where no other is asked for."""
-        named = folder / "activations.bin" if self._scratch is None else None
+        # of several processes each has one of its own, without a name
+        alone = self._scratch is None and self.ranks.size == 1
+        named = folder / "activations.bin" if alone else None
         host = None if self.placement is None else self.placement.host_bytes
-        return ActivationStore(self.resident_bytes(), named, self._scratch, host)
+        return ActivationStore(self.resident_bytes(), named, self._scratch or folder, host)
 
     # --- methods that need no data --------------------------------------------------------------------------
 

@@ -447,16 +447,16 @@ class Teaching:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Teaching:
         value = _mapping(value.get("distillation"))
-        losses, judged = (
-            value.get(k) if isinstance(value.get(k), list) else [] for k in ("losses", "judged")
-        )
-        pairs = [x for x in judged or [] if isinstance(x, list) and len(x) == 2]
+        losses, judged = value.get("losses"), value.get("judged")
+        pairs = [x for x in judged if isinstance(x, list) and len(x) == 2] if isinstance(judged, list) else []
         return cls(
             teacher=_text(value.get("teacher")),
             trained=_text(value.get("trained")),
             steps=_integer(value.get("steps")),
             rows=_integer(value.get("rows")),
-            losses=tuple(x for v in losses or [] if (x := _number(v)) is not None),
+            losses=tuple(x for v in losses if (x := _number(v)) is not None)
+            if isinstance(losses, list)
+            else (),
             judged=tuple((_integer(s), x) for s, v in pairs if (x := _number(v)) is not None),
             settings=_mapping(value.get("settings")),
             calibration=_mapping(value.get("calibration")) or None,
