@@ -36,7 +36,12 @@ from quant.errors import QuantError, UsageError
     help="The highest; it rises over a twentieth of the steps and falls as a cosine.",
 )
 @click.option(
-    "--temperature", type=float, default=1.0, show_default=True, help="Of both distributions, while training."
+    "--teacher-temperature",
+    "temperature",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Of both distributions, while training.",
 )
 @click.option(
     "--teacher-share",

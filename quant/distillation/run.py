@@ -19,7 +19,7 @@ from quant.calibration.text import Rows, calibration_rows
 from quant.checkpoint.journal import WorkFolder
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.checkpoint.writer import file_digest
-from quant.distillation.student import Student, Trained
+from quant.distillation.student import Student, Trained, kind
 from quant.distillation.teacher import Teacher, divergence
 from quant.errors import Problems, QuantError, UsageError, VerificationFailed
 from quant.evaluation.agreement import file_problems
@@ -91,7 +91,7 @@ class Distillation:
                     f"--{name.replace('_', '-')} is {getattr(self, name)}: a whole number from {bound} up"
                 )
         if not (math.isfinite(self.temperature) and 0.05 <= self.temperature <= 100):
-            raise UsageError(f"--temperature is {self.temperature}: a number from 0.05 to 100")
+            raise UsageError(f"--teacher-temperature is {self.temperature}: a number from 0.05 to 100")
         if not 0 <= self.alpha <= 1:
             raise UsageError(f"--teacher-share is {self.alpha}: the teacher's share of the loss, from 0 to 1")
         if self.learning_rate is not None and not 0 < self.learning_rate <= 1:
@@ -144,6 +144,7 @@ def distill(
         )
     if problems:
         raise Problems(problems)
+    kind(checkpoint, how.train)
     check_disk(output, 3 * checkpoint.nbytes)
     rows = _rows(checkpoint, how)
     # the last rows judge

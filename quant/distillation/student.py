@@ -29,6 +29,21 @@ from quant.tensors import QuantizedTensor
 Trained = Literal["weights", "numbers"]
 
 
+def kind(checkpoint: Checkpoint, asked: Trained | None = None) -> Trained:
+    """What of a checkpoint is trained.
+
+    Raises:
+        QuantError: weights are asked for, and they are codes.
+    """
+    quantized = find_format(checkpoint.config, checkpoint.tensors) is not None
+    if asked == "weights" and quantized:
+        raise QuantError(
+            f"{checkpoint.path}: is quantized: its codes stay, and norms and scales are trained: leave "
+            "--train weights out"
+        )
+    return asked or ("numbers" if quantized else "weights")
+
+
 class _Rounded(torch.autograd.Function):
     """Values as a dtype stores them; gradients pass as if nothing had been rounded."""
 
@@ -63,13 +78,10 @@ class Student:
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, trained: Trained | None = None):
         self.checkpoint, self.device = checkpoint, device
-        self.layers = find_format(checkpoint.config, checkpoint.tensors)
-        self.trained: Trained = trained or ("weights" if self.layers is None else "numbers")
-        if self.trained == "weights" and self.layers is not None:
-            raise QuantError(
-                f"{checkpoint.path}: is quantized: its codes stay, and norms and scales are trained: leave "
-                "--train weights out"
-            )
+        self.layers, self.trained = (
+            find_format(checkpoint.config, checkpoint.tensors),
+            kind(checkpoint, trained),
+        )
         self.skeleton = Skeleton(dequantized(checkpoint), device, torch.float32)
         self._fill()
         self._scaled = [] if self.layers is None else list(self._find_scaled(self.layers))

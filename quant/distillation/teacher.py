@@ -22,7 +22,7 @@ from quant.evaluation.quality import Runner
 from quant.progress import Event, Progress
 
 #: Tokens of the vocabulary that are kept of each position.
-LIKELIEST = 64
+LIKELIEST = 256
 #: Rows that go through the teacher together; and values of logits that are in memory at a time.
 _ROWS, _LOGITS = 8, 1 << 24
 #: The least probability that what is left counts as.

@@ -168,7 +168,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str], int, list[str]]] = {
     "an unknown scheme": (nothing, [*MINMAX, "--scheme", "w4a61"], 2, ["'w4a61'", "did you mean 'w4a16'"]),
     "an unknown method": (nothing, ["--method", "gtpq"], 2, ["'gtpq'", "did you mean 'gptq'?",
         "Known: awq, "
-        "fp8, gptq, hqq, minmax, none, yaqa"]),
+        "fp8, gptq, hqq, magnitude, minmax, none, sparsegpt, wanda, yaqa"]),
     "an unknown format": (nothing, [*MINMAX, "--format", "compresed-tensors"], 2, [
         "did you mean "
         "'compressed-tensors'"]),

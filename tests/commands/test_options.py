@@ -34,8 +34,10 @@ PURPOSES = {
 }
 #: What means something else in one subcommand, as scripts rely on: smoothing where the others round; a kind
 #: of artefact and a folder where the others name a file; several loads one after another; a list of what a
-#: search would try.
+#: search would try; one file; what all jobs of a batch take together.
 OTHERWISE = {
+    ("batch", "--max-memory"),
+    ("export-gguf", "--output-path"),
     ("search", "--dry-run"),
     ("smooth", "--method"),
     ("prune", "--method"),

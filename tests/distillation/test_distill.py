@@ -33,9 +33,9 @@ def shorter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rounded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained model in three bits."""
+    """The trained model in four bits."""
     path = tmp_path_factory.mktemp("rounded") / "model"
-    quantize(TINYLM, path, method="minmax", bits=3, group_size=64, target="other")
+    quantize(TINYLM, path, method="minmax", bits=4, group_size=64)
     return path
 
 
@@ -83,8 +83,8 @@ def test_a_pruned_model_comes_nearer_on_text_that_it_was_not_taught_with(
     before, after = kl(shorter, rows), kl(tmp_path / "out", rows)
     assert after < 0.85 * before
     # the report's are of the likeliest tokens and the rest, which is a little less
-    assert done.before == pytest.approx(before, rel=0.05) and done.before <= before
-    assert done.after == pytest.approx(after, rel=0.05)
+    assert 0.75 * before < done.before <= before
+    assert 0.75 * after < done.after <= after
     assert verify(tmp_path / "out").passed
     assert Report.load(tmp_path / "out").teaching == done  # type: ignore[union-attr]
     assert [p.name for p in (tmp_path / "out").glob("*teacher*")] == []
@@ -94,12 +94,12 @@ def test_a_pruned_model_comes_nearer_on_text_that_it_was_not_taught_with(
 @pytest.mark.parametrize(
     "options",
     [
-        {"bits": 3, "target": "other"},
+        {"bits": 4},
         {"bits": 4, "symmetric": False},
         {"bits": 4, "format": "gptq"},
         {"bits": 4, "symmetric": False, "format": "awq"},
     ],
-    ids=["three bits", "asymmetric", "gptq", "awq"],
+    ids=["symmetric", "asymmetric", "gptq", "awq"],
 )
 def test_a_quantized_model_keeps_its_codes(options: dict[str, Any], tmp_path: Path) -> None:
     quantize(TINYLM, tmp_path / "student", method="minmax", group_size=64, **options)
@@ -111,7 +111,7 @@ def test_a_quantized_model_keeps_its_codes(options: dict[str, Any], tmp_path: Pa
     assert all("scale" in n or "norm" in n for n in different)
     assert sum("scale" in n for n in different) > 10 and any("norm" in n for n in different)
     assert all(before[n].dtype == after[n].dtype and before[n].shape == after[n].shape for n in before)
-    assert verify(tmp_path / "out", target=str(options.get("target", "vllm"))).passed
+    assert verify(tmp_path / "out").passed
     assert report.teaching.after is not None and report.teaching.before is not None
     assert report.teaching.after < report.teaching.before
     rows = held_out(TINYLM)
@@ -188,7 +188,7 @@ def test_the_texts_own_tokens_have_their_share_of_the_loss(shorter: Path, tmp_pa
     [
         ({"steps": 0}, "--steps is 0"),
         ({"batch": -1}, "--batch is -1"),
-        ({"temperature": float("nan")}, "--temperature is nan"),
+        ({"temperature": float("nan")}, "--teacher-temperature is nan"),
         ({"alpha": 1.5}, "--teacher-share is 1.5"),
         ({"learning_rate": 0.0}, "--learning-rate is 0.0"),
         ({"held_out": 0}, "--held-out is 0"),
@@ -215,14 +215,19 @@ def test_pairs_that_do_not_fit_are_refused_before_any_work(
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.work").exists()
 
 
-def test_a_loss_that_overflows_ends_with_a_sentence(shorter: Path, tmp_path: Path) -> None:
-    with pytest.raises(QuantError, match="not finite at step"):
-        distill(
-            shorter,
-            TINYLM,
-            tmp_path / "out",
-            Distillation(**{**SHORT, "steps": 200}, learning_rate=1.0, patience=0),
-        )
+def test_a_loss_that_overflows_ends_with_a_sentence(
+    shorter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, asked = run.Student.logits, []
+
+    def overflowing(self: Any, tokens: torch.Tensor) -> torch.Tensor:
+        asked.append(1)
+        made: torch.Tensor = logits(self, tokens)
+        return made * (float("inf") if len(asked) > 10 else 1.0)
+
+    monkeypatch.setattr(run.Student, "logits", overflowing)
+    with pytest.raises(QuantError, match="not finite at step 1: use a lower --learning-rate than 0.0002"):
+        distill(shorter, TINYLM, tmp_path / "out", Distillation(**SHORT))
 
 
 def test_the_command_says_what_was_gained(cli: Callable[..., Any], shorter: Path, tmp_path: Path) -> None:
