@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,6 +12,7 @@ from quant.commands import options
 from quant.commands.options import given
 from quant.commands.quantize import calibration_options, free_name, fresh
 from quant.commands.terminal import Output, common_options, resumable
+from quant.hub import named
 from quant.progress import Event
 
 if TYPE_CHECKING:
@@ -67,4 +69,8 @@ def search(out: Output, search_blocks: int, search_samples: int, dry_run: bool, 
         if found.chosen is not None and asked["output_path"] is not None:
             report = jobs.quantize(found.chosen, progress)
     value = found.to_dict() | {"report": None if report is None else report.to_dict()}
+    if found.chosen is not None:
+        recipe = found.chosen
+        made = ["quant", "quantize", "-m", named(recipe.model_path), "-o", str(recipe.output_path)]
+        value["command"] = f"{shlex.join(made)} {value['chosen']['options']}"
     out.result(value, lambda console: searching.table(console, value, report))

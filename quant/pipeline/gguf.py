@@ -129,12 +129,10 @@ def export_gguf(
     _add_keys(writer, job)
     check_disk(output, sum(t.nbytes for t in job.tensors))
     output.parent.mkdir(parents=True, exist_ok=True)
-    total = sum(t.nbytes for t in job.tensors)
+    total = len(job.tensors)
     try:
-        done = 0
         progress(Event("export", 0, total))
-        for tensor in write_tensors(part, writer, job.tensors):
-            done += tensor.nbytes
+        for done, tensor in enumerate(write_tensors(part, writer, job.tensors), 1):
             progress(Event("export", done, total, detail=tensor.name))
         size = part.stat().st_size
         os.replace(part, output)

@@ -11,6 +11,7 @@ What was found is kept beside the output until the search is finished.
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -77,6 +78,7 @@ class Entry:
         if self.number is None:
             words.append(recipe.size_asked)
             words += [f"--{k} {v}" for k in ("context", "concurrency") if (v := getattr(recipe, k))]
+            words += [] if recipe.gpu is None else [f"--gpu {shlex.quote(recipe.gpu)}"]
         else:
             words.append(f"--scheme {recipe.scheme}")
             words += [] if recipe.group_size is None else [f"--group-size {recipe.group_size}"]

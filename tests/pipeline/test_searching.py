@@ -128,7 +128,7 @@ def test_the_command_prints_a_table_and_makes_the_best(
     assert dry.code == 0 and not any("kl" in e for e in json.loads(dry.out)["candidates"])
     assert list(tmp_path.iterdir()) == []
     table = cli(*asked)
-    assert table.code == 0 and "→ quant quantize --method" in table.out
+    assert table.code == 0 and "→ quant quantize -m " in table.out and " --method " in table.out
     assert list(tmp_path.iterdir()) == []
     made = cli(*asked, "-o", "out", "--json")
     assert made.code == 0

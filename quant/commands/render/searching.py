@@ -44,7 +44,7 @@ def table(console: Console, value: Mapping[str, Any], report: Report | None) -> 
             "no other beats in both size and KL"
         )
         if report is None:
-            lines.append(f"→ quant quantize {chosen['options']}")
+            lines.append(f"→ {value['command']}")
     for line in lines:
         console.print(line, markup=False)
     if report is not None:
