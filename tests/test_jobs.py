@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -108,7 +109,8 @@ def test_where_no_gradients_go_through_an_effort_goes_on_without_and_a_named_met
 def test_memory_that_ends_halves_batches_to_a_row_and_keeps_what_is_finished(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = quantize(llama, tmp_path / "whole", method="gptq", group_size=32)
+    options: dict[str, Any] = {"method": "gptq", "group_size": 32, "samples": 64}
+    whole = quantize(llama, tmp_path / "whole", **options)
     tried: list[tuple[int, int]] = []
     real = QuantizationManager._write
 
@@ -119,14 +121,15 @@ def test_memory_that_ends_halves_batches_to_a_row_and_keeps_what_is_finished(
         real(self, unit, work, made)
 
     monkeypatch.setattr(QuantizationManager, "_write", exhausted)
-    report = quantize(llama, tmp_path / "out", method="gptq", group_size=32, fresh=True)
+    report = quantize(llama, tmp_path / "out", **options, fresh=True)
     assert [tokens for tokens, _ in tried] == [2048, 2048, 2048, 256, 128, 64]
     assert [finished for _, finished in tried] == [0, 1, 2, 2, 2, 2]
     assert any("rows go through blocks by 1" in note for note in report["calibration"]["notes"])
     assert report["output_hash"] == whole["output_hash"]
-    for tokens, rows, length, wanted in ((16384, 8, 12000, None), (16384, 9, 4096, 8192), (9, 0, 0, None)):
+    for tokens, rows, length, wanted in ((16384, 64, 12000, None), (16384, 64, 4096, 8192), (9, 0, 0, None)):
         manager = QuantizationManager.__new__(QuantizationManager)
         manager.batch_tokens, manager._calibration = tokens, (rows, length)
+        manager.plan = SimpleNamespace(gradients=False)  # type: ignore[assignment]
         assert manager.smaller_batch() == wanted
 
 

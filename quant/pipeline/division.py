@@ -26,7 +26,8 @@ def share(rows: Rows, each: int, ranks: Ranks) -> tuple[list[torch.Tensor], int 
     of: list[int] = []
     pieces = rows.tokens.split(sizes)
     for part in ranks.own(len(sizes)):
-        batches = pieces[part].split(each)
+        # alike, or what is freed of a small one leaves holes in the scratch file
+        batches = pieces[part].split(-(-sizes[part] // -(-sizes[part] // each)))
         tokens += batches
         of += [part] * len(batches)
     held_out = None if rows.held_out is None else len(tokens)

@@ -89,8 +89,8 @@ def command(*words: str) -> None:
             raise RuntimeError(f"{' '.join(words)}: exit status {stop.code}") from stop
 
 
-class _Stopped(Exception):
-    pass
+class _Stopped(BaseException):
+    """No Exception: those that are not foreseen end in an exit status."""
 
 
 def _half_done() -> None:

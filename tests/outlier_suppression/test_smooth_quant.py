@@ -237,7 +237,7 @@ def test_the_command(llama: Path, tmp_path: Path, cli: Callable[..., Any]) -> No
 
 
 def test_method_none_has_no_scheme_and_one_format(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="leaves weights as they are: leave --bits out"):
+    with pytest.raises(UsageError, match="leaves weights in the model's own dtype: leave --bits out"):
         smoothed(llama, tmp_path / "out", bits=4)
     with pytest.raises(Exception, match="use --format plain"):
         smoothed(llama, tmp_path / "out", format="compressed-tensors")

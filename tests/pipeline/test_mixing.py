@@ -193,7 +193,7 @@ def test_memory_that_ends_halves_the_batches_of_a_choice_and_keeps_what_is_finis
 
     monkeypatch.setattr(survey.Survey, "_solve", exhausted)
     report = mixed(llama, tmp_path / "o", target_bits=6.0, fresh=True)
-    assert tried == [(2048, 1), (2048, 0), (512, 0), (256, 0)]
+    assert tried == [(2048, 1), (2048, 0), (64, 0)]  # a row of each of the eight parts that a job's rows have
     assert report["bits_per_weight"] <= 6.0 and [x.name for x in tmp_path.iterdir()] == ["o"]
 
 
@@ -238,7 +238,10 @@ def test_floats_that_the_target_computes_in_are_a_family_of_their_own(
     assert lost(report["allocation"]) > 1.2 * lost(alone)
 
 
-def test_a_target_without_kernels_of_a_scheme_is_not_given_it(tinylm: Path, tmp_path: Path) -> None:
+def test_a_target_without_kernels_of_a_scheme_is_not_given_it(
+    tinylm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quant.hardware.cpu_instructions", lambda *_: None)
     job = recipe(tinylm, tmp_path / "o", method="gptq", target_bits=5.0, gpu="cpu")
     pool = mixing.prepare(job).pool
     assert [c.label for c in pool if c.label.startswith("w8")] == []
@@ -317,8 +320,6 @@ def test_a_model_that_no_gradient_goes_through_is_refused_before_anything_is_kep
     monkeypatch.setattr(mixing, "gradient_problem", lambda *_: "no gradient reaches block 1")
     with pytest.raises(QuantError, match="no gradient reaches block 1: --target-bits needs gradients"):
         mixed(checkpoints("llama"), tmp_path / "o")
-    with pytest.raises(QuantError, match=r"experts.*: what routed experts lose .*use --scheme"):
-        mixed(checkpoints("mixtral"), tmp_path / "o")
     monkeypatch.setattr("quant.pipeline.manager.gradient_problem", lambda *_: "no gradient reaches block 2")
     with pytest.raises(QuantError, match="no gradient reaches block 2: --target-bits needs gradients"):
         mixed(checkpoints("llama"), tmp_path / "o", method="yaqa")
@@ -364,5 +365,5 @@ def test_layers_that_no_token_reaches_get_the_finest_scheme(tinylm: Path, tmp_pa
         for item in prepared.items[1:]
         for name in item.linears
     }
-    found = mixing._item_losses(prepared, losses)
+    found = mixing.item_losses(prepared, losses)
     assert found[0][-1] is None and found[1][-1] == 0

@@ -248,7 +248,7 @@ def test_heads_of_each_family_go_on_from_their_own_states(family: str, tmp_path:
         plain.append(int(other.logits(plain, 1)[0].argmax()))
     target.reset()
     made, found = generate(target, head, plain[:3], 24, 3, Sampling(), torch.Generator())
-    assert made == plain[3:] and 0 < found.accepted < found.draft_tokens
+    assert made == plain[3:] and 0 < found.accepted <= found.draft_tokens
     checkpoint = open_checkpoint(path)
     beside = layout.start.format(blocks=2)
     held = {n: i.nbytes for n, i in checkpoint.tensors.items() if n.startswith(beside)}

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 
-from inside import each_in_a_child, stand_in_for_torchvision
+from inside import build_models_in_this_process, each_in_a_child, stand_in_for_torchvision
 
 _SCHEMES = "vllm.model_executor.layers.quantization.compressed_tensors"
 #: Modules of mixtures' methods: how each asks for a backend, and what it is told.
@@ -113,6 +113,7 @@ def main():
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
     os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="ERROR")
     stand_in_for_torchvision()
+    build_models_in_this_process()
     import vllm.entrypoints.llm  # before the first fork: it takes most of the time  # noqa: F401
 
     _answer_for_a_gpu()
