@@ -86,6 +86,8 @@ class Runner:
         self.temporary.mkdir(parents=True, exist_ok=True)
         self.box.mkdir(parents=True)
         os.environ["TMPDIR"] = tempfile.tempdir = str(self.temporary)
+        # torch names a folder here for its compiler, and a process that has may have started this one
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.temporary / "inductor")
         self.watch = _Watch()
         self.names = {f.name for f in self.seeds.iterdir()}
         for name in self.names:
