@@ -28,7 +28,7 @@ from quant.errors import CheckpointError, Problems, QuantError, UsageError, Veri
 from quant.evaluation.agreement import file_problems
 from quant.evaluation.quality import Runner
 from quant.evaluation.verify import verify
-from quant.formats import FormatRegistry
+from quant.formats import FormatRegistry, find_format
 from quant.models.cutting import without_blocks
 from quant.models.skeleton import Skeleton
 from quant.offline import load_config, load_tokenizer
@@ -43,7 +43,13 @@ from quant.pruning.importance import MEASURE
 from quant.report.files import write_report
 from quant.report.value import Provenance, Pruning, Report
 from quant.vllm.arguments import engine_arguments, vllm_config
-from quant.vllm.config import block_count, quantization_config, text_config, vocabulary_size
+from quant.vllm.config import (
+    block_count,
+    quantization_config,
+    text_config,
+    vocabulary_size,
+    without_quantization,
+)
 from quant.vllm.context import context_length
 
 #: Rows of text that blocks are measured on, and tokens of each, where none are asked for.
@@ -108,6 +114,9 @@ def drop_blocks(
     start = time.perf_counter()
     output = Path(output_path)
     checkpoint = open_checkpoint(model_path)
+    layers = find_format(checkpoint.config, checkpoint.tensors)
+    if layers is not None and not layers.linears and not layers.stacks:  # a file of an earlier life says so
+        checkpoint = replace(checkpoint, config=without_quantization(checkpoint.config), quantization_file="")
     problems = [*_source_problems(checkpoint), *output_problems(checkpoint.path, output)]
     count = block_count(checkpoint.config)
     if count is None:

@@ -234,3 +234,12 @@ def test_wrong_options_end_in_one_line(
     done = cli("prune", "-m", TINYLM, "-o", tmp_path / "out", *options)
     assert done.code in (1, 2) and message in done.err and "Traceback" not in done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_an_earlier_quantization_left_beside_plain_weights_is_left_out(tmp_path: Path) -> None:
+    source = copy_model(TINYLM, tmp_path / "source")
+    said = {"producer": {"name": "modelopt", "version": "0.29.0"}, "quantization": {"quant_algo": "FP8"}}
+    (source / "hf_quant_config.json").write_text(json.dumps(said))
+    drop_blocks(source, tmp_path / "out", Depth(blocks=(1,)))
+    assert "quantization_config" not in read_config(tmp_path / "out")
+    assert not (tmp_path / "out" / "hf_quant_config.json").exists() and verify(tmp_path / "out").passed
