@@ -18,7 +18,8 @@ import quant
 from quant.errors import Problems, QuantError, UsageError
 from quant.evaluation.compare import compare
 from quant.evaluation.verify import verify
-from quant.pipeline.plan import assign, plan_job
+from quant.pipeline.assigning import assign
+from quant.pipeline.plan import plan_job
 from quant.recipe import make_recipe
 from tests.helpers import load_all, quantize, read_config, recipe, short_text
 
