@@ -14,7 +14,7 @@ import click
 from quant.commands import options
 from quant.commands.options import together
 from quant.commands.terminal import Output, common_options
-from quant.commands.types import PATH, TokenCount
+from quant.commands.types import PATH, FiniteRange, TokenCount
 from quant.errors import UsageError
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ endpoint_options = together(
     "--shared-prefix", type=TokenCount(0), default=0, show_default=True, help="Tokens all prompts share."
 )
 @click.option("--stop-at-eos", is_flag=True, help="Let answers end by themselves.")
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="Of sampling.")
+@click.option("--temperature", type=FiniteRange(0), default=0.0, show_default=True, help="Of sampling.")
 @click.option(
     "--goodput", metavar="LIMITS", help="Limits a good request keeps, in ms: ttft:500,tpot:50,e2el:5000."
 )
@@ -131,8 +131,9 @@ def bench(
     if output is not None:
         value["files"] = [str(p) for p in write_results(output, value)]
     out.result(value, lambda console: render.bench(console, value))
-    for note in (note for r in results for note in r.notes):
-        out.warn(note)
+    for r in results:
+        for note in r.notes:
+            out.warn(f"{r.name}: {note}" if len(results) > 1 else note)
     if (error := failed_everywhere(results)) is not None:
         raise error
 
@@ -185,15 +186,22 @@ def _request(given: dict[str, Any]) -> BenchRequest:
         given["shared_prefix"],
         given["seed"],
     )
-    return BenchRequest(
+    request = BenchRequest(
         prompts,
         levels,
         given["requests"],
         given["warm_up"],
-        parse_limits(given["goodput"]) if given["goodput"] else {},
+        {} if given["goodput"] is None else parse_limits(given["goodput"]),
         {"temperature": given["temperature"]},
         not given["stop_at_eos"],
     )
+    for level in levels:
+        if level.rate is not None and (days := request.count(level) / level.rate / 86400) > 1:
+            raise UsageError(
+                f"--rate is {level.rate:g}: {request.count(level)} requests take {days:,.0f} days: ask for "
+                "more a second, or for fewer --requests"
+            )
+    return request
 
 
 def endpoint_of(url: str, given: dict[str, Any]) -> Endpoint:

@@ -107,6 +107,7 @@ def _measured(
     """The checks of a running endpoint, or of a vLLM that is started on a checkpoint."""
     from quant.serving.check.profile import parse_duration, read_profile
     from quant.serving.check.run import CheckRequest, check_checkpoint, check_endpoint
+    from quant.serving.client import sound_key
 
     request = CheckRequest(
         read_profile(profile), checkpoint, given["log"], given["gateway"], given["probes"],
@@ -114,7 +115,8 @@ def _measured(
         given["gpu"], given["only"], given["pid"],
     )  # fmt: skip
     endpoint = endpoint_of(url or "http://127.0.0.1", given)
-    endpoint = replace(endpoint, api_key=given["api_key"] or endpoint.api_key)
+    if given["api_key"]:
+        endpoint = replace(endpoint, api_key=sound_key(given["api_key"], "--api-key"))
     if url is not None:
         return check_endpoint(endpoint, request, progress=progress)
     from quant.serving.deployment import DeploymentRequest, plan

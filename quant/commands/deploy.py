@@ -12,6 +12,7 @@ from quant import defaults
 from quant.commands import options
 from quant.commands.options import together
 from quant.commands.terminal import Output, common_options
+from quant.commands.types import FiniteRange
 from quant.engines import ENGINES
 from quant.errors import UsageError
 from quant.progress import Event
@@ -83,7 +84,7 @@ def _planned(out: Output, model_path: Path, request: dict[str, Any], engine: str
 )
 @click.option(
     "--price-per-hour",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     help="Of all its hardware: the dashboard shows the cost of a million tokens.",
 )
 @options.check_profile

@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from quant import defaults
-from quant.commands.types import MODEL, PATH, TOKENS, ModelType, Size, TokenCount
+from quant.commands.types import MODEL, PATH, TOKENS, FiniteRange, ModelType, Size, TokenCount
 from quant.errors import UsageError
 from quant.schemes import SCHEMES, SchemeRegistry
 from quant.vllm.releases import VLLM_VERSION, rules_for
@@ -191,7 +191,7 @@ vllm_python = click.option(
 
 start_timeout = click.option(
     "--timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     default=defaults.START_TIMEOUT,
     show_default=True,
     help="Seconds to wait until it is healthy.",
@@ -210,7 +210,7 @@ certificates = together(
 )
 stall = click.option(
     "--stall",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     default=120.0,
     show_default=True,
     help="Seconds without a byte after which a request is given up.",
@@ -254,7 +254,7 @@ devices = click.option(
 
 gpu_memory_utilization = click.option(
     "--gpu-memory-utilization",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=FiniteRange(0, 1, min_open=True),
     show_default=f"vLLM's own, {rules_for(VLLM_VERSION).utilization:g}",
     help="Share of a GPU's whole memory that vLLM may take.",
 )

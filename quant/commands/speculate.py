@@ -9,7 +9,7 @@ import click
 
 from quant.commands import options
 from quant.commands.terminal import Output, common_options
-from quant.commands.types import MODEL, PATH
+from quant.commands.types import MODEL, PATH, FiniteRange
 from quant.errors import UsageError, VerificationFailed
 from quant.vllm.speculation import PROPOSERS
 
@@ -38,9 +38,9 @@ from quant.vllm.speculation import PROPOSERS
     metavar="MAX,MIN",
     help="Longest and shortest run of tokens whose continuation is looked up.",
 )
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="Of sampling.")
+@click.option("--temperature", type=FiniteRange(0), default=0.0, show_default=True, help="Of sampling.")
 @click.option(
-    "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="Of sampling."
+    "--top-p", type=FiniteRange(0, 1, min_open=True), default=1.0, show_default=True, help="Of sampling."
 )
 @click.option(
     "--text", type=PATH, show_default="the bundled wikitext-2 test", help="Text to cut prompts from."

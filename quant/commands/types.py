@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,16 @@ class TokenCount(click.ParamType):
         if self.least is not None and tokens < self.least:
             self.fail(f"{value} is less than {self.least}", param, ctx)
         return tokens
+
+
+class FiniteRange(click.FloatRange):
+    """click's range without what it lets pass: infinity, and NaN, which no bound is above."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number", param, ctx)
+        return number
 
 
 class ItemLimits(click.ParamType):

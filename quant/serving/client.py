@@ -9,6 +9,7 @@ import asyncio
 import json
 import math
 import os
+import re
 import ssl
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -114,8 +115,8 @@ def _context(ca: str) -> ssl.SSLContext:
         raise UsageError(f"--ca is {ca!r}: not a file of certificates ({first_line(error)})") from error
 
 
-def endpoint_url(text: str) -> str:
-    """The address of an endpoint as people write it, without a trailing slash or ``/v1``.
+def endpoint_url(text: str, option: str = "--url") -> str:
+    """The address of an endpoint as people write it, without a trailing slash, ``/v1`` or a route behind it.
 
     >>> endpoint_url("http://host:8000/v1/"), endpoint_url("localhost:8000")
     ('http://host:8000', 'http://localhost:8000')
@@ -129,11 +130,12 @@ def endpoint_url(text: str) -> str:
         sound = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port)
     except ValueError:  # a port that is no number or beyond 65535
         sound = None
-    if not sound or parts.query or parts.fragment or any(c.isspace() for c in text):
-        raise UsageError(f"--url is {clipped(text)}: give an address such as http://127.0.0.1:8000")
+    written = text.isprintable() and " " not in text
+    if not sound or parts.query or parts.fragment or not written:
+        raise UsageError(f"{option} is {clipped(text)}: give an address such as http://127.0.0.1:8000")
     if parts.username or parts.password:
-        raise UsageError("--url holds a user name or password: give the key by --api-key-env instead")
-    return given.rstrip("/").removesuffix("/v1")
+        raise UsageError(f"{option} holds a user name or password: give the key by --api-key-env instead")
+    return re.sub(r"/v1(/chat)?/(completions|models)$", "/v1", given.rstrip("/")).removesuffix("/v1")
 
 
 def api_key(variable: str | None) -> str | None:
@@ -147,8 +149,19 @@ def api_key(variable: str | None) -> str | None:
     key = os.environ.get(variable)
     if not key:
         raise UsageError(
-            f"--api-key-env is {variable}: that variable is not set or empty: export it with the key first"
+            f"--api-key-env is {variable!r}: that variable is not set or empty: export it with the key first"
         )
+    return sound_key(key, f"--api-key-env is {variable}: the key there")
+
+
+def sound_key(key: str, what: str) -> str:
+    """The key, where a header can carry it.
+
+    Raises:
+        UsageError: it cannot; the key is not in the message.
+    """
+    if not (key.isascii() and key.isprintable()):
+        raise UsageError(f"{what} holds a line break or letters that are not ASCII: no header can carry it")
     return key
 
 
@@ -263,6 +276,8 @@ def status_kind(status: int) -> str:
     """The kind of failure (:data:`KINDS`) that an error status is."""
     if status in (401, 403):
         return "401"
+    if status < 300:  # an answer that is sound, and has nothing in it
+        return "no stream"
     return str(status) if str(status) in KINDS else f"{min(max(status // 100, 3), 5)}xx"
 
 
@@ -451,8 +466,12 @@ async def _read(
     most, events = _PIECES * prompt.output_tokens + _SPARE, 0
     async with _answered(client, endpoint, body) as response:
         if response.status_code != 200:
-            said = response.headers.get("location")
-            said = said or said_by(await _beginning(response, seconds=endpoint.stall))
+            elsewhere = response.headers.get("location")
+            said = (
+                clipped(elsewhere, 300)
+                if elsewhere
+                else said_by(await _beginning(response, seconds=endpoint.stall))
+            )
             raise _Failed(status_kind(response.status_code), f"{response.status_code}: {said}")
         kind = response.headers.get("content-type", "")
         if "event-stream" not in kind:
@@ -517,9 +536,9 @@ def said_by(said: str) -> str:
         value = json.loads(said)
         error = value.get("error", value)
         inner = error.get("message", error) if isinstance(error, dict) else error
-        return clipped(str(inner), 300)
-    except (ValueError, AttributeError):
-        return clipped(said, 300)
+    except (ValueError, AttributeError, RecursionError):
+        inner = said
+    return clipped(said if inner is None else str(inner), 300) if said.strip() else "nothing more"
 
 
 def transport_kind(error: Exception, begun: bool = False) -> str:
@@ -555,7 +574,8 @@ async def get_json(client: httpx.AsyncClient, endpoint: Endpoint, path: str, bod
         raise EndpointError(f"{url}: {first_line(error)}: {KINDS[kind]}", kind) from error
     if response.status_code != 200:
         kind = status_kind(response.status_code)
-        text = response.headers.get("location") or said_by(said[:_LOOKED_AT])
+        elsewhere = response.headers.get("location")
+        text = clipped(elsewhere, 300) if elsewhere else said_by(said[:_LOOKED_AT])
         raise EndpointError(f"{url} answered {response.status_code} ({text}): {KINDS[kind]}", kind)
     try:
         return json.loads(said)
@@ -577,8 +597,10 @@ async def resolve(client: httpx.AsyncClient, endpoint: Endpoint) -> Endpoint:
     data = listed.get("data") if isinstance(listed, dict) else None
     listed_models = data if isinstance(data, list) else []
     names = [m["id"] for m in listed_models if isinstance(m, dict) and isinstance(m.get("id"), str)]
-    if not names:
+    # what cannot be written to a terminal or sent as UTF-8 is nobody's name
+    if not any(map(str.isprintable, names)):
         raise EndpointError(f"{endpoint.url}/v1/models names no model: {clipped(listed)}")
+    names = [name for name in names if name.isprintable()]
     if endpoint.model and endpoint.model not in names:
         raise EndpointError(
             f"--served-model is {endpoint.model!r}: {endpoint.url} serves {', '.join(names[:10])}: "

@@ -126,19 +126,24 @@ async def _characters_per_token(client: httpx.AsyncClient, endpoint: Endpoint, t
 
 
 class _Windows:
-    """Token windows of a text that starts anew, shuffled, when it is used up."""
+    """Windows of a text or its tokens that begin at places drawn by chance, each once until all are used."""
 
-    def __init__(self, tokens: Sequence[int], seed: int):
-        self.tokens, self._random = tokens, random.Random(seed)
-        self._at: list[int] = []
+    def __init__(self, text: Sequence[Any], seed: int):
+        self.text, self._random = text, random.Random(seed)
+        self._used: set[int] = set()
 
-    def next(self, length: int) -> tuple[int, ...]:
-        n = len(self.tokens)
-        if not self._at:
-            self._at = list(range(n))
-            self._random.shuffle(self._at)
-        start = self._at.pop()
-        return tuple(self.tokens[(start + i) % n] for i in range(length))
+    def next(self, length: int) -> Sequence[Any]:
+        """So many characters or tokens, of the text's own type; behind its end it begins again."""
+        n = len(self.text)
+        if len(self._used) == n:
+            self._used.clear()
+        while (start := self._random.randrange(n)) in self._used:
+            pass
+        self._used.add(start)
+        found = self.text[start : start + length]
+        while len(found) < length:
+            found = found + self.text[: length - len(found)]  # type: ignore[operator]
+        return found
 
 
 async def make_prompts(
@@ -173,9 +178,9 @@ async def make_prompts(
             if len(tokens) > 4 * longest + count:
                 break
             tokens += await tokenize(client, endpoint, text[piece : piece + _PIECE]) or []
-        windows = _Windows(tokens, request.seed)
-        prefix = windows.next(request.shared_prefix)
-        return [Prompt(prefix + windows.next(i - len(prefix)), i, o) for i, o in lengths]
+        windows = _Windows(tuple(tokens), request.seed)
+        prefix = tuple(windows.next(request.shared_prefix))
+        return [Prompt((*prefix, *windows.next(i - len(prefix))), i, o) for i, o in lengths]
     return await _by_characters(client, endpoint, request, text, lengths, tokens)
 
 
@@ -192,10 +197,10 @@ async def _by_characters(
         ratio = len(text[:_PIECE]) / len(tokens)
     else:
         ratio = await _characters_per_token(client, endpoint, text[:1500])
-    windows = _Windows([ord(c) for c in text], request.seed)
+    windows = _Windows(text, request.seed)
 
     def piece(count: int) -> str:
-        return "".join(map(chr, windows.next(round(count * ratio))))
+        return str(windows.next(round(count * ratio)))
 
     prefix = piece(request.shared_prefix) if request.shared_prefix else ""
     return [Prompt(prefix + piece(i - request.shared_prefix), i, o) for i, o in lengths]

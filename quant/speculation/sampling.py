@@ -9,17 +9,21 @@ from dataclasses import dataclass
 
 import torch
 
+#: Temperature below which the likeliest token is taken: dividing by less would leave no number.
+_GREEDY = 1e-5
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the target's tokens are drawn; temperature 0 is greedy."""
+    """How the target's tokens are drawn; a temperature below 1e-5 is greedy, as in vLLM
+    (``vllm/sampling_params.py``)."""
 
     temperature: float = 0.0
     top_p: float = 1.0
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """fp32 logits [..., V] to the probabilities [..., V] that tokens are drawn with."""
-        if self.temperature == 0:
+        if self.temperature < _GREEDY:
             return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
         p = (logits / self.temperature).softmax(-1)
         if self.top_p >= 1:

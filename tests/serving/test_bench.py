@@ -26,7 +26,7 @@ from quant.serving.measures import (
     parse_limits,
     percentile_interval,
 )
-from quant.serving.prompts import PromptRequest
+from quant.serving.prompts import PromptRequest, _Windows
 from quant.serving.server_metrics import figures, parse_metrics
 from tests.serving.endpoint import endpoint
 
@@ -136,6 +136,13 @@ def test_prompts_share_a_prefix_only_where_it_is_asked_for() -> None:
     assert all(30 <= len(p) <= 40 for p in alone + together)
 
 
+def test_windows_of_a_text_begin_at_every_place_once_and_go_on_at_its_beginning() -> None:
+    windows = _Windows("abcde", 0)
+    first, second = ([windows.next(7) for _ in range(5)] for _ in range(2))
+    assert sorted(first) == sorted(second) == ["abcdeab", "bcdeabc", "cdeabcd", "deabcde", "eabcdea"]
+    assert first != second  # another order
+
+
 def test_intervals_hold_what_they_promise() -> None:
     generator = np.random.default_rng(0)
     for percent, n in ((50, 60), (90, 200), (95, 400)):
@@ -199,6 +206,10 @@ def _fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, st
         (["--url", "http://u:p@a"], "--api-key-env"),
         (["--url", "http://a", "--rate", "0"], "positive numbers"),
         (["--url", "http://a", "--rate", "nan"], "positive numbers"),
+        (["--url", "http://a", "--rate", "1e-9"], "days"),
+        (["--url", "http://a", "--temperature", "nan"], "no finite number"),
+        (["--url", "http://a", "--stall", "inf"], "no finite number"),
+        (["--url", "http://a", "--goodput", ""], "ttft:500"),
         (["--url", "http://a", "--concurrency", "1,x"], "positive whole numbers"),
         (["--url", "http://a", "--concurrency", "1000000"], "ports"),
         (["--url", "http://a", "--concurrency", "1,2", "--rate", "3"], "one number"),
@@ -239,6 +250,10 @@ def test_a_key_is_sent_and_a_wrong_one_is_said(
         monkeypatch.setenv("KEY", "wrong")
         code, said = _fails(capsys, "--url", fake.url, "--api-key-env", "KEY", *options)
         assert code == 1 and "key was refused" in said and "wrong" not in said.replace("wrong:", "")
+        for unsent in ("s3c\nret", "s3crät"):  # no header carries them
+            monkeypatch.setenv("KEY", unsent)
+            code, said = _fails(capsys, "--url", fake.url, "--api-key-env", "KEY", *options)
+            assert code == 2 and "no header can carry it" in said and "s3c" not in said
         monkeypatch.setenv("KEY", "right")
         code, said = _fails(capsys, "--url", fake.url, "--api-key-env", "KEY", *options)
         assert code == 0
@@ -289,6 +304,10 @@ def test_the_client_says_when_it_is_the_slow_one(monkeypatch: pytest.MonkeyPatch
     assert any("client was the bottleneck" in note for note in result.notes)
 
 
-@pytest.mark.parametrize("text", ["localhost:8000", "http://localhost:8000/", "http://localhost:8000/v1"])
+@pytest.mark.parametrize(
+    "text",
+    ["localhost:8000", "http://localhost:8000/", "http://localhost:8000/v1", "localhost:8000/v1/models",
+     "http://localhost:8000/v1/chat/completions/"],
+)  # fmt: skip
 def test_addresses_as_people_write_them(text: str) -> None:
     assert endpoint_url(text) == "http://localhost:8000"

@@ -356,6 +356,8 @@ def test_profiles_are_read_and_every_mistake_is_listed(tmp_path: Path) -> None:
         (["--checkpoint", "x", "--pid", "77"], 2, "give its --url"),
         (["--url", "http://a", "--", "--enforce-eager"], 2, "started here"),
         (["--url", "http://a", "--output", "no/such/folder/x.json"], 2, "--output is"),
+        (["--url", "http://a", "--gateway", "x y"], 2, "--gateway is 'x y'"),
+        (["--url", "http://a", "--api-key", "a\nb"], 2, "no header can carry it"),
     ],
 )
 def test_a_wrong_request_is_refused_in_one_line(

@@ -199,6 +199,9 @@ def _then(end: str) -> Callable[[], Script]:
             "",
         ),
         (lambda: _bytes(_HEAD % b"", _data({"choices": 7}, {"choices": [None]})), "empty", "without a token"),
+        (lambda: _bytes(b"HTTP/1.1 204 X\r\n\r\n"), "no stream", "204: nothing more"),
+        (lambda: _bytes(b"HTTP/1.1 422 X\r\n\r\n" + b"[" * 9999), "4xx", "422: '[[["),
+        (lambda: _bytes(b"HTTP/1.1 301 X\r\nlocation: \x1b[2J\r\n\r\n"), "3xx", "301: '\\x1b[2J'"),
         (lambda: _bytes(b"not HTTP\r\n\r\n"), "cut off", ""),
         (lambda: _bytes(), "cut off", ""),
     ],
@@ -384,6 +387,12 @@ def test_a_plain_answer_without_an_end_or_elsewhere_is_told(head: bytes, words: 
         _scripted(answers, work)
 
 
+def _names(model: bytes) -> bytes:
+    """The list of one model, whose name no terminal shows."""
+    data = b'{"data": [{"id": "%s"}]}' % model
+    return b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(data), data)
+
+
 @pytest.mark.parametrize("command", ["bench", "check"])
 @pytest.mark.parametrize(
     ("answer", "words"),
@@ -395,6 +404,8 @@ def test_a_plain_answer_without_an_end_or_elsewhere_is_told(head: bytes, words: 
         (b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}", "names no model"),
         (b'HTTP/1.1 200 OK\r\ncontent-length: 11\r\n\r\n{"data": 5}', "names no model"),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 12\r\n\r\n" + b"[" * 12, "no JSON"),
+        (_names(b"\\ud800"), "names no model: {'data': [{'id': '\\ud800'}]}"),
+        (_names(b"\\u001b[2J"), "names no model: {'data': [{'id': '\\x1b[2J'}]}"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", "ended before it was complete"),
         (None, "the server is overloaded or hangs"),  # it is starting: it listens and does not answer yet
     ],
@@ -429,7 +440,7 @@ def test_what_is_no_endpoint_is_told_in_a_line(
                     "--url",
                     url,
                     "--stall",
-                    "0.5",
+                    "0.5" if answer is None else "10",
                     *(["--concurrency", "1"] if command == "bench" else []),
                 ]
             )

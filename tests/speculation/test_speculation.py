@@ -31,6 +31,11 @@ def _chi_square(counts: torch.Tensor, expected: torch.Tensor) -> float:
     return ((statistic / degrees) ** (1 / 3) - (1 - 2 / (9 * degrees))) / math.sqrt(2 / (9 * degrees))
 
 
+def test_a_temperature_too_small_to_divide_by_is_greedy() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    assert Sampling(1e-300).probabilities(logits).tolist() == [[0.0, 1.0, 0.0]]
+
+
 @pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7), Sampling(1.0, 0.9), Sampling(0.7, 0.9)])
 @pytest.mark.parametrize("way", ["drawn", "likeliest"])
 def test_tokens_are_distributed_as_the_targets_own(sampling: Sampling, way: str) -> None:

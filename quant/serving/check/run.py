@@ -81,7 +81,7 @@ class CheckRequest:
         if self.probes is not None:
             security.read_probes(self.probes)
         if self.gateway is not None:
-            endpoint_url(self.gateway)
+            endpoint_url(self.gateway, "--gateway")
 
 
 def check_endpoint(endpoint: Endpoint, request: CheckRequest, *, progress: Progress = silent) -> CheckReport:
@@ -151,7 +151,7 @@ async def _check(
 ) -> CheckReport:
     begun = time.monotonic()
     profile = request.profile
-    gateway = None if request.gateway is None else endpoint_url(request.gateway)
+    gateway = None if request.gateway is None else endpoint_url(request.gateway, "--gateway")
     async with endpoint.client() as client:
         context = Context(
             endpoint, client, profile, None, request.checkpoint, server, started, request.log, start_of_log,
