@@ -254,7 +254,7 @@ devices = click.option(
 
 gpu_memory_utilization = click.option(
     "--gpu-memory-utilization",
-    type=FiniteRange(0, 1, min_open=True),
+    type=click.FloatRange(0, 1, min_open=True),  # NaN is told with whatever else is wrong
     show_default=f"vLLM's own, {rules_for(VLLM_VERSION).utilization:g}",
     help="Share of a GPU's whole memory that vLLM may take.",
 )
