@@ -48,7 +48,8 @@ def _planned(out: Output, model_path: Path, request: dict[str, Any], engine: str
     from quant.serving.deployment import DeploymentRequest
     from quant.serving.engines import plan as make_plan
 
-    deployment = make_plan(model_path, DeploymentRequest(**request), engine)
+    with out.progress("looking at the checkpoint"):  # every value of it, where it will be served
+        deployment = make_plan(model_path, DeploymentRequest(**request), engine)
     for warning in deployment.warnings:
         out.warn(warning)
     return deployment
@@ -112,7 +113,8 @@ def plan(
 
     if request["port"] == 0:
         raise UsageError("--port is 0: a plan names the port, from 1 to 65535; serve takes a free one for 0")
-    deployment = _planned(out, model_path, request, engine)
+    # a plan is of config and headers: of the weights' gigabytes, or those in storage, nothing is read
+    deployment = _planned(out, model_path, request | {"read_values": False}, engine)
     placement = Placement(claim, claim_path.strip("/"), nodes, price_per_hour, profile)
     text = artefact(deployment, kind, placement)
     out.result(

@@ -84,6 +84,8 @@ class DeploymentRequest:
         port: TCP port; 0 takes a free one when the server is started here.
         api_key_env: name of the environment variable that holds the key.
         extra: further arguments of the engine, passed on as they are.
+        read_values: look at every value of the checkpoint, as before it is served; otherwise at config and
+            headers alone.
     """
 
     gpu: str | None = None
@@ -97,6 +99,7 @@ class DeploymentRequest:
     name: str | None = None
     api_key_env: str | None = None
     extra: tuple[str, ...] = ()
+    read_values: bool = True
 
     def check(self) -> None:
         """
@@ -259,7 +262,7 @@ def plan(path: str | Path, request: DeploymentRequest) -> Deployment:
     config = overridden(checkpoint.config, passed_on)
     ranks = ("tensor-parallel-size", *VLLM_ALIASES["tensor-parallel-size"])
     request, parallel = with_ranks(request, stated, ranks)
-    check_order(path, parallel, "vLLM cannot serve it")
+    check_order(path, parallel, "vLLM cannot serve it", request.read_values)
     _check_kernels(checkpoint, request)
     derived = engine_arguments(config, tensor_parallel=parallel, side_file=checkpoint.quantization_file)
     chosen = {a.name: a for a in derived}
@@ -312,16 +315,17 @@ def plan(path: str | Path, request: DeploymentRequest) -> Deployment:
     )
 
 
-def check_order(path: str | Path, parallel: int, otherwise: str) -> None:
+def check_order(path: str | Path, parallel: int, otherwise: str, read_values: bool = True) -> None:
     """
     Args:
         path: the checkpoint, as it was given.
+        read_values: see :class:`DeploymentRequest`.
         otherwise: what it means where it is not in order.
 
     Raises:
         VerificationFailed: it is not, or not for that degree of tensor parallelism.
     """
-    checked = verify(Path(path).absolute(), tensor_parallel=parallel)
+    checked = verify(Path(path).absolute(), tensor_parallel=parallel, read_values=read_values)
     if not checked.passed:
         more = f" (and {len(checked.failed) - 3} more)" if len(checked.failed) > 3 else ""
         raise VerificationFailed(

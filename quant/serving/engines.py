@@ -79,7 +79,7 @@ def plan(path: str | Path, request: DeploymentRequest, engine: str = "vllm") -> 
     checkpoint = open_checkpoint(folder)
     stated = stated_arguments(folder)
     request, parallel = with_ranks(request, stated, row.names(row.word("tensor-parallel-size")))
-    check_order(path, parallel, "it is not in order")
+    check_order(path, parallel, "it is not in order", request.read_values)
     warnings = _check_reading(row, checkpoint, gpu)
     arguments, said = _translated(row, checkpoint, request, parallel, stated, gpu)
     name = folder_name(folder)

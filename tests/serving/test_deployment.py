@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 import deploy_vllm
 from quant.errors import CheckpointError, Problems, UsageError, VerificationFailed
@@ -55,6 +56,20 @@ def test_the_command_has_a_reason_for_every_flag_and_no_quantization(folder: Pat
     assert {w.removeprefix("--") for w in command if w.startswith("--")} == {*named, "max-num-seqs"}
     assert named["dtype"]["value"] == "bfloat16" and named["gpu-memory-utilization"]["value"] == 0.8
     assert _after(command, "--host") == "127.0.0.1" and command[-2:] == ["--max-num-seqs", "8"]
+
+
+def test_a_plan_reads_headers_alone_and_what_serves_every_value(
+    folder: Path, deploy: Callable[..., tuple[int, str, str]]
+) -> None:
+    """A plan of a large checkpoint, or one in storage, takes no longer than one of a small one."""
+    name = "model.norm.weight"
+    file = next(f for f in folder.glob("*.safetensors") if name in load_file(f))
+    tensors = load_file(file)
+    tensors[name][0] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert deploy("plan", "-m", folder)[0] == deploy("plan", "-m", folder, "--engine", "sglang")[0] == 0
+    code, _, said = deploy("serve", "-m", folder, "--vllm-python", "/bin/false")
+    assert code == 4 and f"{name} holds 1 NaN" in said
 
 
 #: Scheme → why --dtype has its value: only weight-only integers have scales in it.
