@@ -11,8 +11,9 @@ import torch
 from quant.accelerator import on_accelerator
 from quant.quantizers.products import add_product
 
-#: Rows of the Hessian that are put in order at a time.
-_ROWS = 128
+#: Rows of the Hessian that are put in order at a time, on a CPU and on a device, of which few operations are
+#: wanted.
+_ROWS, _MANY_ROWS = 128, 1024
 #: Columns of a Hessian that are factored on a CPU before what they push onto all before them is applied; and
 #: of those that are factored by LAPACK.
 _WIDE, _NARROW = 192, 64
@@ -41,8 +42,8 @@ def factorize_together(
     flipped = torch.empty(len(hessians), k, k, device=hessians[0].device)
     for target, hessian, order in zip(flipped, hessians, orders, strict=True):
         reverse = _visits(order, hessian).flip(0)
-        for start in range(0, k, _ROWS):  # indexing the whole matrix twice would hold a third copy
-            rows = slice(start, start + _ROWS)
+        for start in range(0, k, _MANY_ROWS):  # indexing the whole matrix twice would hold a third copy
+            rows = slice(start, start + _MANY_ROWS)
             torch.index_select(hessian[reverse[rows]], 1, reverse, out=target[rows])
     damp(flipped.diagonal(dim1=1, dim2=2), damping)
     lower, failed = torch.linalg.cholesky_ex(flipped)
@@ -99,8 +100,9 @@ def _ordered(hessian: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
     if order is None:
         return hessian.clone()
     ordered = torch.empty_like(hessian)
-    for start in range(0, len(hessian), _ROWS):  # indexing the whole matrix twice would hold a third copy
-        rows = slice(start, start + _ROWS)
+    step = _MANY_ROWS if on_accelerator(hessian) else _ROWS
+    for start in range(0, len(hessian), step):  # indexing the whole matrix twice would hold a third copy
+        rows = slice(start, start + step)
         torch.index_select(hessian.index_select(0, order[rows]), 1, order, out=ordered[rows])
     return ordered
 

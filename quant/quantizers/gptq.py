@@ -27,6 +27,7 @@ from quant.accelerator import on_accelerator
 from quant.calibration.statistics import Statistics
 from quant.errors import QuantError
 from quant.quantizers.base import Quantized, QuantizerRegistry
+from quant.quantizers.columns import RUN, round_columns, run_of, stacked
 from quant.quantizers.factors import Factor, factorize_all
 from quant.quantizers.floats import encode, float_scales, nearest_float
 from quant.quantizers.grids import Grid
@@ -37,8 +38,8 @@ from quant.quantizers.rounding import group_parameters, scale_dtype, weight_para
 from quant.schemes import WeightScheme
 from quant.tensors import QuantizedTensor
 
-#: Columns whose feedback on each other is applied one by one; runs of them act on each other by matrix
-#: products.
+#: Columns whose feedback on each other is applied one by one on a CPU; runs of them act on each other by
+#: matrix products.
 _PANEL = 32
 #: Rows of a weight that are transposed at a time on a CPU.
 _BAND = 256
@@ -321,63 +322,33 @@ def _solve(
         zeros_t = None if scheme.symmetric else torch.empty(groups, count, n, device=device)
     groups_of = {id(order): order // g for order in orders}
     group_of = [groups_of[id(order)] for order in orders]
-    floats = scheme.type == "float"
-    codes = torch.empty(k, count, n, dtype=torch.float32 if floats else torch.int8, device=device)
+    kind = torch.float32 if scheme.type == "float" else torch.int8
+    codes = torch.empty(k, count, n, dtype=kind, device=device)
     inverse = torch.stack([1.0 / f.diagonal() for f in factors], 1).unsqueeze(-1)  # [K, B, 1]
     # [K, B, N]: Σ_j (W_j - Ŵ_j) · R_jk over the columns j rounded so far, at row k; in the memory of the
     # weights, which errors hold from now on
     feedback = weights.reshape(k, count, n).zero_()
 
-    for number, start in enumerate(range(0, k, _PANEL)):
-        end = min(start + _PANEL, k)
-        panel = slice(start, end)
+    walk = _Walk(errors, feedback, codes, inverse, scales_t, zeros_t, group_of, Grid(scheme, dtype, divisor))
+    reached = None if fixed is not None else _Reached(factors, importance, search, g)
+    one = RUN if reached is None else run_of(g, groups)
+    width = one if on_accelerator(weights) else _PANEL
+    for number, start in enumerate(range(0, k, width)):
+        panel = slice(start, min(start + width, k))
         if number:
             # as in a recursion by halves: the largest run that ends here and is a power of two of panels
             # feeds back on as many that follow
-            run = (number & -number) * _PANEL
+            run = (number & -number) * width
             _feed_back(
                 feedback, errors, factors, slice(start - run, start), slice(start, min(start + run, k))
             )
-        triangle = torch.stack([f.block(panel, panel) for f in factors], -1).unsqueeze(-1)  # [P, P, B, 1]
-        scale = zero = None
-        if fixed is not None:  # rows are taken all at once: each when it is needed costs as much as its use
-            scale = _rows_of(scales_t, group_of, panel)
-            zero = None if zeros_t is None else _rows_of(zeros_t, group_of, panel)
-        inner = feedback[panel]
-        rounded = torch.empty_like(inner)
-        for i, (error, pushed, code, factor) in enumerate(
-            zip(
-                errors[panel].unbind(), inner.unbind(), rounded.unbind(), inverse[panel].unbind(), strict=True
-            )
-        ):
-            c = start + i
-            if scale is not None:
-                s, z = scale[i], None if zero is None else zero[i]
-            else:
-                if c % g == 0:
-                    for b, f in enumerate(factors):
-                        weighted = None if importance is None else importance[b]
-                        now = slice(c, c + g)
-                        s, z = _group_now(errors[:, b], f, now, scheme, dtype, weighted, search)
-                        scales_t[c // g, b] = s
-                        if zeros_t is not None and z is not None:
-                            zeros_t[c // g, b] = z
-                s, z = scales_t[c // g], None if zeros_t is None else zeros_t[c // g]
-            torch.addcmul(error, pushed, factor, out=code).div_(s)
-            if floats:
-                code.copy_(nearest_float(code, scheme.bits))
-                error.addcmul_(code, s, value=-1)
-            elif z is None:
-                error.addcmul_(code.round_().clamp_(scheme.low, scheme.high), s, value=-1)
-            else:
-                code.add_(z).round_().clamp_(scheme.low, scheme.high)
-                error.addcmul_(code - z, s, value=-1)
-            if c + 1 < end:
-                inner[i + 1 :].addcmul_(triangle[i, i + 1 :], error)
-        codes[panel] = rounded
+        if on_accelerator(weights):
+            walk.as_one(panel, factors, reached)
+        else:
+            walk.by_steps(panel, factors, reached)
     if sweeps:
-        del feedback, inner, rounded
-        under_way = Solved(errors, codes, scales_t, zeros_t, group_of, Grid(scheme, dtype, divisor))
+        under_way = Solved(errors, codes, scales_t, zeros_t, group_of, walk.grid)
+        del feedback, walk
         whole = {id(factor): factor.hessian() for factor in {id(f): f for f in factors}.values()}
         hessians = [whole[id(factor)] for factor in factors]
         for _ in range(sweeps):
@@ -391,6 +362,99 @@ def _solve(
     )
 
 
+@dataclass(frozen=True)
+class _Reached:
+    """How scales are taken when their group is reached: from weights as they are by then.
+
+    Attributes:
+        importance: what the search for those weights errors with, [K] of each weight; or None.
+        size: columns of a group.
+    """
+
+    factors: Sequence[Factor]
+    importance: Sequence[torch.Tensor] | None
+    search: bool
+    size: int
+
+    def take(self, walk: _Walk, column: int) -> None:
+        """Puts the scales and zeros of the group that starts with a column where they belong."""
+        now, group = slice(column, column + self.size), column // self.size
+        for b, factor in enumerate(self.factors):
+            weighted = None if self.importance is None else self.importance[b]
+            s, z = _group_now(
+                walk.errors[:, b], factor, now, walk.grid.scheme, walk.grid.dtype, weighted, self.search
+            )
+            walk.scales[group, b] = s
+            if walk.zeros is not None and z is not None:
+                walk.zeros[group, b] = z
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """A batch of weights under way through its columns, all tensors changed in place.
+
+    Attributes:
+        errors: fp32 [K, B, N], weights, or what rounding left of them.
+        feedback: fp32 [K, B, N], Σ_j (W_j - Ŵ_j) · R_jk over the columns j rounded so far, at row k.
+        codes: [K, B, N], int8 or, of floats, their fp32 values.
+        inverse: 1 / R_kk, fp32 [K, B, 1].
+        scales, zeros: fp32 [G, B, N].
+        groups: int64 [K] of each weight, the group of each column.
+    """
+
+    errors: torch.Tensor
+    feedback: torch.Tensor
+    codes: torch.Tensor
+    inverse: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    groups: Sequence[torch.Tensor]
+    grid: Grid
+
+    def as_one(self, panel: slice, factors: Sequence[Factor], reached: _Reached | None) -> None:
+        """Rounds a panel's columns by one operation; no group starts within it when scales are taken as
+        groups are reached."""
+        if reached is not None and panel.start % reached.size == 0:
+            reached.take(self, panel.start)
+        round_columns(
+            self.errors[panel], self.feedback[panel], self.codes[panel],
+            stacked([f.block(panel, panel) for f in factors]), self.inverse[panel].squeeze(-1),
+            self.scales, self.zeros, stacked([g[panel] for g in self.groups]), self.grid,
+        )  # fmt: skip
+
+    def by_steps(self, panel: slice, factors: Sequence[Factor], reached: _Reached | None) -> None:
+        """Rounds a panel's columns by short steps, which a CPU's cache holds."""
+        scheme, start, width = self.grid.scheme, panel.start, panel.stop - panel.start
+        triangle = torch.stack([f.block(panel, panel) for f in factors], -1).unsqueeze(-1)  # [P, P, B, 1]
+        scale = zero = None
+        if reached is None:  # rows are taken all at once: each when it is needed costs as much as its use
+            scale = _rows_of(self.scales, self.groups, panel)
+            zero = None if self.zeros is None else _rows_of(self.zeros, self.groups, panel)
+        inner = self.feedback[panel]
+        rounded = torch.empty_like(inner)
+        columns = self.errors[panel].unbind(), inner.unbind(), rounded.unbind(), self.inverse[panel].unbind()
+        for i, (error, pushed, code, factor) in enumerate(zip(*columns, strict=True)):
+            if scale is not None:
+                s, z = scale[i], None if zero is None else zero[i]
+            elif reached is not None:
+                if (start + i) % reached.size == 0:
+                    reached.take(self, start + i)
+                group = (start + i) // reached.size
+                s, z = self.scales[group], None if self.zeros is None else self.zeros[group]
+            torch.addcmul(error, pushed, factor, out=code).div_(s)
+            if scheme.type == "float":
+                code.copy_(nearest_float(code, scheme.bits))
+                error.addcmul_(code, s, value=-1)
+            elif z is None:
+                error.addcmul_(code.round_().clamp_(scheme.low, scheme.high), s, value=-1)
+            else:
+                code.add_(z).round_().clamp_(scheme.low, scheme.high)
+                error.addcmul_(code - z, s, value=-1)
+            if i + 1 < width:
+                inner[i + 1 :].addcmul_(triangle[i, i + 1 :], error)
+        self.codes[panel] = rounded
+
+
 def _feed_back(
     feedback: torch.Tensor, errors: torch.Tensor, factors: Sequence[Factor], done: slice, ahead: slice
 ) -> None:
@@ -399,7 +463,7 @@ def _feed_back(
         for i, factor in enumerate(factors):
             add_product(feedback[ahead, i], factor.block(done, ahead).t(), errors[done, i])
         return
-    blocks = torch.stack([factor.block(done, ahead) for factor in factors])
+    blocks = stacked([factor.block(done, ahead) for factor in factors])
     feedback[ahead].transpose(0, 1).baddbmm_(blocks.mT, errors[done].transpose(0, 1))
 
 

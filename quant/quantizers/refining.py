@@ -18,14 +18,15 @@ from dataclasses import dataclass
 import torch
 
 from quant.accelerator import on_accelerator
+from quant.quantizers.columns import LEAST, RUN, refine_columns, stacked
 from quant.quantizers.grids import Grid
 from quant.quantizers.products import product
 
 #: Columns that are looked at with one product of E and H; and of those that act on each other one by one.
-_PANEL, _RUN = 128, 32
-#: A scale is not fitted to less than this share of what it was: that would turn the signs of its group, or
-#: lose it.
-_LEAST = 1e-3
+_PANEL, _RUN = RUN, 32
+#: Columns of a wide group that are multiplied with H at once on a device, of which few large operations are
+#: wanted.
+_MANY = 1024
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def refine(solved: Solved, hessians: Sequence[torch.Tensor]) -> None:
     if solved.grid.fitted and k // count <= _PANEL:
         several = _PANEL // (k // count)
         panels = [
-            (members[:, i : i + several].flatten(1), slice(i, i + several)) for i in range(0, count, several)
+            (members[:, i : i + several].flatten(1), slice(i, min(i + several, count)))
+            for i in range(0, count, several)
         ]
     else:
         for group in range(count) if solved.grid.fitted else ():
@@ -85,8 +87,18 @@ def _refine_panel(
         # slices of one weight, which have one Hessian and one order
         same = b > 0 and hessian is hessians[0] and solved.groups[b] is solved.groups[0]
         rows.append(rows[0] if same else hessian.index_select(0, own))
-    among = torch.stack([r.index_select(1, c) for r, c in zip(rows, columns, strict=True)])
-    pushed = torch.stack([product(r, solved.errors[:, b]) for b, r in enumerate(rows)], 1)
+    among = stacked([r.index_select(1, c) for r, c in zip(rows, columns, strict=True)])
+    made = [product(r, solved.errors[:, b]) for b, r in enumerate(rows)]
+    if on_accelerator(among):
+        pushed = made[0].unsqueeze(1) if len(made) == 1 else torch.stack(made, 1)
+        of = stacked([g[c] for g, c in zip(solved.groups, columns, strict=True)])
+        size = 0 if groups is None else width // (groups.stop - groups.start)
+        refine_columns(
+            solved.errors, solved.codes, solved.scales, solved.zeros, pushed, among, columns, of, size,
+            solved.grid,
+        )  # fmt: skip
+        return
+    pushed = torch.stack(made, 1)
     codes = _take(solved.codes, columns).float()
     moved = torch.zeros_like(pushed)
     if groups is None:
@@ -128,7 +140,7 @@ def _fit(scales: torch.Tensor, slope: torch.Tensor, curve: torch.Tensor, grid: G
     With a scale changed by d the loss changes by d · (d · ``curve`` - 2 · ``slope``).
     """
     best = scales + slope / curve
-    best = grid.stored(torch.where(best.isfinite() & (best > _LEAST * scales), best, scales))
+    best = grid.stored(torch.where(best.isfinite() & (best > LEAST * scales), best, scales))
     change = best - scales
     better = change * (change * curve - 2 * slope) < 0
     change = torch.where(better, change, 0.0)
@@ -178,12 +190,13 @@ def _refit_wide(solved: Solved, hessians: Sequence[torch.Tensor], group: int, me
     zeros = None if solved.zeros is None else solved.zeros[group]
     slope, curve = torch.zeros_like(scales), torch.zeros_like(scales)
     alone = len(solved.scales) == 1
+    step = _MANY if on_accelerator(scales) else _PANEL
     for b, (hessian, own) in enumerate(zip(hessians, members, strict=True)):
         shifted = solved.codes[:, b].index_select(0, own).float()
         shifted = shifted if zeros is None else shifted.sub_(zeros[b])
-        for start in range(0, len(own), _PANEL):
-            some = own[start : start + _PANEL]
-            rows, part = hessian.index_select(0, some), shifted[start : start + _PANEL]
+        for start in range(0, len(own), step):
+            some = own[start : start + step]
+            rows, part = hessian.index_select(0, some), shifted[start : start + step]
             applied = product(rows if alone else rows.index_select(1, own), shifted)
             curve[b] += (part * applied).sum(0)
             # E · H · codes is read from either side

@@ -23,6 +23,7 @@ from quant import defaults
 from quant.calibration.statistics import Statistics
 from quant.errors import QuantError
 from quant.quantizers.base import Quantized, QuantizerRegistry
+from quant.quantizers.columns import stacked
 from quant.quantizers.factors import Factor, damp, factorize
 from quant.quantizers.floats import FloatScales, encode, float_scales
 from quant.quantizers.gptq import GPTQQuantizer, dead_notes, solve_fixed
@@ -197,7 +198,7 @@ class YAQAQuantizer:
             rows = slice(block * size, (block + each) * size)
             outputs = _Outputs.stacked([one.outputs.blocks(slice(block, block + each)) for one in some])
             given = [
-                _stacked([x[rows] for x in t]) for t in zip(*(one.tensors() for one in some), strict=True)
+                stacked([x[rows] for x in t]) for t in zip(*(one.tensors() for one in some), strict=True)
             ]
             part, sums = self._rounded(
                 given[0], given[1], given[2] if given[2:] else None, inputs, outputs, grid
@@ -296,10 +297,10 @@ class _Inputs:
     @classmethod
     def stacked(cls, several: Sequence[_Inputs]) -> _Inputs:
         return cls(
-            _stacked([one.hessian for one in several]),
-            _stacked([one.factor for one in several]),
-            _stacked([one.order for one in several]),
-            _stacked([one.diagonal for one in several]),
+            stacked([one.hessian for one in several]),
+            stacked([one.factor for one in several]),
+            stacked([one.order for one in several]),
+            stacked([one.diagonal for one in several]),
         )
 
 
@@ -359,10 +360,10 @@ class _Outputs:
     @classmethod
     def stacked(cls, several: Sequence[_Outputs]) -> _Outputs:
         return cls(
-            _stacked([one.hessians for one in several]),
-            _stacked([one.factors for one in several]),
-            _stacked([one.rows for one in several]),
-            _stacked([one.mean for one in several]),
+            stacked([one.hessians for one in several]),
+            stacked([one.factors for one in several]),
+            stacked([one.rows for one in several]),
+            stacked([one.mean for one in several]),
         )
 
     @property
@@ -403,11 +404,6 @@ def _divisor(floats: Sequence[FloatScales]) -> torch.Tensor | None:
     nothing."""
     whole = [x.global_scale for x in floats if x.global_scale is not None]
     return torch.stack([x.reshape(1, 1) for x in whole]) if whole else None
-
-
-def _stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """[S, …]; of a single one a view."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack([*tensors])
 
 
 def _damped(what: str, needed: float, asked: float) -> str:

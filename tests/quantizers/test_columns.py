@@ -1,0 +1,117 @@
+"""Runs of columns as one operation of a device: what is dispatched, what it gives, and Triton's kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from quant.quantizers import GPTQQuantizer, factors, gptq, refining, rounding
+from quant.schemes import WeightScheme
+from tests.helpers import ROOT
+from tests.quantizers.test_gptq import CASES, FP4, hessian_of, statistics, weight_of
+
+triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done on a device is done on the CPU."""
+    for module in (gptq, refining, factors, rounding):
+        monkeypatch.setattr(module, "on_accelerator", lambda tensor: True)
+
+
+class _Counted(TorchDispatchMode):
+    """Operations that a device is told to do: views are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _dispatched(k: int, n: int, scheme: WeightScheme) -> list[str]:
+    weight, seen = weight_of(n, k), statistics(hessian_of(k, k))
+    with _Counted() as counted:
+        GPTQQuantizer()(weight, seen, scheme, torch.bfloat16)
+    return counted.seen
+
+
+@pytest.mark.parametrize("scheme", [WeightScheme(), WeightScheme(4, 32, False), WeightScheme(8, -1), FP4])
+def test_a_linear_takes_a_sixteenth_of_its_columns_in_operations(scheme: WeightScheme, device: None) -> None:
+    narrow, wide = (_dispatched(k, 4, scheme) for k in (256, 768))
+    assert len(wide) - len(narrow) <= (768 - 256) / 16, sorted(set(wide))
+    assert (
+        len(narrow) <= 256 / 16 + 450
+    )  # the search for scales, which is of all groups at once, is most of it
+    for name in ("round_columns", "refine_columns"):
+        assert wide.count(f"quant.{name}.default") == 768 // 128
+
+
+@pytest.mark.parametrize("case", [*CASES, (256, 24, 16, True, 4, "fp4")], ids=str)
+def test_runs_lose_what_single_columns_lose(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    k, n, size, symmetric, bits, order = case
+    scheme = FP4 if order == "fp4" else WeightScheme(bits, size, symmetric)
+    hessian, losses = hessian_of(k), []
+    for elsewhere in (False, True):
+        for module in (gptq, refining, factors):
+            monkeypatch.setattr(module, "on_accelerator", lambda tensor, there=elsewhere: there)
+        method = GPTQQuantizer(act_order="static" if order == "fp4" else order)
+        made = method(weight_of(n, k), statistics(hessian), scheme, torch.float16).tensor
+        error = weight_of(n, k) - made.dequantize()
+        losses.append(float(((error @ hessian) * error).sum()))
+    # sums are made in another order: a code on a tie falls otherwise, and all behind it are fed back to
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
+
+
+@triton
+def test_kernels_give_the_codes_of_the_steps_by_torch_to_the_bit(tmp_path: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(tmp_path)}
+    program = [sys.executable, "-m", "tests.quantizers.interpreted"]
+    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert set(found["different"].values()) == {0}, found
+    assert found["launched"] >= 2 * len(found["different"])
+
+
+_COMPILE = """
+import json, sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from quant.quantizers import kernels
+
+texts = []
+for kernel, constants in (
+    (kernels._round, {"BITS": 0, "ZEROS": True, "P": 128, "R": 32}),
+    (kernels._refine, {"BITS": 4, "ZEROS": False, "FIT": True, "KIND": "e4m3", "P": 128, "R": 32}),
+):
+    kinds = {n: "*fp32" for n in ("errors", "feedback", "triangle", "inverse", "scales", "zeros", "pushed",
+                                  "among", "divisor")}
+    kinds |= {"groups": "*i64", "columns": "*i64", "codes": "*i8" if constants["BITS"] == 0 else "*fp32"}
+    kinds |= {n: "fp32" for n in ("low", "high", "least", "largest", "share")}
+    types = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants)
+    options = {"num_warps": 4, "enable_fp_fusion": False}
+    texts.append(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
+print(json.dumps([{"fused": "fma.rn" in text, "divided": "div.rn" in text} for text in texts]))
+"""
+
+
+@triton
+def test_kernels_compile_for_a_gpu_without_fused_sums(tmp_path: Path) -> None:
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    program = [sys.executable, "-c", _COMPILE]
+    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [{"fused": False, "divided": True}] * 2
