@@ -2,8 +2,9 @@
 job's own code is timed on one small matrix.
 
 Products of a forward pass take two operations a weight and token; sums of statistics grow with tokens × K²,
-solves of weights [N, K] with N·K², what needs no Hessian with N·K. On the small matrix a step's fixed costs
-weigh more than on a large one, so a count errs on the long side.
+solves of weights [N, K] with N·K, and of a method with a Hessian with N·K² as well: two small matrices of as
+many rows tell both apart. On them a step's fixed costs weigh more than on a large one, so a count errs on the
+long side.
 """
 
 from __future__ import annotations
@@ -29,9 +30,8 @@ from quant.quantizers.two_sided import OUTPUTS, blocks_of
 from quant.recipe import Assignment
 from quant.vllm.config import stated
 
-#: Outputs and inputs of the matrices that a method is timed on, as many tokens as inputs: the next one where
-#: that is likely to take less than so many seconds.
-_SIZES, _TIMED_SECONDS = ((64, 256), (128, 512), (256, 1024), (512, 2048)), 1.0
+#: Outputs of the matrices that a method is timed on, and inputs of each, as many tokens as inputs.
+_OUTPUTS, _INPUTS = 512, (256, 1536)
 #: Sides of the product that is timed.
 _SIDE = 2048
 #: Outputs and inputs of the matrix that such a method is timed on; and the products of the weight with a
@@ -43,12 +43,15 @@ _PASSES = 3
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds that an assignment takes on a device: of its statistics by token · K², of its solves by
-    N · K^``power``, suppression included."""
+    """Seconds that an assignment takes on a device: of its statistics by token · K², of its solves by N · K
+    (``element``) and by N · K² (``product``), suppression included."""
 
     statistics: float
-    solve: float
-    power: int
+    element: float
+    product: float = 0.0
+
+    def solve(self, n: int, k: int) -> float:
+        return n * k * (self.element + self.product * k)
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ class Counter:
             outputs = [plan.linears[prefix + n].n for n in chosen]
             rates = self._of(plan.assignments[prefix + chosen[0]])
             seen = tokens * self._passes(group, experts, active)
-            seconds += rates.statistics * seen * k * k + rates.solve * sum(outputs) * k**rates.power
+            seconds += rates.statistics * seen * k * k + rates.solve(sum(outputs), k)
         return BlockWork(seconds, self._bytes(index))
 
     def _bytes(self, index: int) -> int:
@@ -138,7 +141,7 @@ class Counter:
                     seconds += both.product * n * k * k
                 else:
                     rates = self._of(assignment)
-                    seconds += rates.statistics * seen * k * k + rates.solve * n * k**rates.power
+                    seconds += rates.statistics * seen * k * k + rates.solve(n, k)
         return seconds
 
     def _passes(self, group: InputGroup, experts: Mapping[str, int], active: float) -> float:
@@ -193,18 +196,18 @@ class Counter:
         return BothRates(statistics, max(solving - product * n * k * k, 0.0) / (k * blocks[1]), product)
 
     def _measured(self, assignment: Assignment) -> Rates:
-        """Of the largest matrix that takes a second at the most."""
-        rates, expected = None, 0.0
-        for n, k in _SIZES:
-            if rates is not None and expected > _TIMED_SECONDS:
-                break
-            start = time.perf_counter()
-            rates = self._on(assignment, n, k)
-            expected = 8 * (time.perf_counter() - start)  # as n · k² grows
-        assert rates is not None
-        return rates
+        narrow, wide = _INPUTS
+        added, solved = self._on(assignment, _OUTPUTS, narrow)
+        if "hessian" not in self._manager.blocks.solver.needs(assignment):
+            return Rates(added / narrow**3, solved / (_OUTPUTS * narrow))
+        small = solved / (_OUTPUTS * narrow)
+        added, solved = self._on(assignment, _OUTPUTS, wide)
+        large = solved / (_OUTPUTS * wide)
+        product = max(large - small, 0.0) / (wide - narrow)
+        return Rates(added / wide**3, large - product * wide, product)
 
-    def _on(self, assignment: Assignment, n: int, k: int) -> Rates:
+    def _on(self, assignment: Assignment, n: int, k: int) -> tuple[float, float]:
+        """Seconds of the statistics of K tokens, and of a solve with them."""
         manager = self._manager
         quantizer, suppressor = manager.quantizers[assignment], manager.suppressors[assignment]
         needs = manager.blocks.solver.needs(assignment)
@@ -225,9 +228,7 @@ class Counter:
             quantize_many(quantizer, weight.clone()[None], [statistics], assignment.scheme.weights, dtype)
 
         adding = self._timed(summed)
-        power = 2 if "hessian" in needs else 1
-        solving = max(self._timed(solve) - adding, 0.0)
-        return Rates(adding / k**3, solving / (n * k**power), power)
+        return adding, max(self._timed(solve) - adding, 0.0)
 
     def _timed(self, work: Callable[[], object]) -> float:
         """Seconds of something that has been done once before: kernels are loaded by then."""
