@@ -7,7 +7,9 @@ same files.
 The model is random weights in the block shape of a 1B Llama (`make_bench_model.py` of the bench folder), as
 that of `speed.py`; `--hidden` and `--intermediate` make it smaller. Each process has one thread, on CPUs. The
 seconds are those of the quantization, from the first block's read to the last shard's sync, and those of the
-whole command with its start and its verification; ratios are taken turn by turn.
+whole command with its start and its verification; ratios are taken turn by turn. Cores that others use, too,
+make both longer: what ranks cannot divide shows in the seconds of all cores together (cpu), which would be
+those of one process if nothing were done twice; ranks / (cpu of several / cpu of one) is the most they gain.
 """
 
 import argparse
@@ -49,7 +51,7 @@ def main() -> None:
             if method not in ("minmax", "fp8", "hqq"):
                 options += ["--calibration-dataset", str(a.text), "--samples", str(a.samples)]
                 options += ["--sequence-length", str(a.length)]
-            ratios: list[tuple[float, float]] = []
+            ratios: list[tuple[float, float, float]] = []
             for turn in range(a.repeat):
                 made, seconds = [], []
                 for ranks in (1, a.ranks):
@@ -57,19 +59,20 @@ def main() -> None:
                     devices = ["--devices", ",".join(["cpu"] * ranks)]
                     done = run(quantize_command(model, output, *options, *devices), 1)
                     phases = last_json(done.output)["seconds"]
-                    seconds.append((phases["quantize"], done.seconds))
+                    seconds.append((phases["quantize"], done.seconds, done.cpu_seconds))
                     made.append(files(output))
                     shown = ", ".join(f"{k} {v:.1f}" for k, v in phases.items() if v >= 0.05)
-                    print(f"  {method} {ranks}: {shown}; whole {done.seconds:.1f} s", flush=True)
+                    shown += f"; whole {done.seconds:.1f} s, cpu {done.cpu_seconds:.1f} s"
+                    print(f"  {method} {ranks}: {shown}", flush=True)
                 same = made[0] == made[1]
                 different |= not same
                 one, several = seconds
-                ratios.append((one[0] / several[0], one[1] / several[1]))
+                ratios.append((one[0] / several[0], one[1] / several[1], a.ranks * one[2] / several[2]))
                 print(f"  {method}: files {'identical' if same else 'DIFFERENT'}", flush=True)
-            quantized, whole = (statistics.median(r[i] for r in ratios) for i in range(2))
+            quantized, whole, cpu = (statistics.median(r[i] for r in ratios) for i in range(3))
             print(
                 f"{method}: {a.ranks} ranks {quantized:.2f}x in quantization, {whole:.2f}x in the whole "
-                f"command, medians of {a.repeat}",
+                f"command, at the most {cpu:.2f}x by cpu, medians of {a.repeat}",
                 flush=True,
             )
     sys.exit(1 if different else 0)
