@@ -260,14 +260,6 @@ def _planned(recipe: Recipe, progress: Progress) -> JobPlan:
 
         return plan_backend(recipe)
     from quant.pipeline.plan import plan_job
-    from quant.pipeline.ranks import asked_ranks
-
-    budgets = [f"--{k.replace('_', '-')}" for k in ("max_memory", "max_gpu_memory") if getattr(recipe, k)]
-    if budgets and (count := asked_ranks(recipe)) > 1:
-        raise UsageError(
-            f"{', '.join(budgets)}: a budget is one process's, and {count} would share this job: leave "
-            f"{'it' if len(budgets) == 1 else 'them'} out, or give one device"
-        )
 
     return plan_job(recipe)
 

@@ -33,6 +33,21 @@ def part_sizes(rows: int) -> list[int]:
     return [(i + 1) * rows // count - i * rows // count for i in range(count)]
 
 
+def own_parts(parts: int, rank: int, ranks: int) -> range:
+    """Of so many things in a row those of one rank: neighbours, and as many as any other has, or one less."""
+    return range(rank * parts // ranks, (rank + 1) * parts // ranks)
+
+
+def share_of_most(rows: int, ranks: int) -> int:
+    """Rows of the rank that has the most.
+
+    >>> share_of_most(128, 1), share_of_most(128, 3), share_of_most(11, 2)
+    (128, 48, 6)
+    """
+    sizes = part_sizes(rows)
+    return max(sum(sizes[i] for i in own_parts(len(sizes), rank, ranks)) for rank in range(ranks))
+
+
 @dataclass
 class Node(Generic[T]):
     """A node of the tree: what the parts from ``start`` on, ``size`` of them, sum up to."""

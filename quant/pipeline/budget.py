@@ -5,6 +5,9 @@ First less stays in memory, which changes nothing of the result, nor does the nu
 worked on at once. Only where a block has no room beside that, fewer rows go through it together: sums over
 other batches may end in other bits, so the plan says it. A budget that holds not even one row is refused with
 the least that would do.
+
+Ranks on one machine share its budget of memory in equal parts, and each has a GPU of its own. They decide by
+what the one among them that has the least would, so that all decide alike.
 """
 
 from __future__ import annotations
@@ -18,11 +21,14 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from quant.accelerator import memory_of
+from quant.calibration.parts import share_of_most
 from quant.calibration.text import Rows
 from quant.errors import QuantError
 from quant.models.skeleton import Skeleton
 from quant.pipeline.checks import existing_folder
 from quant.pipeline.footprint import largest_block, outside_bytes, tensor_bytes, waiting_bytes
+from quant.pipeline.ranks import asked_ranks, ranks_beside
+from quant.recipe import Recipe
 from quant.units import MIB, format_size
 
 if TYPE_CHECKING:
@@ -76,13 +82,13 @@ def place_blocks(manager: QuantizationManager, rows: Rows, skeleton: Skeleton) -
     Raises:
         QuantError: less than the least that would do.
     """
-    recipe = manager.plan.recipe
+    recipe, ranks = manager.plan.recipe, manager.ranks
     if recipe.max_memory is None and recipe.max_gpu_memory is None:
         return None
     held_out = 0 if rows.held_out is None else rows.held_out.numel()
-    tokens, length = rows.tokens.numel() + held_out, rows.tokens.shape[1]
-    waiting = waiting_bytes(manager, skeleton, tokens)
-    usual = min(manager.batch_rows(length), len(rows.tokens))
+    own, length = share_of_most(len(rows.tokens), asked_ranks(recipe)), rows.tokens.shape[1]
+    waiting = waiting_bytes(manager, skeleton, own * length + held_out)
+    usual = min(manager.batch_rows(length), own)
     blocks = range(skeleton.block_count)
     outside = outside_bytes(skeleton)
 
@@ -90,26 +96,26 @@ def place_blocks(manager: QuantizationManager, rows: Rows, skeleton: Skeleton) -
         """Bytes of the device that computes, while so many rows go through a block or the embedding."""
         return max(largest_block(manager, skeleton, several * length, blocks), outside)
 
-    host = None if recipe.max_memory is None else int(recipe.max_memory * _FILLED)
-    begun = in_use() + _BUFFERS
+    host = None if recipe.max_memory is None else int(recipe.max_memory / ranks_beside(recipe) * _FILLED)
+    begun = max(ranks.exchange(in_use())) + _BUFFERS
     if manager.device.type == "cpu":
         assert host is not None
         several, needed = _rows(usual, work, host - begun)
         if needed > host - begun:
-            raise _too_small("--max-memory", recipe.max_memory, begun + needed, "memory")
+            raise _too_small("--max-memory", recipe, begun + needed, "memory")
         resident = min(waiting, host - begun - needed)
         return Placement(
             several, usual, 0, resident, waiting, waiting - resident, None, begun + needed + resident
         )
-    free = memory_of(manager.device)[0]
+    free = min(ranks.exchange(memory_of(manager.device)[0]))
     most = int(min(free, recipe.max_gpu_memory or free) * _FILLED)
     several, needed = _rows(usual, work, most)
     if needed > most and recipe.max_gpu_memory is not None:
-        raise _too_small("--max-gpu-memory", recipe.max_gpu_memory, needed, "the GPU's memory")
+        raise _too_small("--max-gpu-memory", recipe, needed, "the GPU's memory")
     # what a method takes beyond the count is left as much room as the activations get
     resident = min(waiting, max(most - needed, 0) // 2)
     if host is not None and begun > host:
-        raise _too_small("--max-memory", recipe.max_memory, begun, "memory")
+        raise _too_small("--max-memory", recipe, begun, "memory")
     away = waiting - resident
     hosted = None if host is None else min(host - begun, away)
     kept = away if hosted is None else hosted
@@ -131,14 +137,15 @@ def place_tensors(manager: QuantizationManager, workers: int) -> Placement | Non
     if recipe.max_memory is None:
         return None
     sizes = [x.n * x.k for x in manager.plan.linears.values()]
-    most, begun = int(recipe.max_memory * _FILLED), in_use() + _BUFFERS
+    most = int(recipe.max_memory / ranks_beside(recipe) * _FILLED)
+    begun = max(manager.ranks.exchange(in_use())) + _BUFFERS
 
     def needed(several: int) -> int:
         return begun + tensor_bytes(sizes, several)
 
     several, least = _rows(workers, needed, most)
     if least > most:
-        raise _too_small("--max-memory", recipe.max_memory, least, "memory")
+        raise _too_small("--max-memory", recipe, least, "memory")
     return Placement(workers=several, memory_bytes=least)
 
 
@@ -151,8 +158,11 @@ def _rows(usual: int, bytes_of: Callable[[int], int], most: int) -> tuple[int, i
     return several, needed
 
 
-def _too_small(option: str, given: int | None, needed: int, what: str) -> QuantError:
-    least = -(-int(needed / _FILLED + 1) // MIB)  # it must do when it is given
+def _too_small(option: str, recipe: Recipe, needed: int, what: str) -> QuantError:
+    given = recipe.max_memory if option == "--max-memory" else recipe.max_gpu_memory
+    count = ranks_beside(recipe) if option == "--max-memory" else 1
+    least = -(-int(needed * count / _FILLED + count) // MIB)  # it must do when it is given
+    what += f" in {count} ranks" * (count > 1)
     return QuantError(
         f"{option} is {format_size(given or 0)}: with one row or tensor at a time and no activations kept in "
         f"memory the job takes about {format_size(least * MIB)} of {what}: give {option} {least}MiB, use a "

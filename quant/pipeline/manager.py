@@ -60,7 +60,7 @@ from quant.pipeline.memory import freed_memory_kept, give_back, peak_rss
 from quant.pipeline.methods import make_quantizer, suppressor_of
 from quant.pipeline.pieces import PieceQuantizer
 from quant.pipeline.plan import JobPlan
-from quant.pipeline.ranks import ALONE, Ranks, devices_of
+from quant.pipeline.ranks import ALONE, Ranks, devices_of, ranks_beside
 from quant.pipeline.records import Clock, Records
 from quant.pipeline.rows import job_rows, tell_notes
 from quant.pipeline.source import carried
@@ -165,9 +165,7 @@ class QuantizationManager:
         forget_peak(self.device)
         for note in self.plan.notes:
             self.progress(Event("plan", message=note, warning=True))
-        rows, skeleton = self.prepare() if self.needs else (None, None)
-        if rows is None:
-            self.placement = place_tensors(self, worker_count(torch.get_num_threads()))
+        rows, skeleton = self._prepared()
         if rows is None and (unused := sorted(CALIBRATION & self.plan.recipe.model_fields_set)):
             named = ", ".join(f"--{k.replace('_', '-')}" for k in unused)
             self.progress(
@@ -212,10 +210,11 @@ class QuantizationManager:
 
     def _tell_excess(self, report: Report) -> None:
         """Says where the process took more than it was meant to."""
-        most = self.plan.recipe.max_memory
-        if most is not None and report.peak_rss_bytes > most:
+        most, ranks = self.plan.recipe.max_memory, ranks_beside(self.plan.recipe)
+        if most is not None and report.peak_rss_bytes > most / ranks:
             message = (
                 f"the process took {format_size(report.peak_rss_bytes)}, --max-memory is {format_size(most)}"
+                f"{f' for {ranks} ranks' * (ranks > 1)}"
             )
             self.progress(Event("quantize", message=message, warning=True))
 
@@ -225,7 +224,7 @@ class QuantizationManager:
         Raises:
             QuantError: with finished work kept by rank 0.
         """
-        rows, skeleton = self.prepare() if self.needs else (None, None)
+        rows, skeleton = self._prepared()
         self.ranks.agree(self._facts(rows))
         output = self.plan.recipe.output_path.absolute()
         work = FollowedFolder(work_path(output), self.ranks.told({}))
@@ -245,6 +244,14 @@ class QuantizationManager:
         """What decides the output's bytes and must be alike for all ranks: the source is read by each."""
         facts = self.fingerprint(rows)
         return {k: facts[k] for k in ("calibration", "torch", "device", "threads", "instructions")}
+
+    def _prepared(self) -> tuple[Rows, Skeleton] | tuple[None, None]:
+        """What :meth:`prepare` gives where anything needs calibration; how a budget is kept where nothing
+        does."""
+        if self.needs:
+            return self.prepare()
+        self.placement = place_tensors(self, worker_count(torch.get_num_threads()))
+        return None, None
 
     def prepare(self) -> tuple[Rows, Skeleton]:
         """Calibration rows and the model without weights.

@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 import torch
 
 from quant.accelerator import device_of
-from quant.calibration.parts import Node, PartSums, Tree, tree_nodes
+from quant.calibration.parts import Node, PartSums, Tree, own_parts, tree_nodes
 from quant.calibration.statistics import Accumulator, Statistics
 from quant.errors import QuantError, RankLost, UsageError
 from quant.pipeline.memory import at_load
@@ -67,7 +67,7 @@ class Ranks:
     def own(self, count: int) -> range:
         """Of so many things in a row those that are this rank's: neighbours, and as many as any other has, or
         one less."""
-        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+        return own_parts(count, self.rank, self.size)
 
     def exchange(self, value: T) -> list[T]:
         """What every rank says, in their order; tensors come on this rank's device."""
@@ -319,6 +319,12 @@ def asked_ranks(recipe: Recipe) -> int:
     """How many processes a job is divided among."""
     place = seat()
     return place.size if place is not None else len(devices_of(recipe))
+
+
+def ranks_beside(recipe: Recipe) -> int:
+    """How many of them share the memory of one machine."""
+    place = seat()
+    return asked_ranks(recipe) if place is None else int(os.environ.get("LOCAL_WORLD_SIZE", place.size))
 
 
 def _own_device(recipe: Recipe, place: Seat) -> torch.device:

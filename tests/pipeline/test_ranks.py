@@ -50,6 +50,20 @@ def test_two_ranks_make_the_files_that_one_process_makes(job: str, llama: Path, 
     assert not psutil.Process().children()[1:]  # none but multiprocessing's own tracker is left
 
 
+def test_ranks_share_a_budget_and_keep_the_bytes(llama: Path, tmp_path: Path) -> None:
+    job = JOBS["gptq"] | {"devices": "cpu,cpu"}
+    with pytest.raises(QuantError, match="in 2 ranks: give --max-memory") as refused:
+        quantize(llama, tmp_path / "two", max_memory=1 << 20, **job)
+    assert not (tmp_path / "two.work").exists()
+    least = int(re.findall(r"give --max-memory (\d+)MiB", str(refused.value))[0]) << 20
+    placed = jobs.foreseen(recipe(llama, tmp_path / "dry", max_memory=4 * least, **job))["placement"]
+    assert placed["memory_bytes"] <= 2 * least and placed["batch_rows"] == placed["usual_rows"] == 6
+    found = quantize(llama, tmp_path / "two", max_memory=4 * least, scratch_dir=tmp_path / "s", **job)
+    quantize(llama, tmp_path / "one", **JOBS["gptq"])
+    assert weight_files(tmp_path / "two") == weight_files(tmp_path / "one")
+    assert found["verify"]["passed"]
+
+
 def command(model: Path, output: Path, *options: str) -> list[str]:
     text = ["--calibration-dataset", str(short_text()), "--samples", "16", "--sequence-length", "64"]
     job = ["--method", "gptq", "--group-size", "32", *text]
