@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 #: Bytes of a weight while it is solved: fp32 with its errors and codes; and with what a method of two sides
 #: holds beside them.
 SOLVED, SOLVED_TWICE = 9, 40
+#: Bytes for each element of a Hessian while the order of its columns is chosen.
+ORDERED = 16
 #: Fp32 matrices [K, K] that a solve has at once: the Hessian and its factor.
 _SQUARES = 2
 #: Bytes of a feature while 8-bit products are summed: a run of 8192 tokens as 16-bit numbers and as codes.
@@ -60,7 +62,7 @@ def block_bytes(manager: QuantizationManager, skeleton: Skeleton, index: int, to
                 count, size = blocks_of(n)
                 if not group.experts:
                     held += 4 * (k * k + count * size * size)
-                largest = max(largest, SOLVED_TWICE * n * k + 8 * k * k)
+                largest = max(largest, SOLVED_TWICE * n * k + 8 * k * k, ORDERED * k * k)
             widest = max(widest, k + sum(outputs))
             continue
         together = max(outputs) * 2 if group.experts else sum(outputs)

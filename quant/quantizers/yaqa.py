@@ -24,7 +24,7 @@ from quant.calibration.statistics import Statistics
 from quant.errors import QuantError
 from quant.quantizers.base import Quantized, QuantizerRegistry
 from quant.quantizers.columns import stacked
-from quant.quantizers.factors import Factor, damp, factorize
+from quant.quantizers.factors import Factor, damp, factorize, smallest_last
 from quant.quantizers.floats import FloatScales, encode, float_scales
 from quant.quantizers.gptq import GPTQQuantizer, dead_notes, solve_fixed
 from quant.quantizers.grids import Grid
@@ -41,6 +41,8 @@ from quant.tensors import QuantizedTensor
 INPUT_TOKENS, OUTPUT_TOKENS = 1.0, 4.0
 #: Bits of an integer up to which the step that its negative side has more is worth a negative scale.
 SIGNED = 4
+#: Bits of an integer up to which ranges are searched by the error to expect after feedback.
+FED = 4
 #: Tokens for each output of a block of H_O below which that is said.
 FEW = 4
 #: What is said of a weight whose outputs have no gradients, as those have that only choose among tokens.
@@ -164,12 +166,14 @@ class YAQAQuantizer:
                 made[i] = Quantized(tensor, (_SILENT,), ())
                 continue
             shrink(seen.hessian, seen.tokens, INPUT_TOKENS)
-            inputs = _Inputs.of(seen.hessian, self.damping)
+            rows, columns = _sizes(weight, scheme)
+            outputs = _Outputs.of(seen.gradients, self.damping, seen.tokens, rows)
+            # each output of the only one on its own: what is left is GPTQ, with its order
+            inputs = _Inputs.of(seen.hessian, self.damping, columns if outputs.coupled else None)
             if isinstance(inputs, str):
                 tensor = round_to_nearest(weight, scheme, dtype, amax, search=self.clip_search)
                 made[i] = Quantized(tensor, (inputs,), dead_notes(diagonal))
                 continue
-            outputs = _Outputs.of(seen.gradients, self.damping, seen.tokens)
             floats, zeros = None, None
             importance = Factor(inputs.factor).importance(inputs.order)
             if scheme.type == "float":
@@ -177,7 +181,10 @@ class YAQAQuantizer:
                 scales = floats.wide
             else:
                 signed = self.signed and scheme.bits <= SIGNED
-                scales, zeros = weight_parameters(weight, scheme, dtype, importance, self.clip_search, signed)
+                fed = outputs.coupled and scheme.bits <= FED
+                scales, zeros = weight_parameters(
+                    weight, scheme, dtype, importance, self.clip_search, signed, fed
+                )
             ready.append(_Ready(i, weight, inputs, outputs, scales, zeros, floats))
         several = max(1, _AT_ONCE // weights[0].numel())
         coupled = [r for r in ready if r.outputs.coupled]
@@ -280,10 +287,14 @@ class _Inputs:
     fallbacks: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, hessian: torch.Tensor, damping: float) -> _Inputs | str:
-        """Of a Hessian, which is overwritten; or what to say of one that is of no use."""
+    def of(cls, hessian: torch.Tensor, damping: float, steps: torch.Tensor | None) -> _Inputs | str:
+        """Of a Hessian, which is overwritten, in the order that suits the sizes of each column's steps [K],
+        or in GPTQ's; or what to say of one that is of no use."""
         diagonal, damped = hessian.diagonal().clone(), hessian.clone()
-        order = torch.argsort(diagonal, descending=True, stable=True)
+        if steps is None:
+            order = torch.argsort(diagonal, descending=True, stable=True)
+        else:
+            order = _order(hessian.unsqueeze(0), damping, steps.unsqueeze(0))[0]
         factor, needed = factorize(hessian, damping, order)
         if factor is None:
             return (
@@ -322,16 +333,18 @@ class _Outputs:
     fallbacks: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, gradients: torch.Tensor, damping: float, tokens: int) -> _Outputs:
-        """Of the mean over so many tokens."""
+    def of(cls, gradients: torch.Tensor, damping: float, tokens: int, steps: torch.Tensor) -> _Outputs:
+        """Of the mean over so many tokens, and the sizes of each row's steps [N]."""
         size = gradients.shape[1]
         diagonals = gradients.diagonal(dim1=1, dim2=2)
-        rows = torch.argsort(diagonals, dim=1, descending=True, stable=True)
         mean = diagonals.sum() / (diagonals > 0).sum().clamp_min(1)
         mean = torch.where(mean > 0, mean, 1.0)
         hessians = gradients / mean
         factors, fallbacks = torch.empty_like(hessians), []
         kept = shrink(hessians, tokens, OUTPUT_TOKENS)
+        padded = torch.ones(hessians.shape[:2], device=steps.device)
+        padded.view(-1)[: len(steps)] = steps
+        rows = _order(hessians, damping, padded)
         if tokens < FEW * size:
             fallbacks.append(
                 f"{tokens} tokens show how {size} of its outputs depend on each other, which is less than "
@@ -397,6 +410,28 @@ def shrink(hessian: torch.Tensor, tokens: int, each: float) -> float:
     diagonal = hessian.diagonal(dim1=-2, dim2=-1).clone()
     hessian.mul_(kept).diagonal(dim1=-2, dim2=-1).copy_(diagonal)
     return kept
+
+
+def _sizes(weight: torch.Tensor, scheme: WeightScheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """How large the steps of each row [N] and of each column [K] of a weight are: the root mean squares of
+    the largest magnitudes of its groups; all alike where scales reach over rows."""
+    n, k = weight.shape
+    if scheme.strategy not in ("group", "channel", "tensor_group"):
+        return weight.new_ones(n), weight.new_ones(k)
+    squares = weight.view(n, scheme.groups(k), -1).abs().amax(-1).square()
+    columns = squares.mean(0).sqrt()
+    return squares.mean(1).sqrt(), columns.repeat_interleave(k // len(columns))
+
+
+def _order(hessians: torch.Tensor, damping: float, steps: torch.Tensor) -> torch.Tensor:
+    """The order [B, K] in which the rows of Hessians [B, K, K] are rounded, whose steps have the sizes
+    ``steps`` [B, K]: :func:`~quant.quantizers.factors.smallest_last` of what an error of one step costs."""
+    steps = steps / steps.mean().clamp_min(1e-38)
+    steps = torch.where(steps > 0, steps.clamp(min=1e-3), 1.0)
+    costs = hessians * steps.unsqueeze(2)
+    costs.mul_(steps.unsqueeze(1))
+    damp(costs.diagonal(dim1=1, dim2=2), damping)
+    return smallest_last(costs)
 
 
 def _divisor(floats: Sequence[FloatScales]) -> torch.Tensor | None:

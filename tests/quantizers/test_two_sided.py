@@ -11,7 +11,7 @@ import torch
 from quant.calibration.statistics import Statistics
 from quant.errors import QuantError
 from quant.quantizers import GPTQQuantizer, Quantized, YAQAQuantizer, two_sided
-from quant.quantizers.factors import factorize
+from quant.quantizers.factors import Factor, factorize, smallest_last
 from quant.quantizers.grids import Grid
 from quant.quantizers.rounding import weight_parameters
 from quant.quantizers.two_sided import Codes, blocks_of, descend, feed_back, loss, refit
@@ -236,6 +236,64 @@ def test_negative_scales_lower_the_loss_and_reach_the_file(bits: int, sweeps: in
     assert bool((plain.tensor.scales > 0).all()) and lost(signed) < 0.97 * lost(plain)
     # zero points do the same
     assert torch.equal(made(False, True).tensor.scales, made(False, False).tensor.scales)
+
+
+def pivots_of(hessian: torch.Tensor) -> torch.Tensor:
+    """The order in which the smallest element left is taken from the end, by fp64 rank-one updates."""
+    left, remaining, chosen = hessian.double().clone(), list(range(len(hessian))), []
+    while remaining:
+        least = min(remaining, key=lambda i: float(left[i, i]))
+        chosen.append(least)
+        remaining.remove(least)
+        left -= torch.outer(left[:, least], left[least]) / left[least, least]
+    return torch.tensor(chosen[::-1])
+
+
+@pytest.mark.parametrize("k", [1, 7, 64, 129, 300])
+def test_columns_are_ordered_from_the_smallest_that_is_left(k: int) -> None:
+    hessians = torch.stack([hessian_of(k, seed=s) + 0.01 * torch.eye(k) for s in (1, 2)])
+    wanted = [pivots_of(h) for h in hessians]
+    assert torch.equal(smallest_last(hessians.clone()), torch.stack(wanted))
+    # of what is nearly singular, and of what is zero, each column once
+    hostile = torch.stack([torch.ones(k, k), torch.zeros(k, k)])
+    assert torch.equal(smallest_last(hostile).sort(1).values, torch.arange(k).expand(2, k))
+
+
+def test_that_order_leaves_less_to_count_errors_by_than_falling_diagonals() -> None:
+    hessian = hessian_of(96)
+
+    def counted(order: torch.Tensor) -> float:
+        factor, _ = factorize(hessian.clone(), 0.01, order)
+        assert factor is not None
+        return float(factor.importance(order).sum())
+
+    falling = torch.argsort(hessian.diagonal(), descending=True)
+    damped = hessian + 0.01 * torch.diag(hessian.diagonal())
+    assert counted(smallest_last(damped[None])[0]) < 0.99 * counted(falling)
+
+
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "signed", "share"),
+    [(3, True, False, 0.998), (4, True, True, 0.99), (4, False, False, 0.95)],
+)
+def test_ranges_by_the_expected_error_lower_the_loss_after_feedback(
+    bits: int, symmetric: bool, signed: bool, share: float
+) -> None:
+    scheme, grid = WeightScheme(bits, 64, symmetric), Grid(WeightScheme(bits, 64, symmetric), torch.bfloat16)
+    lost = {False: 0.0, True: 0.0}
+    for seed in range(3):
+        weight, hessian = weight_of(96 - seed, 256), hessian_of(256, seed=seed)
+        outputs = hessian_of(96 - seed, seed=50 + seed)[None]
+        factors, rows = factors_of(outputs)
+        order = torch.argsort(hessian.diagonal(), descending=True)
+        factor, _ = factorize(hessian.clone(), 0.01, order)
+        assert factor is not None
+        counted = Factor(factor.upper).importance(order)
+        for fed in lost:
+            given = weight_parameters(weight, scheme, torch.bfloat16, counted, True, signed, fed)
+            codes = feed_back(weight, *given, factor.upper, order, factors, rows, grid)
+            lost[fed] += float(loss(Codes(codes, *given, grid).errors(weight), hessian, outputs).sum())
+    assert lost[True] < share * lost[False]
 
 
 @pytest.mark.parametrize("size", [192, 256, 512])
