@@ -143,6 +143,13 @@ class Checkpoint:
             ) from error
         return data
 
+    def is_zero(self, name: str) -> bool:
+        """Whether a tensor of floats holds nothing but zeros, negative ones among them."""
+        if name in self.computed:
+            return not bool(self.computed[name]().any())
+        # the highest bit of a number's last byte is its sign
+        return not set(self.buffer(name)) - {0, 0x80}
+
     def read(self, name: str) -> torch.Tensor:
         """The tensor, on the CPU, in its stored dtype and shape, in memory of its own."""
         import torch

@@ -31,7 +31,7 @@ def file_problems(
             readable = False  # the other tensors can be judged all the same
     linears = layers.linears if layers else {}
     stacks = {n: (x.shape, x.tensors) for n, x in (layers.stacks if layers else {}).items()}
-    problems = implied_problems(checkpoint.tensors, checkpoint.config, linears, stacks)
+    problems = implied_problems(checkpoint.tensors, checkpoint.config, linears, stacks, checkpoint.is_zero)
     if problems or not build or not readable:
         return problems
     from quant.formats.reading import dequantized

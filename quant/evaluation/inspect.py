@@ -1,4 +1,4 @@
-"""What is in a checkpoint, from headers alone."""
+"""What is in a checkpoint, from headers alone, but for vectors that its config.json has no place for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.checkpoint.reader import open_checkpoint
+from quant.evaluation.agreement import file_problems
 from quant.formats import find_format
 from quant.formats.legacy import repaired
 from quant.models.adapter import adapter_for
@@ -19,7 +20,7 @@ from quant.vllm.config import stated
 def inspect(path: str | Path) -> dict[str, Any]:
     """Facts of a checkpoint directory: architecture, parameters by role (quantized ones counted as the
     weights they stand for), bytes by dtype, format and schemes; of an output of ``quant quantize``, the
-    layers that lost most, from its report.
+    layers that lost most, from its report; and what config.json and the file say against each other.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -51,5 +52,6 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "format": layers.format if layers else "plain",
         "schemes": schemes,
         "quantized_linears": len(schemes) and sum(schemes.values()),
+        "disagreements": file_problems(checkpoint, layers),
         "worst_layers": evidence_of(checkpoint.path),
     }

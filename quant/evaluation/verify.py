@@ -31,6 +31,7 @@ from quant.formats.legacy import repaired
 from quant.models.account import stacked_experts
 from quant.models.linears import built_linears, fused_refs
 from quant.models.roles import leftovers_note
+from quant.models.vectors import lost_bias
 from quant.report.value import Report
 from quant.vllm.architectures import architecture_problem, own_code
 from quant.vllm.cache import cache_problems
@@ -228,6 +229,8 @@ def _check_engine(
     if release is not None:
         if misplaced := misplaced_experts(model_types(config), checkpoint.tensors):
             result.add("modules", [misplaced], "")
+        if dropped := lost_bias(checkpoint.tensors, config, checkpoint.is_zero):
+            result.add("biases", [dropped], "")
         reason = architecture_problem(config, release)
         note = unread_note(model_types(config), checkpoint.tensors)
         good = own_code(config) or f"one that vLLM {release} serves{f'; but {note}' if note else ''}"

@@ -23,6 +23,7 @@ from quant.models.naming import name_problems
 from quant.models.place import decoder_list
 from quant.models.roles import EXPERT, block_list, block_of, leftover, role_of
 from quant.models.shapes import SHARED_EXPERTS, decoder_weights
+from quant.models.vectors import vector_problems
 from quant.vllm.config import (
     HEAD_SIZES,
     HEADER_DTYPES,
@@ -115,6 +116,7 @@ def implied_problems(
     config: Mapping[str, Any],
     linears: Mapping[str, Linear] | None = None,
     stacks: Mapping[str, tuple[tuple[int, ...], Collection[str]]] | None = None,
+    is_zero: Callable[[str], bool] | None = None,
 ) -> list[str]:
     """What a file has otherwise than its config.json implies, a line for each kind of difference, naming a
     tensor, its shape and what the config says; empty where they agree.
@@ -124,6 +126,7 @@ def implied_problems(
         linears: its quantized linears, by name.
         stacks: its tensors of all experts of a layer that are quantized, by the names that they have in an
             ordinary file: the shape there, and the tensors that they are made of.
+        is_zero: whether a tensor holds nothing but zeros; None where values cannot be read.
     """
     quantized, held = linears or {}, stacks or {}
     parts_of_stacks = {n for _, made_of in held.values() for n in made_of}
@@ -152,7 +155,8 @@ def implied_problems(
     if named := list(one_of_each(name_problems(file.blocks, config, file.decoder))):
         return [*problems, *named]  # what is missing and of what shape is a question of names
     known = list(_known_problems(file))
-    return [*problems, *(known or [*_size_problems(file), *_lost_problems(file)])]
+    problems += known or [*_size_problems(file), *_lost_problems(file)]
+    return problems or list(_vector_problems(file, is_zero))
 
 
 def _part_of(name: str, linears: Mapping[str, Linear]) -> bool:
@@ -329,7 +333,8 @@ def _expert_problems(file: _File) -> Iterator[str]:
     shared = {n for k in SHARED_EXPERTS for n in file.all_stated(k)}
     routed = {*allowed, *(wanted + n for n in shared)}
     chosen = stated(file.config, "active")
-    if isinstance(chosen, (int, float)) and not 1 <= chosen <= max(allowed):
+    routes = any(role_of(f"layers.0.{n}") in ("experts", "router") for b in file.blocks.values() for n in b)
+    if routes and isinstance(chosen, (int, float)) and not 1 <= chosen <= max(allowed):
         yield (
             f"config.json states {chosen} experts a token of {max(allowed)} (num_experts_per_tok): repair it"
         )
@@ -578,6 +583,16 @@ def _lost_problems(file: _File) -> Iterator[str]:
                     f"{module}.weight {list(shape)} is not in the file, and {file.decoder}{whole}, which has "
                     f"all else that it has, has it: fetch the missing tensor"
                 )
+
+
+def _vector_problems(file: _File, is_zero: Callable[[str], bool] | None) -> Iterator[str]:
+    """Biases and norms."""
+    count = block_count(file.config)
+    if count is None or "block_configs" in file.config or file.decoder is None:
+        return
+    coded = {n.rpartition(".")[0] for n in file.infos if not n.endswith((".weight", ".bias"))}
+    ordinary = {i: b for i, b in file.blocks.items() if i < count and i not in file.apart}
+    yield from one_of_each(vector_problems(ordinary, file.config, file.decoder, coded, is_zero))
 
 
 def _numbers(part: Any, keys: Collection[str]) -> Iterator[int]:

@@ -16,6 +16,7 @@ from quant.models.account import LARGEST_REST, decoder_matrices
 from quant.models.linears import LinearRef, built_linears, decoder_refs
 from quant.models.place import decoder_list
 from quant.models.roles import block_list, block_of, leftovers_note
+from quant.models.vectors import lost_bias
 from quant.pipeline.checks import (
     fused_problems,
     kept_problems,
@@ -119,6 +120,8 @@ def read_start(recipe: Recipe, form: Format) -> Start:
     if for_vllm(recipe, form):
         if reason := architecture_problem(checkpoint.config, recipe.vllm_version):
             problems.append(f"{checkpoint.path}: {reason}: use --target other to make it all the same")
+        if reason := lost_bias(checkpoint.tensors, checkpoint.config, checkpoint.is_zero):
+            problems.append(f"{reason}: use --target other to make it all the same")
         if reason := misplaced_experts(kinds, checkpoint.tensors):
             problems.append(f"{reason}, or use --target other")
         if note := unread_note(kinds, checkpoint.tensors):

@@ -8,7 +8,9 @@ model classes.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+from quant.vllm.releases import VLLM_VERSION
 
 #: Model type → spellings that its class renames, with vLLM's own.
 _KNOWN: Mapping[str, Mapping[str, str]] = {
@@ -92,6 +94,51 @@ def misplaced_experts(kinds: Collection[str], tensors: Iterable[str]) -> str | N
     return (
         f"{name}: vLLM has no such module, but {has}: the file was saved under transformers' own names: save "
         "it in the original format (save_pretrained without save_original_format=False)"
+    )
+
+
+_ATTENTION = r"(self_attn|mixer)\.[qkvo]_proj"
+#: Model types of which a config can give linears biases that transformers computes with, and for which vLLM's
+#: class has no parameter → those linears (``bias=False`` in `models/qwen3.py`, `gemma.py`, `deepseek_v2.py`,
+#: `ernie45_moe.py` and the others). Most loaders pass over a bias that they do not know.
+_UNBIASED = (
+    (
+        frozenset({"qwen3", "qwen3_moe", "qwen3_vl_text", "qwen3_vl_moe_text", "ernie4_5_moe"}),
+        re.compile(r"\.self_attn\.o_proj\.bias$"),
+    ),
+    (frozenset({"step3p5"}), re.compile(r"\.(self_attn\.o_proj|mlp\.\w+_proj)\.bias$")),
+    # Llama's class, which reads other keys than `use_bias`
+    (frozenset({"ernie4_5", "paddleocr_vl_text"}), re.compile(r"\.(self_attn|mlp)\.\w+_proj\.bias$")),
+    (
+        frozenset(
+            {"gemma", "cohere", "cohere2", "olmoe", "olmo_hybrid", "granitemoe", "granitemoeshared", "afmoe"}
+            | {"falcon_h1", "nemotron_h", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"}
+        ),
+        re.compile(rf"\.{_ATTENTION}\.bias$"),
+    ),
+    (
+        frozenset({"deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"})
+        | {"longcat_flash", "minicpm3"},
+        re.compile(r"\.(self_attn|mlp)(\.\w+)*_proj(_with_mqa)?\.bias$"),
+    ),
+)
+
+
+def passed_over_bias(
+    kinds: Collection[str], tensors: Iterable[str], is_zero: Callable[[str], bool]
+) -> str | None:
+    """What vLLM's class of a family would compute without, said of one bias; or None.
+
+    Args:
+        is_zero: whether a tensor holds nothing but zeros, which change no output.
+    """
+    pattern = next((p for names, p in _UNBIASED if names & set(kinds)), None)
+    name = next((n for n in tensors if pattern is not None and pattern.search(n) and not is_zero(n)), None)
+    if name is None:
+        return None
+    return (
+        f"{name}: vLLM {VLLM_VERSION}'s class has no such bias, and would compute without it: the model's "
+        "outputs would be others"
     )
 
 

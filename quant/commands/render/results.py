@@ -609,6 +609,7 @@ def inspection(console: Console, value: Mapping[str, Any]) -> None:
             ("head", "tied to the embedding" if value["tied_head"] else "its own"),
             ("format", value["format"]),
             ("schemes", schemes),
+            *(("config.json", f"does not belong to the file: {x}") for x in value["disagreements"]),
             *(_worst(value["worst_layers"]) if value["worst_layers"] else []),
         ],
     )
