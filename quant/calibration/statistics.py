@@ -22,7 +22,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -272,11 +271,13 @@ class Gram:
 
     def add(self, x: torch.Tensor) -> None:
         """Adds the lower triangle of xᵀx; blocks on the diagonal are computed whole."""
-        options: dict[str, Any] = {"out_dtype": torch.float32} if fp32_products(x) else {}
-        if not options:
+        if not fp32_products(x):
             x = x.float()
+            for rows, columns in _lower(x.shape[1]):
+                self.total[rows, columns].addmm_(x[:, rows].t(), x[:, columns])
+            return
         for rows, columns in _lower(x.shape[1]):
-            self.total[rows, columns] += torch.mm(x[:, rows].t(), x[:, columns], **options)
+            self.total[rows, columns] += torch.mm(x[:, rows].t(), x[:, columns], out_dtype=torch.float32)
 
     def add_whole(self, x: torch.Tensor) -> None:
         """:meth:`add` of all that there is: nothing needs to wait for more."""

@@ -44,8 +44,8 @@ from quant.quantizers import GPTQQuantizer, Quantized, Quantizer
 from quant.recipe import Assignment
 from quant.report.value import NOT_HELD_OUT, NOT_ROUTED
 
-#: Tokens of the held-out row that a layer's error is measured on.
-ERROR_TOKENS = 256
+#: Tokens of the held-out row that a layer's error is measured on; and an expert's, of which there are many.
+ERROR_TOKENS, EXPERT_ERROR_TOKENS = 256, 128
 #: Sets of experts that are solved before the heap's free parts are given back. Small things that outlive a
 #: set lie among its buffers, and the heap grows for the next one's.
 GIVEN_BACK = 16
@@ -100,8 +100,8 @@ class Layer:
         return found
 
     def sample(self, expert: int) -> torch.Tensor | None:
-        """[≤ 256, K], what an expert reads of the held-out row, or None."""
-        held = None if self.held_out is None else self.held_out.of(expert)[0][-ERROR_TOKENS:]
+        """[≤ 128, K], what an expert reads of the held-out row, or None."""
+        held = None if self.held_out is None else self.held_out.of(expert)[0][-EXPERT_ERROR_TOKENS:]
         return held if held is not None and len(held) else None
 
 

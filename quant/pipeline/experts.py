@@ -7,7 +7,8 @@ How a mixture is calibrated (``--moe-calibration``):
 ``all``     each sees all tokens of its layer, as llm-compressor's `moe_calibrate_all_experts` does.
 ``blend``   the mean of x xᵀ over routed tokens, each weighted with the square of its gate, which is what its
             error is multiplied by in the layer's output, and over tokens of the whole layer, which count
-            as :data:`PRIOR` tokens for each feature of the input.
+            as :data:`PRIOR` tokens for each feature of the input (before the second product as one, where
+            the expert has as many tokens of its own).
 
 What an expert's own tokens say is unbiased, and noisy where they are few beside the features; what all tokens
 say is neither. Of a mixture with 8 experts (``benchmarks/make_mixture.py``) the blend's error on text that
@@ -53,13 +54,14 @@ RESIDENT = 64 << 20
 _ALIGNED = 64
 #: Bytes that experts which are solved together may take; and on a CPU, whose caches hold few columns, their
 #: outputs.
-TOGETHER = {"cpu": 256 << 20, "accelerator": 4 << 30}
+TOGETHER = {"cpu": 512 << 20, "accelerator": 4 << 30}
 MOST_OUTPUTS = 1 << 13
 #: Bytes that all threads of a CPU may take which solve experts side by side, where one expert does not take
 #: more: sixteen of Mixtral 8x22B's at once would be 40 GiB.
 SIDE_BY_SIDE = 2 << 30
 #: Tokens of the whole layer, for each feature of the input, that an expert's own are blended with; and the
-#: most of them that are taken through an expert's first product to see what its second reads.
+#: most of them that are taken through an expert's first product to see what its second reads. Those take as
+#: long as tokens of its own, so there is one for each feature where it has as many of its own.
 PRIOR, MOST_PRIOR = 2, 1 << 13
 
 
@@ -231,12 +233,14 @@ def expert_statistics(
             (:func:`layer_statistics`); before the second the tokens themselves, as the first reads them, or
             some of them. None with ``routed``.
     """
+    floor = routed.features
     if isinstance(prior, ExpertInputs):
-        prior = _inner_statistics(module, experts, expert, prior, routed.features, how, needs)
+        several = floor * (PRIOR if int(routed.counts[expert]) < floor else 1)
+        most = None if how == "all" else several
+        prior = _inner_statistics(module, experts, expert, prior, floor, most, needs)
     if how == "all" and prior is not None:
         return prior, ()
     rows, gates = routed.of(expert)
-    floor = routed.features
     own = Accumulator.of(rows, needs - {"hessian"})
     if "hessian" in needs:
         # gates weigh errors; they are no part of what the expert reads
@@ -254,14 +258,13 @@ def _inner_statistics(
     expert: int,
     tokens: ExpertInputs,
     features: int,
-    how: Calibration,
+    most: int | None,
     needs: frozenset[str],
 ) -> Statistics:
     """The statistics of what an expert's second product reads, of ``features``, of tokens of its whole layer,
-    as the first reads them: of all of them, or with ``blend`` of as many as will count."""
-    if how == "blend":
-        wanted = PRIOR * features
-        parts = [r[:: max(1, len(r) // wanted)][:wanted] for r in tokens.batches()]
+    as the first reads them: of ``most`` of them, or of all."""
+    if most is not None:
+        parts = [r[:: max(1, len(r) // most)][:most] for r in tokens.batches()]
         rows = parts[0] if len(parts) == 1 else torch.cat(parts)
         return Accumulator.of(expert_inner(module, experts, expert, rows), needs)
     sums = Accumulator(features, tokens.device, needs)

@@ -17,6 +17,7 @@ from quant.checkpoint.dtypes import TORCH
 from quant.errors import QuantError, SourceFault
 from quant.models.adapter import InputGroup
 from quant.models.binding import BlockLinear
+from quant.models.products import is_widened
 from quant.outlier_suppression import Suppressor
 from quant.pipeline.folding import Fold, can_take_rows, find_fold, fold_linear, fold_norm
 from quant.pipeline.pieces import PIECE, Assembled
@@ -357,6 +358,8 @@ class GroupSolver:
         rows = max(BLOCK, size // k // BLOCK * BLOCK)
         values = torch.empty_like(weight)
         sums = torch.zeros(4, dtype=torch.float64, device=weight.device)
+        if sample is not None and is_widened(sample):
+            sample = sample.float()
         for start in range(0, n, rows):
             end = min(start + rows, n)
             piece, exact, kept = tensor.rows(start, end).dequantize(), weight[start:end], values[start:end]
@@ -370,7 +373,7 @@ class GroupSolver:
             difference = wide - kept
             missed = wanted = torch.zeros((), device=weight.device)
             if sample is not None:
-                wanted = sum_of_squares((sample @ exact.to(sample.dtype).t()).float())
+                wanted = sum_of_squares((sample @ wide.to(sample.dtype).t()).float())
                 missed = sum_of_squares((sample @ difference.to(sample.dtype).t()).float())
             sums += torch.stack([sum_of_squares(difference), sum_of_squares(wide), missed, wanted])
         noise, signal, lost, whole = sums.tolist()
