@@ -15,7 +15,7 @@ import torch
 
 from quant.models.experts import find_experts
 from quant.models.skeleton import Skeleton
-from quant.pipeline.experts import RESIDENT, workers_for
+from quant.pipeline.experts import RESIDENT, at_a_time, workers_for
 from quant.quantizers.two_sided import blocks_of
 
 if TYPE_CHECKING:
@@ -66,7 +66,11 @@ def block_bytes(manager: QuantizationManager, skeleton: Skeleton, index: int, to
             widest = max(widest, k + sum(outputs))
             continue
         together = max(outputs) * 2 if group.experts else sum(outputs)
-        once = workers_for(together, k, manager.device) if group.experts else 1
+        once = 1
+        if group.experts:
+            workers = workers_for(together, k, manager.device)
+            each = len(members) // (2 if group.stage == "up" else 1)
+            once = min(workers * at_a_time(together, k, manager.device, workers), max(each, 1))
         squares = _SQUARES * 4 * k * k if "hessian" in needs else 0
         run = _RUN * k if squares and manager.device.type == "cpu" and _eight_bits() else 0
         largest = max(largest, once * (SOLVED * together * k + squares) + run)
