@@ -14,6 +14,8 @@ from quant.documents import read_document
 from quant.errors import CheckpointError, UsageError, clipped
 from quant.remote import is_remote, mirrored, url_of
 
+#: The file that says of a folder of the cache which GGUF file it stands for (:mod:`quant.gguf.reading`).
+GGUF_MARK = ".quant-gguf.json"
 #: ``org/name``, and ``org/name@revision``, as the Hub allows them.
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_ID = re.compile(rf"(?P<repo>{REPOSITORY.pattern})(?:@(?P<revision>[\w./-]+))?")
@@ -163,6 +165,10 @@ def named(path: str | Path) -> str:
     folder = Path(path).absolute()
     if (url := url_of(folder)) is not None:
         return url
+    try:  # what stands for a GGUF file
+        return str(read_document(folder / GGUF_MARK)["file"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
     repository = repository_of(folder)
     try:
         newest = (folder.parent.parent / "refs" / "main").read_text(encoding="utf-8").strip()

@@ -6,6 +6,7 @@ peak.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from quant.checkpoint.folders import FOREIGN_WEIGHTS, described, no_model, not_i
 from quant.checkpoint.header import TensorInfo, read_header
 from quant.documents import LARGEST, read_document
 from quant.errors import CheckpointError, clipped
+from quant.hub import GGUF_MARK
 from quant.remote import open_weights
 
 if TYPE_CHECKING:
@@ -82,7 +84,8 @@ class Checkpoint:
 
     Open one with :func:`open_checkpoint`. ``read`` gives a tensor in the stored dtype, ``read_bytes`` its raw
     bytes in pieces. ``computed`` holds functions for tensors that no file stores as such: the weights of a
-    quantized checkpoint, seen dequantized; ``computed_parts`` likewise, for one part of the first dimension.
+    quantized checkpoint, seen dequantized; ``computed_parts`` likewise, for one part of the first dimension,
+    ``computed_rows`` for those from one number to another.
     ``origin`` is then the checkpoint as it is stored. ``quantization_file``: the side file that the
     ``quantization_config`` in ``config`` is from; empty: config.json's own.
     """
@@ -95,6 +98,7 @@ class Checkpoint:
     computed_parts: Mapping[str, Callable[[int], torch.Tensor]] = field(default_factory=dict)
     origin: Checkpoint | None = None
     quantization_file: str = ""
+    computed_rows: Mapping[str, Callable[[int, int], torch.Tensor]] = field(default_factory=dict)
 
     def info(self, name: str) -> TensorInfo:
         try:
@@ -199,10 +203,14 @@ class Checkpoint:
             for index in range(self.info(name).shape[0]):
                 yield self.computed_parts[name](index).unsqueeze(0)
             return
+        info = self.info(name)
+        if name in self.computed_rows and info.shape:
+            for first in range(0, info.shape[0], rows):
+                yield self.computed_rows[name](first, min(first + rows, info.shape[0]))
+            return
         if name in self.computed:
             yield from self.computed[name]().split(rows)
             return
-        info = self.info(name)
         if info.numel == 0:
             yield torch.empty(info.shape, dtype=TORCH[info.dtype])
             return
@@ -257,7 +265,7 @@ class Checkpoint:
     def side_files(self) -> list[SideFile]:
         """Every other file of the directory, sorted: tokenizer, templates, custom code. ``config.json`` and
         the index are not among them."""
-        used = {f.name for f in self.weight_files} | {INDEX, "config.json"}
+        used = {f.name for f in self.weight_files} | {INDEX, "config.json", GGUF_MARK}
         beside = []
         for folder, folders, files in os.walk(self.path, followlinks=False):
             folders[:] = sorted(f for f in folders if f not in _SKIPPED_FOLDERS)
@@ -379,6 +387,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             a missing or outside file.
     """
     path = Path(path)
+    if (opened := _container(path)) is not None:
+        return opened
     if not path.exists():
         raise CheckpointError(
             f"{path}: there is no such directory: give the folder with config.json and the safetensors files"
@@ -434,6 +444,29 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(
         path, config, tensors, metadata, quantization_file="" if stated is None else MODELOPT_CONFIG
     )
+
+
+#: What reads a checkpoint that is no folder of safetensors: a module of a layer above, by name, which knows
+#: families too: it is imported when a path is one of its own. It has ``gguf_file`` and ``open_gguf``.
+_GGUF = "quant.gguf.reading"
+
+
+def _container(path: Path) -> Checkpoint | None:
+    """A checkpoint in a container of its own; None of a folder of safetensors.
+
+    Raises:
+        CheckpointError: the container cannot be read.
+    """
+    single = path.suffix == ".gguf" and not path.is_dir()
+    stands_in = (path / GGUF_MARK).is_file()
+    holds = path.is_dir() and any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))
+    if not single and not stands_in and not holds:
+        return None
+    reading = importlib.import_module(_GGUF)
+    if reading.gguf_file(path) is None and not single:
+        return None
+    opened: Checkpoint = reading.open_gguf(path)
+    return opened
 
 
 def _demand_no_traps(path: Path) -> None:

@@ -9,6 +9,7 @@ from quant.checkpoint.reader import open_checkpoint
 from quant.evaluation.agreement import file_problems
 from quant.formats import find_format
 from quant.formats.legacy import repaired
+from quant.gguf.reading import types_of
 from quant.models.adapter import adapter_for
 from quant.models.place import decoder_list
 from quant.models.roles import block_list, block_of
@@ -33,11 +34,14 @@ def inspect(path: str | Path) -> dict[str, Any]:
     for info in checkpoint.tensors.values():
         dtypes[info.dtype] = dtypes.get(info.dtype, 0) + info.nbytes
     schemes = layers.schemes if layers else {}
+    gguf = checkpoint.metadata.get("format") == "gguf"
+    if gguf:
+        dtypes = types_of(checkpoint)
     adapter = adapter_for(checkpoint.config)
     blocks = {block_of(n) for n in checkpoint.tensors if decoder is not None and block_list(n) == decoder}
     architectures = checkpoint.config.get("architectures")
     return {
-        "path": str(checkpoint.path),
+        "path": checkpoint.metadata["file"] if gguf else str(checkpoint.path),
         "model_type": checkpoint.config.get("model_type"),
         "architectures": [str(x) for x in architectures] if isinstance(architectures, list) else None,
         "adapter": adapter.name if adapter else None,
@@ -49,7 +53,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "bytes_by_dtype": dict(sorted(dtypes.items(), key=lambda x: -x[1])),
         "files": [{"name": f.name, "file_bytes": f.stat().st_size} for f in checkpoint.weight_files],
         "tied_head": bool(stated(checkpoint.config, "tie_word_embeddings")),
-        "format": layers.format if layers else "plain",
+        "format": "gguf" if gguf else layers.format if layers else "plain",
         "schemes": schemes,
         "quantized_linears": len(schemes) and sum(schemes.values()),
         "disagreements": file_problems(checkpoint, layers),

@@ -25,9 +25,11 @@ from quant.evaluation.accounting import (
 )
 from quant.evaluation.agreement import file_problems
 from quant.evaluation.values import scan_values
+from quant.evaluation.verify_gguf import verify_gguf
 from quant.formats import Format, QuantizedLayers, find_format
 from quant.formats.base import UnreadMethod, config_problems
 from quant.formats.legacy import repaired
+from quant.gguf.reading import gguf_file
 from quant.models.account import stacked_experts
 from quant.models.linears import built_linears, fused_refs
 from quant.models.roles import leftovers_note
@@ -142,6 +144,8 @@ def verify(
         CheckpointError: the directory cannot be read at all. Everything else is a failed check.
     """
     result = Verification(str(path))
+    if (file := gguf_file(Path(path))) is not None:
+        return verify_gguf(result, file, source)
     checkpoint = open_checkpoint(path)
     result.add(
         "files",

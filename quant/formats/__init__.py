@@ -5,6 +5,7 @@ from quant.formats import (  # noqa: F401  (each adds its row)
     compressed_tensors,
     fbgemm,
     fp8,
+    gguf,
     gptq,
     modelopt,
     mxfp4,

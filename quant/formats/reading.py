@@ -123,6 +123,8 @@ def dequantized(checkpoint: Checkpoint, layers: QuantizedLayers | None = None) -
         whole = owners.get(name)
         if whole is None:
             tensors[name] = info
+            if name in checkpoint.computed:
+                computed[name] = checkpoint.computed[name]
         elif whole not in computed:
             if (stack := layers.stacks.get(whole)) is not None:
                 shape: tuple[int, ...] = stack.shape

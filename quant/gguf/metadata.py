@@ -122,21 +122,15 @@ def _add_rotary(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
         original = int(original or longest)
         factor = said.get("factor") or longest / original
         attention = said.get("attention_factor")
-        if attention is None:  # transformers `modeling_rope_utils._compute_longrope_parameters`
-            attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        if attention is None:
+            attention = longrope_attention(factor, original)
         writer.add_rope_scaling_orig_ctx_len(original)
         writer.add_rope_scaling_attn_factors(float(attention))
 
 
 def rotary_factors(config: Mapping[str, Any]) -> dict[str, list[float]]:
     """Tensors of divisors of the rotary frequencies, fp32 [rotary size / 2] each, by GGUF name; none where
-    the scaling is a number.
-
-    Llama 3's are computed from its four numbers (transformers
-    ``modeling_rope_utils._compute_llama3_parameters``): waves longer than the original context over
-    ``low_freq_factor`` are divided by ``factor``, those shorter than it over ``high_freq_factor`` stay, and
-    frequencies between are mixed linearly.
-    """
+    the scaling is a number."""
     said, text = rotary(config), text_config(config)
     kind = said["rope_type"]
     if kind in ("longrope", "su"):
@@ -146,12 +140,32 @@ def rotary_factors(config: Mapping[str, Any]) -> dict[str, list[float]]:
         }
     if kind != "llama3":
         return {}
-    size, base, factor = rotary_size(config), float(said["rope_theta"]), float(said["factor"])
-    low, high = float(said["low_freq_factor"]), float(said["high_freq_factor"])
     original = said.get("original_max_position_embeddings") or text["max_position_embeddings"]
+    keys = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor")
+    theta, factor, low, high = (float(said[key]) for key in keys)
+    return {"rope_freqs.weight": llama3_factors(rotary_size(config), theta, factor, low, high, original)}
+
+
+def longrope_attention(factor: float, original: int) -> float:
+    """What LongRoPE multiplies queries and keys by that reach ``factor`` times the original context.
+
+    Source: transformers ``modeling_rope_utils._compute_longrope_parameters``.
+    """
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+
+
+def llama3_factors(
+    size: int, theta: float, factor: float, low: float, high: float, original: int
+) -> list[float]:
+    """Divisors of the rotary frequencies, [size / 2].
+
+    Waves longer than the original context over ``low`` are divided by ``factor``, those shorter than it over
+    ``high`` stay, and frequencies between are mixed linearly. Source: transformers
+    ``modeling_rope_utils._compute_llama3_parameters``.
+    """
     factors = []
     for i in range(0, size, 2):
-        turns = original / (2 * math.pi * base ** (i / size))  # of the original context
+        turns = original / (2 * math.pi * theta ** (i / size))  # of the original context
         kept = min(1.0, max(0.0, (turns - low) / (high - low)))
         factors.append(1.0 / ((1 - kept) / factor + kept))
-    return {"rope_freqs.weight": factors}
+    return factors

@@ -21,6 +21,7 @@ from quant.formats import Contents, Format, FormatRegistry, QuantizedLayers, fin
 from quant.formats.base import FOREIGN, IncompleteCheckpoint
 from quant.formats.legacy import lacking, repaired
 from quant.formats.reading import dequantized, read_linear
+from quant.gguf.reading import dequantized_note, gguf_file, open_gguf
 from quant.models.linears import LinearRef, built_linears, fused_refs
 from quant.models.roles import block_of
 from quant.models.stacking import stacked
@@ -102,7 +103,7 @@ def export(
         origin = job.checkpoint if quantization is None or source is None else open_checkpoint(source)
         report = Report(
             output_path=str(output),
-            source_path=str(origin.path),
+            source_path=origin.metadata.get("file", str(origin.path)),
             format=job.form.name,
             source_bytes=origin.nbytes,
             output_bytes=sum(t.spec.nbytes for u in job.units for s in u.shards for t in s.tensors),
@@ -204,7 +205,9 @@ def _plan(
     Raises:
         Problems, QuantError: what stands against it, all together.
     """
-    checkpoint, repairs = repaired(open_checkpoint(path))
+    checkpoint, repairs = repaired(_opened(path))
+    if checkpoint.metadata.get("format") == "gguf" and (note := dequantized_note(checkpoint)):
+        repairs.append(note)
     problems = output_problems(path, output)
     if source is not None and not source.is_dir():
         problems.append(f"--source is {str(source)!r}: there is no such directory")
@@ -272,6 +275,11 @@ def _plan(
         repairs=repairs,
         left=_left_out(checkpoint, layers, form, caches.left),
     )
+
+
+def _opened(path: Path) -> Checkpoint:
+    """The checkpoint, of a GGUF file with zero points where they say what its minima mean."""
+    return open_checkpoint(path) if gguf_file(path) is None else open_gguf(path, zero_points=True)
 
 
 def _layers(checkpoint: Checkpoint, problems: Sequence[str]) -> QuantizedLayers | None:

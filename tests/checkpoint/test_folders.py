@@ -32,7 +32,7 @@ CASES: list[tuple[str, dict[str, bytes], list[str]]] = [
     (
         "GGUF",
         {"m.Q4_K_M.gguf": b"GGUF", "config.json": b"{}"},
-        ["GGUF file of llama.cpp", "fetch the original"],
+        ["m.Q4_K_M.gguf: not a valid GGUF file", "Download or copy it again"],
     ),
     (
         "raw Mistral",
@@ -79,7 +79,7 @@ def test_what_it_is_and_the_next_step_are_said(
 
 def test_a_file_and_a_folder_above_a_model_are_named(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match="is a GGUF file"):
+    with pytest.raises(CheckpointError, match="not a valid GGUF file"):
         open_checkpoint(tmp_path / "model.gguf")
     with pytest.raises(CheckpointError, match="is one file of a model: give its folder"):
         open_checkpoint(llama / "model.safetensors")

@@ -1,0 +1,209 @@
+"""A GGUF file is read like any checkpoint: the numbers and the tokenizer that it was made of come back, and
+what is damaged or of no use is said by name."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from quant.checkpoint.reader import open_checkpoint
+from quant.errors import CheckpointError, QuantError
+from quant.evaluation.verify import verify
+from quant.formats.reading import dequantized
+from quant.gguf.levels import LEVELS
+from quant.pipeline.export import export
+from quant.pipeline.gguf import export_gguf
+from tests.gguf.test_llama_cpp import MODELS, tokenizers_of_every_kind
+from tests.helpers import copy_model, load_all, make_checkpoint, read_config, save_all, short_text
+
+
+def test_every_family_comes_back_as_it_was(tmp_path: Path) -> None:
+    """All tensors bit for bit, and a config by which transformers computes the same."""
+    from transformers import AutoModelForCausalLM
+
+    tokens = torch.randint(2, 4096, (1, 80), generator=torch.Generator().manual_seed(3))
+    for name, (kind, changes) in MODELS.items():
+        source, file, back = (tmp_path / f"{name}{end}" for end in ("", ".gguf", "-back"))
+        make_checkpoint(source, kind, dtype=torch.float16, **changes)
+        export_gguf(source, file)
+        report = export(file, back)
+        assert report.format == "plain" and not report.conversion.repairs, name
+        wanted, found = load_all(source), load_all(back)
+        assert set(wanted) == set(found), name
+        for tensor, value in wanted.items():  # Gemma's norms are written in its dtype, bf16
+            slack = 2**-8 if kind.startswith("gemma") and value.ndim == 1 else 0.0
+            assert (found[tensor].float() - value.float()).abs().max() <= slack, (name, tensor)
+        with torch.no_grad():
+            a, b = (
+                AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32)(tokens).logits
+                for f in (source, back)
+            )
+        assert (a - b).abs().max() < (0.05 if kind.startswith("gemma") else 1e-4), name
+
+
+@pytest.mark.parametrize(
+    ("options", "scheme"),
+    [
+        ({"group_size": 32}, (4, True)),
+        ({"group_size": 32, "symmetric": False}, (4, False)),
+        ({"group_size": 32, "bits": 8}, (8, True)),
+    ],
+)
+def test_codes_come_back_as_a_scheme_of_vllm(
+    quantized: Callable[..., Path], tmp_path: Path, options: dict[str, Any], scheme: tuple[int, bool]
+) -> None:
+    source, file, back = quantized(method="minmax", **options), tmp_path / "a.gguf", tmp_path / "back"
+    export_gguf(source, file)
+    report = export(file, back)
+    assert report.format == "compressed-tensors" and report.conversion.linears == 14
+    weights = read_config(back)["quantization_config"]["config_groups"]["group_0"]["weights"]
+    assert (weights["num_bits"], weights["symmetric"], weights["group_size"]) == (*scheme, 32)
+    wanted, found = dequantized(open_checkpoint(source)), dequantized(open_checkpoint(back))
+    for name in wanted.computed:
+        assert torch.equal(wanted.read(name), found.read(name)), name
+
+
+def test_every_level_is_read_as_the_gguf_package_reads_it(llama: Path, tmp_path: Path) -> None:
+    for level in LEVELS:
+        file = tmp_path / f"{level}.gguf"
+        export_gguf(llama, file, level)
+        stored = {t.name: t for t in gguf.GGUFReader(file).tensors}
+        checkpoint = dequantized(open_checkpoint(file))
+        for target, name in (
+            ("blk.1.ffn_down.weight", "model.layers.1.mlp.down_proj.weight"),
+            ("output.weight", "lm_head.weight"),
+        ):
+            tensor = stored[target]
+            wanted = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            assert np.array_equal(checkpoint.read(name).float().numpy(), wanted), (level, name)
+            pieces = [p.float().clone() for p in checkpoint.read_rows(name, 7)]
+            assert np.array_equal(torch.cat(pieces).numpy(), wanted), (level, name)
+
+
+def test_tokenizers_come_back(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    texts = [
+        short_text().read_text(encoding="utf-8")[:3000],
+        "It's 12345 items!\n\n ünï 東京 🙂 <s>x</s> STOP'LL",
+    ]
+    for name, tokenizer in tokenizers_of_every_kind():
+        rows = -(-tokenizer.get_vocab_size() // 64) * 64
+        folder = make_checkpoint(tmp_path / name, vocab_size=rows, num_hidden_layers=1)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": "{{ messages }}"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        export_gguf(folder, tmp_path / f"{name}.gguf", "f16")
+        back = open_checkpoint(tmp_path / f"{name}.gguf").path
+        assert (back / "chat_template.jinja").read_text() == "{{ messages }}"
+        again = Tokenizer.from_file(str(back / "tokenizer.json"))
+        for text in texts:
+            assert again.encode(text).ids == tokenizer.encode(text).ids, name
+        assert again.decode(again.encode(texts[0]).ids) == texts[0], name
+        assert json.loads((back / "tokenizer_config.json").read_text())["eos_token"] == "</s>"
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
+    made = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    export_gguf(llama, made, "q8_0")
+    return made
+
+
+def test_verify_names_what_differs_from_the_source(file: Path, llama: Path, tmp_path: Path) -> None:
+    assert verify(file, source=llama).passed
+    other = copy_model(llama, tmp_path / "other")
+    tensors = load_all(other)
+    tensors["model.layers.1.mlp.up_proj.weight"] = -tensors["model.layers.1.mlp.up_proj.weight"]
+    tensors["model.norm.weight"][3] += 1
+    save_all(other, tensors)
+    found = [c.detail for c in verify(file, source=other).checks if not c.passed]
+    assert len(found) == 1 and "mlp.up_proj.weight has a relative error of 2.00" in found[0]
+    assert "model.norm.weight is F32, and not the source's numbers" in found[0]
+
+
+def test_split_files_are_one_model(file: Path, llama: Path, tmp_path: Path) -> None:
+    """Written by the gguf package as llama.cpp's own llama-gguf-split names them."""
+    reader = gguf.GGUFReader(file)
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama", split_max_tensors=8)
+    for key, field in reader.fields.items():
+        if not key.startswith(("GGUF.", "general.architecture")):
+            inner = field.types[1] if len(field.types) > 1 else None
+            writer.add_key_value(key, field.contents(), field.types[0], inner)
+    for t in reader.tensors:
+        writer.add_tensor(t.name, t.data, raw_dtype=t.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    parts = sorted(tmp_path.glob("*.gguf"))
+    assert len(parts) == 3
+    for path in (tmp_path, parts[0]):
+        assert verify(path, source=llama).passed
+    parts[1].unlink()
+    with pytest.raises(CheckpointError, match="-00002-of-00003.gguf is not beside it"):
+        open_checkpoint(tmp_path)
+
+
+def _patched(data: bytes, at: int, letter: str, value: Any) -> bytes:
+    return data[:at] + struct.pack(letter, value) + data[at + struct.calcsize(letter) :]
+
+
+def _after(data: bytes, key: bytes, more: int = 0) -> int:
+    return data.index(key) + len(key) + more
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda d: b"GGML" + d[4:], "begins with b'GGML'"),
+        (lambda d: b"", "begins with b''"),
+        (lambda d: _patched(d, 4, ">I", 3), "big-endian GGUF"),
+        (lambda d: _patched(d, 4, "<I", 1), "GGUF of version 1"),
+        (lambda d: _patched(d, 8, "<Q", 2**60), "tensors takes"),
+        (lambda d: _patched(d, 16, "<Q", 2**60), "keys takes"),
+        (lambda d: d[: len(d) // 2], "it is truncated"),
+        (lambda d: d[:3000], "left of the file"),
+        (lambda d: _patched(d, _after(d, b"tokenizer.ggml.tokens", 8), "<Q", 2**62), "left of the file"),
+        (lambda d: _patched(d, _after(d, b"tokenizer.ggml.tokens", 4), "<I", 9), "array of type 9"),
+        (lambda d: _patched(d, _after(d, b"llama.block_count"), "<I", 77), "type 77, which no version"),
+        (lambda d: _patched(d, _after(d, b"llama.block_count", 4), "<I", 0), "block_count is 0"),
+        (lambda d: _patched(d, _after(d, b"llama.block_count", 4), "<I", 3), "num_hidden_layers"),
+        (lambda d: d.replace(b"llama.block_count", b"llama.block_sount"), "block_count is missing"),
+        (lambda d: d.replace(b"blk.1.ffn_up.weight", b"blk.0.ffn_up.weight"), "appears twice"),
+        (lambda d: d.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"), "ffn_xx.weight', which no"),
+        (lambda d: _patched(d, _after(d, b"blk.1.ffn_up.weight"), "<I", 99), "has 99 sides"),
+        (lambda d: _patched(d, _after(d, b"blk.1.ffn_up.weight", 4), "<Q", 2**63), "no whole blocks"),
+        (lambda d: _patched(d, _after(d, b"blk.1.ffn_up.weight", 20), "<I", 31), "ggml's type 31"),
+        (lambda d: _patched(d, _after(d, b"blk.1.ffn_up.weight", 24), "<Q", 2**50), "it is truncated"),
+        (lambda d: _patched(d, _after(d, b"blk.1.ffn_up.weight", 24), "<Q", 0), "lies over the one before"),
+        (lambda d: d.replace(b"\0\0\0llama", b"\0\0\0mamba", 1), "architecture 'mamba' cannot"),
+    ],
+)  # fmt: skip
+def test_damaged_and_hostile_files_are_refused_by_name(
+    file: Path, tmp_path: Path, damage: Callable[[bytes], bytes], said: str
+) -> None:
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(damage(file.read_bytes()))
+    try:
+        found = "; ".join(verify(bad).failed)
+    except QuantError as error:
+        found = str(error)
+    assert said in found and (str(bad) in found or "num_hidden" in found or "ffn_xx" in found)
+
+
+def test_a_folder_of_several_files_is_ambiguous(file: Path, tmp_path: Path) -> None:
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).symlink_to(file)
+    with pytest.raises(CheckpointError, match="holds 2 GGUF files"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "b.gguf").unlink()
+    assert len(open_checkpoint(tmp_path).tensors) == 21
