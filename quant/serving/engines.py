@@ -282,7 +282,9 @@ def _own_flags(engine: Engine) -> dict[str, str]:
 
 
 def _is_gguf(file: Path) -> bool:
-    return file.suffix == ".gguf" and file.is_file()
+    """Whether it is a GGUF file, or a folder of such alone."""
+    safetensors = file.is_dir() and any(file.glob("*.safetensors"))
+    return not safetensors and (file.is_file() if file.suffix == ".gguf" else any(file.glob("*.gguf")))
 
 
 def _gguf(engine: Engine, file: Path, request: DeploymentRequest, gpu: Gpu | None) -> Deployment:

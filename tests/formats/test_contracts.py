@@ -311,7 +311,7 @@ HOSTILE: list[tuple[str, Any, str]] = [
     ("not an object", "gptq", "quantization_config is not an object"),
     ("an unknown method", {"quant_method": "exl2"},
     r"quantized as quant_method 'exl2', which is not read here; read are awq, compressed-tensors, "
-    "fbgemm_fp8, fp8, gptq, modelopt, mxfp4: start from"),
+    "fbgemm_fp8, fp8, gguf, gptq, modelopt, mxfp4: start from"),
     ("no method", {"bits": 4}, "quantized as quant_method"),
     ("no groups", {"quant_method": "compressed-tensors"}, "no config_groups"),
     ("groups that are numbers", {"quant_method": "compressed-tensors", "config_groups": {"a": 3}},
