@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from quant.commands import options
 from quant.commands.quantize import calibration_options
 from quant.commands.terminal import Output, common_options
 from quant.commands.types import PATH
+from quant.errors import UsageError
 from quant.gguf.levels import LEVELS, OWN_LEVELS
 
 
@@ -37,10 +39,22 @@ from quant.gguf.levels import LEVELS, OWN_LEVELS
     show_default=True,
     help="Whether llama.cpp weighs errors by the inputs that calibration text shows (its importance matrix).",
 )
+@click.option(
+    "--modelfile",
+    is_flag=True,
+    help="Write NAME.Modelfile beside NAME.gguf, of which ollama create -f makes a model: template, stops, "
+    "context.",
+)
 @calibration_options
 @common_options
 def export_gguf(
-    out: Output, model_path: Path, output_path: Path, level: str | None, imatrix: bool, **calibration: Any
+    out: Output,
+    model_path: Path,
+    output_path: Path,
+    level: str | None,
+    imatrix: bool,
+    modelfile: bool,
+    **calibration: Any,
 ) -> None:
     """Turn a checkpoint that can be read into one GGUF file for llama.cpp and Ollama.
 
@@ -56,5 +70,15 @@ def export_gguf(
         prepare_torch()
         from quant.pipeline.gguf import export_gguf as export
 
+        beside = output_path.with_suffix(".Modelfile")
+        if modelfile and beside.exists():
+            raise UsageError(f"{beside}: exists already: remove it, or leave --modelfile out")
         made = export(model_path, output_path, level, imatrix=imatrix, calibration=given, progress=progress)
+        if modelfile:
+            from quant.gguf.header import read_header
+            from quant.gguf.ollama import modelfile as written
+
+            text, note = written(read_header(output_path))
+            beside.write_text(text, encoding="utf-8")
+            made = replace(made, notes=(*made.notes, f"{beside}: {note}"))
     out.result(made.to_dict(), lambda console: results.gguf_file(console, made))

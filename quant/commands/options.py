@@ -311,13 +311,16 @@ def max_model_len(default: str) -> Decorator:
     )
 
 
+_LEVELS = "or a level of GGUF (q4_k_m, q8_0 …: export-gguf --help lists them) for -o NAME.gguf"
+
+
 class _Schemes(click.Option):
     """Its help lists the schemes of other packages too, which are looked for where it is shown and not
     before."""
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         others = [name for name in SchemeRegistry.names() if name not in SCHEMES]
-        self.help = f"{', '.join([*SCHEMES, *others])}."
+        self.help = f"{', '.join([*SCHEMES, *others])}; {_LEVELS}."
         return super().get_help_record(ctx)
 
 
@@ -327,7 +330,7 @@ def scheme(default: str) -> Decorator:
         "--scheme",
         metavar="NAME",
         show_default=default,
-        help=f"{own}.",
+        help=f"{own}; {_LEVELS}.",
         cls=_Schemes,
         shell_complete=completed("schemes"),
     )

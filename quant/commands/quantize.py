@@ -10,6 +10,7 @@ import click
 
 from quant import defaults
 from quant.commands import options
+from quant.commands.gguf_job import is_level, run_level
 from quant.commands.options import by_method, given, together
 from quant.commands.terminal import Output, common_options, resumable
 from quant.commands.types import PATH, TOKENS, Alpha
@@ -338,6 +339,9 @@ def _job(out: Output, asked: dict[str, Any], needs_layers: bool = False) -> None
         raise UsageError(
             "missing --layers: which ones to quantize, such as 0-3,7 or last:2; quant quantize takes all"
         )
+    if is_level(values.get("scheme")):
+        run_level(out, values, dry_run, measure)
+        return
     run_job(out, values, dry_run, measure)
 
 

@@ -100,6 +100,7 @@ def export_gguf(
     *,
     imatrix: bool = True,
     calibration: Mapping[str, Any] | None = None,
+    name: str | None = None,
     progress: Progress = silent,
 ) -> GgufFile:
     """Reads a checkpoint in whatever format it is and writes one GGUF file at a level.
@@ -115,6 +116,7 @@ def export_gguf(
         imatrix: whether llama.cpp weighs errors by E[x²] of calibration text
             (:mod:`quant.pipeline.importance`).
         calibration: its options, as :func:`quant.make_recipe` takes them.
+        name: what the file calls the model; None: as its folder.
 
     Raises:
         Problems, QuantError: what stands against it, all together, before anything is written.
@@ -123,7 +125,7 @@ def export_gguf(
     if level is not None and level in OWN_LEVELS:
         return _by_llama_cpp(Path(model_path), output, level, imatrix, calibration or {}, progress)
     gguf = package()
-    job = _plan(Path(model_path), output, level)
+    job = _plan(Path(model_path), output, level, name)
     part = output.with_name(f".{output.name}.part")
     writer = gguf.GGUFWriter(None, job.family.architecture)
     _add_keys(writer, job)
@@ -230,6 +232,7 @@ class _Job:
     Attributes:
         checkpoint: as it is stored; ``plain``: the same with values for its quantized linears.
         layers: its quantized linears; None: it has none.
+        called: the model's name in the file.
         tensors: of the file, in order.
         counts: filled as tensors are made: linears carried over, and scales that fp16 rounded.
     """
@@ -241,6 +244,7 @@ class _Job:
     level_name: str
     level: Level
     vocabulary: Vocabulary
+    called: str
     tensors: list[Tensor] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -259,7 +263,7 @@ def file_path_problems(output: Path) -> list[str]:
     return []
 
 
-def _plan(path: Path, output: Path, level: str | None) -> _Job:
+def _plan(path: Path, output: Path, level: str | None, called: str | None = None) -> _Job:
     """Reads headers and the tokenizer; writes nothing.
 
     Raises:
@@ -285,7 +289,8 @@ def _plan(path: Path, output: Path, level: str | None) -> _Job:
     assert embedding is not None
     name = level or _own_level(layers, checkpoint)
     vocabulary = read_vocabulary(checkpoint.path, text_config(checkpoint.config), embedding.shape[0])
-    job = _Job(checkpoint, plain, layers, family, name, LEVELS[name], vocabulary)
+    called = called or checkpoint.path.resolve().name.removesuffix(".gguf")
+    job = _Job(checkpoint, plain, layers, family, name, LEVELS[name], vocabulary, called)
     job.notes += config_notes(checkpoint.config, family)
     _lay_out(job)
     return job
@@ -527,7 +532,7 @@ def _add_keys(writer: Any, job: _Job) -> None:
     """Everything but the tensors."""
     gguf, config = package(), job.plain.config
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(job.checkpoint.path.resolve().name)
+    writer.add_name(job.called)
     writer.add_file_type(job.level.file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_hyperparameters(writer, config, job.family)

@@ -161,3 +161,24 @@ def test_rows_that_are_no_whole_blocks_stay_in_16_bits_and_are_named(tmp_path: P
     made = export_gguf(folder, tmp_path / "out.gguf", "q4_0")
     assert made.tensors["F16"] == 2 and made.tensors["Q4_0"] == 13
     assert [n for n in made.notes if "blk.1.ffn_down.weight is F16: its rows of 80" in n]
+
+
+def test_a_level_is_a_scheme_of_a_job(llama: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    """The method's codes are in the file, and nothing else is left beside it."""
+    few = ("--samples", 4, "--sequence-length", 64, "-q", "--json")
+    file, rounded = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    made = cli("quantize", "-m", llama, "-o", file, "--scheme", "Q4_0", "--method", "gptq", *few)
+    assert made.code == 0 and json.loads(made.out)["exact_linears"] == 14, made.err
+    assert cli("quantize", "-m", llama, "-o", rounded, "--scheme", "q4_0", "-q").code == 0
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.gguf", "b.gguf"]
+    name = "blk.0.ffn_up.weight"
+    assert not np.array_equal(values(file)[name], values(rounded)[name])
+    assert gguf.GGUFReader(file).fields["general.name"].contents() == llama.resolve().name
+    for words, said in (
+        (("-o", tmp_path / "c", "--scheme", "q8_0"), "ends in .gguf"),
+        (("-o", tmp_path / "c.gguf", "--scheme", "q4_k_m", "--method", "gptq"), "leave --method out"),
+        (("-o", tmp_path / "c.gguf", "--scheme", "q5_0", "--bits", 4), "--bits has no meaning"),
+        (("-o", tmp_path / "c.gguf", "--scheme", "q5_0", "--dry-run"), "--dry-run is for checkpoints"),
+    ):
+        refused = cli("quantize", "-m", llama, *words)
+        assert refused.code == 2 and said in refused.err, refused.err
