@@ -234,7 +234,7 @@ def reading_problem(
         rows = [r for r in engine.reads if r.format == format and (scheme is None or name in r.schemes)]
         if not rows:
             known = "; ".join(map(str, engine.reads)) or engine.otherwise
-            held = f"{name} in the {format} layout" if scheme is not None else "unquantized weights"
+            held = f"{name} in the {format} layout" if scheme is not None else f"{format} weights"
             does = f"it reads {known}. What would do: {engine.exports}"
             return Misfit(f"{engine.title} {engine.release} reads no {held}", does), unknown
         row = rows[0]

@@ -16,7 +16,8 @@
 * TensorRT-LLM 1.2.1, its last stable release: documentation, features/quantization (hardware matrix) and
   commands/trtllm-serve; ``_torch/model_config.py::load_hf_quant_config`` (blocks of 128 × 128 of a native fp8
   file), and ``hf_quant_config.json`` of ModelOpt. Its release candidates of 1.3 read compressed-tensors with
-  FP8 channels, FP8 blocks and NVFP4 too, which 1.2's documentation does not name.
+  FP8 channels, FP8 blocks and NVFP4 too, which 1.2's documentation does not name. gpt-oss in its own MXFP4
+  on Hopper and later: OpenAI's guide to it (cookbook, "run-nvidia").
 * llama.cpp b11434: ``common/arg.cpp``, ``docs/docker.md``, ``conversion/base.py``. It reads GGUF alone.
 """
 
@@ -173,6 +174,7 @@ TENSORRT_LLM = Engine(
         Reading("fp8", ("fp8-block",), (9, 0), (12, 0)),
         Reading("modelopt", ("w8a8-fp8-tensor",), (8, 9)),
         Reading("modelopt", ("nvfp4",), (10, 0)),
+        Reading("mxfp4", ("mxfp4a16", "mxfp4"), (9, 0)),
     ),
     exports="quantize the source with --scheme fp8-block --format fp8, which it reads on Hopper and on B200 "
     "and B300, or with NVIDIA's ModelOpt, whose checkpoints it reads; it also serves the source itself",

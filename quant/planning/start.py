@@ -148,9 +148,9 @@ class Start:
                 f"{max(512, _smaller(e.tokens))}"
             )
         else:
-            ranks = next(
-                (t for t in (2, 4, 8, 16) if t > e.request.ranks and not parallel_problems(e.spec, t)), None
-            )
+            own, beside = stage.weights * e.request.ranks, e.other + stage.peak.cold + graphs
+            enough = (t for t in (2, 4, 8, 16) if t > e.request.ranks and own / t + beside < e.requested)
+            ranks = next((t for t in enough if not parallel_problems(e.spec, t)), None)
             remedy = f"a smaller scheme, a larger GPU{f', or --tensor-parallel {ranks}' if ranks else ''}"
         return (
             f"no room for a KV cache: weights {format_size(stage.weights)} + activations "

@@ -170,6 +170,14 @@ def test_every_command_refuses_ranks_that_do_not_divide_the_heads(
     assert said in refused.value.problems
 
 
+@pytest.mark.parametrize(("gpu", "remedy"), [("H200-141GB", ", or --tensor-parallel 8"), ("L40S-48GB", "")])
+def test_ranks_are_advised_where_they_would_be_enough(gpu: str, remedy: str) -> None:
+    """DeepSeek-V3's 629 GiB in FP8; sixteen L40S do not hold it."""
+    made = plan(find_model("deepseek-ai/DeepSeek-V3"), [named_gpu(gpu)], None, EngineRequest())
+    assert "no room for a KV cache" in made.why
+    assert made.remedy == f"a smaller scheme, a larger GPU{remedy}"
+
+
 def test_a_degree_that_does_not_divide_is_answered_with_what_does() -> None:
     """Another degree, and smaller groups where they divide; never where none does."""
     spec = find_model("meta-llama/Llama-2-7b-hf")  # 11008 inputs: 86 groups of 128

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 import deploy_vllm
+from quant.catalog import catalogue
 from quant.data import load_json
 from quant.engines import ENGINES, reading_problem
 from quant.engines.base import UNQUANTIZED
@@ -25,6 +26,7 @@ from quant.serving.deployment import DeploymentRequest
 from quant.serving.engines import plan
 from quant.serving.passed_on import named
 from tests.helpers import ROOT
+from tests.stand_ins import published_config, with_fewer_experts, write_stand_in
 
 OTHERS = [name for name in ENGINES if name != "vllm"]
 
@@ -134,6 +136,18 @@ def test_ranks_and_dtype_beside_the_weights_hold_for_every_engine(source: Path) 
     assert not any("dtype" in w for w in _warnings(source, "tensorrt-llm"))  # as config.json has it
     older = plan(source, DeploymentRequest(gpu="T4"), "sglang").command
     assert _after(older, "--dtype") == "float16"
+
+
+def test_gpt_oss_as_it_comes_is_read_by_those_that_have_its_numbers(tmp_path: Path) -> None:
+    """Its experts are no linears of a scheme; what does not read them says so of their layout."""
+    config = with_fewer_experts(published_config(catalogue()["openai/gpt-oss-20b"]["config"]), 4)
+    source = write_stand_in(config, tmp_path / "gpt-oss")
+    for engine in ("vllm", "sglang", "tensorrt-llm"):
+        assert str(source) in plan(source, DeploymentRequest("H100-80GB", read_values=False), engine).command
+    with pytest.raises(VerificationFailed, match="TGI .* reads no mxfp4 weights: it reads unquantized"):
+        plan(source, DeploymentRequest("H100-80GB", read_values=False), "tgi")
+    with pytest.raises(VerificationFailed, match=r"--gpu is A100-80GB \(8.0\)"):
+        plan(source, DeploymentRequest("A100-80GB", read_values=False), "tensorrt-llm")
 
 
 def test_an_engine_that_takes_every_gpu_is_told_of_one(source: Path) -> None:
