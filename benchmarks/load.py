@@ -3,7 +3,7 @@
 guidellm's) on one server, in turn.
 
     python benchmarks/load.py --streams 100,250,500
-    python benchmarks/load.py --url http://127.0.0.1:8000 --vllm-python PYTHON [--guidellm-python PYTHON]
+    python benchmarks/load.py --model-path CHECKPOINT --vllm-python PYTHON [--guidellm-python PYTHON]
 
 Streams: a server of its own process sends 20 tokens a second to each, with the moment of sending in every
 token; the client's delay is from there to where its arrival is noted, on one core. Pairs: each program loads
@@ -15,19 +15,30 @@ import asyncio
 import json
 import multiprocessing
 import os
+import signal
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
 
-from common import ROOT, last_json, machine, run
+from common import ROOT, machine
 
 sys.path.insert(0, str(ROOT))
 
+from quant.serving.bench import BenchRequest, bench_endpoint  # noqa: E402
 from quant.serving.client import Endpoint, Prompt, ask  # noqa: E402
-from quant.serving.load import watched  # noqa: E402
+from quant.serving.load import Level, watched  # noqa: E402
+from quant.serving.measures import Lengths, percentile_interval  # noqa: E402
+from quant.serving.prompts import PromptRequest  # noqa: E402
+from quant.serving.tools import TOOLS, Job, _resolved  # noqa: E402
 
 _RATE = 20
-_FIGURES = ("mean_ttft_ms", "mean_tpot_ms", "mean_e2el_ms", "output_throughput")
+_FIGURES = ("median_ttft_ms", "median_tpot_ms", "median_e2el_ms", "output_throughput")
 
 
 def echo(port: int) -> None:
@@ -82,51 +93,141 @@ async def drive(port: int, streams: int, seconds: float) -> None:
     )
 
 
-def pairs(a: argparse.Namespace) -> None:
-    tools = {"quant": None, "vllm": a.vllm_python, "guidellm": a.guidellm_python}
-    shape = ["--input-tokens", str(a.input_tokens), "--output-tokens", str(a.output_tokens)]
-    ratios: dict[tuple[str, str], list[float]] = {}
-    for turn in range(a.repeat):
-        rows = {}
-        for tool, python in tools.items():
-            if tool != "quant" and python is None:
-                continue
-            command = [
-                sys.executable,
-                ROOT / "deploy_vllm.py",
-                "bench",
-                "--url",
-                a.url,
-                "--json",
-                "-q",
-                *shape,
-            ]
-            command += [
-                "--concurrency",
-                str(a.concurrency),
-                "--requests",
-                str(a.requests),
-                "--seed",
-                str(turn),
-            ]
-            command += [] if tool == "quant" else ["--tool", tool, "--tool-python", python]
-            rows[tool] = last_json(run(command).output)["targets"][0]["levels"][0]
-            print(f"  {tool}: " + ", ".join(f"{k} {rows[tool][k]:.2f}" for k in _FIGURES), flush=True)
-        for tool in rows.keys() - {"quant"}:
-            for key in _FIGURES:
-                ratios.setdefault((tool, key), []).append(rows["quant"][key] / rows[tool][key])
-    for (tool, key), values in sorted(ratios.items()):
-        print(f"{key}: quant / {tool} {statistics.median(values):.3f} (median of {len(values)} pairs)")
+@contextmanager
+def served(model: Path, python: str) -> Iterator[str]:
+    """vLLM on a checkpoint by this checkout's own ``serve``; the address that it answers at."""
+    command = [sys.executable, ROOT / "deploy_vllm.py", "serve", "-m", model, "--port", "0", "--json", "-q"]
+    command += ["--vllm-python", python, "--", "--enforce-eager"]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        if not line:
+            raise SystemExit(f"vLLM did not start on {model}")
+        yield json.loads(line)["url"]
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+
+
+#: Another program's own command, again for every line of arguments: it is imported once, so that turns are
+#: seconds apart and what drifts on the machine is the same for both.
+_STAYS = {
+    "vllm": "from vllm.benchmarks.serve import add_cli_args, main\n"
+    "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
+    "parser = FlexibleArgumentParser(); add_cli_args(parser)\n"
+    "command = lambda words: main(parser.parse_args(words))\n",
+    "guidellm": "from guidellm.__main__ import cli\n"
+    "command = lambda words: cli(words, standalone_mode=False)\n",
+}
+_LOOP = """
+import contextlib, json, os, sys
+told = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+for line in sys.stdin:
+    try:
+        command(json.loads(line)); said = ""
+    except BaseException as error:
+        said = f"{type(error).__name__}: {error}"
+    print(json.dumps(said), file=told, flush=True)
+"""
+
+
+@contextmanager
+def staying(tool: str, python: str) -> Iterator[Callable[[Job], dict]]:
+    """Loads as another program makes them."""
+    words, read = TOOLS[tool]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(
+            [python, "-c", _STAYS[tool] + _LOOP],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
+        ) as process,
+    ):
+
+        def load(job: Job) -> dict:
+            arguments = words(job)[2:]  # what follows -c PROGRAM, or -m MODULE
+            process.stdin.write(json.dumps(arguments) + "\n")
+            process.stdin.flush()
+            said = process.stdout.readline()
+            if json.loads(said or '"it ended"'):
+                log.seek(0)
+                raise SystemExit(f"{tool}: {said}\n{log.read()[-2000:]}")
+            return read(job)
+
+        try:
+            yield load
+        finally:
+            process.stdin.close()
+
+
+def ours(job: Job) -> dict:
+    """The same load by our own client."""
+    request = replace(job.request, levels=(job.level,), requests=job.requests)
+    return bench_endpoint(job.endpoint, request).levels[0]
+
+
+def pairs(a: argparse.Namespace, url: str) -> None:
+    """Each turn every program, the first of one turn the last of the next, each with prompts that are new."""
+    lengths = [Lengths("fixed", float(n), float(n)) for n in (a.input_tokens, a.output_tokens)]
+    endpoint, root = _resolved(Endpoint(url))
+    pythons = {"vllm": a.vllm_python, "guidellm": a.guidellm_python}
+    with ExitStack() as stack:
+        tools = {"quant": ours}
+        tools |= {t: stack.enter_context(staying(t, python)) for t, python in pythons.items() if python}
+        for concurrency in map(int, a.concurrency.split(",")):
+            rows: dict[str, list[dict]] = {tool: [] for tool in tools}
+            for turn in range(-1, a.repeat):  # the first is no pair: programs make their connections in it
+                for tool in list(tools)[:: 1 if turn % 2 == 0 else -1]:
+                    # the seed of each turn is another, or prompts would be in the server's cache
+                    asked = PromptRequest(*lengths, seed=a.seed + 100 * concurrency + turn + 1)
+                    with tempfile.TemporaryDirectory() as folder:
+                        level = Level(concurrency=concurrency)
+                        request = BenchRequest(asked, (), None, a.warm_up)
+                        job = Job(endpoint, request, level, a.requests, root, Path(folder))
+                        row = tools[tool](job)
+                    done, made = row["completed"], row["total_output_tokens"]
+                    if done < 0.9 * a.requests or made != done * a.output_tokens:
+                        raise SystemExit(f"{tool}: {done} of {a.requests} answered, {made} tokens")
+                    rows[tool] += [row] if turn >= 0 else []
+            compared(f"{concurrency} at a time", rows)
+
+
+def compared(level: str, rows: dict[str, list[dict]]) -> None:
+    """Medians of the programs, and of the quotients turn by turn with the interval that holds it by 95 %."""
+    for tool, found in rows.items():
+        medians = ", ".join(f"{k} {statistics.median(row[k] for row in found):.2f}" for k in _FIGURES)
+        print(f"{level}, {tool}: {medians}", flush=True)
+    for tool in rows.keys() - {"quant"}:
+        for key in _FIGURES:
+            both = zip(rows["quant"], rows[tool], strict=True)
+            quotients = sorted(mine[key] / theirs[key] for mine, theirs in both)
+            ranks = percentile_interval(len(quotients), 50) or (0, len(quotients) - 1)
+            low, high = (quotients[r] for r in ranks)
+            print(
+                f"{level}, {key}: quant / {tool} {statistics.median(quotients):.3f} "
+                f"({low:.3f} to {high:.3f}, {len(quotients)} pairs)",
+                flush=True,
+            )
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--streams", default="", help="such as 100,250,500")
     p.add_argument("--seconds", type=float, default=5.0)
-    p.add_argument("--url"), p.add_argument("--vllm-python"), p.add_argument("--guidellm-python")
-    p.add_argument("--concurrency", type=int, default=4)
-    p.add_argument("--requests", type=int, default=64)
-    p.add_argument("--repeat", type=int, default=5)
+    p.add_argument("--url", help="a server that runs")
+    p.add_argument("--model-path", type=lambda p: Path(p).resolve(), help="a checkpoint to serve instead")
+    p.add_argument("--vllm-python"), p.add_argument("--guidellm-python")
+    p.add_argument("--concurrency", default="1,4,16")
+    p.add_argument("--seed", type=int, default=0, help="of the first turn's prompts")
+    p.add_argument("--requests", type=int, default=32)
+    p.add_argument("--repeat", type=int, default=15)
+    p.add_argument("--warm-up", type=int, default=4)
     p.add_argument("--input-tokens", type=int, default=128)
     p.add_argument("--output-tokens", type=int, default=32)
     a = p.parse_args()
@@ -139,8 +240,13 @@ def main() -> None:
         for streams in map(int, a.streams.split(",")):
             asyncio.run(drive(port, streams, a.seconds))
         server.terminate()
-    if a.url:
-        pairs(a)
+    if a.model_path:
+        if not a.vllm_python:
+            raise SystemExit("--model-path needs --vllm-python to serve it")
+        with served(a.model_path, a.vllm_python) as url:
+            pairs(a, url)
+    elif a.url:
+        pairs(a, a.url)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,28 @@ def speculate(job):
     )  # fmt: skip
     rows = [TokensPrompt(prompt_token_ids=r) for r in job["rows"]]
     sampling = SamplingParams(temperature=0, max_tokens=job["new_tokens"], ignore_eos=True, detokenize=False)
-    said = llm.generate(rows, sampling, use_tqdm=False)
-    counted = {
+    # counters only ever grow: one row at a time tells what each added
+    groups = [[row] for row in rows] if job.get("each") else [rows]
+    said, totals = [], [_counted(llm)]
+    for group in groups:
+        said += llm.generate(group, sampling, use_tqdm=False)
+        totals.append(_counted(llm))
+    each = [
+        {
+            k.rpartition("spec_decode_")[2]: v - before.get(k, 0)
+            for k, v in after.items()
+            if not isinstance(v, list)
+        }
+        for before, after in zip(totals, totals[1:], strict=False)
+    ]
+    return {"tokens": [list(a.outputs[0].token_ids) for a in said], "counted": totals[-1], "each": each}
+
+
+def _counted(llm):
+    """vLLM's counters of speculation so far."""
+    return {
         m.name: getattr(m, "values", None) or m.value for m in llm.get_metrics() if "spec_decode" in m.name
     }
-    return {"tokens": [list(a.outputs[0].token_ids) for a in said], "counted": counted}
 
 
 def main():
