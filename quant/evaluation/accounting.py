@@ -13,6 +13,7 @@ from quant.formats import QuantizedLayers
 from quant.formats.reading import dequantized
 from quant.models.cutting import without_blocks
 from quant.models.linears import LinearRef, fused_tensors
+from quant.models.narrowing import again_narrowed
 from quant.models.stacking import stacked
 from quant.report.value import Report, TensorsAccount
 from quant.vllm.config import block_count
@@ -39,13 +40,17 @@ def copied_tensors(
 
 
 def counterpart(path: str | Path, source: Checkpoint) -> Checkpoint:
-    """The source as a checkpoint has it to compare with: without the decoder blocks that its report says were
-    left out."""
+    """The source as a checkpoint has it to compare with: without the decoder blocks, and what else of each
+    block, that its report says were left out."""
     report = Report.load(path)
     cut = None if report is None else report.pruning
     if cut is None or cut.blocks != block_count(source.config) or not cut.kept:
         return source
-    return without_blocks(source, cut.kept)
+    if cut.dropped:
+        return without_blocks(source, cut.kept)
+    for width in cut.widths:
+        source = again_narrowed(source, width)
+    return source
 
 
 def noted_tensors(path: Path) -> dict[str, list[str]]:
@@ -55,7 +60,8 @@ def noted_tensors(path: Path) -> dict[str, list[str]]:
     tensors = (
         TensorsAccount() if report is None or report.quantization is None else report.quantization.tensors
     )
-    return {"folded": list(tensors.folded), "added": list(tensors.added)}
+    fitted = () if report is None or report.pruning is None else report.pruning.fitted
+    return {"folded": [*tensors.folded, *fitted], "added": list(tensors.added)}
 
 
 def source_problems(

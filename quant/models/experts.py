@@ -201,7 +201,7 @@ def _routed_forward(
         inner = _inner(module, experts, stop, routed)
         # expert by expert: all outputs at once are as large as a block's other activations together
         total = torch.zeros(tokens, _sizes(module, experts)[1], device=hidden.device)
-        for taken, made in _outputs(module, experts, inner):
+        for taken, made in expert_outputs(module, experts, inner):
             made = made * gates[taken].unsqueeze(-1).to(made.dtype)
             total.index_add_(0, routed.index[taken], made.float())  # no token twice
     if row is not None and row.identities:
@@ -227,7 +227,7 @@ def _sorted_forward(module: Any, experts: Experts, stop: Stop, hidden: torch.Ten
     if _recorded(hidden):
         output[index] = _two_products(module, experts, stop, routed)
     else:
-        for pairs, made in _outputs(module, experts, _inner(module, experts, stop, routed)):
+        for pairs, made in expert_outputs(module, experts, _inner(module, experts, stop, routed)):
             output[index[pairs]] = made
     return output
 
@@ -258,7 +258,7 @@ def _inner(module: Any, experts: Experts, stop: Stop, routed: Routed) -> Routed:
     return stop(experts.path, "down", between) or between
 
 
-def _outputs(module: Any, experts: Experts, inner: Routed) -> Iterator[tuple[slice, torch.Tensor]]:
+def expert_outputs(module: Any, experts: Experts, inner: Routed) -> Iterator[tuple[slice, torch.Tensor]]:
     """For each expert that is sent tokens: its pairs, and its outputs [n, H]."""
     for pairs, made in _products(module, "down_proj", experts, inner):
         yield pairs, normed(module, made)

@@ -7,77 +7,53 @@ others count for is measured again, because blocks stand in for each other.
 
 from __future__ import annotations
 
-import json
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from quant import defaults
 from quant.accelerator import device_name, device_of
-from quant.calibration.files import bundled
-from quant.calibration.text import Rows, calibration_rows
+from quant.calibration.text import Rows
 from quant.checkpoint.journal import WorkFolder
-from quant.checkpoint.reader import Checkpoint, open_checkpoint
-from quant.errors import CheckpointError, Problems, QuantError, UsageError, VerificationFailed, clipped
-from quant.evaluation.agreement import file_problems
+from quant.checkpoint.reader import Checkpoint
+from quant.errors import CheckpointError, UsageError, clipped
 from quant.evaluation.quality import Runner
-from quant.evaluation.verify import verify
-from quant.formats import FormatRegistry, find_format
 from quant.models.cutting import without_blocks
 from quant.models.skeleton import Skeleton
-from quant.offline import load_config, load_tokenizer
 from quant.pipeline.activation_store import ActivationStore
-from quant.pipeline.checks import check_disk, output_problems
-from quant.pipeline.layout import lay_out
+from quant.pipeline.checks import check_disk
 from quant.pipeline.manager import RESIDENT_CPU
-from quant.pipeline.memory import peak_rss
-from quant.pipeline.writing import write_rest, write_unit
 from quant.progress import Event, Progress, silent
 from quant.pruning.importance import MEASURE
-from quant.report.files import write_report
-from quant.report.value import Provenance, Pruning, Report
-from quant.vllm.arguments import engine_arguments, vllm_config
-from quant.vllm.config import (
-    block_count,
-    quantization_config,
-    text_config,
-    vocabulary_size,
-    without_quantization,
+from quant.pruning.output import (
+    Measured,
+    Times,
+    built,
+    fingerprint,
+    measured_rows,
+    opened,
+    write_smaller,
 )
-from quant.vllm.context import context_length
-
-#: Rows of text that blocks are measured on, and tokens of each, where none are asked for.
-ROWS, LENGTH = 16, 512
+from quant.report.value import Provenance, Pruning, Report
+from quant.vllm.config import block_count, text_config
 
 
 @dataclass(frozen=True)
-class Depth:
-    """Which blocks go.
+class Depth(Measured):
+    """Which blocks go, and the text that they are measured on.
 
     Attributes:
         drop: how many; or
         blocks: which, by their numbers.
         measure: by what they are chosen: ``kl`` or ``angle``.
-        calibration_dataset, samples, sequence_length, shuffle, seed: the text that they are measured on, as a
-            recipe has it.
-        device: where; None: the GPU if there is one.
     """
 
     drop: int = 0
     blocks: tuple[int, ...] = ()
     measure: str = "kl"
-    calibration_dataset: Sequence[Path] = field(default_factory=list)
-    samples: int = ROWS
-    sequence_length: int | None = None
-    shuffle: bool = False
-    seed: int = defaults.SEED
-    device: str | None = None
 
     def problems(self, count: int) -> list[str]:
         """What is wrong with it for a model of so many blocks."""
@@ -113,16 +89,8 @@ def drop_blocks(
     """
     start = time.perf_counter()
     output = Path(output_path)
-    checkpoint = open_checkpoint(model_path)
-    layers = find_format(checkpoint.config, checkpoint.tensors)
-    if layers is not None and not layers.linears and not layers.stacks:  # a file of an earlier life says so
-        checkpoint = replace(checkpoint, config=without_quantization(checkpoint.config), quantization_file="")
-    problems = [*_source_problems(checkpoint), *output_problems(checkpoint.path, output)]
+    checkpoint = opened(model_path, output)
     count = block_count(checkpoint.config)
-    if count is None:
-        problems.append(f"{checkpoint.path}: config.json does not say how many decoder blocks there are")
-    if problems:
-        raise Problems(problems)
     assert count is not None
     if wrong := depth.problems(count):
         raise UsageError(wrong[0])
@@ -132,108 +100,28 @@ def drop_blocks(
     check_disk(output, checkpoint.nbytes)
     if depth.blocks:  # what cannot be written is told before anything is measured
         _checked(checkpoint, kinds, [i for i in range(count) if i not in depth.blocks])
-    rows = None if depth.blocks else _rows(checkpoint, depth)
-    work = WorkFolder(output.absolute(), _fingerprint(checkpoint, depth, rows, device), fresh)
+    rows = None if depth.blocks else measured_rows(checkpoint, depth)
+    settings = {
+        "drop_blocks": depth.drop or None,
+        "blocks": list(depth.blocks) or None,
+        "importance": depth.measure,
+    }
+    work = WorkFolder(output.absolute(), fingerprint(checkpoint, settings, rows, device), fresh)
     try:
         kept, steps = _chosen(runner, depth, rows, kinds, work, progress)
         cut = _checked(checkpoint, kinds, kept)
-        form, dtype = FormatRegistry.get("plain"), checkpoint.dtype
-        units = lay_out(cut, {}, form, dtype)
-        measured = time.perf_counter()
-        for number, unit in enumerate(units):
-            if unit.name not in work.finished:
-                files = write_unit(unit, work.path, cut, form, {}, {}, dtype, _nothing)
-                work.finish_unit(unit.name, files, {})
-            progress(Event("write", number + 1, len(units)))
-        arguments = engine_arguments(cut.config)
-        dropped = write_rest(work.path, cut, units, form, cut.config, arguments)
-        checked = verify(work.path, served=False)
-        if checked.failed:
-            raise VerificationFailed(
-                f"{work.path}: the output failed its own verification: {'; '.join(checked.failed[:5])}. It "
-                "was not published"
-            )
-        end = time.perf_counter()
-        report = Report(
-            output_path=str(output),
-            source_path=str(checkpoint.path),
-            format=form.name,
-            source_bytes=checkpoint.nbytes,
-            output_bytes=cut.nbytes,
-            seconds={
-                "measure": round(measured - start, 3),
-                "write": round(end - measured, 3),
-                "total": round(end - start, 3),
-            },
-            peak_rss_bytes=peak_rss(),
-            side_files_dropped=tuple(dropped),
-            vllm=vllm_config(arguments),
-            verify=checked.to_dict() | {"path": str(output)},
-            output_hash=checked.content_hash,
-            pruning=Pruning(
-                blocks=count,
-                dropped=tuple(i for i in range(count) if i not in kept),
-                measure="" if depth.blocks else depth.measure,
-                steps=tuple(steps),
-                calibration=None if rows is None else rows.to_dict(),
-            ),
-            provenance=Provenance.here(command, device_name(device)),
+        pruning = Pruning(
+            blocks=count,
+            dropped=tuple(i for i in range(count) if i not in kept),
+            measure="" if depth.blocks else depth.measure,
+            steps=tuple(steps),
+            calibration=None if rows is None else rows.to_dict(),
         )
-        write_report(work.path, report, checkpoint)
-        work.publish()
+        times = Times(start, time.perf_counter())
+        here = Provenance.here(command, device_name(device))
+        return write_smaller(cut, checkpoint, work, output, pruning, times, here, progress)
     finally:
         work.release()
-    return report
-
-
-def _nothing(name: str) -> Any:
-    raise AssertionError(f"{name}: no linear of a checkpoint without blocks is made anew")
-
-
-def _source_problems(checkpoint: Checkpoint) -> list[str]:
-    problems = [f"{checkpoint.path}: {line}" for line in file_problems(checkpoint, build=True)]
-    if quantization_config(checkpoint.config) is not None:
-        problems.append(
-            f"{checkpoint.path}: is already quantized: leave blocks out first and quantize then, or turn it "
-            "into plain weights with quant export-vllm --format plain"
-        )
-    return problems
-
-
-def _rows(checkpoint: Checkpoint, depth: Depth) -> Rows:
-    longest = context_length(checkpoint.config)
-    length = depth.sequence_length or min(LENGTH, longest or LENGTH)
-    if longest is not None and length > longest:
-        raise UsageError(f"--sequence-length is {length}: the model's longest context is {longest}")
-    return calibration_rows(
-        load_tokenizer(checkpoint.path),
-        list(depth.calibration_dataset) or [bundled("wikipedia")],
-        depth.samples,
-        length,
-        vocabulary=vocabulary_size(checkpoint.config) or 2**31,
-        shuffle=depth.shuffle,
-        seed=depth.seed,
-    )
-
-
-def _fingerprint(
-    checkpoint: Checkpoint, depth: Depth, rows: Rows | None, device: torch.device
-) -> dict[str, Any]:
-    files = [*checkpoint.weight_files, checkpoint.path / "config.json"]
-    return {
-        "source": {
-            "path": str(checkpoint.path.absolute()),
-            "files": {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files},
-        },
-        "settings": {
-            "drop_blocks": depth.drop or None,
-            "blocks": list(depth.blocks) or None,
-            "importance": depth.measure,
-        },
-        "calibration": None if rows is None else rows.digest,
-        "torch": torch.__version__,
-        "device": str(device),
-    }
 
 
 def _chosen(
@@ -328,7 +216,7 @@ def _checked(checkpoint: Checkpoint, kinds: Sequence[Mapping[str, Any]], kept: S
     for explicit in (False, True):
         if explicit:  # families whose config gives the kinds of blocks by a period take them as a list too
             cut = replace(cut, config=_with_kinds(cut.config, [kinds[i].get("layer_types") for i in kept]))
-        made = block_kinds(_built(cut))
+        made = block_kinds(built(cut, "the blocks that would go"))
         wrong = [
             (old, key)
             for new, old in enumerate(kept)
@@ -351,15 +239,3 @@ def _with_kinds(config: Mapping[str, Any], kinds: Sequence[Any]) -> dict[str, An
         return dict(config)
     made = {**text, "layer_types": list(kinds)}
     return made if text is config else {k: made if v is text else v for k, v in config.items()}
-
-
-def _built(cut: Checkpoint) -> Skeleton:
-    """The model that transformers makes of a config that is in no file yet."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(cut.config), encoding="utf-8")
-        try:
-            load_config(Path(folder))
-            return Skeleton(replace(cut, path=Path(folder)), torch.device("cpu"))
-        except QuantError as error:
-            said = str(error).replace(folder, str(cut.path))
-            raise CheckpointError(f"{said} (without the blocks that would go)") from error

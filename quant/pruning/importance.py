@@ -34,7 +34,7 @@ def block_angles(
     """By block among ``kept``, the mean angle between its inputs and outputs on rows of tokens int64 [R, T],
     in half turns: 0 of a block that changes nothing, ½ of one whose outputs are at right angles to its
     inputs."""
-    hidden, calls = _embedded(runner, rows)
+    hidden, calls = embedded(runner, split_rows(rows))
     states, angles = Batches(store, hidden), {}
     for number, index in enumerate(kept):
         progress(Event("importance", number, len(kept), detail=f"block {index}"))
@@ -46,7 +46,7 @@ def block_angles(
             turned += float(cosine.clamp(-1, 1).arccos().double().sum()) / math.pi
             tokens += cosine.numel()
 
-        _through(runner, index, [states], calls, noted)
+        through(runner, index, [states], calls, noted)
         angles[index] = turned / tokens
     progress(Event("importance", len(kept), len(kept)))
     return angles
@@ -61,33 +61,34 @@ def block_losses(
     All these models go through the blocks together, so that each block is read once: what a block gets has as
     many versions as blocks before it could be missing.
     """
-    batches = _batches(rows)
-    hidden, calls = _embedded(runner, rows)
+    batches = split_rows(rows)
+    hidden, calls = embedded(runner, batches)
     count = runner.skeleton.block_count
     whole = Batches(store, hidden)
-    trunk = whole if len(kept) == count else _copy(whole, store)
+    trunk = whole if len(kept) == count else copied(whole, store)
     without: dict[int, Batches] = {}
     for index in range(count):
         progress(Event("importance", index, count, detail=f"block {index}, {len(without) + 1} times"))
         if index not in kept:
-            _through(runner, index, [whole], calls)
+            through(runner, index, [whole], calls)
             continue
-        missing = _copy(trunk, store)
+        missing = copied(trunk, store)
         both = [whole] if trunk is whole else [whole, trunk]
-        _through(runner, index, [*both, *without.values()], calls)
+        through(runner, index, [*both, *without.values()], calls)
         without[index] = missing
     progress(Event("importance", count, count))
-    return _divergences(runner, batches, whole, without, progress)
+    return divergences(runner, batches, whole, without, progress)
 
 
-def _divergences(
+def divergences(
     runner: Runner,
     batches: Sequence[torch.Tensor],
     whole: Batches,
     without: Mapping[int, Batches],
     progress: Progress,
 ) -> dict[int, float]:
-    """Mean KL from what the ``whole`` model gives to what each other gives."""
+    """Mean KL in nats per token from what the ``whole`` model gives to what each other gives, of the states
+    behind the last block."""
     sums = dict.fromkeys(without, 0.0)
     tokens, device = 0, runner.skeleton.device
     with ExitStack() as stack, torch.no_grad():
@@ -108,29 +109,34 @@ def _divergences(
     return {index: total / tokens for index, total in sums.items()}
 
 
-def _batches(rows: torch.Tensor) -> list[torch.Tensor]:
+def split_rows(rows: torch.Tensor) -> list[torch.Tensor]:
+    """Rows of tokens [R, T] in batches of a few thousand."""
     return list(rows.split(max(1, _BATCH_TOKENS // rows.shape[1])))
 
 
-def _embedded(runner: Runner, rows: torch.Tensor) -> tuple[list[torch.Tensor], list[list[BlockCall]]]:
-    """
+def embedded(
+    runner: Runner, batches: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[list[BlockCall]]]:
+    """The states before the blocks by batch, and the calls of all blocks.
+
     Raises:
         CheckpointError: blocks read what earlier ones leave for them.
     """
-    hidden, calls = runner.skeleton.embed(_batches(rows))
+    hidden, calls = runner.skeleton.embed(batches)
     if any(call.state for one in calls for call in one):
         raise CheckpointError(
             f"{runner.skeleton.checkpoint.path}: its blocks read what earlier ones leave for them, so none "
-            "can be left out"
+            "can be pruned"
         )
     return hidden, calls
 
 
-def _copy(states: Batches, store: ActivationStore) -> Batches:
+def copied(states: Batches, store: ActivationStore) -> Batches:
+    """The same states once more."""
     return Batches(store, (states.copy(batch) for batch in range(len(states))))
 
 
-def _through(
+def through(
     runner: Runner,
     index: int,
     streams: Sequence[Batches],

@@ -107,7 +107,7 @@ def card(
         ("size", f"{format_size(report.source_bytes)} → {format_size(report.output_bytes)} of tensors")
     )
     if (cut := report.pruning) is not None:
-        rows.append(("blocks", f"{cut.blocks} → {len(cut.kept)}, without {', '.join(map(str, cut.dropped))}"))
+        rows += cut.summary
     if (taught := report.teaching) is not None and taught.before is not None and taught.after is not None:
         rows.append(("taught by", Path(taught.teacher).name))
         rows.append(("held-out KL to it", f"{taught.before:.5f} → {taught.after:.5f} nats per token"))

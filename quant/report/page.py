@@ -123,7 +123,7 @@ def _facts(report: Report, evaluation: Mapping[str, Any] | None) -> str:
         if job.bits_per_weight is not None:
             facts.append(("bits per weight", f"{job.bits_per_weight:g}"))
     if (cut := report.pruning) is not None:
-        facts.append(("blocks", f"{cut.blocks} → {len(cut.kept)}"))
+        facts += cut.summary
     facts.append(("format", report.format))
     kl = (evaluation or {}).get("kl")
     facts.append(("KL to the source, nats", mean_and_error(kl, ".5f") if kl else "not measured"))
@@ -177,7 +177,15 @@ _MEASURES = {
 
 
 def _blocks(cut: Pruning) -> list[str]:
-    """What each decoder block counted for when one went, as a table with a column for each that did."""
+    """What each decoder block counted for when one went, as a table with a column for each that did; and what
+    it cost to make blocks narrower."""
+    if cut.widths:
+        rows = [
+            [str(w.get("called")), str(w.get("before")), str(w.get("after")), f"{w.get('kl') or 0.0:.5f}"]
+            for w in cut.widths
+        ]
+        heads = ["units", "in a block before", "now", "KL to the source then, nats per token"]
+        return ["<h2>Narrower blocks</h2>", table(heads, rows, range(1, len(heads)))]
     said = f"Left out: {', '.join(map(str, cut.dropped))}."
     if not cut.steps:
         return ["<h2>Blocks</h2>", f"<p>{html.escape(said)} They were named, not measured.</p>"]

@@ -350,7 +350,7 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Pruning:
-    """What a report says of a checkpoint with fewer decoder blocks than its source.
+    """What a report says of a checkpoint with fewer or narrower decoder blocks than its source.
 
     Attributes:
         blocks: that the source has.
@@ -359,6 +359,10 @@ class Pruning:
             named.
         steps: of each block in the order they went, ``dropped`` and the ``importance`` by number of all that
             were there then.
+        widths: of each kind of unit in the order they went: its ``kind`` and what it is ``called``, how many
+            each block had ``before`` and has ``after``, the ``kl`` to the source then, nats per token of text
+            that nothing was measured on, by block the units that were ``kept`` and the ``scores`` of all, and
+            the tensors that were ``fitted`` to their loss.
         calibration: the text that they were measured on; None without.
     """
 
@@ -366,12 +370,28 @@ class Pruning:
     dropped: tuple[int, ...] = ()
     measure: str = ""
     steps: tuple[Mapping[str, Any], ...] = ()
+    widths: tuple[Mapping[str, Any], ...] = ()
     calibration: Mapping[str, Any] | None = None
 
     @property
     def kept(self) -> tuple[int, ...]:
         """The numbers of the blocks that stay."""
         return tuple(i for i in range(self.blocks) if i not in self.dropped)
+
+    @property
+    def fitted(self) -> tuple[str, ...]:
+        """Tensors whose values are not the source's, or some of them."""
+        return tuple(str(name) for w in self.widths for name in w.get("fitted") or ())
+
+    @property
+    def summary(self) -> list[tuple[str, str]]:
+        """What there is less of, and how much."""
+        rows = []
+        if self.dropped:
+            gone = ", ".join(map(str, self.dropped))
+            rows.append(("blocks", f"{self.blocks} → {len(self.kept)}, without {gone}"))
+        rows += [(str(w.get("called")), f"{w.get('before')} → {w.get('after')}") for w in self.widths]
+        return rows
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -380,6 +400,7 @@ class Pruning:
                 "dropped": list(self.dropped),
                 "measure": self.measure,
                 "steps": [dict(s) for s in self.steps],
+                "widths": [dict(w) for w in self.widths],
                 "calibration": None if self.calibration is None else dict(self.calibration),
             }
         }
@@ -393,6 +414,7 @@ class Pruning:
             dropped=tuple(_integer(x) for x in dropped) if isinstance(dropped, list) else (),
             measure=_text(value.get("measure")),
             steps=_mappings(value.get("steps")),
+            widths=_mappings(value.get("widths")),
             calibration=_mapping(value.get("calibration")) or None,
         )
 

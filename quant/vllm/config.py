@@ -189,12 +189,12 @@ def block_count(config: Mapping[str, Any]) -> int | None:
 
 
 #: Keys that state how many blocks a file has beyond the decoder's, which predict further tokens.
-_DRAFTING = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "num_mtp_layers")
+DRAFTING = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "num_mtp_layers")
 
 
 def drafting_blocks(config: Mapping[str, Any]) -> int:
     """Number of blocks that predict further tokens (MTP), as config.json states it; 0 where it does not."""
-    return next((n for key in _DRAFTING if (n := whole_number(stated(config, key)))), 0)
+    return next((n for key in DRAFTING if (n := whole_number(stated(config, key)))), 0)
 
 
 @dataclass(frozen=True)

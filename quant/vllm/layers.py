@@ -57,6 +57,17 @@ def stored_transposed(config: Mapping[str, Any], module: str) -> bool:
     return str(config.get("model_type")) in TRANSPOSED and module.rpartition(".")[2] in _CONV1D
 
 
+#: Model types whose classes read the size of a head from ``head_dim`` (`models/llama.py::LlamaAttention` and
+#: what is made of it, `qwen3.py`, `gemma*.py` …); others divide hidden_size by num_attention_heads.
+HEAD_SIZE_STATED = frozenset(
+    {
+        "llama", "mistral", "mixtral", "ministral3", "phi3", "granite", "qwen3", "qwen3_moe", "qwen3_next",
+        "gemma", "gemma2", "gemma3", "gemma3_text", "glm4", "glm4_moe", "gpt_oss", "exaone4", "cohere",
+        "cohere2", "nemotron", "minimax_m2", "ernie4_5_moe",
+    }
+)  # fmt: skip
+
+
 #: Model types whose ordinary files hold the experts of a layer as [E, K, N].
 EXPERTS_TRANSPOSED = frozenset(
     {"llama4_text", "llama4", "gpt_oss", "qwen3_vl_moe_text", "qwen3_vl_moe", "aria_text", "aria"}

@@ -308,16 +308,18 @@ def export(console: Console, report: Report) -> None:
 
 
 def pruning(console: Console, report: Report) -> None:
-    """The last lines of ``quant prune`` where blocks are left out."""
+    """The last lines of ``quant prune`` where blocks are left out or made narrower."""
     done = report.pruning
     assert done is not None
-    rows = [
-        ("output", report.output_path),
-        (
-            "blocks",
-            f"{done.blocks} → {len(done.kept)}, without {', '.join(map(str, done.dropped))}",
-        ),
-    ]
+    rows = [("output", report.output_path), *done.summary]
+    for before, width in zip([None, *done.widths], done.widths, strict=False):
+        cost = width["kl"] - (before["kl"] if before else 0.0)
+        rows.append(
+            (
+                f"KL of {width['called']}",
+                f"{cost:.4g} nats per token, {width['kl']:.4g} in all, on rows held out",
+            )
+        )
     units = {"kl": "nats per token of KL to the source without it", "angle": "half turns"}
     for step in done.steps:
         importance, block = step["importance"], step["dropped"]
