@@ -2,7 +2,7 @@
 """What pruning costs in KL divergence to the source: weights by each method, over several calibration draws;
 and decoder blocks, each measured by leaving it out, beside the order in which `quant prune` finds them.
 
-    python benchmarks/pruning.py [--draws 3] [--model MODEL] [--bench ../shared/bench]
+    python benchmarks/pruning.py [--draws 0 1 2] [--shares 0.5 2:4] [--model MODEL] [--bench ../shared/bench]
 
 A draw is the calibration text rotated to another article. The judge is `kl.py` of the bench folder.
 """
@@ -44,7 +44,8 @@ def main() -> None:
     p.add_argument(
         "--text", type=lambda p: Path(p).resolve(), default=SHARED / "data/text/wikitext-2/test.txt"
     )
-    p.add_argument("--draws", type=int, default=3)
+    p.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2], help="which of three, by their numbers")
+    p.add_argument("--shares", nargs="+", default=["0.5", "2:4", "4:8"], help="sparsities, and patterns")
     p.add_argument("--samples", default="128")
     p.add_argument("--length", default="512")
     p.add_argument("--only", choices=["weights", "blocks"])
@@ -64,9 +65,9 @@ def main() -> None:
 
         if a.only != "blocks":
             found: dict[tuple[str, str], list[float]] = {}
-            for draw in range(a.draws):
+            for draw in a.draws:
                 rows = work / f"draw{draw}.txt"
-                rows.write_text(rotated(text, draw / a.draws), encoding="utf-8")
+                rows.write_text(rotated(text, draw / 3), encoding="utf-8")
                 common = [
                     "--calibration-dataset",
                     rows,
@@ -75,9 +76,9 @@ def main() -> None:
                     "--sequence-length",
                     a.length,
                 ]
-                for share in (("--sparsity", "0.5"), ("--pattern", "2:4"), ("--pattern", "4:8")):
+                for share in (("--pattern" if ":" in s else "--sparsity", s) for s in a.shares):
                     for method in METHODS:
-                        if method == "magnitude" and draw:
+                        if method == "magnitude" and draw != a.draws[0]:
                             continue  # it reads no text
                         output = work / f"{method}-{draw}-{share[1].replace(':', '-')}"
                         given = common if method != "magnitude" else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -204,7 +204,7 @@ def _request(given: dict[str, Any]) -> BenchRequest:
     return request
 
 
-def endpoint_of(url: str, given: dict[str, Any]) -> Endpoint:
+def endpoint_of(url: str, given: Mapping[str, Any]) -> Endpoint:
     """The endpoint that options describe."""
     from quant.serving.client import Endpoint, api_key, endpoint_url
 

@@ -131,7 +131,7 @@ def _kind(asked: Mapping[str, Any]) -> tuple[str, list[str]]:
     if len(found) != 1 or any(len(chosen) > 1 for kind, chosen in found.items() if kind != "widths"):
         raise UsageError(
             "give one of --sparsity and --pattern (weights become zero), --drop-blocks and --blocks (blocks "
-            "are left out), or any of --experts, --intermediate-size and --kv-heads (blocks become narrower); "
+            "are left out), or any of --experts, --intermediate-size and --kv-heads (narrower blocks); "
             "to do several, prune what came out again"
         )
     return next(iter(found.items()))

@@ -20,7 +20,7 @@ from quant.checkpoint.journal import WorkFolder
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.checkpoint.writer import file_digest
 from quant.distillation.student import Student, Trained, kind
-from quant.distillation.teacher import Teacher, divergence
+from quant.distillation.teacher import LIKELIEST, Teacher, divergence, state_distance
 from quant.errors import Problems, QuantError, UsageError, VerificationFailed
 from quant.evaluation.agreement import file_problems
 from quant.evaluation.quality import Runner
@@ -36,7 +36,7 @@ from quant.report.files import write_report
 from quant.report.value import Provenance, Report, Teaching
 from quant.tensors import all_finite
 from quant.vllm.arguments import engine_arguments, vllm_config
-from quant.vllm.config import vocabulary_size
+from quant.vllm.config import block_count, stated, vocabulary_size, whole_number
 from quant.vllm.context import context_length
 
 #: Learning rates where none is given: of all weights, and of norms and scales as shares of themselves.
@@ -45,6 +45,8 @@ RATES: Mapping[str, float] = {"weights": 2e-4, "numbers": 2e-3}
 _KEPT_EVERY = 60.0
 #: The largest norm of a step's gradient.
 _CLIP = 1.0
+#: Blocks whose hidden states are held against the teacher's.
+_FEATURES = 4
 #: Share of the steps in which the learning rate rises.
 _WARM_UP = 0.05
 
@@ -58,6 +60,8 @@ class Distillation:
         learning_rate: the highest, from which it falls as a cosine to a hundredth; None: :data:`RATES`.
         temperature: at which both distributions are compared while training; ``alpha``: share of that in the
             loss, the rest being the cross-entropy of the text itself.
+        feature_weight: of the distance of hidden states behind some blocks from those of the teacher's blocks
+            that they were (:func:`matched`), beside the rest of the loss.
         train: ``weights`` or ``numbers``; None: what suits the student.
         held_out: rows that are judged on and not trained with; ``judge_every``: steps between two judgements;
             ``patience``: judgements without a better one after which it ends; 0: never.
@@ -71,6 +75,7 @@ class Distillation:
     learning_rate: float | None = None
     temperature: float = 1.0
     alpha: float = 1.0
+    feature_weight: float = 0.0
     train: Trained | None = None
     held_out: int = 8
     judge_every: int = 20
@@ -94,6 +99,8 @@ class Distillation:
             raise UsageError(f"--teacher-temperature is {self.temperature}: a number from 0.05 to 100")
         if not 0 <= self.alpha <= 1:
             raise UsageError(f"--teacher-share is {self.alpha}: the teacher's share of the loss, from 0 to 1")
+        if not (math.isfinite(self.feature_weight) and 0 <= self.feature_weight <= 1000):
+            raise UsageError(f"--feature-weight is {self.feature_weight}: a number from 0 to 1000")
         if self.learning_rate is not None and not 0 < self.learning_rate <= 1:
             raise UsageError(f"--learning-rate is {self.learning_rate}: above 0 and at most 1")
 
@@ -145,19 +152,22 @@ def distill(
     if problems:
         raise Problems(problems)
     kind(checkpoint, how.train)
-    check_disk(output, 3 * checkpoint.nbytes)
+    places = matched(checkpoint, origin) if how.feature_weight else {}
     rows = _rows(checkpoint, how)
+    width = len(places) * (whole_number(stated(origin.config, "hidden_size")) or 0)
+    check_disk(output, 3 * checkpoint.nbytes + rows.tokens.numel() * (6 * LIKELIEST + 2 * width))
     # the last rows judge
     training = len(rows.tokens) - how.held_out
     work = WorkFolder(output.absolute(), _fingerprint(checkpoint, origin, how, rows, device), fresh)
     try:
-        teacher = Teacher(work.path, rows.tokens)
+        teacher = Teacher(work.path, rows.tokens, list(places.values()))
         at = torch.ones(len(rows.tokens))
         at[:training] = how.temperature
         if any(f"teacher {p}" not in work.finished for p in range(teacher.parts)):
             teacher.ask(Runner(origin, device), at, work, progress)
         told = time.perf_counter()
         student = Student(checkpoint, device, how.train)
+        student.watch(list(places))
         if how.recompute:
             student.run_again()
         lesson = _Lesson(student, teacher, rows.tokens, training, how, work, progress)
@@ -180,6 +190,27 @@ def distill(
     finally:
         work.release()
     return report
+
+
+def matched(checkpoint: Checkpoint, origin: Checkpoint) -> dict[int, int]:
+    """Blocks of a student behind which its hidden states are held against the teacher's, and the teacher's
+    blocks that they were: :data:`_FEATURES` at even distances, the last one among them.
+
+    Raises:
+        UsageError: it is not known which of the teacher's blocks they were, or states are of another size.
+    """
+    counts = [block_count(c.config) or 0 for c in (checkpoint, origin)]
+    report = Report.load(checkpoint.path)
+    cut = None if report is None else report.pruning
+    kept = list(cut.kept) if cut is not None and cut.blocks == counts[1] else list(range(counts[1]))
+    sizes = [stated(c.config, "hidden_size") for c in (checkpoint, origin)]
+    if len(kept) != counts[0] or sizes[0] != sizes[1]:
+        raise UsageError(
+            f"--feature-weight: {checkpoint.path} has {counts[0]} blocks of {sizes[0]} values, its teacher "
+            f"{counts[1]} of {sizes[1]}, and no report of quant prune says which became which: leave it out"
+        )
+    number = min(_FEATURES, counts[0])
+    return {b: kept[b] for b in (counts[0] * (n + 1) // number - 1 for n in range(number))}
 
 
 def _rows(checkpoint: Checkpoint, how: Distillation) -> Rows:
@@ -308,7 +339,7 @@ class _Lesson:
 
     def _loss(self, row: int) -> torch.Tensor:
         """Of one row: the divergence from the teacher times T², as Hinton et al. 2015 (arXiv:1503.02531) have
-        it, and the cross-entropy of the text."""
+        it, the cross-entropy of the text, and the distance of hidden states."""
         how, tokens = self.how, self.rows[row : row + 1]
         logits = self.student.logits(tokens)[:, :-1]
         loss = torch.zeros((), device=logits.device)
@@ -319,6 +350,10 @@ class _Lesson:
             wanted = tokens[:, 1:].flatten().to(logits.device)
             text = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted)
             loss = loss + (1 - how.alpha) * text
+        if how.feature_weight:
+            pairs = zip(self.teacher.states(row), self.student.states.values(), strict=True)
+            far = [state_distance(said.to(own.device), own) for said, own in pairs]
+            loss = loss + how.feature_weight * torch.stack(far).mean()
         return loss
 
     def _judge(self) -> None:

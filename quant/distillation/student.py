@@ -7,7 +7,7 @@ trained as shares of what they were, so that one learning rate is right for all 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -78,6 +78,7 @@ class Student:
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, trained: Trained | None = None):
         self.checkpoint, self.device = checkpoint, device
+        self.states: dict[int, torch.Tensor] = {}
         self.layers, self.trained = (
             find_format(checkpoint.config, checkpoint.tensors),
             kind(checkpoint, trained),
@@ -177,6 +178,16 @@ class Student:
         found: Any = self.skeleton.model(input_ids=tokens.to(self.device), use_cache=False)
         logits: torch.Tensor = found.logits
         return logits.float()
+
+    def watch(self, blocks: Sequence[int]) -> None:
+        """From now on :attr:`states` has, by block among ``blocks``, the hidden states behind it in the last
+        pass."""
+
+        def seen(index: int, module: nn.Module, inputs: Any, output: Any) -> None:
+            self.states[index] = output[0] if isinstance(output, tuple) else output
+
+        for index in blocks:
+            self.skeleton.blocks[index].register_forward_hook(partial(seen, index))
 
     def run_again(self) -> None:
         """From now on blocks keep their inputs alone and are run once more on the way back, which takes a

@@ -8,7 +8,7 @@ coarsened distributions is a lower bound of the whole one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,10 +66,10 @@ def divergence(teacher: Said, logits: torch.Tensor, temperature: float = 1.0) ->
 
 class Teacher:
     """The teacher's words on rows of tokens int64 [R, T], made once and read back from files in
-    ``folder``."""
+    ``folder``; and its hidden states behind ``blocks``."""
 
-    def __init__(self, folder: Path, rows: torch.Tensor):
-        self._folder, self._rows = folder, rows
+    def __init__(self, folder: Path, rows: torch.Tensor, blocks: Sequence[int] = ()):
+        self._folder, self._rows, self._blocks = folder, rows, tuple(blocks)
 
     @property
     def parts(self) -> int:
@@ -91,7 +91,7 @@ class Teacher:
             if name in work.finished:
                 continue
             chosen = slice(part * _ROWS, (part + 1) * _ROWS)
-            said = _asked(runner, self._rows[chosen], temperatures[chosen])
+            said = _asked(runner, self._rows[chosen], temperatures[chosen], self._blocks)
             save_file({k: v.contiguous() for k, v in said.items()}, self._file(part))
             work.finish_unit(name, {self._file(part): file_digest(self._file(part))}, {})
         progress(Event("teacher", self.parts, self.parts))
@@ -103,10 +103,33 @@ class Teacher:
             found = {k: file.get_slice(k)[place : place + 1] for k in ("tokens", "logs", "rest")}
         return Said(found["tokens"].long(), found["logs"].float(), found["rest"].float())
 
+    def states(self, row: int) -> torch.Tensor:
+        """Its hidden states of one row behind each of ``blocks``, fp32 [blocks, T, H]."""
+        part, place = divmod(row, _ROWS)
+        with safe_open(self._file(part), "pt") as file:
+            found: torch.Tensor = file.get_slice("states")[place : place + 1]
+        return found[0].float()
 
-def _asked(runner: Runner, rows: torch.Tensor, temperatures: torch.Tensor) -> Mapping[str, torch.Tensor]:
-    """Of rows [R, T]: int32 ``tokens`` and fp16 ``logs`` [R, T - 1, k], fp16 ``rest`` [R, T - 1]."""
-    (hidden,) = runner.hidden([rows], lambda event: None, "teacher")
+
+def state_distance(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """How far hidden states [..., H] are from the teacher's, fp32 []: the mean over tokens of ‖s - t‖² / ‖t‖²
+    (the feature loss of Romero et al. 2015, arXiv:1412.6550, each token counted alike)."""
+    apart = (student.float() - teacher).square().sum(-1)
+    return (apart / teacher.square().sum(-1).clamp(min=1e-12)).mean()
+
+
+def _asked(
+    runner: Runner, rows: torch.Tensor, temperatures: torch.Tensor, blocks: Sequence[int]
+) -> Mapping[str, torch.Tensor]:
+    """Of rows [R, T]: int32 ``tokens`` and fp16 ``logs`` [R, T - 1, k], fp16 ``rest`` [R, T - 1]; where
+    blocks are asked for, bf16 ``states`` [R, blocks, T, H]."""
+    behind: dict[int, torch.Tensor] = {}
+
+    def seen(block: int, hidden: list[torch.Tensor]) -> None:
+        if block in blocks:
+            behind[block] = hidden[0].bfloat16().cpu()
+
+    (hidden,) = runner.hidden([rows], lambda event: None, "teacher", seen)
     skeleton = runner.skeleton
     step = max(1, _LOGITS // (skeleton.outputs * len(rows)))
     pieces = []
@@ -116,7 +139,8 @@ def _asked(runner: Runner, rows: torch.Tensor, temperatures: torch.Tensor) -> Ma
             states = hidden[..., span, :].contiguous()
             logits = skeleton.logits(rows[:, span], states).float()
             pieces.append(coarsened(logits, temperatures.to(logits.device)[:, None, None]))
-    return {
+    kept = {"states": torch.stack([behind[b] for b in blocks], 1)} if blocks else {}
+    return kept | {
         "tokens": torch.cat([p.tokens for p in pieces], 1).int().cpu(),
         "logs": torch.cat([p.logs for p in pieces], 1).half().cpu(),
         "rest": torch.cat([p.rest for p in pieces], 1).half().cpu(),

@@ -133,7 +133,14 @@ class Runner:
         self.skeleton = Skeleton(dequantized(checkpoint), device, torch.float32)
         self.simulation = simulation
 
-    def hidden(self, batches: list[torch.Tensor], progress: Progress, phase: str) -> list[torch.Tensor]:
+    def hidden(
+        self,
+        batches: list[torch.Tensor],
+        progress: Progress,
+        phase: str,
+        seen: Callable[[int, list[torch.Tensor]], None] = lambda block, states: None,
+    ) -> list[torch.Tensor]:
+        """The states behind the last block; ``seen`` is given those behind each."""
         hidden, calls = self.skeleton.embed(batches)
         with torch.no_grad():
             for index in range(self.skeleton.block_count):
@@ -149,6 +156,7 @@ class Runner:
                     for b, states in enumerate(hidden):
                         hidden[b] = call_block(block, states, calls[b][index])
                 self.skeleton.free_block(index)
+                seen(index, hidden)
                 progress(Event(phase, index + 1, self.skeleton.block_count))
         return hidden
 

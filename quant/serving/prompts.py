@@ -44,8 +44,8 @@ class PromptRequest:
     seed: int = 0
 
 
-def read_prompts(path: Path) -> list[str | tuple[Any, ...]]:
-    """Prompts of a file: texts, or tuples of chat messages.
+def read_prompts(path: Path, option: str = "--prompts") -> list[str | tuple[Any, ...]]:
+    """Prompts of a file, which ``option`` named: texts, or tuples of chat messages.
 
     Raises:
         UsageError: it cannot be read, a line is no prompt, or it holds none.
@@ -54,18 +54,18 @@ def read_prompts(path: Path) -> list[str | tuple[Any, ...]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or "it is not UTF-8 text"
-        raise UsageError(f"--prompts is {str(path)!r}: {reason}") from error
+        raise UsageError(f"{option} is {str(path)!r}: {reason}") from error
     found: list[str | tuple[Any, ...]] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        found.append(_prompt_of(line, path, number) if path.suffix == ".jsonl" else line)
+        found.append(_prompt_of(line, path, number, option) if path.suffix == ".jsonl" else line)
     if not found:
-        raise UsageError(f"--prompts is {str(path)!r}: it holds no prompt: one a line is needed")
+        raise UsageError(f"{option} is {str(path)!r}: it holds no prompt: one a line is needed")
     return found
 
 
-def _prompt_of(line: str, path: Path, number: int) -> str | tuple[Any, ...]:
+def _prompt_of(line: str, path: Path, number: int, option: str) -> str | tuple[Any, ...]:
     try:
         value = json.loads(line)
     except ValueError:
@@ -80,7 +80,7 @@ def _prompt_of(line: str, path: Path, number: int) -> str | tuple[Any, ...]:
             if isinstance(value.get(key), str) and value[key]:
                 return str(value[key])
     raise UsageError(
-        f"--prompts is {str(path)!r}: line {number} is {clipped(line, 60)}: a JSON object with 'prompt' or "
+        f"{option} is {str(path)!r}: line {number} is {clipped(line, 60)}: a JSON object with 'prompt' or "
         "'messages' is needed"
     )
 

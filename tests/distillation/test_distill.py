@@ -183,9 +183,42 @@ def test_the_texts_own_tokens_have_their_share_of_the_loss(shorter: Path, tmp_pa
     assert both.losses[0] == pytest.approx(float(0.25 * taught + 0.75 * text), rel=5e-3)
 
 
+def test_hidden_states_are_held_against_those_of_the_blocks_that_they_were(tmp_path: Path) -> None:
+    shorter = tmp_path / "shorter"
+    drop_blocks(TINYLM, shorter, Depth(blocks=(1,)))
+    assert run.matched(open_checkpoint(shorter), open_checkpoint(TINYLM)) == {0: 0, 1: 2, 2: 3}
+    how = Distillation(**{**SHORT, "steps": 1}, alpha=0.5, feature_weight=3.0, recompute=True)
+    plain = Distillation(**{**SHORT, "steps": 1}, alpha=0.5)
+    found = [
+        distill(shorter, TINYLM, tmp_path / f"{i}", h).teaching.losses[0]  # type: ignore[union-attr]
+        for i, h in enumerate((how, plain))
+    ]
+    rows = run._rows(open_checkpoint(shorter), how).tokens
+    chosen = torch.randperm(8, generator=torch.Generator().manual_seed(0))[: how.batch]
+    from transformers import AutoModelForCausalLM
+
+    states: list[dict[int, torch.Tensor]] = []
+    for path in (shorter, TINYLM):
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        states.append({})
+        for i, layer in enumerate(model.model.layers):
+            layer.register_forward_hook(
+                lambda m, a, o, i=i: states[-1].__setitem__(i, o[0] if isinstance(o, tuple) else o)
+            )
+        with torch.no_grad():
+            model(rows[chosen], use_cache=False)
+    pairs = [(states[0][i], states[1][j]) for i, j in {0: 0, 1: 2, 2: 3}.items()]
+    apart = [((s - t).square().sum(-1) / t.square().sum(-1)).mean() for s, t in pairs]
+    assert found[0] - found[1] == pytest.approx(3 * float(sum(apart)) / 3, rel=0.02)
+    stranger = make_checkpoint(tmp_path / "stranger", "llama", num_hidden_layers=3)
+    with pytest.raises(UsageError, match="no report of quant prune says which became which"):
+        distill(stranger, TINYLM, tmp_path / "out", how)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"feature_weight": float("inf")}, "--feature-weight is inf"),
         ({"steps": 0}, "--steps is 0"),
         ({"batch": -1}, "--batch is -1"),
         ({"temperature": float("nan")}, "--teacher-temperature is nan"),

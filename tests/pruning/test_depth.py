@@ -17,7 +17,8 @@ from quant.errors import CheckpointError, Problems, UsageError
 from quant.evaluation.compare import compare
 from quant.evaluation.verify import verify
 from quant.models.cutting import config_without_blocks
-from quant.pruning import Depth, depth, drop_blocks
+from quant.pruning import Depth, depth, drop_blocks, output
+from quant.pruning.output import measured_rows
 from quant.report.value import Report
 from tests.helpers import TINYLM, change_config, copy_model, files_of, make_checkpoint, read_config
 
@@ -75,7 +76,7 @@ def test_the_block_goes_without_which_least_is_lost(tmp_path: Path) -> None:
     first, second = done.steps
     assert first["dropped"] == int(min(first["importance"], key=first["importance"].get))
     assert set(second["importance"]) == set(first["importance"]) - {str(first["dropped"])}
-    rows = depth._rows(open_checkpoint(TINYLM), Depth(drop=2, **TEXT)).tokens
+    rows = measured_rows(open_checkpoint(TINYLM), Depth(drop=2, **TEXT)).tokens
     device = torch.device("cpu")
     source = Source(TINYLM, length=64)
     found = run_both(Runner(open_checkpoint(tmp_path / "out"), device), source, rows, device, lambda e: None)
@@ -88,7 +89,7 @@ def test_the_block_goes_without_which_least_is_lost(tmp_path: Path) -> None:
 def test_angles_take_one_pass_and_are_those_of_the_states(tmp_path: Path) -> None:
     report = drop_blocks(TINYLM, tmp_path / "out", Depth(drop=1, measure="angle", **TEXT))
     assert report.pruning is not None
-    rows = depth._rows(open_checkpoint(TINYLM), Depth(drop=1, **TEXT)).tokens
+    rows = measured_rows(open_checkpoint(TINYLM), Depth(drop=1, **TEXT)).tokens
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(TINYLM, dtype=torch.float32)
     states = []
     for layer in model.model.layers:
@@ -107,7 +108,7 @@ def test_a_run_that_died_goes_on_with_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = drop_blocks(TINYLM, tmp_path / "whole", Depth(drop=1, **TEXT))
-    write, calls = depth.write_unit, 0
+    write, calls = output.write_unit, 0
 
     def dying(*given: Any) -> Any:
         nonlocal calls
@@ -117,7 +118,7 @@ def test_a_run_that_died_goes_on_with_what_was_measured(
         return write(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(depth, "write_unit", dying)
+        patch.setattr(output, "write_unit", dying)
         with pytest.raises(KeyboardInterrupt):
             drop_blocks(TINYLM, tmp_path / "out", Depth(drop=1, **TEXT))
     monkeypatch.setitem(depth.MEASURE, "kl", None)  # whoever measures again fails

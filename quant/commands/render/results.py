@@ -17,6 +17,7 @@ from quant.units import format_seconds, format_share, format_size, mean_and_erro
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from quant.distillation.generate import Generated
     from quant.pipeline.gguf import GgufFile
 
 _WORST = 5
@@ -384,6 +385,20 @@ def teaching(console: Console, report: Report) -> None:
     measure = ["quant", "evaluate", report.output_path, "--against", named(done.teacher), "--save"]
     console.print(f"measure it: {shlex.join(measure)}", soft_wrap=True, markup=False)
     _serve(console, report)
+
+
+def generated(console: Console, made: Generated) -> None:
+    """The last lines of ``quant distill --generate``."""
+    rows = [
+        ("output", str(made.output)),
+        ("answered by", made.model),
+        ("rows", f"{made.rows} of {made.asked} answers, {made.tokens} tokens generated"),
+        *((f"left out: {why}", str(count)) for why, count in sorted(made.dropped.items())),
+    ]
+    table(console, "Generated", rows)
+    console.print(
+        f"train with it: --calibration-dataset {shlex.quote(str(made.output))}", soft_wrap=True, markup=False
+    )
 
 
 def verification(console: Console, value: Mapping[str, Any]) -> None:
