@@ -117,6 +117,8 @@ _OF_SCHEME = ("scheme", "bits", "group_size", "symmetric", "activations", "symme
 _OF_METHOD = ("act_order", "damping", "clip_search", "options")
 #: Keys that say which size schemes are chosen for: what is chosen stands in the rules.
 MIXING = ("target_bits", "target_size", "fit", "context", "concurrency")
+#: The key of a recipe file under which the model is pruned first (:mod:`quant.steps`); no key of a job.
+PRUNE = "prune"
 #: Keys that say where the finished output is uploaded to.
 UPLOAD = ("push_to_hub", "private", "commit_message", "replace_on_hub")
 #: Keys that say what a job may take of the machine that it runs on, and where.
@@ -350,7 +352,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     values = read_yaml(text, f"{path}:")
     if not isinstance(values, dict):
         raise UsageError(f"{path}: a recipe is a mapping of options to values, such as 'method: gptq'")
-    known = list(Recipe.model_fields)
+    known = [*Recipe.model_fields, PRUNE]
     if unknown := [str(one_of(f"{path}: recipe key", key, known)) for key in values if key not in known]:
         raise UsageError(unknown[0]) if len(unknown) == 1 else Problems(unknown, exit_code=2)
     return values

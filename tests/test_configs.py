@@ -69,3 +69,10 @@ def test_a_recipe_runs_as_its_first_line_says(recipe: Path, tmp_path: Path) -> N
     made = report["scheme"]
     assert {s["name"] for s in made.get("parts", [made])} == schemes
     assert (output / "config.json").is_file()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    if "prune" in wanted:
+        pruning = report["pruning"]
+        assert [c["step"] for c in pruning["costs"]] == ["prune, blocks", "prune, widths", "quantize"]
+        assert 0 < pruning["costs"][0]["kl"] < pruning["costs"][1]["kl"] < pruning["costs"][2]["kl"]
+        config = json.loads((output / "config.json").read_text())
+        assert (config["num_hidden_layers"], config["intermediate_size"]) == (3, 640)

@@ -21,6 +21,7 @@ from quant.torchrun import first_device, follows
 
 if TYPE_CHECKING:
     from quant.report.value import Report
+    from quant.steps import Pruned
 
 
 def _pairs(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> dict[str, Any] | None:
@@ -329,7 +330,7 @@ def smooth(out: Output, method: str, **asked: Any) -> None:
 
 def _job(out: Output, asked: dict[str, Any], needs_layers: bool = False) -> None:
     """A job of the options given and of the recipe file that they may name."""
-    from quant.recipe import recipe_values
+    from quant.recipe import PRUNE, recipe_values
 
     config, dry_run, measure = asked.pop("config"), asked.pop("dry_run"), asked.pop("measure")
     if dry_run and measure:
@@ -339,14 +340,51 @@ def _job(out: Output, asked: dict[str, Any], needs_layers: bool = False) -> None
         raise UsageError(
             "missing --layers: which ones to quantize, such as 0-3,7 or last:2; quant quantize takes all"
         )
-    if is_level(values.get("scheme")):
-        run_level(out, values, dry_run, measure)
+    first = values.pop(PRUNE, None)
+    level = is_level(values.get("scheme"))
+    if first is None:
+        (run_level if level else run_job)(out, values, dry_run, measure)
         return
-    run_job(out, values, dry_run, measure)
+    if level:
+        raise UsageError(
+            f"scheme {values['scheme']}: a recipe prunes first for a checkpoint: leave {PRUNE} out, run quant "
+            "prune, and quantize what it made"
+        )
+    if dry_run:
+        raise UsageError("--dry-run: the recipe prunes first, and what comes out of that is not foreseen")
+    run_pruned_job(out, first, values, measure)
 
 
-def run_job(out: Output, values: dict[str, Any], dry_run: bool = False, measure: bool = False) -> None:
-    """Runs a job of these recipe keys and prints what was made."""
+def run_pruned_job(out: Output, step: Any, values: dict[str, Any], measure: bool) -> None:
+    """The job of a recipe that prunes its model first."""
+    from quant.hub import local_model
+    from quant.steps import check_output, prune_first, prune_step
+
+    first = prune_step(step)
+    if foreign := sorted({"devices", "push_to_hub"} & values.keys()):
+        raise UsageError(f"{', '.join(foreign)}: not of a recipe that prunes first: leave it out")
+    if values.get("method") in defaults.UNROUNDED:
+        raise UsageError(f"a recipe prunes first for a method that quantizes: {values['method']} does not")
+    if isinstance(values["model_path"], str):
+        values = {**values, "model_path": str(local_model(values["model_path"]))}
+    output = Path(values["output_path"])
+    with resumable(), out.progress() as progress:
+        from quant.pipeline.memory import prepare_torch
+
+        check_output(output, str(values["model_path"]))
+        prepare_torch()
+        pruned = prune_first(first, values, progress)
+    run_job(out, {**values, "model_path": str(pruned.path)}, measure=measure, pruned=pruned)
+
+
+def run_job(
+    out: Output,
+    values: dict[str, Any],
+    dry_run: bool = False,
+    measure: bool = False,
+    pruned: Pruned | None = None,
+) -> None:
+    """Runs a job of these recipe keys and prints what was made; ``pruned``: of what its model comes."""
     from quant.commands.render import planning, results
     from quant.commands.uploading import finish
     from quant.hub import local_model
@@ -372,8 +410,13 @@ def run_job(out: Output, values: dict[str, Any], dry_run: bool = False, measure:
             if resolved.recommendation is not None:
                 out.details(planning.sources(resolved.recommendation))
             report = None if dry_run else jobs.made(resolved.recipe)
+            if pruned is not None:
+                from quant import steps
+
+                report = steps.quantized_already(Path(values["output_path"]), pruned)
             if report is not None:
-                message = f"{report.output_path}: made already, {report.provenance.date}: uploading it"
+                doing = "uploading it" if pruned is None else "comparing its steps"
+                message = f"{report.output_path}: made already, {report.provenance.date}: {doing}"
                 progress(Event("planning", message=message))
             else:
                 if dry_run:
@@ -381,6 +424,8 @@ def run_job(out: Output, values: dict[str, Any], dry_run: bool = False, measure:
                 else:
                     plan = jobs.plan(resolved.recipe, progress)
                     report = jobs.run(plan, progress, out.outcome.command)
+            if pruned is not None and report is not None:
+                report = steps.finish(pruned, report, progress, resolved.recipe.device)
     if follows():
         return
     if not isinstance(resolved, jobs.ResolvedJob):

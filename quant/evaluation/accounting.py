@@ -47,7 +47,7 @@ def counterpart(path: str | Path, source: Checkpoint) -> Checkpoint:
     if cut is None or cut.blocks != block_count(source.config) or not cut.kept:
         return source
     if cut.dropped:
-        return without_blocks(source, cut.kept)
+        source = without_blocks(source, cut.kept)
     for width in cut.widths:
         source = again_narrowed(source, width)
     return source

@@ -54,7 +54,7 @@ from quant.pruning.output import (
 )
 from quant.pruning.saliency import best_of_groups, least_units, made_up_for
 from quant.report.value import Provenance, Pruning, Report
-from quant.vllm.config import block_count
+from quant.vllm.config import block_count, stated, whole_number
 
 #: Rows of text behind those that are measured on, that the KL divergence is told of.
 HELD_OUT = 8
@@ -137,6 +137,20 @@ def _nearest(stay: int, number: int, count: int) -> str:
     return f"ask for {' or '.join(map(str, near))}" if near else f"the model's {count} allow no such number"
 
 
+def _undivided(checkpoint: Checkpoint, width: Width, found: Widths) -> str | None:
+    """What transformers has against a number of heads in families where it wants the hidden size to be a
+    multiple of it (`LlamaConfig.validate_architecture`), or None."""
+    hidden, stay = whole_number(stated(checkpoint.config, "hidden_size")) or 0, width.asked["heads"]
+    if not hidden % (stay * found.queries):
+        return None
+    fitting = [n for n in range(1, found.count) if hidden % (n * found.queries) == 0]
+    way = f"ask for {' or '.join(map(str, fitting))}" if fitting else "no number of them does"
+    return (
+        f"{checkpoint.path}: {OPTIONS['heads']} is {stay}, with {stay * found.queries} query heads: "
+        f"transformers reads this family where hidden_size, {hidden}, is a multiple of them: {way}"
+    )
+
+
 def narrow(
     model_path: str | Path,
     output_path: str | Path,
@@ -167,7 +181,12 @@ def narrow(
     trial = checkpoint
     for kind, stay in width.asked.items():  # what cannot be written is told before anything is measured
         trial = narrowed(trial, found[kind], stay, lambda block, stay=stay: torch.arange(stay))  # type: ignore[misc]
-    built(trial, f"the {' and '.join(CALLED[k][0] for k in width.asked)} that would go")
+    try:
+        built(trial, f"the {' and '.join(CALLED[k][0] for k in width.asked)} that would go")
+    except CheckpointError as error:
+        if "heads" in found and (problem := _undivided(checkpoint, width, found["heads"])):
+            raise UsageError(problem) from error
+        raise
     check_disk(output, 2 * checkpoint.nbytes)
     rows = measured_rows(checkpoint, replace(width, samples=width.samples + HELD_OUT))
     settings = {OPTIONS[kind].removeprefix("--"): stay for kind, stay in width.asked.items()}

@@ -177,15 +177,23 @@ _MEASURES = {
 
 
 def _blocks(cut: Pruning) -> list[str]:
-    """What each decoder block counted for when one went, as a table with a column for each that did; and what
-    it cost to make blocks narrower."""
+    """What each step of a recipe cost, what it cost to make blocks narrower, and what each decoder block
+    counted for when one went, as a table with a column for each that did."""
+    body = []
+    if cut.costs:
+        rows = [[str(c.get("step")), f"{c.get('kl') or 0.0:.5f}"] for c in cut.costs]
+        body += ["<h2>Steps</h2>", table(["behind", "KL to the source, nats per token"], rows, range(1, 2))]
     if cut.widths:
         rows = [
             [str(w.get("called")), str(w.get("before")), str(w.get("after")), f"{w.get('kl') or 0.0:.5f}"]
             for w in cut.widths
         ]
         heads = ["units", "in a block before", "now", "KL to the source then, nats per token"]
-        return ["<h2>Narrower blocks</h2>", table(heads, rows, range(1, len(heads)))]
+        body += ["<h2>Narrower blocks</h2>", table(heads, rows, range(1, len(heads)))]
+    return body + (_left_out(cut) if cut.dropped else [])
+
+
+def _left_out(cut: Pruning) -> list[str]:
     said = f"Left out: {', '.join(map(str, cut.dropped))}."
     if not cut.steps:
         return ["<h2>Blocks</h2>", f"<p>{html.escape(said)} They were named, not measured.</p>"]

@@ -364,6 +364,8 @@ class Pruning:
             that nothing was measured on, by block the units that were ``kept`` and the ``scores`` of all, and
             the tensors that were ``fitted`` to their loss.
         calibration: the text that they were measured on; None without.
+        costs: where the recipe prunes first, for each ``step`` the ``kl`` to the source behind it, nats per
+            token of the same text, with its ``standard_error``.
     """
 
     blocks: int = 0
@@ -371,6 +373,7 @@ class Pruning:
     measure: str = ""
     steps: tuple[Mapping[str, Any], ...] = ()
     widths: tuple[Mapping[str, Any], ...] = ()
+    costs: tuple[Mapping[str, Any], ...] = ()
     calibration: Mapping[str, Any] | None = None
 
     @property
@@ -401,6 +404,7 @@ class Pruning:
                 "measure": self.measure,
                 "steps": [dict(s) for s in self.steps],
                 "widths": [dict(w) for w in self.widths],
+                "costs": [dict(c) for c in self.costs],
                 "calibration": None if self.calibration is None else dict(self.calibration),
             }
         }
@@ -415,6 +419,7 @@ class Pruning:
             measure=_text(value.get("measure")),
             steps=_mappings(value.get("steps")),
             widths=_mappings(value.get("widths")),
+            costs=_mappings(value.get("costs")),
             calibration=_mapping(value.get("calibration")) or None,
         )
 

@@ -215,7 +215,7 @@ def test_the_command_prunes_weights_too(cli: Callable[..., Any], tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "give one of --sparsity, --pattern, --drop-blocks and --blocks"),
+        ([], "give one of --sparsity and --pattern"),
         (["--sparsity", "0.5", "--drop-blocks", "1"], "give one of"),
         (["--sparsity", "1"], "sparsity is 1.0"),
         (["--sparsity", "0"], "sparsity is 0.0"),

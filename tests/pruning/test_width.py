@@ -47,11 +47,11 @@ def kept(report: Report, kind: str) -> dict[int, list[int]]:
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3", "gemma3_text"])
 def test_the_output_is_the_source_with_these_columns_alone(kind: str, tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source", kind, num_attention_heads=8, num_key_value_heads=4)
-    asked = Width(channels=64, heads=3, multiple_of=32, **TEXT)
+    asked = Width(channels=64, heads=2, multiple_of=32, **TEXT)
     report = narrow(source, tmp_path / "out", asked)
     config = read_config(tmp_path / "out")
     sizes = config["intermediate_size"], config["num_key_value_heads"], config["num_attention_heads"]
-    assert sizes == (64, 3, 6)
+    assert sizes == (64, 2, 4)
     head = config["head_dim"]
     model, values = built(source), load_all(tmp_path / "out")
     for index, layer in enumerate(model.model.layers):
@@ -151,7 +151,8 @@ def test_a_run_that_died_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: 
 
 def test_units_go_by_what_the_others_cannot_make_up_for() -> None:
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(400, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
+    mixed = torch.eye(12) + 0.2 * torch.randn(12, 12, generator=generator)
+    inputs = torch.randn(400, 12, generator=generator) @ mixed
     weight = torch.randn(5, 12, generator=generator)
     hessian = inputs.t() @ inputs / len(inputs)
 
@@ -165,7 +166,7 @@ def test_units_go_by_what_the_others_cannot_make_up_for() -> None:
         losses = [loss([c for v in units if v is not u for c in v]) for u in units]
         stay, costs = least_units(weight, hessian.clone(), size, len(units) - 1)
         assert set(range(len(units))) - set(stay.tolist()) == {losses.index(min(losses))}
-        assert float(costs.min()) == pytest.approx(min(losses), rel=0.2)  # damped
+        assert float(costs.min()) == pytest.approx(min(losses), rel=0.1)  # damped
     places = torch.tensor([0, 2, 3, 7, 8])
     error = (inputs[:, places] @ made_up_for(weight, hessian, places).t() - inputs @ weight.t()).square()
     assert float(error.sum(1).mean()) == pytest.approx(loss(places.tolist()), rel=0.05)
@@ -202,6 +203,9 @@ def test_routers_set_what_can_stay(tmp_path: Path) -> None:
 
 
 def test_families_that_derive_the_size_of_heads_keep_theirs(tmp_path: Path) -> None:
+    eight = make_checkpoint(tmp_path / "eight", "llama", num_attention_heads=8, num_key_value_heads=4)
+    with pytest.raises(UsageError, match="--kv-heads is 3, with 6 query heads: .* ask for 1 or 2$"):
+        narrow(eight, tmp_path / "out", Width(heads=3))
     source = make_checkpoint(tmp_path / "source", "qwen2")
     with pytest.raises(CheckpointError, match="so heads cannot be cut"):
         narrow(source, tmp_path / "out", Width(heads=1))

@@ -11,7 +11,7 @@ from quant.commands.render import table
 from quant.commands.render.tables import Column, draw
 from quant.hub import named
 from quant.report.evidence import worst
-from quant.report.value import REPORT, Report
+from quant.report.value import REPORT, Pruning, Report
 from quant.units import format_seconds, format_share, format_size, mean_and_error
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def quantization(console: Console, report: Report, measured: Mapping[str, Any] |
         *([("by layers", "\n".join(job.allocation["notes"]))] if job.allocation else []),
         ("size", f"{format_size(report.source_bytes)} → {format_size(report.output_bytes)} of tensors"),
         *_source(job.source),
+        *_costs(report.pruning),
         ("time", format_seconds(report.seconds["total"])),
         (
             "peak memory",
@@ -306,6 +307,17 @@ def export(console: Console, report: Report) -> None:
         rows.append(("left out", "\n".join(left)))
     table(console, "Exported", rows + _checks(report.verify["checks"]))
     _serve(console, report)
+
+
+def _costs(done: Pruning | None) -> list[tuple[str, str]]:
+    """Of a recipe that prunes first, what is left and what each step cost."""
+    if done is None:
+        return []
+    lines, before = [], 0.0
+    for cost in done.costs:
+        lines.append(f"{cost['step']}: {cost['kl'] - before:+.4g}, {cost['kl']:.4g} in all")
+        before = cost["kl"]
+    return [*done.summary, ("KL to the source", "\n".join([*lines, "nats per token, step by step"]))]
 
 
 def pruning(console: Console, report: Report) -> None:
