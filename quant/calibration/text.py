@@ -201,6 +201,8 @@ def calibration_rows(
         TextError: too little text (the message says how much is missing), or token ids that the model does
             not have.
     """
+    if samples < 1 or length < 2:
+        raise TextError(f"{samples} rows of {length} tokens are no text: one row of two tokens is the least")
     wanted = (samples + 1) * length
     characters = 0
     tally = Tally()

@@ -89,7 +89,15 @@ class Distillation:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "batch": 1, "accumulate": 1, "held_out": 1, "judge_every": 1, "patience": 0}
+        least = {
+            "samples": 1,
+            "steps": 1,
+            "batch": 1,
+            "accumulate": 1,
+            "held_out": 1,
+            "judge_every": 1,
+            "patience": 0,
+        }
         for name, bound in least.items():
             if not bound <= getattr(self, name) <= 10_000_000:
                 raise UsageError(
@@ -149,8 +157,10 @@ def distill(
             f"{checkpoint.path}: has a vocabulary of {sizes[0]}, its teacher {origin.path} one of {sizes[1]}"
             ": a teacher of the same tokens is needed"
         )
+    problems += [p for p in output_problems(origin.path, output) if p not in problems]
     if problems:
         raise Problems(problems)
+    _demand_one_tokenizer(checkpoint, origin)
     kind(checkpoint, how.train)
     places = matched(checkpoint, origin) if how.feature_weight else {}
     rows = _rows(checkpoint, how)
@@ -190,6 +200,21 @@ def distill(
     finally:
         work.release()
     return report
+
+
+def _demand_one_tokenizer(checkpoint: Checkpoint, origin: Checkpoint) -> None:
+    """
+    Raises:
+        UsageError: the teacher's tokenizer gives a token another number, so that it would teach nonsense.
+    """
+    if not (origin.path / "tokenizer_config.json").is_file():  # weights alone: the student's has to do
+        return
+    own, other = (load_tokenizer(c.path).get_vocab() for c in (checkpoint, origin))
+    if different := sorted(t for t in own.keys() | other.keys() if own.get(t) != other.get(t)):
+        raise UsageError(
+            f"{checkpoint.path}: its tokenizer and that of the teacher {origin.path} differ in "
+            f"{len(different)} tokens, {different[0]!r} is one: a teacher of the same tokens is needed"
+        )
 
 
 def matched(checkpoint: Checkpoint, origin: Checkpoint) -> dict[int, int]:

@@ -172,6 +172,8 @@ def narrow(
     checkpoint = opened(model_path, output)
     if not width.asked:
         raise UsageError(f"give how many stay: {', '.join(OPTIONS.values())}")
+    if width.samples < 1:
+        raise UsageError(f"--samples is {width.samples}: at least one row is measured on")
     found = {kind: widths(checkpoint, kind) for kind in width.asked}
     for sizes in found.values():
         if (problem := width.problem(sizes)) is not None:

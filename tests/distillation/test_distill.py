@@ -3,6 +3,7 @@ killed lesson goes on to the same bytes."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,20 @@ def test_a_lesson_that_died_goes_on_to_the_same_bytes(
         distill(rounded, TINYLM, tmp_path / "out2", Distillation(**{**SHORT, "steps": 7}))
 
 
+def test_it_ends_when_nothing_is_gained_and_keeps_the_best(shorter: Path, tmp_path: Path) -> None:
+    how = Distillation(**{**SHORT, "steps": 40, "judge_every": 1}, patience=2, learning_rate=0.5)
+    done = distill(shorter, TINYLM, tmp_path / "out", how).teaching
+    assert done is not None and done.steps < 10 and done.after is not None
+    assert done.after == min(kl for _, kl in done.judged) <= done.judged[0][1]
+    assert len(done.losses) == done.steps and len(done.judged) == done.steps + 1
+    page = (tmp_path / "out" / "quant_report.html").read_text()
+    assert "<svg" in page and f"{done.judged[0][1]:.4f}" in page
+    rates = [Distillation(steps=100, learning_rate=1.0).rate(s, "weights") for s in range(100)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and rates.index(max(rates)) in (4, 5)
+    assert rates[5:] == sorted(rates[5:], reverse=True) and rates[52] == pytest.approx(0.505, abs=0.02)
+    assert 0.01 <= rates[-1] < 0.012
+
+
 def test_smaller_batches_and_running_blocks_again_teach_the_same(shorter: Path, tmp_path: Path) -> None:
     whole = distill(shorter, TINYLM, tmp_path / "a", Distillation(**SHORT, batch=4)).teaching
     parts = distill(shorter, TINYLM, tmp_path / "b", Distillation(**SHORT, batch=2, accumulate=2)).teaching
@@ -241,6 +256,15 @@ def test_pairs_that_do_not_fit_are_refused_before_any_work(
         )
     with pytest.raises(QuantError, match="codes stay"):
         distill(rounded, TINYLM, tmp_path / "out", Distillation(**SHORT, train="weights"))
+    other = copy_model(TINYLM, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["the"], words["of"] = words["of"], words["the"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UsageError, match="differ in 2 tokens, 'of' is one"):
+        distill(TINYLM, other, tmp_path / "out", Distillation(**SHORT))
+    with pytest.raises(Problems, match="inside|is not empty|source"):
+        distill(TINYLM, other, other / "out", Distillation(**SHORT))
     damaged = copy_model(TINYLM, tmp_path / "damaged")
     change_config(damaged, num_hidden_layers=9)
     with pytest.raises(Problems, match="block"):

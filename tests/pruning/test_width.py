@@ -182,6 +182,7 @@ WRONG: dict[str, tuple[Width, str]] = {
     "more heads than there are": (Width(heads=3), "the model has 2 KV heads"),
     "heads of ranks": (Width(heads=1, tensor_parallel=4), "4 ranks of tensor parallelism cannot share"),
     "experts of a dense model": (Width(experts=2), "states no number of experts"),
+    "no rows": (Width(channels=640, samples=0), "--samples is 0"),
     "rows beyond the context": (Width(channels=640, sequence_length=10**6), "longest context is"),
 }
 
