@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """What pruning costs in KL divergence to the source: weights by each method, over several calibration draws;
-and decoder blocks, each measured by leaving it out, beside the order in which `quant prune` finds them.
+narrower blocks; and decoder blocks, each measured by leaving it out, beside the order in which `quant prune`
+finds them.
 
     python benchmarks/pruning.py [--draws 0 1 2] [--shares 0.5 2:4] [--model MODEL] [--bench ../shared/bench]
 
@@ -48,7 +49,7 @@ def main() -> None:
     p.add_argument("--shares", nargs="+", default=["0.5", "2:4", "4:8"], help="sparsities, and patterns")
     p.add_argument("--samples", default="128")
     p.add_argument("--length", default="512")
-    p.add_argument("--only", choices=["weights", "blocks"])
+    p.add_argument("--only", choices=["weights", "blocks", "widths"])
     a = p.parse_args()
     print(machine(), flush=True)
     text = a.calibration.read_text(encoding="utf-8")
@@ -63,7 +64,16 @@ def main() -> None:
             command = [sys.executable, a.bench / "kl.py", a.model, output, "--text", a.text, "--json"]
             return float(last_json(run(command).output)["kl"][0])
 
-        if a.only != "blocks":
+        if a.only in (None, "widths"):
+            config = json.loads((a.model / "config.json").read_text())
+            wide, heads = config["intermediate_size"], config["num_key_value_heads"]
+            cases = [("--intermediate-size", str(wide * n // 8)) for n in (7, 6, 4)]
+            for option, size in [*cases, *(("--kv-heads", str(n)) for n in range(1, heads))]:
+                output = work / f"narrow{option}-{size}"
+                text_of = ("--calibration-dataset", str(a.calibration), "--samples", a.samples)
+                prune(output, option, size, "--sequence-length", a.length, *text_of)
+                print(f"  {option} {size}: KL {judge(output):.4f}", flush=True)
+        if a.only in (None, "weights"):
             found: dict[tuple[str, str], list[float]] = {}
             for draw in a.draws:
                 rows = work / f"draw{draw}.txt"
@@ -90,7 +100,7 @@ def main() -> None:
             for (share, method), values in found.items():
                 listed = ", ".join(f"{v:.4f}" for v in values)
                 print(f"  {share:<4} {method:<10} {statistics.fmean(values):.4f}  ({listed})")
-        if a.only != "weights":
+        if a.only in (None, "blocks"):
             blocks = json.loads((a.model / "config.json").read_text())["num_hidden_layers"]
             losses = []
             for block in range(blocks):

@@ -1,0 +1,86 @@
+#!/usr/bin/env python3
+"""What distillation gives back: a model without one block, and a model in three bits whose norms and scales
+are trained under the same codes, each before and after, in KL divergence to the source on text that neither
+was taught with; and the time that it took.
+
+    python benchmarks/distillation.py [--model MODEL] [--bench ../shared/bench] [--only block|w3]
+
+The judge is `kl.py` of the bench folder, on WikiText-2; what is taught with is Wikipedia.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from common import ROOT, last_json, machine, run
+
+SHARED = ROOT.parent / "shared"
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", type=lambda p: Path(p).resolve(), default=SHARED / "data/models/tinylm-4m")
+    p.add_argument("--bench", type=lambda p: Path(p).resolve(), default=SHARED / "bench")
+    p.add_argument(
+        "--lesson", type=lambda p: Path(p).resolve(), default=SHARED / "data/text/wikipedia-sample/wiki.txt"
+    )
+    p.add_argument(
+        "--text", type=lambda p: Path(p).resolve(), default=SHARED / "data/text/wikitext-2/test.txt"
+    )
+    p.add_argument("--chunks", default="60", help="of 512 tokens, judged")
+    p.add_argument("--steps", default="120")
+    p.add_argument("--rate", default="5e-4", help="learning rate of the model without a block")
+    p.add_argument("--only", choices=["block", "w3"])
+    a = p.parse_args()
+    print(machine(), flush=True)
+    text = ["--calibration-dataset", str(a.lesson), "--sequence-length", "512"]
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+
+        def quant(command: str, model: Path, output: Path, *options: str) -> float:
+            began = time.perf_counter()
+            run([sys.executable, ROOT / "quantize.py", command, "-m", model, "-o", output, *options, "-q"])
+            return time.perf_counter() - began
+
+        def judge(output: Path) -> float:
+            given = ["--text", a.text, "--chunks", a.chunks, "--json"]
+            command = [sys.executable, a.bench / "kl.py", a.model, output, *given]
+            return float(last_json(run(list(map(str, command))).output)["kl"][0])
+
+        def lesson(name: str, student: Path, *options: str) -> None:
+            taught = work / f"{name}-taught"
+            given = ["--teacher", str(a.model), "--batch", "4", *text, *options]
+            seconds = quant("distill", student, taught, *given)
+            done = json.loads((taught / "quant_report.json").read_text())["teaching"]
+            before, after = judge(student), judge(taught)
+            print(
+                f"{name}: KL {before:.5f} -> {after:.5f}, {1 - after / before:.1%} less, "
+                f"{len(done['losses'])} steps, {seconds:.0f} s",
+                flush=True,
+            )
+
+        if a.only != "w3":
+            quant("prune", a.model, work / "short", "--drop-blocks", "1", "--samples", "8")
+            samples = str(4 * int(a.steps))
+            given = [
+                "--steps",
+                a.steps,
+                "--samples",
+                samples,
+                "--learning-rate",
+                a.rate,
+                "--judge-every",
+                "30",
+            ]
+            lesson("block", work / "short", *given)
+        if a.only != "block":
+            given = ["--method", "gptq", "--scheme", "w3a16", "--format", "gptq", "--samples", "64", *text]
+            quant("quantize", a.model, work / "w3", *given)
+            lesson("w3", work / "w3", "--steps", "80", "--samples", "320", "--judge-every", "20")
+
+
+if __name__ == "__main__":
+    main()
