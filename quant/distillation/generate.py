@@ -9,6 +9,7 @@ tasks, so that what comes out does not depend on which answer came first.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.checkpoint.writer import write_text
-from quant.errors import DiskFull, QuantError, UsageError
+from quant.errors import DiskFull, InUse, QuantError, UsageError
 from quant.progress import Event, Progress, silent
 from quant.serving.client import KINDS, Endpoint, EndpointError, Prompt, Trace, ask, resolve
 from quant.serving.prompts import read_prompts
@@ -138,10 +139,20 @@ class _Answers:
         with suppress(FileNotFoundError):
             if fresh:
                 file.unlink()
-        size = self._read(head) if file.exists() else 0
-        self._stream = file.open("r+b" if size else "wb")
+        self._stream = file.open("a+b")
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._stream.close()
+            raise InUse(
+                f"{file}: another run is at work on it: wait for it, or name another output"
+            ) from None
+        try:
+            size = self._read(head)
+        except UsageError:
+            self._stream.close()
+            raise
         self._stream.truncate(size)
-        self._stream.seek(size)
         if not size:
             self._line(head)
 
