@@ -95,7 +95,7 @@ _BOTH = ("generate", "output_path", "seed", "fresh")
     help="Make text instead of training: --url answers these tasks, one a line (text, or JSON with prompt or "
     "messages), into the JSON lines of --output-path.",
 )
-@click.option("--url", help="--generate: the endpoint, such as http://127.0.0.1:8000.")
+@click.option("--url", help="Endpoint, such as http://127.0.0.1:8000, that answers the tasks of --generate.")
 @click.option("--answers", type=int, default=1, show_default=True, help="--generate: to each task.")
 @click.option("--concurrency", type=int, default=8, show_default=True, help="--generate: requests at a time.")
 @click.option("--max-tokens", type=int, default=512, show_default=True, help="--generate: of an answer.")

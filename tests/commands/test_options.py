@@ -33,8 +33,8 @@ PURPOSES = {
     "--url": "Endpoint, such as http://127.0.0.1:8000",
 }
 #: What means something else in one subcommand, as scripts rely on: smoothing where the others round; a kind
-#: of artefact and a folder where the others name a file; several loads one after another; a list of what a
-#: search would try; one file; what all jobs of a batch take together.
+#: of artefact and a folder where the others name a file; several loads one after another, and requests that
+#: write text; a list of what a search would try; one file; what all jobs of a batch take together.
 OTHERWISE = {
     ("batch", "--max-memory"),
     ("export-gguf", "--output-path"),
@@ -44,6 +44,7 @@ OTHERWISE = {
     ("plan", "--output"),
     ("bench", "--output"),
     ("bench", "--concurrency"),
+    ("distill", "--concurrency"),
 }
 
 
