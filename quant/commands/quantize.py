@@ -347,8 +347,8 @@ def _job(out: Output, asked: dict[str, Any], needs_layers: bool = False) -> None
         return
     if level:
         raise UsageError(
-            f"scheme {values['scheme']}: a recipe prunes first for a checkpoint: leave {PRUNE} out, run quant "
-            "prune, and quantize what it made"
+            f"scheme {values['scheme']}: a recipe prunes first for a checkpoint: leave {PRUNE} out, run "
+            "quant prune, and quantize what it made"
         )
     if dry_run:
         raise UsageError("--dry-run: the recipe prunes first, and what comes out of that is not foreseen")
