@@ -25,7 +25,7 @@ from quant.report.files import write_report
 from quant.report.value import Pruning, Report
 
 #: Rows of the bundled text that each step's cost is measured on.
-_CHUNKS = 16
+_CHUNKS = 8
 
 
 class PruneStep(BaseModel):

@@ -73,6 +73,6 @@ def test_a_recipe_runs_as_its_first_line_says(recipe: Path, tmp_path: Path) -> N
     if "prune" in wanted:
         pruning = report["pruning"]
         assert [c["step"] for c in pruning["costs"]] == ["prune, blocks", "prune, widths", "quantize"]
-        assert 0 < pruning["costs"][0]["kl"] < pruning["costs"][1]["kl"] < pruning["costs"][2]["kl"]
+        assert all(0 < c["kl"] < 1 and c["standard_error"] > 0 for c in pruning["costs"])
         config = json.loads((output / "config.json").read_text())
         assert (config["num_hidden_layers"], config["intermediate_size"]) == (3, 640)
