@@ -143,6 +143,12 @@ def _classes(config: Mapping[str, Any]) -> list[str]:
     return [name for name in said if isinstance(name, str)]
 
 
+#: Classes of transformers' whose configs state how many experts a token visits under a key that vLLM does not
+#: ask for when it runs transformers' mixtures (`models/transformers/moe.py::MoEMixin.recursive_replace` asks
+#: for ``num_experts_per_tok`` and ``top_k``) → that key.
+_UNCOUNTED = {"AriaTextForCausalLM": "moe_topk"}
+
+
 def _backend_problem(name: str, config: Mapping[str, Any], last: str | None) -> str | None:
     """Why vLLM cannot run transformers' class of a model that it has no class for."""
     ended = f" (the last with one was {last})" if last else ""
@@ -150,6 +156,8 @@ def _backend_problem(name: str, config: Mapping[str, Any], last: str | None) -> 
         reason = "it has an encoder and a decoder"
     elif kind := _without_attention(config):
         reason = f"it has blocks without attention ({kind})"
+    elif key := _UNCOUNTED.get(name):
+        reason = f"it looks for num_experts_per_tok, which this family's config calls {key}"
     else:
         return None
     return f"vLLM {VLLM_VERSION} has no class for {name}{ended}, and cannot run transformers': {reason}"

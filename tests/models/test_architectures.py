@@ -42,6 +42,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], str | None]] = {
         {"architectures": ["MiniMaxForCausalLM"], "layer_types": ["full_attention", "linear_attention"]},
         r"last with one was 0\.23\.0.*linear_attention",
     ),
+    "a key that its loader of mixtures does not know": (
+        {"architectures": ["AriaTextForCausalLM"], "moe_topk": 2},
+        "num_experts_per_tok.*calls moe_topk",
+    ),
     "encoder and decoder": (
         {"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True},
         "an encoder",
