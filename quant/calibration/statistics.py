@@ -234,13 +234,15 @@ class GradientAccumulator:
         self._plain = Accumulator(features, device, needs - {"hessian", "gradients"})
         sizes = [min(self._size, outputs - i * self._size) for i in range(count)]
         self._grams = [gram_for(size, device) for size in sizes]
-        self.tokens = 0
+        self._pairs = 0
 
-    def add(self, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
-        """Adds a batch: inputs [..., K] and gradients [..., N], of any floating dtypes."""
+    def add(self, inputs: torch.Tensor, gradients: torch.Tensor, first: bool = True) -> None:
+        """Adds a batch: inputs [..., K] and gradients [..., N], of any floating dtypes; ``first``: or another
+        draw of gradients for the inputs of the call before, whose tokens count once."""
         x, g = inputs.reshape(-1, inputs.shape[-1]), gradients.reshape(-1, gradients.shape[-1])
-        self.tokens += len(x)
-        self._plain.add(x)
+        self._pairs += len(x)
+        if first:
+            self._plain.add(x)
         # 8 bits of a weight are enough; fp16 has no room for the smallest
         wide = torch.float32 if x.dtype == torch.float16 else x.dtype
         sizes = [
@@ -257,7 +259,7 @@ class GradientAccumulator:
         gradients = torch.zeros(len(self._grams), self._size, self._size, device=device)
         for target, gram in zip(gradients, self._grams, strict=True):
             size = len(gram.total)
-            target[:size, :size] = gram.finish().mul_(1 / max(self.tokens, 1))
+            target[:size, :size] = gram.finish().mul_(1 / max(self._pairs, 1))
         self._grams.clear()
         made = self._plain.finish()
         return replace(made, hessian=self._weighted.finish().hessian, gradients=gradients)

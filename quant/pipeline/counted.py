@@ -37,8 +37,8 @@ _SIDE = 2048
 #: Outputs and inputs of the matrix that such a method is timed on; and the products of the weight with a
 #: Hessian that one takes which does not say.
 _STEPPED, _PRODUCTS = (1024, 512), 10
-#: Products of a weight and token with gradients: forward, again, and back.
-_PASSES = 3
+#: Products of a weight and token with gradients: forward, and again; back once more for each draw.
+_PASSES = 2
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,8 @@ class Counter:
         """Seconds of a block that a forward pass of so many goes through, whose linears are all summed on the
         way back; experts go through it once more."""
         plan, prefix = self._manager.plan, self._skeleton.block_prefix(index)
-        seconds *= _PASSES + bool(experts)
+        draws = self._manager.draws
+        seconds *= _PASSES + draws + bool(experts)
         for group in self._skeleton.groups(index):
             routed = bool(group.experts)
             seen = tokens * (active if routed else 1.0)
@@ -136,7 +137,8 @@ class Counter:
                 count, size = blocks_of(n, most)
                 if "gradients" in self._manager.blocks.solver.needs(assignment):
                     both = self._of_both(assignment)
-                    seconds += both.statistics * seen * (k * k + 2 * n * size)
+                    drawn = seen if routed else seen * draws
+                    seconds += both.statistics * drawn * (k * k + 2 * n * size)
                     seconds += both.step * k * size * max(1.0, count / blocks_of(_STEPPED[0], most)[0])
                     seconds += both.product * n * k * k
                 else:

@@ -195,7 +195,7 @@ def _of_gradients(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, 
     there = few or sum(counter.block(index, tried).seconds for index, _ in kinds) <= TRIAL_SECONDS
     store, seconds, most = _trial_store(manager), 0.0, 0
     try:
-        stream = GradientStream(skeleton, trial, None, store, plan.recipe.seed)
+        stream = GradientStream(skeleton, trial, None, store, plan.recipe.seed, manager.draws)
         start = time.perf_counter()
         with skeleton.outside():
             read = time.perf_counter() - start
@@ -213,7 +213,7 @@ def _of_gradients(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, 
         width = stream.width
     finally:
         store.close()
-    waiting = (count + 2) * total * width
+    waiting = (count + 1 + manager.draws) * total * width
     resident = min(waiting, manager.resident_bytes())
     if manager.device.type != "cpu":
         peak = peak_bytes(manager.device) if there else most

@@ -101,7 +101,7 @@ def waiting_bytes(manager: QuantizationManager, skeleton: Skeleton, tokens: int)
     """Bytes of calibration activations that wait at once, wherever: of ``tokens`` the states that went into a
     block and those that a part of it adds to; with gradients the inputs of all blocks."""
     hidden = int(skeleton.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
-    several = skeleton.block_count + 2 if manager.plan.gradients else 2
+    several = skeleton.block_count + 1 + manager.draws if manager.plan.gradients else 2
     return several * tokens * hidden * skeleton.dtype.itemsize
 
 

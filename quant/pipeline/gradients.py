@@ -42,6 +42,9 @@ from quant.tensors import all_finite
 
 #: Elements of a model's logits that are in memory at a time, in fp32.
 LOGITS = 1 << 24
+#: What the seed of a row's next draw has more: beyond the number of any row, within the 32 bits of a seed
+#: that count on a CPU.
+_NEXT_DRAW = 1 << 20
 #: Tokens that a block is tried on.
 _TRIAL_TOKENS = 8
 
@@ -111,9 +114,14 @@ class Seen:
     def _take_routed(self, path: str, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         sent = self._sent.pop(path)
 
+        first = True
+
         def arrived(gradient: torch.Tensor) -> None:
-            kept = self.routed.setdefault(path, ExpertGradients(self.folder))
-            kept.add_both(sent, gradient.reshape(-1, gradient.shape[-1]))
+            nonlocal first
+            if first:  # what experts read would be kept once more for each other draw
+                kept = self.routed.setdefault(path, ExpertGradients(self.folder))
+                kept.add_both(sent, gradient.reshape(-1, gradient.shape[-1]))
+            first = False
 
         output.register_hook(arrived)
 
@@ -130,7 +138,10 @@ class Seen:
             self.sums[name].add(inputs)  # type: ignore[call-arg]
             return
 
+        first = True
+
         def arrived(gradient: torch.Tensor) -> None:
+            nonlocal first
             if place is not None and place.count:
                 end = place.first + place.step * place.count
                 gradient = gradient[..., place.first : end : place.step]
@@ -139,7 +150,8 @@ class Seen:
                 blocks = blocks_of(outputs, self.outputs.get(name, OUTPUTS))
                 self.sums[name] = GradientAccumulator(inputs.shape[-1], outputs, blocks, inputs.device, needs)
             with torch.no_grad():
-                self.sums[name].add(inputs, gradient)  # type: ignore[arg-type]
+                self.sums[name].add(inputs, gradient, first)  # type: ignore[arg-type, call-arg]
+            first = False
 
         output.register_hook(arrived)
 
@@ -164,6 +176,8 @@ class GradientStream:
         tokens: int64 [B, T], batch by batch.
         held_out: the batch that no gradient is taken of, or None.
         seed: of the draws at the logits, to which each row adds its number.
+        draws: gradients that are drawn at the logits for each row. All go through a block behind one another,
+            which runs forward once for them.
     """
 
     def __init__(
@@ -173,9 +187,10 @@ class GradientStream:
         held_out: int | None,
         store: ActivationStore,
         seed: int,
+        draws: int = 1,
     ):
         self._skeleton, self._tokens, self._held_out = skeleton, tokens, held_out
-        self._store, self._seed = store, seed
+        self._store, self._seed, self._draws = store, seed, draws
         self._calls = Calls(store)
         self._inputs = [Batches(store, skeleton.embedded(tokens, self._calls.append))]
         self._gradients: Batches | None = None
@@ -230,10 +245,15 @@ class GradientStream:
         return max(1, LOGITS // self._skeleton.vocabulary)
 
     def _drawn(self, tokens: torch.Tensor, hidden: torch.Tensor, first: int) -> torch.Tensor:
-        """The gradients [B, T, H] of a batch whose first row has the number ``first``. Rows are drawn one by
-        one, each with its own seed: batches of another size, as after a lack of memory, get the same."""
+        """The gradients [D · B, T, H], one draw behind the other, of a batch whose first row has the number
+        ``first``. Rows are drawn one by one, each with its own seed: batches of another size, as after a lack
+        of memory, get the same."""
         gradient = torch.cat(
-            [self._of_row(tokens[i, None], hidden[i, None], first + i) for i in range(len(tokens))]
+            [
+                self._of_row(tokens[i, None], hidden[i, None], first + i + _NEXT_DRAW * draw)
+                for draw in range(self._draws)
+                for i in range(len(tokens))
+            ]
         )
         _demand_finite(gradient, "the head")
         return gradient
@@ -268,8 +288,9 @@ class GradientStream:
     def drop_outputs(self) -> None:
         """Takes the outputs of a block that is tried for gradients at its outputs: another block can be tried
         on the same tokens then."""
-        outputs = self._inputs.pop()
-        self._gradients = Batches(self._store, (outputs.take(batch) for batch in range(len(outputs))))
+        outputs, draws = self._inputs.pop(), self._draws
+        repeated = (outputs.take(batch).repeat(draws, 1, 1) for batch in range(len(outputs)))
+        self._gradients = Batches(self._store, repeated)
         inputs = self._inputs[-1]
         copies = Batches(self._store, (inputs.copy(batch) for batch in range(len(inputs))))
         self._inputs.append(copies)
@@ -302,7 +323,8 @@ class GradientStream:
 def _through(
     block: nn.Module, hidden: torch.Tensor, call: BlockCall, gradient: torch.Tensor, seen: Seen | None
 ) -> torch.Tensor:
-    """The gradient at a block's inputs ``hidden`` of that at its outputs, both [B, T, H]."""
+    """The gradients [D · B, T, H] at a block's inputs ``hidden`` [B, T, H] of D draws at its outputs,
+    which lie behind one another as they do."""
     if not call.runs:
         return gradient
     leaf = hidden.detach().requires_grad_()
@@ -310,9 +332,12 @@ def _through(
         # whoever looks, experts are computed in one way: a job that goes on gets the same bytes
         with (seen or Seen({})).watching(block, False):
             output = call_block(block, leaf, call)
+    made: list[torch.Tensor] = []
+    draws = gradient.split(len(leaf))
     with ordered_sums(leaf.device):
-        (made,) = torch.autograd.grad(output, leaf, gradient)
-    return made
+        for number, draw in enumerate(draws):
+            made += torch.autograd.grad(output, leaf, draw, retain_graph=number + 1 < len(draws))
+    return torch.cat(made) if len(made) > 1 else made[0]
 
 
 @contextmanager

@@ -154,6 +154,11 @@ class QuantizationManager:
         """Statistics that anything in the job asks for; empty where no calibration is needed."""
         return self.blocks.needs
 
+    @property
+    def draws(self) -> int:
+        """Gradients that are drawn at the logits for each row: as many as any method asks for."""
+        return max((getattr(q, "draws", 1) for q in self.quantizers.values()), default=1)
+
     def run(self) -> Report:
         """Quantizes, writes, verifies, publishes; returns the report.
 
@@ -377,7 +382,8 @@ class QuantizationManager:
             self.progress(Event("quantize", detail="embedding"))
             tokens, held_out = self.batches(rows)
             with self.clock.phase("embed"):
-                stream = GradientStream(skeleton, tokens, held_out, store, self.plan.recipe.seed)
+                seed, draws = self.plan.recipe.seed, self.draws
+                stream = GradientStream(skeleton, tokens, held_out, store, seed, draws)
             # nothing is to be learned of blocks before the first that is left to do
             todo = [i for i in range(count) if i not in blocks or blocks[i].name not in work.finished]
             caches = {}

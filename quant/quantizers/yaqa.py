@@ -76,6 +76,8 @@ class YAQAQuantizer:
             :data:`~quant.quantizers.two_sided.OUTPUTS`, because each sees fewer tokens.
         signed: search among negative scales, too, of symmetric integers of up to :data:`SIGNED` bits: codes
             from -8 to 7 reach further down than up, and either end can be a group's positive one.
+        draws: gradients drawn at the logits for each row: the more there are, the less is by chance. Experts
+            take the first.
     """
 
     damping: float = defaults.DAMPING
@@ -84,6 +86,7 @@ class YAQAQuantizer:
     rounds: int = 1
     outputs: int = OUTPUTS
     signed: bool = False
+    draws: int = 1
 
     name: ClassVar[str] = "yaqa"
     suppressor: ClassVar[str] = ""
@@ -98,6 +101,8 @@ class YAQAQuantizer:
             raise ValueError(f"sweeps is {self.sweeps}: must be from 0 to 100")
         if not 1 <= self.rounds <= 100:
             raise ValueError(f"rounds is {self.rounds}: must be from 1 to 100")
+        if not 1 <= self.draws <= 100:
+            raise ValueError(f"draws is {self.draws}: must be from 1 to 100")
         if not 1 <= self.outputs <= MOST_OUTPUTS:
             raise ValueError(f"outputs is {self.outputs}: must be from 1 to {MOST_OUTPUTS}")
         if self.signed and not self.clip_search:

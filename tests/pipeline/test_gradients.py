@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import quant
+from quant.calibration.statistics import Statistics
 from quant.checkpoint.reader import open_checkpoint
 from quant.errors import Problems, QuantError, UsageError
 from quant.models.skeleton import Skeleton
@@ -161,6 +162,35 @@ def test_sums_are_those_of_autograd_through_the_whole_model(
             assert float((block[:used, :used] - wanted).norm() / wanted.norm()) < 0.02
         checked += 1
     assert checked >= 4 * skeleton.block_count
+
+
+def test_several_draws_are_summed_as_their_mean_and_count_their_tokens_once(llama: Path) -> None:
+    skeleton = Skeleton(open_checkpoint(llama), torch.device("cpu"), torch.float32)
+    tokens = torch.randint(0, 500, (3, 16), generator=torch.Generator().manual_seed(1))
+    last = skeleton.block_count - 1
+
+    def shown(seed: int, draws: int, several: int) -> dict[str, Statistics]:
+        store = ActivationStore(1 << 30, None)
+        stream = GradientStream(skeleton, [*tokens.split(several)], None, store, seed, draws)
+        for index in range(last + 1):
+            stream.forward(index, skeleton.load_block(index))
+        stream.at_logits()
+        for index in (last, last - 1):
+            seen = Seen(
+                {n: (x, frozenset({"hessian", "gradients"})) for n, x in skeleton.linears(index).items()}
+            )
+            stream.backward(index, skeleton.load_block(index), seen)
+        store.close()
+        return seen.finish()
+
+    both, apart = shown(5, 2, 2), [shown(5, 1, 3), shown(5 + (1 << 20), 1, 3)]
+    for name, made in both.items():
+        one, other = (found[name] for found in apart)
+        assert made.tokens == one.tokens == 48
+        for a, b, c in zip(*((x.hessian, x.gradients) for x in (made, one, other)), strict=True):
+            assert a is not None and b is not None and c is not None
+            assert float((a - (b + c) / 2).norm() / a.norm()) < 0.02
+            assert float((a - b).norm() / a.norm()) > 0.05
 
 
 def test_slices_of_the_logits_change_nothing_but_the_draws(
