@@ -43,7 +43,7 @@ def _triton() -> ModuleType | None:
     return kernels
 
 
-def _kernels_for(tensor: torch.Tensor) -> ModuleType | None:
+def kernels_for(tensor: torch.Tensor) -> ModuleType | None:
     """The kernels, where they can be run on a tensor's device: CUDA's, or any under Triton's interpreter."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return _triton() if tensor.device.type == "cuda" or interpreted else None
@@ -88,7 +88,7 @@ def round_columns(
         groups: int64 [B, P], the group of each column.
     """
     torch.ops.quant.round_columns(
-        errors, feedback, codes, triangle, inverse, scales, zeros, groups, *_numbers(grid)
+        errors, feedback, codes, triangle, inverse, scales, zeros, groups, *numbers_of(grid)
     )
 
 
@@ -120,12 +120,12 @@ def refine_columns(
     """
     divisor = None if grid.divisor is None else grid.divisor.reshape(-1)
     torch.ops.quant.refine_columns(
-        errors, codes, scales, zeros, pushed, among, columns, groups, size, *_numbers(grid), _kind(grid),
+        errors, codes, scales, zeros, pushed, among, columns, groups, size, *numbers_of(grid), _kind(grid),
         divisor,
     )  # fmt: skip
 
 
-def _numbers(grid: Grid) -> tuple[int, int, int]:
+def numbers_of(grid: Grid) -> tuple[int, int, int]:
     """The lowest and the highest code of integers and 0; of floats 0, 0 and their bits."""
     scheme = grid.scheme
     return (0, 0, scheme.bits) if scheme.type == "float" else (scheme.low, scheme.high, 0)
@@ -152,7 +152,7 @@ def _round_columns(
     high: int,
     bits: int,
 ) -> None:
-    kernels = _kernels_for(errors)
+    kernels = kernels_for(errors)
     if kernels is not None:
         kernels.round_columns(
             errors, feedback, codes, triangle, inverse, scales, zeros, groups, low, high, bits
@@ -185,7 +185,7 @@ def _refine_columns(
     kind: str,
     divisor: torch.Tensor | None,
 ) -> None:
-    kernels = _kernels_for(errors)
+    kernels = kernels_for(errors)
     if kernels is not None:
         kernels.refine_columns(
             errors, codes, scales, zeros, pushed, among, columns, groups, size, low, high, bits, kind, divisor

@@ -232,3 +232,151 @@ def refine_columns(
         P=triton.next_power_of_2(width), R=_ROWS,
         num_warps=_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+@triton.jit
+def _round_both(  # type: ignore[no-untyped-def]
+    weights, known, scales, zeros, corners, units, codes, errors, moved,
+    size, width, each, low, high,
+    BITS: tl.constexpr, ZEROS: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """A block of outputs, row after row, and each row's columns one after another."""
+    block, columns, some = tl.program_id(0), tl.arange(0, C), tl.arange(0, R)
+    live = columns < width
+    begin = block.to(tl.int64) * size * width
+    corner = corners + (block // each).to(tl.int64) * width * width + columns
+    unit = units + block.to(tl.int64) * size * size
+    for i in range(0, size):
+        at = begin + i * width + columns
+        value = tl.load(weights + at, mask=live, other=0.0)
+        fed = tl.load(known + at, mask=live, other=0.0)
+        scale = tl.load(scales + at, mask=live, other=1.0)
+        zero = tl.zeros([C], tl.float32)
+        if ZEROS:
+            zero = tl.load(zeros + at, mask=live, other=0.0)
+        outer = tl.zeros([C], tl.float32)
+        for top in range(0, i, R):
+            rows = top + some
+            factors = tl.load(unit + rows * size + i, mask=rows < i, other=0.0)
+            above = (rows[:, None] < i) & live[None, :]
+            tile = tl.load(moved + begin + rows[:, None] * width + columns[None, :], mask=above, other=0.0)
+            outer = outer + tl.sum(factors[:, None] * tile, 0)
+        base, inner = value + fed, tl.zeros([C], tl.float32)
+        for k in range(0, width):
+            code = _nearest(tl.div_rn(base + inner + outer, scale) + zero, low, high, BITS)
+            missed = tl.sum(tl.where(columns == k, value - (code - zero) * scale, 0.0), 0)
+            onto = tl.load(corner + k * width, mask=live & (columns > k), other=0.0)
+            inner = inner + missed * onto
+        # what a column is rounded from does not change once it is reached
+        code = _nearest(tl.div_rn(base + inner + outer, scale) + zero, low, high, BITS)
+        missed = value - (code - zero) * scale
+        tl.store(codes + at, code, mask=live)
+        tl.store(errors + at, missed, mask=live)
+        tl.store(moved + at, missed + fed + inner, mask=live)
+        tl.debug_barrier()
+
+
+def round_both(
+    weights: torch.Tensor,
+    known: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    corners: torch.Tensor,
+    units: torch.Tensor,
+    low: int,
+    high: int,
+    bits: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and errors [B, b, C] of a panel of columns with feedback along both sides, by one kernel; a
+    program takes a block of outputs.
+
+    Args:
+        weights, known, scales, zeros: of the panel, contiguous fp32 [B, b, C]; ``known``: what earlier panels
+            feed back.
+        corners: U of the panel without its diagonal, contiguous fp32 [S, C, C]; of B / S blocks each.
+        units: V of each block without its diagonal, contiguous fp32 [B, b, b].
+        low, high, bits: of :func:`quant.quantizers.columns.numbers_of`.
+    """
+    blocks, size, width = weights.shape
+    codes, errors, moved = (torch.empty_like(weights) for _ in range(3))
+    _round_both[(blocks,)](
+        weights, known, scales, scales if zeros is None else zeros, corners, units, codes, errors, moved,
+        size, width, blocks // len(corners), float(low), float(high),
+        BITS=bits, ZEROS=zeros is not None, C=triton.next_power_of_2(width), R=_ROWS,
+        num_warps=_WARPS, enable_fp_fusion=False,
+    )  # fmt: skip
+    return codes, errors
+
+
+@triton.jit
+def _descend(  # type: ignore[no-untyped-def]
+    slopes, codes, scales, among, outputs, turned, gains,
+    blocks, size, width, each, changes, low, high,
+    BITS: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """The columns of a block of outputs one after another, of each the best changes."""
+    block, rows = tl.program_id(0), tl.arange(0, B)
+    live = rows < size
+    hessian = outputs + block.to(tl.int64) * size * size
+    between = among + (block // each).to(tl.int64) * width * width
+    weights = tl.maximum(tl.load(hessian + rows * (size + 1), mask=live, other=1.0), 1e-38)
+    gained = 0.0
+    for j in range(0, width):
+        at = (j * blocks + block).to(tl.int64) * size + rows
+        slope = tl.load(slopes + at, mask=live, other=0.0)
+        for i in range(0, j):
+            before = tl.load(turned + (i * blocks + block).to(tl.int64) * size + rows, mask=live, other=0.0)
+            slope = slope - tl.load(between + j * width + i) * before
+        curvature = tl.load(between + j * (width + 1))
+        seen = curvature > 0.0
+        curvature = tl.where(seen, curvature, 1.0)
+        scale = tl.load(scales + at, mask=live, other=1.0)
+        code = tl.load(codes + at, mask=live, other=0.0)
+        began, curve = slope, weights * curvature
+        inverse = tl.div_rn(1.0, curve * scale)
+        for _ in range(0, changes):
+            target = _nearest(code + slope * inverse, low, high, BITS)
+            step = (target - code) * scale
+            gain = tl.where(live, (2.0 * slope - step * curve) * step, -1.0)
+            most, best = tl.where(seen, tl.max(gain, 0), 0.0), tl.argmax(gain, 0)
+            here = (rows == best) & (gain > 0.0) & (gain <= most)
+            chosen = tl.sum(tl.where(here, step, 0.0), 0)
+            code = tl.where(here, target, code)
+            slope = slope - tl.load(hessian + best * size + rows, mask=live, other=0.0) * (chosen * curvature)
+            gained = gained + tl.maximum(most, 0.0)
+        tl.store(codes + at, code, mask=live)
+        tl.store(turned + at, tl.div_rn(began - slope, curvature), mask=live)
+        tl.debug_barrier()
+    tl.store(gains + block, gained)
+
+
+def descend(
+    slopes: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    among: torch.Tensor,
+    outputs: torch.Tensor,
+    changes: int,
+    low: int,
+    high: int,
+    bits: int,
+) -> torch.Tensor:
+    """What :func:`quant.quantizers.two_sided.descend` does with a panel of columns, by one kernel.
+
+    Args:
+        slopes, codes, scales: contiguous fp32 [P, B, b]; codes are changed in place.
+        among: H_I among the columns, contiguous fp32 [S, P, P]; of B / S blocks each.
+        outputs: H_O of each block, contiguous fp32 [B, b, b].
+        changes: of a column, at the most.
+
+    Returns:
+        by how much the loss is lower, fp32 [B].
+    """
+    width, blocks, size = slopes.shape
+    turned, gains = torch.empty_like(slopes), torch.empty(blocks, device=slopes.device)
+    _descend[(blocks,)](
+        slopes, codes, scales, among, outputs, turned, gains,
+        blocks, size, width, blocks // len(among), changes, float(low), float(high),
+        BITS=bits, B=triton.next_power_of_2(size), num_warps=_WARPS, enable_fp_fusion=False,
+    )  # fmt: skip
+    return gains

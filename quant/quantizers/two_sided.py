@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from quant.accelerator import on_accelerator
+from quant.quantizers.columns import kernels_for, numbers_of
 from quant.quantizers.grids import Grid
 from quant.quantizers.products import product
 
@@ -131,6 +132,7 @@ def feed_back(
     ordered = _columns(arranged(weight), columns)
     steps, shifts = arranged(scales, 1.0), None if zeros is None else arranged(zeros)
     errors, codes = torch.zeros_like(ordered), torch.empty_like(ordered)
+    kernels = kernels_for(weight)
     tile = _TILE if sets * count * _TILE * _TILE <= _MANY else _SMALL_TILE
     for start in range(0, k, tile):
         panel = slice(start, min(start + tile, k))
@@ -142,6 +144,15 @@ def feed_back(
         corner = torch.triu(inputs[:, panel, panel], 1) / scale
         read = [ordered[:, :, panel], known, _columns(steps, groups)]
         read += [] if shifts is None else [_columns(shifts, groups)]
+        if kernels is not None:
+            blocked = [x.reshape(sets * count, size, -1) for x in read]
+            made = kernels.round_both(
+                *blocked[:3], None if shifts is None else blocked[3], corner.contiguous(),
+                unit.view(-1, size, size), *numbers_of(grid),
+            )  # fmt: skip
+            for target, value in zip((codes, errors), made, strict=True):
+                target[:, :, panel] = value.view(sets, count * size, -1)
+            continue
         made = _round_panel(
             [x.view(sets * count, size, -1).flip(2).transpose(1, 2) for x in read],
             corner.transpose(1, 2).flip(1, 2).contiguous(), unit.view(-1, size, size), tile, grid,
@@ -338,8 +349,12 @@ def _descend_panel(
     Returns:
         by how much the loss is lower, fp32 [B].
     """
-    blocks = torch.arange(len(outputs), device=outputs.device)
     changes = _CHANGES * max(1, outputs.shape[-1] // _AMONG)
+    if (kernels := kernels_for(outputs)) is not None:
+        given = slopes, codes, scales, among.contiguous(), outputs.contiguous(), changes
+        lower: torch.Tensor = kernels.descend(*given, *numbers_of(grid))
+        return lower
+    blocks = torch.arange(len(outputs), device=outputs.device)
     gained = torch.zeros(len(outputs), device=outputs.device)
     weights = outputs.diagonal(dim1=1, dim2=2).clamp_min(1e-38)
     sets, each = len(among), len(outputs) // len(among)
