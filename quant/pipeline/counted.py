@@ -31,7 +31,7 @@ from quant.recipe import Assignment
 from quant.vllm.config import stated
 
 #: Outputs of the matrices that a method is timed on, and inputs of each, as many tokens as inputs.
-_OUTPUTS, _INPUTS = 512, (256, 1536)
+_OUTPUTS, _INPUTS = 512, (256, 1024)
 #: Sides of the product that is timed.
 _SIDE = 2048
 #: Outputs and inputs of the matrix that such a method is timed on; and the products of the weight with a
