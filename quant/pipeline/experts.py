@@ -7,8 +7,7 @@ How a mixture is calibrated (``--moe-calibration``):
 ``all``     each sees all tokens of its layer, as llm-compressor's `moe_calibrate_all_experts` does.
 ``blend``   the mean of x xᵀ over routed tokens, each weighted with the square of its gate, which is what its
             error is multiplied by in the layer's output, and over tokens of the whole layer, which count
-            as :data:`PRIOR` tokens for each feature of the input (before the second product as one, where
-            the expert has as many tokens of its own).
+            as :data:`PRIOR` tokens for each feature of the input.
 
 What an expert's own tokens say is unbiased, and noisy where they are few beside the features; what all tokens
 say is neither. Of a mixture with 8 experts (``benchmarks/make_mixture.py``) the blend's error on text that
@@ -60,8 +59,7 @@ MOST_OUTPUTS = 1 << 13
 #: more: sixteen of Mixtral 8x22B's at once would be 40 GiB.
 SIDE_BY_SIDE = 2 << 30
 #: Tokens of the whole layer, for each feature of the input, that an expert's own are blended with; and the
-#: most of them that are taken through an expert's first product to see what its second reads. Those take as
-#: long as tokens of its own, so there is one for each feature where it has as many of its own.
+#: most of them that are taken through an expert's first product to see what its second reads.
 PRIOR, MOST_PRIOR = 2, 1 << 13
 
 
@@ -235,8 +233,7 @@ def expert_statistics(
     """
     floor = routed.features
     if isinstance(prior, ExpertInputs):
-        several = floor * (PRIOR if int(routed.counts[expert]) < floor else 1)
-        most = None if how == "all" else several
+        most = None if how == "all" else PRIOR * floor
         prior = _inner_statistics(module, experts, expert, prior, floor, most, needs)
     if how == "all" and prior is not None:
         return prior, ()
