@@ -10,6 +10,7 @@ from quant.errors import one_of
 from quant.hardware import Gpu
 from quant.models.spec import ModelSpec
 from quant.planning.cuts import group_problems, parallel_problems
+from quant.planning.gguf import advised
 from quant.planning.memory import plan
 from quant.planning.request import EngineRequest
 from quant.planning.scenarios import Scenario
@@ -171,7 +172,10 @@ def what_would(spec: ModelSpec, gpu: Gpu, best: SchemePlan, request: EngineReque
     sequences, more GPUs of a machine, more machines."""
     assert best.plan is not None
     if gpu.platform == "cpu":
-        return "take a machine with more memory, a smaller model, or llama.cpp with a 4-bit GGUF"
+        return (
+            "take a machine with more memory, a smaller model, or llama.cpp with "
+            f"{advised(spec, gpu, request.context or spec.max_context)}"
+        )
     world = request.ranks * request.pipeline_parallel
     tries: list[tuple[str, int, EngineRequest]] = []
     if not request.enforce_eager:
@@ -199,6 +203,6 @@ def what_would(spec: ModelSpec, gpu: Gpu, best: SchemePlan, request: EngineReque
         if plan(spec, [gpu] * count, best.stored, changed).sure:
             return f"it would start with {words}"
     return (
-        f"not even 4 machines of {MACHINE} of these GPUs would do: take a smaller model, or llama.cpp with "
-        "a 4-bit GGUF in host memory"
+        f"not even 4 machines of {MACHINE} of these GPUs would do: take a smaller model, or llama.cpp in "
+        f"host memory with {advised(spec, gpu, request.context or spec.max_context)}"
     )

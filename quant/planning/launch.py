@@ -17,6 +17,7 @@ from quant.hub import named, repository_of
 from quant.models.spec import ModelSpec
 from quant.models.support import GRADIENTS
 from quant.planning.choice import Goal
+from quant.planning.gguf import advised
 from quant.planning.memory import MemoryPlan
 from quant.planning.request import EngineRequest
 from quant.planning.scheme_plans import SchemePlan
@@ -146,18 +147,13 @@ def engines_for(
     """
     fits = any(p.meets for p in plans)
     laptop = gpu.kind == "laptop" and request.concurrency == 1
+    tokens = request.context or spec.max_context
     if gpu.platform == "cpu":
         vllm = Engine("vLLM", False, "its CPU build serves, slower than llama.cpp for one user")
-        llama = Engine("llama.cpp / Ollama", True, "runs a 4-bit GGUF on the CPU")
+        llama = Engine("llama.cpp / Ollama", True, f"on the CPU: {advised(spec, gpu, tokens)}")
     else:
         vllm = Engine("vLLM", fits, "it holds what was asked" if fits else "no plan holds what was asked")
-        why = (
-            "one user on a laptop"
-            if laptop
-            else "for one user"
-            if fits
-            else "a 4-bit GGUF, with the layers that fit on the GPU"
-        )
+        why = "one user on a laptop" if laptop else "for one user" if fits else advised(spec, gpu, tokens)
         llama = Engine("llama.cpp / Ollama", laptop or not fits, why)
     tgi = Engine(
         "TGI",

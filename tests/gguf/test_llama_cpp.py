@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from quant.catalog import load_model
 from quant.checkpoint.reader import open_checkpoint
 from quant.formats.reading import dequantized
 from quant.gguf.tokenizer import PRE_TOKENIZERS
 from quant.pipeline.gguf import export_gguf
+from quant.planning.gguf import level_bytes
 from tests.helpers import TINYLM, make_checkpoint, quantize, short_text
 
 Ask = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
@@ -219,3 +221,24 @@ def test_rows_that_are_no_blocks_of_256_fall_back_by_name(tmp_path: Path, llama_
     assert "Q4_K" not in made.tensors
     assert any(n.startswith("blk.1.ffn_down.weight is Q") and "rows of 96" in n for n in made.notes)
     llama_cpp([{"file": str(tmp_path / "out.gguf")}])
+
+
+def test_llama_cpp_s_levels_are_as_large_as_planned(tmp_path: Path, llama_cpp: Ask) -> None:
+    """The sum of all tensors, to the byte: blocks that get more bits, fused and routed matrices."""
+    import gguf
+
+    wide = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 8}
+    experts = {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 64}
+    for kind, changes, level in (
+        ("phi3", {}, "q4_k_m"),
+        ("phi3", {}, "q3_k_m"),
+        ("mixtral", experts, "q4_k_m"),
+        ("llama", {"num_key_value_heads": 1, "head_dim": 64, "tie": True}, "iq4_xs"),
+    ):
+        folder = tmp_path / f"{kind}-{level}"
+        make_checkpoint(folder, kind, **wide, **changes)
+        export_gguf(folder, tmp_path / "a.gguf", level, imatrix=False)
+        stored = sum(int(t.n_bytes) for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors)
+        spec = load_model(str(folder))
+        assert level_bytes(spec, level, weighed=False) - spec.vocabulary * 36 == stored, (kind, level)
+        (tmp_path / "a.gguf").unlink()

@@ -1,0 +1,217 @@
+"""How large a model is at each level of GGUF, which level fits a memory, and how many layers of it a GPU
+holds. No torch.
+
+Which type llama.cpp gives to which tensor of a K level is ``src/llama-quant.cpp`` (`llama_tensor_get_type`):
+values, the down projection and the head get more bits than the rest, in some blocks. Types of our own levels
+are those of :mod:`quant.pipeline.gguf`.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from quant.errors import QuantError
+from quant.gguf.families import FAMILIES
+from quant.gguf.levels import LEVELS
+from quant.gguf.llama_cpp import llama_python
+from quant.hardware import Gpu
+from quant.models.spec import ModelSpec, Weight
+from quant.units import format_size
+from quant.vllm.config import text_config
+
+#: Numbers and bytes of a block of each type (``ggml-common.h``).
+_BLOCKS = {
+    "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20),
+    "Q5_0": (32, 22), "Q5_1": (32, 24), "IQ4_NL": (32, 18), "Q2_K": (256, 84), "Q3_K": (256, 110),
+    "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210), "IQ4_XS": (256, 136),
+}  # fmt: skip
+#: Type of most matrices of a level that llama.cpp makes.
+_MOST = {
+    "q6_k": "Q6_K", "q5_k_m": "Q5_K", "q4_k_m": "Q4_K", "iq4_xs": "IQ4_XS", "q3_k_m": "Q3_K", "q2_k": "Q2_K",
+}  # fmt: skip
+#: What takes the place of a type whose blocks of 256 do not fill a row.
+_FALLBACK = {
+    "Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "IQ4_XS": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
+}  # fmt: skip
+#: The best level first; those that llama.cpp makes, and those that need nothing but the gguf package.
+_BEST = ("q4_k_m", "iq4_xs", "q3_k_m", "q2_k")
+_PLAIN = ("q4_0",)
+#: Bytes of a token in the file: its text, kind and score, and its share of merges.
+_TOKEN_BYTES = 36
+#: What llama.cpp takes besides weights and cache: buffers of a batch of 512 tokens.
+_COMPUTE = 512 << 20
+
+
+@dataclass(frozen=True)
+class LevelPlan:
+    """A level for a machine.
+
+    Attributes:
+        file_bytes: of the file; ``memory_bytes``: with cache and buffers.
+        gpu_layers: blocks that a GPU holds with their cache; 0 without one.
+        tokens_per_second: upper bound for one user, of a memory whose bandwidth is known; None: it is not.
+    """
+
+    level: str
+    file_bytes: int
+    memory_bytes: int
+    gpu_layers: int
+    tokens_per_second: float | None
+    command: str
+
+    def __str__(self) -> str:
+        layers = f", {self.gpu_layers} layers of it on the GPU" if self.gpu_layers else ""
+        speed = f", up to {self.tokens_per_second:.0f} tokens/s" if self.tokens_per_second else ""
+        sizes = f"{format_size(self.file_bytes)}, {format_size(self.memory_bytes)} with cache"
+        return f"{self.level} ({sizes}{layers}{speed}): {self.command}"
+
+
+def _more_bits(block: int, blocks: int) -> bool:
+    """Whether a block is one of the first and last eighth, or every third between (`use_more_bits`)."""
+    eighth = blocks // 8
+    return block < eighth or block >= 7 * blocks // 8 or (block - eighth) % 3 == 2
+
+
+def _kind(name: str) -> str:
+    """What llama.cpp goes by in a tensor's name."""
+    last = name.removesuffix(".weight").rpartition(".")[2]
+    return {
+        "v_proj": "v", "down_proj": "down", "w2": "down", "o_proj": "o", "qkv_proj": "v", "k_proj": "k",
+        "embed_tokens": "embedding", "lm_head": "head", "gate": "router", "shared_expert_gate": "router",
+    }.get(last, "")  # fmt: skip
+
+
+def tensor_type(level: str, weight: Weight, spec: ModelSpec, weighed: bool = True) -> str:
+    """ggml's name of the type of a tensor at a level.
+
+    Args:
+        weighed: whether an importance matrix is used.
+    """
+    kind, columns = _kind(weight.name), weight.shape[-1]
+    if len(weight.shape) == 1 or kind == "router" or weight.role == "norm":
+        return "F32"
+    if level in LEVELS:
+        row = LEVELS[level]
+        wide = "BF16" if row.type == "BF16" else "F16"
+        both = kind == "head" or (kind == "embedding" and spec.tied)
+        type_ = row.head if both else row.type
+        return type_ if columns % _BLOCKS[type_][0] == 0 else wide
+    type_ = _of_level(level, kind, weight.layer, spec, columns, weighed)
+    if columns % _BLOCKS[type_][0]:
+        type_ = _FALLBACK.get(type_, type_)
+    return type_ if columns % _BLOCKS[type_][0] == 0 else "F16"
+
+
+def _of_level(level: str, kind: str, block: int, spec: ModelSpec, columns: int, weighed: bool) -> str:
+    """`llama_tensor_get_type` before its fallback."""
+    most, more = _MOST[level], _more_bits(block, spec.layers)
+    experts = spec.moe.experts if spec.moe is not None else 0
+    shared = spec.heads // max(1, spec.kv_heads)
+    if kind == "head" or (kind == "embedding" and spec.tied):
+        return "Q8_0" if columns % _BLOCKS[most][0] else "Q6_K"
+    if kind == "v":
+        type_ = {
+            "q2_k": "Q4_K" if shared >= 4 else "Q3_K",
+            "q3_k_m": "Q5_K" if block < 2 else "Q4_K",
+            "iq4_xs": "Q5_K" if shared >= 4 else most,
+        }.get(level, "Q6_K" if level in ("q4_k_m", "q5_k_m") and more else most)
+        if spec.layers == 80 and type_ in ("Q3_K", "Q4_K"):
+            type_ = "Q5_K"  # Llama's 70B, whose values are an eighth of its queries
+        return "Q8_0" if experts == 8 else type_
+    if kind == "k" and experts == 8:
+        return "Q8_0"
+    if kind == "down":
+        type_ = {
+            "q2_k": "Q3_K",
+            "q3_k_m": "Q5_K" if block < spec.layers // 16 else "Q4_K",
+            "iq4_xs": "Q5_K" if block < spec.layers // 8 and not weighed else most,
+        }.get(level, "Q6_K" if level in ("q4_k_m", "q5_k_m") and more else most)
+        return type_
+    if kind == "o":
+        if experts == 8:
+            return "Q5_K" if level in ("q2_k", "q3_k_m", "q4_k_m", "iq4_xs") else most
+        return {"q2_k": "Q3_K", "q3_k_m": "Q4_K"}.get(level, most)
+    return most
+
+
+def _tensors(spec: ModelSpec, level: str, weighed: bool) -> Iterator[tuple[Weight, int]]:
+    """The tensors of the text decoder, with their bytes."""
+    for weight in spec.unpacked or spec.weights:
+        if weight.role in ("tower", "mtp") or (spec.tied and _kind(weight.name) == "head"):
+            continue
+        numbers, size = _BLOCKS[tensor_type(level, weight, spec, weighed)]
+        yield weight, weight.parameters // numbers * size
+
+
+def level_bytes(spec: ModelSpec, level: str, weighed: bool = True) -> int:
+    """Size of the file of a model at a level, its keys and tokenizer estimated.
+
+    >>> from quant.catalog import load_model
+    >>> round(level_bytes(load_model("Qwen2.5-7B-Instruct"), "q4_k_m") / 1e9, 2)
+    4.68
+    """
+    data = sum(size for _, size in _tensors(spec, level, weighed))
+    return data + spec.vocabulary * _TOKEN_BYTES
+
+
+def cache_bytes(spec: ModelSpec, tokens: int) -> int:
+    """fp16 keys and values of all blocks."""
+    return 2 * 2 * spec.layers * spec.kv_heads * spec.head_dim * tokens
+
+
+def plan_level(spec: ModelSpec, level: str, gpu: Gpu | None, tokens: int, model: str) -> LevelPlan:
+    """A level on the CPU, or with the blocks that fit on a GPU there, each with its part of the cache."""
+    size, cache = level_bytes(spec, level), cache_bytes(spec, tokens)
+    layers = 0
+    if gpu is not None and gpu.platform != "cpu":
+        inside = sum(n for w, n in _tensors(spec, level, True) if w.layer >= 0)
+        each = (inside + cache) / max(1, spec.layers)
+        layers = max(0, min(spec.layers, int((gpu.free_bytes - _COMPUTE) / each)))
+    bound = None
+    if gpu is not None and gpu.bandwidth and (gpu.platform == "cpu" or layers == spec.layers):
+        read = sum(
+            n * (spec.moe.active / spec.moe.experts if spec.moe is not None and w.count > 1 else 1)
+            for w, n in _tensors(spec, level, True)
+            if _kind(w.name) != "embedding" or spec.tied
+        )
+        bound = gpu.bandwidth / (read + cache / 2)
+    name = f"{Path(model).name or 'model'}-{level}.gguf"
+    command = shlex.join(["quant", "export-gguf", "-m", model, "-o", name, "--level", level])
+    return LevelPlan(level, size, size + cache + _COMPUTE, layers, bound, command)
+
+
+def best_level(
+    spec: ModelSpec, memory: int | None, gpu: Gpu | None, tokens: int, model: str
+) -> LevelPlan | str:
+    """The level of 4 bits for a model, or the largest below that fits ``memory`` (bytes of the host; None:
+    not known). Of levels that can be made here: those of llama.cpp take its library.
+
+    Returns:
+        the level, or why there is none.
+    """
+    if str(text_config(spec.config).get("model_type") or spec.model_type) not in FAMILIES:
+        return (
+            f"{spec.model_type} is not written as GGUF here: convert_hf_to_gguf.py of llama.cpp may know it"
+        )
+    try:
+        llama_python()
+        levels: tuple[str, ...] = _BEST
+    except QuantError:
+        levels = _PLAIN
+    plans = [plan_level(spec, level, gpu, tokens, model) for level in levels]
+    fitting = [p for p in plans if memory is None or p.memory_bytes <= memory]
+    if fitting:
+        return fitting[0]
+    least = plans[-1]
+    return f"even {least.level} takes {format_size(least.memory_bytes)}, there are {format_size(memory or 0)}"
+
+
+def advised(spec: ModelSpec, gpu: Gpu, tokens: int) -> str:
+    """What to say of the level for a CPU, or for a GPU with a host's memory behind it, which is not known:
+    its size and the command that makes it, or why there is none."""
+    memory = gpu.total_bytes if gpu.platform == "cpu" else None
+    model = spec.source if spec.source and Path(spec.source).is_dir() else spec.hub or spec.name
+    return str(best_level(spec, memory, gpu, tokens, model))
