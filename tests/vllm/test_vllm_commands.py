@@ -113,32 +113,6 @@ def _counts_as_vllms_own_tool(url: str, environment: dict[str, str], vllm_python
     assert all(level[key] > 0 for level in (ours, theirs) for key in (*FIGURES, "output_throughput"))
 
 
-def _answers_tasks(url: str, folder: Path, environment: dict[str, str]) -> None:
-    """Text for a student, made by the served model: each task answered, and other text for each seed."""
-    folder.mkdir()
-    tasks, made = folder / "tasks.txt", folder / "data.jsonl"
-    tasks.write_text("The history of the town\nIn the year 1901 the river\n")
-    command = [sys.executable, str(ROOT / "quantize.py"), "distill", "--generate", str(tasks), "--url", url]
-    command += [
-        "--api-key-env",
-        "KEY",
-        "--answers",
-        "2",
-        "--max-tokens",
-        "24",
-        "-o",
-        str(made),
-        "--json",
-        "-q",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
-    value, rows = json.loads(done.stdout), [json.loads(line) for line in made.read_text().splitlines()]
-    assert value["asked"] == 4 and value["rows"] == len(rows) and value["tokens"] <= 4 * 24
-    assert len(rows) >= 2 and len({r["text"] for r in rows}) == len(rows)
-    assert all(r["text"].startswith(("The history", "In the year")) for r in rows)
-
-
 def _exports_what_is_read(url: str) -> None:
     """What alerts, dashboards and reports are made of; of speculation only a server that speculates tells."""
     with urllib.request.urlopen(url + "/metrics", timeout=10) as answer:
@@ -196,7 +170,6 @@ def test_serve_answers_is_checked_and_loaded_until_a_signal_and_leaves_no_proces
         assert code == 0 and json.loads((tmp_path / "check.json").read_text())["passed"], found
         _is_measured_as_served(report["url"], path, source, environment)
         _is_loaded(report["url"], tmp_path / "load", environment)
-        _answers_tasks(report["url"], tmp_path / "data", environment)
         _counts_as_vllms_own_tool(report["url"], environment, vllm_python)
         _exports_what_is_read(report["url"])
         members = psutil.Process(process.pid).children(recursive=True)
