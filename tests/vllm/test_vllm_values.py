@@ -20,7 +20,7 @@ from quant.checkpoint.reader import read_json
 from quant.defaults import EFFORTS
 from quant.errors import QuantError
 from quant.evaluation.verify import verify
-from quant.pruning import Depth, drop_blocks
+from quant.pruning import Depth, Width, drop_blocks, narrow
 from quant.serving.installation import ServerError
 from quant.serving.reference import (
     NEW_TOKENS,
@@ -185,6 +185,27 @@ def test_vllm_serves_a_model_without_some_of_its_blocks(
     assert found.passed, found.describe()
     other = Reference(tinylm).compare(answers, like=found)
     assert not other.passed, other.describe()  # it is the smaller model that was served
+
+
+def test_vllm_serves_a_mixture_with_narrower_blocks(tmp_path: Path, vllm_python: str) -> None:
+    """Fewer experts, MLP channels (of the dense block) and heads, all in one model."""
+    from tests.models.mixtures import FAMILIES, save_mixture
+
+    whole, path = tmp_path / "whole", tmp_path / "narrower"
+    sizes = {"mlp_only_layers": [0], "num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 64}
+    sizes |= {"hidden_size": 128, "head_dim": 64, "num_attention_heads": 8, "num_key_value_heads": 4}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, "qwen3_moe", FAMILIES["qwen3_moe"] | sizes)
+        save_mixture(whole, "qwen3_moe")
+    asked = Width(experts=4, channels=64, heads=2, multiple_of=32, samples=4, sequence_length=64)
+    report = narrow(whole, path, asked)
+    assert report.pruning is not None and [w["after"] for w in report.pruning.widths] == [4, 64, 2]
+    with open_server(path, vllm_python) as server:
+        server.start(timeout=300)
+        answers = ask(server, prompts(path))
+    found = Reference(path).compare(answers)
+    print(f"narrower: {found.describe()}")
+    assert found.passed, found.describe()
 
 
 @pytest.mark.parametrize("scheme", ["w8a8-fp8-tensor", "nvfp4", "mxfp4"])
