@@ -147,6 +147,17 @@ def mean_and_error(value: Mapping[str, Any] | None, form: str) -> str:
     return f"{mean:.{digits}{kind}} ± {error:.{digits}{kind}}"
 
 
+def two_digits(value: float, least: int) -> str:
+    """A number with ``least`` decimals, and more where those would show less than two of its digits.
+
+    >>> two_digits(1.23456, 3), two_digits(0.000072, 3), two_digits(0.0, 3)
+    ('1.235', '0.000072', '0.000')
+    """
+    if not value or not math.isfinite(value):
+        return f"{value:.{least}f}"
+    return f"{value:.{max(least, 1 - math.floor(math.log10(abs(value))))}f}"
+
+
 def format_seconds(seconds: float) -> str:
     """
     >>> format_seconds(7.25), format_seconds(75), format_seconds(3700)

@@ -4,6 +4,7 @@ for a stated reason, every side file there."""
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from quant.models.cutting import without_blocks
 from quant.models.linears import LinearRef, fused_tensors
 from quant.models.narrowing import again_narrowed
 from quant.models.stacking import stacked
-from quant.report.value import Report, TensorsAccount
+from quant.report.value import Pruning, Report, TensorsAccount
 from quant.vllm.config import block_count
 from quant.vllm.layers import Linear
 
@@ -53,15 +54,39 @@ def counterpart(path: str | Path, source: Checkpoint) -> Checkpoint:
     return source
 
 
-def noted_tensors(path: Path) -> dict[str, list[str]]:
-    """What the report in an output directory says of tensors: those with scaling folded in, and those
-    added."""
+@dataclass(frozen=True)
+class Noted:
+    """What a report says of tensors that are not the source's to the byte.
+
+    Attributes:
+        folded: those with scaling folded in.
+        added: those that calibration made.
+        fitted: those that were fitted to what pruning took.
+        cut: what pruning took, a line each.
+    """
+
+    folded: Sequence[str] = ()
+    added: Sequence[str] = ()
+    fitted: Sequence[str] = ()
+    cut: Sequence[str] = ()
+
+    def exceptions(self) -> str:
+        """What is not as it was in the source, for a reader."""
+        parts = [f"{len(self.folded)} with scaling folded in"] if self.folded else []
+        parts += [f"{len(self.fitted)} fitted to what was pruned"] if self.fitted else []
+        parts += [f"after pruning ({'; '.join(self.cut)})"] if self.cut else []
+        return "".join(f", {part}" for part in parts)
+
+
+def noted_tensors(path: Path) -> Noted:
+    """What the report in an output directory, if there is one, says of tensors."""
     report = Report.load(path)
     tensors = (
         TensorsAccount() if report is None or report.quantization is None else report.quantization.tensors
     )
-    fitted = () if report is None or report.pruning is None else report.pruning.fitted
-    return {"folded": [*tensors.folded, *fitted], "added": list(tensors.added)}
+    pruning = Pruning() if report is None or report.pruning is None else report.pruning
+    cut = [f"{what} {how}" for what, how in pruning.summary]
+    return Noted(list(tensors.folded), list(tensors.added), list(pruning.fitted), cut)
 
 
 def source_problems(

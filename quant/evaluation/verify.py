@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from quant.checkpoint.header import WIDE_FLOATS
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.errors import CheckpointError, QuantError
 from quant.evaluation.accounting import (
+    Noted,
     copied_tensors,
     counterpart,
     noted_tensors,
@@ -173,9 +174,15 @@ def verify(
     own = changed is not None or made is not None or Report.load(checkpoint.path) is not None
     origin = None if origin is None else counterpart(checkpoint.path, origin)
     noted = noted_tensors(checkpoint.path)
-    changed, made = noted["folded"] if changed is None else changed, noted["added"] if made is None else made
+    noted = replace(
+        noted,
+        folded=noted.folded if changed is None else changed,
+        added=noted.added if made is None else made,
+    )
     copies = (
-        set() if origin is None or layers is None else copied_tensors(checkpoint, origin, layers, changed)
+        set()
+        if origin is None or layers is None
+        else copied_tensors(checkpoint, origin, layers, [*noted.folded, *noted.fitted])
     )
     values = scan_values(checkpoint, layers, source=origin, copies=copies, target=target)
     result.content_hash = values.content_hash
@@ -185,7 +192,7 @@ def verify(
         "every float is finite, every scale is non-zero, packed words agree with the config",
     )
     if origin is not None:
-        _check_source(result, checkpoint, origin, layers, values.differing, changed, made, own)
+        _check_source(result, checkpoint, origin, layers, values.differing, noted, own)
     return result
 
 
@@ -254,18 +261,16 @@ def _check_source(
     origin: Checkpoint,
     layers: QuantizedLayers | None,
     differing: Collection[str],
-    changed: Sequence[str],
-    made: Sequence[str],
+    noted: Noted,
     own: bool,
 ) -> None:
     """Every tensor and side file of the source is accounted for; ``own``: this project made it."""
     result.add(
         "tensors of the source",
-        source_problems(checkpoint, origin, layers, differing, made),
+        source_problems(checkpoint, origin, layers, differing, noted.added),
         "each linear is there, and all else byte for byte (the source is quantized itself)"
         if quantization_config(origin.config) is not None
-        else f"all {len(origin.tensors)} are quantized or copied byte for "
-        f"byte{f', {len(changed)} with scaling folded in' if changed else ''}",
+        else f"all {len(origin.tensors)} are quantized or copied byte for byte{noted.exceptions()}",
     )
     result.add(
         "side files",

@@ -12,7 +12,7 @@ from quant.commands.render.tables import Column, draw
 from quant.hub import named
 from quant.report.evidence import worst
 from quant.report.value import REPORT, Pruning, Report
-from quant.units import format_seconds, format_share, format_size, mean_and_error
+from quant.units import format_seconds, format_share, format_size, mean_and_error, two_digits
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -534,7 +534,10 @@ def _loss(value: Mapping[str, Any]) -> str:
 
 def _interval(value: Mapping[str, Any]) -> str:
     ends = value.get("interval")
-    return f"\n95 % of chunks' means: {ends[0]:.5f} to {ends[1]:.5f}" if ends else ""
+    if not ends:
+        return ""
+    low, high = (two_digits(end, 5) for end in ends)
+    return f"\n95 % of chunks' means: {low} to {high}"
 
 
 def _tail(value: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -542,7 +545,7 @@ def _tail(value: Mapping[str, Any]) -> list[tuple[str, str]]:
     if not value.get("kl_p99"):
         return []
     p99 = mean_and_error(value["kl_p99"], ".4f")
-    return [("KL of a token", f"P99 {p99}, largest {value['kl_max']:.3f}")]
+    return [("KL of a token", f"P99 {p99}, largest {two_digits(value['kl_max'], 3)}")]
 
 
 def _evaluated_parts(console: Console, heading: str, parts: Sequence[Mapping[str, Any]]) -> None:
@@ -561,8 +564,8 @@ def _evaluated_parts(console: Console, heading: str, parts: Sequence[Mapping[str
     if judged:
         columns[2:2] = [
             Column("KL, nats per token", [mean_and_error(p["kl"], ".5f") for p in parts], 0, True),
-            Column("P99", [f"{p['kl_p99']['mean']:.4f}" for p in parts], 0, True),
-            Column("largest", [f"{p['kl_max']:.3f}" for p in parts], 1, True),
+            Column("P99", [two_digits(p["kl_p99"]["mean"], 4) for p in parts], 0, True),
+            Column("largest", [two_digits(p["kl_max"], 3) for p in parts], 1, True),
             Column("top-1", [mean_and_error(p["top1"], ".2%") for p in parts], 0, True),
             Column("top-5", [mean_and_error(p["top5"], ".2%") for p in parts], 4, True),
         ]
