@@ -86,9 +86,8 @@ _QWEN = HeadLayout(
     kind="full_attention",
 )
 #: Families whose prediction head is computed here, as vLLM 0.32 computes it (``models/deepseek_mtp.py``,
-#: ``glm4_moe_mtp.py``, ``qwen3_next_mtp.py``, ``qwen3_5_mtp.py``). The acceptance of GLM-4-MoE, Qwen3.5 and
-#: DeepSeek-V3 has been compared with vLLM's counters; Qwen3-Next's follows from that source, which states
-#: the same head as Qwen3.5's.
+#: ``glm4_moe_mtp.py``, ``qwen3_next_mtp.py``, ``qwen3_5_mtp.py``). The acceptance of each has been
+#: compared with vLLM's counters (benchmarks/speculation.py; GLM-4-MoE in tests/vllm).
 HEADS = {
     "deepseek_v3": _DEEPSEEK,
     "glm4_moe": replace(_DEEPSEEK, normed=False),
