@@ -98,7 +98,7 @@ def _made(
     calibration = {k: values[k] for k in _CALIBRATION if k in values}
     if method is None:
         return export_gguf(values["model_path"], output, level, calibration=calibration, progress=progress)
-    if problems := file_path_problems(output):
+    if problems := file_path_problems(output, Path(values["model_path"])):
         raise UsageError(problems[0])
     from quant import jobs
 

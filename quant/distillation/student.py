@@ -33,9 +33,15 @@ def kind(checkpoint: Checkpoint, asked: Trained | None = None) -> Trained:
     """What of a checkpoint is trained.
 
     Raises:
-        QuantError: weights are asked for, and they are codes.
+        QuantError: weights are asked for, and they are codes; or it is a GGUF file.
     """
-    quantized = find_format(checkpoint.config, checkpoint.tensors) is not None
+    form = find_format(checkpoint.config, checkpoint.tensors)
+    quantized = form is not None
+    if form is not None and form.form.name == "gguf":
+        raise QuantError(
+            f"{checkpoint.path}: is a GGUF file, which is not written with other numbers: quant export-vllm "
+            "makes a checkpoint of it that can be taught, and quant export-gguf a file of that"
+        )
     if asked == "weights" and quantized:
         raise QuantError(
             f"{checkpoint.path}: is quantized: its codes stay, and norms and scales are trained: leave "

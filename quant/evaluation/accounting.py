@@ -25,16 +25,21 @@ if TYPE_CHECKING:
 
 
 def copied_tensors(
-    checkpoint: Checkpoint, source: Checkpoint, layers: QuantizedLayers, changed: Collection[str]
+    checkpoint: Checkpoint, source: Checkpoint, layers: QuantizedLayers | None, noted: Noted
 ) -> set[str]:
-    """Tensors that must have the source's bytes."""
+    """Tensors that must have the source's bytes. Of a checkpoint that is not quantized, only its report tells
+    them."""
+    if layers is None and not noted.told:
+        return set()
     source = dequantized(source)
+    linears = {*(layers.linears if layers is not None else ()), *noted.rounded}
+    changed = noted.changed
     return {
         name
         for name, info in source.tensors.items()
         if name not in changed
         and name not in source.computed
-        and not (name.endswith(".weight") and name.removesuffix(".weight") in layers.linears)
+        and not {name, name.removesuffix(".weight")} & linears
         and (copy := checkpoint.tensors.get(name)) is not None
         and (copy.dtype, copy.shape) == (info.dtype, info.shape)
     }
@@ -59,21 +64,34 @@ class Noted:
     """What a report says of tensors that are not the source's to the byte.
 
     Attributes:
+        told: whether there is a report.
+        rounded: linears that were quantized, or pruned of single weights, though the output may hold them as
+            plain values.
         folded: those with scaling folded in.
         added: those that calibration made.
         fitted: those that were fitted to what pruning took.
+        taught: those that were trained by a teacher.
         cut: what pruning took, a line each.
     """
 
+    told: bool = False
+    rounded: Sequence[str] = ()
     folded: Sequence[str] = ()
     added: Sequence[str] = ()
     fitted: Sequence[str] = ()
+    taught: Sequence[str] = ()
     cut: Sequence[str] = ()
+
+    @property
+    def changed(self) -> set[str]:
+        """Tensors that hold other numbers than the source, without being quantized."""
+        return {*self.folded, *self.fitted, *self.taught}
 
     def exceptions(self) -> str:
         """What is not as it was in the source, for a reader."""
         parts = [f"{len(self.folded)} with scaling folded in"] if self.folded else []
         parts += [f"{len(self.fitted)} fitted to what was pruned"] if self.fitted else []
+        parts += [f"{len(self.taught)} taught"] if self.taught else []
         parts += [f"after pruning ({'; '.join(self.cut)})"] if self.cut else []
         return "".join(f", {part}" for part in parts)
 
@@ -81,12 +99,42 @@ class Noted:
 def noted_tensors(path: Path) -> Noted:
     """What the report in an output directory, if there is one, says of tensors."""
     report = Report.load(path)
-    tensors = (
-        TensorsAccount() if report is None or report.quantization is None else report.quantization.tensors
+    if report is None:
+        return Noted()
+    tensors = TensorsAccount() if report.quantization is None else report.quantization.tensors
+    pruning = report.pruning or Pruning()
+    return Noted(
+        told=True,
+        rounded=[*tensors.quantized, *tensors.kept],
+        folded=tensors.folded,
+        added=tensors.added,
+        fitted=pruning.fitted,
+        taught=() if report.teaching is None else report.teaching.changed,
+        cut=[f"{what} {how}" for what, how in pruning.summary],
     )
-    pruning = Pruning() if report is None or report.pruning is None else report.pruning
-    cut = [f"{what} {how}" for what, how in pruning.summary]
-    return Noted(list(tensors.folded), list(tensors.added), list(pruning.fitted), cut)
+
+
+def differing_cuts(
+    checkpoint: Checkpoint, source: Checkpoint, layers: QuantizedLayers | None, noted: Noted
+) -> set[str]:
+    """Tensors that are not, to the bit, what pruning left of the source's (:func:`counterpart`), but those
+    that are quantized and those that are noted as changed."""
+    import torch
+
+    linears = {*(layers.linears if layers is not None else ()), *noted.rounded}
+    changed = noted.changed
+    differing = set()
+    for name in source.computed if noted.cut else ():
+        copy, info = checkpoint.tensors.get(name), source.tensors.get(name)
+        if copy is None or info is None or name in changed:
+            continue
+        if {name, name.removesuffix(".weight")} & linears:
+            continue
+        if (copy.dtype, copy.shape) == (info.dtype, info.shape):
+            here, there = (x.read(name).contiguous().view(torch.uint8) for x in (checkpoint, source))
+            if not torch.equal(here, there):
+                differing.add(name)
+    return differing
 
 
 def source_problems(
@@ -99,7 +147,7 @@ def source_problems(
     """Tensors of the source that are neither quantized nor the same here, and tensors that came from nowhere.
 
     Args:
-        differing: copies whose bytes differ.
+        differing: copies whose bytes differ, or that are not what pruning left.
         made: tensors that calibration added.
     """
     problems = []
@@ -123,7 +171,7 @@ def source_problems(
             problems += _apart_problems(checkpoint, source, linears, name, apart[name])
         elif copy is None:
             problems.append(f"{name} of the source is lost")
-        elif name in source.computed:
+        elif name in source.computed and name not in differing:
             if copy.shape != info.shape:
                 problems.append(f"{name} was {info.shape}, is {copy.shape}")
         elif (copy.dtype, copy.shape) != (info.dtype, info.shape):

@@ -20,6 +20,7 @@ from quant.evaluation.accounting import (
     Noted,
     copied_tensors,
     counterpart,
+    differing_cuts,
     noted_tensors,
     side_file_problems,
     source_problems,
@@ -35,7 +36,7 @@ from quant.models.account import stacked_experts
 from quant.models.linears import built_linears, fused_refs
 from quant.models.roles import leftovers_note
 from quant.models.vectors import lost_bias
-from quant.report.value import Report
+from quant.report.value import REPORT, Report
 from quant.vllm.architectures import architecture_problem, own_code
 from quant.vllm.cache import cache_problems
 from quant.vllm.config import (
@@ -179,11 +180,7 @@ def verify(
         folded=noted.folded if changed is None else changed,
         added=noted.added if made is None else made,
     )
-    copies = (
-        set()
-        if origin is None or layers is None
-        else copied_tensors(checkpoint, origin, layers, [*noted.folded, *noted.fitted])
-    )
+    copies = set() if origin is None else copied_tensors(checkpoint, origin, layers, noted)
     values = scan_values(checkpoint, layers, source=origin, copies=copies, target=target)
     result.content_hash = values.content_hash
     result.add(
@@ -192,7 +189,10 @@ def verify(
         "every float is finite, every scale is non-zero, packed words agree with the config",
     )
     if origin is not None:
-        _check_source(result, checkpoint, origin, layers, values.differing, noted, own)
+        differing = values.differing | differing_cuts(checkpoint, origin, layers, noted)
+        _check_source(result, checkpoint, origin, layers, differing, noted, own)
+        if noted.fitted and changed is None:  # else no report is written of it yet
+            _check_fitted(result, checkpoint, noted)
     return result
 
 
@@ -270,12 +270,31 @@ def _check_source(
         source_problems(checkpoint, origin, layers, differing, noted.added),
         "each linear is there, and all else byte for byte (the source is quantized itself)"
         if quantization_config(origin.config) is not None
+        else f"all {len(origin.tensors)} are there, in the same dtypes and shapes; nothing here tells which "
+        "values have to be the source's"
+        if layers is None and not own
         else f"all {len(origin.tensors)} are quantized or copied byte for byte{noted.exceptions()}",
     )
     result.add(
         "side files",
         side_file_problems(checkpoint, origin, own),
         "all there, byte for byte" if own else "all there, and saying the same",
+    )
+
+
+def _check_fitted(result: Verification, checkpoint: Checkpoint, noted: Noted) -> None:
+    """Values that were fitted have nothing in the source to be compared with; that the file is the one which
+    the report in its directory was written of stands for them."""
+    report = Report.load(checkpoint.path)
+    result.add(
+        "fitted tensors",
+        []
+        if report is not None and report.output_hash == result.content_hash
+        else [
+            f"{len(noted.fitted)} were fitted when it was pruned, so that the source does not tell their "
+            f"values, and the weights are not those that {REPORT} was written of: prune the source again"
+        ],
+        "as they were written, by the hash of the files",
     )
 
 

@@ -91,7 +91,9 @@ def _differing_facts(config: dict[str, Any], source: dict[str, Any]) -> list[str
     wrong = []
     facts = [(f, stated(config, f), stated(source, f)) for f in _FACTS if f in KEYS or stated(source, f)]
     mine, theirs = heads_of(config), heads_of(source)
-    facts += [("heads", mine, theirs), ("head_dim", head_size(config), head_size(source))]
+    if mine is not None and theirs is not None:
+        facts += [("heads", mine.attention, theirs.attention), ("KV heads", mine.kv, theirs.kv)]
+    facts.append(("head_dim", head_size(config), head_size(source)))
     for key in ("rope_theta", "factor", "original_max_position_embeddings"):
         facts.append((key, rotary(config).get(key), rotary(source).get(key)))
     for name, own, other in facts:

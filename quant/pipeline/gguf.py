@@ -251,8 +251,11 @@ class _Job:
     counts: dict[str, int] = field(default_factory=lambda: {"exact": 0, "scales": 0})
 
 
-def file_path_problems(output: Path) -> list[str]:
-    """Why a file cannot be made where it is asked for."""
+def file_path_problems(output: Path, model_path: Path) -> list[str]:
+    """Why a file cannot be made of a model where it is asked for."""
+    source = model_path.resolve()
+    if source.is_dir() and source in output.resolve().parents:
+        return [f"{output}: lies in the source directory: choose an --output-path outside {source}"]
     if output.exists() or output.is_symlink():
         return [f"{output}: exists already: choose another --output-path, or remove it"]
     folder = existing_folder(output.absolute().parent)
@@ -274,7 +277,7 @@ def _plan(path: Path, output: Path, level: str | None, called: str | None = None
     checkpoint, _ = repaired(open_checkpoint(path))
     layers = find_format(checkpoint.config, checkpoint.tensors)
     family = family_of(checkpoint.config)
-    problems = file_path_problems(output)
+    problems = file_path_problems(output, path)
     problems += [f"{checkpoint.path}: {line}" for line in file_problems(checkpoint, layers)]
     problems += [f"{checkpoint.path}: {line}" for line in config_problems(checkpoint.config, family)]
     plain = dequantized(checkpoint, layers)

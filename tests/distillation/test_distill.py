@@ -17,6 +17,7 @@ from quant.distillation.teacher import LIKELIEST, coarsened, divergence
 from quant.errors import Problems, QuantError, UsageError
 from quant.evaluation.quality import Runner, Source, run_both
 from quant.evaluation.verify import verify
+from quant.pipeline.gguf import export_gguf
 from quant.pruning import Depth, drop_blocks
 from quant.report.value import Report
 from tests.helpers import TINYLM, change_config, copy_model, load_all, make_checkpoint, quantize
@@ -86,7 +87,8 @@ def test_a_pruned_model_comes_nearer_on_text_that_it_was_not_taught_with(
     # the report's are of the likeliest tokens and the rest, which is a little less
     assert 0.75 * before < done.before <= before
     assert 0.75 * after < done.after <= after
-    assert verify(tmp_path / "out").passed
+    verified = verify(tmp_path / "out", source=shorter)
+    assert verified.passed and any(f"{len(done.changed)} taught" in c.detail for c in verified.checks)
     assert Report.load(tmp_path / "out").teaching == done  # type: ignore[union-attr]
     assert [p.name for p in (tmp_path / "out").glob("*teacher*")] == []
     assert "held-out KL to it" in (tmp_path / "out" / "README.md").read_text()
@@ -112,7 +114,8 @@ def test_a_quantized_model_keeps_its_codes(options: dict[str, Any], tmp_path: Pa
     assert all("scale" in n or "norm" in n for n in different)
     assert sum("scale" in n for n in different) > 10 and any("norm" in n for n in different)
     assert all(before[n].dtype == after[n].dtype and before[n].shape == after[n].shape for n in before)
-    assert verify(tmp_path / "out").passed
+    assert verify(tmp_path / "out", source=tmp_path / "student").passed
+    assert verify(tmp_path / "out", source=TINYLM).passed
     assert report.teaching.after is not None and report.teaching.before is not None
     assert report.teaching.after < report.teaching.before
     rows = held_out(TINYLM)
@@ -256,6 +259,9 @@ def test_pairs_that_do_not_fit_are_refused_before_any_work(
         )
     with pytest.raises(QuantError, match="codes stay"):
         distill(rounded, TINYLM, tmp_path / "out", Distillation(**SHORT, train="weights"))
+    export_gguf(TINYLM, tmp_path / "file.gguf", "q4_0")
+    with pytest.raises(QuantError, match="is a GGUF file, .* quant export-vllm"):
+        distill(tmp_path / "file.gguf", TINYLM, tmp_path / "out", Distillation(**SHORT))
     other = copy_model(TINYLM, tmp_path / "other")
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     words = tokenizer["model"]["vocab"]

@@ -132,6 +132,8 @@ def test_bad_input_leaves_everything_as_it_was(
     with pytest.raises(QuantError, match="exists already"):
         export_gguf(llama, there)
     assert there.read_text() == "mine"
+    with pytest.raises(QuantError, match="lies in the source directory"):
+        export_gguf(llama, llama / "inside.gguf")
     bare = copy_model(llama, tmp_path / "bare")
     (bare / "tokenizer.json").unlink()
     with pytest.raises(QuantError, match="tokenizer.json: it is missing"):

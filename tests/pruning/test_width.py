@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from quant.checkpoint.reader import open_checkpoint
 from quant.errors import CheckpointError, UsageError
@@ -229,3 +230,18 @@ def test_the_command_tells_what_each_kind_cost(cli: Callable[..., Any], tmp_path
     assert mixed.code == 2 and "give one of" in mixed.err
     foreign = cli("prune", "-m", TINYLM, "-o", tmp_path / "no", "--kv-heads", "1", "--method", "wanda")
     assert foreign.code == 2 and "--method: not of --kv-heads" in foreign.err
+
+
+@pytest.mark.parametrize("last", ["mlp.gate_proj", "mlp.down_proj", "input_layernorm"])
+def test_verify_finds_a_value_that_pruning_did_not_leave(last: str, tmp_path: Path) -> None:
+    """Cut, fitted and copied ones; each is finite and of the right shape."""
+    source = make_checkpoint(tmp_path / "source", "llama", num_attention_heads=8, num_key_value_heads=4)
+    narrow(source, tmp_path / "out", Width(channels=64, heads=2, multiple_of=32, **TEXT))
+    name = f"model.layers.1.{last}.weight"
+    file = open_checkpoint(tmp_path / "out").info(name).file
+    tensors = load_file(file)
+    save_file({**tensors, name: tensors[name] + 1}, file, metadata={"format": "pt"})
+    problems = verify(tmp_path / "out", source=source).failed
+    fitted = "fitted tensors: 4 were fitted when it was pruned"
+    assert any(p.startswith(fitted) for p in problems)
+    assert any(f"{name} differs from the source" in p for p in problems) == (last != "mlp.down_proj")

@@ -144,7 +144,7 @@ def test_a_file_that_is_no_report_tells_nothing(content: str, tmp_path: Path) ->
     (tmp_path / REPORT).write_bytes(content.encode("utf-8", "surrogateescape"))
     report = Report.load(tmp_path)
     assert report is None or (report.output_hash, report.provenance) == ("", Provenance())
-    assert evidence_of(tmp_path) is None and not any(vars(noted_tensors(tmp_path)).values())
+    assert evidence_of(tmp_path) is None and not noted_tensors(tmp_path).changed
     (tmp_path / REPORT).unlink()
     assert Report.load(tmp_path) is None
 

@@ -38,9 +38,10 @@ def table(console: Console, value: Mapping[str, Any], report: Report | None) -> 
     if chosen is None:
         lines.append("Dry run: nothing was run or written")
     else:
-        blocks = ", ".join(map(str, value["sampled_blocks"]))
+        sampled = value["sampled_blocks"]
+        blocks = f"{'blocks' if len(sampled) > 1 else 'block'} {', '.join(map(str, sampled))}"
         lines.append(
-            f"KL is foretold from blocks {blocks} of {value['blocks']}, ± one standard error; • marks what "
+            f"KL is foretold from {blocks} (there are {value['blocks']}), ± one standard error; • marks what "
             "no other beats in both size and KL"
         )
         if report is None:
