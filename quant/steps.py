@@ -164,10 +164,16 @@ def finish(pruned: Pruned, report: Report, progress: Progress = silent, device: 
         assert found.kl is not None
         costs.append({"step": name, "kl": found.kl.mean, "standard_error": found.kl.standard_error})
     origin = open_checkpoint(pruned.source)
+    made = [r for r in map(Report.load, pruned.folders) if r is not None]
+    pruning = sum(r.seconds.get("total", 0.0) for r in made)
+    # the folders' own reports were left out too, which tells nobody anything
+    dropped = {d["file"]: d for r in (*made, report) for d in r.side_files_dropped}
     whole = replace(
         report,
         source_path=pruned.source,
         source_bytes=origin.nbytes,
+        seconds={**report.seconds, "pruning": pruning, "total": report.seconds.get("total", 0.0) + pruning},
+        side_files_dropped=tuple(d for name, d in dropped.items() if (origin.path / name).exists()),
         pruning=replace(pruned.pruning, costs=tuple(costs)),
     )
     write_report(Path(report.output_path), whole, origin)

@@ -68,6 +68,8 @@ def test_a_killed_run_goes_on_with_what_it_has(
     done = cli(*given, "--json")
     assert done.code == 0, done.err
     report = json.loads(done.out)
+    assert report["seconds"]["total"] > report["seconds"]["pruning"] > 0
+    assert [d["file"] for d in report["side_files_dropped"]] == []
     assert report["pruning"]["dropped"] == [2] and len(report["pruning"]["costs"]) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "recipe.yaml"]
     assert verify(tmp_path / "out", source=TINYLM).passed
