@@ -12,7 +12,7 @@ from quant import defaults
 from quant.commands import options
 from quant.commands.options import together
 from quant.commands.terminal import Output, common_options
-from quant.commands.types import FiniteRange
+from quant.commands.types import PATH, FiniteRange
 from quant.engines import ENGINES
 from quant.errors import UsageError
 from quant.progress import Event
@@ -52,6 +52,8 @@ def _planned(out: Output, model_path: Path, request: dict[str, Any], engine: str
         deployment = make_plan(model_path, DeploymentRequest(**request), engine)
     for warning in deployment.warnings:
         out.warn(warning)
+    for note in deployment.notes:
+        out.note(note)
     return deployment
 
 
@@ -124,7 +126,20 @@ def plan(
 
 @click.command()
 @deployment_options
+@click.option(
+    "--engine",
+    type=click.Choice(["vllm", *(e.name for e in ENGINES.values() if e.files)]),
+    default="vllm",
+    show_default=True,
+    help="What serves it: llama.cpp and ollama take a .gguf file.",
+)
 @options.vllm_python
+@click.option(
+    "--llama-python",
+    type=PATH,
+    show_default="llama-server on PATH, else the variable QUANT_LLAMA_PYTHON, or this one",
+    help="Python of an environment with xllamacpp, which brings llama.cpp's server.",
+)
 @options.start_timeout
 @click.option("--check", is_flag=True, help="Stop after the test completion.")
 @options.exact_activations
@@ -132,32 +147,46 @@ def plan(
 def serve(
     out: Output,
     model_path: Path,
+    engine: str,
     vllm_python: Path | None,
+    llama_python: Path | None,
     timeout: float,
     check: bool,
     exact_activations: bool,
     **request: Any,
 ) -> None:
-    """Start vLLM on a checkpoint, try a completion, report, serve until a signal.
+    """Start vLLM on a checkpoint, or llama.cpp or Ollama on a GGUF file, try a completion, report, serve
+    until a signal.
 
     \b
     quant-deploy serve -m out/Llama-3.1-8B-W4A16 --port 8000 -- --max-num-seqs 64
+    quant-deploy serve -m Llama-3.1-8B-q4_k_m.gguf --engine llama.cpp
     """
     from quant.commands.render import deployment as render
+    from quant.serving.local import serve_file
     from quant.serving.process import serve as start
 
-    deployment = _planned(out, model_path, request)
+    given = {
+        "--vllm-python": (vllm_python, "vllm"),
+        "--exact-activations": (exact_activations or None, "vllm"),
+        "--llama-python": (llama_python, "llama.cpp"),
+    }
+    for option, (value, owner) in given.items():
+        if value is not None and engine != owner:
+            raise UsageError(f"{option} has no use with --engine {engine}: it is for {owner}")
+    deployment = _planned(out, model_path, request, engine)
+    title = deployment.engine.title
 
     # what vLLM compiles and captures takes minutes in which its log is silent
     waiting = ExitStack()
-    progress = waiting.enter_context(out.progress("starting vLLM"))
+    progress = waiting.enter_context(out.progress(f"starting {title}"))
     started = False
 
     def log(line: str) -> None:
         if started:
             out.note(line)
         else:
-            progress(Event("starting vLLM", message=line))
+            progress(Event(f"starting {title}", message=line))
 
     def ready(value: dict[str, Any]) -> None:
         nonlocal started
@@ -167,15 +196,11 @@ def serve(
         if not check:
             out.note(f"serving {value['model']} on {value['url']}; Ctrl-C stops it")
 
-    out.note(f"starting vLLM on {deployment.model_path}")
+    out.note(f"starting {title} on {deployment.model_path}")
     with waiting:
-        start(
-            deployment,
-            python=vllm_python,
-            timeout=timeout,
-            check=check,
-            exact=exact_activations,
-            log=log,
-            ready=ready,
-        )
+        common: dict[str, Any] = {"timeout": timeout, "check": check, "log": log, "ready": ready}
+        if engine == "vllm":
+            start(deployment, python=vllm_python, exact=exact_activations, **common)
+        else:
+            serve_file(deployment, python=llama_python, **common)
     out.note("stopped")

@@ -122,7 +122,9 @@ class Engine:
         container: what its container is called in a pod.
         cache_variable: environment variable of the GiB of a CPU's memory that the cache takes; empty: none.
         exports: what to do with a checkpoint that it does not read.
-        kinds: artefacts that can be written for it; None: all.
+        kinds: artefacts that can be written for it; None: all of vLLM's.
+        by_variables: whether its words are environment variables, and a model is made known to it by a
+            Modelfile once it runs.
     """
 
     name: str
@@ -151,6 +153,7 @@ class Engine:
     container: str = "server"
     cache_variable: str = ""
     kinds: tuple[str, ...] | None = ("shell", "compose", "systemd", "kubernetes")
+    by_variables: bool = False
 
     @property
     def entry(self) -> tuple[str, ...]:

@@ -19,6 +19,8 @@
   FP8 channels, FP8 blocks and NVFP4 too, which 1.2's documentation does not name. gpt-oss in its own MXFP4
   on Hopper and later: OpenAI's guide to it (cookbook, "run-nvidia").
 * llama.cpp b11434: ``common/arg.cpp``, ``docs/docker.md``, ``conversion/base.py``. It reads GGUF alone.
+* Ollama 0.20.3: ``docs/faq.mdx``, ``docs/modelfile.mdx``, ``envconfig/config.go``. A context that a Modelfile
+  states goes before ``OLLAMA_CONTEXT_LENGTH``. Split files: its issue 5245, open.
 """
 
 from __future__ import annotations
@@ -223,4 +225,43 @@ LLAMA_CPP = Engine(
     "plan -m MODEL.gguf --engine llama.cpp",
 )
 
-ENGINES = {e.name: e for e in (VLLM, SGLANG, LLAMA_CPP, TGI, TENSORRT_LLM)}
+OLLAMA = Engine(
+    name="ollama",
+    title="Ollama",
+    release="0.20.3",
+    program=("ollama", "serve"),
+    images={
+        "cuda": "ollama/ollama:{release}",
+        "rocm": "ollama/ollama:{release}-rocm",
+        "cpu": "ollama/ollama:{release}",
+    },
+    by_variables=True,
+    flags={
+        "max-model-len": Flag("num_ctx"),
+        "tensor-parallel-size": Flag(
+            instead="Ollama takes as many GPUs as a model needs: leave --tensor-parallel out, or set "
+            "OLLAMA_SCHED_SPREAD=1 where it runs, for all of them"
+        ),
+        "gpu-memory-utilization": Flag(
+            instead="Ollama takes what is free: set OLLAMA_GPU_OVERHEAD, the bytes that it leaves free"
+        ),
+        "kv-cache-dtype": Flag(
+            values={"auto": None},
+            instead="Ollama has no FP8 cache: set OLLAMA_KV_CACHE_TYPE=q8_0 and OLLAMA_FLASH_ATTENTION=1 "
+            "where it runs",
+        ),
+        "max-num-seqs": Flag("OLLAMA_NUM_PARALLEL"),
+        "host": Flag("OLLAMA_HOST"),
+    },
+    always=(
+        ("OLLAMA_KEEP_ALIVE", "-1", "the model stays in memory"),
+        ("OLLAMA_NOPRUNE", "1", "nothing that another Ollama is fetching is removed"),
+    ),
+    takes_key=False,
+    otherwise="GGUF files alone",
+    files=True,
+    kinds=("shell", "modelfile"),
+    exports=LLAMA_CPP.exports.replace("--engine llama.cpp", "--engine ollama"),
+)
+
+ENGINES = {e.name: e for e in (VLLM, SGLANG, LLAMA_CPP, OLLAMA, TGI, TENSORRT_LLM)}

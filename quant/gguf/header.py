@@ -8,6 +8,7 @@ then the tensors (name, sides, type, offset), padding to the alignment, and the 
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 import struct
@@ -39,10 +40,10 @@ class Entry:
 
     Attributes:
         name: GGUF's.
-        type: ggml's name.
+        type: ggml's name; ``type N`` where the package has none.
         shape: outermost first, as torch has it.
         file, start: where its bytes are.
-        nbytes: how many.
+        nbytes: how many; 0 of a type that is not known.
     """
 
     name: str
@@ -68,18 +69,22 @@ class Header:
     tensors: Mapping[str, Entry] = field(default_factory=dict)
 
 
-def read_header(file: Path) -> Header:
+def read_header(file: Path, any_type: bool = False) -> Header:
     """The header of a file, and of the others that it is split into.
+
+    Args:
+        any_type: take ggml's types that the ``gguf`` package does not know, or where it is not installed:
+            for what is not computed here.
 
     Raises:
         CheckpointError: it cannot be read, is truncated, or breaks a rule of the format; the message names
             the file and the rule.
     """
-    first = _read_one(file)
+    first = _read_one(file, any_type)
     count = first.fields.get("split.count", 0)
     if not isinstance(count, int) or count < 2:
         return first
-    parts = [first if p == file else _read_one(p) for p in _split_files(file, count)]
+    parts = [first if p == file else _read_one(p, any_type) for p in _split_files(file, count)]
     tensors: dict[str, Entry] = {}
     for number, part in enumerate(parts):
         if part.fields.get("split.no") != number:
@@ -177,16 +182,16 @@ class _Stream:
         raise self.refuse(f"{what} is an array of type {inner}: numbers and strings are read")
 
 
-def _read_one(file: Path) -> Header:
+def _read_one(file: Path, any_type: bool) -> Header:
     try:
         found = file.stat()
         with open_weights(file) as stream:
-            return _parsed(_Stream(file, stream, found.st_size))
+            return _parsed(_Stream(file, stream, found.st_size), any_type)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
 
 
-def _parsed(stream: _Stream) -> Header:
+def _parsed(stream: _Stream, any_type: bool) -> Header:
     head = stream.take(min(8, stream.size), "the beginning")
     if head[:4] != _MAGIC or len(head) < 8:
         if what := not_itself(head):
@@ -215,14 +220,15 @@ def _parsed(stream: _Stream) -> Header:
     alignment = fields.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
         raise stream.refuse(f"general.alignment is {clipped(alignment)}: a power of two from 8 is needed")
-    entries = list(_entries(stream, tensors))
+    entries = list(_entries(stream, tensors, any_type))
     data = -(-stream.position // alignment) * alignment
     return Header((stream.file,), fields, _placed(stream, entries, data, alignment))
 
 
-def _entries(stream: _Stream, count: int) -> Iterator[Entry]:
+def _entries(stream: _Stream, count: int, any_type: bool) -> Iterator[Entry]:
     """The tensors, their starts still counted from the beginning of the data."""
-    gguf = package()
+    gguf = None if any_type and importlib.util.find_spec("gguf") is None else package()
+    types = {} if gguf is None else gguf.GGMLQuantizationType._value2member_map_
     for _ in range(count):
         name = stream.text("a tensor's name")
         shown = f"tensor {clipped(name)}"
@@ -231,13 +237,16 @@ def _entries(stream: _Stream, count: int) -> Iterator[Entry]:
             raise stream.refuse(f"{shown} has {sides} sides: 1 to {_MOST_SIDES} are possible")
         shape = tuple(stream.number("Q", shown) for _ in range(sides))[::-1]
         kind, start = stream.number("I", shown), stream.number("Q", shown)
-        if kind not in gguf.GGMLQuantizationType._value2member_map_:
+        if kind not in types and any_type and min(shape) > 0:
+            yield Entry(name, f"type {kind}", shape, stream.file, start, 0)
+            continue
+        if kind not in types:
             raise CheckpointError(
                 f"{stream.file}: {shown} is of ggml's type {kind}, which this gguf package does not know: an "
                 "old type that llama.cpp has dropped (fetch a newer file), or a new one (pip install -U gguf)"
             )
-        type_ = gguf.GGMLQuantizationType(kind)
-        block, size = gguf.GGML_QUANT_SIZES[type_]
+        type_: Any = types[kind]
+        block, size = package().GGML_QUANT_SIZES[type_]
         if min(shape) < 1 or max(shape) >= 2**48 or math.prod(shape) >= 2**48 or shape[-1] % block:
             raise stream.refuse(
                 f"{shown} of {type_.name} is {clipped(list(shape))}: its rows are no whole blocks of {block}"

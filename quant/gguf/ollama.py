@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from quant.gguf.header import Header
 
@@ -161,19 +160,31 @@ def _refuse(message: str) -> None:
     raise ValueError(message)
 
 
-def modelfile(header: Header) -> tuple[str, str]:
-    """The Modelfile of a GGUF file in the same folder, and what is to be said of its template."""
+def usual_context(header: Header) -> int | None:
+    """Tokens of context that a Modelfile asks for; None: the file does not say how many it takes."""
+    length = header.fields.get(f"{header.fields.get('general.architecture')}.context_length")
+    return min(length, _MOST_CONTEXT) if isinstance(length, int) else None
+
+
+def modelfile(header: Header, file: str | None = None, context: int | None = None) -> tuple[str, str]:
+    """The Modelfile of a GGUF file, and what is to be said of its template.
+
+    Args:
+        file: where it is; None: in the Modelfile's own folder.
+        context: tokens; None: :func:`usual_context`.
+    """
     fields = header.fields
-    tokens = fields.get("tokenizer.ggml.tokens") or []
+    words = fields.get("tokenizer.ggml.tokens")
+    words = words if isinstance(words, list) and all(isinstance(w, str) for w in words[:1]) else []
 
     def text(key: str) -> str | None:
         i = fields.get(f"tokenizer.ggml.{key}_token_id")
-        return tokens[i] if isinstance(i, int) and 0 <= i < len(tokens) else None
+        return words[i] if isinstance(i, int) and 0 <= i < len(words) else None
 
     special = {f"{role}_token": t for role in ("bos", "eos") if (t := text(role)) is not None}
     template = fields.get("tokenizer.chat_template")
     turns = turns_of(template, special) if isinstance(template, str) else None
-    lines = [f"FROM ./{header.files[0].name}"]
+    lines = [f"FROM {file or './' + header.files[0].name}"]
     if turns is not None:
         note = f"the chat template is {turns.name}'s"
         lines.append(f'TEMPLATE """{turns.template}"""')
@@ -187,7 +198,6 @@ def modelfile(header: Header) -> tuple[str, str]:
         lines.append('TEMPLATE """{{ .Prompt }}"""')
     stops = dict.fromkeys([*(turns.stops if turns else ()), *(t for k in ("eos", "eot") if (t := text(k)))])
     lines += [f'PARAMETER stop "{s}"' for s in stops if '"' not in s and "\n" not in s]
-    length: Any = fields.get(f"{fields.get('general.architecture')}.context_length")
-    if isinstance(length, int):
-        lines.append(f"PARAMETER num_ctx {min(length, _MOST_CONTEXT)}")
+    if (tokens := context or usual_context(header)) is not None:
+        lines.append(f"PARAMETER num_ctx {tokens}")
     return "\n".join(lines) + "\n", note

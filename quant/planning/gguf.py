@@ -9,12 +9,14 @@ are those of :mod:`quant.pipeline.gguf`.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quant.errors import QuantError
 from quant.gguf.families import FAMILIES
+from quant.gguf.header import Header
 from quant.gguf.levels import LEVELS
 from quant.gguf.llama_cpp import llama_python
 from quant.hardware import Gpu
@@ -207,6 +209,85 @@ def best_level(
         return fitting[0]
     least = plans[-1]
     return f"even {least.level} takes {format_size(least.memory_bytes)}, there are {format_size(memory or 0)}"
+
+
+@dataclass(frozen=True)
+class Offload:
+    """How much of a GGUF file a device holds.
+
+    Attributes:
+        whole: whether it is all of it.
+        text: a sentence that says so, with the sizes.
+    """
+
+    whole: bool
+    text: str
+
+
+def file_cache_bytes(fields: Mapping[str, Any], tokens: int | None) -> int | None:
+    """fp16 keys and values of all blocks of a file, by its keys (ggml's ``docs/gguf.md``).
+
+    Args:
+        tokens: of all requests together; None: the model's context.
+
+    Returns:
+        None where the keys do not say it.
+    """
+    arch = fields.get("general.architecture")
+
+    def number(key: str) -> Any:
+        return fields.get(f"{arch}.{key}")
+
+    def whole(value: Any) -> bool:
+        return isinstance(value, int) and value > 0
+
+    heads, blocks = number("attention.head_count"), number("block_count")
+    heads = max(heads, default=0) if isinstance(heads, list) else heads
+    tokens = tokens or number("context_length")
+    if not (whole(blocks) and whole(heads) and whole(tokens)):
+        return None
+    shared = number("attention.head_count_kv")
+    width, length = number("embedding_length"), number("attention.key_length")
+    each = length if whole(length) else width // heads if whole(width) else 0
+    values = number("attention.value_length")
+    each += values if whole(values) else each
+    kept = shared if isinstance(shared, list) else [shared or heads] * blocks if blocks < 2**16 else []
+    if not each or len(kept) != blocks or not all(isinstance(n, int) and n >= 0 for n in kept):
+        return None
+    return 2 * int(tokens) * each * sum(kept)
+
+
+def offload(header: Header, gpu: Gpu, count: int, tokens: int | None) -> Offload:
+    """How much of a file some equal GPUs hold, with its part of an fp16 cache, or whether a machine's memory
+    does. llama.cpp keeps the embedding on the CPU where another tensor is the head.
+
+    Args:
+        tokens: of all requests together; None: the model's context.
+    """
+    size = sum(f.stat().st_size for f in header.files)
+    cache = file_cache_bytes(header.fields, tokens)
+    blocks = header.fields.get(f"{header.fields.get('general.architecture')}.block_count")
+    there = gpu.free_bytes * count
+    on = f"{count} × {gpu.name}" if count > 1 else gpu.name
+    has = f"{on} ({format_size(there)})"
+    what = f"{format_size(size)} of weights"
+    if cache is not None:
+        what += f" and at most {format_size(cache)} of fp16 cache"
+    need = size + (cache or 0) + _COMPUTE * count
+    if need <= there:
+        unknown = "" if cache is not None else "; its keys do not tell how large its cache is"
+        return Offload(True, f"all of it fits on {has}: {what}{unknown}")
+    if gpu.platform == "cpu" or cache is None or not isinstance(blocks, int):
+        return Offload(False, f"it does not fit on {has} as a whole: {what}")
+    inside = sum(e.nbytes for n, e in header.tensors.items() if n.startswith("blk."))
+    each = max(1, (inside or size) + cache) / blocks
+    layers = max(0, min(blocks, int((there - _COMPUTE * count) / each)))
+    rest = "the head" if layers == blocks else "the rest"
+    return Offload(
+        False,
+        f"{layers} of {blocks} blocks fit on {has}: {what}; {rest} stays in the host's memory and is "
+        "computed by the CPU, which is slower: a smaller --max-model-len or level puts more on the GPU",
+    )
 
 
 def advised(spec: ModelSpec, gpu: Gpu, tokens: int) -> str:

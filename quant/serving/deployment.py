@@ -146,6 +146,10 @@ class Deployment:
     engine: Engine = ENGINES["vllm"]
     #: its context is beyond the model's positions, which vLLM takes under a variable alone
     beyond: bool = False
+    #: what is known of how it fits, which asks for nothing
+    notes: tuple[str, ...] = ()
+    #: of an engine that is told a model by one
+    modelfile: str = ""
 
     @property
     def platform(self) -> str:
@@ -177,7 +181,8 @@ class Deployment:
         """Variables that keep the engine from asking a hub and from reporting usage; and what lets it take
         such a context."""
         longer = {ALLOW: "1"} if self.beyond else {}
-        return {**_ASKS_NO_HUB, **self.engine.environment, "DO_NOT_TRACK": "1", **longer}
+        asks = {**_ASKS_NO_HUB, **self.engine.environment, "DO_NOT_TRACK": "1", **longer}
+        return asks | ({a.name: str(a.value) for a in self.reasons()} if self.engine.by_variables else {})
 
     def word(self, name: str) -> str:
         """The engine's name of an argument of vLLM's."""
@@ -185,6 +190,8 @@ class Deployment:
 
     def flags(self, *, host: str | None = None, port: int | None = None) -> list[str]:
         """Everything behind the model, as words of a command."""
+        if self.engine.by_variables:
+            return []
         planned = [
             *self.arguments,
             Argument(self.word("host"), host or self.host, ""),
@@ -194,6 +201,8 @@ class Deployment:
 
     @property
     def command(self) -> list[str]:
+        if self.engine.by_variables:
+            return list(self.engine.program)
         return [*self.engine.program, str(self.model_path), *self.flags()]
 
     def key_words(self, key: str) -> list[str]:
@@ -205,6 +214,12 @@ class Deployment:
         asked = self.api_key_env is not None and self.engine.takes_key and not self.engine.key_variable
         return ["--api-key", key] if asked else []
 
+    def shown(self, argument: Argument) -> str:
+        """An argument as it is set."""
+        if self.engine.by_variables:
+            return f"{argument.name}={argument.value}"
+        return " ".join(argument.words)
+
     def reasons(self) -> list[Argument]:
         """Every flag with its reason, those of the address included."""
         where = (
@@ -212,6 +227,9 @@ class Deployment:
             if is_loopback(self.host)
             else "as asked: reachable from other machines"
         )
+        if self.engine.by_variables:
+            host = f"[{self.host}]" if ":" in self.host else self.host
+            return [*self.arguments, Argument(self.word("host"), f"{host}:{self.port}", where)]
         return [
             *self.arguments,
             Argument(self.word("host"), self.host, where),
@@ -232,6 +250,8 @@ class Deployment:
             "arguments": [{"name": a.name, "value": a.value, "reason": a.reason} for a in self.reasons()],
             "extra": list(self.extra),
             "warnings": list(self.warnings),
+            "notes": list(self.notes),
+            **({"modelfile": self.modelfile} if self.modelfile else {}),
         }
 
 

@@ -10,14 +10,18 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.engines import ENGINES, Engine, reading_problem
 from quant.engines.base import UNQUANTIZED
-from quant.errors import CheckpointError, UsageError, VerificationFailed, one_of
+from quant.errors import UsageError, VerificationFailed, one_of
+from quant.gguf.header import Header, read_header
+from quant.gguf.ollama import modelfile, usual_context
 from quant.hardware import count_in
+from quant.planning.gguf import offload
 from quant.serving.deployment import (
     STATED,
     Deployment,
@@ -41,8 +45,6 @@ if TYPE_CHECKING:
     from quant.hardware import Gpu
     from quant.schemes import Scheme
 
-#: First bytes of a GGUF file.
-_GGUF = b"GGUF"
 #: Arguments that only vLLM has, and that say nothing of another engine.
 _VLLM_ALONE = frozenset({"allow-deprecated-quantization", "limit-mm-per-prompt"})
 _OPTIONS = {"tensor-parallel-size": "--tensor-parallel", "max-model-len": "--max-model-len"}
@@ -63,9 +65,9 @@ def plan(path: str | Path, request: DeploymentRequest, engine: str = "vllm") -> 
     row = ENGINES[engine]
     file = Path(path)
     if _is_gguf(file) and not row.files:
-        others = ", ".join(e.name for e in ENGINES.values() if e.files)
+        others = " or --engine ".join(e.name for e in ENGINES.values() if e.files)
         raise VerificationFailed(
-            f"{path}: a GGUF file, which {row.title} {row.release} is not planned with here: plan it with "
+            f"{path}: a GGUF file, which {row.title} {row.release} is not planned with here: use "
             f"--engine {others}, or give the folder of the checkpoint that it was made from"
         )
     if row.flags is None:  # vLLM, whose words these are
@@ -281,71 +283,91 @@ def _own_flags(engine: Engine) -> dict[str, str]:
     return own | {"api-key": "--api-key-env"} | dict.fromkeys(models, "--model-path")
 
 
-def _is_gguf(file: Path) -> bool:
-    """Whether it is a GGUF file, or a folder of such alone."""
-    safetensors = file.is_dir() and any(file.glob("*.safetensors"))
-    return not safetensors and (file.is_file() if file.suffix == ".gguf" else any(file.glob("*.gguf")))
+def _is_gguf(path: Path) -> bool:
+    """Whether it means a GGUF file: one, though it may be missing, or a folder of such without
+    safetensors."""
+    if path.suffix == ".gguf" and not path.is_dir():
+        return True
+    return path.is_dir() and any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))
 
 
-def _gguf(engine: Engine, file: Path, request: DeploymentRequest, gpu: Gpu | None) -> Deployment:
-    """llama.cpp's deployment of a GGUF file.
+def _gguf(engine: Engine, path: Path, request: DeploymentRequest, gpu: Gpu | None) -> Deployment:
+    """The deployment of a GGUF file.
 
     Raises:
-        VerificationFailed: a folder of safetensors, which it does not read.
-        CheckpointError: no such file, or it is no GGUF file.
+        VerificationFailed: a folder of safetensors, which llama.cpp does not read; a split file for Ollama.
+        CheckpointError: no such file, or its header breaks a rule of the format.
     """
-    if file.is_dir():
-        found = sorted(f.name for f in file.glob("*.gguf"))
-        if found:
-            raise UsageError(f"{file} is a folder: give one file of it, such as {file / found[0]}")
-        checkpoint = open_checkpoint(file)  # what is no checkpoint at all is told as such
+    from quant.gguf.reading import gguf_file
+
+    if not _is_gguf(path) and (path.is_dir() or not path.exists()):
+        checkpoint = open_checkpoint(path)  # what is no checkpoint at all is told as such
         exports = engine.exports
         if quantization_config(checkpoint.config) is None:  # it is the source
-            exports = exports.replace("SOURCE", shlex.quote(str(file)))
-        raise VerificationFailed(f"{file}: {engine.title} reads {engine.otherwise}. {exports}")
-    file = file.absolute()
-    try:
-        with file.open("rb") as stream:
-            magic = stream.read(len(_GGUF))
-        size = sum(f.stat().st_size for f in _parts(file))
-    except OSError as error:
-        raise CheckpointError(
-            f"{file}: cannot be read ({error.strerror}): give a GGUF file. {engine.exports}"
-        ) from error
-    if magic != _GGUF:
-        begins = f"begins with the bytes {magic.hex(' ')}, not {_GGUF.hex(' ')} (GGUF)"
-        raise CheckpointError(
-            f"{file}: it is no GGUF file: it {begins if magic else 'is empty'}: fetch or convert it again. "
-            f"{engine.exports}"
-        )
+            exports = exports.replace("SOURCE", shlex.quote(str(path)))
+        raise VerificationFailed(f"{path}: {engine.title} reads {engine.otherwise}. {exports}")
+    header = read_header((gguf_file(path) or path).absolute(), any_type=True)
+    file = header.files[0]
     asked = _asked(request, None)
+    many = request.max_num_seqs or 1
     if request.tensor_parallel is not None and request.tensor_parallel > 1:
         asked["tensor-parallel-size"] = Argument("tensor-parallel-size", request.tensor_parallel, "as asked")
-    both = asked.get("max-model-len"), asked.get("max-num-seqs")
-    if both[0] is not None and both[1] is not None:
-        each, many = int(both[0].value), int(both[1].value)
-        asked["max-model-len"] = Argument("max-model-len", each * many, f"{many} × {each} tokens, as asked")
+    each = asked.get("max-model-len")
+    if each is not None and not engine.by_variables and request.max_num_seqs is not None:
+        why = f"{many} × {each.value} tokens, as asked"
+        asked["max-model-len"] = Argument("max-model-len", int(each.value) * many, why)
+    context = int(each.value) if each is not None else None
+    count = count_in(request.gpu) or 1
     arguments, said = _in_words(engine, asked, asked)
-    name = (request.name or file.stem).replace(",", "-")  # of which --alias would make several
-    called = "what clients call the model, wherever it lies"
-    arguments.append(Argument("alias", name, called))
-    return _deployment(engine, file, name, arguments, request, count_in(request.gpu) or 1, said, gpu, size)
+    stem = re.sub(r"-\d{5}-of-\d{5}$", "", file.stem)
+    text, notes = "", list[str]()
+    if engine.by_variables:
+        arguments = [a for a in arguments if a.name != engine.word("max-model-len")]
+        context = context or usual_context(header)
+        name, text, note = _for_ollama(engine, header, request, stem, context)
+        (notes if "TEMPLATE" in text else said).append(note)
+    else:
+        name = (request.name or stem).replace(",", "-")  # of which --alias would make several
+        arguments.append(Argument("alias", name, "what clients call the model, wherever it lies"))
+    if gpu is not None:
+        fits = offload(header, gpu, count, context and context * many)
+        (notes if fits.whole else said).append(fits.text)
+    size = sum(f.stat().st_size for f in header.files)
+    made = _deployment(engine, file, name, arguments, request, count, said, gpu, size)
+    return replace(made, notes=tuple(notes), modelfile=text)
 
 
-def _parts(file: Path) -> list[Path]:
-    """The files of a model that is split over several (``NAME-00001-of-00003.gguf``).
+#: What Ollama takes as a model's name: parts of a path, and a tag.
+_OLLAMA_NAME = re.compile(r"([\w][\w.-]{0,79}/)*[\w][\w.-]{0,79}(:[\w][\w.-]{0,79})?", re.ASCII)
+
+
+def _for_ollama(
+    engine: Engine, header: Header, request: DeploymentRequest, stem: str, context: int | None
+) -> tuple[str, str, str]:
+    """The name that Ollama knows a file by, its Modelfile, and what is to be said of its template.
 
     Raises:
-        CheckpointError: one is missing.
+        UsageError: a name that it does not take, or arguments that are passed on.
+        VerificationFailed: a split file.
     """
-    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", file.name)
-    if match is None:
-        return [file]
-    if match[2] != "00001":
-        raise CheckpointError(
-            f"{file}: llama.cpp takes the first file of a split model: {match[1]}-00001-of-…"
+    if request.extra:
+        raise UsageError(
+            f"{shlex.join(request.extra)} cannot be passed on: ollama serve takes no arguments: set Ollama's "
+            "variables where it runs, and PARAMETER in its Modelfile (--output modelfile)"
         )
-    parts = [file.with_name(f"{match[1]}-{n:05}-of-{match[3]}.gguf") for n in range(1, int(match[3]) + 1)]
-    if missing := next((p for p in parts if not p.is_file()), None):
-        raise CheckpointError(f"{missing}: this part of the split model is missing")
-    return parts
+    file = header.files[0]
+    if len(header.files) > 1:
+        raise VerificationFailed(
+            f"{file}: {engine.title} {engine.release} takes no model in several files: merge its "
+            f"{len(header.files)} with llama-gguf-split --merge, or serve it with --engine llama.cpp"
+        )
+    if not str(file).isprintable():
+        raise UsageError(f"{str(file)!r}: a Modelfile cannot name such a path: rename it")
+    name = request.name or re.sub(r"[^\w.-]+", "-", stem, flags=re.ASCII).strip("-.")[:80] or "model"
+    if not _OLLAMA_NAME.fullmatch(name):
+        raise UsageError(
+            f"--name is {name!r}: {engine.title} takes letters, digits, dots, dashes and underscores, and a "
+            "tag behind a colon"
+        )
+    text, note = modelfile(header, str(file), context)
+    return name, text, note

@@ -1,9 +1,10 @@
-"""A real vLLM server as a child process: started, watched, asked, and always gone afterwards. No torch.
+"""A real server as a child process: started, watched, asked, and always gone afterwards. No torch.
 
-vLLM runs in an environment of its own, named by its Python; the server is ``vllm serve``, or the module
-behind it where that script does not run (:mod:`quant.serving.installation`). It is the leader of its own
-process group, and its workers are killed with it whatever happens; when this process is killed itself, a
-watcher (:mod:`quant.serving.watcher`) does it.
+It is vLLM, or another engine (:mod:`quant.serving.local`). vLLM runs in an environment of its own, named by
+its Python; the server is ``vllm serve``, or the module behind it where that script does not run
+(:mod:`quant.serving.installation`). It is the leader of its own process group, and its workers are killed
+with it whatever happens; when this process is killed itself, a watcher (:mod:`quant.serving.watcher`) does
+it.
 """
 
 from __future__ import annotations
@@ -105,13 +106,17 @@ def _bind(host: str, port: int) -> int:
 
 
 class Server:
-    """One vLLM server. Use it as a context manager: leaving it ends every process of the server.
+    """One server, vLLM's unless said otherwise. Use it as a context manager: leaving it ends every process of
+    the server.
 
     Args:
         python: interpreter of the environment with vLLM.
         program: words of its command before the model; empty: vLLM's module.
         api_key: sent with every request, and given to the server through its environment.
         environment: variables set for the server on top of ours.
+        title: of the engine.
+        key_variable: in which it is told the API key; empty: it checks none.
+        health: path that answers 200 once it serves.
         log: receives every line that the server prints, from another thread, until we ask it to end: what
             vLLM says then, tracebacks of its own processes among it, is of no fault. ``lines`` keeps it.
     """
@@ -128,17 +133,21 @@ class Server:
         program: Sequence[str] = (),
         api_key: str | None = None,
         environment: Mapping[str, str] | None = None,
+        title: str = "vLLM",
+        key_variable: str = "VLLM_API_KEY",
+        health: str = "/health",
         log: Log = lambda line: None,
     ):
         self.host, self.port, self.name, self.python = host, port, name, python
+        self.title, self._health = title, health
         self.command = [*(program or (python, *MODULE)), str(model_path), *flags]
         self.environment = (
             clean_environment(python) | OFFLINE | {"PYTHONUNBUFFERED": "1"} | dict(environment or {})
         )
         self.environment.pop("VLLM_PORT", None)  # vLLM would take its internal ports from there on
-        if api_key is not None:
-            self.environment["VLLM_API_KEY"] = api_key
-        self.api_key = self.environment.get("VLLM_API_KEY") or None
+        if api_key is not None and key_variable:
+            self.environment[key_variable] = api_key
+        self.api_key = self.environment.get(key_variable) or None
         self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self.load_seconds = 0.0
         self._log = log
@@ -213,12 +222,15 @@ class Server:
             if self._signal is not None:
                 raise Interrupted("interrupted before the server was ready: it has been stopped")
             if self._process.poll() is not None:
-                raise self._failure(f"vLLM ended with status {self._process.returncode} before it was ready")
+                raise self._failure(
+                    f"{self.title} ended with status {self._process.returncode} before it was ready"
+                )
             if self._healthy():
                 break
             if time.monotonic() - begun > timeout:
                 raise self._failure(
-                    f"vLLM was not ready after {timeout:g} s: give it longer with --timeout, or see its log"
+                    f"{self.title} was not ready after {timeout:g} s: give it longer with --timeout, or see "
+                    "its log"
                 )
             time.sleep(0.2)
         self.load_seconds = time.monotonic() - begun
@@ -232,7 +244,9 @@ class Server:
         assert self._process is not None
         while self._signal is None:
             if self._process.poll() is not None and self._signal is None:
-                raise self._failure(f"vLLM ended with status {self._process.returncode} while it was serving")
+                raise self._failure(
+                    f"{self.title} ended with status {self._process.returncode} while it was serving"
+                )
             time.sleep(0.2)
 
     def interrupt(self, number: int) -> None:
@@ -304,7 +318,7 @@ class Server:
                 self._process.wait(min(left, _STILL))
                 return
             except subprocess.TimeoutExpired:
-                self.ending(f"vLLM is still ending, {time.monotonic() - began:.0f} s")
+                self.ending(f"{self.title} is still ending, {time.monotonic() - began:.0f} s")
 
     def _send(self, number: int) -> None:
         assert self._process is not None
@@ -338,7 +352,7 @@ class Server:
         if self._process.poll() is not None and self._reader is not None:
             self._reader.join(timeout=2)  # the last lines are still in the pipe
         log = list(self.lines)
-        cause = diagnose(log)
+        cause = diagnose(log) if self.title == "vLLM" else None
         return ServerError(
             f"{what}{f': {cause.text}' if cause else ''}\n{quote(log)}"
             if log
@@ -350,7 +364,7 @@ class Server:
 
     def _healthy(self) -> bool:
         try:
-            with self._opener.open(f"{self.url}/health", timeout=5) as answer:
+            with self._opener.open(self.url + self._health, timeout=5) as answer:
                 return bool(answer.status == 200)
         except (OSError, http.client.HTTPException):  # not listening yet, or 503
             return False
@@ -380,7 +394,7 @@ class Server:
                 raise Interrupted("interrupted: the server has been stopped") from error
             if self._process is not None and self._process.poll() is not None:
                 raise self._failure(
-                    f"vLLM ended with status {self._process.returncode} during {path}"
+                    f"{self.title} ended with status {self._process.returncode} during {path}"
                 ) from error
             raise ServerError(
                 f"{self.url}{path} did not answer: {error}\n{quote(list(self.lines))}"
@@ -515,7 +529,7 @@ def running(
         port=port,
         name=deployment.name,
         program=installation.program,
-        api_key=api_key or _api_key(deployment),
+        api_key=api_key or api_key_of(deployment),
         environment=cpu_environment(exact=exact) if installation.cpu else {},
         log=log,
     )
@@ -550,29 +564,59 @@ def serve(
         Interrupted: a signal arrived before it was ready.
     """
     with running(deployment, python=python, timeout=timeout, exact=exact, log=log) as (server, installation):
-        completion = server.complete()
-        report = {
-            "model_path": str(deployment.model_path),
-            "model": server.name,
-            "url": server.url,
-            "vllm_version": installation.version,
-            "command": server.command,
-            "load_seconds": round(server.load_seconds, 2),
-            "max_model_len": server.model_length(),
-            "kv_cache_tokens": server.kv_cache_tokens(),
-            "completion": {
-                "prompt": completion.prompt,
-                "text": completion.text,
-                "tokens": completion.tokens,
-                "seconds": round(completion.seconds, 3),
-                "tokens_per_second": round(completion.tokens_per_second, 2),
+        return attended(
+            server,
+            deployment,
+            lambda: {
+                "vllm_version": installation.version,
+                "max_model_len": server.model_length(),
+                "kv_cache_tokens": server.kv_cache_tokens(),
             },
-        }
-        ready(report)
-        if not check:
-            server.wait()
-            log("stopping vLLM")  # which takes seconds, longer where requests are being answered
-            server.ending = log
+            check=check,
+            log=log,
+            ready=ready,
+        )
+
+
+def attended(
+    server: Server,
+    deployment: Deployment,
+    facts: Callable[[], dict[str, Any]],
+    *,
+    check: bool,
+    log: Log,
+    ready: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Tries one completion of a server that is ready and reports; then waits for a signal, unless ``check``.
+
+    Args:
+        facts: what the report says of the engine, asked after the completion.
+
+    Raises:
+        ServerError: it did not answer, or died.
+    """
+    completion = server.complete()
+    report = {
+        "model_path": str(deployment.model_path),
+        "model": server.name,
+        "engine": deployment.engine.name,
+        "url": server.url,
+        "command": server.command,
+        "load_seconds": round(server.load_seconds, 2),
+        **facts(),
+        "completion": {
+            "prompt": completion.prompt,
+            "text": completion.text,
+            "tokens": completion.tokens,
+            "seconds": round(completion.seconds, 3),
+            "tokens_per_second": round(completion.tokens_per_second, 2),
+        },
+    }
+    ready(report)
+    if not check:
+        server.wait()
+        log(f"stopping {server.title}")  # which takes seconds, longer where requests are being answered
+        server.ending = log
     return report
 
 
@@ -593,7 +637,12 @@ def _check_cpu(deployment: Deployment, log: Log) -> None:
         log(f"warning: {problem.text}")
 
 
-def _api_key(deployment: Deployment) -> str | None:
+def api_key_of(deployment: Deployment) -> str | None:
+    """The key that the deployment's variable holds; None where it names none.
+
+    Raises:
+        UsageError: it is not set.
+    """
     if deployment.api_key_env is None:
         return None
     key = os.environ.get(deployment.api_key_env)

@@ -9,7 +9,7 @@ if [ "$#" -ne 1 ]; then
 fi
 dir=$1
 here=$(dirname "$0")
-list="llama-cpp-py-sync==0.11739"
+list="llama-cpp-py-sync==0.11739 xllamacpp==2026.10.11549"
 stamp="$dir/quant-llama-environment"
 
 if [ -x "$dir/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$list" ]; then
@@ -18,7 +18,7 @@ if [ -x "$dir/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$list" ]; then
 fi
 rm -f "$stamp"
 "${PYTHON:-python3}" -m venv --clear "$dir"
-"$dir/bin/python" -m pip install --quiet "$list"
+"$dir/bin/python" -m pip install --quiet $list
 package=$("$dir/bin/python" -c 'import importlib.util as u; print(u.find_spec("llama_cpp_py_sync").submodule_search_locations[0])')
 load='from llama_cpp_py_sync._cffi_bindings import get_lib; get_lib()'
 "$dir/bin/python" -c "$load" 2>/dev/null || "$dir/bin/python" "$here/older_libc.py" "$package"

@@ -18,17 +18,19 @@ from quant.catalog import catalogue
 from quant.data import load_json
 from quant.engines import ENGINES, reading_problem
 from quant.engines.base import UNQUANTIZED
-from quant.errors import CheckpointError, UsageError, VerificationFailed
+from quant.errors import UsageError, VerificationFailed
 from quant.hardware import named_gpu
 from quant.schemes import PRESETS, SchemeRegistry
 from quant.serving.artefacts import Placement, artefact
 from quant.serving.deployment import DeploymentRequest
 from quant.serving.engines import plan
 from quant.serving.passed_on import named
+from tests.gguf_files import write_gguf
 from tests.helpers import ROOT
 from tests.stand_ins import published_config, with_fewer_experts, write_stand_in
 
-OTHERS = [name for name in ENGINES if name != "vllm"]
+#: Ollama has other files: tests/serving/test_gguf_engines.py
+OTHERS = [name for name in ENGINES if name not in ("vllm", "ollama")]
 
 
 @pytest.fixture
@@ -40,8 +42,7 @@ def source(tmp_path: Path) -> Path:
 def gguf(tmp_path: Path) -> Path:
     file = tmp_path / "files" / "a model.gguf"
     file.parent.mkdir()
-    file.write_bytes(b"GGUF" + bytes(60))
-    return file
+    return write_gguf(file)
 
 
 def _after(words: list[str], flag: str) -> str:
@@ -226,34 +227,6 @@ def test_llama_cpp_says_what_to_make_of_a_folder(source: Path, quantized: Callab
     assert f"quant export-gguf -m {shlex.quote(str(source))} -o" in str(refused.value)
     with pytest.raises(VerificationFailed, match="quant export-gguf -m SOURCE"):
         plan(quantized(), DeploymentRequest(), "llama.cpp")
-
-
-def test_a_gguf_file_is_read_as_far_as_its_first_bytes(gguf: Path, tmp_path: Path) -> None:
-    for engine in ("vllm", "sglang", "tgi"):
-        with pytest.raises(VerificationFailed, match="--engine llama.cpp"):
-            plan(gguf, DeploymentRequest(), engine)
-    for begin, said in ((b"PK\x03\x04", r"bytes 50 4b 03 04, not 47 47 55 46 \(GGUF\)"), (b"", "is empty")):
-        gguf.write_bytes(begin)
-        with pytest.raises(CheckpointError, match=f"no GGUF file: it .*{said}: fetch or convert it again"):
-            plan(gguf, DeploymentRequest(), "llama.cpp")
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        plan(tmp_path / "none.gguf", DeploymentRequest(), "llama.cpp")
-    with pytest.raises(UsageError, match="give one file of it"):
-        plan(gguf.parent, DeploymentRequest(), "llama.cpp")
-    with pytest.raises(CheckpointError):
-        plan(tmp_path / "none", DeploymentRequest(), "llama.cpp")
-
-
-def test_a_split_gguf_must_be_whole(tmp_path: Path) -> None:
-    parts = [tmp_path / f"m-0000{n}-of-00002.gguf" for n in (1, 2)]
-    for part in parts:
-        part.write_bytes(b"GGUF" + bytes(60))
-    assert plan(parts[0], DeploymentRequest(), "llama.cpp").checkpoint_bytes == 128
-    with pytest.raises(CheckpointError, match="first file"):
-        plan(parts[1], DeploymentRequest(), "llama.cpp")
-    parts[1].unlink()
-    with pytest.raises(CheckpointError, match="is missing"):
-        plan(parts[0], DeploymentRequest(), "llama.cpp")
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def pods(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def test_every_kind_is_held_against_something() -> None:
-    assert set(KINDS) == {*HELD, "shell", "systemd"}  # those two have tools of their own
+    assert set(KINDS) == {*HELD, "shell", "systemd", "modelfile"}  # those have tests of their own
 
 
 @pytest.mark.parametrize("gpu", GPUS)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from quant.commands.render import table
+from quant.engines import ENGINES
 from quant.units import format_seconds
 
 if TYPE_CHECKING:
@@ -13,15 +14,18 @@ if TYPE_CHECKING:
 
 
 def serving(console: Console, report: Mapping[str, Any]) -> None:
-    completion, tokens = report["completion"], report["kv_cache_tokens"]
+    completion, length = report["completion"], report["max_model_len"]
+    cache = [("KV cache", _tokens(report["kv_cache_tokens"]))] if "kv_cache_tokens" in report else []
+    version = report.get("vllm_version") or report.get("engine_version")
+    program = f"{ENGINES[report['engine']].title} {version}".rstrip()
     table(
         console,
         "Ready",
         [
-            ("model", f"{report['model']} at {report['url']}, vLLM {report['vllm_version']}"),
+            ("model", f"{report['model']} at {report['url']}, {program}"),
             ("loaded in", format_seconds(report["load_seconds"])),
-            ("context", f"{report['max_model_len']:,} tokens"),
-            ("KV cache", f"{tokens:,} tokens" if tokens is not None else "the log does not say"),
+            ("context", _tokens(length)),
+            *cache,
             ("completion", f"{completion['prompt']!r} → {completion['text']!r}"),
             (
                 "speed",
@@ -30,3 +34,7 @@ def serving(console: Console, report: Mapping[str, Any]) -> None:
             ),
         ],
     )
+
+
+def _tokens(number: int | None) -> str:
+    return f"{number:,} tokens" if number is not None else "the server does not say"

@@ -29,6 +29,7 @@ _HOMES = {
     "monitoring": "monitoring",
     "alerts": "monitoring",
     "dashboard": "monitoring",
+    "modelfile": "ollama",
 }
 KINDS = tuple(_HOMES)
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
@@ -52,6 +53,8 @@ def artefact(deployment: Deployment, kind: str, placement: Placement | None = No
     if kind not in KINDS:
         raise one_of("--output", kind, KINDS)
     known = deployment.engine.kinds
+    if kind == "modelfile" and kind not in (known or ()):
+        raise UsageError(f"--output {kind} is of Ollama alone, not of {deployment.engine.title}")
     if known is not None and kind not in known:
         raise UsageError(
             f"--output {kind} is of vLLM alone: for {deployment.engine.title} there are {', '.join(known)}"

@@ -159,11 +159,14 @@ def head(
         Argument(deployment.word("port"), defaults.PORT, "of the container"),
     ]
     reasons = [*deployment.arguments, *everywhere] if contained else deployment.reasons()
-    lines += [f"  {' '.join(a.words)}: {a.reason}" for a in (reasons if addressed else deployment.arguments)]
+    lines += [
+        f"  {deployment.shown(a)}: {a.reason}" for a in (reasons if addressed else deployment.arguments)
+    ]
     if contained and (drain := drain_words(deployment)):
         lines.append(f"  {' '.join(drain)}: requests under way end before it stops")
     lines += [f"  {' '.join(deployment.extra)}: as asked"] if deployment.extra else []
     lines += ["", *more] if more else []
+    lines += ["", *deployment.notes] if deployment.notes else []
     lines += [line for w in deployment.warnings for line in ("", f"WARNING: {w}")]
     # a name with a line break must not end the comment
     return "".join(f"# {one_line(line)}".rstrip() + "\n" for line in lines)

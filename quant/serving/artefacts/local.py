@@ -25,11 +25,14 @@ from quant.serving.artefacts.base import (
     to_yaml,
     variables,
 )
+from quant.serving.artefacts.ollama import ollama_script
 from quant.serving.deployment import Deployment
 
 
 def shell(deployment: Deployment, placement: Placement) -> str:
     """A POSIX shell script."""
+    if deployment.engine.by_variables:
+        return ollama_script(deployment)
     lines = [f"export {k}={v}" for k, v in deployment.environment.items()]
     key = deployment.api_key_env
     if key:
