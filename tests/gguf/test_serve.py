@@ -41,22 +41,25 @@ def test_llama_cpp_serves_until_a_signal(file: Path, python: str) -> None:
         words, cwd=ROOT, env=os.environ | {"MODEL_KEY": "k3y"}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as child:  # fmt: skip
-        assert child.stdout is not None
-        answer = ""
-        while not answer.rstrip().endswith("}") or answer.count("{") != answer.count("}"):
-            line = child.stdout.readline()
-            assert line, child.stderr.read() if child.stderr else ""
-            answer += line
-        report = json.loads(answer)
-        assert report["engine"] == "llama.cpp" and report["completion"]["tokens"] == 32
-        # of each request, of two at a time
-        assert report["max_model_len"] == 256 and report["model"] == "tiny"
-        assert "k3y" not in " ".join(report["command"])
-        request = urllib.request.Request(report["url"] + "/v1/completions", b"{}")
-        with pytest.raises(urllib.error.HTTPError, match="401"):
-            urllib.request.urlopen(request, timeout=30)
-        child.send_signal(signal.SIGTERM)
-        assert child.wait(timeout=60) == 0
+        try:
+            assert child.stdout is not None
+            answer = ""
+            while not answer.rstrip().endswith("}") or answer.count("{") != answer.count("}"):
+                line = child.stdout.readline()
+                assert line, child.stderr.read() if child.stderr else ""
+                answer += line
+            report = json.loads(answer)
+            assert report["engine"] == "llama.cpp" and report["completion"]["tokens"] == 32
+            # of each request, of two at a time
+            assert report["max_model_len"] == 256 and report["model"] == "tiny"
+            assert "k3y" not in " ".join(report["command"])
+            request = urllib.request.Request(report["url"] + "/v1/completions", b"{}")
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                urllib.request.urlopen(request, timeout=30)
+            child.send_signal(signal.SIGTERM)
+            assert child.wait(timeout=60) == 0
+        finally:
+            child.terminate()  # a failure must not wait for a server that nobody ends
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(report["url"] + "/health", timeout=5)
 
