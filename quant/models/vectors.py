@@ -17,7 +17,7 @@ from quant.data import load_json
 from quant.models.naming import TABLE, family_of
 from quant.models.place import decoder_list
 from quant.models.roles import ADAPTER, block_list, kind_of
-from quant.vllm.config import model_types, parts, stated
+from quant.vllm.config import model_types, parts, stated, whole_number
 from quant.vllm.names import passed_over_bias
 
 #: Shapes of a block's tensors by their names in it.
@@ -74,11 +74,15 @@ def vector_problems(
     if is_zero is not None:
         yield from _too_many(blocks, config, decoder, kind, is_zero)
     unknown = False in _other_switches(config, kind)
+    # the last layers read the keys and values of an earlier one (Gemma 3n and 4) and make none
+    sharing = max(blocks, default=-1) + 1 - (whole_number(stated(config, "num_kv_shared_layers")) or 0)
     for index, block in blocks.items():
         names = {_local(n): n for n in block}
         for name, places in have.items():
             module, _, last = name.rpartition(".")
             if name in names or places == "some" or last not in ("weight", "bias"):
+                continue
+            if index >= sharing and module.rpartition(".")[2].startswith(("k_", "v_")):
                 continue
             if places == "linear":
                 matrix = names.get(f"{module}.weight", "").removesuffix(".weight")
