@@ -63,7 +63,9 @@ def room_for_everything(seconds: float | None = None) -> Iterator[None]:
         if seconds is not None:
             enter(patch("quant.pipeline.estimate.TRIAL_SECONDS", seconds))
             enter(patch("quant.pipeline.estimate._TRIED", 1 << 18))
-            enter(patch("quant.pipeline.counted._TIMED_SECONDS", seconds))
+            enter(patch("quant.pipeline.counted._OUTPUTS", 64))
+            enter(patch("quant.pipeline.counted._INPUTS", (256, 512)))
+            enter(patch("quant.pipeline.counted._SIDE", 512))
         yield
 
 
