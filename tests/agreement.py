@@ -63,9 +63,10 @@ def room_for_everything(seconds: float | None = None) -> Iterator[None]:
         if seconds is not None:
             enter(patch("quant.pipeline.estimate.TRIAL_SECONDS", seconds))
             enter(patch("quant.pipeline.estimate._TRIED", 1 << 18))
-            enter(patch("quant.pipeline.counted._OUTPUTS", 64))
-            enter(patch("quant.pipeline.counted._INPUTS", (256, 512)))
-            enter(patch("quant.pipeline.counted._SIDE", 512))
+            enter(patch("quant.pipeline.counted._OUTPUTS", 16))
+            enter(patch("quant.pipeline.counted._INPUTS", (128, 256)))
+            enter(patch("quant.pipeline.counted._SIDE", 256))
+            enter(patch("quant.pipeline.counted._STEPPED", (16, 128)))
         yield
 
 
