@@ -15,7 +15,7 @@ from quant.models.support import GRADIENTS, makeable_methods, passed_over, schem
 from quant.planning.recommendation import Recommendation, recommend
 from quant.planning.request import EngineRequest
 from quant.recipe import Recipe
-from quant.schemes import DEFAULT_SCHEME, PRESETS, SOLVED, Scheme, row_of
+from quant.schemes import DEFAULT_SCHEME, SOLVED, Scheme, row_of
 from quant.vllm.kernels import kernel_problem
 from quant.vllm.releases import loading_problem
 
@@ -82,10 +82,9 @@ def choose(
         NothingFits: nothing does; the message says what would.
     """
     if gpu is None and not detect().gpus:
-        method, _ = method_for(PRESETS[DEFAULT_SCHEME], model)
         raise UsageError(
             "no --method is given and no GPU is here to choose one for: name the GPU that will serve it "
-            f"(--gpu L40S-48GB), or give --method {method}"
+            f"(--gpu L40S-48GB), or give --scheme {DEFAULT_SCHEME}, whose method follows"
         )
     request = EngineRequest(tensor_parallel=tensor_parallel, vllm_version=vllm_version)
     count = tensor_parallel if gpu is not None and count_in(gpu) is None else None

@@ -26,7 +26,8 @@ from quant.planning.gguf import best_level, level_bytes, plan_level
     ],
 )  # fmt: skip
 def test_a_model_of_7b_is_as_large_as_its_published_files(level: str, gigabytes: float) -> None:
-    """Of Qwen2.5-7B-Instruct, made with an importance matrix; sizes are rounded to 10 MB."""
+    """Of huggingface.co/bartowski/Qwen2.5-7B-Instruct-GGUF, made with an importance matrix; sizes are rounded
+    to 10 MB."""
     found = level_bytes(load_model("Qwen2.5-7B-Instruct"), level) / 1e9
     assert abs(found - gigabytes) <= 0.005 * gigabytes + 0.005
 
