@@ -8,6 +8,7 @@ that whatever registers itself with torch as CUDA does is used as CUDA is.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -73,6 +74,12 @@ def on_accelerator(tensor: torch.Tensor) -> bool:
     """Whether a tensor is in a device's own memory and computed there: few large operations are wanted, not
     pieces that a CPU's cache holds."""
     return tensor.device.type != "cpu"
+
+
+def launching_on(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """While it lasts, kernels that are not torch's own are launched where a tensor is: Triton launches on the
+    current device, which is the first one unless said otherwise."""
+    return _module(tensor.device).device_of(tensor) if tensor.is_cuda else nullcontext()
 
 
 def of_kind(table: Mapping[str, T], device: torch.device) -> T:

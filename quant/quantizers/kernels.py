@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from quant.accelerator import launching_on
 from quant.quantizers.columns import LEAST
 
 #: Rows of a weight that one program takes: 128 columns of them are 32 registers of each of 128 threads.
@@ -80,7 +81,7 @@ def _stored(scales, divisor, least, largest, KIND: tl.constexpr):  # type: ignor
     return clamped
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["weights"])  # 1 would be a number of Python's
 def _round(  # type: ignore[no-untyped-def]
     errors, feedback, codes, triangle, inverse, scales, zeros, groups,
     rows, width, weights, of_triangle, of_row, of_column, of_groups, low, high,
@@ -128,15 +129,16 @@ def round_columns(
 ) -> None:
     """``quant::round_columns`` by one kernel."""
     width, weights, rows = errors.shape
-    _round[(triton.cdiv(rows, _ROWS), weights)](
-        errors, feedback, codes, triangle, inverse, scales, scales if zeros is None else zeros, groups,
-        rows, width, weights, *triangle.stride(), groups.stride(0), float(low), float(high),
-        BITS=bits, ZEROS=zeros is not None, P=triton.next_power_of_2(width), R=_ROWS,
-        num_warps=_WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
+    with launching_on(errors):
+        _round[(triton.cdiv(rows, _ROWS), weights)](
+            errors, feedback, codes, triangle, inverse, scales, scales if zeros is None else zeros, groups,
+            rows, width, weights, *triangle.stride(), groups.stride(0), float(low), float(high),
+            BITS=bits, ZEROS=zeros is not None, P=triton.next_power_of_2(width), R=_ROWS,
+            num_warps=_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["weights"])  # 1 would be a number of Python's
 def _refine(  # type: ignore[no-untyped-def]
     errors, codes, scales, zeros, pushed, among, columns, groups, divisor,
     rows, width, size, weights, of_among, of_row, of_column, of_columns, of_groups,
@@ -223,15 +225,16 @@ def refine_columns(
 ) -> None:
     """``quant::refine_columns`` by one kernel."""
     width, weights, rows = pushed.shape
-    _refine[(triton.cdiv(rows, _ROWS), weights)](
-        errors, codes, scales, scales if zeros is None else zeros, pushed, among, columns, groups,
-        scales if divisor is None else divisor,
-        rows, width, size or width, weights, *among.stride(), columns.stride(0), groups.stride(0),
-        float(low), float(high), *_LIMITS[kind], LEAST,
-        BITS=bits, ZEROS=zeros is not None and size > 0, FIT=size > 0, KIND=kind,
-        P=triton.next_power_of_2(width), R=_ROWS,
-        num_warps=_WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
+    with launching_on(errors):
+        _refine[(triton.cdiv(rows, _ROWS), weights)](
+            errors, codes, scales, scales if zeros is None else zeros, pushed, among, columns, groups,
+            scales if divisor is None else divisor,
+            rows, width, size or width, weights, *among.stride(), columns.stride(0), groups.stride(0),
+            float(low), float(high), *_LIMITS[kind], LEAST,
+            BITS=bits, ZEROS=zeros is not None and size > 0, FIT=size > 0, KIND=kind,
+            P=triton.next_power_of_2(width), R=_ROWS,
+            num_warps=_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -299,12 +302,13 @@ def round_both(
     """
     blocks, size, width = weights.shape
     codes, errors, moved = (torch.empty_like(weights) for _ in range(3))
-    _round_both[(blocks,)](
-        weights, known, scales, scales if zeros is None else zeros, corners, units, codes, errors, moved,
-        size, width, blocks // len(corners), float(low), float(high),
-        BITS=bits, ZEROS=zeros is not None, C=triton.next_power_of_2(width), R=_ROWS,
-        num_warps=_WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
+    with launching_on(weights):
+        _round_both[(blocks,)](
+            weights, known, scales, scales if zeros is None else zeros, corners, units, codes, errors, moved,
+            size, width, blocks // len(corners), float(low), float(high),
+            BITS=bits, ZEROS=zeros is not None, C=triton.next_power_of_2(width), R=_ROWS,
+            num_warps=_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
     return codes, errors
 
 
@@ -374,9 +378,10 @@ def descend(
     """
     width, blocks, size = slopes.shape
     turned, gains = torch.empty_like(slopes), torch.empty(blocks, device=slopes.device)
-    _descend[(blocks,)](
-        slopes, codes, scales, among, outputs, turned, gains,
-        blocks, size, width, blocks // len(among), changes, float(low), float(high),
-        BITS=bits, B=triton.next_power_of_2(size), num_warps=_WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
+    with launching_on(slopes):
+        _descend[(blocks,)](
+            slopes, codes, scales, among, outputs, turned, gains,
+            blocks, size, width, blocks // len(among), changes, float(low), float(high),
+            BITS=bits, B=triton.next_power_of_2(size), num_warps=_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
     return gains

@@ -19,7 +19,29 @@ from quant.schemes import WeightScheme
 from tests.helpers import ROOT
 from tests.quantizers.test_gptq import CASES, FP4, hessian_of, statistics, weight_of
 
-triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+#: Triton of this environment, or of vLLM's, which brings it: the package and what pip noted of it.
+_VLLM = Path(os.environ.get("QUANT_VLLM_PYTHON", "")).parent.parent
+_ELSEWHERE = sorted(_VLLM.glob("lib/python3*/site-packages/triton*")) if len(_VLLM.parts) > 1 else []
+triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None and not _ELSEWHERE,
+    reason="Triton is installed neither here nor beside vLLM (QUANT_VLLM_PYTHON)",
+)
+
+
+def _with_triton(words: list[str], folder: Path) -> Any:
+    """What a Python program that has Triton prints, as JSON."""
+    (folder / "packages").mkdir()
+    for part in _ELSEWHERE:
+        (folder / "packages" / part.name).symlink_to(part)
+    path = os.pathsep.join(
+        [str(ROOT), str(folder / "packages"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    environment = {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.fixture
@@ -78,10 +100,7 @@ def test_runs_lose_what_single_columns_lose(case: Any, monkeypatch: pytest.Monke
 
 @triton
 def test_kernels_give_the_codes_of_the_steps_by_torch_to_the_bit(tmp_path: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(tmp_path)}
-    program = [sys.executable, "-m", "tests.quantizers.interpreted"]
-    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
+    found = _with_triton(["-m", "tests.quantizers.interpreted"], tmp_path)
     assert set(found["different"].values()) == {0}, found
     assert found["launched"] >= 2 * len(found["different"])
     # sums are made in another order here; a weight on a tie would fall otherwise
@@ -113,16 +132,19 @@ for kernel, constants in (
         kinds["weights"] = "i32"
     kinds |= {n: "fp32" for n in ("low", "high", "least", "largest", "share")}
     types = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=types, constexprs=constants)
-    options = {"num_warps": 4, "enable_fp_fusion": False}
-    texts.append(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
+    # a launch takes an integer of 1 for a number of Python's, unless the kernel forbids it
+    free = [p.name for p in kernel.params if types[p.name] == "i32" and not p.do_not_specialize]
+    for ones in ([], free):
+        known = constants | dict.fromkeys(ones, 1)
+        source = ASTSource(
+            fn=kernel, signature=types | dict.fromkeys(ones, "constexpr"), constexprs=known
+        )
+        options = {"num_warps": 4, "enable_fp_fusion": False}
+        texts.append(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
 print(json.dumps([{"fused": "fma.rn" in text, "divided": "div.rn" in text} for text in texts]))
 """
 
 
 @triton
 def test_kernels_compile_for_a_gpu_without_fused_sums(tmp_path: Path) -> None:
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
-    program = [sys.executable, "-c", _COMPILE]
-    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == [{"fused": False, "divided": True}] * 4
+    assert _with_triton(["-c", _COMPILE], tmp_path) == [{"fused": False, "divided": True}] * 8
