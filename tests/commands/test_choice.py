@@ -44,7 +44,7 @@ def test_a_checkpoint_that_fits_as_it_is_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_without_a_gpu_one_is_asked_for(tmp_path: Path, without_gpu: None) -> None:
-    with pytest.raises(UsageError, match="--gpu L40S-48GB.*--method yaqa"):
+    with pytest.raises(UsageError, match="--gpu L40S-48GB.*--scheme w4a16"):
         choose(MODEL, tmp_path / "out", gpu=None, tensor_parallel=None, vllm_version="0.32")
 
 
