@@ -34,8 +34,8 @@ PURPOSES = {
 }
 #: What means something else in one subcommand, as scripts rely on: smoothing where the others round; a kind
 #: of artefact and a folder where the others name a file; several loads one after another, and requests that
-#: write text; a list of what a search would try; one file; what all jobs of a batch take together; engines that are
-#: started, of those whose words are known.
+#: write text; a list of what a search would try; one file; what all jobs of a batch take together; engines
+#: that are started, of those whose words are known.
 OTHERWISE = {
     ("batch", "--max-memory"),
     ("export-gguf", "--output-path"),
