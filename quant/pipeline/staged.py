@@ -38,6 +38,10 @@ from quant.pipeline.activation_store import ActivationStore, Batches, Calls
 _Kind = tuple[torch.Size, torch.dtype]
 
 
+#: Pairs of a token and an expert that a look ahead computes.
+_FEW = 8
+
+
 def _kind(tensor: torch.Tensor) -> _Kind:
     return tensor.shape[1:], tensor.dtype
 
@@ -179,8 +183,9 @@ class StagedForward:
         self._unread: dict[InputGroup, list[tuple[_Kind, bool]]] = {}
 
     def look_ahead(self) -> None:
-        """Runs a copy of the smallest batch through the block as it is, to learn what batches that wait need
-        not keep. Nothing is observed or replaced."""
+        """Runs a copy of the smallest batch through the block, to learn what batches that wait need not keep.
+        Nothing is observed or replaced. It is of no account what the batch is then, only what is read when:
+        the linears are computed for its first token, and experts for the first pairs."""
         with torch.no_grad(), self._stops(), _Reads() as self._reads:
             number, hidden = self._batches.smallest()
             self._batch(self._calls.take(number, self._index).trial(), hidden).switch(hidden)
@@ -243,19 +248,21 @@ class StagedForward:
             for name, forward in originals.items():
                 self._block.get_submodule(self._modules[name]).forward = forward
 
-    def _stop_experts(self, path: str, stage: Stage, routed: Routed) -> None:
+    def _stop_experts(self, path: str, stage: Stage, routed: Routed) -> Routed | None:
         """Waits before a product of routed experts, as :class:`_Stop` does before a linear."""
         group, batch = self._experts.get((path, stage)), getcurrent()
         assert isinstance(batch, _Batch)
         _see(routed.rows)
         if group is None:
-            return
+            return None
         if self._reads is not None:
             if group not in self._reads.stops:
                 self._reads.stop(group, batch.held(batch.call.storages()))
-        elif group not in self._finished:
+            return _first_pairs(routed)
+        if group not in self._finished:
             assert batch.parent is not None
             batch.parent.switch((group, routed))
+        return None
 
     def _start(self, index: int) -> _Waiting | None:
         hidden = self._batches.take(index)
@@ -310,7 +317,16 @@ class _Stop:
         if staged._reads is not None:
             if group not in staged._reads.stops:
                 staged._reads.stop(group, batch.held(batch.call.storages()))
-        elif group not in staged._finished:
+            first = self._forward(inputs[..., :1, :])
+            return first.expand(*inputs.shape[:-1], first.shape[-1]).clone()
+        if group not in staged._finished:
             assert batch.parent is not None
             batch.parent.switch((group, inputs))
         return self._forward(inputs)
+
+
+def _first_pairs(routed: Routed) -> Routed:
+    """The first pairs of all."""
+    ends = routed.counts.cumsum(0).clamp(max=_FEW)
+    counts = ends.diff(prepend=ends.new_zeros(1))
+    return Routed(routed.rows, routed.index[:_FEW], counts, routed.gates[:_FEW])
