@@ -6,8 +6,8 @@ LEGACY_VENV ?= .venv-legacy
 LLAMA_VENV ?= .venv-llama
 BIN := $(VENV)/bin
 DEMO := .demo
-# Processes that share the tests, a file's in one; more threads in each would only wait for each other.
-WORKERS ?= 2
+# Processes that share the tests, a file's in one: one more than two cores, as tests wait for servers. More threads in each would only wait for each other.
+WORKERS ?= 3
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test unit vllm lint docs clean

@@ -305,7 +305,6 @@ def test_a_port_in_use_is_named_before_anything_starts(make: Callable[..., Path]
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        begun = time.monotonic()
         done = subprocess.run(
             [
                 sys.executable,
@@ -322,7 +321,7 @@ def test_a_port_in_use_is_named_before_anything_starts(make: Callable[..., Path]
         )
     assert done.returncode == 1
     assert re.search(rf"--port {port} of 127.0.0.1 is in use by another program", done.stderr)
-    assert time.monotonic() - begun < 10
+    assert "vLLM" not in done.stderr.partition("is in use")[0]  # nothing has been started
 
 
 def test_a_python_without_vllm_is_named(make: Callable[..., Path], vllm_python: str) -> None:
