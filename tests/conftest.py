@@ -11,6 +11,8 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# vLLM binds every engine to the same cores: of several at a time one core computes while others stand idle
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.pop("COLUMNS", None)  # xdist gives its workers a terminal's width, and output is wrapped to it
 # a program that a test starts would else compile all that it imports, every time
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -32,12 +34,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 #: The files that take longest, in that order: a worker that meets one of them last keeps all others waiting.
 LONGEST = (
     "vllm/test_vllm_commands.py", "vllm/test_vllm_values.py", "vllm/test_vllm_speculation.py",
-    "test_extension.py", "vllm/test_vllm_families.py", "planning/test_vllm_cpu.py", "backends/test_backends.py",
-    "device/test_second_device.py", "pipeline/test_gradients.py", "vllm/test_vllm_builds.py",
-    "distillation/test_distill.py", "pipeline/test_ranks.py", "pipeline/test_mixing.py",
-    "pipeline/test_resume.py", "pipeline/test_searching.py", "test_configs.py", "models/test_support.py",
-    "pipeline/test_output.py", "batch/test_kills.py", "evaluation/test_quality.py", "pipeline/test_kills.py",
-    "fuzz/test_fuzz.py", "outlier_suppression/test_smooth_quant.py", "pruning/test_width.py",
+    "test_extension.py", "vllm/test_vllm_families.py", "planning/test_vllm_cpu.py",
+    "backends/test_backends.py", "device/test_second_device.py", "pipeline/test_gradients.py",
+    "vllm/test_vllm_builds.py", "distillation/test_distill.py", "pipeline/test_ranks.py",
+    "pipeline/test_mixing.py", "pipeline/test_resume.py", "pipeline/test_searching.py", "test_configs.py",
+    "models/test_support.py", "pipeline/test_output.py", "batch/test_kills.py", "evaluation/test_quality.py",
+    "pipeline/test_kills.py", "fuzz/test_fuzz.py", "outlier_suppression/test_smooth_quant.py",
+    "pruning/test_width.py",
     "pipeline/test_expert_survey.py", "planning/test_storage.py", "serving/test_check.py",
     "vllm/test_vllm_context.py", "vllm/test_vllm_bench.py",
 )  # fmt: skip
