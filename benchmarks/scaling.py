@@ -38,7 +38,8 @@ from quant.pipeline import plan as planning
 from quant.pipeline.counted import BothRates, Counter, Rates
 from quant.pipeline.division import waiting_sums
 from quant.pipeline.estimate import READ, WRITTEN, _kinds
-from quant.pipeline.manager import RESIDENT_CPU, QuantizationManager
+from quant.pipeline.manager import QuantizationManager
+from quant.pipeline.workspace import RESIDENT_CPU
 from quant.recipe import Assignment, Recipe
 
 DENSE = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_key_value_heads": 8}

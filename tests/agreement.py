@@ -23,8 +23,8 @@ from quant.commands.terminal import Outcome
 from quant.errors import QuantError
 from quant.evaluation.values import Values
 from quant.models.support import DATA_FREE
-from quant.pipeline.manager import output_config
 from quant.pipeline.plan import JobPlan
+from quant.pipeline.writing import output_config
 from quant.planning.recommendation import Recommendation
 from quant.serving.deployment import DeploymentRequest, plan
 from tests.stand_ins import write_files

@@ -17,7 +17,8 @@ from quant import defaults, jobs
 from quant.batch.manifest import read_manifest
 from quant.batch.outputs import standing
 from quant.errors import NoGradients, Problems, UsageError
-from quant.pipeline.manager import QuantizationManager
+from quant.pipeline.units import UnitWriter
+from quant.pipeline.workspace import Workspace
 from quant.planning.recommendation import Recommendation
 from quant.progress import Event
 from quant.recipe import Recipe, recipe_values
@@ -112,25 +113,32 @@ def test_memory_that_ends_halves_batches_to_a_row_and_keeps_what_is_finished(
     options: dict[str, Any] = {"method": "gptq", "group_size": 32, "samples": 64}
     whole = quantize(llama, tmp_path / "whole", **options)
     tried: list[tuple[int, int]] = []
-    real = QuantizationManager._write
+    rooms: list[Workspace] = []
+    place, write = Workspace.place, UnitWriter.write
+
+    def placed(self: Any, placement: Any) -> Any:
+        rooms.append(self)
+        return place(self, placement)
 
     def exhausted(self: Any, unit: Any, work: Any, made: Any) -> None:
-        tried.append((self.batch_tokens, len(work.finished)))
-        if unit.block == 1 and self.batch_tokens > 64:
+        tokens = rooms[-1].batch_tokens
+        tried.append((tokens, len(work.finished)))
+        if unit.block == 1 and tokens > 64:
             raise torch.OutOfMemoryError("no memory")
-        real(self, unit, work, made)
+        write(self, unit, work, made)
 
-    monkeypatch.setattr(QuantizationManager, "_write", exhausted)
+    monkeypatch.setattr(Workspace, "place", placed)
+    monkeypatch.setattr(UnitWriter, "write", exhausted)
     report = quantize(llama, tmp_path / "out", **options, fresh=True)
     assert [tokens for tokens, _ in tried] == [2048, 2048, 2048, 256, 128, 64]
     assert [finished for _, finished in tried] == [0, 1, 2, 2, 2, 2]
     assert any("rows go through blocks by 1" in note for note in report["calibration"]["notes"])
     assert report["output_hash"] == whole["output_hash"]
     for tokens, rows, length, wanted in ((16384, 64, 12000, None), (16384, 64, 4096, 8192), (9, 0, 0, None)):
-        manager = QuantizationManager.__new__(QuantizationManager)
-        manager.batch_tokens, manager._calibration = tokens, (rows, length)
-        manager.plan = SimpleNamespace(gradients=False)  # type: ignore[assignment]
-        assert manager.smaller_batch() == wanted
+        room = Workspace.__new__(Workspace)
+        room.batch_tokens, room._calibration = tokens, (rows, length)
+        room.plan = SimpleNamespace(gradients=False)  # type: ignore[assignment]
+        assert room.smaller_batch() == wanted
 
 
 def test_without_method_and_scheme_the_recommendation_decides(tmp_path: Path) -> None:

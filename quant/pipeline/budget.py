@@ -88,7 +88,7 @@ def place_blocks(manager: QuantizationManager, rows: Rows, skeleton: Skeleton) -
     held_out = 0 if rows.held_out is None else rows.held_out.numel()
     own, length = share_of_most(len(rows.tokens), asked_ranks(recipe)), rows.tokens.shape[1]
     waiting = waiting_bytes(manager, skeleton, own * length + held_out)
-    usual = min(manager.batch_rows(length), own)
+    usual = min(manager.workspace.batch_rows(length), own)
     blocks = range(skeleton.block_count)
     outside = outside_bytes(skeleton)
 
@@ -189,3 +189,14 @@ def scratch_folder(folder: Path | None) -> Path | None:
             f"--scratch-dir {folder}: {where} cannot be written to ({error.strerror}): give another folder"
         ) from error
     return folder
+
+
+def excess(recipe: Recipe, taken: int) -> str | None:
+    """What to say of a process that took more bytes of memory than it was meant to, or None."""
+    most, ranks = recipe.max_memory, ranks_beside(recipe)
+    if most is None or taken <= most / ranks:
+        return None
+    return (
+        f"the process took {format_size(taken)}, --max-memory is {format_size(most)}"
+        f"{f' for {ranks} ranks' * (ranks > 1)}"
+    )

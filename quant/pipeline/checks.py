@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quant import defaults
 from quant.checkpoint.header import WIDE_FLOATS
@@ -14,6 +15,7 @@ from quant.checkpoint.reader import Checkpoint
 from quant.errors import QuantError, clipped
 from quant.evaluation.agreement import file_problems
 from quant.formats import Format, FormatRegistry
+from quant.models.account import LARGEST_REST
 from quant.models.linears import LinearRef, holders
 from quant.models.roles import block_of, kind_of
 from quant.pipeline.methods import make_quantizer, make_suppressor, takes_alpha
@@ -24,6 +26,10 @@ from quant.recipe import Assignment, Recipe
 from quant.schemes import UNQUANTIZED, Scheme
 from quant.units import format_size
 from quant.vllm.layers import Linear, fused_layers
+
+if TYPE_CHECKING:
+    from quant.models.skeleton import Skeleton
+    from quant.pipeline.plan import JobPlan
 
 
 def gpu_problems(recipe: Recipe, assignments: Sequence[Assignment], form: Format) -> list[str]:
@@ -296,3 +302,28 @@ def check_scratch(folder: Path, needed: int) -> None:
             f"--scratch-dir {folder}: {format_size(needed)} of calibration activations go there, "
             f"{format_size(free)} are free: free some room, name another folder, or use fewer --samples"
         )
+
+
+def unseen_problem(plan: JobPlan, skeleton: Skeleton, known: Collection[str]) -> str | None:
+    """Why a job cannot be run of whose linears a pass shows only the inputs of ``known``, or None.
+
+    The others are rounded from their weights alone. Of those that the model reads they must be a small part;
+    of no account are linears that it does not read at all, and blocks that it passes by.
+    """
+    unseen = [n for n in plan.linears if n not in known]
+    calibrated = [n for n in unseen if (a := plan.linears[n].activations) is not None and a.calibrated]
+    read = {
+        skeleton.block_prefix(b) + n
+        for b in range(skeleton.block_count)
+        if skeleton.groups(b)
+        for n in skeleton.linears(b)
+    }
+    stray = calibrated or [n for n in unseen if n in read]
+    total = sum(w.elements for w in plan.weights)
+    if not calibrated and sum(plan.linears[n].n * plan.linears[n].k for n in stray) <= LARGEST_REST * total:
+        return None
+    return (
+        f"{', '.join(stray[:3])}{f' and {len(stray) - 3} more' if len(stray) > 3 else ''} "
+        f"{'is' if len(stray) == 1 else 'are'} not among the linears that a block is seen to run, so there "
+        "is no calibration for it: leave it with --ignore, or use --method minmax"
+    )

@@ -116,7 +116,7 @@ class Counter:
         return BlockWork(seconds, self._bytes(index))
 
     def _bytes(self, index: int) -> int:
-        return block_bytes(self._manager, self._skeleton, index, self._manager.batch_tokens)
+        return block_bytes(self._manager, self._skeleton, index, self._manager.workspace.batch_tokens)
 
     def _with_gradients(
         self, index: int, tokens: int, seconds: float, experts: Mapping[str, int], active: float

@@ -30,11 +30,11 @@ from quant.pipeline.checks import check_disk, check_scratch
 from quant.pipeline.counted import BlockWork, Counter
 from quant.pipeline.division import waiting_sums
 from quant.pipeline.gradients import GradientStream
-from quant.pipeline.manager import QuantizationManager, memory_exhausted, worker_count
+from quant.pipeline.manager import QuantizationManager
 from quant.pipeline.memory import freed_memory_kept, peak_rss
 from quant.pipeline.pieces import PieceQuantizer
 from quant.pipeline.plan import JobPlan
-from quant.pipeline.retry import in_smaller_batches
+from quant.pipeline.retry import in_smaller_batches, memory_exhausted
 from quant.pipeline.rows import tell_notes
 from quant.pipeline.staged import computed, run_block
 from quant.progress import Event, Progress, silent
@@ -89,7 +89,7 @@ def estimate(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
 
     def work(manager: QuantizationManager) -> tuple[int, float, Cost, Placement | None]:
         with freed_memory_kept(), memory_exhausted(manager.device):
-            return (*_tried(manager, progress), manager.placement)
+            return (*_tried(manager, progress), manager.workspace.placement)
 
     tokens, prepared, cost, placement = in_smaller_batches(
         lambda several: QuantizationManager(plan, batch_tokens=several), work
@@ -118,7 +118,7 @@ def estimate(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
 def _tried(manager: QuantizationManager, progress: Progress) -> tuple[int, float, Cost]:
     """Calibration tokens, the seconds that they took to read, and what a trial says of the work."""
     if not manager.needs:
-        manager.placement = place_tensors(manager, worker_count(torch.get_num_threads()))
+        manager.workspace.place(place_tensors(manager, manager.workspace.workers))
         return 0, 0.0, _try_linears(manager, progress)
     import psutil
 
@@ -176,7 +176,7 @@ def _counted(
 ) -> Cost:
     hidden = skeleton.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
     waiting = _WAITING * tokens * hidden * skeleton.dtype.itemsize + waiting_sums(manager.plan, rows)
-    resident = min(waiting, manager.resident_bytes())
+    resident = min(waiting, manager.workspace.resident_bytes())
     seconds, memory = sum(w.seconds * count for w, count in works), max(w.memory for w, _ in works)
     if manager.device.type != "cpu":
         return Cost(seconds, peak_rss() + waiting - resident, 0, memory + resident, tried=False)
@@ -186,7 +186,7 @@ def _counted(
 def _of_gradients(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, progress: Progress) -> Cost:
     """Of a job that takes gradients: the inputs of all blocks wait at once."""
     plan, count = manager.plan, skeleton.block_count
-    tokens, _ = manager.batches(rows)
+    tokens, _ = manager.workspace.batches(rows)
     total = sum(t.numel() for t in tokens)
     trial = tokens[: len(_trial_rows(manager, rows))]
     tried = sum(t.numel() for t in trial)
@@ -214,7 +214,7 @@ def _of_gradients(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, 
     finally:
         store.close()
     waiting = (count + 1 + manager.draws) * total * width
-    resident = min(waiting, manager.resident_bytes())
+    resident = min(waiting, manager.workspace.resident_bytes())
     if manager.device.type != "cpu":
         peak = peak_bytes(manager.device) if there else most
         return Cost(seconds, peak_rss() + waiting - resident, 0, peak + resident, there)
@@ -249,13 +249,14 @@ def _try_gradients(
 def _trial_store(manager: QuantizationManager) -> ActivationStore:
     """Where a trial's activations wait, in a job with a budget within that."""
     folder = scratch_folder(manager.plan.recipe.scratch_dir)
-    resident = _RESIDENT if manager.placement is None else min(_RESIDENT, manager.resident_bytes())
+    room = manager.workspace
+    resident = _RESIDENT if room.placement is None else min(_RESIDENT, room.resident_bytes())
     return ActivationStore(resident, None, folder)
 
 
 def _trial_rows(manager: QuantizationManager, rows: Rows) -> list[torch.Tensor]:
     """The batches that a trial takes through a block."""
-    each = manager.batch_rows(rows.tokens.shape[1])
+    each = manager.workspace.batch_rows(rows.tokens.shape[1])
     return [*rows.tokens[: _BATCHES * each].split(each)]
 
 
@@ -319,7 +320,7 @@ def _try_blocks(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, pr
         finally:
             store.close()
     waiting = int(most * (tokens + extra) / (tried + extra)) + waiting_sums(plan, len(rows.tokens))
-    resident = min(waiting, manager.resident_bytes())
+    resident = min(waiting, manager.workspace.resident_bytes())
     if device.type != "cpu":
         return Cost(
             seconds,
@@ -347,7 +348,7 @@ def _try_linears(manager: QuantizationManager, progress: Progress) -> Cost:
     the weight, and as much memory."""
     plan, seconds, most = manager.plan, 0.0, 0
     threads = torch.get_num_threads()
-    workers = worker_count(threads) if manager.placement is None else manager.placement.workers
+    workers = manager.workspace.workers
     members: dict[Hashable, list[str]] = {}
     for name in plan.linears:
         members.setdefault(plan.assignments[name], []).append(name)

@@ -47,9 +47,10 @@ def importance(
     manager = QuantizationManager(plan_job(recipe), progress)
     rows, skeleton = manager.prepare()
     sums = _Sums()
-    store = ActivationStore(manager.resident_bytes(), scratch.with_name(f"{scratch.name}.activations"))
+    resident = manager.workspace.resident_bytes()
+    store = ActivationStore(resident, scratch.with_name(f"{scratch.name}.activations"))
     try:
-        tokens, _ = manager.batches(rows)
+        tokens, _ = manager.workspace.batches(rows)
         calls = Calls(store)
         seen = tokens if rows.held_out is None else tokens[:-1]
         batches = Batches(store, skeleton.embedded(seen, calls.append))

@@ -27,9 +27,9 @@ from quant.models.skeleton import Skeleton
 from quant.pipeline.candidates import Candidate, Item, candidates, family, items_of
 from quant.pipeline.checks import check_disk
 from quant.pipeline.gradients import Seen, gradient_problem
-from quant.pipeline.manager import CALIBRATION, QuantizationManager, memory_exhausted
+from quant.pipeline.manager import CALIBRATION, QuantizationManager
 from quant.pipeline.plan import JobPlan, plan_job
-from quant.pipeline.retry import in_smaller_batches
+from quant.pipeline.retry import in_smaller_batches, memory_exhausted
 from quant.pipeline.rows import later_rows
 from quant.pipeline.survey import BOTH, Judge, Losses, Survey, asked_of, routed_modules, surveyed
 from quant.planning.allocation import allocate as knapsack
@@ -269,7 +269,7 @@ def _decided(
         "candidates": [c.label for c in prepared.pool],
     }
     # blocks that were finished before memory ran out are not what --fresh is to leave aside
-    work = WorkFolder(_folder(recipe), fingerprint, recipe.fresh and not manager.smaller)
+    work = WorkFolder(_folder(recipe), fingerprint, recipe.fresh and not manager.workspace.smaller)
     try:
         key = f"choice for {prepared.budget.option}"
         if key not in work.finished:

@@ -1,16 +1,33 @@
-"""Work that goes on with smaller batches where a device's memory does not hold them."""
+"""A device's memory that ends: what is said of it, and work that goes on with smaller batches."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
 
 from quant.accelerator import give_back
 from quant.errors import DeviceMemoryExhausted
-from quant.pipeline.manager import QuantizationManager
+
+if TYPE_CHECKING:
+    from quant.pipeline.manager import QuantizationManager
 
 T = TypeVar("T")
+
+
+@contextmanager
+def memory_exhausted(device: torch.device, more: str = "") -> Iterator[None]:
+    """Turns a GPU's lack of memory into a :class:`DeviceMemoryExhausted` that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryExhausted(
+            f"{device}: out of memory ({str(error).splitlines()[0][:160]}): use fewer --samples, a shorter "
+            f"--sequence-length, or --device cpu{more}"
+        ) from error
 
 
 def in_smaller_batches(
@@ -32,7 +49,7 @@ def in_smaller_batches(
             return work(manager)
         except DeviceMemoryExhausted:
             # the others of several processes would not know
-            tokens = manager.smaller_batch() if manager.ranks.size == 1 else None
+            tokens = manager.workspace.smaller_batch() if manager.ranks.size == 1 else None
             if tokens is None:
                 raise
         device = manager.device

@@ -27,11 +27,11 @@ from quant.models.skeleton import Skeleton
 from quant.pipeline.candidates import Candidate, items_of
 from quant.pipeline.checks import check_disk
 from quant.pipeline.estimate import READ, WRITTEN
-from quant.pipeline.manager import QuantizationManager, memory_exhausted
+from quant.pipeline.manager import QuantizationManager
 from quant.pipeline.methods import make_quantizer
 from quant.pipeline.mixing import Prepared, by_linear, demand_gradients, item_losses, prepare, seen
 from quant.pipeline.plan import plan_job
-from quant.pipeline.retry import in_smaller_batches
+from quant.pipeline.retry import in_smaller_batches, memory_exhausted
 from quant.pipeline.rows import later_rows
 from quant.pipeline.sampling import SampledSurvey
 from quant.pipeline.survey import Judge, Losses
@@ -178,7 +178,7 @@ def _searched(
         "sampled_blocks": sampled,
     }
     # blocks that were finished before memory ran out are not what --fresh is to leave aside
-    work = WorkFolder(_folder(recipe), fingerprint, recipe.fresh and not manager.smaller)
+    work = WorkFolder(_folder(recipe), fingerprint, recipe.fresh and not manager.workspace.smaller)
     try:
         with memory_exhausted(manager.device):
             survey = SampledSurvey(manager, prepared.pool, prepared.items, work, progress, frozenset(sampled))

@@ -164,8 +164,8 @@ class Survey:
         if not todo:
             return losses
         manager = self.manager
-        store = manager.store(self.work.path)
-        rows = min(manager.batch_rows(tokens.shape[1]), -(-len(tokens) // 2))
+        store = manager.workspace.store(self.work.path)
+        rows = min(manager.workspace.batch_rows(tokens.shape[1]), -(-len(tokens) // 2))
         batches = [*tokens.split(rows)]
         together = len(batches) == 1
         aside = None if held_out is None else len(batches)
@@ -371,7 +371,7 @@ class Judge:
         each row, in nats per token."""
         survey = self._survey
         skeleton = Skeleton(survey.plan.checkpoint, survey.manager.device, torch.float32)
-        batches = [*self._rows.split(survey.manager.batch_rows(self._rows.shape[1]))]
+        batches = [*self._rows.split(survey.manager.workspace.batch_rows(self._rows.shape[1]))]
         hidden, calls = skeleton.embed(batches)
         states = [hidden, *([h.clone() for h in hidden] for _ in choices)]
         count = skeleton.block_count

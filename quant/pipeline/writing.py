@@ -23,11 +23,16 @@ from quant.checkpoint.reader import INDEX, REWRITTEN, STALE, Checkpoint
 from quant.checkpoint.writer import ShardWriter, TensorSpec, write_text
 from quant.errors import DiskFull, NotFinite, SourceFault
 from quant.evaluation.values import finite_pieces
-from quant.formats import Format
+from quant.formats import Contents, Format
 from quant.models.linears import LinearRef
 from quant.pipeline.layout import OutputTensor, Unit, weight_map
+from quant.pipeline.plan import JobPlan
+from quant.quantizers import Quantizer
+from quant.recipe import Assignment
 from quant.tensors import QuantizedTensor, all_finite
 from quant.vllm.arguments import Argument, vllm_config
+from quant.vllm.cache import KV_CACHE
+from quant.vllm.config import model_types, without_quantization
 from quant.vllm.layers import Linear
 
 VLLM_CONFIG = "vllm_config.json"
@@ -250,3 +255,32 @@ def _copy(file: Path, target: Path) -> None:
                 "is kept"
             ) from error
         raise
+
+
+def output_config(plan: JobPlan, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The source's config.json with the format's ``quantization_config``; ``settings``: the methods'."""
+    config = without_quantization(plan.checkpoint.config)
+    cache = KV_CACHE if plan.recipe.kv_cache_scheme else None
+    quantization = plan.format.config(
+        Contents(
+            list(plan.written.values()),
+            plan.unquantized,
+            cache,
+            settings,
+            model_types(plan.checkpoint.config),
+        )
+    )
+    if quantization is not None:
+        if plan.recipe.target == "other" and any(plan.format.refuse(s, "vllm") for s in plan.schemes):
+            quantization["meta"] = {
+                **quantization.get("meta", {}),
+                "target": "other engines: vLLM refuses this file",
+            }
+        config["quantization_config"] = quantization
+    return config
+
+
+def method_settings(quantizers: Mapping[Assignment, Quantizer]) -> dict[str, str]:
+    """Settings of a job's methods that a format may have a word for."""
+    orders = (str(getattr(q, "act_order", "none")) for q in quantizers.values())
+    return {"act_order": next((order for order in orders if order != "none"), "none")}

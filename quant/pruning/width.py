@@ -39,7 +39,7 @@ from quant.models.experts import Routed, Stage, expert_outputs, experts_through,
 from quant.models.narrowing import CALLED, Kind, Taken, Widths, cuts, narrowed, widths
 from quant.pipeline.activation_store import ActivationStore, Batches
 from quant.pipeline.checks import check_disk
-from quant.pipeline.manager import RESIDENT_CPU
+from quant.pipeline.workspace import RESIDENT_CPU
 from quant.progress import Event, Progress, silent
 from quant.pruning.importance import copied, divergences, embedded, split_rows, through
 from quant.pruning.output import (

@@ -299,9 +299,9 @@ def test_numbers_that_json_lacks_are_null(tmp_path: Path, capsys: pytest.Capture
 def test_an_interrupt_exits_with_130_and_keeps_finished_work(
     llama: Path, tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from quant.pipeline import manager
+    from quant.pipeline import units
 
-    write, count = manager.write_unit, []
+    write, count = units.write_unit, []
 
     def interrupted(*args: Any) -> Any:
         if count:
@@ -309,7 +309,7 @@ def test_an_interrupt_exits_with_130_and_keeps_finished_work(
         count.append(1)
         return write(*args)
 
-    monkeypatch.setattr(manager, "write_unit", interrupted)
+    monkeypatch.setattr(units, "write_unit", interrupted)
     result = cli("quantize", "-m", llama, "-o", tmp_path / "out", "--method", "minmax", "--group-size", "32")
     assert result.code == 130 and "interrupted: finished work is kept" in result.err
     monkeypatch.undo()

@@ -17,8 +17,8 @@ from docs.make_models import make
 from quant.errors import Problems
 from quant.evaluation.verify import verify
 from quant.pipeline.layout import Unit
-from quant.pipeline.manager import output_config
 from quant.pipeline.plan import JobPlan, plan_job
+from quant.pipeline.writing import output_config
 from quant.recipe import make_recipe
 from tests.helpers import ROOT, load_all, quantize, save_all
 

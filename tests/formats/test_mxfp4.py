@@ -14,7 +14,7 @@ from quant.errors import Problems
 from quant.evaluation.verify import verify
 from quant.formats.reading import dequantized
 from quant.jobs import ResolvedJob, resolve
-from quant.pipeline import manager
+from quant.pipeline import units
 from quant.pipeline.export import export
 from quant.pipeline.plan import plan_job
 from tests.formats.quantized_sources import publish
@@ -98,7 +98,7 @@ def test_calibrated_and_stopped_it_goes_on_to_the_same_bytes(
     job = OURS | {"method": "gptq", "samples": 8, "sequence_length": 64}
     report = quantize(source, tmp_path / "whole", **job)
     assert report["fallbacks"] == [] and len(report["experts"]) == 2
-    write, done = manager.write_unit, []
+    write, done = units.write_unit, []
 
     def stopping(*args: Any) -> Any:
         if len(done) == 2:
@@ -107,7 +107,7 @@ def test_calibrated_and_stopped_it_goes_on_to_the_same_bytes(
         return write(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(manager, "write_unit", stopping)
+        patched.setattr(units, "write_unit", stopping)
         with pytest.raises(KeyboardInterrupt):
             quantize(source, tmp_path / "stopped", **job)
     quantize(source, tmp_path / "stopped", **job)

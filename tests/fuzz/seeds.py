@@ -95,9 +95,9 @@ class _Stopped(BaseException):
 
 def _half_done() -> None:
     """The work folder of a job of which two units are finished: what :data:`HALF` goes on with."""
-    from quant.pipeline import manager
+    from quant.pipeline import units
 
-    write, done = manager.write_unit, []
+    write, done = units.write_unit, []
 
     def stopping(*arguments: Any) -> Any:
         if len(done) == 2:
@@ -105,13 +105,13 @@ def _half_done() -> None:
         done.append(1)
         return write(*arguments)
 
-    manager.write_unit = stopping
+    units.write_unit = stopping
     try:
         command(*HALF, "-q")
     except _Stopped:
         pass
     finally:
-        manager.write_unit = write
+        units.write_unit = write
 
 
 def make(folder: Path) -> Path:

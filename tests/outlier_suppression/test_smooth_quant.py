@@ -16,7 +16,7 @@ from quant.errors import UsageError, VerificationFailed
 from quant.evaluation.preservation import Preservation
 from quant.outlier_suppression import OutlierSuppressionRegistry, SmoothQuant
 from quant.outlier_suppression.base import Place
-from quant.pipeline import group_solves, manager
+from quant.pipeline import group_solves, units
 from quant.quantizers import IdentityQuantizer, Quantized, QuantizerRegistry
 from quant.schemes import PRESETS
 from tests.helpers import load_all, quantize, short_text
@@ -209,7 +209,7 @@ def test_an_interrupted_job_goes_on_to_the_same_bytes(
         "outlier_suppression": "smooth_quant",
     }
     whole = quantize(llama, tmp_path / "whole", **options, **TEXT)
-    write = manager.write_unit
+    write = units.write_unit
 
     def failing(unit: Any, *args: Any, **more: Any) -> Any:
         if unit.block == 1:
@@ -217,7 +217,7 @@ def test_an_interrupted_job_goes_on_to_the_same_bytes(
         return write(unit, *args, **more)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(manager, "write_unit", failing)
+        patch.setattr(units, "write_unit", failing)
         quantize(llama, tmp_path / "out", **options, **TEXT)
     report = quantize(llama, tmp_path / "out", **options, **TEXT)
     assert report["output_hash"] == whole["output_hash"] and report["folds"].keys() == whole["folds"].keys()

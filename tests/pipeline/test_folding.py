@@ -17,8 +17,8 @@ from quant.calibration.statistics import Statistics
 from quant.evaluation.compare import compare
 from quant.evaluation.verify import verify
 from quant.outlier_suppression.base import Place, Suppression
-from quant.pipeline import manager as module
 from quant.pipeline import methods
+from quant.pipeline import units as module
 from quant.schemes import Scheme
 from tests.helpers import load_all, quantize, save_all, short_text, weight_files
 

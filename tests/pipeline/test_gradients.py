@@ -451,7 +451,7 @@ def test_gradients_that_say_little_or_nothing_are_named(llama: Path, tmp_path: P
 def test_a_dry_run_predicts_the_scratch_file_and_more_time_than_none(
     checkpoints: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quant.pipeline.manager.RESIDENT_CPU", 1 << 16)
+    monkeypatch.setattr("quant.pipeline.workspace.RESIDENT_CPU", 1 << 16)
     source = checkpoints("llama", num_hidden_layers=3)
     options = YAQA | {"samples": 32, "sequence_length": 128}
     predicted = estimate(plan_job(recipe(source, tmp_path / "out", **options)))

@@ -167,7 +167,7 @@ def test_a_job_that_stopped_anywhere_goes_on_and_makes_the_same_bytes(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(survey.Survey, "_solve", counts)
-        patch.setattr(QuantizationManager, "_finish", stopped)
+        patch.setattr("quant.pipeline.manager.finish", stopped)
         mixed(tinylm, output)
     assert solved == [3, 2, 1, 0]
     with monkeypatch.context() as patch:
@@ -186,8 +186,8 @@ def test_memory_that_ends_halves_the_batches_of_a_choice_and_keeps_what_is_finis
     real = survey.Survey._solve
 
     def exhausted(self: Any, skeleton: Any, index: int, *rest: Any) -> Any:
-        tried.append((self.manager.batch_tokens, index))
-        if index == 0 and self.manager.batch_tokens > 256:
+        tried.append((self.manager.workspace.batch_tokens, index))
+        if index == 0 and self.manager.workspace.batch_tokens > 256:
             raise torch.OutOfMemoryError("no memory")
         return real(self, skeleton, index, *rest)
 

@@ -17,6 +17,7 @@ from quant.pipeline.estimate import estimate
 from quant.pipeline.manager import QuantizationManager
 from quant.pipeline.plan import plan_job
 from quant.pipeline.rows import job_rows
+from quant.pipeline.workspace import Workspace
 from quant.progress import Event
 from quant.recipe import make_recipe
 from tests.helpers import LATENT, change_config, copy_model, files_of, quantize, recipe, short_text
@@ -163,7 +164,7 @@ def test_a_disk_without_room_is_noticed(tmp_path: Path) -> None:
 def test_a_dry_run_counts_the_scratch_file(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quant.pipeline.manager.RESIDENT_CPU", 0)
+    monkeypatch.setattr("quant.pipeline.workspace.RESIDENT_CPU", 0)
     plan = plan_job(
         recipe(llama, tmp_path / "out", method="gptq", group_size=32, samples=4, sequence_length=64)
     )
@@ -186,7 +187,7 @@ def test_the_scratch_file_is_as_large_as_predicted(
 ) -> None:
     """Also where attention and MLP wait side by side, as in GPT-J. Batches of two sizes leave holes in the
     file, of which nothing is foreseen."""
-    monkeypatch.setattr("quant.pipeline.manager.RESIDENT_CPU", 0)
+    monkeypatch.setattr("quant.pipeline.workspace.RESIDENT_CPU", 0)
     options = {"method": method, "group_size": 32, "samples": 300, "sequence_length": 64}
     prediction = estimate(plan_job(recipe(checkpoints(kind), tmp_path / "out", **options)))
     report = quantize(checkpoints(kind), tmp_path / "out", **options)
@@ -198,7 +199,7 @@ def test_the_scratch_file_is_as_large_as_predicted(
 def test_the_scratch_file_is_as_large_as_predicted_where_no_row_is_held_out(
     length: int, checkpoints: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quant.pipeline.manager.RESIDENT_CPU", 0)
+    monkeypatch.setattr("quant.pipeline.workspace.RESIDENT_CPU", 0)
     source = checkpoints("llama", max_position_embeddings=2048)
     text = tmp_path / "text.txt"
     text.write_text(short_text().read_text() * 40)
@@ -234,15 +235,15 @@ def test_a_gpu_without_room_is_an_error_that_says_what_to_do(
 def test_a_dry_run_goes_on_with_smaller_batches_as_the_job_would(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, tried = QuantizationManager.batches, []
+    real, tried = Workspace.batches, []
 
-    def few(self: QuantizationManager, rows: Any) -> Any:
+    def few(self: Workspace, rows: Any) -> Any:
         tried.append(self.batch_tokens)
         if self.batch_tokens > 128:
             raise torch.OutOfMemoryError("no memory")
         return real(self, rows)
 
-    monkeypatch.setattr(QuantizationManager, "batches", few)
+    monkeypatch.setattr(Workspace, "batches", few)
     job = recipe(llama, tmp_path / "out", method="yaqa", group_size=32)
     assert estimate(plan_job(job))["seconds"] > 0
     assert tried == [2048, 256, 128]

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from quant.errors import QuantError
-from quant.pipeline import manager as module
+from quant.pipeline import finishing
+from quant.pipeline import units as module
 from tests.helpers import ROOT, copy_model, files_of, quantize, short_text, weight_files
 
 
@@ -96,7 +97,7 @@ def test_a_job_stopped_after_its_last_unit_only_finishes(
 ) -> None:
     wanted = quantize(llama, tmp_path / "undisturbed", method="gptq", group_size=32)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(module, "write_rest", lambda *a: (_ for _ in ()).throw(Stopped))
+        patch.setattr(finishing, "write_rest", lambda *a: (_ for _ in ()).throw(Stopped))
         quantize(llama, tmp_path / "out", method="gptq", group_size=32)
     with monkeypatch.context() as patch:
         patch.setattr(module, "write_unit", lambda *a: pytest.fail("a finished unit was written again"))
