@@ -93,11 +93,7 @@ def proposer(way: str, target: Model, config: dict, folder: Path) -> Proposer:
 
 
 def counted_by_vllm(python: str, job: dict, folder: Path) -> dict:
-    """What vLLM says and counts of one way.
-
-    Raises:
-        SystemExit: it does not run.
-    """
+    """What vLLM says and counts of one way; where it does not run, why, as ``error``."""
     (folder / "jobs.json").write_text(json.dumps([job]))
     command = [python, str(ROOT / "tests/vllm/speculate_many.py"), str(folder / "jobs.json")]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -25,7 +25,7 @@ SEARCH_FLOOR = {2: 0.4, 3: 0.6, 4: 0.7, 8: 0.9}
 _REACH, _BEYOND = 1.0, 1.9
 #: Ranges that are tried of such weights: from a share of the whole one to more than it; then four around the
 #: best.
-_FED_FLOOR, _FED_TOP, _FED_STEPS = {2: 0.35, 3: 0.5, 4: 0.6, 8: 0.9}, 1.14, 10
+_FED_FLOOR, _FED_TOP, _FED_STEPS = {2: 0.35, 3: 0.5, 4: 0.6}, 1.14, 10
 _AROUND = (-0.4, -0.2, 0.2, 0.4)
 #: Elements searched at a time on a CPU: temporaries stay in its cache, which is worth a factor of five.
 _CACHED = 1 << 19
@@ -110,7 +110,7 @@ def group_parameters(
         fed: the errors of other weights will be moved onto each one before it is rounded, as GPTQ does and
             YAQA more so; importance is of one weight each. What is searched for is then the least expected
             error (:func:`_expected`): that of rounding these very weights to nearest, by chance small at one
-            scale and large at the next, is not what comes of it.
+            scale and large at the next, is not what comes of it. Of codes of up to 4 bits.
 
     Returns:
         scales fp32 [N, G] with values that ``dtype`` holds exactly, and zeros fp32 [N, G] or None when
