@@ -120,12 +120,9 @@ def group_parameters(
     if not search:
         return _parameters(low, high, scheme, dtype)
     rows = rows_at_a_time(groups)
-    searched = _searched_fed if fed else _searched
+    runs = (slice(i, i + rows) for i in range(0, len(groups), rows))
     parts = [
-        searched(
-            groups[i : i + rows], low[i : i + rows], high[i : i + rows], scheme, dtype, importance, signed
-        )
-        for i in range(0, len(groups), rows)
+        _searched(groups[run], low[run], high[run], scheme, dtype, importance, signed, fed) for run in runs
     ]
     zeros = [z for _, z in parts if z is not None]
     return torch.cat([s for s, _ in parts]), torch.cat(zeros) if zeros else None
@@ -145,70 +142,60 @@ def _searched(
     dtype: torch.dtype,
     importance: torch.Tensor | None,
     signed: bool,
+    fed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Of all shrunken ranges, each group's of least error."""
-    buffer = torch.empty_like(groups)
-    floor = SEARCH_FLOOR[scheme.bits]
-    best = torch.full_like(low, torch.inf)
-    # stands where no error can be compared: weights whose squares overflow
-    scale, zero = _parameters(low, high, scheme, dtype)
-    signs = (1, -1) if signed and scheme.symmetric else (1,)
-    for step, sign in product(range(SEARCH_STEPS), signs):
-        shrink = 1 - (1 - floor) * step / (SEARCH_STEPS - 1)
-        s, z = _parameters(low * shrink, high * shrink, scheme, dtype)
-        s = s if sign > 0 else -s
-        wide, shift = s.unsqueeze(-1), None if z is None else z.unsqueeze(-1)
-        torch.div(groups, wide, out=buffer)
-        if shift is None:
-            buffer.round_().clamp_(scheme.low, scheme.high)
-        else:
-            buffer.add_(shift).round_().clamp_(scheme.low, scheme.high).sub_(shift)
-        # in one pass over memory; whether it is rounded minus exact or the reverse is all the same
-        error = _error(torch.addcmul(groups, buffer, wide, value=-1, out=buffer), importance)
-        better = error < best
-        best = torch.where(better, error, best)
-        scale = torch.where(better, s, scale)
-        if zero is not None and z is not None:
-            zero = torch.where(better, z, zero)
-    return scale, zero
-
-
-def _searched_fed(
-    groups: torch.Tensor,
-    low: torch.Tensor,
-    high: torch.Tensor,
-    scheme: WeightScheme,
-    dtype: torch.dtype,
-    importance: torch.Tensor | None,
-    signed: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Of all ranges, each group's of least expected error."""
-    buffer = torch.empty_like(groups)
-    floor = _FED_FLOOR[scheme.bits]
-    step = (_FED_TOP - floor) / (_FED_STEPS - 1)
+    """Of all ranges, each group's of least error; of least expected error where errors are ``fed`` back."""
+    buffer, error_of = torch.empty_like(groups), _expected if fed else _changed
     best = torch.full_like(low, torch.inf)
     share, sign = torch.ones_like(low), torch.ones_like(low)
+    # stands where no error can be compared: weights whose squares overflow
     scale, zero = _parameters(low, high, scheme, dtype)
 
-    def attempt(shares: torch.Tensor, signs: torch.Tensor) -> None:
+    def attempt(shares: torch.Tensor | float, signs: torch.Tensor | float) -> None:
         nonlocal best, share, sign, scale, zero
         s, z = _parameters(low * shares, high * shares, scheme, dtype)
         s = s * signs
-        error = _expected(groups, s, z, scheme, importance, buffer)
+        error = error_of(groups, s, z, scheme, importance, buffer)
         better = error < best
         best, scale = torch.where(better, error, best), torch.where(better, s, scale)
-        share, sign = torch.where(better, shares, share), torch.where(better, signs, sign)
+        if fed:
+            share, sign = torch.where(better, shares, share), torch.where(better, signs, sign)
         if zero is not None and z is not None:
             zero = torch.where(better, z, zero)
 
-    one = torch.ones_like(low)
-    for number in range(_FED_STEPS):
-        for signs in (one, -one) if signed and scheme.symmetric else (one,):
-            attempt((floor + step * number) * one, signs)
+    floor, signs = SEARCH_FLOOR[scheme.bits], (1.0, -1.0) if signed and scheme.symmetric else (1.0,)
+    if not fed:
+        for number, one in product(range(SEARCH_STEPS), signs):
+            attempt(1 - (1 - floor) * number / (SEARCH_STEPS - 1), one)
+        return scale, zero
+    floor = _FED_FLOOR[scheme.bits]
+    step = (_FED_TOP - floor) / (_FED_STEPS - 1)
+    for number, one in product(range(_FED_STEPS), signs):
+        attempt(floor + step * number, one)
     middle = share
     for offset in _AROUND:
         attempt(middle + offset * step, sign)
     return scale, zero
+
+
+def _changed(
+    groups: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    scheme: WeightScheme,
+    importance: torch.Tensor | None,
+    buffer: torch.Tensor,
+) -> torch.Tensor:
+    """Error [N, G] of groups [N, G, g] that are rounded to nearest with scales and zeros [N, G]. ``buffer``:
+    overwritten."""
+    wide, shift = scale.unsqueeze(-1), None if zero is None else zero.unsqueeze(-1)
+    torch.div(groups, wide, out=buffer)
+    if shift is None:
+        buffer.round_().clamp_(scheme.low, scheme.high)
+    else:
+        buffer.add_(shift).round_().clamp_(scheme.low, scheme.high).sub_(shift)
+    # in one pass over memory; whether it is rounded minus exact or the reverse is all the same
+    return _error(torch.addcmul(groups, buffer, wide, value=-1, out=buffer), importance)
 
 
 def _expected(
