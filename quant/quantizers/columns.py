@@ -16,15 +16,13 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 
 import torch
 
-from quant.quantizers.floats import nearest_float, stored_float_scale
-from quant.quantizers.grids import Grid
-from quant.quantizers.rounding import stored_scale
+from quant.quantizers.grids import Grid, nearest_code, nearest_scale
 
 #: Columns of a run, at the most: a kernel holds that many of a few rows in registers.
 RUN = 128
@@ -88,7 +86,7 @@ def round_columns(
         groups: int64 [B, P], the group of each column.
     """
     torch.ops.quant.round_columns(
-        errors, feedback, codes, triangle, inverse, scales, zeros, groups, *numbers_of(grid)
+        errors, feedback, codes, triangle, inverse, scales, zeros, groups, *grid.numbers
     )
 
 
@@ -120,22 +118,30 @@ def refine_columns(
     """
     divisor = None if grid.divisor is None else grid.divisor.reshape(-1)
     torch.ops.quant.refine_columns(
-        errors, codes, scales, zeros, pushed, among, columns, groups, size, *numbers_of(grid), _kind(grid),
+        errors, codes, scales, zeros, pushed, among, columns, groups, size, *grid.numbers, grid.kind,
         divisor,
     )  # fmt: skip
 
 
-def numbers_of(grid: Grid) -> tuple[int, int, int]:
-    """The lowest and the highest code of integers and 0; of floats 0, 0 and their bits."""
-    scheme = grid.scheme
-    return (0, 0, scheme.bits) if scheme.type == "float" else (scheme.low, scheme.high, 0)
+def fit(
+    scales: torch.Tensor,
+    slope: torch.Tensor,
+    curve: torch.Tensor,
+    stored: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Puts better scales in the place of ``scales`` fp32 [B, N]; returns by how much each rose.
 
+    With a scale changed by d the loss changes by d · (d · ``curve`` - 2 · ``slope``).
 
-def _kind(grid: Grid) -> str:
-    """What a file holds scales as."""
-    if grid.scheme.type == "float":
-        return "positive" if grid.divisor is None else "e4m3"
-    return str(grid.dtype).removeprefix("torch.")
+    Args:
+        stored: the scales that a file holds for these.
+    """
+    best = scales + slope / curve
+    best = stored(torch.where(best.isfinite() & (best > LEAST * scales), best, scales))
+    change = best - scales
+    better = change * (change * curve - 2 * slope) < 0
+    scales.copy_(torch.where(better, best, scales))
+    return torch.where(better, change, 0.0)
 
 
 @torch.library.custom_op("quant::round_columns", mutates_args=("errors", "feedback", "codes"))
@@ -162,7 +168,7 @@ def _round_columns(
     for c, (error, pushed) in enumerate(zip(errors.unbind(), feedback.unbind(), strict=True)):
         scale, zero = _of_group(scales, zeros, groups[:, c], own)
         number = error.add(pushed * inverse[c].unsqueeze(-1)).div_(scale)
-        code = _nearest(number if zero is None else number.add_(zero), low, high, bits)
+        code = nearest_code(number if zero is None else number.add_(zero), low, high, bits)
         codes[c] = code
         error.sub_((code if zero is None else code.sub_(zero)).mul_(scale))
         feedback[c + 1 :] += triangle[:, c, c + 1 :].t().unsqueeze(-1) * error
@@ -209,7 +215,7 @@ def _refine_columns(
         for j in range(run.start, run.stop):
             scale, _ = _of_group(scales, None, groups[:, j], own)
             code = shown[j] + pushed[j] * (1.0 / scale) * softness[j]
-            rise = _nearest(code, low, high, bits).sub_(shown[j])
+            rise = nearest_code(code, low, high, bits).sub_(shown[j])
             shown[j] += rise
             rise *= scale
             moved[j] += rise
@@ -226,20 +232,14 @@ def _fitted(
     kind: str,
     divisor: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Puts better scales in the place of ``scale`` [B, N]; returns by how much each rose.
-
-    With a scale changed by d the loss changes by d · (d · curve - 2 · slope)."""
+    """Puts better scales in the place of ``scale`` [B, N]; returns by how much each rose."""
     slope, curve, applied = torch.zeros_like(scale), torch.zeros_like(scale), torch.zeros_like(shifted)
     for j, values in enumerate(shifted.unbind()):
         slope += values * pushed[j]
         curve += values * (2 * applied[j] + between[j, j] * values)
         applied += between[:, j] * values
-    best = scale + slope / curve
-    best = _stored(torch.where(best.isfinite() & (best > LEAST * scale), best, scale), kind, divisor)
-    change = best - scale
-    better = change * (change * curve - 2 * slope) < 0
-    scale.copy_(torch.where(better, best, scale))
-    return torch.where(better, change, 0.0)
+    by = None if divisor is None else divisor.unsqueeze(-1)
+    return fit(scale, slope, curve, lambda best: nearest_scale(best, kind, by))
 
 
 def _of_group(
@@ -247,15 +247,3 @@ def _of_group(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """[B, N]: scales and zeros [G, B, N] of a column whose groups are [B]."""
     return scales[groups, own], None if zeros is None else zeros[groups, own]
-
-
-def _nearest(numbers: torch.Tensor, low: int, high: int, bits: int) -> torch.Tensor:
-    """:meth:`Grid.nearest`."""
-    return nearest_float(numbers, bits) if bits else numbers.round_().clamp_(low, high)
-
-
-def _stored(scales: torch.Tensor, kind: str, divisor: torch.Tensor | None) -> torch.Tensor:
-    """:meth:`Grid.stored` of positive scales [B, N]."""
-    if kind in ("positive", "e4m3"):
-        return stored_float_scale(scales, None if divisor is None else divisor.unsqueeze(-1))
-    return stored_scale(scales, getattr(torch, kind))

@@ -28,11 +28,22 @@ class Grid:
     dtype: torch.dtype
     divisor: torch.Tensor | None = None
 
+    @property
+    def numbers(self) -> tuple[int, int, int]:
+        """The lowest and the highest code of integers and 0; of floats 0, 0 and their bits."""
+        scheme = self.scheme
+        return (0, 0, scheme.bits) if scheme.type == "float" else (scheme.low, scheme.high, 0)
+
+    @property
+    def kind(self) -> str:
+        """What a file holds scales as: a dtype's name, of floats ``positive`` or ``e4m3`` numbers."""
+        if self.scheme.type == "float":
+            return "positive" if self.divisor is None else "e4m3"
+        return str(self.dtype).removeprefix("torch.")
+
     def nearest(self, numbers: torch.Tensor) -> torch.Tensor:
         """The code nearest to each of fp32 ``numbers``, which may be overwritten."""
-        if self.scheme.type == "float":
-            return nearest_float(numbers, self.scheme.bits)
-        return numbers.round_().clamp_(self.scheme.low, self.scheme.high)
+        return nearest_code(numbers, *self.numbers)
 
     def rounded(self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
         """Codes fp32 [N, K] nearest to a weight [N, K], with scales and zeros [N, G]."""
@@ -50,6 +61,16 @@ class Grid:
     def stored(self, scales: torch.Tensor) -> torch.Tensor:
         """The nearest scales that a file holds, fp32; of ``fitted`` schemes. Those of integers may be
         negative."""
-        if self.scheme.type == "float":
-            return stored_float_scale(scales, self.divisor)
-        return stored_scale(scales.abs(), self.dtype).copysign(scales)
+        return nearest_scale(scales, self.kind, self.divisor)
+
+
+def nearest_code(numbers: torch.Tensor, low: int, high: int, bits: int) -> torch.Tensor:
+    """:meth:`Grid.nearest` of a grid's :attr:`~Grid.numbers`: all that an operation of a device is told."""
+    return nearest_float(numbers, bits) if bits else numbers.round_().clamp_(low, high)
+
+
+def nearest_scale(scales: torch.Tensor, kind: str, divisor: torch.Tensor | None) -> torch.Tensor:
+    """:meth:`Grid.stored` of a grid's :attr:`~Grid.kind`, and a divisor that broadcasts to the scales."""
+    if kind in ("positive", "e4m3"):
+        return stored_float_scale(scales, divisor)
+    return stored_scale(scales.abs(), getattr(torch, kind)).copysign(scales)

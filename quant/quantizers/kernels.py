@@ -298,7 +298,7 @@ def round_both(
             feed back.
         corners: U of the panel without its diagonal, contiguous fp32 [S, C, C]; of B / S blocks each.
         units: V of each block without its diagonal, contiguous fp32 [B, b, b].
-        low, high, bits: of :func:`quant.quantizers.columns.numbers_of`.
+        low, high, bits: of :attr:`quant.quantizers.grids.Grid.numbers`.
     """
     blocks, size, width = weights.shape
     codes, errors, moved = (torch.empty_like(weights) for _ in range(3))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from quant.accelerator import on_accelerator
-from quant.quantizers.columns import LEAST, RUN, refine_columns, stacked
+from quant.quantizers.columns import RUN, fit, refine_columns, stacked
 from quant.quantizers.grids import Grid
 from quant.quantizers.products import product
 
@@ -116,7 +116,7 @@ def _refine_panel(
             zeros = None if solved.zeros is None else solved.zeros[groups][group]
             shifted = codes[whole] if zeros is None else codes[whole] - zeros
             curve = (shifted * _product(among[:, whole, whole], shifted)).sum(0)
-            change = _fit(scales[group], (shifted * pushed[whole]).sum(0), curve, solved.grid)
+            change = fit(scales[group], (shifted * pushed[whole]).sum(0), curve, solved.grid.stored)
             inverse[group] = 1.0 / scales[group]
             shifted = shifted * change
             moved[whole] += shifted
@@ -132,20 +132,6 @@ def _refine_panel(
     for b, places in enumerate(columns):
         solved.errors[:, b].index_add_(0, places, moved[:, b], alpha=-1)
         solved.codes[:, b].index_copy_(0, places, codes[:, b].to(solved.codes.dtype))
-
-
-def _fit(scales: torch.Tensor, slope: torch.Tensor, curve: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Puts better scales in the place of ``scales`` fp32 [B, N]; returns by how much each rose.
-
-    With a scale changed by d the loss changes by d · (d · ``curve`` - 2 · ``slope``).
-    """
-    best = scales + slope / curve
-    best = grid.stored(torch.where(best.isfinite() & (best > LEAST * scales), best, scales))
-    change = best - scales
-    better = change * (change * curve - 2 * slope) < 0
-    change = torch.where(better, change, 0.0)
-    scales.copy_(torch.where(better, best, scales))
-    return change
 
 
 def _descend(
@@ -204,7 +190,7 @@ def _refit_wide(solved: Solved, hessians: Sequence[torch.Tensor], group: int, me
                 slope[b] += (solved.errors[:, b].index_select(0, some) * applied).sum(0)
             else:
                 slope[b] += (part * product(rows, solved.errors[:, b])).sum(0)
-    change = _fit(scales, slope, curve, solved.grid)
+    change = fit(scales, slope, curve, solved.grid.stored)
     for b, own in enumerate(members):
         shifted = solved.codes[:, b].index_select(0, own).float()
         shifted = shifted if zeros is None else shifted.sub_(zeros[b])

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from quant.accelerator import on_accelerator
-from quant.quantizers.columns import kernels_for, numbers_of
+from quant.quantizers.columns import kernels_for
 from quant.quantizers.grids import Grid
 from quant.quantizers.products import product
 
@@ -148,7 +148,7 @@ def feed_back(
             blocked = [x.reshape(sets * count, size, -1) for x in read]
             made = kernels.round_both(
                 *blocked[:3], None if shifts is None else blocked[3], corner.contiguous(),
-                unit.view(-1, size, size), *numbers_of(grid),
+                unit.view(-1, size, size), *grid.numbers,
             )  # fmt: skip
             for target, value in zip((codes, errors), made, strict=True):
                 target[:, :, panel] = value.view(sets, count * size, -1)
@@ -352,7 +352,7 @@ def _descend_panel(
     changes = _CHANGES * max(1, outputs.shape[-1] // _AMONG)
     if (kernels := kernels_for(outputs)) is not None:
         given = slopes, codes, scales, among.contiguous(), outputs.contiguous(), changes
-        lower: torch.Tensor = kernels.descend(*given, *numbers_of(grid))
+        lower: torch.Tensor = kernels.descend(*given, *grid.numbers)
         return lower
     blocks = torch.arange(len(outputs), device=outputs.device)
     gained = torch.zeros(len(outputs), device=outputs.device)
