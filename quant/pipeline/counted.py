@@ -205,7 +205,8 @@ class Counter:
         small = solved / (_OUTPUTS * narrow)
         added, solved = self._on(assignment, _OUTPUTS, wide)
         large = solved / (_OUTPUTS * wide)
-        product = max(large - small, 0.0) / (wide - narrow)
+        # a wider input may take more by the weight than products explain: then all of it is theirs
+        product = min(max(large - small, 0.0) / (wide - narrow), large / wide)
         return Rates(added / wide**3, large - product * wide, product)
 
     def _on(self, assignment: Assignment, n: int, k: int) -> tuple[float, float]:

@@ -82,6 +82,19 @@ def test_what_shares_an_input_is_found_without_reading_experts(
     assert all(p.is_meta for p in skeleton.blocks[0].parameters())
 
 
+def test_no_rate_is_negative_where_wide_inputs_take_more_than_products_explain(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = job(llama, tmp_path)
+    manager = QuantizationManager(plan)
+    # sixteen times by the weight for four times the inputs, as where a cache ends
+    monkeypatch.setattr(Counter, "_on", lambda self, a, n, k: (0.0, n * k * (k / 256) ** 2))
+    rates = Counter(manager, Skeleton(plan.checkpoint, manager.device))._of(
+        plan.assignments[min(plan.linears)]
+    )
+    assert rates.element == 0 and rates.solve(512, 1024) == pytest.approx(512 * 1024 * 16)
+
+
 def test_linears_that_are_tried_are_the_largest_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quant.pipeline.estimate._TRIED", 100)
     sizes = {"a": 10, "b": 40, "c": 60, "d": 45, "e": 900}
