@@ -36,8 +36,8 @@ from quant.calibration.parts import part_sizes
 from quant.jobs import complete
 from quant.pipeline import plan as planning
 from quant.pipeline.counted import BothRates, Counter, Rates
-from quant.pipeline.division import waiting_sums
 from quant.pipeline.estimate import READ, WRITTEN, _kinds
+from quant.pipeline.footprint import waiting_bytes
 from quant.pipeline.manager import QuantizationManager
 from quant.pipeline.workspace import RESIDENT_CPU
 from quant.recipe import Assignment, Recipe
@@ -170,9 +170,7 @@ def project(model: Path, method: str, cores: int, text: Path | None) -> dict[str
         return {"H100": one, "8 H100": eight}
     rows, skeleton = manager.prepare()
     tokens, kinds = ROWS * LENGTH, _kinds(plan, skeleton)
-    hidden = MODELS[model.name]["hidden_size"]
-    several = skeleton.block_count + 2 if plan.gradients else 2
-    waiting = several * tokens * hidden * 2 + waiting_sums(plan, ROWS)
+    waiting = waiting_bytes(manager, skeleton, tokens, ROWS)
     made = {}
     for machine_name, kind, count in (("CPU", OnOneCore, 1), ("H100", OnH100, 1), ("8 H100", OnH100, 8)):
         counter = kind(manager, skeleton)

@@ -49,7 +49,7 @@ class Placement:
         usual_rows: as many as do without a budget.
         workers: tensors that are worked on at once where nothing is calibrated; 0 elsewhere.
         resident_bytes: activations that may stay in memory (of the device that computes).
-        waiting_bytes: activations that wait at once, wherever.
+        waiting_bytes: activations and sums that wait at once, wherever.
         spilled_bytes: of them those on the scratch file.
         host_bytes: of a GPU's activations those that may lie in the host's memory; None: all that do not
             stay.
@@ -87,7 +87,7 @@ def place_blocks(manager: QuantizationManager, rows: Rows, skeleton: Skeleton) -
         return None
     held_out = 0 if rows.held_out is None else rows.held_out.numel()
     own, length = share_of_most(len(rows.tokens), asked_ranks(recipe)), rows.tokens.shape[1]
-    waiting = waiting_bytes(manager, skeleton, own * length + held_out)
+    waiting = waiting_bytes(manager, skeleton, own * length + held_out, len(rows.tokens))
     usual = min(manager.workspace.batch_rows(length), own)
     blocks = range(skeleton.block_count)
     outside = outside_bytes(skeleton)

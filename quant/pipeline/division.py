@@ -34,11 +34,15 @@ def share(rows: Rows, each: int, ranks: Ranks) -> tuple[list[torch.Tensor], int 
     return [*tokens, *([rows.held_out] if rows.held_out is not None else [])], held_out, (of, len(sizes))
 
 
-def waiting_sums(plan: JobPlan, rows: int) -> int:
-    """Bytes of the sums of parts that are set aside at once, at the most, while others are summed."""
+def waiting_sums(plan: JobPlan, parts: int) -> int:
+    """Bytes of the sums of parts that are set aside at once, at the most, while others are summed.
+
+    Args:
+        parts: those that one process sums.
+    """
     needy = {a for a in set(plan.assignments.values()) if "hessian" in make_quantizer(a).needs}
     widest = max((plan.linears[n].k for n, a in plan.assignments.items() if a in needy), default=0)
-    return (len(part_sizes(rows)) - 1).bit_length() * 4 * widest**2
+    return (parts - 1).bit_length() * 4 * widest**2
 
 
 def shared_out(units: Sequence[Unit], ranks: int) -> list[int]:

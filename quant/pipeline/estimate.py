@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from quant.accelerator import memory_of, peak_bytes, synchronize
+from quant.calibration.parts import part_sizes
 from quant.calibration.text import Rows
 from quant.checkpoint.dtypes import TORCH
 from quant.errors import QuantError
@@ -29,6 +30,7 @@ from quant.pipeline.budget import Placement, place_tensors, scratch_folder
 from quant.pipeline.checks import check_disk, check_scratch
 from quant.pipeline.counted import BlockWork, Counter
 from quant.pipeline.division import waiting_sums
+from quant.pipeline.footprint import waiting_bytes
 from quant.pipeline.gradients import GradientStream
 from quant.pipeline.manager import QuantizationManager
 from quant.pipeline.memory import freed_memory_kept, peak_rss
@@ -50,9 +52,6 @@ _RESIDENT = 1 << 30
 #: and weights of one assignment that are tried where nothing needs calibration: more of them take no longer
 #: by the weight.
 TRIAL_SECONDS, _FEW, _TRIED = 10.0, 1 << 22, 1 << 25
-#: Hidden states of a token that wait at once: those that went into a block, and those that a part of it adds
-#: to.
-_WAITING = 2
 #: Tensors of fp32 logits that comparing two models has at once.
 _LOGITS = 6
 #: What reading and writing take where nothing else does.
@@ -174,8 +173,7 @@ def _counted(
     works: list[tuple[BlockWork, int]],
     rows: int,
 ) -> Cost:
-    hidden = skeleton.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
-    waiting = _WAITING * tokens * hidden * skeleton.dtype.itemsize + waiting_sums(manager.plan, rows)
+    waiting = waiting_bytes(manager, skeleton, tokens, rows)
     resident = min(waiting, manager.workspace.resident_bytes())
     seconds, memory = sum(w.seconds * count for w, count in works), max(w.memory for w, _ in works)
     if manager.device.type != "cpu":
@@ -185,7 +183,7 @@ def _counted(
 
 def _of_gradients(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, progress: Progress) -> Cost:
     """Of a job that takes gradients: the inputs of all blocks wait at once."""
-    plan, count = manager.plan, skeleton.block_count
+    plan = manager.plan
     tokens, _ = manager.workspace.batches(rows)
     total = sum(t.numel() for t in tokens)
     trial = tokens[: len(_trial_rows(manager, rows))]
@@ -213,7 +211,7 @@ def _of_gradients(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, 
         width = stream.width
     finally:
         store.close()
-    waiting = (count + 1 + manager.draws) * total * width
+    waiting = waiting_bytes(manager, skeleton, total, len(rows.tokens), width)
     resident = min(waiting, manager.workspace.resident_bytes())
     if manager.device.type != "cpu":
         peak = peak_bytes(manager.device) if there else most
@@ -319,7 +317,9 @@ def _try_blocks(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, pr
             del made, block, batches
         finally:
             store.close()
-    waiting = int(most * (tokens + extra) / (tried + extra)) + waiting_sums(plan, len(rows.tokens))
+    waiting = int(most * (tokens + extra) / (tried + extra)) + waiting_sums(
+        plan, len(part_sizes(len(rows.tokens)))
+    )
     resident = min(waiting, manager.workspace.resident_bytes())
     if device.type != "cpu":
         return Cost(

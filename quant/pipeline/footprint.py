@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from quant.calibration.parts import part_sizes
 from quant.models.experts import find_experts
 from quant.models.skeleton import Skeleton
+from quant.pipeline.division import waiting_sums
 from quant.pipeline.experts import RESIDENT, at_a_time, workers_for
+from quant.pipeline.ranks import asked_ranks
 from quant.quantizers.two_sided import blocks_of
 
 if TYPE_CHECKING:
@@ -97,12 +100,24 @@ def outside_bytes(skeleton: Skeleton) -> int:
     return sum(p.numel() * skeleton.dtype.itemsize for p in seen.values())
 
 
-def waiting_bytes(manager: QuantizationManager, skeleton: Skeleton, tokens: int) -> int:
-    """Bytes of calibration activations that wait at once, wherever: of ``tokens`` the states that went into a
-    block and those that a part of it adds to; with gradients the inputs of all blocks."""
+def waiting_bytes(
+    manager: QuantizationManager, skeleton: Skeleton, tokens: int, rows: int, width: int | None = None
+) -> int:
+    """Bytes that wait at once, wherever, in the rank that has the most of the calibration: states that went
+    into a block and those that a part of it adds to, and the sums of parts that are set aside; with gradients
+    the inputs of all blocks and the gradients of one.
+
+    Args:
+        tokens: of that rank.
+        rows: of all ranks.
+        width: bytes of a token's hidden states, where they have been seen; None: as the embedding has them.
+    """
     hidden = int(skeleton.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
-    several = skeleton.block_count + 1 + manager.draws if manager.plan.gradients else 2
-    return several * tokens * hidden * skeleton.dtype.itemsize
+    states = tokens * (width or hidden * skeleton.dtype.itemsize)
+    if manager.plan.gradients:
+        return (skeleton.block_count + 1 + manager.draws) * states
+    parts = -(-len(part_sizes(rows)) // asked_ranks(manager.plan.recipe))
+    return 2 * states + waiting_sums(manager.plan, parts)
 
 
 def tensor_bytes(sizes: Iterable[int], workers: int) -> int:
