@@ -165,9 +165,12 @@ def project(model: Path, method: str, cores: int, text: Path | None) -> dict[str
     if not manager.needs:
         weights = sum(x.n * x.k for x in plan.linears.values())
         largest = 9 * max(x.n * x.k for x in plan.linears.values())
-        one = Projection(files + 40 * weights / (HBM * SHARES["hbm"]), largest, 0, 0)
-        eight = Projection(one.seconds / 8, largest, 0, plan.output_bytes * 7 // 8)
-        return {"H100": one, "8 H100": eight}
+        rounding = 40 * weights / (HBM * SHARES["hbm"])
+        # eight processes read from and write to the same disk; what is written is not exchanged
+        return {
+            name: Projection(files + rounding / count, largest, 0, 0)
+            for name, count in (("H100", 1), ("8 H100", 8))
+        }
     rows, skeleton = manager.prepare()
     tokens, kinds = ROWS * LENGTH, _kinds(plan, skeleton)
     waiting = waiting_bytes(manager, skeleton, tokens, ROWS)
