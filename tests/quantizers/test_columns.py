@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quant.quantizers import GPTQQuantizer, factors, gptq, refining, rounding
+from quant.quantizers.factors import smallest_last
 from quant.schemes import WeightScheme
 from tests.helpers import ROOT
 from tests.quantizers.test_gptq import CASES, FP4, hessian_of, statistics, weight_of
@@ -80,6 +81,17 @@ def test_a_linear_takes_a_sixteenth_of_its_columns_in_operations(scheme: WeightS
     )  # the search for scales, which is of all groups at once, is most of it
     for name in ("round_columns", "refine_columns"):
         assert wide.count(f"quant.{name}.default") == 768 // 128
+
+
+def test_an_order_by_the_smallest_pivot_takes_fourteen_operations_a_column_however_many_weights() -> None:
+    def told(k: int, several: int) -> int:
+        with _Counted() as counted:
+            smallest_last(torch.stack([hessian_of(k)] * several))
+        return len(counted.seen)
+
+    assert told(128, 3) - told(128, 1) < 10  # what is left is copied from each of them
+    # beside the steps, what was chosen is applied to all others once in 64 columns
+    assert told(256, 1) - told(128, 1) == pytest.approx(14 * 128, rel=0.03)
 
 
 @pytest.mark.parametrize("case", [*CASES, (256, 24, 16, True, 4, "fp4")], ids=str)
