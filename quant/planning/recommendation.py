@@ -11,9 +11,8 @@ What fits is vLLM's business (:mod:`quant.planning.start`); the margin affects o
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,15 @@ from quant.errors import NothingFits, UsageError, one_of
 from quant.hardware import UNNAMED, Gpu, cpu_device, resolve_gpus
 from quant.models.spec import ModelSpec
 from quant.models.support import DATA_FREE, makeable_methods, passed_over, scheme_problem
-from quant.planning.choice import MACHINE, Goal, choose, is_faster, reason_of
+from quant.planning.choice import MACHINE, Goal, reason_of
 from quant.planning.cuts import group_problems, parallel_problems
 from quant.planning.launch import OWNER, Engine, commands_for, engines_for
 from quant.planning.memory import MemoryPlan
 from quant.planning.request import EngineRequest
 from quant.planning.rule_of_thumb import rule_of_thumb
 from quant.planning.scenarios import Scenario, load_scenario
-from quant.planning.scheme_plans import PLAN_KEYS, SchemePlan, plan_scheme
+from quant.planning.scheme_plans import PLAN_KEYS, SchemePlan
+from quant.planning.second_look import Question, answer
 from quant.planning.start import usual_utilization, why_utilization
 from quant.planning.storage import (
     is_quantized,
@@ -57,12 +57,8 @@ from quant.vllm.releases import rules_for
 MARGIN = 0.10
 #: context planned for when none is asked, capped at the model's own
 DEFAULT_CONTEXT = 8192
-#: sequences planned for where nothing fits with vLLM's own number of them: fewer graphs, a smaller sampler
-_FEW = 16
 #: a first start's compilation is told of from so many bytes on
 _COMPILE_SAID = 256 * 2**20
-#: contexts planned for where none is asked and the usual one does not fit
-_SHORTER = (4096, 2048)
 _WHOLE_EXPERTS = "planned with --enable-expert-parallel: GPUs that cut each expert cannot hold them"
 POLICIES = ("vllm", "rule-of-thumb")
 
@@ -186,12 +182,7 @@ def recommend(
     request = request or EngineRequest()
     if policy == "rule-of-thumb":
         asked = {"--scheme": scheme, "--scenario": scenario, "--objective": objective}
-        if given := next((option for option, value in asked.items() if value is not None), None):
-            raise UsageError(
-                f"--policy rule-of-thumb contradicts {given}: the rule knows only its own four schemes; "
-                "leave one of them out"
-            )
-        return _thumb(spec, devices, request)
+        return _thumb(spec, devices, request, asked)
     profile = load_scenario(scenario) if isinstance(scenario, str) else scenario
     goal = Goal.of(objective, profile)
     if profile:
@@ -210,44 +201,14 @@ def recommend(
         )
     request = _completed(spec, devices, gpu, request, profile, None if scheme is None else rows[0], notes)
     request.check(spec, devices)
-    plans = tuple(plan_scheme(spec, devices, gpu, row, request, margin) for row in rows)
-    chosen = choose(plans, goal)
-    for_speed = chosen is not None and not spec.quantization and goal.objective == "throughput"
-    hopeful = _hopeful(spec, plans, chosen, goal, for_speed)
-    within = "nothing as fast" if for_speed else f"nothing within {goal.limit:g} % of expected loss"
-    what = within if chosen else "nothing"
-    others = _smaller(request, gpu, own_context and chosen is None, what)
-    if for_speed:
-        others = ((r, said) for r, said in others if r.max_num_seqs == request.max_num_seqs)
-    # a file that is quantized already may be cut by fewer ranks only; that is no reason to make it anew
-    if own_ranks and (chosen is None or (spec.quantization and not chosen.ready)):
-        others = chain(others, _stages(spec, request, what))
-    if chosen is None:
-        others = chain(others, _eager(request, gpu, own_context))
-    for smaller, said in others if hopeful else ():
-        again = tuple(plan_scheme(spec, devices, gpu, p.row, smaller, margin) for p in hopeful)
-        other = choose(again, goal)
-        if other is not None and (chosen is None or _better(other, chosen, goal, for_speed)):
-            chosen, request = other, smaller
-            replanned = {p.scheme: p for p in again}
-            plans = tuple(
-                replanned.get(row.name) or plan_scheme(spec, devices, gpu, row, smaller, margin)
-                for row in rows
-            )
-            notes.append(said)
-            break
+    found = answer(Question(spec, devices, gpu, rows, request, goal, margin, own_context, own_ranks))
+    request, plans, chosen = found.request, found.plans, found.chosen
+    notes += [found.said] if found.said else []
+    method: str | None = None
     commands: tuple[str, ...] = ()
-    method = None
     if chosen is not None:
         notes += _notes_on(spec, chosen, gpu)
-        method = chosen.methods[0] if chosen.methods else None
-        if chosen.makeable:
-            commands = commands_for(spec, model, chosen, method, request, output_path)
-        if any(f"{OWNER}/" in command for command in commands):
-            notes.append(
-                f"{OWNER} stands for who publishes {spec.name} on the Hub, which its name does not tell: "
-                "give owner/name for commands that run as they are"
-            )
+        method, commands = _made_by(spec, model, chosen, request, output_path, notes)
     return Recommendation(
         model=spec, gpus=tuple(devices), request=request, plans=plans,
         recommended=chosen.scheme if chosen else None, method=method,
@@ -258,11 +219,24 @@ def recommend(
     )  # fmt: skip
 
 
-def _better(other: SchemePlan, chosen: SchemePlan, goal: Goal, for_speed: bool) -> bool:
-    """Whether what a smaller request holds is taken instead of what the whole one does."""
-    if for_speed and not is_faster(other, chosen, goal):
-        return False
-    return other.ready or other.safe >= chosen.safe
+def _made_by(
+    spec: ModelSpec,
+    model: str | Path | ModelSpec | Mapping[str, Any],
+    chosen: SchemePlan,
+    request: EngineRequest,
+    output_path: str | None,
+    notes: list[str],
+) -> tuple[str | None, tuple[str, ...]]:
+    """The method that makes what was chosen, and the commands that make and serve it; what they need to be
+    run goes into ``notes``."""
+    method = chosen.methods[0] if chosen.methods else None
+    commands = commands_for(spec, model, chosen, method, request, output_path) if chosen.makeable else ()
+    if any(f"{OWNER}/" in command for command in commands):
+        notes.append(
+            f"{OWNER} stands for who publishes {spec.name} on the Hub, which its name does not tell: "
+            "give owner/name for commands that run as they are"
+        )
+    return method, tuple(commands)
 
 
 def _unused(spec: ModelSpec, count: int, unused: int, request: EngineRequest) -> str:
@@ -275,25 +249,6 @@ def _unused(spec: ModelSpec, count: int, unused: int, request: EngineRequest) ->
         return f"{said}the layers of a stage divide over {ranks} at most"
     more = f" (--pipeline-parallel {count} makes stages of them)" if count <= spec.layers else ""
     return f"{said}the layers divide over {ranks} at most{more}"
-
-
-def _hopeful(
-    spec: ModelSpec, plans: Sequence[SchemePlan], chosen: SchemePlan | None, goal: Goal, for_speed: bool
-) -> list[SchemePlan]:
-    """The schemes worth a second look under a smaller request. One whose weights alone are too large needs
-    none; what is within the limit gets one before another is made at a loss, of a file that is quantized
-    already that file; where speed decides, what does not hold what was asked may be faster than what does."""
-    hopeful = [p for p in plans if p.plan and p.plan.weights_bytes < p.plan.requested_bytes]
-    if chosen is None:
-        return hopeful
-    if for_speed:
-        return [p for p in hopeful if not p.meets and p.loss[1] <= goal.limit and not p.condition]
-    lossy = chosen.loss[1] > goal.limit and (spec.quantization or goal.objective == "balanced")
-    return [
-        p
-        for p in hopeful
-        if lossy and (p.ready if spec.quantization else p.loss[1] <= goal.limit and not p.condition)
-    ]
 
 
 def _candidates(spec: ModelSpec) -> list[SchemeRow]:
@@ -437,61 +392,6 @@ def _cut_by_ranks(spec: ModelSpec, request: EngineRequest) -> bool:
     )
 
 
-def _smaller(
-    request: EngineRequest, gpu: Gpu, own_context: bool, what: str = "nothing"
-) -> Iterator[tuple[EngineRequest, str]]:
-    """Requests to try where nothing surely fits, each with what to say of it: fewer sequences than vLLM's own
-    number, an FP8 cache, then a shorter context, where they were not asked for. ``what`` is said not to fit.
-    """
-    asked = request
-    if request.max_num_seqs is None and request.concurrency <= _FEW:
-        request = replace(request, max_num_seqs=_FEW)
-        yield request, f"planned with --max-num-seqs {_FEW}: with vLLM's own number {what} surely fits"
-    known = gpu.platform != "cpu" and gpu.kind != UNNAMED
-    if request.kv_cache_dtype == "auto" and known and has_fp8_cache(gpu):
-        said = f"planned with --kv-cache-dtype fp8: with the cache in 16 bits {what} surely fits"
-        yield replace(asked, kv_cache_dtype="fp8"), said
-        request = replace(request, kv_cache_dtype="fp8")
-        if request.max_num_seqs != asked.max_num_seqs:
-            yield request, f"{said}, nor with more than {_FEW} sequences"
-    for context in _SHORTER if own_context else ():
-        if context < (request.context or 0):
-            said = f"planned for {context:,} tokens: with more nothing surely fits"
-            yield replace(request, context=context), said
-
-
-def _eager(request: EngineRequest, gpu: Gpu, own_context: bool) -> Iterator[tuple[EngineRequest, str]]:
-    """The least that a start takes, without CUDA graphs and compilation, where nothing else fits: a small GPU
-    with a model that just fits is served that way, slower."""
-    if request.enforce_eager or gpu.platform == "cpu":
-        return
-    *_, least = [request, *(smaller for smaller, _ in _smaller(request, gpu, own_context=False))]
-    for context in (request.context or 0, *(_SHORTER if own_context else ())):
-        if context <= (request.context or 0):
-            shorter = f" for {context:,} tokens" if context != request.context else ""
-            yield (
-                replace(least, context=context, enforce_eager=True),
-                f"planned with --enforce-eager{shorter}: with CUDA graphs, which decode faster, and the "
-                "first start's compilation nothing surely fits",
-            )
-
-
-def _stages(spec: ModelSpec, request: EngineRequest, what: str) -> Iterator[tuple[EngineRequest, str]]:
-    """The same GPUs in stages of fewer ranks, which cut groups that all of them would not divide. ``what`` is
-    said not to fit otherwise."""
-    if request.pipeline_parallel > 1:
-        return
-    for ranks in (t for t in range(request.ranks - 1, 0, -1) if request.ranks % t == 0):
-        stages = request.ranks // ranks
-        if stages <= spec.layers and not parallel_problems(spec, ranks):
-            changed = replace(request, tensor_parallel=ranks, pipeline_parallel=stages)
-            yield (
-                changed,
-                f"planned as {stages} stages of {ranks} GPU{'s' if ranks > 1 else ''}: over {request.ranks} "
-                f"that share every layer {what} surely fits",
-            )
-
-
 def _gpus(gpus: str | Gpu | Sequence[Gpu] | None, count: int | None, memory: int | None) -> list[Gpu]:
     if isinstance(gpus, Gpu):
         return [replace(gpus, index=i) for i in range(count or 1)]
@@ -516,8 +416,19 @@ def _asked(scheme: str) -> SchemeRow:
     return replace(row, native=False)
 
 
-def _thumb(spec: ModelSpec, gpus: Sequence[Gpu], request: EngineRequest) -> Recommendation:
-    """The original design's rule, for one GPU."""
+def _thumb(
+    spec: ModelSpec, gpus: Sequence[Gpu], request: EngineRequest, asked: Mapping[str, object]
+) -> Recommendation:
+    """The original design's rule, for one GPU.
+
+    Raises:
+        UsageError: ``asked``, options by their values, names what the rule does not know.
+    """
+    if given := next((option for option, value in asked.items() if value is not None), None):
+        raise UsageError(
+            f"--policy rule-of-thumb contradicts {given}: the rule knows only its own four schemes; "
+            "leave one of them out"
+        )
     gpu = gpus[0]
     here = gpu.sources.get("memory") == "nvml"  # of a part that is not here, all memory counts as free
     scheme, plans = rule_of_thumb(stored_bytes(spec), gpu.total_bytes, gpu.free_bytes if here else None)
