@@ -339,15 +339,10 @@ def pruning(console: Console, report: Report) -> None:
         least = sorted(importance, key=lambda i: importance[i])[:_WORST]
         shown = ", ".join(f"{i}: {importance[i]:.4g}" for i in least)
         rows.append((f"block {block}", f"{units[done.measure]}; the least of {len(importance)}: {shown}"))
-    rows += [
-        ("size", f"{format_size(report.source_bytes)} → {format_size(report.output_bytes)} of tensors"),
-        ("time", format_seconds(report.seconds["total"])),
-        ("peak memory", format_size(report.peak_rss_bytes)),
-    ]
-    table(console, "Pruned", rows + _checks(report.verify["checks"]))
-    measure = ["quant", "evaluate", report.output_path, "--against", named(report.source_path), "--save"]
-    console.print(f"measure it: {shlex.join(measure)}", soft_wrap=True, markup=False)
-    _serve(console, report)
+    rows.append(
+        ("size", f"{format_size(report.source_bytes)} → {format_size(report.output_bytes)} of tensors")
+    )
+    _made(console, "Pruned", rows, report, report.source_path)
 
 
 def gguf_file(console: Console, made: GgufFile) -> None:
@@ -390,11 +385,20 @@ def teaching(console: Console, report: Report) -> None:
             "judgements)",
         ),
         ("size", f"{format_size(report.output_bytes)} of tensors, as before"),
+    ]
+    _made(console, "Distilled", rows, report, done.teacher)
+
+
+def _made(
+    console: Console, title: str, rows: Sequence[tuple[str, str]], report: Report, against: str
+) -> None:
+    """What became of a checkpoint, what it took, its checks, and what to do with it next."""
+    took = [
         ("time", format_seconds(report.seconds["total"])),
         ("peak memory", format_size(report.peak_rss_bytes)),
     ]
-    table(console, "Distilled", rows + _checks(report.verify["checks"]))
-    measure = ["quant", "evaluate", report.output_path, "--against", named(done.teacher), "--save"]
+    table(console, title, [*rows, *took, *_checks(report.verify["checks"])])
+    measure = ["quant", "evaluate", report.output_path, "--against", named(against), "--save"]
     console.print(f"measure it: {shlex.join(measure)}", soft_wrap=True, markup=False)
     _serve(console, report)
 
