@@ -119,18 +119,22 @@ def smallest_last(hessians: torch.Tensor) -> torch.Tensor:
         end = min(k, len(chosen) + max(_CHOSEN, size // 4))
         while len(chosen) < end:
             some = min(_CHOSEN, end - len(chosen))
-            diagonal = hessians.diagonal(dim1=1, dim2=2).clone()
+            diagonal = hessians.diagonal(dim1=1, dim2=2)
             least = (diagonal * torch.finfo(diagonal.dtype).eps).clamp_(min=_TINY)
+            left = diagonal.masked_fill(taken, torch.inf)
             columns = torch.zeros(count, size, some, device=hessians.device)
+            places = []
             for j in range(some):
-                place = diagonal.masked_fill(taken, torch.inf).argmin(1)
+                pivot, place = left.min(1)
                 own = columns[each, place, :j].unsqueeze(-1)
                 column = hessians[each, place] - torch.bmm(columns[:, :, :j], own).squeeze(-1)
-                column /= torch.maximum(diagonal, least)[each, place].sqrt().unsqueeze(-1)
-                columns[:, :, j] = column
-                diagonal.addcmul_(column, column, value=-1)
-                taken[each, place] = True
-                chosen.append(names[each, place])
+                root = torch.maximum(pivot, least[each, place]).sqrt_().unsqueeze(-1)
+                column = torch.div(column, root, out=columns[:, :, j])
+                left.addcmul_(column, column, value=-1)[each, place] = torch.inf
+                places.append(place)
+            now = torch.stack(places, 1)
+            taken.scatter_(1, now, True)
+            chosen += names.gather(1, now).unbind(1)
             hessians.baddbmm_(columns, columns.transpose(1, 2), alpha=-1)
         rest = torch.argsort(taken.byte(), dim=1, stable=True)[:, : k - len(chosen)]
         hessians = torch.stack([h[r[:, None], r] for h, r in zip(hessians, rest, strict=True)])

@@ -83,7 +83,7 @@ def test_a_linear_takes_a_sixteenth_of_its_columns_in_operations(scheme: WeightS
         assert wide.count(f"quant.{name}.default") == 768 // 128
 
 
-def test_an_order_by_the_smallest_pivot_takes_fourteen_operations_a_column_however_many_weights() -> None:
+def test_an_order_by_the_smallest_pivot_takes_eleven_operations_a_column_however_many_weights() -> None:
     def told(k: int, several: int) -> int:
         with _Counted() as counted:
             smallest_last(torch.stack([hessian_of(k)] * several))
@@ -91,7 +91,7 @@ def test_an_order_by_the_smallest_pivot_takes_fourteen_operations_a_column_howev
 
     assert told(128, 3) - told(128, 1) < 10  # what is left is copied from each of them
     # beside the steps, what was chosen is applied to all others once in 64 columns
-    assert told(256, 1) - told(128, 1) == pytest.approx(14 * 128, rel=0.03)
+    assert told(256, 1) - told(128, 1) == pytest.approx(11 * 128, rel=0.04)
 
 
 @pytest.mark.parametrize("case", [*CASES, (256, 24, 16, True, 4, "fp4")], ids=str)
