@@ -10,12 +10,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.forking import Forks, forks
 from tests.helpers import ROOT, copy_model, load_all, save_all, short_text
 
 GUIDE = (ROOT / "docs" / "extension_guide.md").read_text(encoding="utf-8")
@@ -40,16 +41,22 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
+@pytest.fixture(scope="module")
+def installed(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Where the package is installed."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{site}", "OMP_NUM_THREADS": "1"}
+    with forks(tmp_path_factory.mktemp("said"), environment) as process:
+        yield process
+
+
 @pytest.fixture
-def run(site: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def run(installed: Forks, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs ``quant`` where the package is installed, in a folder that has what a checkout has."""
     for name in ("examples", "configs"):
         os.symlink(ROOT / name, tmp_path / name)
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{site}", "OMP_NUM_THREADS": "1"}
 
     def call(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "quantize.py"), *map(str, arguments)]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return installed.run(ROOT / "quantize.py", *arguments, cwd=tmp_path)
 
     return call
 
