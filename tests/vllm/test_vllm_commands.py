@@ -86,16 +86,16 @@ def _is_measured_as_served(url: str, path: Path, source: Path, environment: dict
 
 def _is_loaded(url: str, folder: Path, environment: dict[str, str]) -> None:
     """At 1, 4 and 16 at a time, every token is counted and the reports are there."""
-    lengths = ["--requests", "24", "--input-tokens", "64", "--output-tokens", "24"]
+    lengths = ["--requests", "16", "--input-tokens", "64", "--output-tokens", "12"]
     found = bench("--url", url, "--api-key-env", "KEY", "--concurrency", "1,4,16", *lengths, "--output",
                   str(folder), env=environment)["targets"][0]  # fmt: skip
     levels = found["levels"]
     assert [x["level"]["concurrency"] for x in levels] == [1, 4, 16]
-    assert [x["completed"] for x in levels] == [24, 24, 24]
-    assert all(x["total_input_tokens"] == 24 * 64 for x in levels)  # by the server's own count
-    assert all(x["total_output_tokens"] == 24 * 24 for x in levels)
+    assert [x["completed"] for x in levels] == [16, 16, 16]
+    assert all(x["total_input_tokens"] == 16 * 64 for x in levels)  # by the server's own count
+    assert all(x["total_output_tokens"] == 16 * 12 for x in levels)
     seen = levels[2]["server"]
-    assert seen["output_tokens"] >= 24 * 24 and seen["prefix_hit_rate"] < 0.1 and seen["preemptions"] == 0
+    assert seen["output_tokens"] >= 16 * 12 and seen["prefix_hit_rate"] < 0.1 and seen["preemptions"] == 0
     assert {p.name for p in folder.iterdir()} == {"bench.json", "bench.csv", "bench.html"}
     assert json.loads((folder / "bench.json").read_text())["targets"][0]["levels"] == levels
 
