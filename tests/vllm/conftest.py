@@ -3,14 +3,16 @@ test here is skipped by name."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from quant.hardware import cpu_instructions
 from quant.serving.installation import PYTHON_VARIABLE
@@ -48,6 +50,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(skip)
 
 
+def in_vllm(program: str, python: str, jobs: list[dict[str, Any]], root: Path) -> dict[str, dict[str, Any]]:
+    """Answers of a program of vLLM's interpreter by the jobs' names, each with its log."""
+    jobs = [job | {"log": str(root / f"{job['name']}.log")} for job in jobs]
+    (root / "jobs.json").write_text(json.dumps(jobs))
+    command = [python, str(HERE / program), str(root / "jobs.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    lines = [x.removeprefix("RESULT ") for x in done.stdout.splitlines() if x.startswith("RESULT ")]
+    assert len(lines) == len(jobs), done.stderr[-2000:]
+    return {
+        j["name"]: json.loads(x) | {"log": Path(j["log"]).read_text()}
+        for j, x in zip(jobs, lines, strict=True)
+    }
+
+
 @pytest.fixture(scope="session")
 def vllm_python() -> str:
     return os.environ[PYTHON_VARIABLE]
@@ -61,27 +77,17 @@ def source() -> Path:
 
 @pytest.fixture(scope="session")
 def make(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Quantizes the source through the command, as a user does; the same options give the same directory."""
+    """Quantizes the source through the command; the same options give the same directory."""
+    from quantize import cli
+
     made: dict[tuple[str, ...], Path] = {}
 
     def quantized(*options: str) -> Path:
         if options not in made:
             output = tmp_path_factory.mktemp("model") / "-".join(Path(o).name.strip("-") for o in options)
-            command = [
-                sys.executable,
-                str(ROOT / "quantize.py"),
-                "quantize",
-                "-q",
-                "-m",
-                str(source),
-                "-o",
-                str(output),
-                *options,
-            ]
-            done = subprocess.run(
-                [*command, "--samples", "16", "--sequence-length", "256"], capture_output=True, text=True
-            )
-            assert done.returncode == 0, done.stderr
+            words = ["quantize", "-q", "-m", str(source), "-o", str(output), *options]
+            done = CliRunner().invoke(cli, [*words, "--samples", "16", "--sequence-length", "256"])
+            assert done.exit_code == 0, done.output
             made[options] = output
         return made[options]
 

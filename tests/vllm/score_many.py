@@ -8,15 +8,30 @@ import sys
 from inside import each_in_a_child, stand_in_for_torchvision
 
 
-def score(job):
-    from vllm import LLM, SamplingParams, TokensPrompt
+def _engine(job):
+    """With ``flags``, what a server is started with, as its own parser reads them."""
+    from vllm import LLM
 
-    llm = LLM(
-        model=job["path"], dtype="bfloat16", enforce_eager=True, skip_tokenizer_init=True,
-        enable_prefix_caching=False, max_model_len=256, max_num_seqs=16, max_num_batched_tokens=2048,
-        disable_log_stats=True, kv_cache_memory_bytes=256 * 2**20,
-        model_loader_extra_config={"enable_weights_track": True}, **job.get("arguments", {}),
-    )  # fmt: skip
+    if "flags" not in job:
+        return LLM(
+            model=job["path"], dtype="bfloat16", enforce_eager=True, skip_tokenizer_init=True,
+            enable_prefix_caching=False, max_model_len=256, max_num_seqs=16, max_num_batched_tokens=2048,
+            disable_log_stats=True, kv_cache_memory_bytes=256 * 2**20,
+            model_loader_extra_config={"enable_weights_track": True}, **job.get("arguments", {}),
+        )  # fmt: skip
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    os.environ.update(job["environment"])
+    told = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", job["path"], *job["flags"]])
+    return LLM.from_engine_args(EngineArgs.from_cli_args(told))
+
+
+def score(job):
+    from vllm import SamplingParams, TokensPrompt
+
+    llm = _engine(job)
     sampling = SamplingParams(
         temperature=0, max_tokens=job["new_tokens"], ignore_eos=True, prompt_logprobs=0, logprobs=0,
         detokenize=False,

@@ -7,9 +7,7 @@ machines with AMX alone.
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ import torch
 from quant.serving.reference import Answers, Reference, kernels
 from tests.helpers import load_all, quantize, save_all
 from tests.vllm import corrupt
-from tests.vllm.conftest import demand_4_bit_kernels, demand_8_bit_products
+from tests.vllm.conftest import demand_4_bit_kernels, demand_8_bit_products, in_vllm
 from tests.vllm.families import EXPERTS, FAMILIES, LOADED, MIXTURES, save_family
 
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -46,20 +44,6 @@ def _works_here(scheme: str) -> bool:
     except pytest.skip.Exception:
         return False
     return True
-
-
-def _in_vllm(program: str, python: str, jobs: list[dict[str, Any]], root: Path) -> dict[str, dict[str, Any]]:
-    """Answers of a program of vLLM's interpreter by the jobs' names, each with its log."""
-    jobs = [job | {"log": str(root / f"{job['name']}.log")} for job in jobs]
-    (root / "jobs.json").write_text(json.dumps(jobs))
-    command = [python, str(Path(__file__).with_name(program)), str(root / "jobs.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
-    lines = [x.removeprefix("RESULT ") for x in done.stdout.splitlines() if x.startswith("RESULT ")]
-    assert len(lines) == len(jobs), done.stderr[-2000:]
-    return {
-        j["name"]: json.loads(x) | {"log": Path(j["log"]).read_text()}
-        for j, x in zip(jobs, lines, strict=True)
-    }
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +89,7 @@ def scored(
                 "arguments": without,
             }
         )
-    return _in_vllm("score_many.py", vllm_python, jobs, tmp_path_factory.mktemp("scored"))
+    return in_vllm("score_many.py", vllm_python, jobs, tmp_path_factory.mktemp("scored"))
 
 
 @pytest.mark.parametrize(("family", "scheme"), CASES)
@@ -153,7 +137,7 @@ def loaded(
         file.unlink()
     save_all(lost, tensors)
     jobs = [{"name": path.name, "path": str(path)} for path in sorted(root.iterdir())]
-    return _in_vllm("load_many.py", vllm_python, jobs, tmp_path_factory.mktemp("loads"))
+    return in_vllm("load_many.py", vllm_python, jobs, tmp_path_factory.mktemp("loads"))
 
 
 @pytest.mark.parametrize("scheme", LOADED_SCHEMES)

@@ -1,7 +1,9 @@
-"""Every format, symmetry and group size that vLLM's CPU build loads, served by real vLLM and compared with
+"""Every format, symmetry and group size that vLLM's CPU build loads, computed by real vLLM and compared with
 the values in the files.
 
-One server a checkpoint. Its answers are compared with our dequantized reference, which must agree as far as
+One engine a checkpoint, with the arguments of the server that `quant verify --vllm` starts, and one start of
+vLLM's interpreter for all (`score_many.py`); the server itself is in test_vllm_commands.py. Its answers are
+compared with our dequantized reference, which must agree as far as
 16-bit arithmetic lets them, and with references of damaged copies in which one linear of the model is wrong,
 which must not: so the criterion is shown to see what it is for. Greedy text is compared under teacher
 forcing: vLLM's own continuation runs through the reference, and each of its tokens must be the reference's
@@ -11,10 +13,12 @@ such tie).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from quant.checkpoint.reader import read_json
 from quant.defaults import EFFORTS
@@ -22,19 +26,20 @@ from quant.errors import QuantError
 from quant.evaluation.verify import verify
 from quant.pruning import Depth, Width, drop_blocks, narrow
 from quant.serving.installation import ServerError
+from quant.serving.process import cpu_environment
 from quant.serving.reference import (
     NEW_TOKENS,
     PROMPT_TOKENS,
     PROMPTS,
+    Answers,
     Reference,
-    ask,
     kernels,
     open_server,
     prompts,
 )
 from quant.vllm.config import quantization_config
 from tests.vllm import corrupt
-from tests.vllm.conftest import demand_4_bit_kernels, demand_8_bit_products
+from tests.vllm.conftest import demand_4_bit_kernels, demand_8_bit_products, in_vllm
 
 CT, GPTQ, AWQ = "compressed-tensors", "gptq", "awq"
 #: Whether this machine has the tile instructions that vLLM's FP8 block kernels are made of.
@@ -95,26 +100,133 @@ def _damages(form: str, symmetry: str, group: int) -> list[Callable[[Path, str],
     )
 
 
+#: Blocks that a model goes without.
+GONE = {"one block": (3,), "two blocks": (1, 2)}
+REFUSED = ("w8a8-fp8-tensor", "nvfp4", "mxfp4")
+
+
+def _demand(form: str) -> None:
+    if form != "plain":
+        demand_4_bit_kernels()
+
+
+def _demand_kernel(case: str) -> None:
+    """Skips a case of NUMBERS by name on a machine whose vLLM has no kernel for it."""
+    kernel = NUMBERS[case][1]
+    if kernel == "CPUFp8" and not AMX:
+        pytest.skip(
+            "this machine has no AMX (amx_tile in /proc/cpuinfo), of which vLLM's FP8 block kernels are made"
+        )
+    if case in ("fp8 cache", "mixed"):
+        demand_4_bit_kernels()
+    if kernel == "CPUInt8ScaledMMLinearKernel":
+        demand_8_bit_products()
+
+
+def _served(demand: Callable[[str], None], what: str) -> bool:
+    try:
+        demand(what)
+    except pytest.skip.Exception:
+        return False
+    return True
+
+
+def _options(form: str, symmetry: str, group: int, method: str) -> tuple[str, ...]:
+    chosen = ("--effort", method, "--bits", "4") if method in EFFORTS else ("--method", method)
+    return ("--format", form, f"--{symmetry}", "--group-size", str(group), *chosen)
+
+
+def _narrower(folder: Path) -> Path:
+    """A mixture with fewer experts, MLP channels (of the dense block) and heads, all in one model."""
+    from tests.models.mixtures import FAMILIES, save_mixture
+
+    whole, path = folder / "whole", folder / "narrower"
+    sizes = {"mlp_only_layers": [0], "num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 64}
+    sizes |= {"hidden_size": 128, "head_dim": 64, "num_attention_heads": 8, "num_key_value_heads": 4}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, "qwen3_moe", FAMILIES["qwen3_moe"] | sizes)
+        save_mixture(whole, "qwen3_moe")
+    asked = Width(experts=4, channels=64, heads=2, multiple_of=32, samples=4, sequence_length=64)
+    report = narrow(whole, path, asked)
+    assert report.pruning is not None and [w["after"] for w in report.pruning.widths] == [4, 64, 2]
+    return path
+
+
+@dataclass(frozen=True)
+class Said:
+    """What vLLM made of a checkpoint: answers, or why it did not start; and its log."""
+
+    path: Path
+    answers: Answers | None
+    error: str
+    log: str
+
+    @property
+    def sure(self) -> Answers:
+        assert self.answers is not None, f"{self.error}\n{self.log[-2000:]}"
+        return self.answers
+
+
+@pytest.fixture(scope="module")
+def said(
+    make: Callable[..., Path], tinylm: Path, vllm_python: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Said]:
+    """What vLLM says of every checkpoint that this machine's build has kernels for, and of those that it has
+    none for; by the options that made it."""
+    folder = tmp_path_factory.mktemp("values")
+
+    def made() -> Iterator[tuple[str, Path]]:
+        for case in CASES:
+            if _served(_demand, case[0]):
+                yield " ".join(_options(*case)), make(*_options(*case))
+        for name, (options, _, _) in NUMBERS.items():
+            if _served(_demand_kernel, name):
+                yield name, make(*options)
+        for name, gone in GONE.items():
+            drop_blocks(tinylm, folder / name, Depth(blocks=gone))
+            yield name, folder / name
+        yield "narrower", _narrower(folder)
+        for scheme in REFUSED:
+            yield scheme, make("--scheme", scheme, "--method", "minmax")
+
+    paths, jobs = dict(made()), []
+    for number, path in enumerate(paths.values()):
+        with open_server(path, vllm_python) as server:
+            words = server.command
+        jobs.append(
+            {
+                "name": str(number), "path": str(path), "flags": words[words.index(str(path)) + 1 :],
+                "environment": cpu_environment(exact=True), "rows": prompts(path).tolist(),
+                "new_tokens": NEW_TOKENS,
+            }
+        )  # fmt: skip
+    found = in_vllm("score_many.py", vllm_python, jobs, tmp_path_factory.mktemp("said"))
+    return {
+        name: Said(
+            path,
+            None
+            if "error" in x
+            else Answers(torch.tensor(x["tokens"]), torch.tensor(x["logs"]), PROMPT_TOKENS),
+            x.get("error", ""),
+            x["log"],
+        )
+        for (name, path), x in zip(paths.items(), found.values(), strict=True)
+    }
+
+
 @pytest.mark.parametrize(("form", "symmetry", "group", "method"), CASES)
 def test_vllm_computes_with_the_values_that_are_in_the_files(
     form: str,
     symmetry: str,
     group: int,
     method: str,
-    make: Callable[..., Path],
+    said: dict[str, Said],
     copy: Callable[[Path], Path],
-    vllm_python: str,
     record_property: Callable[[str, object], None],
 ) -> None:
-    if form != "plain":
-        demand_4_bit_kernels()
-    chosen = "--effort" if method in EFFORTS else "--method"
-    bits = ("--bits", "4") if method in EFFORTS else ()
-    path = make("--format", form, f"--{symmetry}", "--group-size", str(group), chosen, method, *bits)
-    with open_server(path, vllm_python) as server:
-        server.start(timeout=300)
-        answers = ask(server, prompts(path))
-        log = "\n".join(server.lines)
+    _demand(form)
+    told = said[" ".join(_options(form, symmetry, group, method))]
+    path, answers, log = told.path, told.sure, told.log
     assert answers.tokens.shape == (PROMPTS, PROMPT_TOKENS + NEW_TOKENS)
     assert "'enable_weights_track': True" in log  # as vLLM understood its arguments
     assert ("CPUWNA16LinearKernel" in log) == (form != "plain")  # the packed weights were used as such
@@ -133,27 +245,16 @@ def test_vllm_computes_with_the_values_that_are_in_the_files(
 @pytest.mark.parametrize("case", NUMBERS)
 def test_vllm_computes_with_quantized_activations_and_caches_as_the_reference_does(
     case: str,
-    make: Callable[..., Path],
+    said: dict[str, Said],
     copy: Callable[[Path], Path],
-    vllm_python: str,
     record_property: Callable[[str, object], None],
 ) -> None:
-    options, kernel, damages = NUMBERS[case]
-    if kernel == "CPUFp8" and not AMX:
-        pytest.skip(
-            "this machine has no AMX (amx_tile in /proc/cpuinfo), of which vLLM's FP8 block kernels are made"
-        )
-    if case in ("fp8 cache", "mixed"):
-        demand_4_bit_kernels()
-    if kernel == "CPUInt8ScaledMMLinearKernel":
-        demand_8_bit_products()
-    path = make(*options)
+    _demand_kernel(case)
+    _, kernel, damages = NUMBERS[case]
+    told = said[case]
+    path, answers, log = told.path, told.sure, told.log
     if case == "fp8 cache":
         assert len(quantization_config(read_json(path / "config.json", "the config"))["config_groups"]) > 2
-    with open_server(path, vllm_python) as server:
-        server.start(timeout=300)
-        answers = ask(server, prompts(path))
-        log = "\n".join(server.lines)
     assert kernel in log
     assert case != "mixed" or "CPUWNA16LinearKernel" in log
     used = kernels(log.splitlines())
@@ -171,51 +272,31 @@ def test_vllm_computes_with_quantized_activations_and_caches_as_the_reference_do
         assert not seen.passed, f"{damage.__name__}: {seen.describe()}"
 
 
-@pytest.mark.parametrize("gone", [(3,), (1, 2)], ids=["one block", "two blocks"])
+@pytest.mark.parametrize("name", GONE)
 def test_vllm_serves_a_model_without_some_of_its_blocks(
-    gone: tuple[int, ...], tinylm: Path, tmp_path: Path, vllm_python: str
+    name: str, tinylm: Path, said: dict[str, Said]
 ) -> None:
-    path = tmp_path / "fewer"
-    drop_blocks(tinylm, path, Depth(blocks=gone))
-    with open_server(path, vllm_python) as server:
-        server.start(timeout=300)
-        answers = ask(server, prompts(path))
-    found = Reference(path).compare(answers)
-    print(f"without {gone}: {found.describe()}")
+    answers = said[name].sure
+    found = Reference(said[name].path).compare(answers)
+    print(f"without {name}: {found.describe()}")
     assert found.passed, found.describe()
     other = Reference(tinylm).compare(answers, like=found)
     assert not other.passed, other.describe()  # it is the smaller model that was served
 
 
-def test_vllm_serves_a_mixture_with_narrower_blocks(tmp_path: Path, vllm_python: str) -> None:
-    """Fewer experts, MLP channels (of the dense block) and heads, all in one model."""
-    from tests.models.mixtures import FAMILIES, save_mixture
-
-    whole, path = tmp_path / "whole", tmp_path / "narrower"
-    sizes = {"mlp_only_layers": [0], "num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 64}
-    sizes |= {"hidden_size": 128, "head_dim": 64, "num_attention_heads": 8, "num_key_value_heads": 4}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(FAMILIES, "qwen3_moe", FAMILIES["qwen3_moe"] | sizes)
-        save_mixture(whole, "qwen3_moe")
-    asked = Width(experts=4, channels=64, heads=2, multiple_of=32, samples=4, sequence_length=64)
-    report = narrow(whole, path, asked)
-    assert report.pruning is not None and [w["after"] for w in report.pruning.widths] == [4, 64, 2]
-    with open_server(path, vllm_python) as server:
-        server.start(timeout=300)
-        answers = ask(server, prompts(path))
-    found = Reference(path).compare(answers)
+def test_vllm_serves_a_mixture_with_narrower_blocks(said: dict[str, Said]) -> None:
+    found = Reference(said["narrower"].path).compare(said["narrower"].sure)
     print(f"narrower: {found.describe()}")
     assert found.passed, found.describe()
 
 
-@pytest.mark.parametrize("scheme", ["w8a8-fp8-tensor", "nvfp4", "mxfp4"])
+@pytest.mark.parametrize("scheme", REFUSED)
 def test_numbers_without_a_cpu_kernel_pass_verify_and_are_refused_by_name(
-    scheme: str, make: Callable[..., Path], vllm_python: str
+    scheme: str, said: dict[str, Said]
 ) -> None:
-    path = make("--scheme", scheme, "--method", "minmax")
-    assert verify(path).passed
-    with open_server(path, vllm_python) as server, pytest.raises(ServerError):
-        server.start(timeout=300)
+    assert verify(said[scheme].path).passed
+    assert said[scheme].answers is None
+    print(f"{scheme}: {said[scheme].error}")
 
 
 @pytest.mark.parametrize("form", [CT, GPTQ])
