@@ -63,6 +63,7 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 _UNSPOKEN = {
     "calibration": "the rows of calibration text are others",
     "source.files.": "{} of the source has changed",
+    "teacher.files.": "{} of the teacher has changed",
 }
 
 

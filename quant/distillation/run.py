@@ -28,6 +28,7 @@ from quant.evaluation.verify import verify
 from quant.formats import FormatRegistry
 from quant.offline import load_tokenizer
 from quant.pipeline.checks import check_disk, output_problems
+from quant.pipeline.fingerprint import fingerprint
 from quant.pipeline.layout import lay_out
 from quant.pipeline.memory import peak_rss
 from quant.pipeline.writing import write_rest, write_unit
@@ -168,7 +169,7 @@ def distill(
     check_disk(output, 3 * checkpoint.nbytes + rows.tokens.numel() * (6 * LIKELIEST + 2 * width))
     # the last rows judge
     training = len(rows.tokens) - how.held_out
-    work = WorkFolder(output.absolute(), _fingerprint(checkpoint, origin, how, rows, device), fresh)
+    work = WorkFolder(output.absolute(), fingerprint(checkpoint, how.settings(), rows, device, origin), fresh)
     try:
         teacher = Teacher(work.path, rows.tokens, list(places.values()))
         at = torch.ones(len(rows.tokens))
@@ -252,25 +253,6 @@ def _rows(checkpoint: Checkpoint, how: Distillation) -> Rows:
         shuffle=how.shuffle,
         seed=how.seed,
     )
-
-
-def _fingerprint(
-    checkpoint: Checkpoint, origin: Checkpoint, how: Distillation, rows: Rows, device: torch.device
-) -> dict[str, Any]:
-    files = {
-        str(f.absolute()): [f.stat().st_size, f.stat().st_mtime_ns]
-        for c in (checkpoint, origin)
-        for f in [*c.weight_files, c.path / "config.json"]
-    }
-    return {
-        "source": {"files": files},
-        "settings": how.settings(),
-        "calibration": rows.digest,
-        "torch": torch.__version__,
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-    }
 
 
 class _Lesson:

@@ -7,14 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from quant import defaults
 from quant.accelerator import (
-    device_name,
     forget_peak,
 )
-from quant.calibration.statistics import gram_for
 from quant.calibration.text import Rows
 from quant.checkpoint.journal import FollowedFolder, WorkFolder, work_path
 from quant.errors import (
@@ -25,7 +21,6 @@ from quant.errors import (
 )
 from quant.models.attention import observed_attention
 from quant.models.ignored_keys import ignored_note
-from quant.models.products import bf16_is_slow
 from quant.models.skeleton import Skeleton
 from quant.pipeline.activation_store import Batches, Calls
 from quant.pipeline.blocks import BlockQuantizer
@@ -33,6 +28,7 @@ from quant.pipeline.budget import excess, place_blocks, place_tensors
 from quant.pipeline.checks import unseen_problem
 from quant.pipeline.data_free import quantize_tensors
 from quant.pipeline.division import ranks_problem
+from quant.pipeline.fingerprint import fingerprint
 from quant.pipeline.finishing import finish
 from quant.pipeline.gradients import GradientStream, gradient_problem
 from quant.pipeline.group_solves import BlockResult
@@ -48,7 +44,6 @@ from quant.pipeline.staged import computed, run_block
 from quant.pipeline.units import UnitWriter, Work
 from quant.pipeline.workspace import Workspace
 from quant.progress import Event, Progress, silent
-from quant.quantizers.products import onednn_is_faster
 from quant.report.value import Report
 from quant.vllm.config import text_config
 
@@ -253,23 +248,8 @@ class QuantizationManager:
 
     def fingerprint(self, rows: Rows | None) -> dict[str, Any]:
         """What decides the output's bytes."""
-        source = {
-            f.name: [f.stat().st_size, f.stat().st_mtime_ns]
-            for f in [*self.plan.checkpoint.weight_files, self.plan.checkpoint.path / "config.json"]
-        }
-        return {
-            "source": {"path": str(self.plan.checkpoint.path.absolute()), "files": source},
-            "settings": {k: v for k, v in self.plan.recipe.settings().items() if k != "device"},
-            "calibration": rows.digest if rows else None,
-            "torch": torch.__version__,
-            "device": self.device.type,
-            "threads": torch.get_num_threads(),
-            "instructions": f"{torch.backends.cpu.get_cpu_capability()}, "
-            f"{gram_for(1, self.device).__class__.__name__}{', oneDNN' if onednn_is_faster() else ''}"
-            f"{', bf16 by fp32' if bf16_is_slow() else ''}"
-            if self.device.type == "cpu"
-            else device_name(self.device),
-        }
+        settings = {k: v for k, v in self.plan.recipe.settings().items() if k != "device"}
+        return fingerprint(self.plan.checkpoint, settings, rows, self.device)
 
     # --- methods that need statistics -----------------------------------------------------------------------
 

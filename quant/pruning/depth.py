@@ -25,6 +25,7 @@ from quant.models.cutting import without_blocks
 from quant.models.skeleton import Skeleton
 from quant.pipeline.activation_store import ActivationStore
 from quant.pipeline.checks import check_disk
+from quant.pipeline.fingerprint import fingerprint
 from quant.pipeline.workspace import RESIDENT_CPU
 from quant.progress import Event, Progress, silent
 from quant.pruning.importance import MEASURE
@@ -32,7 +33,6 @@ from quant.pruning.output import (
     Measured,
     Times,
     built,
-    fingerprint,
     measured_rows,
     opened,
     write_smaller,

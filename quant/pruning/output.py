@@ -98,23 +98,6 @@ def measured_rows(checkpoint: Checkpoint, asked: Measured) -> Rows:
     )
 
 
-def fingerprint(
-    checkpoint: Checkpoint, settings: Mapping[str, Any], rows: Rows | None, device: torch.device
-) -> dict[str, Any]:
-    """What the output's bytes depend on."""
-    files = [*checkpoint.weight_files, checkpoint.path / "config.json"]
-    return {
-        "source": {
-            "path": str(checkpoint.path.absolute()),
-            "files": {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files},
-        },
-        "settings": dict(settings),
-        "calibration": None if rows is None else rows.digest,
-        "torch": torch.__version__,
-        "device": str(device),
-    }
-
-
 @contextmanager
 def with_config(cut: Checkpoint, without: str) -> Iterator[Checkpoint]:
     """The checkpoint at a folder that holds its config.json, which is in no file yet; errors name its own.

@@ -39,6 +39,7 @@ from quant.models.experts import Routed, Stage, expert_outputs, experts_through,
 from quant.models.narrowing import CALLED, Kind, Taken, Widths, cuts, narrowed, widths
 from quant.pipeline.activation_store import ActivationStore, Batches
 from quant.pipeline.checks import check_disk
+from quant.pipeline.fingerprint import fingerprint
 from quant.pipeline.workspace import RESIDENT_CPU
 from quant.progress import Event, Progress, silent
 from quant.pruning.importance import copied, divergences, embedded, split_rows, through
@@ -46,7 +47,6 @@ from quant.pruning.output import (
     Measured,
     Times,
     built,
-    fingerprint,
     measured_rows,
     opened,
     with_config,

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from quant.checkpoint.reader import open_checkpoint
-from quant.errors import CheckpointError, Problems, UsageError
+from quant.errors import CheckpointError, Problems, QuantError, UsageError
 from quant.evaluation.compare import compare
 from quant.evaluation.verify import verify
 from quant.models.cutting import config_without_blocks
@@ -121,6 +121,14 @@ def test_a_run_that_died_goes_on_with_what_was_measured(
         patch.setattr(output, "write_unit", dying)
         with pytest.raises(KeyboardInterrupt):
             drop_blocks(TINYLM, tmp_path / "out", Depth(drop=1, **TEXT))
+    for what, told in (
+        ("get_num_threads", "threads was"),
+        ("backends.cpu.get_cpu_capability", "instructions"),
+    ):
+        with monkeypatch.context() as patch:  # sums in another order may tell another block
+            patch.setattr(f"torch.{what}", lambda: 96)
+            with pytest.raises(QuantError, match=told):
+                drop_blocks(TINYLM, tmp_path / "out", Depth(drop=1, **TEXT))
     monkeypatch.setitem(depth.MEASURE, "kl", None)  # whoever measures again fails
     report = drop_blocks(TINYLM, tmp_path / "out", Depth(drop=1, **TEXT))
     assert report.pruning == wanted.pruning and report.output_hash == wanted.output_hash
