@@ -89,8 +89,9 @@ def vector_problems(
                 if not matrix or unknown or f"{decoder}{index}.{matrix}" in coded:
                     continue
             else:
-                above = module.partition(".")[0] + "." if "." in module else ""
-                # a block of another kind; or it may be there under another name
+                above = _owner(module, load_json(TABLE)[kind]["names"])
+                # a block of another kind, or without this part, as most of GLM-5.2's have no indexer; or it
+                # may be there under another name
                 if not any(n.startswith(above) for n in names) or not any(
                     name in map(_local, other) for other in blocks.values()
                 ):
@@ -165,6 +166,20 @@ def lost_bias(
     decoder = decoder_list(tensors.values(), config)
     inside = (n for n in tensors if n.endswith(".bias") and block_list(n) == decoder)
     return passed_over_bias(model_types(config), inside, is_zero)
+
+
+def _owner(module: str, names: Collection[str]) -> str:
+    """What names of the part of a block begin with that a vector's module belongs to: the innermost one that
+    has ``names`` of weights; empty of the block itself.
+
+    >>> weights = ["self_attn.q_proj.weight", "self_attn.indexer.wk.weight"]
+    >>> _owner("self_attn.indexer.k_norm", weights), _owner("self_attn.norms.0", weights)
+    ('self_attn.indexer.', 'self_attn.')
+    """
+    while module := module.rpartition(".")[0]:
+        if any(n.startswith(f"{module}.") for n in names):
+            return f"{module}."
+    return ""
 
 
 def _local(name: str) -> str:

@@ -18,7 +18,7 @@ from quant.evaluation.verify import verify
 from quant.models.implied import implied_problems
 from quant.models.vectors import lost_bias
 from quant.pipeline.plan import plan_job
-from tests.helpers import FAMILIES, GENERIC, copy_model, load_all, recipe, save_all
+from tests.helpers import FAMILIES, GENERIC, LATENT, copy_model, load_all, make_checkpoint, recipe, save_all
 
 
 @pytest.mark.parametrize("kind", [*FAMILIES, *GENERIC])
@@ -80,6 +80,23 @@ def test_a_vector_that_is_missing(
     headers = {n: i for n, i in checkpoint.tensors.items() if not lost or not n.endswith(lost)}
     problems = implied_problems(headers, {**checkpoint.config, **changes})
     assert problems and all("is not in the file" in line and said in line for line in problems)
+
+
+def test_a_part_that_some_blocks_lack_takes_its_norms_along(tmp_path: Path) -> None:
+    """Of GLM-5.2's blocks few have an indexer, and the others take over what it chose; attention of all has
+    norms, though."""
+    sizes = {**LATENT, "index_head_dim": 32, "index_n_heads": 2}
+    model = make_checkpoint(
+        tmp_path / "model", "glm_moe_dsa", num_hidden_layers=3, index_topk_freq=4, **sizes
+    )
+    checkpoint = open_checkpoint(model)
+    norm = ".self_attn.indexer.k_norm.weight"
+    assert sum(n.endswith(norm) for n in checkpoint.tensors) == 2
+    assert file_problems(checkpoint, build=True) == []
+    for lost in (f"layers.1{norm}", "layers.2.self_attn.q_a_layernorm.weight"):
+        headers = {n: i for n, i in checkpoint.tensors.items() if not n.endswith(lost)}
+        (line,) = implied_problems(headers, checkpoint.config)
+        assert lost in line and "is not in the file" in line
 
 
 def test_commands_alike(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
