@@ -1,10 +1,10 @@
-"""Sizes and durations as people write and read them."""
+"""Sizes, durations and ranges of numbers as people write and read them."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quant.errors import UsageError
@@ -156,6 +156,42 @@ def two_digits(value: float, least: int) -> str:
     if not value or not math.isfinite(value):
         return f"{value:.{least}f}"
     return f"{value:.{max(least, 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Rising numbers as a line: runs as their ends.
+
+    >>> ranges([0, 1, 2, 5, 7, 8])
+    '0-2,5,7-8'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ",".join("-".join(map(str, run)) for run in runs)
+
+
+def numbers(line: str) -> tuple[int, ...]:
+    """The numbers of such a line.
+
+    >>> numbers("0-2,5,7-8")
+    (0, 1, 2, 5, 7, 8)
+
+    Raises:
+        ValueError: something else, which the message shows.
+    """
+    found: list[int] = []
+    for part in line.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or len(part) > 16:
+            raise ValueError(f"{part.strip()!r} is no number")
+        end = int(last) if dash else int(first)
+        if not int(first) <= end <= int(first) + 1_000_000:
+            raise ValueError(f"{part.strip()} is no range")
+        found += range(int(first), end + 1)
+    return tuple(found)
 
 
 def format_seconds(seconds: float) -> str:

@@ -17,7 +17,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,23 +63,24 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 _UNSPOKEN = {
     "calibration": "the rows of calibration text are others",
     "source.files.": "{} of the source has changed",
+    "text.": "{} of the calibration text has changed",
     "teacher.files.": "{} of the teacher has changed",
 }
 
 
-def _changes(changed: Sequence[str], was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two fingerprints, in words: an option with both values first, then what has no
     value to read."""
-    values, others = [], []
-    for key in changed:
+    was, now = _flat(before), _flat(json.loads(json.dumps(now)))
+    values, others = list[str](), list[str]()
+    for key in sorted(k for k in {*was, *now} if was.get(k) != now.get(k)):
         start = next((s for s in _UNSPOKEN if key == s or (s.endswith(".") and key.startswith(s))), None)
         if start is not None:
             others.append(_UNSPOKEN[start].format(key.removeprefix(start)))
             continue
         setting = key.removeprefix("settings.")
         name = f"--{setting.replace('_', '-')}" if setting != key else key
-        before, after = (_value(x.get(key)) for x in (was, now))
-        values.append(f"{name} was {before}, is {after}")
+        values.append(f"{name} was {_value(was.get(key))}, is {_value(now.get(key))}")
     return values + others
 
 
@@ -197,14 +198,10 @@ class WorkFolder:
             write_text(self.path / _JOURNAL, kept)
         if not lines or not isinstance(lines[0], dict) or not isinstance(lines[0].get("fingerprint"), dict):
             return
-        before = lines[0]["fingerprint"]
-        was, now = _flat(before), _flat(json.loads(json.dumps(fingerprint)))
-        changed = sorted(k for k in {*was, *now} if was.get(k) != now.get(k))
-        if changed:
-            what = ", ".join(_changes(changed, was, now)[:3])
+        if changed := differences(lines[0]["fingerprint"], fingerprint):
             raise QuantError(
-                f"{self.path}: holds unfinished work of another job ({what}): run that job again to finish "
-                "it, or use --fresh to start over"
+                f"{self.path}: holds unfinished work of another job ({', '.join(changed[:3])}): run that job "
+                "again to finish it, or use --fresh to start over"
             )
         for entry in lines[1:]:
             if _is_unit(entry) and all(self._intact(f) for f in entry["files"]):

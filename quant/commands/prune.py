@@ -13,7 +13,8 @@ from quant.commands import options
 from quant.commands.options import given
 from quant.commands.quantize import calibration_options, fresh, run_job, selection_options
 from quant.commands.terminal import Output, common_options, resumable
-from quant.errors import UsageError
+from quant.errors import UsageError, clipped
+from quant.units import numbers
 
 #: Methods that set weights to zero.
 _OF_WEIGHTS = tuple(name for name in sorted(defaults.UNROUNDED) if name != "none")
@@ -177,7 +178,7 @@ def _smaller(
         else:
             depth = Depth(
                 drop=asked["drop_blocks"] or 0,
-                blocks=_numbers(asked["blocks"]),
+                blocks=_blocks(asked["blocks"]),
                 measure=asked["importance"],
                 device=asked["device"],
                 **text,
@@ -189,19 +190,15 @@ def _smaller(
     finish(out, report, to, results.pruning)
 
 
-def _numbers(text: str | None) -> tuple[int, ...]:
+def _blocks(text: str | None) -> tuple[int, ...]:
     """Numbers of blocks: 3,5 or 20-23.
 
     Raises:
         UsageError: something else.
     """
-    found: list[int] = []
-    for part in (text or "").split(",") if text is not None else ():
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or len(part) > 12:
-            raise UsageError(f"--blocks is {text!r}: numbers of blocks are needed, such as 3,5 or 20-23")
-        end = int(last) if dash else int(first)
-        if end < int(first) or end - int(first) > 10_000:
-            raise UsageError(f"--blocks is {text!r}: {part.strip()} is no range of blocks")
-        found += range(int(first), end + 1)
-    return tuple(found)
+    try:
+        return () if text is None else numbers(text)
+    except ValueError as error:
+        raise UsageError(
+            f"--blocks is {clipped(text)}: {error}: numbers of blocks are needed, such as 3,5 or 20-23"
+        ) from error

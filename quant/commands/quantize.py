@@ -358,6 +358,7 @@ def _job(out: Output, asked: dict[str, Any], needs_layers: bool = False) -> None
 def run_pruned_job(out: Output, step: Any, values: dict[str, Any], measure: bool) -> None:
     """The job of a recipe that prunes its model first."""
     from quant.hub import local_model
+    from quant.recipe import make_recipe
     from quant.steps import check_output, prune_first, prune_step
 
     first = prune_step(step)
@@ -368,6 +369,7 @@ def run_pruned_job(out: Output, step: Any, values: dict[str, Any], measure: bool
     if isinstance(values["model_path"], str):
         values = {**values, "model_path": str(local_model(values["model_path"]))}
     output = Path(values["output_path"])
+    make_recipe(values if "backend" in values else {"method": "gptq", **values})  # wrong keys are told first
     with resumable(), out.progress() as progress:
         from quant.pipeline.memory import prepare_torch
 
@@ -413,7 +415,7 @@ def run_job(
             if pruned is not None:
                 from quant import steps
 
-                report = steps.quantized_already(Path(values["output_path"]), pruned)
+                report = steps.quantized_already(pruned, resolved.recipe)
             if report is not None:
                 doing = "uploading it" if pruned is None else "comparing its steps"
                 message = f"{report.output_path}: made already, {report.provenance.date}: {doing}"

@@ -54,6 +54,7 @@ from quant.pruning.output import (
 )
 from quant.pruning.saliency import best_of_groups, least_units, made_up_for
 from quant.report.value import Provenance, Pruning, Report
+from quant.units import ranges
 from quant.vllm.config import block_count, stated, whole_number
 
 #: Rows of text behind those that are measured on, that the KL divergence is told of.
@@ -399,18 +400,3 @@ class _Pass:
                 step()
         scores = (sums / tokens.clamp(min=1)).float().cpu()
         return {"kept": best_of_groups(scores, self._stay, self._found.groups), "scores": scores}
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """Rising numbers as a line: runs as their ends.
-
-    >>> ranges([0, 1, 2, 5, 7, 8])
-    '0-2,5,7-8'
-    """
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1][1:] = [number]
-        else:
-            runs.append([number])
-    return ",".join("-".join(map(str, run)) for run in runs)
