@@ -21,6 +21,7 @@ from quant.errors import CheckpointError
 from quant.models.linears import expert_layout, fused_experts
 from quant.models.place import decoder_list
 from quant.models.roles import EXPERT, block_list, block_of, role_of
+from quant.units import numbers
 from quant.vllm.config import (
     DRAFTING,
     KEYS,
@@ -48,6 +49,9 @@ CALLED: Mapping[Kind, tuple[str, str]] = {
 #: columns for query heads.
 _QUERIES, _KEYS = frozenset({"q_proj", "q_norm"}), frozenset({"k_proj", "v_proj", "k_norm"})
 _OUTPUTS = frozenset({"o_proj", "dense", "out_proj"})
+#: Modules whose heads config.json counts as ``num_attention_heads``: linear attention (Qwen3-Next, whose keys
+#: have heads of their own) is called so too, and is none.
+_ATTENTION = re.compile(r"\.(?!linear_)\w*(?:attn|attention)\.")
 #: Keys that state into how many groups a router sorts the experts, and how many it takes a token to.
 _GROUPS, _TOP_GROUPS = "n_group", "topk_group"
 
@@ -184,7 +188,7 @@ def _head_cut(
 ) -> Taken | None:
     module, _, last = name.rpartition(".")
     called, heads = module.rpartition(".")[2], found.count * found.queries
-    if not re.search(r"\.\w*(attn|attention)\.", name):
+    if not _ATTENTION.search(name):
         return None
     if last == "sinks":
         return Taken(0, ((0, found.queries),))
@@ -279,18 +283,12 @@ def again_narrowed(source: Checkpoint, said: Mapping[str, Any]) -> Checkpoint:
     ``kept`` by block; the source as it is where that cannot be read."""
     try:
         found, stay = widths(source, said["kind"]), int(said["after"])
-        kept = {int(block): _numbers(line) for block, line in said["kept"].items()}
+        kept = {int(block): numbers(line) for block, line in said["kept"].items()}
         if any(len(k) != stay or k[-1] >= found.count for k in kept.values()):
             return source
         return narrowed(source, found, stay, lambda block: _tensor(kept.get(block, range(stay))))
     except (CheckpointError, KeyError, TypeError, ValueError, AttributeError, IndexError):
         return source
-
-
-def _numbers(line: str) -> list[int]:
-    """The numbers of a line such as 0-2,5."""
-    runs = [[int(end) for end in part.split("-")] for part in line.split(",")]
-    return [n for run in runs for n in range(run[0], run[-1] + 1)]
 
 
 def _tensor(numbers: Sequence[int]) -> torch.Tensor:

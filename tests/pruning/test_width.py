@@ -21,7 +21,7 @@ from quant.pruning import width as widths_module
 from quant.pruning.output import measured_rows
 from quant.pruning.saliency import best_of_groups, least_units, made_up_for
 from quant.report.value import Report
-from tests.helpers import TINYLM, files_of, load_all, make_checkpoint, read_config
+from tests.helpers import LATENT, TINYLM, files_of, load_all, make_checkpoint, read_config
 from tests.models.mixtures import save_mixture
 
 TEXT: dict[str, Any] = {"samples": 3, "sequence_length": 48}
@@ -70,6 +70,28 @@ def test_the_output_is_the_source_with_these_columns_alone(kind: str, tmp_path: 
     verified = verify(tmp_path / "out", source=source)
     fitted = len(report.pruning.fitted)  # type: ignore[union-attr]
     assert verified.passed and any(f"{fitted} fitted to what was pruned" in c.detail for c in verified.checks)
+
+
+def test_linear_attention_keeps_its_heads(tmp_path: Path) -> None:
+    """Qwen3-Next's has heads of its own beside those that its config counts, three blocks of four."""
+    source = make_checkpoint(
+        tmp_path / "source", "qwen3_next", head_dim=16, num_hidden_layers=4, linear_num_key_heads=2,
+        linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16, num_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32,
+    )  # fmt: skip
+    report = narrow(source, tmp_path / "out", Width(heads=1, **TEXT))
+    (stays,) = kept(report, "heads")[3]
+    before, after = load_all(source), load_all(tmp_path / "out")
+    assert before.keys() == after.keys()
+    different = {n for n in before if not torch.equal(before[n], after[n])}
+    assert different == {f"model.layers.3.self_attn.{n}_proj.weight" for n in "qkvo"}
+    model = built(source)
+    output = model.model.layers[3].self_attn.o_proj.weight
+    with torch.no_grad():
+        output.zero_()
+        output[:, 32 * stays : 32 * (stays + 1)] = after["model.layers.3.self_attn.o_proj.weight"].float()
+    torch.testing.assert_close(logits(built(tmp_path / "out")), logits(model), rtol=1e-4, atol=1e-4)
+    assert verify(tmp_path / "out", source=source).passed
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "granitemoe_fused"])
@@ -213,6 +235,9 @@ def test_families_that_derive_the_size_of_heads_keep_theirs(tmp_path: Path) -> N
     source = make_checkpoint(tmp_path / "source", "qwen2")
     with pytest.raises(CheckpointError, match="so heads cannot be cut"):
         narrow(source, tmp_path / "out", Width(heads=1))
+    latent = make_checkpoint(tmp_path / "latent", "deepseek_v3", **LATENT)
+    with pytest.raises(CheckpointError, match=r"its attention is latent \(MLA\)"):
+        narrow(latent, tmp_path / "out", Width(heads=1))
     checkpoint = open_checkpoint(source)
     assert {n.rpartition("mlp.")[2] for n in cuts(checkpoint, 0, widths(checkpoint, "channels"))} == {
         "gate_proj.weight",
