@@ -371,7 +371,9 @@ class _Lesson:
                 self.progress(Event("judging", row - self.training, len(self.rows) - self.training))
                 logits = self.student.logits(self.rows[row : row + 1])[:, :-1]
                 total += float(divergence(self.teacher.of(row).to(logits.device), logits).mean())
-        kl = total / (len(self.rows) - self.training)
+        kl = max(
+            0.0, total / (len(self.rows) - self.training)
+        )  # sums of a student like its teacher are rounded
         if not self.judged or kl < self.least:
             self.best = {n: v.detach().clone() for n, v in self.student.values.items()}
         self.judged.append((self.step, kl))

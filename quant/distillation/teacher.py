@@ -101,7 +101,11 @@ class Teacher:
         part, place = divmod(row, _ROWS)
         with safe_open(self._file(part), "pt") as file:
             found = {k: file.get_slice(k)[place : place + 1] for k in ("tokens", "logs", "rest")}
-        return Said(found["tokens"].long(), found["logs"].float(), found["rest"].float())
+        logs, rest = found["logs"].float(), found["rest"].float()
+        # their sum is one but for what fp16 rounded off, with which a student's equal would be less than zero
+        # away
+        whole = torch.logsumexp(torch.cat([logs, rest[..., None]], -1), -1)
+        return Said(found["tokens"].long(), logs - whole[..., None], rest - whole)
 
     def states(self, row: int) -> torch.Tensor:
         """Its hidden states of one row behind each of ``blocks``, fp32 [blocks, T, H]."""

@@ -216,7 +216,8 @@ def _teaching(done: Teaching) -> list[str]:
     if done.before is None or done.after is None:
         return []
     told = (done.before, done.after)
-    points = tuple((float(step), kl, f"{kl:.4f}" if kl in told else "") for step, kl in done.judged)
+    # a student like its teacher may have been measured a rounding below zero
+    points = tuple((float(step), max(kl, 0.0), f"{kl:.4f}" if kl in told else "") for step, kl in done.judged)
     curve = Curve("held-out rows", "#0072b2", points)
     said = (
         f"Taught by {Path(done.teacher).name}: {len(done.changed)} tensors are others now. KL divergence to "

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from quant.evaluation.quality import Runner, Source, run_both
 from quant.evaluation.verify import verify
 from quant.pipeline.gguf import export_gguf
 from quant.pruning import Depth, drop_blocks
+from quant.report import page
 from quant.report.value import Report
 from tests.helpers import TINYLM, change_config, copy_model, load_all, make_checkpoint, quantize
 
@@ -163,12 +165,22 @@ def test_it_ends_when_nothing_is_gained_and_keeps_the_best(shorter: Path, tmp_pa
     assert done is not None and done.steps < 10 and done.after is not None
     assert done.after == min(kl for _, kl in done.judged) <= done.judged[0][1]
     assert len(done.losses) == done.steps and len(done.judged) == done.steps + 1
-    page = (tmp_path / "out" / "quant_report.html").read_text()
-    assert "<svg" in page and f"{done.judged[0][1]:.4f}" in page
+    shown = (tmp_path / "out" / "quant_report.html").read_text()
+    assert "<svg" in shown and f"{done.judged[0][1]:.4f}" in page
     rates = [Distillation(steps=100, learning_rate=1.0).rate(s, "weights") for s in range(100)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and rates.index(max(rates)) in (4, 5)
     assert rates[5:] == sorted(rates[5:], reverse=True) and rates[52] == pytest.approx(0.505, abs=0.02)
     assert 0.01 <= rates[-1] < 0.012
+
+
+def test_a_student_like_its_teacher_has_nothing_to_learn(tmp_path: Path) -> None:
+    done = distill(TINYLM, TINYLM, tmp_path / "out", Distillation(**{**SHORT, "steps": 1})).teaching
+    assert (
+        done is not None and 0 <= done.judged[0][1] < 1e-5 and done.after == min(kl for _, kl in done.judged)
+    )
+    assert "<svg" in (tmp_path / "out" / "quant_report.html").read_text()
+    below = replace(done, judged=((0, -1e-9), (1, 0.0)))
+    assert "<svg" in "".join(page._teaching(below))
 
 
 def test_smaller_batches_and_running_blocks_again_teach_the_same(shorter: Path, tmp_path: Path) -> None:
