@@ -87,6 +87,16 @@ class Noted:
         """Tensors that hold other numbers than the source, without being quantized."""
         return {*self.folded, *self.fitted, *self.taught}
 
+    @property
+    def own_values(self) -> list[str]:
+        """What holds values that nothing in the source tells, by how it came to them."""
+        counted = {
+            "were fitted when it was pruned": self.fitted,
+            "were trained by a teacher": self.taught,
+            "have scaling folded in": self.folded,
+        }
+        return [f"{len(names)} {how}" for how, names in counted.items() if names]
+
     def exceptions(self) -> str:
         """What is not as it was in the source, for a reader."""
         parts = [f"{len(self.folded)} with scaling folded in"] if self.folded else []
@@ -117,8 +127,8 @@ def noted_tensors(path: Path) -> Noted:
 def differing_cuts(
     checkpoint: Checkpoint, source: Checkpoint, layers: QuantizedLayers | None, noted: Noted
 ) -> set[str]:
-    """Tensors that are not, to the bit, what pruning left of the source's (:func:`counterpart`), but those
-    that are quantized and those that are noted as changed."""
+    """Tensors that are not, to the bit, in the same dtype and shape, what pruning left of the source's
+    (:func:`counterpart`), but those that are quantized and those that are noted as changed."""
     import torch
 
     linears = {*(layers.linears if layers is not None else ()), *noted.rounded}
@@ -130,10 +140,12 @@ def differing_cuts(
             continue
         if {name, name.removesuffix(".weight")} & linears:
             continue
-        if (copy.dtype, copy.shape) == (info.dtype, info.shape):
-            here, there = (x.read(name).contiguous().view(torch.uint8) for x in (checkpoint, source))
-            if not torch.equal(here, there):
-                differing.add(name)
+        if (copy.dtype, copy.shape) != (info.dtype, info.shape):
+            differing.add(name)
+            continue
+        here, there = (x.read(name).contiguous().view(torch.uint8) for x in (checkpoint, source))
+        if not torch.equal(here, there):
+            differing.add(name)
     return differing
 
 

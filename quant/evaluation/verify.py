@@ -191,8 +191,8 @@ def verify(
     if origin is not None:
         differing = values.differing | differing_cuts(checkpoint, origin, layers, noted)
         _check_source(result, checkpoint, origin, layers, differing, noted, own)
-        if noted.fitted and changed is None:  # else no report is written of it yet
-            _check_fitted(result, checkpoint, noted)
+        if noted.own_values and changed is None:  # else no report is written of it yet
+            _check_own_values(result, checkpoint, noted)
     return result
 
 
@@ -282,19 +282,20 @@ def _check_source(
     )
 
 
-def _check_fitted(result: Verification, checkpoint: Checkpoint, noted: Noted) -> None:
-    """Values that were fitted have nothing in the source to be compared with; that the file is the one which
-    the report in its directory was written of stands for them."""
+def _check_own_values(result: Verification, checkpoint: Checkpoint, noted: Noted) -> None:
+    """Values that were fitted, taught or scaled have nothing in the source to be compared with; that the file
+    is the one which the report in its directory was written of stands for them."""
     report = Report.load(checkpoint.path)
     result.add(
-        "fitted tensors",
+        "values of its own",
         []
         if report is not None and report.output_hash == result.content_hash
         else [
-            f"{len(noted.fitted)} were fitted when it was pruned, so that the source does not tell their "
-            f"values, and the weights are not those that {REPORT} was written of: prune the source again"
+            f"{', '.join(noted.own_values)}: the source does not tell their values, and the weights are not "
+            f"those that {REPORT} was written of: make it again"
         ],
-        "as they were written, by the hash of the files",
+        f"{', '.join(noted.own_values)}: the source does not tell what they should be; they are as they were "
+        "written, by the hash in the report",
     )
 
 

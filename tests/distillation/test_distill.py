@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from quant.checkpoint.reader import open_checkpoint
 from quant.distillation import Distillation, distill, run
@@ -91,6 +92,13 @@ def test_a_pruned_model_comes_nearer_on_text_that_it_was_not_taught_with(
     assert 0.75 * after < done.after <= after
     verified = verify(tmp_path / "out", source=shorter)
     assert verified.passed and any(f"{len(done.changed)} taught" in c.detail for c in verified.checks)
+    noisy = copy_model(tmp_path / "out", tmp_path / "noisy")
+    name = "model.embed_tokens.weight"
+    file = open_checkpoint(noisy).info(name).file
+    tensors = load_file(file)
+    save_file({**tensors, name: tensors[name] + 0.1}, file, metadata={"format": "pt"})
+    said = f"values of its own: {len(done.changed)} were trained by a teacher: the source does not tell"
+    assert name in done.changed and any(p.startswith(said) for p in verify(noisy, source=shorter).failed)
     assert Report.load(tmp_path / "out").teaching == done  # type: ignore[union-attr]
     assert [p.name for p in (tmp_path / "out").glob("*teacher*")] == []
     assert "held-out KL to it" in (tmp_path / "out" / "README.md").read_text()

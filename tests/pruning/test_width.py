@@ -267,6 +267,11 @@ def test_verify_finds_a_value_that_pruning_did_not_leave(last: str, tmp_path: Pa
     tensors = load_file(file)
     save_file({**tensors, name: tensors[name] + 1}, file, metadata={"format": "pt"})
     problems = verify(tmp_path / "out", source=source).failed
-    fitted = "fitted tensors: 4 were fitted when it was pruned"
+    fitted = "values of its own: 4 were fitted when it was pruned"
     assert any(p.startswith(fitted) for p in problems)
     assert any(f"{name} differs from the source" in p for p in problems) == (last != "mlp.down_proj")
+    # the same numbers, and others, in another dtype
+    for other in (tensors[name].float(), tensors[name].float() * 3):
+        save_file({**tensors, name: other}, file, metadata={"format": "pt"})
+        found = any(f"{name} was BF16" in p for p in verify(tmp_path / "out", source=source).failed)
+        assert found == (last != "mlp.down_proj")
