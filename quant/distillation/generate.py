@@ -36,8 +36,11 @@ _COPIED, _DIFFERENT = 0.8, 0.3
 #: the endpoint counts as gone.
 _PAUSES = (0.5, 2.0)
 _IN_A_ROW = 3
-#: Failures that will be the same next time.
-_FINAL = frozenset({"401", "404", "4xx", "3xx", "tls", "no stream", "miscounted"})
+#: Failures that will be the same next time, whatever is asked; and that of one request, as where a task is
+#: beyond the endpoint's context.
+_FINAL, _REFUSED = frozenset({"401", "404", "3xx", "tls", "no stream", "miscounted"}), "4xx"
+#: Refusals in a row after which a run ends; and those whose reasons are told one by one.
+_REFUSALS, _TOLD = 10, 3
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,11 @@ class _Answers:
         self.found = found
         return size
 
+    @property
+    def refused(self) -> int:
+        """How many of them are refusals."""
+        return sum("refused" in row for row in self.found.values())
+
     def add(self, row: dict[str, Any]) -> None:
         self._line(row)
         self.found[row["task"], row["answer"]] = row
@@ -225,18 +233,21 @@ async def _asked(
         if answers.found:
             progress(Event("answers", message=f"{len(answers.found)} of {len(wanted)} answers are there"))
         try:
-            async for place, trace in _each(client, endpoint, how, tasks, missing):
-                row = {
-                    "task": place[0],
-                    "answer": place[1],
-                    "text": trace.text,
-                    "tokens": trace.output_tokens,
-                }
-                answers.add(row)
+            answered = len(answers.found) > answers.refused
+            async for place, trace in _each(client, endpoint, how, tasks, missing, answered):
+                row = {"task": place[0], "answer": place[1]}
+                if trace.error == _REFUSED:
+                    answers.add({**row, "text": "", "tokens": 0, "refused": trace.detail})
+                    if answers.refused <= _TOLD:
+                        said = f"task {place[0]} is left out: {trace.detail}"
+                        progress(Event("answers", message=said, warning=True))
+                else:
+                    answers.add({**row, "text": trace.text, "tokens": trace.output_tokens})
                 progress(Event("answers", len(answers.found), len(wanted)))
         except EndpointError as error:
             raise EndpointError(
-                f"{error}. {len(answers.found)} of {len(wanted)} answers came and are kept in "
+                f"{error}. {len(answers.found)} of {len(wanted)} answers came"
+                f"{f' ({answers.refused} refused)' if answers.refused else ''} and are kept in "
                 f"{answers.file}: run the same command again for the others",
                 error.kind,
             ) from error
@@ -251,16 +262,22 @@ async def _each(
     how: Generation,
     tasks: Sequence[str | tuple[Any, ...]],
     missing: Sequence[tuple[int, int]],
+    answered: bool,
 ) -> AsyncIterator[tuple[tuple[int, int], Trace]]:
-    """The missing answers as they come.
+    """The missing answers as they come, and the refusals of single tasks among them.
+
+    Args:
+        answered: whether the endpoint has answered to one of these tasks before. Until it has, refusals say
+            nothing of single tasks.
 
     Raises:
-        EndpointError: some failed: after all others came, or at once where one would fail again or
-            several in a row did.
+        EndpointError: some failed: after all others came, or at once where one would fail again, several in
+            a row did, or many in a row were refused.
     """
     waiting, running = iter(missing), set[asyncio.Task[tuple[tuple[int, int], Trace]]]()
     failed: list[Trace] = []  # all of them
-    in_a_row, fatal = 0, False
+    refused: list[tuple[tuple[int, int], Trace]] = []  # before the first answer
+    in_a_row, refusals, fatal = 0, 0, False
 
     async def one(place: tuple[int, int]) -> tuple[tuple[int, int], Trace]:
         prompt = Prompt(tasks[place[0]], 0, how.max_tokens)
@@ -268,7 +285,7 @@ async def _each(
         sampling = {"temperature": how.temperature, "seed": how.seed + place[0] * how.answers + place[1]}
         for pause in (*_PAUSES, None):
             trace = await ask(client, endpoint, prompt, sampling=sampling)
-            if trace.error in ("", "empty", *_FINAL) or pause is None:
+            if trace.error in ("", "empty", _REFUSED, *_FINAL) or pause is None:
                 break
             await asyncio.sleep(pause)
         return place, trace
@@ -283,8 +300,20 @@ async def _each(
             for task in done:
                 place, trace = task.result()
                 if trace.error in ("", "empty"):
-                    in_a_row = 0
+                    in_a_row, refusals, answered = 0, 0, True
+                    for one_refused in refused:
+                        yield one_refused
+                    refused.clear()
                     yield place, trace
+                    continue
+                if trace.error == _REFUSED:
+                    refusals += 1
+                    if answered:
+                        yield place, trace
+                    else:
+                        refused.append((place, trace))
+                    if refusals >= _REFUSALS:
+                        failed, fatal = [*failed, trace], True
                     continue
                 failed.append(trace)
                 in_a_row += 1
@@ -293,8 +322,8 @@ async def _each(
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-    if failed:
-        last = failed[-1]
+    if failed or refused:
+        last = failed[-1] if failed else refused[-1][1]
         raise EndpointError(f"{endpoint.url}: {last.detail}: {KINDS[last.error]}", last.error)
 
 
@@ -309,7 +338,7 @@ def _kept(
     seen, runs = set[str](), set[int]()
     for (number, answer), row in sorted(raw.items()):
         text, task = str(row["text"]), tasks[number]
-        why = fault(text, task, how.shortest, seen, runs)
+        why = "refused" if "refused" in row else fault(text, task, how.shortest, seen, runs)
         if why:
             dropped[why] += 1
             continue

@@ -87,15 +87,74 @@ def test_an_endpoint_that_dies_loses_nothing(tasks: Path, tmp_path: Path) -> Non
             generate(asked, Endpoint(fake.url), tmp_path / "out.jsonl")
     beside = tmp_path / "out.jsonl.answers"
     kept = len(rows(beside)) - 1
+    first = {r["task"]: r["text"] for r in rows(beside)[1:]}
     with beside.open("ab") as stream:
         stream.write(b'{"task": 5, "answer": 0, "te')  # a kill cut this line off
     with pytest.raises(UsageError, match=r"asked for otherwise \(max_tokens\)"), endpoint() as other:
         generate(Generation(tasks, max_tokens=13), Endpoint(other.url), tmp_path / "out.jsonl")
-    with endpoint(answer=words(), itl=0.0) as fake:
+    later = itertools.count()
+    with endpoint(answer=lambda place: f" later{next(later)}", itl=0.0) as fake:
         made = generate(asked, Endpoint(fake.url), tmp_path / "out.jsonl")
         assert len(fake.behaviour.bodies) == 6 - kept
-    assert made.asked == 6 and made.rows + sum(made.dropped.values()) == 6
-    assert not beside.exists()
+    assert (made.asked, made.rows, made.dropped, made.tokens) == (6, 6, {}, 72)
+    said = {r["made_by"]["task"]: r["text"] for r in rows(tmp_path / "out.jsonl")}
+    for task, text in said.items():  # what came before the end, and the others of the second endpoint
+        prompt = f"Tell me about {task}."
+        assert text == prompt + first[task] if task in first else text.startswith(f"{prompt} later")
+    assert list(said) == list(range(6)) and len(first) == kept and not beside.exists()
+
+
+def test_a_task_that_is_refused_stops_no_other(tmp_path: Path) -> None:
+    """One is beyond the endpoint's context; it is asked for once and counted with the reason."""
+    file, beside = tmp_path / "tasks.jsonl", tmp_path / "out.jsonl.answers"
+    prompts = ["long " * 20_000, *(f"Tell me about {i}." for i in range(4))]
+    file.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    asked, told = Generation(file, concurrency=1, max_tokens=12), list[str]()
+    fakes: list[FakeEndpoint] = []
+
+    def dying(number: int) -> None:
+        if number == 12 * 2 + 5:  # in the middle of the third answer
+            fakes[0].behaviour.fault = "drop"
+
+    with endpoint(answer=words(dying), itl=0.0) as fake:
+        fakes.append(fake)
+        with pytest.raises(EndpointError, match=r"[34] of 5 answers came \(1 refused\)"):
+            generate(asked, Endpoint(fake.url), tmp_path / "out.jsonl", lambda e: told.append(e.message))
+    assert [t for t in told if t] == [
+        t for t in told if "task 0 is left out: " in t and "beyond the context" in t
+    ]
+    assert [r["task"] for r in rows(beside)[1:] if "beyond the context" in r.get("refused", "")] == [0]
+    with endpoint(answer=words(), itl=0.0) as fake:
+        made = generate(asked, Endpoint(fake.url), tmp_path / "out.jsonl")
+        assert fake.behaviour.seen["/v1/completions"] < 3
+    assert made.rows + made.dropped.pop("said before", 0) == 4 and made.dropped == {"refused": 1}
+
+
+def test_refusals_of_everything_end_a_run(tmp_path: Path) -> None:
+    """Before an answer they say that the request is wrong, and are asked again; many in a row, after one, end
+    the run, and the next goes on behind them."""
+    file, beside = tmp_path / "tasks.jsonl", tmp_path / "out.jsonl.answers"
+    file.write_text("".join(json.dumps({"prompt": f"Tell me about {i}."}) + "\n" for i in range(15)))
+    asked = Generation(file, concurrency=1, max_tokens=12)
+    with (
+        endpoint(fault="400") as fake,
+        pytest.raises(EndpointError, match="'because': the request was refused"),
+    ):
+        generate(asked, Endpoint(fake.url), tmp_path / "out.jsonl")
+    assert fake.behaviour.seen["/v1/completions"] == module._REFUSALS and len(rows(beside)) == 1
+    fakes: list[FakeEndpoint] = []
+
+    def changing(number: int) -> None:
+        fakes[0].behaviour.fault = "400" if number >= 11 else ""
+
+    with endpoint(answer=words(changing), itl=0.0) as fake:
+        fakes.append(fake)
+        with pytest.raises(EndpointError, match=r"11 of 15 answers came \(10 refused\)"):
+            generate(asked, Endpoint(fake.url), tmp_path / "out.jsonl")
+    with endpoint(answer=words(), itl=0.0) as fake:
+        made = generate(asked, Endpoint(fake.url), tmp_path / "out.jsonl")
+        assert fake.behaviour.seen["/v1/completions"] == 4
+    assert made.dropped["refused"] == module._REFUSALS
 
 
 @pytest.mark.parametrize(
