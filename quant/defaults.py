@@ -29,6 +29,8 @@ ENGINE: Literal["native"] = "native"
 LEGACY_ENGINES = {"auto-gptq": ("gptq", "gptq"), "autoawq": ("awq", "awq")}
 
 FORMAT = "compressed-tensors"
+#: ``prune``: by what the importance of a block is measured
+IMPORTANCES = ("kl", "angle")
 #: which tokens the experts of a mixture are calibrated with
 MOE_CALIBRATION: Literal["routed", "all", "blend"] = "blend"
 #: gptq

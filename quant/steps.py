@@ -12,10 +12,11 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from quant import defaults
 from quant.checkpoint.journal import differences, is_unpublished, work_path
 from quant.checkpoint.reader import open_checkpoint
 from quant.checkpoint.writer import write_text
@@ -41,6 +42,12 @@ def _line_of_blocks(value: Any) -> Any:
     return numbers(value) if isinstance(value, str) else value
 
 
+def _measure(value: str) -> str:
+    if value not in defaults.IMPORTANCES:
+        raise ValueError(" or ".join(defaults.IMPORTANCES))
+    return value
+
+
 #: A number of units that go or stay.
 _Units = Annotated[int, Field(strict=True, ge=1, le=2**31)]
 
@@ -55,7 +62,7 @@ class PruneStep(BaseModel):
     blocks: Annotated[
         tuple[Annotated[int, Field(strict=True, ge=0)], ...], BeforeValidator(_line_of_blocks)
     ] = ()
-    importance: Literal["kl", "angle"] = "kl"
+    importance: Annotated[str, AfterValidator(_measure)] = "kl"
     experts: _Units | None = None
     intermediate_size: _Units | None = None
     kv_heads: _Units | None = None

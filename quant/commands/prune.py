@@ -50,7 +50,7 @@ _KINDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 @click.option("--blocks", metavar="N,N,...", help="Leave out these decoder blocks.")
 @click.option(
     "--importance",
-    type=click.Choice(["kl", "angle"]),
+    type=click.Choice(defaults.IMPORTANCES),
     default="kl",
     show_default=True,
     help="What a block counts for: KL divergence of the model without it; or how far it turns the hidden "

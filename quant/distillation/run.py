@@ -14,31 +14,26 @@ from safetensors.torch import load_file, save_file
 
 from quant import defaults
 from quant.accelerator import device_name, device_of
-from quant.calibration.files import bundled
-from quant.calibration.text import Rows, calibration_rows
+from quant.calibration.text import Rows
 from quant.checkpoint.journal import WorkFolder
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.checkpoint.writer import file_digest
 from quant.distillation.student import Student, Trained, kind
 from quant.distillation.teacher import LIKELIEST, Teacher, divergence, state_distance
-from quant.errors import Problems, QuantError, UsageError, VerificationFailed
+from quant.errors import Problems, QuantError, UsageError
 from quant.evaluation.agreement import file_problems
 from quant.evaluation.quality import Runner
-from quant.evaluation.verify import verify
-from quant.formats import FormatRegistry
 from quant.offline import load_tokenizer
 from quant.pipeline.checks import check_disk, output_problems
 from quant.pipeline.fingerprint import fingerprint
-from quant.pipeline.layout import lay_out
 from quant.pipeline.memory import peak_rss
-from quant.pipeline.writing import write_rest, write_unit
+from quant.pipeline.plain import write_plain
+from quant.pipeline.rows import Measured, measured_rows
 from quant.progress import Event, Progress, silent
 from quant.report.files import write_report
 from quant.report.value import Provenance, Report, Teaching
 from quant.tensors import all_finite
-from quant.vllm.arguments import engine_arguments, vllm_config
 from quant.vllm.config import block_count, stated, vocabulary_size, whole_number
-from quant.vllm.context import context_length
 
 #: Learning rates where none is given: of all weights, and of norms and scales as shares of themselves.
 RATES: Mapping[str, float] = {"weights": 2e-4, "numbers": 2e-3}
@@ -184,7 +179,12 @@ def distill(
         lesson = _Lesson(student, teacher, rows.tokens, training, how, work, progress)
         lesson.go()
         taught = time.perf_counter()
-        report = _write(checkpoint, student, work, output, progress)
+        changed = student.changed()
+        report = replace(
+            write_plain(checkpoint, checkpoint, work, output, progress, changed),
+            format=student.layers.format if student.layers else "plain",
+            teaching=Teaching(trained=student.trained, changed=tuple(sorted(changed))),
+        )
         end = time.perf_counter()
         report = _completed(
             report,
@@ -240,19 +240,11 @@ def matched(checkpoint: Checkpoint, origin: Checkpoint) -> dict[int, int]:
 
 
 def _rows(checkpoint: Checkpoint, how: Distillation) -> Rows:
-    longest = context_length(checkpoint.config)
-    length = how.sequence_length or min(512, longest or 512)
-    if longest is not None and length > longest:
-        raise UsageError(f"--sequence-length is {length}: the model's longest context is {longest}")
-    return calibration_rows(
-        load_tokenizer(checkpoint.path),
-        list(how.calibration_dataset) or [bundled("wikipedia")],
-        how.samples + how.held_out,
-        length,
-        vocabulary=vocabulary_size(checkpoint.config) or 2**31,
-        shuffle=how.shuffle,
-        seed=how.seed,
+    """Those of the lesson, and behind them those that judge."""
+    text = Measured(
+        how.calibration_dataset, how.samples + how.held_out, how.sequence_length, how.shuffle, how.seed
     )
+    return measured_rows(checkpoint, text)
 
 
 class _Lesson:
@@ -412,42 +404,6 @@ class _Lesson:
         self.step, self.losses = int(found["step"]), [float(x) for x in found["losses"]]
         self.judged = [(int(s), float(kl)) for s, kl in found["judged"]]
         self.progress(Event("training", message=f"resuming at step {self.step} of {self.how.steps}"))
-
-
-def _write(
-    checkpoint: Checkpoint, student: Student, work: WorkFolder, output: Path, progress: Progress
-) -> Report:
-    """The student's own files with the tensors that are others now."""
-    changed = student.changed()
-    form, dtype = FormatRegistry.get("plain"), checkpoint.dtype
-    units = lay_out(checkpoint, {}, form, dtype)
-    for number, unit in enumerate(units):
-        write_unit(unit, work.path, checkpoint, form, {}, {}, dtype, _nothing, changed)
-        progress(Event("write", number + 1, len(units)))
-    arguments = engine_arguments(checkpoint.config)
-    dropped = write_rest(work.path, checkpoint, units, form, checkpoint.config, arguments)
-    checked = verify(work.path, served=False)
-    if checked.failed:
-        raise VerificationFailed(
-            f"{work.path}: the output failed its own verification: {'; '.join(checked.failed[:5])}. It was "
-            "not published"
-        )
-    return Report(
-        output_path=str(output),
-        source_path=str(checkpoint.path),
-        format=student.layers.format if student.layers else form.name,
-        source_bytes=checkpoint.nbytes,
-        output_bytes=checkpoint.nbytes,
-        side_files_dropped=tuple(dropped),
-        vllm=vllm_config(arguments),
-        verify=checked.to_dict() | {"path": str(output)},
-        output_hash=checked.content_hash,
-        teaching=Teaching(trained=student.trained, changed=tuple(sorted(changed))),
-    )
-
-
-def _nothing(name: str) -> Any:
-    raise AssertionError(f"{name}: every tensor of a student is copied or has new values")
 
 
 def _completed(

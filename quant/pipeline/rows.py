@@ -1,9 +1,10 @@
-"""The calibration rows of a job: the text that its recipe names, as the model's tokenizer reads it."""
+"""The rows of text that a job calibrates with or measures a model on, as the model's tokenizer reads them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +13,48 @@ from quant import defaults
 from quant.calibration.files import bundled
 from quant.calibration.records import TextError
 from quant.calibration.text import Rows, calibration_rows
+from quant.checkpoint.reader import Checkpoint
 from quant.errors import UsageError
 from quant.offline import load_tokenizer
 from quant.pipeline.plan import JobPlan
 from quant.progress import Event, Progress
 from quant.vllm.config import vocabulary_size
 from quant.vllm.context import context_length
+
+#: Rows of text that a model is measured on, and tokens of each, where none are asked for.
+ROWS, LENGTH = 16, 512
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The text that a model is measured on, as a recipe has it, and where: ``device`` None is the GPU if
+    there is one."""
+
+    calibration_dataset: Sequence[Path] = field(default_factory=list)
+    samples: int = ROWS
+    sequence_length: int | None = None
+    shuffle: bool = False
+    seed: int = defaults.SEED
+    device: str | None = None
+
+
+def measured_rows(checkpoint: Checkpoint, asked: Measured) -> Rows:
+    """The text.
+
+    Raises:
+        UsageError: no rows, or rows longer than the model's context.
+    """
+    if asked.samples < 1:
+        raise UsageError(f"--samples is {asked.samples}: at least one row is measured on")
+    return calibration_rows(
+        load_tokenizer(checkpoint.path),
+        list(asked.calibration_dataset) or [bundled("wikipedia")],
+        asked.samples,
+        _length(checkpoint, asked.sequence_length, LENGTH),
+        vocabulary=vocabulary_size(checkpoint.config) or 2**31,
+        shuffle=asked.shuffle,
+        seed=asked.seed,
+    )
 
 
 def job_rows(plan: JobPlan) -> Rows:
@@ -64,19 +101,30 @@ def _text(plan: JobPlan) -> Mapping[str, Any]:
         UsageError: rows longer than the model's context.
     """
     recipe, checkpoint = plan.recipe, plan.checkpoint
-    longest = context_length(checkpoint.config)
-    length = recipe.sequence_length or min(defaults.SEQUENCE_LENGTH, longest or defaults.SEQUENCE_LENGTH)
-    if longest is not None and length > longest:
-        raise UsageError(f"--sequence-length is {length}: the model's longest context is {longest}")
     return {
         "tokenizer": load_tokenizer(checkpoint.path),
         "paths": recipe.calibration_dataset or [bundled("wikipedia")],
-        "length": length,
+        "length": _length(checkpoint, recipe.sequence_length, defaults.SEQUENCE_LENGTH),
         "vocabulary": vocabulary_size(checkpoint.config) or 2**31,
         "shuffle": recipe.shuffle,
         "seed": recipe.seed,
         "chat_template": recipe.chat_template,
     }
+
+
+def _length(checkpoint: Checkpoint, asked: int | None, usual: int) -> int:
+    """Tokens of a row; ``usual`` of them, or the model's context, where none are asked for.
+
+    Raises:
+        UsageError: too few, or more than the model's context.
+    """
+    longest = context_length(checkpoint.config)
+    length = min(usual, longest or usual) if asked is None else asked
+    if length < 2:
+        raise UsageError(f"--sequence-length is {length}: two tokens are the least")
+    if longest is not None and length > longest:
+        raise UsageError(f"--sequence-length is {length}: the model's longest context is {longest}")
+    return length
 
 
 def tell_notes(rows: Rows, progress: Progress) -> None:

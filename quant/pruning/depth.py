@@ -26,14 +26,13 @@ from quant.models.skeleton import Skeleton
 from quant.pipeline.activation_store import ActivationStore
 from quant.pipeline.checks import check_disk
 from quant.pipeline.fingerprint import fingerprint
+from quant.pipeline.rows import Measured, measured_rows
 from quant.pipeline.workspace import RESIDENT_CPU
 from quant.progress import Event, Progress, silent
 from quant.pruning.importance import MEASURE
 from quant.pruning.output import (
-    Measured,
     Times,
     built,
-    measured_rows,
     opened,
     write_smaller,
 )

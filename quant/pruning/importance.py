@@ -14,6 +14,7 @@ from contextlib import ExitStack
 
 import torch
 
+from quant import defaults
 from quant.errors import CheckpointError, SourceFault
 from quant.evaluation.quality import Runner, columns_of, compared
 from quant.models.calls import BlockCall, call_block
@@ -23,9 +24,6 @@ from quant.tensors import all_finite
 
 #: Tokens of a batch.
 _BATCH_TOKENS = 4096
-
-#: The names of the measures, and what a number of each is.
-MEASURES = {"kl": "nats per token", "angle": "of half a turn"}
 
 
 def block_angles(
@@ -165,4 +163,4 @@ def through(
 
 
 #: By its name, what measures blocks.
-MEASURE = {"kl": block_losses, "angle": block_angles}
+MEASURE = dict(zip(defaults.IMPORTANCES, (block_losses, block_angles), strict=True))

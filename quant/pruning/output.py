@@ -1,56 +1,31 @@
-"""What both kinds of pruning share: the source that is opened, the text that is measured on, and the smaller
-checkpoint that is written."""
+"""What both kinds of pruning share: the source that is opened, and the smaller checkpoint that is written."""
 
 from __future__ import annotations
 
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from quant import defaults
-from quant.calibration.files import bundled
-from quant.calibration.text import Rows, calibration_rows
 from quant.checkpoint.journal import WorkFolder
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
-from quant.errors import CheckpointError, Problems, QuantError, UsageError, VerificationFailed
+from quant.errors import CheckpointError, Problems, QuantError
 from quant.evaluation.agreement import file_problems
-from quant.evaluation.verify import verify
-from quant.formats import FormatRegistry, find_format
+from quant.formats import find_format
 from quant.models.skeleton import Skeleton
-from quant.offline import load_config, load_tokenizer
+from quant.offline import load_config
 from quant.pipeline.checks import output_problems
-from quant.pipeline.layout import lay_out
 from quant.pipeline.memory import peak_rss
-from quant.pipeline.writing import write_rest, write_unit
-from quant.progress import Event, Progress
+from quant.pipeline.plain import write_plain
+from quant.progress import Progress
 from quant.report.files import write_report
 from quant.report.value import Provenance, Pruning, Report
-from quant.vllm.arguments import engine_arguments, vllm_config
-from quant.vllm.config import block_count, quantization_config, vocabulary_size, without_quantization
-from quant.vllm.context import context_length
-
-#: Rows of text that blocks are measured on, and tokens of each, where none are asked for.
-ROWS, LENGTH = 16, 512
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The text that is measured on, as a recipe has it, and where: ``device`` None is the GPU if there is
-    one."""
-
-    calibration_dataset: Sequence[Path] = field(default_factory=list)
-    samples: int = ROWS
-    sequence_length: int | None = None
-    shuffle: bool = False
-    seed: int = defaults.SEED
-    device: str | None = None
+from quant.vllm.config import block_count, quantization_config, without_quantization
 
 
 def opened(model_path: str | Path, output: Path) -> Checkpoint:
@@ -75,27 +50,6 @@ def opened(model_path: str | Path, output: Path) -> Checkpoint:
     if problems:
         raise Problems(problems)
     return checkpoint
-
-
-def measured_rows(checkpoint: Checkpoint, asked: Measured) -> Rows:
-    """The text.
-
-    Raises:
-        UsageError: rows longer than the model's context.
-    """
-    longest = context_length(checkpoint.config)
-    length = asked.sequence_length or min(LENGTH, longest or LENGTH)
-    if longest is not None and length > longest:
-        raise UsageError(f"--sequence-length is {length}: the model's longest context is {longest}")
-    return calibration_rows(
-        load_tokenizer(checkpoint.path),
-        list(asked.calibration_dataset) or [bundled("wikipedia")],
-        asked.samples,
-        length,
-        vocabulary=vocabulary_size(checkpoint.config) or 2**31,
-        shuffle=asked.shuffle,
-        seed=asked.seed,
-    )
 
 
 @contextmanager
@@ -157,38 +111,16 @@ def write_smaller(
     Raises:
         VerificationFailed: what was written is not what it should be.
     """
-    form, dtype = FormatRegistry.get("plain"), cut.dtype
-    units = lay_out(cut, {}, form, dtype)
-    for number, unit in enumerate(units):
-        if unit.name not in work.finished:
-            files = write_unit(unit, work.path, cut, form, {}, {}, dtype, _nothing, changed)
-            work.finish_unit(unit.name, files, {})
-        progress(Event("write", number + 1, len(units)))
-    arguments = engine_arguments(cut.config)
-    dropped = write_rest(work.path, cut, units, form, cut.config, arguments)
-    checked = verify(work.path, served=False)
-    if checked.failed:
-        raise VerificationFailed(
-            f"{work.path}: the output failed its own verification: {'; '.join(checked.failed[:5])}. It was "
-            "not published"
-        )
+    report = write_plain(cut, source, work, output, progress, changed)
     end = time.perf_counter()
-    report = Report(
-        output_path=str(output),
-        source_path=str(source.path),
-        format=form.name,
-        source_bytes=source.nbytes,
-        output_bytes=cut.nbytes,
+    report = replace(
+        report,
         seconds={
             "measure": round(times.measured - times.start, 3),
             "write": round(end - times.measured, 3),
             "total": round(end - times.start, 3),
         },
         peak_rss_bytes=peak_rss(),
-        side_files_dropped=tuple(dropped),
-        vllm=vllm_config(arguments),
-        verify=checked.to_dict() | {"path": str(output)},
-        output_hash=checked.content_hash,
         pruning=pruning,
         provenance=provenance,
     )
@@ -197,7 +129,3 @@ def write_smaller(
     write_report(work.path, report, source)
     work.publish()
     return report
-
-
-def _nothing(name: str) -> Any:
-    raise AssertionError(f"{name}: no linear of a checkpoint without blocks is made anew")

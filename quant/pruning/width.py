@@ -40,14 +40,13 @@ from quant.models.narrowing import CALLED, Kind, Taken, Widths, cuts, narrowed, 
 from quant.pipeline.activation_store import ActivationStore, Batches
 from quant.pipeline.checks import check_disk
 from quant.pipeline.fingerprint import fingerprint
+from quant.pipeline.rows import Measured, measured_rows
 from quant.pipeline.workspace import RESIDENT_CPU
 from quant.progress import Event, Progress, silent
 from quant.pruning.importance import copied, divergences, embedded, split_rows, through
 from quant.pruning.output import (
-    Measured,
     Times,
     built,
-    measured_rows,
     opened,
     with_config,
     write_smaller,

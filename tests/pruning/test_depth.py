@@ -17,8 +17,9 @@ from quant.errors import CheckpointError, Problems, QuantError, UsageError
 from quant.evaluation.compare import compare
 from quant.evaluation.verify import verify
 from quant.models.cutting import config_without_blocks
-from quant.pruning import Depth, depth, drop_blocks, output
-from quant.pruning.output import measured_rows
+from quant.pipeline import plain
+from quant.pipeline.rows import measured_rows
+from quant.pruning import Depth, depth, drop_blocks
 from quant.report.value import Report
 from tests.helpers import TINYLM, change_config, copy_model, files_of, make_checkpoint, read_config
 
@@ -108,7 +109,7 @@ def test_a_run_that_died_goes_on_with_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = drop_blocks(TINYLM, tmp_path / "whole", Depth(drop=1, **TEXT))
-    write, calls = output.write_unit, 0
+    write, calls = plain.write_unit, 0
 
     def dying(*given: Any) -> Any:
         nonlocal calls
@@ -118,7 +119,7 @@ def test_a_run_that_died_goes_on_with_what_was_measured(
         return write(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(output, "write_unit", dying)
+        patch.setattr(plain, "write_unit", dying)
         with pytest.raises(KeyboardInterrupt):
             drop_blocks(TINYLM, tmp_path / "out", Depth(drop=1, **TEXT))
     for what, told in (

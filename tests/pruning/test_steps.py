@@ -52,7 +52,7 @@ def recipe(tmp_path: Path) -> Callable[..., Path]:
         ({"drop_blocks": 1}, {"methd": "gptq", "method": None}, "methd"),
         ({}, {}, "names nothing to prune"),
         (3, {}, "a mapping of keys such as drop_blocks: 4"),
-        ({"drop_blocks": 1, "importance": "size"}, {}, "'kl' or 'angle'"),
+        ({"drop_blocks": 1, "importance": "size"}, {}, "prune.importance is 'size': kl or angle"),
         ({"drop_blocks": 4}, {}, "4 of 4 blocks cannot go"),
         ({"intermediate_size": 700}, {}, "no multiple of 128"),
         ({"drop_blocks": 1}, {"method": "wanda", "scheme": None}, "a method that quantizes"),

@@ -16,9 +16,9 @@ from quant.checkpoint.reader import open_checkpoint
 from quant.errors import CheckpointError, UsageError
 from quant.evaluation.verify import verify
 from quant.models.narrowing import Widths, again_narrowed, cuts, widths
+from quant.pipeline.rows import measured_rows
 from quant.pruning import Width, narrow
 from quant.pruning import width as widths_module
-from quant.pruning.output import measured_rows
 from quant.pruning.saliency import best_of_groups, least_units, made_up_for
 from quant.report.value import Report
 from tests.helpers import LATENT, TINYLM, files_of, load_all, make_checkpoint, read_config
