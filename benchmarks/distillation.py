@@ -54,7 +54,7 @@ def main() -> None:
             taught = work / f"{name}-taught"
             given = ["--teacher", str(a.model), "--batch", "4", *text, *options]
             seconds = quant("distill", student, taught, *given)
-            done = json.loads((taught / "quant_report.json").read_text())["teaching"]
+            done = json.loads((taught / "quant_report.json").read_text())["distillation"]
             before, after = judge(student), judge(taught)
             print(
                 f"{name}: KL {before:.5f} -> {after:.5f}, {1 - after / before:.1%} less, "
