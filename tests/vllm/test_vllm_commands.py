@@ -113,6 +113,33 @@ def _counts_as_vllms_own_tool(url: str, environment: dict[str, str], vllm_python
     assert all(level[key] > 0 for level in (ours, theirs) for key in (*FIGURES, "output_throughput"))
 
 
+def _writes_text_for_students(url: str, folder: Path, environment: dict[str, str]) -> None:
+    """Tasks are answered with where each answer is from; the one that its context has no room for is left
+    out with the server's reason, and stops no other."""
+    tasks, output = folder / "tasks.txt", folder / "data.jsonl"
+    said = [
+        "The history of",
+        "In the north of the country",
+        "the river and " * 1000,
+        "A species of",
+        "He was born",
+    ]
+    tasks.write_text("".join(f"{task}\n" for task in said))
+    command = [sys.executable, str(ROOT / "quantize.py"), "distill", "--generate", str(tasks), "--url", url]
+    command += ["--api-key-env", "KEY", "-o", str(output), "--max-tokens", "40", "--answers", "2", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    value, rows = json.loads(done.stdout), [json.loads(line) for line in output.read_text().splitlines()]
+    assert value["asked"] == 10 and value["dropped"]["refused"] == 2 and value["rows"] == len(rows) > 0
+    assert "task 2 is left out: " in done.stderr and "context length" in done.stderr
+    assert {r["made_by"]["task"] for r in rows} <= {0, 1, 3, 4}
+    for row in rows:
+        made = row["made_by"]
+        prompt = said[made["task"]]
+        assert made["model"] == "tiny" and 0 < made["tokens"] <= 40
+        assert row["text"].startswith(prompt) and len(row["text"]) >= len(prompt) + 20
+
+
 def _exports_what_is_read(url: str) -> None:
     """What alerts, dashboards and reports are made of; of speculation only a server that speculates tells."""
     with urllib.request.urlopen(url + "/metrics", timeout=10) as answer:
@@ -171,6 +198,7 @@ def test_serve_answers_is_checked_and_loaded_until_a_signal_and_leaves_no_proces
         _is_measured_as_served(report["url"], path, source, environment)
         _is_loaded(report["url"], tmp_path / "load", environment)
         _counts_as_vllms_own_tool(report["url"], environment, vllm_python)
+        _writes_text_for_students(report["url"], tmp_path, environment)
         _exports_what_is_read(report["url"])
         members = psutil.Process(process.pid).children(recursive=True)
         assert any("EngineCore" in " ".join(m.cmdline()) for m in members)
