@@ -70,6 +70,7 @@ class Generation:
             ("concurrency", 1, 4096),
             ("max_tokens", 1, 1 << 20),
             ("shortest", 1, 1 << 20),
+            ("seed", 0, 2**62),
         ):
             if not least <= getattr(self, name) <= most:
                 named = name.replace("_", "-")

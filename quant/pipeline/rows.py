@@ -42,10 +42,12 @@ def measured_rows(checkpoint: Checkpoint, asked: Measured) -> Rows:
     """The text.
 
     Raises:
-        UsageError: no rows, or rows longer than the model's context.
+        UsageError: no rows, rows longer than the model's context, or a seed that generators do not take.
     """
     if asked.samples < 1:
         raise UsageError(f"--samples is {asked.samples}: at least one row is measured on")
+    if not 0 <= asked.seed < 2**63:
+        raise UsageError(f"--seed is {asked.seed}: a whole number from 0 to 2**63 - 1")
     return calibration_rows(
         load_tokenizer(checkpoint.path),
         list(asked.calibration_dataset) or [bundled("wikipedia")],

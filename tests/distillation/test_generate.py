@@ -198,6 +198,7 @@ def test_options_of_the_other_use_are_refused(cli: Callable[..., Any], tasks: Pa
         (("--generate", tasks), "give --url"),
         (("--generate", tasks, "--url", "http://h", "--steps", "3"), "--steps: not of --generate"),
         (("--generate", tasks, "--url", "http://h", "--answers", "0"), "--answers is 0"),
+        (("--generate", tasks, "--url", "http://h", "--seed", "-3"), "--seed is -3"),
         (("--generate", tmp_path / "none", "--url", "http://h"), "--generate is"),
         (("--concurrency", "3"), "--concurrency: of --generate alone"),
         ((), "--model-path, --teacher is missing"),

@@ -148,6 +148,13 @@ WRONG: dict[str, tuple[Depth, str]] = {
     "a block twice": (Depth(blocks=(1, 1)), "names a block twice"),
     "all of them": (Depth(drop=4), "4 of 4 blocks cannot go"),
     "all of them by name": (Depth(blocks=(0, 1, 2, 3)), "4 of 4 blocks cannot go"),
+    "rows of one token": (
+        Depth(drop=1, sequence_length=1),
+        "--sequence-length is 1: two tokens are the least",
+    ),
+    "no rows": (Depth(drop=1, samples=0), "--samples is 0: at least one row"),
+    "a seed below zero": (Depth(drop=1, seed=-1), "--seed is -1: a whole number from 0"),
+    "a seed too large": (Depth(drop=1, seed=2**63), "--seed is 9223372036854775808"),
     "rows beyond the context": (Depth(drop=1, sequence_length=10**6), "the model's longest context is"),
 }
 
