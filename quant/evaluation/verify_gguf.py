@@ -12,11 +12,11 @@ from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.errors import CheckpointError, QuantError, clipped
 from quant.evaluation.agreement import file_problems
 from quant.formats.reading import dequantized
-from quant.gguf.blocks import WIDE, Rows
+from quant.gguf.blocks import WIDE, Rows, steps_of
 from quant.gguf.config import config_of_file
 from quant.gguf.families import rotary
 from quant.gguf.header import Header, read_header
-from quant.gguf.levels import package
+from quant.gguf.levels import BLOCK, code_bits, package
 from quant.gguf.reading import Part, checkpoint_parts, open_gguf
 from quant.gguf.vocabulary import tokenizer_files, tokenizer_problems
 from quant.vllm.config import KEYS, head_size, heads_of, stated
@@ -28,8 +28,22 @@ if TYPE_CHECKING:
 
 #: Numbers that are compared at a time.
 _PIECE = 1 << 22
-#: Relative error from which a matrix is another one, not a rounded one: two bits lose 0.3 at the most.
-_OTHER = 0.6
+#: Root mean square error of a row, in steps of its type, that rounding may leave. Nearest rounding leaves
+#: half a step at the most, 0.29 on average; GPTQ and YAQA move codes to make up for others' errors, searched
+#: scales clip, and llama.cpp weighs errors by importance. A row of 4 bits that was zeroed or replaced is off
+#: by three steps and more, one of 8 bits by fifty.
+_STEPS = 2.0
+#: Where a matrix was rounded more coarsely before (4 bits stored as Q8_0), all rows are off by more steps,
+#: and much alike: one that is off by so many times the middle one is another row.
+_TIMES_MEDIAN = 3.0
+#: Of such a row's error, the largest share along the row itself: what rounding leaves stands across it, while
+#: a row of zeros or one multiplied by a number is off along itself alone.
+_ALONG = 0.6
+#: Relative error of a row that no rounding leaves: two bits lose half, a row of zeros is off by 1, and a row
+#: replaced by another of its size by 1.4.
+_OTHER = 0.8
+#: Error that fp16 scales leave in numbers too small for them: 2⁻²⁵ in the scale of a code of 10 bits.
+_TINY = 2.0**-15
 #: Facts that a file and its source must agree on.
 _FACTS = (
     "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "rms_norm_eps", "active",
@@ -150,42 +164,77 @@ def _value_problems(
             else:
                 theirs = origin
         try:
-            error, exact = _compared(part.name, rows, theirs)
+            yield from _row_problems(part, theirs)
         except QuantError as problem:
             numbers.append(str(problem))
-            continue
-        if error is None:
-            continue
-        if rows.entry.type in WIDE and not exact:
-            yield (
-                f"{part.name} is {rows.entry.type}, and not the source's numbers (relative error {error:.2g})"
-            )
-        elif error > _OTHER:
-            yield f"{part.name} has a relative error of {error:.2f}: it is another matrix than the source's"
 
 
-def _compared(name: str, rows: Rows, origin: Checkpoint | None) -> tuple[float | None, bool]:
-    """Relative error from the source's numbers, None without one; and whether all are theirs in the file's
-    type.
+def _row_problems(part: Part, origin: Checkpoint | None) -> Iterator[str]:
+    """What is wrong with the rows of a tensor, none of it being of another shape; nothing where there is no
+    source.
 
     Raises:
         CheckpointError: a number is not finite.
     """
+    import torch
+
+    name, rows = part.name, part.rows
     step = max(1, _PIECE // max(1, prod(rows.shape[1:])))
     theirs = None if origin is None else origin.read_rows(name, step)
-    noise = signal = 0.0
-    exact = True
+    exact, pieces = True, []
     for start in range(0, rows.shape[0], step):
-        own = rows.values(start, min(start + step, rows.shape[0]))
+        end = min(start + step, rows.shape[0])
+        own = rows.values(start, end)
         _demand_finite(own, name)
         if theirs is not None:
             other = next(theirs)
             exact = exact and _equal(own, other, rows)
-            noise += float((own.float() - other.float()).square().sum())
-            signal += float(other.float().square().sum())
-    if theirs is None:
-        return None, True
-    return sqrt(noise / signal) if signal else float(noise > 0), exact
+            pieces.append(_row_errors(own, other, rows, start))
+    if not pieces or (exact and rows.entry.type in WIDE):
+        return
+    error, norm, along, steps = torch.cat(pieces, 1)
+    total = sqrt(float(error.square().mean()) / (float(norm.square().mean()) or 1.0))
+    if rows.entry.type in WIDE:
+        yield f"{name} is {rows.entry.type}, and not the source's numbers (relative error {total:.2g})"
+        return
+    most = _most(error, norm, along, steps)
+    wrong = torch.nonzero(error > most)[:, 0].tolist()
+    if wrong:
+        yield (
+            f"{name} has a relative error of {total:.2f}, and {len(wrong)} of {len(error)} rows are not the "
+            f"source's: the first is row {wrong[0]}, off by {float(error[wrong[0]]):.2g} where its numbers "
+            f"are {float(norm[wrong[0]]):.2g} and rounding to {rows.entry.type} leaves "
+            f"{float(most[wrong[0]]):.2g} at the most"
+        )
+
+
+def _most(error: torch.Tensor, norm: torch.Tensor, along: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """The largest error of each row that rounding leaves, fp32 [N], of what :func:`_row_errors` measures."""
+    import torch
+
+    usual = _TIMES_MEDIAN * float((error / norm.clamp_min(_TINY)).median()) * norm
+    usual = torch.where(along <= _ALONG * error, usual, 0.0)
+    return torch.minimum(torch.maximum(_STEPS * steps, usual), _OTHER * norm).clamp_min(_TINY)
+
+
+def _row_errors(own: torch.Tensor, other: torch.Tensor, rows: Rows, start: int) -> torch.Tensor:
+    """Root mean squares of rows: of the error, of the source's numbers, of the part of the error along them,
+    and of the steps of the type; fp32 [4, N]."""
+    import torch
+
+    own, other = own.float().reshape(len(own), -1), other.float().reshape(len(own), -1)
+    difference = own - other
+    error, norm = (x.square().mean(1).sqrt() for x in (difference, other))
+    along = (difference * other).mean(1).abs() / norm.clamp_min(torch.finfo().tiny)
+    steps = torch.zeros_like(norm)
+    if rows.entry.type not in WIDE:
+        known = steps_of(rows.raw(start, start + len(own)), rows.entry.type)
+        if known is not None:  # as stored: codes carried over in larger groups have larger steps
+            steps = torch.from_numpy(known)
+        else:
+            largest = other.reshape(len(own), -1, BLOCK).abs().amax(2)
+            steps = (largest * 2 / (2 ** code_bits(rows.entry.type) - 1)).square().mean(1).sqrt()
+    return torch.stack([error, norm, along, steps])
 
 
 def _equal(own: torch.Tensor, other: torch.Tensor, rows: Rows) -> bool:

@@ -29,6 +29,8 @@ SCHEMES: Mapping[str, WeightScheme] = {
     "Q5_0": WeightScheme(8, BLOCK),
     "Q8_0": WeightScheme(8, BLOCK),
 }
+#: Types whose blocks of 32 begin with their step.
+_STEP_FIRST = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 #: Types that are numbers by themselves → the header's name of them.
 WIDE: Mapping[str, str] = {"F32": "F32", "F16": "F16", "BF16": "BF16", "F64": "F64"}
 
@@ -69,6 +71,18 @@ def zeros_of(blocks: np.ndarray) -> np.ndarray | None:
     steps = np.rint(np.divide(minima, scales, out=np.zeros_like(scales), where=scales != 0))
     whole = (steps >= -15) & (steps <= 0) & ((steps * scales).astype(np.float16) == minima)
     return (-8 - steps).astype(np.int8) if bool(whole.all()) else None
+
+
+def steps_of(blocks: np.ndarray, type_: str) -> np.ndarray | None:
+    """Root mean square of the steps between codes, fp32 [N] of rows of blocks uint8 [N, bytes of a row]: of
+    the types whose blocks of 32 begin with their fp16 step; None of others."""
+    import numpy as np
+
+    if type_ not in _STEP_FIRST:
+        return None
+    parts = blocks.reshape(len(blocks), -1, row_bytes(type_, BLOCK))
+    steps = np.ascontiguousarray(parts[..., :2]).view("<f2")[..., 0].astype(np.float32)
+    return np.sqrt(np.square(steps).mean(-1))  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, eq=False)

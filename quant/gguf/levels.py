@@ -84,17 +84,32 @@ def package() -> Any:
         ) from error
 
 
-def row_bytes(type_: str, columns: int) -> int:
-    """Bytes of a row of ``columns`` numbers, a multiple of the type's block."""
+def block_of(type_: str) -> tuple[int, int]:
+    """Numbers and bytes of a block of a type, as the ``gguf`` package has them."""
     gguf = package()
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_]]
-    return int(columns // block * size)
+    return int(block), int(size)
+
+
+def row_bytes(type_: str, columns: int) -> int:
+    """Bytes of a row of ``columns`` numbers, a multiple of the type's block."""
+    block, size = block_of(type_)
+    return columns // block * size
+
+
+def code_bits(type_: str) -> int:
+    """Bits of a code of a type, whose blocks hold less than one more bit a number for scales.
+
+    >>> code_bits("Q6_K"), code_bits("IQ4_XS"), code_bits("Q8_0")
+    (6, 4, 8)
+    """
+    block, size = block_of(type_)
+    return 8 * size // block
 
 
 def fits(type_: str, columns: int) -> bool:
     """Whether rows of so many numbers are whole blocks of a type."""
-    gguf = package()
-    return columns % int(gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_]][0]) == 0
+    return columns % block_of(type_)[0] == 0
 
 
 def rounded(values: np.ndarray, type_: str) -> np.ndarray:

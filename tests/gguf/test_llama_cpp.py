@@ -15,10 +15,13 @@ import torch
 
 from quant.catalog import load_model
 from quant.checkpoint.reader import open_checkpoint
+from quant.evaluation.verify import verify
 from quant.formats.reading import dequantized
+from quant.gguf.levels import OWN_LEVELS
 from quant.gguf.tokenizer import PRE_TOKENIZERS
 from quant.pipeline.gguf import export_gguf
 from quant.planning.gguf import level_bytes
+from tests.gguf.damage import assert_damage_is_told
 from tests.helpers import TINYLM, make_checkpoint, quantize, short_text
 
 Ask = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
@@ -65,7 +68,7 @@ def reference(folder: Path, rows: list[list[int]], file: Path) -> tuple[float, l
     from transformers import AutoConfig, AutoModelForCausalLM
 
     checkpoint = dequantized(open_checkpoint(folder))
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(checkpoint.path)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     if checkpoint.computed:
@@ -212,7 +215,24 @@ def test_llama_cpp_s_own_levels_are_better_with_our_importance(tmp_path: Path, l
         requests.append({"file": str(file), "rows": rows, "reference": str(logs)})
     weighed_kl, plain_kl, _ = (a["kl"] for a in llama_cpp(requests))
     assert weighed_kl < plain_kl
+    assert_damage_is_told(tmp_path / f"{TINYLM.name}-True.gguf", TINYLM, tmp_path)
     assert not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
+
+
+def test_llama_cpp_s_own_levels_are_evaluated_as_it_computes_them(tmp_path: Path, llama_cpp: Ask) -> None:
+    """Perplexity of the dequantized numbers within 0.5 % of llama.cpp's, which multiplies by the blocks."""
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(TINYLM)(short_text().read_text(encoding="utf-8")[:4000]).input_ids
+    rows, requests, wanted = [[0, *ids[i : i + 199]] for i in (0, 199, 398)], [], []
+    for level in OWN_LEVELS:
+        file, logs = tmp_path / f"{level}.gguf", tmp_path / f"{level}.npy"
+        export_gguf(TINYLM, file, level, imatrix=False)
+        assert verify(file, source=TINYLM).passed, level
+        wanted.append(reference(file, rows, logs)[0])
+        requests.append({"file": str(file), "rows": rows, "reference": str(logs)})
+    for level, answer, loss in zip(OWN_LEVELS, llama_cpp(requests), wanted, strict=True):
+        assert abs(math.expm1(answer["loss"] - loss)) < 0.005 and answer["kl"] < 1e-3, level
 
 
 def test_rows_that_are_no_blocks_of_256_fall_back_by_name(tmp_path: Path, llama_cpp: Ask) -> None:

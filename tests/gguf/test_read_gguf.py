@@ -21,6 +21,7 @@ from quant.formats.reading import dequantized
 from quant.gguf.levels import LEVELS
 from quant.pipeline.export import export
 from quant.pipeline.gguf import export_gguf
+from tests.gguf.damage import assert_damage_is_told
 from tests.gguf.test_llama_cpp import MODELS, tokenizers_of_every_kind
 from tests.helpers import copy_model, load_all, make_checkpoint, read_config, save_all, short_text
 
@@ -128,6 +129,28 @@ def test_verify_names_what_differs_from_the_source(file: Path, llama: Path, tmp_
     found = [c.detail for c in verify(file, source=other).checks if not c.passed]
     assert len(found) == 1 and "mlp.up_proj.weight has a relative error of 2.00" in found[0]
     assert "model.norm.weight is F32, and not the source's numbers" in found[0]
+
+
+def test_rows_that_are_not_the_source_s_are_told_from_rounded_ones(
+    llama: Path, quantized: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of codes that GPTQ moved too, and of 4 bits rounded once more, judged against the first source."""
+    few: dict[str, Any] = {"method": "gptq", "samples": 4, "sequence_length": 64}
+    four, uneven = quantized(**few), quantized(**few, symmetric=False)
+    for source, level in (
+        (llama, "q8_0"), (llama, "q4_0"), (llama, "f16"), (four, None), (uneven, "q8_0")
+    ):  # fmt: skip
+        file = tmp_path / f"{source.parent.name}-{level}.gguf"
+        export_gguf(source, file, level)
+        assert_damage_is_told(file, llama, tmp_path)
+
+
+def test_a_matrix_multiplied_by_a_number_is_another_one(file: Path, llama: Path, tmp_path: Path) -> None:
+    other = copy_model(llama, tmp_path / "other")
+    tensors = load_all(other)
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1.25
+    save_all(other, tensors)
+    assert "96 of 96 rows are not the source's" in str(verify(file, source=other).failed)
 
 
 def test_split_files_are_one_model(file: Path, llama: Path, tmp_path: Path) -> None:
