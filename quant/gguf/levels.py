@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from quant.errors import QuantError
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: Numbers in a block of the plain types.
 BLOCK = 32
+#: What a tensor is to a level. Vectors and routers are added, multiplied and compared in fp32: ``vector``.
+Place = Literal["vector", "linear", "embedding", "head"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,30 @@ class Level:
     head: str
     bits: int = 0
     symmetric: bool = True
+
+    @property
+    def wide(self) -> str:
+        """Type of what stays in 16 bits."""
+        return "BF16" if self.type == "BF16" else "F16"
+
+    def type_of(self, place: Place, columns: int, *, tied: bool, coded: bool | None) -> str:
+        """Type of a tensor of a file of this level.
+
+        Args:
+            place: what it is; of a linear, or a table of tokens that the source has quantized, ``linear``.
+            columns: numbers in a row.
+            tied: whether the embedding is the head as well.
+            coded: whether the source has quantized it; None: it has quantized nothing. What it has left in
+                16 bits beside its codes stays so, but for the head.
+        """
+        if place == "vector":
+            return "F32"
+        if place in ("head", "embedding"):
+            both = place == "head" or tied or coded is not None
+            type_ = self.head if both else self.type
+        else:
+            type_ = self.wide if coded is False else self.type
+        return type_ if fits(type_, columns) else self.wide
 
     def takes(self, scheme: WeightScheme, inputs: int) -> bool:
         """Whether codes of a scheme, of a linear with so many inputs, are stored as they are."""

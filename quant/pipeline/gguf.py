@@ -22,7 +22,7 @@ from quant.formats.legacy import repaired
 from quant.formats.reading import dequantized, read_linear
 from quant.gguf.container import Tensor, write_tensors
 from quant.gguf.families import Family, config_notes, config_problems, family_of
-from quant.gguf.levels import LEVELS, OWN_LEVELS, Level, carried, fits, package, rounded
+from quant.gguf.levels import LEVELS, OWN_LEVELS, Level, Place, carried, package, rounded
 from quant.gguf.llama_cpp import llama_python, quantize
 from quant.gguf.metadata import add_hyperparameters, rotary_factors
 from quant.gguf.tokenizer import Vocabulary, read_vocabulary
@@ -41,6 +41,10 @@ if TYPE_CHECKING:
 
 #: Numbers that are rounded at a time.
 _PIECE = 1 << 22
+#: A row that is whole blocks of every type.
+_WHOLE = 256
+#: The tables of tokens.
+_TABLES: Mapping[str, Place] = {"token_embd.weight": "embedding", "output.weight": "head"}
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")
 #: Projections of experts by every name they have.
 _PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -399,22 +403,18 @@ def _stack(job: _Job, experts: Mapping[str, LinearRef], decoder: str, names: Any
 
 
 def _type(job: _Job, target: str, shape: Sequence[int], linears: Sequence[str]) -> str:
-    """The type of a tensor: norms, biases and routers in fp32, others as the level says."""
+    """The type of a tensor, as the level says; and a note where its rows are no whole blocks."""
+    level = job.level
+    coded = None if job.layers is None else bool(linears) and all(n in job.layers.linears for n in linears)
+    place: Place = "linear"
     if len(shape) == 1 or "ffn_gate_inp" in target:
-        return "F32"
-    level, wide = job.level, "F16" if job.level.type != "BF16" else "BF16"
-    embedding = target in ("token_embd.weight", "output.weight")
-    quantized = job.layers is not None and all(n in job.layers.linears for n in linears) and bool(linears)
-    if embedding and not quantized:
-        both = target == "output.weight" or _tied(job) or job.layers is not None
-        type_ = level.head if both else level.type
-    elif job.layers is not None and not quantized:
-        type_ = wide  # what the source left in 16 bits
-    else:
-        type_ = level.type
-    if not fits(type_, shape[-1]):
-        job.notes.append(f"{target} is {wide}: its rows of {shape[-1]} are not whole blocks of {type_}")
-        type_ = wide
+        place = "vector"
+    elif not coded:
+        place = _TABLES.get(target, "linear")
+    type_ = level.type_of(place, shape[-1], tied=_tied(job), coded=coded)
+    wanted = level.type_of(place, _WHOLE, tied=_tied(job), coded=coded)
+    if type_ != wanted:
+        job.notes.append(f"{target} is {type_}: its rows of {shape[-1]} are not whole blocks of {wanted}")
     return type_
 
 

@@ -3,7 +3,7 @@ holds. No torch.
 
 Which type llama.cpp gives to which tensor of a K level is ``src/llama-quant.cpp`` (`llama_tensor_get_type`):
 values, the down projection and the head get more bits than the rest, in some blocks. Types of our own levels
-are those of :mod:`quant.pipeline.gguf`.
+are those of :meth:`quant.gguf.levels.Level.type_of`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,14 @@ from typing import Any
 from quant.errors import QuantError
 from quant.gguf.families import FAMILIES
 from quant.gguf.header import Header
-from quant.gguf.levels import LEVELS
+from quant.gguf.levels import LEVELS, Place, fits, row_bytes
 from quant.gguf.llama_cpp import llama_python
 from quant.hardware import Gpu
 from quant.models.spec import ModelSpec, Weight
+from quant.planning.storage import source_schemes
 from quant.units import format_size
 from quant.vllm.config import text_config
 
-#: Numbers and bytes of a block of each type (``ggml-common.h``).
-_BLOCKS = {
-    "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20),
-    "Q5_0": (32, 22), "Q5_1": (32, 24), "IQ4_NL": (32, 18), "Q2_K": (256, 84), "Q3_K": (256, 110),
-    "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210), "IQ4_XS": (256, 136),
-}  # fmt: skip
 #: Type of most matrices of a level that llama.cpp makes.
 _MOST = {
     "q6_k": "Q6_K", "q5_k_m": "Q5_K", "q4_k_m": "Q4_K", "iq4_xs": "IQ4_XS", "q3_k_m": "Q3_K", "q2_k": "Q2_K",
@@ -43,7 +38,10 @@ _BEST = ("q4_k_m", "iq4_xs", "q3_k_m", "q2_k")
 _PLAIN = ("q4_0",)
 #: Bytes of a token in the file: its text, kind and score, and its share of merges.
 _TOKEN_BYTES = 36
-#: What llama.cpp takes besides weights and cache: buffers of a batch of 512 tokens.
+#: Tokens that llama.cpp computes at a time (``n_ubatch``): beyond its window a sliding block's cache has room
+#: for them (``src/llama-kv-cache-iswa.cpp``).
+_BATCH = 512
+#: What llama.cpp takes besides weights and cache: buffers of a batch.
 _COMPUTE = 512 << 20
 
 
@@ -86,25 +84,29 @@ def _kind(name: str) -> str:
     }.get(last, "")  # fmt: skip
 
 
-def tensor_type(level: str, weight: Weight, spec: ModelSpec, weighed: bool = True) -> str:
+def tensor_type(
+    level: str, weight: Weight, spec: ModelSpec, weighed: bool = True, coded: bool | None = None
+) -> str:
     """ggml's name of the type of a tensor at a level.
 
     Args:
         weighed: whether an importance matrix is used.
+        coded: as :meth:`quant.gguf.levels.Level.type_of`; of no matter to llama.cpp's levels, which are made
+            of 16 bits.
     """
     kind, columns = _kind(weight.name), weight.shape[-1]
-    if len(weight.shape) == 1 or kind == "router" or weight.role == "norm":
-        return "F32"
+    vector = len(weight.shape) == 1 or kind == "router" or weight.role == "norm"
     if level in LEVELS:
-        row = LEVELS[level]
-        wide = "BF16" if row.type == "BF16" else "F16"
-        both = kind == "head" or (kind == "embedding" and spec.tied)
-        type_ = row.head if both else row.type
-        return type_ if columns % _BLOCKS[type_][0] == 0 else wide
+        place: Place = "vector" if vector else "linear"
+        if not vector and not coded and kind in ("head", "embedding"):
+            place = "head" if kind == "head" else "embedding"
+        return LEVELS[level].type_of(place, columns, tied=spec.tied, coded=coded)
+    if vector:
+        return "F32"
     type_ = _of_level(level, kind, weight.layer, spec, columns, weighed)
-    if columns % _BLOCKS[type_][0]:
+    if not fits(type_, columns):
         type_ = _FALLBACK.get(type_, type_)
-    return type_ if columns % _BLOCKS[type_][0] == 0 else "F16"
+    return type_ if fits(type_, columns) else "F16"
 
 
 def _of_level(level: str, kind: str, block: int, spec: ModelSpec, columns: int, weighed: bool) -> str:
@@ -113,7 +115,7 @@ def _of_level(level: str, kind: str, block: int, spec: ModelSpec, columns: int, 
     experts = spec.moe.experts if spec.moe is not None else 0
     shared = spec.heads // max(1, spec.kv_heads)
     if kind == "head" or (kind == "embedding" and spec.tied):
-        return "Q8_0" if columns % _BLOCKS[most][0] else "Q6_K"
+        return "Q6_K" if fits(most, columns) else "Q8_0"
     if kind == "v":
         type_ = {
             "q2_k": "Q4_K" if shared >= 4 else "Q3_K",
@@ -141,15 +143,20 @@ def _of_level(level: str, kind: str, block: int, spec: ModelSpec, columns: int, 
 
 def _tensors(spec: ModelSpec, level: str, weighed: bool) -> Iterator[tuple[Weight, int]]:
     """The tensors of the text decoder, with their bytes."""
+    own = source_schemes(spec) if spec.quantization else None
     for weight in spec.unpacked or spec.weights:
         if weight.role in ("tower", "mtp") or (spec.tied and _kind(weight.name) == "head"):
             continue
-        numbers, size = _BLOCKS[tensor_type(level, weight, spec, weighed)]
-        yield weight, weight.parameters // numbers * size
+        coded = None if own is None else own(weight) is not None
+        yield weight, row_bytes(tensor_type(level, weight, spec, weighed, coded), weight.parameters)
 
 
 def level_bytes(spec: ModelSpec, level: str, weighed: bool = True) -> int:
     """Size of the file of a model at a level, its keys and tokenizer estimated.
+
+    Raises:
+        QuantError: the ``gguf`` package, which knows the sizes of blocks, is not installed.
+        UsageError: the model is quantized already, in what way is not known.
 
     >>> from quant.catalog import load_model
     >>> round(level_bytes(load_model("Qwen2.5-7B-Instruct"), "q4_k_m") / 1e9, 2)
@@ -160,8 +167,22 @@ def level_bytes(spec: ModelSpec, level: str, weighed: bool = True) -> int:
 
 
 def cache_bytes(spec: ModelSpec, tokens: int) -> int:
-    """fp16 keys and values of all blocks."""
-    return 2 * 2 * spec.layers * spec.kv_heads * spec.head_dim * tokens
+    """What llama.cpp keeps of so many tokens: fp16 keys and values, or latents; of blocks with a sliding
+    window no more than the window and a batch, where its graph of the family has windows; recurrent states in
+    fp32."""
+    family = FAMILIES.get(_decoder_type(spec))
+    total = 0
+    for layer in spec.cache:
+        kept = tokens
+        if layer.window and family is not None and family.window:
+            kept = min(tokens, layer.window + _BATCH)
+        total += 2 * kept * layer.kv_heads * (layer.key_dim + layer.value_dim)
+        total += sum(4 * count for count, _ in layer.state)
+    return total
+
+
+def _decoder_type(spec: ModelSpec) -> str:
+    return str(text_config(spec.config).get("model_type") or spec.model_type)
 
 
 def plan_level(spec: ModelSpec, level: str, gpu: Gpu | None, tokens: int, model: str) -> LevelPlan:
@@ -175,7 +196,7 @@ def plan_level(spec: ModelSpec, level: str, gpu: Gpu | None, tokens: int, model:
     bound = None
     if gpu is not None and gpu.bandwidth and (gpu.platform == "cpu" or layers == spec.layers):
         read = sum(
-            n * (spec.moe.active / spec.moe.experts if spec.moe is not None and w.count > 1 else 1)
+            n * (spec.moe.active / spec.moe.experts if spec.moe is not None and w.role == "experts" else 1)
             for w, n in _tensors(spec, level, True)
             if _kind(w.name) != "embedding" or spec.tied
         )
@@ -194,7 +215,7 @@ def best_level(
     Returns:
         the level, or why there is none.
     """
-    if str(text_config(spec.config).get("model_type") or spec.model_type) not in FAMILIES:
+    if _decoder_type(spec) not in FAMILIES:
         return (
             f"{spec.model_type} is not written as GGUF here: convert_hf_to_gguf.py of llama.cpp may know it"
         )
@@ -203,7 +224,10 @@ def best_level(
         levels: tuple[str, ...] = _BEST
     except QuantError:
         levels = _PLAIN
-    plans = [plan_level(spec, level, gpu, tokens, model) for level in levels]
+    try:
+        plans = [plan_level(spec, level, gpu, tokens, model) for level in levels]
+    except QuantError as error:
+        return f"a level that cannot be told here: {error}"
     fitting = [p for p in plans if memory is None or p.memory_bytes <= memory]
     if fitting:
         return fitting[0]
@@ -224,11 +248,13 @@ class Offload:
     text: str
 
 
-def file_cache_bytes(fields: Mapping[str, Any], tokens: int | None) -> int | None:
-    """fp16 keys and values of all blocks of a file, by its keys (ggml's ``docs/gguf.md``).
+def file_cache_bytes(fields: Mapping[str, Any], tokens: int | None, requests: int = 1) -> int | None:
+    """fp16 keys and values of all blocks of a file, by its keys (ggml's ``docs/gguf.md``); of a family read
+    here no more than its window and a batch in blocks that slide.
 
     Args:
-        tokens: of all requests together; None: the model's context.
+        tokens: of a request; None: the model's context.
+        requests: that are served at once.
 
     Returns:
         None where the keys do not say it.
@@ -254,18 +280,25 @@ def file_cache_bytes(fields: Mapping[str, Any], tokens: int | None) -> int | Non
     kept = shared if isinstance(shared, list) else [shared or heads] * blocks if blocks < 2**16 else []
     if not each or len(kept) != blocks or not all(isinstance(n, int) and n >= 0 for n in kept):
         return None
-    return 2 * int(tokens) * each * sum(kept)
+    window, period = number("attention.sliding_window"), number("attention.sliding_window_pattern")
+    usual = next((f.window for f in FAMILIES.values() if f.architecture == arch), None)
+    period = period if whole(period) else usual
+    positions = [int(tokens) * requests] * blocks
+    if usual and period and whole(window):
+        sliding = min(int(tokens) * requests, window * requests + _BATCH)
+        positions = [n if i % period == period - 1 else sliding for i, n in enumerate(positions)]
+    return 2 * each * sum(n * heads for n, heads in zip(positions, kept, strict=True))
 
 
-def offload(header: Header, gpu: Gpu, count: int, tokens: int | None) -> Offload:
+def offload(header: Header, gpu: Gpu, count: int, tokens: int | None, requests: int = 1) -> Offload:
     """How much of a file some equal GPUs hold, with its part of an fp16 cache, or whether a machine's memory
     does. llama.cpp keeps the embedding on the CPU where another tensor is the head.
 
     Args:
-        tokens: of all requests together; None: the model's context.
+        tokens, requests: as :func:`file_cache_bytes`.
     """
     size = sum(f.stat().st_size for f in header.files)
-    cache = file_cache_bytes(header.fields, tokens)
+    cache = file_cache_bytes(header.fields, tokens, requests)
     blocks = header.fields.get(f"{header.fields.get('general.architecture')}.block_count")
     there = gpu.free_bytes * count
     on = f"{count} × {gpu.name}" if count > 1 else gpu.name

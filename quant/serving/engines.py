@@ -330,7 +330,7 @@ def _gguf(engine: Engine, path: Path, request: DeploymentRequest, gpu: Gpu | Non
         name = (request.name or stem).replace(",", "-")  # of which --alias would make several
         arguments.append(Argument("alias", name, "what clients call the model, wherever it lies"))
     if gpu is not None:
-        fits = offload(header, gpu, count, context and context * many)
+        fits = offload(header, gpu, count, context, many if context else 1)
         (notes if fits.whole else said).append(fits.text)
     size = sum(f.stat().st_size for f in header.files)
     made = _deployment(engine, file, name, arguments, request, count, said, gpu, size)

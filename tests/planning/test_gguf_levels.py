@@ -15,7 +15,7 @@ from quant.catalog import load_model
 from quant.gguf.llama_cpp import PYTHON_VARIABLE
 from quant.hardware import Gpu
 from quant.pipeline.gguf import export_gguf
-from quant.planning.gguf import best_level, level_bytes, plan_level
+from quant.planning.gguf import best_level, cache_bytes, file_cache_bytes, level_bytes, plan_level
 
 
 @pytest.mark.parametrize(
@@ -32,16 +32,51 @@ def test_a_model_of_7b_is_as_large_as_its_published_files(level: str, gigabytes:
     assert abs(found - gigabytes) <= 0.005 * gigabytes + 0.005
 
 
-def test_our_own_levels_are_as_large_as_said(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
-    for kind, changes in (("llama", {}), ("gemma2", {"tie": True}), ("llama", {"intermediate_size": 80})):
-        folder = checkpoints(kind, **changes)
+def test_our_own_levels_are_as_large_as_said(
+    checkpoints: Callable[..., Path], quantized: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of sources in 16 bits and quantized ones, whose codes are stored and whose other matrices stay."""
+    some: list[Path] = [
+        checkpoints("llama"),
+        checkpoints("gemma2", tie=True),
+        checkpoints("llama", intermediate_size=80),
+        quantized(method="minmax"),
+        quantized(method="minmax", ignore=["re:.*down_proj"]),
+    ]
+    for number, folder in enumerate(some):
         spec = load_model(str(folder))
         for level in ("bf16", "q5_1", "q4_0"):
-            file = tmp_path / f"{kind}-{len(changes)}-{level}.gguf"
+            file = tmp_path / f"{number}-{level}.gguf"
             export_gguf(folder, file, level)
             stored = sum(int(t.n_bytes) for t in gguf.GGUFReader(file).tensors)
-            assert level_bytes(spec, level) - spec.vocabulary * 36 == stored, (kind, level)
+            assert level_bytes(spec, level) - spec.vocabulary * 36 == stored, (number, level)
             file.unlink()
+
+
+def test_what_a_token_reads_is_of_the_experts_chosen_and_of_the_windows(
+    checkpoints: Callable[..., Path],
+) -> None:
+    """Of a folder, whose experts are tensors of their own, as of a catalogue's shapes."""
+    spec = load_model(str(checkpoints("mixtral", num_local_experts=4, num_experts_per_tok=1)))
+    cpu = Gpu("CPU", 1 << 30, 1 << 30, bandwidth=1e9, platform="cpu")
+    found = plan_level(spec, "f16", cpu, 100, "m").tokens_per_second
+    inside = sum(2 * w.parameters / (4 if w.role == "experts" else 1) for w in spec.weights)
+    inside += 2 * sum(w.parameters for w in spec.weights if w.role in ("norm", "router"))  # fp32
+    inside -= 2 * sum(w.parameters for w in spec.weights if w.role == "embedding")
+    cache = 2 * 2 * spec.layers * spec.kv_heads * spec.head_dim * 100
+    assert cache_bytes(spec, 100) == cache
+    assert found == pytest.approx(1e9 / (inside + cache / 2))
+    slides = load_model(str(checkpoints("gemma2", sliding_window=64)))  # the last of every two attends to all
+    each = 2 * 2 * slides.kv_heads * slides.head_dim
+    assert slides.layers == 3 and cache_bytes(slides, 4096) == each * (4096 + 2 * (64 + 512))
+    keys = {
+        "block_count": 3, "attention.head_count": slides.heads, "context_length": 4096,
+        "attention.head_count_kv": slides.kv_heads, "attention.key_length": slides.head_dim,
+        "attention.sliding_window": 64,
+    }  # fmt: skip
+    fields = {"general.architecture": "gemma2", **{f"gemma2.{k}": v for k, v in keys.items()}}
+    assert file_cache_bytes(fields, None) == cache_bytes(slides, 4096)
+    assert file_cache_bytes(fields, 4096, 2) == each * (2 * 4096 + 2 * (2 * 64 + 512))
 
 
 def test_the_level_advised_fits_and_its_command_runs(
