@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quant.checkpoint.folders import FOREIGN_WEIGHTS, described, no_model, not_itself
+from quant.checkpoint.gguf_path import gguf_file
 from quant.checkpoint.header import TensorInfo, read_header
 from quant.documents import LARGEST, read_document
 from quant.errors import CheckpointError, clipped
@@ -447,7 +448,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 #: What reads a checkpoint that is no folder of safetensors: a module of a layer above, by name, which knows
-#: families too: it is imported when a path is one of its own. It has ``gguf_file`` and ``open_gguf``.
+#: families too: it is imported when a path is one of its own. It has ``open_gguf``.
 _GGUF = "quant.gguf.reading"
 
 
@@ -457,15 +458,9 @@ def _container(path: Path) -> Checkpoint | None:
     Raises:
         CheckpointError: the container cannot be read.
     """
-    single = path.suffix == ".gguf" and not path.is_dir()
-    stands_in = (path / GGUF_MARK).is_file()
-    holds = path.is_dir() and any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))
-    if not single and not stands_in and not holds:
+    if gguf_file(path) is None:
         return None
-    reading = importlib.import_module(_GGUF)
-    if reading.gguf_file(path) is None and not single:
-        return None
-    opened: Checkpoint = reading.open_gguf(path)
+    opened: Checkpoint = importlib.import_module(_GGUF).open_gguf(path)
     return opened
 
 

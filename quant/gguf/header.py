@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from quant.checkpoint.folders import not_itself
+from quant.checkpoint.gguf_path import SPLIT
 from quant.errors import CheckpointError, clipped
 from quant.gguf.levels import package
 from quant.remote import open_weights
@@ -31,7 +31,6 @@ _MOST_SIDES = 4  # GGML_MAX_DIMS
 #: Bytes of the smallest key and of the smallest tensor's entry: what bounds their numbers.
 _LEAST_KEY, _LEAST_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
 _PIECE = 4 << 20
-_SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def read_header(file: Path, any_type: bool = False) -> Header:
 
 def _split_files(file: Path, count: int) -> list[Path]:
     """All files of a split one, by the name that llama.cpp gives them (``…-00001-of-00003.gguf``)."""
-    named = _SPLIT.fullmatch(file.name)
+    named = SPLIT.fullmatch(file.name)
     if named is None or int(named[3]) != count or count > 99_999:
         raise CheckpointError(
             f"{file}: is one of {count} files of a split model, whose names must end in "

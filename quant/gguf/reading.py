@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quant.checkpoint.gguf_path import gguf_file
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.reader import Checkpoint, read_json
 from quant.errors import CheckpointError, clipped
@@ -41,8 +42,6 @@ BLOCKS = "blocks"
 _VERSION = 1
 #: Bytes that are looked at at a time.
 _PIECE = 8 << 20
-_FIRST = re.compile(r"(.+)-00001-of-\d{5}\.gguf")
-_LATER = re.compile(r".+-\d{5}-of-\d{5}\.gguf")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,29 +63,6 @@ class Part:
         """Whether its bytes are others than the file's."""
         rows = self.rows
         return not self.coded and (rows.order is not None or bool(rows.offset) or rows.entry.type not in WIDE)
-
-
-def gguf_file(path: Path) -> Path | None:
-    """The GGUF file that a path means: itself, the only one (or the first of a split one) of a folder without
-    a checkpoint of safetensors, or what a folder of the cache stands for; else None.
-
-    Raises:
-        CheckpointError: a folder has several.
-    """
-    if path.is_file():
-        return path if path.suffix == ".gguf" else None
-    if (path / GGUF_MARK).is_file():
-        return Path(str(read_json(path / GGUF_MARK, "the mark").get("file")))
-    if not path.is_dir() or any(path.glob("*.safetensors")):
-        return None
-    files = sorted(f for f in path.glob("*.gguf") if not f.name.startswith(("mmproj", ".")))
-    files = [f for f in files if _FIRST.fullmatch(f.name) or not _LATER.fullmatch(f.name)] or files[:1]
-    if len(files) > 1:
-        raise CheckpointError(
-            f"{path}: holds {len(files)} GGUF files ({', '.join(f.name for f in files[:3])}"
-            f"{', …' if len(files) > 3 else ''}): give one of them"
-        )
-    return files[0] if files else None
 
 
 def open_gguf(path: Path, zero_points: bool = False) -> Checkpoint:

@@ -183,7 +183,9 @@ def _tokens(said: Mapping[str, Any], file: Path, rows: int) -> tuple[list[str], 
     assert isinstance(model, Mapping)
     if model.get("type") != "BPE" or not isinstance(vocabulary, Mapping):
         raise CheckpointError(
-            f"{file}: its model is {clipped(model.get('type'))}: BPE alone can be written as GGUF here"
+            f"{file}: its model is {clipped(model.get('type'))}: BPE alone, of bytes or of SentencePiece's "
+            "pieces, can be written as GGUF here; a file with another one would read text otherwise than the "
+            "model was trained: serve the checkpoint with vLLM (quant-deploy plan)"
         )
     tokens = [f"[PAD{i}]" for i in range(rows)]
     kinds = [UNUSED] * rows

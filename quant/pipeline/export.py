@@ -11,6 +11,7 @@ from typing import Any
 
 from quant import defaults
 from quant.checkpoint.dtypes import TORCH
+from quant.checkpoint.gguf_path import gguf_file
 from quant.checkpoint.journal import WorkFolder
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.checkpoint.writer import TensorSpec
@@ -21,7 +22,7 @@ from quant.formats import Contents, Format, FormatRegistry, QuantizedLayers, fin
 from quant.formats.base import FOREIGN, IncompleteCheckpoint
 from quant.formats.legacy import lacking, repaired
 from quant.formats.reading import dequantized, read_linear
-from quant.gguf.reading import dequantized_note, gguf_file, open_gguf
+from quant.gguf.reading import dequantized_note, open_gguf
 from quant.models.linears import LinearRef, built_linears, fused_refs
 from quant.models.roles import block_of
 from quant.models.stacking import stacked

@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
 from quant.checkpoint.reader import open_checkpoint
 from quant.errors import DiskFull, QuantError
@@ -107,6 +108,13 @@ def test_a_wrapper_s_text_part_is_written_alone(checkpoints: Callable[..., Path]
         ("olmo2", {}, "model type 'olmo2'"),
         ("llama", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, "factor of rotary scaling linear is None"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 2.0}},
+            "attention_factor of YaRN is 2.0: llama.cpp multiplies by 1.13863",
+        ),
+        ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping is None: .* caps always"),
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob is false"),
         ("gemma2", {"query_pre_attn_scalar": 7}, "query_pre_attn_scalar is 7"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "layer_types": None}, "_window is 9"),
@@ -137,6 +145,10 @@ def test_bad_input_leaves_everything_as_it_was(
     bare = copy_model(llama, tmp_path / "bare")
     (bare / "tokenizer.json").unlink()
     with pytest.raises(QuantError, match="tokenizer.json: it is missing"):
+        export_gguf(bare, tmp_path / "no.gguf")
+    unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("▁a", -1.0)], unk_id=0, byte_fallback=False))
+    unigram.save(str(bare / "tokenizer.json"))
+    with pytest.raises(QuantError, match="its model is 'Unigram': BPE alone.*serve the checkpoint with vLLM"):
         export_gguf(bare, tmp_path / "no.gguf")
     damaged = copy_model(llama, tmp_path / "damaged")
     tensors = load_all(damaged)
