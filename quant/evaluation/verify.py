@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from quant.checkpoint.gguf_path import gguf_file
 from quant.checkpoint.header import WIDE_FLOATS
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.errors import CheckpointError, QuantError
@@ -31,7 +32,6 @@ from quant.evaluation.verify_gguf import verify_gguf
 from quant.formats import Format, QuantizedLayers, find_format
 from quant.formats.base import UnreadMethod, config_problems
 from quant.formats.legacy import repaired
-from quant.gguf.reading import gguf_file
 from quant.models.account import stacked_experts
 from quant.models.linears import built_linears, fused_refs
 from quant.models.roles import leftovers_note

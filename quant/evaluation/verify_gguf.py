@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from math import prod, sqrt
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import isclose, prod, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.errors import CheckpointError, QuantError, clipped
 from quant.evaluation.agreement import file_problems
+from quant.formats.legacy import repaired
 from quant.formats.reading import dequantized
 from quant.gguf.blocks import WIDE, Rows, steps_of
-from quant.gguf.config import config_of_file
-from quant.gguf.families import rotary
+from quant.gguf.config import config_of_file, family_of_file
+from quant.gguf.families import Family, config_problems, family_of
 from quant.gguf.header import Header, read_header
 from quant.gguf.levels import BLOCK, code_bits, package
+from quant.gguf.metadata import graph_facts
 from quant.gguf.reading import Part, checkpoint_parts, open_gguf
+from quant.gguf.text import common_name, text_tensors
 from quant.gguf.vocabulary import tokenizer_files, tokenizer_problems
-from quant.vllm.config import KEYS, head_size, heads_of, stated
 
 if TYPE_CHECKING:
     import torch
@@ -44,11 +48,9 @@ _ALONG = 0.6
 _OTHER = 0.8
 #: Error that fp16 scales leave in numbers too small for them: 2⁻²⁵ in the scale of a code of 10 bits.
 _TINY = 2.0**-15
-#: Facts that a file and its source must agree on.
-_FACTS = (
-    "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "rms_norm_eps", "active",
-    "experts",
-)  # fmt: skip
+#: Largest relative difference of two numbers that are one in fp32; of rotary factors, which are found again
+#: in four numbers.
+_SAME, _SAME_FACTOR = 1e-6, 2e-3
 _CHUNK = 1 << 22
 
 
@@ -64,8 +66,9 @@ def verify_gguf(result: Verification, file: Path, source: str | Path | None = No
     config = config_of_file(header)
     total = f"{len(header.tensors)} tensors in {len(header.files)} file{'s' if len(header.files) > 1 else ''}"
     result.add("files", [], f"{total}, header valid")
-    origin = None if source is None else dequantized(open_checkpoint(source))
-    against = [] if origin is None else _differing_facts(config, origin.config)
+    origin = None if source is None else dequantized(repaired(open_checkpoint(source))[0])
+    _, family = family_of_file(header)
+    against = [] if origin is None else _differing_facts(config, origin.config, family)
     result.add("metadata", against, f"{config['model_type']}: {config['num_hidden_layers']} blocks")
     try:
         parts = checkpoint_parts(header, config)
@@ -84,43 +87,62 @@ def verify_gguf(result: Verification, file: Path, source: str | Path | None = No
     if wrong:
         return result
     numbers: list[str] = []
-    lost = list(_value_problems(checkpoint, parts, origin, numbers))
+    theirs = None if origin is None else _tensors_of(origin, family)
+    lost = list(_value_problems(parts, theirs, numbers))
     result.add("values", numbers, "every number is finite")
-    if origin is not None:
-        missing = sorted(set(origin.tensors) - {p.name for p in parts})
-        lost += [f"{n} of the source has no place in the file" for n in missing if not _elsewhere(n, config)]
+    if theirs is not None:
+        held = {common_name(p.name) for p in parts}
+        lost += [f"{t.name} of the source is not in the file" for n, t in theirs.items() if n not in held]
         result.add("tensors of the source", lost, f"all {len(parts)} are there, exactly or rounded")
     result.content_hash = _hash(header)
     return result
 
 
-def _elsewhere(name: str, config: dict[str, Any]) -> bool:
-    """Whether a tensor of the source is left out of every such file: a tied head, towers, buffers."""
-    head = name == "lm_head.weight" and config["tie_word_embeddings"]
-    return head or "inv_freq" in name or not name.startswith(("model.", "lm_head"))
+@dataclass(frozen=True)
+class _Theirs:
+    """A tensor of the source: its own name and shape, and its rows, so many at a time."""
+
+    name: str
+    shape: tuple[int, ...]
+    pieces: Callable[[int], Iterator[torch.Tensor]]
 
 
-def _differing_facts(config: dict[str, Any], source: dict[str, Any]) -> list[str]:
-    """What the file's keys say otherwise than its source's config.json."""
-    wrong = []
-    facts = [(f, stated(config, f), stated(source, f)) for f in _FACTS if f in KEYS or stated(source, f)]
-    mine, theirs = heads_of(config), heads_of(source)
-    if mine is not None and theirs is not None:
-        facts += [("heads", mine.attention, theirs.attention), ("KV heads", mine.kv, theirs.kv)]
-    facts.append(("head_dim", head_size(config), head_size(source)))
-    for key in ("rope_theta", "factor", "original_max_position_embeddings"):
-        facts.append((key, rotary(config).get(key), rotary(source).get(key)))
-    for name, own, other in facts:
-        if own is None or other is None or own == other:
-            continue
-        if (
-            isinstance(own, float)
-            and isinstance(other, (int, float))
-            and abs(own - other) <= 1e-6 * abs(other)
-        ):
-            continue  # fp32 in the file
-        wrong.append(f"{name} is {clipped(own)}, of the source {clipped(other)}")
+def _tensors_of(origin: Checkpoint, family: Family) -> dict[str, _Theirs]:
+    """What a file must hold of its source, by the names that all families share."""
+    text = text_tensors(origin, family)
+    found = {
+        common_name(own): _Theirs(name, tuple(origin.info(name).shape), partial(origin.read_rows, name))
+        for name, own in text.named.items()
+    }
+    for own, ref in text.experts.items():
+        found[f"{own}.weight"] = _Theirs(f"{ref.name}.weight", (ref.n, ref.k), partial(ref.pieces, origin))
+    return found
+
+
+def _differing_facts(config: dict[str, Any], source: dict[str, Any], family: Family) -> list[str]:
+    """What llama.cpp's graph of a file computes otherwise than its source's config.json says."""
+    try:
+        other = family_of(source)
+        if other.architecture != family.architecture:
+            return [f"general.architecture is {family.architecture}, of the source {other.architecture}"]
+        own, theirs = graph_facts(config, family), graph_facts(source, other)
+        wrong = config_problems(source, other)
+    except QuantError as error:
+        return [f"the source: {error}"]
+    for key in {**own, **theirs}:
+        if not _same(mine := own.get(key), said := theirs.get(key)):
+            shown = ("not stated" if v is None else clipped(v) for v in (mine, said))
+            wrong.append(f"{key} is {', of the source '.join(shown)}")
     return wrong
+
+
+def _same(own: Any, other: Any) -> bool:
+    if isinstance(own, list) and isinstance(other, list):
+        pairs = zip(own, other, strict=False)
+        return len(own) == len(other) and all(isclose(a, b, rel_tol=_SAME_FACTOR) for a, b in pairs)
+    if isinstance(own, float) and isinstance(other, (int, float)):
+        return isclose(own, other, rel_tol=_SAME)
+    return bool(own == other)
 
 
 def _type_problems(header: Header) -> tuple[list[str], dict[str, int]]:
@@ -149,29 +171,27 @@ def _tokenizer(header: Header, config: dict[str, Any]) -> str:
 
 
 def _value_problems(
-    checkpoint: Checkpoint, parts: list[Part], origin: Checkpoint | None, numbers: list[str]
+    parts: list[Part], source: Mapping[str, _Theirs] | None, numbers: list[str]
 ) -> Iterator[str]:
     """Tensors that differ from the source's by more than their type rounds; what is not finite goes into
     ``numbers``."""
     for part in parts:
         rows, theirs = part.rows, None
-        if origin is not None:
-            info = origin.tensors.get(part.name)
-            if info is None:
+        if source is not None:
+            theirs = source.get(common_name(part.name))
+            if theirs is None:
                 yield f"{part.name} is not in the source"
-            elif tuple(info.shape) != tuple(rows.shape):
-                yield f"{part.name} is {list(rows.shape)}, in the source {list(info.shape)}"
-            else:
-                theirs = origin
+            elif theirs.shape != tuple(rows.shape):
+                yield f"{part.name} is {list(rows.shape)}, in the source {list(theirs.shape)}"
+                theirs = None
         try:
             yield from _row_problems(part, theirs)
         except QuantError as problem:
             numbers.append(str(problem))
 
 
-def _row_problems(part: Part, origin: Checkpoint | None) -> Iterator[str]:
-    """What is wrong with the rows of a tensor, none of it being of another shape; nothing where there is no
-    source.
+def _row_problems(part: Part, source: _Theirs | None) -> Iterator[str]:
+    """What is wrong with the rows of a tensor, the source's being of its shape; nothing where there is none.
 
     Raises:
         CheckpointError: a number is not finite.
@@ -180,7 +200,7 @@ def _row_problems(part: Part, origin: Checkpoint | None) -> Iterator[str]:
 
     name, rows = part.name, part.rows
     step = max(1, _PIECE // max(1, prod(rows.shape[1:])))
-    theirs = None if origin is None else origin.read_rows(name, step)
+    theirs = None if source is None else source.pieces(step)
     exact, pieces = True, []
     for start in range(0, rows.shape[0], step):
         end = min(start + step, rows.shape[0])

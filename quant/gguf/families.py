@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from quant.errors import UsageError, clipped
@@ -33,6 +33,8 @@ class Family:
         scale_by_width: number of blocks of the one size whose attention divides by the root of
             ``hidden_size / num_attention_heads``; others divide by that of the head's size.
         tied: whether the head is the embedding, whatever the config says.
+        caps: of logits, which the graph has always; and what both it and transformers take where nothing is
+            stated.
     """
 
     architecture: str
@@ -43,9 +45,11 @@ class Family:
     window: int | None = 0
     scale_by_width: int = 0
     tied: bool = False
+    caps: Mapping[str, float] = field(default_factory=dict)
 
 
 _GELU = ("gelu_pytorch_tanh",)
+_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 #: ``model_type`` of the text decoder → its row.
 FAMILIES: Mapping[str, Family] = {
     "llama": Family("llama", interleaved=True),
@@ -56,7 +60,9 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2_moe": Family("qwen2moe", normalized=False),
     "qwen3": Family("qwen3"),
     "qwen3_moe": Family("qwen3moe", normalized=True),
-    "gemma2": Family("gemma2", norm_offset=1.0, activations=_GELU, window=2, scale_by_width=46, tied=True),
+    "gemma2": Family(
+        "gemma2", norm_offset=1.0, activations=_GELU, window=2, scale_by_width=46, tied=True, caps=_CAPS
+    ),
     "gemma3_text": Family(
         "gemma3", norm_offset=1.0, activations=_GELU, window=6, scale_by_width=62, tied=True
     ),
@@ -97,6 +103,14 @@ def rotary(config: Mapping[str, Any], kind: str = "full_attention") -> dict[str,
     return said
 
 
+def yarn_attention(factor: float) -> float:
+    """What YaRN multiplies queries and keys by, by a rule that llama.cpp and transformers share.
+
+    Source: Peng et al., 2023, YaRN (arXiv:2309.00071), equation 22.
+    """
+    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
 #: Scalings that are written.
 _SCALINGS = ("default", "linear", "llama3", "yarn", "longrope", "su")
 
@@ -114,6 +128,16 @@ def config_problems(config: Mapping[str, Any], family: Family) -> list[str]:
         problems.append(f"rotary scaling {clipped(scaling)}: written are {', '.join(_SCALINGS)}")
     if scaling in ("longrope", "su") and family.architecture != "phi3":
         problems.append(f"rotary scaling {scaling}: llama.cpp has its factors for phi3 alone")
+    said = rotary(config)
+    if scaling == "yarn" and (times := said.get("attention_factor")) is not None:
+        usual = yarn_attention(float(said.get("factor") or 1.0))
+        if not math.isclose(float(times), usual, rel_tol=1e-6):
+            problems.append(f"attention_factor of YaRN is {times}: llama.cpp multiplies by {usual:.6g}")
+    problems += [
+        f"{key} is {clipped(text[key])}: llama.cpp's {family.architecture} caps always"
+        for key in family.caps
+        if key in text and not text[key]
+    ]
     problems += _attention_problems(config, family) + _expert_problems(text, family)
     return problems
 

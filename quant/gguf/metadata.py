@@ -10,8 +10,9 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from quant.errors import CheckpointError
+from quant.errors import CheckpointError, clipped
 from quant.gguf.families import Family, rotary, sliding_period
+from quant.gguf.levels import package
 from quant.vllm.config import block_count, head_size, heads_of, text_config
 
 if TYPE_CHECKING:
@@ -67,8 +68,8 @@ def add_hyperparameters(writer: GGUFWriter, config: Mapping[str, Any], family: F
         ("attn_logit_softcapping", writer.add_attn_logit_softcapping),
         ("final_logit_softcapping", writer.add_final_logit_softcapping),
     ):
-        if text.get(key):
-            add(float(text[key]))
+        if value := text.get(key, family.caps.get(key)):
+            add(float(value))
     if family.normalized is not None:
         _add_experts(writer, config)
 
@@ -106,7 +107,7 @@ def _add_rotary(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
     longest = int(needed(config, "max_position_embeddings"))
     if kind == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(said["factor"]))
+        writer.add_rope_scaling_factor(_of_scaling(said, "factor"))
     elif kind == "yarn":
         original = int(original or longest)
         writer.add_rope_scaling_type(RopeScalingType.YARN)
@@ -128,6 +129,51 @@ def _add_rotary(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
         writer.add_rope_scaling_attn_factors(float(attention))
 
 
+def _of_scaling(said: Mapping[str, Any], key: str) -> float:
+    """A number that a rotary scaling needs.
+
+    Raises:
+        CheckpointError: it does not state it.
+    """
+    value = said.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise CheckpointError(
+            f"config.json: {key} of rotary scaling {said['rope_type']} is {clipped(value)}, no number"
+        )
+    return float(value)
+
+
+def _list_of_scaling(said: Mapping[str, Any], key: str) -> list[float]:
+    value = said.get(key)
+    if not isinstance(value, list):
+        raise CheckpointError(
+            f"config.json: {key} of rotary scaling {said['rope_type']} is {clipped(value)}, no "
+            "list of numbers"
+        )
+    return [_of_scaling({key: x, "rope_type": said["rope_type"]}, key) for x in value]
+
+
+#: What llama.cpp's YaRN takes where a file says nothing, as transformers does (``llama_hparams``).
+_YARN = {"rope.scaling.yarn_beta_fast": 32.0, "rope.scaling.yarn_beta_slow": 1.0}
+
+
+def graph_facts(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """All that llama.cpp's graph of a config is built from: GGUF's keys without the architecture's name, and
+    the divisors of rotary frequencies by the names of their tensors. Equal graphs have equal facts, whatever
+    a config leaves to defaults.
+
+    Raises:
+        CheckpointError: the config lacks a number that llama.cpp needs.
+        QuantError: the ``gguf`` package is not installed.
+    """
+    writer = package().GGUFWriter(None, family.architecture)
+    add_hyperparameters(writer, config, family)
+    own = f"{family.architecture}."
+    stated = {k.removeprefix(own): v.value for k, v in writer.kv_data[0].items() if k.startswith(own)}
+    defaults = _YARN if stated.get("rope.scaling.type") == "yarn" else {}
+    return {**defaults, **stated, **rotary_factors(config)}
+
+
 def rotary_factors(config: Mapping[str, Any]) -> dict[str, list[float]]:
     """Tensors of divisors of the rotary frequencies, fp32 [rotary size / 2] each, by GGUF name; none where
     the scaling is a number."""
@@ -135,14 +181,14 @@ def rotary_factors(config: Mapping[str, Any]) -> dict[str, list[float]]:
     kind = said["rope_type"]
     if kind in ("longrope", "su"):
         return {
-            "rope_factors_long.weight": [float(x) for x in said["long_factor"]],
-            "rope_factors_short.weight": [float(x) for x in said["short_factor"]],
+            "rope_factors_long.weight": _list_of_scaling(said, "long_factor"),
+            "rope_factors_short.weight": _list_of_scaling(said, "short_factor"),
         }
     if kind != "llama3":
         return {}
     original = said.get("original_max_position_embeddings") or text["max_position_embeddings"]
     keys = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor")
-    theta, factor, low, high = (float(said[key]) for key in keys)
+    theta, factor, low, high = (_of_scaling(said, key) for key in keys)
     return {"rope_freqs.weight": llama3_factors(rotary_size(config), theta, factor, low, high, original)}
 
 

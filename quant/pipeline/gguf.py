@@ -25,10 +25,9 @@ from quant.gguf.families import Family, config_notes, config_problems, family_of
 from quant.gguf.levels import LEVELS, OWN_LEVELS, Level, Place, carried, package, rounded
 from quant.gguf.llama_cpp import llama_python, quantize
 from quant.gguf.metadata import add_hyperparameters, rotary_factors
+from quant.gguf.text import expert_of, is_tied, text_tensors
 from quant.gguf.tokenizer import Vocabulary, read_vocabulary
-from quant.models.linears import LinearRef, decoder_refs
-from quant.models.place import decoder_list
-from quant.models.roles import block_of, leftover, role_of
+from quant.models.linears import LinearRef
 from quant.pipeline.checks import check_disk, existing_folder
 from quant.pipeline.importance import importance
 from quant.pipeline.memory import peak_rss
@@ -45,9 +44,6 @@ _PIECE = 1 << 22
 _WHOLE = 256
 #: The tables of tokens.
 _TABLES: Mapping[str, Place] = {"token_embd.weight": "embedding", "output.weight": "head"}
-_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")
-#: Projections of experts by every name they have.
-_PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 @dataclass(frozen=True)
@@ -323,31 +319,19 @@ def _lay_out(job: _Job) -> None:
         Problems: the checkpoint has tensors that llama.cpp has no place for.
     """
     gguf, plain = package(), job.plain
-    config, blocks = plain.config, block_count(plain.config) or 0
-    decoder = decoder_list(plain.tensors.values(), config) or "model.layers."
-    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, job.family.architecture.upper()), blocks)
-    refs = decoder_refs(plain.tensors, config)
-    experts = {n: r for n, r in refs.items() if _EXPERT.fullmatch(n)}
-    inside = {r.tensor for r in experts.values()}
+    architecture = getattr(gguf.MODEL_ARCH, job.family.architecture.upper())
+    names = gguf.get_tensor_name_map(architecture, block_count(plain.config) or 0)
+    text = text_tensors(plain, job.family)
+    job.dropped |= text.dropped
     problems: list[str] = []
-    for name, info in plain.tensors.items():
-        if name in inside or leftover(info):
-            continue
-        role = role_of(name, blocks, decoder)
-        if role in ("tower", "mtp"):
-            job.dropped[name] = "the file holds the text decoder alone"
-            continue
-        own = _family_name(name, decoder)
-        if own == "lm_head.weight" and _tied(job):
-            job.dropped[name] = "the head is the embedding"
-            continue
+    for name, own in text.named.items():
         target = names.get_name(own, try_suffixes=(".weight", ".bias"))
         if target is None:
             problems.append(f"{name}: llama.cpp's {job.family.architecture} has no such tensor")
             continue
-        job.tensors.append(_tensor(job, name, target, refs.get(name.removesuffix(".weight"))))
-    problems += _stack(job, experts, decoder, names)
-    for target, factors in rotary_factors(config).items():
+        job.tensors.append(_tensor(job, name, target, text.refs.get(name.removesuffix(".weight"))))
+    problems += _stack(job, text.experts, names)
+    for target, factors in rotary_factors(plain.config).items():
         job.tensors.append(Tensor(target, (len(factors),), "F32", partial(_floats, factors)))
     if problems:
         raise Problems([f"{job.checkpoint.path}: {p}" for p in problems])
@@ -362,38 +346,18 @@ def _place(name: str) -> tuple[int, int]:
     return (2, 0) if name.startswith("output") else (0, 0)
 
 
-def _tied(job: _Job) -> bool:
-    return job.family.tied or bool(job.plain.config.get("tie_word_embeddings", False))
-
-
-def _family_name(name: str, decoder: str) -> str:
-    """A tensor's name as models without a wrapper have it.
-
-    >>> _family_name("model.language_model.layers.3.mlp.up_proj.weight", "model.language_model.layers.")
-    'model.layers.3.mlp.up_proj.weight'
-    """
-    if name.startswith(decoder):
-        return f"model.layers.{name.removeprefix(decoder)}"
-    if name.endswith("lm_head.weight"):
-        return "lm_head.weight"
-    return f"model.{name.removeprefix(decoder.removesuffix('layers.'))}"
-
-
-def _stack(job: _Job, experts: Mapping[str, LinearRef], decoder: str, names: Any) -> list[str]:
+def _stack(job: _Job, experts: Mapping[str, LinearRef], names: Any) -> list[str]:
     """Adds a tensor for each projection of the experts of a block; returns what stands against it."""
     groups: dict[tuple[str, str], dict[int, LinearRef]] = {}
     problems = []
     for name, ref in experts.items():
-        match = _EXPERT.fullmatch(name)
-        assert match is not None
-        projection = _PROJECTIONS.get(match[3], match[3])
-        groups.setdefault((match[1], projection), {})[int(match[2])] = ref
+        block, projection, number = expert_of(name)
+        groups.setdefault((block, projection), {})[number] = ref
         if ref.bias is not None:
-            problems.append(f"{name}: its experts have biases, which llama.cpp's graph does not add")
-    for (_, projection), members in groups.items():
+            problems.append(f"{ref.name}: its experts have biases, which llama.cpp's graph does not add")
+    for (block, projection), members in groups.items():
         first = members[0]
-        block = block_of(first.name + ".")
-        target = names.get_name(f"model.layers.{block}.mlp.experts.{projection}") + ".weight"
+        target = names.get_name(f"{block}.mlp.experts.{projection}") + ".weight"
         shape = (len(members), first.n, first.k)
         ordered = [members[i] for i in range(len(members))]
         type_ = _type(job, target, shape, [r.name for r in ordered])
@@ -411,8 +375,8 @@ def _type(job: _Job, target: str, shape: Sequence[int], linears: Sequence[str]) 
         place = "vector"
     elif not coded:
         place = _TABLES.get(target, "linear")
-    type_ = level.type_of(place, shape[-1], tied=_tied(job), coded=coded)
-    wanted = level.type_of(place, _WHOLE, tied=_tied(job), coded=coded)
+    type_ = level.type_of(place, shape[-1], tied=is_tied(job.family, job.plain), coded=coded)
+    wanted = level.type_of(place, _WHOLE, tied=is_tied(job.family, job.plain), coded=coded)
     if type_ != wanted:
         job.notes.append(f"{target} is {type_}: its rows of {shape[-1]} are not whole blocks of {wanted}")
     return type_

@@ -21,9 +21,19 @@ from quant.formats.reading import dequantized
 from quant.gguf.levels import LEVELS
 from quant.pipeline.export import export
 from quant.pipeline.gguf import export_gguf
+from quant.serving.deployment import DeploymentRequest
+from quant.serving.engines import plan
 from tests.gguf.damage import assert_damage_is_told
 from tests.gguf.test_llama_cpp import MODELS, tokenizers_of_every_kind
-from tests.helpers import copy_model, load_all, make_checkpoint, read_config, save_all, short_text
+from tests.helpers import (
+    change_config,
+    copy_model,
+    load_all,
+    make_checkpoint,
+    read_config,
+    save_all,
+    short_text,
+)
 
 
 def test_every_family_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -153,6 +163,96 @@ def test_a_matrix_multiplied_by_a_number_is_another_one(file: Path, llama: Path,
     assert "96 of 96 rows are not the source's" in str(verify(file, source=other).failed)
 
 
+def test_verify_compares_all_that_the_graph_is_built_from(
+    checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    """What a file says otherwise than its source, or not at all, is told by its key."""
+    scaled = {"rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    llama3 = scaled | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    yarn = scaled | {"rope_type": "yarn"}
+    plain = {"rope_type": "default", "rope_theta": 10000.0}
+    cases: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+        ("llama", {"rope_parameters": llama3}, {"rope_parameters": plain}, "rope_freqs.weight is"),
+        ("llama", {"rope_parameters": plain}, {"rope_parameters": llama3}, "rope_freqs.weight is not stated"),
+        (
+            "llama", {"rope_parameters": llama3}, {"rope_parameters": llama3 | {"high_freq_factor": 8.0}},
+            "rope_freqs.weight is",
+        ),
+        (
+            "llama", {"rope_parameters": plain}, {"rope_parameters": yarn},
+            "rope.scaling.type is not stated, of the source 'yarn'",
+        ),
+        (
+            "llama", {"rope_parameters": yarn}, {"rope_parameters": yarn | {"beta_fast": 8.0}},
+            "rope.scaling.yarn_beta_fast is 32.0, of the source 8.0",
+        ),
+        ("llama", {}, {"max_position_embeddings": 99}, "context_length is"),
+        ("llama", {}, {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ("gemma2", {"tie": True}, {"sliding_window": 9}, "attention.sliding_window is 4096, of the source 9"),
+        (
+            "gemma2", {"tie": True}, {"final_logit_softcapping": 10.0},
+            "final_logit_softcapping is 30.0, of the source 10.0",
+        ),
+        ("gemma3_text", {"tie": True}, {"rope_local_base_freq": 7.0, "rope_parameters": None}, "freq_base"),
+    ]  # fmt: skip
+    for number, (kind, options, changes, said) in enumerate(cases):
+        source, file = checkpoints(kind, **options), tmp_path / f"{number}.gguf"
+        export_gguf(source, file)
+        assert verify(file, source=source).passed, number
+        other = copy_model(source, tmp_path / str(number))
+        change_config(other, **changes)
+        found = verify(file, source=other).failed
+        assert len(found) == 1 and said in found[0], (number, found)
+
+
+def test_a_source_is_a_wrapper_or_has_its_experts_in_one_tensor(
+    checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Its text part is compared, whatever stands before the names; a head that is lost is named."""
+    plain = checkpoints("gemma3_text", tie=True)
+    wrapper = copy_model(plain, tmp_path / "wrapper")
+    config = json.loads((plain / "config.json").read_text())
+    whole = {
+        "model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "text_config": config
+    }  # fmt: skip
+    (wrapper / "config.json").write_text(json.dumps(whole))
+    tensors = {n.replace("model.", "model.language_model.", 1): t for n, t in load_all(plain).items()}
+    tower = {"model.vision_tower.encoder.layers.0.mlp.fc1.weight": torch.zeros(8, 8)}
+    save_all(wrapper, tensors | tower)
+    export_gguf(wrapper, tmp_path / "w.gguf", "q8_0")
+    assert not verify(tmp_path / "w.gguf", source=wrapper).failed
+    name = "model.language_model.layers.1.mlp.up_proj.weight"
+    save_all(wrapper, tensors | tower | {name: -tensors[name]})
+    assert "layers.1.mlp.up_proj.weight has" in verify(tmp_path / "w.gguf", source=wrapper).failed[0]
+
+    mixture = checkpoints("mixtral", num_local_experts=4, num_experts_per_tok=2)
+    export_gguf(mixture, tmp_path / "m.gguf", "q8_0")
+    fused = copy_model(mixture, tmp_path / "fused")
+    stored = load_all(mixture)
+    for block in range(read_config(mixture)["num_hidden_layers"]):
+        prefix = f"model.layers.{block}.block_sparse_moe"
+        inside = [f"{prefix}.experts.{{}}.{w}.weight" for w in ("w1", "w3", "w2")]
+        first, second, third = (torch.stack([stored.pop(n.format(e)) for e in range(4)]) for n in inside)
+        stored[f"model.layers.{block}.mlp.experts.gate_up_proj"] = torch.cat([first, second], 1)
+        stored[f"model.layers.{block}.mlp.experts.down_proj"] = third
+        stored[f"model.layers.{block}.mlp.gate.weight"] = stored.pop(f"{prefix}.gate.weight")
+    save_all(fused, stored)
+    assert not verify(tmp_path / "m.gguf", source=fused).failed
+    export_gguf(fused, tmp_path / "f.gguf", "q8_0")
+    assert not verify(tmp_path / "f.gguf", source=mixture).failed
+
+    llama = checkpoints("llama", tie=True)
+    export_gguf(llama, tmp_path / "l.gguf", "q8_0")
+    untied = copy_model(llama, tmp_path / "untied-llama")
+    change_config(untied, tie_word_embeddings=False)
+    both = load_all(llama)
+    save_all(untied, both | {"lm_head.weight": both["model.embed_tokens.weight"].clone()})
+    assert (
+        "lm_head.weight of the source is not in the file"
+        in verify(tmp_path / "l.gguf", source=untied).failed[0]
+    )
+
+
 def test_split_files_are_one_model(file: Path, llama: Path, tmp_path: Path) -> None:
     """Written by the gguf package as llama.cpp's own llama-gguf-split names them."""
     reader = gguf.GGUFReader(file)
@@ -174,6 +274,13 @@ def test_split_files_are_one_model(file: Path, llama: Path, tmp_path: Path) -> N
     parts[1].unlink()
     with pytest.raises(CheckpointError, match="-00002-of-00003.gguf is not beside it"):
         open_checkpoint(tmp_path)
+    for part in (parts[0], parts[2]):
+        part.unlink()
+    (tmp_path / "mmproj-model.gguf").write_bytes(file.read_bytes())
+    with pytest.raises(CheckpointError, match="holds mmproj-model.gguf alone, the tower"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="holds mmproj-model.gguf alone, the tower"):
+        plan(tmp_path, DeploymentRequest(), "llama.cpp")
 
 
 def _patched(data: bytes, at: int, letter: str, value: Any) -> bytes:
