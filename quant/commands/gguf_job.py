@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quant.commands.terminal import Output, resumable
 from quant.errors import UsageError, clipped
 from quant.gguf.levels import LEVELS, OWN_LEVELS
-from quant.progress import Event, Progress
+from quant.levels import CALIBRATION, CHOSEN
 
-if TYPE_CHECKING:
-    from quant.pipeline.gguf import GgufFile
-
-#: Levels whose codes a method of ours can choose → the numbers of the checkpoint that holds them until the
-#: file is written.
-_CHOSEN: Mapping[str, Mapping[str, Any]] = {
-    "q4_0": {"scheme": "w4a16", "symmetric": True},
-    "q4_1": {"scheme": "w4a16", "symmetric": False},
-    "q8_0": {"scheme": "w8a16", "symmetric": True},
-}
-#: Options of calibration, which the importance matrix takes.
-_CALIBRATION = ("calibration_dataset", "samples", "sequence_length", "shuffle", "chat_template", "seed")
 #: What a method of ours takes besides.
 _METHOD = (
     "damping", "act_order", "clip_search", "options", "moe_calibration", "device", "devices",
@@ -55,10 +40,11 @@ def run_level(out: Output, values: Mapping[str, Any], dry_run: bool, measure: bo
     method = values.get("method") or ("by effort" if "effort" in values else None)
     _check(values, level, method, dry_run, measure)
     with resumable(), out.progress() as progress:
+        from quant.levels import make_level
         from quant.pipeline.memory import prepare_torch
 
         prepare_torch()
-        made = _made(values, level, method, progress, out)
+        made = make_level(values, method is not None, progress, out.outcome.command)
     out.result(made.to_dict(), lambda console: results.gguf_file(console, made))
 
 
@@ -74,45 +60,15 @@ def _check(values: Mapping[str, Any], level: str, method: str | None, dry_run: b
             f"--scheme {level} makes one file: give --output-path a name that ends in .gguf, not "
             f"{clipped(str(values.get('output_path')))}"
         )
-    if method is not None and level not in _CHOSEN:
+    if method is not None and level not in CHOSEN:
         why = "llama.cpp chooses its codes" if level in OWN_LEVELS else "its codes are rounded to the nearest"
         raise UsageError(
             f"--method {method} with --scheme {level}: {why}: leave --method out; methods choose the codes "
-            f"of {', '.join(_CHOSEN)}"
+            f"of {', '.join(CHOSEN)}"
         )
-    taken = {"model_path", "output_path", "scheme", "method", *_CALIBRATION, *(_METHOD if method else ())}
+    taken = {"model_path", "output_path", "scheme", "method", *CALIBRATION, *(_METHOD if method else ())}
     if wrong := sorted(set(values) - taken):
         raise UsageError(
             f"--{wrong[0].replace('_', '-')} has no meaning for --scheme {level}"
             f"{'' if method else ' without a --method'}: leave it out"
         )
-
-
-def _made(
-    values: Mapping[str, Any], level: str, method: str | None, progress: Progress, out: Output
-) -> GgufFile:
-    from quant.hub import model_name
-    from quant.pipeline.gguf import export_gguf, file_path_problems
-
-    output = Path(values["output_path"])
-    calibration = {k: values[k] for k in _CALIBRATION if k in values}
-    if method is None:
-        return export_gguf(values["model_path"], output, level, calibration=calibration, progress=progress)
-    if problems := file_path_problems(output, Path(values["model_path"])):
-        raise UsageError(problems[0])
-    from quant import jobs
-
-    # what was asked decides on the name: another job does not go on with this one's work
-    key = hashlib.sha256(json.dumps(dict(values), default=str, sort_keys=True).encode()).hexdigest()[:8]
-    codes = output.with_name(f".{output.name}.{key}.codes")
-    if not (codes / "config.json").is_file():
-        asked = {k: v for k, v in values.items() if k != "scheme"} | dict(_CHOSEN[level])
-        asked |= {"output_path": codes, "group_size": 32, "format": "compressed-tensors"}
-        resolved = jobs.resolve(asked)
-        assert isinstance(resolved, jobs.ResolvedJob)
-        for note in resolved.notes:
-            progress(Event("planning", message=note))
-        jobs.run(jobs.plan(resolved.recipe, progress), progress, out.outcome.command)
-    made = export_gguf(codes, output, level, name=model_name(Path(values["model_path"])), progress=progress)
-    shutil.rmtree(codes)
-    return made
