@@ -78,7 +78,7 @@ def export_gguf(
             from quant.gguf.header import read_header
             from quant.gguf.ollama import modelfile as written
 
-            text, note = written(read_header(output_path))
-            beside.write_text(text, encoding="utf-8")
-            made = replace(made, notes=(*made.notes, f"{beside}: {note}"))
+            text = written(read_header(output_path))
+            beside.write_text(text.text, encoding="utf-8")
+            made = replace(made, notes=(*made.notes, f"{beside}: {text.note}"))
     out.result(made.to_dict(), lambda console: results.gguf_file(console, made))

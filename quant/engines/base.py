@@ -109,6 +109,8 @@ class Engine:
         model_aliases: other names, without dashes before them, of the flag that ``program`` ends with.
         key_variable: environment variable of the API key; empty: the key is the flag ``api-key``, or,
             without ``takes_key``, it checks none.
+        health: path that answers 200 once it serves.
+        diagnosed: whether the causes in its log are known (:mod:`quant.serving.failures`).
         model_name: whether it can be told the name that clients call the model.
         environment: variables that keep it from asking or telling anybody.
         reads: what it computes with; none where ``otherwise`` says it in words.
@@ -140,6 +142,8 @@ class Engine:
     model_aliases: tuple[str, ...] = ()
     key_variable: str = ""
     takes_key: bool = True
+    health: str = "/health"
+    diagnosed: bool = False
     model_name: bool = True
     environment: Mapping[str, str] = field(default_factory=dict)
     exports: str = ""

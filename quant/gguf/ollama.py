@@ -121,10 +121,8 @@ def turns_of(template: str, special: Mapping[str, str]) -> Turns | None:
         special: texts of special tokens, by ``bos_token`` and so on. One that begins a text is not counted:
             llama.cpp adds it.
     """
-    try:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError:
-        return None
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: ""
@@ -166,8 +164,25 @@ def usual_context(header: Header) -> int | None:
     return min(length, _MOST_CONTEXT) if isinstance(length, int) else None
 
 
-def modelfile(header: Header, file: str | None = None, context: int | None = None) -> tuple[str, str]:
-    """The Modelfile of a GGUF file, and what is to be said of its template.
+@dataclass(frozen=True)
+class Modelfile:
+    """What ``ollama create`` makes a model of.
+
+    Attributes:
+        text: of the file; empty: there is none.
+        note: what is to be said of the chat template.
+        templated: whether the text has one, so that Ollama does not look for one of its own.
+        context: tokens that it asks for; None: it leaves them to Ollama.
+    """
+
+    text: str = ""
+    note: str = ""
+    templated: bool = False
+    context: int | None = None
+
+
+def modelfile(header: Header, file: str | None = None, context: int | None = None) -> Modelfile:
+    """The Modelfile of a GGUF file.
 
     Args:
         file: where it is; None: in the Modelfile's own folder.
@@ -198,6 +213,7 @@ def modelfile(header: Header, file: str | None = None, context: int | None = Non
         lines.append('TEMPLATE """{{ .Prompt }}"""')
     stops = dict.fromkeys([*(turns.stops if turns else ()), *(t for k in ("eos", "eot") if (t := text(k)))])
     lines += [f'PARAMETER stop "{s}"' for s in stops if '"' not in s and "\n" not in s]
-    if (tokens := context or usual_context(header)) is not None:
-        lines.append(f"PARAMETER num_ctx {tokens}")
-    return "\n".join(lines) + "\n", note
+    context = context or usual_context(header)
+    if context is not None:
+        lines.append(f"PARAMETER num_ctx {context}")
+    return Modelfile("\n".join(lines) + "\n", note, turns is not None or not template, context)

@@ -28,6 +28,7 @@ from quant.errors import (
     one_of,
 )
 from quant.evaluation.verify import verify
+from quant.gguf.ollama import Modelfile
 from quant.hardware import count_in
 from quant.hub import model_name, repository_of
 from quant.serving.passed_on import VLLM_ALIASES, check_context, check_extra, named, with_ranks
@@ -149,7 +150,7 @@ class Deployment:
     #: what is known of how it fits, which asks for nothing
     notes: tuple[str, ...] = ()
     #: of an engine that is told a model by one
-    modelfile: str = ""
+    modelfile: Modelfile = Modelfile()
 
     @property
     def platform(self) -> str:
@@ -251,7 +252,7 @@ class Deployment:
             "extra": list(self.extra),
             "warnings": list(self.warnings),
             "notes": list(self.notes),
-            **({"modelfile": self.modelfile} if self.modelfile else {}),
+            **({"modelfile": self.modelfile.text} if self.modelfile.text else {}),
         }
 
 

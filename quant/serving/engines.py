@@ -14,12 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quant.checkpoint.gguf_path import gguf_file, model_stem
 from quant.checkpoint.reader import Checkpoint, open_checkpoint
 from quant.engines import ENGINES, Engine, reading_problem
 from quant.engines.base import UNQUANTIZED
 from quant.errors import UsageError, VerificationFailed, one_of
 from quant.gguf.header import Header, read_header
-from quant.gguf.ollama import modelfile, usual_context
+from quant.gguf.ollama import Modelfile, modelfile, usual_context
 from quant.hardware import count_in
 from quant.planning.gguf import offload
 from quant.serving.deployment import (
@@ -64,7 +65,7 @@ def plan(path: str | Path, request: DeploymentRequest, engine: str = "vllm") -> 
         raise one_of("--engine", engine, list(ENGINES))
     row = ENGINES[engine]
     file = Path(path)
-    if _is_gguf(file) and not row.files:
+    if gguf_file(file) is not None and not row.files:
         others = " or --engine ".join(e.name for e in ENGINES.values() if e.files)
         raise VerificationFailed(
             f"{path}: a GGUF file, which {row.title} {row.release} is not planned with here: use "
@@ -283,14 +284,6 @@ def _own_flags(engine: Engine) -> dict[str, str]:
     return own | {"api-key": "--api-key-env"} | dict.fromkeys(models, "--model-path")
 
 
-def _is_gguf(path: Path) -> bool:
-    """Whether it means a GGUF file: one, though it may be missing, or a folder of such without
-    safetensors."""
-    if path.suffix == ".gguf" and not path.is_dir():
-        return True
-    return path.is_dir() and any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))
-
-
 def _gguf(engine: Engine, path: Path, request: DeploymentRequest, gpu: Gpu | None) -> Deployment:
     """The deployment of a GGUF file.
 
@@ -298,15 +291,14 @@ def _gguf(engine: Engine, path: Path, request: DeploymentRequest, gpu: Gpu | Non
         VerificationFailed: a folder of safetensors, which llama.cpp does not read; a split file for Ollama.
         CheckpointError: no such file, or its header breaks a rule of the format.
     """
-    from quant.gguf.reading import gguf_file
-
-    if not _is_gguf(path) and (path.is_dir() or not path.exists()):
+    found = gguf_file(path)
+    if found is None and (path.is_dir() or not path.exists()):
         checkpoint = open_checkpoint(path)  # what is no checkpoint at all is told as such
         exports = engine.exports
         if quantization_config(checkpoint.config) is None:  # it is the source
             exports = exports.replace("SOURCE", shlex.quote(str(path)))
         raise VerificationFailed(f"{path}: {engine.title} reads {engine.otherwise}. {exports}")
-    header = read_header((gguf_file(path) or path).absolute(), any_type=True)
+    header = read_header((found or path).absolute(), any_type=True)
     file = header.files[0]
     asked = _asked(request, None)
     many = request.max_num_seqs or 1
@@ -319,13 +311,13 @@ def _gguf(engine: Engine, path: Path, request: DeploymentRequest, gpu: Gpu | Non
     context = int(each.value) if each is not None else None
     count = count_in(request.gpu) or 1
     arguments, said = _in_words(engine, asked, asked)
-    stem = re.sub(r"-\d{5}-of-\d{5}$", "", file.stem)
-    text, notes = "", list[str]()
+    stem = model_stem(file)
+    written, notes = Modelfile(), list[str]()
     if engine.by_variables:
         arguments = [a for a in arguments if a.name != engine.word("max-model-len")]
         context = context or usual_context(header)
-        name, text, note = _for_ollama(engine, header, request, stem, context)
-        (notes if "TEMPLATE" in text else said).append(note)
+        name, written = _for_ollama(engine, header, request, stem, context)
+        (notes if written.templated else said).append(written.note)
     else:
         name = (request.name or stem).replace(",", "-")  # of which --alias would make several
         arguments.append(Argument("alias", name, "what clients call the model, wherever it lies"))
@@ -334,7 +326,7 @@ def _gguf(engine: Engine, path: Path, request: DeploymentRequest, gpu: Gpu | Non
         (notes if fits.whole else said).append(fits.text)
     size = sum(f.stat().st_size for f in header.files)
     made = _deployment(engine, file, name, arguments, request, count, said, gpu, size)
-    return replace(made, notes=tuple(notes), modelfile=text)
+    return replace(made, notes=tuple(notes), modelfile=written)
 
 
 #: What Ollama takes as a model's name: parts of a path, and a tag.
@@ -343,8 +335,8 @@ _OLLAMA_NAME = re.compile(r"([\w][\w.-]{0,79}/)*[\w][\w.-]{0,79}(:[\w][\w.-]{0,7
 
 def _for_ollama(
     engine: Engine, header: Header, request: DeploymentRequest, stem: str, context: int | None
-) -> tuple[str, str, str]:
-    """The name that Ollama knows a file by, its Modelfile, and what is to be said of its template.
+) -> tuple[str, Modelfile]:
+    """The name that Ollama knows a file by, and its Modelfile.
 
     Raises:
         UsageError: a name that it does not take, or arguments that are passed on.
@@ -369,5 +361,4 @@ def _for_ollama(
             f"--name is {name!r}: {engine.title} takes letters, digits, dots, dashes and underscores, and a "
             "tag behind a colon"
         )
-    text, note = modelfile(header, str(file), context)
-    return name, text, note
+    return name, modelfile(header, str(file), context)

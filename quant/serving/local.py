@@ -21,9 +21,10 @@ from typing import Any
 from quant import defaults
 from quant.errors import UsageError, first_line
 from quant.gguf.llama_cpp import PYTHON_VARIABLE
+from quant.serving.client import api_key
 from quant.serving.deployment import Deployment
 from quant.serving.installation import ServerError, clean_environment
-from quant.serving.process import Interrupted, Log, Server, api_key_of, attended, free_port, signals_to
+from quant.serving.process import Interrupted, Log, Server, attended, free_port, signals_to
 
 _PROBE = """
 import importlib.metadata as m
@@ -150,11 +151,9 @@ def serve_file(
         port=port,
         name=deployment.name,
         program=program.words,
-        api_key=api_key_of(deployment),
+        api_key=api_key(deployment.api_key_env),
         environment=placed,
-        title=engine.title,
-        key_variable=engine.key_variable,
-        health="/" if ollama else "/health",
+        engine=engine,
         log=log,
     )
     if ollama:
@@ -165,7 +164,7 @@ def serve_file(
             _make_known(deployment, server, program.words[0], timeout)
 
         def facts() -> dict[str, Any]:
-            length = _stated_context(deployment.modelfile) if ollama else _context(server)
+            length = deployment.modelfile.context if ollama else _context(server)
             return {"engine_version": program.version, "max_model_len": length}
 
         return attended(server, deployment, facts, check=check, log=log, ready=ready)
@@ -180,7 +179,7 @@ def _make_known(deployment: Deployment, server: Server, ollama: str, timeout: fl
     """
     with tempfile.TemporaryDirectory(prefix="quant-ollama-") as folder:
         file = Path(folder) / "Modelfile"
-        file.write_text(deployment.modelfile, encoding="utf-8")
+        file.write_text(deployment.modelfile.text, encoding="utf-8")
         words = [ollama, "create", deployment.name, "-f", str(file)]
         try:
             done = subprocess.run(
@@ -196,11 +195,6 @@ def _make_known(deployment: Deployment, server: Server, ollama: str, timeout: fl
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()
         raise ServerError(f"ollama create failed: {said[-1][-500:] if said else 'it said nothing'}")
-
-
-def _stated_context(modelfile: str) -> int | None:
-    found = re.search(r"^PARAMETER num_ctx (\d+)$", modelfile, re.MULTILINE)
-    return int(found[1]) if found else None
 
 
 def _context(server: Server) -> int | None:

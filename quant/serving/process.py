@@ -34,8 +34,10 @@ from typing import Any
 import psutil
 
 from quant import defaults
-from quant.errors import QuantError, UsageError
+from quant.engines import ENGINES, Engine
+from quant.errors import QuantError
 from quant.hardware import cpu_device
+from quant.serving.client import api_key as key_of
 from quant.serving.deployment import OFFLINE, Deployment, cpu_problems
 from quant.serving.failures import Cause, diagnose, quote
 from quant.serving.installation import MODULE, Installation, ServerError, clean_environment, find_vllm
@@ -114,9 +116,7 @@ class Server:
         program: words of its command before the model; empty: vLLM's module.
         api_key: sent with every request, and given to the server through its environment.
         environment: variables set for the server on top of ours.
-        title: of the engine.
-        key_variable: in which it is told the API key; empty: it checks none.
-        health: path that answers 200 once it serves.
+        engine: whose server it is: what it is called, told its key by and asked for its health.
         log: receives every line that the server prints, from another thread, until we ask it to end: what
             vLLM says then, tracebacks of its own processes among it, is of no fault. ``lines`` keeps it.
     """
@@ -133,13 +133,11 @@ class Server:
         program: Sequence[str] = (),
         api_key: str | None = None,
         environment: Mapping[str, str] | None = None,
-        title: str = "vLLM",
-        key_variable: str = "VLLM_API_KEY",
-        health: str = "/health",
+        engine: Engine = ENGINES["vllm"],
         log: Log = lambda line: None,
     ):
         self.host, self.port, self.name, self.python = host, port, name, python
-        self.title, self._health = title, health
+        self.engine, self.title, key_variable = engine, engine.title, engine.key_variable
         self.command = [*(program or (python, *MODULE)), str(model_path), *flags]
         self.environment = (
             clean_environment(python) | OFFLINE | {"PYTHONUNBUFFERED": "1"} | dict(environment or {})
@@ -352,7 +350,7 @@ class Server:
         if self._process.poll() is not None and self._reader is not None:
             self._reader.join(timeout=2)  # the last lines are still in the pipe
         log = list(self.lines)
-        cause = diagnose(log) if self.title == "vLLM" else None
+        cause = diagnose(log) if self.engine.diagnosed else None
         return ServerError(
             f"{what}{f': {cause.text}' if cause else ''}\n{quote(log)}"
             if log
@@ -364,7 +362,7 @@ class Server:
 
     def _healthy(self) -> bool:
         try:
-            with self._opener.open(self.url + self._health, timeout=5) as answer:
+            with self._opener.open(self.url + self.engine.health, timeout=5) as answer:
                 return bool(answer.status == 200)
         except (OSError, http.client.HTTPException):  # not listening yet, or 503
             return False
@@ -529,7 +527,7 @@ def running(
         port=port,
         name=deployment.name,
         program=installation.program,
-        api_key=api_key or api_key_of(deployment),
+        api_key=api_key or key_of(deployment.api_key_env),
         environment=cpu_environment(exact=exact) if installation.cpu else {},
         log=log,
     )
@@ -635,20 +633,3 @@ def _check_cpu(deployment: Deployment, log: Log) -> None:
                 f"{deployment.model_path}: {problem.text}", Cause("no kernel on this CPU", problem.text)
             )
         log(f"warning: {problem.text}")
-
-
-def api_key_of(deployment: Deployment) -> str | None:
-    """The key that the deployment's variable holds; None where it names none.
-
-    Raises:
-        UsageError: it is not set.
-    """
-    if deployment.api_key_env is None:
-        return None
-    key = os.environ.get(deployment.api_key_env)
-    if not key:
-        raise UsageError(
-            f"--api-key-env is {deployment.api_key_env}: that variable is not set or empty: export it with "
-            "the key first"
-        )
-    return key

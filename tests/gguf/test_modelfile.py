@@ -172,8 +172,9 @@ def test_a_modelfile_has_the_template_and_its_stops(llama: Path, tmp_path: Path)
         file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
         made = tmp_path / f"{wanted}.gguf"
         export_gguf(folder, made, "q8_0")
-        text, note = modelfile(read_header(made))
-        said = parsed(text)
+        found = modelfile(read_header(made))
+        said, note = parsed(found.text), found.note
+        assert found.templated is wanted and found.context == 256
         assert said[0] == ("FROM", f"./{wanted}.gguf") and ("PARAMETER num_ctx", "256") in said
         assert ("TEMPLATE" in dict(said)) is wanted
         assert (("PARAMETER stop", "<|im_end|>") in said) is wanted

@@ -186,7 +186,7 @@ def test_ollamas_script_starts_it_and_makes_the_model_known(gguf: Path, ollama: 
     # the last line waits for the server: here it is ended instead
     done = subprocess.run(["sh", "-s"], input=script.replace('wait "$server"\n', ""), text=True, timeout=60)
     assert done.returncode == 0 and (ollama / "model").read_text() == "a-model"
-    assert (ollama / "Modelfile").read_text() == made.modelfile
+    assert (ollama / "Modelfile").read_text() == made.modelfile.text
 
 
 def test_serve_starts_ollama_and_says_what_to_install(
@@ -195,7 +195,7 @@ def test_serve_starts_ollama_and_says_what_to_install(
     made = plan(gguf, DeploymentRequest(port=0, max_model_len=512), "ollama")
     report = serve_file(made, check=True, timeout=60)
     assert report["completion"]["text"] == " told" and report["max_model_len"] == 512
-    assert report["engine_version"] == "0.20.3" and (ollama / "Modelfile").read_text() == made.modelfile
+    assert report["engine_version"] == "0.20.3" and (ollama / "Modelfile").read_text() == made.modelfile.text
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(ServerError, match="ollama is not on PATH: install it"):
         serve_file(made, check=True)

@@ -193,7 +193,8 @@ def probes(deployment: Deployment) -> dict[str, Any]:
     nothing for a minute is started anew."""
 
     def probe(**seconds: int) -> dict[str, Any]:
-        return {"httpGet": {"path": "/health", "port": "http"}, "timeoutSeconds": 5, **seconds}
+        asked = {"path": deployment.engine.health, "port": "http"}
+        return {"httpGet": asked, "timeoutSeconds": 5, **seconds}
 
     return {
         "startupProbe": probe(periodSeconds=10, failureThreshold=-(-start_seconds(deployment) // 10)),

@@ -106,7 +106,7 @@ def compose(deployment: Deployment, placement: Placement) -> str:
 
 def _probe(deployment: Deployment) -> list[str]:
     """A command inside the container that fails while the server is not healthy, of what its image has."""
-    url = f"http://127.0.0.1:{defaults.PORT}/health"
+    url = f"http://127.0.0.1:{defaults.PORT}{deployment.engine.health}"
     return ["CMD", *(word.format(url=url) for word in deployment.engine.probe)]
 
 

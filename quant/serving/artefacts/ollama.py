@@ -17,7 +17,7 @@ _END = "END_OF_MODELFILE"
 
 def modelfile(deployment: Deployment, placement: Placement) -> str:
     """What ``ollama create NAME -f FILE`` makes a model of."""
-    return deployment.modelfile
+    return deployment.modelfile.text
 
 
 def ollama_script(deployment: Deployment) -> str:
@@ -34,7 +34,7 @@ def ollama_script(deployment: Deployment) -> str:
         'until ollama list >/dev/null 2>&1; do kill -0 "$server"; sleep 1; done',
         "folder=$(mktemp -d)",
         f"cat >\"$folder/Modelfile\" <<'{_END}'",
-        deployment.modelfile + _END,
+        deployment.modelfile.text + _END,
         f'ollama create {name} -f "$folder/Modelfile"',
         'rm -r "$folder"',
         'wait "$server"',
