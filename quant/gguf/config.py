@@ -15,6 +15,7 @@ from quant.errors import CheckpointError, UsageError, clipped
 from quant.gguf.families import FAMILIES, Family
 from quant.gguf.header import Header
 from quant.gguf.metadata import llama3_factors, longrope_attention
+from quant.vllm.arguments import BF16_MODELS
 
 #: llama.cpp's architecture → ``model_type`` and class; a Llama with experts is a Mixtral.
 _CLASSES: Mapping[str, tuple[str, str]] = {
@@ -27,10 +28,6 @@ _CLASSES: Mapping[str, tuple[str, str]] = {
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
     "phi3": ("phi3", "Phi3ForCausalLM"),
 }
-#: Architectures whose activations fp16 has no room for, by vLLM's own list of them.
-_BF16_ONLY = ("gemma2", "gemma3")
-#: What llama.cpp's Gemma 2 caps where the file says nothing.
-_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 #: Largest relative difference between rotary factors of a file and those of four numbers.
 _SAME_FACTOR = 1e-3
 
@@ -129,12 +126,12 @@ def config_of_file(header: Header) -> dict[str, Any]:
         "rms_norm_eps": _shortest(keys.number("attention.layer_norm_rms_epsilon")),
         "vocab_size": embedding.shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
-        "dtype": _dtype(header),
+        "dtype": _dtype(header, kind),
         "use_cache": True,
         "hidden_act": family.activations[0],
         **_special_tokens(header),
     }
-    if family.architecture in _BF16_ONLY:
+    if family.window:
         config |= _of_gemma(keys, config, family)
     if kind in ("llama", "qwen3", "qwen3_moe"):
         config["attention_bias"] = "blk.0.attn_q.bias" in tensors
@@ -156,9 +153,9 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _dtype(header: Header) -> str:
+def _dtype(header: Header, kind: str) -> str:
     """Of the model: that of most numbers, fp16 where blocks have their scales in it."""
-    if header.fields.get("general.architecture") in _BF16_ONLY:
+    if kind in BF16_MODELS:
         return "bfloat16"
     counts = {"bfloat16": 0, "float32": 0, "float16": 0}
     for entry in header.tensors.values():
@@ -189,9 +186,9 @@ def _of_gemma(keys: _Keys, config: Mapping[str, Any], family: Family) -> dict[st
             "full_attention" if i % period == period - 1 else "sliding_attention" for i in range(blocks)
         ],
     }
-    for key, default in _CAPS.items():
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         stated = keys.number(key, -1.0)
-        found[key] = stated if stated > 0 else (default if family.architecture == "gemma2" else None)
+        found[key] = stated if stated > 0 else family.caps.get(key)
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from quant.errors import UsageError
 from quant.units import meant_tokens
 from quant.vllm.architectures import text_alone
-from quant.vllm.config import config_dtype, quantization_config, source_method
+from quant.vllm.config import config_dtype, model_types, quantization_config, source_method
 from quant.vllm.context import context_length, context_problem
 from quant.vllm.kernels import BF16_LAYOUTS
 from quant.vllm.methods import DEPRECATED
@@ -60,14 +60,17 @@ def layouts(config: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(str(x) for x in (*stated, quantization.get("format")) if x)
 
 
+#: Values of ``model_type`` that vLLM refuses to compute in fp16, which has no room for their activations
+#: (``config/model.py::_FLOAT16_NOT_SUPPORTED_MODELS``).
+BF16_MODELS = frozenset({"gemma2", "gemma3", "gemma3_text", "glm4"})
+
+
 def model_dtype(config: Mapping[str, Any]) -> str:
     """The dtype that vLLM will compute in: the checkpoint's own, with fp32 brought to bf16, and so fp16 where
-    the kernels want bf16."""
-    return (
-        "float16"
-        if (config_dtype(config) or "bfloat16") == "float16" and not layouts(config) & BF16_LAYOUTS
-        else "bfloat16"
-    )
+    the kernels or the model want bf16."""
+    stated = config_dtype(config) or "bfloat16"
+    wants = layouts(config) & BF16_LAYOUTS or BF16_MODELS & set(model_types(config))
+    return "float16" if stated == "float16" and not wants else "bfloat16"
 
 
 def _why_dtype(config: Mapping[str, Any], side_file: str) -> str:
@@ -80,12 +83,13 @@ def _why_dtype(config: Mapping[str, Any], side_file: str) -> str:
     else:
         why = "the model's own"
     if stated != model_dtype(config):
-        kernels = stated == "float16"
-        why = (
-            f"{', '.join(sorted(stored & BF16_LAYOUTS))} has kernels for it alone"
-            if kernels
-            else f"instead of the model's {stated}"
-        )
+        layout, models = sorted(stored & BF16_LAYOUTS), BF16_MODELS & set(model_types(config))
+        if stated != "float16":
+            why = f"instead of the model's {stated}"
+        elif models:
+            why = f"instead of float16, in which vLLM does not compute {', '.join(sorted(models))}"
+        else:
+            why = f"{', '.join(layout)} has kernels for it alone"
     method = (quantization_config(config) or {}).get("quant_method")
     if not method:
         return why

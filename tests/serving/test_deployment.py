@@ -20,6 +20,7 @@ import deploy_vllm
 from quant.errors import CheckpointError, Problems, UsageError, VerificationFailed
 from quant.serving.artefacts import Placement, artefact
 from quant.serving.deployment import DeploymentRequest, _in_its_words, plan
+from quant.vllm.arguments import engine_arguments
 from tests.helpers import ROOT, quantize, short_text
 
 
@@ -542,3 +543,14 @@ def test_a_gpu_that_shares_the_hosts_memory_is_asked_for_less_of_it() -> None:
     assert share.value == 0.85 and "shares its memory with the host" in share.reason
     asked = DeploymentRequest(gpu="DGX Spark", gpu_memory_utilization=0.9)
     assert _after(plan(ROOT / "examples/tinylm-4m", asked).command, "--gpu-memory-utilization") == "0.9"
+
+
+def test_models_that_vllm_refuses_in_fp16_are_computed_in_bf16() -> None:
+    """Those of its list, within a wrapper too; in the dtype of their weights otherwise."""
+    for config, dtype, why in (
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "bfloat16", "gemma3"),
+        ({"model_type": "glm4"}, "bfloat16", "instead of float16, in which vLLM does not compute glm4"),
+        ({"model_type": "llama"}, "float16", "the weights' own"),
+    ):
+        (argument,) = (a for a in engine_arguments(config | {"dtype": "float16"}) if a.name == "dtype")
+        assert argument.value == dtype and why in argument.reason
