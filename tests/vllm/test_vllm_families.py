@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from quant.pipeline.export import export
+from quant.pipeline.gguf import export_gguf
 from quant.serving.reference import Answers, Reference, kernels
 from tests.helpers import load_all, quantize, save_all
 from tests.vllm import corrupt
@@ -30,6 +32,8 @@ LOADED_SCHEMES: dict[str, dict[str, Any]] = SCHEMES | {
     "w8a8-fp8": {"scheme": "w8a8-fp8"},
     "nvfp4a16": {"scheme": "nvfp4a16"},
 }
+#: Levels of GGUF whose codes vLLM has a scheme for.
+BACK = ("q4_0", "q8_0")
 DEMANDS = {"w4a16": demand_4_bit_kernels, "w8a8-int8": demand_8_bit_products}
 KERNELS = {"w4a16": "CPUWNA16LinearKernel", "w8a8-int8": "CPUInt8ScaledMMLinearKernel"}
 CASES = [(family, scheme) for family in FAMILIES for scheme in SCHEMES]
@@ -129,6 +133,10 @@ def loaded(
     for family in LOADED:
         for scheme, options in LOADED_SCHEMES.items():
             quantize(sources[family], root / f"{family}-{scheme}", **options)
+    for level in BACK:  # written as GGUF, and exported from it
+        file = root.with_name(f"{root.name}-{level}.gguf")
+        export_gguf(sources["mixtral"], file, level)
+        export(file, root / f"mixtral-from-{level}")
     # one expert of one layer is missing
     lost = root / "lost"
     shutil.copytree(root / "mixtral-w4a16", lost)
@@ -153,6 +161,14 @@ def test_no_parameter_of_vllms_model_is_left_by_the_file(
     assert found["quantized"]
     routed = [x for x in found["experts"] if not x.startswith("CompressedTensors")]
     assert not routed and bool(found["experts"]) == (family in MIXTURES), found["experts"]
+
+
+@pytest.mark.parametrize("level", BACK)
+def test_vllm_loads_what_is_exported_from_a_gguf_file(level: str, loaded: dict[str, dict[str, Any]]) -> None:
+    found = loaded[f"mixtral-from-{level}"]
+    assert "error" not in found, found["error"] + found["log"][-2000:]
+    assert not found["unfilled"] and found["quantized"]
+    assert found["experts"] and all(x.startswith("CompressedTensors") for x in found["experts"])
 
 
 def test_an_expert_that_is_missing_is_seen(loaded: dict[str, dict[str, Any]]) -> None:
