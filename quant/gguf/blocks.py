@@ -82,7 +82,7 @@ def steps_of(blocks: np.ndarray, type_: str) -> np.ndarray | None:
         return None
     parts = blocks.reshape(len(blocks), -1, row_bytes(type_, BLOCK))
     steps = np.ascontiguousarray(parts[..., :2]).view("<f2")[..., 0].astype(np.float32)
-    return np.sqrt(np.square(steps).mean(-1))  # type: ignore[no-any-return]
+    return np.sqrt(np.square(steps).mean(-1))
 
 
 @dataclass(frozen=True, eq=False)
