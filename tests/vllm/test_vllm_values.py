@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -189,7 +190,8 @@ def said(
         for scheme in REFUSED:
             yield scheme, make("--scheme", scheme, "--method", "minmax")
 
-    paths, jobs = dict(made()), []
+    paths = dict(made())
+    jobs: list[dict[str, Any]] = []
     for number, path in enumerate(paths.values()):
         with open_server(path, vllm_python) as server:
             words = server.command
