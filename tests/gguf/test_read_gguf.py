@@ -188,7 +188,7 @@ def test_verify_compares_all_that_the_graph_is_built_from(
         ),
         ("llama", {}, {"max_position_embeddings": 99}, "context_length is"),
         ("llama", {}, {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ("gemma2", {"tie": True}, {"sliding_window": 9}, "attention.sliding_window is 4096, of the source 9"),
+        ("gemma2", {"tie": True}, {"sliding_window": 9}, "attention.sliding_window is 16, of the source 9"),
         (
             "gemma2", {"tie": True}, {"final_logit_softcapping": 10.0},
             "final_logit_softcapping is 30.0, of the source 10.0",
