@@ -14,6 +14,7 @@ stand for as a plain checkpoint, its `fake` format, which any judge reads.
 
 import argparse
 import time
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -77,6 +78,10 @@ def auto_round(a, model, tokenizer, rows: list[list[int]]) -> None:
     start, cpu = time.perf_counter(), time.process_time()
     program.quantize_and_save(a.out, format="fake")
     done(start, cpu)
+    out = Path(a.out)
+    if not (out / "config.json").exists():  # it lies in a folder of the model's name
+        for file in next(out.glob("*/config.json")).parent.iterdir():
+            file.rename(out / file.name)
 
 
 def main() -> None:
