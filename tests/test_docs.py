@@ -1,9 +1,11 @@
 """The command reference is what --help says, and every command has help with an example."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -90,3 +92,24 @@ def test_files_that_the_docs_name_exist(page: Path) -> None:
         r"`((?:quant|configs|docs|benchmarks|tests|examples)/[\w/.-]+)`", page.read_text(encoding="utf-8")
     ):
         assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_the_pages_count_what_the_tables_hold() -> None:
+    def said(page: str) -> str:
+        return " ".join((ROOT / page).read_text(encoding="utf-8").split())
+
+    def table(name: str) -> dict[str, Any]:
+        return dict(json.loads((ROOT / name).read_text(encoding="utf-8")))
+
+    families = len(table("configs/block_names.json"))
+    assert f"the {families} families in `configs/block_names.json`" in said("docs/formats.md")
+    assert f"which of {len(table('docs/models.json'))} families, measured" in said("README.md")
+    facts = [
+        (name, ids) for row in table("configs/gpus.json")["gpus"] for name, ids in row["sources"].items()
+    ]
+    stated = [ids for name, ids in facts if ids or name != "reported"]
+    named = sum(map(bool, stated))
+    assert (
+        f"Of the GPU table's {len(stated)} facts, {named} name the document or the log they were read in and "
+        f"{len(stated) - named} are marked unchecked"
+    ) in said("README.md")
