@@ -113,7 +113,8 @@ _BOTH = ("generate", "output_path", "seed", "fresh")
 @common_options
 def distill(out: Output, output_path: Path, **asked: Any) -> None:
     """Teach a pruned or quantized model what its source says: what is written is the same checkpoint with
-    better numbers in it. A quantized one keeps its codes; its norms and scales are trained.
+    better numbers in it. A quantized one keeps its codes; its norms and scales are trained. Rows have 512
+    tokens where --sequence-length does not say otherwise.
 
     \b
     quant distill -m out/Llama-3.1-8B-28 --teacher models/Llama-3.1-8B -o out/Llama-3.1-8B-28-taught

@@ -18,6 +18,7 @@ def inspect(out: Output, checkpoint: Path) -> None:
 
     \b
     quant inspect out/Llama-3.1-8B-W4A16
+    quant inspect Llama-3.1-8B-Q4_0.gguf
     """
     from quant.commands.render import results
     from quant.evaluation.inspect import inspect as look

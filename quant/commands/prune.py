@@ -87,7 +87,8 @@ _KINDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 def prune(out: Output, model_path: Path, output_path: Path, **asked: Any) -> None:
     """Make a model smaller: set weights to zero, leave out whole decoder blocks, or make all of them
     narrower. What is made is an ordinary checkpoint in the source's dtype, to be served, or quantized, like
-    any other.
+    any other. Without --samples and --sequence-length blocks are measured on 16 rows of 512 tokens, widths
+    on 128 of 512.
 
     \b
     quant prune -m models/Llama-3.1-8B -o out/Llama-3.1-8B-28 --drop-blocks 4

@@ -35,6 +35,7 @@ def verify(
 
     \b
     quant verify out/Llama-3.1-8B-W4A16 --tensor-parallel 2
+    quant verify Llama-3.1-8B-Q4_0.gguf --source models/Llama-3.1-8B
     """
     from quant.commands.render import results
     from quant.evaluation.verify import verify as check
