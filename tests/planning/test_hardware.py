@@ -224,7 +224,7 @@ def test_the_table_has_the_parts_people_own() -> None:
 def test_every_source_says_what_it_is_and_is_used() -> None:
     for name, source in TABLE["sources"].items():
         assert set(source) == {"address", "what", "version"} and all(source.values()), name
-        assert source["address"].startswith(("https://", "public repository file, search index id ")), name
+        assert source["address"].startswith(("https://", "a file of a public repository")), name
     assert {i for row in TABLE["gpus"] for ids in row["sources"].values() for i in ids} == set(
         TABLE["sources"]
     )
