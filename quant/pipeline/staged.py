@@ -237,7 +237,9 @@ class StagedForward:
         for name in self._groups:
             module = self._block.get_submodule(self._modules[name])
             originals[name] = module.forward
-            module.forward = _Stop(self, name, module.forward)
+            # others that are called linears need not go token by token: DeepSeek-V4's reshapes by groups
+            by_token = type(module) is nn.Linear
+            module.forward = _Stop(self, name, module.forward, by_token)
         try:
             routed = experts_through(self._block, self._stop_experts) if self._experts else nullcontext()
             with attention_through(self._block, "quant_watched", _see_attention), routed:
@@ -307,8 +309,14 @@ class StagedForward:
 class _Stop:
     """The forward of a linear that waits for its quantization."""
 
-    def __init__(self, staged: StagedForward, name: str, forward: Callable[[torch.Tensor], torch.Tensor]):
-        self._staged, self._name, self._forward = staged, name, forward
+    def __init__(
+        self,
+        staged: StagedForward,
+        name: str,
+        forward: Callable[[torch.Tensor], torch.Tensor],
+        by_token: bool,
+    ):
+        self._staged, self._name, self._forward, self._by_token = staged, name, forward, by_token
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         staged = self._staged
@@ -317,6 +325,8 @@ class _Stop:
         if staged._reads is not None:
             if group not in staged._reads.stops:
                 staged._reads.stop(group, batch.held(batch.call.storages()))
+            if not self._by_token:
+                return self._forward(inputs)
             first = self._forward(inputs[..., :1, :])
             return first.expand(*inputs.shape[:-1], first.shape[-1]).clone()
         if group not in staged._finished:

@@ -226,6 +226,33 @@ def test_a_block_that_returns_a_tuple_gives_its_first_value(tmp_path: Path) -> N
         assert all(torch.equal(batches.take(i), Block.forward(block, x)) for i, x in enumerate(inputs))
 
 
+class ByGroups(nn.Linear):
+    """A linear of groups, as DeepSeek-V4's: its input has a dimension of them, its weight all their rows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, 2, self.in_features).transpose(0, 1)
+        made = torch.bmm(rows, self.weight.view(2, -1, self.in_features).transpose(1, 2))
+        return made.transpose(0, 1).reshape(*x.shape[:-1], -1)
+
+
+def test_a_linear_that_does_not_go_token_by_token_is_looked_at_whole(tmp_path: Path) -> None:
+    class Grouped(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = ByGroups(2, 4, bias=False)
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(hidden.unflatten(-1, (2, 2))).flatten(-2)) + hidden
+
+    block = Grouped()
+    staged, batches, _ = staged_over(block, tmp_path, resident=PLENTY)
+    inputs = [torch.full((1, 5, 4), float(i)) for i in range(3)]
+    staged.look_ahead()
+    assert len(list(staged.stages())) == 2
+    with torch.no_grad():
+        assert all(torch.equal(batches.take(i), block(x)) for i, x in enumerate(inputs))
+
+
 def test_run_block_replaces_every_batch_by_the_blocks_output(tmp_path: Path) -> None:
     block = Block()
     store = ActivationStore(TINY, tmp_path / "scratch")
