@@ -223,8 +223,10 @@ def quantized_already(pruned: Pruned, recipe: Recipe) -> Report | None:
     Raises:
         QuantError: it was made by another recipe.
     """
-    output, chosen = recipe.output_path, {k: getattr(recipe, k) for k in MIXING}
-    facts = {"settings": json.loads(json.dumps({**recipe.settings(), **chosen}))}
+    output = recipe.output_path
+    settings = {**recipe.settings(), **{k: getattr(recipe, k) for k in MIXING}}
+    # where it was computed changes nothing of what is compared with it
+    facts = {"settings": json.loads(json.dumps({k: v for k, v in settings.items() if k != "device"}))}
     before, record = _read(_record(output)), _record(output)
     report = Report.load(output) if output.is_dir() else None
     if report is None or is_unpublished(output):

@@ -84,6 +84,11 @@ def test_what_an_earlier_run_made_otherwise_is_not_taken(
         patch.setattr(steps, "evaluate", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run({"blocks": [2]}).code != 0
     made = files_of(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "evaluate", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        done = run({"blocks": [2]}, "--device", "cpu")  # compared elsewhere: nothing is made anew
+    assert done.code != 0 and "another recipe" not in done.err
+    (tmp_path / "recipe.yaml").unlink()
     file = next(model.glob("*.safetensors"))
     times = file.stat()
 
