@@ -17,7 +17,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,17 +237,18 @@ class WorkFolder:
             del self.finished[unit]
             raise
 
-    def publish(self) -> None:
-        """Renames the folder to the output directory; the journal and the lock go.
+    def publish(self, scratch: Sequence[str] = ()) -> None:
+        """Renames the folder to the output directory; the journal, the lock and files of the patterns
+        ``scratch`` go. Until then they stay: what finished units were made of is needed to tell of them.
 
         Raises:
             QuantError: the output directory has filled up since the job was planned.
         """
         sync_folder(self.path)
         with _undisturbed():
-            self._publish()
+            self._publish(scratch)
 
-    def _publish(self) -> None:
+    def _publish(self, scratch: Sequence[str]) -> None:
         try:
             os.rename(self.path, self.output)  # takes the place of an empty directory, fails on any other
         except OSError as error:
@@ -258,6 +259,8 @@ class WorkFolder:
                 "away and run the same command again"
             ) from error
         (self.output / _LOCK).unlink()
+        for file in (f for pattern in scratch for f in self.output.glob(pattern)):
+            file.unlink()
         (self.output / _JOURNAL).unlink()  # last: what has one is taken back by the next run
         sync_folder(self.output)
         sync_folder(self.output.parent)

@@ -194,10 +194,8 @@ def distill(
             {"teacher": told - start, "train": taught - told, "write": end - taught, "total": end - start},
             Provenance.here(command, device_name(device)),
         )
-        for file in [*work.path.glob("teacher-*.safetensors"), *work.path.glob("state-*.safetensors")]:
-            file.unlink()
         write_report(work.path, report, checkpoint)
-        work.publish()
+        work.publish(("teacher-*.safetensors", "state-*.safetensors"))
     finally:
         work.release()
     return report

@@ -55,7 +55,7 @@ def write_plain(
     if checked.failed:
         raise VerificationFailed(
             f"{work.path}: the output failed its own verification: {'; '.join(checked.failed[:5])}. It was "
-            "not published"
+            "not published; --fresh makes it anew"
         )
     return Report(
         output_path=str(output),
