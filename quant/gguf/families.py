@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from quant.errors import UsageError, clipped
+from quant.errors import CheckpointError, UsageError, clipped
 from quant.vllm.config import head_size, stated, text_config, whole_number
 
 
@@ -86,11 +86,33 @@ def family_of(config: Mapping[str, Any]) -> Family:
     return FAMILIES[kind]
 
 
+def number(said: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """What a config, or a part of it, states under a key, or ``default`` where it states nothing.
+
+    Raises:
+        CheckpointError: that is no finite number, or nothing where there is no default.
+    """
+    value = default if said.get(key) is None else said[key]
+    try:
+        if not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # a whole number beyond all floats
+        pass
+    of = f" of rotary scaling {said['rope_type']}" if "rope_type" in said else ""
+    raise CheckpointError(f"config.json: {key}{of} is {clipped(value)}, no number, which llama.cpp needs")
+
+
 def rotary(config: Mapping[str, Any], kind: str = "full_attention") -> dict[str, Any]:
     """What a config says of rotary embeddings, old and new keys alike: ``rope_type``, ``rope_theta`` and the
-    numbers of a scaling, for blocks of one kind of attention."""
+    numbers of a scaling, for blocks of one kind of attention.
+
+    Raises:
+        CheckpointError: it says something else.
+    """
     text = text_config(config)
     said = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if not isinstance(said, Mapping):
+        raise CheckpointError(f"config.json: rotary scaling is {clipped(said)}, no object with its numbers")
     if isinstance(said.get(kind), Mapping):
         said = said[kind]
     said = dict(said)
@@ -129,9 +151,9 @@ def config_problems(config: Mapping[str, Any], family: Family) -> list[str]:
     if scaling in ("longrope", "su") and family.architecture != "phi3":
         problems.append(f"rotary scaling {scaling}: llama.cpp has its factors for phi3 alone")
     said = rotary(config)
-    if scaling == "yarn" and (times := said.get("attention_factor")) is not None:
-        usual = yarn_attention(float(said.get("factor") or 1.0))
-        if not math.isclose(float(times), usual, rel_tol=1e-6):
+    if scaling == "yarn" and said.get("attention_factor") is not None:
+        usual, times = yarn_attention(number(said, "factor", 1.0)), number(said, "attention_factor")
+        if not math.isclose(times, usual, rel_tol=1e-6):
             problems.append(f"attention_factor of YaRN is {times}: llama.cpp multiplies by {usual:.6g}")
     problems += [
         f"{key} is {clipped(text[key])}: llama.cpp's {family.architecture} caps always"
@@ -145,7 +167,7 @@ def config_problems(config: Mapping[str, Any], family: Family) -> list[str]:
 def config_notes(config: Mapping[str, Any], family: Family) -> list[str]:
     """What llama.cpp's graph does otherwise, and is right where models are used as they were trained."""
     text, notes = text_config(config), []
-    window, longest = whole_number(text.get("sliding_window")), text.get("max_position_embeddings") or 0
+    window, longest = whole_number(text.get("sliding_window")), number(text, "max_position_embeddings", 0)
     if family.architecture in ("llama", "phi3") and window and window < longest:
         notes.append(
             f"sliding_window is {window}: llama.cpp's {family.architecture} has none, and attends to "
@@ -175,12 +197,13 @@ def _attention_problems(config: Mapping[str, Any], family: Family) -> list[str]:
         )
     divisor = stated(config, "query_pre_attn_scalar")
     if family.scale_by_width and divisor is not None:
-        hidden, heads = text.get("hidden_size", 0), text.get("num_attention_heads", 1)
+        divisor = number({"query_pre_attn_scalar": divisor}, "query_pre_attn_scalar")
+        hidden, heads = number(text, "hidden_size", 0), number(text, "num_attention_heads", 1)
         by_width = text.get("num_hidden_layers") == family.scale_by_width
-        wanted = hidden / heads if by_width else head_size(config) or 0
-        if not math.isclose(float(divisor), float(wanted)):
+        wanted = hidden / max(heads, 1.0) if by_width else head_size(config) or 0
+        if not math.isclose(divisor, wanted):
             problems.append(
-                f"query_pre_attn_scalar is {divisor}: llama.cpp's {family.architecture} of "
+                f"query_pre_attn_scalar is {divisor:g}: llama.cpp's {family.architecture} of "
                 f"{text.get('num_hidden_layers')} blocks divides by the root of {wanted:g}"
             )
     return problems

@@ -11,31 +11,39 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from quant.errors import CheckpointError, clipped
-from quant.gguf.families import Family, rotary, sliding_period
+from quant.gguf.families import Family, number, rotary, sliding_period
 from quant.gguf.levels import package
-from quant.vllm.config import block_count, head_size, heads_of, text_config
+from quant.vllm.config import block_count, head_size, heads_of, text_config, whole_number
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 
-def needed(config: Mapping[str, Any], key: str) -> Any:
-    """What a config must state.
+def needed(config: Mapping[str, Any], key: str) -> int:
+    """A positive whole number that a config must state.
 
     Raises:
         CheckpointError: it does not.
     """
-    value = text_config(config).get(key)
-    if value is None:
+    said = text_config(config)
+    if said.get(key) is None:
         raise CheckpointError(f"config.json: {key} is missing: llama.cpp cannot do without it")
+    return _whole(said, key)
+
+
+def _whole(said: Mapping[str, Any], key: str) -> int:
+    if (value := whole_number(said[key])) is None:
+        raise CheckpointError(
+            f"config.json: {key} is {clipped(said[key])}, no positive whole number, which llama.cpp needs"
+        )
     return value
 
 
 def rotary_size(config: Mapping[str, Any]) -> int:
     """How many numbers of a head are turned."""
     text, size = text_config(config), head_size(config) or 0
-    share = rotary(config).get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0))
-    return int(size * float(share))
+    share = number(rotary(config), "partial_rotary_factor", number(text, "partial_rotary_factor", 1.0))
+    return int(size * share)
 
 
 def add_hyperparameters(writer: GGUFWriter, config: Mapping[str, Any], family: Family) -> None:
@@ -51,16 +59,16 @@ def add_hyperparameters(writer: GGUFWriter, config: Mapping[str, Any], family: F
             "config.json: num_attention_heads, num_hidden_layers and hidden_size are needed, which say how "
             "large a head is"
         )
-    writer.add_context_length(int(needed(config, "max_position_embeddings")))
-    writer.add_embedding_length(int(needed(config, "hidden_size")))
+    writer.add_context_length(needed(config, "max_position_embeddings"))
+    writer.add_embedding_length(needed(config, "hidden_size"))
     writer.add_block_count(blocks)
-    writer.add_feed_forward_length(int(needed(config, "intermediate_size")))
+    writer.add_feed_forward_length(needed(config, "intermediate_size"))
     writer.add_head_count(heads.attention)
     writer.add_head_count_kv(heads.kv)
     writer.add_key_length(size)
     writer.add_value_length(size)
-    writer.add_layer_norm_rms_eps(float(text.get("rms_norm_eps", 1e-6)))
-    writer.add_vocab_size(int(needed(config, "vocab_size")))
+    writer.add_layer_norm_rms_eps(number(text, "rms_norm_eps", 1e-6))
+    writer.add_vocab_size(needed(config, "vocab_size"))
     _add_rotary(writer, config)
     if family.window:
         _add_window(writer, config, family)
@@ -68,8 +76,8 @@ def add_hyperparameters(writer: GGUFWriter, config: Mapping[str, Any], family: F
         ("attn_logit_softcapping", writer.add_attn_logit_softcapping),
         ("final_logit_softcapping", writer.add_final_logit_softcapping),
     ):
-        if value := text.get(key, family.caps.get(key)):
-            add(float(value))
+        if text.get(key, family.caps.get(key)):
+            add(number(text, key, family.caps.get(key)))
     if family.normalized is not None:
         _add_experts(writer, config)
 
@@ -77,23 +85,23 @@ def add_hyperparameters(writer: GGUFWriter, config: Mapping[str, Any], family: F
 def _add_window(writer: GGUFWriter, config: Mapping[str, Any], family: Family) -> None:
     text = text_config(config)
     if text.get("sliding_window"):
-        writer.add_sliding_window(int(text["sliding_window"]))
+        writer.add_sliding_window(_whole(text, "sliding_window"))
         writer.add_sliding_window_pattern(int(sliding_period(config, family) or 1))
     if family.architecture == "gemma3":
-        writer.add_rope_freq_base_swa(float(rotary(config, "sliding_attention")["rope_theta"]))
+        writer.add_rope_freq_base_swa(number(rotary(config, "sliding_attention"), "rope_theta"))
 
 
 def _add_experts(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
     text = text_config(config)
-    count = text.get("num_experts") or text.get("num_local_experts")
-    if count is None:
+    named = "num_experts" if text.get("num_experts") else "num_local_experts"
+    if text.get(named) is None:
         raise CheckpointError("config.json: num_experts is missing: llama.cpp cannot do without it")
-    writer.add_expert_count(int(count))
-    writer.add_expert_used_count(int(needed(config, "num_experts_per_tok")))
+    writer.add_expert_count(_whole(text, named))
+    writer.add_expert_used_count(needed(config, "num_experts_per_tok"))
     if text.get("moe_intermediate_size"):
-        writer.add_expert_feed_forward_length(int(text["moe_intermediate_size"]))
+        writer.add_expert_feed_forward_length(_whole(text, "moe_intermediate_size"))
     if text.get("shared_expert_intermediate_size"):
-        writer.add_expert_shared_feed_forward_length(int(text["shared_expert_intermediate_size"]))
+        writer.add_expert_shared_feed_forward_length(_whole(text, "shared_expert_intermediate_size"))
 
 
 def _add_rotary(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
@@ -101,46 +109,33 @@ def _add_rotary(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
 
     said, text = rotary(config), text_config(config)
     writer.add_rope_dimension_count(rotary_size(config))
-    writer.add_rope_freq_base(float(said["rope_theta"]))
+    writer.add_rope_freq_base(number(said, "rope_theta"))
     kind = said["rope_type"]
-    original = said.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")
-    longest = int(needed(config, "max_position_embeddings"))
+    original = int(
+        number(said, "original_max_position_embeddings", 0)
+        or number(text, "original_max_position_embeddings", 0)
+    )
+    longest = needed(config, "max_position_embeddings")
     if kind == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(_of_scaling(said, "factor"))
+        writer.add_rope_scaling_factor(number(said, "factor"))
     elif kind == "yarn":
-        original = int(original or longest)
+        original = original or longest
         writer.add_rope_scaling_type(RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(float(said.get("factor") or longest / original))
+        writer.add_rope_scaling_factor(number(said, "factor", 0) or longest / original)
         writer.add_rope_scaling_orig_ctx_len(original)
         for key, add in (
             ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
             ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
         ):
             if said.get(key) is not None:
-                add(float(said[key]))
+                add(number(said, key))
     elif kind in ("longrope", "su"):
-        original = int(original or longest)
-        factor = said.get("factor") or longest / original
-        attention = said.get("attention_factor")
-        if attention is None:
-            attention = longrope_attention(factor, original)
+        original = original or longest
+        factor = number(said, "factor", 0) or longest / original
+        attention = number(said, "attention_factor", longrope_attention(factor, original))
         writer.add_rope_scaling_orig_ctx_len(original)
-        writer.add_rope_scaling_attn_factors(float(attention))
-
-
-def _of_scaling(said: Mapping[str, Any], key: str) -> float:
-    """A number that a rotary scaling needs.
-
-    Raises:
-        CheckpointError: it does not state it.
-    """
-    value = said.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise CheckpointError(
-            f"config.json: {key} of rotary scaling {said['rope_type']} is {clipped(value)}, no number"
-        )
-    return float(value)
+        writer.add_rope_scaling_attn_factors(attention)
 
 
 def _list_of_scaling(said: Mapping[str, Any], key: str) -> list[float]:
@@ -150,7 +145,7 @@ def _list_of_scaling(said: Mapping[str, Any], key: str) -> list[float]:
             f"config.json: {key} of rotary scaling {said['rope_type']} is {clipped(value)}, no "
             "list of numbers"
         )
-    return [_of_scaling({key: x, "rope_type": said["rope_type"]}, key) for x in value]
+    return [number({key: x, "rope_type": said["rope_type"]}, key) for x in value]
 
 
 #: What llama.cpp's YaRN takes where a file says nothing, as transformers does (``llama_hparams``).
@@ -188,7 +183,7 @@ def rotary_factors(config: Mapping[str, Any]) -> dict[str, list[float]]:
         return {}
     original = said.get("original_max_position_embeddings") or text["max_position_embeddings"]
     keys = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor")
-    theta, factor, low, high = (_of_scaling(said, key) for key in keys)
+    theta, factor, low, high = (number(said, key) for key in keys)
     return {"rope_freqs.weight": llama3_factors(rotary_size(config), theta, factor, low, high, original)}
 
 
@@ -197,7 +192,7 @@ def longrope_attention(factor: float, original: int) -> float:
 
     Source: transformers ``modeling_rope_utils._compute_longrope_parameters``.
     """
-    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 < original else 1.0
 
 
 def llama3_factors(
