@@ -300,12 +300,17 @@ def _check_own_values(result: Verification, checkpoint: Checkpoint, noted: Noted
 
 
 def loading_problems(path: str | Path) -> list[str]:
-    """What vLLM would not load of a quantized checkpoint, as far as its headers tell; of one that is not
-    quantized, or by a method that is not read here, nothing.
+    """What vLLM would not load of a quantized checkpoint, as far as its headers tell, or of a GGUF file; of
+    one that is not quantized, or by a method that is not read here, nothing.
 
     Raises:
         CheckpointError: the directory cannot be read at all.
     """
+    if gguf_file(Path(path)) is not None:
+        return [
+            "vLLM has no loader of GGUF files since 0.24 (a plugin has): quant-deploy plan -m "
+            f"{path} --engine llama.cpp serves it as it is"
+        ]
     checkpoint = open_checkpoint(path)
     if quantization_config(checkpoint.config) is None:
         return []

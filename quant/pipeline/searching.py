@@ -20,7 +20,7 @@ from typing import Any
 
 from quant import defaults
 from quant.checkpoint.journal import WorkFolder
-from quant.checkpoint.reader import read_json
+from quant.checkpoint.reader import open_checkpoint
 from quant.errors import NothingFits, QuantError
 from quant.hardware import detect, named_gpu
 from quant.models.skeleton import Skeleton
@@ -250,7 +250,7 @@ def _prepared(recipe: Recipe, rows: int) -> _Job:
 
 def _length(recipe: Recipe, most: int) -> int:
     """Tokens of a row of the job."""
-    longest = context_length(read_json(recipe.model_path / "config.json", "the config"))
+    longest = context_length(open_checkpoint(recipe.model_path).config)
     return recipe.sequence_length or min(most, longest or most)
 
 

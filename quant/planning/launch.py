@@ -54,7 +54,8 @@ def commands_for(
     assert chosen.plan is not None
     source, _, revision = _source(spec, model).partition("@")
     of_revision = ["--revision", revision] if revision else []
-    target = source if chosen.scheme == "none" else output_path or f"{Path(source).name}-{chosen.scheme}"
+    made = f"{Path(source).name.removesuffix('.gguf')}-{chosen.scheme}"
+    target = source if chosen.scheme == "none" else output_path or made
     serve = serve_command(target, chosen.plan, request)
     if own_code(spec.config):
         serve += f" --{TRUST}"

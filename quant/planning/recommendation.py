@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.catalog import load_model, stored_bytes
+from quant.checkpoint.gguf_path import gguf_file
 from quant.data import load_json
 from quant.errors import NothingFits, UsageError, one_of
 from quant.hardware import UNNAMED, Gpu, cpu_device, resolve_gpus
@@ -174,7 +175,7 @@ def recommend(
     if not 0 <= margin < 1:
         raise UsageError(f"margin is {margin}: a share of the free memory, from 0 up to but not including 1")
     spec = load_model(model, online)
-    if spec.quantization and Path(spec.source).is_dir():
+    if Path(spec.source).exists() and (spec.quantization or gguf_file(Path(spec.source))):
         from quant.evaluation.verify import loading_problems  # which only such a checkpoint needs
 
         spec = replace(spec, unserved=next(iter(loading_problems(spec.source)), ""))

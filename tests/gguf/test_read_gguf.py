@@ -21,6 +21,9 @@ from quant.formats.reading import dequantized
 from quant.gguf.levels import LEVELS
 from quant.pipeline.export import export
 from quant.pipeline.gguf import export_gguf
+from quant.pipeline.searching import search
+from quant.planning.recommendation import recommend
+from quant.recipe import make_recipe
 from quant.serving.deployment import DeploymentRequest
 from quant.serving.engines import plan
 from tests.gguf.damage import assert_damage_is_told
@@ -251,6 +254,17 @@ def test_a_source_is_a_wrapper_or_has_its_experts_in_one_tensor(
         "lm_head.weight of the source is not in the file"
         in verify(tmp_path / "l.gguf", source=untied).failed[0]
     )
+
+
+def test_a_file_is_advised_to_be_made_into_what_vllm_loads(file: Path) -> None:
+    """Which has no loader of it; a search among schemes reads its config all the same."""
+    advice = recommend(file, "L40S-48GB")
+    assert advice.recommended not in (None, "none")
+    assert f"quantize --model-path {file}" in advice.commands[0] and ".gguf" not in advice.commands[1]
+    assert any("--engine llama.cpp" in row.why for row in advice.plans if row.scheme == "none")
+    asked = {"model_path": file, "output_path": file.parent / "out", "method": "gptq", "target_bits": 6.0}
+    searched = search(make_recipe(asked), run=False)
+    assert searched.entries
 
 
 def test_split_files_are_one_model(file: Path, llama: Path, tmp_path: Path) -> None:
