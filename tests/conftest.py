@@ -34,7 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 #: The files that take longest, in that order: a worker that meets one of them last keeps all others waiting.
 LONGEST = (
     "vllm/test_vllm_commands.py", "vllm/test_vllm_values.py", "vllm/test_vllm_speculation.py",
-    "test_extension.py", "vllm/test_vllm_families.py", "planning/test_vllm_cpu.py",
+    "test_extension.py", "test_readme.py", "planning/test_agreement.py", "vllm/test_vllm_families.py",
+    "planning/test_vllm_cpu.py",
     "backends/test_backends.py", "device/test_second_device.py", "pipeline/test_gradients.py",
     "vllm/test_vllm_builds.py", "distillation/test_distill.py", "pipeline/test_ranks.py",
     "pipeline/test_mixing.py", "pipeline/test_resume.py", "pipeline/test_searching.py", "test_configs.py",

@@ -39,8 +39,8 @@ def kind(checkpoint: Checkpoint, asked: Trained | None = None) -> Trained:
     quantized = form is not None
     if form is not None and form.form.name == "gguf":
         raise QuantError(
-            f"{checkpoint.metadata['file']}: is a GGUF file, whose codes are not taught: make a checkpoint of "
-            "it by quant export-vllm, teach that, and make a file of it by quant export-gguf"
+            f"{checkpoint.metadata['file']}: is a GGUF file, whose codes are not taught: make a checkpoint "
+            "of it by quant export-vllm, teach that, and make a file of it by quant export-gguf"
         )
     if asked == "weights" and quantized:
         raise QuantError(

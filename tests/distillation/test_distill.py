@@ -174,7 +174,7 @@ def test_it_ends_when_nothing_is_gained_and_keeps_the_best(shorter: Path, tmp_pa
     assert done.after == min(kl for _, kl in done.judged) <= done.judged[0][1]
     assert len(done.losses) == done.steps and len(done.judged) == done.steps + 1
     shown = (tmp_path / "out" / "quant_report.html").read_text()
-    assert "<svg" in shown and f"{done.judged[0][1]:.4f}" in page
+    assert "<svg" in shown and f"{done.judged[0][1]:.4f}" in shown
     rates = [Distillation(steps=100, learning_rate=1.0).rate(s, "weights") for s in range(100)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and rates.index(max(rates)) in (4, 5)
     assert rates[5:] == sorted(rates[5:], reverse=True) and rates[52] == pytest.approx(0.505, abs=0.02)

@@ -284,7 +284,9 @@ def endpoint(**behaviour: Any) -> Iterator[FakeEndpoint]:
             for task in others:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
-            await asyncio.sleep(0.01)  # the transports end their connections in a later turn
+            for writer in fake.writers:  # those too whose connections came while it ended
+                writer.transport.abort()
+            await asyncio.sleep(0.05)  # the transports end their connections in a later turn
 
         loop.run_until_complete(main())
         loop.close()

@@ -273,7 +273,7 @@ def test_check_finds_a_sound_server_sound(
     warned = {name for name, f in by_name.items() if f["status"] == "WARN"}
     assert warned <= {
         "not ready while it ends", "the client keeps up", "disk room of temporary files",
-        "answers are streamed",
+        "answers are streamed", "requests at a time within the limits",
     }, warned  # fmt: skip
     assert by_name["log-probabilities, 32 at a time"]["value"] > 0
     drained = by_name["requests under way are finished"]
@@ -349,7 +349,7 @@ def test_a_port_in_use_is_named_before_anything_starts(make: Callable[..., Path]
         )
     assert done.returncode == 1
     assert re.search(rf"--port {port} of 127.0.0.1 is in use by another program", done.stderr)
-    assert "vLLM" not in done.stderr.partition("is in use")[0]  # nothing has been started
+    assert "INFO" not in done.stderr  # vLLM, which has not been started, says more
 
 
 def test_a_python_without_vllm_is_named(make: Callable[..., Path], vllm_python: str) -> None:
