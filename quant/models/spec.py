@@ -42,7 +42,7 @@ class Weight:
     stored_bytes: int = 0
     stored_dtype: str = ""
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         return prod(self.shape) * self.count
 
