@@ -146,6 +146,7 @@ class Skeleton:
                 module._buffers[name] = buffer.to(device)
         self._traced: dict[Any, tuple[InputGroup, ...]] = {}
         self._sourced: dict[Any, tuple[InputGroup, ...]] = {}
+        self._probes: dict[tuple[int, ...], tuple[torch.Tensor, list[BlockCall]]] = {}
 
     def _take(self, model: nn.Module) -> None:
         """Makes a model, whose parameters are on the meta device, the one whose blocks are filled.
@@ -236,8 +237,8 @@ class Skeleton:
 
     def _find_sources(self, index: int, groups: tuple[InputGroup, ...]) -> tuple[InputGroup, ...]:
         count = min(_SOURCE_TOKENS, self.vocabulary)
-        hidden, calls = self.embed([torch.arange(count)[None]])
-        self.give_state(index, hidden, calls)
+        hidden, calls = self.probe(range(count))
+        self.give_state(index, [hidden], [calls])
         loaded = not any(p.is_meta for p in self.blocks[index].parameters())
         block = self.blocks[index] if loaded else self.load_block(index)
         path, prefix = f"{self.blocks_path}.{index}.", self.block_prefix(index)
@@ -250,7 +251,7 @@ class Skeleton:
             with torch.no_grad():
                 return SourceFinder(
                     block,
-                    lambda: call_block(block, hidden[0].clone(), calls[0][index].trial()),
+                    lambda: call_block(block, hidden.clone(), calls[index].trial()),
                     self.linears(index),
                     self.binding.modules[index],
                     stored,
@@ -350,10 +351,10 @@ class Skeleton:
                 groups.setdefault((path, stage), [])
 
         try:
-            hidden, calls = self.embed([torch.zeros(1, 2, dtype=torch.int64)])
-            if not calls[0][index].runs:
+            hidden, calls = self.probe((0, 0))
+            if not calls[index].runs:
                 return ()
-            self.give_state(index, hidden, calls)
+            self.give_state(index, [hidden], [calls])
             block = self.blocks[index] if loaded else self.load_block(index, experts=False)
             for path, name in names.items():
 
@@ -363,7 +364,7 @@ class Skeleton:
 
                 handles.append(block.get_submodule(path).register_forward_pre_hook(note))
             with torch.no_grad(), experts_passed_over(block, experts):
-                output = block(hidden[0], *calls[0][index].args, **calls[0][index].kwargs)
+                output = block(hidden, *calls[index].args, **calls[index].kwargs)
                 self._values = len(output) if isinstance(output, tuple) else 0
         except CheckpointError:
             raise
@@ -413,8 +414,9 @@ class Skeleton:
         )
 
     @contextmanager
-    def outside(self) -> Iterator[None]:
-        """Holds everything but the blocks in memory: embeddings, final norm, head.
+    def outside(self, head: bool = True) -> Iterator[None]:
+        """Holds everything but the blocks in memory: embeddings, final norm, and, unless ``head`` is false, a
+        head of its own.
 
         Raises:
             CannotRun: the file lacks one.
@@ -424,6 +426,8 @@ class Skeleton:
         kept = {names[0]: self.model.get_parameter(names[0]) for names in self._outside}
         try:
             for names in self._outside:
+                if not head and all(is_head(n.rpartition(".")[0]) for n in names):
+                    continue
                 stored = next((self.binding.tensors[n] for n in names if n in self.binding.tensors), None)
                 if stored is None and not any(self._read_by_text(n) for n in names):
                     continue
@@ -499,14 +503,30 @@ class Skeleton:
         calls: list[list[BlockCall]] = []
         return list(self.embedded(batches, calls.append)), calls
 
+    def probe(self, tokens: Sequence[int]) -> tuple[torch.Tensor, list[BlockCall]]:
+        """:meth:`embed` of one short text, for a block that is run on trial: hidden states [1, T, H], and the
+        call of every block. The head is not read, and the embedding once for all trials with this text, as
+        both may be of some GiB; where blocks leave something for others, once for each trial."""
+        key = tuple(tokens)
+        if (found := self._probes.get(key)) is None:
+            calls: list[list[BlockCall]] = []
+            (hidden,) = self.embedded([torch.tensor([key])], calls.append, head=False)
+            found = hidden, calls[0]
+            if not any(call.state for call in found[1]):
+                self._probes[key] = found
+        return found[0].clone(), found[1]
+
     def embedded(
-        self, batches: Sequence[torch.Tensor], keep: Callable[[list[BlockCall]], None]
+        self,
+        batches: Sequence[torch.Tensor],
+        keep: Callable[[list[BlockCall]], None],
+        head: bool = True,
     ) -> Iterator[torch.Tensor]:
         """:meth:`embed` batch by batch, for those who do not want all hidden states in memory at once;
-        ``keep`` is given each batch's calls on the way."""
+        ``keep`` is given each batch's calls on the way. ``head``: of :meth:`outside`."""
         base = getattr(self.model, str(self.model.base_model_prefix), self.model)
         sharing = CallSharing()
-        with self.outside():
+        with self.outside(head):
             for batch in batches:
                 _, states, recorded = self._run_outside(base, batch, None)
                 keep(sharing.calls(states, recorded))

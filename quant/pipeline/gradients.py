@@ -377,11 +377,11 @@ def gradient_problem(skeleton: Skeleton, shown: Callable[[int], Seen]) -> str | 
         shown: of each block what the pass has to show.
     """
     count = min(_TRIAL_TOKENS, skeleton.vocabulary)
-    hidden, calls = skeleton.embed([torch.arange(count)[None]])
+    hidden, calls = skeleton.probe(range(count))
     tried = set()
     for index in range(skeleton.block_count):
         kind = skeleton.layout(index)
-        call = calls[0][index]
+        call = calls[index]
         if kind in tried or not call.runs:
             continue
         tried.add(kind)
@@ -392,7 +392,7 @@ def gradient_problem(skeleton: Skeleton, shown: Callable[[int], Seen]) -> str | 
             )
         seen, block = shown(index), skeleton.load_block(index)
         try:
-            made = _through(block, hidden[0], call, torch.ones_like(hidden[0]), seen)
+            made = _through(block, hidden, call, torch.ones_like(hidden), seen)
             missing = sorted({*seen.linears, *seen.experts} - {*seen.sums, *seen.routed})
             if missing:
                 return f"no gradient reaches {where}.{missing[0]}"
