@@ -20,6 +20,9 @@ from torch import nn
 _LEAST = 8
 #: Elements of what is widened at a time: small enough for a heap's pages to be used again.
 _PIECE = 1 << 21
+#: Inputs of a product from which on it is summed a piece of them at a time: more than any linear of a block
+#: has, but what comes back through a head has as many as there are tokens in its vocabulary.
+_WIDE = 1 << 16
 
 
 @cache
@@ -49,6 +52,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def _widened(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """bf16 […, N] of x […, K] and a weight [N, K], whichever way they lie in memory."""
+    if x.shape[-1] > _WIDE:
+        made = _summed(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], len(weight))
+        return (made if bias is None else made + bias.float()).to(x.dtype)
     # no view, or autograd would lose what is known of it once it is changed in place
     result = x.new_empty(*x.shape[:-1], len(weight))
     flat, made = x.reshape(-1, x.shape[-1]), result.view(-1, len(weight))
@@ -62,6 +68,16 @@ def _widened(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = 
             rows = slice(first, first + width)
             made[rows, outputs] = nn.functional.linear(flat[rows].float(), part, added)
     return result
+
+
+def _summed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """fp32 [R, N] of bf16 x [R, K] and a weight [N, K] of many inputs."""
+    made = torch.zeros(len(x), len(weight), device=x.device)
+    several = max(1, _PIECE // max(len(x), len(weight)))
+    for first in range(0, x.shape[-1], several):
+        columns = slice(first, first + several)
+        made.addmm_(x[:, columns].float(), weight[:, columns].float().t())
+    return made
 
 
 class _Widened(torch.autograd.Function):

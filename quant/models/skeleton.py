@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from quant.models.binding import BlockLinear, bind
 from quant.models.calls import BlockCall, CallSharing, call_block
 from quant.models.classes import CannotRun, text_models
 from quant.models.experts import STAGES, Experts, experts_passed_over, find_experts
+from quant.models.products import linears_widened
 from quant.models.roles import leftover
 from quant.models.sources import SourceFinder
 from quant.offline import load_config
@@ -462,8 +463,10 @@ class Skeleton:
             _Recorder(b, i, calls, i == last, result, self._values) for i, b in enumerate(self.blocks)
         )
         setattr(parent, name, nn.ModuleList(recorders))
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        widened = nullcontext() if head is None else linears_widened(head)
         try:
-            with torch.set_grad_enabled(gradients):
+            with torch.set_grad_enabled(gradients), widened:
                 output = module(input_ids=tokens.to(self.device), use_cache=False)
         except _Recorded:
             pass

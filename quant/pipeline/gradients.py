@@ -47,6 +47,9 @@ LOGITS = 1 << 24
 _NEXT_DRAW = 1 << 20
 #: Tokens that a block is tried on.
 _TRIAL_TOKENS = 8
+#: Tokens whose gradients at the logits are timed first, how many times as many next, and the seconds within
+#: which more are: a few tokens of a large vocabulary take a CPU as long as thousands take a GPU.
+_FIRST_TIMED, _MORE_TIMED, _TIMED = 4, 4, 2.0
 
 
 def kl_gradient(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -273,17 +276,23 @@ class GradientStream:
         return self._width
 
     def time_logits(self) -> float:
-        """Seconds that a token's gradient at the logits takes, on a trial of a slice; call it inside
+        """Seconds that a token's gradient at the logits takes, on a trial of a few tokens, then of more, up
+        to a slice, while that takes no longer than :data:`_TIMED`; call it inside
         :meth:`Skeleton.outside`."""
-        tokens = self._tokens[0][:1, : self._slice]
-        hidden = self._inputs[0].take(0)
-        part = hidden[:1, : tokens.shape[1]].contiguous()
-        for _ in range(2):  # kernels are loaded at first
+        row, hidden = self._tokens[0][:1], self._inputs[0].take(0)
+        most = min(self._slice, row.shape[1])
+        several, seconds, loaded = min(_FIRST_TIMED, most), 0.0, False
+        while True:
+            part = hidden[:1, :several].contiguous()
             start = time.perf_counter()
-            self._drawn(tokens, part, 0)
+            self._drawn(row[:, :several], part, 0)
             seconds = time.perf_counter() - start
+            if loaded and (several == most or seconds * _MORE_TIMED > _TIMED):
+                break
+            # of the first time kernels are loaded
+            several, loaded = (min(several * _MORE_TIMED, most) if loaded else several), True
         self._inputs[0].put(0, hidden)
-        return seconds / tokens.numel()
+        return seconds / several
 
     def drop_outputs(self) -> None:
         """Takes the outputs of a block that is tried for gradients at its outputs: another block can be tried

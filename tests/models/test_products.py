@@ -82,3 +82,10 @@ def test_attention_is_rounded_at_its_end() -> None:
     )
     assert bool((causal(query, key, value, None).float() - wanted).abs().max() <= 4 * BF16_STEP / 2)
     assert torch.equal(causal(query, key, value, None)[1:], causal(query[1:], key[1:], value[1:], None))
+
+
+def test_products_of_very_many_inputs_are_summed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_WIDE", 90)
+    monkeypatch.setattr(products, "_PIECE", 37 * 25)
+    test_sums_are_rounded_once(monkeypatch, 37 * 25, False)
+    test_gradients_are_those_of_torch()
