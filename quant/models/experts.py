@@ -17,9 +17,11 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from quant.models.linears import Slice
 from quant.models.products import linear
+from quant.threads import side_by_side
 
 #: The two products of an expert: into the intermediate size (gate and up together), and out of it.
 Stage = Literal["up", "down"]
@@ -29,6 +31,8 @@ STAGES: tuple[Stage, ...] = ("up", "down")
 #: Rows of a product are a multiple of so many, where there are as many: for each number of rows torch's CPU
 #: library compiles a kernel, and keeps a thousand of half a MiB.
 _ROWS = 16
+#: Pairs of a token and an expert from which on a thread for each expert pays.
+_SHARED = 512
 
 
 @dataclass(frozen=True)
@@ -251,8 +255,9 @@ def _inner(module: Any, experts: Experts, stop: Stop, routed: Routed) -> Routed:
     """What the second product reads, of what the first does."""
     routed = stop(experts.path, "up", routed) or routed
     inner = routed.rows.new_empty(len(routed.index), _sizes(module, experts)[0])
-    for pairs, made in _products(module, _first(experts), experts, routed):
-        inner[pairs] = gated(module, made)  # while a cache still holds it
+    # gated while a cache still holds them
+    for pairs, made in _products(module, _first(experts), experts, routed, partial(gated, module)):
+        inner[pairs] = made
     whole = torch.arange(len(inner), device=inner.device)
     between = Routed(inner, whole, routed.counts, routed.gates)
     return stop(experts.path, "down", between) or between
@@ -260,8 +265,7 @@ def _inner(module: Any, experts: Experts, stop: Stop, routed: Routed) -> Routed:
 
 def expert_outputs(module: Any, experts: Experts, inner: Routed) -> Iterator[tuple[slice, torch.Tensor]]:
     """For each expert that is sent tokens: its pairs, and its outputs [n, H]."""
-    for pairs, made in _products(module, "down_proj", experts, inner):
-        yield pairs, normed(module, made)
+    yield from _products(module, "down_proj", experts, inner, partial(normed, module))
 
 
 def normed(module: Any, output: torch.Tensor) -> torch.Tensor:
@@ -292,23 +296,45 @@ def product(module: Any, name: str, experts: Experts, routed: Routed) -> torch.T
     if _recorded(routed.rows):
         return _recorded_product(module, name, experts, routed, outputs)
     result = routed.rows.new_empty(len(routed.index), outputs)
-    for pairs, made in _products(module, name, experts, routed):
+    for pairs, made in _products(module, name, experts, routed, lambda made: made):
         result[pairs] = made
     return result
 
 
 def _products(
-    module: Any, name: str, experts: Experts, routed: Routed
+    module: Any,
+    name: str,
+    experts: Experts,
+    routed: Routed,
+    then: Callable[[torch.Tensor], torch.Tensor],
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """For each expert that is sent tokens: its pairs, and their rows' part of :func:`product` [n, N]."""
-    start = 0
-    for expert, count in enumerate(routed.counts.tolist()):
-        if count:
-            # with some of the next expert's
-            taken = routed.index[start : start + -(-count // _ROWS) * _ROWS]
+    """For each expert that is sent tokens, in their order: its pairs, and what ``then`` makes of their rows'
+    part of :func:`product` [n, N]."""
+    counts, ends = routed.counts.tolist(), routed.counts.cumsum(0).tolist()
+    sent = [(e, slice(end - n, end)) for e, (n, end) in enumerate(zip(counts, ends, strict=True)) if n]
+    recording = torch.is_grad_enabled()
+
+    def made(expert: int, pairs: slice) -> tuple[slice, torch.Tensor]:
+        count = pairs.stop - pairs.start
+        # with some of the next expert's
+        taken = routed.index[pairs.start : pairs.start + -(-count // _ROWS) * _ROWS]
+        with torch.set_grad_enabled(recording):  # which each thread has for itself
             rows = routed.rows.index_select(0, taken)  # by rows, where plain indexing goes by numbers
-            yield slice(start, start + count), _times(module, name, experts, expert, rows)[:count]
-            start += count
+            return pairs, then(_times(module, name, experts, expert, rows)[:count])
+
+    with side_by_side(_workers(routed)) as several:
+        yield from several(lambda one: made(*one), sent)
+
+
+def _workers(routed: Routed) -> int:
+    """How many threads compute experts side by side: on a CPU as many as torch has, because an expert's rows
+    of a batch are too few to share; or one after another by all of them, where one expert has so many that
+    half of the threads would wait for it, and where operations are watched, which other threads' are not."""
+    threads, pairs = torch.get_num_threads(), len(routed.index)
+    if routed.rows.device.type != "cpu" or pairs < _SHARED or _get_current_dispatch_mode() is not None:
+        return 1
+    busy = min(threads, pairs // int(routed.counts.max()))
+    return busy if 2 * busy >= threads else 1
 
 
 def _recorded_product(module: Any, name: str, experts: Experts, routed: Routed, outputs: int) -> torch.Tensor:

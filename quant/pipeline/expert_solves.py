@@ -25,7 +25,6 @@ from quant.pipeline.experts import (
     expert_statistics,
     in_chunks,
     layer_statistics,
-    side_by_side,
     workers_for,
 )
 from quant.pipeline.folding import Fold, can_take_rows
@@ -43,6 +42,7 @@ from quant.pipeline.records import Clock
 from quant.quantizers import GPTQQuantizer, Quantized, Quantizer
 from quant.recipe import Assignment
 from quant.report.value import NOT_HELD_OUT, NOT_ROUTED
+from quant.threads import side_by_side
 
 #: Tokens of the held-out row that a layer's error is measured on; and an expert's, of which there are many.
 ERROR_TOKENS, EXPERT_ERROR_TOKENS = 256, 128

@@ -23,10 +23,7 @@ from __future__ import annotations
 
 import mmap
 import tempfile
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -45,7 +42,6 @@ from quant.tensors import QuantizedTensor
 from quant.units import format_size
 
 T = TypeVar("T")
-R = TypeVar("R")
 Calibration = Literal["routed", "all", "blend"]
 #: Bytes of an expert layer's inputs, and of what its weights become, that stay in memory.
 RESIDENT = 64 << 20
@@ -329,34 +325,6 @@ def in_chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
     left = iter(items)
     while chunk := list(islice(left, size)):
         yield chunk
-
-
-@contextmanager
-def side_by_side(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
-    """While it lasts: a ``map`` that calls a function for several things at once, in their order, in as many
-    threads, which share those of torch's: one has all of them, and as many as there are work on their own
-    with one each, because a step of a solver is too short to share."""
-    if workers == 1:
-        yield map
-        return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // workers))
-    pool = ThreadPoolExecutor(workers)
-
-    def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        waiting: deque[Future[R]] = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-    try:
-        yield ahead
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
 
 
 def coverage(counts: torch.Tensor, floor: int) -> dict[str, Any]:

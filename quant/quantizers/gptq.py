@@ -432,6 +432,7 @@ class _Walk:
             zero = None if self.zeros is None else _rows_of(self.zeros, self.groups, panel)
         inner = self.feedback[panel]
         rounded = torch.empty_like(inner)
+        low, high = scheme.low, scheme.high
         columns = self.errors[panel].unbind(), inner.unbind(), rounded.unbind(), self.inverse[panel].unbind()
         for i, (error, pushed, code, factor) in enumerate(zip(*columns, strict=True)):
             if scale is not None:
@@ -446,9 +447,9 @@ class _Walk:
                 code.copy_(nearest_float(code, scheme.bits))
                 error.addcmul_(code, s, value=-1)
             elif z is None:
-                error.addcmul_(code.round_().clamp_(scheme.low, scheme.high), s, value=-1)
+                error.addcmul_(code.round_().clamp_(low, high), s, value=-1)
             else:
-                code.add_(z).round_().clamp_(scheme.low, scheme.high)
+                code.add_(z).round_().clamp_(low, high)
                 error.addcmul_(code - z, s, value=-1)
             if i + 1 < width:
                 inner[i + 1 :].addcmul_(triangle[i, i + 1 :], error)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quant.checkpoint.reader import open_checkpoint
 from quant.errors import Problems
 from quant.evaluation.compare import compare
 from quant.evaluation.verify import verify
 from quant.formats.reading import dequantized
+from quant.models import experts
 from quant.models.experts import Routed, experts_through, find_experts
 from quant.models.linears import decoder_refs, expert_layout
 from quant.models.skeleton import Skeleton
@@ -48,6 +51,50 @@ def test_experts_are_computed_as_transformers_does(family: str) -> None:
     assert len(seen) == 2 and int(seen[0].counts.sum()) == len(seen[0].index) == len(seen[1].rows)
     pairs = TOKENS.numel() * model.config.num_experts_per_tok  # type: ignore[union-attr,operator]
     assert len(seen[0].index) == pairs
+
+
+class Watched(TorchDispatchMode):
+    """Counts the products that it sees."""
+
+    products = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.products += function.__name__.startswith(("mm", "addmm", "linear"))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("skewed", [False, True])
+def test_experts_are_computed_side_by_side_to_the_same_bits(
+    skewed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By threads of one core each, unless one expert has most of the tokens or operations are watched, which
+    those of other threads are not: what is read after a stop is learned so."""
+    block = _layers(mixture("qwen3_moe"))[0]
+    (one,) = find_experts(block)
+    module, shared = block.get_submodule(one.path), experts.side_by_side
+    used: list[int] = []
+    monkeypatch.setattr(experts, "side_by_side", lambda n: (used.append(n), shared(n))[1])
+    generator, before = torch.Generator().manual_seed(0), torch.get_num_threads()
+    rows = torch.randn(2048, module.down_proj.shape[1], generator=generator)
+    top = torch.stack([torch.randperm(one.count, generator=generator)[:2] for _ in rows])
+    if skewed:
+        top = torch.zeros(2048, 1, dtype=torch.int64)
+    weights = torch.rand(top.shape, generator=generator)
+    made = {}
+    try:
+        with torch.no_grad(), experts_through(block, lambda path, stage, routed: None):
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                made[threads] = module(rows, top, weights)
+            assert used == [1, 1, *([1, 1] if skewed else [2, 2])]
+            with Watched() as watched:
+                module(rows, top, weights)
+            assert used[4:] == [1, 1] and watched.products >= 2 * len(top.unique())
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    if not skewed:
+        assert torch.equal(made[1], made[2])
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -20,9 +20,9 @@ from quant.pipeline.experts import (
     expert_statistics,
     in_chunks,
     layer_statistics,
-    side_by_side,
     workers_for,
 )
+from quant.threads import side_by_side
 
 FEATURES = 16
 NEEDS = frozenset({"hessian", "range"})
