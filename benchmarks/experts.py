@@ -8,13 +8,16 @@ llm-compressor, which shows all tokens to every expert, takes long: with --exper
 is sent as many tokens.
 
 The weights are random, 128 experts a block of which a token takes 8. The floor is what the matrix products
-alone would take at the speeds that products of these shapes are measured to have here, with as many threads,
-just before and just after: one forward pass through every linear and the causal attention between them (bf16,
-or fp32 where the CPU multiplies that faster), the lower halves of the Hessians (int8 where the CPU multiplies
-8-bit integers, else fp32), and of every Hessian the Cholesky factorization, K³/3, and of every weight the
-feedback of its columns on each other, N·K² (both fp32, as torch's `@` multiplies them; where the tool knows a
-faster way, a second floor goes by it). What is not in it: reading, routing, scales, rounding, judging,
-packing and writing. On a machine that others use, compare the CPU seconds.
+alone would take at the speeds that products of these shapes are measured to have here, just before and just
+after, while each of as many threads makes products of its own: all that the cores can do at once, without a
+thread that ever waits for another. Cores share a cache, a memory and a clock, and two at once make less than
+twice what one does while the other rests, which no program can have; a second floor, "of one core", goes by
+that all the same. The products: one forward pass through every linear and the causal attention between them
+(bf16, or fp32 where the CPU multiplies that faster), the lower halves of the Hessians (int8 where the CPU
+multiplies 8-bit integers, else fp32), and of every Hessian the Cholesky factorization, K³/3, and of every
+weight the feedback of its columns on each other, N·K² (both fp32, as torch's `@` multiplies them; where the
+tool knows a faster way, another floor goes by it). What is not in it: reading, routing, scales, rounding,
+judging, packing and writing. On a machine that others use, compare the CPU seconds.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
@@ -146,21 +150,26 @@ def make_checkpoint(folder: Path, shape: Shape) -> None:
         shutil.copyfile(TOKENIZER / file, folder / file)
 
 
-def seconds_of(work: Callable[[], object], threads: int) -> float:
+def seconds_of(work: Callable[[], object], threads: int, at_once: int) -> float:
     """Seconds that one call would take of so many threads which never wait for each other: the CPU seconds of
-    one, over enough calls. So others' work on the machine does not count, nor what threads spend waiting
-    because of it."""
+    a call, over enough calls, where ``at_once`` threads make theirs at the same time. So others' work on the
+    machine does not count, nor what threads spend waiting because of it."""
     import torch
+
+    def of_one(start: float) -> tuple[float, int]:
+        calls, cpu = 0, time.thread_time()
+        while time.perf_counter() - start < MEASURED:
+            work()
+            calls += 1
+        return time.thread_time() - cpu, calls
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        work()
-        calls, start, cpu = 0, time.perf_counter(), time.process_time()
-        while time.perf_counter() - start < MEASURED:
-            work()
-            calls += 1
-        return (time.process_time() - cpu) / threads / calls
+        with ThreadPoolExecutor(at_once, initializer=partial(torch.set_num_threads, 1)) as pool:
+            [*pool.map(lambda _: work(), range(at_once))]
+            found = [*pool.map(of_one, [time.perf_counter()] * at_once)]
+        return sum(cpu for cpu, _ in found) / sum(calls for _, calls in found) / threads
     finally:
         torch.set_num_threads(before)
 
@@ -183,15 +192,15 @@ class Speeds:
         )
 
 
-def measured_speeds(shape: Shape, tokens: int, length: int, threads: int) -> Speeds:
+def measured_speeds(shape: Shape, tokens: int, length: int, threads: int, at_once: int) -> Speeds:
     """What this machine does on an expert's matrices, and on attention of ``length`` tokens, by so many
-    threads."""
+    threads; see :func:`seconds_of`."""
     import torch
 
     from quant.models.attention import causal
     from quant.quantizers.products import product
 
-    timed = partial(seconds_of, threads=threads)
+    timed = partial(seconds_of, threads=threads, at_once=at_once)
     rows = max(256, tokens * shape.top // shape.experts)
     x, w = torch.randn(rows, shape.hidden), torch.randn(2 * shape.intermediate, shape.hidden)
     narrow, matrix = x.bfloat16(), w.bfloat16()
@@ -285,7 +294,7 @@ def told_floor(
     """:func:`floor_seconds`, in a line of the table."""
     floor = floor_seconds(shape, tokens, length, speeds, solve)
     parts = ", ".join(f"{k} {v:.1f}" for k, v in floor.items())
-    print(f"{name:<15} {sum(floor.values()):7.1f} s: {parts}", flush=True)
+    print(f"{name:<17} {sum(floor.values()):7.1f} s: {parts}", flush=True)
     return floor
 
 
@@ -293,7 +302,7 @@ def told(name: str, seconds: float, cpu: float, done: Finished, floors: list[flo
     """A line of the table."""
     wall, busy = (" and ".join(f"{v / f:.2f}" for f in floors) for v in (seconds, cpu / threads))
     return (
-        f"{name:<15} {seconds:7.1f} s ({wall} of the floor), {cpu:.1f} s of CPU ({busy}); whole program "
+        f"{name:<17} {seconds:7.1f} s ({wall} of the floor), {cpu:.1f} s of CPU ({busy}); whole program "
         f"{done.seconds:.1f} s, peak {done.peak_rss_bytes / GIB:.2f} GiB"
     )
 
@@ -332,7 +341,9 @@ def main() -> None:
         make_checkpoint(folder / "source", shape)
         text = folder / "text.txt"
         text.write_text(calibration_text(), encoding="utf-8")
-        before = measured_speeds(shape, tokens, a.length, a.threads)
+        measured = partial(measured_speeds, shape, tokens, a.length, a.threads)
+        ways = {"floor": a.threads, "floor of one core": 1}
+        before = [measured(at_once) for at_once in ways.values()]
         lines: list[Measured] = []
         if not a.only_peer:
             done = run(
@@ -360,13 +371,15 @@ def main() -> None:
             )  # fmt: skip
             seconds, cpu = map(float, result_line(done.output).split()[1:])
             lines.append(("llm-compressor", seconds, cpu, done))
-        after = measured_speeds(shape, tokens, a.length, a.threads)
-    best = Speeds(*(max(getattr(s, f.name) for s in (before, after)) for f in fields(Speeds)))
-    print(f"forward, Hessian and solving products run at {best}")
-    floors = [sum(told_floor("floor", shape, tokens, a.length, best, best.solve).values())]
-    if best.fastest > 1.1 * best.solve:
-        fast = told_floor("floor, fastest", shape, tokens, a.length, best, best.fastest)
-        floors.append(sum(fast.values()))
+        after = [measured(at_once) for at_once in ways.values()]
+    floors = []
+    for name, *pair in zip(ways, before, after, strict=True):
+        best = Speeds(*(max(getattr(s, f.name) for s in pair) for f in fields(Speeds)))
+        print(f"{name}: forward, Hessian and solving products run at {best}")
+        floors.append(sum(told_floor(name, shape, tokens, a.length, best, best.solve).values()))
+        if best.fastest > 1.1 * best.solve:
+            fast = told_floor(f"{name}, fastest", shape, tokens, a.length, best, best.fastest)
+            floors.append(sum(fast.values()))
     for entry in lines:
         print(told(*entry, floors, a.threads), flush=True)
     if len(lines) > 1:
