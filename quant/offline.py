@@ -71,7 +71,7 @@ def load_config(path: Path) -> Any:
 def _reason(config: Mapping[str, Any], error: Exception) -> str:
     """Why a config is refused, in words for what happens often."""
     kind, package = config.get("model_type"), transformers()
-    if kind is None or kind in package.CONFIG_MAPPING:
+    if kind is None or (isinstance(kind, str) and kind in package.CONFIG_MAPPING):
         return first_line(error).rstrip(".")
     if "auto_map" in config:
         return f"model_type {clipped(kind)} is a class of the model's own (auto_map), which is never run here"

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
-from quant.errors import CheckpointError
+from quant.errors import CheckpointError, clipped
 from quant.formats.base import (
     Contents,
     Format,
@@ -153,8 +153,8 @@ class GPTQ(Format):
                 whole = linear.k if held == -1 else held  # one group of all inputs has two names
                 if stated != held and (linear.k if stated == -1 else stated) != whole:
                     problems.append(
-                        f"{fused} has {key} {held}, the config gives it {stated} under that name, by which "
-                        "vLLM asks"
+                        f"{fused} has {key} {held}, the config gives it {clipped(stated)} under that name, "
+                        "by which vLLM asks"
                     )
         return problems
 

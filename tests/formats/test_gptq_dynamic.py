@@ -115,6 +115,8 @@ def test_vllm_asks_by_fused_names_and_verify_says_where_it_would_go_wrong(tmp_pa
     assert any("self_attn.qkv_proj is quantized, but a rule of dynamic leaves it out" in p for p in skipped)
     other = verify(rewritten(tmp_path / "group", dynamic={**rules, r"+:.*\.down_proj": {"bits": 8}})).failed
     assert any("model.layers.1.mlp.down_proj has group_size 64, the config gives it 32" in p for p in other)
+    long = verify(rewritten(tmp_path / "long", group_size=[0] * 50_000)).failed
+    assert any("the config gives it [0, 0" in p for p in long) and sum(map(len, long)) < 20_000
     order = verify(
         rewritten(
             tmp_path / "order",

@@ -19,6 +19,13 @@ from quant.offline import load_config
 from tests.helpers import change_config, copy_model, load_all, quantize, read_config, save_all
 
 
+def test_a_model_type_that_is_no_name_is_refused_as_any_other(llama: Path, tmp_path: Path) -> None:
+    folder = copy_model(llama, tmp_path / "m")
+    change_config(folder, model_type={"llama": 1})
+    with pytest.raises(CheckpointError, match="cannot use it: it knows no model_type {'llama': 1}"):
+        load_config(folder)
+
+
 def note_of(folder: Path, **changes: Any) -> str | None:
     change_config(folder, **changes)
     return ignored_note(read_config(folder), load_config(folder))
