@@ -37,7 +37,7 @@ from quant.jobs import complete
 from quant.pipeline import plan as planning
 from quant.pipeline.counted import BothRates, Counter, Rates
 from quant.pipeline.estimate import READ, WRITTEN, _kinds
-from quant.pipeline.footprint import waiting_bytes
+from quant.pipeline.footprint import summed_bytes, waiting_bytes
 from quant.pipeline.manager import QuantizationManager
 from quant.pipeline.workspace import RESIDENT_CPU
 from quant.recipe import Assignment, Recipe
@@ -188,14 +188,18 @@ def project(model: Path, method: str, cores: int, text: Path | None) -> dict[str
             continue
         exchanged = 0
         if count > 1:
-            if plan.gradients or len({x for x in plan.linears if ".experts." in x}):
+            if any(".experts." in x for x in plan.linears):
                 continue  # refused: docs/ranks.md
             parts = len(part_sizes(ROWS))
-            # each rank divides passes and sums; a GPU solves every weight
-            solve = sum(SOLVE * x.n * x.k**2 / (FP32 * SHARES["fp32"]) for x in plan.linears.values())
-            sums = sum(4 * k * k for k in _inputs(plan, skeleton))
-            exchanged = sums * 2 * (parts - 1) + 2 * sum(x.n * x.k for x in plan.linears.values())
-            seconds = (seconds - solve) / count + solve + exchanged / EXCHANGED
+            if plan.gradients:  # blocks are solved by turns; sums go to rank 0, and from there to who solves
+                sums = sum(summed_bytes(manager, skeleton, i) for i in range(skeleton.block_count))
+                exchanged = sums * parts
+                seconds = seconds / count + exchanged / EXCHANGED
+            else:  # each rank divides passes and sums; a GPU solves every weight
+                solve = sum(SOLVE * x.n * x.k**2 / (FP32 * SHARES["fp32"]) for x in plan.linears.values())
+                sums = sum(4 * k * k for k in _inputs(plan, skeleton))
+                exchanged = sums * 2 * (parts - 1) + 2 * sum(x.n * x.k for x in plan.linears.values())
+                seconds = (seconds - solve) / count + solve + exchanged / EXCHANGED
         resident = min(waiting // count, MOST_RESIDENT)
         made[machine_name] = Projection(seconds + files, memory + resident, 0, exchanged)
     return made

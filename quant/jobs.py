@@ -282,12 +282,6 @@ def _check_ranks(recipe: Recipe) -> None:
             f"{recipe.size_asked} under torchrun: schemes are chosen by one process: use --devices, whose "
             "rank 0 chooses them before the others start"
         )
-    methods = {recipe.method, *(rule.method for rule in recipe.rules if rule.method is not None)}
-    if divided := sorted(methods & GRADIENTS):
-        raise UsageError(
-            f"{count} ranks: --method {divided[0]} takes gradients through the whole model in one process: "
-            f"use --method {WITHOUT_GRADIENTS}, or one device"
-        )
 
 
 def foreseen(recipe: Recipe, progress: Progress = silent) -> dict[str, Any]:
@@ -370,6 +364,8 @@ def _divided(plan: JobPlan) -> dict[str, Any]:
     devices = [str(d) for d in devices_of(plan.recipe)] if plan.recipe.devices is not None else []
     several = any(calibrated(plan.recipe, a) for a in set(plan.assignments.values()))
     what = "calibration rows and, on CPUs, rows of weights" if several else "whole blocks of the output"
+    if plan.gradients:
+        what = "calibration rows, and blocks to be solved"
     return {"ranks": {"count": count, "devices": devices, "divided": what}}
 
 
@@ -427,7 +423,10 @@ def _follow(ranks: Ranks, plan: JobPlan) -> Report:
     """The part of a process that is not rank 0; returns the report of that one."""
     from quant.pipeline.manager import QuantizationManager
 
-    QuantizationManager(plan, ranks=ranks).follow()
+    try:
+        QuantizationManager(plan, ranks=ranks).follow()
+    except NoGradients as error:  # as rank 0 does
+        QuantizationManager(_without_gradients(plan, error, silent), ranks=ranks).follow()
     return cast("Report", ranks.told(None))
 
 

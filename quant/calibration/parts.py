@@ -11,16 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
-from quant.calibration.statistics import Accumulator, Statistics
+from quant.calibration.statistics import Accumulator, GradientAccumulator, Statistics
 
 #: Parts that rows are cut into, at the most: as many processes can share a job's rows.
 PARTS = 8
 
 T = TypeVar("T")
+A = TypeVar("A", Accumulator, GradientAccumulator)
 
 
 def part_sizes(rows: int) -> list[int]:
@@ -97,39 +98,37 @@ def tree_nodes(parts: Iterable[int]) -> list[tuple[int, int]]:
     return [(node.start, node.size) for node in tree.nodes]
 
 
-class PartSums:
-    """Sums the statistics named in ``needs`` of one input over parts, which come in order.
+class PartSums(Generic[A]):
+    """Sums over parts, which come in order.
 
     Args:
-        parts: how many parts all rows make; a sample takes as many tokens of each.
+        empty: makes the sums of nothing; of a sample they take as many tokens of each part.
         aside: takes a tensor's memory while nothing reads it, and returns what brings it back; sums of parts
             that wait for their neighbours are put there.
     """
 
     def __init__(
         self,
-        features: int,
-        device: torch.device,
-        needs: Iterable[str],
-        parts: int = 1,
+        empty: Callable[[], A],
         aside: Callable[[torch.Tensor], Callable[[], None]] | None = None,
     ):
-        self.empty = lambda: Accumulator(features, device, needs, parts)  #: sums of nothing
+        self.empty: Callable[[], A] = empty
         self._aside = aside
         self._part = -1
-        self._open: Accumulator | None = None
-        self._back: dict[int, Callable[[], None]] = {}
-        self._tree: Tree[Accumulator] = Tree(self._joined)
+        self._open: A | None = None
+        self._back: dict[int, list[Callable[[], None]]] = {}
+        self._tree: Tree[A] = Tree(self._joined)
 
-    def add(self, part: int, inputs: torch.Tensor) -> None:
-        """Adds a batch [..., K] of a part, which is that of the batch before or a later one."""
+    def add(self, part: int, *given: Any) -> None:
+        """Adds what a batch of a part gives, which is that of the batch before or a later one; ``given``: as
+        the sums take it."""
         if part != self._part or self._open is None:
             self._close()
             self._wait()
             self._part, self._open = part, self.empty()
-        self._open.add(inputs)
+        self._open.add(*given)
 
-    def nodes(self) -> Sequence[Node[Accumulator]]:
+    def nodes(self) -> Sequence[Node[A]]:
         """What all that was added sums up to, from left to right; handed over."""
         self._close()
         for node in self._tree.nodes:
@@ -154,14 +153,14 @@ class PartSums:
     def _wait(self) -> None:
         """Sets the latest sum aside, until its neighbour is there."""
         for node in self._tree.nodes[-1:]:
-            if self._aside is not None and node.value.sums is not None:
-                self._back[node.start] = self._aside(node.value.sums)
+            if self._aside is not None and node.start not in self._back:
+                self._back[node.start] = [self._aside(tensor) for tensor in node.value.large]
 
-    def _bring(self, node: Node[Accumulator]) -> None:
-        if (back := self._back.pop(node.start, None)) is not None:
+    def _bring(self, node: Node[A]) -> None:
+        for back in self._back.pop(node.start, []):
             back()
 
-    def _joined(self, left: Node[Accumulator], right: Node[Accumulator]) -> Accumulator:
+    def _joined(self, left: Node[A], right: Node[A]) -> A:
         self._bring(left)
         self._bring(right)
         left.value.merge(right.value)

@@ -20,7 +20,7 @@ computed, in panels, and mirrored at the end: about half of the work.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -172,6 +172,16 @@ class Accumulator:
         """fp32 [K, K], of which the lower triangle counts, what Σ x xᵀ is so far; or None."""
         return None if self._gram is None else self._gram.total
 
+    @property
+    def large(self) -> list[torch.Tensor]:
+        """Of what was summed so far that which takes memory."""
+        return [] if self._gram is None else [self._gram.total]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How much was summed so far, for :meth:`restore`."""
+        return (self.tokens,)
+
     def settle(self) -> None:
         """Sums up what waits for more and lets go of what adding takes, until more is added."""
         if self._gram is not None:
@@ -196,9 +206,9 @@ class Accumulator:
         held = {"sums": self.sums, "power": self._power, "low": low, "high": high, "sample": self._sample}
         return {name: value for name, value in held.items() if value is not None}
 
-    def restore(self, tokens: int, state: Mapping[str, torch.Tensor]) -> None:
-        """Takes over what :meth:`state` gave, in another process maybe."""
-        self.tokens = tokens
+    def restore(self, counts: Sequence[int], state: Mapping[str, torch.Tensor]) -> None:
+        """Takes over what :attr:`counts` and :meth:`state` gave, in another process maybe."""
+        (self.tokens,) = counts
         if self._gram is not None:
             self._gram.total = state["sums"]
         if self._power is not None:
@@ -223,15 +233,22 @@ class GradientAccumulator:
 
     Args:
         blocks: number and size of the blocks of ``gradients``.
+        parts: of how many that will be merged this is one.
     """
 
     def __init__(
-        self, features: int, outputs: int, blocks: tuple[int, int], device: torch.device, needs: Iterable[str]
+        self,
+        features: int,
+        outputs: int,
+        blocks: tuple[int, int],
+        device: torch.device,
+        needs: Iterable[str],
+        parts: int = 1,
     ):
         needs = set(needs)
         self._outputs, (count, self._size) = outputs, blocks
         self._weighted = Accumulator(features, device, needs & {"hessian"})
-        self._plain = Accumulator(features, device, needs - {"hessian", "gradients"})
+        self._plain = Accumulator(features, device, needs - {"hessian", "gradients"}, parts)
         sizes = [min(self._size, outputs - i * self._size) for i in range(count)]
         self._grams = [gram_for(size, device) for size in sizes]
         self._pairs = 0
@@ -252,6 +269,49 @@ class GradientAccumulator:
         g = g.to(wide) * sizes[0]
         for gram, part in zip(self._grams, g.split(self._size, 1), strict=True):
             gram.add_whole(part.contiguous())
+
+    @property
+    def large(self) -> list[torch.Tensor]:
+        """As :attr:`Accumulator.large`."""
+        return [*self._weighted.large, *(gram.total for gram in self._grams)]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """As :attr:`Accumulator.counts`."""
+        return (self._pairs, *self._weighted.counts, *self._plain.counts)
+
+    def settle(self) -> None:
+        """As :meth:`Accumulator.settle`."""
+        self._weighted.settle()
+        self._plain.settle()
+        for gram in self._grams:
+            gram.settle()
+
+    def merge(self, later: GradientAccumulator) -> None:
+        """As :meth:`Accumulator.merge`."""
+        self._pairs += later._pairs
+        self._weighted.merge(later._weighted)
+        self._plain.merge(later._plain)
+        for gram, more in zip(self._grams, later._grams, strict=True):
+            gram.total += more.total
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """As :meth:`Accumulator.state`."""
+        held = {f"{kind} {n}": t for kind, x in self._both for n, t in x.state().items()}
+        return held | {f"block {i}": gram.total for i, gram in enumerate(self._grams)}
+
+    def restore(self, counts: Sequence[int], state: Mapping[str, torch.Tensor]) -> None:
+        """As :meth:`Accumulator.restore`."""
+        self._pairs = counts[0]
+        for (kind, sums), count in zip(self._both, counts[1:], strict=True):
+            named = {n.removeprefix(f"{kind} "): t for n, t in state.items() if n.startswith(f"{kind} ")}
+            sums.restore([count], named)
+        for i, gram in enumerate(self._grams):
+            gram.total = state[f"block {i}"]
+
+    @property
+    def _both(self) -> tuple[tuple[str, Accumulator], ...]:
+        return ("weighted", self._weighted), ("plain", self._plain)
 
     def finish(self) -> Statistics:
         """The statistics; the sums are handed over, not copied."""

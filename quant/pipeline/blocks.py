@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from pathlib import Path
+from functools import cached_property, partial
 
 import torch
 from torch import nn
 
 from quant.calibration.parts import PartSums
+from quant.calibration.statistics import Accumulator, Statistics
 from quant.models.adapter import InputGroup
 from quant.models.attention import observed_attention
 from quant.models.experts import Routed
@@ -52,7 +52,7 @@ class _Observed:
     parts: Parts
     store: ActivationStore
     needs: Callable[[InputGroup], frozenset[str]]
-    sums: dict[InputGroup, PartSums] = field(default_factory=dict)
+    sums: dict[InputGroup, PartSums[Accumulator]] = field(default_factory=dict)
     samples: dict[InputGroup, torch.Tensor] = field(default_factory=dict)
     routed: dict[InputGroup, ExpertInputs] = field(default_factory=dict)
     routed_samples: dict[InputGroup, ExpertInputs] = field(default_factory=dict)
@@ -68,7 +68,8 @@ class _Observed:
             of, count = self.parts
             if group not in self.sums:
                 needs, put = self.needs(group), self.store.put
-                self.sums[group] = PartSums(inputs.shape[-1], inputs.device, needs, count, put)
+                empty = partial(Accumulator, inputs.shape[-1], inputs.device, needs, count)
+                self.sums[group] = PartSums(empty, put)
             self.sums[group].add(of[batch], inputs)
 
 
@@ -164,16 +165,16 @@ class BlockQuantizer:
         clock["forward"] += time.perf_counter() - before - (clock["statistics"] + clock["solve"] - other)
         return made
 
-    def quantize_seen(self, skeleton: Skeleton, index: int, block: nn.Module, seen: Seen) -> BlockResult:
+    def quantize_seen(
+        self, skeleton: Skeleton, index: int, block: nn.Module, seen: Seen, statistics: dict[str, Statistics]
+    ) -> BlockResult:
         """Quantizes the chosen linears of one block, each by what a pass through the full-precision model has
-        shown of it."""
+        shown of it; its ``statistics`` are those of :meth:`shown`."""
         prefix, linears, made = skeleton.block_prefix(index), skeleton.linears(index), BlockResult()
         every = skeleton.sourced_groups(index) if any(self.suppressors.values()) else skeleton.groups(index)
         work = BlockUnderWay(block, linears, prefix, every, skeleton.norm_offset, made)
         chosen = self._seen_groups(every, prefix)
         self._round_unseen(work, chosen)
-        with self.clock.phase("statistics"):
-            statistics = seen.finish()
         experts = GradientExpertSolver(self.solver, self.clock)
         for key, whole in chosen.items():
             if key.experts:
@@ -200,8 +201,22 @@ class BlockQuantizer:
         seen.release()
         return made
 
-    def to_be_seen(self, skeleton: Skeleton, index: int, folder: Path | None = None) -> Seen:
-        """What a pass has to show of a block; ``folder``: of scratch files."""
+    def shown(self, seen: Seen, rank: int = 0) -> dict[str, Statistics]:
+        """The statistics of each linear that a pass of all ranks has shown, for the rank that solves the
+        block; for others nothing. The sums are handed over."""
+        with self.clock.phase("statistics"):
+            found = {n: self.ranks.total_for(rank, seen.sums.pop(n), seen.parts) for n in [*seen.sums]}
+        return {name: own for name, own in found.items() if own is not None}
+
+    def to_be_seen(
+        self, skeleton: Skeleton, index: int, store: ActivationStore | None = None, parts: int = 1
+    ) -> Seen:
+        """What a pass has to show of a block.
+
+        Args:
+            store: takes what waits; its folder is that of scratch files.
+            parts: how many parts all rows make.
+        """
         prefix, linears = skeleton.block_prefix(index), skeleton.linears(index)
         groups = self._seen_groups(skeleton.groups(index), prefix)
         plain = {
@@ -213,8 +228,10 @@ class BlockQuantizer:
         return Seen(
             {name: (linears[name], self.solver.needs(assignment)) for name, assignment in plain.items()},
             frozenset(group.experts for group in groups if group.experts),
-            folder,
+            None if store is None else store.folder,
             {name: self.solver.outputs(assignment) for name, assignment in plain.items()},
+            parts,
+            None if store is None else store.put,
         )
 
     def _seen_groups(self, groups: Sequence[InputGroup], prefix: str) -> dict[InputGroup, InputGroup]:

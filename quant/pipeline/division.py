@@ -34,6 +34,12 @@ def share(rows: Rows, each: int, ranks: Ranks) -> tuple[list[torch.Tensor], int 
     return [*tokens, *([rows.held_out] if rows.held_out is not None else [])], held_out, (of, len(sizes))
 
 
+def rows_before(rows: Rows, ranks: Ranks) -> int:
+    """Rows of the ranks before this one."""
+    sizes = part_sizes(len(rows.tokens))
+    return sum(sizes[: ranks.own(len(sizes)).start])
+
+
 def waiting_sums(plan: JobPlan, parts: int) -> int:
     """Bytes of the sums of parts that are set aside at once, at the most, while others are summed.
 

@@ -87,7 +87,7 @@ def estimate(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
     import psutil
 
     def work(manager: QuantizationManager) -> tuple[int, float, Cost, Placement | None]:
-        with freed_memory_kept(), memory_exhausted(manager.device):
+        with memory_exhausted(manager.device):
             return (*_tried(manager, progress), manager.workspace.placement)
 
     tokens, prepared, cost, placement = in_smaller_batches(
@@ -115,19 +115,25 @@ def estimate(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
 
 
 def _tried(manager: QuantizationManager, progress: Progress) -> tuple[int, float, Cost]:
-    """Calibration tokens, the seconds that they took to read, and what a trial says of the work."""
+    """Calibration tokens, the seconds until they and the model were there, and what a trial says of the
+    work."""
     if not manager.needs:
         manager.workspace.place(place_tensors(manager, manager.workspace.workers))
-        return 0, 0.0, _try_linears(manager, progress)
+        with freed_memory_kept():
+            return 0, 0.0, _try_linears(manager, progress)
     import psutil
 
+    start = time.perf_counter()
     rows, skeleton = manager.prepare()
+    prepared = time.perf_counter() - start
     tell_notes(rows, progress)
     on_cpu = manager.device.type == "cpu"
     there = psutil.virtual_memory().total if on_cpu else memory_of(manager.device)[1]
     _check_memory(_least(manager.plan, skeleton), there)
     by = _of_gradients if manager.plan.gradients else _of_blocks
-    return rows.tokens.numel(), manager.clock.seconds["text"], by(manager, rows, skeleton, progress)
+    # not while rows are read: the job keeps nothing of what that frees, and what it has then decides a budget
+    with freed_memory_kept():
+        return rows.tokens.numel(), prepared, by(manager, rows, skeleton, progress)
 
 
 def _check_memory(needed: int, total: int) -> None:
@@ -184,9 +190,8 @@ def _counted(
 def _of_gradients(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, progress: Progress) -> Cost:
     """Of a job that takes gradients: the inputs of all blocks wait at once."""
     plan = manager.plan
-    tokens, _ = manager.workspace.batches(rows)
-    total = sum(t.numel() for t in tokens)
-    trial = tokens[: len(_trial_rows(manager, rows))]
+    total = rows.tokens.numel() + (0 if rows.held_out is None else rows.held_out.numel())
+    trial = _trial_rows(manager, rows)
     tried = sum(t.numel() for t in trial)
     counter, kinds = Counter(manager, skeleton), _kinds(plan, skeleton)
     few = sum(p.numel() for index, _ in kinds for p in skeleton.blocks[index].parameters()) <= _FEW
@@ -234,7 +239,7 @@ def _try_gradients(
     stream.backward(index, block, seen)
     passed = time.perf_counter() - start
     before, start = manager.clock.seconds["statistics"], time.perf_counter()
-    made = manager.blocks.quantize_seen(skeleton, index, block, seen)
+    made = manager.blocks.quantize_seen(skeleton, index, block, seen, manager.blocks.shown(seen))
     # experts' tokens go through them here
     summed = manager.clock.seconds["statistics"] - before
     for name, tensor in made.linears.items():

@@ -52,7 +52,9 @@ def block_bytes(manager: QuantizationManager, skeleton: Skeleton, index: int, to
         CheckpointError: a block that cannot be run to see which linears share an input.
     """
     plan, block, prefix = manager.plan, skeleton.blocks[index], skeleton.block_prefix(index)
-    item, largest, held, widest = skeleton.dtype.itemsize, 0, 0, 0
+    item, largest, widest = skeleton.dtype.itemsize, 0, 0
+    # of several ranks each may have the sums of a block that it is about to solve, beside those under way
+    held = summed_bytes(manager, skeleton, index) * min(asked_ranks(plan.recipe), 2)
     experts = bool(find_experts(block))
     for group in skeleton.groups(index):
         members = [x for n in group.linears if (x := plan.linears.get(prefix + n))]
@@ -62,9 +64,6 @@ def block_bytes(manager: QuantizationManager, skeleton: Skeleton, index: int, to
         needs = manager.blocks.solver.needs(plan.assignments[members[0].name])
         if "gradients" in needs:
             for n in outputs:
-                count, size = blocks_of(n)
-                if not group.experts:
-                    held += 4 * (k * k + count * size * size)
                 largest = max(largest, SOLVED_TWICE * n * k + 8 * k * k, ORDERED * k * k)
             widest = max(widest, k + sum(outputs))
             continue
@@ -103,9 +102,9 @@ def outside_bytes(skeleton: Skeleton) -> int:
 def waiting_bytes(
     manager: QuantizationManager, skeleton: Skeleton, tokens: int, rows: int, width: int | None = None
 ) -> int:
-    """Bytes that wait at once, wherever, in the rank that has the most of the calibration: states that went
-    into a block and those that a part of it adds to, and the sums of parts that are set aside; with gradients
-    the inputs of all blocks and the gradients of one.
+    """Bytes that wait at once, wherever, in the rank that has the most of the calibration: the states that a
+    part of a block adds to and the widest input of its linears, and the sums of parts that are set aside;
+    with gradients the inputs of all blocks and the gradients of one.
 
     Args:
         tokens: of that rank.
@@ -114,10 +113,33 @@ def waiting_bytes(
     """
     hidden = int(skeleton.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
     states = tokens * (width or hidden * skeleton.dtype.itemsize)
-    if manager.plan.gradients:
-        return (skeleton.block_count + 1 + manager.draws) * states
     parts = -(-len(part_sizes(rows)) // asked_ranks(manager.plan.recipe))
-    return 2 * states + waiting_sums(manager.plan, parts)
+    if manager.plan.gradients:
+        sums = max(summed_bytes(manager, skeleton, index) for index in range(skeleton.block_count))
+        return (skeleton.block_count + 1 + manager.draws) * states + (parts - 1).bit_length() * sums
+    inputs = (
+        linear.k
+        for index in range(skeleton.block_count)
+        for group in skeleton.groups(index)
+        for name in (() if group.experts else group.linears)
+        if (linear := manager.plan.linears.get(skeleton.block_prefix(index) + name)) is not None
+    )
+    widest = tokens * max(inputs, default=hidden) * skeleton.dtype.itemsize
+    return states + max(states, widest) + waiting_sums(manager.plan, parts)
+
+
+def summed_bytes(manager: QuantizationManager, skeleton: Skeleton, index: int) -> int:
+    """Bytes of the sums of one block's linears that take gradients, of which experts have none at once."""
+    plan, prefix, held = manager.plan, skeleton.block_prefix(index), 0
+    for group in skeleton.groups(index):
+        for name in () if group.experts else group.linears:
+            if (linear := plan.linears.get(prefix + name)) is None:
+                continue
+            assignment, solver = plan.assignments[prefix + name], manager.blocks.solver
+            if "gradients" in solver.needs(assignment):
+                count, size = blocks_of(linear.n, solver.outputs(assignment))
+                held += 4 * (linear.k**2 + count * size**2)
+    return held
 
 
 def tensor_bytes(sizes: Iterable[int], workers: int) -> int:

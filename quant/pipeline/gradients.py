@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quant.calibration.parts import PartSums
 from quant.calibration.statistics import Accumulator, GradientAccumulator, Statistics
 from quant.errors import CheckpointError, QuantError, SourceFault, first_line
 from quant.models.binding import BlockLinear
@@ -70,6 +71,8 @@ class Seen:
         experts: modules inside the block whose routed experts are kept.
         folder: of scratch files; None: the system's folder for such files.
         outputs: by name, the outputs of a block of H_O at the most, where that is not the usual number.
+        parts: how many parts all rows make; ``part``: the one of the batch under way.
+        aside: takes what waits, as :class:`~quant.calibration.parts.PartSums` has it.
         sums: of each linear.
         samples: inputs [≤ 256, K] of each on the held-out row.
         routed, held_out: by module, what its experts read, and of it the held-out row's.
@@ -79,7 +82,10 @@ class Seen:
     experts: Collection[str] = ()
     folder: Path | None = None
     outputs: Mapping[str, int] = field(default_factory=dict)
-    sums: dict[str, Accumulator | GradientAccumulator] = field(default_factory=dict)
+    parts: int = 1
+    aside: Callable[[torch.Tensor], Callable[[], None]] | None = None
+    part: int = 0
+    sums: dict[str, PartSums[Any]] = field(default_factory=dict)
     samples: dict[str, torch.Tensor] = field(default_factory=dict)
     routed: dict[str, ExpertGradients] = field(default_factory=dict)
     held_out: dict[str, ExpertGradients] = field(default_factory=dict)
@@ -137,8 +143,10 @@ class Seen:
         inputs, place = args[0].detach(), linear.place
         if "gradients" not in needs or not output.requires_grad:  # as of what only chooses among tokens
             if name not in self.sums:
-                self.sums[name] = Accumulator(inputs.shape[-1], inputs.device, needs - {"gradients"})
-            self.sums[name].add(inputs)  # type: ignore[call-arg]
+                shape = inputs.shape[-1], inputs.device
+                alone = partial(Accumulator, *shape, needs - {"gradients"}, self.parts)
+                self.sums[name] = PartSums(alone, self.aside)
+            self.sums[name].add(self.part, inputs)
             return
 
         first = True
@@ -151,9 +159,12 @@ class Seen:
             if name not in self.sums:
                 outputs = gradient.shape[-1]
                 blocks = blocks_of(outputs, self.outputs.get(name, OUTPUTS))
-                self.sums[name] = GradientAccumulator(inputs.shape[-1], outputs, blocks, inputs.device, needs)
+                sizes = inputs.shape[-1], outputs, blocks, inputs.device
+                self.sums[name] = PartSums(
+                    partial(GradientAccumulator, *sizes, needs, self.parts), self.aside
+                )
             with torch.no_grad():
-                self.sums[name].add(inputs, gradient, first)  # type: ignore[arg-type, call-arg]
+                self.sums[name].add(self.part, inputs, gradient, first)
             first = False
 
         output.register_hook(arrived)
@@ -181,6 +192,8 @@ class GradientStream:
         seed: of the draws at the logits, to which each row adds its number.
         draws: gradients that are drawn at the logits for each row. All go through a block behind one another,
             which runs forward once for them.
+        of: which part of all rows each batch is of; None: all of one.
+        before: rows of other ranks that come before these.
     """
 
     def __init__(
@@ -191,7 +204,10 @@ class GradientStream:
         store: ActivationStore,
         seed: int,
         draws: int = 1,
+        of: Sequence[int] | None = None,
+        before: int = 0,
     ):
+        self._of, self._before = of, before
         self._skeleton, self._tokens, self._held_out = skeleton, tokens, held_out
         self._store, self._seed, self._draws = store, seed, draws
         self._calls = Calls(store)
@@ -231,7 +247,7 @@ class GradientStream:
     def at_logits(self) -> None:
         """Draws the gradients at the last block's outputs."""
         outputs, skeleton = self._inputs.pop(), self._skeleton
-        first = [0, *accumulate(map(len, self._tokens))]
+        first = [*accumulate(map(len, self._tokens), initial=self._before)]
         with skeleton.outside():
             drawn = (
                 self._drawn(self._tokens[batch], outputs.take(batch), first[batch])
@@ -322,6 +338,8 @@ class GradientStream:
                         call_block(block, hidden, call)
             else:
                 gradient = gradients.take(number)
+                if seen is not None and self._of is not None:
+                    seen.part = self._of[batch]
                 made = _through(block, hidden, call, gradient, seen)
                 _demand_finite(made, self._where(index))
                 gradients.put(number, made)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from quant import defaults
 from quant.accelerator import (
     forget_peak,
@@ -27,7 +29,7 @@ from quant.pipeline.blocks import BlockQuantizer
 from quant.pipeline.budget import excess, place_blocks, place_tensors
 from quant.pipeline.checks import unseen_problem
 from quant.pipeline.data_free import quantize_tensors
-from quant.pipeline.division import ranks_problem
+from quant.pipeline.division import ranks_problem, rows_before
 from quant.pipeline.fingerprint import fingerprint
 from quant.pipeline.finishing import finish
 from quant.pipeline.gradients import GradientStream, gradient_problem
@@ -41,6 +43,7 @@ from quant.pipeline.records import Clock, Records
 from quant.pipeline.retry import memory_exhausted
 from quant.pipeline.rows import job_rows, tell_notes
 from quant.pipeline.staged import computed, run_block
+from quant.pipeline.turns import Solves
 from quant.pipeline.units import UnitWriter, Work
 from quant.pipeline.workspace import Workspace
 from quant.progress import Event, Progress, silent
@@ -304,13 +307,14 @@ class QuantizationManager:
         count = skeleton.block_count
         try:
             self.progress(Event("quantize", detail="embedding"))
-            tokens, held_out = self.workspace.batches(rows)
+            tokens, held_out, (of, parts) = self.workspace.share(rows)
             with self.clock.phase("embed"):
                 seed, draws = self.plan.recipe.seed, self.draws
-                stream = GradientStream(skeleton, tokens, held_out, store, seed, draws)
+                before = rows_before(rows, self.ranks)
+                stream = GradientStream(skeleton, tokens, held_out, store, seed, draws, of, before)
             # nothing is to be learned of blocks before the first that is left to do
             todo = [i for i in range(count) if i not in blocks or blocks[i].name not in work.finished]
-            caches = {}
+            caches: dict[int | None, dict[str, torch.Tensor]] = {}
             for index in range(count) if todo else ():
                 self.progress(Event("quantize", index, 2 * count, detail=f"forward through block {index}"))
                 with self.clock.phase("forward"):
@@ -318,7 +322,7 @@ class QuantizationManager:
                     wanted = [spec.name for spec in blocks[index].made] if index in blocks else []
                     observing = observed_attention(block, made.observe_cache) if wanted else None
                     stream.forward(index, block, observing)
-                    made.finish_cache(wanted)
+                    made.finish_cache(wanted, self.ranks)
                     caches[index] = made.changed
                     skeleton.free_block(index)
                 give_back()
@@ -327,24 +331,26 @@ class QuantizationManager:
                 with self.clock.phase("logits"):
                     stream.at_logits()
             backwards = sorted(self.plan.units, key=lambda u: _place_from_the_end(u.block, count))
-            for unit in self.writer.under_way(work, backwards):
-                if unit.block is None or unit.block >= count:
-                    if unit.name not in work.finished:
-                        self.writer.write(unit, work, BlockResult())
-                    continue
-                index = unit.block
-                if not todo or index < todo[0]:
-                    continue
-                block, finished = skeleton.load_block(index), unit.name in work.finished
-                seen = None if finished else self.blocks.to_be_seen(skeleton, index, store.folder)
-                with self.clock.phase("backward"):
-                    stream.backward(index, block, seen)
-                if seen is not None:
-                    made = self.blocks.quantize_seen(skeleton, index, block, seen)
-                    made.changed |= caches.pop(index)
+            for turn in self.writer.in_turns(work, backwards, self.ranks.size):
+                solves = Solves(self.blocks, skeleton, self.ranks)
+                for unit in turn:
+                    if unit.block is None or unit.block >= count:
+                        if unit.name not in work.finished:
+                            self.writer.write(unit, work, BlockResult())
+                        continue
+                    index = unit.block
+                    if not todo or index < todo[0]:
+                        continue
+                    block, finished = skeleton.load_block(index), unit.name in work.finished
+                    seen = None if finished else self.blocks.to_be_seen(skeleton, index, store, parts)
+                    with self.clock.phase("backward"):
+                        stream.backward(index, block, seen)
+                    if seen is None or not solves.keep(unit, seen):
+                        skeleton.free_block(index)
+                        give_back()
+                for unit, made in solves.made():
+                    made.changed |= caches.pop(unit.block)
                     self.writer.write(unit, work, made)
-                skeleton.free_block(index)
-                give_back()
         finally:
             self.scratch_bytes = store.spilled_bytes
             store.close()

@@ -26,13 +26,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from quant.accelerator import device_of
-from quant.calibration.parts import Node, PartSums, Tree, own_parts, tree_nodes
-from quant.calibration.statistics import Accumulator, Statistics
+from quant.calibration.parts import A, Node, PartSums, Tree, own_parts, tree_nodes
+from quant.calibration.statistics import Statistics
 from quant.errors import QuantError, RankLost, UsageError
 from quant.pipeline.memory import at_load
 from quant.recipe import Recipe
@@ -85,8 +85,12 @@ class Ranks:
         """What a rank says to this one."""
         raise NotImplementedError
 
-    def total(self, sums: PartSums, parts: int) -> Statistics:
+    def total(self, sums: PartSums[A], parts: int) -> Statistics:
         """The statistics of all ``parts``, of which each rank has summed its own."""
+        return sums.finish()
+
+    def total_for(self, rank: int, sums: PartSums[A], parts: int) -> Statistics | None:
+        """:meth:`total` for one rank; None for the others, which let go of their sums."""
         return sums.finish()
 
     def largest(self, value: torch.Tensor | None) -> torch.Tensor | None:
@@ -139,8 +143,21 @@ class _Group(Ranks):
             distributed.recv_object_list(said, source)
         return _unpacked(said[0], self.device)
 
-    def total(self, sums: PartSums, parts: int) -> Statistics:
-        def add(left: Node[_Sum], right: Node[_Sum]) -> _Sum:
+    def total(self, sums: PartSums[A], parts: int) -> Statistics:
+        return self._spread(self._at_first(sums, parts) or sums.empty()).finish()
+
+    def total_for(self, rank: int, sums: PartSums[A], parts: int) -> Statistics | None:
+        whole = self._at_first(sums, parts)
+        if rank == 0:
+            return None if whole is None else whole.finish()
+        if whole is not None:
+            self._send_sums(whole, rank)
+        return self._receive_sums(sums.empty(), 0).finish() if self.rank == rank else None
+
+    def _at_first(self, sums: PartSums[A], parts: int) -> A | None:
+        """The sums of all parts at rank 0; None at the others."""
+
+        def add(left: Node[_Sum[A]], right: Node[_Sum[A]]) -> _Sum[A]:
             to, source = left.value, right.value
             if to.rank == source.rank:
                 if to.sums is not None and source.sums is not None:
@@ -152,40 +169,40 @@ class _Group(Ranks):
             return to
 
         mine = {node.start: node.value for node in sums.nodes()}
-        tree: Tree[_Sum] = Tree(add)
+        tree: Tree[_Sum[A]] = Tree(add)
         for rank in range(self.size):
             for start, size in tree_nodes(replace_rank(self, rank).own(parts)):
                 tree.push(Node(start, size, _Sum(rank, mine.pop(start) if rank == self.rank else None)))
-        return self._spread(tree.whole().sums or sums.empty()).finish()
+        return tree.whole().sums
 
-    def _spread(self, whole: Accumulator) -> Accumulator:
+    def _spread(self, whole: A) -> A:
         """What rank 0 has summed up, at every rank."""
         import torch.distributed as distributed
 
         state = whole.state()
-        tokens, shapes = self.told((whole.tokens, {n: tuple(t.shape) for n, t in state.items()}))
+        counts, shapes = self.told((whole.counts, {n: tuple(t.shape) for n, t in state.items()}))
         made = {}
         for name, shape in shapes.items():
             held = state[name].cpu() if self.first else torch.empty(shape)
             with self._heard():
                 distributed.broadcast(held, 0)
             made[name] = state[name] if self.first else held.to(state[name].device)
-        whole.restore(tokens, made)
+        whole.restore(counts, made)
         return whole
 
-    def _send_sums(self, sums: Accumulator, to: int) -> None:
+    def _send_sums(self, sums: A, to: int) -> None:
         import torch.distributed as distributed
 
         state = sums.state()
-        self.send((sums.tokens, {n: tuple(t.shape) for n, t in state.items()}), to)
+        self.send((sums.counts, {n: tuple(t.shape) for n, t in state.items()}), to)
         for value in state.values():
             with self._heard():
                 distributed.send(value.cpu(), to)
 
-    def _receive_sums(self, empty: Accumulator, source: int) -> Accumulator:
+    def _receive_sums(self, empty: A, source: int) -> A:
         import torch.distributed as distributed
 
-        tokens, shapes = self.receive(source)
+        counts, shapes = self.receive(source)
         state = empty.state()
         made = {}
         for name, shape in shapes.items():
@@ -193,7 +210,7 @@ class _Group(Ranks):
             with self._heard():
                 distributed.recv(held, source)
             made[name] = held.to(state[name].device)
-        empty.restore(tokens, made)
+        empty.restore(counts, made)
         return empty
 
     def largest(self, value: torch.Tensor | None) -> torch.Tensor | None:
@@ -226,11 +243,11 @@ class _Group(Ranks):
 
 
 @dataclass(frozen=True)
-class _Sum:
+class _Sum(Generic[A]):
     """A node's sum where this rank has it, and the rank that does."""
 
     rank: int
-    sums: Accumulator | None
+    sums: A | None
 
 
 def replace_rank(ranks: Ranks, rank: int) -> Ranks:

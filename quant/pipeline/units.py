@@ -47,25 +47,37 @@ class UnitWriter:
 
     def under_way(self, work: Work, units: Sequence[Unit]) -> Iterator[Unit]:
         """Each unit for the work on it, before and after which progress says what there is to say."""
-        for number, unit in enumerate(units):
-            start, before = time.perf_counter(), unit.name in work.finished
-            self.records.progress(Event("quantize", number, len(units), detail=_shown(unit)))
-            yield unit
-            errors = [
-                layer.error
-                for layer in self.records.layers.values()
-                if layer.unit == unit.name and layer.error is not None
-            ]
+        return (unit for (unit,) in self._told(work, [[unit] for unit in units]))
+
+    def in_turns(self, work: Work, units: Sequence[Unit], several: int) -> Iterator[list[Unit]]:
+        """:meth:`under_way` with so many blocks at a time that are left to do."""
+        turns: list[list[Unit]] = []
+        left = 0
+        for unit in units:
+            todo = unit.block is not None and unit.name not in work.finished
+            if todo and 0 < left < several:
+                turns[-1].append(unit)
+            else:
+                turns.append([unit])
+                left = 0
+            left = left + 1 if todo else 0
+        return self._told(work, turns)
+
+    def _told(self, work: Work, turns: Sequence[list[Unit]]) -> Iterator[list[Unit]]:
+        number, total = 0, sum(map(len, turns))
+        for turn in turns:
+            start, before = time.perf_counter(), {unit.name for unit in turn} & set(work.finished)
+            shown = ", ".join(_shown(unit) for unit in turn)
+            self.records.progress(Event("quantize", number, total, detail=shown))
+            yield turn
+            number += len(turn)
+            names = {unit.name for unit in turn}
+            layers = [layer for layer in self.records.layers.values() if layer.unit in names]
+            errors = [layer.error for layer in layers if layer.error is not None]
             error = f", relative error {format_share(max(errors))} at most" if errors else ""
-            self.records.progress(
-                Event(
-                    "quantize",
-                    number + 1,
-                    len(units),
-                    message=f"{_shown(unit)} {'replayed' if before else 'written'} in "
-                    f"{format_seconds(time.perf_counter() - start)}{error}",
-                )
-            )
+            seconds = format_seconds(time.perf_counter() - start)
+            message = f"{shown} {'replayed' if before else 'written'} in {seconds}{error}"
+            self.records.progress(Event("quantize", number, total, message=message))
 
     def write(self, unit: Unit, work: Work, made: BlockResult) -> None:
         """Writes a unit and notes that it is finished; rank 0 does."""

@@ -95,8 +95,7 @@ class Workspace:
     def smaller_batch(self) -> int | None:
         """Tokens of half a batch; None where a batch is a single row, or there are none."""
         rows, length = self._calibration
-        most = rows if self.plan.gradients else max(part_sizes(rows), default=0)
-        several = min(self.batch_rows(length), most) if rows else 0
+        several = min(self.batch_rows(length), max(part_sizes(rows), default=0)) if rows else 0
         return several // 2 * length if several > 1 else None
 
     @property

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import pytest
 import torch
 
 from quant.calibration.parts import PARTS, Node, PartSums, Tree, part_sizes, tree_nodes
-from quant.calibration.statistics import Accumulator, Statistics
+from quant.calibration.statistics import Accumulator, GradientAccumulator, Statistics
 from quant.pipeline.ranks import Ranks
 
 CPU = torch.device("cpu")
@@ -16,7 +17,7 @@ NEEDS = {"hessian", "power", "range", "sample"}
 
 
 def summed(pieces: list[torch.Tensor], parts: Iterable[int]) -> PartSums:
-    sums = PartSums(pieces[0].shape[1], CPU, NEEDS, len(pieces))
+    sums = PartSums(lambda: Accumulator(pieces[0].shape[1], CPU, NEEDS, len(pieces)))
     for part in parts:
         for batch in pieces[part].split(7):
             sums.add(part, batch)
@@ -60,6 +61,40 @@ def test_any_number_of_ranks_sums_up_to_the_same_bits(rows: int) -> None:
         assert not torch.equal(naive / wanted.tokens, wanted.hessian)
 
 
+def test_ranks_sum_gradients_up_to_the_same_bits() -> None:
+    generator = torch.Generator().manual_seed(3)
+    pieces = [torch.randn(9, 20 + 40, generator=generator).split([20, 40], 1) for _ in range(5)]
+
+    def sums(parts: Iterable[int]) -> PartSums[GradientAccumulator]:
+        empty = partial(GradientAccumulator, 20, 40, (3, 16), CPU, NEEDS | {"gradients"}, len(pieces))
+        made = PartSums(empty)
+        for part in parts:
+            for x, g in zip(*(t.split(4) for t in pieces[part]), strict=True):
+                made.add(part, x, g)
+                made.add(part, x, g.flip(0), False)
+        return made
+
+    def sent(left: Node[GradientAccumulator], right: Node[GradientAccumulator]) -> GradientAccumulator:
+        other = sums([]).empty()
+        other.restore(right.value.counts, {n: t.clone() for n, t in right.value.state().items()})
+        left.value.merge(other)
+        return left.value
+
+    wanted, tree = sums(range(5)).finish(), Tree(sent)
+    for rank in range(2):
+        for node in sums(Ranks(rank, 2).own(5)).nodes():
+            tree.push(node)
+    found = tree.whole().finish()
+    assert found.tokens == wanted.tokens == 45
+    for name in ("hessian", "gradients", "power", "minimum", "maximum", "sample"):
+        assert torch.equal(getattr(found, name), getattr(wanted, name)), name
+    x, g = (torch.cat([p[i] for p in pieces]).double() for i in (0, 1))
+    halves = [torch.cat([p.flip(0) for piece in pieces for p in piece[1].split(4)]).double(), g]
+    exact = sum((x * d.square().sum(1, keepdim=True)).t() @ x for d in halves) / (2 * len(x))
+    assert wanted.hessian is not None
+    torch.testing.assert_close(wanted.hessian.double(), exact, rtol=2e-2, atol=2e-2 * float(exact.max()))
+
+
 def test_sums_that_wait_are_set_aside_and_come_back() -> None:
     inputs = torch.randn(64, 24, generator=torch.Generator().manual_seed(0))
     pieces = list(inputs.split(8))
@@ -77,7 +112,7 @@ def test_sums_that_wait_are_set_aside_and_come_back() -> None:
 
         return back
 
-    sums = PartSums(24, CPU, NEEDS, 8, put)  # type: ignore[arg-type]
+    sums = PartSums(lambda: Accumulator(24, CPU, NEEDS, 8), put)  # type: ignore[arg-type]
     for part, piece in enumerate(pieces):
         for batch in piece.split(7):
             sums.add(part, batch)
