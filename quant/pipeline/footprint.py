@@ -104,7 +104,7 @@ def waiting_bytes(
 ) -> int:
     """Bytes that wait at once, wherever, in the rank that has the most of the calibration: the states that a
     part of a block adds to and the widest input of its linears, and the sums of parts that are set aside;
-    with gradients the inputs of all blocks and the gradients of one.
+    with gradients the inputs of all blocks and the gradients at the outputs of one.
 
     Args:
         tokens: of that rank.
@@ -116,7 +116,9 @@ def waiting_bytes(
     parts = -(-len(part_sizes(rows)) // asked_ranks(manager.plan.recipe))
     if manager.plan.gradients:
         sums = max(summed_bytes(manager, skeleton, index) for index in range(skeleton.block_count))
-        return (skeleton.block_count + 1 + manager.draws) * states + (parts - 1).bit_length() * sums
+        # on the way back through a block its inputs go as sums of parts come, of which some wait together
+        beside = max(done.bit_count() * sums - states * done // parts for done in range(parts))
+        return (skeleton.block_count + max(1, manager.draws)) * states + beside
     inputs = (
         linear.k
         for index in range(skeleton.block_count)
