@@ -7,7 +7,8 @@ How a mixture is calibrated (``--moe-calibration``):
 ``all``     each sees all tokens of its layer, as llm-compressor's `moe_calibrate_all_experts` does.
 ``blend``   the mean of x xᵀ over routed tokens, each weighted with the square of its gate, which is what its
             error is multiplied by in the layer's output, and over tokens of the whole layer, which count
-            as :data:`PRIOR` tokens for each feature of the input.
+            as :data:`PRIOR` tokens for each feature of the input; before the second product, where each of
+            them has to go through the expert's first, fewer if the expert has many of its own.
 
 What an expert's own tokens say is unbiased, and noisy where they are few beside the features; what all tokens
 say is neither. Of a mixture with 8 experts (``benchmarks/make_mixture.py``) the blend's error on text that
@@ -54,8 +55,8 @@ MOST_OUTPUTS = 1 << 13
 #: Bytes that all threads of a CPU may take which solve experts side by side, where one expert does not take
 #: more: sixteen of Mixtral 8x22B's at once would be 40 GiB.
 SIDE_BY_SIDE = 2 << 30
-#: Tokens of the whole layer, for each feature of the input, that an expert's own are blended with; and the
-#: most of them that are taken through an expert's first product to see what its second reads.
+#: Tokens of the whole layer, for each feature of the input, that an expert's own are blended with, at the
+#: most; and how many are kept to be taken through an expert's first product, to see what its second reads.
 PRIOR, MOST_PRIOR = 2, 1 << 13
 
 
@@ -229,7 +230,7 @@ def expert_statistics(
     """
     floor = routed.features
     if isinstance(prior, ExpertInputs):
-        most = None if how == "all" else PRIOR * floor
+        most = None if how == "all" else _inner_tokens(int(routed.counts[expert]), floor)
         prior = _inner_statistics(module, experts, expert, prior, floor, most, needs)
     if how == "all" and prior is not None:
         return prior, ()
@@ -243,6 +244,17 @@ def expert_statistics(
     if how == "blend" and prior is not None:
         return blended(own, prior), few if len(rows) < floor else ()
     return own, few if len(rows) < floor else ()
+
+
+def _inner_tokens(own: int, features: int) -> int:
+    """Tokens of the whole layer that are taken through an expert's first product, for the prior of its second
+    of so many ``features``: what the expert's ``own`` tokens lack of one more than :data:`PRIOR` for each
+    feature, but at least one for each.
+
+    >>> _inner_tokens(0, 768), _inner_tokens(1000, 768), _inner_tokens(2048, 768)
+    (1536, 1304, 768)
+    """
+    return min(PRIOR * features, max((1 + PRIOR) * features - own, features))
 
 
 def _inner_statistics(

@@ -74,6 +74,22 @@ def test_a_blend_weighs_an_experts_tokens_against_those_of_its_layer() -> None:
     assert close(prior.hessian, mean_square(everything)), "what is known of the layer is not used up"
 
 
+def test_the_second_product_blends_as_many_of_the_layers_tokens_as_its_own_lack(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "expert_inner", lambda module, experts, expert, rows: rows * 3)
+    given, hessian = inputs([[60, 0, 20]]), frozenset({"hessian"})
+    for there, taken in ((500, (16, 32, 28)), (24, (16, 24, 24))):
+        ones, none = torch.ones(there, FEATURES), torch.zeros(3, dtype=torch.int64)
+        layer = ExpertInputs()
+        layer.add(Routed(ones, torch.arange(there), none, torch.ones(there)))
+        for expert, tokens in enumerate(taken):
+            made, _ = expert_statistics(nn.Module(), LAYER, expert, given, layer, "blend", hessian)
+            rows, gates = given.of(expert)
+            share = len(rows) / (len(rows) + tokens)
+            assert close(made.hessian, share * mean_square(rows, gates) + (1 - share) * 9)
+
+
 @pytest.mark.parametrize("how", [x for x in get_args(Calibration) if x != "blend"])
 def test_other_ways_take_the_tokens_that_they_name(how: Calibration) -> None:
     given = inputs([[40, 3, 30]])
