@@ -3,13 +3,23 @@
 // is given tensors of two devices is an error.
 //
 // torch's guide to such devices: "Facilitating New Backend Integration by PrivateUse1" (pytorch.org/tutorials).
+
+// Headers of single operations: those of all together take most of a minute to read
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
-#include <ATen/NativeFunctions.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/stack.h>
 #include <ATen/native/CPUFallback.h>
+#include <ATen/ops/_reshape_alias_native.h>
+#include <ATen/ops/as_strided_native.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/unfold_native.h>
+#include <ATen/ops/view_native.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
-#include <torch/extension.h>
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
 
 #include <atomic>
 #include <cstdlib>
