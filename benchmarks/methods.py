@@ -17,6 +17,7 @@ stored for the quantized linears.
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from pathlib import Path
 
 from common import ROOT, last_json, machine, quantize_command, run
 from quality import rotated
+
+from quant.defaults import EFFORTS
 
 SHARED = ROOT.parent / "shared"
 PEERS = Path(__file__).resolve().parent / "peers.py"
@@ -75,7 +78,8 @@ def ours(scheme: str, label: str, *options: str, data: bool = True, weights_only
         scheme,
         label,
         (
-            *("--method", method, "--scheme", scheme.removesuffix("-static").removesuffix("-channel")),
+            *("--effort" if method in EFFORTS else "--method", method),
+            *("--scheme", re.sub("-(static|channel|azp)$", "", scheme)),
             *(("--group-size", "-1") if scheme.endswith("-channel") else ()),
             *(*extra, *options),
         ),
@@ -97,6 +101,8 @@ ROWS = (
     ours("w4a16", "minmax", data=False),
     ours("w4a16", "gptq"),
     ours("w4a16", "yaqa", *YAQA),
+    ours("w4a16", "balanced"),
+    ours("w4a16", "best"),
     ours("w4a16", "smooth_quant+gptq"),
     ours("w4a16", "awq+gptq"),
     peer("w4a16", "llm-compressor", "rtn", "--method", "rtn", "--scheme", "W4A16", data=False),
@@ -107,6 +113,8 @@ ROWS = (
     ours("w4a16-asym", "awq"),
     ours("w4a16-asym", "gptq"),
     ours("w4a16-asym", "yaqa", *YAQA),
+    ours("w4a16-asym", "balanced"),
+    ours("w4a16-asym", "best"),
     ours("w4a16-asym", "awq+gptq"),
     Row("w4a16-asym", "AutoAWQ awq", (), peer="AutoAWQ", draws=1),
     Row(
@@ -117,13 +125,19 @@ ROWS = (
     ),
     ours("w4a16-channel", "gptq"),
     ours("w4a16-channel", "yaqa", *YAQA),
+    ours("w4a16-channel", "balanced"),
+    ours("w4a16-channel", "best"),
     ours("w3a16", "gptq"),
     ours("w3a16", "yaqa", *YAQA),
+    ours("w3a16", "balanced"),
+    ours("w3a16", "best"),
     peer("w3a16", "GPTQModel", "gptq", "--bits", "3"),
     ours("w8a16", "minmax", data=False),
     ours("w8a8-int8", "minmax", "--outlier-suppression", "none", data=False, weights_only=False),
     ours("w8a8-int8", "smooth_quant+minmax", weights_only=False),
     ours("w8a8-int8", "smooth_quant+gptq", weights_only=False),
+    ours("w8a8-int8", "balanced", weights_only=False),
+    ours("w8a8-int8-azp", "smooth_quant+gptq", "--asymmetric-activations", weights_only=False),
     peer(
         "w8a8-int8",
         "llm-compressor",
@@ -198,6 +212,8 @@ ROWS = (
     ours("nvfp4a16", "minmax", data=False),
     ours("nvfp4a16", "gptq"),
     ours("nvfp4a16", "yaqa", *YAQA),
+    ours("nvfp4a16", "balanced"),
+    ours("nvfp4a16", "best"),
     peer("nvfp4a16", "llm-compressor", "rtn", "--method", "rtn", "--scheme", "NVFP4A16", data=False),
     ours("nvfp4", "minmax", weights_only=False),
     ours("nvfp4", "gptq", weights_only=False),

@@ -3,7 +3,8 @@
 AutoRound's, over several calibration draws.
 
     python benchmarks/quality.py --llmcompressor-python PYTHON --gptqmodel-python PYTHON
-        --autoround-python PYTHON [--autoround-iterations 200 20] [--draws 3] [--bench ../shared/bench]
+        --autoround-python PYTHON [--autoround-iterations 200 20] [--draws 3 [--only 2 3]]
+        [--bench ../shared/bench]
 
 Every program quantizes the same rows: a draw is the calibration text rotated to another article, cut into
 rows in file order. The judge is `kl.py` of the bench folder (means over 100 chunks of wikitext-2 test, both
@@ -74,6 +75,7 @@ def asked() -> argparse.Namespace:
     p.add_argument("--autoround-python")
     p.add_argument("--autoround-iterations", type=int, nargs="+", default=[200])
     p.add_argument("--draws", type=int, default=3)
+    p.add_argument("--only", type=int, nargs="+", metavar="DRAW", help="of these draws, counted from 1")
     p.add_argument("--samples", default="128"), p.add_argument("--length", default="512")
     p.add_argument("--chunks", default="100", help="of the text, for the judge")
     p.add_argument("--bits", type=int, nargs="+", default=[4, 3])
@@ -98,7 +100,7 @@ def main() -> None:
             divergences.setdefault((name, bits), []).append(kl)
             print(f"  {name:<15} W{bits} g128  KL {kl:.5f} ± {error:.5f}", flush=True)
 
-        for draw in range(a.draws):
+        for draw in sorted({number - 1 for number in a.only} if a.only else range(a.draws)):
             rows = work / f"draw{draw}.txt"
             rows.write_text(rotated(text, draw / a.draws), encoding="utf-8")
             print(f"draw {draw + 1} of {a.draws}", flush=True)
