@@ -64,7 +64,7 @@ EFFORTS = {
     "fast": "gptq for 4 bits, rounding to nearest for 8",
     "balanced": "the same with yaqa instead of gptq, where gradients go through a model without experts",
     "best": "yaqa for experts, too, with gradients of all --samples, of four times as many outputs together, "
-    "refined twice, with negative scales",
+    "refined twice, with negative scales; and zero points for inputs of 8-bit integers",
 }
 EFFORT = "balanced"
 #: Options of yaqa that ``best`` brings.

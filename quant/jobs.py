@@ -22,7 +22,7 @@ from quant.hardware import detect, named_gpu
 from quant.models.support import GRADIENTS, WITHOUT_GRADIENTS
 from quant.pipeline.memory import prepare_torch
 from quant.planning.recommendation import Recommendation
-from quant.planning.target import best_options, choose, method_for, settings
+from quant.planning.target import best_inputs, best_options, choose, method_for, settings
 from quant.progress import Event, Progress, silent
 from quant.recipe import BUDGETS, Assignment, Recipe, Rule, make_recipe
 from quant.schemes import DEFAULT_SCHEME, PRESETS, row_of
@@ -84,7 +84,8 @@ def resolve(values: Mapping[str, Any]) -> ResolvedJob | Recommendation:
         if "scheme" in values or "bits" in values or asked.mixes:
             given = asked.outlier_suppression
             needs = None if given is None else {"outlier_suppression": given}
-            method, note = method_for(asked.resolved_scheme(), asked.model_path, needs, effort)
+            scheme = asked.resolved_scheme()
+            method, note = method_for(scheme, asked.model_path, needs, effort)
             chosen, notes = {"method": method}, (note,) if note else ()
         else:
             recommendation = choose(
@@ -98,10 +99,13 @@ def resolve(values: Mapping[str, Any]) -> ResolvedJob | Recommendation:
                 return recommendation
             chosen = settings(recommendation)
             if effort != defaults.EFFORT:
-                preset = asked.model_copy(update={"scheme": recommendation.recommended}).resolved_scheme()
-                chosen["method"], _ = method_for(preset, asked.model_path, effort=effort)
+                scheme = asked.model_copy(update={"scheme": recommendation.recommended}).resolved_scheme()
+                chosen["method"], _ = method_for(scheme, asked.model_path, effort=effort)
             notes = (f"{recommendation.recommended} by {chosen['method']}: {recommendation.reason}",)
         chosen |= _of_effort(asked, effort, chosen["method"])
+        if effort == "best" and (brought := best_inputs(asked, scheme)):
+            chosen |= brought
+            notes += (_ZERO_POINTS.format(scheme.name),)
     whole = {**chosen, **values}
     if "options" in chosen:  # those that were given are among them
         whole["options"] = chosen["options"]
@@ -112,6 +116,10 @@ def resolve(values: Mapping[str, Any]) -> ResolvedJob | Recommendation:
     return ResolvedJob(recipe, (*notes, *form, *needed, *_without_text(recipe)), recommendation)
 
 
+_ZERO_POINTS = (
+    "{}: each token's inputs get a zero point beside their scale, by --effort best; --symmetric-activations "
+    "leaves it out"
+)
 #: Keys that say which text is calibrated with, and how.
 _OF_TEXT = (
     "calibration_dataset", "samples", "sequence_length", "shuffle", "chat_template", "moe_calibration",

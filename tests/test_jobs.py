@@ -22,7 +22,7 @@ from quant.pipeline.workspace import Workspace
 from quant.planning.recommendation import Recommendation
 from quant.progress import Event
 from quant.recipe import Recipe, recipe_values
-from quant.schemes import SCHEMES
+from quant.schemes import PRESETS, SCHEMES, ActivationScheme
 from tests.helpers import TINYLM, copy_model, load_all, quantize, save_all, short_text, weight_files
 
 TEXT: dict[str, Any] = {"samples": 8, "sequence_length": 64, "calibration_dataset": [short_text()]}
@@ -80,6 +80,25 @@ def test_an_effort_is_a_method_with_its_options_and_how_many_rows_its_gradients_
         resolved(effort="fast", backend="autoawq")
     with pytest.raises(Problems, match="effort is 'most': input should be 'fast', 'balanced' or 'best'"):
         resolved(effort="most", bits=4)
+
+
+def test_the_best_effort_gives_integer_inputs_zero_points_where_nothing_else_is_said() -> None:
+    best = resolved(scheme="w8a8-int8", effort="best")
+    inputs = best.recipe.resolved_scheme().activations
+    assert inputs == ActivationScheme(symmetric=False) and any("zero point" in note for note in best.notes)
+    for more in (
+        {"symmetric_activations": True},
+        {"activations": "static"},
+        {"effort": "balanced"},
+        {"scheme": "w8a8-fp8"},
+        {"scheme": "w8a16"},
+    ):
+        other = resolved(**{"scheme": "w8a8-int8", "effort": "best", **more})
+        assert other.recipe.symmetric_activations in (None, True), more
+        assert not any("zero point" in note for note in other.notes)
+    rule = {"layers": "*.down_proj", "scheme": "w4a16"}
+    ruled = resolved(scheme="w8a8-int8", effort="best", rules=[rule]).recipe
+    assert ruled.rules[0].assigned(ruled).scheme == PRESETS["w4a16"]
 
 
 def test_where_no_gradients_go_through_an_effort_goes_on_without_and_a_named_method_ends(
@@ -348,6 +367,22 @@ def test_an_output_of_another_effort_or_size_is_not_a_job_s(llama: Path, tmp_pat
         ({}, "made by yaqa, and --effort balanced takes yaqa"),
         ({"target_bits": 5.0}, "one scheme for all layers, not by --target-bits 5"),
     ):
+        file = tmp_path / "m.yaml"
+        job = {"model": str(llama), "output": "o", "overrides": {**asked, **own}}
+        file.write_text(yaml.safe_dump({"jobs": [job]}))
+        found = standing(read_manifest(file)[0], None)
+        assert (found.status, words in found.message) == ("refused" if words else "done", True), found
+
+
+def test_an_output_of_the_best_effort_s_inputs_is_a_job_s_of_that_effort_alone(
+    llama: Path, tmp_path: Path
+) -> None:
+    asked = {"scheme": "w8a8-int8", "outlier_suppression": "none"}
+    given = {"model_path": str(llama), "output_path": str(tmp_path / "o"), "effort": "best"}
+    made = jobs.resolve({**given, **asked})
+    assert isinstance(made, jobs.ResolvedJob)
+    jobs.run(jobs.plan(made.recipe))
+    for own, words in (({"effort": "best"}, ""), ({}, "symmetric_activations")):
         file = tmp_path / "m.yaml"
         job = {"model": str(llama), "output": "o", "overrides": {**asked, **own}}
         file.write_text(yaml.safe_dump({"jobs": [job]}))

@@ -15,7 +15,7 @@ from quant.batch.manifest import EvaluateGate, Job
 from quant.checkpoint.journal import is_unpublished
 from quant.errors import clipped
 from quant.models.support import GRADIENTS
-from quant.planning.target import best_options, method_for
+from quant.planning.target import best_inputs, best_options, method_for
 from quant.recipe import UPLOAD, Recipe, make_recipe
 from quant.report.files import load_evaluation
 from quant.report.value import Report
@@ -166,8 +166,14 @@ def _difference(job: Job) -> str:
         return f"it was made by {size or 'one scheme for all layers'}, not by {asked.size_asked or 'that'}"
     if difference := _other_effort(asked, report.quantization.settings, job):
         return difference
-    if asked.effort == "best" and report.quantization.settings.get("method") in GRADIENTS:
-        asked = asked.model_copy(update={"options": best_options(asked)})
+    if asked.effort == "best":
+        named = asked.model_copy(
+            update={"scheme": asked.scheme or report.quantization.settings.get("scheme")}
+        )
+        brought = best_inputs(named, named.resolved_scheme())
+        if report.quantization.settings.get("method") in GRADIENTS:
+            brought["options"] = best_options(asked)
+        asked = asked.model_copy(update=brought)
     wanted = json.loads(json.dumps(asked.settings()))
     chosen = {k for k in _CHOSEN if k not in job.values}
     made = {k: v for k, v in report.quantization.settings.items() if k not in chosen}

@@ -66,6 +66,16 @@ def best_options(recipe: Recipe) -> dict[str, Any]:
     return {**brought, **recipe.options}
 
 
+def best_inputs(recipe: Recipe, scheme: Scheme) -> dict[str, Any]:
+    """Keys that the effort ``best`` makes of a recipe's for the inputs of its scheme: integers that each
+    token has a scale of its own for get zero points, where the recipe does not decide. What comes from an
+    activation function lies unevenly about zero, and a symmetric scale spends codes on numbers beyond its
+    shorter side."""
+    inputs = scheme.activations
+    uneven = inputs is not None and inputs.type == "int" and inputs.dynamic and inputs.symmetric
+    return {"symmetric_activations": False} if uneven and recipe.symmetric_activations is None else {}
+
+
 def choose(
     model: str | Path,
     output_path: str | Path,
