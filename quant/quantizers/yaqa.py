@@ -43,6 +43,8 @@ INPUT_TOKENS, OUTPUT_TOKENS = 1.0, 4.0
 SIGNED = 4
 #: Bits of an integer up to which ranges are searched by the error to expect after feedback.
 FED = 4
+#: Rows of a factor that are looked at a time.
+_ROWS = 1024
 #: Tokens for each output of a block of H_O below which that is said.
 FEW = 4
 #: What is said of a weight whose outputs have no gradients, as those have that only choose among tokens.
@@ -187,6 +189,8 @@ class YAQAQuantizer:
             else:
                 signed = self.signed and scheme.bits <= SIGNED
                 fed = outputs.coupled and scheme.bits <= FED
+                if fed:
+                    importance *= _reached(weight, inputs, 2 * columns / (scheme.high - scheme.low))
                 scales, zeros = weight_parameters(
                     weight, scheme, dtype, importance, self.clip_search, signed, fed
                 )
@@ -426,6 +430,27 @@ def _sizes(weight: torch.Tensor, scheme: WeightScheme) -> tuple[torch.Tensor, to
     squares = weight.view(n, scheme.groups(k), -1).abs().amax(-1).square()
     columns = squares.mean(0).sqrt()
     return squares.mean(1).sqrt(), columns.repeat_interleave(k // len(columns))
+
+
+def _reached(weight: torch.Tensor, inputs: _Inputs, steps: torch.Tensor) -> torch.Tensor:
+    """How far the error to expect of each column of a weight [N, K] grows with the square of a step, fp32 [K]
+    from 0 to 1, once earlier columns' errors have been moved onto it; ``steps`` [K]: the sizes of theirs.
+
+    It is 1 but where all weights of a column are far smaller than a step, as those that read an outlier are.
+    They become zero, which costs their own squares, whatever the step, and so do the errors that others move
+    onto them. Were such a column counted by its step, its great importance would cut the ranges of all others
+    short: on a model with outliers, yaqa lost twice as much as GPTQ then."""
+    own = (12 * weight.square().mean(0) / steps.square().clamp_min(1e-38)).clamp_(max=1.0)
+    if bool((own == 1).all()):
+        return own
+    upper, errors = inputs.factor, own[inputs.order]
+    moved = torch.zeros_like(own)
+    for start in range(0, len(upper), _ROWS):
+        rows = torch.triu(upper[start : start + _ROWS], start + 1).square_()
+        moved += errors[start : start + _ROWS] @ rows
+    moved.div_(upper.diagonal().square())
+    # the square: of a column's own error the step decides less, the smaller its weights are beside it
+    return own.index_copy_(0, inputs.order, moved.add_(errors.square()).clamp_(max=1.0))
 
 
 def _order(hessians: torch.Tensor, damping: float, steps: torch.Tensor) -> torch.Tensor:

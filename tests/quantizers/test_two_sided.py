@@ -296,6 +296,25 @@ def test_ranges_by_the_expected_error_lower_the_loss_after_feedback(
     assert lost[True] < share * lost[False]
 
 
+@pytest.mark.parametrize(("symmetric", "outliers"), [(True, 24), (False, 8)])
+def test_columns_that_read_outliers_do_not_cut_the_ranges_of_the_others(
+    symmetric: bool, outliers: int
+) -> None:
+    scheme = WeightScheme(4, 128, symmetric)
+    factors = torch.ones(384)
+    factors[torch.randperm(384, generator=torch.Generator().manual_seed(1))[:outliers]] = 256.0
+    weight, hessian = weight_of(96, 384) / factors, hessian_of(384) * factors * factors[:, None]
+    outputs = hessian_of(96, seed=9)[None]
+    one_sided, both = (
+        quantizer(
+            weight.clone(), Statistics(MANY, hessian.clone(), gradients=outputs), scheme, torch.bfloat16
+        )
+        for quantizer in (GPTQQuantizer(), YAQAQuantizer())
+    )
+    losses = [float(loss(weight - x.tensor.dequantize(), hessian, outputs).sum()) for x in (one_sided, both)]
+    assert losses[1] < losses[0]
+
+
 @pytest.mark.parametrize("size", [192, 256, 512])
 def test_of_a_large_block_a_sweep_changes_more_codes(size: int) -> None:
     grid = Grid(WeightScheme(4, -1), torch.float32)
