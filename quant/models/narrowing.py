@@ -20,6 +20,7 @@ from quant.checkpoint.reader import Checkpoint
 from quant.errors import CheckpointError
 from quant.models.linears import expert_layout, fused_experts
 from quant.models.place import decoder_list
+from quant.models.restating import with_stated_heads
 from quant.models.roles import EXPERT, block_list, block_of, role_of
 from quant.units import numbers
 from quant.vllm.config import (
@@ -109,6 +110,7 @@ def widths(checkpoint: Checkpoint, kind: Kind) -> Widths:
             raise CheckpointError(
                 f"{checkpoint.path}: config.json does not say how many query heads read a KV head"
             )
+        config = with_stated_heads(checkpoint).config
         kinds = {str(p) for p in (text_config(config).get("model_type"), config.get("model_type")) if p}
         if not kinds & HEAD_SIZE_STATED:
             raise CheckpointError(
@@ -224,7 +226,7 @@ def narrowed(
 ) -> Checkpoint:
     """The checkpoint with ``stay`` units of each block, its values computed when they are read, in the dtype
     that each tensor is stored in. Heads that predict further tokens (MTP) are left out: nothing measures what
-    they need.
+    they need. A Qwen2 with fewer heads is a Llama (:mod:`quant.models.restating`).
 
     Args:
         kept: int64 [stay], rising, the units of a block that stay; asked when a value is read.
@@ -233,6 +235,8 @@ def narrowed(
     Raises:
         CheckpointError: no block has such units, or a block's cannot be told from its tensors.
     """
+    if found.kind == "heads":
+        checkpoint = with_stated_heads(checkpoint)
     count = block_count(checkpoint.config)
     assert count is not None
     decoder = decoder_list(checkpoint.tensors.values(), checkpoint.config)

@@ -45,7 +45,7 @@ def kept(report: Report, kind: str) -> dict[int, list[int]]:
     return {b: [n for r in some for n in range(r[0], r[-1] + 1)] for b, some in runs.items()}
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "phi3", "gemma3_text"])
 def test_the_output_is_the_source_with_these_columns_alone(kind: str, tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source", kind, num_attention_heads=8, num_key_value_heads=4)
     asked = Width(channels=64, heads=2, multiple_of=32, **TEXT)
@@ -67,6 +67,10 @@ def test_the_output_is_the_source_with_these_columns_alone(kind: str, tmp_path: 
                 module.weight[:, places] = values[f"model.layers.{index}.{name}.weight"].float()
     torch.testing.assert_close(logits(built(tmp_path / "out")), logits(model), rtol=1e-4, atol=1e-4)
     assert Report.load(tmp_path / "out").pruning == report.pruning  # type: ignore[union-attr]
+    if kind == "qwen2":  # no config of its own can say of what size heads are
+        assert config["architectures"] == ["LlamaForCausalLM"] and config["attention_bias"]
+        assert all(not values[f"model.layers.{i}.self_attn.o_proj.bias"].any() for i in range(2))
+        assert all(values[f"model.layers.0.self_attn.{n}_proj.bias"].any() for n in "qkv")
     verified = verify(tmp_path / "out", source=source)
     fitted = len(report.pruning.fitted)  # type: ignore[union-attr]
     assert verified.passed and any(f"{fitted} fitted to what was pruned" in c.detail for c in verified.checks)
@@ -232,9 +236,13 @@ def test_families_that_derive_the_size_of_heads_keep_theirs(tmp_path: Path) -> N
     eight = make_checkpoint(tmp_path / "eight", "llama", num_attention_heads=8, num_key_value_heads=4)
     with pytest.raises(UsageError, match="--kv-heads is 3, with 6 query heads: .* ask for 1 or 2$"):
         narrow(eight, tmp_path / "out", Width(heads=3))
-    source = make_checkpoint(tmp_path / "source", "qwen2")
-    with pytest.raises(CheckpointError, match="so heads cannot be cut"):
+    source = make_checkpoint(tmp_path / "source", "qwen2", use_sliding_window=True, max_window_layers=1)
+    with pytest.raises(CheckpointError, match="has no use_sliding_window, sliding_attention: cut"):
         narrow(source, tmp_path / "out", Width(heads=1))
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    mixture = make_checkpoint(tmp_path / "mixture", "qwen2_moe", **experts)
+    with pytest.raises(CheckpointError, match="so heads cannot be cut"):
+        narrow(mixture, tmp_path / "out", Width(heads=1))
     latent = make_checkpoint(tmp_path / "latent", "deepseek_v3", **LATENT)
     with pytest.raises(CheckpointError, match=r"its attention is latent \(MLA\)"):
         narrow(latent, tmp_path / "out", Width(heads=1))
