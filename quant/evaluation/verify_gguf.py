@@ -15,7 +15,7 @@ from quant.errors import CheckpointError, QuantError, clipped
 from quant.evaluation.agreement import file_problems
 from quant.formats.legacy import repaired
 from quant.formats.reading import dequantized
-from quant.gguf.blocks import WIDE, Rows, steps_of
+from quant.gguf.blocks import STEP_FIRST, WIDE, Rows, steps_of
 from quant.gguf.config import config_of_file, family_of_file
 from quant.gguf.families import Family, config_problems, family_of
 from quant.gguf.header import Header, read_header
@@ -46,6 +46,10 @@ _ALONG = 0.6
 #: Relative error of a row that no rounding leaves: two bits lose half, a row of zeros is off by 1, and a row
 #: replaced by another of its size by 1.4.
 _OTHER = 0.8
+#: How far the size of a whole matrix, ⟨own, source⟩ / ⟨source, source⟩, may be from 1, and how much farther
+#: for each unit of its squared relative error across the source: rounding shrinks. GPTQ by 1.3 times that
+#: error, nearest rounding and llama.cpp's own types by a tenth of it.
+_SIZE, _SIZE_CODES, _SIZE_OWN = 0.03, 3.0, 1.0
 #: Error that fp16 scales leave in numbers too small for them: 2⁻²⁵ in the scale of a code of 10 bits.
 _TINY = 2.0**-15
 #: Largest relative difference of two numbers that are one in fp32; of rotary factors, which are found again
@@ -213,11 +217,15 @@ def _row_problems(part: Part, source: _Theirs | None) -> Iterator[str]:
     if not pieces or (exact and rows.entry.type in WIDE):
         return
     error, norm, along, steps = torch.cat(pieces, 1)
-    total = sqrt(float(error.square().mean()) / (float(norm.square().mean()) or 1.0))
+    whole = float(norm.double().square().mean()) or 1.0
+    total = sqrt(float(error.double().square().mean()) / whole)
     if rows.entry.type in WIDE:
         yield f"{name} is {rows.entry.type}, and not the source's numbers (relative error {total:.2g})"
         return
-    most = _most(error, norm, along, steps)
+    if (said := _resized(along, total, norm, rows.entry.type)) is not None:
+        yield f"{name} {said}"
+        return
+    most = _most(error, norm, along.abs(), steps)
     wrong = torch.nonzero(error > most)[:, 0].tolist()
     if wrong:
         yield (
@@ -226,6 +234,24 @@ def _row_problems(part: Part, source: _Theirs | None) -> Iterator[str]:
             f"are {float(norm[wrong[0]]):.2g} and rounding to {rows.entry.type} leaves "
             f"{float(most[wrong[0]]):.2g} at the most"
         )
+
+
+def _resized(along: torch.Tensor, total: float, norm: torch.Tensor, type_: str) -> str | None:
+    """What is to be said of a matrix that is its source multiplied by a number, or None: a row's codes may
+    hide that, all rows together do not.
+
+    Args:
+        along: of :func:`_row_errors`, with its sign; ``total``: the relative error of the whole matrix.
+    """
+    size = float((along * norm).double().sum() / norm.double().square().sum().clamp_min(_TINY**2))
+    across = max(0.0, total**2 - size**2)
+    most = _SIZE + (_SIZE_CODES if type_ in STEP_FIRST else _SIZE_OWN) * across
+    if abs(size) <= most or float(norm.max()) < _TINY:
+        return None
+    return (
+        f"is {1 + size:.3f} times the source's, where rounding to {type_} leaves {most:.3f} of difference at "
+        "the most"
+    )
 
 
 def _most(error: torch.Tensor, norm: torch.Tensor, along: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
@@ -238,14 +264,14 @@ def _most(error: torch.Tensor, norm: torch.Tensor, along: torch.Tensor, steps: t
 
 
 def _row_errors(own: torch.Tensor, other: torch.Tensor, rows: Rows, start: int) -> torch.Tensor:
-    """Root mean squares of rows: of the error, of the source's numbers, of the part of the error along them,
-    and of the steps of the type; fp32 [4, N]."""
+    """Root mean squares of rows: of the error, of the source's numbers, of the part of the error along them
+    (with its sign), and of the steps of the type; fp32 [4, N]."""
     import torch
 
     own, other = own.float().reshape(len(own), -1), other.float().reshape(len(own), -1)
     difference = own - other
     error, norm = (x.square().mean(1).sqrt() for x in (difference, other))
-    along = (difference * other).mean(1).abs() / norm.clamp_min(torch.finfo().tiny)
+    along = (difference * other).mean(1) / norm.clamp_min(torch.finfo().tiny)
     steps = torch.zeros_like(norm)
     if rows.entry.type not in WIDE:
         known = steps_of(rows.raw(start, start + len(own)), rows.entry.type)

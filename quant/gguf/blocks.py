@@ -30,7 +30,7 @@ SCHEMES: Mapping[str, WeightScheme] = {
     "Q8_0": WeightScheme(8, BLOCK),
 }
 #: Types whose blocks of 32 begin with their step.
-_STEP_FIRST = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+STEP_FIRST = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 #: Types that are numbers by themselves → the header's name of them.
 WIDE: Mapping[str, str] = {"F32": "F32", "F16": "F16", "BF16": "BF16", "F64": "F64"}
 
@@ -78,7 +78,7 @@ def steps_of(blocks: np.ndarray, type_: str) -> np.ndarray | None:
     the types whose blocks of 32 begin with their fp16 step; None of others."""
     import numpy as np
 
-    if type_ not in _STEP_FIRST:
+    if type_ not in STEP_FIRST:
         return None
     parts = blocks.reshape(len(blocks), -1, row_bytes(type_, BLOCK))
     steps = np.ascontiguousarray(parts[..., :2]).view("<f2")[..., 0].astype(np.float32)
