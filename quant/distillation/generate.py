@@ -39,8 +39,9 @@ _IN_A_ROW = 3
 #: Failures that will be the same next time, whatever is asked; and that of one request, as where a task is
 #: beyond the endpoint's context.
 _FINAL, _REFUSED = frozenset({"401", "404", "3xx", "tls", "no stream", "miscounted"}), "4xx"
-#: Refusals in a row after which a run ends; and those whose reasons are told one by one.
-_REFUSALS, _TOLD = 10, 3
+#: Refusals in a row after which a run ends, or that share of the answers that came before, where it is more:
+#: of many tasks some in a row may be too long. And those whose reasons are told one by one.
+_REFUSALS, _REFUSED_SHARE, _TOLD = 10, 0.1, 3
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ async def _asked(
         if answers.found:
             progress(Event("answers", message=f"{len(answers.found)} of {len(wanted)} answers are there"))
         try:
-            answered = len(answers.found) > answers.refused
+            answered = len(answers.found) - answers.refused
             async for place, trace in _each(client, endpoint, how, tasks, missing, answered):
                 row = {"task": place[0], "answer": place[1]}
                 if trace.error == _REFUSED:
@@ -249,7 +250,8 @@ async def _asked(
             raise EndpointError(
                 f"{error}. {len(answers.found)} of {len(wanted)} answers came"
                 f"{f' ({answers.refused} refused)' if answers.refused else ''} and are kept in "
-                f"{answers.file}: run the same command again for the others",
+                f"{answers.file}: run the same command again for the others"
+                f"{'; --fresh asks for all of them again' if answers.refused else ''}",
                 error.kind,
             ) from error
         finally:
@@ -263,12 +265,12 @@ async def _each(
     how: Generation,
     tasks: Sequence[str | tuple[Any, ...]],
     missing: Sequence[tuple[int, int]],
-    answered: bool,
+    answered: int,
 ) -> AsyncIterator[tuple[tuple[int, int], Trace]]:
     """The missing answers as they come, and the refusals of single tasks among them.
 
     Args:
-        answered: whether the endpoint has answered to one of these tasks before. Until it has, refusals say
+        answered: how many of these tasks the endpoint has answered before. Until it has one, refusals say
             nothing of single tasks.
 
     Raises:
@@ -301,7 +303,7 @@ async def _each(
             for task in done:
                 place, trace = task.result()
                 if trace.error in ("", "empty"):
-                    in_a_row, refusals, answered = 0, 0, True
+                    in_a_row, refusals, answered = 0, 0, answered + 1
                     for one_refused in refused:
                         yield one_refused
                     refused.clear()
@@ -313,7 +315,7 @@ async def _each(
                         yield place, trace
                     else:
                         refused.append((place, trace))
-                    if refusals >= _REFUSALS:
+                    if refusals >= max(_REFUSALS, _REFUSED_SHARE * answered):
                         failed, fatal = [*failed, trace], True
                     continue
                 failed.append(trace)

@@ -157,6 +157,17 @@ def test_refusals_of_everything_end_a_run(tmp_path: Path) -> None:
     assert made.dropped["refused"] == module._REFUSALS
 
 
+def test_of_many_tasks_more_may_be_refused_in_a_row(tmp_path: Path) -> None:
+    """Twelve that are too long stand behind one another among two hundred."""
+    file, long = tmp_path / "tasks.jsonl", range(130, 142)
+    prompts = ["long " * 20_000 if i in long else f"Tell me about {i}." for i in range(200)]
+    file.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    with endpoint(answer=words(), itl=0.0) as fake:
+        asked = Generation(file, concurrency=1, max_tokens=12)
+        made = generate(asked, Endpoint(fake.url), tmp_path / "out.jsonl")
+    assert made.rows == 188 and made.dropped == {"refused": 12}
+
+
 @pytest.mark.parametrize(
     ("behaviour", "message"),
     [
