@@ -11,7 +11,7 @@ import click
 from quant.commands import options
 from quant.commands.bench import endpoint_of, endpoint_options
 from quant.commands.options import given
-from quant.commands.quantize import calibration_options, fresh
+from quant.commands.quantize import fresh, text_options
 from quant.commands.terminal import Output, common_options, resumable
 from quant.commands.types import PATH, ModelType
 from quant.errors import QuantError, UsageError
@@ -106,15 +106,14 @@ _BOTH = ("generate", "output_path", "seed", "fresh")
     "--shortest", type=int, default=20, show_default=True, help="--generate: least characters of an answer."
 )
 @endpoint_options
-@calibration_options
+@text_options(length="the smaller of 512 and the model's")
 @options.device
 @fresh
 @options.upload
 @common_options
 def distill(out: Output, output_path: Path, **asked: Any) -> None:
     """Teach a pruned or quantized model what its source says: what is written is the same checkpoint with
-    better numbers in it. A quantized one keeps its codes; its norms and scales are trained. Rows have 512
-    tokens where --sequence-length does not say otherwise.
+    better numbers in it. A quantized one keeps its codes; its norms and scales are trained.
 
     \b
     quant distill -m out/Llama-3.1-8B-28 --teacher models/Llama-3.1-8B -o out/Llama-3.1-8B-28-taught

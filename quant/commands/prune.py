@@ -11,7 +11,7 @@ import click
 from quant import defaults
 from quant.commands import options
 from quant.commands.options import given
-from quant.commands.quantize import calibration_options, fresh, run_job, selection_options
+from quant.commands.quantize import fresh, run_job, selection_options, text_options
 from quant.commands.terminal import Output, common_options, resumable
 from quant.errors import UsageError, clipped
 from quant.units import numbers
@@ -79,7 +79,10 @@ _KINDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     help="Of what --intermediate-size is a multiple.",
 )
 @options.tensor_parallel(1)
-@calibration_options
+@text_options(
+    f"16 for blocks, else {defaults.SAMPLES}",
+    f"512, for weights {defaults.SEQUENCE_LENGTH}, or the model's where that is smaller",
+)
 @options.device
 @fresh
 @options.upload
@@ -87,8 +90,7 @@ _KINDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 def prune(out: Output, model_path: Path, output_path: Path, **asked: Any) -> None:
     """Make a model smaller: set weights to zero, leave out whole decoder blocks, or make all of them
     narrower. What is made is an ordinary checkpoint in the source's dtype, to be served, or quantized, like
-    any other. Without --samples and --sequence-length blocks are measured on 16 rows of 512 tokens, widths
-    on 128 of 512.
+    any other.
 
     \b
     quant prune -m models/Llama-3.1-8B -o out/Llama-3.1-8B-28 --drop-blocks 4

@@ -69,40 +69,54 @@ alpha = click.option(
 
 fresh = click.option("--fresh", is_flag=True, help="Start over instead of going on with unfinished work.")
 
-#: Which text a method is calibrated with.
-calibration_options = together(
-    click.option(
-        "--calibration-dataset",
-        type=PATH,
-        multiple=True,
-        show_default="the bundled text",
-        help="txt, jsonl, json, csv, parquet, arrow or a directory.",
-    ),
-    click.option(
-        "--samples", type=int, default=defaults.SAMPLES, show_default=True, help="Calibration rows."
-    ),
-    click.option(
-        "--sequence-length",
-        type=TOKENS,
-        show_default=f"the smaller of {defaults.SEQUENCE_LENGTH} and the model's",
-        help="Tokens a row.",
-    ),
-    click.option(
-        "--shuffle", is_flag=True, help="Draw rows from the whole text instead of taking the first."
-    ),
-    click.option(
-        "--chat-template/--no-chat-template",
-        default=None,
-        help="Send plain text through the chat template; or join messages as text.",
-    ),
-    click.option(
-        "--seed",
-        type=int,
-        default=defaults.SEED,
-        show_default=True,
-        help="Of --shuffle, and of yaqa's draws at the logits.",
-    ),
-)
+
+def text_options(samples: int | str = defaults.SAMPLES, length: str | None = None) -> options.Decorator:
+    """Which text a method is calibrated with, or a model measured on or taught.
+
+    Args:
+        samples, length: rows, and tokens of each, that the command takes where none are given, as its help
+            tells them.
+    """
+    return together(
+        click.option(
+            "--calibration-dataset",
+            type=PATH,
+            multiple=True,
+            show_default="the bundled text",
+            help="txt, jsonl, json, csv, parquet, arrow or a directory.",
+        ),
+        click.option(
+            "--samples",
+            type=int,
+            default=None if isinstance(samples, str) else samples,
+            show_default=samples if isinstance(samples, str) else True,
+            help="Calibration rows.",
+        ),
+        click.option(
+            "--sequence-length",
+            type=TOKENS,
+            show_default=length or f"the smaller of {defaults.SEQUENCE_LENGTH} and the model's",
+            help="Tokens a row.",
+        ),
+        click.option(
+            "--shuffle", is_flag=True, help="Draw rows from the whole text instead of taking the first."
+        ),
+        click.option(
+            "--chat-template/--no-chat-template",
+            default=None,
+            help="Send plain text through the chat template; or join messages as text.",
+        ),
+        click.option(
+            "--seed",
+            type=int,
+            default=defaults.SEED,
+            show_default=True,
+            help="Of --shuffle, and of yaqa's draws at the logits.",
+        ),
+    )
+
+
+calibration_options = text_options()
 
 #: Which linears a method is for.
 selection_options = together(
