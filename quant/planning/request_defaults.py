@@ -18,7 +18,7 @@ from quant.planning.storage import is_quantized, source_kernels
 from quant.schemes import SchemeRow
 from quant.units import meant_tokens
 from quant.vllm.architectures import text_alone
-from quant.vllm.arguments import NO_IMAGES, NO_IMAGES_WHY
+from quant.vllm.arguments import NO_IMAGES, NO_IMAGES_WHY, instead_of_bfloat16
 from quant.vllm.context import beyond_note
 from quant.vllm.kernels import BF16_FORMATS, formats_of, has_fp8_cache, kernel_of
 from quant.vllm.releases import rules_for
@@ -85,6 +85,12 @@ def completed(
         notes.append(
             f"vLLM's weight-only kernels of {', '.join(sorted(alone))} take bf16 alone: planned with "
             "--dtype bfloat16"
+        )
+    if request.dtype is None and instead_of_bfloat16(gpu, [spec.model_type]) == "float32":
+        request = replace(request, dtype="float32")
+        notes.append(
+            f"{gpu.name} has no bfloat16, and vLLM does not compute {spec.model_type} in float16: planned "
+            "with --dtype float32"
         )
     if text_alone(spec.config) and not request.limit_mm_per_prompt:
         request = replace(request, limit_mm_per_prompt=json.loads(NO_IMAGES[1]))

@@ -27,12 +27,12 @@ from quant.planning.throughput import speed_of
 from quant.schemes import AS_IT_IS, Scheme, SchemeRow
 from quant.units import format_requests
 from quant.vllm.architectures import architecture_problem
+from quant.vllm.arguments import IN_FP32_ALONE, instead_of_bfloat16
 from quant.vllm.config import source_method
 from quant.vllm.kernels import (
     GROUP_SIZES,
     cpu_problems,
     formats_of,
-    has_bfloat16,
     kernel_of,
     kernel_problem,
     parts_needed,
@@ -139,9 +139,11 @@ def dtype_label(spec: ModelSpec, request: EngineRequest, gpu: Gpu | None = None)
     if spec.quantization:
         return f"{_QUANTIZED} ({source_method(spec.quantization)})"
     name = request.dtype or spec.dtype
-    if request.dtype is None and gpu is not None and not has_bfloat16(gpu):
-        return "fp16"  # vLLM falls back to it
-    return {"bfloat16": "bf16", "float16": "fp16", "float32": "bf16", "float64": "bf16"}.get(name, name)
+    if request.dtype is None and gpu is not None and (other := instead_of_bfloat16(gpu, [spec.model_type])):
+        name = other  # vLLM falls back to it
+    elif request.dtype is None and name in ("float32", "float64"):
+        name = "bfloat16"
+    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}.get(name, name)
 
 
 def plan_scheme(
@@ -211,6 +213,8 @@ def _refusal(spec: ModelSpec, gpu: Gpu, row: SchemeRow, request: EngineRequest) 
     method = None if quantized else source_method(spec.quantization)
     if (reason := serving_problem(gpu, method, spec.selects)) is not None:
         return f"{part}: {reason}"
+    if (quantized or spec.quantization) and instead_of_bfloat16(gpu, [spec.model_type]) == "float32":
+        return f"{part}: {IN_FP32_ALONE}"
     if quantized:
         return _kernel_refusal(spec, gpu, row, part)
     if gpu.platform != "rocm":

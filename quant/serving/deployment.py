@@ -10,7 +10,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,14 @@ from quant.hub import model_name, repository_of
 from quant.serving.passed_on import VLLM_ALIASES, check_context, check_extra, named, with_ranks
 from quant.units import format_size, meant_tokens
 from quant.vllm.architectures import code_of, own_code
-from quant.vllm.arguments import TRUST, Argument, engine_arguments
+from quant.vllm.arguments import (
+    IN_FP32_ALONE,
+    TRUST,
+    Argument,
+    engine_arguments,
+    instead_of_bfloat16,
+)
+from quant.vllm.config import model_types, quantization_config
 from quant.vllm.context import (
     ALLOW,
     LONGEST,
@@ -312,7 +319,8 @@ def plan(path: str | Path, request: DeploymentRequest) -> Deployment:
     name = request.name or folder_name(folder)
     length = check_context(config, name, length, stated, passed_on, ("max-model-len",))
     beyond = beyond_note(length or 0, context_length(config))
-    warnings = [*renamed, *(said for said in (own, beyond) if said), *_fit(folder, chosen, request, parallel)]
+    warnings = [*renamed, *(said for said in (own, beyond) if said)]
+    warnings += _fit(folder, config, chosen, request, parallel)
     chosen["served-model-name"] = Argument(
         "served-model-name", name, "what clients call the model, wherever it lies"
     )
@@ -375,15 +383,17 @@ def host_warnings(request: DeploymentRequest, instead: str) -> list[str]:
     ]
 
 
-def half_instead(gpu: Gpu, dtype: object) -> Argument | None:
-    """fp16 in the place of bf16 on a GPU that does not compute in it; None elsewhere."""
-    from quant.vllm.kernels import BF16_CAPABILITY, has_bfloat16
+def other_dtype(gpu: Gpu, dtype: object, config: Mapping[str, Any]) -> Argument | None:
+    """What a model computes in on a GPU that has no bf16, in its place: fp16, or fp32; None elsewhere."""
+    from quant.vllm.kernels import BF16_CAPABILITY
 
-    if has_bfloat16(gpu) or dtype != "bfloat16":
+    if dtype != "bfloat16" or (other := instead_of_bfloat16(gpu, model_types(config))) is None:
         return None
     level, least = (".".join(map(str, c)) for c in (gpu.capability or (), BF16_CAPABILITY))
     why = f"{gpu.name} (compute capability {level}) has no bfloat16, which takes {least}"
-    return Argument("dtype", "float16", why)
+    if other == "float32":
+        why += ", and vLLM does not compute this family in float16"
+    return Argument("dtype", other, why)
 
 
 def _check_kernels(checkpoint: Checkpoint, request: DeploymentRequest) -> None:
@@ -437,7 +447,13 @@ _UNPLANNED = frozenset(
 _SURE, _STEP = 0.95, 256
 
 
-def _fit(folder: Path, chosen: dict[str, Argument], request: DeploymentRequest, parallel: int) -> list[str]:
+def _fit(
+    folder: Path,
+    config: Mapping[str, Any],
+    chosen: dict[str, Argument],
+    request: DeploymentRequest,
+    parallel: int,
+) -> list[str]:
     """Fits ``chosen`` to the GPU, where one is named or here: its dtype, the share of its memory that is
     free, and the context.
 
@@ -468,8 +484,10 @@ def _fit(folder: Path, chosen: dict[str, Argument], request: DeploymentRequest, 
             f"{'is' if len(gpus) == 1 else 'are'} {'here' if request.gpu is None else 'named'}"
         ]
     gpu = min(gpus[:parallel], key=lambda g: g.free_bytes)
-    if half := half_instead(gpu, chosen["dtype"].value):
-        chosen["dtype"] = half
+    if other := other_dtype(gpu, chosen["dtype"].value, config):
+        chosen["dtype"] = other
+        if other.value == "float32" and quantization_config(config) is not None:
+            taken.append(f"{gpu.name}: {IN_FP32_ALONE}: vLLM is expected to refuse")
     default = rules_for(VLLM_VERSION, gpu.capability).utilization
     passed_on = named(request.extra)
     share = passed_on.get("gpu-memory-utilization", chosen.get("gpu-memory-utilization"))

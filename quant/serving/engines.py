@@ -29,8 +29,8 @@ from quant.serving.deployment import (
     DeploymentRequest,
     check_order,
     folder_name,
-    half_instead,
     host_warnings,
+    other_dtype,
     planned_gpu,
     stated_arguments,
 )
@@ -228,8 +228,9 @@ def _translated(
     if checkpoint.config.get("auto_map") and engine.serves(checkpoint.config) is False:
         why = f"the checkpoint brings code of its own: {code_of(checkpoint.config)}"
         wanted[TRUST] = Argument(TRUST, True, why)
-    if gpu is not None and "dtype" in wanted and (half := half_instead(gpu, wanted["dtype"].value)):
-        wanted["dtype"] = half
+    computed = wanted["dtype"].value if "dtype" in wanted else None
+    if gpu is not None and (other := other_dtype(gpu, computed, checkpoint.config)):
+        wanted["dtype"] = other
     asked = _asked(request, length)
     if request.tensor_parallel is not None:
         asked[ranks] = Argument(ranks, request.tensor_parallel, "as asked; shapes were checked for it")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from quant.errors import UsageError
+from quant.hardware import Gpu
 from quant.units import meant_tokens
 from quant.vllm.architectures import text_alone
 from quant.vllm.config import config_dtype, model_types, quantization_config, source_method
 from quant.vllm.context import context_length, context_problem
-from quant.vllm.kernels import BF16_LAYOUTS
+from quant.vllm.kernels import BF16_LAYOUTS, has_bfloat16
 from quant.vllm.methods import DEPRECATED
 
 #: The argument that keeps images out, and its value.
@@ -71,6 +72,21 @@ def model_dtype(config: Mapping[str, Any]) -> str:
     stated = config_dtype(config) or "bfloat16"
     wants = layouts(config) & BF16_LAYOUTS or BF16_MODELS & set(model_types(config))
     return "float16" if stated == "float16" and not wants else "bfloat16"
+
+
+#: Why such a model is not served quantized by a GPU without bf16.
+IN_FP32_ALONE = (
+    "it has no bfloat16, vLLM does not compute this family in float16, and its kernels of quantized weights "
+    "do not take float32"
+)
+
+
+def instead_of_bfloat16(gpu: Gpu, kinds: Iterable[str]) -> str | None:
+    """The dtype that vLLM computes models of these types in on a GPU without bf16: fp16, or fp32 where they
+    have no room in that (``config/model.py::_resolve_auto_dtype``); None where the GPU has bf16."""
+    if has_bfloat16(gpu):
+        return None
+    return "float16" if BF16_MODELS.isdisjoint(kinds) else "float32"
 
 
 def _why_dtype(config: Mapping[str, Any], side_file: str) -> str:

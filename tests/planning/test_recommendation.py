@@ -234,6 +234,19 @@ def test_a_scheme_asked_for_by_name_is_refused_where_no_kernel_is(scheme: str, g
     assert found.recommended is None and "no kernel" in found.plans[0].why
 
 
+def test_a_gpu_without_bfloat16_computes_gemma_in_fp32_and_nothing_of_it_quantized() -> None:
+    """vLLM refuses it in fp16; weights take four bytes each then."""
+    gemma = model_from_config({**TINY["gqa"], "model_type": "gemma2"}, "made")
+    other = model_from_config(TINY["gqa"], "made")
+    (wide, packed), (half, _) = (
+        recommend(m, "T4", EngineRequest(context=4096)).plans[:2] for m in (gemma, other)
+    )
+    assert (wide.label, half.label) == ("fp32", "fp16")
+    assert wide.plan is not None and half.plan is not None
+    assert wide.plan.weights_bytes > 1.8 * half.plan.weights_bytes
+    assert packed.plan is None and "do not take float32" in packed.why
+
+
 def test_a_quantized_checkpoint_is_served_only_where_its_kernels_are() -> None:
     from quant.formats import Contents, FormatRegistry
     from quant.schemes import PRESETS

@@ -21,7 +21,7 @@ from quant.errors import CheckpointError, Problems, UsageError, VerificationFail
 from quant.serving.artefacts import Placement, artefact
 from quant.serving.deployment import DeploymentRequest, _in_its_words, plan
 from quant.vllm.arguments import engine_arguments
-from tests.helpers import ROOT, quantize, short_text
+from tests.helpers import ROOT, make_checkpoint, quantize, short_text
 
 
 @pytest.fixture
@@ -477,6 +477,17 @@ def test_a_gpu_without_bfloat16_is_told_float16(folder: Path) -> None:
         named = {a["name"]: a for a in plan(folder, DeploymentRequest(gpu=gpu)).to_dict()["arguments"]}
         assert named["dtype"]["value"] == dtype
         assert ("has no bfloat16" in named["dtype"]["reason"]) == (gpu == "T4")
+
+
+def test_gemma_is_told_float32_there(tmp_path: Path) -> None:
+    """In fp16 vLLM refuses it, and in fp32 what is quantized."""
+    gemma = make_checkpoint(tmp_path / "gemma", "gemma3_text")
+    quantize(gemma, tmp_path / "out", method="minmax", bits=4, group_size=32)
+    for model, refused in ((gemma, False), (tmp_path / "out", True)):
+        found = plan(model, DeploymentRequest(gpu="T4"))
+        named = {a["name"]: a["value"] for a in found.to_dict()["arguments"]}
+        assert named["dtype"] == "float32"
+        assert any("do not take float32: vLLM is expected to refuse" in w for w in found.warnings) == refused
 
 
 @pytest.mark.parametrize("extra", [(), ("--kv-cache-dtype", "fp8_e4m3")])
