@@ -12,10 +12,9 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from common import ROOT, last_json, machine, run
+from common import ROOT, Finished, last_json, machine, run
 
 SHARED = ROOT.parent / "shared"
 
@@ -40,25 +39,29 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
 
-        def quant(command: str, model: Path, output: Path, *options: str) -> float:
-            began = time.perf_counter()
-            run([sys.executable, ROOT / "quantize.py", command, "-m", model, "-o", output, *options, "-q"])
-            return time.perf_counter() - began
+        def quant(command: str, model: Path, output: Path, *options: str) -> Finished:
+            given = ["-m", model, "-o", output, *options, "--quiet"]
+            return run([sys.executable, ROOT / "quantize.py", command, *given])
 
         def judge(output: Path) -> float:
+            if json.loads((output / "config.json").read_text()).get("quantization_config"):
+                plain = output.with_name(f"{output.name}-plain")  # its values, in a form that kl.py reads
+                quant("export-vllm", output, plain, "--format", "plain")
+                output = plain
             given = ["--text", a.text, "--chunks", a.chunks, "--json"]
             command = [sys.executable, a.bench / "kl.py", a.model, output, *given]
-            return float(last_json(run(list(map(str, command))).output)["kl"][0])
+            return float(last_json(run(command).output)["kl"][0])
 
         def lesson(name: str, student: Path, *options: str) -> None:
             taught = work / f"{name}-taught"
-            given = ["--teacher", str(a.model), "--batch", "4", *text, *options]
-            seconds = quant("distill", student, taught, *given)
-            done = json.loads((taught / "quant_report.json").read_text())["distillation"]
+            done = quant("distill", student, taught, "--teacher", str(a.model), *text, *options)
+            lessons = json.loads((taught / "quant_report.json").read_text())["distillation"]
             before, after = judge(student), judge(taught)
+            own = [kl for _, kl in lessons["judged"]]
             print(
-                f"{name}: KL {before:.5f} -> {after:.5f}, {1 - after / before:.1%} less, "
-                f"{len(done['losses'])} steps, {seconds:.0f} s",
+                f"{name}: KL {before:.5f} -> {after:.5f}, {1 - after / before:.1%} less (on held-out rows of "
+                f"the lesson's own text {own[0]:.5f} -> {min(own):.5f}, {1 - min(own) / own[0]:.1%}), "
+                f"{len(lessons['losses'])} steps, {done.seconds:.0f} s, {done.cpu_seconds:.0f} s of CPU",
                 flush=True,
             )
 
