@@ -49,6 +49,7 @@ def main() -> None:
     p.add_argument("--shares", nargs="+", default=["0.5", "2:4", "4:8"], help="sparsities, and patterns")
     p.add_argument("--samples", default="128")
     p.add_argument("--length", default="512")
+    p.add_argument("--chunks", default="100", help="of the text, for the judge")
     p.add_argument("--only", choices=["weights", "blocks", "widths"])
     a = p.parse_args()
     print(machine(), flush=True)
@@ -61,7 +62,8 @@ def main() -> None:
             run([*command, "--quiet"])
 
         def judge(output: Path) -> float:
-            command = [sys.executable, a.bench / "kl.py", a.model, output, "--text", a.text, "--json"]
+            given = ["--text", a.text, "--chunks", a.chunks, "--json"]
+            command = [sys.executable, a.bench / "kl.py", a.model, output, *given]
             return float(last_json(run(command).output)["kl"][0])
 
         if a.only in (None, "widths"):

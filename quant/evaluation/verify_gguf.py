@@ -243,10 +243,13 @@ def _resized(along: torch.Tensor, total: float, norm: torch.Tensor, type_: str) 
     Args:
         along: of :func:`_row_errors`, with its sign; ``total``: the relative error of the whole matrix.
     """
-    size = float((along * norm).double().sum() / norm.double().square().sum().clamp_min(_TINY**2))
+    squares = float(norm.double().square().sum())
+    if not squares:
+        return None
+    size = float((along * norm).double().sum()) / squares
     across = max(0.0, total**2 - size**2)
     most = _SIZE + (_SIZE_CODES if type_ in STEP_FIRST else _SIZE_OWN) * across
-    if abs(size) <= most or float(norm.max()) < _TINY:
+    if abs(size) <= most + _TINY / sqrt(squares / len(norm)):
         return None
     return (
         f"is {1 + size:.3f} times the source's, where rounding to {type_} leaves {most:.3f} of difference at "

@@ -109,10 +109,10 @@ def test_a_pruned_model_comes_nearer_on_text_that_it_was_not_taught_with(
     [
         {"bits": 4},
         {"bits": 4, "symmetric": False},
-        {"bits": 4, "format": "gptq"},
+        {"bits": 3, "format": "gptq", "target": "other"},
         {"bits": 4, "symmetric": False, "format": "awq"},
     ],
-    ids=["symmetric", "asymmetric", "gptq", "awq"],
+    ids=["symmetric", "asymmetric", "three bits", "awq"],
 )
 def test_a_quantized_model_keeps_its_codes(options: dict[str, Any], tmp_path: Path) -> None:
     quantize(TINYLM, tmp_path / "student", method="minmax", group_size=64, **options)

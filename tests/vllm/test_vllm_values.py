@@ -39,6 +39,7 @@ from quant.serving.reference import (
     prompts,
 )
 from quant.vllm.config import quantization_config
+from tests.helpers import make_checkpoint
 from tests.vllm import corrupt
 from tests.vllm.conftest import demand_4_bit_kernels, demand_8_bit_products, in_vllm
 
@@ -153,6 +154,14 @@ def _narrower(folder: Path) -> Path:
     return path
 
 
+def _fewer_heads(folder: Path) -> Path:
+    """A Qwen2 with fewer heads, which is a Llama."""
+    sizes = {"hidden_size": 128, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    whole = make_checkpoint(folder / "qwen2", "qwen2", **sizes)
+    narrow(whole, folder / "fewer heads", Width(heads=1, samples=4, sequence_length=64))
+    return folder / "fewer heads"
+
+
 @dataclass(frozen=True)
 class Said:
     """What vLLM made of a checkpoint: answers, or why it did not start; and its log."""
@@ -187,6 +196,7 @@ def said(
             drop_blocks(tinylm, folder / name, Depth(blocks=gone))
             yield name, folder / name
         yield "narrower", _narrower(folder)
+        yield "fewer heads", _fewer_heads(folder)
         for scheme in REFUSED:
             yield scheme, make("--scheme", scheme, "--method", "minmax")
 
@@ -286,9 +296,10 @@ def test_vllm_serves_a_model_without_some_of_its_blocks(
     assert not other.passed, other.describe()  # it is the smaller model that was served
 
 
-def test_vllm_serves_a_mixture_with_narrower_blocks(said: dict[str, Said]) -> None:
-    found = Reference(said["narrower"].path).compare(said["narrower"].sure)
-    print(f"narrower: {found.describe()}")
+@pytest.mark.parametrize("name", ["narrower", "fewer heads"])
+def test_vllm_serves_a_model_with_narrower_blocks(name: str, said: dict[str, Said]) -> None:
+    found = Reference(said[name].path).compare(said[name].sure)
+    print(f"{name}: {found.describe()}")
     assert found.passed, found.describe()
 
 
