@@ -30,8 +30,10 @@ def main() -> None:
         "--text", type=lambda p: Path(p).resolve(), default=SHARED / "data/text/wikitext-2/test.txt"
     )
     p.add_argument("--chunks", default="60", help="of 512 tokens, judged")
-    p.add_argument("--steps", default="120")
-    p.add_argument("--rate", default="5e-4", help="learning rate of the model without a block")
+    p.add_argument("--steps", default="120", help="for the model without a block")
+    p.add_argument("--rate", default="5e-4", help="for the model without a block")
+    p.add_argument("--method", default="gptq", help="by which three bits are made")
+    p.add_argument("--samples", default="800", help="rows that the model in three bits is taught, each once")
     p.add_argument("--only", choices=["block", "w3"])
     a = p.parse_args()
     print(machine(), flush=True)
@@ -67,22 +69,12 @@ def main() -> None:
 
         if a.only != "w3":
             quant("prune", a.model, work / "short", "--drop-blocks", "1", "--samples", "8")
-            samples = str(4 * int(a.steps))
-            given = [
-                "--steps",
-                a.steps,
-                "--samples",
-                samples,
-                "--learning-rate",
-                a.rate,
-                "--judge-every",
-                "30",
-            ]
-            lesson("block", work / "short", *given)
+            given = ["--steps", a.steps, "--samples", str(4 * int(a.steps)), "--judge-every", "30"]
+            lesson("block", work / "short", *given, "--learning-rate", a.rate)
         if a.only != "block":
-            given = ["--method", "gptq", "--scheme", "w3a16", "--format", "gptq", "--samples", "64", *text]
-            quant("quantize", a.model, work / "w3", *given)
-            lesson("w3", work / "w3", "--steps", "80", "--samples", "320", "--judge-every", "20")
+            given = ["--scheme", "w3a16", "--format", "gptq", "--target", "other", "--samples", "64", *text]
+            quant("quantize", a.model, work / "w3", "--method", a.method, *given)
+            lesson("w3", work / "w3", "--samples", a.samples)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ SEARCH_BLOCKS = 4
 SEARCH_SAMPLES = 32
 SEARCH_LENGTH = 512
 SEARCH_JUDGED = 4096
+#: ``distill``: rows that are taught
+LESSON_SAMPLES = 256
 EVALUATION_CHUNKS = 100
 EVALUATION_LENGTH = 512
 #: of each text that ``evaluate --domains`` measures on

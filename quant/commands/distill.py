@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from quant import defaults
 from quant.commands import options
 from quant.commands.bench import endpoint_of, endpoint_options
 from quant.commands.options import given
@@ -41,7 +42,7 @@ _BOTH = ("generate", "output_path", "seed", "fresh")
 @click.option(
     "--learning-rate",
     type=float,
-    show_default="2e-4 for weights, 2e-3 for norms and scales, as shares of themselves",
+    show_default="2e-4 for weights, 5e-3 for norms and scales, as shares of themselves",
     help="The highest; it rises over a twentieth of the steps and falls as a cosine.",
 )
 @click.option(
@@ -106,7 +107,7 @@ _BOTH = ("generate", "output_path", "seed", "fresh")
     "--shortest", type=int, default=20, show_default=True, help="--generate: least characters of an answer."
 )
 @endpoint_options
-@text_options(length="the smaller of 512 and the model's")
+@text_options(defaults.LESSON_SAMPLES, "the smaller of 512 and the model's")
 @options.device
 @fresh
 @options.upload

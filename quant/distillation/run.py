@@ -36,7 +36,7 @@ from quant.tensors import all_finite
 from quant.vllm.config import block_count, stated, vocabulary_size, whole_number
 
 #: Learning rates where none is given: of all weights, and of norms and scales as shares of themselves.
-RATES: Mapping[str, float] = {"weights": 2e-4, "numbers": 2e-3}
+RATES: Mapping[str, float] = {"weights": 2e-4, "numbers": 5e-3}
 #: Seconds between two states that are kept for a run that goes on.
 _KEPT_EVERY = 60.0
 #: The largest norm of a step's gradient.
@@ -78,7 +78,7 @@ class Distillation:
     patience: int = 5
     recompute: bool = False
     calibration_dataset: Sequence[Path] = field(default_factory=list)
-    samples: int = defaults.SAMPLES
+    samples: int = defaults.LESSON_SAMPLES
     sequence_length: int | None = None
     shuffle: bool = False
     seed: int = defaults.SEED
