@@ -74,7 +74,7 @@ def main() -> None:
         if a.only != "block":
             given = ["--scheme", "w3a16", "--format", "gptq", "--target", "other", "--samples", "64", *text]
             quant("quantize", a.model, work / "w3", "--method", a.method, *given)
-            lesson("w3", work / "w3", "--samples", a.samples)
+            lesson("w3", work / "w3", "--samples", a.samples, "--steps", str(int(a.samples) // 4))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from quant.distillation.teacher import LIKELIEST, Teacher, divergence, state_dis
 from quant.errors import Problems, QuantError, UsageError
 from quant.evaluation.agreement import file_problems
 from quant.evaluation.quality import Runner
+from quant.evaluation.verify import vllm_refusals
+from quant.formats import find_format
 from quant.offline import load_tokenizer
 from quant.pipeline.checks import check_disk, output_problems
 from quant.pipeline.fingerprint import fingerprint
@@ -158,6 +160,7 @@ def distill(
         raise Problems(problems)
     _demand_one_tokenizer(checkpoint, origin)
     kind(checkpoint, how.train)
+    target = _target(checkpoint, progress)
     places = matched(checkpoint, origin) if how.feature_weight else {}
     rows = _rows(checkpoint, how)
     width = len(places) * (whole_number(stated(origin.config, "hidden_size")) or 0)
@@ -181,9 +184,9 @@ def distill(
         taught = time.perf_counter()
         changed = student.changed()
         report = replace(
-            write_plain(checkpoint, checkpoint, work, output, progress, changed),
+            write_plain(checkpoint, checkpoint, work, output, progress, changed, target),
             format=student.layers.format if student.layers else "plain",
-            teaching=Teaching(trained=student.trained, changed=tuple(sorted(changed))),
+            teaching=Teaching(trained=student.trained, changed=tuple(sorted(changed)), target=target),
         )
         end = time.perf_counter()
         report = _completed(
@@ -199,6 +202,16 @@ def distill(
     finally:
         work.release()
     return report
+
+
+def _target(checkpoint: Checkpoint, progress: Progress) -> str:
+    """Who must load what is taught: whoever loads the student, whose format it keeps."""
+    layers = find_format(checkpoint.config, checkpoint.tensors)
+    refused = [] if layers is None else list(vllm_refusals(checkpoint, layers, layers.form))
+    if refused:
+        said = f"{checkpoint.path}: for another engine than vLLM, as what is made of it: {refused[0]}"
+        progress(Event("student", message=said, warning=True))
+    return "other" if refused else "vllm"
 
 
 def _demand_one_tokenizer(checkpoint: Checkpoint, origin: Checkpoint) -> None:

@@ -325,7 +325,7 @@ def loading_problems(path: str | Path) -> list[str]:
         return []
     built = built_linears(mended.tensors, mended.config, layers.linears)
     return [
-        *_refusals(checkpoint, layers, layers.form),
+        *vllm_refusals(checkpoint, layers, layers.form),
         *shape_problems(built, 1, heads_of(mended.config)),
     ]
 
@@ -353,7 +353,7 @@ def _check_layers(result: Verification, checkpoint: Checkpoint, layers: Quantize
     if target == "vllm":
         result.add(
             "vLLM takes it",
-            _refusals(checkpoint, layers, form),
+            vllm_refusals(checkpoint, layers, form),
             "bits, symmetry and group sizes are ones that vLLM loads, and the config names what is quantized",
         )
         result.add(
@@ -396,7 +396,7 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _refusals(checkpoint: Checkpoint, layers: QuantizedLayers, form: Format) -> list[str]:
+def vllm_refusals(checkpoint: Checkpoint, layers: QuantizedLayers, form: Format) -> list[str]:
     """What vLLM does not load in this format, or would read wrongly by its config."""
     schemes = dict.fromkeys(x.scheme for x in layers.linears.values())
     refused = list(dict.fromkeys(reason for s in schemes if (reason := form.refuse(s, "vllm"))))

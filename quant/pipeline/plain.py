@@ -27,6 +27,7 @@ def write_plain(
     output: Path,
     progress: Progress,
     changed: Mapping[str, torch.Tensor] | None = None,
+    target: str = "vllm",
 ) -> Report:
     """Writes a checkpoint into the work folder of an output and checks it; units that an earlier run has
     written stay.
@@ -35,6 +36,7 @@ def write_plain(
         checkpoint: its config and tensors, in the dtypes that they are written in.
         source: what it was made from.
         changed: new values of some tensors, in their dtypes and shapes.
+        target: who must load it: ``vllm`` or ``other``.
 
     Returns:
         what a report says of it, so far.
@@ -51,7 +53,7 @@ def write_plain(
         progress(Event("write", number + 1, len(units)))
     arguments = engine_arguments(checkpoint.config)
     dropped = write_rest(work.path, checkpoint, units, form, checkpoint.config, arguments)
-    checked = verify(work.path, served=False)
+    checked = verify(work.path, served=False, target=target)
     if checked.failed:
         raise VerificationFailed(
             f"{work.path}: the output failed its own verification: {'; '.join(checked.failed[:5])}. It was "

@@ -437,6 +437,7 @@ class Teaching:
         settings: of the training.
         calibration: the text.
         changed: tensors that hold other values than the student's.
+        target: who must load the output, as the student: ``vllm`` or ``other``.
     """
 
     teacher: str = ""
@@ -448,6 +449,7 @@ class Teaching:
     settings: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] | None = None
     changed: tuple[str, ...] = ()
+    target: str = "vllm"
 
     @property
     def before(self) -> float | None:
@@ -488,6 +490,7 @@ class Teaching:
             settings=_mapping(value.get("settings")),
             calibration=_mapping(value.get("calibration")) or None,
             changed=_texts(value.get("changed")),
+            target=_text(value.get("target")) or "vllm",
         )
 
 
@@ -574,7 +577,8 @@ class Report:
     @property
     def serve_command(self) -> str | None:
         """The command that serves the output, quoted for a shell; None of one that vLLM need not load."""
-        if self.quantization is not None and self.quantization.target == "other":
+        made = (self.quantization, self.teaching)
+        if any(part is not None and part.target == "other" for part in made):
             return None
         return shlex.join(["quant-deploy", "serve", "-m", self.output_path])
 
