@@ -27,6 +27,7 @@ from quant.errors import QuantError
 from quant.models.skeleton import Skeleton
 from quant.pipeline.checks import existing_folder
 from quant.pipeline.footprint import largest_block, outside_bytes, tensor_bytes, waiting_bytes
+from quant.pipeline.memory import give_back
 from quant.pipeline.ranks import asked_ranks, ranks_beside
 from quant.recipe import Recipe
 from quant.units import MIB, format_size
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 _FILLED = 0.95
 #: What reading, writing, verification and the report take beside the work itself.
 _BUFFERS = 32 * MIB
+#: The share of its memory by which a process may have more than another that does the same: 1 / 128.
+_APART = 128
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ class Placement:
 
 
 def in_use() -> int:
-    """Bytes of memory that this process has now."""
+    """Bytes of memory that this process has now, less what it has freed."""
+    give_back()
     return int(psutil.Process().memory_info().rss)
 
 
@@ -161,7 +165,8 @@ def _rows(usual: int, bytes_of: Callable[[int], int], most: int) -> tuple[int, i
 def _too_small(option: str, recipe: Recipe, needed: int, what: str) -> QuantError:
     given = recipe.max_memory if option == "--max-memory" else recipe.max_gpu_memory
     count = ranks_beside(recipe) if option == "--max-memory" else 1
-    least = -(-int(needed * count / _FILLED + count) // MIB)  # it must do when it is given
+    # it must do when it is given, to a process that has some pages more
+    least = -(-int((needed + needed // _APART) * count / _FILLED + count) // MIB)
     what += f" in {count} ranks" * (count > 1)
     return QuantError(
         f"{option} is {format_size(given or 0)}: with one row or tensor at a time and no activations kept in "

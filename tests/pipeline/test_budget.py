@@ -59,7 +59,7 @@ def test_the_least_that_a_refusal_names_does_and_what_waits_goes_to_disk(
     assert least < half
     small = quantize(source, tmp_path / "least", max_memory=least, **CALIBRATED)
     assert re.search(
-        r"the budget of memory lets \d rows through a block together instead of 32",
+        r"the budget of memory lets \d+ rows through a block together instead of 32",
         str(small["calibration"]["notes"]),
     )
 
