@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """What --dry-run predicts against what the same jobs took: twelve small runs over methods, shapes and sizes.
 
-python benchmarks/projections.py [--only NAME] [--threads 1] [--json FILE]
+python benchmarks/projections.py [--only NAME ...] [--threads 1] [--json FILE]
 
 Each is a checkpoint with random weights and a tokenizer of its own, predicted and then quantized in processes
 of their own. Peak memory, seconds and scratch are compared; runs named "tight" get the least of --max-memory
 that a refusal names, so that activations go to scratch. The aim is 15 % of peak memory, 30 % of the seconds
-and 10 % of the scratch file. Time is of a machine that does nothing else.
+and 10 % of the scratch file. Time is of a machine that does nothing else: with `--json` the runs may be made
+a few at a time, and each call prints all that the file has.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def compare(run_: Run, folder: Path, threads: int) -> dict:
         "scratch": (predicted["scratch_bytes"] / 2**20, made["scratch_bytes"] / 2**20),
     }
     subprocess.run(["rm", "-r", str(model), str(output)], check=True)
-    return {"run": asdict(run_), **values}
+    return {"run": asdict(run_), **values, "phases": made["seconds"]}
 
 
 def error(pair: tuple[float, float]) -> float:
@@ -107,31 +108,39 @@ def error(pair: tuple[float, float]) -> float:
     return 0.0 if predicted == measured else predicted / max(measured, 1.0) - 1
 
 
+def line(found: dict) -> str:
+    cells = []
+    for kind in AIMS:
+        predicted, measured = found[kind]
+        cells.append(f"{predicted:8.1f} {measured:7.1f} {error(found[kind]):+6.0%}")
+    return f"{found['run']['name']:24}{'  '.join(cells)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", help="runs whose name begins so")
+    parser.add_argument("--only", nargs="*", default=[""], help="runs whose names begin so")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="file for the numbers")
+    parser.add_argument("--json", type=Path, help="file for the numbers; runs that it has are not made again")
     options = parser.parse_args()
     print(machine(), f"{options.threads} threads", sep=", ")
     print(f"{'run':24}{'peak MiB':>22}{'seconds':>24}{'scratch MiB':>22}")
-    found = []
+    found = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
+    for made in found:
+        print(line(made))
+    known = {made["run"]["name"] for made in found}
     with tempfile.TemporaryDirectory() as folder:
         for run_ in RUNS:
-            if options.only and not run_.name.startswith(options.only):
+            if run_.name in known or not run_.name.startswith(tuple(options.only)):
                 continue
             found.append(compare(run_, Path(folder), options.threads))
-            cells = []
-            for kind in AIMS:
-                predicted, measured = found[-1][kind]
-                cells.append(f"{predicted:8.1f} {measured:7.1f} {error(found[-1][kind]):+6.0%}")
-            print(f"{run_.name:24}{'  '.join(cells)}", flush=True)
+            print(line(found[-1]), flush=True)
             if options.json:
                 options.json.write_text(json.dumps(found, indent=1))
     for kind, aim in AIMS.items():
-        errors = sorted(abs(error(f[kind])) for f in found)
-        within = sum(e <= aim for e in errors)
-        print(f"{kind}: within {aim:.0%} in {within} of {len(errors)}, largest error {errors[-1]:.0%}")
+        errors = sorted((abs(error(f[kind])), f["run"]["name"]) for f in found)
+        within = sum(e <= aim for e, _ in errors)
+        worst, name = errors[-1]
+        print(f"{kind}: within {aim:.0%} in {within} of {len(errors)}, largest error {worst:.0%} ({name})")
 
 
 if __name__ == "__main__":
