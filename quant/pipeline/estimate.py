@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -258,9 +259,12 @@ def _trial_store(manager: QuantizationManager) -> ActivationStore:
 
 
 def _trial_rows(manager: QuantizationManager, rows: Rows) -> list[torch.Tensor]:
-    """The batches that a trial takes through a block."""
+    """The batches that a trial takes through a block: the first of the job's own, which are small where a
+    part of the rows is."""
+    batches, held_out, _ = manager.workspace.share(rows)
     each = manager.workspace.batch_rows(rows.tokens.shape[1])
-    return [*rows.tokens[: _BATCHES * each].split(each)]
+    before = accumulate(map(len, batches), initial=0)
+    return [b for b, n in zip(batches[:held_out], before, strict=False) if n < _BATCHES * each]
 
 
 def _try_blocks(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, progress: Progress) -> Cost:
