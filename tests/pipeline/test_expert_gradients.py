@@ -130,7 +130,8 @@ def test_statistics_are_those_of_autograd_through_the_whole_model(
 def test_experts_are_solved_with_what_is_asked_for(
     how: str, tmp_path: Path, given: list[Statistics], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One block, one batch: all tokens are a prior of their own size, because features are many."""
+    """One block, six batches of a row: all tokens are a prior of their own size, because features are
+    many."""
     seen: list[tuple[str, int, torch.Tensor, torch.Tensor]] = []
     inner = module._at_product
 
@@ -153,6 +154,9 @@ def test_experts_are_solved_with_what_is_asked_for(
     for number, made in enumerate(given):
         stage, expert = ("up", "down")[number // 4], number % 4
         parts = [(x, g) for s, e, x, g in seen if (s, e) == (stage, expert)]
+        if how == "all":  # batch by batch
+            assert len(parts) == 6
+            parts = [(torch.cat([x for x, _ in parts]), torch.cat([g for _, g in parts]))]
         assert len(parts) == (2 if how == "blend" else 1)
         sizes = [len(x) for x, _ in parts]
         assert sizes[0] == (6 * 64 if how == "all" else tokens[expert])

@@ -235,7 +235,7 @@ def test_a_gpu_without_room_is_an_error_that_says_what_to_do(
 def test_a_dry_run_goes_on_with_smaller_batches_as_the_job_would(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, tried = Workspace.batches, []
+    real, tried = Workspace.share, []
 
     def few(self: Workspace, rows: Any) -> Any:
         tried.append(self.batch_tokens)
@@ -243,10 +243,10 @@ def test_a_dry_run_goes_on_with_smaller_batches_as_the_job_would(
             raise torch.OutOfMemoryError("no memory")
         return real(self, rows)
 
-    monkeypatch.setattr(Workspace, "batches", few)
-    job = recipe(llama, tmp_path / "out", method="yaqa", group_size=32)
+    monkeypatch.setattr(Workspace, "share", few)
+    job = recipe(llama, tmp_path / "out", method="yaqa", group_size=32, samples=64, sequence_length=64)
     assert estimate(plan_job(job))["seconds"] > 0
-    assert tried == [2048, 256, 128]
+    assert list(dict.fromkeys(tried)) == [2048, 256, 128]  # of eight parts of eight rows
 
 
 def test_a_dry_run_tries_one_block_of_each_kind(llama: Path, tmp_path: Path) -> None:
