@@ -37,7 +37,9 @@ def load_tokenizer(path: Path) -> Any:
     """
     load_config(path)  # a mistake there is not the tokenizer's
     try:
-        return transformers().AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        made = transformers().AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        made("a", add_special_tokens=False)  # what it takes as it is loaded may still not be a number
+        return made
     # transformers raises ValueError, OSError, KeyError, JSON and tokenizers' own errors here
     except Exception as error:
         raise CheckpointError(

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
-from quant.errors import CheckpointError
+from quant.errors import CheckpointError, clipped
 from quant.formats.base import (
     Contents,
     Format,
@@ -186,7 +186,7 @@ class AWQ(Format):
     def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> QuantizedLayers:
         bits = config.get("bits", config.get("w_bit"))
         if bits is None or int(bits) != 4:
-            raise CheckpointError(f"the AWQ quantization_config says bits {bits!r}: AWQ files hold 4")
+            raise CheckpointError(f"the AWQ quantization_config says bits {clipped(bits)}: AWQ files hold 4")
         stated = int(config.get("group_size", config.get("q_group_size", 0)))
         if stated != -1 and stated < 8:
             raise CheckpointError(

@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.writer import TensorSpec
-from quant.errors import CheckpointError
+from quant.errors import CheckpointError, clipped
 from quant.formats.base import (
     Contents,
     Format,
@@ -141,8 +141,8 @@ def read_arguments(weights: Mapping[str, Any], layout: str, where: str) -> Weigh
     known = {"int": ("group", "channel"), "float": ("group", "channel", "tensor", "block", "tensor_group")}
     if strategy not in known.get(number, ()):
         raise CheckpointError(
-            f"{where}: weights of type {number!r}, strategy {strategy!r}: read are int with group or "
-            f"channel, and float with {', '.join(known['float'])}"
+            f"{where}: weights of type {clipped(number)}, strategy {clipped(strategy)}: read are int with "
+            f"group or channel, and float with {', '.join(known['float'])}"
         )
     if strategy == "block" and list(weights.get("block_structure") or []) != [BLOCK, BLOCK]:
         raise CheckpointError(
@@ -181,7 +181,8 @@ def read_activations(inputs: Mapping[str, Any] | None, where: str) -> Activation
         "float",
     ):
         raise CheckpointError(
-            f"{where}: activations of type {inputs.get('type')!r}, strategy {strategy!r} are not read here"
+            f"{where}: activations of type {clipped(inputs.get('type'))}, strategy {clipped(strategy)} are "
+            "not read here"
         )
     bits, number, group = int(inputs.get("num_bits", 8)), inputs.get("type", "int"), inputs.get("group_size")
     scales = (
@@ -355,7 +356,9 @@ class CompressedTensors(Format):
                     )
             order = (group.get("weights") or {}).get("actorder")
             if order in ("group", "dynamic", True):
-                problems.append(f"config_groups.{name} has activation order {order!r}, which vLLM refuses")
+                problems.append(
+                    f"config_groups.{name} has activation order {clipped(order)}, which vLLM refuses"
+                )
         if config.get("sparsity_config"):
             problems.append(f"sparsity_config is not empty: vLLM {VLLM_VERSION} has no sparse kernels left")
         problems += [

@@ -174,8 +174,8 @@ class Fp8(Format):
         sides = None if block is None else (block[0], block[1])
         if activations not in ("dynamic", "static") or (block is not None and activations == "static"):
             raise CheckpointError(
-                f"fp8 activation_scheme is {activations!r}{' with blocks' if block else ''}: it is dynamic, "
-                "or static with one scale a tensor"
+                f"fp8 activation_scheme is {clipped(activations)}{' with blocks' if block else ''}: it is "
+                "dynamic, or static with one scale a tensor"
             )
         row = _TENSOR if block is None else _BLOCKS
         inputs = STATIC if activations == "static" else row.activations

@@ -129,7 +129,7 @@ class GPTQ(Format):
                 problems.append(f"dynamic rule {pattern!r} has desc_act with groups: vLLM refuses it")
         if config.get("checkpoint_format", "gptq") != "gptq":
             problems.append(
-                f"checkpoint_format is {config['checkpoint_format']!r}: vLLM reads zero points as v1"
+                f"checkpoint_format is {clipped(config['checkpoint_format'])}: vLLM reads zero points as v1"
             )
         return problems + head_problems(config, layers) + self._dynamic_problems(config, layers, members)
 
@@ -262,10 +262,12 @@ class GPTQ(Format):
             )
         if version not in _VERSIONS:
             raise CheckpointError(
-                f"GPTQ checkpoint_format {version!r} is not read here; read are {', '.join(_VERSIONS)}"
+                f"GPTQ checkpoint_format {clipped(version)} is not read here; read are {', '.join(_VERSIONS)}"
             )
         if str(config.get("pack_dtype", "int32")) != "int32":
-            raise CheckpointError(f"GPTQ pack_dtype {config['pack_dtype']!r} is not read here; read is int32")
+            raise CheckpointError(
+                f"GPTQ pack_dtype {clipped(config['pack_dtype'])} is not read here; read is int32"
+            )
         try:
             declared, stated, symmetric = (
                 int(config["bits"]),
@@ -293,8 +295,8 @@ class GPTQ(Format):
             for key in ("method", "quant_method", "format", "checkpoint_format"):
                 if key in rule and rule[key] != (config.get(key) or version):
                     raise CheckpointError(
-                        f"{name}: a rule of GPTQ's dynamic gives it {key} {rule[key]!r}: read is one layout "
-                        "for all layers"
+                        f"{name}: a rule of GPTQ's dynamic gives it {key} {clipped(rule[key])}: read is one "
+                        "layout for all layers"
                     )
             declared, stated, symmetric = (
                 rule.get(k, x) for k, x in zip(("bits", "group_size", "sym"), base, strict=True)

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from quant.checkpoint.header import WIDE_FLOATS, TensorInfo
 from quant.checkpoint.writer import TensorSpec
-from quant.errors import CheckpointError
+from quant.errors import CheckpointError, clipped
 from quant.formats.base import (
     FOREIGN,
     ForeignFormat,
@@ -136,7 +136,7 @@ class ModelOpt(ForeignFormat):
         quantized = any(i.dtype not in WIDE_FLOATS and len(i.shape) > 1 for i in tensors.values())
         if quantized and algorithm not in _ALGORITHMS:
             raise CheckpointError(
-                f"ModelOpt quant_algo {config.get('quant_algo')!r} is not read here; read are "
+                f"ModelOpt quant_algo {clipped(config.get('quant_algo'))} is not read here; read are "
                 f"{', '.join(_ALGORITHMS)}: start from the original"
             )
         if scaled := next((n for n in tensors if n.endswith("pre_quant_scale")), None):

@@ -294,8 +294,9 @@ def _count_problems(file: _File) -> Iterator[str]:
         return
     if "num_layers_per_stack" in config:  # HRM-text, whose num_hidden_layers counts a block at every run
         yield (
-            f"model type {config.get('model_type')!r} runs several stacks of num_layers_per_stack blocks in "
-            "cycles, where quant knows models of one list of blocks: serve it as it is, with vllm serve"
+            f"model type {clipped(config.get('model_type'))} runs several stacks of num_layers_per_stack "
+            "blocks in cycles, where quant knows models of one list of blocks: serve it as it is, with vllm "
+            "serve"
         )
         return
     have = set(file.blocks)

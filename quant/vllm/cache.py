@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quant.checkpoint.header import WIDE_FLOATS, TensorInfo
+from quant.errors import clipped
 
 #: Last parts of the names of an FP8 KV cache's scales.
 CACHE_SCALES = ("k_scale", "v_scale", "q_scale")
@@ -50,12 +51,12 @@ def cache_problems(tensors: Mapping[str, TensorInfo], scheme: object) -> list[st
         return [f"kv_cache_scheme is not an object but {str(scheme)[:60]!r}"]
     strategy = scheme.get("strategy", "tensor")
     problems = [
-        f"kv_cache_scheme has {k} {scheme.get(k, v)!r}: vLLM takes {v!r}"
+        f"kv_cache_scheme has {k} {clipped(scheme.get(k, v))}: vLLM takes {v!r}"
         for k, v in KV_CACHE.items()
         if k != "strategy" and scheme.get(k, v) != v
     ]
     if strategy not in ("tensor", "attn_head"):
-        problems.append(f"kv_cache_scheme has strategy {strategy!r}: vLLM takes tensor or attn_head")
+        problems.append(f"kv_cache_scheme has strategy {clipped(strategy)}: vLLM takes tensor or attn_head")
     modules = [n.rpartition(".")[0] for n in tensors]
     layers = dict.fromkeys(m.rpartition(".")[0] for m in modules if m.rpartition(".")[2] in CACHE_PROJECTIONS)
     if not layers and not any(n.endswith(CACHE_SCALES[:2]) for n in tensors):

@@ -111,6 +111,9 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str], int, list[str]]] = {
     "a broken tokenizer": (lambda m: (m / "tokenizer.json").write_text("{"), GPTQ, 1, [
         "tokenizer cannot be "
         "loaded"]),
+    "a tokenizer's length that is text": (
+        lambda m: change_text(m / "tokenizer_config.json", 'length": 1024', 'length": "many"'), GPTQ, 1,
+        ["tokenizer cannot be loaded", "int"]),
     "a dtype that is none": (lambda m: change_config(m, dtype=..., torch_dtype="auto"), MINMAX, 1,
     ["torch_dtype is 'auto'", "set it to bfloat16, which most weights are stored in"]),
     "NaN weights": (nan_weight, MINMAX, 1, ["up_proj.weight holds NaN or infinity", "fetch it again"]),

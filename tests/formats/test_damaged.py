@@ -126,3 +126,11 @@ def test_a_quantized_file_without_a_word_in_its_config_is_no_plain_one(
         find_format({}, tensors)
     alone = {f"x.{codes}": replace(tensors[f"x.{codes}"], dtype="BF16")}
     assert find_format({}, alone) is None
+
+
+def test_a_long_value_of_config_json_is_shown_by_its_beginning() -> None:
+    method = {"quant_method": "fp8", "activation_scheme": {f"k{i}": i for i in range(5000)}}
+    tensors = {"x.weight": TensorInfo("x.weight", "F8_E4M3", (8, 8), Path(), 0, 0)}
+    with pytest.raises(CheckpointError, match="activation_scheme is {'k0': 0") as told:
+        find_format({"quantization_config": method}, tensors)
+    assert len(str(told.value)) < 500
