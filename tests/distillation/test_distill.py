@@ -124,8 +124,10 @@ def test_a_quantized_model_keeps_its_codes(options: dict[str, Any], tmp_path: Pa
     assert all("scale" in n or "norm" in n for n in different)
     assert sum("scale" in n for n in different) > 10 and any("norm" in n for n in different)
     assert all(before[n].dtype == after[n].dtype and before[n].shape == after[n].shape for n in before)
-    assert verify(tmp_path / "out", source=tmp_path / "student").passed
-    assert verify(tmp_path / "out", source=TINYLM).passed
+    target = options.get("target", "vllm")
+    assert report.teaching.target == target and (report.serve_command is None) == (target == "other")
+    assert verify(tmp_path / "out", source=tmp_path / "student", target=target).passed
+    assert verify(tmp_path / "out", source=TINYLM, target=target).passed
     assert report.teaching.after is not None and report.teaching.before is not None
     assert report.teaching.after < report.teaching.before
     rows = held_out(TINYLM)
