@@ -42,9 +42,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """[…, N] of x […, K] and a weight [N, K], with a bias [N] where there is one: what
     ``torch.nn.functional.linear`` returns, and as autograd follows it."""
     rows = x.numel() // max(x.shape[-1], 1)
-    if not is_widened(x) or weight.dtype != x.dtype or rows < _LEAST:
+    recorded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    # few rows, too, take torch's own loop a hundred times as long on the way back
+    if not is_widened(x) or weight.dtype != x.dtype or (rows < _LEAST and not recorded):
         return nn.functional.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if recorded:
         made = _Widened.apply(x, weight)
         return made if bias is None else made + bias
     return _widened(x, weight, bias)

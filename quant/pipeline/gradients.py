@@ -50,7 +50,7 @@ _NEXT_DRAW = 1 << 20
 _TRIAL_TOKENS = 8
 #: Tokens whose gradients at the logits are timed first, how many times as many next, and the seconds within
 #: which more are: a few tokens of a large vocabulary take a CPU as long as thousands take a GPU.
-_FIRST_TIMED, _MORE_TIMED, _TIMED = 4, 4, 2.0
+_FIRST_TIMED, _MORE_TIMED, _TIMED = 8, 4, 2.0
 
 
 def kl_gradient(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -48,6 +48,19 @@ def test_gradients_are_those_of_torch() -> None:
         torch.testing.assert_close(mine.float(), theirs, rtol=2 * BF16_STEP, atol=0.05)
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_row_is_widened_where_there_is_a_way_back(recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward, torch's own loop over one row is as fast; back it takes a hundred times as long."""
+    widened = []
+    whole = products._widened
+    monkeypatch.setattr(products, "_widened", lambda *given: (widened.append(1), whole(*given))[1])
+    x = some(1, 48).requires_grad_(recorded)
+    made = products.linear(x, some(24, 48, seed=1))
+    if recorded:
+        torch.autograd.grad(made.sum(), x)
+    assert len(widened) == (2 if recorded else 0)
+
+
 def test_a_result_that_is_changed_in_place_keeps_its_gradient() -> None:
     """Llama 4 adds its routed experts into what the shared one gives."""
     x, weight = some(16, 32).requires_grad_(), some(8, 32, seed=1)
