@@ -217,6 +217,7 @@ ROWS = (
     peer("nvfp4a16", "llm-compressor", "rtn", "--method", "rtn", "--scheme", "NVFP4A16", data=False),
     ours("nvfp4", "minmax", weights_only=False),
     ours("nvfp4", "gptq", weights_only=False),
+    ours("nvfp4", "smooth_quant+gptq", weights_only=False),
     ours("mxfp4a16", "minmax", data=False),
     ours("mxfp4a16", "gptq"),
     ours("mxfp8", "minmax", data=False, weights_only=False),
