@@ -19,13 +19,13 @@ from quant import defaults
 from quant.checkpoint.reader import read_json
 from quant.errors import NoGradients, Problems, QuantError, RankLost, UsageError
 from quant.hardware import detect, named_gpu
-from quant.models.support import GRADIENTS, WITHOUT_GRADIENTS
+from quant.models.support import DATA_FREE, GRADIENTS, WITHOUT_GRADIENTS
 from quant.pipeline.memory import prepare_torch
 from quant.planning.recommendation import Recommendation
 from quant.planning.target import best_inputs, best_options, choose, method_for, settings
 from quant.progress import Event, Progress, silent
 from quant.recipe import BUDGETS, Assignment, Recipe, Rule, make_recipe
-from quant.schemes import DEFAULT_SCHEME, PRESETS, row_of
+from quant.schemes import DEFAULT_SCHEME, PRESETS, Scheme, row_of
 from quant.upload import destination_of, made_already, upload, upload_problem
 from quant.vllm.config import text_config
 from quant.vllm.layers import ONE_FORM
@@ -174,29 +174,34 @@ def _formatted(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
 def complete(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
     """A recipe with what its schemes need to be good, where nobody has decided otherwise: eight-bit integer
     activations (``w8a8-int8``) get ``outlier_suppression: smooth_quant``, as a recommendation of that scheme
-    has it. ``outlier_suppression: none`` leaves it out; a method with a suppressor of its own (AWQ) keeps
-    that one. What is complete already stays as it is.
+    has it, and 4-bit ones (``nvfp4``, ``mxfp4``) the same with ``alpha: auto``, which leaves inputs alone
+    that gain nothing, in jobs that read calibration text. ``outlier_suppression: none`` leaves it out; a
+    method with a suppressor of its own (AWQ) keeps that one. What is complete already stays as it is.
 
     Returns:
         the recipe, and a sentence for each thing that was added to it.
     """
     if recipe.backend != defaults.ENGINE or recipe.outlier_suppression is not None or recipe.mixes:
         return recipe, ()
-    job = _needed(recipe.assignment(recipe.method))
+    assignment = recipe.assignment(recipe.method)
+    job, alphas = _needed(assignment), [_alpha(assignment)]
     rules: list[Rule] = []
-    notes = [] if job is None else [_note(recipe.resolved_scheme(recipe.method).name, job)]
+    notes = [] if job is None else [_note(assignment.scheme, job, alphas[0])]
     for number, rule in enumerate(recipe.rules, 1):
-        needed = None if (assignment := _assigned(rule, recipe)) is None else _needed(assignment)
-        if assignment is not None and needed != job:
+        needed = None if (own := _assigned(rule, recipe)) is None else _needed(own)
+        if own is not None and needed != job:
             # the job's own choice is for its scheme; what a rule's method brings stays with the rule
-            value = needed or _own(assignment) or "none"
-            rule = rule.model_copy(update={"outlier_suppression": value})
+            rule = rule.model_copy(update={"outlier_suppression": needed or _own(own) or "none"})
             if needed is not None:
-                notes.append(f"rule {number}: {_note(assignment.scheme.name, needed)}")
+                alphas.append(_alpha(own))
+                notes.append(f"rule {number}: {_note(own.scheme, needed, alphas[-1])}")
         rules.append(rule)
     if not notes:
         return recipe, ()
-    return recipe.model_copy(update={"outlier_suppression": job, "rules": rules}), tuple(notes)
+    found: dict[str, Any] = {"outlier_suppression": job, "rules": rules}
+    if recipe.alpha is None and (alpha := next(filter(None, alphas), None)):
+        found["alpha"] = alpha
+    return recipe.model_copy(update=found), tuple(notes)
 
 
 def _assigned(rule: Rule, recipe: Recipe) -> Assignment | None:
@@ -211,9 +216,21 @@ def _assigned(rule: Rule, recipe: Recipe) -> Assignment | None:
 
 
 def _needed(assignment: Assignment) -> str | None:
-    """The suppressor that an assignment's scheme needs and its method does not bring."""
-    needed = row_of(assignment.scheme).needs.get("outlier_suppression")
+    """The suppressor that an assignment's scheme asks for and its method does not bring."""
+    needed = _asked_keys(assignment).get("outlier_suppression")
     return needed if needed is not None and not _own(assignment) else None
+
+
+def _alpha(assignment: Assignment) -> str | None:
+    """What the suppressor is told that :func:`_needed` gives, beside its default."""
+    return _asked_keys(assignment).get("alpha") if _needed(assignment) else None
+
+
+def _asked_keys(assignment: Assignment) -> Mapping[str, str]:
+    """What a scheme needs; and what suits it, where text is read without that."""
+    row, inputs = row_of(assignment.scheme), assignment.scheme.activations
+    read = assignment.method not in DATA_FREE or (inputs is not None and inputs.calibrated)
+    return {**row.suits, **row.needs} if read else row.needs
 
 
 def _own(assignment: Assignment) -> str:
@@ -224,10 +241,12 @@ def _own(assignment: Assignment) -> str:
     return QuantizerRegistry.get(assignment.method).suppressor
 
 
-def _note(scheme: str, suppressor: str) -> str:
+def _note(scheme: Scheme, suppressor: str, alpha: str | None) -> str:
+    where = ", where a layer's outputs gain by it" if alpha == "auto" else ""
+    bits = 16 if scheme.activations is None else scheme.activations.bits
     return (
-        f"{scheme}: {suppressor} scales inputs before they are rounded, because outliers would ruin what 8 "
-        "bits make of them; --outlier-suppression none turns that off"
+        f"{scheme.name}: {suppressor} scales inputs before they are rounded{where}, because outliers would "
+        f"ruin what {bits} bits make of them; --outlier-suppression none turns that off"
     )
 
 

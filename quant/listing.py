@@ -27,6 +27,7 @@ def _schemes() -> list[Item]:
             "activation_bits": row.scheme.activations.bits if row.scheme.activations else 16,
             "methods": list(row.methods),
             "needs": dict(row.needs),
+            "suits": dict(row.suits),
             "recommended": row.rank is not None,
             "vllm": bool(row.methods),
         }

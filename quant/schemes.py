@@ -273,6 +273,8 @@ class SchemeRow:
         native: recommended only where the GPU computes in it, because unpacking its weights gives no gain
             over a simpler scheme.
         needs: recipe keys without which it is not good.
+        suits: recipe keys that a job which reads calibration text takes along, because some models need them
+            and no other loses by them; a choice by layers goes without.
         default_of: methods whose scheme it is where none is named; asked of quant's own rows alone.
         finer: name of the scheme that layers take which lose too much in this one; empty: 16 bits.
     """
@@ -283,6 +285,7 @@ class SchemeRow:
     rank: int | None = None
     native: bool = False
     needs: Mapping[str, str] = field(default_factory=dict)
+    suits: Mapping[str, str] = field(default_factory=dict)
     default_of: tuple[str, ...] = ()
     finer: str = ""
 
@@ -294,6 +297,9 @@ class SchemeRow:
 #: Methods of schemes of few bits, the preferred one first.
 SOLVED = ("yaqa", "gptq", "minmax")
 _FP8, _ROUNDED = ("fp8",), ("minmax", "gptq")
+
+#: Of 4-bit inputs: an outlier takes the range of all others of its group.
+_SMOOTHED = {"outlier_suppression": "smooth_quant", "alpha": "auto"}
 
 #: quant's own schemes by name; :data:`SchemeRegistry` has those of other packages, too. The names are those
 #: that vLLM's and llm-compressor's users know; w2a16 and w3a16 have no vLLM kernel.
@@ -343,12 +349,14 @@ SCHEMES = {
             "NVFP4 weights and activations",
             rank=5,
             native=True,
+            suits=_SMOOTHED,
             finer="w8a8-fp8",
         ),
         SchemeRow(Scheme("nvfp4a16", _NVFP4), SOLVED, finer="w8a16-fp8"),
         SchemeRow(
             Scheme("mxfp4", WeightScheme(4, 32, True, "float", "group", "U8"), _MX_INPUTS[4]),
             SOLVED,
+            suits=_SMOOTHED,
             finer="mxfp8",
         ),
         SchemeRow(

@@ -177,9 +177,22 @@ def test_a_scheme_of_integer_activations_alone_is_smoothed_and_that_is_said() ->
     assert jobs.complete(job.recipe) == (job.recipe, ())
 
 
+def test_inputs_of_four_bits_are_smoothed_where_it_pays() -> None:
+    job = resolved(scheme="nvfp4", method="gptq")
+    assert (job.recipe.outlier_suppression, job.recipe.alpha) == ("smooth_quant", "auto")
+    assert len(job.notes) == 1 and "what 4 bits make of them" in job.notes[0]
+    assert jobs.complete(job.recipe) == (job.recipe, ())
+    assert resolved(scheme="nvfp4", method="gptq", alpha=0.7).recipe.alpha == 0.7
+    assert resolved(scheme="mxfp4", method="gptq").recipe.outlier_suppression == "smooth_quant"
+    assert resolved(scheme="mxfp4", method="minmax").recipe.outlier_suppression is None  # which reads no text
+    ruled = resolved(method="gptq", rules=[{"layers": "0", "scheme": "nvfp4"}]).recipe
+    assert (suppressors(ruled), ruled.alpha) == ([None, "smooth_quant"], "auto")
+
+
 @pytest.mark.parametrize(
     "given",
     [
+        {"scheme": "nvfp4", "outlier_suppression": "none", "method": "gptq"},
         {"scheme": "w8a8-int8", "outlier_suppression": "none"},
         {"scheme": "w8a8-int8", "outlier_suppression": "awq", "method": "gptq"},
         {"scheme": "w8a8-int8", "method": "awq"},  # which scales inputs itself
@@ -243,6 +256,23 @@ def with_outliers(checkpoints: Callable[..., Path], tmp_path_factory: pytest.Tem
                 tensors[f"model.layers.{block}.{linear}.weight"][:, :2] /= 256
     save_all(folder, tensors)
     return folder
+
+
+def test_four_bit_activations_survive_outliers_and_others_lose_nothing_by_it(
+    with_outliers: Path, llama: Path, tmp_path: Path
+) -> None:
+    losses: dict[tuple[Path, bool], float] = {}
+    text: Any = {"text": short_text(), "length": 64, "chunks": 4}
+    for model in (with_outliers, llama):
+        for told in (False, True):
+            job = {"method": "minmax", "scheme": "nvfp4", **TEXT}
+            job |= {"outlier_suppression": "none"} if told else {}
+            output = tmp_path / f"{model.parent.name}-{told}"
+            quant.quantize(quant.make_recipe({"model_path": model, "output_path": output, **job}))
+            losses[model, told] = quant.evaluate(output, against=model, **text).kl.mean
+    alone = losses[llama, True]
+    assert max(losses[llama, False], losses[with_outliers, False]) < 1.1 * alone, losses
+    assert losses[with_outliers, True] > 2 * alone, losses
 
 
 def test_integer_activations_survive_outliers_without_being_told_how(

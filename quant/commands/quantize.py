@@ -55,7 +55,8 @@ def _scheme_default(field: str, words: dict[Any, str] | None = None) -> str:
 
 
 def _suppression_default() -> str:
-    needed = {row.name: x for row in SCHEMES.values() if (x := row.needs.get("outlier_suppression"))}
+    keys = {name: {**row.suits, **row.needs} for name, row in SCHEMES.items()}
+    needed = {name: x for name, own in keys.items() if (x := own.get("outlier_suppression"))}
     return by_method("none", {**defaults.SUPPRESSORS, **needed})
 
 

@@ -8,6 +8,7 @@ changes neither side's relative ranges and keeps a norm's gain where it was.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -20,8 +21,11 @@ from quant.quantizers.activations import fake_quantize, input_parameters
 from quant.quantizers.nearest import round_to_nearest
 from quant.schemes import PRESETS, UNQUANTIZED, Scheme
 
-#: What ``auto`` tries, beside leaving the inputs as they are.
-ALPHAS = tuple(i / 20 for i in range(1, 20))
+#: What ``auto`` tries, beside leaving the inputs as they are: these, then on both sides of the best ever
+#: smaller steps.
+ALPHAS, STEPS = (0.25, 0.5, 0.75), (0.1, 0.05)
+#: An error, the alpha that makes it (None: inputs as they are), and the factors.
+Tried = tuple[float, float | None, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,16 +61,21 @@ class SmoothQuant:
         if self.alpha != "auto":
             return Suppression(place.fit(smoothing_factors(largest, columns, self.alpha)), notes)
         scheme = PRESETS["w8a8-int8"] if scheme == UNQUANTIZED else scheme
-        best, factors, chosen = torch.inf, torch.ones_like(largest), "none"
-        for alpha in (None, *ALPHAS):
-            tried = (
-                torch.ones_like(largest)
-                if alpha is None
-                else place.fit(smoothing_factors(largest, columns, alpha))
-            )
-            error = _error(weight, statistics, scheme, dtype, tried)
-            if error < best:
-                best, factors, chosen = error, tried, "none" if alpha is None else f"{alpha:g}"
+        even = torch.ones_like(largest)
+
+        def tried(alpha: float | None) -> Tried:
+            factors = even if alpha is None else place.fit(smoothing_factors(largest, columns, alpha))
+            return _error(weight, statistics, scheme, dtype, factors), alpha, factors
+
+        def least(*found: Tried) -> Tried:
+            return min(found, key=lambda x: math.inf if math.isnan(x[0]) else x[0])
+
+        best = least(*map(tried, ALPHAS))
+        for step in STEPS:
+            assert best[1] is not None
+            best = least(best, *(tried(round(best[1] + s, 2)) for s in (-step, step)))
+        _, alpha, factors = least(tried(None), best)
+        chosen = "none" if alpha is None else f"{alpha:g}"
         return Suppression(factors, (f"alpha {chosen}", *notes))
 
 
