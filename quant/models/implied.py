@@ -430,7 +430,7 @@ def _expert_shapes(file: _File, decoder: Decoder) -> Iterator[tuple[str, str]]:
     """Matrices of routed experts that are stored one by one."""
     if decoder.moe is None:
         return
-    inner, hidden = decoder.moe.intermediate, decoder.hidden
+    inner, hidden = decoder.moe.intermediate, decoder.expert_width
     for index, names in file.blocks.items():
         for local, shape in names.items():
             last = local.split(".")[-2] if local.endswith(".weight") else ""

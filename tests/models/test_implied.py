@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from quant.catalog import catalogue
 from quant.checkpoint.header import TensorInfo
 from quant.checkpoint.reader import open_checkpoint
 from quant.models.built import built_problems
@@ -17,6 +18,7 @@ from quant.models.implied import implied_problems
 from tests.helpers import FAMILIES, GENERIC
 from tests.models.mixtures import FAMILIES as MIXTURES
 from tests.models.mixtures import save_mixture
+from tests.stand_ins import published_config, with_fewer_experts, write_stand_in
 
 Headers = dict[str, TensorInfo]
 Change = Callable[[Headers, dict[str, Any]], Any]
@@ -190,3 +192,15 @@ def test_absurd_numbers_make_no_absurd_lists(llama: Path) -> None:
     assert "num_hidden_layers is 1000000000" in implied_problems(checkpoint.tensors, config)[0]
     towered = {**checkpoint.config, "vision_config": {"depth": 10**9}}
     assert built_problems(replace(checkpoint, config=towered)) == []
+
+
+def test_experts_of_a_latent_width_are_as_wide_as_that(tmp_path: Path) -> None:
+    entry = catalogue()["nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16"]
+    config = with_fewer_experts(published_config(entry["config"]), 4)
+    assert config["moe_latent_size"] < config["hidden_size"]
+    checkpoint = open_checkpoint(write_stand_in(config, tmp_path / "model"))
+    headers = dict(checkpoint.tensors)
+    assert implied_problems(headers, checkpoint.config) == []
+    reshaped(headers, "experts.0.up_proj.weight", config["moe_intermediate_size"], config["hidden_size"])
+    (said,) = implied_problems(headers, checkpoint.config)
+    assert f"{config['moe_latent_size']}] by config.json" in said
