@@ -24,6 +24,8 @@ from quant.schemes import PRESETS, UNQUANTIZED, Scheme
 #: What ``auto`` tries, beside leaving the inputs as they are: these, then on both sides of the best ever
 #: smaller steps.
 ALPHAS, STEPS = (0.25, 0.5, 0.75), (0.1, 0.05)
+#: What the error on a sample has to fall to for inputs to be scaled: less is as likely the sample's.
+GAIN = 0.9
 #: An error, the alpha that makes it (None: inputs as they are), and the factors.
 Tried = tuple[float, float | None, torch.Tensor]
 
@@ -74,7 +76,8 @@ class SmoothQuant:
         for step in STEPS:
             assert best[1] is not None
             best = least(best, *(tried(round(best[1] + s, 2)) for s in (-step, step)))
-        _, alpha, factors = least(tried(None), best)
+        alone = tried(None)
+        _, alpha, factors = best if best[0] < GAIN * alone[0] else alone
         chosen = "none" if alpha is None else f"{alpha:g}"
         return Suppression(factors, (f"alpha {chosen}", *notes))
 

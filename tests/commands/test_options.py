@@ -138,7 +138,9 @@ def test_the_defaults_in_help_are_those_of_each_method_s_scheme() -> None:
     assert "the scheme's: symmetric; awq: asymmetric)" in shown("quantize", "--symmetric")
     sizes = (plain.weights.group_size, fp8.weights.group_size)
     assert "the scheme's: {}; fp8: {})".format(*sizes) in shown("quantize", "--group-size")
-    assert "w8a8-int8: smooth_quant; nvfp4: smooth_quant; mxfp4: smooth_quant)" in shown("quantize", "--outlier-suppression")
+    assert "w8a8-int8: smooth_quant; nvfp4: smooth_quant; mxfp4: smooth_quant)" in shown(
+        "quantize", "--outlier-suppression"
+    )
     assert not scheme(method="gptq", scheme="w8a8-int8").activations.calibrated
     assert "[default: dynamic]" in shown("quantize", "--activations")
 
