@@ -23,8 +23,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import quant  # noqa: E402
 from quant.gguf.levels import LEVELS, OWN_LEVELS  # noqa: E402
+from quant.levels import make_level  # noqa: E402
 from quant.pipeline.gguf import export_gguf  # noqa: E402
 
 
@@ -48,7 +48,7 @@ def main() -> None:
     )
     parser.add_argument("model", nargs="?", default=ROOT / "examples/tinylm-4m", type=Path)
     parser.add_argument("--rows", type=int, default=48)
-    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--levels", nargs="*", default=[*LEVELS, *OWN_LEVELS])
     asked = parser.parse_args()
     from transformers import AutoModelForCausalLM
@@ -70,10 +70,9 @@ def main() -> None:
                 files[f"{level}, unweighed"] = folder / f"{level}-plain.gguf"
                 export_gguf(asked.model, files[f"{level}, unweighed"], level, imatrix=False)
         for method in ("gptq", "yaqa"):
-            values = {"model_path": asked.model, "output_path": folder / method, "method": method}
-            quant.quantize(quant.make_recipe({**values, "group_size": 32, "target": "other", **few}))
-            files[f"q4_0 by {method}"] = folder / f"{method}.gguf"
-            export_gguf(folder / method, files[f"q4_0 by {method}"], "q4_0")
+            files[f"q4_0 by {method}"] = file = folder / f"{method}.gguf"
+            values = {"model_path": asked.model, "output_path": file, "method": method, "scheme": "q4_0"}
+            make_level({**values, **few}, True)
         request = {"rows": rows, "reference": str(folder / "reference.npy")}
         done = subprocess.run(
             [os.environ["QUANT_LLAMA_PYTHON"], str(ROOT / "tests/gguf/run_llama.py")],

@@ -491,7 +491,7 @@ def _without_gradients(plan: JobPlan, error: NoGradients, progress: Progress) ->
 
 def _instead(recipe: Recipe) -> dict[str, Any]:
     """What changes in a recipe whose effort takes gradients, where none go through the model."""
-    options = {k: v for k, v in recipe.options.items() if k not in defaults.BEST}
+    options = {k: v for k, v in recipe.options.items() if k not in defaults.BEST or k == "signed"}
     return {"method": WITHOUT_GRADIENTS, "gradient_samples": None, "options": options}
 
 

@@ -18,6 +18,7 @@ from quant.progress import Event, Progress, silent
 
 if TYPE_CHECKING:
     from quant.pipeline.gguf import GgufFile
+    from quant.recipe import Recipe
 
 #: Levels whose codes a method of ours can choose → the numbers of the checkpoint that holds them until the
 #: file is written.
@@ -80,4 +81,16 @@ def _choose(
     assert isinstance(resolved, jobs.ResolvedJob)
     for note in resolved.notes:
         progress(Event("planning", message=note))
-    jobs.run(jobs.plan(resolved.recipe, progress), progress, command)
+    jobs.run(jobs.plan(_signed(resolved.recipe), progress), progress, command)
+
+
+def _signed(recipe: Recipe) -> Recipe:
+    """A recipe whose method searches among negative scales, where it can and nobody said otherwise: every
+    engine of these files reads them, because llama.cpp's own rounding makes them."""
+    from quant.quantizers import QuantizerRegistry
+
+    kind = QuantizerRegistry.get(recipe.method)
+    searched = recipe.options.get("clip_search", recipe.clip_search)
+    if "signed" in recipe.options or searched is False or not hasattr(kind, "signed"):
+        return recipe
+    return recipe.model_copy(update={"options": {**recipe.options, "signed": True}})

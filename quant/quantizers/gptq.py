@@ -41,6 +41,10 @@ from quant.tensors import QuantizedTensor
 #: Columns whose feedback on each other is applied one by one on a CPU; runs of them act on each other by
 #: matrix products.
 _PANEL = 32
+#: Bits of codes that negative scales are searched for, at the most: of more the one code that the lower end
+#: has besides is nothing.
+SIGNED = 4
+ONLY_SEARCHED = "signed is True: negative scales are a part of the search that clip_search makes"
 #: Rows of a weight that are transposed at a time on a CPU.
 _BAND = 256
 
@@ -58,12 +62,15 @@ class GPTQQuantizer:
             by (:meth:`Factor.importance`), instead of the whole range.
         sweeps: times that, after rounding, scales are fitted to the codes and all codes are gone through to
             change those that lower the loss (:mod:`quant.quantizers.refining`).
+        signed: search among negative scales, too, of symmetric integers of up to :data:`SIGNED` bits: codes
+            from -8 to 7 reach further down than up, and either end can be a group's positive one.
     """
 
     damping: float = defaults.DAMPING
     act_order: Literal["none", "static"] = defaults.ACT_ORDER
     clip_search: bool = defaults.CLIP_SEARCH["gptq"]
     sweeps: int = 1
+    signed: bool = False
 
     name: ClassVar[str] = "gptq"
     suppressor: ClassVar[str] = ""
@@ -76,6 +83,8 @@ class GPTQQuantizer:
             )
         if not 0 <= self.sweeps <= 100:
             raise ValueError(f"sweeps is {self.sweeps}: must be from 0 to 100")
+        if self.signed and not self.clip_search:
+            raise ValueError(ONLY_SEARCHED)
 
     @staticmethod
     def refuse(scheme: WeightScheme) -> str | None:
@@ -166,7 +175,11 @@ class GPTQQuantizer:
                 made = self._integers(chosen, parts, *given, scheme, scale_dtype(scheme, dtype))
             tensors |= dict(zip(solved, made, strict=True))
         return [
-            Quantized(tensors[i], self._fallbacks(*factors[i]), dead_notes(diagonals[i]))
+            Quantized(
+                tensors[i],
+                self._fallbacks(*factors[i]),
+                (*dead_notes(diagonals[i]), *negative_notes(tensors[i])),
+            )
             for i in range(len(weights))
         ]
 
@@ -221,6 +234,7 @@ class GPTQQuantizer:
         dtype: torch.dtype,
     ) -> list[QuantizedTensor]:
         visits = [order for order in orders if order is not None]
+        signed = self.signed and scheme.bits <= SIGNED
         if not visits:
             codes, scales, zeros = _solve(
                 weights,
@@ -231,10 +245,11 @@ class GPTQQuantizer:
                 importance if self.clip_search else None,
                 self.clip_search,
                 self.sweeps,
+                signed=signed,
             )
         else:
             fixed = [
-                weight_parameters(w, scheme, dtype, d, self.clip_search)
+                weight_parameters(w, scheme, dtype, d, self.clip_search, signed)
                 for w, d in zip(weights, importance, strict=True)
             ]
             shifts = [z for _, z in fixed if z is not None]
@@ -258,6 +273,14 @@ def dead_notes(diagonal: torch.Tensor) -> tuple[str, ...]:
         f"{count} of {len(diagonal)} inputs are zero on all calibration tokens: their columns are rounded to "
         "nearest",
     )
+
+
+def negative_notes(tensor: QuantizedTensor) -> tuple[str, ...]:
+    """What is said of negative scales: vLLM's Marlin kernel reads them as they are, but not where it is made
+    to round activations (vLLM issue 48905)."""
+    if tensor.scheme.type == "float" or not (count := int((tensor.scales < 0).sum())):
+        return ()
+    return (f"{count} of {tensor.scales.numel()} scales are negative: not for VLLM_MARLIN_INPUT_DTYPE=int8",)
 
 
 def solve_fixed(
@@ -287,6 +310,7 @@ def _solve(
     search: bool,
     sweeps: int = 0,
     divisor: torch.Tensor | None = None,
+    signed: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The column loop, of a batch of weights at once: each has its own Hessian and order, and nothing of one
     enters another. The work on a column, which is short, is shared by the batch; the products of runs of
@@ -300,6 +324,7 @@ def _solve(
         importance: what the search for those weights errors with, [K] of each; or None.
         sweeps: times that scales are fitted and codes gone through again after all are rounded.
         divisor: of the scales of each weight, fp32 [B, 1], where they have one.
+        signed: that search takes negative scales, too.
 
     Returns:
         int8 codes [B, N, K] (of floats their fp32 values), fp32 scales [B, N, G], fp32 zeros [B, N, G] or
@@ -330,7 +355,7 @@ def _solve(
     feedback = weights.reshape(k, count, n).zero_()
 
     walk = _Walk(errors, feedback, codes, inverse, scales_t, zeros_t, group_of, Grid(scheme, dtype, divisor))
-    reached = None if fixed is not None else _Reached(factors, importance, search, g)
+    reached = None if fixed is not None else _Reached(factors, importance, search, g, signed)
     one = RUN if reached is None else run_of(g, groups)
     width = one if on_accelerator(weights) else _PANEL
     for number, start in enumerate(range(0, k, width)):
@@ -375,6 +400,7 @@ class _Reached:
     importance: Sequence[torch.Tensor] | None
     search: bool
     size: int
+    signed: bool
 
     def take(self, walk: _Walk, column: int) -> None:
         """Puts the scales and zeros of the group that starts with a column where they belong."""
@@ -382,8 +408,9 @@ class _Reached:
         for b, factor in enumerate(self.factors):
             weighted = None if self.importance is None else self.importance[b]
             s, z = _group_now(
-                walk.errors[:, b], factor, now, walk.grid.scheme, walk.grid.dtype, weighted, self.search
-            )
+                walk.errors[:, b], factor, now, walk.grid.scheme, walk.grid.dtype, weighted, self.search,
+                self.signed,
+            )  # fmt: skip
             walk.scales[group, b] = s
             if walk.zeros is not None and z is not None:
                 walk.zeros[group, b] = z
@@ -497,6 +524,7 @@ def _group_now(
     dtype: torch.dtype,
     importance: torch.Tensor | None,
     search: bool,
+    signed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scales and zeros [N] of a group of columns, from its weights as GPTQ has updated them by the time it is
     reached.
@@ -512,6 +540,7 @@ def _group_now(
         dtype,
         None if importance is None else importance[None, group],
         search,
+        signed,
     )
     return scales.squeeze(1), None if zeros is None else zeros.squeeze(1)
 

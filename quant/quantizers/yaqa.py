@@ -26,7 +26,14 @@ from quant.quantizers.base import Quantized, QuantizerRegistry
 from quant.quantizers.columns import stacked
 from quant.quantizers.factors import Factor, damp, factorize, smallest_last
 from quant.quantizers.floats import FloatScales, encode, float_scales
-from quant.quantizers.gptq import GPTQQuantizer, dead_notes, solve_fixed
+from quant.quantizers.gptq import (
+    ONLY_SEARCHED,
+    SIGNED,
+    GPTQQuantizer,
+    dead_notes,
+    negative_notes,
+    solve_fixed,
+)
 from quant.quantizers.grids import Grid
 from quant.quantizers.nearest import integers, round_to_nearest
 from quant.quantizers.rounding import scale_dtype, weight_parameters
@@ -39,8 +46,6 @@ from quant.tensors import QuantizedTensor
 #: tokens KL is 0.0086 without, 0.0057 with that of H_O alone, 0.0033 with both; of experts of its mixture
 #: with 2000 tokens each the loss on other text is 8 % (first product) and 22 % (second) lower with both.
 INPUT_TOKENS, OUTPUT_TOKENS = 1.0, 4.0
-#: Bits of an integer up to which the step that its negative side has more is worth a negative scale.
-SIGNED = 4
 #: Bits of an integer up to which ranges are searched by the error to expect after feedback.
 FED = 4
 #: Rows of a factor that are looked at a time.
@@ -54,9 +59,6 @@ _SILENT = (
     "its inputs, or the gradients at its outputs, are zero on all calibration tokens: rounded to nearest "
     "instead"
 )
-#: What is said of negative scales: vLLM's Marlin kernel reads them as they are, but not where it is made to
-#: round activations (vLLM issue 48905).
-_NEGATIVE = "{} of {} scales are negative: not for VLLM_MARLIN_INPUT_DTYPE=int8"
 #: Elements of a weight that are worked on at once, whole blocks of outputs: a dozen tensors of that size are
 #: made.
 _AT_ONCE = 1 << 24
@@ -108,9 +110,7 @@ class YAQAQuantizer:
         if not 1 <= self.outputs <= MOST_OUTPUTS:
             raise ValueError(f"outputs is {self.outputs}: must be from 1 to {MOST_OUTPUTS}")
         if self.signed and not self.clip_search:
-            raise ValueError(
-                "signed is True: negative scales are a part of the search that clip_search makes"
-            )
+            raise ValueError(ONLY_SEARCHED)
 
     @property
     def products(self) -> int:
@@ -163,7 +163,9 @@ class YAQAQuantizer:
                     "--calibration-dataset, or use --method minmax"
                 )
             if seen.gradients is None:
-                gptq = GPTQQuantizer(self.damping, clip_search=self.clip_search, sweeps=self.sweeps)
+                gptq = GPTQQuantizer(
+                    self.damping, clip_search=self.clip_search, sweeps=self.sweeps, signed=self.signed
+                )
                 done = gptq(weight, seen, scheme, dtype, amax)
                 made[i] = replace(done, fallbacks=(_ONE_SIDED, *done.fallbacks))
                 continue
@@ -230,8 +232,6 @@ class YAQAQuantizer:
             notes = (_losses(nats.tolist()), *dead_notes(one.inputs.diagonal))
             if blocks > 1:
                 notes += (f"its outputs feed back among {size} at a time",)
-            if negative := int((fitted[i] < 0).sum()):
-                notes += (_NEGATIVE.format(negative, fitted[i].numel()),)
             if one.floats is None:
                 tensor = integers(codes[i].to(torch.int8), fitted[i], one.zeros, scheme, dtype)
             else:
@@ -239,6 +239,7 @@ class YAQAQuantizer:
                 tensor = QuantizedTensor(
                     encode(codes[i], scheme.bits), held, None, scheme, global_scale=whole
                 )
+            notes += negative_notes(tensor)
             results.append(Quantized(tensor, (*one.inputs.fallbacks, *one.outputs.fallbacks), notes))
         return results
 

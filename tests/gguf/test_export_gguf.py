@@ -195,6 +195,9 @@ def test_a_level_is_a_scheme_of_a_job(llama: Path, tmp_path: Path, cli: Callable
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.gguf", "b.gguf"]
     name = "blk.0.ffn_up.weight"
     assert not np.array_equal(values(file)[name], values(rounded)[name])
+    (stored,) = (t.data for t in gguf.GGUFReader(file).tensors if t.name == name)
+    scales = stored.reshape(-1, 18)[:, :2].copy().view(np.float16)
+    assert 0.2 < (scales < 0).mean() < 0.8, "negative scales were not tried"
     assert gguf.GGUFReader(file).fields["general.name"].contents() == llama.resolve().name
     for words, said in (
         (("-o", tmp_path / "c", "--scheme", "q8_0"), "ends in .gguf"),

@@ -217,17 +217,21 @@ def test_each_round_of_refits_and_sweeps_lowers_the_loss_of_the_one_before(case:
     assert many <= two < one
 
 
+@pytest.mark.parametrize("method", [YAQAQuantizer, GPTQQuantizer])
 @pytest.mark.parametrize(("bits", "sweeps"), [(2, 0), (3, 1), (4, 1)])
-def test_negative_scales_lower_the_loss_and_reach_the_file(bits: int, sweeps: int) -> None:
+def test_negative_scales_lower_the_loss_and_reach_the_file(
+    bits: int, sweeps: int, method: type[YAQAQuantizer] | type[GPTQQuantizer]
+) -> None:
     weight, hessian, outputs = weight_of(48, 192), hessian_of(192), outputs_of(48, 24)
 
     def made(symmetric: bool, signed: bool) -> Quantized:
         statistics = Statistics(MANY, hessian.clone(), gradients=outputs.clone())
-        quantizer = YAQAQuantizer(sweeps=sweeps, signed=signed)
+        quantizer = method(sweeps=sweeps, signed=signed)
         return quantizer(weight.clone(), statistics, WeightScheme(bits, 32, symmetric), torch.bfloat16)
 
     def lost(result: Quantized) -> float:
-        return float(loss(weight - result.tensor.dequantize(), hessian, outputs).sum())
+        of = outputs if method is YAQAQuantizer else torch.eye(24).expand(2, 24, 24)
+        return float(loss(weight - result.tensor.dequantize(), hessian, of).sum())
 
     plain, signed = made(True, False), made(True, True)
     negative = int((signed.tensor.scales < 0).sum())
