@@ -85,8 +85,9 @@ def compare(model: Path, method: str, rows: list[int], threads: int) -> list[Mad
         done = quantize(f"{method}, {name}", model, options, threads, budget)
         if isinstance(done, str):
             print(f"{method}, {name}: refused: {done}", flush=True)
-            least = int(re.findall(r"give --max-memory (\d+)MiB", done)[0])
-            return go(f"the least, {least} MiB", least)
+            if (least := re.search(r"give --max-memory (\d+)MiB", done)) is None:
+                raise SystemExit(1)
+            return go(f"the least, {least[1]} MiB", int(least[1]))
         made.append(done)
         print(done.line(made[0]), flush=True)
         return done

@@ -54,7 +54,8 @@ def main() -> None:
     from transformers import AutoModelForCausalLM
 
     rows = text_rows(asked.model, asked.rows, 256)
-    few = {"samples": asked.samples, "sequence_length": 512}
+    longest = json.loads((asked.model / "config.json").read_text())["max_position_embeddings"]
+    few = {"samples": asked.samples, "sequence_length": min(512, longest)}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model = AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.float32)

@@ -17,10 +17,16 @@ from quant.catalog import load_model
 from quant.checkpoint.reader import open_checkpoint
 from quant.evaluation.verify import verify
 from quant.formats.reading import dequantized
+from quant.gguf import llama_cpp as library
 from quant.gguf.levels import OWN_LEVELS
 from quant.gguf.tokenizer import PRE_TOKENIZERS
 from quant.pipeline.gguf import export_gguf
+from quant.pipeline.importance import importance
+from quant.pipeline.manager import QuantizationManager
+from quant.pipeline.plan import plan_job
 from quant.planning.gguf import level_bytes
+from quant.progress import silent
+from quant.recipe import make_recipe
 from tests.gguf.damage import assert_damage_is_told
 from tests.helpers import TINYLM, make_checkpoint, quantize, short_text
 
@@ -217,6 +223,40 @@ def test_llama_cpp_s_own_levels_are_better_with_our_importance(tmp_path: Path, l
     assert weighed_kl < plain_kl
     assert_damage_is_told(tmp_path / f"{TINYLM.name}-True.gguf", TINYLM, tmp_path)
     assert not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
+
+
+def test_our_importance_is_what_llama_cpp_gathers_itself(tmp_path: Path, llama_cpp: Ask) -> None:
+    """Of the same rows, by the hook that `llama-imatrix` uses; and a level made with either loses as much."""
+    few = {"samples": 8, "sequence_length": 256}
+    values = {"method": "gptq", "target": "other", "model_path": TINYLM, "output_path": tmp_path / "none"}
+    rows = QuantizationManager(plan_job(make_recipe({**values, **few}))).prepare()[0].tokens
+    wide, gathered, logs = tmp_path / "f16.gguf", tmp_path / "theirs.npz", tmp_path / "reference.npy"
+    export_gguf(TINYLM, wide, "f16")
+    llama_cpp([{"file": str(wide), "rows": rows.tolist(), "importance": str(gathered)}])
+    theirs = {n: v for n, v in np.load(gathered).items() if n.startswith("blk.")}
+    ours = {
+        name: mean.numpy()
+        for linear, mean in importance(TINYLM, tmp_path / "scratch", few).items()
+        if (name := _called(linear))
+    }
+    assert ours.keys() == theirs.keys() and len(ours) == 28
+    for name, mean in ours.items():
+        np.testing.assert_allclose(mean, theirs[name], rtol=0.02, err_msg=name)
+    requests, judged = [], rows[:4].tolist()
+    reference(TINYLM, judged, logs)
+    for kind, weights in (("ours", ours), ("theirs", theirs)):
+        file = tmp_path / f"{kind}.gguf"
+        library.quantize(wide, file, OWN_LEVELS["q2_k"], weights, 1, silent)
+        requests.append({"file": str(file), "rows": judged, "reference": str(logs)})
+    mine, its = (a["kl"] for a in llama_cpp(requests))
+    assert mine == pytest.approx(its, rel=0.02)
+
+
+def _called(linear: str) -> str:
+    """What a Llama's linear is called in a file."""
+    _, _, block, _, kind = linear.split(".")
+    names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
+    return f"blk.{block}.{names.get(kind) or 'ffn_' + kind.removesuffix('_proj')}.weight"
 
 
 def test_llama_cpp_s_own_levels_are_evaluated_as_it_computes_them(tmp_path: Path, llama_cpp: Ask) -> None:
