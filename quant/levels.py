@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quant.errors import UsageError
 from quant.progress import Event, Progress, silent
 
 if TYPE_CHECKING:
@@ -48,14 +47,13 @@ def make_level(
         Problems, QuantError: what stands against it, or what went wrong.
     """
     from quant.hub import model_name
-    from quant.pipeline.gguf import export_gguf, file_path_problems
+    from quant.pipeline.gguf import check_export, export_gguf
 
     output, level = Path(values["output_path"]), str(values["scheme"]).lower()
     calibration = {k: values[k] for k in CALIBRATION if k in values}
     if not chosen:
         return export_gguf(values["model_path"], output, level, calibration=calibration, progress=progress)
-    if problems := file_path_problems(output, Path(values["model_path"])):
-        raise UsageError(problems[0])
+    check_export(Path(values["model_path"]), output, level)
     codes = output.with_name(f".{output.name}.{_key(values)}.codes")
     if not (codes / "config.json").is_file():
         _choose(values, level, codes, progress, command)
@@ -76,7 +74,8 @@ def _choose(
     from quant import jobs
 
     asked = {k: v for k, v in values.items() if k != "scheme"} | dict(CHOSEN[level])
-    asked |= {"output_path": codes, "group_size": 32, "format": "compressed-tensors"}
+    # what vLLM has no kernel for, llama.cpp may have
+    asked |= {"output_path": codes, "group_size": 32, "format": "compressed-tensors", "target": "other"}
     resolved = jobs.resolve(asked)
     assert isinstance(resolved, jobs.ResolvedJob)
     for note in resolved.notes:

@@ -251,6 +251,16 @@ class _Job:
     counts: dict[str, int] = field(default_factory=lambda: {"exact": 0, "scales": 0})
 
 
+def check_export(model_path: Path, output: Path, level: str) -> None:
+    """Whether :func:`export_gguf` could make the file of a model, before work whose result it would take.
+
+    Raises:
+        Problems, QuantError: what stands against it.
+    """
+    package()
+    _plan(model_path, output, level)
+
+
 def file_path_problems(output: Path, model_path: Path) -> list[str]:
     """Why a file cannot be made of a model where it is asked for."""
     source = model_path.resolve()

@@ -16,6 +16,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 
+from quant import jobs
 from quant.checkpoint.reader import open_checkpoint
 from quant.errors import DiskFull, QuantError
 from quant.formats.reading import dequantized
@@ -207,3 +208,13 @@ def test_a_level_is_a_scheme_of_a_job(llama: Path, tmp_path: Path, cli: Callable
     ):
         refused = cli("quantize", "-m", llama, *words)
         assert refused.code == 2 and said in refused.err, refused.err
+
+
+def test_a_model_that_gguf_has_no_place_for_is_refused_before_its_codes_are_chosen(
+    checkpoints: Callable[..., Path], tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "run", lambda *_: pytest.fail("the job was run"))
+    words = ("-o", tmp_path / "a.gguf", "--scheme", "q4_0", "--method", "gptq")
+    refused = cli("quantize", "-m", checkpoints("stablelm"), *words)
+    assert refused.code == 2 and "model type 'stablelm' cannot be written as GGUF here" in refused.err
+    assert not [*tmp_path.iterdir()]
