@@ -15,6 +15,7 @@ from quant.models.adapter import InputGroup
 from quant.models.experts import Experts, find_experts
 from quant.models.sources import expert_source
 from quant.outlier_suppression.base import Place
+from quant.pipeline.expert_ranks import gathered, in_rounds
 from quant.pipeline.experts import (
     MOST_PRIOR,
     Aside,
@@ -38,6 +39,7 @@ from quant.pipeline.group_solves import (
     stacked_weights,
 )
 from quant.pipeline.memory import give_back
+from quant.pipeline.ranks import ALONE, replace_rank
 from quant.pipeline.records import Clock
 from quant.quantizers import GPTQQuantizer, Quantized, Quantizer
 from quant.recipe import Assignment
@@ -57,13 +59,16 @@ Prior = Statistics | ExpertInputs | None
 
 @dataclass(frozen=True)
 class _Solved:
-    """What became of an expert's linear: its name in the block, and the evidence of
-    :meth:`GroupSolver.going_on`."""
+    """What became of an expert's linear: its name in the block, the evidence of
+    :meth:`GroupSolver.going_on`, what its input was divided by, fp32 [K], or None, and the seconds that it
+    took."""
 
     name: str
     expert: int
     result: Quantized
     evidence: tuple[float, float, float | None]
+    factor: torch.Tensor | None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,7 @@ class ExpertSolver:
         """Quantizes the experts of a layer for one product, as many at a time as memory is set aside for;
         what they read is closed."""
         give_back()  # what the passes have freed lies beside what a layer of experts takes
+        routed = gathered(routed, self.solver.ranks)
         module = work.block.get_submodule(group.experts)
         experts = next(e for e in find_experts(work.block) if e.path == group.experts)
         if group.stage == "up":
@@ -160,8 +166,9 @@ class ExpertSolver:
         members: Iterator[tuple[int, list[str]]],
         aside: Aside,
     ) -> None:
-        """Quantizes experts of equal shape ([outputs, K] each) and assignment."""
-        start, device = time.perf_counter(), layer.routed.device
+        """Quantizes experts of equal shape ([outputs, K] each) and assignment, of which each rank solves
+        neighbours; all are told of all."""
+        start, device, ranks = time.perf_counter(), layer.routed.device, self.solver.ranks
         prior = self.prior(layer, assignment)
         spent = {"statistics": time.perf_counter() - start, "solve": 0.0}
         counts, prefix = layer.routed.counts, layer.work.prefix
@@ -171,28 +178,42 @@ class ExpertSolver:
             with torch.no_grad():
                 return self._solve_some(layer, assignment, some, prior)
 
-        twice = "gradients" in self.solver.needs(assignment)
-        workers = workers_for(outputs, layer.routed.features, device, twice)
-        with side_by_side(workers) as several:
-            size = at_a_time(outputs, layer.routed.features, device, workers, twice)
-            chunks = in_chunks(members, size)
-            done: list[_Solved]
-            seconds: dict[str, float]
-            outcomes = several(solve, (dict(chunk) for chunk in chunks))
+        def solved(outcomes: Iterator[tuple[list[_Solved], dict[str, float]]]) -> Iterator[list[_Solved]]:
             for number, (done, seconds) in enumerate(outcomes, 1):
                 if not number % GIVEN_BACK:
                     give_back()
-                each = sum(seconds.values()) / len(done)
-                for x in done:
-                    layer.work.made.linears[prefix + x.name] = aside.keep_weight(x.result.tensor)
-                    tokens = int(counts[x.expert])
-                    self.solver.records.add(prefix + x.name, x.result, *x.evidence, tokens, each, missing)
                 for phase, value in seconds.items():
                     spent[phase] += value
+                yield done
+
+        twice = "gradients" in self.solver.needs(assignment)
+        workers = workers_for(outputs, layer.routed.features, device, twice)
+        everyone, found = [*members], list[_Solved]()
+        own = [replace_rank(ranks, r).own(len(everyone)) for r in range(ranks.size)]
+        with side_by_side(workers) as several:
+            size = at_a_time(outputs, layer.routed.features, device, workers, twice)
+            mine = everyone[own[ranks.rank].start : own[ranks.rank].stop]
+            lists = solved(several(solve, (dict(chunk) for chunk in in_chunks(mine, size))))
+            for rank, done in in_rounds(lists, [-(-len(o) // size) for o in own], ranks):
+                for x in done:
+                    if rank != ranks.rank:
+                        self._put(layer, x)
+                    kept = aside.keep_weight(x.result.tensor)
+                    found.append(replace(x, result=replace(x.result, tensor=kept)))
+        for x in sorted(found, key=lambda x: x.expert):  # a rank's experts come in between those of others
+            layer.work.made.linears[prefix + x.name] = x.result.tensor
+            tokens = int(counts[x.expert])
+            self.solver.records.add(prefix + x.name, x.result, *x.evidence, tokens, x.seconds, missing)
         # the workers' seconds are more than have gone by
         share = (time.perf_counter() - start) / max(sum(spent.values()), 1e-9)
         for phase, value in spent.items():
             self.clock.seconds[phase] += value * share
+
+    def _put(self, layer: Layer, solved: _Solved) -> None:
+        """Has the batches under way go on with what another rank has solved."""
+        linear, block = layer.work.linears[solved.name], layer.work.block
+        value, _ = self.solver.going_on(solved.result.tensor, linear.get(block), solved.factor, None)
+        linear.set(block, value)
 
     def prior(self, layer: Layer, assignment: Assignment) -> Prior:
         """What the statistics of a layer's experts are blended with, or made of."""
@@ -219,7 +240,8 @@ class ExpertSolver:
             factors = self._factors(layer, [*some.values()], weights, statistics)
             stacked, statistics = _divided(stacked_weights(weights), statistics, factors)
             method = unrefined(self.solver.quantizers[assignment], assignment)
-            results = self.solver.rounded(assignment, weights, statistics, stacked, layer.said, method=method)
+            alone = replace(self.solver, ranks=ALONE)  # slices of an expert are all this rank's
+            results = alone.rounded(assignment, weights, statistics, stacked, layer.said, method=method)
             for (expert, names), mine, solved, told, factor in zip(
                 some.items(), weights, results, notes, factors, strict=True
             ):
@@ -228,8 +250,9 @@ class ExpertSolver:
                     value, evidence = self.solver.going_on(result.tensor, weight, factor, sample)
                     work.linears[name].set(work.block, value)
                     noted = replace(result, notes=(*result.notes, *told))
-                    done.append(_Solved(name, expert, noted, evidence))
-        return done, clock.seconds
+                    done.append(_Solved(name, expert, noted, evidence, factor))
+        each = sum(clock.seconds.values()) / len(done)
+        return [replace(x, seconds=each) for x in done], clock.seconds
 
     def statistics(
         self,

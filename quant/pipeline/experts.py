@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import mmap
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -139,6 +139,20 @@ class ExpertInputs:
         self._aside = self._aside or Aside(self.scratch)
         self._rows.append(self._aside.keep(routed.rows))
         self._routes.append(Routed(torch.empty(0), routed.index, routed.counts, routed.gates))
+
+    def __len__(self) -> int:
+        """How many batches there are."""
+        return len(self._rows)
+
+    def batch(self, number: int) -> Routed:
+        """A batch as it was added."""
+        route = self._routes[number]
+        return Routed(self._rows[number], route.index, route.counts, route.gates)
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Takes the batches in another order."""
+        self._rows = [self._rows[i] for i in order]
+        self._routes = [self._routes[i] for i in order]
 
     @property
     def features(self) -> int:

@@ -38,6 +38,13 @@ JOBS: dict[str, dict[str, Any]] = {
         **TEXT,
     },
 }
+#: Of a mixture of experts, whose tokens are exchanged.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "blend": {"method": "gptq", "group_size": 32, **TEXT},
+    "smoothed, all": {
+        "scheme": "w8a8-int8", "outlier_suppression": "smooth_quant", "moe_calibration": "all", **TEXT,
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -49,13 +56,15 @@ def said(report: dict[str, Any]) -> list[dict[str, Any]]:
     return [{k: v for k, v in layer.items() if k != "seconds"} for layer in report["layers"]]
 
 
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", [*JOBS, *MIXTURES])
 def test_two_ranks_make_the_files_that_one_process_makes(
     job: str, checkpoints: Callable[..., Path], tmp_path: Path
 ) -> None:
     llama = checkpoints("llama", num_hidden_layers=3 if job == "yaqa" else 2)
-    wanted = quantize(llama, tmp_path / "one", **JOBS[job])
-    found = quantize(llama, tmp_path / "two", devices="cpu,cpu", **JOBS[job])
+    if job in MIXTURES:
+        llama = checkpoints("mixtral", num_local_experts=3)
+    wanted = quantize(llama, tmp_path / "one", **(JOBS | MIXTURES)[job])
+    found = quantize(llama, tmp_path / "two", devices="cpu,cpu", **(JOBS | MIXTURES)[job])
     assert weight_files(tmp_path / "two") == weight_files(tmp_path / "one")
     assert said(found) == said(wanted)
     assert not psutil.Process().children()[1:]  # none but multiprocessing's own tracker is left
@@ -150,12 +159,12 @@ def test_what_cannot_be_divided_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_mixture_is_divided_where_nothing_is_calibrated(
-    checkpoints: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_mixture_by_gradients_is_not_divided(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
     model = checkpoints("mixtral")
-    with pytest.raises(UsageError, match="experts of a mixture"):
-        jobs.foreseen(recipe(model, tmp_path / "out", method="gptq", group_size=32, devices="cpu,cpu"))
+    for method, why in (("yaqa", "gradients of the experts"), ("awq", "by rows of its first")):
+        asked = recipe(model, tmp_path / "out", method=method, group_size=32, devices="cpu,cpu", **TEXT)
+        with pytest.raises(UsageError, match=f"2 ranks: .*{why}.* or use --method gptq"):
+            jobs.foreseen(asked)
     options = {"method": "minmax", "group_size": 32, "devices": "cpu,cpu"}
     ranks = jobs.foreseen(recipe(model, tmp_path / "out", **options))["ranks"]
     assert ranks == {"count": 2, "devices": ["cpu", "cpu"], "divided": "whole blocks of the output"}
