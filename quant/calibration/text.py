@@ -23,7 +23,7 @@ import torch
 
 from quant.calibration.files import streamed
 from quant.calibration.records import Document, Messages, Streamed, Tally, TextError
-from quant.errors import DiskFull
+from quant.errors import DiskFull, first_line
 from quant.units import format_size
 
 #: Characters tokenized at a time: the start of a large file is enough for most jobs.
@@ -144,7 +144,8 @@ def _through_template(tokenizer: Any, messages: Messages, way_out: str) -> str:
     # templates are programs of their authors: jinja2's errors, or whatever they raise
     except Exception as error:
         raise TextError(
-            f"the chat template cannot take the text's messages ({error}): mend them, or {way_out}"
+            f"the chat template cannot take the text's messages ({first_line(error)}): mend them, or "
+            f"{way_out}"
         ) from error
     return text
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from quant.errors import SourceFault, first_line
+
 
 @dataclass(frozen=True)
 class BlockCall:
@@ -63,10 +65,21 @@ PASSED_BY = BlockCall(runs=False)
 
 
 def call_block(block: nn.Module, hidden: torch.Tensor, call: BlockCall) -> torch.Tensor:
-    """The hidden states that a block makes of others."""
+    """The hidden states that a block makes of others.
+
+    Raises:
+        SourceFault: transformers' code of the block cannot compute with what config.json made it of.
+    """
     if not call.runs:
         return hidden
-    output = block(hidden, *call.args, **call.kwargs)
+    try:
+        output = block(hidden, *call.args, **call.kwargs)
+    except TypeError as error:
+        raise SourceFault(
+            f"{type(block).__name__}: transformers' code of the block stops ({first_line(error)}): a number "
+            "of config.json is none that it computes with, or quant calls it as it is not meant to be; "
+            "compare config.json with the published one"
+        ) from error
     return output[0] if isinstance(output, tuple) else output
 
 

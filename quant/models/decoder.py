@@ -119,15 +119,18 @@ class Decoder:
 
     def _stated_kinds(self) -> list[str]:
         """The kinds of layers as the config lists them, one for each; empty where it does not."""
-        lists = (self.values.get(key) for key in BLOCK_KINDS)
-        return next(
-            (
-                [str(t) for t in types]
-                for types in lists
-                if isinstance(types, list) and len(types) == self.layers
-            ),
-            [],
-        )
+        for key in BLOCK_KINDS:
+            types = self.values.get(key)
+            if not isinstance(types, list):
+                continue
+            if wrong := [t for t in types if not isinstance(t, str)]:
+                raise UsageError(
+                    f"{self.values.where}: {key} has {clipped(wrong[0])}: must be a list of words; repair "
+                    "config.json"
+                )
+            if len(types) == self.layers:
+                return types
+        return []
 
     def _sized(self, kind: str) -> str:
         """A recurrent kind by the sizes that the config states for it: several share one word."""

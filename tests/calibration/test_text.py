@@ -246,6 +246,10 @@ def test_conversations_are_evaluated_through_the_template_where_there_is_one(
         tokenizer.chat_template = TEMPLATE.replace("{{ bos_token }}", "{{ raise_exception('no') }}")
         with pytest.raises(TextError, match="chat template cannot take .*no.*evaluate on plain text"):
             tokens()
+        tokenizer.chat_template = {f"k{i}": i for i in range(5000)}  # transformers names them all
+        with pytest.raises(TextError, match="chat template cannot take") as refused:
+            tokens()
+        assert len(str(refused.value)) < 500
     finally:
         tokenizer.chat_template = None
 

@@ -11,13 +11,14 @@ import torch
 import transformers
 
 from quant.checkpoint.reader import open_checkpoint
-from quant.errors import CheckpointError
+from quant.errors import CheckpointError, SourceFault
+from quant.evaluation.quality import evaluate
 from quant.models import ModelRegistry
 from quant.models.adapter import adapter_for
 from quant.models.skeleton import Skeleton
 from quant.pipeline.activation_store import ActivationStore, Batches, Calls
 from quant.pipeline.staged import run_block
-from tests.helpers import FAMILIES, GENERIC, change_config, copy_model, load_all, save_all
+from tests.helpers import FAMILIES, GENERIC, change_config, copy_model, load_all, save_all, short_text
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(2, 4096, (3, 40), generator=torch.Generator().manual_seed(0))
@@ -260,3 +261,12 @@ def test_values_that_blocks_are_called_with_go_with_their_batch(
             assert all(a is b for a, b in zip(call.kwargs["position_embeddings"], first, strict=True))
             calls.put(batch, block)
     store.close()
+
+
+def test_a_number_that_a_block_cannot_compute_with_is_told_as_the_source_s(
+    checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = copy_model(checkpoints("gemma3_text"), tmp_path / "model")
+    change_config(folder, query_pre_attn_scalar=-32)  # its root is no real number
+    with pytest.raises(SourceFault, match="Layer: transformers' code of the block stops .*config.json"):
+        evaluate(folder, text=short_text(), length=32, chunks=1)

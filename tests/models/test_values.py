@@ -96,6 +96,7 @@ def test_no_wrong_value_of_a_config_gives_a_traceback(name: str) -> None:
         ("intermediate_size", [8192] * 3, r"intermediate_size is \[8192, .*: must be .* one for each of"),
         ("sliding_window", float("nan"), "sliding_window is nan: must be a whole number from 0"),
         ("mlp_only_layers", 3, "mlp_only_layers is 3: must be a list"),
+        ("layer_types", [["full_attention"]] * 8, r"layer_types has \['full_.*: must be a list of words"),
         ("linear_attn_config", 7, "linear_attn_config is 7: must be an object"),
         ("partial_rotary_factor", "half", "partial_rotary_factor is 'half': must be a number above 0"),
         ("model_type", 5, "model_type is 5: must be a word"),
