@@ -23,7 +23,7 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from quant.pipeline.footprint import summed_bytes, waiting_bytes
 from quant.pipeline.manager import QuantizationManager
 from quant.pipeline.workspace import RESIDENT_CPU
 from quant.recipe import Assignment, Recipe
+from quant.vllm.config import stated
 
 DENSE = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_key_value_heads": 8}
 #: config.json of the models; of the others' published ones what shapes need.
@@ -188,7 +189,7 @@ def project(model: Path, method: str, cores: int, text: Path | None) -> dict[str
             continue
         exchanged = 0
         if count > 1:
-            if any(".experts." in x for x in plan.linears):
+            if plan.gradients and any(".experts." in x for x in plan.linears):
                 continue  # refused: docs/ranks.md
             parts = len(part_sizes(ROWS))
             if plan.gradients:  # blocks are solved by turns; sums go to rank 0, and from there to who solves
@@ -196,22 +197,35 @@ def project(model: Path, method: str, cores: int, text: Path | None) -> dict[str
                 exchanged = sums * parts
                 seconds = seconds / count + exchanged / EXCHANGED
             else:  # each rank divides passes and sums; a GPU solves every weight
-                solve = sum(SOLVE * x.n * x.k**2 / (FP32 * SHARES["fp32"]) for x in plan.linears.values())
+                # experts, of which each rank solves some, aside
+                plain = [x for n, x in plan.linears.items() if ".experts." not in n]
+                solve = sum(SOLVE * x.n * x.k**2 / (FP32 * SHARES["fp32"]) for x in plain)
                 sums = sum(4 * k * k for k in _inputs(plan, skeleton))
                 exchanged = sums * 2 * (parts - 1) + 2 * sum(x.n * x.k for x in plan.linears.values())
+                exchanged += tokens * sum(_routed_bytes(plan, skeleton))
                 seconds = (seconds - solve) / count + solve + exchanged / EXCHANGED
         resident = min(waiting // count, MOST_RESIDENT)
         made[machine_name] = Projection(seconds + files, memory + resident, 0, exchanged)
     return made
 
 
+def _routed_bytes(plan: planning.JobPlan, skeleton: Any) -> Iterator[int]:
+    """Bytes a token of what experts read, in bf16, that every rank is told."""
+    visits = int(stated(plan.checkpoint.config, "active") or 0)
+    for index in range(skeleton.block_count):
+        for group in skeleton.groups(index):
+            name = skeleton.block_prefix(index) + group.linears[0]
+            if group.experts and name in plan.linears:
+                yield 2 * plan.linears[name].k * (1 if group.stage == "up" else visits)
+
+
 def _inputs(plan: planning.JobPlan, skeleton: Any) -> list[int]:
-    """K of each input that is summed."""
+    """K of each input that is summed, those of experts aside."""
     return [
         plan.linears[skeleton.block_prefix(index) + group.linears[0]].k
         for index in range(skeleton.block_count)
         for group in skeleton.groups(index)
-        if skeleton.block_prefix(index) + group.linears[0] in plan.linears
+        if not group.experts and skeleton.block_prefix(index) + group.linears[0] in plan.linears
     ]
 
 
