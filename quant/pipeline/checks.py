@@ -322,8 +322,9 @@ def unseen_problem(plan: JobPlan, skeleton: Skeleton, known: Collection[str]) ->
     total = sum(w.elements for w in plan.weights)
     if not calibrated and sum(plan.linears[n].n * plan.linears[n].k for n in stray) <= LARGEST_REST * total:
         return None
+    other = "a --scheme whose inputs take no calibration" if calibrated else "--method minmax"
     return (
         f"{', '.join(stray[:3])}{f' and {len(stray) - 3} more' if len(stray) > 3 else ''} "
         f"{'is' if len(stray) == 1 else 'are'} not among the linears that a block is seen to run, so there "
-        "is no calibration for it: leave it with --ignore, or use --method minmax"
+        f"is no calibration for it: leave it with --ignore, or use {other}"
     )
