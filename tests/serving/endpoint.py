@@ -69,6 +69,7 @@ class FakeEndpoint:
         self.running = self.most = 0
         self.log: list[str] = []
         self.writers: list[asyncio.StreamWriter] = []
+        self.tasks: set[asyncio.Task[Any] | None] = set()
 
     async def serve(self, ready: threading.Event, stop: asyncio.Event) -> None:
         b = self.behaviour
@@ -81,12 +82,29 @@ class FakeEndpoint:
         self.url = f"http{'s' if encryption else ''}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         ready.set()
         await stop.wait()
+        await self._end(server)
+
+    async def _end(self, server: asyncio.Server) -> None:
+        """Ends every connection. asyncio makes one of an accepted socket in a task of its own: cancelled before
+        it begins, or begun when the server is closed, it leaves that socket open."""
+        until = time.perf_counter() + 5
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            if server.is_serving() and others <= self.tasks:
+                server.close()
+            for writer in self.writers:  # what a client did not read would keep its socket open
+                writer.transport.abort()
+            late = time.perf_counter() > until  # a handshake that its client never ends
+            for task in others if late else others & self.tasks:
+                task.cancel()
+            await asyncio.wait(others, timeout=0.05)
         server.close()
-        for writer in self.writers:  # what a client did not read would keep its socket open
+        for writer in self.writers:
             writer.transport.abort()
+        await asyncio.sleep(0.05)  # the transports end their connections in a later turn
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.writers.append(writer)
+        self.tasks.add(asyncio.current_task())
         try:
             while True:
                 first = await reader.readexactly(1)
@@ -278,17 +296,7 @@ def endpoint(**behaviour: Any) -> Iterator[FakeEndpoint]:
     loop, stop = asyncio.new_event_loop(), asyncio.Event()
 
     def run() -> None:
-        async def main() -> None:
-            await fake.serve(ready, stop)
-            others = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
-            for writer in fake.writers:  # those too whose connections came while it ended
-                writer.transport.abort()
-            await asyncio.sleep(0.05)  # the transports end their connections in a later turn
-
-        loop.run_until_complete(main())
+        loop.run_until_complete(fake.serve(ready, stop))
         loop.close()
 
     thread = threading.Thread(target=run, daemon=True)

@@ -243,7 +243,7 @@ def test_check_stops_by_itself_and_a_signal_while_loading_stops_too(
 
 #: Loads that a CPU carries: what is tested is that each check comes to its end and finds what is there.
 _PROFILE = """
-performance: {input_tokens: 64, output_tokens: 16, requests: 8, concurrency: 4, seconds: 10,
+performance: {input_tokens: 64, output_tokens: 16, requests: 8, concurrency: 4, seconds: 60,
               ttft_p95_ms: 60000, stream_tokens_per_second: 0.1, sustained_concurrency: 2,
               long_prompts: {4096: 60000}}
 fidelity: {concurrency: 32, repeats: 3}
@@ -261,7 +261,7 @@ def test_check_finds_a_sound_server_sound(
         "--output", str(output), "--", "--enforce-eager", "--shutdown-timeout", "60",
     )  # fmt: skip
     by_name = {f["name"]: f for f in value["findings"]}
-    assert code == 0, [f for f in value["findings"] if f["status"] in ("FAIL", "WARN")]
+    assert code == 0, "\n".join(f"{f['name']}: {f['detail']}" for f in value["findings"] if f["status"] == "FAIL")
     assert value["passed"] and json.loads(output.read_text())["passed"]
     skipped = {name for name, f in by_name.items() if f["status"] == "SKIP"}
     assert skipped <= {

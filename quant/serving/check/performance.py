@@ -231,8 +231,8 @@ async def sustained(context: Context) -> list[Finding]:
         prompts = await _prompts(
             context, tokens, min(output, _FEW), max(count, concurrency), 10 + concurrency
         )
-        left = max(end - time.monotonic(), 0.1)
-        run = await _run(context, prompts, concurrency, left, f"{concurrency} at a time")
+        # all of a level's seconds, also where the whole's are nearly over: cut off, it would have broken no limit
+        run = await _run(context, prompts, concurrency, p.seconds, f"{concurrency} at a time")
         why = _kept(context, run)
         if not why:
             best = concurrency
