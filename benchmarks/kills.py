@@ -8,9 +8,11 @@ byte by byte.
 
 Options that are not its own go to the command. Each attempt is a process forked from this one, which has
 done the job once, so that most of an attempt's time is work. It is killed (SIGKILL) at moments drawn
-evenly over the time that the undisturbed run took; so they fall into reading, forward and backward passes,
-rounding, writing and verification. A job goes on where it was, so after many kills it ends before the next
-one: then it starts anew in another folder until so many kills have hit.
+evenly, every other one over the time that the undisturbed run took, the others over what came of it from the
+first unit written on; so they fall into reading, forward and backward passes, rounding, writing and
+verification. Of a job of several ranks (``--devices cpu,cpu``) one of them is killed by chance, which the
+others must notice. A job goes on where it was, so after many kills it ends before the next one: then it
+starts anew in another folder until so many kills have hit.
 
 ``--damage`` also does to what a killed job leaves what a power loss does: a file of the work folder is cut,
 or filled with zeros, from a random place on, the scratch file of activations and the shards among them.
@@ -42,9 +44,11 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import psutil
 from common import ROOT, machine
 
 _MOUNTED = "QUANT_KILLS_MOUNTED"
+_AGAIN = 75  # the exit status that says: run me again
 ROOM = 32 << 10  # bytes that a full disk leaves at the least: a folder and a lock
 
 
@@ -143,8 +147,12 @@ class Study:
         self.chance = random.Random(a.seed)
         self.phases: Counter[str] = Counter()
         self.warm()
-        began = time.perf_counter()
-        self.complete(self.start(work / "undisturbed"))
+        began, number = time.perf_counter(), self.start(work / "undisturbed")
+        self.first = 0.0
+        while not self.first and (status := ended(number, 0.01)) is None:
+            if " written in " in self.said():
+                self.first = time.perf_counter() - began
+        self.complete(number, status)
         self.whole = time.perf_counter() - began
         self.wanted = files(work / "undisturbed")
         size = sum(map(len, self.wanted.values()))
@@ -169,10 +177,28 @@ class Study:
     def said(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-    def complete(self, number: int) -> None:
-        status = ended(number)
-        if status:
-            raise SystemExit(f"failed ({status}): {self.said()[-3000:]}")
+    def complete(self, number: int, status: int | None = None) -> None:
+        if ended(number) if status is None else status:
+            raise SystemExit(f"failed: {self.said()[-3000:]}")
+
+    def moment(self, number: int) -> float:
+        """Seconds after which the attempt that is to be hit as the ``number``-th is killed."""
+        begin = self.first if number % 2 else 0.0
+        return begin + self.chance.random() * (self.whole - begin)
+
+    def kill(self, number: int) -> tuple[bool, int]:
+        """Kills one of an attempt's ranks by chance, and waits for its end: whether it was not the first, and
+        the exit status: 0 where that had all that it needed from the other."""
+        inside = [c for c in psutil.Process(number).children() if "spawn_main" in " ".join(c.cmdline())]
+        victim = self.chance.randrange(1 + len(inside))
+        if not victim:
+            os.kill(number, signal.SIGKILL)
+        else:
+            inside[victim - 1].kill()
+        status = ended(number) or 0
+        if victim and status not in (_AGAIN, 0):
+            raise SystemExit(f"a rank was killed, and the first ended with {status}:\n{self.said()[-3000:]}")
+        return victim > 0, status
 
     def check(self, output: Path) -> None:
         if files(output) != self.wanted:
@@ -195,19 +221,21 @@ class Study:
 
 def kills(a: argparse.Namespace, study: Study) -> dict[str, Any]:
     """Kills attempts at one job after the other."""
-    hit = done = resumed = 0
+    hit = done = resumed = helpers = 0
     before: set[str] = set()
     output = study.work / "out0"
     while hit < a.kills or before:
         left = output.with_name(output.name + ".work")
         number = study.start(output)
-        status = ended(number, study.chance.random() * study.whole if hit < a.kills else None)
+        status = ended(number, study.moment(hit) if hit < a.kills else None)
         killed = status is None
         if killed:
-            os.kill(number, signal.SIGKILL)
-            ended(number)
+            phase = _phase(study.said())
+            helper, status = study.kill(number)
+            helpers += helper
+            killed = status != 0
             hit += 1
-            study.phases[_phase(study.said())] += 1
+            study.phases[phase] += 1
         elif status:
             raise SystemExit(f"failed ({status}): {study.said()[-3000:]}")
         if not a.damage:
@@ -222,7 +250,8 @@ def kills(a: argparse.Namespace, study: Study) -> dict[str, Any]:
         done, before = done + 1, set()
         output = study.work / f"out{done}"
     return {
-        "kills": hit, "finished": done, "identical": done, "resumed": resumed, "where": dict(study.phases)
+        "kills": hit, "of helpers": helpers, "finished": done, "identical": done, "resumed": resumed,
+        "where": dict(study.phases),
     }  # fmt: skip
 
 
@@ -284,7 +313,6 @@ def _used(disk: Path) -> int:
 
 def batches(a: argparse.Namespace, study: Study) -> dict[str, Any]:
     """Batches of three such jobs, of which the batch's process or a job's is killed."""
-    import psutil
     import yaml
 
     hit: Counter[str] = Counter()
@@ -317,7 +345,7 @@ def batches(a: argparse.Namespace, study: Study) -> dict[str, Any]:
                         status = ended(number)
             if status == 0:
                 break
-            if status not in (75, -signal.SIGKILL):
+            if status not in (_AGAIN, -signal.SIGKILL):
                 raise SystemExit(f"failed ({status}): {study.said()[-3000:]}")
         for i in range(3):
             study.check(folder / f"out{i}")

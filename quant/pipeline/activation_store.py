@@ -3,7 +3,6 @@ device), the rest in a scratch file (for a GPU: in host memory)."""
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import tempfile
@@ -16,6 +15,7 @@ import torch
 from quant.accelerator import on_accelerator
 from quant.errors import DiskFull, QuantError
 from quant.models.calls import BlockCall
+from quant.pipeline.scratch import ScratchFiles, memory_at
 from quant.units import format_size
 
 #: Bytes that are written to the scratch file at a time. Of larger writes Linux keeps the page cache in larger
@@ -84,16 +84,12 @@ class ActivationStore:
     ):
         self.resident, self.scratch, self.host = resident, scratch, host
         self._folder = folder if scratch is None else scratch.parent
+        self.files = ScratchFiles(self._folder)  #: for what is kept beside, as experts' inputs
         self.most = 0  #: bytes that were aside at once, at the most
         self._aside = self._used = self._hosted = 0
         self._region: torch.Tensor | None = None
         self._inside, self._outside = Space(resident), Space()
         self._file, self._written = -1, 0
-
-    @property
-    def folder(self) -> Path | None:
-        """Where scratch files go; None: the system's folder for temporary files."""
-        return self._folder
 
     def put(self, tensor: torch.Tensor) -> Callable[[], None]:
         """Sets a tensor aside; the returned function brings it back."""
@@ -234,8 +230,8 @@ class ActivationStore:
 
     @property
     def spilled_bytes(self) -> int:
-        """Largest size that the scratch file had."""
-        return self._outside.end
+        """Largest size that the scratch file had, and the files beside it together."""
+        return self._outside.end + self.files.most
 
     def close(self) -> None:
         if self._file >= 0:
@@ -250,19 +246,9 @@ def _bytes_of(storage: torch.UntypedStorage, device: torch.device | None = None)
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
 
 
-def memory_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, themselves: a numpy view would mark the storage as not
-    resizable for good. The tensor must outlive the view."""
-    return _memory(tensor.data_ptr(), tensor.nbytes)
-
-
 def _view_of(storage: torch.UntypedStorage) -> memoryview:
-    """:func:`memory_of` of a whole storage."""
-    return _memory(storage.data_ptr(), storage.nbytes())
-
-
-def _memory(address: int, size: int) -> memoryview:
-    return memoryview((ctypes.c_char * size).from_address(address)).cast("B")
+    """The bytes of a whole storage on the CPU, which must outlive the view."""
+    return memory_at(storage.data_ptr(), storage.nbytes())
 
 
 class Batches:

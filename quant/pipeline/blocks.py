@@ -30,6 +30,7 @@ from quant.pipeline.memory import MAPPED, give_back
 from quant.pipeline.plan import JobPlan
 from quant.pipeline.ranks import ALONE, Ranks
 from quant.pipeline.records import Clock, Records
+from quant.pipeline.scratch import ScratchFiles
 from quant.pipeline.staged import StagedForward, computed, run_block
 from quant.quantizers import Quantizer
 from quant.recipe import Assignment
@@ -43,7 +44,7 @@ class _Observed:
     Attributes:
         held_out: the batch that errors are measured on; its inputs are ``samples``, [≤ 256, K].
         parts: which part of all rows each batch is of, and how many parts there are.
-        store: takes what waits; its folder is that of scratch files.
+        store: takes what waits.
         needs: the statistics that a group asks for.
         routed, routed_samples: what experts read, and of it the held-out batch's.
     """
@@ -61,7 +62,7 @@ class _Observed:
         """Takes what a batch shows: inputs [B, T, K]."""
         if isinstance(inputs, Routed):
             kept = self.routed_samples if batch == self.held_out else self.routed
-            kept.setdefault(group, ExpertInputs(self.store.folder)).add(inputs)
+            kept.setdefault(group, ExpertInputs(self.store.files)).add(inputs)
         elif batch == self.held_out:
             self.samples[group] = inputs.reshape(-1, inputs.shape[-1])[-ERROR_TOKENS:].clone()
         else:
@@ -214,7 +215,7 @@ class BlockQuantizer:
         """What a pass has to show of a block.
 
         Args:
-            store: takes what waits; its folder is that of scratch files.
+            store: takes what waits.
             parts: how many parts all rows make.
         """
         prefix, linears = skeleton.block_prefix(index), skeleton.linears(index)
@@ -228,7 +229,7 @@ class BlockQuantizer:
         return Seen(
             {name: (linears[name], self.solver.needs(assignment)) for name, assignment in plain.items()},
             frozenset(group.experts for group in groups if group.experts),
-            None if store is None else store.folder,
+            ScratchFiles() if store is None else store.files,
             {name: self.solver.outputs(assignment) for name, assignment in plain.items()},
             parts,
             None if store is None else store.put,

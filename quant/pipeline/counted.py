@@ -23,12 +23,11 @@ from quant.models.experts import find_experts
 from quant.models.products import linear
 from quant.models.skeleton import Skeleton
 from quant.outlier_suppression.base import Place
-from quant.pipeline.footprint import block_bytes
+from quant.pipeline.footprint import block_bytes, stated_active
 from quant.pipeline.manager import QuantizationManager
 from quant.quantizers import quantize_many
 from quant.quantizers.two_sided import OUTPUTS, blocks_of
 from quant.recipe import Assignment
-from quant.vllm.config import stated
 
 #: Outputs of the matrices that a method is timed on, and inputs of each, as many tokens as inputs.
 _OUTPUTS, _INPUTS = 512, (256, 1024)
@@ -155,8 +154,8 @@ class Counter:
 
     def _active(self, experts: int) -> float:
         """The share of a layer's experts that a token is sent to; all where config.json does not say."""
-        chosen = stated(self._skeleton.checkpoint.config, "active")
-        return min(chosen / experts, 1.0) if isinstance(chosen, int) and chosen > 0 else 1.0
+        chosen = stated_active(self._skeleton.checkpoint.config)
+        return min(chosen / experts, 1.0) if chosen else 1.0
 
     def _product_seconds(self) -> float:
         if self._product is None:

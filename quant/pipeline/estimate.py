@@ -31,7 +31,7 @@ from quant.pipeline.budget import Placement, place_tensors, scratch_folder
 from quant.pipeline.checks import check_disk, check_scratch
 from quant.pipeline.counted import BlockWork, Counter
 from quant.pipeline.division import waiting_sums
-from quant.pipeline.footprint import waiting_bytes
+from quant.pipeline.footprint import expert_file_bytes, waiting_bytes
 from quant.pipeline.gradients import GradientStream
 from quant.pipeline.manager import QuantizationManager
 from quant.pipeline.memory import freed_memory_kept, peak_rss
@@ -183,9 +183,10 @@ def _counted(
     waiting = waiting_bytes(manager, skeleton, tokens, rows)
     resident = min(waiting, manager.workspace.resident_bytes())
     seconds, memory = sum(w.seconds * count for w, count in works), max(w.memory for w, _ in works)
+    filed = expert_file_bytes(manager, skeleton, tokens)
     if manager.device.type != "cpu":
         return Cost(seconds, peak_rss() + waiting - resident, 0, memory + resident, tried=False)
-    return Cost(seconds, peak_rss() + memory + resident, waiting - resident, tried=False)
+    return Cost(seconds, peak_rss() + memory + resident, waiting - resident + filed, tried=False)
 
 
 def _of_gradients(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, progress: Progress) -> Cost:
@@ -222,7 +223,9 @@ def _of_gradients(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, 
     if manager.device.type != "cpu":
         peak = peak_bytes(manager.device) if there else most
         return Cost(seconds, peak_rss() + waiting - resident, 0, peak + resident, there)
-    return Cost(seconds, peak_rss() + most + max(resident - store.most, 0), waiting - resident, tried=there)
+    filed = expert_file_bytes(manager, skeleton, total)
+    peak = peak_rss() + most + max(resident - store.most, 0)
+    return Cost(seconds, peak, waiting - resident + filed, tried=there)
 
 
 def _try_gradients(
@@ -337,7 +340,8 @@ def _try_blocks(manager: QuantizationManager, rows: Rows, skeleton: Skeleton, pr
             0,
             peak_bytes(device) + max(resident - most, 0),
         )
-    return Cost(seconds, peak_rss() + resident - min(most, kept), waiting - resident)
+    filed = expert_file_bytes(manager, skeleton, tokens + extra)
+    return Cost(seconds, peak_rss() + resident - min(most, kept), waiting - resident + filed)
 
 
 def _kinds(plan: JobPlan, skeleton: Skeleton) -> list[tuple[int, int]]:

@@ -23,11 +23,9 @@ memory at once (:func:`at_a_time`); beyond :data:`RESIDENT` bytes they lie in a 
 from __future__ import annotations
 
 import mmap
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -35,12 +33,10 @@ from torch import nn
 
 from quant.accelerator import of_kind, on_accelerator
 from quant.calibration.statistics import Accumulator, Statistics
-from quant.errors import DiskFull
 from quant.models.experts import Experts, Routed, expert_inner
-from quant.pipeline.activation_store import memory_of
+from quant.pipeline.scratch import ScratchFiles
 from quant.quantizers.two_sided import OUTPUTS
 from quant.tensors import QuantizedTensor
-from quant.units import format_size
 
 T = TypeVar("T")
 Calibration = Literal["routed", "all", "blend"]
@@ -68,10 +64,9 @@ class Aside:
     Those in memory have a region of their own: in the heap they would lie between the buffers that come and
     go, which then fit nowhere, and the heap grows by a few MiB with each.
 
-    ``folder``: of those files; None: the system's folder for such files.
     """
 
-    folder: Path | None = None
+    files: ScratchFiles = field(default_factory=ScratchFiles)
     _region: torch.Tensor | None = None
     _held: int = 0
     _maps: list[mmap.mmap] = field(default_factory=list)
@@ -86,29 +81,14 @@ class Aside:
             return tensor.clone()
         size = RESIDENT if self._region is None else len(self._region)
         if self._held + tensor.nbytes > size:
-            return self._on_file(tensor.contiguous())
+            kept, pages = self.files.hold(tensor.contiguous())
+            self._maps.append(pages)
+            return kept
         if self._region is None:  # pages are claimed as they are first written
             self._region = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
         place = self._region[self._held : self._held + tensor.nbytes]
         self._held += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
         return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
-
-    def _on_file(self, whole: torch.Tensor) -> torch.Tensor:
-        try:
-            # a file for each, gone with its map: nothing is left to close when the work ends early
-            with tempfile.TemporaryFile(dir=self.folder, buffering=0) as file:
-                file.truncate(whole.nbytes)
-                view = memory_of(whole)
-                while view:
-                    view = view[file.write(view) :]
-                self._maps.append(mmap.mmap(file.fileno(), whole.nbytes))
-        except OSError as error:
-            raise DiskFull(
-                f"{self.folder or tempfile.gettempdir()}: cannot hold {format_size(whole.nbytes)} more of a "
-                f"layer of experts ({error.strerror or error}): free some room, or use fewer --samples or a "
-                "shorter --sequence-length"
-            ) from error
-        return torch.frombuffer(self._maps[-1], dtype=whole.dtype).view(whole.shape)
 
     def keep_weight(self, tensor: QuantizedTensor) -> QuantizedTensor:
         """The same weight, whose numbers are kept."""
@@ -125,11 +105,10 @@ class Aside:
 class ExpertInputs:
     """The inputs of all experts of a layer before one product, over all batches.
 
-    ``scratch``: folder of the files that hold what is too much for memory; None: the system's folder for such
-    files.
+    ``scratch`` holds what is too much for memory.
     """
 
-    scratch: Path | None = None
+    scratch: ScratchFiles = field(default_factory=ScratchFiles)
     _rows: list[torch.Tensor] = field(default_factory=list)
     _routes: list[Routed] = field(default_factory=list)
     _aside: Aside | None = None

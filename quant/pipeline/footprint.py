@@ -8,18 +8,20 @@ coefficients are those of this code, which ``benchmarks/projections.py`` compare
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from quant.calibration.parts import part_sizes
+from quant.models.adapter import InputGroup
 from quant.models.experts import find_experts
 from quant.models.skeleton import Skeleton
 from quant.pipeline.division import waiting_sums
 from quant.pipeline.experts import RESIDENT, at_a_time, workers_for
-from quant.pipeline.ranks import asked_ranks
+from quant.pipeline.ranks import asked_ranks, ranks_beside
 from quant.quantizers.two_sided import blocks_of
+from quant.vllm.config import stated, whole_number
 
 if TYPE_CHECKING:
     from quant.pipeline.manager import QuantizationManager
@@ -128,6 +130,85 @@ def waiting_bytes(
     )
     widest = tokens * max(inputs, default=hidden) * skeleton.dtype.itemsize
     return states + max(states, widest) + waiting_sums(manager.plan, parts)
+
+
+def expert_file_bytes(manager: QuantizationManager, skeleton: Skeleton, tokens: int) -> int:
+    """Bytes of the files that hold what the experts of a block read and become, beyond what of it stays in
+    memory, of all ranks of a machine: each is told what the experts of all read.
+
+    Args:
+        tokens: of all ranks.
+    """
+    if manager.device.type != "cpu":
+        return 0
+    ranks, most = asked_ranks(manager.plan.recipe), 0
+    for index in range(skeleton.block_count):
+        layers: dict[str, list[InputGroup]] = {}
+        for group in skeleton.groups(index):
+            if group.experts:
+                layers.setdefault(group.experts, []).append(group)
+        counts = {e.path: e.count for e in find_experts(skeleton.blocks[index])} if layers else {}
+        made = 0
+        for path, groups in layers.items():
+            sent = min(stated_active(skeleton.checkpoint.config) or counts[path], counts[path])
+            most = max(most, made + _layer_files(manager, skeleton, index, groups, tokens, sent))
+            made += sum(_made_files(manager, skeleton, index, group) for group in groups)
+    return (ranks_beside(manager.plan.recipe) if ranks > 1 else 1) * most
+
+
+def _layer_files(
+    manager: QuantizationManager,
+    skeleton: Skeleton,
+    index: int,
+    groups: Sequence[InputGroup],
+    tokens: int,
+    sent: int,
+) -> int:
+    """:func:`expert_file_bytes` of one layer of a block, whose tokens are sent to ``sent`` experts each."""
+    plan, prefix, item = manager.plan, skeleton.block_prefix(index), skeleton.dtype.itemsize
+    several = asked_ranks(plan.recipe) > 1
+    most = made = before = 0
+    for group in groups:
+        members = [x for n in group.linears if (x := plan.linears.get(prefix + n))]
+        if not members:
+            continue
+        width = members[0].k
+        if plan.gradients:  # inputs and gradients of the tokens, which both products are made of
+            read = 0 if before else 2 * width * item
+        else:
+            read = width * item * (1 if group.stage == "up" else sent)
+        batch = read * min(tokens, manager.workspace.batch_tokens)
+        rows, new = _beyond(read * tokens, batch), _made_files(manager, skeleton, index, group)
+        # until all ranks have told theirs
+        own = _beyond(read * tokens // asked_ranks(plan.recipe), batch) if several else 0
+        most = max(most, before + made + rows + max(new, own))
+        made += new
+        if plan.gradients or plan.recipe.moe_calibration == "all":
+            before += rows
+    return most
+
+
+def _made_files(manager: QuantizationManager, skeleton: Skeleton, index: int, group: InputGroup) -> int:
+    """Bytes of the codes and scales of a group of experts that are on files until the block is written."""
+    plan, prefix = manager.plan, skeleton.block_prefix(index)
+    size = each = 0
+    for name in group.linears:
+        if (linear := plan.linears.get(prefix + name)) is not None:
+            weights = plan.assignments[linear.name].scheme.weights
+            numbers = linear.n * weights.groups(linear.k)
+            each = linear.n * linear.k
+            size += each + numbers * ((4 if weights.scales == "F32" else 2) + (not weights.symmetric))
+    return _beyond(size, each)
+
+
+def _beyond(size: int, each: int) -> int:
+    """Bytes that memory is not meant for, of things of ``each`` so many."""
+    return max(size - RESIDENT // max(each, 1) * each, 0)
+
+
+def stated_active(config: Mapping[str, Any]) -> int | None:
+    """Experts that a token is sent to, as config.json states it."""
+    return whole_number(stated(config, "active"))
 
 
 def summed_bytes(manager: QuantizationManager, skeleton: Skeleton, index: int) -> int:

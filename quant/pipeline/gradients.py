@@ -20,7 +20,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +36,7 @@ from quant.models.skeleton import Skeleton
 from quant.pipeline.activation_store import ActivationStore, Batches, Calls
 from quant.pipeline.expert_gradients import ExpertGradients
 from quant.pipeline.expert_solves import ERROR_TOKENS
+from quant.pipeline.scratch import ScratchFiles
 from quant.pipeline.staged import computed
 from quant.quantizers.two_sided import OUTPUTS, blocks_of
 from quant.tensors import all_finite
@@ -69,7 +69,7 @@ class Seen:
     Attributes:
         linears: by name inside the block, those that are summed, with what is asked of each.
         experts: modules inside the block whose routed experts are kept.
-        folder: of scratch files; None: the system's folder for such files.
+        files: hold what experts read that is too much for memory.
         outputs: by name, the outputs of a block of H_O at the most, where that is not the usual number.
         parts: how many parts all rows make; ``part``: the one of the batch under way.
         aside: takes what waits, as :class:`~quant.calibration.parts.PartSums` has it.
@@ -80,7 +80,7 @@ class Seen:
 
     linears: Mapping[str, tuple[BlockLinear, frozenset[str]]]
     experts: Collection[str] = ()
-    folder: Path | None = None
+    files: ScratchFiles = field(default_factory=ScratchFiles)
     outputs: Mapping[str, int] = field(default_factory=dict)
     parts: int = 1
     aside: Callable[[torch.Tensor], Callable[[], None]] | None = None
@@ -118,7 +118,7 @@ class Seen:
     def _take_routed_sample(
         self, path: str, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
     ) -> None:
-        self.held_out.setdefault(path, ExpertGradients(self.folder)).add(self._sent.pop(path))
+        self.held_out.setdefault(path, ExpertGradients(self.files)).add(self._sent.pop(path))
 
     def _take_routed(self, path: str, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         sent = self._sent.pop(path)
@@ -128,7 +128,7 @@ class Seen:
         def arrived(gradient: torch.Tensor) -> None:
             nonlocal first
             if first:  # what experts read would be kept once more for each other draw
-                kept = self.routed.setdefault(path, ExpertGradients(self.folder))
+                kept = self.routed.setdefault(path, ExpertGradients(self.files))
                 kept.add_both(sent, gradient.reshape(-1, gradient.shape[-1]))
             first = False
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -24,6 +23,7 @@ from quant.models.skeleton import Skeleton
 from quant.pipeline.expert_survey import BOTH, ExpertSurvey, diagonal_loss
 from quant.pipeline.gradients import Seen
 from quant.pipeline.group_solves import demand_finite
+from quant.pipeline.scratch import ScratchFiles
 from quant.pipeline.survey import Halves, Losses, Survey, asked_of, tokens_of
 from quant.schemes import WeightScheme
 
@@ -45,12 +45,12 @@ class SampledSurvey(Survey):
         entries = [e["seconds"] for e in self.work.finished.values() if "losses" in e]
         return [sum(e[str(i)] for e in entries) for i in range(len(self.pool))]
 
-    def _seen(self, skeleton: Skeleton, index: int, together: bool, folder: Path | None) -> Halves:
+    def _seen(self, skeleton: Skeleton, index: int, together: bool, files: ScratchFiles) -> Halves:
         # candidates are made by all rows: only sums over blocks are compared, in which what a method fits to
         # its own rows is the same share of each
         needs = frozenset().union(*(self._needs(c) for c in self.pool)) if index in self.sampled else BOTH
         names = self.linears(skeleton, index).values()
-        return Halves(Seen({}), asked_of(skeleton, index, names, needs | BOTH, folder), True)
+        return Halves(Seen({}), asked_of(skeleton, index, names, needs | BOTH, files), True)
 
     def _solve(self, skeleton: Skeleton, index: int, block: nn.Module, seen: Halves) -> Losses:
         statistics, made = seen.judged.finish(), Losses()

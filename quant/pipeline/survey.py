@@ -41,6 +41,7 @@ from quant.pipeline.manager import QuantizationManager
 from quant.pipeline.memory import give_back
 from quant.pipeline.methods import make_quantizer
 from quant.pipeline.plan import JobPlan
+from quant.pipeline.scratch import ScratchFiles
 from quant.progress import Event, Progress
 from quant.quantizers.activations import fake_quantize, input_parameters
 from quant.quantizers.two_sided import loss
@@ -71,15 +72,15 @@ def asked_of(
     index: int,
     names: Collection[str],
     needs: frozenset[str],
-    folder: Path | None = None,
+    files: ScratchFiles | None = None,
 ) -> Seen:
     """What a pass has to show of a block's linears, given by their names inside it; ``needs``: of those that
-    are no routed experts', of which all is kept in files of ``folder``."""
+    are no routed experts', of which all is kept in ``files``."""
     places, routed = skeleton.linears(index), routed_modules(skeleton, index)
     return Seen(
         {n: (places[n], needs) for n in names if n not in routed},
         {routed[n] for n in names if n in routed},
-        folder,
+        files or ScratchFiles(),
     )
 
 
@@ -189,7 +190,7 @@ class Survey:
             for number, index in enumerate(range(count - 1, todo[0] - 1, -1)):
                 self.progress(Event("sensitivity", count + number, total, detail=f"block {index}"))
                 block = skeleton.load_block(index)
-                seen = self._seen(skeleton, index, together, store.folder) if index in todo else None
+                seen = self._seen(skeleton, index, together, store.files) if index in todo else None
                 with clock.phase("backward"):
                     stream.backward(index, block, seen)  # type: ignore[arg-type]
                 if seen is not None:
@@ -204,15 +205,15 @@ class Survey:
         """:func:`surveyed` of its items."""
         return surveyed(self.items, skeleton, index)
 
-    def _seen(self, skeleton: Skeleton, index: int, together: bool, folder: Path | None) -> Halves:
+    def _seen(self, skeleton: Skeleton, index: int, together: bool, files: ScratchFiles) -> Halves:
         names = self.linears(skeleton, index).values()
         needs = frozenset().union(*(self._needs(c) for c in self.pool))
         # of the same batches, what goes to experts is kept once
         twice = routed_modules(skeleton, index) if together else {}
         own = [n for n in names if needs and n not in twice]
         return Halves(
-            asked_of(skeleton, index, own, needs, folder),
-            asked_of(skeleton, index, names, BOTH, folder),
+            asked_of(skeleton, index, own, needs, files),
+            asked_of(skeleton, index, names, BOTH, files),
             together,
         )
 

@@ -22,6 +22,7 @@ from quant.pipeline.experts import (
     layer_statistics,
     workers_for,
 )
+from quant.pipeline.scratch import ScratchFiles
 from quant.threads import side_by_side
 
 FEATURES = 16
@@ -114,7 +115,8 @@ def test_what_is_put_aside_is_the_same_in_memory_and_on_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "RESIDENT", 100)
-    aside = Aside(tmp_path)
+    files = ScratchFiles(tmp_path)
+    aside = Aside(files)
     tensors = [
         torch.randn(5, 4).bfloat16(),
         torch.randn(30, 7),
@@ -125,8 +127,12 @@ def test_what_is_put_aside_is_the_same_in_memory_and_on_files(
     for tensor, copy in zip(tensors, kept, strict=True):
         assert torch.equal(copy, tensor) and copy.data_ptr() != tensor.data_ptr()
     assert list(tmp_path.iterdir()) == [], "files have no name that could be left behind"
+    size = sum(t.nbytes for t in tensors[1:])  # the first is in memory
+    assert files.held == files.most == size
+    del aside, kept, copy
+    assert (files.held, files.most) == (0, size)
     with pytest.raises(DiskFull, match="layer of experts"):
-        Aside(tmp_path / "gone").keep(torch.zeros(1000))
+        Aside(ScratchFiles(tmp_path / "gone")).keep(torch.zeros(1000))
 
 
 @pytest.mark.parametrize(("workers", "each"), [(1, 4), (2, 2), (4, 1)])

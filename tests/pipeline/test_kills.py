@@ -40,7 +40,11 @@ def study(source: Path, *options: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "options",
-    [("--method", "gptq", "--kills", "10"), ("--method", "yaqa", "--kills", "6", "--damage")],
+    [
+        ("--method", "gptq", "--kills", "10"),
+        ("--method", "yaqa", "--kills", "6", "--damage"),
+        ("--method", "yaqa", "--kills", "4", "--devices", "cpu,cpu"),
+    ],
     ids=" ".join,
 )
 def test_a_killed_job_goes_on_to_the_bytes_of_an_undisturbed_one(

@@ -85,8 +85,8 @@ class FakeEndpoint:
         await self._end(server)
 
     async def _end(self, server: asyncio.Server) -> None:
-        """Ends every connection. asyncio makes one of an accepted socket in a task of its own: cancelled before
-        it begins, or begun when the server is closed, it leaves that socket open."""
+        """Ends every connection. asyncio makes one of an accepted socket in a task of its own: cancelled
+        before it begins, or begun when the server is closed, it leaves that socket open."""
         until = time.perf_counter() + 5
         while others := asyncio.all_tasks() - {asyncio.current_task()}:
             if server.is_serving() and others <= self.tasks:

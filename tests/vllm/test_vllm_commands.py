@@ -261,7 +261,9 @@ def test_check_finds_a_sound_server_sound(
         "--output", str(output), "--", "--enforce-eager", "--shutdown-timeout", "60",
     )  # fmt: skip
     by_name = {f["name"]: f for f in value["findings"]}
-    assert code == 0, "\n".join(f"{f['name']}: {f['detail']}" for f in value["findings"] if f["status"] == "FAIL")
+    assert code == 0, "\n".join(
+        f"{f['name']}: {f['detail']}" for f in value["findings"] if f["status"] == "FAIL"
+    )
     assert value["passed"] and json.loads(output.read_text())["passed"]
     skipped = {name for name, f in by_name.items() if f["status"] == "SKIP"}
     assert skipped <= {

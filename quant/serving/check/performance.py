@@ -231,7 +231,7 @@ async def sustained(context: Context) -> list[Finding]:
         prompts = await _prompts(
             context, tokens, min(output, _FEW), max(count, concurrency), 10 + concurrency
         )
-        # all of a level's seconds, also where the whole's are nearly over: cut off, it would have broken no limit
+        # all its seconds, though the whole's may be nearly over: a load that is cut off breaks no limit
         run = await _run(context, prompts, concurrency, p.seconds, f"{concurrency} at a time")
         why = _kept(context, run)
         if not why:
