@@ -95,7 +95,10 @@ def estimate(plan: JobPlan, progress: Progress = silent) -> dict[str, Any]:
         lambda several: QuantizationManager(plan, batch_tokens=several), work
     )
     value, memory = plan.to_dict(), psutil.virtual_memory()
-    seconds = prepared + cost.seconds + plan.checkpoint.nbytes / READ + plan.output_bytes / WRITTEN
+    read = plan.checkpoint.nbytes / READ
+    # without data some tensors are read while others are quantized
+    worked = cost.seconds + read if tokens else max(cost.seconds, read)
+    seconds = prepared + worked + plan.output_bytes / WRITTEN
     if plan.methods == ["none"]:  # both models are read and run once more, to see that they compute the same
         seconds += 2 * plan.checkpoint.nbytes / READ
         logits = 4 * ROWS * TOKENS * int(text_config(plan.checkpoint.config).get("vocab_size") or 0)

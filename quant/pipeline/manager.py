@@ -194,6 +194,7 @@ class QuantizationManager:
             (self._by_gradients if self.plan.gradients else self._calibrated)(skeleton, rows, work)
         else:
             quantize_tensors(self.writer, work, self.workspace.workers)
+        self.scratch_bytes = sum(self.ranks.exchange(self.scratch_bytes))
 
     def _facts(self, rows: Rows | None) -> dict[str, Any]:
         """What decides the output's bytes and must be alike for all ranks: the source is read by each."""

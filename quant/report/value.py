@@ -201,7 +201,8 @@ class Quantization:
             (``layers``), what is predicted and was measured of the choice and of the best ``uniform`` scheme;
             None where they were not.
         backend: name, Python, versions and notes of the library that quantized; None of our own methods.
-        scratch_bytes, peak_gpu_bytes: the scratch file's largest size, and the GPU's largest memory.
+        scratch_bytes, peak_gpu_bytes: the largest size of scratch files, of all ranks, and the GPU's largest
+            memory.
     """
 
     method: str = ""

@@ -17,6 +17,7 @@ from quant.pipeline.estimate import estimate
 from quant.pipeline.manager import QuantizationManager
 from quant.pipeline.plan import plan_job
 from quant.pipeline.rows import job_rows
+from quant.pipeline.scratch import ScratchFiles
 from quant.pipeline.workspace import Workspace
 from quant.progress import Event
 from quant.recipe import make_recipe
@@ -193,6 +194,36 @@ def test_the_scratch_file_is_as_large_as_predicted(
     report = quantize(checkpoints(kind), tmp_path / "out", **options)
     assert report["scratch_bytes"] > 1 << 20
     assert prediction["scratch_bytes"] == pytest.approx(report["scratch_bytes"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"method": "gptq"}, {"method": "gptq", "moe_calibration": "all"}, {"method": "yaqa"}],
+    ids=str,
+)
+def test_files_of_what_experts_read_are_as_large_as_predicted(
+    options: dict[str, Any], checkpoints: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoints("mixtral")
+    options = options | {"group_size": 32, "samples": 64, "sequence_length": 64}
+    for place in ("experts", "footprint"):
+        monkeypatch.setattr(f"quant.pipeline.{place}.RESIDENT", 1 << 16)
+    prediction = estimate(plan_job(recipe(source, tmp_path / "out", **options)))
+    files = list[ScratchFiles]()
+
+    class Noted(ScratchFiles):
+        def __init__(self, folder: Path | None = None):
+            super().__init__(folder)
+            files.append(self)
+
+    monkeypatch.setattr("quant.pipeline.activation_store.ScratchFiles", Noted)
+    report = quantize(source, tmp_path / "out", **options)
+    assert report["scratch_bytes"] == sum(f.most for f in files) > 1 << 19
+    assert all(f.held == 0 for f in files)
+    assert prediction["scratch_bytes"] == pytest.approx(report["scratch_bytes"], rel=0.1)
+    if options["method"] == "gptq":  # each rank has what the experts of both read
+        several = estimate(plan_job(recipe(source, tmp_path / "ranks", **options, devices="cpu,cpu")))
+        assert several["scratch_bytes"] >= 2 * prediction["scratch_bytes"]
 
 
 @pytest.mark.parametrize("length", [1024, 2048])
