@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
+from statistics import median
 from typing import Any
 
 import torch
@@ -55,6 +56,9 @@ _RESIDENT = 1 << 30
 TRIAL_SECONDS, _FEW, _TRIED = 10.0, 1 << 22, 1 << 25
 #: Tensors of fp32 logits that comparing two models has at once.
 _LOGITS = 6
+#: Times that tensors are quantized at the most, and seconds after which it is enough: a tensor takes some
+#: hundredths of a second, which a machine's other work may double.
+_ROUNDS, _TIMED = 7, 0.5
 #: What reading and writing take where nothing else does.
 _BUFFERS = 32 << 20
 #: Bytes in a second that are read from a disk, and that are hashed, written and read again for verification.
@@ -386,11 +390,14 @@ def _try_linears(manager: QuantizationManager, progress: Progress) -> Cost:
                 chosen = _some(names, weights, workers)
                 # kernels are loaded and memory is claimed, once in a job
                 held = [*pool.map(partial(make, manager.pieces), chosen)]
-                fresh = PieceQuantizer(plan, manager.quantizers, manager.device, manager.records)
-                start = time.perf_counter()
-                list(pool.map(partial(make, fresh), chosen))
-                taken, tried = time.perf_counter() - start, sum(map(weights, chosen))
-                seconds += taken * sum(map(weights, names)) / tried
+                rounds = list[float]()
+                while len(rounds) < _ROUNDS and sum(rounds) < _TIMED:
+                    fresh = PieceQuantizer(plan, manager.quantizers, manager.device, manager.records)
+                    start = time.perf_counter()
+                    list(pool.map(partial(make, fresh), chosen))
+                    rounds.append(time.perf_counter() - start)
+                tried = sum(map(weights, chosen))
+                seconds += median(rounds) * sum(map(weights, names)) / tried
                 largest = sum(sorted(map(weights, names))[-workers:])
                 most = max(most, sum(held) * (largest - tried) // tried)
     finally:

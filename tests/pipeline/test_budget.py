@@ -98,7 +98,10 @@ def test_scratch_lies_where_it_is_asked_for(tmp_path: Path) -> None:
     store = ActivationStore(0, None, tmp_path)
     tensor = torch.arange(1000.0)
     back = store.put(tensor)
-    assert os.readlink(f"/proc/self/fd/{store._file}").startswith(str(tmp_path)) and store.folder == tmp_path
+    assert (
+        os.readlink(f"/proc/self/fd/{store._file}").startswith(str(tmp_path))
+        and store.files.folder == tmp_path
+    )
     back()
     assert torch.equal(tensor, torch.arange(1000.0))
     store.close()
