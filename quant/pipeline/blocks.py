@@ -176,13 +176,14 @@ class BlockQuantizer:
         work = BlockUnderWay(block, linears, prefix, every, skeleton.norm_offset, made)
         chosen = self._seen_groups(every, prefix)
         self._round_unseen(work, chosen)
-        experts = GradientExpertSolver(self.solver, self.clock)
+        solver = replace(self.solver, ranks=ALONE)  # the others are at other blocks
+        experts = GradientExpertSolver(solver, self.clock)
         for key, whole in chosen.items():
             if key.experts:
                 inputs = (before(block, key, kept) for kept in (seen.routed, seen.held_out))
                 routed, held_out = inputs
                 assert routed is not None
-                experts.solve(work, key, self.solver.kin(work, whole), routed, held_out)
+                experts.solve(work, key, solver.kin(work, whole), routed, held_out)
                 continue
             group = key if key.norm_offset is not None else replace(key, norm_offset=work.norm_offset)
             for name in group.linears:
@@ -194,9 +195,9 @@ class BlockQuantizer:
                     alone, kin = replace(group, linears=(name,)), self._kin_of(work, whole, name)
                     alike = group.linears
                     others = work.weights([n for n in alike if n != name])
-                    (result,), factors = self.solver.solve(alone, kin, prefix, [weight], own, made, others)
+                    (result,), factors = solver.solve(alone, kin, prefix, [weight], own, made, others)
                     sample = seen.samples.pop(name, None)
-                    _, evidence = self.solver.going_on(result.tensor, weight, factors, sample)
+                    _, evidence = solver.going_on(result.tensor, weight, factors, sample)
                 seconds = time.perf_counter() - start
                 self.records.add(prefix + name, result, *evidence, own.tokens, seconds)
         seen.release()

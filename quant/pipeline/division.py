@@ -65,7 +65,7 @@ def ranks_problem(plan: JobPlan, skeleton: Skeleton, rows: int) -> str | None:
     """Why a calibrated job cannot be divided among the ranks that are asked for, or None."""
     count = asked_ranks(plan.recipe)
     if count > 1 and (reason := _experts_problem(plan, skeleton)):
-        return f"{count} ranks: {reason}: give one device, or use --method gptq"
+        return f"{count} ranks: {reason}: give one device, or use --method yaqa"
     if count > (parts := len(part_sizes(rows))):
         what = f"{rows} calibration rows" if parts == rows else f"{rows} calibration rows, in {parts} parts"
         return f"{count} ranks for {what}: use {parts} ranks at the most"
@@ -84,8 +84,8 @@ def _experts_problem(plan: JobPlan, skeleton: Skeleton) -> str | None:
     }
     if not assigned:
         return None
-    if plan.gradients:
-        return "gradients of the experts of a mixture are summed by one process, which has all their tokens"
+    if plan.gradients:  # one rank solves a whole block
+        return None
     suppressors = (suppressor_of(a, plan.recipe.alpha) for a in assigned)
     if scaled := [s.name for s in suppressors if s is not None and "linear" in s.sources]:
         return (

@@ -33,6 +33,7 @@ from quant.models.experts import Experts, Routed, expert_inner, find_experts, ga
 from quant.models.linears import Slice
 from quant.pipeline.expert_solves import ExpertSolver, Layer, Prior, Some
 from quant.pipeline.experts import PRIOR, ExpertInputs, expert_statistics
+from quant.pipeline.ranks import Ranks
 from quant.quantizers.two_sided import blocks_of
 from quant.recipe import Assignment
 
@@ -68,6 +69,10 @@ class ExpertGradients(ExpertInputs):
         self._give_back()
         return rows, gradients.mul_(gates.unsqueeze(-1).to(gradients.dtype))
 
+    def both_of(self, number: int) -> tuple[Routed, torch.Tensor]:
+        """A batch as it was added."""
+        return self.batch(number), self._gradients[number]
+
     def tokens(self, most: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs [R, K] and gradients [R, H] of at most so many tokens of the layer."""
         kept = self.reduced(most)
@@ -96,6 +101,25 @@ class ExpertGradients(ExpertInputs):
         """Frees what is kept."""
         self._gradients.clear()
         super().close()
+
+
+def handed_over(inputs: ExpertGradients, ranks: Ranks, to: int) -> ExpertGradients:
+    """What the experts read of the rows of all ranks and the gradients at their outputs, at the one that
+    solves them; ``inputs``, those of this rank, are released, and of the others nothing is left."""
+    if ranks.size == 1:
+        return inputs
+    everyone = ExpertGradients(inputs.scratch)
+    for rank in range(ranks.size):  # in the order in which a single process has them
+        if ranks.rank == to:
+            count = len(inputs) if rank == to else ranks.receive(rank)
+            for number in range(count):
+                everyone.add_both(*(inputs.both_of(number) if rank == to else ranks.receive(rank)))
+        elif ranks.rank == rank:
+            ranks.send(len(inputs), to)
+            for number in range(len(inputs)):
+                ranks.send(inputs.both_of(number), to)
+    inputs.release()
+    return everyone
 
 
 @dataclass

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from quant.calibration.statistics import Statistics
 from quant.models.skeleton import Skeleton
 from quant.pipeline.blocks import BlockQuantizer
+from quant.pipeline.expert_gradients import handed_over
 from quant.pipeline.gradients import Seen
 from quant.pipeline.group_solves import BlockResult
 from quant.pipeline.layout import Unit
@@ -38,6 +39,8 @@ class Solves:
         owner = len(self._units)
         self._units.append(unit)
         statistics = self.blocks.shown(seen, owner)
+        for path in sorted(seen.routed):
+            seen.routed[path] = handed_over(seen.routed[path], self.ranks, owner)
         if owner == self.ranks.rank:
             self._own = unit, seen, statistics
         else:
