@@ -25,6 +25,7 @@ from quant.errors import (
     QuantError,
     UsageError,
     VerificationFailed,
+    clipped,
     one_of,
 )
 from quant.evaluation.verify import verify
@@ -626,11 +627,13 @@ def stated_arguments(folder: Path) -> dict[str, str | int | float]:
         )
     for key, value in values.items():
         if not re.fullmatch(r"[a-z][a-z0-9-]*", key):
-            raise CheckpointError(f"{file}: {key!r} is no engine argument: names are like max-model-len")
+            raise CheckpointError(
+                f"{file}: {clipped(key)} is no engine argument: names are like max-model-len"
+            )
         if key in _OWN_FLAGS or key == TRUST:
             raise CheckpointError(
                 f"{file}: {key} does not belong there: it is given when the server is started"
             )
         if key in ("max-model-len", "tensor-parallel-size") and (not isinstance(value, int) or value < 1):
-            raise CheckpointError(f"{file}: {key} is {value!r}: a whole number from 1 is needed")
+            raise CheckpointError(f"{file}: {key} is {clipped(value)}: a whole number from 1 is needed")
     return values

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from quant.errors import CheckpointError, UsageError
+from quant.errors import CheckpointError, UsageError, clipped
 from quant.hardware import count_in
 from quant.vllm.context import context_length, context_problem
 
@@ -128,5 +128,5 @@ def with_ranks(
 
 def _degree(value: str | int | float, where: str) -> int:
     if not str(value).isdecimal() or not int(value):
-        raise UsageError(f"{where} is {value!r}: a whole number from 1 up is needed")
+        raise UsageError(f"{where} is {clipped(value)}: a whole number from 1 up is needed")
     return int(value)

@@ -6,6 +6,7 @@ Source: vLLM 0.32 `quantization/__init__.py::QuantizationMethods`, and the short
 
 from __future__ import annotations
 
+from quant.errors import clipped
 from quant.vllm.releases import VLLM_VERSION
 
 _LOADED = frozenset(
@@ -26,4 +27,4 @@ def method_problem(method: str) -> str | None:
     """Why vLLM does not load a checkpoint of a ``quant_method``, or None where it does."""
     if method in _LOADED:
         return None
-    return f"vLLM {VLLM_VERSION} has no quant_method {method!r}"
+    return f"vLLM {VLLM_VERSION} has no quant_method {clipped(method)}"

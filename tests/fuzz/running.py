@@ -183,7 +183,7 @@ class Runner:
             return fault(": ".join(where.groups()) if where else UNFORESEEN, err.getvalue()[-4000:])
         if "Traceback (most recent" in said:
             return fault(f"traceback of a thread: {' '.join(command[:2])}")
-        if status in (1, 2, 3) and not re.search(r"(?i)error|fits|problem", said):
+        if status in (1, 2, 3) and not re.search(r"(?i)error|fits|problem|can run", said):
             return fault(f"status {status} without a word: {' '.join(command[:2])}")
         if len(said) > WORDS:
             return fault(f"{len(said) // 1000} thousand characters of message: {' '.join(command[:2])}")
