@@ -1,6 +1,6 @@
-// A second device for the tests of code that runs on a GPU. Its tensors lie in memory of its own, which can be
-// limited; each operation is done by the CPU's kernel on copies, and counted; and as on a GPU, an operation that
-// is given tensors of two devices is an error.
+// A second kind of device for the tests of code that runs on a GPU, of which there are two. Its tensors lie in
+// memory of its own, which can be limited; each operation is done by the CPU's kernel on copies, and counted; and
+// as on a GPU, an operation that is given tensors of two devices is an error.
 //
 // torch's guide to such devices: "Facilitating New Backend Integration by PrivateUse1" (pytorch.org/tutorials).
 
@@ -32,7 +32,19 @@
 namespace {
 
 constexpr auto KIND = c10::DeviceType::PrivateUse1;
-const c10::Device DEVICE(KIND, 0);
+constexpr c10::DeviceIndex COUNT = 2;
+thread_local c10::DeviceIndex current = 0;
+
+c10::Device here() { return {KIND, current}; }
+
+// What is allocated while it lives is a device's.
+struct At {
+  explicit At(std::optional<c10::Device> device) : before(current) {
+    if (device.has_value() && device->has_index()) current = device->index();
+  }
+  ~At() { current = before; }
+  const c10::DeviceIndex before;
+};
 
 // ---------------------------------------------------------------------------------------------- memory
 
@@ -52,7 +64,7 @@ void give_back(void* data) {
 
 struct Memory final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
-    if (bytes == 0) return {nullptr, nullptr, &give_back, DEVICE};
+    if (bytes == 0) return {nullptr, nullptr, &give_back, here()};
     std::lock_guard<std::mutex> lock(guard_of_memory);
     const auto size = static_cast<int64_t>(bytes);
     TORCH_CHECK_WITH(
@@ -63,7 +75,7 @@ struct Memory final : c10::Allocator {
     sizes[data] = size;
     held += size;
     most = std::max(most, held);
-    return {data, data, &give_back, DEVICE};
+    return {data, data, &give_back, here()};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &give_back; }
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
@@ -74,13 +86,19 @@ Memory memory;
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceType type() const override { return KIND; }
-  c10::Device exchangeDevice(c10::Device) const override { return DEVICE; }
-  c10::Device getDevice() const override { return DEVICE; }
-  void setDevice(c10::Device) const override {}
-  void uncheckedSetDevice(c10::Device) const noexcept override {}
-  c10::Stream getStream(c10::Device) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, DEVICE); }
+  c10::Device exchangeDevice(c10::Device device) const override {
+    const auto before = here();
+    current = device.index();
+    return before;
+  }
+  c10::Device getDevice() const override { return here(); }
+  void setDevice(c10::Device device) const override { current = device.index(); }
+  void uncheckedSetDevice(c10::Device device) const noexcept override { current = device.index(); }
+  c10::Stream getStream(c10::Device device) const noexcept override {
+    return c10::Stream(c10::Stream::DEFAULT, device.has_index() ? device : here());
+  }
   c10::Stream exchangeStream(c10::Stream stream) const noexcept override { return stream; }
-  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
+  c10::DeviceIndex deviceCount() const noexcept override { return COUNT; }
 };
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
 
@@ -96,6 +114,7 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   bool isPinnedPtr(const void*) const override { return false; }
   void resizePrivateUse1Bytes(const c10::Storage& storage, size_t bytes) const override {
     auto* inside = storage.unsafeGetStorageImpl();
+    const At at(storage.device());
     c10::DataPtr larger = memory.allocate(bytes);
     if (const size_t kept = std::min(bytes, inside->nbytes())) std::memcpy(larger.get(), inside->data(), kept);
     inside->set_data_ptr_noswap(std::move(larger));
@@ -110,14 +129,16 @@ c10::DispatchKeySet keys() { return c10::DispatchKeySet(c10::DispatchKey::Privat
 
 at::Tensor make(
     c10::SymIntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
-    std::optional<c10::Device>, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+    std::optional<c10::Device> device, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+  const At at(device);
   return at::detail::empty_generic(
       C10_AS_INTARRAYREF_SLOW(size), &memory, keys(), c10::dtype_or_default(dtype), format);
 }
 
 at::Tensor make_strided(
     c10::SymIntArrayRef size, c10::SymIntArrayRef stride, std::optional<at::ScalarType> dtype,
-    std::optional<at::Layout>, std::optional<c10::Device>, std::optional<bool>) {
+    std::optional<at::Layout>, std::optional<c10::Device> device, std::optional<bool>) {
+  const At at(device);
   return at::detail::empty_strided_generic(
       C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), &memory, keys(),
       c10::dtype_or_default(dtype));
@@ -200,11 +221,16 @@ bool takes_both(const std::string& name) {
 
 void by_the_cpu(const c10::OperatorHandle& operation, c10::DispatchKeySet, torch::jit::Stack* stack) {
   ++operations;
-  bool here = false, there = false;
+  bool inside = false, outside = false, apart = false;
+  c10::DeviceIndex first = 0;
   auto look = [&](const at::Tensor& tensor) {
     if (!tensor.defined()) return;
-    here |= tensor.is_privateuseone();
-    there |= tensor.is_cpu() && tensor.dim() > 0;  // CUDA takes single numbers from anywhere
+    if (tensor.is_privateuseone()) {
+      apart |= inside && tensor.device().index() != first;
+      first = tensor.device().index();
+      inside = true;
+    }
+    outside |= tensor.is_cpu() && tensor.dim() > 0;  // CUDA takes single numbers from anywhere
   };
   for (const auto& value : torch::jit::last(*stack, operation.schema().arguments().size())) {
     if (value.isTensor()) look(value.toTensor());
@@ -215,8 +241,9 @@ void by_the_cpu(const c10::OperatorHandle& operation, c10::DispatchKeySet, torch
         if (tensor.has_value()) look(*tensor);
   }
   TORCH_CHECK(
-      !(here && there) || takes_both(operation.schema().name()),
-      "Expected all tensors to be on the same device, but found at least two devices, cpu and second:0, in ",
+      !(apart || (inside && outside)) || takes_both(operation.schema().name()),
+      "Expected all tensors to be on the same device, but found at least two devices, second:", int(first), " and ",
+      apart ? "another of its kind" : "cpu", ", in ",
       operation.schema().name());
   at::native::cpu_fallback(operation, stack);
 }

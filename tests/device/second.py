@@ -40,7 +40,7 @@ class _Second(types.ModuleType):
         return [torch.float16, torch.bfloat16]
 
     def device_count(self) -> int:
-        return 1
+        return 2
 
     def current_device(self) -> int:
         return 0

@@ -139,6 +139,19 @@ def test_a_model_is_judged_and_a_job_is_planned_on_it(made: tuple[Path, Any]) ->
     assert len(planned) == 3 and all(p["peak_gpu_bytes"] > 0 for p in planned)
 
 
+def test_two_of_them_make_the_files_of_one(built: Path, model: Path, mixture: Path, tmp_path: Path) -> None:
+    jobs = {"gptq": model, "gptq of a mixture": mixture, "yaqa of a mixture": mixture}
+    commands = []
+    for name, source in jobs.items():
+        options = [*CALIBRATED[name.split()[0]], *TEXT]
+        commands.append(_job(source, tmp_path / f"{name}, one", "second:1", options))
+        commands.append(_job(source, tmp_path / f"{name}, two", "second:0,second:1", options))
+        commands[-1][commands[-1].index("--device")] = "--devices"
+    _run(built, *commands)
+    for name in jobs:
+        assert weight_files(tmp_path / f"{name}, two") == weight_files(tmp_path / f"{name}, one")
+
+
 def test_a_batch_that_memory_does_not_hold_is_tried_again_smaller(
     built: Path, model: Path, tmp_path: Path
 ) -> None:
