@@ -248,7 +248,7 @@ budgets = together(
 devices = click.option(
     "--devices",
     metavar="LIST",
-    help="Several processes, one for each device: 0,1 for GPUs, cpu,cpu for CPUs. Not for AWQ of a mixture.",
+    help="Several processes, one for each device: 0,1 for GPUs, cpu,cpu for CPUs.",
 )
 
 gpu_memory_utilization = click.option(

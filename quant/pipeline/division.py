@@ -8,9 +8,8 @@ import torch
 
 from quant.calibration.parts import part_sizes
 from quant.calibration.text import Rows
-from quant.models.skeleton import Skeleton
 from quant.pipeline.layout import Unit
-from quant.pipeline.methods import make_quantizer, suppressor_of
+from quant.pipeline.methods import make_quantizer
 from quant.pipeline.plan import JobPlan
 from quant.pipeline.ranks import Ranks, asked_ranks
 
@@ -61,35 +60,10 @@ def shared_out(units: Sequence[Unit], ranks: int) -> list[int]:
     return owner
 
 
-def ranks_problem(plan: JobPlan, skeleton: Skeleton, rows: int) -> str | None:
+def ranks_problem(plan: JobPlan, rows: int) -> str | None:
     """Why a calibrated job cannot be divided among the ranks that are asked for, or None."""
     count = asked_ranks(plan.recipe)
-    if count > 1 and (reason := _experts_problem(plan, skeleton)):
-        return f"{count} ranks: {reason}: give one device, or use --method yaqa"
     if count > (parts := len(part_sizes(rows))):
         what = f"{rows} calibration rows" if parts == rows else f"{rows} calibration rows, in {parts} parts"
         return f"{count} ranks for {what}: use {parts} ranks at the most"
-    return None
-
-
-def _experts_problem(plan: JobPlan, skeleton: Skeleton) -> str | None:
-    """Why the experts of a mixture are solved by one process, or None."""
-    assigned = {
-        plan.assignments[skeleton.block_prefix(index) + name]
-        for index in range(skeleton.block_count)
-        for group in skeleton.groups(index)
-        if group.experts
-        for name in group.linears
-        if skeleton.block_prefix(index) + name in plan.linears
-    }
-    if not assigned:
-        return None
-    if plan.gradients:  # one rank solves a whole block
-        return None
-    suppressors = (suppressor_of(a, plan.recipe.alpha) for a in assigned)
-    if scaled := [s.name for s in suppressors if s is not None and "linear" in s.sources]:
-        return (
-            f"{scaled[0]} scales what an expert's second product reads by rows of its first, which one "
-            "process has to have solved"
-        )
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
@@ -43,7 +43,8 @@ from quant.pipeline.ranks import ALONE, replace_rank
 from quant.pipeline.records import Clock
 from quant.quantizers import GPTQQuantizer, Quantized, Quantizer
 from quant.recipe import Assignment
-from quant.report.value import NOT_HELD_OUT, NOT_ROUTED
+from quant.report.value import NOT_HELD_OUT, NOT_ROUTED, FoldResult
+from quant.tensors import QuantizedTensor
 from quant.threads import side_by_side
 
 #: Tokens of the held-out row that a layer's error is measured on; and an expert's, of which there are many.
@@ -61,7 +62,7 @@ Prior = Statistics | ExpertInputs | None
 class _Solved:
     """What became of an expert's linear: its name in the block, the evidence of
     :meth:`GroupSolver.going_on`, what its input was divided by, fp32 [K], or None, and the seconds that it
-    took."""
+    took; and where that was its own, what its first product has become, by name, and how."""
 
     name: str
     expert: int
@@ -69,6 +70,8 @@ class _Solved:
     evidence: tuple[float, float, float | None]
     factor: torch.Tensor | None
     seconds: float = 0.0
+    first: Mapping[str, QuantizedTensor] = field(default_factory=dict)
+    folds: Mapping[str, FoldResult] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -199,9 +202,15 @@ class ExpertSolver:
                     if rank != ranks.rank:
                         self._put(layer, x)
                     kept = aside.keep_weight(x.result.tensor)
-                    found.append(replace(x, result=replace(x.result, tensor=kept)))
+                    # of this rank's own it has been kept
+                    others = x.first.items() if rank != ranks.rank else ()
+                    first = {n: aside.keep_weight(t) for n, t in others}
+                    found.append(replace(x, result=replace(x.result, tensor=kept), first=first))
         for x in sorted(found, key=lambda x: x.expert):  # a rank's experts come in between those of others
-            layer.work.made.linears[prefix + x.name] = x.result.tensor
+            layer.work.made.linears |= {prefix + x.name: x.result.tensor, **x.first}
+            for key, fold in x.folds.items():  # in the order of the experts
+                self.solver.records.folds.pop(key, None)
+                self.solver.records.folds[key] = fold
             tokens = int(counts[x.expert])
             self.solver.records.add(prefix + x.name, x.result, *x.evidence, tokens, x.seconds, missing)
         # the workers' seconds are more than have gone by
@@ -245,12 +254,12 @@ class ExpertSolver:
             for (expert, names), mine, solved, told, factor in zip(
                 some.items(), weights, results, notes, factors, strict=True
             ):
-                sample = layer.sample(expert)
+                sample, changed = layer.sample(expert), self._changed(work, names, factor)
                 for name, weight, result in zip(names, mine, solved, strict=True):
                     value, evidence = self.solver.going_on(result.tensor, weight, factor, sample)
                     work.linears[name].set(work.block, value)
                     noted = replace(result, notes=(*result.notes, *told))
-                    done.append(_Solved(name, expert, noted, evidence, factor))
+                    done.append(_Solved(name, expert, noted, evidence, factor, 0.0, *changed))
         each = sum(clock.seconds.values()) / len(done)
         return [replace(x, seconds=each) for x in done], clock.seconds
 
@@ -303,6 +312,18 @@ class ExpertSolver:
             self._own_factors(layer.work, name, mine, seen)
             for (name, *_), mine, seen in zip(experts, weights, statistics, strict=True)
         ]
+
+    def _changed(
+        self, work: BlockUnderWay, names: Sequence[str], factor: torch.Tensor | None
+    ) -> tuple[Mapping[str, QuantizedTensor], Mapping[str, FoldResult]]:
+        """What dividing the input of an expert's second product by factors of its own has made of its first,
+        and how."""
+        key = work.prefix + names[0]
+        source = expert_source(names[0], work.linears)
+        if factor is None or source is None or key not in self.solver.records.folds:
+            return {}, {}
+        up = work.prefix + source
+        return {up: work.made.linears[up]}, {key: self.solver.records.folds[key]}
 
     def _own_factors(
         self, work: BlockUnderWay, name: str, weights: Sequence[torch.Tensor], seen: Statistics

@@ -222,7 +222,7 @@ class QuantizationManager:
         if note := self.workspace.take(rows):
             rows = replace(rows, notes=(*rows.notes, note))
         skeleton = Skeleton(self.plan.checkpoint, self.device)
-        if problem := ranks_problem(self.plan, skeleton, len(rows.tokens)):
+        if problem := ranks_problem(self.plan, len(rows.tokens)):
             raise UsageError(problem)
         if ignored := ignored_note(text_config(self.plan.checkpoint.config), skeleton.config):
             rows = replace(rows, notes=(*rows.notes, ignored))

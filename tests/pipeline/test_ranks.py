@@ -45,6 +45,8 @@ JOBS: dict[str, dict[str, Any]] = {
 #: Of a mixture of experts, whose tokens are exchanged.
 MIXTURES: dict[str, dict[str, Any]] = {
     "blend": {"method": "gptq", "group_size": 32, **TEXT},
+    # whose second products are scaled by rows of the first
+    "scaled": {"method": "awq", "group_size": 32, **TEXT},
     "gradients": {"method": "yaqa", "group_size": 32, **TEXT},
     "gradients, smoothed": {
         "method": "yaqa", "group_size": 32, "outlier_suppression": "awq", "moe_calibration": "all", **TEXT,
@@ -75,6 +77,7 @@ def test_two_ranks_make_the_files_that_one_process_makes(
     found = quantize(llama, tmp_path / "two", devices="cpu,cpu", **(JOBS | MIXTURES)[job])
     assert weight_files(tmp_path / "two") == weight_files(tmp_path / "one")
     assert said(found) == said(wanted)
+    assert list(found["folds"].items()) == list(wanted["folds"].items())
     assert not psutil.Process().children()[1:]  # none but multiprocessing's own tracker is left
 
 
@@ -167,13 +170,10 @@ def test_what_cannot_be_divided_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_mixture_whose_experts_are_scaled_by_each_other_is_not_divided(
+def test_a_mixture_without_text_is_divided_by_blocks(
     checkpoints: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = checkpoints("mixtral")
-    asked = recipe(model, tmp_path / "out", method="awq", group_size=32, devices="cpu,cpu", **TEXT)
-    with pytest.raises(UsageError, match="2 ranks: .*by rows of its first.* or use --method yaqa"):
-        jobs.foreseen(asked)
     options = {"method": "minmax", "group_size": 32, "devices": "cpu,cpu"}
     ranks = jobs.foreseen(recipe(model, tmp_path / "out", **options))["ranks"]
     assert ranks == {"count": 2, "devices": ["cpu", "cpu"], "divided": "whole blocks of the output"}
