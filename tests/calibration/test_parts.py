@@ -48,7 +48,10 @@ def test_any_number_of_ranks_sums_up_to_the_same_bits(rows: int) -> None:
     wanted = summed(pieces, range(len(pieces))).finish()
     exact = inputs.reshape(-1, 24).double()
     assert wanted.hessian is not None and wanted.tokens == len(exact)
-    torch.testing.assert_close(wanted.hessian.double(), exact.t() @ exact / len(exact), rtol=5e-3, atol=5e-3)
+    gram = exact.t() @ exact / len(exact)
+    # of 8-bit numbers on some CPUs: what two features lose is a share of their sizes, not of their product
+    near = 5e-3 * torch.outer(gram.diagonal(), gram.diagonal()).sqrt()
+    assert ((wanted.hessian - gram).abs() <= near).all()
     assert torch.equal(wanted.abs_max, inputs.reshape(-1, 24).abs().amax(0))
     chained = [summed(pieces, [p]).finish() for p in range(len(pieces))]
     for ranks in range(2, len(pieces) + 1):
