@@ -5,7 +5,7 @@ import json
 import os
 import sys
 
-from inside import each_in_a_child, stand_in_for_torchvision
+from inside import build_models_in_this_process, each_in_a_child, stand_in_for_torchvision
 
 
 def _engine(job):
@@ -53,6 +53,7 @@ def main():
     os.environ.update(OMP_NUM_THREADS="1", VLLM_CPU_OMP_THREADS_BIND="nobind")
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would win over kv_cache_memory_bytes
     stand_in_for_torchvision()
+    build_models_in_this_process()
     import vllm.entrypoints.llm  # before the first fork: it takes most of the time  # noqa: F401
 
     each_in_a_child(json.load(open(sys.argv[1])), score)
